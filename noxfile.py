@@ -28,5 +28,20 @@ def library(session: nox.Session, torch: str) -> None:
     session.install("--upgrade", torch, "torchvision", "--editable", ".[dev]")
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
     workers = os.environ.get("TEST_WORKERS", "2")
-    options = ("-n", workers, "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not long and not docs")
-    session.run("python", "-m", "pytest", *options, *(session.posargs or LIBRARY), env={"OMP_NUM_THREADS": "1"})
+    options = (
+        "-n",
+        workers,
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        "-m",
+        "not long and not docs",
+    )
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        *options,
+        *(session.posargs or LIBRARY),
+        env={"OMP_NUM_THREADS": "1"},
+    )

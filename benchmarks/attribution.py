@@ -43,7 +43,9 @@ class Convolutional(nn.Module):
     ``outputs``: the factor of the last layer's weights at the start.
     """
 
-    def __init__(self, act: nn.Module, width: int, norm: str = "", pool: str = "avg", outputs: float = 1.0) -> None:
+    def __init__(
+        self, act: nn.Module, width: int, norm: str = "", pool: str = "avg", outputs: float = 1.0
+    ) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(9, width), nn.Linear(9 * width, 2 * width)
         self.last, self.act = nn.Linear(2 * width, 10), act
@@ -80,7 +82,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "convolutional": Co
 
 
 # What a training is: each differs in little from the first one.
-BASE: Row = {"network": "mlp", "act": "GELU", "width": 256, "rule": "sgd", "lr": 0.03, "momentum": 0.9}
+BASE: Row = {
+    "network": "mlp",
+    "act": "GELU",
+    "width": 256,
+    "rule": "sgd",
+    "lr": 0.03,
+    "momentum": 0.9,
+}
 SETTINGS: dict[str, Row] = {
     "rate 0.03": BASE,
     "a third of the rate": {**BASE, "lr": 0.01},
@@ -115,7 +124,12 @@ SMOOTH: dict[str, Row] = {
     "batch norm, rate 0.03": {**LOW, "norm": "batch"},
     "group norm, rate 0.03": {**LOW, "norm": "group"},
     "batch norm, rate 0.03, small outputs": {**LOW, "norm": "batch", "outputs": 0.1},
-    "batch norm, rate 0.03, max pooling, ReLU": {**LOW, "norm": "batch", "pool": "max", "act": "ReLU"},
+    "batch norm, rate 0.03, max pooling, ReLU": {
+        **LOW,
+        "norm": "batch",
+        "pool": "max",
+        "act": "ReLU",
+    },
     "batch norm, rate 0.01": {**LOW, "norm": "batch", "lr": 0.01},
 }
 SMOOTH_NAMED = {f"convolutional: {name}": setting for name, setting in SMOOTH.items()}
@@ -135,7 +149,10 @@ def data(seed: int, half: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Te
 
     x, y = load_digits(return_X_y=True)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    x, y = torch.tensor(x / 16, dtype=torch.bfloat16 if half else torch.float32)[order], torch.tensor(y)[order]
+    x, y = (
+        torch.tensor(x / 16, dtype=torch.bfloat16 if half else torch.float32)[order],
+        torch.tensor(y)[order],
+    )
     return (x[:EXAMPLES], y[:EXAMPLES]), (x[EXAMPLES:], y[EXAMPLES:])
 
 
@@ -147,7 +164,9 @@ def built(setting: Row, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     if setting["rule"] == "adam":
         how = {"eps": setting["eps"], "weight_decay": setting.get("decay", 0.0)}
         return network, torch.optim.AdamW(network.parameters(), lr=setting["lr"], **how)
-    return network, torch.optim.SGD(network.parameters(), lr=setting["lr"], momentum=setting["momentum"])
+    return network, torch.optim.SGD(
+        network.parameters(), lr=setting["lr"], momentum=setting["momentum"]
+    )
 
 
 def factor(setting: Row, step: int, steps: int) -> float:
@@ -161,10 +180,14 @@ def losses_of(outputs: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(outputs, y, reduction="none").view(len(y), -1).mean(1)
 
 
-def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, weights: Tensor) -> Tensor:
+def retrained(
+    setting: Row, seed: int, order: Tensor, train: Any, outer: Any, weights: Tensor
+) -> Tensor:
     """The outer losses of a stack of networks, each trained with its weights of the examples, (S, N)."""
     network, _ = built(setting, seed)
-    params = {n: p.detach().expand(len(weights), *p.shape).clone() for n, p in network.named_parameters()}
+    params = {
+        n: p.detach().expand(len(weights), *p.shape).clone() for n, p in network.named_parameters()
+    }
     first = {n: torch.zeros_like(p) for n, p in params.items()}
     second = {n: torch.zeros_like(p) for n, p in params.items()}
     (x, y), steps = train, len(order)
@@ -183,16 +206,26 @@ def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, we
             first[n].lerp_(g, 0.1)
             second[n].mul_(0.999).addcmul_(g, g, value=0.001)
             root = (second[n] / (1 - 0.999 ** (step + 1))).sqrt_().add_(setting["eps"])
-            params[n].mul_(1 - lr * setting.get("decay", 0.0)).sub_(lr / (1 - 0.9 ** (step + 1)) * first[n] / root)
-    judged = vmap(lambda p: losses_of(functional_call(network, p, (outer[0],)).float(), outer[1]).mean())
+            params[n].mul_(1 - lr * setting.get("decay", 0.0)).sub_(
+                lr / (1 - 0.9 ** (step + 1)) * first[n] / root
+            )
+    judged = vmap(
+        lambda p: losses_of(functional_call(network, p, (outer[0],)).float(), outer[1]).mean()
+    )
     return judged(params)
 
 
-def loss_of(network: nn.Module, params: dict[str, Tensor], given: Any, reduction: str = "mean") -> Tensor:
-    return F.cross_entropy(functional_call(network, params, (given[0],)), given[1], reduction=reduction)
+def loss_of(
+    network: nn.Module, params: dict[str, Tensor], given: Any, reduction: str = "mean"
+) -> Tensor:
+    return F.cross_entropy(
+        functional_call(network, params, (given[0],)), given[1], reduction=reduction
+    )
 
 
-def along(network: nn.Module, params: dict[str, Tensor], train: Any, v: dict[str, Tensor]) -> Tensor:
+def along(
+    network: nn.Module, params: dict[str, Tensor], train: Any, v: dict[str, Tensor]
+) -> Tensor:
     """⟨∇ℓ_i, v⟩ of every training example."""
     return jvp(lambda p: loss_of(network, p, train, "none"), (params,), (v,))[1].detach()
 
@@ -214,7 +247,13 @@ def training(setting: Row, seed: int, steps: int) -> Row:
     """The arguments of `metapl.attribute` and `metapl.metasmoothness` but for the data."""
     network, optimizer = built(setting, seed)
     schedule = (lambda k: factor(setting, k, steps)) if setting.get("falls") else None
-    given: Row = {"student": network, "optimizer": optimizer, "steps": steps, "batch_size": BATCH, "schedule": schedule}
+    given: Row = {
+        "student": network,
+        "optimizer": optimizer,
+        "steps": steps,
+        "batch_size": BATCH,
+        "schedule": schedule,
+    }
     return given | {"generator": torch.Generator().manual_seed(seed)}
 
 
@@ -224,7 +263,9 @@ def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
     return found.scores
 
 
-def by_dot_products(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int) -> Tensor:
+def by_dot_products(
+    setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int
+) -> Tensor:
     """TracIn without its rates: Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end."""
     network, _ = built(setting, seed)
     at = {len(order) * (number + 1) // checkpoints for number in range(checkpoints)}
@@ -241,7 +282,9 @@ def by_one_step(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) 
     from metapl.problems import EqualWeights
 
     network, optimizer = built(setting, seed)
-    trainer = metapl.BilevelTrainer(None, network, Forward(), problem=EqualWeights(), inner_optimizer=optimizer)
+    trainer = metapl.BilevelTrainer(
+        None, network, Forward(), problem=EqualWeights(), inner_optimizer=optimizer
+    )
     scores = torch.zeros(EXAMPLES)
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
@@ -261,7 +304,10 @@ def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
 
     def with_last(vector: Tensor) -> dict[str, Tensor]:
         parts = vector.split(sizes)
-        return {**params, **{n: part.view_as(params[n]) for n, part in zip(names, parts, strict=True)}}
+        return {
+            **params,
+            **{n: part.view_as(params[n]) for n, part in zip(names, parts, strict=True)},
+        }
 
     def loss(vector: Tensor, given: Any) -> Tensor:
         return loss_of(network, with_last(vector), given)
@@ -289,10 +335,16 @@ def order_of(many: int, steps: int, batch: int, seed: int) -> Tensor:
     return torch.cat(passes)[: steps * batch].view(steps, batch)
 
 
-def removed(many: int, shares: Sequence[float], removals: int, seed: int) -> tuple[list[Tensor], Tensor]:
+def removed(
+    many: int, shares: Sequence[float], removals: int, seed: int
+) -> tuple[list[Tensor], Tensor]:
     """So many random sets of each share of the examples, and the weights of all without each, after those with all."""
     draw = torch.Generator().manual_seed(seed + 1000)
-    sets = [torch.randperm(many, generator=draw)[: round(s * many)] for s in shares for _ in range(removals)]
+    sets = [
+        torch.randperm(many, generator=draw)[: round(s * many)]
+        for s in shares
+        for _ in range(removals)
+    ]
     weights = torch.ones(1 + len(sets), many)
     for row, chosen in zip(weights[1:], sets, strict=True):
         row[chosen] = 0
@@ -300,14 +352,29 @@ def removed(many: int, shares: Sequence[float], removals: int, seed: int) -> tup
 
 
 def one(
-    name: str, steps: int, seed: int, methods: tuple[str, ...], shares: tuple[float, ...], removals: int = REMOVALS
+    name: str,
+    steps: int,
+    seed: int,
+    methods: tuple[str, ...],
+    shares: tuple[float, ...],
+    removals: int = REMOVALS,
 ) -> Row:
     setting = {**SETTINGS, **SMOOTH_NAMED}[name]
     train, outer = data(seed, setting.get("half") == "weights")
-    order, (sets, weights) = order_of(EXAMPLES, steps, BATCH, seed), removed(EXAMPLES, shares, removals, seed)
+    order, (sets, weights) = (
+        order_of(EXAMPLES, steps, BATCH, seed),
+        removed(EXAMPLES, shares, removals, seed),
+    )
     start = time.process_time()
     losses = retrained(setting, seed, order, train, outer, weights)
-    row: Row = {"setting": name, "steps": steps, "seed": seed, "loss": float(losses[0]), "scores": {}, "seconds": {}}
+    row: Row = {
+        "setting": name,
+        "steps": steps,
+        "seed": seed,
+        "loss": float(losses[0]),
+        "scores": {},
+        "seconds": {},
+    }
     row["seconds"]["trainings"] = time.process_time() - start
     start = time.process_time()
     *_, params = plain(setting, seed, order, train)
@@ -364,7 +431,11 @@ def mean(rows: list[Row], method: str, share: float) -> str:
 def ahead(rows: list[Row], share: float) -> str:
     """How far attribute's correlation is above influence functions', paired by seed, and the 95 % interval."""
     key, names = f"{share:g}", ("attribute", INFLUENCE)
-    pairs = [[row["scores"][name][key][0] for name in names] for row in rows if key in row["scores"][INFLUENCE]]
+    pairs = [
+        [row["scores"][name][key][0] for name in names]
+        for row in rows
+        if key in row["scores"][INFLUENCE]
+    ]
     return interval(*zip(*pairs, strict=True), form="+.2f") if len(pairs) > 1 else NONE
 
 
@@ -377,23 +448,36 @@ def tables(rows: list[Row]) -> dict[str, str]:
         mine, its = ([r for r in of if r["setting"] == name] for of in (tuning, rough))
         if mine and its:
             loss = statistics.fmean(r["loss"] for r in mine)
-            measured = ([r[part]["agreement"] for r in its if part in r] for part in ("metasmoothness", "first tenth"))
+            measured = (
+                [r[part]["agreement"] for r in its if part in r]
+                for part in ("metasmoothness", "first tenth")
+            )
             whole, first = map(statistics.fmean, measured)
             removed = [mean(mine, "attribute", share) for share in FEW]
             lines.append([name, f"{loss:.3f}", *removed, len(mine), f"{whole:.3f}", f"{first:.4f}"])
             columns.append((whole, first, *map(float, removed)))
     final = []
     for name, steps in FINAL:
-        mine = [r for r in rows if r["seed"] in SEEDS and (r["setting"], r["steps"]) == (name, steps)]
+        mine = [
+            r for r in rows if r["seed"] in SEEDS and (r["setting"], r["steps"]) == (name, steps)
+        ]
         for method in METHODS if mine else ():
             cells = [mean(mine, method, share) for share in SHARES]
-            cost = statistics.median(r["seconds"][method] / r["seconds"]["one training"] for r in mine)
+            cost = statistics.median(
+                r["seconds"][method] / r["seconds"]["one training"] for r in mine
+            )
             final.append([name, f"{steps:,}", len(mine), method, *cells, f"{cost:.1f}"])
         if mine:
             cells = [ahead(mine, share) for share in SHARES]
-            final.append([name, f"{steps:,}", len(mine), "*attribute − influence functions*", *cells, ""])
+            final.append(
+                [name, f"{steps:,}", len(mine), "*attribute − influence functions*", *cells, ""]
+            )
     whole, first, *shares = zip(*columns, strict=True) if len(columns) > 2 else ((),) * 4
-    found = [f"{spearmanr(by, share)[0]:.2f}" if by else NONE for by in (whole, first) for share in shares]
+    found = [
+        f"{spearmanr(by, share)[0]:.2f}" if by else NONE
+        for by in (whole, first)
+        for share in shares
+    ]
     correlated = (
         f"Over these {len(columns)} trainings Spearman's correlation between metasmoothness and these figures "
         f"is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} and {found[3]}."
@@ -402,14 +486,28 @@ def tables(rows: list[Row]) -> dict[str, str]:
     for name in SMOOTH:
         mine = [r for r in tuning if r["setting"] == f"convolutional: {name}"]
         if mine:
-            loss, accuracy = (statistics.fmean(r[key] for r in mine) for key in ("loss", "accuracy"))
+            loss, accuracy = (
+                statistics.fmean(r[key] for r in mine) for key in ("loss", "accuracy")
+            )
             each = [r["scores"]["attribute"]["0.01"][0] for r in mine]
             ranged = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
-            cells = [f"{loss:.3f}", f"{100 * accuracy:.1f}", f"{statistics.fmean(each):.2f}{ranged}"]
+            cells = [
+                f"{loss:.3f}",
+                f"{100 * accuracy:.1f}",
+                f"{statistics.fmean(each):.2f}{ranged}",
+            ]
             smooth.append([name, len(mine), *cells])
     heads = (
         ["training", "steps", "seeds", "method", *(f"{100 * s:g} %" for s in SHARES), "trainings"],
-        ["training", "loss", "1 % removed", "5 % removed", "seeds", "metasmoothness", "of the first tenth"],
+        [
+            "training",
+            "loss",
+            "1 % removed",
+            "5 % removed",
+            "seeds",
+            "metasmoothness",
+            "of the first tenth",
+        ],
         ["convolutional network", "seeds", "loss", "accuracy", "1 % removed"],
     )
     by_method, by_setting, by_piece = map(grid, heads, (final, lines, smooth), ("lrrl", 1, 1))

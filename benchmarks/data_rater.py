@@ -38,7 +38,12 @@ from metapl.problems import DataRater
 RAW = RESULTS / "data_rater.jsonl"
 SEEDS, OTHER_SEEDS, STEPS, ROUNDS = (10, 11, 12, 13, 14), (10, 11, 12), 100, 5
 AHEAD, WIDTH, RATE = 5, 128, 1e-3
-BY_HAND, FORWARD, UNROLLED, TORCHOPT = "double backward by hand", "metapl, forward", "metapl, unrolled", "TorchOpt"
+BY_HAND, FORWARD, UNROLLED, TORCHOPT = (
+    "double backward by hand",
+    "metapl, forward",
+    "metapl, unrolled",
+    "TorchOpt",
+)
 EVERYTHING, CLEAN = "everything", "documentation alone"
 RATED = "the half of each batch that is rated best"
 OUTER = "the half that is likeliest by counts in the outer text"
@@ -58,7 +63,9 @@ class Mean(nn.Module):
 
 def problem() -> Any:
     """The example, a module of the same name as this one."""
-    spec: Any = importlib.util.spec_from_file_location("example", Path(__file__).parents[1] / "examples/data_rater.py")
+    spec: Any = importlib.util.spec_from_file_location(
+        "example", Path(__file__).parents[1] / "examples/data_rater.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -67,7 +74,12 @@ def problem() -> Any:
 def counted(example: Any, ids: Tensor) -> Tensor:
     """log p(next character | character) by counts of neighbours, one more of each; for each pair."""
     words = example.WORDS
-    counts = torch.bincount((words * ids[:, :-1] + ids[:, 1:]).flatten(), minlength=words**2).view(words, words) + 1.0
+    counts = (
+        torch.bincount((words * ids[:, :-1] + ids[:, 1:]).flatten(), minlength=words**2).view(
+            words, words
+        )
+        + 1.0
+    )
     return (counts / counts.sum(1, keepdim=True)).log().flatten()
 
 
@@ -78,22 +90,36 @@ def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
     if rater == "transformer":
         network, rate = Mean(example.Transformer()), 1e-3
     example.learn_rater(network, data, seed, steps, rate=rate)
-    row: Row = {"steps": steps, "rate": rate, "torch": torch.__version__, "seconds": time.process_time() - start}
+    row: Row = {
+        "steps": steps,
+        "rate": rate,
+        "torch": torch.__version__,
+        "seconds": time.process_time() - start,
+    }
     row["scores"], row["auc"] = example.found(network, data)
     if rater == "pairs":
         start = time.process_time()
-        outer, mixed = counted(example, data.outer), counted(example, data.mixture(len(data.outer))[0])
+        outer, mixed = (
+            counted(example, data.outer),
+            counted(example, data.mixture(len(data.outer))[0]),
+        )
         row["seconds_of_counts"] = time.process_time() - start
         raters = {RATED: network, OUTER: example.Rater(outer), BOTH: example.Rater(outer - mixed)}
-        row["auc_of_counts"] = {name: example.found(raters[name], data)[1] for name in (OUTER, BOTH)}
+        row["auc_of_counts"] = {
+            name: example.found(raters[name], data)[1] for name in (OUTER, BOTH)
+        }
         batches: dict[str, Callable[[], Tensor]] = {
             EVERYTHING: lambda: data.mixture(example.BATCH)[0],
             **{name: partial(example.best_half, network, data) for name, network in raters.items()},
             CLEAN: lambda: data.some(data.clean, example.BATCH),
         }
-        row["perplexity"] = {n: example.perplexity(batch, data, seed, 3 * steps) for n, batch in batches.items()}
+        row["perplexity"] = {
+            n: example.perplexity(batch, data, seed, 3 * steps) for n, batch in batches.items()
+        }
     text = torch.cat([data.clean, data.outer, data.test]).sort(0).values, data.code
-    row["corpus"] = hashlib.sha256(b"".join(t.to(torch.uint8).numpy().tobytes() for t in text)).hexdigest()[:12]
+    row["corpus"] = hashlib.sha256(
+        b"".join(t.to(torch.uint8).numpy().tobytes() for t in text)
+    ).hexdigest()[:12]
     return row
 
 
@@ -106,7 +132,9 @@ def outer_loss(outputs: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(outputs[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def by_hand(rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]) -> Sequence[Tensor]:
+def by_hand(
+    rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
+) -> Sequence[Tensor]:
     """AdamW written out, with the root's derivative at 0 kept finite: the characters that a batch lacks have none."""
     params: dict[str, Tensor] = dict(student.named_parameters())
     first, second = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
@@ -125,11 +153,15 @@ def by_hand(rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence
     return torch.autograd.grad(loss, list(rater.parameters()))
 
 
-def by_torchopt(rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]) -> Sequence[Tensor]:
+def by_torchopt(
+    rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
+) -> Sequence[Tensor]:
     import torchopt
 
     tiny = torch.finfo(torch.float32).tiny  # as by hand
-    optimizer = torchopt.MetaAdamW(student, lr=RATE, weight_decay=0.01, eps_root=tiny, moment_requires_grad=True)
+    optimizer = torchopt.MetaAdamW(
+        student, lr=RATE, weight_decay=0.01, eps_root=tiny, moment_requires_grad=True
+    )
     before = torchopt.extract_state_dict(student, by="reference", with_buffers=True)
     try:
         for ids in inner:
@@ -140,10 +172,20 @@ def by_torchopt(rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequ
 
 
 def by_metapl(mode: Any) -> Callable[..., Sequence[Tensor]]:
-    def gradient(rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]) -> Sequence[Tensor]:
+    def gradient(
+        rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.01)
-        given: Row = {"outer": outer, "inner": metapl.Lookahead(inner), "inner_optimizer": optimizer}
-        return list(metapl.hypergradient(rater, student, mode=mode, problem=DataRater(), **given).grads.values())
+        given: Row = {
+            "outer": outer,
+            "inner": metapl.Lookahead(inner),
+            "inner_optimizer": optimizer,
+        }
+        return list(
+            metapl.hypergradient(
+                rater, student, mode=mode, problem=DataRater(), **given
+            ).grads.values()
+        )
 
     return gradient
 
@@ -160,12 +202,18 @@ def costs(example: Any, rounds: int, width: int) -> list[Row]:
     """Of one outer step, with each kernel of attention."""
     torch.manual_seed(0)
     example.WIDTH = width
-    data, rater, student = example.Data(0), example.Rater(torch.zeros(example.WORDS**2)), example.Transformer()
+    data, rater, student = (
+        example.Data(0),
+        example.Rater(torch.zeros(example.WORDS**2)),
+        example.Transformer(),
+    )
     nn.init.normal_(rater.values, std=0.1)
     outer, inner = data.some(data.outer, 16), [data.mixture(16)[0] for _ in range(AHEAD)]
     double = copy.deepcopy((rater, student))
     with sdpa_kernel(SDPBackend.MATH):
-        exact = torch.cat([g.flatten() for g in by_hand(*(network.double() for network in double), outer, inner)])
+        exact = torch.cat(
+            [g.flatten() for g in by_hand(*(network.double() for network in double), outer, inner)]
+        )
     rows = list[Row]()
     for attention, kernel in (("default", nullcontext()), ("math", sdpa_kernel(SDPBackend.MATH))):
         measured = list[tuple[Row, Callable[[], Sequence[Tensor]]]]()
@@ -176,7 +224,8 @@ def costs(example: Any, rounds: int, width: int) -> list[Row]:
                 rows.append(row)
                 try:
                     row["error"] = float(
-                        (torch.cat([g.flatten().double() for g in run()]) - exact).norm() / exact.norm()
+                        (torch.cat([g.flatten().double() for g in run()]) - exact).norm()
+                        / exact.norm()
                     )
                     row["bytes"] = peak_bytes(run, torch.device("cpu"))
                     measured.append((row, run))
@@ -201,31 +250,52 @@ def tables(rows: list[Row]) -> dict[str, str]:
     }
     lines = []
     for name, title in titles.items():
-        reached = {other: [r["perplexity"][other] for r in gains] for other in (name, EVERYTHING, RATED)}
-        cells = [NONE if name == other else interval(reached[name], reached[other]) for other in (EVERYTHING, RATED)]
+        reached = {
+            other: [r["perplexity"][other] for r in gains] for other in (name, EVERYTHING, RATED)
+        }
+        cells = [
+            NONE if name == other else interval(reached[name], reached[other])
+            for other in (EVERYTHING, RATED)
+        ]
         lines.append([title, f"{statistics.fmean(reached[name]):.2f}", *cells])
     found = {
         "a rater: a score for each pair of characters": [r["auc"] for r in gains],
-        "a rater: a transformer": [r["auc"] for r in rows if r["kind"] == "gain" and r["rater"] == "transformer"],
+        "a rater: a transformer": [
+            r["auc"] for r in rows if r["kind"] == "gain" and r["rater"] == "transformer"
+        ],
         "bigrams of the outer text": [r["auc_of_counts"][OUTER] for r in gains],
         "the difference, outer text − mixture": [r["auc_of_counts"][BOTH] for r in gains],
     }
     scores = [
-        [n, len(areas), *(interval([a[k] for a in areas]) for k in (1, 0))] for n, areas in found.items() if areas
+        [n, len(areas), *(interval([a[k] for a in areas]) for k in (1, 0))]
+        for n, areas in found.items()
+        if areas
     ]
     measured, ways = [r for r in rows if r["kind"] == "cost"], []
     (hand,) = (r for r in measured if (r["way"], r["attention"]) == (BY_HAND, "math"))
     for r in measured:
         cells = ["stops", NONE, NONE, NONE]
         if "reason" not in r:
-            cells = [f"{min(r['seconds']) / min(hand['seconds']):.2f}", f"{r['bytes'] / hand['bytes']:.2f}"]
+            cells = [
+                f"{min(r['seconds']) / min(hand['seconds']):.2f}",
+                f"{r['bytes'] / hand['bytes']:.2f}",
+            ]
             cells += [f"{r['bytes'] / 1e6:.0f}", f"{r['error']:.0e}"]
         ways.append([r["way"], r["attention"], *cells])
-    head = ["perplexity of a character after training on", "mean", "minus everything", "minus the rated half"]
+    head = [
+        "perplexity of a character after training on",
+        "mean",
+        "minus everything",
+        "minus the rated half",
+    ]
     return {
         "data_rater": grid(head, lines),
-        "data_rater-scores": grid(["scores", "seeds", "AUC against shuffled text", "against source code"], scores),
-        "data_rater-costs": grid(["gradient", "attention", "time", "memory", "MB", "error"], ways, names=2),
+        "data_rater-scores": grid(
+            ["scores", "seeds", "AUC against shuffled text", "against source code"], scores
+        ),
+        "data_rater-costs": grid(
+            ["gradient", "attention", "time", "memory", "MB", "error"], ways, names=2
+        ),
     }
 
 
@@ -233,12 +303,21 @@ def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
     if given.runs:
-        steps, rounds, width, most = (4, 1, 16, 1) if given.miniature else (STEPS, ROUNDS, WIDTH, None)
-        example, raters = problem(), [*every(rater="pairs", seed=SEEDS), *every(rater="transformer", seed=OTHER_SEEDS)]
+        steps, rounds, width, most = (
+            (4, 1, 16, 1) if given.miniature else (STEPS, ROUNDS, WIDTH, None)
+        )
+        example, raters = (
+            problem(),
+            [*every(rater="pairs", seed=SEEDS), *every(rater="transformer", seed=OTHER_SEEDS)],
+        )
         jobs: list[Row] = [{"kind": "gain", **job} for job in raters[:most]]
 
         def run(kind: str, **job: Any) -> Row | list[Row]:
-            return costs(example, rounds, width) if kind == "cost" else gain(example, **job, steps=steps)
+            return (
+                costs(example, rounds, width)
+                if kind == "cost"
+                else gain(example, **job, steps=steps)
+            )
 
         go_on(given.out, [*jobs, {"kind": "cost"}], run)
     for mark, table in tables(read(given.out)).items():

@@ -101,9 +101,15 @@ ENTRIES: dict[str, Entry] = {
     "unrolled": Entry("MPL, unrolled", "mpl", (), mode="unrolled", tuned_as="mpl"),
     "difference": Entry("MPL, difference", "mpl", (), mode="difference", tuned_as="mpl"),
     "forward_hard": Entry("MPL, forward, hard labels", "mpl", EXACT, labels="hard"),
-    "reinforce_per_example": Entry("MPL, reinforce_per_example", "mpl", EXACT, mode="reinforce_per_example"),
-    "reinforce": Entry("MPL, reinforce, sum over the batch", "mpl", NOISY, mode="reinforce", reduction="sum"),
-    "reinforce_mean": Entry("MPL, reinforce (Algorithm 1: dot, mean)", "mpl", MEAN, mode="reinforce", reduction="mean"),
+    "reinforce_per_example": Entry(
+        "MPL, reinforce_per_example", "mpl", EXACT, mode="reinforce_per_example"
+    ),
+    "reinforce": Entry(
+        "MPL, reinforce, sum over the batch", "mpl", NOISY, mode="reinforce", reduction="sum"
+    ),
+    "reinforce_mean": Entry(
+        "MPL, reinforce (Algorithm 1: dot, mean)", "mpl", MEAN, mode="reinforce", reduction="mean"
+    ),
     "reinforce_cosine": Entry(
         "MPL, reinforce (the authors' form: cosine, mean, baseline 0.99)",
         "mpl",
@@ -114,15 +120,25 @@ ENTRIES: dict[str, Entry] = {
         cosine=True,
     ),
     "loss_difference": Entry(
-        "MPL, loss_difference, sum over the batch", "mpl", NOISY, mode="loss_difference", reduction="sum"
+        "MPL, loss_difference, sum over the batch",
+        "mpl",
+        NOISY,
+        mode="loss_difference",
+        reduction="sum",
     ),
     "none": Entry(
-        "same loop, no feedback", "none", every(student_lr=(0.25, 0.5, 1.0, 2.0), teacher_lr=(0.03, 0.06, 0.12))
+        "same loop, no feedback",
+        "none",
+        every(student_lr=(0.25, 0.5, 1.0, 2.0), teacher_lr=(0.03, 0.06, 0.12)),
     ),
     "supervised": Entry("supervised, labeled data only", "supervised", ALONE),
     "pseudo_labels": Entry("pseudo labels, fixed teacher, soft", "pseudo_labels", FIXED),
-    "pseudo_labels_hard": Entry("pseudo labels, fixed teacher, hard", "pseudo_labels", FIXED, labels="hard"),
-    "uda": Entry("UDA alone", "uda", every(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))),
+    "pseudo_labels_hard": Entry(
+        "pseudo labels, fixed teacher, hard", "pseudo_labels", FIXED, labels="hard"
+    ),
+    "uda": Entry(
+        "UDA alone", "uda", every(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))
+    ),
     "permuted": Entry("control: feedback permuted over the batch", "permuted", EXACT),
     "class_means": Entry("control: class means of the feedback only", "class_means", EXACT),
     "random_sign": Entry("control: feedback with random signs", "random_sign", EXACT),
@@ -140,7 +156,9 @@ COMPARED = {
 @lru_cache(maxsize=3)
 def drawn(seed: int, labels_per_class: int, size: Size) -> Data:
     """The data with their batches drawn once: they are the same for every method."""
-    data = Digits(labels_per_class=labels_per_class, fitting=fitting(seed=seed)).data(print, False, None)
+    data = Digits(labels_per_class=labels_per_class, fitting=fitting(seed=seed)).data(
+        print, False, None
+    )
     return dataclasses.replace(
         data,
         labeled=[data.labeled[t] for t in range(size.steps)],
@@ -150,12 +168,18 @@ def drawn(seed: int, labels_per_class: int, size: Size) -> Data:
     )
 
 
-def one_run(method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size) -> Row:
+def one_run(
+    method: str, config: Config, seed: int, labels_per_class: int, final: bool, size: Size
+) -> Row:
     """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
     since = time.perf_counter()
     entry, final_decay = ENTRIES[method], EMA_DECAY if final else None
-    kept = {"ema_decay": final_decay, "finetune_steps": size.finetune_steps, "lr": config.get("teacher_lr", 0.06)}
+    kept = {
+        "ema_decay": final_decay,
+        "finetune_steps": size.finetune_steps,
+        "lr": config.get("teacher_lr", 0.06),
+    }
     of = fitting(seed=seed, steps=size.steps, log_every=size.steps, **kept)
     digits, named = Digits(labels_per_class=labels_per_class, fitting=of), METHODS[entry.method]
     asked = {"mode": entry.mode, "student_lr": config.get("student_lr", 0.5)}
@@ -164,17 +188,25 @@ def one_run(method: str, config: Config, seed: int, labels_per_class: int, final
     if entry.cosine:
         # The fields that are asked for are set below, when the mode is one that has a cosine.
         named = dataclasses.replace(named, feedback=CosineFeedback(mode="reinforce"))
-    named = replaced(named, **{n: v for n, v in asked.items() if n in flat(named) and v is not None})
-    data = dataclasses.replace(drawn(seed, labels_per_class, size), **{"validation" if final else "test": None})
+    named = replaced(
+        named, **{n: v for n, v in asked.items() if n in flat(named) and v is not None}
+    )
+    data = dataclasses.replace(
+        drawn(seed, labels_per_class, size), **{"validation" if final else "test": None}
+    )
     looked_at = {"validation": data.validation, "select": not final, "progress": False}
 
     def phase(trainer: Any, *sources: Any, truth: Any = None, **own: Any) -> FitResult:
-        return trainer.fit(*sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own})
+        return trainer.fit(
+            *sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own}
+        )
 
     torch.manual_seed(seed)
     teacher, student = (digits.network() for _ in range(2))
     networks = {"teacher": teacher, "student": student}
-    trained = named.train(Training(config=digits, data=data, **networks, fit=phase, label=lambda network: {}))
+    trained = named.train(
+        Training(config=digits, data=data, **networks, fit=phase, label=lambda network: {})
+    )
     found: Row = {"validation_accuracy": trained.result.validation_accuracy}
     if final:
         found = {"selected": False, STUDENT: trained.trainer.evaluate(data.test).accuracy}
@@ -190,12 +222,20 @@ def chosen(rows: Sequence[Row]) -> dict[str, Config]:
     tuning = [row for row in rows if not row["final"]]
     taken = {name: entry.tuned_as or name for name, entry in ENTRIES.items()}
     found = {name: [row for row in tuning if row["method"] == name] for name in taken.values()}
-    return {name: best(found[of], "config", "validation_accuracy") for name, of in taken.items() if found[of]}
+    return {
+        name: best(found[of], "config", "validation_accuracy")
+        for name, of in taken.items()
+        if found[of]
+    }
 
 
 def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
     """A method's test accuracies in the order of the seeds."""
-    of = [row for row in rows if row["final"] and (row["method"], row["labels_per_class"]) == (method, labels)]
+    of = [
+        row
+        for row in rows
+        if row["final"] and (row["method"], row["labels_per_class"]) == (method, labels)
+    ]
     return [row[read_out] for row in sorted(of, key=lambda row: int(row["seed"]))]
 
 
@@ -217,7 +257,9 @@ def block(rows: Sequence[Row]) -> str:
         better = max(controls, key=lambda name: statistics.fmean(controls[name]))
         lines = []
         for name in names:
-            student, finetuned = (column(rows, name, labels, read_out) for read_out in (STUDENT, FINETUNED))
+            student, finetuned = (
+                column(rows, name, labels, read_out) for read_out in (STUDENT, FINETUNED)
+            )
             beside = (NONE, NONE) if name == "none" else difference(student, controls[better])
             lines.append([ENTRIES[name].title, spread(student), spread(finetuned), *beside])
         which = "student" if better == STUDENT else "finetuned student"
@@ -230,8 +272,16 @@ def block(rows: Sequence[Row]) -> str:
     for labels, other, read_out in PAIRS:
         gain, p = difference(*(column(rows, name, labels, read_out) for name in ("mpl", other)))
         which = "student" if read_out == STUDENT else "finetuned"
-        lines.append([f"{ENTRIES['mpl'].title} − {ENTRIES[other].title}", which, str(labels), gain, p])
-    parts.append(grid(["student against student", "read-out", "labels a class", "difference", "p"], lines, names=2))
+        lines.append(
+            [f"{ENTRIES['mpl'].title} − {ENTRIES[other].title}", which, str(labels), gain, p]
+        )
+    parts.append(
+        grid(
+            ["student against student", "read-out", "labels a class", "difference", "p"],
+            lines,
+            names=2,
+        )
+    )
     return "\n\n".join(parts)
 
 
@@ -251,8 +301,19 @@ def forms_block(rows: Sequence[Row]) -> str:
             beside = [gain, between(student, better), p]
         weight = settings[name].get("weight", NONE)
         rate = settings[name]["student_lr"]
-        lines.append([ENTRIES[name].title, weight, rate, spread(student), spread(finetuned), *beside])
-    head = ["method", "weight", "student's rate", "student", "finetuned", "against the control", "95 %", "p"]
+        lines.append(
+            [ENTRIES[name].title, weight, rate, spread(student), spread(finetuned), *beside]
+        )
+    head = [
+        "method",
+        "weight",
+        "student's rate",
+        "student",
+        "finetuned",
+        "against the control",
+        "95 %",
+        "p",
+    ]
     return grid(head, lines)
 
 
@@ -274,11 +335,20 @@ def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
     ]
     finals = sum(len(size.seeds) * len(methods_of) for methods_of in names.values())
     minutes = SECONDS_A_RUN * (len(tuning) + finals) / 60
-    print(f"{len(tuning)} tuning runs and {finals} final ones: some {minutes:.0f} minutes of one core", flush=True)
+    print(
+        f"{len(tuning)} tuning runs and {finals} final ones: some {minutes:.0f} minutes of one core",
+        flush=True,
+    )
     rows = harness.go_on(raw, tuning, run, given.workers, **made_with)
     settings = chosen([row for row in rows if "method" in row])
     final = [
-        {"method": name, "config": settings[name], "seed": seed, "labels_per_class": labels, "final": True}
+        {
+            "method": name,
+            "config": settings[name],
+            "seed": seed,
+            "labels_per_class": labels,
+            "final": True,
+        }
         for labels, methods_of in names.items()
         for seed in size.seeds
         for name in methods_of
@@ -289,7 +359,9 @@ def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--forms", action="store_true", help="the forms of Algorithm 1 beside each other")
+    parser.add_argument(
+        "--forms", action="store_true", help="the forms of Algorithm 1 beside each other"
+    )
     given = harness.parsed(parser)
     raw = FORMS_RAW if given.forms and given.out == RAW else given.out
     if given.runs:

@@ -41,8 +41,30 @@ RESULT = RESULTS / "endurance.json"
 HUNG = 120.0  # seconds after which something that takes two counts as hanging
 
 RUN = (
-    *("train", "digits", "--steps", "24", "--hidden", "8", "--finetune-steps", "6", "--labeled-batch", "8"),
-    *("--unlabeled-batch", "8", "--log-every", "2", "--validate-every", "8", "--save-every", "1", "--dropout", "0.1"),
+    *(
+        "train",
+        "digits",
+        "--steps",
+        "24",
+        "--hidden",
+        "8",
+        "--finetune-steps",
+        "6",
+        "--labeled-batch",
+        "8",
+    ),
+    *(
+        "--unlabeled-batch",
+        "8",
+        "--log-every",
+        "2",
+        "--validate-every",
+        "8",
+        "--save-every",
+        "1",
+        "--dropout",
+        "0.1",
+    ),
 )
 """A run that writes a checkpoint after every step: about half of its time goes to saving."""
 
@@ -64,9 +86,13 @@ def forked(words: tuple[str | Path, ...], said: Path) -> int:
     try:
         for number, file in ((1, said), (2, said.with_suffix(".errors"))):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), encoding="utf-8") for n in (1, 2))
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(n, "w"), encoding="utf-8") for n in (1, 2)
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
         torch.set_num_threads(1)
         sys.argv = ["metapl", *map(str, words)]
         code = metapl_command(sys.argv[1:])
@@ -125,7 +151,10 @@ class Parts:
     def ran(self, *words: str | Path) -> tuple[int | None, str, str]:
         """The command's exit code, what it says, and its errors."""
         code = ended(forked(words, self.said))
-        return code, *(file.read_text(errors="replace") for file in (self.said, self.said.with_suffix(".errors")))
+        return code, *(
+            file.read_text(errors="replace")
+            for file in (self.said, self.said.with_suffix(".errors"))
+        )
 
     def kills(self) -> Faults:
         """kill -9 at random moments, and SIGTERM now and then; it is resumed until it ends, and then equals the run
@@ -143,8 +172,14 @@ class Parts:
                 code = ended(child)
                 if code == 0:
                     break
-                words, tried = self.said.with_suffix(".errors").read_text(errors="replace"), tried + 1
-                if code not in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM) or "Traceback" in words:
+                words, tried = (
+                    self.said.with_suffix(".errors").read_text(errors="replace"),
+                    tried + 1,
+                )
+                if (
+                    code not in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
+                    or "Traceback" in words
+                ):
                     yield f"ended with {code}: {words[-200:]}"
                     break
                 yield None
@@ -158,7 +193,9 @@ class Parts:
         draw, picture, run = random.Random(3), self.folder / "digit.png", self.folder / "damaged"
         Image.fromarray((numpy.arange(64).reshape(8, 8) * 4).astype("uint8")).save(picture)
         _, before, _ = self.ran("predict", self.reference, picture, "--probabilities")
-        every = sorted(path.relative_to(self.reference) for path in self.reference.rglob("*") if path.is_file())
+        every = sorted(
+            path.relative_to(self.reference) for path in self.reference.rglob("*") if path.is_file()
+        )
         kinds = [kind for kind in every if kind.name != ".lock"]
         for kind, number in itertools.product(kinds, range(-(-self.times(310) // len(kinds)))):
             shutil.rmtree(run, ignore_errors=True)
@@ -169,7 +206,9 @@ class Parts:
             if fault is None and code == 0 and out != before:
                 fault = "was taken for another prediction"
             if number % 6 == 0 and fault is None:
-                code, _, error = self.ran(*(("evaluate", run), ("compare", run, run))[number // 6 % 2])
+                code, _, error = self.ran(
+                    *(("evaluate", run), ("compare", run, run))[number // 6 % 2]
+                )
                 fault = ending(code, error)
             if number % 12 == 0 and fault is None and kind.name != "result.json":
                 (run / "result.json").unlink()
@@ -185,7 +224,9 @@ class Parts:
         draw, path, rng = random.Random(4), self.folder / "picture.bin", numpy.random.default_rng(0)
         whole, forms = [], ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
         for form, mode in itertools.product(forms, ("L", "RGB", "RGBA", "P")):
-            image = Image.fromarray(rng.integers(0, 256, (24, 32, 4), dtype="uint8"), "RGBA").convert(mode)
+            image = Image.fromarray(
+                rng.integers(0, 256, (24, 32, 4), dtype="uint8"), "RGBA"
+            ).convert(mode)
             file = io.BytesIO()
             with contextlib.suppress(OSError):  # not every format has every mode
                 image.save(file, form)
@@ -197,7 +238,11 @@ class Parts:
             faulthandler.dump_traceback_later(HUNG, exit=True)
             try:
                 x = read_image(path, size=(8, 8))
-                fault = None if x.shape == (3, 8, 8) and x.dtype == torch.uint8 else f"gave {tuple(x.shape)}"
+                fault = (
+                    None
+                    if x.shape == (3, 8, 8) and x.dtype == torch.uint8
+                    else f"gave {tuple(x.shape)}"
+                )
             except MetaplError:
                 pass
             except BaseException as error:
@@ -224,7 +269,10 @@ def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:
 def table(result: Row) -> str:
     """What was tried how often, and how often it failed."""
     setup, rows = result["setup"], result["parts"]
-    lines = [[PARTS[name], *(f"{rows[name][key]:,.0f}" for key in ("tried", "failed", "seconds"))] for name in rows]
+    lines = [
+        [PARTS[name], *(f"{rows[name][key]:,.0f}" for key in ("tried", "failed", "seconds"))]
+        for name in rows
+    ]
     return (
         f"`{setup['command']}` on {setup['cpus']} cores of {setup['processor']}, torch {setup['torch']}, Python "
         f"{setup['python']}.\n\n{grid(['what', 'tried', 'failed', 'seconds'], lines)}"
@@ -234,7 +282,12 @@ def table(result: Row) -> str:
 def main() -> None:
     given = parsed(arguments(__doc__, RESULT))
     torch.set_num_threads(1)
-    for name in ("matplotlib.figure", "tensorboard", "torch._dynamo", "torch.utils.tensorboard.summary"):
+    for name in (
+        "matplotlib.figure",
+        "tensorboard",
+        "torch._dynamo",
+        "torch.utils.tensorboard.summary",
+    ):
         import_module(name)  # here, and not in each forked process
     if given.runs:
         result: Row = {"setup": {**environment(), "command": "make endurance"}, "parts": {}}
@@ -243,7 +296,11 @@ def main() -> None:
             for name in PARTS:
                 since, faults = time.monotonic(), list(getattr(parts, name)())
                 failures = [fault[:300] for fault in faults if fault is not None]
-                found = {"tried": len(faults), "failed": len(failures), "seconds": time.monotonic() - since}
+                found = {
+                    "tried": len(faults),
+                    "failed": len(failures),
+                    "seconds": time.monotonic() - since,
+                }
                 result["parts"][name] = {**found, "failures": failures[:20]}
                 print(name, found, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
                 write_json(given.out, result)

@@ -75,13 +75,23 @@ class Option:
     @property
     def name(self) -> str:
         """Return the call that makes the estimator, with the kind of labels where the estimator takes both."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items()).replace("'", '"')
-        takes_both = self.estimator in ("Forward", "Difference", "Implicit", "NoFeedback", "Unrolled")
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items()).replace(
+            "'", '"'
+        )
+        takes_both = self.estimator in (
+            "Forward",
+            "Difference",
+            "Implicit",
+            "NoFeedback",
+            "Unrolled",
+        )
         labels = ", hard labels" if takes_both and self.labels == "hard" else ""
         return f"{self.estimator}({settings}){labels}"
 
     def mode(self) -> metapl.feedback.Estimator:
-        estimator: metapl.feedback.Estimator = getattr(metapl.feedback, self.estimator)(**self.settings)
+        estimator: metapl.feedback.Estimator = getattr(metapl.feedback, self.estimator)(
+            **self.settings
+        )
         return estimator
 
 
@@ -113,7 +123,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("LossDifference", {"normalization": "learning_rate"}, labels="hard", cost=0.8),
     Option("Implicit", {"solver": "identity"}),
     Option("Implicit", {"solver": "cg", "damping": 1.0, "iterations": 3}, cost=1.9),
-    Option("Implicit", {"solver": "neumann", "damping": 0.1, "step_size": 0.05, "iterations": 3}, cost=1.9),
+    Option(
+        "Implicit",
+        {"solver": "neumann", "damping": 0.1, "step_size": 0.05, "iterations": 3},
+        cost=1.9,
+    ),
 )
 
 RULES: dict[str, dict[str, float]] = {
@@ -223,7 +237,9 @@ def rows_of_batches(count: int, batch: int, steps: int, seed: int) -> list[Tenso
 
 
 def optimizer_of(network: nn.Module, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(
+        network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
 
 
 @torch.no_grad()
@@ -241,7 +257,9 @@ def run_seed(job: Job, seed: int, data: Path, miniature: bool) -> Row:
     steps = 4 if miniature else STEPS
     split = split_of(cell.problem, seed, data, miniature)
     labeled_rows = rows_of_batches(len(split.labels), LABELED_BATCH, steps, seed=1000 * seed + 1)
-    unlabeled_rows = rows_of_batches(len(split.unlabeled_inputs), cell.unlabeled_batch, steps, seed=1000 * seed + 2)
+    unlabeled_rows = rows_of_batches(
+        len(split.unlabeled_inputs), cell.unlabeled_batch, steps, seed=1000 * seed + 2
+    )
     labeled = [(split.labeled_inputs[rows], split.labels[rows]) for rows in labeled_rows]
     unlabeled = [split.unlabeled_inputs[rows] for rows in unlabeled_rows]
 
@@ -264,7 +282,12 @@ def run_seed(job: Job, seed: int, data: Path, miniature: bool) -> Row:
         )
         if cell.way == "fit":
             fitted = trainer.fit(
-                labeled, unlabeled, steps=steps, log_every=max(1, steps // 10), progress=False, say=keep_silent
+                labeled,
+                unlabeled,
+                steps=steps,
+                log_every=max(1, steps // 10),
+                progress=False,
+                say=keep_silent,
             )
             scalars = fitted.history[-1]
         else:
@@ -320,7 +343,9 @@ def run_missing(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
         print(f"{done}/{len(missing)}", *key_of(rows[0]), students, file=sys.stderr, flush=True)
 
 
-def results(jobs: Sequence[Job], arguments: argparse.Namespace, ends: float | None) -> Iterator[list[Row]]:
+def results(
+    jobs: Sequence[Job], arguments: argparse.Namespace, ends: float | None
+) -> Iterator[list[Row]]:
     """Yield the rows of each job when it is finished; after ``ends``, of the monotonic clock, no job is begun."""
     waiting = iter(jobs)
     if arguments.workers == 1:
@@ -338,7 +363,9 @@ def results(jobs: Sequence[Job], arguments: argparse.Namespace, ends: float | No
                 job = next(waiting, None)
                 if job is None:
                     break
-                running.add(pool.submit(run_job, job, arguments.data, arguments.miniature, arguments.seeds))
+                running.add(
+                    pool.submit(run_job, job, arguments.data, arguments.miniature, arguments.seeds)
+                )
             if not running:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
@@ -395,7 +422,9 @@ def cell_result(cell: Cell, rows: Sequence[Row], controls: Sequence[Row]) -> Cel
         gains.append(row["student"] - control["student"])
         teacher_gains.append(row["teacher"] - control["teacher"])
         at_chance += is_at_chance(row) and not is_at_chance(control)
-    return CellResult(cell, tuple(gains), tuple(teacher_gains), at_chance=at_chance, errors=tuple(errors))
+    return CellResult(
+        cell, tuple(gains), tuple(teacher_gains), at_chance=at_chance, errors=tuple(errors)
+    )
 
 
 @dataclass(frozen=True)
@@ -485,7 +514,17 @@ def table_of_rule(found: Sequence[Verdict]) -> str:
             ]
         )
     titles = [problem.title for problem in PROBLEMS.values()]
-    head = ["option", "cells", "mean", *titles, "worst cell", "cells 5 below", "runs at chance", "errors", "verdict"]
+    head = [
+        "option",
+        "cells",
+        "mean",
+        *titles,
+        "worst cell",
+        "cells 5 below",
+        "runs at chance",
+        "errors",
+        "verdict",
+    ]
     return grid(head, lines)
 
 
@@ -499,9 +538,13 @@ def table_of_failures(found: Sequence[Verdict]) -> str:
                 continue
             student = in_points(result.gain) if result.gains else NONE
             teacher = in_points(statistics.fmean(result.teacher_gains)) if result.gains else NONE
-            reasons = "; ".join(f"{count} x {text}" for text, count in Counter(result.errors).items())
+            reasons = "; ".join(
+                f"{count} x {text}" for text, count in Counter(result.errors).items()
+            )
             name = f"`{verdict.option.name}`"
-            lines.append([name, result.cell.title, student, teacher, result.at_chance, reasons or NONE])
+            lines.append(
+                [name, result.cell.title, student, teacher, result.at_chance, reasons or NONE]
+            )
     head = ["option", "cell", "student", "teacher", "runs at chance", "errors"]
     return grid(head, lines, "llrrrl")
 
@@ -517,7 +560,13 @@ def table_of_controls(rows: Sequence[Row]) -> str:
             line += [mean_in_percent(own, role) for role in ("student", "teacher")]
         if any(value != NONE for value in line[1:]):
             lines.append(line)
-    head = ["problem, rate, unlabeled batch, way", "student, soft labels", "teacher", "student, hard labels", "teacher"]
+    head = [
+        "problem, rate, unlabeled batch, way",
+        "student, soft labels",
+        "teacher",
+        "student, hard labels",
+        "teacher",
+    ]
     return grid(head, lines)
 
 
@@ -533,7 +582,9 @@ def block(rows: Sequence[Row]) -> str:
         if not found:
             continue
         held = sum(verdict.holds for verdict in found)
-        arguments = ", ".join(f"{name}={value}" for name, value in RULES[rule].items()) or "no argument"
+        arguments = (
+            ", ".join(f"{name}={value}" for name, value in RULES[rule].items()) or "no argument"
+        )
         average = in_points(statistics.fmean(verdict.mean for verdict in found))
         parts.append(
             f"### {rule}: {arguments}\n\nIt holds for {held} of {len(found)} options; their mean is {average}."
@@ -551,7 +602,9 @@ def estimate(rules: Sequence[str]) -> str:
     controls = sum(job.seconds() for job in jobs_of([], [*PROBLEMS], ("fit", "step")))
     lines = [["controls", f"{controls / 60:.0f}"]]
     for rule in rules:
-        seconds = sum(job.seconds() for job in jobs_of([rule], [*PROBLEMS], ("fit", "step"))) - controls
+        seconds = (
+            sum(job.seconds() for job in jobs_of([rule], [*PROBLEMS], ("fit", "step"))) - controls
+        )
         lines.append([rule, f"{seconds / 60:.0f}"])
     return grid(["rule", "minutes of one core"], lines)
 
@@ -560,7 +613,9 @@ def miniature_jobs(rule: str) -> list[Job]:
     """Return every option in a cell of the first problem, and ``Forward()`` in a cell of each other one."""
     first = CELLS[0]
     others = [cell for cell in CELLS if cell.problem != first.problem and cell.rate == RATES[0]]
-    jobs = [Job(cell, control, NO_RULE) for cell in (first, *others) for control in CONTROLS.values()]
+    jobs = [
+        Job(cell, control, NO_RULE) for cell in (first, *others) for control in CONTROLS.values()
+    ]
     jobs += [Job(first, option, rule) for option in OPTIONS]
     jobs += [Job(cell, OPTIONS[0], rule) for cell in others]
     return jobs
@@ -568,21 +623,50 @@ def miniature_jobs(rule: str) -> list[Job]:
 
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
-    parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER", help="where the cached files are")
-    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="write the cached files; runs nothing")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, metavar="FOLDER", help="where the cached files are"
+    )
+    parser.add_argument(
+        "--prepare", type=Path, metavar="FOLDER", help="write the cached files; runs nothing"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
-    parser.add_argument("--rules", nargs="+", default=[*RULES], choices=[*RULES], help="what sets the feedback's size")
-    parser.add_argument("--part", nargs="+", default=[*PROBLEMS], choices=[*PROBLEMS], help="the problems that are run")
     parser.add_argument(
-        "--ways", nargs="+", default=["fit", "step"], choices=["fit", "step"], help="how steps are taken"
+        "--rules",
+        nargs="+",
+        default=[*RULES],
+        choices=[*RULES],
+        help="what sets the feedback's size",
     )
     parser.add_argument(
-        "--options", nargs="+", metavar="TEXT", help="options whose names begin so; controls always run"
+        "--part",
+        nargs="+",
+        default=[*PROBLEMS],
+        choices=[*PROBLEMS],
+        help="the problems that are run",
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[*RATES], choices=[*RATES], help="of the cells")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[*SEEDS], help="to look at a cell again, into another file by --out"
+        "--ways",
+        nargs="+",
+        default=["fit", "step"],
+        choices=["fit", "step"],
+        help="how steps are taken",
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        metavar="TEXT",
+        help="options whose names begin so; controls always run",
+    )
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[*RATES], choices=[*RATES], help="of the cells"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[*SEEDS],
+        help="to look at a cell again, into another file by --out",
     )
     parser.add_argument("--commit", help="the commit that is run, where git cannot say it")
     arguments = harness.parsed(parser)

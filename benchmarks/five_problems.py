@@ -220,9 +220,29 @@ def clothes_convolutions() -> nn.Module:
 
 TEXT_FILE = "docstrings.npz"
 PACKAGES = ("torch/distributed", "scipy", "matplotlib", "python")
-NAMES = {"torch", "pytorch", "numpy", "np", "scipy", "matplotlib", "matplotlibrc", "mpl", "pyplot", "plt"}
+NAMES = {
+    "torch",
+    "pytorch",
+    "numpy",
+    "np",
+    "scipy",
+    "matplotlib",
+    "matplotlibrc",
+    "mpl",
+    "pyplot",
+    "plt",
+}
 NAMES |= {"sklearn", "scikit", "python", "cpython"}
-SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "externals", "site-packages", "idlelib", "lib2to3"}
+SKIPPED_FOLDERS = {
+    "tests",
+    "test",
+    "testing",
+    "_vendor",
+    "externals",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+}
 SKIPPED_FOLDERS |= {"ensurepip"}
 TEXTS_PER_CLASS = 800
 TEXTS_PER_FILE = 16
@@ -238,7 +258,9 @@ def docstrings(package: str) -> Iterator[tuple[str, str]]:
     if top != "python":
         spec = importlib.util.find_spec(top)
         if spec is None or spec.origin is None:
-            raise SystemExit(f"the package {top} is not installed; its docstrings are one of the four classes")
+            raise SystemExit(
+                f"the package {top} is not installed; its docstrings are one of the four classes"
+            )
         root = Path(spec.origin).parent / folder
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -259,9 +281,17 @@ def texts_of(package: str, count: int) -> list[list[str]]:
     beginnings = set[str]()
     from_file = Counter[str]()
     for file, docstring in docstrings(package):
-        words = [word for word in re.findall(r"[a-z]+|\d|[^\w\s]", docstring.lower()) if word not in NAMES]
+        words = [
+            word
+            for word in re.findall(r"[a-z]+|\d|[^\w\s]", docstring.lower())
+            if word not in NAMES
+        ]
         beginning = " ".join(words[:16])
-        if len(words) < WORDS_PER_TEXT or beginning in beginnings or from_file[file] == TEXTS_PER_FILE:
+        if (
+            len(words) < WORDS_PER_TEXT
+            or beginning in beginnings
+            or from_file[file] == TEXTS_PER_FILE
+        ):
             continue
         beginnings.add(beginning)
         from_file[file] += 1
@@ -282,7 +312,9 @@ def prepare_texts(data: Path) -> None:
     counts = Counter(word for words in texts for word in words)
     numbers = {word: 1 + rank for rank, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}
     ids = [[numbers.get(word, UNKNOWN_WORD) for word in words] for words in texts]
-    np.savez_compressed(data / TEXT_FILE, ids=np.array(ids, dtype=np.int16), labels=np.array(labels, dtype=np.int8))
+    np.savez_compressed(
+        data / TEXT_FILE, ids=np.array(ids, dtype=np.int16), labels=np.array(labels, dtype=np.int8)
+    )
 
 
 @lru_cache(maxsize=1)
@@ -294,7 +326,9 @@ def texts(data: Path, miniature: bool) -> Examples:
         labels = small.labels % len(PACKAGES)
         return Examples(inputs=ids, labels=labels, test_pool=(ids, labels))
     with np.load(cached(data / TEXT_FILE)) as arrays:
-        return Examples(inputs=torch.tensor(arrays["ids"]).long(), labels=torch.tensor(arrays["labels"]).long())
+        return Examples(
+            inputs=torch.tensor(arrays["ids"]).long(), labels=torch.tensor(arrays["labels"]).long()
+        )
 
 
 class MeanOfWords(nn.Module):
@@ -303,7 +337,9 @@ class MeanOfWords(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(VOCABULARY, 32)
-        self.head = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, len(PACKAGES)))
+        self.head = nn.Sequential(
+            nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, len(PACKAGES))
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits (B, 4) of texts (B, 48)."""
@@ -315,8 +351,12 @@ class MeanOfWords(nn.Module):
 
 PROBLEMS: dict[str, Problem] = {
     "digits_mlp": Problem("digits, an MLP", Sizes(128, 1200, 469), digits, digits_mlp),
-    "digits_conv": Problem("digits, convolutions", Sizes(128, 1200, 469), digits, digits_convolutions),
-    "fashion": Problem("Fashion-MNIST, convolutions", Sizes(400, 3600, 2000), clothes, clothes_convolutions),
+    "digits_conv": Problem(
+        "digits, convolutions", Sizes(128, 1200, 469), digits, digits_convolutions
+    ),
+    "fashion": Problem(
+        "Fashion-MNIST, convolutions", Sizes(400, 3600, 2000), clothes, clothes_convolutions
+    ),
     "text": Problem("docstrings, mean of words", Sizes(400, 1800, 1000), texts, MeanOfWords),
     "table": Problem("breast cancer, an MLP", Sizes(30, 380, 159), tumors, table_network),
 }
@@ -325,7 +365,9 @@ PROBLEMS: dict[str, Problem] = {
 def cached(file: Path) -> Path:
     """Return the file, or end in a line that says how it is made."""
     if not file.exists():
-        raise SystemExit(f"{file} is missing; make it by --prepare FOLDER, the folder of Fashion-MNIST's four files")
+        raise SystemExit(
+            f"{file} is missing; make it by --prepare FOLDER, the folder of Fashion-MNIST's four files"
+        )
     return file
 
 

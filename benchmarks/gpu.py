@@ -74,11 +74,19 @@ VIT: Row = {"num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536
 LM: Row = {"words": 50257, "width": 768, "depth": 12, "length": 512, "head": 64, "outputs": 50257}
 WRN = partial(large, metapl.models.wide_resnet28_2, (3, 32, 32), 128, 896)
 LARGER = {
-    "ViT-S": partial(large, partial(torchvision.models.VisionTransformer, 224, 16, **VIT), (3, 224, 224), 32, 128),
+    "ViT-S": partial(
+        large, partial(torchvision.models.VisionTransformer, 224, 16, **VIT), (3, 224, 224), 32, 128
+    ),
     "causal LM, 124 M": partial(large, partial(peers.CausalLM, **LM), (512,), 8, 8, words=50257),
-    "ResNet-50": partial(large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128),
+    "ResNet-50": partial(
+        large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128
+    ),
 }
-LARGE = {"WRN-28-2": WRN, "WRN-28-2, channels-last": partial(WRN, layout=torch.channels_last), **LARGER}
+LARGE = {
+    "WRN-28-2": WRN,
+    "WRN-28-2, channels-last": partial(WRN, layout=torch.channels_last),
+    **LARGER,
+}
 ROUNDS = dict.fromkeys(LARGER, 5)
 """Rounds of the networks whose steps take long; of the others, eleven."""
 # The test and the networks of a miniature, which has a part of each kind.
@@ -104,7 +112,11 @@ class Part:
     libraries: tuple[str, ...] = ()
 
 
-LIBRARIES = (peers.FORWARD, peers.UNROLLED, *(name for name, (_, gradient) in peers.PEERS.items() if gradient))
+LIBRARIES = (
+    peers.FORWARD,
+    peers.UNROLLED,
+    *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
+)
 CHANNELS_LAST = "WRN-28-2, channels-last"
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
@@ -114,18 +126,45 @@ PARTS: dict[str, Part] = {
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
-    **{f"other libraries, {name}": Part(40, name, libraries=LIBRARIES) for name in ("transformer", "WRN-28-2", "MLP")},
+    **{
+        f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
+        for name in ("transformer", "WRN-28-2", "MLP")
+    },
     **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
-    "compiled WRN-28-2": Part(85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)),
-    "WRN-28-2 by graphs": Part(85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(GRAPHS,)),
+    "compiled WRN-28-2": Part(
+        85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)
+    ),
+    "WRN-28-2 by graphs": Part(
+        85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(GRAPHS,)
+    ),
 }
-OF_MINIATURE = (TESTS, "compiled mlp", "WRN-28-2, bf16", "other libraries, MLP", "WRN-28-2, float32")
+OF_MINIATURE = (
+    TESTS,
+    "compiled mlp",
+    "WRN-28-2, bf16",
+    "other libraries, MLP",
+    "WRN-28-2, float32",
+)
 
 
 def tests(report: Path, *, is_small: bool) -> list[Row]:
     """Run the tests that are marked gpu, in four processes if pytest-xdist is installed; a miniature runs one test."""
-    files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    files = [
+        path
+        for path in sorted(ROOT.glob("tests/*/test_*.py"))
+        if "pytest.mark.gpu" in path.read_text()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
     # pytest-benchmark, where it is installed, warns beside pytest-xdist, and warnings are errors here.
     command += ["-p", "no:benchmark"]
     if is_small:
@@ -136,7 +175,11 @@ def tests(report: Path, *, is_small: bool) -> list[Row]:
     threads = {"OMP_NUM_THREADS": "2"}
     subprocess.run([*command, *map(str, files)], cwd=ROOT, env=threads | os.environ, check=False)
     cases = list(ET.parse(report).iter("testcase"))
-    failed = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    failed = [
+        c.get("name", "")
+        for c in cases
+        if c.find("failure") is not None or c.find("error") is not None
+    ]
     skipped = sum(case.find("skipped") is not None for case in cases)
     passed = len(cases) - skipped - len(failed)
     return [{"passed": passed, "skipped": skipped, "failed": failed, "measured_on": environment()}]
@@ -163,7 +206,9 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
             yield [{"mode": mode, "way": way, "reason": reason, "measured_on": environment()}]
 
 
-def libraries(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
+def libraries(
+    part: Part, done: Sequence[Row], device: str, *, is_small: bool
+) -> Iterator[list[Row]]:
     """Yield a row of :func:`peers.measure` for each library that is installed here, in one process, without TF32."""
     chosen = part.libraries[:1] if is_small else part.libraries
     with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
@@ -175,31 +220,51 @@ def libraries(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -
             packages = peers.PEERS[library][0] if library in peers.PEERS else ()
             modules = {"boat-torch": "boat_torch"}
             names = [package.partition("==")[0] for package in packages]
-            lacking = [name for name in names if importlib.util.find_spec(modules.get(name, name)) is None]
+            lacking = [
+                name for name in names if importlib.util.find_spec(modules.get(name, name)) is None
+            ]
             row: Row = {"library": library, "network": part.network, "measured_on": environment()}
             if lacking:
                 yield [row | {"reason": f"{', '.join(lacking)} is not installed"}]
                 continue
             calls = 1 if is_small else 10
             try:
-                measured = peers.measure(library, part.network, 1, calls=calls, truth=truth, device=device)
+                measured = peers.measure(
+                    library, part.network, 1, calls=calls, truth=truth, device=device
+                )
                 yield [row | measured]
-            except Exception as error:  # whatever another library raises is what there is to say of it
-                yield [row | {"reason": f"stops: {type(error).__name__}: {str(error).strip()[:120]}"}]
+            except (
+                Exception
+            ) as error:  # whatever another library raises is what there is to say of it
+                yield [
+                    row | {"reason": f"stops: {type(error).__name__}: {str(error).strip()[:120]}"}
+                ]
 
 
 def shown(part: str, row: Row) -> list[str]:
     """Return the cells of a row: what was measured, the result, the goal."""
     if part == TESTS:
         failed = f": {', '.join(row['failed'])}" if row["failed"] else ""
-        return ["tests on the device", f"{row['passed']} passed, {len(row['failed'])} failed{failed}", "none failed"]
-    what = f"{part}: {row['library']}" if "library" in row else f"{part}: `{row['mode']}`, {row['way']}"
+        return [
+            "tests on the device",
+            f"{row['passed']} passed, {len(row['failed'])} failed{failed}",
+            "none failed",
+        ]
+    what = (
+        f"{part}: {row['library']}"
+        if "library" in row
+        else f"{part}: `{row['mode']}`, {row['way']}"
+    )
     if "reason" in row:
         return [what, row["reason"], ""]
     if "library" in row:
-        result = f"{1e3 * row['seconds']:.3g} ms, {row['bytes'] / 1e6:.3g} MB, error {row['error']:.1e}"
+        result = (
+            f"{1e3 * row['seconds']:.3g} ms, {row['bytes'] / 1e6:.3g} MB, error {row['error']:.1e}"
+        )
         return [what, result, ""]
-    result = f"{row['ratio']:.2f} of by hand, memory {row['bytes'] / max(1, row['bytes_by_hand']):.2f}"
+    result = (
+        f"{row['ratio']:.2f} of by hand, memory {row['bytes'] / max(1, row['bytes_by_hand']):.2f}"
+    )
     if "cold_seconds" in row:
         result += f", first step {row['cold_seconds']:.0f} s"
     goal = "1.10" if row["way"] == EAGER else ""
@@ -251,20 +316,38 @@ def table(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="the folder of the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this call, which the next one goes on from")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu"),
+        metavar="DIR",
+        help="the folder of the results",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="of this call, which the next one goes on from"
+    )
     parser.add_argument("--most", type=float, default=MOST, metavar="SECONDS", help="of a part")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --miniature")
-    parser.add_argument("--miniature", action="store_true", help="everything small; its figures mean nothing")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="print the table of a folder and stop")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --miniature"
+    )
+    parser.add_argument(
+        "--miniature", action="store_true", help="everything small; its figures mean nothing"
+    )
+    parser.add_argument(
+        "--table", type=Path, metavar="DIR", help="print the table of a folder and stop"
+    )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
     options = parser.parse_args()
     if options.table:
         print(table(options.table))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu --miniature runs everything small on the CPU")
+        parser.error(
+            "there is no CUDA device; --device cpu --miniature runs everything small on the CPU"
+        )
     if options.device == "cpu" and not options.miniature:
         parser.error("on the CPU there is the miniature alone; give --miniature as well")
     is_small = options.miniature
@@ -286,7 +369,9 @@ def main() -> None:
             command.append("--miniature")
         limit = left if is_small else min(left, options.most)
         with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False)
+            subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
+            )
     print(table(options.out))
 
 

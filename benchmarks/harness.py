@@ -36,13 +36,23 @@ Row = dict[str, Any]
 
 def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=result, metavar="FILE", help="the file of the result")
-    parser.add_argument(
-        "--miniature", action="store_true", help="everything in seconds, to see that it runs; its figures mean nothing"
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables of --out there; runs nothing")
-    parser.add_argument("--table", action="store_true", help="print the tables of --out; runs nothing")
+    parser.add_argument(
+        "--out", type=Path, default=result, metavar="FILE", help="the file of the result"
+    )
+    parser.add_argument(
+        "--miniature",
+        action="store_true",
+        help="everything in seconds, to see that it runs; its figures mean nothing",
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="put the tables of --out there; runs nothing"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of --out; runs nothing"
+    )
     return parser
 
 
@@ -52,7 +62,9 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     given = parser.parse_args()
     given.runs = given.write is None and not given.table
     if given.miniature and given.out.resolve() == parser.get_default("out").resolve():
-        parser.error(f"--miniature would write its figures to {given.out}; give it another file by --out FILE")
+        parser.error(
+            f"--miniature would write its figures to {given.out}; give it another file by --out FILE"
+        )
     return given
 
 
@@ -80,7 +92,9 @@ def commit() -> str | None:
     asked = {"capture_output": True, "text": True, "check": True}
     try:
         number = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **asked).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **asked).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], **asked
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("METAPL_COMMIT")
     return f"{number}+" if changes else number
@@ -96,7 +110,11 @@ def environment() -> Row:
 
 
 def go_on(
-    file: Path, jobs: Iterable[Row], run: Callable[..., Row | list[Row]], workers: int = 1, **about: Any
+    file: Path,
+    jobs: Iterable[Row],
+    run: Callable[..., Row | list[Row]],
+    workers: int = 1,
+    **about: Any,
 ) -> list[Row]:
     """Run the jobs that no row of the file has, each a row of its own columns and what ``run(**job)`` finds, or a row
     for each thing that it finds.
@@ -122,7 +140,11 @@ def go_on(
         said = True
         rows.extend(json.loads(json.dumps(new)))
         for row in new:
-            print({name: value for name, value in row.items() if name != "made_with"}, file=sys.stderr, flush=True)
+            print(
+                {name: value for name, value in row.items() if name != "made_with"},
+                file=sys.stderr,
+                flush=True,
+            )
 
     if workers == 1:
         for job in missing():
@@ -149,7 +171,9 @@ def best(rows: Iterable[Row], of: str, by: str | Callable[[Row], float]) -> Any:
     the first."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(json.dumps(row[of]), []).append(row[by] if isinstance(by, str) else by(row))
+        found.setdefault(json.dumps(row[of]), []).append(
+            row[by] if isinstance(by, str) else by(row)
+        )
     return json.loads(max(found, key=lambda value: statistics.fmean(found[value])))
 
 
@@ -161,7 +185,9 @@ def apart(use: str, python: str = sys.executable) -> Any:
     code = f"import json, sys, torch; sys.path.insert(0, {str(HERE)!r}); torch.set_num_threads(1)\n"
     code += f"import {use.partition('.')[0]}; print(json.dumps({use}))"
     paths = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([python, "-c", code], env=paths, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-c", code], env=paths, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -223,14 +249,20 @@ def between(first: Sequence[float], second: Sequence[float]) -> str:
     return NONE if ends is None else f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}"
 
 
-def interval(first: Sequence[float], second: Sequence[float] | None = None, form: str = ".2f") -> str:
+def interval(
+    first: Sequence[float], second: Sequence[float] | None = None, form: str = ".2f"
+) -> str:
     """The mean of their difference with its 95 % interval, or that of the first ones; in their unit.
 
     >>> interval([1.0, 2.0, 4.0], [0.5, 1.0, 2.5])
     '1.00 (-0.24 to 2.24)'
     """
     test = paired_test(first, [0.0] * len(first) if second is None else second)
-    ends = "" if test.interval is None else f" ({test.interval[0]:{form}} to {test.interval[1]:{form}})"
+    ends = (
+        ""
+        if test.interval is None
+        else f" ({test.interval[0]:{form}} to {test.interval[1]:{form}})"
+    )
     return f"{test.mean:{form}}{ends}"
 
 
@@ -247,7 +279,9 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int | str =
     """
     sides = "l" * names if isinstance(names, int) else names
     rule = "".join("|---" if side == "l" else "|---:" for side in sides.ljust(len(head), "r")) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(str, line))} |" for line in lines)])
+    return "\n".join(
+        [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(str, line))} |" for line in lines)]
+    )
 
 
 def show(page: Path | None, name: str, tables: str) -> None:
@@ -268,7 +302,11 @@ def figure_of(page: Path, name: str) -> Path:
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's colors, which the color-blind can tell apart
+BLUE, ORANGE, GREEN = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+)  # of Okabe and Ito's colors, which the color-blind can tell apart
 
 
 @dataclass(frozen=True)
@@ -283,7 +321,12 @@ class Bar:
 
 
 def bars(
-    path: Path, panels: dict[str, list[Bar]], heading: str, axis: str, columns: int = 1, least: float | None = None
+    path: Path,
+    panels: dict[str, list[Bar]],
+    heading: str,
+    axis: str,
+    columns: int = 1,
+    least: float | None = None,
 ) -> None:
     """Differences in points with their 95 % intervals, a panel a question; a value below ``least`` is written there."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -294,12 +337,18 @@ def bars(
     for number, height in zip(heights, itertools.accumulate(heights.values()), strict=True):
         shares[min(columns - 1, int(columns * (height - 1) / sum(heights.values())))].append(number)
     tallest = max(sum(heights[name] for name in own) for own in shares)
-    figure = Figure(figsize=(9.5 if columns == 1 else 6.5 * columns, 0.8 + 0.22 * tallest), layout="constrained")
+    figure = Figure(
+        figsize=(9.5 if columns == 1 else 6.5 * columns, 0.8 + 0.22 * tallest), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     parts = figure.subfigures(1, columns, squeeze=False)[0]
     for part, names in zip(parts, shares, strict=True):
         of_column = part.subplots(
-            len(names), 1, squeeze=False, height_ratios=[heights[name] for name in names], sharex=least is not None
+            len(names),
+            1,
+            squeeze=False,
+            height_ratios=[heights[name] for name in names],
+            sharex=least is not None,
         )[:, 0]
         for axes, name in zip(of_column, names, strict=True):
             for y, bar in enumerate(panels[name][::-1]):
@@ -309,11 +358,15 @@ def bars(
                     axes.annotate(text, (least, y), fontsize=8, va="center", color=bar.color)
                     continue
                 if test.interval is not None:
-                    axes.plot([100 * end for end in test.interval], [y, y], color=bar.color, linewidth=1.6)
+                    axes.plot(
+                        [100 * end for end in test.interval], [y, y], color=bar.color, linewidth=1.6
+                    )
                 axes.plot(100 * test.mean, y, "o", color=bar.color, markersize=5)
                 if bar.other is not None:
                     axes.plot(bar.other, y, "D", color=ORANGE, markersize=4)
-            axes.set_yticks(range(len(panels[name])), [bar.label for bar in panels[name][::-1]], fontsize=7.5)
+            axes.set_yticks(
+                range(len(panels[name])), [bar.label for bar in panels[name][::-1]], fontsize=7.5
+            )
             axes.axvline(0, color="0.6", linewidth=1)
             axes.set_ylim(-0.7, len(panels[name]) - 0.3)
             axes.set_title(name, fontsize=9.5, loc="left")

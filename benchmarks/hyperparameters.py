@@ -50,7 +50,10 @@ def around_start(study: str, width: float, generator: torch.Generator | None = N
     """The logarithms, drawn uniformly this far around the start."""
     start = {name: torch.as_tensor(t) for name, t in STUDIES[study].START.items()}
     start = start if study == "schedule" else {name: t.log() for name, t in start.items()}
-    return {name: t + width * (2 * torch.rand(t.shape, generator=generator) - 1) for name, t in start.items()}
+    return {
+        name: t + width * (2 * torch.rand(t.shape, generator=generator) - 1)
+        for name, t in start.items()
+    }
 
 
 def values(study: str, logs: Logs) -> Any:
@@ -77,25 +80,42 @@ def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
             problem.inner_loss(outputs, signal, batch, params).mean().backward()
         optimizer.step()
     with torch.no_grad():
-        return F.cross_entropy(student(split.validation[0]), split.validation[1]).item(), logs, student
+        return (
+            F.cross_entropy(student(split.validation[0]), split.validation[1]).item(),
+            logs,
+            student,
+        )
 
 
 @torch.no_grad()
 def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     """Loss, and accuracy in %, on the digits that neither training nor validation has seen."""
-    x, y = torch.cat([split.test[0], split.unlabeled]), torch.cat([split.test[1], split.unlabeled_truth])
-    return F.cross_entropy(student(x), y).item(), 100 * (student(x).argmax(1) == y).double().mean().item()
+    x, y = (
+        torch.cat([split.test[0], split.unlabeled]),
+        torch.cat([split.test[1], split.unlabeled_truth]),
+    )
+    return F.cross_entropy(student(x), y).item(), 100 * (
+        student(x).argmax(1) == y
+    ).double().mean().item()
 
 
-def one(study: str, arm: str, setting: float | None, seed: int, final: bool, raw: Path, rounds: int) -> Row:
+def one(
+    study: str, arm: str, setting: float | None, seed: int, final: bool, raw: Path, rounds: int
+) -> Row:
     split, since = load_digits_split(10, seed), time.process_time()
     descent, search = SETTINGS
     if arm == search:  # for as long as the descents of this seed took
-        same = (r for r in of_study(read(raw), study) if (r["arm"], r["seed"], r["final"]) == (descent, seed, final))
+        same = (
+            r
+            for r in of_study(read(raw), study)
+            if (r["arm"], r["seed"], r["final"]) == (descent, seed, final)
+        )
         budget = statistics.median(row["seconds"] for row in same)
         found, generator = [], torch.Generator().manual_seed(seed)
         while time.process_time() - since < budget:
-            found.append(trained(study, split, seed, around_start(study, cast("float", setting), generator)))
+            found.append(
+                trained(study, split, seed, around_start(study, cast("float", setting), generator))
+            )
     elif arm == descent:
         found = []
         with suppress(MetaplError):  # of a round that diverges; those before it count
@@ -138,16 +158,29 @@ def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> str:
     """The final runs, and the differences between the two arms."""
-    names = {"validation_loss": "validation loss", "test_loss": "test loss", "accuracy": "test accuracy, %"}
+    names = {
+        "validation_loss": "validation loss",
+        "test_loss": "test loss",
+        "accuracy": "test accuracy, %",
+    }
     columns = {
-        (arm, key): [r[key] for r in sorted(rows, key=lambda r: r["seed"]) if r["final"] and r["arm"] == arm]
+        (arm, key): [
+            r[key] for r in sorted(rows, key=lambda r: r["seed"]) if r["final"] and r["arm"] == arm
+        ]
         for arm in (UNTUNED, *SETTINGS)
         for key in (*names, "trainings", "seconds")
     }
     lines = []
     for arm in (UNTUNED, *SETTINGS):
-        shown = {"trainings": ".0f", "seconds": ".1f", **dict.fromkeys(names, ".3f"), "accuracy": ".1f"}
-        lines.append([arm, *(f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items())])
+        shown = {
+            "trainings": ".0f",
+            "seconds": ".1f",
+            **dict.fromkeys(names, ".3f"),
+            "accuracy": ".1f",
+        }
+        lines.append(
+            [arm, *(f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items())]
+        )
     for other in ("random search", UNTUNED):
         cells = []
         for key in names:
@@ -164,7 +197,11 @@ def main() -> None:
     for study in STUDIES:
         if given.runs:
             few = 1 if given.miniature else None
-            go_on(given.out, jobs(study, given.out, few), partial(one, raw=given.out, rounds=few or ROUNDS))
+            go_on(
+                given.out,
+                jobs(study, given.out, few),
+                partial(one, raw=given.out, rounds=few or ROUNDS),
+            )
         show(given.write, study, table(of_study(read(given.out), study)))
 
 

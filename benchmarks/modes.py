@@ -76,23 +76,58 @@ class Mode:
 
 
 ON_AVERAGE, SAME = "up to O(η), on average", "the same in expectation, sampled labels"
-DIFFERENCE_OF_LOSSES, ONE_NUMBER_EACH = "sampled labels, L(θ) − L(θ′)", "sampled labels, one number each"
+DIFFERENCE_OF_LOSSES, ONE_NUMBER_EACH = (
+    "sampled labels, L(θ) − L(θ′)",
+    "sampled labels, one number each",
+)
 # Noise and bias are those of the sum over the labels, whose expectation is the gradient; the default is 1/B of it.
 SUM_OF_LOSSES, SUM_OF_SCALAR = LossDifference(reduction="sum"), Reinforce(reduction="sum")
 MODES = [
     Mode("none", "no feedback, the control", NONE, "none", "soft"),
     Mode("loss_difference", DIFFERENCE_OF_LOSSES, ON_AVERAGE, SUM_OF_LOSSES, "hard", noisy=True),
-    Mode("reinforce", "Algorithm 1: sampled labels, one scalar", ON_AVERAGE, SUM_OF_SCALAR, "hard", noisy=True),
-    Mode("reinforce_per_example", ONE_NUMBER_EACH, ON_AVERAGE, ReinforcePerExample(), "hard", noisy=True),
-    Mode("difference, one-sided", "outputs' difference, soft labels", "up to O(δ)", Difference(one_sided=True), "soft"),
+    Mode(
+        "reinforce",
+        "Algorithm 1: sampled labels, one scalar",
+        ON_AVERAGE,
+        SUM_OF_SCALAR,
+        "hard",
+        noisy=True,
+    ),
+    Mode(
+        "reinforce_per_example",
+        ONE_NUMBER_EACH,
+        ON_AVERAGE,
+        ReinforcePerExample(),
+        "hard",
+        noisy=True,
+    ),
+    Mode(
+        "difference, one-sided",
+        "outputs' difference, soft labels",
+        "up to O(δ)",
+        Difference(one_sided=True),
+        "soft",
+    ),
     Mode("difference", "central difference, soft labels", "up to O(δ²)", "difference", "soft"),
     Mode("forward", "forward-mode derivative, soft labels", "yes", "forward", "soft"),
     Mode("forward, hard labels", SAME, "up to O(η)", "forward", "hard", noisy=True),
-    Mode("forward, recompute_teacher", "the same, teacher run twice", "yes", "forward", "soft", recompute_teacher=True),
+    Mode(
+        "forward, recompute_teacher",
+        "the same, teacher run twice",
+        "yes",
+        "forward",
+        "soft",
+        recompute_teacher=True,
+    ),
     Mode("unrolled", "double backward, soft labels", "yes", "unrolled", "soft"),
 ]
 # The mode that has no place at the state where the others are measured, far from an optimum.
-NOT_MEASURED = ("`implicit`", "through an optimum of the student's loss, soft labels", "at that optimum", "15 + 6 n")
+NOT_MEASURED = (
+    "`implicit`",
+    "through an optimum of the student's loss, soft labels",
+    "at that optimum",
+    "15 + 6 n",
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +146,9 @@ class Place:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
-    def seconds(self, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    def seconds(
+        self, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+    ) -> float:
         """What a call takes; on a GPU until it is done there."""
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -124,17 +161,25 @@ class Place:
 
 
 def places() -> list[Place]:
-    return [Place("cuda", "float32"), Place("cuda", "bf16")] if torch.cuda.is_available() else [Place("cpu", "float32")]
+    return (
+        [Place("cuda", "float32"), Place("cuda", "bf16")]
+        if torch.cuda.is_available()
+        else [Place("cpu", "float32")]
+    )
 
 
-def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Callable[[], Any], nn.Module, Tensor]:
+def step_of(
+    mode: Mode, place: Place, batch: int, network: Network
+) -> tuple[Callable[[], Any], nn.Module, Tensor]:
     """One trainer's step on fixed batches, the student, and its batch; one step has been taken."""
     torch.manual_seed(0)
     networks = [network.build().to(place.device) for _ in range(2)]
     unlabeled = torch.randn(batch, 3, network.side, network.side, device=place.device)
     labeled = torch.randn_like(unlabeled), torch.arange(batch, device=place.device) % 10
     given: Row = {"problem": metapl.PseudoLabels(mode.kind), "teacher_losses": ()}
-    trainer = metapl.BilevelTrainer(*networks, mode.mode, **given, recompute_teacher=mode.recompute_teacher)
+    trainer = metapl.BilevelTrainer(
+        *networks, mode.mode, **given, recompute_teacher=mode.recompute_teacher
+    )
 
     def step() -> None:
         with place.active():
@@ -176,7 +221,11 @@ class Subject:
     unlabeled: Tensor
 
     def gradient(
-        self, mode: Mode, place: Place, generator: torch.Generator | None = None, double: bool = False
+        self,
+        mode: Mode,
+        place: Place,
+        generator: torch.Generator | None = None,
+        double: bool = False,
     ) -> Tensor:
         """The teacher's gradient, flat, float64 on the host."""
         teacher, student, x_l, x_u = self.teacher, self.student, self.labeled[0], self.unlabeled
@@ -205,13 +254,19 @@ def subject_of(place: Place, network: Network | None = None) -> Subject:
 
     def prepared(images: Tensor) -> Tensor:
         if network is not None:
-            images = F.interpolate(images, size=network.side, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+            images = (
+                F.interpolate(images, size=network.side, mode="bilinear")
+                .expand(-1, 3, -1, -1)
+                .contiguous()
+            )
         return images.to(place.device)
 
     images, labels = prepared(split.labeled[0]), split.labeled[1].to(place.device)
     networks = []
     for _ in range(2):
-        one = (metapl.models.mlp([64, 32, 10]) if network is None else network.build()).to(place.device)
+        one = (metapl.models.mlp([64, 32, 10]) if network is None else network.build()).to(
+            place.device
+        )
         optimizer = torch.optim.SGD(one.parameters(), lr=0.05, momentum=0.9)
         for _ in range(steps):
             at = torch.randint(len(images), (max(batch, 16),))
@@ -241,12 +296,23 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
         mean = g.mean(0)
         spread = float(((g - mean).square().sum() / max(1, n - 1)).sqrt() / size)
         bias = float((mean - exact).norm() / size)
-        found[mode.name] = {"draws": n, "bias": bias, "noise": spread, "bias_floor": spread / n**0.5}
+        found[mode.name] = {
+            "draws": n,
+            "bias": bias,
+            "noise": spread,
+            "bias_floor": spread / n**0.5,
+        }
     return found
 
 
 def measured(
-    place: Place, network: Network, batch: int, rounds: int, memory_batch: int, draws: int, draws_wrn: int
+    place: Place,
+    network: Network,
+    batch: int,
+    rounds: int,
+    memory_batch: int,
+    draws: int,
+    draws_wrn: int,
 ) -> Row:
     """Every figure of every mode in one place."""
     print(f"{place.device}, {place.precision}: time", flush=True)
@@ -256,7 +322,9 @@ def measured(
     large = noise(subject_of(place, network), place, draws_wrn)
     print("FLOPs and memory", flush=True)
     rows, device = list[Row](), torch.device(place.device)
-    memory = {m.name: peak_bytes(step_of(m, place, memory_batch, network)[0], device) for m in MODES}
+    memory = {
+        m.name: peak_bytes(step_of(m, place, memory_batch, network)[0], device) for m in MODES
+    }
     for mode in MODES:
         here = seconds[mode.name]
         row: Row = {"mode": mode.name, "what": mode.what, "exact": mode.exact}
@@ -268,7 +336,9 @@ def measured(
         ratios = [a / b for a, b in zip(here, seconds["forward"], strict=True)]
         row["time_over_forward"] = {"median": statistics.median(ratios)}
         row["memory_over_forward"] = memory[mode.name] / memory["forward"]
-        rows.append(row | {"gradient_small": small.get(mode.name), "gradient_wrn": large.get(mode.name)})
+        rows.append(
+            row | {"gradient_small": small.get(mode.name), "gradient_wrn": large.get(mode.name)}
+        )
     return {"device": place.device, "precision": place.precision, "modes": rows}
 
 
@@ -277,15 +347,34 @@ def table(run: Row) -> str:
     lines = []
     for row in run["modes"]:
         (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]
-        cells = [f"`{first}`, {rest}" if rest else f"`{first}`", row["what"], row["exact"], f"{row['passes']:.1f}"]
-        cells += [f"{row['time_over_forward']['median']:.2f}", f"{row['memory_over_forward']:.2f}", NONE, NONE]
+        cells = [
+            f"`{first}`, {rest}" if rest else f"`{first}`",
+            row["what"],
+            row["exact"],
+            f"{row['passes']:.1f}",
+        ]
+        cells += [
+            f"{row['time_over_forward']['median']:.2f}",
+            f"{row['memory_over_forward']:.2f}",
+            NONE,
+            NONE,
+        ]
         if own is not None:
             bias = f"{own['bias']:.1e}" if own["bias"] < 0.001 else f"{own['bias']:.2g}"
             bias = f"≤ {own['bias']:.2g}" if own["bias"] < 2 * own["bias_floor"] else bias
             cells[-2:] = ["0" if own["noise"] == 0 else f"{own['noise']:.2g}", bias]
         lines.append(cells)
     lines.append([*NOT_MEASURED, *[NONE] * 4])
-    head = ["mode", "what", "exact?", "cost, passes", "time", "peak memory", "noise / signal", "bias"]
+    head = [
+        "mode",
+        "what",
+        "exact?",
+        "cost, passes",
+        "time",
+        "peak memory",
+        "noise / signal",
+        "bias",
+    ]
     return harness.grid(head, lines, names=3)
 
 
@@ -310,7 +399,9 @@ def main() -> None:
         network = MINIATURE_NETWORK if given.miniature else NETWORK
         result = {"runs": [measured(place, network, **sizes) for place in where]}
         setup = {**harness.environment(), "command": "python benchmarks/modes.py", **sizes}
-        harness.write_json(given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result})
+        harness.write_json(
+            given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result}
+        )
     harness.show(given.write, "modes", "\n\n".join(map(table, harness.loaded(given.out)["runs"])))
     harness.show(given.write, "ablation", ablation(given.write))
 

@@ -55,8 +55,14 @@ TITLES = {
 SOFT = ("forward", "none, soft labels")
 
 ARMS: tuple[Row, ...] = (
-    *({"form": name, "weight": 0.0, "own_loss": True} for name in ("none, soft labels", "none, hard labels")),
-    *({"form": "forward", "weight": weight, "own_loss": True} for weight in (1.0, 10.0, 100.0, 1000.0)),
+    *(
+        {"form": name, "weight": 0.0, "own_loss": True}
+        for name in ("none, soft labels", "none, hard labels")
+    ),
+    *(
+        {"form": "forward", "weight": weight, "own_loss": True}
+        for weight in (1.0, 10.0, 100.0, 1000.0)
+    ),
     *({"form": "dot", "weight": weight, "own_loss": True} for weight in (1.0, 32.0, 1000.0)),
     *({"form": "cosine", "weight": weight, "own_loss": True} for weight in (1.0, 10.0, 32.0)),
     *({"form": "cosine, baseline", "weight": weight, "own_loss": True} for weight in (1.0, 10.0)),
@@ -68,7 +74,9 @@ ARMS: tuple[Row, ...] = (
 
 def network(seed: int) -> nn.Module:
     """Return a network as it begins, all its weights uniform in ±0.1."""
-    made = nn.Sequential(nn.Linear(2, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 2))
+    made = nn.Sequential(
+        nn.Linear(2, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 2)
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in made.parameters():
@@ -92,7 +100,9 @@ def draws(seeds: tuple[int, ...], x: Tensor, steps: int) -> Iterator[tuple[Tenso
     rows = torch.arange(len(seeds))[:, None]
     for first in range(0, steps, CHUNK):
         count = min(CHUNK, steps - first)
-        places = [torch.randint(6, x.shape[1], (count, BATCH), generator=each) for each in generators]
+        places = [
+            torch.randint(6, x.shape[1], (count, BATCH), generator=each) for each in generators
+        ]
         uniform = [torch.rand(count, BATCH, 2, generator=each) for each in generators]
         gumbel = torch.stack(uniform, 1).clamp_min(1e-20).log().neg().log().neg()
         for place, noise in zip(torch.stack(places, 1), gumbel, strict=True):
@@ -122,7 +132,9 @@ def run(form: str, weight: float, own_loss: bool, miniature: bool) -> Row:
     seeds = SEEDS[:2] if miniature else SEEDS
     steps = 3 if miniature else STEPS
     x, y = map(torch.stack, zip(*map(points, seeds), strict=True))
-    stack = Stacked([trainer(form, weight, own_loss, seed) for seed in seeds], compiled=not miniature)
+    stack = Stacked(
+        [trainer(form, weight, own_loss, seed) for seed in seeds], compiled=not miniature
+    )
     labeled = x[:, :6], y[:, :6]
     for unlabeled, noise in draws(seeds, x, steps):
         stack.step(labeled, unlabeled, 1.0, noise=None if form in SOFT else noise)
@@ -147,7 +159,13 @@ def table(rows: list[Row]) -> str:
         median = f"{100 * statistics.median(row['student']):.1f}"
         rate = f"{successes} of {len(row['student'])} ({low:.0f}–{high:.0f})"
         lines.append([TITLES[arm["form"]], learns, weight, rate, median])
-    head = ["feedback", "the teacher learns from", "weight", "runs that succeed", "median accuracy, %"]
+    head = [
+        "feedback",
+        "the teacher learns from",
+        "weight",
+        "runs that succeed",
+        "median accuracy, %",
+    ]
     return grid(head, lines, names=2)
 
 
@@ -158,7 +176,9 @@ def main() -> None:
     if given.runs:
         print(f"{len(ARMS)} arms: some {len(ARMS) / 2:.0f} minutes of one core", flush=True)
         about = {"made_with": harness.environment()}
-        harness.go_on(given.out, ARMS, partial(run, miniature=given.miniature), given.workers, **about)
+        harness.go_on(
+            given.out, ARMS, partial(run, miniature=given.miniature), given.workers, **about
+        )
         return
     show(given.write, "moon-weights", table(read(given.out, "form")))
 

@@ -59,9 +59,16 @@ RAW = RESULTS / "noisy_student.jsonl"
 LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
 THRESHOLD = 0.3  # confidence above which unlabeled examples are kept: Noisy Student's
 WIDTHS = (8, 16, 32, 64, 128)
-RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)  # tuned: learning rates, probabilities of dropping a hidden unit
+RATES, DROPOUTS = (
+    (0.1, 0.2),
+    (0.05, 0.1),
+)  # tuned: learning rates, probabilities of dropping a hidden unit
 
-FINETUNINGS = (50, 150, 500)  # lengths of study 6's finetuning, of which the best by validation is taken
+FINETUNINGS = (
+    50,
+    150,
+    500,
+)  # lengths of study 6's finetuning, of which the best by validation is taken
 
 
 # ------------------------------------------------------------------------------------------------------------ the arms
@@ -72,17 +79,25 @@ class Arm:
     """A network and how it is trained."""
 
     width: int  # of its hidden layers
-    teacher: int | None = None  # width of the network that labels; None: it learns from the labeled examples alone
+    teacher: int | None = (
+        None  # width of the network that labels; None: it learns from the labeled examples alone
+    )
     rounds: int = 0  # students that the teacher itself is the last of, each of its width
     ratio: int = 1  # unlabeled examples in a batch for each labeled one
     share: float = 1.0  # of the unlabeled examples that there are, drawn evenly
-    fifth: int | None = None  # of them by the teacher's confidence, the least confident first; None: by the threshold
+    fifth: int | None = (
+        None  # of them by the teacher's confidence, the least confident first; None: by the threshold
+    )
     hard: bool = False  # learn the most probable class, not the distribution
-    balanced: bool = True  # as many of each class, the most confident ones, and copies where there are fewer
+    balanced: bool = (
+        True  # as many of each class, the most confident ones, and copies where there are fewer
+    )
     augment: bool = True  # unlabeled examples; labeled ones always are
     dropout: bool = True  # on unlabeled examples, likewise
     noisy_teacher: bool = False  # the teacher labels augmented examples, with dropout
-    training: Literal["joint", "pretrain", "pretrain_finetune"] = "joint"  # on both, or first on the unlabeled ones
+    training: Literal["joint", "pretrain", "pretrain_finetune"] = (
+        "joint"  # on both, or first on the unlabeled ones
+    )
     steps: float = 100.0  # of all, in percent of the usual
     warm: bool = False  # begin with the teacher's weights, at a rate that ends as usual
 
@@ -93,7 +108,10 @@ def _same(width: int, **changes: Any) -> Arm:
 
 SMALL = WIDTHS[:4]
 SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4, 1.0)
-BEST = {"teacher": WIDTHS[-1], "rounds": 2}  # the largest network after two rounds, in the place of the iterated L2
+BEST = {
+    "teacher": WIDTHS[-1],
+    "rounds": 2,
+}  # the largest network after two rounds, in the place of the iterated L2
 
 Arms = dict[str, tuple[Arm, float | None]]
 KINDS: dict[str, Callable[[int], Arm]] = {  # by their width
@@ -111,8 +129,12 @@ NOISE: dict[str, Callable[[float], Arm]] = {  # by the share of the unlabeled ex
     "supervised": lambda share: Arm(width=32),
     "Noisy Student": lambda share: _same(32, share=share),
     "student without augmentation": lambda share: _same(32, share=share, augment=False),
-    "student without augmentation and dropout": lambda share: _same(32, share=share, augment=False, dropout=False),
-    "teacher with augmentation and dropout": lambda share: _same(32, share=share, noisy_teacher=True),
+    "student without augmentation and dropout": lambda share: _same(
+        32, share=share, augment=False, dropout=False
+    ),
+    "teacher with augmentation and dropout": lambda share: _same(
+        32, share=share, noisy_teacher=True
+    ),
 }
 
 
@@ -146,10 +168,17 @@ HEADINGS = {
     "7": "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
     "8": "Study 8, warm start (Table 15; B0)",
 }
-SOME, FIFTHS = ((1 / 16, "a sixteenth"), (1.0, "all")), [*itertools.product(range(5), ("soft", "hard"))]
+SOME, FIFTHS = (
+    ((1 / 16, "a sixteenth"), (1.0, "all")),
+    [*itertools.product(range(5), ("soft", "hard"))],
+)
 STUDIES: dict[str, Arms] = {
     "noise": printed(
-        {f"{name}, {of} of the unlabeled": made(share) for share, of in SOME for name, made in NOISE.items()},
+        {
+            f"{name}, {of} of the unlabeled": made(share)
+            for share, of in SOME
+            for name, made in NOISE.items()
+        },
         "83.3 83.9 83.6 83.2 83.7 84.0 85.1 84.6 84.3 84.4",
     ),
     "1": printed(
@@ -157,12 +186,16 @@ STUDIES: dict[str, Arms] = {
         "77.3 78.1 78.8 80.0 81.1 82.4 83.2 84.4 85.3 84.5 85.9 86.4 85.0 86.4 86.9",
     ),
     "2": printed(
-        {"supervised": Arm(width=32)} | {f"1/{round(1 / share)}": _same(32, share=share) for share in SHARES},
+        {"supervised": Arm(width=32)}
+        | {f"1/{round(1 / share)}": _same(32, share=share) for share in SHARES},
         "83.2 83.4 83.3 83.7 83.9 83.8 84.0",
     ),
     "3": printed(
         {"supervised": Arm(width=16)}
-        | {f"{q}, fifth {n + 1}": _same(16, fifth=n, hard=q == "hard", balanced=False) for n, q in FIFTHS},
+        | {
+            f"{q}, fifth {n + 1}": _same(16, fifth=n, hard=q == "hard", balanced=False)
+            for n, q in FIFTHS
+        },
         "- " * 11,
     ),
     "4": printed(
@@ -180,14 +213,19 @@ STUDIES: dict[str, Arms] = {
     "7": printed(by_width((16, WIDTHS[-1]), ("1:1", "3:1", "7:1")), "84.0 84.0 - 86.7 87.4 -"),
     "8": printed(
         {"supervised": Arm(width=16)}
-        | {f"{percent} %, warm": _same(16, steps=percent, warm=True) for percent in (10, 20, 40, 80)}
+        | {
+            f"{percent} %, warm": _same(16, steps=percent, warm=True)
+            for percent in (10, 20, 40, 80)
+        }
         | {"100 %, no warm start": _same(16)},
         "77.3 77.4 77.5 77.7 77.8 77.9",
     ),
 }
 """The arms by their names; one that several studies have is run once."""
 
-ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for arms in STUDIES.values() for arm, _ in arms.values()))
+ARMS: tuple[Arm, ...] = tuple(
+    dict.fromkeys(arm for arms in STUDIES.values() for arm, _ in arms.values())
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -205,8 +243,12 @@ class Setting(NamedTuple):
         return max(2, steps // self.divisor)
 
     def config(self, width: int) -> Digits:
-        of = fitting(seed=self.seed, labeled_batch=LABELED_BATCH, lr=self.lr, schedule="exponential")
-        return Digits(labels_per_class=LABELS, hidden=(width, width), dropout=self.dropout, fitting=of)
+        of = fitting(
+            seed=self.seed, labeled_batch=LABELED_BATCH, lr=self.lr, schedule="exponential"
+        )
+        return Digits(
+            labels_per_class=LABELS, hidden=(width, width), dropout=self.dropout, fitting=of
+        )
 
 
 @lru_cache(maxsize=16)
@@ -214,7 +256,9 @@ def drawn(seed: int) -> Data:
     return Setting(0.1, 0.0, seed).config(32).data(print, False, None)
 
 
-def learned(network: nn.Module, losses: Any, optimizer: Any, *sources: Any, steps: int, **options: Any) -> nn.Module:
+def learned(
+    network: nn.Module, losses: Any, optimizer: Any, *sources: Any, steps: int, **options: Any
+) -> nn.Module:
     trainer = LossTrainer(network, losses, optimizer=optimizer)
     trainer.fit(*sources, steps=steps, log_every=steps, progress=False, **options)
     return network
@@ -227,7 +271,10 @@ def supervised(width: int, setting: Setting) -> nn.Module:
     torch.manual_seed(fold_in(setting.seed, 0))
     network = config.network()
     optimizer, decay = config.optimizer("teacher", network), decay_interval(steps)
-    sources, rates = (drawn(setting.seed).labeled, None), {"schedule": "exponential", "decay_every": decay}
+    sources, rates = (
+        (drawn(setting.seed).labeled, None),
+        {"schedule": "exponential", "decay_every": decay},
+    )
     return learned(network, (CrossEntropy(),), optimizer, *sources, steps=steps, **rates)
 
 
@@ -261,17 +308,28 @@ def kept_of(arm: Arm, q: Tensor, seed: int) -> Tensor:
 
 def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.Module:
     """A network that learns from the labels of its teacher, in the round of this number."""
-    config, data, seed = setting.config(arm.width), drawn(setting.seed), fold_in(setting.seed, number)
+    config, data, seed = (
+        setting.config(arm.width),
+        drawn(setting.seed),
+        fold_in(setting.seed, number),
+    )
     x, view = data.unlabeled.images, noisy_view(data)
     if arm.noisy_teacher:
-        teacher, x = Noised(teacher, seed), view(x, seed=seed, step=0, examples=torch.arange(len(x)))
+        teacher, x = (
+            Noised(teacher, seed),
+            view(x, seed=seed, step=0, examples=torch.arange(len(x))),
+        )
     q = logits_of(teacher, x.split(256)).softmax(dim=1)
     kept = kept_of(arm, q, setting.seed)
     chosen = Chosen(kept, kept, lambda rows: q[rows])
     sampler = StepSampler(len(kept), arm.ratio * LABELED_BATCH, seed=seed, stream=1)
     seen = view if arm.augment else Identity()
-    pairs = PseudoLabeledBatches(data.unlabeled.images[kept], sampler, seen, None, seed, chosen=chosen)
-    labeled = dataclasses.replace(data.labeled, seed=seed, sampler=dataclasses.replace(data.labeled.sampler, seed=seed))
+    pairs = PseudoLabeledBatches(
+        data.unlabeled.images[kept], sampler, seen, None, seed, chosen=chosen
+    )
+    labeled = dataclasses.replace(
+        data.labeled, seed=seed, sampler=dataclasses.replace(data.labeled.sampler, seed=seed)
+    )
     losses: Any = (NoisyStudentLoss("mean", arm.hard, arm.dropout),)
     sources: Any = (labeled, pairs)
     if arm.training != "joint":
@@ -280,15 +338,27 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
     network = copy.deepcopy(teacher) if arm.warm else config.network()
     usual, steps = setting.steps(STEPS), setting.steps(round(STEPS * arm.steps / 100))
     optimizer, decay = config.optimizer("teacher", network), decay_interval(usual)
-    for group in optimizer.param_groups:  # a run that is shorter ends at the rate of a usual one: study 8
+    for (
+        group
+    ) in optimizer.param_groups:  # a run that is shorter ends at the rate of a usual one: study 8
         group["lr"] *= end_matched(steps, usual)
-    learned(network, losses, optimizer, *sources, steps=steps, schedule="exponential", decay_every=decay)
+    learned(
+        network, losses, optimizer, *sources, steps=steps, schedule="exponential", decay_every=decay
+    )
     if arm.training != "pretrain_finetune":
         return network
     tuned = [copy.deepcopy(network) for _ in FINETUNINGS]  # for as many steps as validate best
     for one, steps in zip(tuned, FINETUNINGS, strict=True):
         slow = torch.optim.SGD(one.parameters(), lr=FINETUNE_LR, momentum=0.9)
-        learned(one, (CrossEntropy(),), slow, data.finetuning, None, steps=setting.steps(steps), schedule="constant")
+        learned(
+            one,
+            (CrossEntropy(),),
+            slow,
+            data.finetuning,
+            None,
+            steps=setting.steps(steps),
+            schedule="constant",
+        )
     return max(tuned, key=lambda one: evaluated(one, data.validation).accuracy)
 
 
@@ -308,14 +378,25 @@ def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
 
 def tuned(rows: Sequence[Row]) -> tuple[float, float]:
     """The learning rate and the dropout with the best mean accuracy on validation examples."""
-    best = max((row for row in rows if not row["final"]), key=lambda row: statistics.fmean(row["validation"]))
+    best = max(
+        (row for row in rows if not row["final"]),
+        key=lambda row: statistics.fmean(row["validation"]),
+    )
     return best["lr"], best["dropout"]
 
 
-def study(seeds: tuple[int, ...], tuning_seeds: tuple[int, ...], arms: Sequence[Arm], divisor: int, out: Path) -> None:
+def study(
+    seeds: tuple[int, ...],
+    tuning_seeds: tuple[int, ...],
+    arms: Sequence[Arm],
+    divisor: int,
+    out: Path,
+) -> None:
     """Tune and run what has no row yet; each row is written when it is there."""
 
-    def run(final: bool, seeds: tuple[int, ...], lr: float, dropout: float, arm: Row | None = None) -> Row:
+    def run(
+        final: bool, seeds: tuple[int, ...], lr: float, dropout: float, arm: Row | None = None
+    ) -> Row:
         began, parts = time.perf_counter(), ("test", "unlabeled") if final else ("validation",)
         trained = Arm(**arm) if arm else _same(32)
         each = [reached(trained, Setting(lr, dropout, seed, divisor), parts) for seed in seeds]
@@ -323,10 +404,21 @@ def study(seeds: tuple[int, ...], tuning_seeds: tuple[int, ...], arms: Sequence[
         return {**found, "seconds": round(time.perf_counter() - began, 1)}
 
     grid = itertools.product(RATES, DROPOUTS)
-    tuning = ({"final": False, "seeds": tuning_seeds, "lr": lr, "dropout": dropout} for lr, dropout in grid)
-    lr, dropout = tuned([row for row in harness.go_on(out, tuning, run, about=harness.environment()) if "final" in row])
+    tuning = (
+        {"final": False, "seeds": tuning_seeds, "lr": lr, "dropout": dropout}
+        for lr, dropout in grid
+    )
+    lr, dropout = tuned(
+        [
+            row
+            for row in harness.go_on(out, tuning, run, about=harness.environment())
+            if "final" in row
+        ]
+    )
     chosen = {"seeds": seeds, "lr": lr, "dropout": dropout}
-    harness.go_on(out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in arms), run)
+    harness.go_on(
+        out, ({"final": True, "arm": dataclasses.asdict(arm), **chosen} for arm in arms), run
+    )
 
 
 # --------------------------------------------------------------------------------------------------- beside the paper
@@ -378,14 +470,21 @@ def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, Compared]]:
     known = [(row["arm"], row["test"]) for row in rows if row["final"]]
     found: dict[str, dict[str, Compared]] = {}
     for study, arms in STUDIES.items():
-        own = {n: test for n, (arm, _) in arms.items() for of, test in known if of == dataclasses.asdict(arm)}
+        own = {
+            n: test
+            for n, (arm, _) in arms.items()
+            for of, test in known
+            if of == dataclasses.asdict(arm)
+        }
         for name, values in own.items():
             other, paper, beside = reference(study, name), None, NONE
             if other in own and other is not None:
                 printed = [arms[each][1] for each in (name, other)]
                 paper = None if None in printed else round(printed[0] - printed[1], 1)  # type: ignore[operator]
                 beside = other.partition(": ")[2] or other.partition(", ")[0]
-            compared = Compared(values, own.get(other or ""), "no warm start" if study == "8" else beside, paper)
+            compared = Compared(
+                values, own.get(other or ""), "no warm start" if study == "8" else beside, paper
+            )
             found.setdefault(study, {})[name] = compared
     return found
 
@@ -404,16 +503,31 @@ def block(rows: Sequence[Row]) -> str:
         f"arms), {counts['yes']} are seen here with the same sign (p < {SURE}), {counts['the reverse']} with the other "
         f"sign, and {counts['not shown']} are not shown."
     ]
-    head = ["arm", "here", "against", "difference", "95 %", "p", "paper", "its difference", "seen here"]
+    head = [
+        "arm",
+        "here",
+        "against",
+        "difference",
+        "95 %",
+        "p",
+        "paper",
+        "its difference",
+        "seen here",
+    ]
     for study, arms in comparisons(rows).items():
         lines = []
         for name, each in arms.items():
-            cells, printed = [name, harness.spread(each.first), *[NONE] * 4], STUDIES[study][name][1]
+            cells, printed = (
+                [name, harness.spread(each.first), *[NONE] * 4],
+                STUDIES[study][name][1],
+            )
             if each.second:
                 gain, p = harness.difference(each.first, each.second)
                 cells[2:] = [each.beside, gain, harness.between(each.first, each.second), p]
             cells.append(NONE if printed is None else f"{printed:.1f}")
-            lines.append([*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict])
+            lines.append(
+                [*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict]
+            )
         parts.append(f"**{HEADINGS[study]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
     return "\n\n".join(parts)
 

@@ -120,7 +120,13 @@ def residual_network(width: int) -> nn.Module:
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(ResidualBlock(channels, width * 2**stage, stride, drop))
             channels = width * 2**stage
-    head = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(DROPOUT)]
+    head = [
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(DROPOUT),
+    ]
     return nn.Sequential(*layers, *head, nn.Linear(channels, CLASSES))
 
 
@@ -231,7 +237,10 @@ ARMS: dict[str, Arm] = {
     # Table 10.
     **{f"M, 1/{round(1 / share)}": same_teacher("M", share=share) for share in SHARES},
     # Table 15.
-    **{f"S, warm, {percent} %": same_teacher("S", warm=True, percent=percent) for percent in PERCENTS},
+    **{
+        f"S, warm, {percent} %": same_teacher("S", warm=True, percent=percent)
+        for percent in PERCENTS
+    },
 }
 """By name, in the order in which they are run; an arm stands behind the one that labels for it."""
 
@@ -403,7 +412,13 @@ def train(name: str, setting: Setting) -> nn.Module:
             slow = torch.optim.SGD(network.parameters(), lr=FINETUNE_RATE, momentum=0.9)
             trainer = LossTrainer(network, (CrossEntropy(),), optimizer=slow)
             steps = setting.steps(FINETUNE_STEPS)
-            trainer.fit(labeled_batches(arm, setting), steps=steps, log_every=steps, progress=False, schedule="cosine")
+            trainer.fit(
+                labeled_batches(arm, setting),
+                steps=steps,
+                log_every=steps,
+                progress=False,
+                schedule="cosine",
+            )
     kept.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: t.contiguous() for key, t in network.state_dict().items()}, kept)
     return network
@@ -419,7 +434,14 @@ def digest(name: str) -> str:
     return hashlib.sha256(f"{name} {chain}".encode()).hexdigest()[:16]
 
 
-def fit(network: nn.Module, losses: tuple, labeled: object, unlabeled: object, arm: Arm, setting: Setting) -> None:
+def fit(
+    network: nn.Module,
+    losses: tuple,
+    labeled: object,
+    unlabeled: object,
+    arm: Arm,
+    setting: Setting,
+) -> None:
     """Train by SGD with Nesterov's momentum and the paper's schedule; a shorter run ends at the usual rate."""
     usual = setting.steps(STEPS)
     steps = setting.steps(STEPS * arm.percent // 100)
@@ -449,7 +471,9 @@ def labeled_batches(arm: Arm, setting: Setting) -> LabeledBatches:
     return LabeledBatches(MemoryImages(x), y, sampler, view, setting.seed)
 
 
-def pseudo_labeled(arm: Arm, teacher: nn.Module, setting: Setting, seed: int) -> PseudoLabeledBatches:
+def pseudo_labeled(
+    arm: Arm, teacher: nn.Module, setting: Setting, seed: int
+) -> PseudoLabeledBatches:
     """Let the teacher label, select, and return batches with the noise of the arm."""
     pictures = drawn(setting.seed, setting.source, setting.is_miniature).unlabeled[: arm.pool]
     x = in_unit_range(pictures)
@@ -506,7 +530,9 @@ def accuracy(network: nn.Module, part: tuple[Tensor, Tensor]) -> float:
 # ---------------------------------------------------------------------------------------------------------- the study
 
 
-def study(out: Path, source: Path, networks: Path, *, hours: float | None, is_miniature: bool) -> None:
+def study(
+    out: Path, source: Path, networks: Path, *, hours: float | None, is_miniature: bool
+) -> None:
     """Run the arms that have no row yet, until the hours are over."""
     began = time.monotonic()
 
@@ -542,7 +568,11 @@ def study(out: Path, source: Path, networks: Path, *, hours: float | None, is_mi
 def tested(rows: Sequence[Row], name: str) -> dict[int, float]:
     """The test accuracies of an arm by seed."""
     settings = dataclasses.asdict(ARMS[name])
-    return {row["seed"]: row["test"] for row in rows if row.get("arm") == name and row["settings"] == settings}
+    return {
+        row["seed"]: row["test"]
+        for row in rows
+        if row.get("arm") == name and row["settings"] == settings
+    }
 
 
 def block(rows: Sequence[Row]) -> str:
@@ -574,10 +604,15 @@ def block(rows: Sequence[Row]) -> str:
             cells.append([line.arm, here, line.against or NONE, *compared, paper, difference])
         if cells:
             parts.append(f"**{title}**\n\n{harness.grid(head, cells, 'lrlrrrrr')}")
-    supervised = [name for name in ARMS if name.endswith(("supervised", "standard")) and tested(arms, name)]
+    supervised = [
+        name for name in ARMS if name.endswith(("supervised", "standard")) and tested(arms, name)
+    ]
     lines = [[name, harness.spread([*tested(arms, name).values()])] for name in supervised]
     if lines:
-        parts.insert(0, f"**Trained on the labeled pictures alone**\n\n{harness.grid(['arm', 'here'], lines, 'lr')}")
+        parts.insert(
+            0,
+            f"**Trained on the labeled pictures alone**\n\n{harness.grid(['arm', 'here'], lines, 'lr')}",
+        )
     said = f"Of {len(ARMS)} arms {len(ARMS) - len(missing)} have been run."
     if fewer:
         said += f" Not by all {len(SEEDS)} seeds: {'; '.join(fewer)}."
@@ -588,20 +623,28 @@ def block(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
-    parser.add_argument("--source", type=Path, default=SOURCE, help="the folder of Fashion-MNIST's four files")
-    parser.add_argument("--networks", type=Path, help=f"where trained networks are kept, which label; {NETWORKS}")
+    parser.add_argument(
+        "--source", type=Path, default=SOURCE, help="the folder of Fashion-MNIST's four files"
+    )
+    parser.add_argument(
+        "--networks", type=Path, help=f"where trained networks are kept, which label; {NETWORKS}"
+    )
     parser.add_argument("--hours", type=float, help="begin no run after these hours")
     arguments = harness.parsed(parser)
     torch.set_num_threads(1)
     if arguments.runs:
-        if not arguments.miniature and not (arguments.source / "train-images-idx3-ubyte.gz").exists():
+        if (
+            not arguments.miniature
+            and not (arguments.source / "train-images-idx3-ubyte.gz").exists()
+        ):
             sys.exit(
                 f"--source {arguments.source} has no Fashion-MNIST: install dataset-fashion-mnist, or name a folder."
             )
         study(
             arguments.out,
             arguments.source,
-            arguments.networks or (arguments.out.parent / "networks" if arguments.miniature else NETWORKS),
+            arguments.networks
+            or (arguments.out.parent / "networks" if arguments.miniature else NETWORKS),
             hours=arguments.hours,
             is_miniature=arguments.miniature,
         )

@@ -29,7 +29,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import NONE, RESULTS, Row, apart, arguments, environment, grid, loaded, parsed, show, write_json
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    apart,
+    arguments,
+    environment,
+    grid,
+    loaded,
+    parsed,
+    show,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -45,7 +57,9 @@ FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
 RECOMPUTED = f"{FORWARD}, teacher recomputed"
 COMPILED = f"{FORWARD}, compiled"
 OWN = (FORWARD, RECOMPUTED, UNROLLED, COMPILED)
-UNMEASURED = {(COMPILED, "WRN-28-2"): "not measured: one step compiled for 21 minutes at commit 4031f786"}
+UNMEASURED = {
+    (COMPILED, "WRN-28-2"): "not measured: one step compiled for 21 minutes at commit 4031f786"
+}
 
 Gradient = Sequence[Tensor]
 Case = tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]
@@ -56,7 +70,9 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.embed, self.head = nn.Linear(8, 64), nn.Linear(64, 10)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
@@ -68,15 +84,30 @@ class CausalLM(nn.Module):
     """A causal language model, with PyTorch's default attention: the logits of the token behind the others."""
 
     def __init__(
-        self, words: int = 256, width: int = 64, depth: int = 2, length: int = 32, head: int = 16, outputs: int = 256
+        self,
+        words: int = 256,
+        width: int = 64,
+        depth: int = 2,
+        length: int = 32,
+        head: int = 16,
+        outputs: int = 256,
     ) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
         self.each, self.head = head, nn.Linear(width, outputs)
         self.blocks = nn.ModuleList()
         for _ in range(depth):
-            block = {"norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width)}
-            wide = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            block = {
+                "norm": nn.LayerNorm(width),
+                "qkv": nn.Linear(width, 3 * width),
+                "out": nn.Linear(width, width),
+            }
+            wide = (
+                nn.LayerNorm(width),
+                nn.Linear(width, 4 * width),
+                nn.GELU(),
+                nn.Linear(4 * width, width),
+            )
             self.blocks.append(nn.ModuleDict({**block, "mlp": nn.Sequential(*wide)}))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +128,9 @@ def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
 
     torch.manual_seed(0)
     if network == "MLP":
-        teacher, student = (nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)) for _ in range(2))
+        teacher, student = (
+            nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)) for _ in range(2)
+        )
         shape: tuple[int, ...] = (64, 64)
     elif network == "transformer":
         teacher, student, shape = Tokens(), Tokens(), (32, 16, 8)
@@ -113,19 +146,30 @@ def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
 
 
 def inner_loss(
-    student: Callable[[Tensor], Tensor], teacher: nn.Module, u: Tensor, params: dict[str, Tensor] | None = None
+    student: Callable[[Tensor], Tensor],
+    teacher: nn.Module,
+    u: Tensor,
+    params: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy with the teacher's class probabilities; of the student at these weights."""
     outputs = student(u) if params is None else functional_call(student, params, (u,))  # type: ignore[arg-type]
     return F.cross_entropy(outputs, teacher(u).softmax(-1))
 
 
-def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], u: Tensor, steps: int) -> Gradient:
+def by_hand(
+    teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], u: Tensor, steps: int
+) -> Gradient:
     """Double backward through ``torch.func.functional_call``."""
-    params: dict[str, Tensor] = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    params: dict[str, Tensor] = {
+        name: p for name, p in student.named_parameters() if p.requires_grad
+    }
     for _ in range(steps):
-        grads = torch.autograd.grad(inner_loss(student, teacher, u, params), list(params.values()), create_graph=True)
-        params = {name: p - LEARNING_RATE * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        grads = torch.autograd.grad(
+            inner_loss(student, teacher, u, params), list(params.values()), create_graph=True
+        )
+        params = {
+            name: p - LEARNING_RATE * g for (name, p), g in zip(params.items(), grads, strict=True)
+        }
     outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
     return torch.autograd.grad(outer, list(teacher.parameters()))
 
@@ -136,7 +180,9 @@ def by_metapl(mode: Any, **options: Any) -> Any:
 
     optimizers: dict[nn.Module, Any] = {}
 
-    def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+    def gradient(
+        teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
+    ) -> Gradient:
         unlabeled = u if steps == 1 else metapl.Lookahead([u] * steps)
         if student not in optimizers:
             optimizers[student] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
@@ -147,19 +193,26 @@ def by_metapl(mode: Any, **options: Any) -> Any:
     return gradient
 
 
-def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+def by_higher(
+    teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
+) -> Gradient:
     """``higher.innerloop_ctx``."""
     import higher
 
     inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-    with higher.innerloop_ctx(student, inner, copy_initial_weights=False) as (patched, differentiable):
+    with higher.innerloop_ctx(student, inner, copy_initial_weights=False) as (
+        patched,
+        differentiable,
+    ):
         for _ in range(steps):
             differentiable.step(inner_loss(patched, teacher, u))
         outer = F.cross_entropy(patched(labeled[0]), labeled[1])
         return torch.autograd.grad(outer, list(teacher.parameters()))
 
 
-def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+def by_torchopt(
+    teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
+) -> Gradient:
     """``torchopt.MetaSGD``; the student's weights are put back afterwards."""
     import torchopt
 
@@ -173,18 +226,24 @@ def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor,
     return found
 
 
-def lower_level(feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None) -> Tensor:
+def lower_level(
+    feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None
+) -> Tensor:
     """BOAT's name for the inner loss, which it imports by name."""
     return inner_loss(lower, upper, feed["u"])
 
 
-def upper_level(feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None) -> Tensor:
+def upper_level(
+    feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None
+) -> Tensor:
     """BOAT's name for the outer loss."""
     outputs = lower(feed["x"]) if params is None else lower(feed["x"], params=params)
     return F.cross_entropy(outputs, feed["y"])
 
 
-def by_boat(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+def by_boat(
+    teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
+) -> Gradient:
     """``boat_torch.Problem``: naive gradient descent and reverse automatic differentiation."""
     from boat_torch import Problem
 
@@ -192,14 +251,32 @@ def by_boat(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, ste
         p.grad = None
     with tempfile.TemporaryDirectory() as folder:
         networks = {"lower_level_model": student, "upper_level_model": teacher}
-        variables = {"lower_level_var": list(student.parameters()), "upper_level_var": list(teacher.parameters())}
-        config: Row = {"fo_op": None, "gm_op": ["NGD"], "na_op": ["RAD"], "lower_iters": steps, **networks, **variables}
+        variables = {
+            "lower_level_var": list(student.parameters()),
+            "upper_level_var": list(teacher.parameters()),
+        }
+        config: Row = {
+            "fo_op": None,
+            "gm_op": ["NGD"],
+            "na_op": ["RAD"],
+            "lower_iters": steps,
+            **networks,
+            **variables,
+        }
         for level, network in (("lower", student), ("upper", teacher)):
             config[f"{level}_level_opt"] = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
-        config |= {"accumulate_grad": False, "copy_last_param": False, "return_grad": True, "device": str(u.device)}
+        config |= {
+            "accumulate_grad": False,
+            "copy_last_param": False,
+            "return_grad": True,
+            "device": str(u.device),
+        }
         config |= {"GDA": {"alpha_init": 0.0, "alpha_decay": 1.0}, "RGT": {"truncate_iter": 0}}
         config["loss_log_path"] = str(Path(folder) / "loss.json")
-        losses = {f"{name}_loss": {"function": f"{__name__}.{name}"} for name in ("lower_level", "upper_level")}
+        losses = {
+            f"{name}_loss": {"function": f"{__name__}.{name}"}
+            for name in ("lower_level", "upper_level")
+        }
         problem = Problem(config, losses)
         problem.build_ll_solver()
         problem.build_ul_solver()
@@ -208,9 +285,13 @@ def by_boat(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, ste
     return [g.detach() for g in grads]
 
 
-def plain_steps(teacher: nn.Module, student: nn.Module, u: Tensor, steps: int) -> list[dict[str, Tensor]]:
+def plain_steps(
+    teacher: nn.Module, student: nn.Module, u: Tensor, steps: int
+) -> list[dict[str, Tensor]]:
     """The student's weights before each step of plain SGD and after the last, as leaves."""
-    params: dict[str, Tensor] = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
+    params: dict[str, Tensor] = {
+        name: p.detach().requires_grad_() for name, p in student.named_parameters()
+    }
     found = [params]
     for _ in range(steps):
         with torch.no_grad():
@@ -222,7 +303,9 @@ def plain_steps(teacher: nn.Module, student: nn.Module, u: Tensor, steps: int) -
     return found
 
 
-def by_betty(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+def by_betty(
+    teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
+) -> Gradient:
     """Betty's default, ``darts`` (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): of the last step alone, the mixed
     derivative at the new weights, with the identity for the Hessian, by a central difference of gradients in the
     teacher over 0.01 / ||v|| along v. Times the rate, which Betty leaves out."""
@@ -232,12 +315,21 @@ def by_betty(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, st
     size = 0.01 / torch.linalg.vector_norm(torch.cat([g.flatten() for g in v]))
     sides = []
     for sign in (1, -1):
-        at = {n: (p.detach() + sign * size * g).requires_grad_() for (n, p), g in zip(params.items(), v, strict=True)}
-        sides.append(torch.autograd.grad(inner_loss(student, teacher, u, at), list(teacher.parameters())))
-    return [-LEARNING_RATE * (ahead - behind) / (2 * size) for ahead, behind in zip(*sides, strict=True)]
+        at = {
+            n: (p.detach() + sign * size * g).requires_grad_()
+            for (n, p), g in zip(params.items(), v, strict=True)
+        }
+        sides.append(
+            torch.autograd.grad(inner_loss(student, teacher, u, at), list(teacher.parameters()))
+        )
+    return [
+        -LEARNING_RATE * (ahead - behind) / (2 * size) for ahead, behind in zip(*sides, strict=True)
+    ]
 
 
-def by_mixflow(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+def by_mixflow(
+    teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
+) -> Gradient:
     """MixFlow-MG (Kemaev et al. 2025): backwards through the steps, the product with the Hessian and the derivative in
     the teacher are one derivative, in forward mode along the adjoint, of the inner loss's gradient in both networks;
     each step's passes are run again from its kept weights, and no graph outlives its step."""
@@ -251,7 +343,10 @@ def by_mixflow(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, 
             pairs = zip(params.items(), v, strict=True)
             at = {name: forward_ad.make_dual(p, -LEARNING_RATE * g) for (name, p), g in pairs}
             loss = inner_loss(student, teacher, u, at)
-            ends = [*learned, *(at.values() if number else ())]  # the first step needs no product with the Hessian
+            ends = [
+                *learned,
+                *(at.values() if number else ()),
+            ]  # the first step needs no product with the Hessian
             slopes = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss, ends)]
         total = [t if s is None else t + s for t, s in zip(total, slopes, strict=False)]
         v = tuple(g + s for g, s in zip(v, slopes[len(learned) :], strict=False))
@@ -280,9 +375,13 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
     from metapl.ablation.cost import peak_bytes
 
     torch.set_num_threads(1)
-    options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(library, {})
+    options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(
+        library, {}
+    )
     own = by_metapl(library.split(", ")[1], **options) if library in OWN else None
-    gradient = by_hand if library == TRUTH else own or PEERS[library][1]  # of (teacher, student, both batches, steps)
+    gradient = (
+        by_hand if library == TRUTH else own or PEERS[library][1]
+    )  # of (teacher, student, both batches, steps)
     if network != CAUSAL or library == TRUTH:
         gradient = sdpa_kernel(SDPBackend.MATH)(gradient)
     if library == TRUTH:
@@ -319,7 +418,9 @@ def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
     python = str(folder / "bin" / "python")
     where = [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     here = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
-    theirs = subprocess.run([python, *where[1:]], capture_output=True, text=True, check=True).stdout.strip()
+    theirs = subprocess.run(
+        [python, *where[1:]], capture_output=True, text=True, check=True
+    ).stdout.strip()
     (Path(theirs) / "shared.pth").write_text(here + "\n")
     install = [python, "-m", "pip", "install", "--quiet", *["--no-deps"] * alone, *packages]
     words = subprocess.run(install, capture_output=True, text=True, check=False)
@@ -329,7 +430,12 @@ def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
         raise RuntimeError(f"needs Python {version[1].strip()}")
     if compiler := re.search(r"fatal error: (.*)", words.stderr):
         raise RuntimeError(f"does not compile ({compiler[1].strip()})")
-    raise RuntimeError(([line for line in words.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"])[-1])
+    raise RuntimeError(
+        (
+            [line for line in words.stderr.splitlines() if line.startswith("ERROR")]
+            or ["pip failed"]
+        )[-1]
+    )
 
 
 def call(python: str, *given: Any) -> Row:
@@ -348,7 +454,9 @@ def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[st
     ours = OWN[:1] if miniature else OWN
     pythons, reasons = dict.fromkeys(ours, sys.executable), dict[str, str]()
     for library, (packages, gradient) in PEERS.items():
-        is_here = library.startswith("TorchOpt") and importlib.util.find_spec("torchopt") is not None
+        is_here = (
+            library.startswith("TorchOpt") and importlib.util.find_spec("torchopt") is not None
+        )
         if not packages or (miniature and is_here):
             pythons[library] = sys.executable
         elif not miniature:
@@ -369,7 +477,10 @@ def summary(rows: Sequence[Row]) -> Row:
     for row in rows:
         if "reason" in row:
             return {"reason": row["reason"]}
-    medians = {name: statistics.median(row[name] for row in rows) for name in ("error", "seconds", "first", "bytes")}
+    medians = {
+        name: statistics.median(row[name] for row in rows)
+        for name in ("error", "seconds", "first", "bytes")
+    }
     return medians | {"each": [row["seconds"] for row in rows]}
 
 
@@ -395,11 +506,25 @@ def run(given: Any) -> None:
             for done, (library, network, steps) in enumerate(jobs, 1):
                 row: Row = {"reason": UNMEASURED.get((library, network))}
                 if row["reason"] is None:
-                    calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
-                    row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
+                    calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (
+                        5 if steps > 1 else 1
+                    ) or 1
+                    row = call(
+                        pythons[library],
+                        library,
+                        network,
+                        steps,
+                        calls,
+                        truths[network, steps],
+                        device,
+                    )
                 measured.setdefault((library, network, steps), []).append(row)
                 where = f"round {number}, {done}/{len(jobs)}"
-                print(f"[{where}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
+                print(
+                    f"[{where}] {library}, {network}, K = {steps}: {row}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             result["rows"] = [
                 {"library": library, "network": network, "steps": steps, **summary(rows)}
                 for (library, network, steps), rows in sorted(measured.items())
@@ -411,17 +536,35 @@ def table(result: Row) -> str:
     """Errors, and times and memory relative to metapl's ``forward``."""
     rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
     lines = []
-    for network, steps in sorted({key[:2] for key in rows}, key=lambda at: (NETWORKS.index(at[0]), at[1])):
+    for network, steps in sorted(
+        {key[:2] for key in rows}, key=lambda at: (NETWORKS.index(at[0]), at[1])
+    ):
         own = rows[network, steps, FORWARD]
         for library in (library for library in (*OWN, *PEERS) if (network, steps, library) in rows):
             row = rows[network, steps, library]
-            cold = f" (first call {row['first']:.0f} s)" if library == COMPILED and "first" in row else ""
+            cold = (
+                f" (first call {row['first']:.0f} s)"
+                if library == COMPILED and "first" in row
+                else ""
+            )
             cells = [row.get("reason"), *[NONE] * 4]
             if "reason" not in row:
-                cells = [f"{row['error']:.1e}", *(f"{row[key] / own[key]:.2f}" for key in ("seconds", "bytes"))]
+                cells = [
+                    f"{row['error']:.1e}",
+                    *(f"{row[key] / own[key]:.2f}" for key in ("seconds", "bytes")),
+                ]
                 cells += [f"{1e3 * row['seconds']:.3g}", f"{row['bytes'] / 1e6:.3g}"]
             lines.append([network, steps, library + cold, *cells])
-    head = ("network", "K", "library", "relative error", "time / forward", "memory / forward", "ms", "MB")
+    head = (
+        "network",
+        "K",
+        "library",
+        "relative error",
+        "time / forward",
+        "memory / forward",
+        "ms",
+        "MB",
+    )
     return grid(head, lines, "lrl") + missing(result)
 
 

@@ -35,7 +35,16 @@ STEPS = 300
 CHANCE = 0.1
 ABOVE_CHANCE = 0.2
 CHANGES = {
-    "cifar10-4k": ("--validation", "1000", "--student-lr", "0.1", "--teacher-lr", "0.1", "--uda-weight", "1"),
+    "cifar10-4k": (
+        "--validation",
+        "1000",
+        "--student-lr",
+        "0.1",
+        "--teacher-lr",
+        "0.1",
+        "--uda-weight",
+        "1",
+    ),
     "cifar10-4k-paper": ("--validation", "1000"),
 }
 BEHIND_CONTROL = 0.05
@@ -45,8 +54,27 @@ def run(row: str, method: str, seed: int, steps: int, root: str, more: Sequence[
     """Train a row of the protocols, small, and return its accuracies; ``more`` are further flags."""
     import protocols
 
-    words = [row, "--data", "fashion", "--image-size", "28", "--network", "pooled_cnn", "--device", "cpu"]
-    words += ["--labeled-batch", "16", "--unlabeled-batch", "112", "--num-workers", "0", "--scale-to", str(steps)]
+    words = [
+        row,
+        "--data",
+        "fashion",
+        "--image-size",
+        "28",
+        "--network",
+        "pooled_cnn",
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--labeled-batch",
+        "16",
+        "--unlabeled-batch",
+        "112",
+        "--num-workers",
+        "0",
+        "--scale-to",
+        str(steps),
+    ]
     words += ["--method", method, "--seed", str(seed), "--root", root, *CHANGES.get(row, ())]
     words += ["--training-accuracy-on", "200", "--validate-every", "100", *more]
     with tempfile.TemporaryDirectory() as folder:
@@ -77,27 +105,47 @@ def table(rows: list[Row]) -> str:
         cells = [f"`{name}`", *(f"{100 * figure:.1f}" for figure in figures)]
         cells.append("yes" if trains(reached["mpl"], reached["none"]) else "**no**")
         lines.append(cells)
-    head = ["row", "teacher, no feedback", "student", "finetuned", "teacher, MPL", "student", "finetuned", "trains"]
+    head = [
+        "row",
+        "teacher, no feedback",
+        "student",
+        "finetuned",
+        "teacher, MPL",
+        "student",
+        "finetuned",
+        "trains",
+    ]
     return grid(head, lines, 1)
 
 
 def trains(with_feedback: float, without: float) -> bool:
-    return min(with_feedback, without) >= CHANCE + ABOVE_CHANCE and with_feedback >= without - BEHIND_CONTROL
+    return (
+        min(with_feedback, without) >= CHANCE + ABOVE_CHANCE
+        and with_feedback >= without - BEHIND_CONTROL
+    )
 
 
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
-    parser.add_argument("--root", default="/usr/share/datasets/fashion-mnist", help="the folder of the four files")
+    parser.add_argument(
+        "--root", default="/usr/share/datasets/fashion-mnist", help="the folder of the four files"
+    )
     given = harness.parsed(parser)
     if given.runs:
         torch.set_num_threads(1)
         steps = 6 if given.miniature else STEPS
-        jobs = [{"row": row, "method": method, "seed": 0, "steps": steps} for method in METHODS for row in ROWS]
+        jobs = [
+            {"row": row, "method": method, "seed": 0, "steps": steps}
+            for method in METHODS
+            for row in ROWS
+        ]
         with tempfile.TemporaryDirectory() as folder:
             train = partial(run, root=given.root)
             if given.miniature:
                 write_noise(Path(folder))
-                train = partial(run, root=folder, more=("--labels-per-class", "2", "--validation", "10"))
+                train = partial(
+                    run, root=folder, more=("--labels-per-class", "2", "--validation", "10")
+                )
             harness.go_on(given.out, jobs, train, environment=harness.environment())
     show(given.write, "protocol_rows", table(read(given.out, having="row")))
 

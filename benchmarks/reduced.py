@@ -60,7 +60,9 @@ def measure(case: str, name: str, steps: int) -> Row:
     student = create(network, CLASSES)
     x, u = (torch.randn(batch, 3, side, side) for _ in range(2))
     y, stored = torch.randint(0, CLASSES, (batch,)), torch.rand(batch, CLASSES).softmax(-1)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     networks: list[nn.Module] = [student]
 
     def plain() -> Tensor:
@@ -77,7 +79,9 @@ def measure(case: str, name: str, steps: int) -> Row:
         reduced = method == "reduced"
         networks.append(label_adjuster(CLASSES) if reduced else create(network, CLASSES))
         given: Row = {"problem": ReducedLabels() if reduced else None, "inner_optimizer": optimizer}
-        trainer = metapl.BilevelTrainer(networks[1], student, mode, **given, recompute_teacher=not reduced)
+        trainer = metapl.BilevelTrainer(
+            networks[1], student, mode, **given, recompute_teacher=not reduced
+        )
         batches: Any = ((x, y, stored), (u, stored)) if reduced else ((x, y), u)
 
         def step() -> Any:
@@ -107,12 +111,18 @@ def table(rows: Sequence[Row]) -> str:
     for case, name in ((case, name) for case in cases for name in STEPS if (case, name) in known):
         row, plain = known[case, name], known[case, PLAIN]
         over = [f"{row[key] / plain[key]:.2f}" for key in ("seconds", "bytes")]
-        size = [f"{1e3 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['weights'] / 1e6:.2f}"]
+        size = [
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['weights'] / 1e6:.2f}",
+        ]
         costs.append([case, name, *over, *size])
     final = [row for row in rows if row.get("final")]
 
     def column(method: str) -> list[list[float]]:
-        return [[row[f"{name}_test"] for row in final if row["method"] == method] for name in READOUTS]
+        return [
+            [row[f"{name}_test"] for row in final if row["method"] == method] for name in READOUTS
+        ]
 
     own = column("reduced_mpl")
     for method in dict.fromkeys(row["method"] for row in final):
@@ -120,11 +130,21 @@ def table(rows: Sequence[Row]) -> str:
         beside = [NONE] * 6
         if method != "reduced_mpl":
             pairs = zip(own, reached, strict=True)
-            beside = [cell for a, b in pairs for cell in (*harness.difference(a, b), harness.between(a, b))]
+            beside = [
+                cell
+                for a, b in pairs
+                for cell in (*harness.difference(a, b), harness.between(a, b))
+            ]
         lines.append([METHODS[method].title, *map(harness.spread, reached), *beside])
     head = ["network", "step", "time / plain", "memory / plain", "ms", "MB", "million weights"]
-    about = ["method", *READOUTS, *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %"))]
-    return "\n\n".join([harness.grid(head, costs, names=2), *([harness.grid(about, lines)] if lines else [])])
+    about = [
+        "method",
+        *READOUTS,
+        *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %")),
+    ]
+    return "\n\n".join(
+        [harness.grid(head, costs, names=2), *([harness.grid(about, lines)] if lines else [])]
+    )
 
 
 def main() -> None:
@@ -134,7 +154,9 @@ def main() -> None:
         names = (PLAIN, "Reduced MPL, reinforce") if given.miniature else STEPS
         jobs = list(harness.every(case=tuple(cases), name=tuple(names)))
         random.Random(0).shuffle(jobs)
-        harness.go_on(given.out, jobs, partial(step_of, turns=turns), measured_on=harness.environment())
+        harness.go_on(
+            given.out, jobs, partial(step_of, turns=turns), measured_on=harness.environment()
+        )
     harness.show(given.write, "reduced", table(harness.read(given.out)))
 
 

@@ -31,7 +31,19 @@ import attribution
 import data_rater
 import torch
 from attribution import BASE, factor, losses_of
-from harness import NONE, RESULTS, Row, apart, arguments, environment, go_on, grid, parsed, read, show
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    apart,
+    arguments,
+    environment,
+    go_on,
+    grid,
+    parsed,
+    read,
+    show,
+)
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,11 +62,23 @@ LIBRARIES = {
     "bergson": ("all", "sqrt", "log", NARROW),
 }
 FALLS: Row = {**BASE, "width": 64, "falls": True, "batch": 100}
-WORDS = FALLS | {"network": "words", "width": 32, "batch": 10, "rule": "adam", "lr": 1e-3, "eps": 1e-8, "decay": 0.01}
+WORDS = FALLS | {
+    "network": "words",
+    "width": 32,
+    "batch": 10,
+    "rule": "adam",
+    "lr": 1e-3,
+    "eps": 1e-8,
+    "decay": 0.01,
+}
 SETTINGS = {"perceptron, SGD": FALLS, "causal transformer, AdamW": WORDS}
 SETTINGS["causal transformer, AdamW, ε = 1e-3"] = WORDS | {"eps": 1e-3}
 COSTS = {"perceptron, SGD": (500, 3), "causal transformer, AdamW": (50, 1)}  # steps and rounds
-SCORED = ("perceptron, SGD", 100), ("perceptron, SGD", 500), *((name, 50) for name in [*SETTINGS][1:])
+SCORED = (
+    ("perceptron, SGD", 100),
+    ("perceptron, SGD", 500),
+    *((name, 50) for name in [*SETTINGS][1:]),
+)
 
 
 TEXT.WIDTH = WORDS["width"]
@@ -69,8 +93,17 @@ def training(setting: Row, steps: int, seed: int, dtype: torch.dtype) -> Row:
     else:
         pairs = tuple((x.to(dtype), y) for x, y in attribution.data(seed))
     order = attribution.order_of(len(pairs[0][0]), steps, setting["batch"], seed)
-    weights = {name: t.to(dtype) for name, t in attribution.built(setting, seed)[0].state_dict().items()}
-    return {"setting": setting, "seed": seed, "train": pairs[0], "outer": pairs[1], "order": order, "weights": weights}
+    weights = {
+        name: t.to(dtype) for name, t in attribution.built(setting, seed)[0].state_dict().items()
+    }
+    return {
+        "setting": setting,
+        "seed": seed,
+        "train": pairs[0],
+        "outer": pairs[1],
+        "order": order,
+        "weights": weights,
+    }
 
 
 def begun(given: Row) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -84,7 +117,12 @@ HELD = dict[Tensor, Any]()  # a compiled training is known by its problem, stude
 
 def by_metapl(given: Row, way: str = "") -> Any:
     """Scores, (N,), and the outer loss; no way: a plain training."""
-    (network, optimizer), (x, y), order, setting = begun(given), given["train"], given["order"], given["setting"]
+    (network, optimizer), (x, y), order, setting = (
+        begun(given),
+        given["train"],
+        given["order"],
+        given["setting"],
+    )
     if not way:
         for step, rows in enumerate(order):
             optimizer.param_groups[0]["lr"] = setting["lr"] * factor(setting, step, len(order))
@@ -94,7 +132,10 @@ def by_metapl(given: Row, way: str = "") -> Any:
         return None
     problem: Any = metapl.problems.NextToken() if setting["network"] == "words" else None
     network, optimizer, problem = HELD.setdefault(x, (network, optimizer, problem))
-    modes = {"tree": Forward(keep="tree"), "every √K-th": Forward(keep_every=max(2, math.isqrt(len(order))))}
+    modes = {
+        "tree": Forward(keep="tree"),
+        "every √K-th": Forward(keep_every=max(2, math.isqrt(len(order)))),
+    }
     found = metapl.attribute(
         network,
         given["train"],
@@ -152,7 +193,9 @@ def by_bergson(given: Row, way: str = "") -> Any:
     rate = partial(lambda step: setting["lr"] * factor(setting, step, steps))
     rule = torchopt.sgd(rate, momentum=setting["momentum"])
     if setting["rule"] == "adam":  # the root of zero has no derivative
-        rule = torchopt.adamw(rate, eps=setting["eps"], eps_root=1e-30, weight_decay=setting["decay"])
+        rule = torchopt.adamw(
+            rate, eps=setting["eps"], eps_root=1e-30, weight_decay=setting["decay"]
+        )
     with sdpa_kernel(SDPBackend.MATH), tempfile.TemporaryDirectory() as folder:
         trainer, state = Trainer.initialize(Weighted(begun(given)[0]), rule)
         stream, kept = Stream(given), folder if way else None
@@ -161,7 +204,9 @@ def by_bergson(given: Row, way: str = "") -> Any:
             return None
         with state.activate(trainer.model) as params:
             outer = trainer.model(*given["outer"])
-            grads = dict(zip(params, torch.autograd.grad(outer, list(params.values())), strict=True))
+            grads = dict(
+                zip(params, torch.autograd.grad(outer, list(params.values())), strict=True)
+            )
         zeros = [torch.zeros_like(t) for t in state.differentiable_tensors()[len(grads) :]]
         adjoint = BackwardState(grads, zeros, torch.zeros_like(stream.weights))
         adjoint = trainer.backward(folder, stream, adjoint, state, inplace=True, save_mode=mode)
@@ -188,7 +233,11 @@ def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> lis
 
 def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
     """The rows of a training, with errors beside metapl with all states kept. One round leaves the first way out."""
-    given, scores, rows = training(SETTINGS[case], steps, 0, torch.float64), dict[str, Tensor](), list[Row]()
+    given, scores, rows = (
+        training(SETTINGS[case], steps, 0, torch.float64),
+        dict[str, Tensor](),
+        list[Row](),
+    )
     with tempfile.TemporaryDirectory() as folder:
         torch.save(given, Path(folder) / "training.pt")
         for library, every in LIBRARIES.items():
@@ -199,9 +248,13 @@ def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bo
             use = f"rival_attribution.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
             with_library = str(python) if library == "bergson" else sys.executable
             try:
-                found = measure(library, given, rounds, ways) if miniature else apart(use, with_library)
+                found = (
+                    measure(library, given, rounds, ways) if miniature else apart(use, with_library)
+                )
             except RuntimeError as error:
-                rows.append({"library": library, "reason": f"stops: {str(error).splitlines()[-1][:150]}"})
+                rows.append(
+                    {"library": library, "reason": f"stops: {str(error).splitlines()[-1][:150]}"}
+                )
                 continue
             for own in found:
                 scores[own["way"]] = torch.tensor(own.pop("scores"), dtype=torch.float64)
@@ -225,10 +278,18 @@ def lds(case: str, steps: int, seed: int, removals: int) -> Row:
         how = given["setting"], seed, given["order"], given["train"], given["outer"], weights
         base, *without = attribution.retrained(*how).double()
     row["seconds"]["trainings"] = time.process_time() - start
-    row |= {"loss": float(base), "loss_difference": float((loss - base).abs()), "spearman": {}, "changes": {}}
+    row |= {
+        "loss": float(base),
+        "loss_difference": float((loss - base).abs()),
+        "spearman": {},
+        "changes": {},
+    }
     for number, share in enumerate(SHARES):
         own = range(number * removals, (number + 1) * removals)
-        predicted, true = [float(scores[sets[i]].sum()) for i in own], [float(without[i] - base) for i in own]
+        predicted, true = (
+            [float(scores[sets[i]].sum()) for i in own],
+            [float(without[i] - base) for i in own],
+        )
         row["spearman"][f"{share:g}"] = float(spearmanr(predicted, true)[0])
         row["changes"][f"{share:g}"] = {"predicted": predicted, "retrained": true}
     return row
@@ -238,41 +299,87 @@ def tables(rows: list[Row]) -> dict[str, str]:
     """By their marks in the page."""
     lines = []
     measured = [row for row in rows if row["kind"] == "cost"]
-    torchs = {row["case"]: statistics.median(row["plain_seconds"]) for row in measured if row.get("way") == "all kept"}
+    torchs = {
+        row["case"]: statistics.median(row["plain_seconds"])
+        for row in measured
+        if row.get("way") == "all kept"
+    }
     for row in measured:
         cells = [row.get("reason"), NONE, NONE, NONE]
         if "reason" not in row:
-            ratio = statistics.median(a / b for a, b in zip(row["seconds"], row["plain_seconds"], strict=True))
+            ratio = statistics.median(
+                a / b for a, b in zip(row["seconds"], row["plain_seconds"], strict=True)
+            )
             of_torch = statistics.median(row["seconds"]) / torchs[row["case"]]
-            cells = [f"{row['error']:.0e}", f"{ratio:.1f}", f"{of_torch:.1f}", f"{row['bytes'] / 1e6:.1f}"]
-        by = row["library"] if "reason" in row else f"{row['library']} {row['version']}, {row['way']}"
+            cells = [
+                f"{row['error']:.0e}",
+                f"{ratio:.1f}",
+                f"{of_torch:.1f}",
+                f"{row['bytes'] / 1e6:.1f}",
+            ]
+        by = (
+            row["library"]
+            if "reason" in row
+            else f"{row['library']} {row['version']}, {row['way']}"
+        )
         lines.append([row["case"], row["steps"], by, *cells])
-    head = ["training", "K", "by", "error", "time / plain", "time / torch's plain", "peak memory, MB"]
+    head = [
+        "training",
+        "K",
+        "by",
+        "error",
+        "time / plain",
+        "time / torch's plain",
+        "peak memory, MB",
+    ]
     costs = grid(head, lines, "lrl")
     scored, lines = [row for row in rows if row["kind"] == "lds"], []
     for name, steps in dict.fromkeys((row["case"], row["steps"]) for row in scored):
         same = [row for row in scored if (row["case"], row["steps"]) == (name, steps)]
         each = [[row["spearman"][f"{share:g}"] for row in same] for share in SHARES]
         ranges = [f"{statistics.fmean(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in each]
-        lines.append([name, steps, len(same), f"{statistics.fmean(row['loss'] for row in same):.3f}", *ranges])
+        lines.append(
+            [
+                name,
+                steps,
+                len(same),
+                f"{statistics.fmean(row['loss'] for row in same):.3f}",
+                *ranges,
+            ]
+        )
     scores = grid(["training", "K", "seeds", "loss", *(f"{100 * s:g} %" for s in SHARES)], lines)
     return {"rival_attribution": costs, "rival_attribution-scores": scores}
 
 
 def main() -> None:
     parser = arguments(__doc__, RAW)
-    parser.add_argument("--rival-python", type=Path, metavar="FILE", help="an interpreter that has bergson")
+    parser.add_argument(
+        "--rival-python", type=Path, metavar="FILE", help="an interpreter that has bergson"
+    )
     given = parsed(parser)
     torch.set_num_threads(1)
     sizes = dict.fromkeys(COSTS, (3, 1)) if given.miniature else COSTS
-    scored = [(case, 3, 0) for case in COSTS] if given.miniature else [(*of, seed) for of in SCORED for seed in SEEDS]
-    jobs: list[Row] = [{"kind": "cost", "case": case, "steps": steps} for case, (steps, _) in sizes.items()]
-    jobs += [{"kind": "lds", "case": case, "steps": steps, "seed": seed} for case, steps, seed in scored]
+    scored = (
+        [(case, 3, 0) for case in COSTS]
+        if given.miniature
+        else [(*of, seed) for of in SCORED for seed in SEEDS]
+    )
+    jobs: list[Row] = [
+        {"kind": "cost", "case": case, "steps": steps} for case, (steps, _) in sizes.items()
+    ]
+    jobs += [
+        {"kind": "lds", "case": case, "steps": steps, "seed": seed} for case, steps, seed in scored
+    ]
 
     def measured(kind: str, **job: Any) -> Row | list[Row]:
         if kind == "lds":
             return lds(**job, removals=4 if given.miniature else REMOVALS)
-        return costs(**job, rounds=sizes[job["case"]][1], python=given.rival_python, miniature=given.miniature)
+        return costs(
+            **job,
+            rounds=sizes[job["case"]][1],
+            python=given.rival_python,
+            miniature=given.miniature,
+        )
 
     if given.runs:
         go_on(given.out, jobs, measured, machine=environment())

@@ -61,13 +61,19 @@ def serve(rank: int, number: int, folder: str, sizes: dict[str, int], cases: Seq
 
     torch.set_num_threads(1)
     if number > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=number)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([measure(rank, sizes, **case) for case in cases]))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=number
+        )
+    (Path(folder) / f"{rank}.json").write_text(
+        json.dumps([measure(rank, sizes, **case) for case in cases])
+    )
     if number > 1:
         dist.destroy_process_group()
 
 
-def measure(rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], steps: int, count: bool) -> Row:
+def measure(
+    rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], steps: int, count: bool
+) -> Row:
     """Seconds of a step of this process; with ``count``, what it computes, sends and holds too."""
     import metapl
     from metapl.ablation.cost import peak_bytes
@@ -105,7 +111,9 @@ def measure(rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], 
     states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
     tensors = [t for network in own for t in (*network.parameters(), *network.buffers())]
     tensors += [t for t in pytree.tree_leaves([states, labeled, u]) if isinstance(t, Tensor)]
-    tensors += [p for network in own for p in network.parameters()] if set(sizes) == {"replicate"} else []
+    tensors += (
+        [p for network in own for p in network.parameters()] if set(sizes) == {"replicate"} else []
+    )
     held = sum(t.numel() * t.element_size() for t in map(local, tensors))
     return row | {"flops": seen.flops, "sent": seen.sent, "bytes": held + min(peaks)}
 
@@ -117,7 +125,9 @@ def measured(miniature: bool) -> Row:
     load = os.getloadavg()[0]
     found: dict[tuple[str, str], list[Sequence[Row]]] = {}
     for turn in range(turns):
-        cases = [{"mode": mode, "widths": widths, "steps": steps, "count": turn == 0} for mode in modes]
+        cases = [
+            {"mode": mode, "widths": widths, "steps": steps, "count": turn == 0} for mode in modes
+        ]
         for name in names:
             for mode, ranks in zip(modes, run(LAYOUTS[name], cases), strict=True):
                 found.setdefault((mode, name), []).append(ranks)
@@ -128,12 +138,20 @@ def measured(miniature: bool) -> Row:
         most = {key: max(rank[key] for rank in by_turn[0]) for key in ("flops", "sent", "bytes")}
         times = {"seconds": statistics.median(seconds), "turns": seconds}
         rows.append({"mode": mode, "layout": name, **times, **most})
-    return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": environment()}
+    return {
+        "rows": rows,
+        "widths": widths,
+        "batch": ROWS,
+        "load": load,
+        "measured_on": environment(),
+    }
 
 
 def table(result: Row) -> str:
     rows = {(row["mode"], row["layout"]): row for row in result["rows"]}
-    names = [name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)]
+    names = [
+        name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)
+    ]
     times, amounts = list[list[str]](), list[list[str]]()
     for mode in dict.fromkeys(mode for mode, _ in rows):
         alone, others = rows[mode, ALONE], [rows[mode, name] for name in names]
@@ -141,8 +159,14 @@ def table(result: Row) -> str:
         operations = max(row["flops"] / alone["flops"] for row in others)
         times.append([f"`{mode}`", f"{1e3 * alone['seconds']:.1f}", *ratios, f"{operations:.2f}"])
         sent = [f"{row['sent'] / 1e6:.1f}" for row in others]
-        amounts.append([f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))])
-    head = ["mode", *(f"sent: {name}" for name in names), *(f"held: {name}" for name in (ALONE, *names))]
+        amounts.append(
+            [f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))]
+        )
+    head = [
+        "mode",
+        *(f"sent: {name}" for name in names),
+        *(f"held: {name}" for name in (ALONE, *names)),
+    ]
     return "\n\n".join([grid(["mode", "alone, ms", *names, "FLOP"], times), grid(head, amounts)])
 
 

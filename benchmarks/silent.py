@@ -36,7 +36,18 @@ from typing import Any
 import numpy
 import peers
 import torch
-from harness import RESULTS, Row, apart, arguments, environment, grid, loaded, parsed, show, write_json
+from harness import (
+    RESULTS,
+    Row,
+    apart,
+    arguments,
+    environment,
+    grid,
+    loaded,
+    parsed,
+    show,
+    write_json,
+)
 from rival_attribution import Stream, Weighted
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -90,13 +101,17 @@ def stochastic_depth(student: Any, x: Tensor) -> Tensor:
 
 
 def in_bfloat16(student: Any, x: Tensor) -> Tensor:
-    return student.b(F.linear(*(t.bfloat16() for t in (x, student.a.weight, student.a.bias))).tanh().to(x.dtype))
+    return student.b(
+        F.linear(*(t.bfloat16() for t in (x, student.a.weight, student.a.bias))).tanh().to(x.dtype)
+    )
 
 
 def normed_in(dtype: torch.dtype) -> Any:
     def forward(student: Any, x: Tensor) -> Tensor:
         h, norm = student.a(x).to(dtype), student.n
-        return student.b(F.layer_norm(h, (6,), norm.weight.to(dtype), norm.bias.to(dtype)).to(x.dtype).tanh())
+        return student.b(
+            F.layer_norm(h, (6,), norm.weight.to(dtype), norm.bias.to(dtype)).to(x.dtype).tanh()
+        )
 
     return forward
 
@@ -118,7 +133,9 @@ def graph_convolution(student: Any, x: Tensor) -> Tensor:
 def packed(student: Any, x: Tensor) -> Tensor:
     lengths = 1 + torch.arange(len(x)) % 2
     sequences = student.a(x).unflatten(1, (2, 3))
-    found, _ = student.g(pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False))
+    found, _ = student.g(
+        pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
+    )
     return student.b(pad_packed_sequence(found, batch_first=True)[0].sum(1))
 
 
@@ -139,7 +156,9 @@ def connectionist(student: Any, x: Tensor) -> Tensor:
 
 
 def sampled_grid(student: Any, x: Tensor) -> Tensor:
-    places = F.affine_grid(0.3 * student.a(x).view(-1, 2, 3), [len(x), 1, 2, 3], align_corners=False)
+    places = F.affine_grid(
+        0.3 * student.a(x).view(-1, 2, 3), [len(x), 1, 2, 3], align_corners=False
+    )
     return student.b(F.grid_sample(x.view(-1, 1, 2, 2), places, align_corners=False).flatten(1))
 
 
@@ -204,14 +223,24 @@ WITHOUT_BFLOAT16 = {
     "bfloat16 inside": KINDS["two layers"],
     "bfloat16 in a LayerNorm": (normed_in(torch.float64), *KINDS["bfloat16 in a LayerNorm"][1:]),
 }
-TAKES_GRADIENTS = ("a gradient in its input", "a physics-informed network")  # whose passes all need a graph
+TAKES_GRADIENTS = (
+    "a gradient in its input",
+    "a physics-informed network",
+)  # whose passes all need a graph
 ON_PURPOSE = (  # whose own gradient is not the derivative of their loss, or leaves out state that passes carry on
     *("spectral norm", "a hook on an activation's gradient", "a hook on a module's backward pass"),
-    *("a momentum encoder", "an average in a buffer", "rounding, straight-through", "a codebook of moving averages"),
+    *(
+        "a momentum encoder",
+        "an average in a buffer",
+        "rounding, straight-through",
+        "a codebook of moving averages",
+    ),
 )
 
 
-def case(kind: str, exact: bool = False) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]:
+def case(
+    kind: str, exact: bool = False
+) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]:
     """Teacher, student, a labeled batch and an unlabeled one; generators begin anew. ``exact``: without bfloat16."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
@@ -233,7 +262,9 @@ def case(kind: str, exact: bool = False) -> tuple[nn.Module, nn.Module, tuple[Te
     return teacher, student, labeled, unlabeled
 
 
-def after_real_steps(kind: str, order: str, phi: Tensor | None = None, weights: Tensor | None = None) -> float:
+def after_real_steps(
+    kind: str, order: str, phi: Tensor | None = None, weights: Tensor | None = None
+) -> float:
     """The outer loss after the student's real steps, of a teacher with other weights, or with weights of examples."""
     teacher, student, (x, y), u = case(kind, exact=True)
     if phi is not None:
@@ -260,20 +291,29 @@ def truth(kind: str, order: str) -> Tensor:
     phi, found = nn.utils.parameters_to_vector(teacher.parameters()).detach(), []
     name, at = ("weights", torch.ones(len(u))) if order == "weights" else ("phi", phi)
     for move in (1e-5, 3e-6):
-        ends = [[after_real_steps(kind, order, **{name: at + d}) for d in (e, -e)] for e in move * torch.eye(len(at))]
+        ends = [
+            [after_real_steps(kind, order, **{name: at + d}) for d in (e, -e)]
+            for e in move * torch.eye(len(at))
+        ]
         found.append(torch.tensor([(ahead - behind) / (2 * move) for ahead, behind in ends]))
     if torch.dist(*found) > 1e-2 * TOLERANCE * found[0].norm():
-        raise SystemExit(f"{kind}: the differences do not agree, so that there is nothing to compare with")
+        raise SystemExit(
+            f"{kind}: the differences do not agree, so that there is nothing to compare with"
+        )
     return found[0]
 
 
 def at_the_end(student: Any, teacher: nn.Module, labeled: Any) -> Gradient:
-    return torch.autograd.grad(F.cross_entropy(student(labeled[0]), labeled[1]), list(teacher.parameters()))
+    return torch.autograd.grad(
+        F.cross_entropy(student(labeled[0]), labeled[1]), list(teacher.parameters())
+    )
 
 
 def by_swapping(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
     """Double backward by the module itself, in which each weight's place is given the moved weight."""
-    own = [(part, *one) for part in student.modules() for one in part.named_parameters(recurse=False)]
+    own = [
+        (part, *one) for part in student.modules() for one in part.named_parameters(recurse=False)
+    ]
     places = [(part, name) for part, name, p in own if p.requires_grad]
     params = [getattr(part, name) for part, name in places]
     for _ in range(STEPS):
@@ -324,7 +364,10 @@ def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -
     rate = peers.LEARNING_RATE
     override = {"lr": [rate]} if isinstance(rate, Tensor) else None
     inner = torch.optim.SGD(student.parameters(), lr=float(rate))
-    with higher.innerloop_ctx(student, inner, copy_initial_weights=False, override=override) as (patched, stepping):
+    with higher.innerloop_ctx(student, inner, copy_initial_weights=False, override=override) as (
+        patched,
+        stepping,
+    ):
         for _ in range(STEPS):
             stepping.step(F.cross_entropy(patched(u), teacher(u).softmax(-1)))
         return at_the_end(patched, teacher, labeled)
@@ -342,28 +385,53 @@ def by_metapl(mode: Any, **options: Any) -> Any:
         unlabeled = metapl.Lookahead([u] * STEPS)
         if isinstance(rate, Tensor):
             batches = {"labeled": labeled, "unlabeled": unlabeled}
-            asked = {"mode": mode, "inner_optimizer": inner, "wrt": ("teacher", "lr"), "verify": True, **options}
+            asked = {
+                "mode": mode,
+                "inner_optimizer": inner,
+                "wrt": ("teacher", "lr"),
+                "verify": True,
+                **options,
+            }
             result = metapl.hypergradient(teacher, student, **batches, **asked)
             through_rate = torch.autograd.grad(
-                rate, list(teacher.parameters()), result.settings["lr"].sum(), allow_unused=True, materialize_grads=True
+                rate,
+                list(teacher.parameters()),
+                result.settings["lr"].sum(),
+                allow_unused=True,
+                materialize_grads=True,
             )
-            return [by_signal + by_rate for by_signal, by_rate in zip(result.grads.values(), through_rate, strict=True)]
+            return [
+                by_signal + by_rate
+                for by_signal, by_rate in zip(result.grads.values(), through_rate, strict=True)
+            ]
         outer = torch.optim.SGD(teacher.parameters(), lr=1.0)
         optimizers = {"inner_optimizer": inner, "outer_optimizer": outer, "teacher_losses": ()}
         weights_before = [p.detach().clone() for p in teacher.parameters()]
-        trainer = metapl.BilevelTrainer(teacher, student, mode, lookahead=STEPS, **optimizers, **options)
+        trainer = metapl.BilevelTrainer(
+            teacher, student, mode, lookahead=STEPS, **optimizers, **options
+        )
         trainer.step(labeled, unlabeled)
-        return [old - p.detach() for old, p in zip(weights_before, teacher.parameters(), strict=True)]
+        return [
+            old - p.detach() for old, p in zip(weights_before, teacher.parameters(), strict=True)
+        ]
 
     return gradient
 
 
 COMPILED = "metapl, forward, compiled"
 CAPTURED = (  # each compiles for half a minute
-    *("two layers", "dropout", "default (fused) attention", "a kernel with a backward of its own", "a checkpoint"),
+    *(
+        "two layers",
+        "dropout",
+        "default (fused) attention",
+        "a kernel with a backward of its own",
+        "a checkpoint",
+    ),
     *("weights clamped in forward", "rounding, straight-through"),
 )
-WAYS: dict[str, tuple[str, str, Any]] = {  # the module of a library, the order of what it draws, and its gradient
+WAYS: dict[
+    str, tuple[str, str, Any]
+] = {  # the module of a library, the order of what it draws, and its gradient
     "by hand, functional_call": ("torch", "", lambda *given: peers.by_hand(*given, STEPS)),
     "by hand, weights swapped": ("torch", "", by_swapping),
     "TorchOpt 0.7.3": ("torchopt", "", by_torchopt),
@@ -385,13 +453,26 @@ def judged(way: str, kind: str, exact: Tensor) -> Row:
             found = torch.cat([g.detach().flatten() for g in WAYS[way][2](*case(kind))])
         except Exception as error:  # whatever a library raises is its refusal
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return {"outcome": "refused", "said": f"{type(error).__name__}: {(lines or [''])[-1][:300]}"}
+            return {
+                "outcome": "refused",
+                "said": f"{type(error).__name__}: {(lines or [''])[-1][:300]}",
+            }
     off = float(torch.dist(found, exact) / exact.norm())
     if off <= (IN_BFLOAT16 if "bfloat16" in kind else TOLERANCE):
         return {"outcome": "right", "error": off}
-    about = [str(one.message)[:300] for one in told if not issubclass(one.category, DeprecationWarning | FutureWarning)]
-    said = [words for words in about if not words.startswith("torch.distributed")]  # of bergson's checkpoints
-    return {"outcome": "warned", "error": off, "said": said[-1]} if said else {"outcome": "wrong", "error": off}
+    about = [
+        str(one.message)[:300]
+        for one in told
+        if not issubclass(one.category, DeprecationWarning | FutureWarning)
+    ]
+    said = [
+        words for words in about if not words.startswith("torch.distributed")
+    ]  # of bergson's checkpoints
+    return (
+        {"outcome": "warned", "error": off, "said": said[-1]}
+        if said
+        else {"outcome": "wrong", "error": off}
+    )
 
 
 def solve_of(a: Tensor) -> Tensor:
@@ -406,19 +487,28 @@ def second_derivatives_of_torch() -> list[Row]:
     rows = []
     for name, operation in OPERATIONS.items():
         draw = torch.Generator().manual_seed(0)
-        at, along = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=draw), torch.randn(4, 4, generator=draw)
+        at, along = (
+            torch.eye(4) + 0.3 * torch.randn(4, 4, generator=draw),
+            torch.randn(4, 4, generator=draw),
+        )
 
-        def gradient(a: Tensor, *, create_graph: bool = False, operation: Any = operation) -> Tensor:
+        def gradient(
+            a: Tensor, *, create_graph: bool = False, operation: Any = operation
+        ) -> Tensor:
             return torch.autograd.grad(operation(a), a, create_graph=create_graph)[0]
 
         ahead, behind = (gradient((at + side * 1e-6 * along).requires_grad_()) for side in (1, -1))
         exact, found = (ahead - behind) / 2e-6, dict[str, Tensor]()
         a = at.clone().requires_grad_()
-        found["reverse over reverse"] = torch.autograd.grad((gradient(a, create_graph=True) * along).sum(), a)[0]
+        found["reverse over reverse"] = torch.autograd.grad(
+            (gradient(a, create_graph=True) * along).sum(), a
+        )[0]
         with warnings.catch_warnings(), forward_ad.dual_level():
             warnings.simplefilter("ignore")  # of the first dual number
             dual = forward_ad.make_dual(a, along)
-            found["reverse over forward"] = torch.autograd.grad(forward_ad.unpack_dual(operation(dual)).tangent, a)[0]
+            found["reverse over forward"] = torch.autograd.grad(
+                forward_ad.unpack_dual(operation(dual)).tangent, a
+            )[0]
             slope = forward_ad.unpack_dual(gradient(dual, create_graph=True)).tangent
             found["forward over reverse"] = slope.detach()
         rows += [
@@ -436,7 +526,9 @@ def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
     fork, exact, rows = multiprocessing.get_context("fork"), torch.load(truths), list[Row]()
     for kind in kinds:
         receiver, sender = fork.Pipe(duplex=False)
-        process = fork.Process(target=lambda at=kind, to=sender: to.send(judged(way, at, exact[at, WAYS[way][1]])))
+        process = fork.Process(
+            target=lambda at=kind, to=sender: to.send(judged(way, at, exact[at, WAYS[way][1]]))
+        )
         process.start()
         sender.close()
         try:
@@ -452,8 +544,15 @@ def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
 def run(given: Any) -> None:
     """All rows, written way by way; the exact derivatives are found by this process."""
     torch.set_num_threads(1)
-    kinds = ("two layers", "weights clamped in forward", "rounding, straight-through") if given.miniature else (*KINDS,)
-    exact, result = dict[tuple[str, str], Tensor](), {"rows": [], "not_installed": {}, "measured_on": environment()}
+    kinds = (
+        ("two layers", "weights clamped in forward", "rounding, straight-through")
+        if given.miniature
+        else (*KINDS,)
+    )
+    exact, result = (
+        dict[tuple[str, str], Tensor](),
+        {"rows": [], "not_installed": {}, "measured_on": environment()},
+    )
     torch.set_default_dtype(torch.float64)
     result["torch"] = second_derivatives_of_torch()
     with tempfile.TemporaryDirectory() as folder:
@@ -463,9 +562,14 @@ def run(given: Any) -> None:
             if reason:
                 result["not_installed"][way] = reason
                 continue
-            order, asked = WAYS[way][1], [kind for kind in kinds if way != COMPILED or kind in CAPTURED]
+            order, asked = (
+                WAYS[way][1],
+                [kind for kind in kinds if way != COMPILED or kind in CAPTURED],
+            )
             for kind in (kind for kind in asked if (kind, order) not in exact):
-                drawn = order != "branched" or after_real_steps(kind, order) != after_real_steps(kind, "")
+                drawn = order != "branched" or after_real_steps(kind, order) != after_real_steps(
+                    kind, ""
+                )
                 at = kind, order if drawn else ""
                 exact[kind, order] = exact[at] if at in exact else truth(*at)
             torch.save(exact, truths)
@@ -489,7 +593,10 @@ def installed(way: str, folder: Path) -> tuple[str, str]:
 def table(result: Row) -> str:
     """How often each way is right, and what it says of each student."""
     rows = {(row["kind"], row["way"]): row for row in result["rows"]}
-    ways, outcomes = [way for way in WAYS if any(way == w for _, w in rows)], ("right", "refused", "warned", "wrong")
+    ways, outcomes = (
+        [way for way in WAYS if any(way == w for _, w in rows)],
+        ("right", "refused", "warned", "wrong"),
+    )
     lines = []
     for way in ways:
         found = [row for (_, w), row in rows.items() if w == way]
@@ -498,18 +605,26 @@ def table(result: Row) -> str:
         purpose = sum(row["outcome"] == "wrong" and row["kind"] in ON_PURPOSE for row in found)
         lines.append([way, len(found), *counts, purpose])
     bounds = ["right", "to 1e-5"]
-    counted = grid(["way", "students", *bounds, "refused", "warned", "silently wrong", "on purpose"], lines)
+    counted = grid(
+        ["way", "students", *bounds, "refused", "warned", "silently wrong", "on purpose"], lines
+    )
     lines = []
     for kind in (kind for kind in KINDS if any(kind == k for k, _ in rows)):
         cells = []
         for row in (rows.get((kind, way), {}) for way in ways):
-            off = f", {row['error']:.0e}" if row.get("error", 0) > 1e-6 else ""  # beyond rounding and differences
-            cells.append(f"**wrong{off}**" if row.get("outcome") == "wrong" else row.get("outcome", "") + off)
+            off = (
+                f", {row['error']:.0e}" if row.get("error", 0) > 1e-6 else ""
+            )  # beyond rounding and differences
+            cells.append(
+                f"**wrong{off}**" if row.get("outcome") == "wrong" else row.get("outcome", "") + off
+            )
         lines.append([kind + STAR * (kind in ON_PURPOSE), *cells])
     each = grid(["student", *ways], lines, names=1 + len(ways))
     tables = [counted, each]
     # Rows that were made before torch's own derivatives were asked for have none of them.
-    of_torch = [[row["operation"], row["order"], f"{row['error']:.0e}"] for row in result.get("torch", ())]
+    of_torch = [
+        [row["operation"], row["order"], f"{row['error']:.0e}"] for row in result.get("torch", ())
+    ]
     if of_torch:
         tables.append(grid(["torch's own second derivative", "order", "off by"], of_torch, names=2))
     return "\n\n".join(tables) + peers.missing(result)

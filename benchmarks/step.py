@@ -27,7 +27,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import NONE, RESULTS, Row, arguments, environment, grid, loaded, parsed, show, write_json
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    arguments,
+    environment,
+    grid,
+    loaded,
+    parsed,
+    show,
+    write_json,
+)
 from modes import Place
 from peers import CAUSAL, case
 from torch import Tensor, nn
@@ -40,7 +51,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metapl
 from metapl.ablation.cost import peak_bytes
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which would write into the terminal
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # of the profiler, which would write into the terminal
 RESULT = RESULTS / "step.json"
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 SEEDS = 32
@@ -66,8 +79,13 @@ class Network(NamedTuple):
 
 def tiny() -> tuple[Pair, Data]:
     torch.manual_seed(0)
-    teacher, student = (nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2))
-    return (teacher, student), ((torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16))
+    teacher, student = (
+        nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2)
+    )
+    return (teacher, student), (
+        (torch.randn(32, 16), torch.randint(0, 4, (32,))),
+        torch.randn(32, 16),
+    )
 
 
 def of_peers(name: str, most: int | None = None) -> tuple[Pair, Data]:
@@ -85,7 +103,9 @@ NETWORKS = {
 
 
 def optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
+    return torch.optim.SGD(
+        network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY
+    )
 
 
 def by_hand(mode: str, pair: Pair, data: Data) -> Step:
@@ -93,8 +113,14 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
     (teacher, student), ((x, y), u) = pair, data
     inner, outer = optimizer(student), optimizer(teacher)
     params: dict[str, Tensor] = dict(student.named_parameters())
-    weights, learned, own = [*params.values()], [*teacher.parameters()], nn.CrossEntropyLoss(label_smoothing=0.1)
-    slope = -RATE * (1 + MOMENTUM)  # of θ' in g; in the first step, whose momentum begins with g, too
+    weights, learned, own = (
+        [*params.values()],
+        [*teacher.parameters()],
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+    )
+    slope = -RATE * (
+        1 + MOMENTUM
+    )  # of θ' in g; in the first step, whose momentum begins with g, too
 
     def move(by: torch.optim.Optimizer, of: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         for p, g in zip(of, grads, strict=True):
@@ -121,7 +147,10 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
         move(inner, weights, g)
         v = torch.autograd.grad(F.cross_entropy(student(x), y), weights)
         with forward_ad.dual_level():
-            duals = {n: forward_ad.make_dual(p, slope * d) for n, p, d in zip(params, before, v, strict=True)}
+            duals = {
+                n: forward_ad.make_dual(p, slope * d)
+                for n, p, d in zip(params, before, v, strict=True)
+            }
             tangent = forward_ad.unpack_dual(functional_call(student, duals, (u,))).tangent
         leaf = z.detach().requires_grad_()
         (of_z,) = torch.autograd.grad(F.cross_entropy(leaf, signal), leaf, create_graph=True)
@@ -129,12 +158,16 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
         teach((h * q).sum())
 
     def unrolled() -> None:
-        g = torch.autograd.grad(F.cross_entropy(student(u), teacher(u).softmax(-1)), weights, create_graph=True)
+        g = torch.autograd.grad(
+            F.cross_entropy(student(u), teacher(u).softmax(-1)), weights, create_graph=True
+        )
         after = {}
         for (name, p), g_p in zip(params.items(), g, strict=True):
             d = g_p + DECAY * p
             before = inner.state[p].get("momentum_buffer") if p in inner.state else None
-            after[name] = p - RATE * (d + MOMENTUM * (d if before is None else MOMENTUM * before + d))
+            after[name] = p - RATE * (
+                d + MOMENTUM * (d if before is None else MOMENTUM * before + d)
+            )
         teach(F.cross_entropy(functional_call(student, after, (x,)), y))
         move(inner, weights, g)
 
@@ -149,7 +182,9 @@ def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
     losses = (metapl.CrossEntropy(label_smoothing=0.1),)
     # The steps by hand add the feedback at the weight 1, and the sum of the labels' cross-entropies.
     estimator = metapl.feedback.Reinforce(reduction="sum") if mode == "reinforce" else mode
-    return metapl.BilevelTrainer(*pair, estimator, teacher_losses=losses, feedback_weight=1.0, **optimizers, **options)
+    return metapl.BilevelTrainer(
+        *pair, estimator, teacher_losses=losses, feedback_weight=1.0, **optimizers, **options
+    )
 
 
 def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.Module]:
@@ -168,7 +203,10 @@ def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.M
     step = torch.func.vmap(found[0][0][0], randomness="different")
     step = torch.compile(step, fullgraph=True) if name == BOTH else step
     state = [metapl.functional.stack([state for (_, state), _ in found])]  # type: ignore[attr-defined]
-    x, y, u = (torch.stack(of_seeds) for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in found), strict=True))
+    x, y, u = (
+        torch.stack(of_seeds)
+        for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in found), strict=True)
+    )
 
     def all_seeds() -> None:
         state[0], _ = step(state[0], (x, y), u)
@@ -197,7 +235,11 @@ def entered(step: Step) -> Row:
 def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tensor, Row]:
     """A way after three steps, where its teacher has gone to, and what there is to say of it beside times."""
     facts: Row = {}
-    if compiles := name in (COMPILED, GRAPHS, BOTH):  # with nothing compiled before, in this process and on the disk
+    if compiles := name in (
+        COMPILED,
+        GRAPHS,
+        BOTH,
+    ):  # with nothing compiled before, in this process and on the disk
         clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     step, teacher = way_of(name, mode, network, place)
@@ -213,7 +255,9 @@ def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tens
     return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - before, facts
 
 
-def measure(network: str, mode: str, ways: Sequence[str], rounds: int, place: Place = CPU) -> list[Row]:
+def measure(
+    network: str, mode: str, ways: Sequence[str], rounds: int, place: Place = CPU
+) -> list[Row]:
     """A row for each way, all in turns with the same by hand."""
     torch._dynamo.reset()  # which counts how often a function has been compiled anew
     ready = {name: warmed(name, mode, network, place) for name in (HAND, *ways)}
@@ -222,13 +266,21 @@ def measure(network: str, mode: str, ways: Sequence[str], rounds: int, place: Pl
     for _ in range(rounds):
         for name, (step, _, _) in ready.items():
             clock = time.process_time if place.device == "cpu" else time.perf_counter
-            each = 1e3 * place.seconds(lambda step=step: [step() for _ in range(calls)], clock) / calls
+            each = (
+                1e3 * place.seconds(lambda step=step: [step() for _ in range(calls)], clock) / calls
+            )
             times[name].append(each / SEEDS if name in (STACKED, BOTH) else each)
     rows = []
     for name in ways:
         ratios = [a / b for a, b in zip(times[name], times[HAND], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else 3 * ratios
-        row = {"label": metapl.__version__, "network": network, "mode": mode, "way": name, "ratio": middle}
+        row = {
+            "label": metapl.__version__,
+            "network": network,
+            "mode": mode,
+            "way": name,
+            "ratio": middle,
+        }
         row |= {"quartiles": [low, high], "rounds": rounds, "steps": calls, **ready[name][2]}
         for of, end in ((name, ""), (HAND, "_by_hand")):
             held = peak_bytes(partial(place.seconds, ready[of][0]), torch.device(place.device))
@@ -237,7 +289,9 @@ def measure(network: str, mode: str, ways: Sequence[str], rounds: int, place: Pl
             gone = ready[HAND][1]
             row["apart"] = float((ready[name][1] - gone).norm() / gone.norm())
         if "cold_seconds" in row:
-            plain, seeds = (STACKED, SEEDS) if name == BOTH else (EAGER if EAGER in times else HAND, 1)
+            plain, seeds = (
+                (STACKED, SEEDS) if name == BOTH else (EAGER if EAGER in times else HAND, 1)
+            )
             saved = (statistics.median(times[plain]) - row["ms"]) * seeds / 1e3
             row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
         rows.append(row | {"measured_on": environment()})
@@ -249,27 +303,49 @@ def table(result: Row) -> str:
     lines = []
     for row in result["rows"]:
         (low, high), pays = row["quartiles"], row.get("pays_after")
-        cells = [row["label"], NETWORKS[row["network"]].title, f"`{row['mode']}`", row["way"], f"{row['ms']:.3g}"]
+        cells = [
+            row["label"],
+            NETWORKS[row["network"]].title,
+            f"`{row['mode']}`",
+            row["way"],
+            f"{row['ms']:.3g}",
+        ]
         cells += [f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append(f"{row['files']}, {row['functions']}" if "files" in row else NONE)
         cells.append(f"{row['cold_seconds']:.0f}" if "cold_seconds" in row else NONE)
         cells.append(NONE if "cold_seconds" not in row else f"{pays:,} steps" if pays else "never")
         lines.append([*cells, f"{row['apart']:.0e}" if "apart" in row else NONE])
-    head = ["metapl", "network", "mode", "way", "ms", "times by hand", "quartiles", "files, functions"]
+    head = [
+        "metapl",
+        "network",
+        "mode",
+        "way",
+        "ms",
+        "times by hand",
+        "quartiles",
+        "files, functions",
+    ]
     return grid([*head, "compiling, s", "pays after", "apart"], lines, names=4)
 
 
 def main() -> None:
     parser = arguments(__doc__, RESULT)
-    parser.add_argument("--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay")
+    parser.add_argument(
+        "--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay"
+    )
     given = parsed(parser)
     torch.set_num_threads(1)
     if given.runs:
         names, rounds = (["tiny"], 1) if given.miniature else ([*NETWORKS], 15)
         ways = [way for part in given.parts.split(",") for way in PARTS[part]]
-        rows = [row for name in names for mode in MODES for row in measure(name, mode, ways, rounds)]
+        rows = [
+            row for name in names for mode in MODES for row in measure(name, mode, ways, rounds)
+        ]
         old = loaded(given.out)["rows"] if given.out.exists() else []
-        known = {tuple(row[key] for key in ("label", "network", "mode", "way")): row for row in [*old, *rows]}
+        known = {
+            tuple(row[key] for key in ("label", "network", "mode", "way")): row
+            for row in [*old, *rows]
+        }
         order = sorted(known, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2], WAYS.index(k[3])))
         write_json(given.out, {"rows": [known[key] for key in order]})
     show(given.write, "step", table(loaded(given.out)))

@@ -30,7 +30,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, Row, arguments, environment, every, go_on, grid, loaded, parsed, read, show
+from harness import (
+    RESULTS,
+    Row,
+    arguments,
+    environment,
+    every,
+    go_on,
+    grid,
+    loaded,
+    parsed,
+    read,
+    show,
+)
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -51,10 +63,20 @@ FLAGS, FEW = ("--steps", "150", "--precision", "float32"), ("--steps", "3", "--f
 
 PICTURES = 600
 CONDITIONS = {
-    f"{'a' * next_one}symmetric, {100 * p:g} %": (p, next_one) for next_one in (False, True) for p in (0.2, 0.4)
+    f"{'a' * next_one}symmetric, {100 * p:g} %": (p, next_one)
+    for next_one in (False, True)
+    for p in (0.2, 0.4)
 }
-TUNED_ON, RATES, TUNING_SEEDS, SEEDS = "asymmetric, 40 %", (0.01, 0.03, 0.1), (100, 101), (0, 1, 2, 3, 4)
-CHECKED = (*TUNING_SEEDS, 0)  # of the others the predictions are not checked, which costs more than the scores
+TUNED_ON, RATES, TUNING_SEEDS, SEEDS = (
+    "asymmetric, 40 %",
+    (0.01, 0.03, 0.1),
+    (100, 101),
+    (0, 1, 2, 3, 4),
+)
+CHECKED = (
+    *TUNING_SEEDS,
+    0,
+)  # of the others the predictions are not checked, which costs more than the scores
 # Of each list: its file, its column, and whether what is high there is wrong.
 LISTS = {
     "`metapl attribute`, score": ("attribution.csv", "score", -1),
@@ -94,7 +116,9 @@ def by_clean(root: Path, seed: int, out: Path) -> None:
     for name in ("clean", "noisy"):
         files = sorted((root / name).resolve().glob("*/*.png"))
         pixels = np.stack([np.asarray(Image.open(file), np.float32) / 255 for file in files])
-        found.append((torch.from_numpy(pixels), torch.tensor([int(file.parent.name) for file in files])))
+        found.append(
+            (torch.from_numpy(pixels), torch.tensor([int(file.parent.name) for file in files]))
+        )
     (x, y), (noisy, given) = found
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 64), nn.ReLU(), nn.Linear(64, 10))
@@ -127,10 +151,26 @@ def suspected(method: str, seed: int, miniature: bool) -> Row:
         root = Path(scratch)
         wrong = write_pictures(root, seed, most=60 if miniature else None)
         parts = ["--labeled", root / "noisy", "--clean", root / "clean", "--test", root / "test"]
-        metapl("train", "noisy", *parts, "--method", method, "--seed", seed, *flags, "--out", root / "out")
-        result, files = loaded(root / "out" / "result.json"), [*column(root / "out" / "suspects.csv", "file")]
+        metapl(
+            "train",
+            "noisy",
+            *parts,
+            "--method",
+            method,
+            "--seed",
+            seed,
+            *flags,
+            "--out",
+            root / "out",
+        )
+        result, files = (
+            loaded(root / "out" / "result.json"),
+            [*column(root / "out" / "suspects.csv", "file")],
+        )
     return {
-        "precision": round(statistics.fmean(path in wrong for path in files[: round(FIRST * len(files))]), 4),
+        "precision": round(
+            statistics.fmean(path in wrong for path in files[: round(FIRST * len(files))]), 4
+        ),
         **{name: result[name] for name in ("student_test_accuracy", "finetuned_test_accuracy")},
         "listed": len(files),
         "wrong": len(wrong),
@@ -143,21 +183,56 @@ def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | 
     """The quality of each list; with a rate, of that of `metapl attribute` after a run of a few steps."""
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
-        wrong, out = write_pictures(root, seed, *CONDITIONS[condition], 120 if miniature else PICTURES), root / "run"
-        few = ["--finetune-steps", "1", "--image-size", "8", "--network", "small_cnn"] if miniature else []
-        few += ["--steps", 3 if miniature or tuned else 150, "--precision", "float32", "--seed", seed]
-        metapl("train", "noisy", "--labeled", root / "noisy", "--clean", root / "clean", "--out", out, *few)
+        wrong, out = (
+            write_pictures(root, seed, *CONDITIONS[condition], 120 if miniature else PICTURES),
+            root / "run",
+        )
+        few = (
+            ["--finetune-steps", "1", "--image-size", "8", "--network", "small_cnn"]
+            if miniature
+            else []
+        )
+        few += [
+            "--steps",
+            3 if miniature or tuned else 150,
+            "--precision",
+            "float32",
+            "--seed",
+            seed,
+        ]
+        metapl(
+            "train",
+            "noisy",
+            "--labeled",
+            root / "noisy",
+            "--clean",
+            root / "clean",
+            "--out",
+            out,
+            *few,
+        )
         given = ["--lr", lr] if tuned else []
-        given += ["--steps", "4", "--removals", "8"] if miniature else ["--removals", "0"] * (seed not in CHECKED)
+        given += (
+            ["--steps", "4", "--removals", "8"]
+            if miniature
+            else ["--removals", "0"] * (seed not in CHECKED)
+        )
         since = time.perf_counter()
         told = " ".join(metapl("attribute", out, "--out", out, *given).split())
-        found = {name: re.search(rf"{name} [a-z ]+ (-?[0-9.]*[0-9])", told) for name in ("Spearman", "loss there")}
+        found = {
+            name: re.search(rf"{name} [a-z ]+ (-?[0-9.]*[0-9])", told)
+            for name in ("Spearman", "loss there")
+        }
         by_clean(root, seed, out / "clean.csv")
         row: Row = {"lr": lr or 0.03, "seconds": round(time.perf_counter() - since, 1), "lists": {}}
-        row |= {name.split()[0].lower(): float(one[1]) for name, one in found.items() if one is not None}
+        row |= {
+            name.split()[0].lower(): float(one[1]) for name, one in found.items() if one is not None
+        }
         for name, (file, key, sign) in LISTS.items():
             if not tuned or file == "attribution.csv":
-                values = {path: sign * float(value) for path, value in column(out / file, key).items()}
+                values = {
+                    path: sign * float(value) for path, value in column(out / file, key).items()
+                }
                 row["lists"][name] = quality(values, wrong)
     return row
 
@@ -171,8 +246,13 @@ def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
 
 def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
     """Mean and 95 % interval over the seeds, by Student's t."""
-    mean, (low, high) = statistics.fmean(values), paired_test(values, [0.0] * len(values)).interval or (0.0, 0.0)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {(high - low) / 2:.{digits}f}" if len(values) > 1 else "")
+    mean, (low, high) = (
+        statistics.fmean(values),
+        paired_test(values, [0.0] * len(values)).interval or (0.0, 0.0),
+    )
+    return f"{mean:{sign}.{digits}f}" + (
+        f" ± {(high - low) / 2:.{digits}f}" if len(values) > 1 else ""
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -182,10 +262,18 @@ def table(rows: Sequence[Row]) -> str:
     seeds = sorted(set.intersection(*(set(own) for own in by.values())))
     columns = ("precision", "student_test_accuracy", "finetuned_test_accuracy")
     lines = [
-        [METHODS[name], *(with_interval([100 * own[s][key] for s in seeds], digits=1) for key in columns)]
+        [
+            METHODS[name],
+            *(with_interval([100 * own[s][key] for s in seeds], digits=1) for key in columns),
+        ]
         for name, own in by.items()
     ]
-    head = ["method", "mislabeled among the first tenth, %", "test accuracy, student, %", "finetuned, %"]
+    head = [
+        "method",
+        "mislabeled among the first tenth, %",
+        "test accuracy, student, %",
+        "finetuned, %",
+    ]
     return grid(head, lines)
 
 
@@ -195,12 +283,27 @@ def harmful_table(rows: Sequence[Row]) -> str:
     for condition in CONDITIONS:
         mine = [row["lists"] for row in rows if row["condition"] == condition and not row["tuned"]]
         for name in LISTS if mine else ():
-            area, first = (with_interval([lists[name][which] for lists in mine]) for which in (0, 1))
-            lead = "" if name == score else with_interval([lists[score][0] - lists[name][0] for lists in mine], "+")
+            area, first = (
+                with_interval([lists[name][which] for lists in mine]) for which in (0, 1)
+            )
+            lead = (
+                ""
+                if name == score
+                else with_interval([lists[score][0] - lists[name][0] for lists in mine], "+")
+            )
             lines.append([condition, len(mine), name, area, lead, first])
-    checked = sorted((row for row in rows if row["seed"] in CHECKED), key=lambda row: (not row["tuned"], row["lr"]))
+    checked = sorted(
+        (row for row in rows if row["seed"] in CHECKED),
+        key=lambda row: (not row["tuned"], row["lr"]),
+    )
     tuning = [
-        [row["condition"], f"{row['lr']:g}", row["seed"], f"{row['lists'][score][0]:.2f}", f"{row['spearman']:.2f}"]
+        [
+            row["condition"],
+            f"{row['lr']:g}",
+            row["seed"],
+            f"{row['lists'][score][0]:.2f}",
+            f"{row['spearman']:.2f}",
+        ]
         for row in checked
     ]
     head = ["wrong labels", "seeds", "list", "AUC", "the score's lead", "wrong in the first tenth"]
@@ -210,7 +313,9 @@ def harmful_table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = arguments(__doc__, RAW)
-    parser.add_argument("--harmful", action="store_true", help="beside the lists of `metapl attribute`")
+    parser.add_argument(
+        "--harmful", action="store_true", help="beside the lists of `metapl attribute`"
+    )
     given = parsed(parser)
     small, out = given.miniature, given.out
     if given.harmful:

@@ -34,8 +34,16 @@ from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 
 RAW = RESULTS / "tables.jsonl"
 PROBLEMS = ("digits", "iris", "quantiles")
-FEW, WRONG, TRUSTED = 5, 0.3, 0.1  # labels of a class, the share of wrong labels, that of trusted ones
-OWN = {"few labels": "Meta Pseudo Labels", "any wrong class": "reweighted", "the next class": "reweighted"}
+FEW, WRONG, TRUSTED = (
+    5,
+    0.3,
+    0.1,
+)  # labels of a class, the share of wrong labels, that of trusted ones
+OWN = {
+    "few labels": "Meta Pseudo Labels",
+    "any wrong class": "reweighted",
+    "the next class": "reweighted",
+}
 BESIDE = {
     "few labels": f"{FEW} labels of each class, all other rows unlabeled",
     "any wrong class": f"{WRONG:.0%} of the labels replaced by any other class, {TRUSTED:.0%} of each class trusted",
@@ -49,7 +57,9 @@ def drawn(problem: str, seed: int) -> list[np.ndarray]:
         X, y = make_gaussian_quantiles(n_samples=600, n_features=10, n_classes=3, random_state=seed)
     else:
         X, y = {"digits": load_digits, "iris": load_iris}[problem](return_X_y=True)
-    rows, test, y, truth = train_test_split(X, y, train_size=min(600, len(y) * 6 // 10), random_state=seed, stratify=y)
+    rows, test, y, truth = train_test_split(
+        X, y, train_size=min(600, len(y) * 6 // 10), random_state=seed, stratify=y
+    )
     scaler = StandardScaler().fit(rows)
     return [scaler.transform(rows), y, scaler.transform(test), truth]
 
@@ -68,7 +78,10 @@ def few_labels(X: np.ndarray, y: np.ndarray, seed: int, **own: Any) -> Iterator[
     known = some_of_each(y, FEW, seed)
     given = np.where(known, y, -1)
     yield "Meta Pseudo Labels", MetaPseudoLabelsClassifier(random_state=seed, **own).fit(X, given)
-    yield "the same without feedback", MetaPseudoLabelsClassifier(random_state=seed, mode="none", **own).fit(X, given)
+    yield (
+        "the same without feedback",
+        MetaPseudoLabelsClassifier(random_state=seed, mode="none", **own).fit(X, given),
+    )
     regression = LogisticRegression(max_iter=2000)
     yield "SelfTraining(LogisticRegression)", SelfTrainingClassifier(regression).fit(X, given)
     yield "LabelSpreading(kernel='knn')", LabelSpreading(kernel="knn").fit(X, given)
@@ -82,16 +95,25 @@ def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
     yield "MLPClassifier, 64 units", MLPClassifier(64, max_iter=500, random_state=seed).fit(X, y)
 
 
-def wrong_labels(X: np.ndarray, y: np.ndarray, seed: int, kind: str, **own: Any) -> Iterator[tuple[str, Any]]:
+def wrong_labels(
+    X: np.ndarray, y: np.ndarray, seed: int, kind: str, **own: Any
+) -> Iterator[tuple[str, Any]]:
     """Each arm, fitted."""
-    draw, classes, trusted = np.random.default_rng(seed), y.max() + 1, some_of_each(y, TRUSTED, seed)
+    draw, classes, trusted = (
+        np.random.default_rng(seed),
+        y.max() + 1,
+        some_of_each(y, TRUSTED, seed),
+    )
     other = (y + (1 if kind == "the next class" else draw.integers(1, classes, len(y)))) % classes
     given = np.where((draw.random(len(y)) < WRONG) & ~trusted, other, y)
     found = MetaReweightedClassifier(random_state=seed, **own).fit(X, given, trusted=trusted)
     yield "reweighted", found
     forest = RandomForestClassifier(random_state=seed).fit(X, given, sample_weight=found.weights_)
     yield "RandomForestClassifier with its `weights_`", forest
-    yield "LogisticRegression, trusted rows alone", LogisticRegression(max_iter=2000).fit(X[trusted], y[trusted])
+    yield (
+        "LogisticRegression, trusted rows alone",
+        LogisticRegression(max_iter=2000).fit(X[trusted], y[trusted]),
+    )
     yield from plain(X, given, seed)
 
 
@@ -101,7 +123,11 @@ def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
     few, begun = labels == "few labels", time.process_time()
     arms = few_labels(X, y, seed, **own) if few else wrong_labels(X, y, seed, labels, **own)
     accuracies = {name: round(100 * each.score(test, truth), 2) for name, each in arms}
-    return {"accuracy": accuracies, "seconds": round(time.process_time() - begun, 1), "made_with": environment()}
+    return {
+        "accuracy": accuracies,
+        "seconds": round(time.process_time() - begun, 1),
+        "made_with": environment(),
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -109,16 +135,24 @@ def table(rows: Sequence[Row]) -> str:
     problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
     known = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
     cases = [*itertools.product(OWN, problems)]
-    seeds = sorted(s for s in {row["seed"] for row in rows} if all((*case, s) in known for case in cases))
+    seeds = sorted(
+        s for s in {row["seed"] for row in rows} if all((*case, s) in known for case in cases)
+    )
     parts = []
     for labels, own in OWN.items():
         lines = []
         for arm in known[labels, problems[0], seeds[0]]:
             cells = []
             for problem in problems:
-                scores, ours = ([known[labels, problem, seed][one] for seed in seeds] for one in (arm, own))
+                scores, ours = (
+                    [known[labels, problem, seed][one] for seed in seeds] for one in (arm, own)
+                )
                 test = paired_test(ours, scores)
-                beside = f" ({test.interval[0]:+.1f} to {test.interval[1]:+.1f})" if test.interval else ""
+                beside = (
+                    f" ({test.interval[0]:+.1f} to {test.interval[1]:+.1f})"
+                    if test.interval
+                    else ""
+                )
                 cells.append(f"{np.mean(scores):.1f}{beside}")
             lines.append([arm, *cells])
         parts.append(f"**{BESIDE[labels]}**\n\n{grid(['test accuracy in %', *problems], lines)}")

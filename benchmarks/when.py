@@ -93,7 +93,9 @@ class Rule:
     temperature: float = 1.0  # of that loss, whose prior is the labels' shares; likewise:
     threshold: float = 0.0
     align: float = 0.0
-    mode: Literal["forward", "reinforce"] = "forward"  # the latter with the mean of the labels' cross-entropies; of it:
+    mode: Literal["forward", "reinforce"] = (
+        "forward"  # the latter with the mean of the labels' cross-entropies; of it:
+    )
     similarity: Literal["dot", "cosine"] = "dot"
     baseline: float | None = None
 
@@ -118,7 +120,15 @@ class Arm:
     @property
     def group(self) -> tuple[Any, ...]:
         """Arms of one group see the same batches."""
-        return self.condition, self.labels, self.steps, self.outer, self.lookahead, self.uneven, self.begins
+        return (
+            self.condition,
+            self.labels,
+            self.steps,
+            self.outer,
+            self.lookahead,
+            self.uneven,
+            self.begins,
+        )
 
     @property
     def of_worth(self) -> bool:
@@ -144,13 +154,26 @@ def _rules(**axes: Any) -> tuple[Rule, ...]:
 
 
 STUDENT_LR = (0.5, 1.0)
-SIZES_OF = {"gradient": (0.3, 1.0, 3.0), "learning_rate": (0.1, 0.3, 1.0), "ratio": (0.03, 0.1, 0.3)}
-LONG_RATES: dict[str, Any] = {"feedback": "none", "student_lr": STUDENT_LR, "teacher_lr": (0.06, 0.12, 0.24)}
+SIZES_OF = {
+    "gradient": (0.3, 1.0, 3.0),
+    "learning_rate": (0.1, 0.3, 1.0),
+    "ratio": (0.03, 0.1, 0.3),
+}
+LONG_RATES: dict[str, Any] = {
+    "feedback": "none",
+    "student_lr": STUDENT_LR,
+    "teacher_lr": (0.06, 0.12, 0.24),
+}
 METHODS: dict[str, tuple[Rule, ...]] = {  # six configurations of each, beside right labels
     "none": _rules(feedback="none", student_lr=STUDENT_LR, teacher_lr=(0.03, 0.06, 0.12)),
-    **{how: _rules(feedback=how, student_lr=STUDENT_LR, size=sizes) for how, sizes in SIZES_OF.items()},
+    **{
+        how: _rules(feedback=how, student_lr=STUDENT_LR, size=sizes)
+        for how, sizes in SIZES_OF.items()
+    },
 }
-WRONG: dict[str, tuple[Rule, ...]] = {  # four configurations of each, after a teacher has learned wrong labels
+WRONG: dict[
+    str, tuple[Rule, ...]
+] = {  # four configurations of each, after a teacher has learned wrong labels
     "fixed": _rules(feedback="none", own_loss=False, student_lr=(0.25, 0.5, 1.0, 2.0)),
     "alone": _rules(feedback="learning_rate", own_loss=False, size=(0.03, 0.1, 0.3, 1.0)),
     "own": _rules(feedback="none", teacher_lr=(0.01, 0.03, 0.06, 0.12)),
@@ -161,13 +184,17 @@ WRONG: dict[str, tuple[Rule, ...]] = {  # four configurations of each, after a t
 LATER: dict[str, tuple[Rule, ...]] = {
     "none_long": _rules(**LONG_RATES),
     "none_uda": _rules(**LONG_RATES, uda=1.0),
-    "gradient_uda": _rules(feedback="gradient", uda=1.0, student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
+    "gradient_uda": _rules(
+        feedback="gradient", uda=1.0, student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)
+    ),
 }
 
 ALONE = {"uda": 1.0, "feedback": "none", "teacher_lr": (0.03, 0.06, 0.12, 0.24)}
 PAIR = {"uda": 1.0, "teacher_lr": (0.03, 0.06), "temperature": (1.0, 0.5)}
 SCALAR = {"mode": "reinforce"}
-COST_OF_SCALAR = 0.95  # compiled steps of 40 seeds, by turns with forward's: dot 0.95, cosine 0.96 (none 0.65)
+COST_OF_SCALAR = (
+    0.95  # compiled steps of 40 seeds, by turns with forward's: dot 0.95, cosine 0.96 (none 0.65)
+)
 WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
     "uda": (0.404, 1.0, _rules(**ALONE, temperature=(1.0, 0.5))),
     "uda_aligned": (0.418, 1.0, _rules(**ALONE, temperature=(1.0, 0.5), align=1.0)),
@@ -214,7 +241,9 @@ def _arms() -> Iterator[Arm]:
         return [Arm("length", method, method, labels=labels, steps=steps) for method in methods]
 
     def altered(method: str, hows: Sequence[str], **where: Any) -> list[Arm]:
-        return [Arm(method=f"{method} {how}", tuned=method, alteration=how, **where) for how in hows]
+        return [
+            Arm(method=f"{method} {how}", tuned=method, alteration=how, **where) for how in hows
+        ]
 
     def wrong(condition: Condition) -> list[Arm]:
         where: dict[str, Any] = {"part": "wrong", "condition": condition, "labels": 4}
@@ -224,7 +253,9 @@ def _arms() -> Iterator[Arm]:
     def ahead(what: str) -> list[Arm]:
         pairs = itertools.product(AHEAD, ("none", "gradient"))
         steps = {K: 1500 // (K if what == "student steps" else 1) for K in AHEAD}
-        return [Arm("ahead", f"{m} as many {what}", m, steps=steps[K], lookahead=K) for K, m in pairs]
+        return [
+            Arm("ahead", f"{m} as many {what}", m, steps=steps[K], lookahead=K) for K, m in pairs
+        ]
 
     short, long, longest = LENGTHS
     yield from [*lengths(short, 4), *lengths(short, 2)]
@@ -235,14 +266,31 @@ def _arms() -> Iterator[Arm]:
     yield from altered("gradient", ALTERATIONS, part="part")
     yield from altered("ratio", ("balance", "rest"), part="part")
     yield from [*wrong("style"), *lengths(long, 2)[:3], *ahead("student steps")]
-    yield from (Arm("outer", method, method, outer=outer) for outer in OUTER for method in ("none", "gradient"))
+    yield from (
+        Arm("outer", method, method, outer=outer)
+        for outer in OUTER
+        for method in ("none", "gradient")
+    )
     yield from [*wrong("asymmetric"), *wrong("half")]
     yield from altered("ratio", [how for how in ALTERATIONS if how != "rest"], part="part")
-    yield from [*lengths(long, 2)[3:], *lengths(long, 4), *lengths(longest, 2), *lengths(longest, 4)]
+    yield from [
+        *lengths(long, 2)[3:],
+        *lengths(long, 4),
+        *lengths(longest, 2),
+        *lengths(longest, 4),
+    ]
     yield from [*ahead("teacher steps"), *altered("ratio", ["balance"], part="length", steps=long)]
     yield from lengths(long, 2, (*LATER,))
     for (labels, uneven), (method, (cost, begins, _)) in itertools.product(PLACES, WORTH.items()):
-        arm = Arm("worth", method, "", labels=labels, steps=round(6000 / cost), uneven=uneven, begins=begins)
+        arm = Arm(
+            "worth",
+            method,
+            "",
+            labels=labels,
+            steps=round(6000 / cost),
+            uneven=uneven,
+            begins=begins,
+        )
         yield dataclasses.replace(arm, tuned=f"{method}, {arm.place}")
 
 
@@ -253,7 +301,9 @@ PARTS = tuple(dict.fromkeys(arm.part for arm in ARMS))
 GRIDS: dict[str, tuple[Arm, tuple[Rule, ...]]] = {
     **{name: (Arm("tuning", name, name), rules) for name, rules in METHODS.items()},
     **{name: (Arm("tuning", name, name, steps=LENGTHS[1]), rules) for name, rules in LATER.items()},
-    **{name: (Arm("tuning", name, name, "style", labels=4), rules) for name, rules in WRONG.items()},
+    **{
+        name: (Arm("tuning", name, name, "style", labels=4), rules) for name, rules in WRONG.items()
+    },
     **{
         arm.tuned: (dataclasses.replace(arm, part="tuning of worth"), WORTH[arm.method][2])
         for arm in ARMS
@@ -282,7 +332,9 @@ class Size:
         return 2 if self.miniature else steps
 
     def seeds(self, arm: Arm, final: bool) -> tuple[int, ...]:
-        return SEEDS["miniature" if self.miniature else "worth" if arm.of_worth else "others"][final]
+        return SEEDS["miniature" if self.miniature else "worth" if arm.of_worth else "others"][
+            final
+        ]
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -319,12 +371,21 @@ def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
         return -g
     if how == "sign":  # at the mean size in the batch
         return g.sign() * g.abs().mean()
-    if how == "balance":  # no h at all, but what descends the cross-entropy of the mean label against equal frequencies
+    if (
+        how == "balance"
+    ):  # no h at all, but what descends the cross-entropy of the mean label against equal frequencies
         return -(1 / (q.shape[0] * q.shape[1] * q.mean(0))).expand_as(q)
     mean = g.mean(0).expand_as(g)
-    own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(g)  # the teacher's most probable class
+    own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(
+        g
+    )  # the teacher's most probable class
     means = own @ (own.T @ g / own.sum(0)[:, None].clamp_min(1))
-    parts = {"class_means": mean, "rest": g - mean, "own_class_means": means, "within_class": g - means}
+    parts = {
+        "class_means": mean,
+        "rest": g - mean,
+        "own_class_means": means,
+        "within_class": g - means,
+    }
     return {**parts, "one_number": own * g}[how]
 
 
@@ -362,33 +423,49 @@ class NoTeacher(EqualWeights):
         losses = [F.cross_entropy(z, batch[1], reduction="none") / len(z)]
         if views:
             weak, strong = views
-            consistency = F.cross_entropy(strong, self.uda.target(weak.detach()), reduction="none") / len(strong)
+            consistency = F.cross_entropy(
+                strong, self.uda.target(weak.detach()), reduction="none"
+            ) / len(strong)
             losses += [torch.zeros_like(consistency), self.uda.weight * consistency]
         return len(outputs) * torch.cat(losses)
 
 
-def trainer(rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: Any = None) -> metapl.BilevelTrainer:
+def trainer(
+    rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: Any = None
+) -> metapl.BilevelTrainer:
     """The library's, for one seed; without a teacher the student takes its place, its rate and its losses."""
     uda = metapl.UDA(rule.temperature, rule.threshold, rule.uda, align=rule.align, prior=prior)
     if teacher is None:
-        optimizer = torch.optim.SGD(student.parameters(), lr=rule.teacher_lr, momentum=rule.momentum)
-        return metapl.BilevelTrainer(None, student, "none", problem=NoTeacher(uda), inner_optimizer=optimizer)
+        optimizer = torch.optim.SGD(
+            student.parameters(), lr=rule.teacher_lr, momentum=rule.momentum
+        )
+        return metapl.BilevelTrainer(
+            None, student, "none", problem=NoTeacher(uda), inner_optimizer=optimizer
+        )
     how, losses = rule.alteration, [metapl.CrossEntropy()] * rule.own_loss + [uda] * bool(rule.uda)
     silent = rule.feedback == "none" or how == "zero"
     normalization: Any = "learning_rate" if rule.feedback == "learning_rate" else "gradient"
     estimator: metapl.feedback.Estimator = metapl.feedback.Forward(normalization=normalization)
     if rule.mode == "reinforce":
         estimator = metapl.feedback.Reinforce(
-            similarity=rule.similarity, baseline=rule.baseline, normalization=normalization, reduction="mean"
+            similarity=rule.similarity,
+            baseline=rule.baseline,
+            normalization=normalization,
+            reduction="mean",
         )
     size = {"feedback_ratio" if rule.feedback == "ratio" else "feedback_weight": rule.size}
     return metapl.BilevelTrainer(
         teacher,
         student,
         "none" if silent else estimator,
-        problem=Labels(kind="hard" if rule.mode == "reinforce" else "soft", alteration=None if how == "zero" else how),
+        problem=Labels(
+            kind="hard" if rule.mode == "reinforce" else "soft",
+            alteration=None if how == "zero" else how,
+        ),
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=rule.student_lr),
-        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=rule.teacher_lr, momentum=rule.momentum),
+        outer_optimizer=torch.optim.SGD(
+            teacher.parameters(), lr=rule.teacher_lr, momentum=rule.momentum
+        ),
         teacher_losses=losses,
         lookahead=rule.lookahead,
         **({} if silent else size),  # type: ignore[arg-type]
@@ -405,21 +482,36 @@ class Stacked:
 
     graphs: ClassVar[dict[Any, Any]] = {}
 
-    def __init__(self, trainers: Sequence[metapl.BilevelTrainer], kind: Any = None, compiled: bool = False) -> None:
+    def __init__(
+        self, trainers: Sequence[metapl.BilevelTrainer], kind: Any = None, compiled: bool = False
+    ) -> None:
         made = [one.functional() for one in trainers]
-        self.like, self.one, self.state = trainers[0].student, made[0][0], stack([state for _, state in made])
+        self.like, self.one, self.state = (
+            trainers[0].student,
+            made[0][0],
+            stack([state for _, state in made]),
+        )
         self.kind, self.compiled = object() if kind is None else kind, compiled
-        self.rates = [[own["lr"] for own in of.settings] for of in (self.state.inner, self.state.outer)]
+        self.rates = [
+            [own["lr"] for own in of.settings] for of in (self.state.inner, self.state.outer)
+        ]
 
     def step(
-        self, outer: Any, inner: Any, of_student: float, of_teacher: float = 1.0, noise: Tensor | None = None
+        self,
+        outer: Any,
+        inner: Any,
+        of_student: float,
+        of_teacher: float = 1.0,
+        noise: Tensor | None = None,
     ) -> None:
         """One step of all seeds, at these factors of their learning rates; ``noise`` (S, B, C) draws labels."""
         at = []
         for of, rates, factor in zip(
             (self.state.inner, self.state.outer), self.rates, (of_student, of_teacher), strict=True
         ):
-            settings = [own | {"lr": factor * rate} for own, rate in zip(of.settings, rates, strict=True)]
+            settings = [
+                own | {"lr": factor * rate} for own, rate in zip(of.settings, rates, strict=True)
+            ]
             at.append(of._replace(settings=settings))
         given: tuple[Any, ...] = (self.state._replace(inner=at[0], outer=at[1]), outer, inner)
         if noise is not None:
@@ -468,7 +560,12 @@ class Stack(Stacked):
         self.average, self.steps_done = self.state.student.params, 0
 
     def step(
-        self, outer: Any, inner: Any, rate: float, student_rate: float | None = None, noise: Tensor | None = None
+        self,
+        outer: Any,
+        inner: Any,
+        rate: float,
+        student_rate: float | None = None,
+        noise: Tensor | None = None,
     ) -> None:
         """One step of all seeds, at this factor of the learning rates; the student's may be another."""
         of_student = rate if self.alone or student_rate is None else student_rate
@@ -484,7 +581,10 @@ class Stack(Stacked):
         self.state = self.state._replace(teacher=before.state.student)
         if averaged:
             student = self.state.student._replace(params=before.average)
-            self.state, self.average = self.state._replace(outer=before.state.inner, student=student), before.average
+            self.state, self.average = (
+                self.state._replace(outer=before.state.inner, student=student),
+                before.average,
+            )
         return self
 
 
@@ -536,12 +636,16 @@ def drawn(labels: int, seeds: tuple[int, ...], uneven: int = 1) -> Data:
             order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(seed))
             four = [(x, order.argsort()[y]) for x, y in four]
             many = int(truth[1].bincount(minlength=CLASSES).min())
-            for part, counts in enumerate((few, [round(many * share / uneven) for share in falling])):
+            for part, counts in enumerate(
+                (few, [round(many * share / uneven) for share in falling])
+            ):
                 x, y = four[part]
                 rows = torch.cat([(y == c).nonzero()[:n, 0] for c, n in enumerate(counts)])
                 four[part] = x[rows], y[rows]
         parts.append([(x.flatten(1), y) for x, y in four])
-    columns = [tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)]
+    columns = [
+        tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)
+    ]
     return Data(*columns)  # type: ignore[arg-type]
 
 
@@ -596,12 +700,20 @@ def views(
         stream: keeps apart what is drawn for different purposes.
     """
     count = pictures.shape[1], batch * steps
-    order = torch.stack([shuffled(*count, seed, stream) for seed in seeds]).unflatten(1, (steps, batch))
+    order = torch.stack([shuffled(*count, seed, stream) for seed in seeds]).unflatten(
+        1, (steps, batch)
+    )
     generators = [torch.Generator().manual_seed(1_000 * seed + stream) for seed in seeds]
     table = torch.stack([shifted(each) for each in pictures])
     (_, shifts, n, _), table = table.shape, table.flatten(0, 2)
-    corners = torch.tensor([*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)])  # of the square that is left out
-    holes = base.cutout(torch.ones(len(corners), 1, SIDE, SIDE), corners, CUTOUT, 0.0).flatten(1).to(pictures)
+    corners = torch.tensor(
+        [*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)]
+    )  # of the square that is left out
+    holes = (
+        base.cutout(torch.ones(len(corners), 1, SIDE, SIDE), corners, CUTOUT, 0.0)
+        .flatten(1)
+        .to(pictures)
+    )
     for which in order.transpose(0, 1).split(CHUNK):  # (T, S, B)
         place = torch.empty((len(seeds), CHUNK, batch), dtype=torch.int64)
         noise = torch.empty((*place.shape, SIDE * SIDE))
@@ -610,7 +722,11 @@ def views(
             noise[s].normal_(generator=generator)
         place, noise = (t.transpose(0, 1)[: len(which)] for t in (place, noise))
         first = torch.arange(len(seeds))[:, None] * shifts + place % shifts
-        seen = table[first * n + which].add_(noise.to(pictures), alpha=NOISE).mul_(holes[place // shifts])
+        seen = (
+            table[first * n + which]
+            .add_(noise.to(pictures), alpha=NOISE)
+            .mul_(holes[place // shifts])
+        )
         yield from zip(which, seen, strict=True)
 
 
@@ -624,7 +740,9 @@ def shifted(pictures: Tensor) -> Tensor:
 def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:
     """The first so many of an endless stream of shuffled epochs."""
     epochs = -(-length // count)
-    keys = torch.rand(epochs, count, generator=torch.Generator().manual_seed(1_000 * seed + 500 + stream))
+    keys = torch.rand(
+        epochs, count, generator=torch.Generator().manual_seed(1_000 * seed + 500 + stream)
+    )
     return keys.argsort(1).flatten()[:length]
 
 
@@ -634,7 +752,11 @@ def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Te
     if how == "permuted":
         return (torch.stack([torch.randperm(BATCH, generator=generator) for generator in each]),)
     if how == "random_sign":
-        return (torch.stack([torch.randint(0, 2, (BATCH,), generator=generator) for generator in each]) * 2 - 1,)
+        return (
+            torch.stack([torch.randint(0, 2, (BATCH,), generator=generator) for generator in each])
+            * 2
+            - 1,
+        )
     return ()
 
 
@@ -644,7 +766,9 @@ def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
     generators = [torch.Generator().manual_seed(1_000 * seed + 700) for seed in seeds]
     for first in range(0, steps, CHUNK):
         shape = (min(CHUNK, steps - first), BATCH, CLASSES)
-        uniform = torch.stack([torch.rand(shape, generator=generator) for generator in generators], 1)
+        uniform = torch.stack(
+            [torch.rand(shape, generator=generator) for generator in generators], 1
+        )
         # A 0 would be drawn by no label.
         yield from uniform.clamp_min(1e-20).log().neg().log().neg()
 
@@ -661,7 +785,9 @@ def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
     return tuple(map(list, zip(*pairs, strict=True)))
 
 
-def supervised(networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int) -> Stack:
+def supervised(
+    networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int
+) -> Stack:
     """Networks without teachers, after so many steps on these labels."""
     for step, (which, seen) in enumerate(views(x, seeds, stream, BATCH, steps)):
         batch = seen, y.gather(1, which)
@@ -673,7 +799,10 @@ def supervised(networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stre
 def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int) -> Stack:
     """What has learned wrong labels."""
     pictures, truth = drawn(labels, seeds).unlabeled
-    pairs = [wrongly_labeled(condition, x, y, seed) for x, y, seed in zip(pictures, truth, seeds, strict=True)]
+    pairs = [
+        wrongly_labeled(condition, x, y, seed)
+        for x, y, seed in zip(pictures, truth, seeds, strict=True)
+    ]
     x, given = map(torch.stack, zip(*pairs, strict=True))
     return supervised(Stack(Rule(), None, first_networks(seeds)[0]), x, given, seeds, BEFORE, steps)
 
@@ -684,7 +813,9 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
     teachers, students = first_networks(seeds)
     begins, compiled = round(arm.begins * steps), steps >= COMPILED
 
-    alone, together = (partial(Stack, prior=prior, compiled=compiled, students=of) for of in (teachers, students))
+    alone, together = (
+        partial(Stack, prior=prior, compiled=compiled, students=of) for of in (teachers, students)
+    )
     stacks = [alone(rule, None) if begins else together(rule, teachers) for rule in rules]
     if arm.condition != "right":
         first = taught(arm.condition, arm.labels, seeds, size.steps(TAUGHT))
@@ -694,12 +825,17 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
     rows = torch.arange(len(seeds))[:, None]
     for step, (which, seen) in enumerate(views(data.labeled[0], seeds, LABELED, arm.outer, steps)):
         batch = seen, data.labeled[1].gather(1, which)
-        pairs = [(data.unlabeled[0][rows, at], strong) for at, strong in itertools.islice(unlabeled, arm.lookahead)]
+        pairs = [
+            (data.unlabeled[0][rows, at], strong)
+            for at, strong in itertools.islice(unlabeled, arm.lookahead)
+        ]
         rates = cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins))
         noise = next(labels) if any(rule.mode == "reinforce" for rule in rules) else None
         for place, each in enumerate(stacks):
             if begins and step == begins:
-                each = stacks[place] = together(each.rule, teachers).going_on_from(each, averaged=True)
+                each = stacks[place] = together(each.rule, teachers).going_on_from(
+                    each, averaged=True
+                )
             if each.alone:
                 each.step(batch, (*batch, *pairs[0]), rates[0])
             else:
@@ -714,32 +850,49 @@ def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
     """Of each seed, as if the classes had their shares."""
     shares = torch.linspace(uneven, 1, CLASSES, dtype=torch.float64)
     counts = torch.stack([each.bincount(minlength=CLASSES) for each in truth])
-    weight = torch.ones(truth.shape, dtype=torch.float64) if uneven == 1 else (shares / counts).gather(1, truth)
+    weight = (
+        torch.ones(truth.shape, dtype=torch.float64)
+        if uneven == 1
+        else (shares / counts).gather(1, truth)
+    )
     right = (classes == truth) * weight
     return [round(float(share), 5) for share in right.sum(1) / weight.sum(1)]
 
 
-def found(arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size, final: bool) -> Row:
+def found(
+    arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size, final: bool
+) -> Row:
     """What a row has: tuning runs read the validation pictures, final runs the test pictures."""
     data = drawn(arm.labels, seeds, arm.uneven)
 
     def of(weights: Weights, part: str) -> list[float]:
         x, y = getattr(data, part)
-        return accuracies(stack.outputs(x, weights).argmax(-1), y, 1 if part == "unlabeled" else arm.uneven)
+        return accuracies(
+            stack.outputs(x, weights).argmax(-1), y, 1 if part == "unlabeled" else arm.uneven
+        )
 
     steps, part = size.steps(arm.steps), "test" if final else "validation"
     tuned = Stack(Rule(teacher_lr=0.02, momentum=0.0), None, first_networks(seeds)[0])
     tuned.state = tuned.state._replace(student=tuned.state.student._replace(params=stack.average))
     supervised(tuned, *data.labeled, seeds, FINETUNING, size.steps(FINETUNED))
-    row: Row = {"final": final, **dataclasses.asdict(arm), "steps_run": steps, "rule": dataclasses.asdict(rule)}
+    row: Row = {
+        "final": final,
+        **dataclasses.asdict(arm),
+        "steps_run": steps,
+        "rule": dataclasses.asdict(rule),
+    }
     row |= {"seeds": list(seeds), "student": of(stack.average, part)}
     row["finetuned"] = of(tuned.state.student.params, part)
     if final:
         teacher = (stack.state.student if stack.alone else stack.state.teacher).params
         x, truth = data.unlabeled
         calls = stack.outputs(x, stack.average).argmax(-1)
-        counts = [torch.stack([each.bincount(minlength=CLASSES) for each in of]) for of in (calls, truth)]
-        error = (counts[0] - counts[1]).abs().sum(1) / (2 * x.shape[1])  # total variation of the frequencies
+        counts = [
+            torch.stack([each.bincount(minlength=CLASSES) for each in of]) for of in (calls, truth)
+        ]
+        error = (counts[0] - counts[1]).abs().sum(1) / (
+            2 * x.shape[1]
+        )  # total variation of the frequencies
         row |= {"teacher": of(teacher, part), "labels_right": of(teacher, "unlabeled")}
         row["frequency_error"] = [round(float(share), 5) for share in error]
     return row
@@ -764,7 +917,9 @@ def run_group(group: Sequence[tuple[Arm, Rule]], size: Size, final: bool) -> lis
     began, arm, seeds = time.process_time(), group[0][0], size.seeds(group[0][0], final)
     with torch.no_grad():
         stacks = train(arm, [rule for _, rule in group], seeds, size)
-        rows = [found(*job, stack, seeds, size, final) for job, stack in zip(group, stacks, strict=True)]
+        rows = [
+            found(*job, stack, seeds, size, final) for job, stack in zip(group, stacks, strict=True)
+        ]
     seconds = round((time.process_time() - began) / len(group), 1)
     return [{**row, "seconds": seconds} for row in rows]
 
@@ -773,24 +928,37 @@ SECONDS_OF_ARM = {False: 11, True: 95}
 """Of one core, of a tuning run and of a final one at equal time, as the committed rows have it."""
 
 
-def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool, workers: int = 1) -> None:
+def run_missing(
+    jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool, workers: int = 1
+) -> None:
     """Run what the raw file does not hold yet; jobs that see the same batches side by side, and with several workers
     fewer of them, in a process each."""
     done = [(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)]
     missing = [job for job in jobs if (final, size.steps(job[0].steps), *job) not in done]
     if missing:
-        append(raw, {"made_with": environment(), "seeds": SEEDS, "finetuned": FINETUNED, "taught": TAUGHT})
-    same = [[*jobs] for _, jobs in itertools.groupby(missing, key=lambda job: (job[0].of_worth, job[0].group))]
+        append(
+            raw,
+            {"made_with": environment(), "seeds": SEEDS, "finetuned": FINETUNED, "taught": TAUGHT},
+        )
+    same = [
+        [*jobs]
+        for _, jobs in itertools.groupby(missing, key=lambda job: (job[0].of_worth, job[0].group))
+    ]
     most = BESIDE if workers == 1 else BESIDE_IN_PROCESS
     groups = [jobs[first : first + most] for jobs in same for first in range(0, len(jobs), most)]
     of_worth = sum(arm.of_worth for arm, _ in missing)
     if of_worth:
         minutes = of_worth * SECONDS_OF_ARM[final] / 60
-        print(f"{of_worth} {'final' if final else 'tuning'} runs at equal time: some {minutes:.0f} minutes of one core")
+        print(
+            f"{of_worth} {'final' if final else 'tuning'} runs at equal time: some {minutes:.0f} minutes of one core"
+        )
     for number, rows in enumerate(rows_of_groups(groups, size, final, workers), 1):
         append(raw, *rows)
         group, seconds = arm_of(rows[0]).group, rows[0]["seconds"]
-        print(f"{number}/{len(groups)} groups: {len(rows)} runs of {group}, {seconds} s each", flush=True)
+        print(
+            f"{number}/{len(groups)} groups: {len(rows)} runs of {group}, {seconds} s each",
+            flush=True,
+        )
 
 
 def rows_of_groups(
@@ -802,38 +970,64 @@ def rows_of_groups(
             yield run_group(group, size, final)
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for running in as_completed([pool.submit(run_group, group, size, final) for group in groups]):
+        for running in as_completed(
+            [pool.submit(run_group, group, size, final) for group in groups]
+        ):
             yield running.result()
 
 
 def chosen(rows: Sequence[Row], tuned: str) -> tuple[Rule, str]:
     """The configuration and the read-out with the best mean over the tuning seeds; of equals, the first."""
     tuning = [row for row in rows if not row["final"] and row["tuned"] == tuned]
-    best = max(itertools.product(tuning, ("student", "finetuned")), key=lambda pair: statistics.fmean(pair[0][pair[1]]))
+    best = max(
+        itertools.product(tuning, ("student", "finetuned")),
+        key=lambda pair: statistics.fmean(pair[0][pair[1]]),
+    )
     return Rule(**best[0]["rule"]), best[1]
 
 
 def rule_of(arm: Arm, rows: Sequence[Row]) -> Rule:
     """The settings of a final run."""
     rule = chosen(rows, arm.tuned)[0]
-    return dataclasses.replace(rule, alteration=arm.alteration or rule.alteration, lookahead=arm.lookahead)
+    return dataclasses.replace(
+        rule, alteration=arm.alteration or rule.alteration, lookahead=arm.lookahead
+    )
 
 
 def main() -> None:
     parser = arguments(__doc__, RAW)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run")
+    parser.add_argument(
+        "--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if given.runs:  # tune every method of these arms, then run them on the seeds that nothing was chosen on
+    if (
+        given.runs
+    ):  # tune every method of these arms, then run them on the seeds that nothing was chosen on
         arms = [arm for arm in ARMS if arm.part in given.parts and arm.lookahead <= LONGEST]
         if given.miniature:  # one place at equal time, and some of the others
-            arms = [*arms[:50:12], *(arm for arm in arms if arm.of_worth and (arm.labels, arm.uneven) == PLACES[0])]
+            arms = [
+                *arms[:50:12],
+                *(arm for arm in arms if arm.of_worth and (arm.labels, arm.uneven) == PLACES[0]),
+            ]
         needed, size = {arm.tuned for arm in arms}, Size(given.miniature)
-        grids = [(arm, rules[:1] if given.miniature else rules) for arm, rules in GRIDS.values() if arm.tuned in needed]
-        run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, given.out, False, given.workers)
+        grids = [
+            (arm, rules[:1] if given.miniature else rules)
+            for arm, rules in GRIDS.values()
+            if arm.tuned in needed
+        ]
+        run_missing(
+            [(arm, rule) for arm, rules in grids for rule in rules],
+            size,
+            given.out,
+            False,
+            given.workers,
+        )
         rows = read(given.out)
-        run_missing([(arm, rule_of(arm, rows)) for arm in arms], size, given.out, True, given.workers)
+        run_missing(
+            [(arm, rule_of(arm, rows)) for arm in arms], size, given.out, True, given.workers
+        )
         return
     import when_tables
 

@@ -93,13 +93,26 @@ def collected(rows: Sequence[Row]) -> Study:
 
 def beside(found: Study, arm: Arm, method: str) -> Found | None:
     """The arm of a method, with nothing altered, that saw the same batches."""
-    same = (f for other, f in found.items() if (other.group, other.of_worth) == (arm.group, arm.of_worth))
-    return next((f for f in same if f.arm.method == method or f.arm.method.startswith(f"{method} as many")), None)
+    same = (
+        f
+        for other, f in found.items()
+        if (other.group, other.of_worth) == (arm.group, arm.of_worth)
+    )
+    return next(
+        (f for f in same if f.arm.method == method or f.arm.method.startswith(f"{method} as many")),
+        None,
+    )
 
 
 def control(found: Study, arm: Arm) -> Found | None:
     """The same loop without feedback: same data, same batches, same first weights."""
-    silent = "fixed" if arm.condition != "right" else "none_uda" if arm.method == "gradient_uda" else "none"
+    silent = (
+        "fixed"
+        if arm.condition != "right"
+        else "none_uda"
+        if arm.method == "gradient_uda"
+        else "none"
+    )
     return beside(found, arm, silent)
 
 
@@ -134,8 +147,14 @@ def table(found: Study, part: str) -> str:
     mine = [arm for arm in found if arm.part == part]
     if part == "part":
         # Whose parts they are, and the control of them all.
-        whole = [arm for arm in found if arm.part == "length" and arm.group == mine[0].group] if mine else []
-        mine = [arm for arm in whole if arm.method in ("none", "gradient zero", "gradient", "ratio")] + mine
+        whole = (
+            [arm for arm in found if arm.part == "length" and arm.group == mine[0].group]
+            if mine
+            else []
+        )
+        mine = [
+            arm for arm in whole if arm.method in ("none", "gradient zero", "gradient", "ratio")
+        ] + mine
     # The two without feedback side by side.
     mine.sort(key=lambda arm: (arm.method != "none", arm.alteration != "zero"))
     mine.sort(key=lambda arm: (list(CONDITIONS).index(arm.condition), arm.labels, arm.outer))
@@ -144,7 +163,16 @@ def table(found: Study, part: str) -> str:
     if part == "ahead":
         mine.sort(key=lambda arm: (arm.method.endswith("teacher steps"), arm.lookahead))
     altered = part in ("part", "wrong")
-    head = ["arm", "student", "finetuned", "labels right", "frequency error", "against the control", "95 %", "p"]
+    head = [
+        "arm",
+        "student",
+        "finetuned",
+        "labels right",
+        "frequency error",
+        "against the control",
+        "95 %",
+        "p",
+    ]
     head += ["against the true feedback", "p"] if altered else []
     lines, before = [], ""
     for arm in mine:
@@ -153,13 +181,18 @@ def table(found: Study, part: str) -> str:
             before = place
             lines.append([f"*{place}*", *[""] * (len(head) - 1)])
         cells = [title(arm), harness.spread(row["student"]), harness.spread(row["finetuned"])]
-        cells += [f"{harness.points(row['labels_right']):.1f}", f"{harness.points(row['frequency_error']):.1f}"]
+        cells += [
+            f"{harness.points(row['labels_right']):.1f}",
+            f"{harness.points(row['frequency_error']):.1f}",
+        ]
         cells += against(found[arm], control(found, arm))
         if altered:
             true = beside(found, arm, arm.method.split()[0]) if arm.alteration else None
             cells += against(found[arm], true)[::2]
         lines.append(cells)
-    return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace("|  |", "| |")
+    return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace(
+        "|  |", "| |"
+    )
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_000) -> float:
@@ -174,7 +207,9 @@ def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_
     return float((reached + 1) / (flips + 1))
 
 
-def picked(first: Sequence[float], others: Sequence[Sequence[float]], flips: int = 200_000) -> float:
+def picked(
+    first: Sequence[float], others: Sequence[Sequence[float]], flips: int = 200_000
+) -> float:
     """The share of random signs, of a seed the same for all, under which the best of the others is ahead of the first
     by as much, in units of the root mean square of its differences."""
     d = np.asarray(others) - np.asarray(first)
@@ -219,12 +254,25 @@ def primary(arms: dict[str, Found]) -> str:
 
 def place_table(arms: dict[str, Found]) -> str:
     """The arms of a place."""
-    head = ["arm", "steps", "test accuracy", "lowest", "labels right", "frequency error", "MPL above it", "95 %", "p"]
+    head = [
+        "arm",
+        "steps",
+        "test accuracy",
+        "lowest",
+        "labels right",
+        "frequency error",
+        "MPL above it",
+        "95 %",
+        "p",
+    ]
     lines = []
     for name, one in arms.items():
         values, row = one.accuracy, one.row
         cells = [TITLES[name], f"{one.arm.steps:,}"]
-        cells += [f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}", f"{100 * min(values):.1f}"]
+        cells += [
+            f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}",
+            f"{100 * min(values):.1f}",
+        ]
         cells += [f"{100 * np.mean(row[key]):.1f}" for key in ("labels_right", "frequency_error")]
         lines.append([*cells, *(("–", "–", "–") if name == "mpl" else gap(arms["mpl"], one))])
     said = []

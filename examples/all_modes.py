@@ -11,7 +11,10 @@ split = load_digits_split(labels_per_class=10, seed=0)
 x_l, y_l = split.labeled
 labeled, unlabeled = (x_l[:64], y_l[:64]), split.unlabeled[:64]
 teacher, student = metapl.models.mlp([64, 32, 10]), metapl.models.mlp([64, 32, 10])
-for network in (teacher, student):  # a little supervised training, so that the teacher has something to say
+for network in (
+    teacher,
+    student,
+):  # a little supervised training, so that the teacher has something to say
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(50):
         optimizer.zero_grad()
@@ -23,7 +26,12 @@ def gradient(mode: str) -> torch.Tensor:
     """The teacher's gradient, as one vector."""
     inner_optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
     found = metapl.hypergradient(
-        teacher, student, labeled=labeled, unlabeled=unlabeled, mode=mode, inner_optimizer=inner_optimizer
+        teacher,
+        student,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        mode=mode,
+        inner_optimizer=inner_optimizer,
     )
     return torch.cat([g.flatten() for g in found.grads.values()])
 
@@ -32,11 +40,15 @@ DRAWS = 100
 exact = gradient("unrolled")
 print(f"{'mode':<22}  {'one draw':>8}  {f'mean of {DRAWS}':>11}   (cosine to the exact gradient)")
 for mode in metapl.MODES:
-    if mode == "implicit":  # it asks for a student at an optimum of the inner loss, which this one is not near
+    if (
+        mode == "implicit"
+    ):  # it asks for a student at an optimum of the inner loss, which this one is not near
         continue
     one = gradient(mode)
     if not one.any():
         print(f"{mode:<22}  {'0':>8}  {'0':>11}   (no gradient)")
         continue
     mean = sum(gradient(mode) for _ in range(DRAWS)) / DRAWS
-    print(f"{mode:<22}  {cosine_similarity(one, exact, 0):8.4f}  {cosine_similarity(mean, exact, 0):11.4f}")
+    print(
+        f"{mode:<22}  {cosine_similarity(one, exact, 0):8.4f}  {cosine_similarity(mean, exact, 0):11.4f}"
+    )

@@ -23,7 +23,12 @@ from torch.nn import functional as F
 import metapl
 from metapl.problems import DataRater, Table
 
-LENGTH, WORDS, WIDTH, BATCH = 48, 96, 48, 32  # characters of a sequence, and different ones; sequences of a batch
+LENGTH, WORDS, WIDTH, BATCH = (
+    48,
+    96,
+    48,
+    32,
+)  # characters of a sequence, and different ones; sequences of a batch
 SOURCES = "documentation", "source code", "shuffled"
 AHEAD, RENEWED = 2, 40  # steps of a look-ahead; look-aheads after which a student is replaced
 
@@ -40,14 +45,22 @@ class Transformer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.embed, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(
+            layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False
+        )
         self.head = nn.Linear(WIDTH, WORDS)
-        self.register_buffer("later", nn.Transformer.generate_square_subsequent_mask(LENGTH), persistent=False)
+        self.register_buffer(
+            "later", nn.Transformer.generate_square_subsequent_mask(LENGTH), persistent=False
+        )
 
     def forward(self, ids):
-        return self.head(self.layers(self.embed(ids) + self.places.weight, mask=self.later, is_causal=True))
+        return self.head(
+            self.layers(self.embed(ids) + self.places.weight, mask=self.later, is_causal=True)
+        )
 
 
 def new_student(hf):
@@ -55,8 +68,16 @@ def new_student(hf):
     if hf:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = {"vocab_size": WORDS, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
-        student = metapl.models.Logits(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)))
+        sizes = {
+            "vocab_size": WORDS,
+            "n_positions": LENGTH,
+            "n_embd": WIDTH,
+            "n_layer": 2,
+            "n_head": 4,
+        }
+        student = metapl.models.Logits(
+            GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
+        )
     return student, torch.optim.AdamW(student.parameters(), lr=3e-3)
 
 
@@ -71,8 +92,14 @@ class Data:
 
     def __init__(self, seed):
         self.draw = torch.Generator().manual_seed(seed)
-        named = [v for m in (torch, nn, F, torch.optim, torch.linalg) for _, v in inspect.getmembers(m, callable)]
-        documentation = sequences("\n".join(dict.fromkeys(filter(None, map(inspect.getdoc, named))))).unique(dim=0)
+        named = [
+            v
+            for m in (torch, nn, F, torch.optim, torch.linalg)
+            for _, v in inspect.getmembers(m, callable)
+        ]
+        documentation = sequences(
+            "\n".join(dict.fromkeys(filter(None, map(inspect.getdoc, named))))
+        ).unique(dim=0)
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
         self.code = sequences("\n".join(file.read_text(errors="replace") for file in files))
         shuffled = documentation[torch.randperm(len(documentation), generator=self.draw)]
@@ -84,7 +111,9 @@ class Data:
     def mixture(self, count):
         """Sequences, and the number of the source of each."""
         source = torch.tensor([0, 0, 1, 2])[torch.randint(4, (count,), generator=self.draw)]
-        ids = torch.where((source == 1)[:, None], self.some(self.code, count), self.some(self.clean, count))
+        ids = torch.where(
+            (source == 1)[:, None], self.some(self.code, count), self.some(self.clean, count)
+        )
         shuffled = ids.gather(1, torch.rand(ids.shape, generator=self.draw).argsort(1))
         return torch.where((source == 2)[:, None], shuffled, ids), source
 
@@ -106,7 +135,9 @@ def found(rater, data):
     """Mean scores by source, and the areas under the curves of documentation against each other source."""
     ids, source = data.mixture(2000)
     scores = [rater(ids)[source == number] for number in range(len(SOURCES))]
-    return [s.mean().item() for s in scores], [(scores[0][:, None] > s).double().mean().item() for s in scores[1:]]
+    return [s.mean().item() for s in scores], [
+        (scores[0][:, None] > s).double().mean().item() for s in scores[1:]
+    ]
 
 
 def best_half(rater, data):
@@ -136,21 +167,31 @@ def main(seed, steps, hf):
     rater, data = Rater(torch.zeros(WORDS**2)), Data(seed)
     learn_rater(rater, data, seed, steps, hf)
     scores, areas = found(rater, data)
-    print(f"seed {seed}: mean scores", ", ".join(f"{n} {s:+.2f}" for n, s in zip(SOURCES, scores, strict=True)))
-    print(f"  AUC of documentation against source code {areas[0]:.2f}, against shuffled {areas[1]:.2f}")
+    print(
+        f"seed {seed}: mean scores",
+        ", ".join(f"{n} {s:+.2f}" for n, s in zip(SOURCES, scores, strict=True)),
+    )
+    print(
+        f"  AUC of documentation against source code {areas[0]:.2f}, against shuffled {areas[1]:.2f}"
+    )
     learned = {
         "on everything": lambda: data.mixture(BATCH)[0],
         "rated": lambda: best_half(rater, data),
         "documentation alone": lambda: data.some(data.clean, BATCH),
     }
-    reached = [f"{perplexity(batch, data, seed, 3 * steps, hf):.2f} {name}" for name, batch in learned.items()]
+    reached = [
+        f"{perplexity(batch, data, seed, 3 * steps, hf):.2f} {name}"
+        for name, batch in learned.items()
+    ]
     print("  perplexity:", ", ".join(reached))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=100, help="of the rater; a model takes three times as many")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="of the rater; a model takes three times as many"
+    )
     parser.add_argument("--hf", action="store_true")
     given = parser.parse_args()
     for number in given.seeds:

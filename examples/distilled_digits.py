@@ -82,7 +82,9 @@ def accuracy(images, labels, test, seed):
 def mean_and_deviation(accuracies):
     """The mean over seeds ± their standard deviation, which one seed does not have."""
     values = torch.tensor(accuracies)
-    return f"{values.mean():.1f}" if len(values) == 1 else f"{values.mean():.1f} ± {values.std():.1f}"
+    return (
+        f"{values.mean():.1f}" if len(values) == 1 else f"{values.mean():.1f} ± {values.std():.1f}"
+    )
 
 
 def main():
@@ -97,7 +99,9 @@ def main():
         order = torch.randperm(len(y), generator=generator)
         real = x[[next(int(i) for i in order if y[i] == c) for c in range(10)]]
         learned = distill(x, y, seed, args.steps)
-        rows.append([accuracy(images, torch.arange(10), split.test, seed) for images in (learned, real)])
+        rows.append(
+            [accuracy(images, torch.arange(10), split.test, seed) for images in (learned, real)]
+        )
     of_learned, of_real = (mean_and_deviation(column) for column in zip(*rows, strict=True))
     drawn_by = "one seed" if len(rows) == 1 else f"{len(rows)} seeds"
     print(

@@ -18,7 +18,9 @@ from metapl.problems import ExampleWeights, Table
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
     examples = len(digits.x)
-    table = Table(torch.zeros(examples))  # an index -> a number, whose sigmoid is the weight: 1/2 at first
+    table = Table(
+        torch.zeros(examples)
+    )  # an index -> a number, whose sigmoid is the weight: 1/2 at first
     trainer = metapl.BilevelTrainer(
         table,
         student,
@@ -27,7 +29,9 @@ def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
         inner_optimizer=optimizer,
         outer_optimizer=torch.optim.Adam(table.parameters(), lr=0.4),
     )
-    return fit(trainer, [digits.trusted], digits.noisy_batches(digits.given, torch.arange(examples)), steps)
+    return fit(
+        trainer, [digits.trusted], digits.noisy_batches(digits.given, torch.arange(examples)), steps
+    )
 
 
 if __name__ == "__main__":

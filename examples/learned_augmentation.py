@@ -59,7 +59,8 @@ def main():
         split = load_digits_split(10, seed)
         generator = torch.Generator().manual_seed(seed)
         (trusted, test) = (
-            (x + NOISE * torch.randn(x.shape, generator=generator), y) for x, y in (split.labeled, split.test)
+            (x + NOISE * torch.randn(x.shape, generator=generator), y)
+            for x, y in (split.labeled, split.test)
         )
         clean = split.unlabeled, split.unlabeled_truth
         row = []
@@ -75,9 +76,15 @@ def main():
                 outer_optimizer=torch.optim.Adam(strength.parameters(), lr=0.03),
             )
             fit(trainer, [trusted], batches(64, seed, *clean), args.steps)
-            row += [100 * trainer.evaluate(test).accuracy, strength(torch.zeros(1, dtype=torch.int64)).exp().item()]
+            row += [
+                100 * trainer.evaluate(test).accuracy,
+                strength(torch.zeros(1, dtype=torch.int64)).exp().item(),
+            ]
         student, optimizer = network(seed)
-        both = ((torch.cat([x, trusted[0]]), torch.cat([y, trusted[1]])) for x, y in batches(64, seed, *clean))
+        both = (
+            (torch.cat([x, trusted[0]]), torch.cat([y, trusted[1]]))
+            for x, y in batches(64, seed, *clean)
+        )
         plain = fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, args.steps)
         rows.append([*row, 100 * plain.evaluate(test).accuracy])
     learned, noise, fixed, _, told, _, plain = torch.tensor(rows).mean(0).tolist()

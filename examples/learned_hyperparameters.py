@@ -14,7 +14,12 @@ import metapl
 from metapl.apps.pictures import load_digits_split
 
 STEPS, BATCH = 200, 50
-START = {"decay": [0.001, 0.001, 0.001], "smoothing": [0.05], "noise": [0.1], "shift": [0.1]}  # decay: of each layer
+START = {
+    "decay": [0.001, 0.001, 0.001],
+    "smoothing": [0.05],
+    "noise": [0.1],
+    "shift": [0.1],
+}  # decay: of each layer
 
 
 class Hyperparameters(metapl.problems.Problem):
@@ -23,15 +28,24 @@ class Hyperparameters(metapl.problems.Problem):
     signal_has_rows = False
 
     def signal(self, teacher, batch, student_outputs, *, generator):
-        return metapl.Signal({name: log.exp().tanh() for name, log in teacher.items()})  # between 0 and 1
+        return metapl.Signal(
+            {name: log.exp().tanh() for name, log in teacher.items()}
+        )  # between 0 and 1
 
     def student_input(self, batch, signal):
         by_a_pixel = torch.stack([batch[0].roll(by, dim) for by in (1, -1) for dim in (-1, -2)])
         moved = by_a_pixel[torch.randint(4, batch[0].shape[:1]), torch.arange(len(batch[0]))]
-        return batch[0] + signal["shift"] * (moved - batch[0]) + signal["noise"] * torch.randn_like(batch[0])
+        return (
+            batch[0]
+            + signal["shift"] * (moved - batch[0])
+            + signal["noise"] * torch.randn_like(batch[0])
+        )
 
     def inner_loss(self, outputs, signal, batch, params=None):
-        given, any_class = F.cross_entropy(outputs, batch[1], reduction="none"), -outputs.log_softmax(1).mean(1)
+        given, any_class = (
+            F.cross_entropy(outputs, batch[1], reduction="none"),
+            -outputs.log_softmax(1).mean(1),
+        )
         squares = torch.stack([p.square().sum() for p in params.values() if p.ndim > 1])
         return given + signal["smoothing"] * (any_class - given) + signal["decay"] @ squares / 2
 
@@ -60,9 +74,15 @@ def learn(split, seed, rounds=8, rate=0.3):
     for _ in range(rounds):
         student, optimizer, batches = begin(split, seed)
         given = {"outer": split.validation, "inner": metapl.Lookahead(batches, schedule=falling)}
-        found = metapl.hypergradient(logs, student, problem=Hyperparameters(), inner_optimizer=optimizer, **given)
+        found = metapl.hypergradient(
+            logs, student, problem=Hyperparameters(), inner_optimizer=optimizer, **given
+        )
         student.load_state_dict(found.student_params)
-        yield found.outer_loss.item(), {name: log.detach().clone() for name, log in logs.items()}, student
+        yield (
+            found.outer_loss.item(),
+            {name: log.detach().clone() for name, log in logs.items()},
+            student,
+        )
         for name, log in logs.items():
             log.grad = found.grads[name]
         adam.step()
@@ -71,5 +91,7 @@ def learn(split, seed, rounds=8, rate=0.3):
 if __name__ == "__main__":
     for loss, logs, _ in learn(load_digits_split(10, seed=0), seed=0):
         six = Hyperparameters().signal(logs, None, None, generator=None).value
-        values = ", ".join(f"{name} {' '.join(f'{v:.2g}' for v in value)}" for name, value in six.items())
+        values = ", ".join(
+            f"{name} {' '.join(f'{v:.2g}' for v in value)}" for name, value in six.items()
+        )
         print(f"validation loss {loss:.3f}; {values}")

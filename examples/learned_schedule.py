@@ -17,12 +17,18 @@ from metapl.apps.pictures import load_digits_split
 from metapl.problems import EqualWeights
 
 STEPS, BATCH = 100, 50
-START = {"lr": torch.full((3, 3), 0.1).log(), "weight_decay": torch.full((3, 3), 0.001).log()}  # (knots, layers)
+START = {
+    "lr": torch.full((3, 3), 0.1).log(),
+    "weight_decay": torch.full((3, 3), 0.001).log(),
+}  # (knots, layers)
 
 
 def settings(logs):
     """Of each step and layer, (STEPS, layers): linear between the knots of the logarithms."""
-    lines = {name: F.interpolate(log.T[None], STEPS, mode="linear", align_corners=True) for name, log in logs.items()}
+    lines = {
+        name: F.interpolate(log.T[None], STEPS, mode="linear", align_corners=True)
+        for name, log in logs.items()
+    }
     return {name: line[0].T.exp() for name, line in lines.items()}
 
 
@@ -32,7 +38,11 @@ def begin(split, seed):
     torch.manual_seed(seed)
     student = metapl.models.mlp([64, 64, 64, 10], nn.GELU)
     layers = [{"params": layer.parameters()} for layer in student if isinstance(layer, nn.Linear)]
-    return student, torch.optim.SGD(layers, lr=0.1, momentum=0.9), [tuple(t[i] for t in split.labeled) for i in drawn]
+    return (
+        student,
+        torch.optim.SGD(layers, lr=0.1, momentum=0.9),
+        [tuple(t[i] for t in split.labeled) for i in drawn],
+    )
 
 
 def learn(split, seed, rounds=8, rate=0.3):
@@ -46,7 +56,11 @@ def learn(split, seed, rounds=8, rate=0.3):
         given |= {"inner_optimizer": optimizer, "problem": EqualWeights(), "wrt": (*schedule,)}
         found = metapl.hypergradient(None, student, **given)
         student.load_state_dict(found.student_params)
-        yield found.outer_loss.item(), {name: log.detach().clone() for name, log in logs.items()}, student
+        yield (
+            found.outer_loss.item(),
+            {name: log.detach().clone() for name, log in logs.items()},
+            student,
+        )
         adam.zero_grad()
         for name, t in schedule.items():
             t.backward(found.settings[name].to(t))
@@ -65,9 +79,13 @@ def main():
     rounds = []
     for loss, logs, student in learn(split, seed=0):
         rounds.append((loss, accuracy(student, split.test)))
-        print(f"round {len(rounds)}: validation loss {loss:.3f}; at start, middle and end of the three layers")
+        print(
+            f"round {len(rounds)}: validation loss {loss:.3f}; at start, middle and end of the three layers"
+        )
         for name, log in logs.items():
-            print(f"  {name}: {'; '.join(' '.join(f'{value:.2g}' for value in layer) for layer in log.T.exp())}")
+            print(
+                f"  {name}: {'; '.join(' '.join(f'{value:.2g}' for value in layer) for layer in log.T.exp())}"
+            )
     best = min(range(len(rounds)), key=lambda index: rounds[index][0])
     loss, reached = rounds[best]
     print(f"best is round {best + 1}: validation loss {loss:.3f}, test accuracy {reached:.1f} %")

@@ -36,13 +36,23 @@ class Tasks(metapl.problems.EqualWeights):
 
 def learn(student, problem, rounds, rate):
     """A step of Adam a round, on the loss after the steps of SGD on 25 tasks."""
-    adam, sgd = torch.optim.Adam(student.parameters(), 0.003), torch.optim.SGD(student.parameters(), rate)
+    adam, sgd = (
+        torch.optim.Adam(student.parameters(), 0.003),
+        torch.optim.SGD(student.parameters(), rate),
+    )
     for _ in range(rounds):
         few, many = problem.draw()
-        given = {"problem": problem, "inner_optimizer": sgd, "inner": metapl.Lookahead([few] * STEPS), "outer": many}
+        given = {
+            "problem": problem,
+            "inner_optimizer": sgd,
+            "inner": metapl.Lookahead([few] * STEPS),
+            "outer": many,
+        }
         found = metapl.hypergradient(None, student, wrt="start", **given)
         for name, p in student.named_parameters():
-            p.grad = found.start[name].sum(0, keepdim=True).expand_as(p)  # the copies stay one start
+            p.grad = (
+                found.start[name].sum(0, keepdim=True).expand_as(p)
+            )  # the copies stay one start
         adam.step()
 
 

@@ -42,7 +42,10 @@ def errors(seed, rounds=500):
             p.grad = p.grad.sum(0, keepdim=True).expand_as(p)
         adam.step()
     learn(learned, problem, rounds, rate=0.01)
-    best = [min(score(one, problem, rate) for rate in (0.001, 0.003, 0.01, 0.03)) for one in (start, together)]
+    best = [
+        min(score(one, problem, rate) for rate in (0.001, 0.003, 0.01, 0.03))
+        for one in (start, together)
+    ]
     return *best, score(learned, problem, 0.01)
 
 

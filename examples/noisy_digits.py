@@ -40,7 +40,13 @@ class Digits:
         torch.manual_seed(self.seed)
         student = metapl.models.mlp([64, 32, 10])
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-        fit(metapl.LossTrainer(student, optimizer=optimizer), self.noisy_batches(), None, WARM_UP, "constant")
+        fit(
+            metapl.LossTrainer(student, optimizer=optimizer),
+            self.noisy_batches(),
+            None,
+            WARM_UP,
+            "constant",
+        )
         return student, optimizer
 
 
@@ -70,13 +76,18 @@ def fit(trainer: Any, labeled: Any, unlabeled: Any, steps: int, schedule: str = 
 def plain(digits: Digits, steps: int) -> Any:
     """Trained on both: each batch has 64 given labels and the trusted ones."""
     student, optimizer = digits.student()
-    both = (tuple(map(torch.cat, zip(batch, digits.trusted, strict=True))) for batch in digits.noisy_batches())
+    both = (
+        tuple(map(torch.cat, zip(batch, digits.trusted, strict=True)))
+        for batch in digits.noisy_batches()
+    )
     return fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, steps)
 
 
 def compare(name: str, train: Callable[[Digits, int], Any]) -> None:
     """Print the test accuracy of a method and of plain training, for the seeds of the command line."""
-    parser = argparse.ArgumentParser(description=f"{name} beside plain training on digits with wrong labels")
+    parser = argparse.ArgumentParser(
+        description=f"{name} beside plain training on digits with wrong labels"
+    )
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=240, help="of each training")
     args = parser.parse_args()
@@ -85,7 +96,10 @@ def compare(name: str, train: Callable[[Digits, int], Any]) -> None:
     print(f"test accuracy in %, {drawn_by}; 40 % of the labels are wrong")
     for noise in ("symmetric", "asymmetric"):
         drawn = [draw(seed, noise) for seed in args.seeds]
-        own, others = ([100 * how(d, args.steps).evaluate(d.test).accuracy for d in drawn] for how in (train, plain))
+        own, others = (
+            [100 * how(d, args.steps).evaluate(d.test).accuracy for d in drawn]
+            for how in (train, plain)
+        )
         test = paired_test(own, others)
         spread = "" if count == 1 else f" ± {test.std:.1f} (standard deviation)"
         print(

@@ -34,7 +34,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from picture_sets import PictureSet, build_network, deliver, load_pictures, save_weights, split_labels
+from picture_sets import (
+    PictureSet,
+    build_network,
+    deliver,
+    load_pictures,
+    save_weights,
+    split_labels,
+)
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -102,7 +109,9 @@ class Settings:
     dry_run: bool = False  # say what would be trained, and read nothing
 
     data: Literal["imagenet", "svhn"]
-    unlabeled: str | None = None  # a folder of other pictures: all of ImageNet then keeps its labels
+    unlabeled: str | None = (
+        None  # a folder of other pictures: all of ImageNet then keeps its labels
+    )
     labels_per_class: int | None = None  # without it, of ImageNet; the other pictures are unlabeled
     validation: int  # labeled pictures that are selected on, and not trained on
 
@@ -111,7 +120,9 @@ class Settings:
     ratios: tuple[int, ...]  # of each student: unlabeled pictures in a batch for each labeled one
     dropouts: tuple[float, ...]
     stochastic_depth: float  # of the last block
-    magnitudes: tuple[float, ...]  # of two operations of RandAugment, of 10; 0: the standard augmentation alone
+    magnitudes: tuple[
+        float, ...
+    ]  # of two operations of RandAugment, of 10; 0: the standard augmentation alone
     translate: float  # greatest shift at magnitude 10, in pixels
     cutout: int  # side of the grey square, in pixels; 0: none
 
@@ -132,7 +143,9 @@ class Settings:
     per_class: int | None
     balance: tyro.conf.FlagConversionOff[bool] = True
     share: float | None = None  # a uniform share of the selected pictures (Table 10)
-    noisy_teacher: bool = False  # labels augmented pictures, with dropout and stochastic depth (Table 6)
+    noisy_teacher: bool = (
+        False  # labels augmented pictures, with dropout and stochastic depth (Table 6)
+    )
 
     labels: Literal["soft", "hard"] = "soft"
     loss: Literal["mean", "two_means"] = "mean"
@@ -143,14 +156,18 @@ class Settings:
     warm_start: bool = False  # students begin with the teacher's weights (Table 15)
     warm_epochs: float | None = None
 
-    finetune_size: int | None  # FixRes: side of the pictures that the last student is finetuned and tested on
+    finetune_size: (
+        int | None
+    )  # FixRes: side of the pictures that the last student is finetuned and tested on
     finetune_epochs: float
     finetune_batch: int = 512
     finetune_lr: float = 1e-5
     frozen: float = 0.5  # share of the layers that are frozen then
 
     mesh: Mesh = field(default_factory=Mesh)  # the processes that torchrun has started
-    batch_norm_ranks: int | None = None  # of them, how many share the statistics of batch norms; None: all
+    batch_norm_ranks: int | None = (
+        None  # of them, how many share the statistics of batch norms; None: all
+    )
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
@@ -228,10 +245,20 @@ AS_PUBLISHED: dict[str, tuple[int, float, float]] = {
     "resnet50": (224, 0.0, 9.0),
 }
 
-IN_PAPER: dict[str, Any] = {"labeled_batch": 2_048, "lr": 0.128, "threshold": 0.3, "per_class": 130_000}
+IN_PAPER: dict[str, Any] = {
+    "labeled_batch": 2_048,
+    "lr": 0.128,
+    "threshold": 0.3,
+    "per_class": 130_000,
+}
 IN_PAPER |= {"filter_network": "efficientnet_b0", "filter_epochs": 700, "stochastic_depth": 0.2}
 IN_PAPER |= {"finetune_size": None, "finetune_epochs": 1.5, "data": "imagenet"}
-IN_CODE: dict[str, Any] = {"warmup_epochs": 5.0, "weight_decay": 1e-5, "label_smoothing": 0.1, "ema_decay": 0.9999}
+IN_CODE: dict[str, Any] = {
+    "warmup_epochs": 5.0,
+    "weight_decay": 1e-5,
+    "label_smoothing": 0.1,
+    "ema_decay": 0.9999,
+}
 IN_CODE |= {"translate": 100.0}
 OURS: dict[str, Any] = {"validation": 0, "cutout": 0, "channels_last": True}
 
@@ -295,14 +322,24 @@ LONG_SCHEDULE = 700
 
 ROWS: dict[str, Row] = {
     "b0": of_one_network("efficientnet_b0", LONG_SCHEDULE, ratio=1),
-    **{f"b{scale}": of_one_network(f"efficientnet_b{scale}", LONG_SCHEDULE) for scale in (1, 2, 3, 4)},
-    **{f"b{scale}": of_one_network(f"efficientnet_b{scale}", SHORT_SCHEDULE) for scale in (5, 6, 7)},
+    **{
+        f"b{scale}": of_one_network(f"efficientnet_b{scale}", LONG_SCHEDULE)
+        for scale in (1, 2, 3, 4)
+    },
+    **{
+        f"b{scale}": of_one_network(f"efficientnet_b{scale}", SHORT_SCHEDULE) for scale in (5, 6, 7)
+    },
     "l2": row(
         "ImageNet, the chain of Table 7: EfficientNet-B7, then L2 three times",
         (
             "paper",
             {
-                "networks": ("efficientnet_b7", "efficientnet_l2", "efficientnet_l2", "efficientnet_l2"),
+                "networks": (
+                    "efficientnet_b7",
+                    "efficientnet_l2",
+                    "efficientnet_l2",
+                    "efficientnet_l2",
+                ),
                 "image_sizes": (600, 475, 475, 475),
                 "ratios": (14, 14, 28),
                 "dropouts": (0.5,),
@@ -323,10 +360,30 @@ ROWS: dict[str, Row] = {
         "SVHN, core with labels and extra without, EfficientNet-B0 with two strides of 1 (Table 17)",
         ("paper", {"data": "svhn", "networks": ("efficientnet_b0_svhn", "efficientnet_b0_svhn")}),
         ("paper", {"image_sizes": (32,)}),
-        ("code", {"ratios": (5,), "dropouts": (0.2,), "stochastic_depth": 0.2, "magnitudes": (5.0,)}),
-        ("code", {"translate": 4.0, "cutout": 16, "labeled_batch": 128, "weight_decay": 1e-4, "lr": 0.128}),
+        (
+            "code",
+            {"ratios": (5,), "dropouts": (0.2,), "stochastic_depth": 0.2, "magnitudes": (5.0,)},
+        ),
+        (
+            "code",
+            {
+                "translate": 4.0,
+                "cutout": 16,
+                "labeled_batch": 128,
+                "weight_decay": 1e-4,
+                "lr": 0.128,
+            },
+        ),
         # The code takes 109,474 steps on the 69,257 pictures that it does not select on.
-        ("code", {"epochs": 109_474 * 128 / 69_257, "validation": 4_000, "threshold": 0.3, "per_class": 53_113}),
+        (
+            "code",
+            {
+                "epochs": 109_474 * 128 / 69_257,
+                "validation": 4_000,
+                "threshold": 0.3,
+                "per_class": 53_113,
+            },
+        ),
         ("ours", {"filter_network": None, "filter_epochs": 0, "channels_last": False}),
     ),
 }
@@ -335,7 +392,10 @@ ROWS: dict[str, Row] = {
 def sources_table() -> str:
     """Return the values of all rows as a table, each with the letter of its source, and what all rows share."""
     names = list(dict.fromkeys(name for row in ROWS.values() for name in row.values))
-    lines = [f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |", f"|---|{'---|' * len(ROWS)}"]
+    lines = [
+        f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |",
+        f"|---|{'---|' * len(ROWS)}",
+    ]
     for name in names:
         cells: list[str] = []
         for row in ROWS.values():
@@ -396,7 +456,9 @@ def plan_of(c: Settings, labeled: int) -> str:
     selecting = filter_of(c)
     if selecting is not None:
         schedule = schedule_of(c, labeled, c.filter_epochs)
-        lines.append(f"filter: {selecting.name}, {selecting.image_size} pixels, {schedule.steps:,} steps; it selects")
+        lines.append(
+            f"filter: {selecting.name}, {selecting.image_size} pixels, {schedule.steps:,} steps; it selects"
+        )
     for number, network in enumerate(networks_of(c)):
         batch = f"{c.labeled_batch:,} labeled"
         if number > 0:
@@ -408,7 +470,9 @@ def plan_of(c: Settings, labeled: int) -> str:
         )
     if c.finetune_size is not None:
         steps = finetune_steps(c, labeled, c.finetune_epochs, c.finetune_batch)
-        lines.append(f"FixRes: {c.networks[-1]}, {c.finetune_size} pixels, {steps:,} steps of {c.finetune_batch:,}")
+        lines.append(
+            f"FixRes: {c.networks[-1]}, {c.finetune_size} pixels, {steps:,} steps of {c.finetune_batch:,}"
+        )
     return "\n".join(lines)
 
 
@@ -422,7 +486,9 @@ class TensorFlowRMSProp(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
-        super().__init__(groups, {"lr": lr, "decay": 0.9, "momentum": 0.9, "eps": 1e-3, "weight_decay": 0.0})
+        super().__init__(
+            groups, {"lr": lr, "decay": 0.9, "momentum": 0.9, "eps": 1e-3, "weight_decay": 0.0}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -447,14 +513,27 @@ def optimizer_of(c: Settings, network: nn.Module, lr: float) -> torch.optim.Opti
     of_norms = {id(p) for part in norms for p in part.parameters()}
     decayed = [p for p in network.parameters() if id(p) not in of_norms]
     spared = [p for p in network.parameters() if id(p) in of_norms]
-    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": c.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
     return TensorFlowRMSProp([group for group in groups if group["params"]], lr)
 
 
 # ------------------------------------------------------------------------------------------------ before anything runs
 
 # Settings that decide nothing of a result.
-FREE = ("root", "out", "resume", "dry_run", "mesh", "device", "num_workers", "log_every", "save_every")
+FREE = (
+    "root",
+    "out",
+    "resume",
+    "dry_run",
+    "mesh",
+    "device",
+    "num_workers",
+    "log_every",
+    "save_every",
+)
 
 
 def check(c: Settings) -> None:
@@ -463,38 +542,59 @@ def check(c: Settings) -> None:
         if not getattr(c, name):
             raise MetaplError(f"--{name.replace('_', '-')}: expected one value or more.")
     for network in networks_of(c):
-        Architecture(name=network.name, num_classes=10, dropout=network.dropout, stochastic_depth=c.stochastic_depth)
+        Architecture(
+            name=network.name,
+            num_classes=10,
+            dropout=network.dropout,
+            stochastic_depth=c.stochastic_depth,
+        )
     if len(c.networks) < 2:
-        raise MetaplError(f"--networks {c.networks[0]}: expected two or more, the first teacher's and a student's.")
+        raise MetaplError(
+            f"--networks {c.networks[0]}: expected two or more, the first teacher's and a student's."
+        )
     check_interval(c.threshold, c.at_most)
     if c.share is not None and not 0 < c.share <= 1:
         raise MetaplError(f"--share {c.share}: expected more than 0, and at most 1.")
     if c.filter_network is not None and c.filter_network not in (*AS_PUBLISHED, *c.networks):
-        raise MetaplError(f"--filter-network {c.filter_network}: expected one of {', '.join(AS_PUBLISHED)}.")
+        raise MetaplError(
+            f"--filter-network {c.filter_network}: expected one of {', '.join(AS_PUBLISHED)}."
+        )
     if c.training != "joint" and c.loss != "mean":
-        raise MetaplError(f"--loss {c.loss}: expected mean with --training {c.training}, which has no sum.")
+        raise MetaplError(
+            f"--loss {c.loss}: expected mean with --training {c.training}, which has no sum."
+        )
     if c.warm_start and len(set(c.networks)) > 1:
-        raise MetaplError(f"--warm-start: expected one network in --networks, not {', '.join(set(c.networks))}.")
+        raise MetaplError(
+            f"--warm-start: expected one network in --networks, not {', '.join(set(c.networks))}."
+        )
     if c.warm_epochs is not None and not c.warm_start:
         raise MetaplError(f"--warm-epochs {c.warm_epochs:g} was given without --warm-start.")
     if (
         c.finetune_size is not None
         and c.finetune_size <= network_of(c, c.networks[-1], len(c.networks) - 1, 0).image_size
     ):
-        raise MetaplError(f"--finetune-size {c.finetune_size}: expected more pixels than the last student's.")
+        raise MetaplError(
+            f"--finetune-size {c.finetune_size}: expected more pixels than the last student's."
+        )
     check_processes(c)
     if c.dry_run:
         return
     if not c.root or not c.out:
-        raise MetaplError("expected --root DIR, where the set lies, and --out DIR, where the run goes; or --dry-run.")
+        raise MetaplError(
+            "expected --root DIR, where the set lies, and --out DIR, where the run goes; or --dry-run."
+        )
     if c.data == "imagenet" and c.unlabeled is None and c.labels_per_class is None:
         raise MetaplError(
             "expected --unlabeled DIR, or --labels-per-class N, so that the rest of ImageNet has no labels."
         )
     if c.data == "svhn" and c.unlabeled is not None:
-        raise MetaplError("--unlabeled: SVHN's unlabeled pictures are its extra ones; leave it out.")
+        raise MetaplError(
+            "--unlabeled: SVHN's unlabeled pictures are its extra ones; leave it out."
+        )
     if c.data == "svhn" and c.labels_per_class is not None:
-        raise MetaplError("--labels-per-class: all of SVHN's core pictures keep their labels; leave it out.")
+        raise MetaplError(
+            "--labels-per-class: all of SVHN's core pictures keep their labels; leave it out."
+        )
     if c.select_by not in ("once", "each"):
         check_selection(c)
     check_run(c)
@@ -510,8 +610,12 @@ def check_processes(c: Settings) -> None:
             "or --mesh.shard N for shared weights."
         )
     if c.mesh.tensor > 1:
-        raise MetaplError(f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products.")
-    if c.batch_norm_ranks is not None and (c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks):
+        raise MetaplError(
+            f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products."
+        )
+    if c.batch_norm_ranks is not None and (
+        c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks
+    ):
         raise MetaplError(
             f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
         )
@@ -528,10 +632,14 @@ def check_selection(c: Settings) -> None:
     """Refuse a store for --select-by that is not a selection of this run's unlabeled pictures."""
     flag = f"--select-by {c.select_by}"
     if not Path(c.select_by, "store.json").is_file():
-        raise MetaplError(f"{flag}: expected once, each, or a folder such as RUN/selection/selected of another run.")
+        raise MetaplError(
+            f"{flag}: expected once, each, or a folder such as RUN/selection/selected of another run."
+        )
     store = LabelStore(c.select_by)
     if "selected" not in store.provenance:
-        raise MetaplError(f"{flag}: nothing was selected in it; expected the store beside it, selected.")
+        raise MetaplError(
+            f"{flag}: nothing was selected in it; expected the store beside it, selected."
+        )
     pictures = unlabeled_name(c)
     if store.provenance.get("pictures") != pictures:
         raise MetaplError(
@@ -544,7 +652,9 @@ def unlabeled_name(c: Settings) -> str:
     if c.unlabeled is not None:
         return str(Path(c.unlabeled).resolve())
     labeled = "core" if c.data == "svhn" else f"{c.labels_per_class} a class"
-    return f"{c.data} without the labeled pictures ({labeled}), {c.validation} held out, seed {c.seed}"
+    return (
+        f"{c.data} without the labeled pictures ({labeled}), {c.validation} held out, seed {c.seed}"
+    )
 
 
 def check_run(c: Settings) -> None:
@@ -553,7 +663,9 @@ def check_run(c: Settings) -> None:
     if not file.exists():
         return
     if not c.resume:
-        raise MetaplError(f"{c.out} holds a run already; go on with --resume, or give another --out.")
+        raise MetaplError(
+            f"{c.out} holds a run already; go on with --resume, or give another --out."
+        )
     stored = json.loads(file.read_text())
     asked = json.loads(json.dumps(dataclasses.asdict(c)))
     changed = [name for name in asked if name not in FREE and asked[name] != stored.get(name)]
@@ -583,7 +695,9 @@ def pictures_of(data: str, root: str, image_size: int) -> PictureSet:
 
 @cache
 def folder_of(folder: str, image_size: int) -> FileImages:
-    return FileImages(scan_unlabeled(folder).paths(), size=(image_size, image_size), center=224 / 256)
+    return FileImages(
+        scan_unlabeled(folder).paths(), size=(image_size, image_size), center=224 / 256
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -614,7 +728,9 @@ def pictures_at(c: Settings, image_size: int) -> Pictures:
     validation = None
     held_out = split["validation"]
     if len(held_out):
-        validation = EvaluationBatches(sets.train.select(held_out), sets.train_labels[held_out], batch_size=256)
+        validation = EvaluationBatches(
+            sets.train.select(held_out), sets.train_labels[held_out], batch_size=256
+        )
     return Pictures(
         labeled=sets.train.select(split["labeled"]),
         labels=sets.train_labels[split["labeled"]],
@@ -709,15 +825,30 @@ def write_labels(
     passes = -(-len(positions) // LABELED_AT_ONCE)
     is_whole = (folder / "store.json").exists() and LabelStore(folder, whole=False).complete
     parts = [folder.with_name(f"{folder.name}-{number}-of-{shares}") for number in range(shares)]
-    ranges = [range(number * passes // shares, (number + 1) * passes // shares) for number in range(shares)]
+    ranges = [
+        range(number * passes // shares, (number + 1) * passes // shares)
+        for number in range(shares)
+    ]
     if shares == 1:
         parts = [folder]
     share = processes.mesh.share if shares > 1 else 0
     if ranges[share] and not (is_whole and shares > 1):
-        label_range(c, network, spec, pictures, positions, parts[share], ranges[share], about=about, seed=seed)
+        label_range(
+            c,
+            network,
+            spec,
+            pictures,
+            positions,
+            parts[share],
+            ranges[share],
+            about=about,
+            seed=seed,
+        )
     wait_for_all()
     if shares > 1 and processes.first:
-        with LabelWriter(folder, pictures.classes, provenance=about, resume=folder.exists()) as writer:
+        with LabelWriter(
+            folder, pictures.classes, provenance=about, resume=folder.exists()
+        ) as writer:
             rows_to_skip = writer.rows
             for part, passes_of_part in zip(parts, ranges, strict=True):
                 if writer.complete or not passes_of_part:
@@ -762,12 +893,20 @@ def label_range(
             x = view(in_unit_range(x), seed=seed, step=number, examples=used)
             probabilities = labeler(x.to(device)).float().softmax(dim=1).cpu()
             if not bool(probabilities.isfinite().all()):
-                raise MetaplError(f"the labels of {spec.name} are not finite: its training diverged; lower --lr.")
-            is_new = torch.ones(len(used), dtype=torch.bool) if writer.last is None else used > int(writer.last)
+                raise MetaplError(
+                    f"the labels of {spec.name} are not finite: its training diverged; lower --lr."
+                )
+            is_new = (
+                torch.ones(len(used), dtype=torch.bool)
+                if writer.last is None
+                else used > int(writer.last)
+            )
             new = used[is_new].tolist()
             digests = None
             if c.unlabeled is not None and isinstance(images, FileImages):
-                digests = [file_digest(str(images.path(position)))[:DIGEST_BYTES] for position in new]
+                digests = [
+                    file_digest(str(images.path(position)))[:DIGEST_BYTES] for position in new
+                ]
             writer.add(new, probabilities[is_new], digests)
 
 
@@ -833,8 +972,12 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
         selection = Selection.of(LabelStore(c.select_by))
     elif selecting is not None:
         pictures = pictures_at(c, selecting.image_size)
-        weights = train_supervised(c, selecting, pictures, FILTER, "filter", c.filter_epochs, processes)
-        labels = label_all(c, weights, selecting, pictures, out / "selection" / "labels", FILTER, processes)
+        weights = train_supervised(
+            c, selecting, pictures, FILTER, "filter", c.filter_epochs, processes
+        )
+        labels = label_all(
+            c, weights, selecting, pictures, out / "selection" / "labels", FILTER, processes
+        )
         selection = select_from(c, labels, out / "selection" / "selected", processes)
 
     # 2. The first teacher learns from labeled pictures alone.
@@ -859,7 +1002,14 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
         else:
             selected = selection
             labels = label_some(
-                c, weights, teacher, of_teacher, selected.positions, place / "labels", number, processes
+                c,
+                weights,
+                teacher,
+                of_teacher,
+                selected.positions,
+                place / "labels",
+                number,
+                processes,
             )
         chosen = selected.chosen(labels)
         pictures = pictures_at(c, spec.image_size)
@@ -874,7 +1024,11 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
             save_weights(weights, out / f"round-{number}.safetensors")
 
     # 4. FixRes: the last student is finetuned on larger pictures as they are, its first layers frozen.
-    result: dict[str, Any] = {"rounds": rounds, "labeled": len(pictures.labels), "tested_on": len(pictures.test.labels)}
+    result: dict[str, Any] = {
+        "rounds": rounds,
+        "labeled": len(pictures.labels),
+        "tested_on": len(pictures.test.labels),
+    }
     last = networks[-1]
     if c.finetune_size is not None:
         last = dataclasses.replace(last, image_size=c.finetune_size)
@@ -991,7 +1145,9 @@ def train_student(
             warmup = min(usual.warmup, steps - 1)
             schedule = Schedule(steps, usual.lr * end_matched(steps, usual.steps), warmup)
     network = laid_out(c, network, seed, processes)
-    loss = NoisyStudentLoss(c.loss, c.labels == "hard", c.unlabeled_noise != "none", c.label_smoothing)
+    loss = NoisyStudentLoss(
+        c.loss, c.labels == "hard", c.unlabeled_noise != "none", c.label_smoothing
+    )
     trainer = metapl.LossTrainer(
         network,
         (loss,),
@@ -1017,7 +1173,9 @@ def train_student(
         return fitted.weights
     processes.seed(network, fold_in(seed, 1))
     slow = torch.optim.SGD(network.parameters(), lr=c.stage_lr, momentum=0.9)
-    trainer = metapl.LossTrainer(network, optimizer=slow, accumulate=c.accumulate, precision=c.precision)
+    trainer = metapl.LossTrainer(
+        network, optimizer=slow, accumulate=c.accumulate, precision=c.precision
+    )
     fitted = trainer.fit(
         processes.share(labeled_batches(c, spec, pictures, fold_in(seed, 1))),
         steps=finetune_steps(c, len(pictures.labels), c.stage_epochs, c.labeled_batch),
@@ -1029,7 +1187,11 @@ def train_student(
 
 
 def finetune_larger(
-    c: Settings, spec: Network, pictures: Pictures, weights: Mapping[str, Tensor], processes: Processes
+    c: Settings,
+    spec: Network,
+    pictures: Pictures,
+    weights: Mapping[str, Tensor],
+    processes: Processes,
 ) -> dict[str, Tensor]:
     """Finetune a network on labeled pictures as they are, at a larger size, its first layers frozen."""
     seed = fold_in(c.seed, len(c.networks))
@@ -1055,7 +1217,9 @@ def finetune_larger(
     return fitted.weights
 
 
-def whole_network(c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures) -> nn.Module:
+def whole_network(
+    c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures
+) -> nn.Module:
     """Return a network with these weights, which is not laid out over processes."""
     network = build_network(spec, len(pictures.classes), spec.dropout, spec.name)
     network.load_state_dict(weights)
@@ -1072,7 +1236,9 @@ def label_all(
     processes: Processes,
 ) -> LabelStore:
     """Store a network's labels of all unlabeled pictures."""
-    return label_some(c, weights, spec, pictures, torch.arange(len(pictures.unlabeled)), folder, number, processes)
+    return label_some(
+        c, weights, spec, pictures, torch.arange(len(pictures.unlabeled)), folder, number, processes
+    )
 
 
 def label_some(
@@ -1096,7 +1262,9 @@ def evaluated(network: nn.Module, examples: EvaluationBatches) -> Evaluation:
     return evaluate_logits(*predict_logits(network, batches_of(examples, device)))
 
 
-def reached(c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures) -> dict[str, Any]:
+def reached(
+    c: Settings, spec: Network, weights: Mapping[str, Tensor], pictures: Pictures
+) -> dict[str, Any]:
     """Return what a network reaches on the test pictures."""
     evaluation = evaluated(whole_network(c, spec, weights, pictures), pictures.test)
     accuracies: dict[str, Any] = {"network": spec.name, "test_accuracy": evaluation.accuracy}
@@ -1114,7 +1282,11 @@ def main(words: Sequence[str]) -> int:
     try:
         check(c)
         if c.dry_run:
-            labeled = SVHN_PICTURES - c.validation if c.data == "svhn" else IMAGENET_PICTURES - c.validation
+            labeled = (
+                SVHN_PICTURES - c.validation
+                if c.data == "svhn"
+                else IMAGENET_PICTURES - c.validation
+            )
             if c.labels_per_class is not None and c.unlabeled is None:
                 labeled = 1_000 * c.labels_per_class
             print(plan_of(c, labeled))

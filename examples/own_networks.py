@@ -20,10 +20,17 @@ STEPS, FEEDBACK_WEIGHT = 800, 2.0
 def student_accuracy(mode: str, seed: int) -> float:
     torch.manual_seed(seed)
     split, view = load_digits_split(labels_per_class=2, seed=seed), ShiftNoiseCutout()
-    x_l, y_l = (t.repeat(3, *[1] * (t.ndim - 1)) for t in split.labeled)  # each in three views a step
+    x_l, y_l = (
+        t.repeat(3, *[1] * (t.ndim - 1)) for t in split.labeled
+    )  # each in three views a step
     sampler = RandomSampler(split.unlabeled, replacement=True, num_samples=64 * STEPS)
-    teacher, student = (metapl.models.mlp([64, 32, 32, 10]) for _ in range(2))  # or any torch.nn.Module
-    inner, outer = SGD(student.parameters(), lr=1.0), SGD(teacher.parameters(), lr=0.06, momentum=0.9)
+    teacher, student = (
+        metapl.models.mlp([64, 32, 32, 10]) for _ in range(2)
+    )  # or any torch.nn.Module
+    inner, outer = (
+        SGD(student.parameters(), lr=1.0),
+        SGD(teacher.parameters(), lr=0.06, momentum=0.9),
+    )
     rates = [CosineAnnealingLR(optimizer, STEPS) for optimizer in (inner, outer)]
     trainer = metapl.BilevelTrainer(
         teacher,
@@ -36,8 +43,12 @@ def student_accuracy(mode: str, seed: int) -> float:
     )
     for step, x_u in enumerate(DataLoader(split.unlabeled, batch_size=64, sampler=sampler)):
         labeled = view(x_l, seed=seed, step=step, examples=torch.arange(len(x_l)))
-        strong = view(x_u, seed=seed, step=step, examples=torch.arange(len(x_l), len(x_l) + len(x_u)))
-        trainer.step(labeled=(labeled, y_l), unlabeled=(x_u, strong))  # the teacher labels x_u, the student sees strong
+        strong = view(
+            x_u, seed=seed, step=step, examples=torch.arange(len(x_l), len(x_l) + len(x_u))
+        )
+        trainer.step(
+            labeled=(labeled, y_l), unlabeled=(x_u, strong)
+        )  # the teacher labels x_u, the student sees strong
         for rate in rates:
             rate.step()
     return trainer.evaluate(split.test).accuracy
@@ -47,9 +58,14 @@ differences = []
 for seed in map(int, sys.argv[1:] or ["0"]):
     with_feedback, without = (100 * student_accuracy(mode, seed) for mode in ("forward", "none"))
     differences.append(with_feedback - without)
-    print(f"seed {seed}: student's accuracy {with_feedback:.1f} % with feedback, {without:.1f} % without", flush=True)
+    print(
+        f"seed {seed}: student's accuracy {with_feedback:.1f} % with feedback, {without:.1f} % without",
+        flush=True,
+    )
 if len(differences) > 1:
     mean, std = torch.tensor(differences).mean(), torch.tensor(differences).std()
     print(f"difference: {mean:+.1f} ± {std:.1f} (standard deviation over {len(differences)} seeds)")
 else:
-    print("One seed does not show whether the feedback helps: give several, such as 0 1 2 3 4 5 6 7.")
+    print(
+        "One seed does not show whether the feedback helps: give several, such as 0 1 2 3 4 5 6 7."
+    )

@@ -38,7 +38,9 @@ def network() -> nn.Module:
     return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, CLASSES))
 
 
-def train(labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 400, seed: int = 0) -> float:
+def train(
+    labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 400, seed: int = 0
+) -> float:
     # 1. The pictures: listed, and refused where a test picture would be trained on.
     few, many, held_out = scan_labeled(labeled), scan_unlabeled(unlabeled), scan_labeled(test)
     for finding in check_folders(few, many, None, held_out):
@@ -46,14 +48,24 @@ def train(labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 40
             raise SystemExit(finding.message)
     if len(few.classes) != CLASSES:
         given = f"{labeled} has {len(few.classes)} folders of classes, and the network {CLASSES} outputs"
-        raise SystemExit(f"{given}; expected as many: write CLASSES = {len(few.classes)} into {Path(__file__).name}.")
-    images, others, tests = (FileImages([*f.paths()], size=(SIDE, SIDE)).cached() for f in (few, many, held_out))
+        raise SystemExit(
+            f"{given}; expected as many: write CLASSES = {len(few.classes)} into {Path(__file__).name}."
+        )
+    images, others, tests = (
+        FileImages([*f.paths()], size=(SIDE, SIDE)).cached() for f in (few, many, held_out)
+    )
 
     # 2. Batches: that of step t is a function of the seed and t.
     weak = Affine(5.0, 0.03, (0.93, 1.07), 2.5)
-    strong = Chain((Affine(20.0, 0.125, (0.75, 1.33), 10.0), Color(0.4, 0.4, 0.4, 0.0), Hole((0.1, 0.5))))
-    inner = UnlabeledBatches(others, StepSampler(len(others), 32, seed=seed, stream=1), weak, strong, seed)
-    outer = LabeledBatches(images, few.targets(), StepSampler(len(images), 16, seed=seed, stream=0), strong, seed)
+    strong = Chain(
+        (Affine(20.0, 0.125, (0.75, 1.33), 10.0), Color(0.4, 0.4, 0.4, 0.0), Hole((0.1, 0.5)))
+    )
+    inner = UnlabeledBatches(
+        others, StepSampler(len(others), 32, seed=seed, stream=1), weak, strong, seed
+    )
+    outer = LabeledBatches(
+        images, few.targets(), StepSampler(len(images), 16, seed=seed, stream=0), strong, seed
+    )
 
     # 3. Teacher and student by Meta Pseudo Labels.
     torch.manual_seed(seed)
@@ -68,7 +80,9 @@ def train(labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 40
     trainer.fit(outer, inner, steps=steps, progress=False)
 
     # 4. What it reached, and the run that the command reads.
-    logits, labels = predict_logits(student, EvaluationBatches(tests, held_out.targets(few.classes), 256))
+    logits, labels = predict_logits(
+        student, EvaluationBatches(tests, held_out.targets(few.classes), 256)
+    )
     reached = evaluate_logits(logits, labels, [*few.classes])
     places = {"labeled": str(labeled), "unlabeled": str(unlabeled), "test": str(test)}
     card = NetworkCard(title="student", input=Input(size=SIDE))
@@ -78,7 +92,9 @@ def train(labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 40
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("labeled", "unlabeled", "test", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)

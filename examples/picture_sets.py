@@ -140,9 +140,13 @@ def load_pictures(c: SetSettings) -> PictureSet:
 
 def load_cifar10(root: str) -> PictureSet:
     parts = [datasets.CIFAR10(root, train=is_train) for is_train in (True, False)]
-    train, test = (MemoryImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()) for part in parts)
+    train, test = (
+        MemoryImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()) for part in parts
+    )
     train_labels, test_labels = (torch.tensor(part.targets) for part in parts)
-    return PictureSet(train, train_labels, test, test_labels, parts[0].classes, labelable=len(train_labels))
+    return PictureSet(
+        train, train_labels, test, test_labels, parts[0].classes, labelable=len(train_labels)
+    )
 
 
 def load_svhn(root: str) -> PictureSet:
@@ -152,7 +156,9 @@ def load_svhn(root: str) -> PictureSet:
     train = MemoryImages(torch.cat([core, extra]))
     train_labels = torch.cat([core_labels, extra_labels])
     classes = list("0123456789")
-    return PictureSet(train, train_labels, MemoryImages(test), test_labels, classes, labelable=len(core_labels))
+    return PictureSet(
+        train, train_labels, MemoryImages(test), test_labels, classes, labelable=len(core_labels)
+    )
 
 
 def load_fashion(root: str) -> PictureSet:
@@ -165,18 +171,35 @@ def load_fashion(root: str) -> PictureSet:
     def content(name: str, offset: int) -> np.ndarray:
         file = Path(root) / f"{name}-ubyte.gz"
         if not file.exists():
-            raise MetaplError(f"there is no {file}; expected the folder of Fashion-MNIST's four .gz files as --root.")
+            raise MetaplError(
+                f"there is no {file}; expected the folder of Fashion-MNIST's four .gz files as --root."
+            )
         return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=offset)
 
     pictures = []
     labels = []
     for part in ("train", "t10k"):
         # Before the bytes stand four big-endian numbers, and two of them where each byte is a label.
-        grey = torch.from_numpy(content(f"{part}-images-idx3", offset=16).reshape(-1, 1, 28, 28).copy())
+        grey = torch.from_numpy(
+            content(f"{part}-images-idx3", offset=16).reshape(-1, 1, 28, 28).copy()
+        )
         pictures.append(MemoryImages(grey.expand(-1, 3, -1, -1)))
         labels.append(torch.from_numpy(content(f"{part}-labels-idx1", offset=8).copy()).long())
-    classes = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-    return PictureSet(pictures[0], labels[0], pictures[1], labels[1], classes, labelable=len(labels[0]))
+    classes = [
+        "T-shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    ]
+    return PictureSet(
+        pictures[0], labels[0], pictures[1], labels[1], classes, labelable=len(labels[0])
+    )
 
 
 def load_imagenet(root: str, image_size: int) -> PictureSet:
@@ -184,7 +207,9 @@ def load_imagenet(root: str, image_size: int) -> PictureSet:
     read = partial(FileImages, size=(image_size, image_size), center=224 / 256)
     train, test = (read(path for path, _ in part.samples) for part in parts)
     train_labels, test_labels = (torch.tensor(part.targets) for part in parts)
-    classes = [f"{names[0]} ({wnid})" for names, wnid in zip(parts[0].classes, parts[0].wnids, strict=True)]
+    classes = [
+        f"{names[0]} ({wnid})" for names, wnid in zip(parts[0].classes, parts[0].wnids, strict=True)
+    ]
     return PictureSet(train, train_labels, test, test_labels, classes, labelable=len(train_labels))
 
 
@@ -199,7 +224,9 @@ def split_labels(
     """
 
     def order(stream: int) -> Tensor:
-        return torch.argsort(draws.bits(seed, 0, torch.arange(len(labels)), 1, stream)[:, 0], stable=True)
+        return torch.argsort(
+            draws.bits(seed, 0, torch.arange(len(labels)), 1, stream)[:, 0], stable=True
+        )
 
     def first_of_each_class(indices: Tensor, counts: Tensor) -> Tensor:
         chosen = [indices[labels[indices] == c][:count] for c, count in enumerate(counts.tolist())]
@@ -233,7 +260,9 @@ def views_of(
     """
     has_digits = (operations or c.data) == "svhn"
     drawn_from = SVHN_OPERATIONS if has_digits else CIFAR_OPERATIONS
-    changed = RandAugment(2, c.magnitude, operations=drawn_from, translate=c.translate, cutout=c.cutout)
+    changed = RandAugment(
+        2, c.magnitude, operations=drawn_from, translate=c.translate, cutout=c.cutout
+    )
     if c.data == "imagenet":
         return Identity(), Chain((Identity(), changed)), ResizedCrop(c.image_size, flip=True)
     # The strong view is moved once more after RandAugment, as the authors' code does.
@@ -275,7 +304,9 @@ def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[Fi
 
 def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -> nn.Module:
     """Build a network by its name, with fresh weights, that normalizes pictures in [0, 1] itself."""
-    network = create(name, classes, image_size=c.image_size, dropout=dropout, stochastic_depth=c.stochastic_depth)
+    network = create(
+        name, classes, image_size=c.image_size, dropout=dropout, stochastic_depth=c.stochastic_depth
+    )
     normalized = Normalized(network, MEAN, STD).to(c.device)
     if c.channels_last:
         normalized.to(memory_format=torch.channels_last)
@@ -308,9 +339,22 @@ def deliver(
     architecture = Architecture(name=name, num_classes=len(classes), image_size=size)
     seen = Input(size=size, center=getattr(test, "center", 1.0))
     card = NetworkCard(
-        title="network", input=seen, architecture=architecture, mean=MEAN, std=STD, channels_last=c.channels_last
+        title="network",
+        input=seen,
+        architecture=architecture,
+        mean=MEAN,
+        std=STD,
+        channels_last=c.channels_last,
     )
     folder = Path(c.out) / "delivered"
     shutil.rmtree(folder, ignore_errors=True)
     config: dict[str, Any] = {"seed": c.seed, "steps": c.steps or 0}
-    save(folder, network, card, name=method, evaluation=evaluation, classes=list(classes), config=config)
+    save(
+        folder,
+        network,
+        card,
+        name=method,
+        evaluation=evaluation,
+        classes=list(classes),
+        config=config,
+    )

@@ -56,7 +56,9 @@ PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "updat
 # What tensors are for. Activations are everything that no name was given to: gathered weights and batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
 CLASSES = 1_000  # of ImageNet
-COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry  # operations, by operator
+COUNTED = FlopCounterMode(
+    display=False, custom_mapping=FORMULAS
+).flop_registry  # operations, by operator
 
 
 class Rehearsal(NamedTuple):
@@ -87,7 +89,9 @@ def rehearse(
     mesh, networks, held = mesh or Mesh(), copy.deepcopy(list(networks)), Held()
     with stage(mesh):
         for number, network in enumerate(networks):
-            with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
+            with (
+                unset_fake_temporarily()
+            ):  # the meta device cuts a weight into many parts much faster
                 if mesh.shard > 1:
                     vars(mesh)["_meshes"]["meta"] = vars(mesh)["_meshes"]["cpu"]
                     network = shard(network, mesh, batch_norm_ranks=batch_norm_ranks)
@@ -103,7 +107,11 @@ def rehearse(
             optimizer.step()
             optimizer.zero_grad()
         kept = [*networks[-1].parameters(), *networks[-1].buffers()] if averaged else []
-        average, given, optimizers = [torch.empty_like(local(t)) for t in kept], batches(), trainer.schedulable
+        average, given, optimizers = (
+            [torch.empty_like(local(t)) for t in kept],
+            batches(),
+            trainer.schedulable,
+        )
         # Functions by their class or module and name, the phase that each is, and what it returns is for.
         seams = [(type(each), "step", "update", None) for each in (optimizers[1:] or optimizers)]
         seams += [(Layout, "mean_gradients", "update", None)]
@@ -112,18 +120,38 @@ def rehearse(
             seams += [(LossTrainer, "step", "student step", None)]
         else:
             trainer.verification.setting = False  # there are no values to compare
-            trained = [network for network in (trainer.teacher, trainer.student) if network is not None]
+            trained = [
+                network for network in (trainer.teacher, trainer.student) if network is not None
+            ]
             by_backward = trained[:-1]
-            seams += [(trainers, "take_steps", "student step", None), (Pass, "gradient", None, "gradients")]
-            seams += [(Path, "outer_gradient", "labeled gradient", "for feedback"), (Path, "commit", "update", None)]
-            seams += [(Path, "_outer", "labeled gradient", None), (Teaching, "backward", "teacher step", None)]
+            seams += [
+                (trainers, "take_steps", "student step", None),
+                (Pass, "gradient", None, "gradients"),
+            ]
+            seams += [
+                (Path, "outer_gradient", "labeled gradient", "for feedback"),
+                (Path, "commit", "update", None),
+            ]
+            seams += [
+                (Path, "_outer", "labeled gradient", None),
+                (Teaching, "backward", "teacher step", None),
+            ]
             seams += [(type(trainer.mode), "feedback", "feedback", "for feedback")]
-            seams += [(InnerStep, name, None, "for feedback") for name in ("pullback", "tangent", "second_derivatives")]
-            seams += [(type(trainer.update), name, None, "for feedback") for name in ("update", "stepped", "vjp")]
+            seams += [
+                (InnerStep, name, None, "for feedback")
+                for name in ("pullback", "tangent", "second_derivatives")
+            ]
+            seams += [
+                (type(trainer.update), name, None, "for feedback")
+                for name in ("update", "stepped", "vjp")
+            ]
 
         def watched(method: Callable, phase: str | None, name: str | None) -> Callable:
             def called(*args, **kwargs):
-                before, held.phase = held.phase, phase or held.phase  # one inside another counts for the inner one
+                before, held.phase = (
+                    held.phase,
+                    phase or held.phase,
+                )  # one inside another counts for the inner one
                 held.look()
                 result = method(*args, **kwargs)
                 held.phase = before
@@ -135,16 +163,28 @@ def rehearse(
             return called
 
         for p in (p for network in by_backward for p in network.parameters() if p.requires_grad):
-            p.register_post_accumulate_grad_hook(lambda p: held.name([p.grad], "gradients", others=True))
+            p.register_post_accumulate_grad_hook(
+                lambda p: held.name([p.grad], "gradients", others=True)
+            )
         with held, ExitStack() as watching:
             for owner, at, *about in seams:
                 watching.enter_context(patch.object(owner, at, watched(getattr(owner, at), *about)))
-            held.name([*average, *(t for net in trained for t in (*net.parameters(), *net.buffers()))], "weights")
-            held.name([t for net in networks if isinstance(net, Replicated) for t in net.buckets], "gradients")
-            held.name(pytree.tree_leaves([optimizer.state for optimizer in optimizers]), "optimizer")
+            held.name(
+                [*average, *(t for net in trained for t in (*net.parameters(), *net.buffers()))],
+                "weights",
+            )
+            held.name(
+                [t for net in networks if isinstance(net, Replicated) for t in net.buckets],
+                "gradients",
+            )
+            held.name(
+                pytree.tree_leaves([optimizer.state for optimizer in optimizers]), "optimizer"
+            )
             held.name(pytree.tree_leaves(given), "activations")
             trainer.step(*given)  # the second of the optimizers, so that their states are there
-    return Rehearsal({name: held.peaks[name] for name in PHASES if name in held.peaks}, held.flops, held.sent)
+    return Rehearsal(
+        {name: held.peaks[name] for name in PHASES if name in held.peaks}, held.flops, held.sent
+    )
 
 
 @contextmanager
@@ -156,7 +196,10 @@ def stage(mesh: Mesh):
         # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
         (checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)),
         (RandomState, "now", staticmethod(outside(RandomState.now))),
-        *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "branch", "is_as")),
+        *(
+            (RandomState, name, outside(getattr(RandomState, name)))
+            for name in ("restore", "branch", "is_as")
+        ),
         # Derivatives without values cannot be compared, or be found to be infinite.
         (base, "slopes_differ", lambda *_: False),
         (base, "refuse_not_finite_feedback", lambda *_: None),
@@ -198,7 +241,9 @@ class Held(TorchDispatchMode):
         super().__init__()
         self.bytes, self.sent, self.flops, self.phase = Counter(), 0, 0, ""
         self.peaks: dict[str, dict[str, int]] = {}
-        self._entries: dict[int, tuple[str, int]] = {}  # of storages: what they are for, and their size
+        self._entries: dict[
+            int, tuple[str, int]
+        ] = {}  # of storages: what they are for, and their size
 
     def name(self, tensors: Iterable, name: str, *, others: bool = False) -> None:
         """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
@@ -259,15 +304,29 @@ class Held(TorchDispatchMode):
 
     def _count_sent(self, func, args) -> None:
         """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-        sizes = [t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        name, group = func.overloadpacket.__name__, given.get("process_group", given.get("group_name"))
+        given = dict(
+            zip((argument.name for argument in func._schema.arguments), args, strict=False)
+        )
+        sizes = [
+            t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)
+        ]
+        name, group = (
+            func.overloadpacket.__name__,
+            given.get("process_group", given.get("group_name")),
+        )
         if not sizes or group is None or name == "wait_tensor":  # a barrier, say
             return
         named = isinstance(group, str)  # by operations of DTensors
-        group = distributed_c10d._resolve_process_group(group) if named else ProcessGroup.unbox(group)
-        ranks, whole = group.size(), max(sizes) * (group.size() if name == "all_gather_into_tensor" else 1)
-        self.sent += (1 + name.replace("_", "").startswith("allreduce")) * whole * (ranks - 1) // ranks
+        group = (
+            distributed_c10d._resolve_process_group(group) if named else ProcessGroup.unbox(group)
+        )
+        ranks, whole = (
+            group.size(),
+            max(sizes) * (group.size() if name == "all_gather_into_tensor" else 1),
+        )
+        self.sent += (
+            (1 + name.replace("_", "").startswith("allreduce")) * whole * (ranks - 1) // ranks
+        )
 
 
 def main() -> None:
@@ -277,7 +336,9 @@ def main() -> None:
     from protocols import ROWS, Feedback, build_network, trainer_of
 
     names = [name for name, row in ROWS.items() if row.values["data"] == "imagenet"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("row", nargs="?", choices=names, default="imagenet-l2")
     instead = {"network": str, "size": int, "labeled": int, "unlabeled": int, "steps": int}
     instead |= {"replicate": int, "shard": int, "batch-norm-ranks": int}
@@ -287,7 +348,9 @@ def main() -> None:
     parser.add_argument("--flops-per-second", type=float, default=2e14, help="of a rank")
     given = parser.parse_args()
     row = ROWS[given.row].settings()
-    mesh = Mesh(replicate=given.replicate or row.mesh.replicate, shard=given.shard or row.mesh.shard)
+    mesh = Mesh(
+        replicate=given.replicate or row.mesh.replicate, shard=given.shard or row.mesh.shard
+    )
     c = dataclasses.replace(
         row,
         mesh=mesh,
@@ -308,9 +371,13 @@ def main() -> None:
             parser.error(f"{size:,} {name} pictures do not fall into {mesh.shares:,} equal shares")
     labeled = c.labeled_batch // mesh.shares
     unlabeled = c.unlabeled_batch // mesh.shares
-    batch_norm_ranks = given.batch_norm_ranks or min(row.batch_norm_ranks or mesh.shares, mesh.shares)
+    batch_norm_ranks = given.batch_norm_ranks or min(
+        row.batch_norm_ranks or mesh.shares, mesh.shares
+    )
     if mesh.shares % batch_norm_ranks:
-        parser.error(f"--batch-norm-ranks {batch_norm_ranks}: expected a divisor of {mesh.shares:,} shares")
+        parser.error(
+            f"--batch-norm-ranks {batch_norm_ranks}: expected a divisor of {mesh.shares:,} shares"
+        )
     is_reduced = c.method == "reduced_mpl"
     with torch.device("meta"):
         on_meta = dataclasses.replace(c, device="meta")
@@ -321,7 +388,10 @@ def main() -> None:
             teacher = build_network(on_meta, CLASSES, c.teacher_dropout, c.network)
 
     def batches() -> tuple:
-        views = [torch.empty(rows, 3, c.image_size, c.image_size) for rows in (labeled, unlabeled, unlabeled)]
+        views = [
+            torch.empty(rows, 3, c.image_size, c.image_size)
+            for rows in (labeled, unlabeled, unlabeled)
+        ]
         second = torch.empty(unlabeled, CLASSES) if is_reduced else views[2]
         return (views[0], torch.empty(labeled, dtype=torch.int64)), (views[1], second)
 
@@ -336,15 +406,21 @@ def main() -> None:
     weights = sum(p.numel() for p in student.parameters())
     hours = c.steps * step.flops / given.flops_per_second / 3600
     twice = "on stored labels" if is_reduced else "twice"
-    print(f"{c.network} {twice}, {weights:,} weights, feedback {c.feedback}, on {mesh.size:,} ranks")
-    print(f"{labeled:,} labeled and {unlabeled:,} unlabeled pictures of {c.image_size} pixels for a rank")
+    print(
+        f"{c.network} {twice}, {weights:,} weights, feedback {c.feedback}, on {mesh.size:,} ranks"
+    )
+    print(
+        f"{labeled:,} labeled and {unlabeled:,} unlabeled pictures of {c.image_size} pixels for a rank"
+    )
     seen = f"{labeled * batch_norm_ranks:,} labeled and {unlabeled * batch_norm_ranks:,} unlabeled pictures"
     print(f"a statistic of a batch norm sees {seen}, of {batch_norm_ranks:,} ranks\n")
     print(f"{'MB of a rank':17}{''.join(f'{name:>13}' for name in (*NAMES, 'sum'))}")
     for phase, held in step.phases.items():
         row = [*(held.get(name, 0) for name in NAMES), sum(held.values())]
         print(f"{phase:17}{''.join(f'{size / 1e6:13,.1f}' for size in row)}")
-    print(f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} GB.")
+    print(
+        f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} GB."
+    )
     print(f"{c.steps:,} steps take {hours:.3g} hours.")
 
 

@@ -49,7 +49,13 @@ from metapl.apps.comparison import parse_seeds
 from metapl.apps.labels import LabelStore
 from metapl.apps.launch import Processes, joined
 from metapl.apps.networks import parameter_groups
-from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches, scan_unlabeled
+from metapl.apps.pictures import (
+    EvaluationBatches,
+    FileImages,
+    LabeledBatches,
+    UnlabeledBatches,
+    scan_unlabeled,
+)
 from metapl.apps.train import Truth
 from metapl.apps.train import device as device_of
 from metapl.apps.words import exit_code
@@ -80,14 +86,20 @@ SIDES = {"cifar10": 32, "svhn": 32, "fashion": 28}  # of the sets whose pictures
 class Protocol:
     """What a run does. A row below has a value for everything that has no default here."""
 
-    root: Annotated[str, tyro.conf.arg(metavar="DIR")]  # as torchvision calls it; of fashion, the four files' folder
+    root: Annotated[
+        str, tyro.conf.arg(metavar="DIR")
+    ]  # as torchvision calls it; of fashion, the four files' folder
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     seed: int = 0
-    seeds: Annotated[str | None, tyro.conf.arg(metavar="0-9")] = None  # several runs, one after the other
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="0-9")] = (
+        None  # several runs, one after the other
+    )
     resume: bool = False
 
     data: Literal["cifar10", "svhn", "fashion", "imagenet"]
-    unlabeled: str | None = None  # a folder of other pictures: all of the training pictures then keep their labels
+    unlabeled: str | None = (
+        None  # a folder of other pictures: all of the training pictures then keep their labels
+    )
     labels: str | None = None  # of reduced_mpl: the store of their labels, by `metapl label`
     split: str | None = None  # the split.json of another run, instead of drawing one from the seed
     labels_per_class: int | None  # None: all keep their labels
@@ -103,13 +115,17 @@ class Protocol:
     dropout: float
     teacher_dropout: float
     stochastic_depth: float
-    operations: Literal["cifar10", "svhn"]  # whose list of RandAugment; svhn's pictures are not mirrored
+    operations: Literal[
+        "cifar10", "svhn"
+    ]  # whose list of RandAugment; svhn's pictures are not mirrored
     magnitude: float  # of two operations of RandAugment, of 10
     cutout: int
     translate: float  # greatest shift at magnitude 10, as a share of the side
 
     steps: int
-    scale_to: int | None = None  # so many steps instead; wait, warmup, ramp and finetuning shrink with them
+    scale_to: int | None = (
+        None  # so many steps instead; wait, warmup, ramp and finetuning shrink with them
+    )
     wait: int  # steps of the teacher alone
     warmup: int
     labeled_batch: int
@@ -131,7 +147,9 @@ class Protocol:
     finetune_lr: float
 
     mesh: Mesh = field(default_factory=Mesh)  # the processes that torchrun has started
-    batch_norm_ranks: int | None = None  # of them, how many share the statistics of batch norms; None: all
+    batch_norm_ranks: int | None = (
+        None  # of them, how many share the statistics of batch norms; None: all
+    )
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
@@ -140,7 +158,9 @@ class Protocol:
     log_every: int = 100
     validate_every: int = 1_000
     save_every: int = 5_000
-    training_accuracy_on: int = 4_000  # so many labeled pictures; measured whenever something is validated
+    training_accuracy_on: int = (
+        4_000  # so many labeled pictures; measured whenever something is validated
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -208,34 +228,74 @@ class Row:
 
 cifar = Row.of(
     "CIFAR-10, 4,000 labels, the authors' code, the exact gradient",
-    paper(data="cifar10", labels_per_class=400, validation=5_000, method="mpl", network="wide_resnet28_2"),
-    paper(image_size=32, operations="cifar10", finetune_steps=1_000, finetune_batch=512, finetune_lr=1e-5),
-    code(steps=300_000, wait=3_000, warmup=5_000, labeled_batch=128, unlabeled_batch=7 * 128, weight_decay=5e-4),
+    paper(
+        data="cifar10",
+        labels_per_class=400,
+        validation=5_000,
+        method="mpl",
+        network="wide_resnet28_2",
+    ),
+    paper(
+        image_size=32,
+        operations="cifar10",
+        finetune_steps=1_000,
+        finetune_batch=512,
+        finetune_lr=1e-5,
+    ),
+    code(
+        steps=300_000,
+        wait=3_000,
+        warmup=5_000,
+        labeled_batch=128,
+        unlabeled_batch=7 * 128,
+        weight_decay=5e-4,
+    ),
     # The code has a rate of 0.05 for 256 labeled pictures.
     code(student_lr=0.05 * 128 / 256, teacher_lr=0.05 * 128 / 256, clip_norm=None, ema_decay=0.995),
     code(dropout=0.2, teacher_dropout=0.2, magnitude=16.0, cutout=16, translate=1 / 8),
-    code(label_smoothing=0.15, pseudo_label_smoothing=0.15, uda_weight=8.0, uda_temperature=0.7, uda_ramp=5_000),
+    code(
+        label_smoothing=0.15,
+        pseudo_label_smoothing=0.15,
+        uda_weight=8.0,
+        uda_temperature=0.7,
+        uda_ramp=5_000,
+    ),
     code(uda_threshold=0.6, uda_threshold_on="sharpened"),
     # The authors' code, read as it stands, has no gradient of the feedback at all: --method none.
-    ours(feedback="exact", feedback_baseline=None, feedback_weight=1.0, select="validation", stochastic_depth=0.0),
+    ours(
+        feedback="exact",
+        feedback_baseline=None,
+        feedback_weight=1.0,
+        select="validation",
+        stochastic_depth=0.0,
+    ),
 )
 # Algorithm 1: drawn labels, h times the mean cross-entropy, no smoothing in line 6, no threshold and no ramp in line 7.
 # The appendix's table adds the weight and the temperature of line 7, and the smoothing of line 3.
 ALGORITHM_1 = paper(
-    feedback="dot", feedback_baseline=None, feedback_weight=1.0, label_smoothing=0.0, uda_threshold=0.0, uda_ramp=0
+    feedback="dot",
+    feedback_baseline=None,
+    feedback_weight=1.0,
+    label_smoothing=0.0,
+    uda_threshold=0.0,
+    uda_ramp=0,
 )
 cifar_paper = cifar.but(
     "CIFAR-10, 4,000 labels, Algorithm 1, the paper's settings",
     ALGORITHM_1,
     paper(select="last"),
-    table(steps=1_000_000, wait=0, warmup=2_000, labeled_batch=128, student_lr=0.3, teacher_lr=0.125),
+    table(
+        steps=1_000_000, wait=0, warmup=2_000, labeled_batch=128, student_lr=0.3, teacher_lr=0.125
+    ),
     table(weight_decay=5e-4, dropout=0.35, teacher_dropout=0.5, pseudo_label_smoothing=0.1),
     table(uda_weight=1.0, uda_temperature=0.8),
 )
 svhn_paper = cifar_paper.elsewhere().but(
     "SVHN, 1,000 labels and 603,388 others, Algorithm 1, the paper's settings",
     paper(data="svhn", labels_per_class=100, validation=0, operations="svhn"),
-    table(steps=1_000_000, wait=0, warmup=2_000, labeled_batch=128, student_lr=0.15, teacher_lr=0.05),
+    table(
+        steps=1_000_000, wait=0, warmup=2_000, labeled_batch=128, student_lr=0.15, teacher_lr=0.05
+    ),
     table(weight_decay=5e-4, dropout=0.45, teacher_dropout=0.65, pseudo_label_smoothing=0.1),
     table(uda_weight=2.5, uda_temperature=1.25),
 )
@@ -245,12 +305,33 @@ svhn = svhn_paper.but(
 )
 tenth = cifar.but(
     "ImageNet, 128 labels a class, the authors' code, the exact gradient",
-    paper(data="imagenet", labels_per_class=128, network="resnet50", image_size=224, finetune_steps=2_000),
+    paper(
+        data="imagenet",
+        labels_per_class=128,
+        network="resnet50",
+        image_size=224,
+        finetune_steps=2_000,
+    ),
     code(steps=700_000, wait=20_000, warmup=5_000, labeled_batch=1_024, unlabeled_batch=15 * 1_024),
     # The code has rates of 0.4 and 0.6 for 256 labeled pictures.
-    code(student_lr=0.4 * 1_024 / 256, teacher_lr=0.6 * 1_024 / 256, weight_decay=1e-4, clip_norm=5.0),
-    code(ema_decay=0.999, dropout=0.1, teacher_dropout=0.1, magnitude=17.0, cutout=0, translate=100 / 224),
-    code(label_smoothing=0.1, pseudo_label_smoothing=0.1, uda_weight=20.0, uda_temperature=0.5, uda_ramp=50_000),
+    code(
+        student_lr=0.4 * 1_024 / 256, teacher_lr=0.6 * 1_024 / 256, weight_decay=1e-4, clip_norm=5.0
+    ),
+    code(
+        ema_decay=0.999,
+        dropout=0.1,
+        teacher_dropout=0.1,
+        magnitude=17.0,
+        cutout=0,
+        translate=100 / 224,
+    ),
+    code(
+        label_smoothing=0.1,
+        pseudo_label_smoothing=0.1,
+        uda_weight=20.0,
+        uda_temperature=0.5,
+        uda_ramp=50_000,
+    ),
     ours(validation=25_000),
 )
 tenth_paper = tenth.but(
@@ -265,7 +346,13 @@ tenth_paper = tenth.but(
 # A ResNet-50 of all labels picks 12,800 pictures a class: metapl labels select --per-class 12800 --any-class.
 jft = tenth_paper.elsewhere().but(
     "ImageNet and 12.8 million other pictures, ResNet-50, Algorithm 1",
-    paper(labels_per_class=None, validation=25_000, select="validation", labeled_batch=4_096, unlabeled_batch=32_768),
+    paper(
+        labels_per_class=None,
+        validation=25_000,
+        select="validation",
+        labeled_batch=4_096,
+        unlabeled_batch=32_768,
+    ),
     paper(steps=500_000, finetune_steps=10_000, finetune_lr=1e-4),
     ours(finetune_batch=4_096),
 )
@@ -273,7 +360,13 @@ jft = tenth_paper.elsewhere().but(
 # is said to finetune with LARS.
 l2 = jft.but(
     "ImageNet and 130 million other pictures, EfficientNet-L2, Algorithm 1",
-    paper(network="efficientnet_l2", image_size=512, labeled_batch=2_048, unlabeled_batch=16_384, steps=1_000_000),
+    paper(
+        network="efficientnet_l2",
+        image_size=512,
+        labeled_batch=2_048,
+        unlabeled_batch=16_384,
+        steps=1_000_000,
+    ),
     paper(dropout=0.5, teacher_dropout=0.5, stochastic_depth=0.2, magnitude=27.0, validation=0),
     paper(finetune_steps=20_000),
     ours(select="last", finetune_batch=2_048, finetune_lr=1e-4),
@@ -288,8 +381,20 @@ wide = l2.but(
 reduced = l2.but(
     "ImageNet and YFCC100M, EfficientNet-B7, Reduced MPL on stored labels",
     paper(method="reduced_mpl", network="efficientnet_b7"),
-    ours(image_size=600, labeled_batch=2_048, unlabeled_batch=16_384, steps=500_000, finetune_steps=20_000),
-    ours(dropout=0.5, teacher_dropout=0.0, stochastic_depth=0.2, magnitude=27.0, pseudo_label_smoothing=0.0),
+    ours(
+        image_size=600,
+        labeled_batch=2_048,
+        unlabeled_batch=16_384,
+        steps=500_000,
+        finetune_steps=20_000,
+    ),
+    ours(
+        dropout=0.5,
+        teacher_dropout=0.0,
+        stochastic_depth=0.2,
+        magnitude=27.0,
+        pseudo_label_smoothing=0.0,
+    ),
     ours(validation=0, select="last", mesh=Mesh(replicate=16, shard=128), batch_norm_ranks=16),
     ours(feedback="dot", feedback_baseline=None, feedback_weight=1.0),
     # The small network has no losses of its own, so these do nothing.
@@ -306,7 +411,9 @@ ROWS = {
     "imagenet-jft": jft.but(jft.title, for_imagenet, ours(unlabeled=tyro.MISSING)),
     "imagenet-l2": l2.but(l2.title, for_imagenet, ours(unlabeled=tyro.MISSING)),
     "imagenet-b6-wide": wide.but(wide.title, for_imagenet, ours(unlabeled=tyro.MISSING)),
-    "imagenet-b7-reduced": reduced.but(reduced.title, for_imagenet, ours(unlabeled=tyro.MISSING, labels=tyro.MISSING)),
+    "imagenet-b7-reduced": reduced.but(
+        reduced.title, for_imagenet, ours(unlabeled=tyro.MISSING, labels=tyro.MISSING)
+    ),
 }
 PROTOCOLS = {name: (row.title, row.settings()) for name, row in ROWS.items()}
 
@@ -329,7 +436,10 @@ ALWAYS: Mapping[str, Source] = {
 def sources_table() -> str:
     """Return the values of all rows as a table, each with the letter of its source, and what all rows share."""
     names = list(dict.fromkeys(name for row in ROWS.values() for name in row.values))
-    lines = [f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |", f"|---|{'---|' * len(ROWS)}"]
+    lines = [
+        f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |",
+        f"|---|{'---|' * len(ROWS)}",
+    ]
     for name in names:
         cells = [row.cell(name) for row in ROWS.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
@@ -341,7 +451,9 @@ def sources_of(name: str) -> str:
     """Return the values of one row, a line each, with their source."""
     row = ROWS[name]
     lines = [f"{name}: {row.title}"]
-    for name_of_value, source in sorted(row.sources.items(), key=lambda entry: get_args(Source).index(entry[1])):
+    for name_of_value, source in sorted(
+        row.sources.items(), key=lambda entry: get_args(Source).index(entry[1])
+    ):
         lines.append(f"  {source:6} {name_of_value} = {spoken(row.values[name_of_value])}")
     return "\n".join([*lines, *(f"  {source:6} {text}" for text, source in ALWAYS.items())])
 
@@ -369,7 +481,9 @@ def scaled(c: Protocol) -> Protocol:
     if c.scale_to is None:
         return c
     if not 0 < c.scale_to <= c.steps:
-        raise MetaplError(f"--scale-to {c.scale_to}: expected 1 to {c.steps:,}, the steps that are shortened.")
+        raise MetaplError(
+            f"--scale-to {c.scale_to}: expected 1 to {c.steps:,}, the steps that are shortened."
+        )
 
     def shorter(count: int) -> int:
         return max(1, round(count * c.scale_to / c.steps)) if count else 0
@@ -391,7 +505,9 @@ def check(c: Protocol) -> None:
             "--mesh.shard N for shared weights; --mesh.replicate 1 --mesh.shard 1 for one process."
         )
     if c.mesh.tensor > 1:
-        raise MetaplError(f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products.")
+        raise MetaplError(
+            f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products."
+        )
     parts = c.mesh.shares * c.accumulate
     batches = {"labeled_batch": c.labeled_batch, "finetune_batch": c.finetune_batch}
     if c.method not in ("supervised", "headroom"):
@@ -402,7 +518,9 @@ def check(c: Protocol) -> None:
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {c.mesh.shares:,} "
                 f"process{'es' if c.mesh.shares > 1 else ''} and --accumulate {c.accumulate:,}."
             )
-    if c.batch_norm_ranks is not None and (c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks):
+    if c.batch_norm_ranks is not None and (
+        c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks
+    ):
         raise MetaplError(
             f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
         )
@@ -413,22 +531,36 @@ def check(c: Protocol) -> None:
             "shortens these too."
         )
     if c.data in SIDES and c.image_size != SIDES[c.data]:
-        raise MetaplError(f"--image-size {c.image_size}: the pictures of {c.data} have {SIDES[c.data]} pixels.")
+        raise MetaplError(
+            f"--image-size {c.image_size}: the pictures of {c.data} have {SIDES[c.data]} pixels."
+        )
     if c.select == "validation" and not c.validation:
-        raise MetaplError("--select validation: expected pictures to select on, --validation N, or --select last.")
+        raise MetaplError(
+            "--select validation: expected pictures to select on, --validation N, or --select last."
+        )
     if c.feedback_baseline is not None and c.feedback not in WITH_BASELINE:
         expected = f"expected --feedback {', '.join(WITH_BASELINE[:-1])} or {WITH_BASELINE[-1]}"
-        raise MetaplError(f"--feedback-baseline {c.feedback_baseline}: {c.feedback} has none; {expected}.")
+        raise MetaplError(
+            f"--feedback-baseline {c.feedback_baseline}: {c.feedback} has none; {expected}."
+        )
     if c.method.startswith("reduced") and (c.unlabeled is None or c.labels is None):
-        raise MetaplError(f"--method {c.method}: expected --unlabeled DIR, and --labels STORE by `metapl label`.")
+        raise MetaplError(
+            f"--method {c.method}: expected --unlabeled DIR, and --labels STORE by `metapl label`."
+        )
     if c.labels is not None and not c.method.startswith("reduced"):
-        raise MetaplError(f"--labels {c.labels}: expected --method reduced_mpl or reduced_none, which read them.")
+        raise MetaplError(
+            f"--labels {c.labels}: expected --method reduced_mpl or reduced_none, which read them."
+        )
     if c.seeds is not None:
         parse_seeds(c.seeds)
     elif Path(c.out, "config.json").exists() and not c.resume:
-        raise MetaplError(f"{c.out} holds a run already; go on with --resume, or give another --out.")
+        raise MetaplError(
+            f"{c.out} holds a run already; go on with --resume, or give another --out."
+        )
     if c.seeds is not None and Path(c.out, "seeds.json").exists() and not c.resume:
-        raise MetaplError(f"{c.out} holds runs already; go on with --resume, or give another --out.")
+        raise MetaplError(
+            f"{c.out} holds runs already; go on with --resume, or give another --out."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -442,17 +574,24 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     settings = json.loads(json.dumps(dataclasses.asdict(c)))
     if (out / "result.json").exists():
         stored = json.loads((out / "config.json").read_text())
-        changed = [name for name in settings if name not in FREE and settings[name] != stored.get(name)]
+        changed = [
+            name for name in settings if name not in FREE and settings[name] != stored.get(name)
+        ]
         if changed:
-            was = ", ".join(f"{name} was {stored.get(name)}, now {settings[name]}" for name in changed)
-            raise MetaplError(f"{out} holds the result of other settings ({was}); expected these, or another --out.")
+            was = ", ".join(
+                f"{name} was {stored.get(name)}, now {settings[name]}" for name in changed
+            )
+            raise MetaplError(
+                f"{out} holds the result of other settings ({was}); expected these, or another --out."
+            )
         return json.loads((out / "result.json").read_text())
 
     # 1. The pictures: which have labels, which have none, and which are held out.
     sets = load_pictures(c)
     if c.split is not None:
         split = {
-            name: torch.tensor(rows, dtype=torch.int64) for name, rows in json.loads(Path(c.split).read_text()).items()
+            name: torch.tensor(rows, dtype=torch.int64)
+            for name, rows in json.loads(Path(c.split).read_text()).items()
         }
     else:
         per_class = c.labels_per_class if c.unlabeled is None else None
@@ -462,17 +601,23 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
 
     def labeled_batches(rows: Tensor, batch_size: int, stream: int, seed: int) -> LabeledBatches:
         sampler = StepSampler(len(rows), batch_size, seed=c.seed, stream=stream)
-        return LabeledBatches(sets.train.select(rows), sets.train_labels[rows], sampler, weak, seed, crop=crop)
+        return LabeledBatches(
+            sets.train.select(rows), sets.train_labels[rows], sampler, weak, seed, crop=crop
+        )
 
     def unlabeled_batches() -> UnlabeledBatches:
         if c.labels is not None:
             store = LabelStore(c.labels)
             pictures, rows = stored_pictures(c.unlabeled, store, c.image_size)
             sampler = StepSampler(len(rows), c.unlabeled_batch, seed=c.seed, stream=1)
-            return StoredBatches(pictures, sampler, strong, None, c.seed, crop=crop, rows=rows, store=store)
+            return StoredBatches(
+                pictures, sampler, strong, None, c.seed, crop=crop, rows=rows, store=store
+            )
         pictures = sets.train.select(split["unlabeled"])
         if c.unlabeled is not None:
-            pictures = FileImages(scan_unlabeled(c.unlabeled).paths(), size=(c.image_size, c.image_size))
+            pictures = FileImages(
+                scan_unlabeled(c.unlabeled).paths(), size=(c.image_size, c.image_size)
+            )
         sampler = StepSampler(len(pictures), c.unlabeled_batch, seed=c.seed, stream=1)
         return UnlabeledBatches(pictures, sampler, weak, strong, c.seed, crop=crop)
 
@@ -504,7 +649,9 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     trainer = trainer_of(c, teacher, student)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "split.json").write_text(json.dumps({name: rows.tolist() for name, rows in split.items()}))
+        (out / "split.json").write_text(
+            json.dumps({name: rows.tolist() for name, rows in split.items()})
+        )
         (out / "config.json").write_text(json.dumps(settings, indent=1))
     measured = labeled[:: max(1, len(labeled) // c.training_accuracy_on)][: c.training_accuracy_on]
     training_accuracy = TrainingAccuracy(to_evaluate(measured), c.validate_every, c.steps)
@@ -571,19 +718,42 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     result |= {f"{name}_training_accuracy": value for name, value in training_accuracy.last.items()}
     if validation is not None:
         result["validation_accuracy"] = values
-    result |= {"labeled": len(labeled), "unlabeled": len(unlabeled.images), "tested_on": len(sets.test_labels)}
+    result |= {
+        "labeled": len(labeled),
+        "unlabeled": len(unlabeled.images),
+        "tested_on": len(sets.test_labels),
+    }
     if processes.first:
         for name, of_network in weights.items():
             save_weights(of_network, out / f"{name}.safetensors")
         network = build_network(c, classes, c.dropout, c.network)
         network.load_state_dict(weights[delivered])
-        deliver(c, network, c.method, c.network, c.image_size, sets.test, sets.classes, tested[delivered])
+        deliver(
+            c,
+            network,
+            c.method,
+            c.network,
+            c.image_size,
+            sets.test,
+            sets.classes,
+            tested[delivered],
+        )
         (out / "result.json").write_text(json.dumps(result, indent=1))
     return json.loads(json.dumps(result))
 
 
 # Settings that decide nothing of a result.
-FREE = ("root", "out", "resume", "seeds", "device", "num_workers", "log_every", "save_every", "mesh")
+FREE = (
+    "root",
+    "out",
+    "resume",
+    "seeds",
+    "device",
+    "num_workers",
+    "log_every",
+    "save_every",
+    "mesh",
+)
 
 
 def options_of(c: Protocol) -> dict[str, Any]:
@@ -595,7 +765,9 @@ def trainer_of(c: Protocol, teacher: nn.Module, student: nn.Module) -> Any:
     """Return the trainer of a method."""
 
     def sgd(network: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(network, c.weight_decay), lr=lr, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(
+            parameter_groups(network, c.weight_decay), lr=lr, momentum=0.9, nesterov=True
+        )
 
     supervised = CrossEntropy(c.label_smoothing)
     consistency = UDA(
@@ -606,10 +778,14 @@ def trainer_of(c: Protocol, teacher: nn.Module, student: nn.Module) -> Any:
         ramp=c.uda_ramp,
     )
     if c.method in ("supervised", "headroom"):
-        return metapl.LossTrainer(student, (supervised,), optimizer=sgd(student, c.teacher_lr), **options_of(c))
+        return metapl.LossTrainer(
+            student, (supervised,), optimizer=sgd(student, c.teacher_lr), **options_of(c)
+        )
     if c.method == "uda":
         losses = (supervised, consistency)
-        return metapl.LossTrainer(student, losses, optimizer=sgd(student, c.teacher_lr), **options_of(c))
+        return metapl.LossTrainer(
+            student, losses, optimizer=sgd(student, c.teacher_lr), **options_of(c)
+        )
     # Without feedback the labels are those of the mode that the row has: soft, or drawn.
     kind: Literal["soft", "hard"] = "soft" if c.feedback == "exact" else "hard"
     if c.method.startswith("reduced"):
@@ -646,7 +822,9 @@ def estimator_of(c: Protocol) -> Any:
         return LossDifference(baseline=c.feedback_baseline)
     if c.feedback == "cosine":
         return Reinforce(similarity="cosine", baseline=c.feedback_baseline)
-    return Reinforce(baseline=c.feedback_baseline, reduction="sum" if c.feedback == "dot-sum" else "mean")
+    return Reinforce(
+        baseline=c.feedback_baseline, reduction="sum" if c.feedback == "dot-sum" else "mean"
+    )
 
 
 def evaluated(network: nn.Module, examples: EvaluationBatches) -> Evaluation:
@@ -708,7 +886,11 @@ def summarized(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         if name.endswith(("_accuracy", "_top5")) and isinstance(first[name], float):
             values = [result[name] for result in results.values()]
             deviation = statistics.stdev(values) if len(values) > 1 else None
-            summary[name] = {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
+            summary[name] = {
+                "mean": statistics.fmean(values),
+                "deviation": deviation,
+                "values": values,
+            }
     return summary
 
 

@@ -54,16 +54,41 @@ IMAGENET_A = """
 773 774 776 779 780 786 792 797 802 803 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888
 890 897 900 907 913 924 932 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
 """
-ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # in which the parts of -C and -P may lie
+ARCHIVES = (
+    "",
+    "noise",
+    "blur",
+    "weather",
+    "digital",
+    "extra",
+)  # in which the parts of -C and -P may lie
 AT_ONCE = 64  # pictures in a pass
 
 # AlexNet's mean top-1 error by kind on ImageNet-C, by which mCE divides, as the benchmark's authors publish it; and its
 # flip probability by perturbation of ImageNet-P, by which mFR divides, rounded as papers restate it. With the figures
 # that are published of ResNeXt-101 32x48d WSL (eminorhan/resnext-wsl) they give its printed mCE, 45.7, and mFR, 27.8.
-_ERRORS = (0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324)
-ALEXNET = dict(zip(CORRUPTIONS, (*_ERRORS, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500), strict=True))
+_ERRORS = (
+    0.886428,
+    0.894468,
+    0.922640,
+    0.819880,
+    0.826268,
+    0.785948,
+    0.798360,
+    0.866816,
+    0.826572,
+    0.819324,
+)
+ALEXNET = dict(
+    zip(CORRUPTIONS, (*_ERRORS, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500), strict=True)
+)
 _MOVED = {"translate": 0.1101, "rotate": 0.1310, "tilt": 0.0705, "scale": 0.2353}
-FLIPS_OF_ALEXNET = {"gaussian_noise": 0.2365, "shot_noise": 0.3006, "motion_blur": 0.0930, "zoom_blur": 0.0594}
+FLIPS_OF_ALEXNET = {
+    "gaussian_noise": 0.2365,
+    "shot_noise": 0.3006,
+    "motion_blur": 0.0930,
+    "zoom_blur": 0.0594,
+}
 FLIPS_OF_ALEXNET |= {"snow": 0.1193, "brightness": 0.0489, **_MOVED}
 
 
@@ -80,9 +105,13 @@ class Subject:
 
     def read(self, path: Path) -> Tensor:
         size, center = (self.side, self.side), self.center
-        return in_unit_range(read_image(path, mode="L" if self.grey else "RGB", size=size, center=center))
+        return in_unit_range(
+            read_image(path, mode="L" if self.grey else "RGB", size=size, center=center)
+        )
 
-    def outputs_of(self, root: Path, folders: Sequence[str], published: Sequence[int] = range(OUTPUTS)) -> list[int]:
+    def outputs_of(
+        self, root: Path, folders: Sequence[str], published: Sequence[int] = range(OUTPUTS)
+    ) -> list[int]:
         """The output that each class folder is, by its name, or by its place among the ``published`` ones."""
         known = {name: output for output, name in enumerate(self.classes or ())}
         if unknown := [name for name in folders if name not in known]:
@@ -97,7 +126,10 @@ class Subject:
     def logits(self, paths: Sequence[Path]) -> Tensor:
         """Of pictures in files, (N, K)."""
         with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes without Python's lock
-            pieces = (pool.map(self.read, paths[at : at + AT_ONCE]) for at in range(0, len(paths), AT_ONCE))
+            pieces = (
+                pool.map(self.read, paths[at : at + AT_ONCE])
+                for at in range(0, len(paths), AT_ONCE)
+            )
             return torch.cat([logits_of(self.network, [torch.stack([*piece])]) for piece in pieces])
 
 
@@ -107,16 +139,22 @@ def of_run(folder: Path) -> Subject:
     name = run.name("delivered")
     reads = run.cards[name].input
     if reads.kind != "picture":
-        raise MetaplError(f"the network of {folder} takes a {reads.kind}; expected a run on pictures in files.")
+        raise MetaplError(
+            f"the network of {folder} takes a {reads.kind}; expected a run on pictures in files."
+        )
     network = run.network(name).eval().to(run.device)
-    return Subject(network, reads.size, run.classes, len(run.classes), reads.channels == 1, reads.center)
+    return Subject(
+        network, reads.size, run.classes, len(run.classes), reads.channels == 1, reads.center
+    )
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
     """What ``metapl export`` wrote into a file of weights: ``architecture``, ``normalization`` and ``classes``, each or
     None, and, where it is not 1, ``center``; empty for a file that others wrote."""
     if not file.is_file():
-        raise MetaplError(f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine.")
+        raise MetaplError(
+            f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine."
+        )
     if file.suffix != ".safetensors":
         return {}
     try:
@@ -137,25 +175,36 @@ def of_weights(file: Path, name: str | None) -> Subject:
         mean, std = (told.get("normalization", {}).get(key) for key in ("mean", "std"))
     else:
         if name is None:
-            raise MetaplError(f"{file} does not say which network it is of; expected --network NAME, such as resnet50.")
+            raise MetaplError(
+                f"{file} does not say which network it is of; expected --network NAME, such as resnet50."
+            )
         network = Architecture(name=name, num_classes=OUTPUTS)
         with torch.device("meta"):
             module = network.create()
         if network.library == "timm":
             evaluated: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
-            side, middle = evaluated.get("input_size", (3, side, side))[-1], evaluated.get("crop_pct") or middle
+            side, middle = (
+                evaluated.get("input_size", (3, side, side))[-1],
+                evaluated.get("crop_pct") or middle,
+            )
             mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
         elif network.library == "metapl":
-            raise MetaplError(f"{file} does not say how its pictures are normalized; expected one of metapl export.")
+            raise MetaplError(
+                f"{file} does not say how its pictures are normalized; expected one of metapl export."
+            )
         bias = read_weights(file).get(f"{network.heads(module)[0]}.bias")
         if bias is None:
-            raise MetaplError(f"{file} has no tensors of {few(network.heads(module))}, the head of {name}.")
+            raise MetaplError(
+                f"{file} has no tensors of {few(network.heads(module))}, the head of {name}."
+            )
         network = replace(network, num_classes=len(bias))
     module = network.create()
     load_weights(module, file)
     module = (module if mean is None else Normalized(module, mean, std)).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Subject(module, side, told.get("classes"), network.num_classes, network.in_channels == 1, middle)
+    return Subject(
+        module, side, told.get("classes"), network.num_classes, network.in_channels == 1, middle
+    )
 
 
 def visible(folder: Path) -> list[Path]:
@@ -181,7 +230,10 @@ def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
 def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
     """Accuracies by corruption and severity, and mCE where all fifteen are there."""
     folders = parts(root, CORRUPTIONS, "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
-    found = {name: [filled(folder / str(severity)) for severity in SEVERITIES] for name, folder in folders.items()}
+    found = {
+        name: [filled(folder / str(severity)) for severity in SEVERITIES]
+        for name, folder in folders.items()
+    }
     n, accuracies = 0, dict[str, list[float]]()
     for name, sets in found.items():
         for files in sets:
@@ -204,7 +256,9 @@ def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
         found = [path for kind in visible(folder) if kind.is_dir() for path in visible(kind)]
         found = [path for path in found if path.is_dir() or path.suffix.lower() == ".mp4"]
         if not found:
-            raise MetaplError(f"{folder} has no sequence; expected a folder a class, of .mp4 or folders of frames.")
+            raise MetaplError(
+                f"{folder} has no sequence; expected a folder a class, of .mp4 or folders of frames."
+            )
         classes = sorted({path.parent.name for path in found})
         output = dict(zip(classes, subject.outputs_of(folder, classes), strict=True))
         predictions: list[list[int]] = []
@@ -257,26 +311,35 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
             "and two frames in each."
         )
     noise = perturbation in ("gaussian_noise", "shot_noise")
-    return fmean(np.mean(c[1:] != (c[0] if noise else c[:-1])) for c in map(np.asarray, predictions))
+    return fmean(
+        np.mean(c[1:] != (c[0] if noise else c[:-1])) for c in map(np.asarray, predictions)
+    )
 
 
 def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
     """The frames of a sequence in their order; a folder's by the numbers in their names, 9 before 10."""
     if path.is_dir():
         files = [file for file in visible(path) if file.suffix.lower() in SUFFIXES]
-        numbers = {file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)] for file in files}
+        numbers = {
+            file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)]
+            for file in files
+        }
         yield from map(subject.read, sorted(files, key=numbers.__getitem__))
         return
     try:
         import av
     except ImportError as error:
-        raise MetaplError(f"{path} is a video: pip install av, or put a folder of its frames in its place.") from error
+        raise MetaplError(
+            f"{path} is a video: pip install av, or put a folder of its frames in its place."
+        ) from error
     try:
         with av.open(str(path)) as video:
             decoded: Iterator[Any] = video.decode(video=0)
             for frame in decoded:
                 image = frame.to_image().convert("L" if subject.grey else "RGB")
-                square = ImageOps.fit(image, (subject.side, subject.side), Image.Resampling.BILINEAR)
+                square = ImageOps.fit(
+                    image, (subject.side, subject.side), Image.Resampling.BILINEAR
+                )
                 yield in_unit_range(pil_to_tensor(square))
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UnreadableImage(path, f"the video cannot be decoded ({reason_of(error)})") from error
@@ -287,7 +350,9 @@ def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
     places = [root / archive for archive in ARCHIVES]
     found = {name: place / name for name in names for place in places if (place / name).is_dir()}
     if not found:
-        raise MetaplError(f"{root} has none of the folders of the set, {few(names, 20)}; expected {root / example}.")
+        raise MetaplError(
+            f"{root} has none of the folders of the set, {few(names, 20)}; expected {root / example}."
+        )
     return found
 
 
@@ -295,7 +360,9 @@ def filled(root: Path) -> LabeledFiles:
     """Class folders, each with a picture: those of a set that is half unpacked would stand for other outputs."""
     files = scan_labeled(root)
     if empty := [name for name, count in files.counts().items() if not count]:
-        raise MetaplError(f"{root} has class folders without a picture: {few(empty)}; unpack the set again.")
+        raise MetaplError(
+            f"{root} has class folders without a picture: {few(empty)}; unpack the set again."
+        )
     return files
 
 
@@ -306,25 +373,41 @@ def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str,
     """
     entries = json.loads(file.read_text())
     numbers = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem) for path in paths]
-    if unknown := [p.name for p, n in zip(paths, numbers, strict=True) if not n or not 0 < int(n[1]) <= len(entries)]:
+    if unknown := [
+        p.name
+        for p, n in zip(paths, numbers, strict=True)
+        if not n or not 0 < int(n[1]) <= len(entries)
+    ]:
         raise MetaplError(
             f"{file} has no entry of {few(unknown)}; expected ILSVRC2012_val_<number>, 1 to {len(entries)}."
         )
     sets = [entries[int(number[1]) - 1] for number in numbers if number]
     hits = [guess in right for guess, right in zip(guesses, sets, strict=True) if right]
-    return {"accuracy": sum(hits) / max(1, len(hits)), "n": len(hits), "without_label": len(sets) - len(hits)}
+    return {
+        "accuracy": sum(hits) / max(1, len(hits)),
+        "n": len(hits),
+        "without_label": len(sets) - len(hits),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", type=Path, metavar="RUN_OR_WEIGHTS")
-    parser.add_argument("--network", dest="name", metavar="NAME", help="of a file that does not say it")
+    parser.add_argument(
+        "--network", dest="name", metavar="NAME", help="of a file that does not say it"
+    )
     for flag in ("--test", "--real", "--imagenet-a", "--imagenet-c", "--imagenet-p"):
         parser.add_argument(flag, type=Path)
     given = parser.parse_args()
     found: dict[str, Any] = {"network": str(given.network)}
     try:
-        subject = of_run(given.network) if given.network.is_dir() else of_weights(given.network, given.name)
+        subject = (
+            of_run(given.network)
+            if given.network.is_dir()
+            else of_weights(given.network, given.name)
+        )
         if given.test:
             files = scan_labeled(given.test)
             outputs = torch.tensor(subject.outputs_of(given.test, files.classes))

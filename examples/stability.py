@@ -46,11 +46,15 @@ def main() -> None:
 
     print("step of the difference, over a typical weight")
     for step in (1e-5, 1e-4, 1e-3, 1e-2):
-        print(f"{step:>8}{row(trainer, few, many, [replace(Difference(), relative_step=step)], given.draws)}")
+        print(
+            f"{step:>8}{row(trainer, few, many, [replace(Difference(), relative_step=step)], given.draws)}"
+        )
     head = "".join(f"{name:>23}" for name in MODES)
     print(f"\ntemperature of the pseudo-labels\n        {head}")
     for temperature in (0.25, 0.5, 1.0, 2.0):
-        print(f"{temperature:>8}{row(trained(temperature, given.steps, few, many), few, many, MODES, given.draws)}")
+        print(
+            f"{temperature:>8}{row(trained(temperature, given.steps, few, many), few, many, MODES, given.draws)}"
+        )
     print(f"\nrows of the inner batch\n        {head}")
     for rows in (8, 16, 32, 64):
         print(f"{rows:>8}{row(trainer, few, many[:rows], MODES, given.draws)}")

@@ -51,7 +51,9 @@ def train(few: Rows, rows: Tensor, seed: int, mode: str) -> metapl.BilevelTraine
     classes = int(few[1].max()) + 1
     teacher, student = (metapl.models.mlp([rows.shape[1], 64, classes]) for _ in range(2))
     optimizers = [
-        torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.02)
+        torch.optim.SGD(
+            network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.02
+        )
         for network in (student, teacher)
     ]
     trainer = metapl.BilevelTrainer(
@@ -67,7 +69,15 @@ def accuracies(table: str, labels_per_class: int, seed: int) -> list[float]:
     plain = LogisticRegression(max_iter=5000).fit(*few).score(x, y)
     mpl, without = (train(few, rows, seed, mode) for mode in ("forward", "none"))
     teacher = float((mpl.teacher(x).argmax(1) == y).double().mean())
-    return [100 * share for share in (plain, mpl.evaluate((x, y)).accuracy, teacher, without.evaluate((x, y)).accuracy)]
+    return [
+        100 * share
+        for share in (
+            plain,
+            mpl.evaluate((x, y)).accuracy,
+            teacher,
+            without.evaluate((x, y)).accuracy,
+        )
+    ]
 
 
 def seeds(text: str) -> range:
@@ -84,7 +94,9 @@ def main() -> None:
     for table in ("breast cancer", "wine"):
         found = [accuracies(table, args.labels_per_class, seed) for seed in args.seeds]
         drawn_by = "one seed" if len(found) == 1 else f"{len(found)} seeds"
-        print(f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {drawn_by}")
+        print(
+            f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {drawn_by}"
+        )
         for name, column in zip(METHODS, zip(*found, strict=True), strict=True):
             test = paired_test(column, [row[0] for row in found])
             line = f"  {name:<20} {np.mean(column):5.1f}"

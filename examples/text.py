@@ -26,7 +26,9 @@ from metapl.models import Logits
 try:
     from transformers import BertConfig, BertForSequenceClassification
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}; expected it to be installed: pip install 'metapl[integrations]'") from None
+    raise SystemExit(
+        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+    ) from None
 
 PACKAGES = "torch", "scipy", "matplotlib", "sklearn"
 NAMES = {*PACKAGES, "pytorch", "numpy", "np", "mpl", "plt", "pyplot", "scikit"}
@@ -39,18 +41,27 @@ def docstrings(package: str, files: int = 150) -> list[str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None
-    paths = sorted(path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts)
+    paths = sorted(
+        path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts
+    )
     found = []
     for path in random.Random(0).sample(paths, min(files, len(paths))):
         with suppress(SyntaxError):
             nodes = ast.walk(ast.parse(path.read_text(errors="ignore")))
             kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-            found += [text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+            found += [
+                text
+                for node in nodes
+                if isinstance(node, kinds) and (text := ast.get_docstring(node))
+            ]
     return found
 
 
 def words_of(text: str) -> list[str]:
-    return ["[mask]" if word in NAMES else word for word in re.findall(r"[a-z]+|\d|[^\w\s]", text.lower())][:LENGTH]
+    return [
+        "[mask]" if word in NAMES else word
+        for word in re.findall(r"[a-z]+|\d|[^\w\s]", text.lower())
+    ][:LENGTH]
 
 
 def encoded(texts: list[list[str]], known: dict[str, int]) -> Text:
@@ -70,12 +81,19 @@ def corpus() -> dict[str, tuple[Text, Tensor]]:
     parts, ends = {}, [0, size // 10, size // 4, size]
     texts = {
         name: [(words, label) for label, own in enumerate(of_package) for words in own[start:end]]
-        for name, start, end in zip(("validation", "test", "training"), ends, ends[1:], strict=False)
+        for name, start, end in zip(
+            ("validation", "test", "training"), ends, ends[1:], strict=False
+        )
     }
     counts = Counter(word for words, _ in texts["training"] for word in words if word != "[mask]")
-    known = {"[mask]": MASK} | {word: UNKNOWN + 1 + i for i, (word, _) in enumerate(counts.most_common(WORDS))}
+    known = {"[mask]": MASK} | {
+        word: UNKNOWN + 1 + i for i, (word, _) in enumerate(counts.most_common(WORDS))
+    }
     for name, pairs in texts.items():
-        parts[name] = encoded([words for words, _ in pairs], known), torch.tensor([label for _, label in pairs])
+        parts[name] = (
+            encoded([words for words, _ in pairs], known),
+            torch.tensor([label for _, label in pairs]),
+        )
     return parts
 
 
@@ -121,7 +139,9 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
     torch.manual_seed(seed)
     parts = corpus()
     (text, y), validation = parts["training"], parts["validation"]
-    few = torch.cat([(y == c).nonzero()[:, 0][torch.randperm(int((y == c).sum()))[:labels]] for c in range(4)])
+    few = torch.cat(
+        [(y == c).nonzero()[:, 0][torch.randperm(int((y == c).sum()))[:labels]] for c in range(4)]
+    )
     known = [({name: t[few] for name, t in text.items()}, y[few])]
     many = TensorDataset(text["input_ids"], text["attention_mask"])
     vectors = word_vectors(text["input_ids"])
@@ -145,10 +165,19 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
         unlabeled = DataLoader(many, batch_size=64, shuffle=True, collate_fn=two_views)
         result = trainer.fit(known, unlabeled, steps=steps, log_every=10, **fit)
         if ratio := options.get("feedback_ratio"):
-            weights = sorted(row["feedback_weight"] for row in result.history if "feedback_weight" in row)
+            weights = sorted(
+                row["feedback_weight"] for row in result.history if "feedback_weight" in row
+            )
             as_it_is = ratio / weights[len(weights) // 2]  # at the weight 1
-            print(f"seed {seed}: the feedback as it is, beside the teacher's losses: {as_it_is:.2g}")
-        trainer.finetune(known, steps=min(50, steps), optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4), **fit)
+            print(
+                f"seed {seed}: the feedback as it is, beside the teacher's losses: {as_it_is:.2g}"
+            )
+        trainer.finetune(
+            known,
+            steps=min(50, steps),
+            optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4),
+            **fit,
+        )
         found[way] = trainer.evaluate(parts["test"]).accuracy
     torch.manual_seed(seed)
     alone = network(vectors)
@@ -158,11 +187,15 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     rows = [accuracies(seed, given.steps) for seed in given.seeds]
     for way in rows[0]:
         values = 100 * torch.tensor([row[way] for row in rows])
-        print(f"{way:<38}{values.mean():5.1f} %" + (f" ± {values.std():.1f}" if len(rows) > 1 else ""))
+        print(
+            f"{way:<38}{values.mean():5.1f} %" + (f" ± {values.std():.1f}" if len(rows) > 1 else "")
+        )

@@ -19,26 +19,42 @@ from matplotlib.figure import Figure
 
 from metapl.errors import MetaplError
 
-TITLES = {"mpl": "MPL", "none": "no feedback", "reduced_mpl": "Reduced MPL", "reduced_none": "stored labels"}
+TITLES = {
+    "mpl": "MPL",
+    "none": "no feedback",
+    "reduced_mpl": "Reduced MPL",
+    "reduced_none": "stored labels",
+}
 
 
 def curves_of(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Return the curves of a run by their names: steps, and accuracies on the labeled pictures as fractions."""
     for name in ("config.json", "metrics.jsonl"):
         if not (run / name).exists():
-            raise MetaplError(f"there is no {run / name}; expected the folder of a run of protocols.py.")
+            raise MetaplError(
+                f"there is no {run / name}; expected the folder of a run of protocols.py."
+            )
     method = json.loads((run / "config.json").read_text())["method"]
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     curves = {}
     for role in ("teacher", "student"):
-        measured = [row for row in rows if row["phase"] == "fit" and f"{role}_training_accuracy" in row]
+        measured = [
+            row for row in rows if row["phase"] == "fit" and f"{role}_training_accuracy" in row
+        ]
         if not measured:
             continue
         # A network that trains alone is no student of a teacher.
         title = f"{TITLES[method]}, {role}" if method in TITLES else method
-        curves[title] = ([row["step"] for row in measured], [row[f"{role}_training_accuracy"] for row in measured])
+        curves[title] = (
+            [row["step"] for row in measured],
+            [row[f"{role}_training_accuracy"] for row in measured],
+        )
     if not curves:
-        raise MetaplError(f"{run} has no accuracy on labeled pictures; expected a run of protocols.py that has begun.")
+        raise MetaplError(
+            f"{run} has no accuracy on labeled pictures; expected a run of protocols.py that has begun."
+        )
     return curves
 
 
@@ -57,7 +73,9 @@ def draw(runs: list[Path], out: Path) -> None:
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("training_accuracy.png"), metavar="FILE")
     given = parser.parse_args(words)

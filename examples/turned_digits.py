@@ -20,8 +20,12 @@ def draw(x, y, angles, sizes):
     """Digits (B, 1, 8, 8) at so many angles, in parts of these sizes."""
     rows = torch.randperm(len(x))[: sum(sizes)]
     turn = (2 * torch.pi * torch.rand(angles)).repeat_interleave(len(rows) // angles)
-    turns = torch.stack([turn.cos(), -turn.sin(), 0 * turn, turn.sin(), turn.cos(), 0 * turn], 1).view(-1, 2, 3)
-    turned = F.grid_sample(x[rows], F.affine_grid(turns, x[rows].shape, align_corners=False), align_corners=False)
+    turns = torch.stack(
+        [turn.cos(), -turn.sin(), 0 * turn, turn.sin(), turn.cos(), 0 * turn], 1
+    ).view(-1, 2, 3)
+    turned = F.grid_sample(
+        x[rows], F.affine_grid(turns, x[rows].shape, align_corners=False), align_corners=False
+    )
     return [*zip(turned.split(sizes), y[rows].split(sizes), strict=True)]
 
 

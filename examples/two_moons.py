@@ -39,7 +39,9 @@ class Networks(nn.Module):
         generators = [torch.Generator().manual_seed(2 * seed + stream) for seed in seeds]
 
         def uniform(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.stack([scale * (2 * torch.rand(shape, generator=g) - 1) for g in generators]))
+            return nn.Parameter(
+                torch.stack([scale * (2 * torch.rand(shape, generator=g) - 1) for g in generators])
+            )
 
         sizes = (2, 8, 8, 2)
         self.weights = nn.ParameterList(uniform(m, n) for m, n in pairwise(sizes))
@@ -68,7 +70,10 @@ class Moons:
         self.seeds, self.steps, self.uda, self.weight = seeds, steps, uda, weight
         self.x, self.y = map(torch.stack, zip(*map(draw, seeds), strict=True))
         self.few = self.x[:, :6].flatten(0, 1), self.y[:, :6].flatten()
-        self.losses: tuple[Any, ...] = (metapl.CrossEntropy(), *([metapl.UDA(temperature=0.5)] if uda else []))
+        self.losses: tuple[Any, ...] = (
+            metapl.CrossEntropy(),
+            *([metapl.UDA(temperature=0.5)] if uda else []),
+        )
         self.networks: dict[str, Networks] = {}
 
     def views(self) -> Iterator[Any]:
@@ -77,7 +82,11 @@ class Moons:
         while True:
             weak = self.x[:, torch.randint(6, self.x.shape[1], (32,), generator=generator)]
             noise = torch.randn(32, 2, generator=generator)
-            yield (weak.flatten(0, 1), (weak + 0.2 * noise).flatten(0, 1)) if self.uda else weak.flatten(0, 1)
+            yield (
+                (weak.flatten(0, 1), (weak + 0.2 * noise).flatten(0, 1))
+                if self.uda
+                else weak.flatten(0, 1)
+            )
 
     def fresh(self, stream: int) -> tuple[Networks, torch.optim.Optimizer]:
         scale, rate, activation = (0.5, 0.3, nn.Tanh()) if self.uda else (0.1, 0.1, nn.Sigmoid())
@@ -108,7 +117,9 @@ class Moons:
         trainer.fit([self.few], unlabeled, steps=self.steps, schedule="constant", progress=False)
         self.networks[method] = student
         with torch.no_grad():
-            return (student(self.x.flatten(0, 1)).argmax(1).view_as(self.y) == self.y).double().mean(1)
+            return (
+                (student(self.x.flatten(0, 1)).argmax(1).view_as(self.y) == self.y).double().mean(1)
+            )
 
 
 def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
@@ -120,22 +131,39 @@ def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
     from matplotlib.colors import ListedColormap
 
     colors = ListedColormap(["#0072B2", "#D55E00"])
-    figure, axes = plt.subplots(2, 4, figsize=(16, 5.6), height_ratios=(3, 1), layout="constrained", sharex="row")
+    figure, axes = plt.subplots(
+        2, 4, figsize=(16, 5.6), height_ratios=(3, 1), layout="constrained", sharex="row"
+    )
     low, high = moons.x.amin((0, 1)) - 0.2, moons.x.amax((0, 1)) + 0.2
     columns = [torch.linspace(float(a), float(b), 200) for a, b in zip(low, high, strict=True)]
     plane = torch.stack(torch.meshgrid(*columns, indexing="xy"), -1).flatten(0, 1)
     for (above, below), (method, accuracy) in zip(axes.T, accuracies.items(), strict=True):
         run = int(accuracy.argsort()[(len(accuracy) - 1) // 2])
         with torch.no_grad():
-            regions = moons.networks[method](plane.repeat(len(accuracy), 1)).argmax(1).view(-1, 200, 200)[run]
+            regions = (
+                moons.networks[method](plane.repeat(len(accuracy), 1))
+                .argmax(1)
+                .view(-1, 200, 200)[run]
+            )
         points, classes = moons.x[run].numpy(), moons.y[run].numpy()
         extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
         above.imshow(
-            regions.numpy(), origin="lower", extent=extent, cmap=colors, vmin=0, vmax=1, alpha=0.25, aspect="auto"
+            regions.numpy(),
+            origin="lower",
+            extent=extent,
+            cmap=colors,
+            vmin=0,
+            vmax=1,
+            alpha=0.25,
+            aspect="auto",
         )
         above.scatter(*points.T, c=classes, cmap=colors, s=3, alpha=0.5, linewidths=0)
         above.scatter(*points[:6].T, c=classes[:6], cmap=colors, s=110, edgecolors="black")
-        above.set(xticks=[], yticks=[], title=f"{method}: seed {moons.seeds[run]}, {100 * accuracy[run]:.1f} %")
+        above.set(
+            xticks=[],
+            yticks=[],
+            title=f"{method}: seed {moons.seeds[run]}, {100 * accuracy[run]:.1f} %",
+        )
         below.hist(accuracy.numpy(), bins=40, range=(0.4, 1.0), color="#777777")
         below.axvline(SUCCESS, color="black", linestyle="--", linewidth=1)
         below.set(xlabel=f"accuracy of {len(accuracy)} runs", ylabel="runs")
@@ -145,24 +173,33 @@ def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=32, help="how many; default 32")
-    parser.add_argument("--steps", type=int, help="of each training; default 12000, with --uda 3000")
+    parser.add_argument(
+        "--steps", type=int, help="of each training; default 12000, with --uda 3000"
+    )
     parser.add_argument("--weight", type=float, help="of the feedback; default 1, with --uda 10")
     parser.add_argument("--uda", action="store_true", help="with the consistency term")
     parser.add_argument("--out", default="two_moons.png", help="the picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps, weight = args.steps or (3000 if args.uda else 12_000), args.weight or (10.0 if args.uda else 1.0)
+    steps, weight = (
+        args.steps or (3000 if args.uda else 12_000),
+        args.weight or (10.0 if args.uda else 1.0),
+    )
     moons = Moons(range(args.seeds), steps, args.uda, weight)
     accuracies = {method: moons.train(method) for method in METHODS}
     print(f"{'':<14} above 95 %  95 % interval  median run")
     for method, accuracy in accuracies.items():
         right, runs = int((accuracy > SUCCESS).sum()), len(accuracy)
         low, high = (100 * end for end in interval(right, runs))
-        print(f"{method:<14} {right:>4} of {runs:<3} {low:>8.0f}-{high:.0f} % {100 * accuracy.median():>10.1f} %")
+        print(
+            f"{method:<14} {right:>4} of {runs:<3} {low:>8.0f}-{high:.0f} % {100 * accuracy.median():>10.1f} %"
+        )
     mpl, control = (accuracies[method] > SUCCESS for method in METHODS[2:])
     alone, differing = int((mpl & ~control).sum()), int((mpl != control).sum())
     p = binomtest(alone, differing).pvalue if differing else 1.0
-    print(f"MPL and the same loop without feedback: p = {p:.2g} (McNemar's exact test on paired seeds)")
+    print(
+        f"MPL and the same loop without feedback: p = {p:.2g} (McNemar's exact test on paired seeds)"
+    )
     picture(args.out, moons, accuracies)
     print(f"the decision regions are in {args.out}")
 

@@ -23,14 +23,18 @@ try:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}; expected it to be installed: pip install 'metapl[integrations]'") from None
+    raise SystemExit(
+        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+    ) from None
 
 
 def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> metapl.BilevelTrainer:
     torch.manual_seed(0)
     x, y = torch.tensor(load_digits().data / 16).float(), torch.tensor(load_digits().target)
     views = TensorDataset(x[100:1300], x[100:1300] + 0.2 * torch.randn(1200, 64))
-    few = DataLoader(TensorDataset(x[:100], y[:100]), batch_size=50, shuffle=True, generator=torch.Generator())
+    few = DataLoader(
+        TensorDataset(x[:100], y[:100]), batch_size=50, shuffle=True, generator=torch.Generator()
+    )
     many = DataLoader(views, batch_size=100, shuffle=True, generator=torch.Generator())
     teacher, student = (metapl.models.mlp([64, 64, 10]) for _ in range(2))
     inner = torch.optim.SGD(student.parameters(), lr=0.2, momentum=0.9, nesterov=True)
@@ -40,11 +44,20 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
     teacher, student, inner, outer, few, many, *rates = accelerator.prepare(
         teacher, student, inner, outer, few, many, *rates
     )
-    optimizers = {"inner_optimizer": inner.optimizer, "outer_optimizer": outer.optimizer}  # out of their wrappers
+    optimizers = {
+        "inner_optimizer": inner.optimizer,
+        "outer_optimizer": outer.optimizer,
+    }  # out of their wrappers
     trainer = metapl.BilevelTrainer(teacher, student, "forward", **optimizers)
-    labeled, unlabeled = feed(few, name="labeled", stop=steps), feed(many, name="unlabeled", stop=steps)
+    labeled, unlabeled = (
+        feed(few, name="labeled", stop=steps),
+        feed(many, name="unlabeled", stop=steps),
+    )
 
-    feeds = [SimpleNamespace(state_dict=one.state, load_state_dict=one.restore) for one in (labeled, unlabeled)]
+    feeds = [
+        SimpleNamespace(state_dict=one.state, load_state_dict=one.restore)
+        for one in (labeled, unlabeled)
+    ]
     accelerator.register_for_checkpointing(trainer, *feeds)
     if out.exists():
         accelerator.load_state(str(out))
@@ -54,7 +67,9 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
         for rate in rates:
             rate.step()
         if trainer.steps_done % save_every == 0:
-            accelerator.print(f"step {trainer.steps_done}: inner loss {report.inner_loss:.4f}", flush=True)
+            accelerator.print(
+                f"step {trainer.steps_done}: inner loss {report.inner_loss:.4f}", flush=True
+            )
             accelerator.save_state(str(out))
     if accelerator.is_main_process:
         print(f"test accuracy {100 * trainer.evaluate((x[1500:], y[1500:])).accuracy:.1f} %")
@@ -63,5 +78,7 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
 
 if __name__ == "__main__":
     folder, steps = [*sys.argv[1:], *["runs/with-accelerate", "300"][len(sys.argv) - 1 :]]
-    loaders = DataLoaderConfiguration(split_batches=True)  # the batch size is that of all processes together
+    loaders = DataLoaderConfiguration(
+        split_batches=True
+    )  # the batch size is that of all processes together
     train(Accelerator(cpu=True, dataloader_config=loaders), Path(folder), int(steps))

@@ -23,7 +23,9 @@ try:
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}; expected it to be installed: pip install 'metapl[integrations]'") from None
+    raise SystemExit(
+        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+    ) from None
 
 
 class MetaPseudoLabels(L.LightningModule):
@@ -36,7 +38,9 @@ class MetaPseudoLabels(L.LightningModule):
     def configure_optimizers(self) -> Any:
         inner = torch.optim.SGD(self.student.parameters(), lr=0.2, momentum=0.9, nesterov=True)
         outer = torch.optim.AdamW(self.teacher.parameters(), lr=3e-3)
-        return [inner, outer], [CosineAnnealingLR(optimizer, self.steps) for optimizer in (inner, outer)]
+        return [inner, outer], [
+            CosineAnnealingLR(optimizer, self.steps) for optimizer in (inner, outer)
+        ]
 
     def on_train_start(self) -> None:  # the networks are on their device by now
         inner, outer = (wrapper.optimizer for wrapper in self.optimizers())
@@ -51,7 +55,9 @@ class MetaPseudoLabels(L.LightningModule):
         labeled, x_u = batch
         strong = x_u + 0.2 * torch.randn_like(x_u)
         report = self.bilevel.step(labeled=labeled, unlabeled=(x_u, strong))
-        self.optimizers()[0].step()  # moves nothing, for the gradients are None by now: Lightning counts it as a step
+        self.optimizers()[
+            0
+        ].step()  # moves nothing, for the gradients are None by now: Lightning counts it as a step
         for rate in self.lr_schedulers():
             rate.step()
         self.log_dict(report.as_dict())
@@ -74,7 +80,9 @@ class Batches:
         self.feeds = {name: feed(loader, name=name, stop=steps) for name, loader in loaders.items()}
         self.steps = steps
 
-    def __len__(self) -> int:  # of an epoch; without it Lightning would fetch a batch ahead, and save its position
+    def __len__(
+        self,
+    ) -> int:  # of an epoch; without it Lightning would fetch a batch ahead, and save its position
         return self.steps
 
     def __iter__(self) -> Iterator[Any]:
@@ -89,7 +97,9 @@ class Batches:
             one.restore(state[name])
 
 
-def train(out: Path, steps: int, save_every: int = 50, **options: Any) -> tuple[L.Trainer, MetaPseudoLabels]:
+def train(
+    out: Path, steps: int, save_every: int = 50, **options: Any
+) -> tuple[L.Trainer, MetaPseudoLabels]:
     L.seed_everything(0)
     x, y = torch.tensor(load_digits().data / 16).float(), torch.tensor(load_digits().target)
     batches = Batches(
@@ -99,7 +109,11 @@ def train(out: Path, steps: int, save_every: int = 50, **options: Any) -> tuple[
     )
     validation = DataLoader(TensorDataset(x[1300:1500], y[1300:1500]), batch_size=200)
     module = MetaPseudoLabels(
-        *(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10)) for _ in range(2)), steps
+        *(
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))
+            for _ in range(2)
+        ),
+        steps,
     )
     checkpoints = ModelCheckpoint(out, save_last=True, every_n_train_steps=save_every)
     trainer = L.Trainer(
@@ -113,11 +127,15 @@ def train(out: Path, steps: int, save_every: int = 50, **options: Any) -> tuple[
         **options,
     )
     last = out / "last.ckpt"
-    trainer.fit(module, batches, validation, ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.fit(
+        module, batches, validation, ckpt_path=last if last.exists() else None, weights_only=True
+    )
     return trainer, module
 
 
 if __name__ == "__main__":
     folder, steps = [*sys.argv[1:], *["runs/with-lightning", "300"][len(sys.argv) - 1 :]]
     trainer, _ = train(Path(folder), int(steps))
-    print(f"{trainer.global_step} steps, validation accuracy {100 * trainer.callback_metrics['accuracy']:.1f} %")
+    print(
+        f"{trainer.global_step} steps, validation accuracy {100 * trainer.callback_metrics['accuracy']:.1f} %"
+    )

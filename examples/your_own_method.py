@@ -36,7 +36,9 @@ class PairWeights(metapl.BilevelProblem):
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
     trust = Table(torch.zeros(10 * 10))
-    trainer = metapl.BilevelTrainer(trust, student, "forward", problem=PairWeights(), inner_optimizer=optimizer)
+    trainer = metapl.BilevelTrainer(
+        trust, student, "forward", problem=PairWeights(), inner_optimizer=optimizer
+    )
     return fit(trainer, [digits.trusted], digits.noisy_batches(), steps)
 
 

@@ -25,12 +25,31 @@ if TYPE_CHECKING:
 
 __version__ = "0.3.0"
 
-__all__ = ["MODES", "UDA", "BilevelProblem", "BilevelTrainer", "CrossEntropy", "Hypergradient", "Lookahead"]
-__all__ += ["LossTrainer", "MetaplError", "PseudoLabels", "Signal", "StepReport", "StopFit", "ablate", "attribute"]
+__all__ = [
+    "MODES",
+    "UDA",
+    "BilevelProblem",
+    "BilevelTrainer",
+    "CrossEntropy",
+    "Hypergradient",
+    "Lookahead",
+]
+__all__ += [
+    "LossTrainer",
+    "MetaplError",
+    "PseudoLabels",
+    "Signal",
+    "StepReport",
+    "StopFit",
+    "ablate",
+    "attribute",
+]
 __all__ += ["check_gradient", "feedback", "hypergradient", "metasmoothness", "models", "problems"]
 
 # Loaded when they are first used, so that ``import metapl`` loads little beside torch.
-_LATER = {"ablate": "metapl.ablation"} | dict.fromkeys(("attribute", "metasmoothness"), "metapl.training.attribution")
+_LATER = {"ablate": "metapl.ablation"} | dict.fromkeys(
+    ("attribute", "metasmoothness"), "metapl.training.attribution"
+)
 _ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
 
 

@@ -90,7 +90,9 @@ class Mesh:
 
         built: dict[str, Any] = self.__dict__.setdefault("_meshes", {})
         if kind not in built:
-            sizes = {name: size for name, size in asdict(self).items() if size > 1 or name == "shard"}
+            sizes = {
+                name: size for name, size in asdict(self).items() if size > 1 or name == "shard"
+            }
             built[kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return built[kind]
 
@@ -137,14 +139,22 @@ def shard(
     names = dict(module.named_modules(remove_duplicate=False))
     unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
-    parameters = [p for _, part in named_parts(module) for p in part._parameters.values() if p is not None]
-    whole, tied = parameters and not any(map(is_sharded, parameters)), len(_untied(module, chosen)) < len(chosen)
+    parameters = [
+        p for _, part in named_parts(module) for p in part._parameters.values() if p is not None
+    ]
+    whole, tied = (
+        parameters and not any(map(is_sharded, parameters)),
+        len(_untied(module, chosen)) < len(chosen),
+    )
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
     refusals = {
-        "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16" and mesh.shard == 1,
+        "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16"
+        and mesh.shard == 1,
         "the module has no parameters, or is sharded already; expected a network on one device.": not whole,
-        "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint and bool(norms),
-        f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1) != (plan is not None),
+        "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint
+        and bool(norms),
+        f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1)
+        != (plan is not None),
         f"batch_norm_ranks={batch_norm_ranks}: expected a divisor of the {mesh.shares} shares of a batch.": (
             mesh.shares % batch_norm_ranks != 0
         ),
@@ -152,8 +162,10 @@ def shard(
             batch_norm_ranks > 1 and isinstance(module, _BatchNorm)
         ),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
-        "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1 and tied,
-        f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node.": world != mesh.size,
+        "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1
+        and tied,
+        f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node.": world
+        != mesh.size,
     }
     for text, wrong in refusals.items():
         if wrong:
@@ -182,18 +194,26 @@ def shard(
 
     def placement(p: nn.Parameter) -> Shard:
         """Along a dimension that the shards divide, so that nothing is padded."""
-        return Shard(next((dim for dim, n in enumerate(local(p).shape) if n and n % mesh.shard == 0), 0))
+        return Shard(
+            next((dim for dim, n in enumerate(local(p).shape) if n and n % mesh.shard == 0), 0)
+        )
 
     module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     half = precision == "bfloat16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        if half
+        else MixedPrecisionPolicy()
+    )
     devices = mesh.devices(kind)
     if mesh.tensor > 1:
         devices = devices[("replicate", "shard") if mesh.replicate > 1 else "shard"]
     options = {"mesh": devices, "shard_placement_fn": placement}
     for norm in norms if half else ():
         if norm.affine and not any(norm is block for block in chosen):
-            fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)
+            fully_shard(
+                norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options
+            )
     for block in dict.fromkeys([*chosen, module]):
         fully_shard(block, mp_policy=policy, **options)
     return module
@@ -209,7 +229,9 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     def collect(part: nn.Module) -> None:
         for child in part.children():
             inside = list(child.children())
-            outer = isinstance(child, containers) and any(list(inner.children()) for inner in inside)
+            outer = isinstance(child, containers) and any(
+                list(inner.children()) for inner in inside
+            )
             if isinstance(part, containers) and any(True for _ in child.parameters()) and not outer:
                 (composite if inside else layers).append(child)
             else:
@@ -223,7 +245,9 @@ def _untied(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The blocks whose weights have no place outside of them."""
 
     def places(part: nn.Module) -> Counter[int]:
-        return Counter(id(p) for _, own in named_parts(part) for p in own._parameters.values() if p is not None)
+        return Counter(
+            id(p) for _, own in named_parts(part) for p in own._parameters.values() if p is not None
+        )
 
     everywhere = places(module).items()
     return [block for block in blocks if places(block).items() <= everywhere]

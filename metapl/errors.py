@@ -19,7 +19,9 @@ class MetaplError(ValueError):
 class FieldError(MetaplError):
     """A field that is not as expected: its name, its value and what was expected are kept for a command's flag."""
 
-    def __init__(self, text: str, field: str = "", value: object = None, expected: str = "") -> None:
+    def __init__(
+        self, text: str, field: str = "", value: object = None, expected: str = ""
+    ) -> None:
         super().__init__(text)
         self.field, self.value, self.expected = field, value, expected
 

@@ -32,7 +32,9 @@ Dropout = Annotated[float, Range(0, 1, of="a probability")]
 LEAST = 1e-8  # a stored probability below this counts as this: what was stored as impossible may become possible again
 
 
-def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dropout: Dropout = 0.0) -> nn.Sequential:
+def mlp(
+    sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dropout: Dropout = 0.0
+) -> nn.Sequential:
     """A multi-layer perceptron that flattens its input.
 
     x₀ = flatten(x), x_{i+1} = dropout(activation(W_i x_i + b_i)), and the last layer is linear.
@@ -46,19 +48,27 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dro
     torch.Size([5, 10])
     """
     if len(sizes) < 2 or min(sizes) < 1:
-        raise MetaplError(f"mlp got sizes {list(sizes)}; expected at least two widths of 1 or more: mlp([64, 32, 10]).")
+        raise MetaplError(
+            f"mlp got sizes {list(sizes)}; expected at least two widths of 1 or more: mlp([64, 32, 10])."
+        )
     check_arguments(mlp, locals())
     layers: list[nn.Module] = [nn.Flatten()]
     *hidden, last = pairwise(sizes)
     for fan_in, fan_out in hidden:
-        layers += [nn.Linear(fan_in, fan_out), activation(), *([nn.Dropout(dropout)] if dropout > 0 else [])]
+        layers += [
+            nn.Linear(fan_in, fan_out),
+            activation(),
+            *([nn.Dropout(dropout)] if dropout > 0 else []),
+        ]
     return nn.Sequential(*layers, nn.Linear(*last))
 
 
 class PooledFeatures(nn.Module):
     """Features of pictures, their mean over positions, dropout and a linear layer."""
 
-    def __init__(self, features: nn.Module, channels: int, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self, features: nn.Module, channels: int, num_classes: int, dropout: float
+    ) -> None:
         super().__init__()
         self.features = features
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -70,7 +80,9 @@ class PooledFeatures(nn.Module):
         return logits
 
 
-def small_cnn(num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout: Dropout = 0.0) -> nn.Module:
+def small_cnn(
+    num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout: Dropout = 0.0
+) -> nn.Module:
     """A network of four 3x3 convolutions for pictures of about 16x16.
 
     They have 32, 48, 64 and 64 channels, each with group norm, which keeps the examples of a batch apart, and ReLU; the
@@ -87,8 +99,13 @@ def small_cnn(num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout
     """
     check_arguments(small_cnn, locals())
     features = nn.Sequential()
-    for (fan_in, fan_out), stride in zip(pairwise((in_channels, 32, 48, 64, 64)), (1, 2, 2, 1), strict=True):
-        conv, norm = nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False), nn.GroupNorm(8, fan_out)
+    for (fan_in, fan_out), stride in zip(
+        pairwise((in_channels, 32, 48, 64, 64)), (1, 2, 2, 1), strict=True
+    ):
+        conv, norm = (
+            nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False),
+            nn.GroupNorm(8, fan_out),
+        )
         features.append(nn.Sequential(OrderedDict(conv=conv, norm=norm, relu=nn.ReLU())))
     network = PooledFeatures(features, 64, num_classes, dropout)
     for module in features.modules():
@@ -108,7 +125,11 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         same_shape = channels_in == channels_out and stride == 1
-        self.shortcut = None if same_shape else nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+        self.shortcut = (
+            None
+            if same_shape
+            else nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.norm1(x))
@@ -120,7 +141,9 @@ class _Block(nn.Module):
 
 
 class _WideResNet(nn.Module):
-    def __init__(self, depth: int, widen: int, num_classes: int, dropout: float, in_channels: int) -> None:
+    def __init__(
+        self, depth: int, widen: int, num_classes: int, dropout: float, in_channels: int
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         channels, blocks = 16, []
@@ -146,7 +169,11 @@ class _WideResNet(nn.Module):
 
 
 def wide_resnet(
-    depth: int, widen: AtLeastOne, num_classes: AtLeastOne = 10, dropout: Dropout = 0.0, in_channels: AtLeastOne = 3
+    depth: int,
+    widen: AtLeastOne,
+    num_classes: AtLeastOne = 10,
+    dropout: Dropout = 0.0,
+    in_channels: AtLeastOne = 3,
 ) -> nn.Module:
     """A pre-activation wide residual network WRN-depth-widen.
 
@@ -166,7 +193,9 @@ def wide_resnet(
     torch.Size([2, 7])
     """
     if depth < 10 or (depth - 4) % 6 != 0:
-        raise MetaplError(f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, 28, say")
+        raise MetaplError(
+            f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, 28, say"
+        )
     check_arguments(wide_resnet, locals())
     return _WideResNet(depth, widen, num_classes, dropout, in_channels)
 
@@ -199,7 +228,9 @@ class LabelAdjuster(nn.Module):
     identity at the start is ours.
     """
 
-    def __init__(self, num_classes: AtLeastTwo, hidden: AtLeastOne = 128, layers: AtLeastTwo = 5) -> None:
+    def __init__(
+        self, num_classes: AtLeastTwo, hidden: AtLeastOne = 128, layers: AtLeastTwo = 5
+    ) -> None:
         super().__init__()
         check_arguments(LabelAdjuster.__init__, locals())
         _, *linear = mlp([2 * num_classes, *[hidden] * (layers - 1), num_classes])
@@ -241,7 +272,10 @@ class Corrector(nn.Module):
         self.of_given = nn.Parameter(trusted * torch.eye(classes))
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        logits: Tensor = self.network(x) + self.of_given[class_labels(given, len(self.of_given), "the given labels")]
+        logits: Tensor = (
+            self.network(x)
+            + self.of_given[class_labels(given, len(self.of_given), "the given labels")]
+        )
         return logits
 
 
@@ -279,7 +313,9 @@ class Logits(nn.Module):
         logits = tensor_in(outputs)
         if logits is None:
             name = type(self.network).__name__
-            raise MetaplError(f"{name} returned {described(outputs)}; expected a tensor, or logits or a tensor in it.")
+            raise MetaplError(
+                f"{name} returned {described(outputs)}; expected a tensor, or logits or a tensor in it."
+            )
         return logits
 
 
@@ -313,7 +349,9 @@ class _Arguments:
 
     def take_keywords(self, inputs: Mapping[Any, Any]) -> bool:
         """Whether a dict goes in by its names, and not as the one argument that is required."""
-        return self.has_any_keyword or self.required != 1 or any(name in inputs for name in self.names)
+        return (
+            self.has_any_keyword or self.required != 1 or any(name in inputs for name in self.names)
+        )
 
     def take_positions(self, inputs: Sequence[Any]) -> bool:
         """Whether a tuple goes in by its elements, and not as the one argument that is required."""

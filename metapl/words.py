@@ -7,7 +7,9 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
-TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
+TURNS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff"
+)
 """Characters that change the direction of a line, or end it."""
 
 
@@ -16,9 +18,13 @@ def shown(text: object, keep: str = "") -> str:
     those to ``keep``."""
     letters = []
     for letter in str(text):
-        if letter in keep or (letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs")):
+        if letter in keep or (
+            letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs")
+        ):
             letters.append(letter)
-        elif 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is not UTF-8, as Python has it in names of files
+        elif (
+            0xDC80 <= ord(letter) <= 0xDCFF
+        ):  # a byte that is not UTF-8, as Python has it in names of files
             letters.append(f"\\x{ord(letter) - 0xDC00:02x}")
         else:
             letters.append(letter.encode("unicode_escape", "surrogatepass").decode("ascii"))

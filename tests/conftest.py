@@ -23,9 +23,30 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.disable()
 
 LONGEST = [
-    *("test_sharded", "test_verify", "test_compile", "test_sklearn", "test_ranks", "test_resume", "test_commands"),
-    *("test_planted_faults", "test_fit_resumed", "test_functional", "test_resumed_paths", "test_long_paths"),
-    *("test_views", "test_export", "test_picture_batches", "test_attribute_command", "test_package", "test_refusals"),
+    *(
+        "test_sharded",
+        "test_verify",
+        "test_compile",
+        "test_sklearn",
+        "test_ranks",
+        "test_resume",
+        "test_commands",
+    ),
+    *(
+        "test_planted_faults",
+        "test_fit_resumed",
+        "test_functional",
+        "test_resumed_paths",
+        "test_long_paths",
+    ),
+    *(
+        "test_views",
+        "test_export",
+        "test_picture_batches",
+        "test_attribute_command",
+        "test_package",
+        "test_refusals",
+    ),
     *("test_folders", "test_attribution", "test_cost", "test_bits"),
     *("test_modes", "test_planted", "test_command_outcomes", "test_first_call", "test_tables"),
 ]
@@ -44,9 +65,14 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection(session: pytest.Session) -> None:
     """Each of several processes begins with other files: all of them need ten seconds for asserts to be rewritten."""
-    number, processes = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:], os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)
+    number, processes = (
+        os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:],
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1),
+    )
     if int(processes) > 1 and session.config.args == session.config.getini("testpaths"):
-        for file in sorted(Path(__file__).parent.glob("*/test_*.py"))[int(number) :: int(processes)]:
+        for file in sorted(Path(__file__).parent.glob("*/test_*.py"))[
+            int(number) :: int(processes)
+        ]:
             with suppress(Exception, pytest.skip.Exception):  # which collecting it tells of
                 importlib.import_module(file.stem)
 
@@ -76,7 +102,9 @@ def cuda_may_not_wait() -> Callable[[], AbstractContextManager[None]]:
     def block() -> Iterator[None]:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+                warnings.filterwarnings(
+                    "ignore", "Synchronization debug mode is a prototype", UserWarning
+                )
                 torch.cuda.set_sync_debug_mode("error")
             yield
         finally:

@@ -29,7 +29,11 @@ def color(rng: np.random.Generator, low: float, high: float) -> Color:
     """A color of any hue whose lightness lies between two levels of 0..255."""
     rgb = rng.uniform(0, 255, 3)
     target, level = rng.uniform(low, high), float(rgb @ LUMA)
-    rgb = rgb + (255 - rgb) * (target - level) / (255 - level) if level < target else rgb * target / level
+    rgb = (
+        rgb + (255 - rgb) * (target - level) / (255 - level)
+        if level < target
+        else rgb * target / level
+    )
     return to_color(rgb)
 
 
@@ -45,7 +49,9 @@ def hsv(hue: float, saturation: float, value: float) -> Color:
     return to_color(255 * value * (1 - saturation * ramp))
 
 
-def tones(rng: np.random.Generator, gap: float = 70) -> tuple[tuple[float, float], tuple[float, float]]:
+def tones(
+    rng: np.random.Generator, gap: float = 70
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """Levels of the ground and of the ink, at least ``gap`` of 255 apart, either one the lighter."""
     middle = rng.uniform(0.35, 0.65) * 255
     dark, light = (10.0, middle - gap / 2), (middle + gap / 2, 245.0)
@@ -55,10 +61,17 @@ def tones(rng: np.random.Generator, gap: float = 70) -> tuple[tuple[float, float
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
     """Noise of 0..1 that varies over about size / cells pixels, of shape (size, size)."""
     grid = rng.integers(0, 256, (cells + 1, cells + 1), dtype=np.uint8)
-    return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC), dtype=float) / 255
+    return (
+        np.asarray(
+            Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC), dtype=float
+        )
+        / 255
+    )
 
 
-def ground(rng: np.random.Generator, size: int, levels: tuple[float, float], clutter: int = 0) -> Floats:
+def ground(
+    rng: np.random.Generator, size: int, levels: tuple[float, float], clutter: int = 0
+) -> Floats:
     """A background of shape (size, size, 3): two colors in smooth noise or a ramp, with some patches on it."""
     first, second = (np.array(color(rng, *levels), dtype=float) for _ in range(2))
     kind = rng.integers(3)
@@ -114,15 +127,21 @@ class Sprite:
 
     def ellipse(self, center: Point, radii: Point, fill: Color, outline: float = 0) -> None:
         angles = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-        points = np.stack([center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles)], axis=1)
+        points = np.stack(
+            [center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles)], axis=1
+        )
         self.polygon(points, fill, outline)
 
-    def line(self, points: Sequence[Point] | Floats, fill: Color, width: float, round_ends: bool = True) -> None:
+    def line(
+        self, points: Sequence[Point] | Floats, fill: Color, width: float, round_ends: bool = True
+    ) -> None:
         wide, ends = self.width(width), self.pixels(points)
         self.pen.line(ends, fill=fill, width=wide, joint="curve")
         if round_ends:
             for x, y in (ends[0], ends[-1]):
-                self.pen.ellipse((x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2), fill=fill)
+                self.pen.ellipse(
+                    (x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2), fill=fill
+                )
 
     def text(self, text: str, fill: Color, height: float) -> None:
         """A text, its box's center in the middle; ``height`` is the font's size."""
@@ -134,7 +153,9 @@ class Sprite:
     def stamp(self, alpha: Floats, fill: Color, extent: float) -> None:
         """An array of 0..1 as the coverage of the middle ``extent`` of the sprite."""
         side = self.width(2 * extent)
-        cover = Image.fromarray((255 * alpha).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        cover = Image.fromarray((255 * alpha).astype(np.uint8)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         at = (self.side - side) // 2
         self.image.paste(fill, (at, at), cover)
 
@@ -142,7 +163,9 @@ class Sprite:
         """The sprite, moved by a view, on a picture of shape (size, size, 3)."""
         half = self.side / 2
         to_pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]])
-        image = seen_from(self.image, self.side, to_pixels @ np.linalg.inv(view) @ np.linalg.inv(to_pixels))
+        image = seen_from(
+            self.image, self.side, to_pixels @ np.linalg.inv(view) @ np.linalg.inv(to_pixels)
+        )
         sprite = np.asarray(image.reduce(OVERSAMPLING), dtype=float)
         alpha = sprite[..., 3:] / 255
         return picture * (1 - alpha) + sprite[..., :3] * alpha
@@ -151,7 +174,9 @@ class Sprite:
 def seen_from(image: Image.Image, side: int, back: Floats) -> Image.Image:
     """A square picture whose pixels come from where a 3x3 view puts them in another one."""
     coefficients = tuple((back / back[2, 2]).ravel()[:8])
-    return image.transform((side, side), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
+    return image.transform(
+        (side, side), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR
+    )
 
 
 def view(
@@ -188,15 +213,23 @@ def photographs() -> tuple[Bytes, ...]:
 
 
 def finish(
-    rng: np.random.Generator, picture: Floats, *, noise: float = 10, blur: float = 0.5, light: float = 0.15
+    rng: np.random.Generator,
+    picture: Floats,
+    *,
+    noise: float = 10,
+    blur: float = 0.5,
+    light: float = 0.15,
 ) -> Bytes:
     """As a camera would take it: some light, some blur (in pixels) and some noise (of 255 levels); uint8."""
     gain = 1 + rng.uniform(-light, light)
-    image = np.clip((picture - 127.5) * gain + 127.5 + 127.5 * rng.uniform(-light, light) / 2, 0, 255)
+    image = np.clip(
+        (picture - 127.5) * gain + 127.5 + 127.5 * rng.uniform(-light, light) / 2, 0, 255
+    )
     radius = rng.uniform(0, blur)
     if radius > 0.2:
         image = np.asarray(
-            Image.fromarray(image.astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius)), dtype=float
+            Image.fromarray(image.astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius)),
+            dtype=float,
         )
     image = image + rng.normal(0, rng.uniform(2, 2 + noise), image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -61,13 +61,17 @@ def arrays(problem: Problem, seed: int) -> Pictures:
     unlabeled = rng.permutation(np.concatenate([own, np.full(foreign, FOREIGN)]))
     test = _labels(problem, problem.test, as_found=True)
     parts = zip(PARTS, (labeled, unlabeled, test), strict=True)
-    return Pictures(*(both for part, labels in parts for both in (_drawn(problem, seed, part, labels), labels)))
+    return Pictures(
+        *(both for part, labels in parts for both in (_drawn(problem, seed, part, labels), labels))
+    )
 
 
 def make(problem: Problem, seed: int, folder: Path) -> None:
     """Write folder/labeled/CLASS/*.png, folder/unlabeled/*.png and folder/test/CLASS/*.png, as a user has them."""
     if folder.exists() and any(folder.iterdir()):
-        raise SystemExit(f"{folder} is not empty; name a new folder for the pictures of {problem.name}")
+        raise SystemExit(
+            f"{folder} is not empty; name a new folder for the pictures of {problem.name}"
+        )
     pictures = arrays(problem, seed)
     for part in PARTS:
         (folder / part).mkdir(parents=True)
@@ -77,7 +81,9 @@ def make(problem: Problem, seed: int, folder: Path) -> None:
         images, labels = getattr(pictures, part), getattr(pictures, f"{part}_labels")
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             place = folder / part / problem.classes[label] if labeled else folder / part
-            Image.fromarray(image[..., 0] if problem.channels == 1 else image).save(place / f"{number:05}.png")
+            Image.fromarray(image[..., 0] if problem.channels == 1 else image).save(
+                place / f"{number:05}.png"
+            )
 
 
 def class_counts(classes: int, total: int, imbalance: float) -> list[int]:
@@ -125,7 +131,9 @@ def _foreign(rng: np.random.Generator, others: tuple[Problem, ...], problem: Pro
         image = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
     else:
         other = others[rng.integers(len(others))]
-        image = Image.fromarray(other.draw(rng, int(rng.integers(len(other.classes))), other.size, False))
+        image = Image.fromarray(
+            other.draw(rng, int(rng.integers(len(other.classes))), other.size, False)
+        )
         image = image.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(image.convert(mode))
 
@@ -134,17 +142,37 @@ def table(problems: tuple[Problem, ...]) -> str:
     """The problems' numbers as a Markdown table."""
     lines = []
     for p in problems:
-        kind, found = "grey" if p.channels == 1 else "color", " (as found)" if p.labels_as_found else ""
-        cells = [p.name, f"{p.size} {kind}", len(p.classes), f"{p.labels_per_class}{found}", p.unlabeled]
+        kind, found = (
+            "grey" if p.channels == 1 else "color",
+            " (as found)" if p.labels_as_found else "",
+        )
+        cells = [
+            p.name,
+            f"{p.size} {kind}",
+            len(p.classes),
+            f"{p.labels_per_class}{found}",
+            p.unlabeled,
+        ]
         lines.append([*cells, f"{p.foreign:.0%}", p.test, f"1:{p.imbalance:g}"])
-    head = ["problem", "pixels", "classes", "labels a class", "unlabeled", "foreign", "test", "imbalance"]
+    head = [
+        "problem",
+        "pixels",
+        "classes",
+        "labels a class",
+        "unlabeled",
+        "foreign",
+        "test",
+        "imbalance",
+    ]
     return grid(head, lines, "llrrrrrl")
 
 
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", nargs=2, metavar=("PROBLEM", "FOLDER"), help="write a problem's pictures")
+    parser.add_argument(
+        "--write", nargs=2, metavar=("PROBLEM", "FOLDER"), help="write a problem's pictures"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.write:

@@ -38,11 +38,20 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
         place = Path(folder)
         make(problem, seed, place / "pictures")
         since = time.process_time()
-        asked = {"seed": seed, "minutes": minutes, "steps": REHEARSED, "precision": "bfloat16"} | settings
-        config, method_ = choose_settings(*configured(place / "pictures", method, asked), say=lambda text: None)
+        asked = {
+            "seed": seed,
+            "minutes": minutes,
+            "steps": REHEARSED,
+            "precision": "bfloat16",
+        } | settings
+        config, method_ = choose_settings(
+            *configured(place / "pictures", method, asked), say=lambda text: None
+        )
         if "steps" not in settings:
             asked["steps"] = steps_within(config, method_, minutes, time.process_time)
-            config, method_ = choose_settings(*configured(place / "pictures", method, asked), say=lambda text: None)
+            config, method_ = choose_settings(
+                *configured(place / "pictures", method, asked), say=lambda text: None
+            )
         result = Job(config, method_, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
     return {
@@ -52,7 +61,11 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
         "image_size": config.pictures.image_size,
         "delivered": result["delivered"],
         "seconds": round(seconds, 1),
-        **{name: value for name, value in result.items() if name.endswith(("test_accuracy", "control_accuracy"))},
+        **{
+            name: value
+            for name, value in result.items()
+            if name.endswith(("test_accuracy", "control_accuracy"))
+        },
         "made_with": environment(),
     }
 
@@ -63,7 +76,9 @@ def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
     labeled, unlabeled, test = (str(pictures / part) for part in ("labeled", "unlabeled", "test"))
     config = Images(labeled=labeled, unlabeled=unlabeled, test=test)
     if unknown := settings.keys() - flat(config).keys() - flat(method).keys():
-        raise SystemExit(f"--set {', '.join(sorted(unknown))}: neither the pictures nor the method have that")
+        raise SystemExit(
+            f"--set {', '.join(sorted(unknown))}: neither the pictures nor the method have that"
+        )
     return replaced(config, **settings), replaced(method, **settings)
 
 
@@ -76,19 +91,33 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--half", choices=("seen", "unseen"), default="seen")
-    parser.add_argument("--problems", nargs="+", default=[], help="of the half; all of it by default")
+    parser.add_argument(
+        "--problems", nargs="+", default=[], help="of the half; all of it by default"
+    )
     parser.add_argument("--methods", nargs="+", default=["uda"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--minutes", type=float, default=1.5, help="of processor time on one core, a run")
+    parser.add_argument(
+        "--minutes", type=float, default=1.5, help="of processor time on one core, a run"
+    )
     parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="FIELD=VALUE")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="the raw file; benchmarks/results/pictures_HALF.jsonl by default")
+    parser.add_argument(
+        "--out", type=Path, help="the raw file; benchmarks/results/pictures_HALF.jsonl by default"
+    )
     given = parser.parse_args()
     file = given.out or RESULTS / f"pictures_{given.half}.jsonl"
     jobs = (
-        {"problem": problem, "method": method, "seed": seed, "minutes": given.minutes, "settings": dict(given.set)}
+        {
+            "problem": problem,
+            "method": method,
+            "seed": seed,
+            "minutes": given.minutes,
+            "settings": dict(given.set),
+        }
         for seed in given.seeds
         for problem in given.problems or [problem.name for problem in half(given.half)]
         for method in given.methods

@@ -13,7 +13,18 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from benchmarks.pictures import drawing
-from benchmarks.pictures.drawing import Bytes, Floats, Problem, Sprite, color, finish, grey, ground, tones, view
+from benchmarks.pictures.drawing import (
+    Bytes,
+    Floats,
+    Problem,
+    Sprite,
+    color,
+    finish,
+    grey,
+    ground,
+    tones,
+    view,
+)
 
 Generator = np.random.Generator
 
@@ -103,7 +114,14 @@ def arrow(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     wide, head, shaft = rng.uniform(0.35, 0.6), rng.uniform(-0.1, 0.3), rng.uniform(0.1, 0.22)
     match rng.integers(4):
         case 0:  # a block arrow
-            back = [(head, wide), (head, shaft), (-0.8, shaft), (-0.8, -shaft), (head, -shaft), (head, -wide)]
+            back = [
+                (head, wide),
+                (head, shaft),
+                (-0.8, shaft),
+                (-0.8, -shaft),
+                (head, -shaft),
+                (head, -wide),
+            ]
             sprite.polygon([(0.8, 0), *back], fill)
         case 1:  # lines
             sprite.line([(-0.8, 0), (0.8, 0)], fill, shaft)
@@ -112,9 +130,13 @@ def arrow(rng: Generator, label: int, size: int, test: bool) -> Bytes:
             ends = rng.uniform(-0.5, -0.1)
             sprite.line([(ends, -0.7), (0.5, 0), (ends, 0.7)], fill, 1.5 * shaft)
         case _:  # a dart
-            sprite.polygon([(0.8, 0), (-0.7, wide), (rng.uniform(-0.5, -0.2), 0), (-0.7, -wide)], fill)
+            sprite.polygon(
+                [(0.8, 0), (-0.7, wide), (rng.uniform(-0.5, -0.2), 0), (-0.7, -wide)], fill
+            )
     turn = math.radians(45 * label)
-    towards = np.array([[math.cos(turn), -math.sin(turn), 0], [math.sin(turn), math.cos(turn), 0], [0, 0, 1]])
+    towards = np.array(
+        [[math.cos(turn), -math.sin(turn), 0], [math.sin(turn), math.cos(turn), 0], [0, 0, 1]]
+    )
     moved = view(rng, rotation=10, scale=(0.65, 1.05), shift=0.2) @ towards
     return finish(rng, grey(sprite.over(ground(rng, size, levels, clutter=2), moved)), noise=14)
 

@@ -31,10 +31,16 @@ Means = dict[tuple[str, float], list[float]]
 
 def reached(rows: list[Row]) -> Means:
     """Mean test accuracies in % of what was delivered on each problem, by method and minutes."""
-    names, keys = [problem.name for problem in half("unseen")], {(row["method"], row["minutes"]) for row in rows}
+    names, keys = (
+        [problem.name for problem in half("unseen")],
+        {(row["method"], row["minutes"]) for row in rows},
+    )
     of = {key: [row for row in rows if (row["method"], row["minutes"]) == key] for key in keys}
     return {
-        key: [statistics.fmean(100 * row["test_accuracy"] for row in of[key] if row["problem"] == p) for p in names]
+        key: [
+            statistics.fmean(100 * row["test_accuracy"] for row in of[key] if row["problem"] == p)
+            for p in names
+        ]
         for key in sorted(keys, key=lambda key: ([*TITLES].index(key[0]), key[1]))
     }
 
@@ -45,32 +51,61 @@ def table(rows: list[Row]) -> str:
     names, means = [problem.name for problem in half("unseen")], reached(rows)
     lines = []
     for (method, minutes), shares in means.items():
-        own, lead = [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)], [NONE, NONE]
+        own, lead = (
+            [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)],
+            [NONE, NONE],
+        )
         if method != BASELINE:  # in the same minutes
             differences = [a - b for a, b in zip(shares, means[BASELINE, minutes], strict=True)]
             lead = [f"{statistics.fmean(differences):+.1f}", f"{min(differences):+.1f}"]
         cells = [f"{mean:.1f}" for mean in (*shares, statistics.fmean(shares))]
         seconds = statistics.fmean(row["seconds"] for row in own)
-        lines.append([f"{TITLES[method]}, {minutes:g} min", *cells, *lead, f"{seconds:.0f}", len(own) // len(names)])
+        lines.append(
+            [
+                f"{TITLES[method]}, {minutes:g} min",
+                *cells,
+                *lead,
+                f"{seconds:.0f}",
+                len(own) // len(names),
+            ]
+        )
     # Of guessing on the test set.
-    chance = [100 * chance_level(class_counts(len(p.classes), p.test, p.imbalance)) for p in half("unseen")]
-    lines.append(["chance", *(f"{value:.1f}" for value in (*chance, statistics.fmean(chance))), *[""] * 4])
-    return grid(["method", *names, "mean", "minus supervised: mean", "lowest", "seconds", "seeds"], lines)
+    chance = [
+        100 * chance_level(class_counts(len(p.classes), p.test, p.imbalance))
+        for p in half("unseen")
+    ]
+    lines.append(
+        ["chance", *(f"{value:.1f}" for value in (*chance, statistics.fmean(chance))), *[""] * 4]
+    )
+    return grid(
+        ["method", *names, "mean", "minus supervised: mean", "lowest", "seconds", "seeds"], lines
+    )
 
 
 def from_backbone(rows: list[Row]) -> str:
     """A line a start, time and method, the linear baseline of each start before: test accuracies in %."""
-    found, names = dict[Any, dict[str, float]](), list(dict.fromkeys(row["problem"] for row in rows))
+    found, names = (
+        dict[Any, dict[str, float]](),
+        list(dict.fromkeys(row["problem"] for row in rows)),
+    )
     for row in rows:
         of, baseline = row["settings"], ("linear baseline", "")
         start, head = ("backbone" if "backbone" in of else "scratch"), of.get("tuning") == "head"
         time = f"{of['steps']} steps" if "steps" in of else f"{row['minutes']:g} min"
         title = TITLES[row["method"]].partition(",")[0] + ", head alone" * head
         key = row["minutes"], head, [*TITLES].index(row["method"]), title, time
-        found.setdefault((start, 0, False, 0, *baseline), {})[row["problem"]] = row["control_accuracy"]
+        found.setdefault((start, 0, False, 0, *baseline), {})[row["problem"]] = row[
+            "control_accuracy"
+        ]
         found.setdefault((start, *key), {})[row["problem"]] = row["test_accuracy"]
-    cells = ([f"{100 * of[name]:.1f}" if name in of else NONE for name in names] for _, of in sorted(found.items()))
-    lines = ([start, time, title, *of] for (start, *_, title, time), of in zip(sorted(found), cells, strict=True))
+    cells = (
+        [f"{100 * of[name]:.1f}" if name in of else NONE for name in names]
+        for _, of in sorted(found.items())
+    )
+    lines = (
+        [start, time, title, *of]
+        for (start, *_, title, time), of in zip(sorted(found), cells, strict=True)
+    )
     return grid(["from", "time", "method", *names], lines, 3)
 
 
@@ -78,7 +113,10 @@ def draw(means: Means, file: Path) -> None:
     """Each problem's accuracies on a line, a mark a method and minutes."""
     from matplotlib.figure import Figure
 
-    names, longest = [problem.name for problem in half("unseen")], max(minutes for _, minutes in means)
+    names, longest = (
+        [problem.name for problem in half("unseen")],
+        max(minutes for _, minutes in means),
+    )
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.4), layout="constrained")
     axes = figure.subplots()
     order = sorted(range(len(names)), key=lambda i: means[BASELINE, longest][i])
@@ -86,13 +124,20 @@ def draw(means: Means, file: Path) -> None:
         label = f"{TITLES[method]}, {minutes:g} min"
         axes.scatter([shares[i] for i in order], range(len(order)), marker=marker, label=label)
     axes.set(
-        yticks=range(len(order)), yticklabels=[names[i] for i in order], xlabel="test accuracy in %", xlim=(0, 102)
+        yticks=range(len(order)),
+        yticklabels=[names[i] for i in order],
+        xlabel="test accuracy in %",
+        xlim=(0, 102),
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y", color="0.85")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    each = {method: statistics.fmean(shares) for (method, minutes), shares in means.items() if minutes == longest}
+    each = {
+        method: statistics.fmean(shares)
+        for (method, minutes), shares in means.items()
+        if minutes == longest
+    }
     texts = [f"{TITLES[method].split(' (')[0]} {mean:.1f} %" for method, mean in each.items()]
     figure.suptitle(f"Mean in {longest:g} minutes: {', '.join(texts)}", fontsize=9.5)
     figure.savefig(file, dpi=120)
@@ -102,7 +147,11 @@ def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     rows = read(given.out)
     show(given.write, "unseen", table(rows))
-    show(given.write, "backbone", from_backbone([row for row in read(BACKBONE) if row["half"] == "unseen"]))
+    show(
+        given.write,
+        "backbone",
+        from_backbone([row for row in read(BACKBONE) if row["half"] == "unseen"]),
+    )
     if given.write is not None:
         draw(reached(rows), figure_of(given.write, "pictures.png"))
 

@@ -12,15 +12,31 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.pictures import drawing
-from benchmarks.pictures.drawing import Bytes, Color, Floats, Problem, Sprite, color, finish, grey, ground, tones, view
+from benchmarks.pictures.drawing import (
+    Bytes,
+    Color,
+    Floats,
+    Problem,
+    Sprite,
+    color,
+    finish,
+    grey,
+    ground,
+    tones,
+    view,
+)
 
 Generator = np.random.Generator
 
 
-def _arc(center: tuple[float, float], radii: tuple[float, float], start: float, end: float) -> Floats:
+def _arc(
+    center: tuple[float, float], radii: tuple[float, float], start: float, end: float
+) -> Floats:
     """Points of an ellipse between two angles in degrees; 0 points right and 90 down."""
     angles = np.radians(np.linspace(start, end, 20))
-    return np.stack([center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles)], axis=1)
+    return np.stack(
+        [center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles)], axis=1
+    )
 
 
 # ---- digits of a seven-segment display; turned or mirrored, some are others
@@ -30,7 +46,18 @@ SEGMENTS = (
     ((-1, -1), (1, -1)), ((-1, -1), (-1, 0)), ((1, -1), (1, 0)), ((-1, 0), (1, 0)),
     ((-1, 0), (-1, 1)), ((1, 0), (1, 1)), ((-1, 1), (1, 1)),
 )  # fmt: skip
-LIT = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
+LIT = (
+    "1110111",
+    "0010010",
+    "1011101",
+    "1011011",
+    "0111010",
+    "1101011",
+    "1101111",
+    "1010010",
+    "1111111",
+    "1111011",
+)
 
 
 def segments(rng: Generator, label: int, size: int, test: bool) -> Bytes:
@@ -49,7 +76,20 @@ def segments(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 
 # ---- what a clock shows, to the nearest hour; a turn or a mirror shows another hour
 
-HOURS = ("twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+HOURS = (
+    "twelve",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+)
 
 
 def clock(rng: Generator, label: int, size: int, test: bool) -> Bytes:
@@ -66,12 +106,18 @@ def clock(rng: Generator, label: int, size: int, test: bool) -> Bytes:
         way = np.array([math.cos(turn), math.sin(turn)])
         sprite.line([tuple(0.72 * way), tuple(0.8 * way)], hands, 0.05)
     for turn, length, width in (
-        (2 * math.pi * (label + minutes / 60) / 12, rng.uniform(0.36, 0.45), rng.uniform(0.11, 0.16)),
+        (
+            2 * math.pi * (label + minutes / 60) / 12,
+            rng.uniform(0.36, 0.45),
+            rng.uniform(0.11, 0.16),
+        ),
         (2 * math.pi * minutes / 60, rng.uniform(0.65, 0.72), rng.uniform(0.05, 0.07)),
     ):
         tip = (length * math.sin(turn), -length * math.cos(turn))
         sprite.line([(0, 0), tip], hands, width)
-    moved = view(rng, rotation=5, scale=(0.75, 1.05), shift=0.1, stretch=0.08, shear=0.05, perspective=0.05)
+    moved = view(
+        rng, rotation=5, scale=(0.75, 1.05), shift=0.1, stretch=0.08, shear=0.05, perspective=0.05
+    )
     return finish(rng, grey(sprite.over(ground(rng, size, levels, clutter=4), moved)), noise=12)
 
 
@@ -116,15 +162,26 @@ def face(rng: Generator, label: int, size: int, test: bool) -> Bytes:
         sprite.ellipse((0, y), (rng.uniform(0.12, 0.18), rng.uniform(0.16, 0.22)), dark)
     else:
         sprite.line([(-wide, y), (wide, y + rng.uniform(-0.05, 0.05))], dark, 0.09)
-    moved = view(rng, rotation=18, scale=(0.75, 1.05), shift=0.12, stretch=0.1, perspective=0.08, mirror=True)
+    moved = view(
+        rng, rotation=18, scale=(0.75, 1.05), shift=0.12, stretch=0.1, perspective=0.08, mirror=True
+    )
     return finish(rng, sprite.over(ground(rng, size, (20, 235), clutter=5), moved), noise=12)
 
 
 # ---- road signs; color and hand belong to some classes
 
-RED, BLUE, YELLOW, WHITE, BLACK = (205, 30, 40), (30, 80, 185), (240, 195, 40), (245, 245, 245), (20, 20, 20)
+RED, BLUE, YELLOW, WHITE, BLACK = (
+    (205, 30, 40),
+    (30, 80, 185),
+    (240, 195, 40),
+    (245, 245, 245),
+    (20, 20, 20),
+)
 TRIANGLE = np.array([(0, -0.85), (0.92, 0.72), (-0.92, 0.72)])
-DIAMOND, BOARD = np.array([(0, -1), (1, 0), (0, 1), (-1, 0)]), np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+DIAMOND, BOARD = (
+    np.array([(0, -1), (1, 0), (0, 1), (-1, 0)]),
+    np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
+)
 TURNS = math.pi / 8 + math.pi / 4 * np.arange(8)
 OCTAGON = 0.95 * np.stack([np.cos(TURNS), np.sin(TURNS)], axis=1)
 Parts = tuple[Callable[[Sprite], None], ...]
@@ -138,8 +195,16 @@ _shape, _stroke, _words = (partial(methodcaller, name) for name in ("polygon", "
 
 
 def _pointer(x: float, y: float) -> Parts:
-    tip = [(0.65 * x, 0.65 * y), (0.15 * x + 0.35 * y, 0.15 * y + 0.35 * x), (0.15 * x - 0.35 * y, 0.15 * y - 0.35 * x)]
-    return ORDER, _stroke([(-0.5 * x, -0.5 * y), (0.3 * x, 0.3 * y)], WHITE, 0.2, False), _shape(tip, WHITE)
+    tip = [
+        (0.65 * x, 0.65 * y),
+        (0.15 * x + 0.35 * y, 0.15 * y + 0.35 * x),
+        (0.15 * x - 0.35 * y, 0.15 * y - 0.35 * x),
+    ]
+    return (
+        ORDER,
+        _stroke([(-0.5 * x, -0.5 * y), (0.3 * x, 0.3 * y)], WHITE, 0.2, False),
+        _shape(tip, WHITE),
+    )
 
 
 def _bend(side: int) -> Parts:
@@ -157,7 +222,10 @@ SIGNS: dict[str, Parts] = {
     "bend_right": _bend(1),
     "bump": (*WARNING, _shape(_arc((0, 0.48), (0.36, 0.34), 180, 360), BLACK)),
     "closed": FORBIDDEN,
-    "crossroads": (*WARNING, *(_stroke([(-x, 0.02), (x, 0.48)], BLACK, 0.12) for x in (0.26, -0.26))),
+    "crossroads": (
+        *WARNING,
+        *(_stroke([(-x, 0.02), (x, 0.48)], BLACK, 0.12) for x in (0.26, -0.26)),
+    ),
     "danger": (*WARNING, _stroke([(0, -0.2), (0, 0.2)], BLACK, 0.14), _disc(0.09, BLACK, 0.44)),
     "end": (
         *(_disc(0.9, BLACK), _disc(0.82, WHITE)),
@@ -191,7 +259,9 @@ def sign(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     for part in tuple(SIGNS.values())[label]:
         part(sprite)
     picture = ground(rng, size, (30, 225), clutter=8)
-    moved = view(rng, rotation=10, scale=(0.5, 0.95), shift=0.2, stretch=0.2, shear=0.1, perspective=0.2)
+    moved = view(
+        rng, rotation=10, scale=(0.5, 0.95), shift=0.2, stretch=0.2, shear=0.1, perspective=0.2
+    )
     dim = rng.uniform(0.55, 1.1) * np.array([rng.uniform(0.9, 1.1), 1, rng.uniform(0.9, 1.1)])
     return finish(rng, sprite.over(picture, moved) * dim, noise=12, blur=1)
 
@@ -211,7 +281,9 @@ def leaf(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     sprite.line([(0, foot), (rng.uniform(-0.15, 0.15), 0.98)], fill, 0.09)
     if filled and rng.random() < 0.5:
         sprite.line([(0, foot), (0, -0.35)], color(rng, *levels), 0.06)
-    moved = view(rng, rotation=180, scale=(0.75, 1.05), shift=0.1, stretch=0.12, shear=0.1, mirror=True)
+    moved = view(
+        rng, rotation=180, scale=(0.75, 1.05), shift=0.1, stretch=0.12, shear=0.1, mirror=True
+    )
     return finish(rng, grey(sprite.over(ground(rng, size, levels, clutter=2), moved)), noise=12)
 
 
@@ -224,7 +296,9 @@ def _outline(rng: Generator, name: str) -> tuple[Floats, float]:
     if name == "lance":
         return np.stack([rng.uniform(0.14, 0.2) * x, 0.78 * y - 0.1], axis=1), 0.6
     if name == "serrated":
-        teeth = 1 + rng.uniform(0.1, 0.14) * (2 * np.abs((t * 14 / (2 * math.pi)) % 1 - 0.5) * 2 - 1)
+        teeth = 1 + rng.uniform(0.1, 0.14) * (
+            2 * np.abs((t * 14 / (2 * math.pi)) % 1 - 0.5) * 2 - 1
+        )
         return np.stack([rng.uniform(0.45, 0.55) * teeth * x, 0.68 * teeth * y - 0.1], axis=1), 0.55
     if name == "heart":
         high = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 19
@@ -276,11 +350,16 @@ def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
         ways = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         points, bonds = np.concatenate([[[0, 0]], ways]), [(0, 1 + k) for k in range(arms)]
         if twice:
-            points, bonds = np.concatenate([points, 1.9 * ways]), bonds + [(1 + k, 1 + arms + k) for k in range(arms)]
+            points, bonds = (
+                np.concatenate([points, 1.9 * ways]),
+                bonds + [(1 + k, 1 + arms + k) for k in range(arms)],
+            )
         return points, bonds
     atoms = int(rng.integers(4, 8))
     radius = 0.5 / math.sin(math.pi / atoms)
-    angles = 2 * math.pi * (np.arange(atoms) + 0.5) / atoms  # a bond crosses the x axis at a right angle
+    angles = (
+        2 * math.pi * (np.arange(atoms) + 0.5) / atoms
+    )  # a bond crosses the x axis at a right angle
     ring = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     bonds = [(k, (k + 1) % atoms) for k in range(atoms)]
     if name == "ring":
@@ -291,10 +370,14 @@ def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
         return np.concatenate([ring, mirrored]), bonds + [(a + atoms, b + atoms) for a, b in bonds]
     way = math.degrees(angles[0])
     tail, more = _walk(rng, ring[0], way, int(rng.integers(3, 5)))
-    return np.concatenate([ring, tail[1:]]), bonds + [(0 if a == 0 else a + atoms - 1, b + atoms - 1) for a, b in more]
+    return np.concatenate([ring, tail[1:]]), bonds + [
+        (0 if a == 0 else a + atoms - 1, b + atoms - 1) for a, b in more
+    ]
 
 
-def _walk(rng: Generator, start: Floats, degrees: float, atoms: int) -> tuple[Floats, list[tuple[int, int]]]:
+def _walk(
+    rng: Generator, start: Floats, degrees: float, atoms: int
+) -> tuple[Floats, list[tuple[int, int]]]:
     """A zigzag from a point."""
     points, sign = [start], rng.choice([-1, 1])
     for k in range(atoms - 1):
@@ -385,7 +468,9 @@ def _boxes(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
     step = 1.5 / count
     for k in range(count):
         x, half = -0.7 + (k + 0.5) * step, step * rng.uniform(0.22, 0.36)
-        top, upper, middle, lower, bottom = np.sort(rng.uniform(-0.7, 0.7, 5)) + np.linspace(-0.1, 0.05, 5)
+        top, upper, middle, lower, bottom = np.sort(rng.uniform(-0.7, 0.7, 5)) + np.linspace(
+            -0.1, 0.05, 5
+        )
         corners = [(x - half, upper), (x + half, upper), (x + half, lower), (x - half, lower)]
         sprite.polygon(corners, fills[k % 6], outline=0.05)
         sprite.line([(x - half, middle), (x + half, middle)], fills[k % 6], 0.05)
@@ -420,7 +505,9 @@ CHARTS: dict[str, Callable[[Generator, Sprite, list[Color]], None]] = {
 
 # ---- places of the two photographs, seen again from elsewhere in another light
 
-PLACES: dict[str, tuple[int, int, int]] = {  # which photograph, and the place's middle in its pixels
+PLACES: dict[
+    str, tuple[int, int, int]
+] = {  # which photograph, and the place's middle in its pixels
     "balcony": (0, 205, 215),
     "bush": (0, 465, 340),
     "eaves": (0, 270, 265),
@@ -453,7 +540,9 @@ def place(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     half = size / 2
     to_unit = np.array([[1 / half, 0, -1], [0, 1 / half, -1], [0, 0, 1]])
     to_photo = np.array([[reach, 0, middle[0]], [0, reach, middle[1]], [0, 0, 1]])
-    levels = np.asarray(drawing.seen_from(_extended(which), size, to_photo @ warp @ to_unit), dtype=float)
+    levels = np.asarray(
+        drawing.seen_from(_extended(which), size, to_photo @ warp @ to_unit), dtype=float
+    )
     if rng.random() < 0.3:
         levels = np.repeat(grey(levels)[..., None], 3, axis=-1)
     levels = levels * rng.uniform(0.6, 1.3) * rng.uniform(0.8, 1.2, 3)
@@ -472,7 +561,9 @@ CELLS = ("lobed", "round", "red_grains")
 def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     plasma = drawing.hsv(rng.uniform(0.85, 1.1) % 1, rng.uniform(0.03, 0.15), rng.uniform(0.85, 1))
     sprite = Sprite(size)
-    pale = drawing.hsv(rng.uniform(0.94, 1.06) % 1, rng.uniform(0.25, 0.45), rng.uniform(0.75, 0.95))
+    pale = drawing.hsv(
+        rng.uniform(0.94, 1.06) % 1, rng.uniform(0.25, 0.45), rng.uniform(0.75, 0.95)
+    )
     for _ in range(rng.integers(2, 6)):  # red cells around it
         angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.38)
         at = (1.05 * math.cos(angle), 1.05 * math.sin(angle))
@@ -480,17 +571,23 @@ def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     body = rng.uniform(0.58, 0.75)
     stain = drawing.hsv(rng.uniform(0.66, 0.8), rng.uniform(0.5, 0.8), rng.uniform(0.35, 0.6))
     sprite.ellipse(
-        (0, 0), (body, body * rng.uniform(0.85, 1)), drawing.hsv(rng.uniform(0.65, 0.95), 0.2, rng.uniform(0.75, 0.95))
+        (0, 0),
+        (body, body * rng.uniform(0.85, 1)),
+        drawing.hsv(rng.uniform(0.65, 0.95), 0.2, rng.uniform(0.75, 0.95)),
     )
     name = CELLS[label]
     if name == "red_grains":
         for _ in range(rng.integers(30, 50)):
             angle, away = rng.uniform(0, 2 * math.pi), body * 0.88 * math.sqrt(rng.uniform(0, 1))
-            grain = drawing.hsv(rng.uniform(0.97, 1.05) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))
+            grain = drawing.hsv(
+                rng.uniform(0.97, 1.05) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95)
+            )
             sprite.ellipse((away * math.cos(angle), away * math.sin(angle)), (0.06, 0.06), grain)
     if name == "round":
         large = body * rng.uniform(0.6, 0.85)
-        sprite.ellipse(tuple(rng.uniform(-0.08, 0.08, 2)), (large, large * rng.uniform(0.85, 1)), stain)
+        sprite.ellipse(
+            tuple(rng.uniform(-0.08, 0.08, 2)), (large, large * rng.uniform(0.85, 1)), stain
+        )
     else:
         lobes = int(rng.integers(2, 4)) if name == "red_grains" else int(rng.integers(3, 6))
         angles = np.linspace(0, rng.uniform(3.5, 4.7), lobes)
@@ -501,7 +598,9 @@ def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
             sprite.ellipse((x, y), (lobe, lobe * rng.uniform(0.8, 1)), stain)
     moved = view(rng, rotation=180, scale=(0.7, 1.1), shift=0.2, stretch=0.12, mirror=True)
     picture = np.broadcast_to(np.array(plasma, dtype=float), (size, size, 3))
-    return finish(rng, sprite.over(picture, moved) * rng.uniform(0.85, 1.1, 3), noise=14, blur=0.7, light=0.2)
+    return finish(
+        rng, sprite.over(picture, moved) * rng.uniform(0.85, 1.1, 3), noise=14, blur=0.7, light=0.2
+    )
 
 
 PROBLEMS = (

@@ -53,8 +53,19 @@ class Altered(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
-            raise MetaplError(f"Altered(base={self.base!r}): expected feedback on each example, such as Forward().")
-        own = "labels", "credits", "keep_graph", "keep_on", "looks_ahead", "keeping", "requires", "orders"
+            raise MetaplError(
+                f"Altered(base={self.base!r}): expected feedback on each example, such as Forward()."
+            )
+        own = (
+            "labels",
+            "credits",
+            "keep_graph",
+            "keep_on",
+            "looks_ahead",
+            "keeping",
+            "requires",
+            "orders",
+        )
         for name in (*own, "normalization"):
             object.__setattr__(self, name, getattr(self.base, name, "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")
@@ -64,21 +75,29 @@ class Altered(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         count = int(state["altered"])
-        feedback, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
+        feedback, next_state = self.base.feedback(
+            path, {k: v for k, v in state.items() if k != "altered"}
+        )
         pairs = zip(feedback, path.steps, strict=True)
         altered = [found.mapped(partial(self._alter, step, count)) for found, step in pairs]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
-        if not step.has_rows(name):  # every rank and micro-batch has a share of the feedback on all of a matrix
-            return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
+        if not step.has_rows(
+            name
+        ):  # every rank and micro-batch has a share of the feedback on all of a matrix
+            return torch.cat(
+                [self._altered(share, None, count) for share in h.chunk(len(step.passes))]
+            )
         ranks = step.student.ranks
         drawn = ranks.all_rows(step.signal.value) if step.signal.sampled else None
         return ranks.own_rows(self._altered(ranks.all_rows(h), drawn, count))
 
     def _altered(self, h: Tensor, drawn: Tensor | None, count: int) -> Tensor:
         if self.alteration == "class_means":
-            if h.ndim > 1 or drawn is None or drawn.is_floating_point():  # values that are not classes
+            if (
+                h.ndim > 1 or drawn is None or drawn.is_floating_point()
+            ):  # values that are not classes
                 return h.mean(0, keepdim=True).expand_as(h)
             same = (drawn[:, None] == drawn[None, :]).to(h)
             return (same @ h) / same.sum(1)

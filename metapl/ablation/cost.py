@@ -50,7 +50,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     # Or the profiler's library writes of its own start and end, past Python, on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # acc_events: without it torch 2.11 warns that events of an earlier cycle are dropped, of which there is none.
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         run()
     results: Any = profile.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]

@@ -24,11 +24,15 @@ LETTERS = 8.0  # points
 POINT_COLORS, POINT_MARKS = ("#0072b2", "#e69f00", "#009e73"), ("o", "s", "^")
 RECOMMENDED, OTHER, CONTROL, QUIET = "#0072b2", "#9db8cc", "#d0d0d0", "#666666"
 
-LINEAR_BELOW = 1e-4  # errors are drawn on a logarithmic scale that is linear below this, so that 0 has a place
+LINEAR_BELOW = (
+    1e-4  # errors are drawn on a logarithmic scale that is linear below this, so that 0 has a place
+)
 LONGEST_LINE = 12  # letters of a mode's name in one line
 
 
-def draw_modes(modes: Modes, altered: Modes, points: Sequence[int], recommended: str | None) -> Figure:
+def draw_modes(
+    modes: Modes, altered: Modes, points: Sequence[int], recommended: str | None
+) -> Figure:
     """Draw distances by mode and point, and below them the costs by mode; the controls come last."""
     try:
         from matplotlib.figure import Figure
@@ -65,7 +69,10 @@ def _draw_distances(axes: Axes, rows: Modes, points: Sequence[int]) -> None:
     """Draw a mark for each mode and point, the points of a mode below one another."""
     offsets = [0.26 * (number - (len(points) - 1) / 2) for number in range(len(points))]
     for number, (point, offset) in enumerate(zip(points, offsets, strict=True)):
-        color, mark = POINT_COLORS[number % len(POINT_COLORS)], POINT_MARKS[number % len(POINT_MARKS)]
+        color, mark = (
+            POINT_COLORS[number % len(POINT_COLORS)],
+            POINT_MARKS[number % len(POINT_MARKS)],
+        )
         places: list[float] = []
         errors: list[float] = []
         of_one_draw: list[float] = []
@@ -80,14 +87,19 @@ def _draw_distances(axes: Axes, rows: Modes, points: Sequence[int]) -> None:
     axes.set_xscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
     largest = max([1.0, *_finite(found.of_one_draw for found in _that_ran(rows).values())])
     decades = range(round(math.log10(LINEAR_BELOW)), math.ceil(math.log10(largest)) + 1)
-    axes.set_xticks([0.0, *(10.0**decade for decade in decades)], ["0", *(f"{10.0**decade:g}" for decade in decades)])
+    axes.set_xticks(
+        [0.0, *(10.0**decade for decade in decades)],
+        ["0", *(f"{10.0**decade:g}" for decade in decades)],
+    )
     axes.set_xlim(-LINEAR_BELOW / 3, 2 * largest)
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="0.9")
     for place, found in enumerate(rows.values()):
         if isinstance(found, str):
-            axes.text(0.0, place, "cannot run on this model", va="center", fontsize=LETTERS, color=QUIET)
+            axes.text(
+                0.0, place, "cannot run on this model", va="center", fontsize=LETTERS, color=QUIET
+            )
     if len(points) > 1:
         axes.legend(
             loc="lower center",
@@ -106,15 +118,21 @@ def _costs(rows: Modes) -> dict[str, dict[str, float]]:
     longest = max(_finite(found.seconds for found in ran.values()), default=0.0)
     largest = max(_finite(found.peak_bytes for found in ran.values()), default=0.0)
     time_unit, time_scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
-    memory_unit, memory_scale = ("GB", 1e-9) if largest >= 1e9 else ("MB", 1e-6) if largest >= 1e6 else ("KB", 1e-3)
+    memory_unit, memory_scale = (
+        ("GB", 1e-9) if largest >= 1e9 else ("MB", 1e-6) if largest >= 1e6 else ("KB", 1e-3)
+    )
     return {
         "passes a call": {name: found.passes for name, found in ran.items()},
         f"time, {time_unit}": {name: time_scale * found.seconds for name, found in ran.items()},
-        f"peak, {memory_unit}": {name: memory_scale * found.peak_bytes for name, found in ran.items()},
+        f"peak, {memory_unit}": {
+            name: memory_scale * found.peak_bytes for name, found in ran.items()
+        },
     }
 
 
-def _draw_costs(axes: Axes, rows: Modes, values: Mapping[str, float], colors: Mapping[str, str]) -> None:
+def _draw_costs(
+    axes: Axes, rows: Modes, values: Mapping[str, float], colors: Mapping[str, str]
+) -> None:
     """Draw a bar for each mode that ran, with its number behind it."""
     places = {name: place for place, name in enumerate(rows)}
     largest = max(_finite(values.values()), default=1.0)
@@ -130,7 +148,9 @@ def _draw_costs(axes: Axes, rows: Modes, values: Mapping[str, float], colors: Ma
 
 def _name_rows(axes: Axes, rows: Modes, altered: Modes, recommended: str | None) -> None:
     """Name the rows, the first on top; the recommended mode in bold, the controls in grey."""
-    axes.set_yticks(range(len(rows)), [_in_lines(name) for name in rows], fontsize=LETTERS, linespacing=0.95)
+    axes.set_yticks(
+        range(len(rows)), [_in_lines(name) for name in rows], fontsize=LETTERS, linespacing=0.95
+    )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(left=False, labelsize=LETTERS)
     for label, name in zip(axes.get_yticklabels(), rows, strict=True):

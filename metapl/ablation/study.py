@@ -80,7 +80,9 @@ class Ablation:
         null."""
         plain = asdict(self)
         for part in ("modes", "altered"):
-            plain[part] = {n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()}
+            plain[part] = {
+                n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()
+            }
         finite = json.loads(json.dumps(plain), parse_constant=lambda name: None)
         return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
 
@@ -129,14 +131,23 @@ class Ablation:
             for name, found in modes.items():
                 if isinstance(found, str):
                     reasons += [found] * (found not in reasons)
-                    lines.append(f"{name:<22}  cannot run on this model [{reasons.index(found) + 1}]")
+                    lines.append(
+                        f"{name:<22}  cannot run on this model [{reasons.index(found) + 1}]"
+                    )
                 else:
                     direction = f"{found.cosine:>7.3f}{found.length:>8.2g}"
                     distance = f"{found.relative_error:>8.2g}{found.noise_to_signal:>8.2g}"
                     cost = f"{found.passes:>8.1f}{found.seconds * 1e3:>9.3g}{found.peak_bytes / 1e3:>9.0f}"
                     lines.append(f"{name:<22}{direction}{distance}{cost}")
-        texts = (f"[{number}] {' '.join(reason.split())}" for number, reason in enumerate(reasons, 1))
-        return "\n\n".join(["\n".join(lines), *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts)])
+        texts = (
+            f"[{number}] {' '.join(reason.split())}" for number, reason in enumerate(reasons, 1)
+        )
+        return "\n\n".join(
+            [
+                "\n".join(lines),
+                *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts),
+            ]
+        )
 
 
 def recommendation(
@@ -150,22 +161,41 @@ def recommendation(
     """
     ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
     if not ran:
-        return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
-    sure = {n: m for n, m in ran.items() if n in exact_modes and m.noise_to_signal == 0 and m.relative_error <= TRUSTED}
+        return (
+            None,
+            "No mode that gives feedback can run on this model; the reasons stand beside the modes.",
+        )
+    sure = {
+        n: m
+        for n, m in ran.items()
+        if n in exact_modes and m.noise_to_signal == 0 and m.relative_error <= TRUSTED
+    }
     near = {n: m for n, m in ran.items() if m.of_one_draw <= NEAR}
     name = min(ran, key=lambda n: ran[n].of_one_draw)
     why = "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to the exact one"
     if among := sure or near:
 
         def least(values: Mapping[str, float]) -> list[str]:
-            return [name for name, value in values.items() if value <= min(values.values()) * (1 + EQUAL)]
+            return [
+                name
+                for name, value in values.items()
+                if value <= min(values.values()) * (1 + EQUAL)
+            ]
 
         fastest = least({n: m.seconds for n, m in among.items()})
         smallest = least({n: among[n].peak_bytes for n in fastest})
-        name = PREFERRED if PREFERRED in smallest else min(smallest, key=lambda n: among[n].of_one_draw)
-        why = "its gradient is " + ("the exact one to rounding" if sure else f"within {NEAR:.0%} of the exact one")
+        name = (
+            PREFERRED
+            if PREFERRED in smallest
+            else min(smallest, key=lambda n: among[n].of_one_draw)
+        )
+        why = "its gradient is " + (
+            "the exact one to rounding" if sure else f"within {NEAR:.0%} of the exact one"
+        )
         if len(among) > 1:
-            decided = "is the fastest" if len(fastest) == 1 else "takes the least memory of the fastest"
+            decided = (
+                "is the fastest" if len(fastest) == 1 else "takes the least memory of the fastest"
+            )
             why += f", and of {', '.join(among)} it {decided if len(smallest) == 1 else 'is as fast and small as any'}"
     found = ran[name]
     text = f"Take {name}: {why}. A call takes {found.seconds * 1e3:.3g} ms and {found.peak_bytes / 1e3:,.0f} KB."
@@ -224,12 +254,20 @@ def ablate(
     (1.0, 'forward')
     """
     if not isinstance(trainer, BilevelTrainer):
-        raise MetaplError(f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer.")
+        raise MetaplError(
+            f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer."
+        )
     check_arguments(ablate, locals())
-    given = [estimator(mode) for mode in (MODES if modes is None else modes)] if not isinstance(modes, str) else []
+    given = (
+        [estimator(mode) for mode in (MODES if modes is None else modes)]
+        if not isinstance(modes, str)
+        else []
+    )
     estimates = {mode.name: mode for mode in given}
     if not given or len(estimates) < len(given):
-        raise MetaplError(f"ablate was given modes={modes!r}; expected a list of one or more, each name once.")
+        raise MetaplError(
+            f"ablate was given modes={modes!r}; expected a list of one or more, each name once."
+        )
     problem, device = trainer.problem, trainer.device
     distances: dict[str, list[ModeDistance]] = {}  # by mode, at each point
     reasons: dict[str, str] = {}  # why the others do not run
@@ -243,16 +281,24 @@ def ablate(
                 for seed in range(draws):
                     generator = torch.Generator(device).manual_seed(seed)
                     start = generator.get_state()
-                    drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+                    drawn = (
+                        replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+                    )
                     found.append(_gradient(trainer, batches, drawn, generator))
                     # Seen by the generator's state, for draws of a confident teacher may be equal.
-                    if not (draws_any := draws_any or not torch.equal(start, generator.get_state())):
+                    if not (
+                        draws_any := draws_any or not torch.equal(start, generator.get_state())
+                    ):
                         break
             except CANNOT_RUN as error:
                 reasons[name] = _reason(error)
                 continue
             drawing.update([name] * draws_any)
-            examples = length(inner_batches(batches[1])[0]) if getattr(mode, "reduction", "sum") == "mean" else 1
+            examples = (
+                length(inner_batches(batches[1])[0])
+                if getattr(mode, "reduction", "sum") == "mean"
+                else 1
+            )
             g = examples * torch.stack(found)  # (draws, weights)
             mean = g.mean(0)
             exact_norm = exact.norm().clamp_min(1e-300)
@@ -272,14 +318,24 @@ def ablate(
         with torch.no_grad(), replayed(RandomState.now(device)):
             given: Any = (batch,)
             if enters_input(problem):
-                given = (batch, problem.signal(copy.deepcopy(trainer.teacher), batch, None, generator=None))  # type: ignore[arg-type]
+                given = (
+                    batch,
+                    problem.signal(copy.deepcopy(trainer.teacher), batch, None, generator=None),
+                )  # type: ignore[arg-type]
             copy.deepcopy(trainer.student)(problem.student_input(*given))
 
     points, stop = tuple(sorted({0, steps // 2, steps})), steps + 1
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
     one_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
-    outer = feed([labeled] if is_whole(labeled) else labeled, name="labeled", stop=stop, device=device)
-    inner = feed([unlabeled] if one_batch else unlabeled, name="unlabeled", stop=stop * several, device=device)
+    outer = feed(
+        [labeled] if is_whole(labeled) else labeled, name="labeled", stop=stop, device=device
+    )
+    inner = feed(
+        [unlabeled] if one_batch else unlabeled,
+        name="unlabeled",
+        stop=stop * several,
+        device=device,
+    )
     state, random = trainer.state_dict(), RandomState.now(device)
     try:
         with closing(outer), closing(inner), step_bar(progress, stop, "steps", 0) as update:
@@ -289,11 +345,17 @@ def ablate(
                 if t in points:
                     exact = _exact(trainer, batches)
                     measure(estimates, batches, exact)
-                    if altered and t == 0:  # of the preferred mode, or else of the first that runs and can be altered
+                    if (
+                        altered and t == 0
+                    ):  # of the preferred mode, or else of the first that runs and can be altered
                         fit = [m for m in estimates.values() if m.credits in ("signal", "example")]
-                        fit = [m for m in fit if m.name not in reasons and not isinstance(m, Altered)]
+                        fit = [
+                            m for m in fit if m.name not in reasons and not isinstance(m, Altered)
+                        ]
                         base = min(fit, key=lambda mode: mode.name != PREFERRED, default=None)
-                        controls = [Altered(base, kind) for kind in get_args(Alteration)] if base else []
+                        controls = (
+                            [Altered(base, kind) for kind in get_args(Alteration)] if base else []
+                        )
                         added = {mode.name: mode for mode in controls if mode.name not in estimates}
                         estimates |= added
                         measure(added, batches, exact)
@@ -302,7 +364,11 @@ def ablate(
                 update()
         # What a call costs; the modes, which have run here before, take turns.
         one = flops(partial(student, inner_batches(batches[1])[0]))
-        calls = {n: partial(_gradient, trainer, batches, m) for n, m in estimates.items() if n not in reasons}
+        calls = {
+            n: partial(_gradient, trainer, batches, m)
+            for n, m in estimates.items()
+            if n not in reasons
+        }
         times: dict[str, list[float]] = {name: [] for name in calls}
         start = time.perf_counter()
         for done in range(rounds or MOST_ROUNDS):
@@ -315,8 +381,12 @@ def ablate(
             by_point = distances[name]
             ran[name] = ModeCost(
                 cosine=fmean(distance.cosine for distance in by_point),
-                relative_error=_root_mean_square([distance.relative_error for distance in by_point]),
-                noise_to_signal=_root_mean_square([distance.noise_to_signal for distance in by_point]),
+                relative_error=_root_mean_square(
+                    [distance.relative_error for distance in by_point]
+                ),
+                noise_to_signal=_root_mean_square(
+                    [distance.noise_to_signal for distance in by_point]
+                ),
                 passes=flops(run) / one if one else math.nan,
                 seconds=min(times[name]),
                 peak_bytes=peak_bytes(run, device),
@@ -331,7 +401,11 @@ def ablate(
         compared[isinstance(mode, Altered)][name] = reasons[name] if name in reasons else ran[name]
     sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
     # No feedback; and at the optimum, a gradient that is not through a step, with which it is compared.
-    never = [n for n in compared[0] if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)]
+    never = [
+        n
+        for n in compared[0]
+        if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)
+    ]
     taken, text = recommendation(compared[0], sure, never)
     return Ablation(
         modes=compared[0],
@@ -347,7 +421,9 @@ def _mode_of(figures: dict[str, Any]) -> ModeCost | str:
     """Return a mode as :class:`Ablation` holds it, from what its JSON holds."""
     if "reason" in figures:
         return str(figures["reason"])
-    by_point = tuple(ModeDistance(**_with_nan(distance)) for distance in figures.get("by_point", ()))
+    by_point = tuple(
+        ModeDistance(**_with_nan(distance)) for distance in figures.get("by_point", ())
+    )
     return ModeCost(**_with_nan(figures) | {"by_point": by_point})
 
 
@@ -361,7 +437,11 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 def _reason(error: BaseException) -> str:
     """A refusal in full; of torch's errors, which may run over many lines, the first one, which says what is wrong."""
-    return str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {reason_of(error)}"
+    return (
+        str(error)
+        if isinstance(error, MetaplError)
+        else f"{type(error).__name__}: {reason_of(error)}"
+    )
 
 
 def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
@@ -371,7 +451,9 @@ def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
             return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
         except CANNOT_RUN as error:
             reasons.append(_reason(error))
-    raise MetaplError(f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, {reasons[1]}")
+    raise MetaplError(
+        f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, {reasons[1]}"
+    )
 
 
 def _gradient(
@@ -384,5 +466,9 @@ def _gradient(
     """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
     generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
     found = trainer.hypergradient(*batches, mode, problem=problem, generator=generator)
-    parts = found.grads.values() if trainer.teacher is not None else [-h for h in pytree.tree_leaves(found.feedback)]
+    parts = (
+        found.grads.values()
+        if trainer.teacher is not None
+        else [-h for h in pytree.tree_leaves(found.feedback)]
+    )
     return torch.cat([part.flatten().double() for part in parts])

@@ -44,7 +44,9 @@ class Looking:
     """
 
     out: Folder = None
-    modes: Annotated[tuple[str, ...] | None, unset("MODE ...", f"these modes alone, of {', '.join(MODES)}.")] = None
+    modes: Annotated[
+        tuple[str, ...] | None, unset("MODE ...", f"these modes alone, of {', '.join(MODES)}.")
+    ] = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
     altered: Annotated[bool, unset()] = True  # the flag is --no-altered
@@ -53,7 +55,12 @@ class Looking:
         for name in self.modes or ():
             estimator(name)
         with held(self.out):
-            asked: Any = {"modes": self.modes, "draws": self.draws, "rounds": self.rounds, "altered": self.altered}
+            asked: Any = {
+                "modes": self.modes,
+                "draws": self.draws,
+                "rounds": self.rounds,
+                "altered": self.altered,
+            }
             found = ablate(**subject, **asked, progress=True)
             several = len(found.points) > 1
             where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
@@ -64,7 +71,9 @@ class Looking:
             if self.out is not None:
                 write_whole(self.out / FIGURES, found.to_json().encode(), ROOM)
                 write_whole(self.out / PICTURE, png_of(found.plot(), DOTS_PER_INCH), ROOM)
-                tell(f"\nthe figures are in {self.out / FIGURES}, and drawn in {self.out / PICTURE}")
+                tell(
+                    f"\nthe figures are in {self.out / FIGURES}, and drawn in {self.out / PICTURE}"
+                )
         return 0
 
 
@@ -106,7 +115,9 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
     teacher, student = (config.network().to(place) for _ in range(2))
     begin_as(teacher, student)
     unused: Any = None
-    training = Training(config=config, data=data, teacher=teacher, student=student, fit=unused, label=unused)
+    training = Training(
+        config=config, data=data, teacher=teacher, student=student, fit=unused, label=unused
+    )
     sources = {"labeled": data.labeled, "unlabeled": data.unlabeled}
     return {"trainer": method.trainer(training), "steps": config.fitting.steps, **sources}
 
@@ -126,8 +137,12 @@ class AblateFactory:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
-        expected = "expected module:function, such as my_networks:build of my_networks.py in this folder"
-        if ":" not in self.factory:  # of os.getcwd, say, the function would be called before anything is known of it
+        expected = (
+            "expected module:function, such as my_networks:build of my_networks.py in this folder"
+        )
+        if (
+            ":" not in self.factory
+        ):  # of os.getcwd, say, the function would be called before anything is known of it
             raise MetaplError(f"--factory {self.factory} names no function; {expected}.")
         sys.path.insert(0, os.getcwd())  # the function may import from there too
         try:
@@ -140,6 +155,8 @@ class AblateFactory:
             sys.path.pop(0)
         if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
             expected = "(trainer, labeled, unlabeled), a metapl.BilevelTrainer and sources of batches as for its fit"
-            raise MetaplError(f"--factory {self.factory} returned {made!r:.60}; expected {expected}.")
+            raise MetaplError(
+                f"--factory {self.factory} returned {made!r:.60}; expected {expected}."
+            )
         own = dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))
         return self.looking.look({"steps": self.steps, **own})

@@ -32,7 +32,10 @@ from metapl.training.attribution import Attribution, attribute
 TABLE, PAGE = "attribution.csv", "attribution.html"
 PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
 MOMENTUM, AT_ONCE = 0.9, 256  # pictures in a pass of the trained network
-REMOVED, FEWEST_REMOVALS = 0.05, 8  # share of the pictures in each removal of the check; fewer say too little
+REMOVED, FEWEST_REMOVALS = (
+    0.05,
+    8,
+)  # share of the pictures in each removal of the check; fewer say too little
 DO = "Look at these first; a low score is not yet a wrong label."
 SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 
@@ -75,24 +78,42 @@ class Attribute:
 
     def run(self) -> int:
         if 0 < self.removals < FEWEST_REMOVALS:
-            raise MetaplError(f"--removals {self.removals}: expected {FEWEST_REMOVALS} or more, or 0 for no check.")
+            raise MetaplError(
+                f"--removals {self.removals}: expected {FEWEST_REMOVALS} or more, or 0 for no check."
+            )
         run = EndedRun.load(self.folder)
         fields = run.description["fields"]
         if not fields.get("labeled"):
-            raise MetaplError(f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders.")
+            raise MetaplError(
+                f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders."
+            )
         check_out(self.out, fields, {"val": self.val})
         with held(self.out):
-            given, judges = files_of(run, "labeled"), files_of(run, "validation") or files_of(run, "clean")
+            given, judges = (
+                files_of(run, "labeled"),
+                files_of(run, "validation") or files_of(run, "clean"),
+            )
             judges = scan_labeled(self.val) if self.val else judges
             if not judges:
-                raise MetaplError(f"{self.folder} has no validation pictures to judge by; expected --val DIR.")
+                raise MetaplError(
+                    f"{self.folder} has no validation pictures to judge by; expected --val DIR."
+                )
             assert given is not None  # a run has been trained on them
-            train, outer = (Pictures(run, each.keep(verify_files(each).sound)) for each in (given, judges))
-            batch, seed = min(self.batch, len(train)), fields["seed"] if self.seed is None else self.seed
+            train, outer = (
+                Pictures(run, each.keep(verify_files(each).sound)) for each in (given, judges)
+            )
+            batch, seed = (
+                min(self.batch, len(train)),
+                fields["seed"] if self.seed is None else self.seed,
+            )
             steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
-            if steps * batch < len(train):  # which would leave some pictures out, which would have no score
+            if steps * batch < len(
+                train
+            ):  # which would leave some pictures out, which would have no score
                 least = -(-len(train) // batch)
-                raise MetaplError(f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures.")
+                raise MetaplError(
+                    f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures."
+                )
             torch.set_num_threads(run.folder.threads())
             torch.manual_seed(seed)
             network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
@@ -114,7 +135,9 @@ class Attribute:
                     f"{right:.1%}: nothing was learned that holds for them, and no score would count; try "
                     f"--lr {self.lr / 3:.1g}, other --steps, or more labeled pictures."
                 )
-            losses = F.cross_entropy(logits(network, scores, train), train.labels, reduction="none").tolist()
+            losses = F.cross_entropy(
+                logits(network, scores, train), train.labels, reduction="none"
+            ).tolist()
             labels = [run.classes[label] for label in train.labels.tolist()]
             files = [str(train.images.path(number)) for number in range(len(train))]
             score = scores.scores.tolist()
@@ -123,7 +146,9 @@ class Attribute:
                 "run": str(self.folder),
                 "pictures": len(train),
                 "judged_on": len(outer),
-                "not_judged_on": [label for c, label in enumerate(run.classes) if c not in outer.labels],
+                "not_judged_on": [
+                    label for c, label in enumerate(run.classes) if c not in outer.labels
+                ],
                 "steps": steps,
                 "batch": batch,
                 "lr": self.lr,
@@ -131,7 +156,10 @@ class Attribute:
                 "seed": seed,
                 "device": str(run.device),
                 "replay_error": scores.replay_error,
-                **{f"float32 {kind}": precision for kind, precision in scores.float32_products.items()},
+                **{
+                    f"float32 {kind}": precision
+                    for kind, precision in scores.float32_products.items()
+                },
                 "loss": judged,
                 "loss_of_the_run": loss_of_run(run, outer),
                 "loss_of_guesses": guesses,
@@ -143,12 +171,19 @@ class Attribute:
             }
 
             def hung(title: str, note: str, numbers: Sequence[int]) -> str:
-                shown = ((n, f"{labels[n]}: {score[n]:+.2g}\n{Path(files[n]).name}") for n in numbers[:SHOWN])
-                return web.pictures(title, note, [web.Picture(train[n][0], caption) for n, caption in shown])
+                shown = (
+                    (n, f"{labels[n]}: {score[n]:+.2g}\n{Path(files[n]).name}")
+                    for n in numbers[:SHOWN]
+                )
+                return web.pictures(
+                    title, note, [web.Picture(train[n][0], caption) for n, caption in shown]
+                )
 
             def publish(check: str) -> list[str]:
                 """Write the page of the first and the last of the list; what it says, for the terminal too."""
-                missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
+                missing = f", none of them of {few(found['not_judged_on'])}," * bool(
+                    found["not_judged_on"]
+                )
                 said = (
                     f"{found['harmful']:,} of {len(train):,} labeled pictures have a score below 0: more of one would "
                     f"raise the loss on {len(outer):,} others{missing}, which is {judged:.3f}, and of even guesses "
@@ -156,28 +191,50 @@ class Attribute:
                     f"{steps:,} steps on the pictures as they are"
                 )
                 own_loss = found["loss_of_the_run"]
-                said += "." if own_loss is None else f"; the student of the run has {own_loss:.3f} there."
+                said += (
+                    "."
+                    if own_loss is None
+                    else f"; the student of the run has {own_loss:.3f} there."
+                )
                 beneath = "beneath each its label, score and file"
                 harmful = [number for number in ranked if score[number] < 0]
                 helpful = [number for number in reversed(ranked) if score[number] > 0]
                 parts = [
                     *map(web.paragraph, (said, check)),
-                    hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
+                    hung(
+                        "Most harmful",
+                        f"more of these would raise the loss; {beneath}. {DO}",
+                        harmful,
+                    ),
                     hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
-                    web.folded("How they were found", web.rows([(k, json.dumps(value)) for k, value in found.items()])),
+                    web.folded(
+                        "How they were found",
+                        web.rows([(k, json.dumps(value)) for k, value in found.items()]),
+                    ),
                 ]
                 content = web.web_page("Which pictures help, and which harm", self.folder, parts)
                 write_whole(self.out / PAGE, content, ROOM)
                 return [said, check]
 
             said = publish(
-                "The scores are not checked yet." if self.removals else "The scores were not checked: --removals was 0."
+                "The scores are not checked yet."
+                if self.removals
+                else "The scores were not checked: --removals was 0."
             )
             with written_csv(self.out / TABLE) as csv:
                 csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
                 for rank, n in enumerate(ranked, 1):
                     effect = "harms" if score[n] < 0 else "helps"
-                    csv.writerow([str(rank), files[n], labels[n], f"{score[n]:.6g}", effect, f"{losses[n]:.6g}"])
+                    csv.writerow(
+                        [
+                            str(rank),
+                            files[n],
+                            labels[n],
+                            f"{score[n]:.6g}",
+                            effect,
+                            f"{losses[n]:.6g}",
+                        ]
+                    )
             if self.removals:
                 tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr)
                 draw = torch.Generator().manual_seed(seed)
@@ -191,10 +248,14 @@ class Attribute:
                     "1 the scores can be believed; near 0 or below they cannot, and a lower rate, such as --lr "
                     f"{self.lr / 3:.1g}, may help."
                 )
-        cells = [(short(files[n], 48), short(labels[n], 16), f"{score[n]:+.2g}") for n in ranked[:LISTED]]
+        cells = [
+            (short(files[n], 48), short(labels[n], 16), f"{score[n]:+.2g}") for n in ranked[:LISTED]
+        ]
         listed = table([("most harmful", "label", "score"), *cells], left=2)
         text = wrapped("\n".join(said))
-        tell(f"{text}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them")
+        tell(
+            f"{text}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them"
+        )
         return 0
 
 
@@ -205,7 +266,10 @@ class Pictures:
         given = run.cards["student"].input
         size: Any = given.shape[1:]
         images = FileImages(
-            [*files.paths()], size=size, mode="L" if given.channels == 1 else "RGB", center=given.center
+            [*files.paths()],
+            size=size,
+            mode="L" if given.channels == 1 else "RGB",
+            center=given.center,
         )
         self.images, self.labels = images.cached(), files.targets(run.classes)
 
@@ -217,7 +281,9 @@ class Pictures:
             warnings.simplefilter("ignore", UserWarning)  # that it is left out, which it is not
             picture, used = self.images.fetch_sound(torch.tensor([number]))
         if not len(used):
-            raise MetaplError(f"{self.images.path(number)} cannot be read any more; put it back, or remove it.")
+            raise MetaplError(
+                f"{self.images.path(number)} cannot be read any more; put it back, or remove it."
+            )
         return in_unit_range(picture)[0], self.labels[number]
 
 
@@ -226,7 +292,9 @@ def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor
     mixed, outputs = torch.randperm(len(pictures)), list[Tensor]()
     with torch.no_grad():
         for some in mixed.chunk(-(-len(pictures) // AT_ONCE)):
-            x = torch.stack([pictures[number][0] for number in some.tolist()]).to(found.scores.device)
+            x = torch.stack([pictures[number][0] for number in some.tolist()]).to(
+                found.scores.device
+            )
             outputs.append(functional_call(network, found.student_params, (x,)).cpu())
     return torch.cat(outputs)[mixed.argsort()]
 

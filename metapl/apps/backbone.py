@@ -22,12 +22,26 @@ from metapl.apps.words import require_extra
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import batches_of, eval_mode
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean and deviation that pretrained weights expect
 
 # What "auto" takes, the first whose weights are here; and the least side of pictures, in pixels: for it, and for any.
 AUTO = (
-    *("timm:vit_small_patch16_dinov3", "timm:vit_small_patch14_dinov2", "timm:convnext_tiny", "timm:resnet50"),
-    *("resnet50", "efficientnet_b0", "timm:efficientnet_lite0", "resnet18", "timm:mobilenetv3_small_100"),
+    *(
+        "timm:vit_small_patch16_dinov3",
+        "timm:vit_small_patch14_dinov2",
+        "timm:convnext_tiny",
+        "timm:resnet50",
+    ),
+    *(
+        "resnet50",
+        "efficientnet_b0",
+        "timm:efficientnet_lite0",
+        "resnet18",
+        "timm:mobilenetv3_small_100",
+    ),
 )
 AUTO_SIDE, LEAST_SIDE = 48, 32
 
@@ -49,23 +63,43 @@ def find(given: str, network: str | None) -> dict[str, Any]:
     Raises: MetaplError where there is nothing, or something else.
     """
     path = Path(given).expanduser()
-    own: dict[str, Any] = {"mean": IMAGENET[0], "std": IMAGENET[1], "grey": False, "image_size": None}  # the usual
+    own: dict[str, Any] = {
+        "mean": IMAGENET[0],
+        "std": IMAGENET[1],
+        "grey": False,
+        "image_size": None,
+    }  # the usual
     if path.is_dir():
         run = EndedRun.load(path)
         name = run.result["delivered"]
         card, weights = run.cards[name], path / WEIGHTS[name]
         refuse_changed(weights, run.result)
         if card.architecture is None or card.mean is None:
-            raise MetaplError(f"--backbone {given}: its network takes no pictures; expected a run on pictures.")
+            raise MetaplError(
+                f"--backbone {given}: its network takes no pictures; expected a run on pictures."
+            )
         known = card.architecture.name
-        own = {"mean": card.mean, "std": card.std, "grey": card.input.channels == 1, "image_size": card.input.size}
+        own = {
+            "mean": card.mean,
+            "std": card.std,
+            "grey": card.input.channels == 1,
+            "image_size": card.input.size,
+        }
     elif path.is_file():
         config_file, weights = path.parent / "config.json", path
-        named = read_json(config_file).get("architecture") if network is None and config_file.is_file() else None
+        named = (
+            read_json(config_file).get("architecture")
+            if network is None and config_file.is_file()
+            else None
+        )
         if network is None and named is None:
-            raise MetaplError(f"--backbone {given}: expected the network that the weights are of too: --network NAME.")
+            raise MetaplError(
+                f"--backbone {given}: expected the network that the weights are of too: --network NAME."
+            )
         known = network or f"timm:{named}"
-    elif not given.startswith("timm:") and (path.suffix or len(path.parts) > 1):  # no name of a network is like that
+    elif not given.startswith("timm:") and (
+        path.suffix or len(path.parts) > 1
+    ):  # no name of a network is like that
         raise MetaplError(f"--backbone {given}: there is no such file or folder.")
     else:
         library = Architecture(name=given, num_classes=2).library  # refuses an unknown name
@@ -76,8 +110,13 @@ def find(given: str, network: str | None) -> dict[str, Any]:
             try:
                 published: Any = get_model_weights(given)
             except ValueError as error:
-                raise MetaplError(f"--backbone {given}: torchvision has no weights of it; expected a file.") from error
-            files = [folder / Path(urlparse(one.url).path).name for one in (published.DEFAULT, *published)]
+                raise MetaplError(
+                    f"--backbone {given}: torchvision has no weights of it; expected a file."
+                ) from error
+            files = [
+                folder / Path(urlparse(one.url).path).name
+                for one in (published.DEFAULT, *published)
+            ]
         elif library != "timm":
             raise MetaplError(
                 f"--backbone {given}: nobody has published its weights; expected a file, or a run's folder."
@@ -85,13 +124,17 @@ def find(given: str, network: str | None) -> dict[str, Any]:
         else:
             config = _config(given)
             if config is None or not (config.hf_hub_id or config.url):
-                raise MetaplError(f"--backbone {given}: timm knows no weights of it; expected a file.")
+                raise MetaplError(
+                    f"--backbone {given}: timm knows no weights of it; expected a file."
+                )
             from huggingface_hub import constants, try_to_load_from_cache
 
             usual = filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"))
             where = {"repo_id": config.hf_hub_id or "", "cache_dir": constants.HF_HUB_CACHE}
             cached = [try_to_load_from_cache(filename=file, **where) for file in usual]
-            by_url = folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name
+            by_url = (
+                folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name
+            )
             files = [*(Path(file) for file in cached if isinstance(file, str)), by_url]
         weights = next((file for file in files if file.is_file()), files[0])
         if not weights.is_file():
@@ -100,10 +143,17 @@ def find(given: str, network: str | None) -> dict[str, Any]:
                 f"--backbone FILE --network {given}."
             )
     if network not in (None, known):
-        raise MetaplError(f"--backbone {given} is {known}, and --network {network} was given; leave it out.")
+        raise MetaplError(
+            f"--backbone {given} is {known}, and --network {network} was given; leave it out."
+        )
     if not path.is_dir() and known.startswith("timm:") and (config := _config(known)) is not None:
         own |= {"mean": tuple(config.mean), "std": tuple(config.std)}
-    return {"network": known, "weights": str(weights.resolve()), "weights_sha256": sha256_of(weights), **own}
+    return {
+        "network": known,
+        "weights": str(weights.resolve()),
+        "weights_sha256": sha256_of(weights),
+        **own,
+    }
 
 
 def auto(network: str | None = None) -> dict[str, Any] | None:
@@ -146,14 +196,18 @@ class Control:
         steps = [] if are_digits else [StandardScaler()]
         made = cls(network, make_pipeline(*steps, LogisticRegression(max_iter=1000)))
         even = labels.argsort(stable=True)[:: max(1, -(-len(images) // CONTROL_PICTURES))]
-        first = [int((labels == label).nonzero()[0]) for label in labels.unique()]  # of each class, however rare
+        first = [
+            int((labels == label).nonzero()[0]) for label in labels.unique()
+        ]  # of each class, however rare
         some = torch.cat([even, torch.tensor(first)]).unique()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             if are_digits:
                 seen = made._seen((images[some], labels[some]))
             else:
-                seen = made._seen(EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH))
+                seen = made._seen(
+                    EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH)
+                )
             made.regression.fit(*map(np.concatenate, zip(*seen, strict=True)))
         return made
 

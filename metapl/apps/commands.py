@@ -112,7 +112,9 @@ class Train:
             )
         place = device(config.fitting.device)
         if not options.resume:
-            check_out(options.out or Path("runs"), {name: getattr(config, name) for name in config.places})
+            check_out(
+                options.out or Path("runs"), {name: getattr(config, name) for name in config.places}
+            )
         compares, names = getattr(options, "compare", False), [method.name]
         seeds: tuple[int, ...] = (config.fitting.seed,)
         if self.of is not None:
@@ -121,14 +123,22 @@ class Train:
                     raise MetaplError(f"--{name} goes with --compare.")
             seeds = parse_seeds(options.seeds) if options.seeds else seeds
             # The own method is the first, which is delivered where validation cannot tell.
-            named = options.methods.split(",") if options.methods else (method.name, *self.of.COMPARED)
+            named = (
+                options.methods.split(",") if options.methods else (method.name, *self.of.COMPARED)
+            )
             names = [*dict.fromkeys(named)]
             if unknown := [name for name in names if name not in self.of.METHODS]:
-                raise MetaplError(f"--methods {few(unknown)}: expected some of {', '.join(self.of.METHODS)}.")
+                raise MetaplError(
+                    f"--methods {few(unknown)}: expected some of {', '.join(self.of.METHODS)}."
+                )
         if compares and mesh.size > 1:
-            raise MetaplError("--compare runs methods side by side, in one process each; leave --mesh out.")
+            raise MetaplError(
+                "--compare runs methods side by side, in one process each; leave --mesh out."
+            )
         if compares and config.places and config.test is None:
-            raise MetaplError("--compare reports on pictures that nothing was selected on: expected --test beside it.")
+            raise MetaplError(
+                "--compare reports on pictures that nothing was selected on: expected --test beside it."
+            )
         check_shares(config, method, mesh)
         if isinstance(method, ReducedMpl):
             check_labels_given(config, method)
@@ -151,11 +161,16 @@ class Train:
                 tell(wrapped(as_flags(text)))
 
             path: Path | None = options.out
-            others: int | None = 2  # what the other processes leave with, unless they are told to train
+            others: int | None = (
+                2  # what the other processes leave with, unless they are told to train
+            )
             try:
                 with run_folder(options.out, config.name, options.resume) as folder:
                     path = folder.path
-                    if sys.argv[1:2] in (["train"], ["noisy-student"]):  # else another program calls this
+                    if sys.argv[1:2] in (
+                        ["train"],
+                        ["noisy-student"],
+                    ):  # else another program calls this
                         folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                     # 2. Settings that were left open.
                     before = folder.recipe()["fields"] if options.resume and folder.exists else None
@@ -165,13 +180,22 @@ class Train:
                     else:
                         method = method.scheduled(config.fitting.steps)
                     if isinstance(method, NoisyStudent):
-                        noisy_student.configs_of(config, method)  # refused before anything is written
+                        noisy_student.configs_of(
+                            config, method
+                        )  # refused before anything is written
                     # 3. Several methods, or one.
                     if compares:
                         usual = self.of.METHODS
-                        like = {name: with_settings_of(usual[name], method, usual[method.name]) for name in names}
-                        chosen = {name: one.scheduled(config.fitting.steps) for name, one in like.items()}
-                        compare(config, chosen, seeds, folder, resume=options.resume, jobs=options.jobs)
+                        like = {
+                            name: with_settings_of(usual[name], method, usual[method.name])
+                            for name in names
+                        }
+                        chosen = {
+                            name: one.scheduled(config.fitting.steps) for name, one in like.items()
+                        }
+                        compare(
+                            config, chosen, seeds, folder, resume=options.resume, jobs=options.jobs
+                        )
                         return 0
                     torch.set_num_threads(config.threads or folder.threads())
                     if not folder.ended:
@@ -182,14 +206,18 @@ class Train:
                             tell(f"{folder.path} is finished already.")
                             result, others = stored_result(folder), 0
                         else:
-                            tell(f"{config.name} by {method.title}, seed {config.fitting.seed} -> {folder.path}")
+                            tell(
+                                f"{config.name} by {method.title}, seed {config.fitting.seed} -> {folder.path}"
+                            )
                             own: Any = {"progress": True, "say": say, "processes": processes}
                             result = train(config, method, folder, resume=options.resume, **own)
                     for line in summary(result):
                         say(line)
                     say(f"the networks, the report and the figures are in {folder.path}")
                     if method.name == "mpl":
-                        tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
+                        tell(
+                            "whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4"
+                        )
             except KeyboardInterrupt as stopped:
                 # Exit as a process that the signal ended would, after the line that resumes.
                 if path is None:
@@ -198,7 +226,10 @@ class Train:
                 if not any(word == "--out" or word.startswith("--out=") for word in words):
                     words += ["--out", str(path)]
                 at = stopped if isinstance(stopped, Interrupted) else "stopped"
-                tell(f"\n{at}; go on with:\n  {program()} {shlex.join([*words, '--resume'])}", file=sys.stderr)
+                tell(
+                    f"\n{at}; go on with:\n  {program()} {shlex.join([*words, '--resume'])}",
+                    file=sys.stderr,
+                )
                 return exit_code(stopped)
             finally:
                 if others is not None:

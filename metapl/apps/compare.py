@@ -73,7 +73,9 @@ class Job:
                     return train(self.config, self.method, folder, resume=self.resume)
                 result = stored_result(folder)
                 for name, sha256 in result["sha256"].items():
-                    if (folder.path / name).is_file():  # weights may have been removed for their room
+                    if (
+                        folder.path / name
+                    ).is_file():  # weights may have been removed for their room
                         read_sealed(folder.path / name, sha256, mend=ANOTHER)
                 return result
         except MetaplError as error:
@@ -81,24 +83,46 @@ class Job:
 
 
 def compare(
-    config: Any, methods: Mapping[str, Any], seeds: Sequence[int], folder: RunFolder, *, resume: bool, jobs: int | None
+    config: Any,
+    methods: Mapping[str, Any],
+    seeds: Sequence[int],
+    folder: RunFolder,
+    *,
+    resume: bool,
+    jobs: int | None,
 ) -> None:
     """Train by each method with each seed, ``jobs`` runs at a time, and compare; all settings are chosen."""
     out, names = folder.path, list(methods)
-    with folder.claimed(describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume):
+    with folder.claimed(
+        describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume
+    ):
         if not folder.ended:
             config.data(tell, True, None)  # shows its notes once: the jobs are silent
         # 1. The runs, side by side; finished ones are not run again. Two threads add up a sum in another order than one
         # does, and round it otherwise: after one step of small_cnn the weights differ already. So a job has as many
         # threads whatever --jobs is, and when it is resumed.
-        on_gpu, todo, results = device(config.fitting.device).type == "cuda", list[Job](), dict[tuple[str, int], Any]()
+        on_gpu, todo, results = (
+            device(config.fitting.device).type == "cuda",
+            list[Job](),
+            dict[tuple[str, int], Any](),
+        )
         for seed in seeds:
             for name, method in methods.items():
                 place = out / name / f"seed-{seed}"
                 begun = resume or (place / "recipe.json").exists()
-                todo.append(Job(replaced(config, seed=seed), method, place, begun, default_threads() if on_gpu else 1))
+                todo.append(
+                    Job(
+                        replaced(config, seed=seed),
+                        method,
+                        place,
+                        begun,
+                        default_threads() if on_gpu else 1,
+                    )
+                )
         workers = min(jobs or (1 if on_gpu else cpu_count()), len(todo))
-        tell(f"{plural(len(names), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time -> {out}")
+        tell(
+            f"{plural(len(names), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time -> {out}"
+        )
         with closing(run_all(todo, workers)) as running:  # workers end before the command does
             for number, (job, result) in enumerate(running, 1):
                 results[job.method.name, job.config.fitting.seed] = result
@@ -111,7 +135,9 @@ def compare(
         for name in WEIGHTS.values():
             if (source.path / name).is_file():
                 # The same weights are the same bytes: the checksums of the run hold here too.
-                folder.write_weights(name, source.read_weights(name, results[method, seed]["sha256"][name]))
+                folder.write_weights(
+                    name, source.read_weights(name, results[method, seed]["sha256"][name])
+                )
         folder.write_json(NETWORK, source.read_json(NETWORK))
         if (source.path / SUSPECTS).is_file():
             shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
@@ -136,7 +162,9 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
             yield job, job.run()
         return
     spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
-    pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(
+        workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),)
+    )
     # Processes that are started in between do not get what a terminal sends to all: the parent alone decides.
     ours = {signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, ours)
@@ -225,16 +253,22 @@ class Compare:
     def run(self) -> int:
         if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
             given = few(self.folders) if self.folders else "no run"
-            raise MetaplError(f"metapl compare RUN RUN...: expected runs, each once, and {given} was given.")
+            raise MetaplError(
+                f"metapl compare RUN RUN...: expected runs, each once, and {given} was given."
+            )
         groups: dict[tuple[str, str], list[Entry]] = {}  # by folder and method
-        drawn: dict[tuple[str, ...], Mapping[str, str]] = {}  # hashes of data, by what these are drawn by
+        drawn: dict[
+            tuple[str, ...], Mapping[str, str]
+        ] = {}  # hashes of data, by what these are drawn by
         evaluations = list[Evaluation]()
         for path in self.folders:
             run = EndedRun.load(path)
             own = run.description["fields"]
             unlike = {*IRRELEVANT, *(BY_STEPS if own.get("minutes") else ())}
             fields = {name: str(value) for name, value in own.items() if name not in unlike}
-            within = results_within(path, run.result) if run.is_comparison else {("", 0): run.result}
+            within = (
+                results_within(path, run.result) if run.is_comparison else {("", 0): run.result}
+            )
             for (method, seed), result in within.items():
                 place = path / method / f"seed-{seed}" if run.is_comparison else path
                 if "evaluation" not in result:
@@ -242,24 +276,38 @@ class Compare:
                 evaluations.append(Evaluation(**result["evaluation"]))
                 # Accuracies on other test pictures, or of students of other classes, say nothing of which method is
                 # better. A folder of pictures is the data; the digits are drawn from a data set.
-                kind, seeded, hashes = result["recipe"], str(result["seed"]), stored_data(RunFolder(place))["hash"]
+                kind, seeded, hashes = (
+                    result["recipe"],
+                    str(result["seed"]),
+                    stored_data(RunFolder(place))["hash"],
+                )
                 by = (kind, seeded, fields["labels_per_class"]) if kind == "digits" else (kind,)
-                parts = sorted({part for part, _ in drawn.setdefault(by, hashes).items() ^ hashes.items()})
+                parts = sorted(
+                    {part for part, _ in drawn.setdefault(by, hashes).items() ^ hashes.items()}
+                )
                 if kind != next(iter(drawn))[0]:
                     parts = ["test sets"]
-                elif (classes := evaluations[-1].classes or ()) != (others := evaluations[0].classes or ()):
+                elif (classes := evaluations[-1].classes or ()) != (
+                    others := evaluations[0].classes or ()
+                ):
                     parts = [f"classes ({few(sorted({*classes} ^ {*others})) or 'their order'})"]
                 if parts:
                     both = f"{place} and {self.folders[0]} are on different data"
                     raise MetaplError(f"{both}: {', '.join(parts)} differ.")
-                groups.setdefault((str(path), result["method"]), []).append(Entry(path, fields, result))
-        rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
+                groups.setdefault((str(path), result["method"]), []).append(
+                    Entry(path, fields, result)
+                )
+        rows: list[tuple[str, ...]] = [
+            ("run", "method", "seeds", "delivered", "student", "finetuned")
+        ]
         for key, group in groups.items():
             shares = [spread([entry.reached(each) for entry in group]) for each in READOUTS]
             rows.append((*key, spoken_seeds(entry.result["seed"] for entry in group), *shares))
         chance = statistics.fmean(each.chance for each in evaluations)
         caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
-        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict([*itertools.chain(*groups.values())]))}")
+        tell(
+            f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict([*itertools.chain(*groups.values())]))}"
+        )
         return 0
 
 
@@ -270,13 +318,17 @@ def spoken_seeds(seeds: Iterable[int]) -> str:
 
 def verdict(entries: Sequence[Entry]) -> str:
     """The students of each method against those of the first one, in pairs of a seed; or why they are not paired."""
-    values: dict[str, set[str]] = {}  # methods have fields of their own: what the entries have of each is looked at
+    values: dict[
+        str, set[str]
+    ] = {}  # methods have fields of their own: what the entries have of each is looked at
     for entry in entries:
         for name, value in entry.fields.items():
             values.setdefault(name, set()).add(value)
     variants: dict[str, dict[int, float]] = {}
     for entry in entries:
-        options = "".join(f", {name} {value}" for name, value in entry.fields.items() if len(values[name]) > 1)
+        options = "".join(
+            f", {name} {value}" for name, value in entry.fields.items() if len(values[name]) > 1
+        )
         name, seed = f"{entry.result['method']}{options}", entry.result["seed"]
         if seed in variants.setdefault(name, {}):
             return f"Not paired: {name} with seed {seed} is there twice."

@@ -23,7 +23,9 @@ ENOUGH_SEEDS = 5
 
 # What each method with feedback is tested against.
 CONTROL = {"mpl": "none", "reduced_mpl": "reduced_none"}
-CONTROL |= dict.fromkeys(("example_weights", "meta_weight_net", "label_correction", "noise_transition"), "plain")
+CONTROL |= dict.fromkeys(
+    ("example_weights", "meta_weight_net", "label_correction", "noise_transition"), "plain"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
+        cls,
+        seeds: tuple[int, ...],
+        methods: Sequence[str],
+        results: Mapping[tuple[str, int], Mapping[str, Any]],
     ) -> Comparison:
         """The comparison of what the ``result.json`` of each method and seed holds."""
         accuracies: dict[str, dict[str, list[float]]] = {}
@@ -67,13 +72,21 @@ class Comparison:
         Of the control it is the better read-out, the one with the higher mean on the test set, which favors it. Only
         finetuning learns from the clean labels, which plain training has learned from already.
         """
-        pairs = [(name, CONTROL[name]) for name in self.methods if CONTROL.get(name) in self.methods]
+        pairs = [
+            (name, CONTROL[name]) for name in self.methods if CONTROL.get(name) in self.methods
+        ]
         if not pairs:
             return None
         method, control = min(pairs, key=lambda pair: pair[0] != "mpl")
         own = FINETUNED if control == "plain" else STUDENT
         better = max((STUDENT, FINETUNED), key=lambda readout: self.mean(control, readout))
-        return method, own, control, better, paired_test(self.methods[method][own], self.methods[control][better])
+        return (
+            method,
+            own,
+            control,
+            better,
+            paired_test(self.methods[method][own], self.methods[control][better]),
+        )
 
     def delivered(self) -> tuple[str, int, str]:
         """The method with the highest mean validation accuracy and its best seed by it, the earlier of equals, and why.
@@ -97,13 +110,19 @@ class Comparison:
 
     def caption(self) -> str:
         """What stands in :meth:`rows`."""
-        over = f", mean ± standard deviation over {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+        over = (
+            f", mean ± standard deviation over {len(self.seeds)} seeds"
+            if len(self.seeds) > 1
+            else ""
+        )
         return f"test accuracy in % on {self.examples:,} examples{over}"
 
     def sentence(self) -> str:
         """Whether what was run beside its control helped, with its statistics, and which method is the best."""
         best = max(self.methods, key=lambda name: self.mean(name, DELIVERED))
-        reached = f"{self.mean(best, DELIVERED):.1%} of {self.examples:,} (chance {self.chance:.1%})"
+        reached = (
+            f"{self.mean(best, DELIVERED):.1%} of {self.examples:,} (chance {self.chance:.1%})"
+        )
         said = f"The best on the test set is {self.titles[best]} with {reached}."
         if (found := self.against_control()) is None:
             return said
@@ -112,7 +131,10 @@ class Comparison:
         p = "" if test.p is None else f", paired t-test p = {test.p:.2g}"
         verdict = f"these seeds do not show whether {what} helped"
         if test.n < ENOUGH_SEEDS:
-            verdict, p = f"at least {ENOUGH_SEEDS} seeds are needed to tell whether {what} helped", ""
+            verdict, p = (
+                f"at least {ENOUGH_SEEDS} seeds are needed to tell whether {what} helped",
+                "",
+            )
         elif test.p is None:
             verdict = "with every seed the same"
         elif test.p < 0.05:
@@ -160,8 +182,12 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
     """
-    parts = [re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part) for part in text.split(",")]
-    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
+    parts = [
+        re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part) for part in text.split(",")
+    ]
+    ranges = [
+        range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None
+    ]
     sound = None not in parts and all(each and each.stop <= 2**32 for each in ranges)
     seeds = [*itertools.chain(*ranges)] if sound and sum(map(len, ranges)) <= MOST_SEEDS else []
     if not seeds or len({*seeds}) < len(seeds):

@@ -83,7 +83,9 @@ class Differences:
         return f"picture by picture\n\n{table(rows)}\n\n{test}"
 
 
-def check_comparable(first: EndedRun, second: EndedRun, names: tuple[str, str], *, has_test: bool) -> None:
+def check_comparable(
+    first: EndedRun, second: EndedRun, names: tuple[str, str], *, has_test: bool
+) -> None:
     """Refuse two networks that cannot be compared picture by picture, before either is run."""
     if first.folder.path.resolve() == second.folder.path.resolve() and names[0] == names[1]:
         raise MetaplError(
@@ -161,9 +163,15 @@ class Opponent:
 def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differences:
     """Compare what two networks say of the examples that both have read, each by its name."""
     rows_of_second = second.places
-    rows = {name: (row, rows_of_second[name]) for name, row in first.places.items() if name in rows_of_second}
+    rows = {
+        name: (row, rows_of_second[name])
+        for name, row in first.places.items()
+        if name in rows_of_second
+    }
     if not rows:
-        raise MetaplError("the two networks have read no picture in common; expected the same pictures for both.")
+        raise MetaplError(
+            "the two networks have read no picture in common; expected the same pictures for both."
+        )
     first_probabilities = first.logits.double().softmax(dim=1)
     second_probabilities = second.logits.double().softmax(dim=1)
     both = 0
@@ -203,7 +211,9 @@ def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
     from matplotlib.figure import Figure
 
     groups = {
-        f"{short(first)} alone is right: {len(compared.first_alone):,} of {compared.n:,}": compared.first_alone[:SHOWN],
+        f"{short(first)} alone is right: {len(compared.first_alone):,} of {compared.n:,}": compared.first_alone[
+            :SHOWN
+        ],
         f"{short(second)} alone is right: {len(compared.second_alone):,} of {compared.n:,}": compared.second_alone[
             :SHOWN
         ],
@@ -226,5 +236,7 @@ def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
             levels = pictures[example.number].clamp(0, 1).permute(1, 2, 0).squeeze(-1)
             place.imshow(levels.numpy(), cmap="gray", vmin=0, vmax=1)
             words = [f"is {example.truth}", f"1: {example.first}", f"2: {example.second}"]
-            place.set_title("\n".join(short(word, 26) for word in words), fontsize=7, parse_math=False)
+            place.set_title(
+                "\n".join(short(word, 26) for word in words), fontsize=7, parse_math=False
+            )
     return png_of(figure)

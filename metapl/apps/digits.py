@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from metapl.apps import methods
 from metapl.apps.networks import parameter_groups
-from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
+from metapl.apps.pictures import (
+    Identity,
+    LabeledBatches,
+    ShiftNoiseCutout,
+    UnlabeledBatches,
+    load_digits_split,
+)
 from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, replaced, require
@@ -28,7 +34,9 @@ VIEW = ShiftNoiseCutout()  # of what the student, and of labeled images the teac
 STUDENT_RATE, TEACHER_RATE, MOMENTUM, FINETUNED_AT = 1.0, 0.06, 0.9, 0.02
 
 # The networks are so small that consistency helps them little: a teacher does without it.
-_UDA = methods.Consistency(uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0)
+_UDA = methods.Consistency(
+    uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0
+)
 _OWN: dict[str, Any] = {"uda": replaced(_UDA, uda_weight=0.0), "wait": 0, "warm_start": False}
 
 METHODS: dict[str, Any] = {
@@ -38,7 +46,11 @@ METHODS: dict[str, Any] = {
     "uda": methods.Uda(uda=_UDA),
     "fixmatch": replaced(methods.FixMatch(), uda_start=0, uda_ramp=0),
     "ent_min": methods.EntMin(),
-    **{k: methods.Mpl(feedback=methods.Feedback(feedback=k), **_OWN) for k in methods.TITLES if k != "whole"},
+    **{
+        k: methods.Mpl(feedback=methods.Feedback(feedback=k), **_OWN)
+        for k in methods.TITLES
+        if k != "whole"
+    },
     "reduced_mpl": methods.ReducedMpl(uda=_OWN["uda"]),
     "reduced_none": methods.ReducedMpl(feedback=methods.Feedback(feedback="none"), uda=_OWN["uda"]),
 }
@@ -101,7 +113,9 @@ class Digits:
             validation=split.validation,
             test=split.test,
             classes=self.classes,
-            record={"hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)},
+            record={
+                "hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)
+            },
             truth=truth,
         )
 
@@ -109,9 +123,13 @@ class Digits:
         return mlp([64, *self.hidden, 10], dropout=self.dropout)
 
     def card(self, title: str) -> NetworkCard:
-        return NetworkCard(title=title, input=self.input, widths=(64, *self.hidden, 10), dropout=self.dropout)
+        return NetworkCard(
+            title=title, input=self.input, widths=(64, *self.hidden, 10), dropout=self.dropout
+        )
 
-    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+    def optimizer(
+        self, role: Role, module: nn.Module, lr: float | None = None
+    ) -> torch.optim.Optimizer:
         groups = parameter_groups(module, 0.0)
         if role == "student":
             return torch.optim.SGD(groups, lr=lr or STUDENT_RATE)
@@ -130,9 +148,13 @@ class Digits:
         """With other widths of hidden layers, such as 32x32."""
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
-            raise MetaplError(f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one.")
+            raise MetaplError(
+                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one."
+            )
         found: Digits = replaced(self, hidden=tuple(map(int, widths)))
         return found
 
     def at_size(self, size: int) -> Digits:
-        raise MetaplError(f"--finetune-size {size}: the pictures of digits have one size; leave it out.")
+        raise MetaplError(
+            f"--finetune-size {size}: the pictures of digits have one size; leave it out."
+        )

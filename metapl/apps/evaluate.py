@@ -70,7 +70,10 @@ class Evaluate:
     test: Folder = None
     corruptions: Switch = False
     attack: Annotated[Attack | None, unset()] = None
-    eps: Annotated[tuple[Annotated[float, Range(0, most=LEVELS)], ...], unset("E ...", default="(default: 2 8)")] = ()
+    eps: Annotated[
+        tuple[Annotated[float, Range(0, most=LEVELS)], ...],
+        unset("E ...", default="(default: 2 8)"),
+    ] = ()
     against: Folder = None
     against_network: Annotated[NetworkName, unset()] = "delivered"
     out: Folder = None
@@ -78,15 +81,21 @@ class Evaluate:
 
     def run(self) -> int:
         if self.against_network != "delivered" and self.against is None:
-            raise MetaplError(f"--against-network {self.against_network} was given without --against RUN.")
+            raise MetaplError(
+                f"--against-network {self.against_network} was given without --against RUN."
+            )
         if self.eps and self.attack is None:
-            raise MetaplError("--eps was given without --attack; expected --attack fgsm or --attack pgd.")
+            raise MetaplError(
+                "--eps was given without --attack; expected --attack fgsm or --attack pgd."
+            )
         run = EndedRun.load(self.folder)
         if self.out is not None:
             check_out(self.out, run.source.recipe().get("fields", {}), {"test": self.test})
         with held(self.out):
             name = run.name(self.network)
-            other = None if self.against is None else Opponent.load(self.against, self.against_network)
+            other = (
+                None if self.against is None else Opponent.load(self.against, self.against_network)
+            )
             if other is not None:
                 check_comparable(run, other.run, (name, other.name), has_test=self.test is not None)
             network = run.network(name, self.factory).to(run.device)
@@ -106,11 +115,21 @@ class Evaluate:
                 found = evaluate_logits(logits, labels, run.classes)
                 low, high = interval(round(found.accuracy * found.n), found.n)
                 even = 1 / len(found.confusion)
-                content |= found.to_json() | {"interval": [low, high], "chance": found.chance, "even_guess": even}
+                content |= found.to_json() | {
+                    "interval": [low, high],
+                    "chance": found.chance,
+                    "even_guess": even,
+                }
                 rows = [
-                    (f"{on.part} accuracy", f"{found.accuracy:.2%} of {found.n:,}{on.remark(found)}"),
+                    (
+                        f"{on.part} accuracy",
+                        f"{found.accuracy:.2%} of {found.n:,}{on.remark(found)}",
+                    ),
                     ("95 % interval", f"{low:.2%} to {high:.2%}"),
-                    ("chance level", f"{found.chance:.2%}, the largest class; even guesses: {even:.2%}"),
+                    (
+                        "chance level",
+                        f"{found.chance:.2%}, the largest class; even guesses: {even:.2%}",
+                    ),
                     *([] if found.top5 is None else [("top-5 accuracy", f"{found.top5:.2%}")]),
                     ("expected calibration error", f"{found.expected_calibration_error:.2%}"),
                     ("negative log-likelihood", f"{found.negative_log_likelihood:.3f}"),
@@ -130,21 +149,31 @@ class Evaluate:
                     blocks += robustness_tables(damaged, found)
             if other is not None:
                 compared = differences(
-                    Judged(logits, labels, [*on.names]), other.judge(self.factory, self.test), run.classes
+                    Judged(logits, labels, [*on.names]),
+                    other.judge(self.factory, self.test),
+                    run.classes,
                 )
                 titles = other.titles(run, name)
-                content["against"] = {"run": str(self.against), "network": other.name, **compared.to_json()}
+                content["against"] = {
+                    "run": str(self.against),
+                    "network": other.name,
+                    **compared.to_json(),
+                }
                 blocks.append(compared.text(*titles))
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
-                write_whole(self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
+                write_whole(
+                    self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM
+                )
                 written = f"the figures are in {self.out / EVALUATION}"
                 if "corruptions" in content or "attacks" in content:
                     write_whole(self.out / PICTURE, png_of(robustness_curves(content)), ROOM)
                     written += f", and drawn in {self.out / PICTURE}"
                 if other is not None:
                     write_whole(self.out / SHEET, sheet(compared, on, *titles), ROOM)
-                    written += f"; the pictures that one alone is right on are shown in {self.out / SHEET}"
+                    written += (
+                        f"; the pictures that one alone is right on are shown in {self.out / SHEET}"
+                    )
                 if not self.json:
                     tell(f"\n{written}")
             if on.skipped:
@@ -163,14 +192,23 @@ def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[s
     if "corruptions" in found:
         rows = [("corruption", "none", *map(str, SEVERITIES), "mean error")]
         for name, kind in found["corruptions"].items():
-            shares = (f"{accuracy:.1%}" for accuracy in (clean.accuracy, *kind["accuracy_by_severity"]))
+            shares = (
+                f"{accuracy:.1%}" for accuracy in (clean.accuracy, *kind["accuracy_by_severity"])
+            )
             rows.append((name, *shares, f"{kind['error']:.1%}"))
         mean = f"mean accuracy under corruption {found['mean_corrupted_accuracy']:.1%}"
         yield f"accuracy by severity\n\n{table(rows)}\n\n{mean}"
     if "attacks" in found:
         head = ("attack", "ε in 1/255", "accuracy")
         yield table(
-            [head, *((name, eps, f"{a:.1%}") for name, of in found["attacks"].items() for eps, a in of.items())]
+            [
+                head,
+                *(
+                    (name, eps, f"{a:.1%}")
+                    for name, of in found["attacks"].items()
+                    for eps, a in of.items()
+                ),
+            ]
         )
 
 
@@ -246,14 +284,22 @@ def _draw_curves(axes: Axes, curves: Curves, title: str, label: str, chance: flo
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
     # Beside the panel, where it hides no curve.
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=LETTERS, frameon=False, handlelength=1.6)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.05),
+        fontsize=LETTERS,
+        frameon=False,
+        handlelength=1.6,
+    )
 
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The confusion matrix, or what matters most of it where a terminal has no room for the whole."""
     share = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
     widest = max(len(str(n)) for counts in evaluation.confusion for n in counts)
-    letters = min((WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS)  # two spaces are between columns
+    letters = min(
+        (WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS
+    )  # two spaces are between columns
     if letters >= max(LEAST_LETTERS, widest):
         heads = [shown(name)[:letters] for name in classes]
         rows = [("class", *heads, "right")]
@@ -264,5 +310,12 @@ def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     for index in sorted(range(len(classes)), key=lambda i: evaluation.per_class[i] or 0)[:LISTED]:
         others = [0 if other == index else n for other, n in enumerate(evaluation.confusion[index])]
         n = max(others)
-        rows.append((short(classes[index]), share[index], short(classes[others.index(n)]) if n else "-", str(n)))
+        rows.append(
+            (
+                short(classes[index]),
+                share[index],
+                short(classes[others.index(n)]) if n else "-",
+                str(n),
+            )
+        )
     return f"the {len(rows) - 1} of {len(classes):,} classes that are right least often\n\n{table(rows)}"

@@ -44,7 +44,9 @@ SIDE = 224  # pixels of the pictures that the paper's lengths are for
 ELASTIC = 244  # what the published shares of the elastic transform are of, though the pictures have 224 pixels
 
 
-def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, first: int = 0) -> Tensor:
+def corrupted(
+    images: Tensor, corruption: str, severity: int, *, seed: int = 0, first: int = 0
+) -> Tensor:
     """Damage pictures (B, C, H, W) in [0, 1], C = 1 or 3, by one of :data:`CORRUPTIONS` in a severity from 1 to 5.
 
     The damage of a picture is a function of the seed, the kind, the severity and the picture's number, which is
@@ -55,16 +57,24 @@ def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, 
     """
     if corruption not in CORRUPTIONS or severity not in SEVERITIES:
         known = few(CORRUPTIONS, 20)
-        raise MetaplError(f"corruption {corruption!r}, severity {severity!r}: expected 1 to 5, and one of {known}.")
+        raise MetaplError(
+            f"corruption {corruption!r}, severity {severity!r}: expected 1 to 5, and one of {known}."
+        )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-        raise MetaplError(f"the pictures are {described(images)}; expected floating point (B, C, H, W), C = 1 or 3.")
+        raise MetaplError(
+            f"the pictures are {described(images)}; expected floating point (B, C, H, W), C = 1 or 3."
+        )
     damage, constants = CORRUPTIONS[corruption]
     of = constants[severity - 1]
     kind = fold_in(fold_in(seed, list(CORRUPTIONS).index(corruption)), severity)
     damaged = []
-    for number, image in enumerate(images.detach().cpu().double().numpy().transpose(0, 2, 3, 1), first):
+    for number, image in enumerate(
+        images.detach().cpu().double().numpy().transpose(0, 2, 3, 1), first
+    ):
         rng = np.random.default_rng(fold_in(kind, number))
-        picture = damage(np.ascontiguousarray(image), rng, *(of if isinstance(of, tuple) else (of,)))
+        picture = damage(
+            np.ascontiguousarray(image), rng, *(of if isinstance(of, tuple) else (of,))
+        )
         damaged.append(np.round(np.clip(picture, 0, 1) * 255) / 255)
     return torch.from_numpy(np.stack(damaged).transpose(0, 3, 1, 2).copy()).to(images)
 
@@ -140,7 +150,9 @@ def contrast(x: Picture, rng: Generator, kept: float) -> Picture:
     return (x - mean) * kept + mean
 
 
-def elastic_transform(x: Picture, rng: Generator, amount: float, sigma: float, affine: float) -> Picture:
+def elastic_transform(
+    x: Picture, rng: Generator, amount: float, sigma: float, affine: float
+) -> Picture:
     """A random affine map, and then each pixel moved along a smooth random field."""
     height, width = x.shape[:2]
     side = min(height, width)
@@ -150,11 +162,17 @@ def elastic_transform(x: Picture, rng: Generator, amount: float, sigma: float, a
     moved = corners + rng.uniform(-affine * side, affine * side, size=corners.shape)
     matrix = np.linalg.solve(np.c_[moved, np.ones(3)], corners).T  # from where a pixel comes
     noise = [rng.uniform(-1, 1, (height, width, 1)) for _ in range(2)]
-    field = [amount * side * _blurred(each, sigma * side, mode="reflect", truncate=3)[..., 0] for each in noise]
+    field = [
+        amount * side * _blurred(each, sigma * side, mode="reflect", truncate=3)[..., 0]
+        for each in noise
+    ]
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     there = np.stack([rows + field[0], columns + field[1], np.ones_like(rows, dtype=float)])
     places = np.tensordot(matrix, there, axes=1)
-    bent = [scipy.ndimage.map_coordinates(plane, places, order=1, mode="reflect") for plane in np.moveaxis(x, 2, 0)]
+    bent = [
+        scipy.ndimage.map_coordinates(plane, places, order=1, mode="reflect")
+        for plane in np.moveaxis(x, 2, 0)
+    ]
     return np.stack(bent, axis=2)
 
 
@@ -172,21 +190,37 @@ def jpeg_compression(x: Picture, rng: Generator, quality: int) -> Picture:
 
 
 SNOW = (
-    *((0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7)),
+    *(
+        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+    ),
     *((0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
 )
-ELASTICS = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
+ELASTICS = (
+    (2, 0.7, 0.1),
+    (2, 0.08, 0.2),
+    (0.05, 0.01, 0.02),
+    (0.07, 0.01, 0.02),
+    (0.12, 0.01, 0.02),
+)
 
 # Kinds of damage with what each takes at its five severities, in the order of ImageNet-C: noise, blur, weather and
 # digital. The place of a kind enters the seed of its draws: moving one changes the damage of all that move with it.
 CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
-    "gaussian_noise": (lambda x, rng, std: x + rng.normal(scale=std, size=x.shape), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "gaussian_noise": (
+        lambda x, rng, std: x + rng.normal(scale=std, size=x.shape),
+        (0.08, 0.12, 0.18, 0.26, 0.38),
+    ),
     "shot_noise": (lambda x, rng, photons: rng.poisson(x * photons) / photons, (60, 25, 12, 5, 3)),
     "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
     "defocus_blur": (defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
     "glass_blur": (glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
     "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
-    "zoom_blur": (zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),
+    "zoom_blur": (
+        zoom_blur,
+        ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
+    ),
     "snow": (snow, SNOW),
     "frost": (frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
     "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
@@ -204,7 +238,9 @@ def _length(pixels: float, x: Picture) -> float:
 
 
 def _blurred(x: Picture, sigma: float, mode: str = "nearest", truncate: float = 4) -> Picture:
-    return np.asarray(scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode=mode, truncate=truncate))
+    return np.asarray(
+        scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode=mode, truncate=truncate)
+    )
 
 
 def _disk(radius: float, edge: float) -> Picture:
@@ -219,12 +255,17 @@ def _disk(radius: float, edge: float) -> Picture:
 
 def _along(x: Picture, radius: float, sigma: float, angle: float) -> Picture:
     """The mean of the picture at places along a line, in degrees, weighted by exp(−t²/2σ²) for t from 0 to 2·radius."""
-    steps = np.arange(2 * max(1, math.ceil(radius)) + 1) * (max(radius, 0.5) / max(1, math.ceil(radius)))
+    steps = np.arange(2 * max(1, math.ceil(radius)) + 1) * (
+        max(radius, 0.5) / max(1, math.ceil(radius))
+    )
     weights = np.exp(-(steps**2) / (2 * max(sigma, 1e-6) ** 2))
     weights /= weights.sum()
     dy, dx = math.sin(math.radians(angle)), math.cos(math.radians(angle))
     shift = scipy.ndimage.shift
-    moved = [w * shift(x, (t * dy, t * dx, 0), order=1, mode="nearest") for t, w in zip(steps, weights, strict=True)]
+    moved = [
+        w * shift(x, (t * dy, t * dx, 0), order=1, mode="nearest")
+        for t, w in zip(steps, weights, strict=True)
+    ]
     return np.asarray(np.sum(moved, axis=0))
 
 
@@ -256,7 +297,9 @@ def _fractal(shape: tuple[int, ...], decay: float, rng: Generator) -> Picture:
 
 
 def _image(x: Picture) -> Image.Image:
-    return Image.fromarray(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8).squeeze(axis=2 if x.shape[2] == 1 else ()))
+    return Image.fromarray(
+        np.round(np.clip(x, 0, 1) * 255).astype(np.uint8).squeeze(axis=2 if x.shape[2] == 1 else ())
+    )
 
 
 def _levels(image: Image.Image) -> Picture:
@@ -269,7 +312,9 @@ Attack = Literal["fgsm", "pgd"]
 LEVELS, PGD_STEPS = 255, 10  # ε is counted in levels of a picture of 8 bits
 
 
-def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack, eps: float) -> Tensor:
+def attacked(
+    network: nn.Module, images: Tensor, labels: Tensor, attack: Attack, eps: float
+) -> Tensor:
     """Pictures (B, C, H, W) in [0, 1], each value moved by ``eps`` / 255 or less, on which the network's loss is
     greater.
 
@@ -285,7 +330,9 @@ def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack,
     tensor([[[[0.3000]]]])
     """
     if attack not in ("fgsm", "pgd") or not 0 <= eps <= LEVELS:
-        raise MetaplError(f"attack {attack!r}, eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of 1/{LEVELS}.")
+        raise MetaplError(
+            f"attack {attack!r}, eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of 1/{LEVELS}."
+        )
     reach = eps / LEVELS
     steps, size = (1, reach) if attack == "fgsm" else (PGD_STEPS, reach / 4)
     least, most = (images - reach).clamp(min=0), (images + reach).clamp(max=1)
@@ -294,7 +341,9 @@ def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack,
         at = moved.detach().clone().requires_grad_()
         with torch.enable_grad():
             # The sum: the sign for a picture is the same in any batch.
-            (gradient,) = torch.autograd.grad(F.cross_entropy(network(at), labels, reduction="sum"), at)
+            (gradient,) = torch.autograd.grad(
+                F.cross_entropy(network(at), labels, reduction="sum"), at
+            )
         moved = torch.maximum(torch.minimum(moved + size * gradient.sign(), most), least)
     return moved
 
@@ -323,11 +372,15 @@ def measure(
     with eval_mode(network):
         for x, y in batches:
             if x.ndim != 4 or x.shape[1] not in (1, 3):
-                raise MetaplError(f"the inputs are {tuple(x.shape)}; expected pictures (B, 1 or 3, H, W).")
+                raise MetaplError(
+                    f"the inputs are {tuple(x.shape)}; expected pictures (B, 1 or 3, H, W)."
+                )
             x, y = x.to(device), y.to(device)
             damaged = ((key, corrupted(x, *key, seed=seed, first=n)) for key in damages)
             moved = ((key, attacked(network, x, y, *key)) for key in reaches)
-            for key, pictures in chain(damaged, moved):  # one at a time: 75 batches would fill the memory
+            for key, pictures in chain(
+                damaged, moved
+            ):  # one at a time: 75 batches would fill the memory
                 right[key] += int((logits_of(network, [pictures]).argmax(-1) == y.cpu()).sum())
             n += len(y)
             progress(n)
@@ -344,5 +397,8 @@ def measure(
 
 def by_severity(accuracies: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """By kind, the accuracies at the five severities and the error, 1 - their mean; and the mean of all."""
-    kinds = {name: {"error": 1 - fmean(of), "accuracy_by_severity": list(of)} for name, of in accuracies.items()}
+    kinds = {
+        name: {"error": 1 - fmean(of), "accuracy_by_severity": list(of)}
+        for name, of in accuracies.items()
+    }
     return {"corruptions": kinds, "mean_corrupted_accuracy": fmean(map(fmean, accuracies.values()))}

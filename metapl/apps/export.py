@@ -124,7 +124,10 @@ class Export:
         # Figures of this network, and of no others; of the places of files, the last names are left.
         card, data = run.cards[name], stored_data(source)
         tested = result.get("evaluation") or {}
-        sizes: dict[str, Any] = {"test": tested.get("n"), "validation": result.get("validation_size")}
+        sizes: dict[str, Any] = {
+            "test": tested.get("n"),
+            "validation": result.get("validation_size"),
+        }
         reached = {part: result.get(f"{name}_{part}_accuracy") for part in sizes}
         fields = {
             field: PurePath(value).name if isinstance(value, str) and "/" in value else value
@@ -132,14 +135,21 @@ class Export:
             if field != "classes"
         }
         recipe = {"name": result["recipe"], "method": result["method"], "fields": fields}
-        when = "the last step" if name == "teacher" else f"step {result['best_step']:,} of {result['steps']:,}"
+        when = (
+            "the last step"
+            if name == "teacher"
+            else f"step {result['best_step']:,} of {result['steps']:,}"
+        )
         sections: dict[str, Any] = {
             "Metrics": {
-                f"{part} accuracy": f"{100 * share:.1f} %" if sizes[part] is None else spoken(share, sizes[part], None)
+                f"{part} accuracy": f"{100 * share:.1f} %"
+                if sizes[part] is None
+                else spoken(share, sizes[part], None)
                 for part, share in reached.items()
                 if share is not None
             },
-            "Data": counts_of(data) | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
+            "Data": counts_of(data)
+            | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
             "Recipe": f"```json\n{json.dumps(recipe, indent=2, sort_keys=True, default=str)}\n```",
             "Notes": f"- The weights are those of the {card.title}, of {when}.\n- {card.input.note}",
         }
@@ -157,7 +167,9 @@ class Export:
             )
         tell(f"{run.heading(name)}\n")
         for file, sha256 in digests.items():
-            tell(f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 {sha256}")
+            tell(
+                f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 {sha256}"
+            )
         if self.onnx and not importlib.util.find_spec("onnxruntime"):
             tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
         tell(f"{self.out / CARD}: how to load them, and how good they are")
@@ -205,44 +217,73 @@ def export(
     ['model.safetensors', 'model.pt2']
     """
     folder, normalization, module = Path(path), None, model
-    while isinstance(module, Normalized) or hasattr(module, "_orig_mod"):  # which torch.compile wraps
+    while isinstance(module, Normalized) or hasattr(
+        module, "_orig_mod"
+    ):  # which torch.compile wraps
         if isinstance(module, Normalized):
-            pairs = {name: t.flatten().float().cpu().numpy() for name, t in module.named_buffers(recurse=False)}
+            pairs = {
+                name: t.flatten().float().cpu().numpy()
+                for name, t in module.named_buffers(recurse=False)
+            }
             # The shortest decimals that give the same float32 numbers.
             normalization = {name: [float(str(x)) for x in pairs[name]] for name in ("mean", "std")}
-        module = module.module if isinstance(module, Normalized) else module.get_submodule("_orig_mod")
+        module = (
+            module.module if isinstance(module, Normalized) else module.get_submodule("_orig_mod")
+        )
     state = module.state_dict()
     if not onnx and (folder / ONNX).exists():
         fault = f"{folder / ONNX} is of another export and would stand beside weights that are not its own"
-        raise MetaplError(f"{fault}; export ONNX too (--onnx), remove the file, or take another folder.")
+        raise MetaplError(
+            f"{fault}; export ONNX too (--onnx), remove the file, or take another folder."
+        )
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
-        raise MetaplError(f"weights that are not finite are not exported: {few(bad, 4)}; the training diverged.")
+        raise MetaplError(
+            f"weights that are not finite are not exported: {few(bad, 4)}; the training diverged."
+        )
     metadata = ({} if center == 1.0 else {"center": center}) | {
         "architecture": None if architecture is None else asdict(architecture),
         "normalization": normalization,
         "classes": None if classes is None else list(classes),
     }
     # Tensors that share memory, as tied weights do, are written one by one: safetensors refuses them otherwise.
-    plain = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in sorted(state.items())}
+    plain = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in sorted(state.items())
+    }
     # One entry, for safetensors writes several in an order that changes from call to call.
     files = {WEIGHTS: save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})}
-    files |= programs(module if normalization is None else Normalized(module, **normalization), shape, onnx)
+    files |= programs(
+        module if normalization is None else Normalized(module, **normalization), shape, onnx
+    )
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = {"parameters": f"{sum(p.numel() for p in module.parameters()):,}"}
     code = {"imported": "", "building": "build_network()  # the code that builds the network"}
     if architecture is not None:
         built, noise = asdict(architecture), ("dropout", "stochastic_depth")
-        own = {name: value for name, value in built.items() if value is not None and name not in noise}
+        own = {
+            name: value for name, value in built.items() if value is not None and name not in noise
+        }
         arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
         facts |= {"architecture": arguments, "names of the weights": architecture.library}
-        code = {"imported": "import metapl.apps.networks\n", "building": f"metapl.apps.networks.create({arguments})"}
+        code = {
+            "imported": "import metapl.apps.networks\n",
+            "building": f"metapl.apps.networks.create({arguments})",
+        }
     if normalization is not None:
-        facts["normalization"] = f"(x - mean) / std, mean {normalization['mean']}, std {normalization['std']}"
+        facts["normalization"] = (
+            f"(x - mean) / std, mean {normalization['mean']}, std {normalization['std']}"
+        )
     if classes is not None:
         facts["classes"] = ", ".join(classes)
     facts |= {f"SHA-256 of {file}": digest for file, digest in digests.items()}
     versions = {"python": platform.python_version()}
-    for package in ("metapl", "torch", "torchvision", "timm", *(("onnx", "onnxscript") if onnx else ())):
+    for package in (
+        "metapl",
+        "torch",
+        "torchvision",
+        "timm",
+        *(("onnx", "onnxscript") if onnx else ()),
+    ):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     code["takes"] = "in the range of the training" if normalization is None else "in [0, 1]"
@@ -250,7 +291,10 @@ def export(
     text += ONNX_TEXT.substitute(code) if onnx else ""
     for name, section in {"Network": facts, **(sections or {}), "Versions": versions}.items():
         if not isinstance(section, str):
-            texts = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in section.items()}
+            texts = {
+                key: f"{value:.6g}" if isinstance(value, float) else str(value)
+                for key, value in section.items()
+            }
             rows = (f"\n| {_text(key)} | {_text(value)} |" for key, value in texts.items())
             section = f"| what | value |\n|---|---|{''.join(rows)}"
         text += f"\n## {name}\n\n{section}\n"
@@ -289,7 +333,9 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         files = {PROGRAM: file.getvalue()}
         if onnx:
             by = "torch.onnx"
-            made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
+            made = torch.onnx.export(
+                program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+            )
             assert made is not None  # as it is when a file is given
             model = made.model_proto
             for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
@@ -297,8 +343,12 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
                     if dim.HasField("dim_param"):
                         dim.dim_param = "batch"  # the only size that is not fixed, called s34 or the like so far
             files[ONNX] = model.SerializeToString(deterministic=True)
-    except Exception as error:  # whatever a network of a user's own does while it is traced, or has no translation
-        raise MetaplError(f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}") from error
+    except (
+        Exception
+    ) as error:  # whatever a network of a user's own does while it is traced, or has no translation
+        raise MetaplError(
+            f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     generator = torch.Generator().manual_seed(0)
     for count in (1, 3):
         images = torch.rand(count, *shape, generator=generator)
@@ -315,7 +365,9 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
             apart = float((output - expected).abs().max()) if fits else float("inf")
             if not apart <= AGREES_TO * float(expected.abs().max()):  # NaN is refused as well
                 fault = f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}"
-                raise MetaplError(f"{fault}, and differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest.")
+                raise MetaplError(
+                    f"{fault}, and differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest."
+                )
     return files
 
 

@@ -15,23 +15,59 @@ from torch import nn
 
 from metapl.apps import networks
 from metapl.apps.machine import count_bar
-from metapl.apps.methods import TITLES, Data, EntMin, FixMatch, Mpl, PseudoLabels, ReducedMpl, Supervised, Uda
+from metapl.apps.methods import (
+    TITLES,
+    Data,
+    EntMin,
+    FixMatch,
+    Mpl,
+    PseudoLabels,
+    ReducedMpl,
+    Supervised,
+    Uda,
+)
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
-from metapl.apps.pictures.batches import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.batches import (
+    EvaluationBatches,
+    FileImages,
+    LabeledBatches,
+    UnlabeledBatches,
+)
 from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, without_copies
 from metapl.apps.pictures.input import LARGEST_SIDE, Input, NetworkCard
 from metapl.apps.pictures.splits import stratified_split
 from metapl.apps.pictures.views.base import Chain, Identity, View
-from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
-from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Role, Share, Switch, replaced, require, unset
+from metapl.apps.pictures.views.transforms import (
+    Affine,
+    Color,
+    Flip,
+    Hole,
+    Recolor,
+    ResizedCrop,
+    Sometimes,
+)
+from metapl.apps.settings import (
+    Batch,
+    Fitting,
+    Flat,
+    Hidden,
+    Role,
+    Share,
+    Switch,
+    replaced,
+    require,
+    unset,
+)
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 
-IN_MEMORY = 2**30  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
+IN_MEMORY = (
+    2**30
+)  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
 EVALUATED_AT_ONCE = 256  # pictures in a batch of an evaluation
 
 # What is done to pictures, all with the same strengths: greatest rotation, shift (share of the side), zoom, shear;
@@ -43,7 +79,14 @@ MOVED, COLORED, HUE, HOLE = (20.0, 0.125, 1.33, 10.0), (0.4, 0.4, 0.4), 0.1, 0.5
 FINETUNED_ON_CHANGED = 0.5
 
 # Learning rates of AdamW by the beginning of a network's name, and with pretrained weights; that of finetuning, by SGD.
-RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
+RATES = {
+    "pooled_cnn": 1e-2,
+    "small_cnn": 4e-3,
+    "wide_resnet": 1e-3,
+    "resnet": 1e-3,
+    "efficientnet": 3e-4,
+    "vit": 3e-4,
+}
 OTHER_RATE, PRETRAINED_RATE, FINETUNED_AT = 5e-4, 2e-4, 1e-2
 TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": PRETRAINED_RATE}
 WEIGHT_DECAY, CLIPPED = 0.05, 1.0
@@ -90,7 +133,9 @@ class Pictures:
     backbone: Annotated[str, unset("NAME|FILE")] = "none"
     tuning: Annotated[Literal["head", "lora", "all"] | None, unset("HOW")] = None
     lora_rank: Annotated[int, Range(4, most=16)] = 8
-    image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = None
+    image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = (
+        None
+    )
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     mirror: Switch = False
     recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
@@ -103,7 +148,9 @@ class Pictures:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self, self.tuning is None or self.backbone != "none", "tuning", "--backbone beside it")
+        require(
+            self, self.tuning is None or self.backbone != "none", "tuning", "--backbone beside it"
+        )
         for noise in ("dropout", "stochastic_depth"):
             free = self.backbone == "none" or self.tuning == "all" or not getattr(self, noise)
             require(self, free, noise, "--tuning all, for what is frozen has no noise")
@@ -123,7 +170,13 @@ class Pictures:
         if self.crop:
             changed: View = Chain(colored)
             crop = ResizedCrop(self.input.size, flip=self.mirror)
-            return {"weak": Identity(), "strong": changed, "labeled": changed, "finetuned": changed, "crop": crop}
+            return {
+                "weak": Identity(),
+                "strong": changed,
+                "labeled": changed,
+                "finetuned": changed,
+                "crop": crop,
+            }
 
         def moved(share: float) -> tuple[View, ...]:
             degrees, shift, zoom, shear = MOVED
@@ -134,7 +187,13 @@ class Pictures:
         # Labels are given to what has a quarter of the movement, and nothing else but mirroring.
         weak, strong = Chain(moved(0.25)), Chain((*moved(1.0), *colored))
         finetuned = Sometimes(strong, FINETUNED_ON_CHANGED)
-        return {"weak": weak, "strong": strong, "labeled": strong, "finetuned": finetuned, "crop": None}
+        return {
+            "weak": weak,
+            "strong": strong,
+            "labeled": strong,
+            "finetuned": finetuned,
+            "crop": None,
+        }
 
     def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
         """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
@@ -167,7 +226,9 @@ class Pictures:
             network = networks.Normalized(module, self.mean, self.std)
         else:
             how: Any = {"tuning": self.tuning, "rank": self.lora_rank}
-            network = networks.Tuned(module, self.mean, self.std, heads=architecture.heads(module), **how)
+            network = networks.Tuned(
+                module, self.mean, self.std, heads=architecture.heads(module), **how
+            )
         return network.to(memory_format=torch.channels_last)
 
     @property
@@ -175,7 +236,9 @@ class Pictures:
         """The learning rate with which such a network trains."""
         if self.weights:
             return TUNING_RATES[self.tuning or "all"]
-        return next((rate for stem, rate in RATES.items() if str(self.network).startswith(stem)), OTHER_RATE)
+        return next(
+            (rate for stem, rate in RATES.items() if str(self.network).startswith(stem)), OTHER_RATE
+        )
 
 
 class OfPictures:
@@ -183,7 +246,9 @@ class OfPictures:
 
     name: ClassVar[str]
     places: ClassVar[tuple[str, ...]]  # fields that are folders
-    few_and_many: ClassVar[tuple[str, str]]  # those of the pictures whose labels are right, and of the others
+    few_and_many: ClassVar[
+        tuple[str, str]
+    ]  # those of the pictures whose labels are right, and of the others
     batch_of_few: ClassVar[str]
     said: ClassVar[str]  # what there is to train on, in words
     known: ClassVar[str] = "labeled pictures"  # those whose labels are right, in words
@@ -220,12 +285,17 @@ class OfPictures:
             word = "validation" if name == "val" else name
             files = self.scan(name)
             if files.passed_over:
-                others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+                others = ", ".join(
+                    f"{count:,} with {suffix}"
+                    for suffix, count in sorted(files.passed_over.items())
+                )
                 say(f"{name}: files without the name of a picture are passed over: {others}")
             with count_bar(f"looking at {word} files", progress, len(files)) as count:
                 verified = verify_files(files, progress=count)
             if verified.skipped:
-                say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+                say(
+                    f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}"
+                )
             if not verified.sound:
                 raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
             skipped |= {str(files.root / one): reason for one, reason in verified.skipped.items()}
@@ -242,12 +312,20 @@ class OfPictures:
                 many = apart(many, val, say)
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
         what = self.said.format(few=len(few), many=len(many), classes=classes)
-        say(f"{what}, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on")
+        say(
+            f"{what}, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
+        )
         # 3. What is learned from, and measured on.
-        listed, measured = {self.few_and_many[0]: few, "validation": val, "test": test}, dict[str, Any]()
+        listed, measured = (
+            {self.few_and_many[0]: few, "validation": val, "test": test},
+            dict[str, Any](),
+        )
         for name, files in (("validation", val), ("test", test)):
             if files is not None:
-                images, labels = self.pictures.images(files.paths(), log), files.targets(self.classes)
+                images, labels = (
+                    self.pictures.images(files.paths(), log),
+                    files.targets(self.classes),
+                )
                 measured[name] = EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
         names = {name: list(files.names) if files else [] for name, files in listed.items()}
         return Data(
@@ -265,18 +343,30 @@ class OfPictures:
     def card(self, title: str) -> NetworkCard:
         pictures, made = self.pictures, self.pictures.architecture(len(self.classes))
         normalization: Any = {"mean": pictures.mean, "std": pictures.std}
-        return NetworkCard(title=title, input=self.input, architecture=made, channels_last=True, **normalization)
+        return NetworkCard(
+            title=title, input=self.input, architecture=made, channels_last=True, **normalization
+        )
 
-    def optimizer(self, role: Role, module: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+    def optimizer(
+        self, role: Role, module: nn.Module, lr: float | None = None
+    ) -> torch.optim.Optimizer:
         groups = networks.parameter_groups(module, WEIGHT_DECAY)
-        return torch.optim.AdamW(groups, lr=(self.fitting.lr if role == "teacher" else lr) or self.pictures.rate)
+        return torch.optim.AdamW(
+            groups, lr=(self.fitting.lr if role == "teacher" else lr) or self.pictures.rate
+        )
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(networks.parameter_groups(module, 0.0), lr=FINETUNED_AT)
 
     def trainer_options(self) -> dict[str, Any]:
-        clip = None if str(self.pictures.network).endswith("_cnn") else CLIPPED  # deeper ones may diverge at first
-        return {"clip_norm": clip, "accumulate": self.fitting.accumulate, "precision": self.fitting.precision}
+        clip = (
+            None if str(self.pictures.network).endswith("_cnn") else CLIPPED
+        )  # deeper ones may diverge at first
+        return {
+            "clip_norm": clip,
+            "accumulate": self.fitting.accumulate,
+            "precision": self.fitting.precision,
+        }
 
     def finetuning(self) -> dict[str, Any]:
         """A rate that stays, as Meta Pseudo Labels finetunes its students of small benchmarks."""
@@ -316,7 +406,9 @@ class Images(OfPictures):
     classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
-        found: list[Any] = [None if getattr(self, name) is None else self.scan(name) for name in self.places]
+        found: list[Any] = [
+            None if getattr(self, name) is None else self.scan(name) for name in self.places
+        ]
         refuse_errors(check_folders(*found, copies=False))
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
@@ -333,8 +425,12 @@ class Images(OfPictures):
         last = drawn(few, fitting.labeled_batch, 2)
         return {
             "labeled": LabeledBatches(labeled, labels, of_few, views["labeled"], seed, crop=crop),
-            "unlabeled": UnlabeledBatches(unlabeled, of_many, views["weak"], views["strong"], seed, crop=crop),
-            "finetuning": LabeledBatches(labeled, labels, last, views["finetuned"], seed + 1, crop=crop),
+            "unlabeled": UnlabeledBatches(
+                unlabeled, of_many, views["weak"], views["strong"], seed, crop=crop
+            ),
+            "finetuning": LabeledBatches(
+                labeled, labels, last, views["finetuned"], seed + 1, crop=crop
+            ),
         }
 
     def with_network(self, name: str) -> Images:
@@ -342,7 +438,9 @@ class Images(OfPictures):
         if name == self.pictures.network:
             return self
         if self.pictures.backbone != "none":
-            raise MetaplError(f"--backbone is of one network, and {name} is another one; leave --networks out.")
+            raise MetaplError(
+                f"--backbone is of one network, and {name} is another one; leave --networks out."
+            )
         found: Images = replaced(self, network=name, weights=None)
         usual = self.fitting.lr == self.pictures.rate
         return replaced(found, lr=found.pictures.rate) if usual else found
@@ -355,10 +453,14 @@ class Images(OfPictures):
                 "which the student is trained on."
             )
         if self.fitting.finetune_steps < 1:
-            raise MetaplError(f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more.")
+            raise MetaplError(
+                f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more."
+            )
         larger: Images = replaced(self, image_size=size)
         with torch.device("meta"):
-            states = (replaced(sized, weights=None).network().state_dict() for sized in (self, larger))
+            states = (
+                replaced(sized, weights=None).network().state_dict() for sized in (self, larger)
+            )
             own, other = ({name: value.shape for name, value in state.items()} for state in states)
         if own != other:
             raise MetaplError(

@@ -27,7 +27,9 @@ Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run
 Folder = Annotated[Path | None, unset("DIR")]
 File = Annotated[Path | None, unset("FILE")]
 ROOM = "expected another --out, a folder with room."  # where a file could not be written
-Network = Annotated[NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")]
+Network = Annotated[
+    NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")
+]
 BUILDS = "builds the network of a run that metapl does not know; FILE.py is run."
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
@@ -64,10 +66,14 @@ def check_file(file: Path | None, suffix: str) -> None:
     if file is None:
         return
     if file.suffix.lower() != suffix:
-        raise MetaplError(f"--out {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
+        raise MetaplError(
+            f"--out {file} is to be a {suffix} file; expected a name that ends with {suffix}."
+        )
     where = Path(os.path.realpath(file))
     if not where.parent.is_dir() or (where.exists() and not where.is_file()):
-        raise MetaplError(f"--out {file} cannot be written; expected a file, in a folder that is there.")
+        raise MetaplError(
+            f"--out {file} cannot be written; expected a file, in a folder that is there."
+        )
 
 
 @contextmanager
@@ -77,14 +83,21 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
     Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
     """
     places = Path("runs").glob(f"{recipe}-*")
-    number = max((int(end) for place in places if (end := place.name[len(recipe) + 1 :]).isdecimal()), default=0)
+    number = max(
+        (int(end) for place in places if (end := place.name[len(recipe) + 1 :]).isdecimal()),
+        default=0,
+    )
     is_new, path = out is None and not resume, out
     if path is None and resume and not number:
-        raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
+        raise MetaplError(
+            f"there is no run runs/{recipe}-* to resume here; name its folder with --out."
+        )
     while path is None:
         place = Path("runs") / f"{recipe}-{number + is_new:03d}"
         number += 1
-        with suppress(FileExistsError):  # who asked for one at the same moment has it, so it is the next
+        with suppress(
+            FileExistsError
+        ):  # who asked for one at the same moment has it, so it is the next
             place.mkdir(parents=True, exist_ok=resume)
             path = place
     folder = RunFolder(path)
@@ -103,7 +116,9 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-UNTESTED = "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
+UNTESTED = (
+    "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
+)
 
 
 class HeldOut:
@@ -121,7 +136,9 @@ class HeldOut:
         if folder is not None:
             files, self.recorded = scan_labeled(folder), None
             counts = files.counts()
-            if unknown := [name for name, count in counts.items() if count and name not in run.classes]:
+            if unknown := [
+                name for name, count in counts.items() if count and name not in run.classes
+            ]:
                 raise MetaplError(
                     f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
                     f"its classes: {few(run.classes, 20)}."
@@ -130,15 +147,23 @@ class HeldOut:
             self.about: dict[str, Any] = {"test": str(folder), "missing_classes": missing}
             if missing:
                 notes.append(f"{folder} has no picture of {few(missing)}.")
-            if fields.get("labeled"):  # an accuracy on pictures that were trained on says nothing of others
+            if fields.get(
+                "labeled"
+            ):  # an accuracy on pictures that were trained on says nothing of others
                 place, unlabeled = fields["labeled"], fields.get("unlabeled")
                 try:
                     others = scan_unlabeled(unlabeled) if unlabeled else scan_labeled(place)
-                    sides = {"labeled": scan_labeled(fields.get("clean") or place), "unlabeled": others, "test": files}
+                    sides = {
+                        "labeled": scan_labeled(fields.get("clean") or place),
+                        "unlabeled": others,
+                        "test": files,
+                    }
                     found = find_copies(sides, trained=True)
                     notes += [finding.message for finding in found if finding.kind == "test copies"]
                 except MetaplError as error:
-                    notes.append(f"it is not known which of these pictures were trained on: {error}")
+                    notes.append(
+                        f"it is not known which of these pictures were trained on: {error}"
+                    )
             for note in notes:
                 tell(f"metapl: note: {note}", file=sys.stderr)
         elif run.result["recipe"] == "digits":
@@ -149,14 +174,21 @@ class HeldOut:
             if own is None:
                 own, self.part = files_of(run, "validation"), "validation"
                 selected = run.result["delivered_by"] == "validation"
-                self.note = "\n  the network was selected on these examples: train was given no --test" * selected
+                self.note = (
+                    "\n  the network was selected on these examples: train was given no --test"
+                    * selected
+                )
                 self.recorded = run.result.get(f"{network}_validation_accuracy")
             if own is None:
-                raise MetaplError(f"{UNTESTED.format(run.folder.path)} It has no validation set either.")
+                raise MetaplError(
+                    f"{UNTESTED.format(run.folder.path)} It has no validation set either."
+                )
             files = own
         if self._digits is None:
             self.root = files.root
-            self._labels = dict(zip(files.paths(), files.targets(run.classes).tolist(), strict=True))
+            self._labels = dict(
+                zip(files.paths(), files.targets(run.classes).tolist(), strict=True)
+            )
             self._inputs = Inputs(run.cards[network].input, [Path(path) for path in files.paths()])
         if folder is None:
             self.about = {"recorded_accuracy": self.recorded}
@@ -175,7 +207,9 @@ class HeldOut:
             self.names += [Path(path).relative_to(self.root).as_posix() for path in paths]
             yield x, torch.tensor([self._labels[path] for path in paths])
         if not self.names:
-            raise MetaplError(f"none of the {len(self._labels)} pictures in {self.root} can be read.")
+            raise MetaplError(
+                f"none of the {len(self._labels)} pictures in {self.root} can be read."
+            )
 
     def remark(self, evaluation: Evaluation) -> str:
         """What stands behind the accuracy."""
@@ -189,7 +223,9 @@ class HeldOut:
         return f", but {self.recorded:.2%} in result.json:\n  {changed}{self.note}"
 
 
-def files_of(run: EndedRun, part: Literal["labeled", "clean", "validation", "test"]) -> LabeledFiles | None:
+def files_of(
+    run: EndedRun, part: Literal["labeled", "clean", "validation", "test"]
+) -> LabeledFiles | None:
     """The labeled pictures of a part of a run's data, as it found them; None where it has none."""
     fields, names = run.source.recipe().get("fields", {}), stored_data(run.source).get(part)
     place = fields.get(part)

@@ -102,7 +102,9 @@ class Label:
         else:
             images = scan_unlabeled(self.pictures)
             ids = images.names
-        labeled = ToLabel(images=images, ids=ids, name=self.pictures, input=given, batch_size=self.batch)
+        labeled = ToLabel(
+            images=images, ids=ids, name=self.pictures, input=given, batch_size=self.batch
+        )
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
         model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
         left_out: list[str] = []
@@ -111,15 +113,24 @@ class Label:
             left_out.append(reason)
             tell(f"metapl: left out {reason}", file=sys.stderr)
 
-        how = {name: getattr(self, name) for name in ("temperature", "top_k", "num_workers", "resume", "check")}
+        how = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_k", "num_workers", "resume", "check")
+        }
         about = {"run": str(self.folder), "model": model}
         try:
-            store = write_labels(network, labeled, self.out, run.classes, leave_out, about=about, **how, shows=True)
+            store = write_labels(
+                network, labeled, self.out, run.classes, leave_out, about=about, **how, shows=True
+            )
         except KeyboardInterrupt:
-            tell(f"\nmetapl: what is labeled is in {self.out}; go on with --resume.", file=sys.stderr)
+            tell(
+                f"\nmetapl: what is labeled is in {self.out}; go on with --resume.", file=sys.stderr
+            )
             raise
         missing = len(labeled.ids) - len(store)
-        tell(f"{self.out}: labels of {len(store):,} pictures; what is in it: metapl labels stats {self.out}")
+        tell(
+            f"{self.out}: labels of {len(store):,} pictures; what is in it: metapl labels stats {self.out}"
+        )
         if missing:
             tell(f"metapl: {missing:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
         return 1 if missing or left_out else 0
@@ -140,20 +151,38 @@ class Stats:
     def run(self) -> int:
         store = LabelStore(self.store)
         found, about = statistics(store), store.provenance
-        lines = [f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, {len(store.classes):,} classes"]
+        lines = [
+            f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, {len(store.classes):,} classes"
+        ]
         if "model" in about:
             what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
-            lines.append(f"by {about['run']} ({what}) of {about['pictures']}, {about['begun'][:10]}")
+            lines.append(
+                f"by {about['run']} ({what}) of {about['pictures']}, {about['begun'][:10]}"
+            )
         for asked in about.get("selected", []):
-            given = [f"{name} {value}" for name, value in asked.items() if value and not name.startswith("of_")]
+            given = [
+                f"{name} {value}"
+                for name, value in asked.items()
+                if value and not name.startswith("of_")
+            ]
             lines.append(f"selected from {asked['of_rows']:,}: {', '.join(given)}")
         rows = [("class", "examples", "with copies", "share", "mean confidence")]
         of_classes = found.classes, found.counts, found.class_copies, found.class_confidence
         for name, count, copies, mean in zip(*of_classes, strict=True):
             confidence = "-" if mean is None else f"{mean:.1%}"
-            rows.append((short(name), f"{count:,}", f"{copies:,}", f"{copies / found.copies:.1%}", confidence))
+            rows.append(
+                (
+                    short(name),
+                    f"{count:,}",
+                    f"{copies:,}",
+                    f"{copies / found.copies:.1%}",
+                    confidence,
+                )
+            )
         lines += ["", table(rows), ""]
-        lines.append(f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} nats")
+        lines.append(
+            f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} nats"
+        )
         tell("\n".join(lines))
         return 0
 
@@ -214,7 +243,11 @@ class Select:
         pictures = Path(str(chosen.provenance.get("pictures")))
         if pictures.is_dir():
             paths = "".join(f"{relpath(pictures / str(name), self.out)}\n" for name in chosen)
-            write_whole(self.out / LIST, paths.encode("utf-8", "surrogateescape"), "make room, and select again.")
+            write_whole(
+                self.out / LIST,
+                paths.encode("utf-8", "surrogateescape"),
+                "make room, and select again.",
+            )
         if found.missing:
             tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")
@@ -248,7 +281,12 @@ class ToLabel(StepBatches[Read]):
         numbers = range(len(self.ids))[step * self.batch_size : (step + 1) * self.batch_size]
         if isinstance(self.images, Tensor):
             return self.images[numbers.start : numbers.stop], torch.tensor(numbers), [], []
-        pictures, sound, digests, left_out = list[Tensor](), list[int](), list[bytes](), list[tuple[int, str]]()
+        pictures, sound, digests, left_out = (
+            list[Tensor](),
+            list[int](),
+            list[bytes](),
+            list[tuple[int, str]](),
+        )
         for number in numbers:
             path, name = self.images.path(number), self.ids[number]
             try:
@@ -298,7 +336,9 @@ def write_labels(
         "examples": len(ids),
         "ids_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         # Of each picture in a file, the store has what it was.
-        "pictures_sha256": hashes(of=labeled.images)["of"] if isinstance(labeled.images, Tensor) else None,
+        "pictures_sha256": hashes(of=labeled.images)["of"]
+        if isinstance(labeled.images, Tensor)
+        else None,
         "weights_fingerprint": int(digest_of(weights_of(network))),
         "temperature": temperature,
         "views": f"as they are, not augmented. {labeled.input.note}",
@@ -314,7 +354,9 @@ def write_labels(
             done = ids.index(writer.last) + 1
             if not isinstance(labeled.images, Tensor):
                 path = labeled.images.path
-                refuse_other_pictures(writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check)
+                refuse_other_pictures(
+                    writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check
+                )
         first, steps = (0, 0) if writer.complete else (done // labeled.batch_size, len(labeled))
         with progress(shows, name="labels", start=first, steps=steps) as bar:
             for x, numbers, digests, left_out in loader(labeled, first, steps, num_workers):
@@ -327,7 +369,9 @@ def write_labels(
                     logits_BC = logits_of(network, [x]).float() / temperature
                     refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
                     names_of = [ids[number] for number in numbers[new].tolist()]
-                    writer.add(names_of, logits_BC[new].softmax(dim=1), digests[-len(names_of) :] or None)
+                    writer.add(
+                        names_of, logits_BC[new].softmax(dim=1), digests[-len(names_of) :] or None
+                    )
                 bar.update()
     return LabelStore(place)
 
@@ -344,7 +388,9 @@ def refuse_other_pictures(
     if not store.has_digests:
         return
     compared = len(store) if check else min(len(store), COMPARED)
-    rows = np.linspace(0, len(store) - 1, compared).astype(int)  # evenly over the store, in the order of the names
+    rows = np.linspace(0, len(store) - 1, compared).astype(
+        int
+    )  # evenly over the store, in the order of the names
     others = []
     with count_bar("comparing pictures with those that were labeled", shown=True) as update:
         for where, some in store.taken(rows, ["id", "digest"]):
@@ -384,13 +430,17 @@ def stored_labels(
     are in the stores that the method's settings name, where pictures are called by their paths in the folder.
     """
     if teacher is None and "labeled" not in method.stores:
-        say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
+        say(
+            "note: without --labeled-labels, the labels are adjusted by the student's feedback alone."
+        )
     found = {}
     for part in ("unlabeled", "labeled") if teacher is not None else method.stores:
         images, ids = getattr(data, part).images, range(len(getattr(data, part).images))
         if teacher is None:
             store, root = LabelStore(method.stores[part]), config.scan(part).root
-            names: Any = called(store, root, [images.path(number).relative_to(root).as_posix() for number in ids])
+            names: Any = called(
+                store, root, [images.path(number).relative_to(root).as_posix() for number in ids]
+            )
         else:
             labeled, names = ToLabel(images=images, ids=ids, name=part, input=config.input), ids
             store = write_labels(teacher, labeled, folder / FOLDER / part, data.classes, say)
@@ -398,9 +448,13 @@ def stored_labels(
         missing = [names[row] for row in np.flatnonzero(rows < 0)]
         place, count = store.folder, len(missing)
         if count == len(names):
-            raise MetaplError(f"the store {place} has none of the {count:,} examples; expected their labels.")
+            raise MetaplError(
+                f"the store {place} has none of the {count:,} examples; expected their labels."
+            )
         if missing:
-            say(f"note: {place} has no labels of {count:,} pictures ({few(missing)}): even ones are taken.")
+            say(
+                f"note: {place} has no labels of {count:,} pictures ({few(missing)}): even ones are taken."
+            )
         found[part] = torch.full((len(names), len(store.classes)), 1 / len(store.classes))
         found[part][torch.from_numpy(rows >= 0)] = store.at(rows[rows >= 0])
     if teacher is not None:
@@ -412,7 +466,9 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
     """Refuse a store that is of other classes, or of other pictures, or is damaged; nothing is written."""
     for part, place in method.stores.items():
         if not config.places:
-            raise MetaplError(f"--labels {place}: expected pictures in folders; {config.name} has none.")
+            raise MetaplError(
+                f"--labels {place}: expected pictures in folders; {config.name} has none."
+            )
         store, own = LabelStore(place), scan_labeled(config.labeled).classes
         if store.classes != own:
             expected = f"those of {config.labeled}: {few(own)}"
@@ -425,6 +481,8 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
 def called(store: LabelStore, root: Path, names: Sequence[str]) -> list[str]:
     """What a store calls files: their paths in the folder that was labeled; of one that was moved, in the root."""
     labeled, inside = Path(str(store.provenance.get("pictures", "-"))).resolve(), Path()
-    if root.resolve().is_relative_to(labeled):  # that of a list is the folder that its files have in common
+    if root.resolve().is_relative_to(
+        labeled
+    ):  # that of a list is the folder that its files have in common
         inside = root.resolve().relative_to(labeled)
     return [(inside / name).as_posix() for name in names]

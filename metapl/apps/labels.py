@@ -115,9 +115,13 @@ class LabelStore:
         file = self.folder / DESCRIPTION
         content = read_json(file, mend=AGAIN)
         if content.get("format") != FORMAT or content.pop("seal", None) != json_sha256(content):
-            raise MetaplError(f"{file} is damaged, or its format is not {FORMAT}, that of this version. {AGAIN}")
+            raise MetaplError(
+                f"{file} is damaged, or its format is not {FORMAT}, that of this version. {AGAIN}"
+            )
         if whole and not content["complete"]:
-            raise MetaplError(f"the store in {folder} is not whole: go on with resume=True (--resume).")
+            raise MetaplError(
+                f"the store in {folder} is not whole: go on with resume=True (--resume)."
+            )
         self.complete: bool = content["complete"]
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.top_k: int | None = content["top_k"]
@@ -127,7 +131,9 @@ class LabelStore:
         self.starts = np.cumsum([0, *(part.rows for part in self.parts)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "tables"}  # a process maps its own
+        return {
+            name: value for name, value in vars(self).items() if name != "tables"
+        }  # a process maps its own
 
     @cached_property
     def tables(self) -> list[pa.Table]:
@@ -142,7 +148,9 @@ class LabelStore:
             except OSError as error:
                 raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {AGAIN}") from error
             if not whole:
-                raise MetaplError(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}. {AGAIN}")
+                raise MetaplError(
+                    f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}. {AGAIN}"
+                )
             # pyarrow's map does not need its file to stay open: a process may have few of these.
             found.append(pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all())
         return found
@@ -172,7 +180,9 @@ class LabelStore:
             return self[np.asarray([ids])][0]
         rows = self.find(ids)
         if missing := [name for name, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
-            raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
+            raise MetaplError(
+                f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of."
+            )
         return self.at(rows)
 
     def find(self, ids: Ids) -> Values:
@@ -190,9 +200,14 @@ class LabelStore:
         """The distributions of B rows in any order, float32 (B, C) on the CPU; a MetaplError where there is none."""
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if outside := wanted[(wanted < 0) | (wanted >= len(self))].tolist():
-            raise MetaplError(f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}.")
+            raise MetaplError(
+                f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}."
+            )
         width = self.top_k or len(self.classes)
-        s_BK, classes_BK = np.empty((len(wanted), width), np.float32), np.empty((len(wanted), width), np.int32)
+        s_BK, classes_BK = (
+            np.empty((len(wanted), width), np.float32),
+            np.empty((len(wanted), width), np.int32),
+        )
         for number, where in self.by_part(wanted):
             places = wanted[where] - self.starts[number]
             s_BK[where] = self.matrix(number, "probabilities")[places]
@@ -216,7 +231,9 @@ class LabelStore:
             if len(where):
                 yield int(parts[where[0]]), where
 
-    def taken(self, rows: Values, columns: Sequence[str] | None = None) -> Iterator[tuple[Values, pa.Table]]:
+    def taken(
+        self, rows: Values, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[Values, pa.Table]]:
         """Copies of the rows, part by part, and where these stand among ``rows``."""
         for number, where in self.by_part(rows):
             table = self.tables[number] if columns is None else self.tables[number].select(columns)
@@ -273,17 +290,30 @@ class LabelWriter:
     ) -> None:
         require()
         if not classes or len({*classes}) < len(classes):
-            raise MetaplError(f"the classes are {few(classes, 10, 30)}; expected one or more names, each once.")
+            raise MetaplError(
+                f"the classes are {few(classes, 10, 30)}; expected one or more names, each once."
+            )
         if top_k is not None and not 1 <= top_k <= len(classes):
             expected = f"1 to {len(classes):,}, the number of classes"
             raise FieldError(f"top_k is {top_k}; expected {expected}.", "top_k", top_k, expected)
-        self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
+        self.folder, self.classes, self.top_k, self.resume = (
+            Path(folder),
+            tuple(classes),
+            top_k,
+            resume,
+        )
         self.rows_per_part = rows_per_part
         begun = datetime.now(UTC).isoformat(timespec="seconds")
-        self.provenance: Mapping[str, Any] = {"begun": begun, "made_with": environment(), **(provenance or {})}
+        self.provenance: Mapping[str, Any] = {
+            "begun": begun,
+            "made_with": environment(),
+            **(provenance or {}),
+        }
         self.there: LabelStore | None = None  # what was on disk when this writer was entered
         self.complete = False  # whether that is whole, so that there is nothing to add
-        self.last: str | int | None = None  # the id of the last row that was added; of a writer that resumes, on disk
+        self.last: str | int | None = (
+            None  # the id of the last row that was added; of a writer that resumes, on disk
+        )
         self._parts: list[Part] = []
         self._schema: pa.Schema | None = None
         self._waiting: list[pa.Table] = []
@@ -308,22 +338,53 @@ class LabelWriter:
                 # Go on with what is there, if it was begun as it is now.
                 self.there = there = LabelStore(self.folder, whole=False)
                 if not self.resume:
-                    mend = "give another folder (--out)" if there.complete else "go on with resume=True (--resume)"
+                    mend = (
+                        "give another folder (--out)"
+                        if there.complete
+                        else "go on with resume=True (--resume)"
+                    )
                     raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
                 then, now = (
-                    {"classes": each.classes, "top_k": each.top_k, "rows_per_part": each.rows_per_part}
-                    | {f"provenance.{name}": value for name, value in each.provenance.items() if name not in FREE}
+                    {
+                        "classes": each.classes,
+                        "top_k": each.top_k,
+                        "rows_per_part": each.rows_per_part,
+                    }
+                    | {
+                        f"provenance.{name}": value
+                        for name, value in each.provenance.items()
+                        if name not in FREE
+                    }
                     for each in (there, self)
                 )
                 changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
-                if differing := [f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed]:
-                    fault = f"the store in {self.folder} was begun with {few(differing, longest=160)}"
-                    raise MetaplError(f"{fault}; go on as it was begun, or give another folder (--out).")
-                self.provenance, self.complete, self._parts = there.provenance, there.complete, [*there.parts]
+                if differing := [
+                    f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed
+                ]:
+                    fault = (
+                        f"the store in {self.folder} was begun with {few(differing, longest=160)}"
+                    )
+                    raise MetaplError(
+                        f"{fault}; go on as it was begun, or give another folder (--out)."
+                    )
+                self.provenance, self.complete, self._parts = (
+                    there.provenance,
+                    there.complete,
+                    [*there.parts],
+                )
                 if there.tables:
-                    self._schema, self.last = there.tables[0].schema, there.tables[-1]["id"][-1].as_py()
-            elif others := [name for name in os.listdir(self.folder) if name[0] != "." and not is_temporary(name)]:
-                fault = f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))})"
+                    self._schema, self.last = (
+                        there.tables[0].schema,
+                        there.tables[-1]["id"][-1].as_py(),
+                    )
+            elif others := [
+                name
+                for name in os.listdir(self.folder)
+                if name[0] != "." and not is_temporary(name)
+            ]:
+                fault = (
+                    f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))})"
+                )
                 raise MetaplError(f"{fault}; give another folder (--out).")
             else:
                 self._describe()
@@ -333,7 +394,9 @@ class LabelWriter:
                 if waiting := sum(map(len, self._waiting)):
                     self._flush(waiting)
                 if not self._parts:
-                    raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
+                    raise MetaplError(
+                        f"no example was given for the store in {self.folder}; expected one or more."
+                    )
                 self.complete = True
                 self._describe()
 
@@ -350,7 +413,9 @@ class LabelWriter:
 
         shape = (len(ids), len(self.classes))
         if probabilities.shape != shape or not probabilities.is_floating_point():
-            raise MetaplError(f"the probabilities are {described(probabilities)}; expected floating point {shape}.")
+            raise MetaplError(
+                f"the probabilities are {described(probabilities)}; expected floating point {shape}."
+            )
         p_BC = probabilities.detach().to("cpu", torch.float32)
         if not bool(((p_BC >= 0).all(dim=1) & ((p_BC.sum(dim=1) - 1).abs() <= TOLERANCE)).all()):
             fault = "some of the probabilities are negative or not finite, or those of an example do not sum to 1"
@@ -361,12 +426,18 @@ class LabelWriter:
         if kinds not in (set(), {str}, {int}) or not all(map(is_text, names)):
             expected = "integers, or strings that UTF-8 can hold, over all calls"
             raise MetaplError(f"the ids are {described(ids)}; expected {expected}.")
-        if wrong := next(((one, other) for one, other in pairwise(in_order) if not one < other), None):
+        if wrong := next(
+            ((one, other) for one, other in pairwise(in_order) if not one < other), None
+        ):
             fault = f"the id {few([wrong[1]])} comes after {few([wrong[0]])}"
-            raise MetaplError(f"{fault}; expected each greater than the one before: sort the examples, each once.")
+            raise MetaplError(
+                f"{fault}; expected each greater than the one before: sort the examples, each once."
+            )
 
         def lists(values_BK: Tensor) -> pa.Array:
-            return pa.FixedSizeListArray.from_arrays(pa.array(values_BK.numpy().reshape(-1)), values_BK.shape[1])
+            return pa.FixedSizeListArray.from_arrays(
+                pa.array(values_BK.numpy().reshape(-1)), values_BK.shape[1]
+            )
 
         confidence_B, label_B = p_BC.max(dim=1)  # of equals the first
         columns = {
@@ -377,9 +448,13 @@ class LabelWriter:
             "copies": pa.array(np.ones(len(names), np.int32)),
         }
         if digests is not None:
-            columns["digest"] = pa.array([digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES))
+            columns["digest"] = pa.array(
+                [digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES)
+            )
         if self.top_k is not None:
-            p_BC, classes_BC = p_BC.sort(dim=1, descending=True, stable=True)  # topk may take any of equals
+            p_BC, classes_BC = p_BC.sort(
+                dim=1, descending=True, stable=True
+            )  # topk may take any of equals
             columns["classes"] = lists(classes_BC[:, : self.top_k].to(torch.int32))
         columns["probabilities"] = lists(p_BC[:, : self.top_k].to(torch.float16))
         self.add_table(pa.table(columns))
@@ -387,9 +462,13 @@ class LabelWriter:
     def add_table(self, table: pa.Table) -> None:
         """Add rows as a part has them, such as those of another store; their ids follow those that are there."""
         if self.complete:
-            raise MetaplError(f"the store in {self.folder} is whole; expected nothing more to be added.")
+            raise MetaplError(
+                f"the store in {self.folder} is whole; expected nothing more to be added."
+            )
         if self._schema is not None and not self._schema.equals(table.schema):
-            raise MetaplError(f"expected {', '.join(self._schema.names)} again: either all have digests or none.")
+            raise MetaplError(
+                f"expected {', '.join(self._schema.names)} again: either all have digests or none."
+            )
         if len(table):
             self._schema, self.last = table.schema, table["id"][-1].as_py()
             self._waiting.append(table)
@@ -402,7 +481,10 @@ class LabelWriter:
 
         together = pa.concat_tables(self._waiting)
         # A copy, since a slice would be written with what lies behind it: the same rows are to give the same bytes.
-        table, sink = together.take(pa.array(np.arange(rows))).combine_chunks(), pa.BufferOutputStream()
+        table, sink = (
+            together.take(pa.array(np.arange(rows))).combine_chunks(),
+            pa.BufferOutputStream(),
+        )
         with pa.ipc.new_file(sink, table.schema) as file:
             file.write_table(table)
         content = sink.getvalue()
@@ -423,11 +505,16 @@ class LabelWriter:
             "provenance": self.provenance,
             "parts": [asdict(part) for part in self._parts],
         }
-        self._write(DESCRIPTION, (json.dumps({**content, "seal": json_sha256(content)}, indent=1) + "\n").encode())
+        self._write(
+            DESCRIPTION,
+            (json.dumps({**content, "seal": json_sha256(content)}, indent=1) + "\n").encode(),
+        )
 
     def _write(self, name: str, content: Any) -> None:
         mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
-        write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
+        write_whole(
+            self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}"
+        )
 
 
 def is_text(name: str | int) -> bool:
@@ -447,22 +534,30 @@ class Statistics:
     classes: tuple[str, ...]
     counts: tuple[int, ...]  # rows of each class
     class_copies: tuple[int, ...]
-    class_confidence: tuple[float | None, ...]  # mean over the rows of a class; None where there are none
+    class_confidence: tuple[
+        float | None, ...
+    ]  # mean over the rows of a class; None where there are none
     mean_confidence: float
     mean_entropy: float  # in nats
 
 
 def statistics(store: LabelStore) -> Statistics:
     """Counts by class, and how confident the labels are; memory for 16 bytes a row."""
-    label, confidence, entropy, copies = map(store.column, ("label", "confidence", "entropy", "copies"))
-    counts, sums, copied = (np.bincount(label, of, len(store.classes)) for of in (None, confidence, copies))
+    label, confidence, entropy, copies = map(
+        store.column, ("label", "confidence", "entropy", "copies")
+    )
+    counts, sums, copied = (
+        np.bincount(label, of, len(store.classes)) for of in (None, confidence, copies)
+    )
     return Statistics(
         rows=len(store),
         copies=int(copied.sum()),
         classes=store.classes,
         counts=tuple(counts.tolist()),
         class_copies=tuple(copied.astype(np.int64).tolist()),
-        class_confidence=tuple(float(total / n) if n else None for total, n in zip(sums, counts, strict=True)),
+        class_confidence=tuple(
+            float(total / n) if n else None for total, n in zip(sums, counts, strict=True)
+        ),
         mean_confidence=float(confidence.mean(dtype=np.float64)),
         mean_entropy=float(entropy.mean(dtype=np.float64)),
     )
@@ -532,10 +627,14 @@ def select(
 
     check_arguments(select, locals())
     if any_class and (per_class is None or balance):
-        raise MetaplError("any_class needs per_class, and no balance: an example can be of several classes.")
+        raise MetaplError(
+            "any_class needs per_class, and no balance: an example can be of several classes."
+        )
     check_interval(threshold, at_most)
     if drop_overlap is not None and not store.has_digests:
-        raise MetaplError(f"the examples of {store.folder} have no files to compare with those in {drop_overlap}.")
+        raise MetaplError(
+            f"the examples of {store.folder} have no files to compare with those in {drop_overlap}."
+        )
     label, confidence, copies = map(store.column, ("label", "confidence", "copies"))
     rows, found, overlap = np.arange(len(store)), list[bytes | None](), None
     if drop_overlap is not None:
@@ -543,19 +642,27 @@ def select(
         known = sorted({content[:DIGEST_BYTES] for content in found if content})
         overlap = {"pictures": len(known), "sha256": hashlib.sha256(b"".join(known)).hexdigest()}
         held_out = pa.array(known, pa.binary(DIGEST_BYTES))
-        overlaps = [pc.is_in(table["digest"], value_set=held_out).to_numpy() for table in store.tables]
+        overlaps = [
+            pc.is_in(table["digest"], value_set=held_out).to_numpy() for table in store.tables
+        ]
         rows = np.flatnonzero(~np.concatenate(overlaps))
     apart = len(rows)
     if threshold is not None:
-        rows = rows[confidence[rows] > np.float32(threshold)]  # 0.3 of float64 is below that of float32
+        rows = rows[
+            confidence[rows] > np.float32(threshold)
+        ]  # 0.3 of float64 is below that of float32
     sure = len(rows)
     if at_most is not None:
         rows = rows[confidence[rows] <= np.float32(at_most)]
     within = len(rows)
     most = np.full(len(store.classes), per_class or 0)
     if per_class is not None and any_class:
-        kept: list[Values] = [np.empty(0, kind) for kind in (np.int64, np.float16, np.int64)]  # classes, keys and rows
-        for number, where in store.by_part(rows):  # part by part, for the probabilities of all may not fit into memory
+        kept: list[Values] = [
+            np.empty(0, kind) for kind in (np.int64, np.float16, np.int64)
+        ]  # classes, keys and rows
+        for number, where in store.by_part(
+            rows
+        ):  # part by part, for the probabilities of all may not fit into memory
             places = rows[where] - store.starts[number]
             p_BK = store.matrix(number, "probabilities")[places]
             classes_BK = np.broadcast_to(np.arange(p_BK.shape[1]), p_BK.shape)
@@ -569,14 +676,20 @@ def select(
     elif per_class is not None:
         rows = rows[_first_of_each(label[rows], -confidence[rows], most)]
     if not len(rows):
-        dropped = f"{len(store) - apart:,} overlap, and {apart - sure:,} are not above the threshold"
+        dropped = (
+            f"{len(store) - apart:,} overlap, and {apart - sure:,} are not above the threshold"
+        )
         if at_most is not None:
             dropped += f", and {sure - within:,} are above {at_most:g}"
-        raise MetaplError(f"nothing is left of the {len(store):,} examples of {store.folder}: {dropped}.")
+        raise MetaplError(
+            f"nothing is left of the {len(store):,} examples of {store.folder}: {dropped}."
+        )
     counts = np.bincount(label[rows], minlength=len(store.classes))
     if balance:
         whole, rest = np.divmod(per_class or int(counts.max()), np.maximum(counts, 1))
-        names = (str(name) for _, table in store.taken(rows, ["id"]) for name in table["id"].to_pylist())
+        names = (
+            str(name) for _, table in store.taken(rows, ["id"]) for name in table["id"].to_pylist()
+        )
         hashes = [hashlib.md5(name.encode(), usedforsecurity=False).digest()[8:] for name in names]
         once_more = _first_of_each(label[rows], np.frombuffer(b"".join(hashes), "<u8"), rest)
         copies[rows] = whole[label[rows]]
@@ -601,12 +714,18 @@ def select(
     if share is not None:
         asked |= {"share": share, "seed": seed}
     provenance = {**store.provenance, "selected": [*store.provenance.get("selected", []), asked]}
-    how: dict[str, Any] = {"top_k": store.top_k, "rows_per_part": store.rows_per_part, "provenance": provenance}
+    how: dict[str, Any] = {
+        "top_k": store.top_k,
+        "rows_per_part": store.rows_per_part,
+        "provenance": provenance,
+    }
     with LabelWriter(out, store.classes, resume=True, **how) as writer:
         left = rows[writer.rows :]
         for where, table in store.taken(left):
             counted = pa.array(copies[left[where]])
-            writer.add_table(table.set_column(table.schema.get_field_index("copies"), "copies", counted))
+            writer.add_table(
+                table.set_column(table.schema.get_field_index("copies"), "copies", counted)
+            )
     return Selection(
         rows=len(store),
         overlapping=len(store) - apart,
@@ -614,7 +733,9 @@ def select(
         beyond=within - balanced,
         kept=len(rows),
         copies=int(copies[rows].sum(dtype=np.int64)),
-        missing=tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count),
+        missing=tuple(
+            name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count
+        ),
         unread=found.count(None),
         too_sure=sure - within,
         not_drawn=balanced - len(rows),

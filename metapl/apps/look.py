@@ -28,8 +28,14 @@ from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.training import FitResult, Say, Trainer
 
-SET_ASIDE = 0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
-SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128  # pixels; the first two where a network starts from nothing
+SET_ASIDE = (
+    0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
+)
+SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = (
+    16,
+    48,
+    128,
+)  # pixels; the first two where a network starts from nothing
 PRETRAINED_NETWORK, IMAGENET_WEIGHTS = "resnet18", "imagenet"
 PHOTOGRAPHS = 128  # side in pixels from which on color pictures are taken for photographs
 MINUTES = 5.0  # for training, where neither minutes nor steps are given
@@ -41,7 +47,9 @@ MANY_COPIES = 10  # how often a picture may be in one batch before that is told
 WARMUP = 0.05  # share of the steps over which learning rates grow
 
 
-def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+def choose_settings(
+    config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """The settings and the method with whole paths, the classes that are found, and a value for all that was left open.
 
     What was chosen ``before``, by the names of the settings, in the run that is resumed, is not chosen anew.
@@ -49,7 +57,9 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
     # 1. Files of weights that are not there are refused before anything is listed.
     weights, asked = config.pictures.weights, config.pictures.backbone
     if weights is not None and asked != "none":
-        raise MetaplError(f"--backbone {asked} has its own weights, and --weights {weights} was given; leave one out.")
+        raise MetaplError(
+            f"--backbone {asked} has its own weights, and --weights {weights} was given; leave one out."
+        )
     if weights == IMAGENET_WEIGHTS:
         weights = fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK)
     for flag, file in (("weights", weights), ("backbone", asked if os.sep in asked else None)):
@@ -60,8 +70,14 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
         found = backbone.find(asked, config.pictures.network)
     # 2. A run that is resumed has its settings.
     few, many = (config.scan(name) for name in config.few_and_many)
-    places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {"weights": weights}
-    whole = {name: str(Path(one).expanduser().resolve()) for name, one in places.items() if one is not None}
+    places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {
+        "weights": weights
+    }
+    whole = {
+        name: str(Path(one).expanduser().resolve())
+        for name, one in places.items()
+        if one is not None
+    }
     if weights is not None and Path(whole["weights"]).is_file():
         whole["weights_sha256"] = sha256_of(whole["weights"])
     config = replaced(config, classes=few.classes, **whole)
@@ -69,13 +85,19 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
         if before.get("weights") is not None:
             weights = Path(before["weights"])
             if not weights.is_file() or sha256_of(weights) != before.get("weights_sha256"):
-                raise MetaplError(f"the weights of the run, {weights}, are gone or another file; put them back.")
+                raise MetaplError(
+                    f"the weights of the run, {weights}, are gone or another file; put them back."
+                )
             config = replaced(config, weights=str(weights)) if asked != "none" else config
         try:
-            config = filled(config, {name: value for name, value in before.items() if name not in GIVEN})
+            config = filled(
+                config, {name: value for name, value in before.items() if name not in GIVEN}
+            )
             return config, filled(method, before)
         except (MetaplError, TypeError) as error:
-            raise MetaplError(f"the run's settings are damaged or of another version: {error}") from error
+            raise MetaplError(
+                f"the run's settings are damaged or of another version: {error}"
+            ) from error
     # 3. What the folders and some of their pictures show.
     config.check_first()
     of_few, count = config.batch_of_few, len(few)
@@ -90,22 +112,36 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
         large = not seen.grey and seen.side >= backbone.AUTO_SIDE
         found = backbone.auto(config.pictures.network) if large else None
         if found is None:
-            why = "the weights of none are on this machine" if large else "the pictures are grey or small"
+            why = (
+                "the weights of none are on this machine"
+                if large
+                else "the pictures are grey or small"
+            )
             say(f"backbone: none, for {why}; from scratch")
     if found is not None:
         if config.pictures.grey not in (None, found["grey"]):
             kind = "grey" if found["grey"] else "color"
-            raise MetaplError(f"--backbone {asked} takes {kind} pictures; leave --grey {config.pictures.grey} out.")
+            raise MetaplError(
+                f"--backbone {asked} takes {kind} pictures; leave --grey {config.pictures.grey} out."
+            )
         own, tuning = config.pictures.image_size, config.pictures.tuning or "lora"
         if (own or seen.side) < backbone.LEAST_SIDE and found["image_size"] is None:
             raise MetaplError(
                 f"--backbone {asked}: pictures of {own or seen.side} pixels are too small for it; expected "
                 f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no backbone."
             )
-        config = replaced(config, **found | {"tuning": tuning, "image_size": own or found["image_size"]})
-        what = {"head": "its head is trained", "lora": "low-rank changes are trained", "all": "all of it is trained"}
+        config = replaced(
+            config, **found | {"tuning": tuning, "image_size": own or found["image_size"]}
+        )
+        what = {
+            "head": "its head is trained",
+            "lora": "low-rank changes are trained",
+            "all": "all of it is trained",
+        }
         sha256 = found["weights_sha256"][:12]
-        say(f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), {what[tuning]}")
+        say(
+            f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), {what[tuning]}"
+        )
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
@@ -129,20 +165,38 @@ def choose_settings(config: Any, method: Any, say: Say, before: Mapping[str, Any
         f"adamw at {fitting.lr:g}, {fitting.precision}, {fitting.steps:,} steps"
     )
     if steps is None and fitting.steps < FEW_STEPS:
-        say(f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
+        say(
+            f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps"
+        )
     if seen.colors.may_tell and pictures.recolor and not pictures.grey:
         say(
             f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told apart, and by "
             f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged: if they do, give "
             "--recolor False"
         )
-    if pictures.weights is None and asked == "none" and not pictures.grey and seen.side >= PHOTOGRAPHS:
-        say("for photographs a network that was trained on photographs is better: --backbone, or --weights imagenet")
+    if (
+        pictures.weights is None
+        and asked == "none"
+        and not pictures.grey
+        and seen.side >= PHOTOGRAPHS
+    ):
+        say(
+            "for photographs a network that was trained on photographs is better: --backbone, or --weights imagenet"
+        )
     return config, method
 
 
 # What a run that is resumed is given anew, with what it was started with, or does not need.
-GIVEN = ("labeled", "unlabeled", "clean", "val", "test", "weights", "feedback_ratio", "feedback_bound")
+GIVEN = (
+    "labeled",
+    "unlabeled",
+    "clean",
+    "val",
+    "test",
+    "weights",
+    "feedback_ratio",
+    "feedback_bound",
+)
 
 
 def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
@@ -230,8 +284,12 @@ class Look:
     std: tuple[float, ...]
     level: tuple[float, float]  # mean and standard deviation of the pictures without their colors
     colors: Colors
-    light: float  # share of the pictures whose marks are lighter than what is around them, not darker
-    shares: tuple[float, ...]  # of the classes among all labeled pictures, as if each had one more: no share is 0
+    light: (
+        float  # share of the pictures whose marks are lighter than what is around them, not darker
+    )
+    shares: tuple[
+        float, ...
+    ]  # of the classes among all labeled pictures, as if each had one more: no share is 0
     square: bool = True  # all of the pictures are as high as wide
 
     @property
@@ -254,10 +312,14 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
             continue  # is listed, with the reason, when the folders are checked
         sides.append(min(picture.shape[1:]))
         square &= picture.shape[1] == picture.shape[2]
-        pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
+        pictures.append(
+            torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0]
+        )
         classes.append(label)
     if not any(label >= 0 for label in classes):
-        raise MetaplError(f"none of the {len(few)} labeled pictures that were looked at can be read.")
+        raise MetaplError(
+            f"none of the {len(few)} labeled pictures that were looked at can be read."
+        )
     levels_N3HW, label_N = torch.stack(pictures), torch.tensor(classes)
     grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
     unit = (levels_N3HW[:, :1] if grey else levels_N3HW) / 255
@@ -277,7 +339,9 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
         std=tuple(spread(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), spread(float(level_NHW.std()))),
-        colors=colors_tell(unit[label_N >= 0][..., MIDDLE, MIDDLE].mean((2, 3)), label_N[label_N >= 0]),
+        colors=colors_tell(
+            unit[label_N >= 0][..., MIDDLE, MIDDLE].mean((2, 3)), label_N[label_N >= 0]
+        ),
         light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
         shares=tuple(count / sum(counts) for count in counts),
         square=square,
@@ -318,14 +382,20 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
     left_NKC = sums_KC[None] - member_NK[:, :, None] * colors_NC[:, None]
     means_NKC = left_NKC / (counts_K[None, :, None] - member_NK[:, :, None]).clamp_min(1)
     nearest_N = (colors_NC[:, None] - means_NKC).square().sum(-1).argmin(1)
-    right_K = labels.bincount(weights=(nearest_N == labels).double(), minlength=len(counts_K)) / counts_K
+    right_K = (
+        labels.bincount(weights=(nearest_N == labels).double(), minlength=len(counts_K)) / counts_K
+    )
     return float(right_K[counts_K >= 2].mean())
 
 
 # ------------------------------------------------------------------------------------ how many steps fit into a time
 
 SHARE = 0.85  # part of the time that steps get; the rest is for reading, validation, finetuning and the report
-WARM, TIMED, SECONDS = 2, 20, 4.0  # steps before the timing, the most timed steps, and the most time that they take
+WARM, TIMED, SECONDS = (
+    2,
+    20,
+    4.0,
+)  # steps before the timing, the most timed steps, and the most time that they take
 PICTURES = 128  # that steps are taken on
 
 Clock = Callable[[], float]  # seconds from some moment on
@@ -341,7 +411,9 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
     waits = min(wait, steps) if trainer.teacher is not None else 0
     losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
-    ends = sorted({0, waits, steps, *(min(loss.start, steps) for loss in losses if isinstance(loss, UDA))})
+    ends = sorted(
+        {0, waits, steps, *(min(loss.start, steps) for loss in losses if isinstance(loss, UDA))}
+    )
     return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
 
 
@@ -355,26 +427,41 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
     def timed(trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         nonlocal seconds
         sources = [source for source in (labeled, unlabeled) if source is not None]
-        share: float = options.get("steps", fitting.steps) / fitting.steps  # of a phase that is shorter than the run
+        share: float = (
+            options.get("steps", fitting.steps) / fitting.steps
+        )  # of a phase that is shorter than the run
         with ExitStack() as opened:
             feeds = []
             for number, source in enumerate(sources):
-                fed = feed(source, name=str(number), stop=2**31, num_workers=fitting.num_workers, device=trainer.device)
+                fed = feed(
+                    source,
+                    name=str(number),
+                    stop=2**31,
+                    num_workers=fitting.num_workers,
+                    device=trainer.device,
+                )
                 opened.callback(fed.close)
                 feeds.append(fed)
             for first, last, step in kinds_of_steps(trainer, fitting.steps, options.get("wait", 0)):
                 trainer.steps_done, times, begun = first, list[float](), time.monotonic()
-                while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
+                while len(times) < WARM + TIMED and (
+                    len(times) <= WARM or time.monotonic() - begun < SECONDS
+                ):
                     since = clock()
                     step(*(fed.next() for fed in feeds)).as_dict()  # waits for the device
                     times.append(clock() - since)
                 seconds += share * (last - first) / fitting.steps * statistics.median(times[WARM:])
-        return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
+        return FitResult(
+            None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()}
+        )
 
     def even(network: Any) -> dict[str, Tensor]:
         share = 1 / len(config.classes)
         sources = {"unlabeled": data.unlabeled, "labeled": data.labeled}
-        return {name: torch.full((len(of.images), len(config.classes)), share) for name, of in sources.items()}
+        return {
+            name: torch.full((len(of.images), len(config.classes)), share)
+            for name, of in sources.items()
+        }
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -382,8 +469,14 @@ def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) ->
         few = few.keep(range(min(len(few), PICTURES)))
         data = Data(**config.sources(few, few, None), classes=config.classes, record={})
         for source in () if config.pictures.crop else (data.labeled, data.unlabeled):
-            source.images.fetch(torch.arange(len(source.images)))  # as after the first epoch, which reads the files
+            source.images.fetch(
+                torch.arange(len(source.images))
+            )  # as after the first epoch, which reads the files
         teacher, student = (config.network().to(place) for _ in range(2))
         begin_as(teacher, student)
-        method.train(Training(config=config, data=data, teacher=teacher, student=student, fit=timed, label=even))
+        method.train(
+            Training(
+                config=config, data=data, teacher=teacher, student=student, fit=timed, label=even
+            )
+        )
     return seconds

@@ -64,7 +64,9 @@ def default_threads() -> int:
     PyTorch's own default heeds the first and the affinity, and not the limit of a container: with 64 threads on 2
     cores' worth of time, these mostly wait for each other.
     """
-    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")  # a list is for nested regions
+    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(
+        ","
+    )  # a list is for nested regions
     asked = first.strip()
     return int(asked) if asked.isdecimal() and int(asked) >= 1 else cpu_count()
 
@@ -73,9 +75,16 @@ def default_threads() -> int:
 def count_bar(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
     nothing where ``shown`` is False or standard error is no terminal."""
-    often: dict[str, Any] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1, "disable": None if shown else True}
+    often: dict[str, Any] = {
+        "delay": EVERY,
+        "mininterval": EVERY,
+        "miniters": 1,
+        "disable": None if shown else True,
+    }
     text = "{desc}: {n:,}" + ("" if total is None else f" of {total:,}")
-    with tqdm(total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often) as bar:
+    with tqdm(
+        total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often
+    ) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 
@@ -90,7 +99,9 @@ def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes
     except OSError as error:
         raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {mend}") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise MetaplError(f"{path} is damaged or of another run: its SHA-256 is not the one that was noted. {mend}")
+        raise MetaplError(
+            f"{path} is damaged or of another run: its SHA-256 is not the one that was noted. {mend}"
+        )
     return content
 
 
@@ -120,7 +131,9 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 def open_plain(path: StrPath) -> io.BufferedReader:
     """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no plain file", os.fspath(path))
@@ -157,14 +170,18 @@ def write_whole(path: Path, content: Any, mend: str) -> None:
         with replacing(path) as file:
             file.write(content)
     except OSError as error:
-        raise MetaplError(f"{path} could not be written: {error.strerror or error}; {mend}") from error
+        raise MetaplError(
+            f"{path} could not be written: {error.strerror or error}; {mend}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ one owner
 
 
 @contextmanager
-def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = True) -> Iterator[None]:
+def owned(
+    folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = True
+) -> Iterator[None]:
     """Own a folder, against other processes, until the block ends; it is made where it is missing.
 
     Where the block fails and has made nothing in the folder but the files ``undone``, these are removed, and the folder
@@ -180,7 +197,9 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
         with Folder(folder).held():
             try:
                 yield
-            except Exception:  # a KeyboardInterrupt leaves the files: a stopped run goes on from them
+            except (
+                Exception
+            ):  # a KeyboardInterrupt leaves the files: a stopped run goes on from them
                 new = {*os.listdir(folder)} - there
                 if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
                     for name in sorted(new, key=LOCK.__eq__):

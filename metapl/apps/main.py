@@ -94,8 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     input; 128 + n stopped by signal n.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # letters that it does not have are written as their escapes
-            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # letters that it does not have are written as their escapes
+            stream.reconfigure(
+                errors="surrogateescape"
+                if stream.encoding.lower() == "utf-8"
+                else "backslashreplace"
+            )
     if arguments is None:  # a warning is a line, without its place in the code
         warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
     logger, messages = logging.getLogger("metapl"), logging.StreamHandler()
@@ -124,7 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # what is a fault of metapl passes through
             if isinstance(error, FieldError) and (command is None or error.field in flat(command)):
                 # Of a dataclass whose fields are flags, or of a function that is given them; no flag takes None.
-                flag, expected = error.field.replace("_", "-"), error.expected.removesuffix(" or None")
+                flag, expected = (
+                    error.field.replace("_", "-"),
+                    error.expected.removesuffix(" or None"),
+                )
                 error = MetaplError(f"--{flag} {error.value}: expected {expected}.")
             whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
             if whose is not None or isinstance(error, MetaplError):
@@ -133,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             if not isinstance(error, OSError):
                 raise
-            with suppress(OSError, ValueError):  # what is still buffered would fail again at exit; a test has no file
+            with suppress(
+                OSError, ValueError
+            ):  # what is still buffered would fail again at exit; a test has no file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if not isinstance(error, BrokenPipeError):  # the reader has gone, as head does
                 name, reason = error.filename or "input or output", error.strerror or error
@@ -151,14 +162,21 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
             print(f"metapl {version('metapl')}")
             raise SystemExit(0)
         group = [name for name in COMMANDS if given and name.split()[0] == given[0]]
-        words, known = given[: 2 if group else 1], group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
+        words, known = (
+            given[: 2 if group else 1],
+            group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)],
+        )
         if words and words[0] != "help" and not words[-1].startswith("-"):
             asked = " ".join(words)
             meant = did_you_mean(asked, known) or "."
-            raise MetaplError(f"there is no command {shown(asked)!r}{meant} Expected {', '.join(known)}.")
+            raise MetaplError(
+                f"there is no command {shown(asked)!r}{meant} Expected {', '.join(known)}."
+            )
         other = {"help": ["--help"], "--print-completion": ["--tyro-print-completion", *given[1:]]}
         args = other.get(given[0], [*given]) if given else ["--help"]
-        return "", tyro.cli(every_command(), prog="metapl", description=HELP, args=args, config=CONFIG)
+        return "", tyro.cli(
+            every_command(), prog="metapl", description=HELP, args=args, config=CONFIG
+        )
     # The names behind --methods become one word, for each of them alone is taken for a method; and --method NAME, of
     # several the last one, the word NAME in front of the flags.
     words, method, others = [*given[len(name.split()) :]], list[str](), list[str]()
@@ -173,7 +191,9 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
             method = [value]
         else:
             others.append(word)
-    return name, tyro.cli(found(name), prog=f"metapl {name}", args=[*method, *others], config=CONFIG)
+    return name, tyro.cli(
+        found(name), prog=f"metapl {name}", args=[*method, *others], config=CONFIG
+    )
 
 
 def found(name: str) -> Any:
@@ -185,8 +205,16 @@ def every_command() -> Any:
     """All commands as one type, for its help, its completion, and the words that name none."""
 
     def either(kinds: Mapping[str, Any]) -> Any:
-        summaries = {word: " ".join(kind.__doc__.partition("\n\n")[0].split()) for word, kind in kinds.items()}
-        return Union[tuple(Annotated[kinds[w], tyro.conf.subcommand(w, description=summaries[w])] for w in kinds)]  # noqa: UP007 - of a tuple
+        summaries = {
+            word: " ".join(kind.__doc__.partition("\n\n")[0].split())
+            for word, kind in kinds.items()
+        }
+        return Union[
+            tuple(
+                Annotated[kinds[w], tyro.conf.subcommand(w, description=summaries[w])]
+                for w in kinds
+            )
+        ]  # noqa: UP007 - of a tuple
 
     kinds: dict[str, Any] = {}
     for name in COMMANDS:
@@ -194,9 +222,15 @@ def every_command() -> Any:
         kinds.setdefault(first, {})[second] = found(name)
     for first, of in kinds.items():
         alone = of.pop("", None)
-        kinds[first] = dataclasses.make_dataclass(first.replace("-", "_"), [("of", either(of))]) if of else alone
+        kinds[first] = (
+            dataclasses.make_dataclass(first.replace("-", "_"), [("of", either(of))])
+            if of
+            else alone
+        )
         if of:
-            kinds[first].__doc__ = alone.__doc__ if alone else f"{', '.join(of)}: each says more with --help."
+            kinds[first].__doc__ = (
+                alone.__doc__ if alone else f"{', '.join(of)}: each says more with --help."
+            )
     return either(kinds)
 
 
@@ -227,12 +261,17 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # which alone may handle signals
-        before = {number: signal.signal(number, unwind) for number in filter(is_heard, (signal.SIGINT, *END))}
+        before = {
+            number: signal.signal(number, unwind)
+            for number in filter(is_heard, (signal.SIGINT, *END))
+        }
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL)
+            signal.signal(
+                number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL
+            )
 
 
 def out_of_memory(error: BaseException | None) -> str | None:

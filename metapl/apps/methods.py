@@ -65,14 +65,20 @@ class Data:
     unlabeled: Any
     finetuning: Any
     classes: tuple[str, ...]  # names
-    record: Mapping[str, Any]  # for the run's data.json; a run is resumed on data of the same "hash" only
+    record: Mapping[
+        str, Any
+    ]  # for the run's data.json; a run is resumed on data of the same "hash" only
     validation: Any = None
     test: Any = None
     everything: Any = None  # labeled batches of all examples with their true, or given, labels
-    truth: Any = None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
+    truth: Any = (
+        None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
+    )
     test_names: tuple[str, ...] | None = None  # such as files
     doubtful: Doubtful | None = None  # for the list of suspects
-    skipped: Mapping[str, str] = field(default_factory=dict)  # files that are left out, each with the reason
+    skipped: Mapping[str, str] = field(
+        default_factory=dict
+    )  # files that are left out, each with the reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +87,19 @@ class Trained:
 
     trainer: Trainer  # of the network that is kept
     result: FitResult
-    teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None  # a network that is kept beside it, with its weights
-    fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = None  # one that is kept where the student is far behind
-    finetunes: bool | Callable[[], Any] = True  # whether the student is finetuned as usual; or how it is
+    teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = (
+        None  # a network that is kept beside it, with its weights
+    )
+    fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = (
+        None  # one that is kept where the student is far behind
+    )
+    finetunes: bool | Callable[[], Any] = (
+        True  # whether the student is finetuned as usual; or how it is
+    )
     rounds: list[dict[str, Any]] | None = None  # of Noisy Student, for result.json
-    configs: Mapping[str, Any] = field(default_factory=dict)  # of kept networks that are not those of the training
+    configs: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of kept networks that are not those of the training
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,7 +108,9 @@ class Training:
 
     config: Any  # the settings of the training; see metapl.apps.train
     data: Data
-    teacher: nn.Module  # both with fresh weights, on their device, over the processes that train together
+    teacher: (
+        nn.Module
+    )  # both with fresh weights, on their device, over the processes that train together
     student: nn.Module
     # fit(trainer, labeled, unlabeled, **options): one phase, which goes on where it was stopped.
     fit: Callable[..., FitResult]
@@ -119,12 +135,16 @@ class Training:
 
     def alone(self, network: nn.Module, losses: Losses, **options: Any) -> Trained:
         """Train a network by itself, on labeled examples and, where a loss reads them, unlabeled ones."""
-        trainer = LossTrainer(network, losses, optimizer=self.config.optimizer("teacher", network), **self.options)
+        trainer = LossTrainer(
+            network, losses, optimizer=self.config.optimizer("teacher", network), **self.options
+        )
         unlabeled = self.data.unlabeled if len(losses) > 1 else None
         labeled = options.pop("labeled", self.data.labeled)
         return Trained(trainer, self.fit(trainer, labeled, unlabeled, **options))
 
-    def bilevel(self, teacher: nn.Module, mode: Any, problem: Any, **options: Any) -> BilevelTrainer:
+    def bilevel(
+        self, teacher: nn.Module, mode: Any, problem: Any, **options: Any
+    ) -> BilevelTrainer:
         """The trainer of the student beside a teacher. It is not verified: the tests verify these problems."""
         inner = self.config.optimizer("student", self.student, options.pop("student_lr", None))
         outer = options.pop("outer_optimizer", None) or self.config.optimizer("teacher", teacher)
@@ -213,7 +233,9 @@ class Consistency:
 
     def scheduled(self, steps: int) -> Self:
         shares = {"uda_start": round(START * steps), "uda_ramp": round(RAMP * steps)}
-        missing: Any = {name: value for name, value in shares.items() if getattr(self, name) is None}
+        missing: Any = {
+            name: value for name, value in shares.items() if getattr(self, name) is None
+        }
         return dataclasses.replace(self, **missing)
 
 
@@ -235,7 +257,9 @@ class FixMatch(Uda):
     """UDA with the most probable class as the label where the network is sure of it."""
 
     uda: Flat[Consistency] = field(
-        default_factory=lambda: Consistency(uda_temperature=0.0, uda_threshold=FIXMATCH_THRESHOLD, uda_align=0.0)
+        default_factory=lambda: Consistency(
+            uda_temperature=0.0, uda_threshold=FIXMATCH_THRESHOLD, uda_align=0.0
+        )
     )
 
     name: ClassVar[str] = "fixmatch"
@@ -265,7 +289,9 @@ class Entropy:
     name: ClassVar[str] = "entropy"
     detaches_signal: ClassVar[bool] = True
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int
+    ) -> Tensor:
         log_p = wide(checks.logits(teacher(views(unlabeled)[0]), "network")).log_softmax(-1)
         return -self.weight * (log_p.exp() * log_p).sum(-1).mean()
 
@@ -310,7 +336,9 @@ class Feedback:
                 "training is not: expected --mode forward, the exact gradient of its step. In Python, "
                 "metapl.feedback.Implicit takes a solver and a damping."
             )
-        if self.feedback_ratio is not None and (self.feedback_weight is not None or self.feedback_bound is not None):
+        if self.feedback_ratio is not None and (
+            self.feedback_weight is not None or self.feedback_bound is not None
+        ):
             beside = "--feedback-bound" if self.feedback_weight is None else "--feedback-weight"
             raise MetaplError(f"--feedback-ratio and {beside} were given; expected one of them.")
         self.problem()
@@ -323,7 +351,9 @@ class Feedback:
             if value is None:
                 continue
             if not hasattr(made, name):
-                with_one = [mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)]
+                with_one = [
+                    mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)
+                ]
                 raise MetaplError(
                     f"--{name} {value} was given, and mode '{self.mode}' has none; leave it out, or take --mode "
                     f"{' or '.join(with_one)}."
@@ -343,7 +373,10 @@ class Feedback:
         """Return the rule of the feedback's size, as :class:`metapl.BilevelTrainer` takes it."""
         if self.feedback == "none":
             return {}
-        return {name: getattr(self, name) for name in ("feedback_weight", "feedback_ratio", "feedback_bound")}
+        return {
+            name: getattr(self, name)
+            for name in ("feedback_weight", "feedback_ratio", "feedback_bound")
+        }
 
 
 TITLES: dict[FeedbackKind, str] = {
@@ -380,12 +413,18 @@ class Mpl(Method):
     def scheduled(self, steps: int) -> Self:
         wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
         if wait >= steps:
-            raise MetaplError(f"--wait {wait:,}: expected fewer steps than the {steps:,} of the training.")
+            raise MetaplError(
+                f"--wait {wait:,}: expected fewer steps than the {steps:,} of the training."
+            )
         return dataclasses.replace(self, wait=wait, uda=self.uda.scheduled(steps))
 
     def trainer(self, t: Training) -> BilevelTrainer:
         mode = self.feedback.estimator(t.config.fitting.seed)
-        own = {"teacher_losses": self.uda.losses(), "student_lr": self.feedback.student_lr, **self.feedback.size()}
+        own = {
+            "teacher_losses": self.uda.losses(),
+            "student_lr": self.feedback.student_lr,
+            **self.feedback.size(),
+        }
         return t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
 
     def train(self, t: Training) -> Trained:
@@ -427,7 +466,9 @@ class PseudoLabels(Method):
     def train(self, t: Training) -> Trained:
         taught = t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
         # Without a loss and without feedback the teacher stays as it is.
-        trainer = t.bilevel(t.teacher, "none", self.problem(), teacher_losses=(), student_lr=self.student_lr)
+        trainer = t.bilevel(
+            t.teacher, "none", self.problem(), teacher_losses=(), student_lr=self.student_lr
+        )
         result = t.fit(trainer, t.data.labeled, t.data.unlabeled)
         return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
 
@@ -448,7 +489,9 @@ class ReducedMpl(Method):
 
     def __post_init__(self) -> None:
         if self.labeled_label_store is not None and self.label_store is None:
-            raise MetaplError(f"--labeled-labels {self.labeled_label_store}: expected --labels beside it.")
+            raise MetaplError(
+                f"--labeled-labels {self.labeled_label_store}: expected --labels beside it."
+            )
         # Without stored labels of the labeled examples the small network has no loss of its own.
         if self.label_store is not None and self.labeled_label_store is None:
             for name in ("feedback_ratio", "feedback_bound"):
@@ -509,6 +552,8 @@ def with_settings_of(method: Any, own: Any, usual: Any) -> Any:
     0.9
     """
     asked, have = flat(own), flat(usual)
-    changed = {name: value for name, value in asked.items() if value != have[name] and name in flat(method)}
+    changed = {
+        name: value for name, value in asked.items() if value != have[name] and name in flat(method)
+    }
     made = replaced(method, **changed)
     return made if made.name == method.name else method

@@ -52,7 +52,9 @@ class NoisyStudentLoss:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+    ) -> Tensor:
         if unlabeled is None:
             return self._of_pairs(teacher, labeled)
         x_l, y = labeled[:2]

@@ -37,7 +37,13 @@ Tuning = Literal["head", "lora", "all"]
 _SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
 
 # A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth.
-_LARGE_VIT = {"patch_size": 14, "num_layers": 24, "num_heads": 16, "hidden_dim": 2048, "mlp_dim": 8192}
+_LARGE_VIT = {
+    "patch_size": 14,
+    "num_layers": 24,
+    "num_heads": 16,
+    "hidden_dim": 2048,
+    "mlp_dim": 8192,
+}
 
 # Stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32.
 _KEEPING_STAGES = (2, 3)
@@ -67,7 +73,9 @@ def pooled_cnn(
         plan.append((1, True))
         side //= 2
     plan.append((1, False))
-    widths = [(32, 64, 128, 192)[min(max(0, 3 - len(plan)) + stage, 3)] for stage in range(len(plan))]
+    widths = [
+        (32, 64, 128, 192)[min(max(0, 3 - len(plan)) + stage, 3)] for stage in range(len(plan))
+    ]
     # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25 times as fast.
     stages = (
         nn.Sequential(
@@ -113,11 +121,15 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.name not in NAMES and (self.name == "timm:" or self.library != "timm"):
             meant = did_you_mean(self.name, NAMES) or "."
-            raise MetaplError(f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or timm:NAME.")
+            raise MetaplError(
+                f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or timm:NAME."
+            )
         check_fields(self)
         if self.stochastic_depth > 0.0 and not self.has_stochastic_depth:
             having = ", ".join(EFFICIENTNETS)
-            raise MetaplError(f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}.")
+            raise MetaplError(
+                f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}."
+            )
         if self.image_size is not None and self.image_size % (self.patch or 1):
             expected = f"expected a multiple of its patch, {self.patch}"
             raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
@@ -125,7 +137,13 @@ class Architecture:
     @property
     def library(self) -> str:
         """The package whose names its weights have: torchvision, timm or metapl."""
-        return "metapl" if self.name in OWN else "timm" if self.name.startswith("timm:") else "torchvision"
+        return (
+            "metapl"
+            if self.name in OWN
+            else "timm"
+            if self.name.startswith("timm:")
+            else "torchvision"
+        )
 
     @property
     def has_stochastic_depth(self) -> bool:
@@ -165,7 +183,9 @@ class Architecture:
                 )
             except TypeError as error:
                 lacks = "leave out, or give as 0, the dropout, stochastic_depth or in_channels that it does not have"
-                raise MetaplError(f"{self.name} cannot be built: {reason_of(error)}; {lacks}.") from error
+                raise MetaplError(
+                    f"{self.name} cannot be built: {reason_of(error)}; {lacks}."
+                ) from error
         else:
             module = self._of_torchvision(how)
         if weights is not None:
@@ -181,16 +201,26 @@ class Architecture:
         if self.name in _SCALES:  # by name, torchvision goes up to B7
             width, depth = _SCALES[self.name]
             stages, _ = _efficientnet_conf("efficientnet_b7", width_mult=width, depth_mult=depth)
-            module = EfficientNet(stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **how)
+            module = EfficientNet(
+                stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **how
+            )
         elif self.name in TRANSFORMERS:
-            build = partial(models.VisionTransformer, **_LARGE_VIT) if self.name == "vit_1b_14" else None
-            module = (build or models.get_model_builder(self.name))(image_size=self.image_size or 224, **how)
+            build = (
+                partial(models.VisionTransformer, **_LARGE_VIT)
+                if self.name == "vit_1b_14"
+                else None
+            )
+            module = (build or models.get_model_builder(self.name))(
+                image_size=self.image_size or 224, **how
+            )
         elif self.name in EFFICIENTNETS:
             module = models.get_model(self.name.removesuffix("_svhn"), **how)
         else:
             module = models.get_model(self.name, num_classes=self.num_classes)
             noise = nn.Dropout(self.dropout)
-            module.avgpool = nn.Sequential(module.avgpool, noise)  # before the head, whose name stays
+            module.avgpool = nn.Sequential(
+                module.avgpool, noise
+            )  # before the head, whose name stays
         if self.name in EFFICIENTNETS:
             for stage in _KEEPING_STAGES if self.name.endswith("_svhn") else ():
                 # The first block of a stage: expansion, then the depthwise convolution that strides.
@@ -202,8 +232,12 @@ class Architecture:
             # The head is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes long to
             # unlearn; so it is drawn as for ImageNet's thousand at least.
             with torch.no_grad():
-                module.get_parameter("classifier.1.weight").mul_(min(1.0, self.num_classes / 1000) ** 0.5)
-        stem, old = next((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
+                module.get_parameter("classifier.1.weight").mul_(
+                    min(1.0, self.num_classes / 1000) ** 0.5
+                )
+        stem, old = next(
+            (name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d)
+        )
         if old.in_channels != self.in_channels:
             how = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
             new = nn.Conv2d(self.in_channels, old.out_channels, **how, bias=old.bias is not None)
@@ -285,14 +319,18 @@ def create(
     dropout 0.5.
     """
     noise = {"dropout": dropout, "stochastic_depth": stochastic_depth}
-    a = Architecture(name=name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **noise)
+    a = Architecture(
+        name=name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **noise
+    )
     return a.create(weights)
 
 
 # ------------------------------------------------------------------------------------------------ weights and their use
 
 
-def load_weights(module: nn.Module, file: str | os.PathLike[str], *, heads: Iterable[str] = ()) -> list[str]:
+def load_weights(
+    module: nn.Module, file: str | os.PathLike[str], *, heads: Iterable[str] = ()
+) -> list[str]:
     """Put the weights of a local file into a network, which is changed in place, or not at all.
 
     Args:
@@ -316,27 +354,45 @@ def load_weights(module: nn.Module, file: str | os.PathLike[str], *, heads: Iter
     ['1.weight', '1.bias']
     """
     own, state = module.state_dict(), read_weights(file)
-    state = {name: t for name, t in state.items() if name in own or name not in ("mean", "std")}  # see Normalized
+    state = {
+        name: t for name, t in state.items() if name in own or name not in ("mean", "std")
+    }  # see Normalized
     vit: Any = module
     embedded, grid = state.get("pos_embed"), getattr(vit, "patch_embed", None)
-    if embedded is not None and grid is not None and embedded.ndim == 3 and embedded.shape != own["pos_embed"].shape:
+    if (
+        embedded is not None
+        and grid is not None
+        and embedded.ndim == 3
+        and embedded.shape != own["pos_embed"].shape
+    ):
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         first = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
-        state["pos_embed"] = resample_abs_pos_embed(embedded, [*grid.grid_size], num_prefix_tokens=first)
+        state["pos_embed"] = resample_abs_pos_embed(
+            embedded, [*grid.grid_size], num_prefix_tokens=first
+        )
     fresh: list[str] = []
     for head in heads:
         names = [name for name in own if name.startswith(f"{head}.")]
         same = all(name in state and state[name].shape == own[name].shape for name in names)
-        other_features = any(name in state and state[name].shape[1:] != own[name].shape[1:] for name in names)
+        other_features = any(
+            name in state and state[name].shape[1:] != own[name].shape[1:] for name in names
+        )
         fresh += [] if same or other_features else names
     fits = {name: t for name, t in state.items() if name not in fresh}
     # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
-    optional = {*fresh, *(name for name in own if name.endswith("num_batches_tracked") and name not in state)}
+    optional = {
+        *fresh,
+        *(name for name in own if name.endswith("num_batches_tracked") and name not in state),
+    }
     expected = {name: t for name, t in own.items() if name not in optional}
-    kinds = {name: (_kind(fits.get(name)), _kind(expected.get(name))) for name in {**expected, **fits}}
+    kinds = {
+        name: (_kind(fits.get(name)), _kind(expected.get(name))) for name in {**expected, **fits}
+    }
     if faults := [f"{name} {a} instead of {b}" for name, (a, b) in kinds.items() if a != b]:
-        raise MetaplError(f"the weights in {file} are not of this network: {few(faults)}; only the head may differ.")
+        raise MetaplError(
+            f"the weights in {file} are not of this network: {few(faults)}; only the head may differ."
+        )
     module.load_state_dict({**own, **fits})
     return fresh
 
@@ -351,7 +407,9 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors in a file, by their names without prefixes of data parallelism and ``torch.compile``."""
     path = Path(file)
     if not path.is_file():
-        raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
+        raise MetaplError(
+            f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine."
+        )
     try:
         if path.suffix == ".safetensors":
             stored: Any = load_file(path)
@@ -363,7 +421,9 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
             stored = stored[key] if isinstance(stored.get(key), Mapping) else stored
         if not stored or not all(bool(t.isfinite().all()) for t in stored.values()):
             raise ValueError("it holds no tensors, or some that are not finite")
-    except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
+    except (
+        Exception
+    ) as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
         raise MetaplError(
             f"{path} cannot be read as weights ({type(error).__name__}: {reason_of(error):.80}); expected a state dict "
             "of finite tensors, as .safetensors or as torch.save(model.state_dict(), path) writes it."
@@ -382,14 +442,20 @@ def fetch_imagenet_weights(name: str) -> Path:
         url = get_model_weights(name).DEFAULT.url
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
         if not file.exists():
-            torch.hub.load_state_dict_from_url(url, str(file.parent), check_hash=True, weights_only=True)
+            torch.hub.load_state_dict_from_url(
+                url, str(file.parent), check_hash=True, weights_only=True
+            )
     except ValueError as error:
         raise MetaplError(
             f"torchvision has no ImageNet weights of {name!r}; take resnet18, or --weights FILE."
         ) from error
     except (URLError, OSError, RuntimeError) as error:
-        mend = f"download {url} elsewhere and give it as --weights {file.name}, or leave --weights out"
-        raise MetaplError(f"the ImageNet weights of {name} could not be downloaded ({error}); {mend}.") from error
+        mend = (
+            f"download {url} elsewhere and give it as --weights {file.name}, or leave --weights out"
+        )
+        raise MetaplError(
+            f"the ImageNet weights of {name} could not be downloaded ({error}); {mend}."
+        ) from error
     return file
 
 
@@ -415,13 +481,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     [(1, 0.0005), (3, 0.0)]
     """
     if not weight_decay >= 0:
-        raise MetaplError(f"parameter_groups got weight_decay={weight_decay}; expected a number of 0 or more.")
+        raise MetaplError(
+            f"parameter_groups got weight_decay={weight_decay}; expected a number of 0 or more."
+        )
     norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-    of_norms = {id(p) for m in module.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
+    of_norms = {
+        id(p) for m in module.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)
+    }
     trained = [p for p in module.parameters() if p.requires_grad]
     is_spared = {p: weight_decay > 0 and (p.ndim <= 1 or id(p) in of_norms) for p in trained}
     decays = ((False, weight_decay), (True, 0.0))
-    groups = [{"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w} for spared, w in decays]
+    groups = [
+        {"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w}
+        for spared, w in decays
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -451,16 +524,25 @@ class Normalized(nn.Module):
 
     def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if not mean or len(mean) != len(std) or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+        if (
+            not mean
+            or len(mean) != len(std)
+            or not all(map(math.isfinite, [*mean, *std]))
+            or min(std) <= 0
+        ):
             expected = "one finite number per channel in each, those of std above 0"
-            raise MetaplError(f"Normalized got mean={list(mean)}, std={list(std)}; expected {expected}.")
+            raise MetaplError(
+                f"Normalized got mean={list(mean)}, std={list(std)}; expected {expected}."
+            )
         self.module = module
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():
-            raise MetaplError(f"the network got {images.dtype} pictures; expected values in [0, 1]: images / 255.")
+            raise MetaplError(
+                f"the network got {images.dtype} pictures; expected values in [0, 1]: images / 255."
+            )
         # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
         logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
         return logits
@@ -490,7 +572,9 @@ class LowRankConv2d(nn.Conv2d):
     up: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + F.conv2d(self._conv_forward(input, self.down, None), self.up[:, :, None, None])
+        return super().forward(input) + F.conv2d(
+            self._conv_forward(input, self.down, None), self.up[:, :, None, None]
+        )
 
 
 class Tuned(Normalized):
@@ -522,7 +606,9 @@ class Tuned(Normalized):
     ) -> None:
         super().__init__(module, mean, std)
         if len(heads) != 1:
-            raise MetaplError(f"this backbone has the heads {', '.join(heads)}; expected a network with one.")
+            raise MetaplError(
+                f"this backbone has the heads {', '.join(heads)}; expected a network with one."
+            )
         self.head, self.tuning = heads[0], tuning
         self.seen = WeakIdKeyDictionary()  # what the head sees of batches that are alive
         if tuning != "all":
@@ -530,10 +616,16 @@ class Tuned(Normalized):
             module.get_submodule(self.head).requires_grad_(True)
         for name, layer in module.named_modules() if tuning == "lora" else ():
             kind = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}.get(type(layer))
-            if kind is None or f"{name}.".startswith(f"{self.head}.") or getattr(layer, "groups", 1) > 1:
+            if (
+                kind is None
+                or f"{name}.".startswith(f"{self.head}.")
+                or getattr(layer, "groups", 1) > 1
+            ):
                 continue
             weight: Any = layer.weight
-            if rank * (len(weight) + weight[0].numel()) < weight.numel():  # fewer weights than it has
+            if (
+                rank * (len(weight) + weight[0].numel()) < weight.numel()
+            ):  # fewer weights than it has
                 layer.__class__ = kind  # whoever reads its sizes or its weight finds them
                 layer.down = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
                 layer.up = nn.Parameter(weight.new_zeros(len(weight), rank))
@@ -549,11 +641,16 @@ class Tuned(Normalized):
 
     def forward(self, images: Tensor) -> Tensor:
         # What a wrapper of vmap or an inference tensor has seen is of no use later.
-        passing = torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled()
+        passing = (
+            torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.is_inference_mode_enabled()
+        )
         if self.tuning != "head" or passing or images.requires_grad or images.is_inference():
             return super().forward(images)
         head, kind = self.module.get_submodule(self.head), images.device.type
-        frozen = [p for name, p in self.module.named_parameters() if not name.startswith(f"{self.head}.")]
+        frozen = [
+            p for name, p in self.module.named_parameters() if not name.startswith(f"{self.head}.")
+        ]
         if any(p.requires_grad for p in frozen):
             return super().forward(images)
         # What the features depend on: these pictures, autocast, and these weights, or copies of them in a replay.

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.ablation import Altered
 from metapl.apps import networks
-from metapl.apps.images import EVALUATED_AT_ONCE, Folder, Minutes, OfPictures, OtherFolder, Pictures, refuse_errors
+from metapl.apps.images import (
+    EVALUATED_AT_ONCE,
+    Folder,
+    Minutes,
+    OfPictures,
+    OtherFolder,
+    Pictures,
+    refuse_errors,
+)
 from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
 from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
 from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
@@ -22,7 +30,14 @@ from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
-from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet
+from metapl.problems import (
+    ExampleWeights,
+    LabelCorrection,
+    MetaWeightNet,
+    NoiseTransition,
+    Table,
+    WeightNet,
+)
 from metapl.problems.losses import CrossEntropy
 from metapl.training import Say
 
@@ -31,7 +46,12 @@ WARM = 0.2  # share of the steps on labels as they are given, before anything is
 PLAIN = (CrossEntropy(),)
 
 # The learning rates of what is learned about labels, by AdamW, and what it is called.
-RATES = {"example_weights": 0.1, "meta_weight_net": 1e-3, "label_correction": 1e-3, "noise_transition": 0.05}
+RATES = {
+    "example_weights": 0.1,
+    "meta_weight_net": 1e-3,
+    "label_correction": 1e-3,
+    "noise_transition": 0.05,
+}
 TITLES = {
     "example_weights": "learned weights of examples",
     "meta_weight_net": "weights learned from losses",
@@ -57,7 +77,9 @@ class Plain(Method):
         return "plain, clean labels alone" if self.clean_alone else "plain, given and clean labels"
 
     def train(self, t: Training) -> Trained:
-        return t.alone(t.student, PLAIN, labeled=t.data.labeled if self.clean_alone else t.data.everything)
+        return t.alone(
+            t.student, PLAIN, labeled=t.data.labeled if self.clean_alone else t.data.everything
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +100,9 @@ class Learned(Method):
     kind: Hidden[LearnedKind] = "example_weights"
     mode: Annotated[Literal["forward", "difference"], tyro.conf.arg(metavar="MODE")] = "forward"
     warm_steps: Annotated[SomeSteps | None, unset()] = None
-    feedback: Annotated[Literal["whole", "permuted", "random_sign"], tyro.conf.arg(metavar="KIND")] = "whole"
+    feedback: Annotated[
+        Literal["whole", "permuted", "random_sign"], tyro.conf.arg(metavar="KIND")
+    ] = "whole"
 
     @property
     def name(self) -> str:
@@ -92,7 +116,9 @@ class Learned(Method):
     def scheduled(self, steps: int) -> Self:
         warm = round(WARM * steps) if self.warm_steps is None else self.warm_steps
         if warm >= steps:
-            raise MetaplError(f"--warm-steps {warm:,}: expected fewer steps than the {steps:,} of the training.")
+            raise MetaplError(
+                f"--warm-steps {warm:,}: expected fewer steps than the {steps:,} of the training."
+            )
         return dataclasses.replace(self, warm_steps=warm)
 
     def train(self, t: Training) -> Trained:
@@ -102,7 +128,9 @@ class Learned(Method):
         noisy = t.data.unlabeled
         if self.kind == "example_weights":
             problem, learned = ExampleWeights(), Table(torch.zeros(len(noisy.images)))
-            noisy = IndexedBatches(**{each.name: getattr(noisy, each.name) for each in dataclasses.fields(noisy)})
+            noisy = IndexedBatches(
+                **{each.name: getattr(noisy, each.name) for each in dataclasses.fields(noisy)}
+            )
         elif self.kind == "meta_weight_net":
             problem, learned = MetaWeightNet(), WeightNet()
         elif self.kind == "label_correction":
@@ -114,7 +142,12 @@ class Learned(Method):
         teacher = learned.to(t.place)
         if warm:
             # While the network knows nothing yet, whatever it learns from helps it, and all weights would grow.
-            first = {"steps": warm, "schedule": "constant", "select": False, "warmup": min(fitting.warmup, warm)}
+            first = {
+                "steps": warm,
+                "schedule": "constant",
+                "select": False,
+                "warmup": min(fitting.warmup, warm),
+            }
             t.alone(t.student, PLAIN, labeled=t.data.everything, phase="warm", **first)
         mode: Any = feedback.estimator(self.mode)
         if self.feedback != "whole":
@@ -124,7 +157,11 @@ class Learned(Method):
         options = {"outer_optimizer": own, "student_lr": fitting.lr}
         trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)
         # The warm steps above stand for the first steps that the problem names.
-        rest = {"steps": fitting.steps - warm, "warmup": 0 if warm else fitting.warmup, "first_steps": 0}
+        rest = {
+            "steps": fitting.steps - warm,
+            "warmup": 0 if warm else fitting.warmup,
+            "first_steps": 0,
+        }
         return Trained(trainer, t.fit(trainer, t.data.labeled, noisy, **rest))
 
 
@@ -170,7 +207,9 @@ class Noisy(OfPictures):
     few_and_many: ClassVar[tuple[str, str]] = ("clean", "labeled")
     batch_of_few: ClassVar[str] = "clean_batch"
     known: ClassVar[str] = "clean pictures"
-    said: ClassVar[str] = "{many:,} pictures of {classes} with labels that may be wrong, {few:,} with clean ones"
+    said: ClassVar[str] = (
+        "{many:,} pictures of {classes} with labels that may be wrong, {few:,} with clean ones"
+    )
 
     labeled: Folder
     clean: Folder
@@ -179,12 +218,16 @@ class Noisy(OfPictures):
     clean_batch: Batch = 32
     minutes: Minutes = None
     pictures: Flat[Pictures] = field(default_factory=Pictures)
-    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64))
+    fitting: Flat[Fitting] = field(
+        default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64)
+    )
     val_fraction: Hidden[float | None] = 0.0  # nothing is set aside of the few
     classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
-        first, second = (Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean))
+        first, second = (
+            Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean)
+        )
         if first == second or first in second.parents or second in first.parents:
             how = "the same folder" if first == second else "one inside the other"
             raise MetaplError(
@@ -199,7 +242,9 @@ class Noisy(OfPictures):
             if (missing := [name for name in one.classes if name not in other.classes])
         ]
         if without:
-            raise MetaplError(f"classes differ: {'; '.join(without)}; expected subfolders of the same names in both.")
+            raise MetaplError(
+                f"classes differ: {'; '.join(without)}; expected subfolders of the same names in both."
+            )
         if empty := [name for name, count in noisy.counts().items() if not count]:
             raise MetaplError(
                 f"no picture of {few(empty)} in {noisy.root}; put some there, or remove it from {clean.root} too."
@@ -223,7 +268,9 @@ class Noisy(OfPictures):
         noisy, clean = both.select(torch.arange(count)), both.select(torch.arange(count, len(both)))
         given, right = labels[:count], labels[count:]
 
-        def of(images: Images, labels: Tensor, size: int, stream: int, seed: int, view: str) -> LabeledBatches:
+        def of(
+            images: Images, labels: Tensor, size: int, stream: int, seed: int, view: str
+        ) -> LabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.fitting.seed, stream=stream)
             return LabeledBatches(images, labels, sampler, views[view], seed, crop=views["crop"])
 

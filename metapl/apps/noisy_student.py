@@ -33,7 +33,18 @@ from metapl.apps.pictures import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.views.base import Identity, View
 from metapl.apps.pictures.views.transforms import ShiftNoiseCutout
-from metapl.apps.settings import Batch, Fitting, Flat, Hidden, Share, Steps, Switch, replaced, require, unset
+from metapl.apps.settings import (
+    Batch,
+    Fitting,
+    Flat,
+    Hidden,
+    Share,
+    Steps,
+    Switch,
+    replaced,
+    require,
+    unset,
+)
 from metapl.apps.train import evaluated, measured
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
@@ -110,11 +121,15 @@ class NoisyStudent(Method):
     share: Annotated[Annotated[float, Range(above=0, most=1)] | None, unset()] = None
     ratio: Annotated[int, Range(1, most=MOST_RATIO)] = 3
     loss: Annotated[Literal["mean", "two_means"], tyro.conf.arg(metavar="KIND")] = "mean"
-    training: Annotated[Literal["joint", "pretrain_finetune", "pretrain"], tyro.conf.arg(metavar="HOW")] = "joint"
+    training: Annotated[
+        Literal["joint", "pretrain_finetune", "pretrain"], tyro.conf.arg(metavar="HOW")
+    ] = "joint"
     warm_start: Switch = False
     warm_steps: Annotated[Steps | None, unset()] = None
     noisy_teacher: Switch = False
-    unlabeled_noise: Annotated[Literal["all", "standard", "model", "none"], tyro.conf.arg(metavar="KIND")] = "all"
+    unlabeled_noise: Annotated[
+        Literal["all", "standard", "model", "none"], tyro.conf.arg(metavar="KIND")
+    ] = "all"
     finetune_size: Annotated[Steps | None, unset("PIXELS")] = None
     frozen: Share = 0.5
     label_smoothing: Share = 0.0
@@ -122,16 +137,31 @@ class NoisyStudent(Method):
     def __post_init__(self) -> None:
         check_fields(self)
         check_interval(self.threshold, self.at_most)
-        require(self, self.warm_steps is None or self.warm_start, "warm_steps", "--warm-start beside it")
+        require(
+            self, self.warm_steps is None or self.warm_start, "warm_steps", "--warm-start beside it"
+        )
         has_means = self.training == "joint" or self.loss == "mean"
         require(self, has_means, "loss", f"mean with training={self.training}, which has no sum")
-        require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "--finetune-size beside it")
+        require(
+            self,
+            self.finetune_size is not None or self.frozen == 0.5,
+            "frozen",
+            "--finetune-size beside it",
+        )
         most_names = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most_names)
         if self.stored_selection is not None:
-            usual = {"threshold": THRESHOLD, "at_most": None, "balance": True, "per_class": None, "share": None}
+            usual = {
+                "threshold": THRESHOLD,
+                "at_most": None,
+                "balance": True,
+                "per_class": None,
+                "share": None,
+            }
             for name, value in usual.items():
-                selects_here = f"no such flag beside --select-by {self.select_by}, which is selected already"
+                selects_here = (
+                    f"no such flag beside --select-by {self.select_by}, which is selected already"
+                )
                 require(self, getattr(self, name) == value, name, selects_here)
 
     @property
@@ -141,7 +171,9 @@ class NoisyStudent(Method):
 
     def scheduled(self, steps: int) -> Self:
         if self.warm_steps is not None and self.warm_steps > steps:
-            raise MetaplError(f"--warm-steps {self.warm_steps:,}: expected 1 to {steps:,}, or more --steps.")
+            raise MetaplError(
+                f"--warm-steps {self.warm_steps:,}: expected 1 to {steps:,}, or more --steps."
+            )
         return self
 
     def train(self, t: Training) -> Trained:
@@ -186,7 +218,9 @@ class PicturesOfRounds(Pictures):
         if dropout is None:
             dropout = DROPOUT if is_whole else 0.0
         if stochastic_depth is None:
-            stochastic_depth = STOCHASTIC_DEPTH if is_whole and architecture.has_stochastic_depth else 0.0
+            stochastic_depth = (
+                STOCHASTIC_DEPTH if is_whole and architecture.has_stochastic_depth else 0.0
+            )
         return dropout, stochastic_depth
 
 
@@ -196,7 +230,9 @@ class ImagesOfRounds(Images):
 
     unlabeled_batch: Hidden[Batch] = 32
     pictures: Flat[PicturesOfRounds] = field(default_factory=PicturesOfRounds)
-    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential"))
+    fitting: Flat[Fitting] = field(
+        default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential")
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the rounds
@@ -238,7 +274,9 @@ class Rounds:
         network = first.network().to(self.training.place)
         begin_as(self.training.student, network)
         losses: Any = (CrossEntropy(self.settings.label_smoothing),)
-        self.trainer = LossTrainer(network, losses, optimizer=optimizer(first, network), **self.training.options)
+        self.trainer = LossTrainer(
+            network, losses, optimizer=optimizer(first, network), **self.training.options
+        )
         self.result = self.training.fit(
             self.trainer, self.labeled(0), None, phase=FIRST, **self.schedule(self.usual_steps)
         )
@@ -262,7 +300,9 @@ class Rounds:
             steps = settings.warm_steps or self.usual_steps
             rate = end_matched(steps, self.usual_steps)
         has_model_noise = settings.unlabeled_noise != "none"
-        loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", has_model_noise, settings.label_smoothing)
+        loss = NoisyStudentLoss(
+            settings.loss, settings.labels == "hard", has_model_noise, settings.label_smoothing
+        )
         self.trainer = LossTrainer(
             network, (loss,), optimizer=optimizer(config, network, rate), **self.training.options
         )
@@ -272,7 +312,11 @@ class Rounds:
             self.trainer,
             *sources,
             phase=f"round-{number}",
-            callbacks=[LossesApart(labeled, pairs, loss, every=config.fitting.validate_every or steps, steps=steps)],
+            callbacks=[
+                LossesApart(
+                    labeled, pairs, loss, every=config.fitting.validate_every or steps, steps=steps
+                )
+            ],
             **self.schedule(steps),
         )
         if settings.training == "pretrain_finetune":
@@ -280,10 +324,14 @@ class Rounds:
             source = self.data.finetuning
             drawn = dataclasses.replace(
                 source,
-                sampler=dataclasses.replace(source.sampler, seed=fold_in(source.sampler.seed, number)),
+                sampler=dataclasses.replace(
+                    source.sampler, seed=fold_in(source.sampler.seed, number)
+                ),
                 seed=fold_in(source.seed, number),
             )
-            self.trainer, self.result = self.finetune(config, network, drawn, phase=f"round-{number}{FINETUNED}")
+            self.trainer, self.result = self.finetune(
+                config, network, drawn, phase=f"round-{number}{FINETUNED}"
+            )
         self.teacher_of_last = self.teacher
         self.teacher = network
         self.reached = self.measure(network)
@@ -327,7 +375,9 @@ class Rounds:
         student = self.trainer.as_given
         freeze_first_layers(student, self.settings.frozen)
         plain = dataclasses.replace(seen.finetuning, view=Identity(), crop=None)
-        _, result = self.finetune(larger, student, plain, phase=LARGER, validation=seen.validation, truth=seen.truth)
+        _, result = self.finetune(
+            larger, student, plain, phase=LARGER, validation=seen.validation, truth=seen.truth
+        )
         return measured(seen, self.trainer.student, result.validation_accuracy, result.weights)
 
     def finetune(
@@ -349,7 +399,10 @@ class Rounds:
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """Options of a fit of so many steps; the rate falls as fast in a shorter one."""
-        options: dict[str, Any] = {"steps": steps, "warmup": min(self.config.fitting.warmup or 0, steps)}
+        options: dict[str, Any] = {
+            "steps": steps,
+            "warmup": min(self.config.fitting.warmup or 0, steps),
+        }
         if self.config.fitting.schedule == "exponential":
             options["decay_every"] = decay_interval(self.usual_steps)
         return options
@@ -427,7 +480,9 @@ class Rounds:
         counted = statistics(selected_labels)
         if threshold != self.settings.threshold:
             asked = f"{self.settings.threshold:g}"
-            self.training.say(f"note: of no example is that network more confident than {asked}; all are kept")
+            self.training.say(
+                f"note: of no example is that network more confident than {asked}; all are kept"
+            )
         if selection.missing:
             without = f"no unlabeled example is kept: {few(selection.missing)}"
             self.training.say(f"note: of these classes {without}; a lower --threshold keeps more")
@@ -466,7 +521,9 @@ class Rounds:
             labels,
             selected,
             kept_per_class=np.bincount(label, minlength=classes).tolist(),
-            copies_per_class=np.bincount(label, copies, minlength=classes).astype(np.int64).tolist(),
+            copies_per_class=np.bincount(label, copies, minlength=classes)
+            .astype(np.int64)
+            .tolist(),
             copies=int(copies.sum(dtype=np.int64)),
         )
         rows = torch.from_numpy(np.repeat(np.arange(len(labels)), copies))
@@ -486,11 +543,20 @@ class Rounds:
             seed = self.seed_of(number)
             labeler = Noised(self.teacher, seed)
             examples = Augmented(
-                images=images, ids=ids, name="unlabeled", input=self.config.input, view=self.noisy, seed=seed
+                images=images,
+                ids=ids,
+                name="unlabeled",
+                input=self.config.input,
+                view=self.noisy,
+                seed=seed,
             )
-            about["views"] = f"augmented by {self.noisy!r}, seed {seed}, with dropout and stochastic depth"
+            about["views"] = (
+                f"augmented by {self.noisy!r}, seed {seed}, with dropout and stochastic depth"
+            )
         place = self.training.folder / FOLDER / str(number) / LABELS
-        return write_labels(labeler, examples, place, self.data.classes, self.training.say, about=about)
+        return write_labels(
+            labeler, examples, place, self.data.classes, self.training.say, about=about
+        )
 
     def record(
         self,
@@ -546,13 +612,19 @@ class Rounds:
         images: Any = self.data.unlabeled.images
         numbers = np.arange(len(images))
         root = self.config.scan("unlabeled").root
-        names = called(store, root, [images.path(n).relative_to(root).as_posix() for n in numbers.tolist()])
+        names = called(
+            store, root, [images.path(n).relative_to(root).as_posix() for n in numbers.tolist()]
+        )
         rows = store.find(names)
         is_there = rows >= 0
         if not is_there.any():
-            raise MetaplError(f"--select-by {store.folder} has none of the {len(images):,} unlabeled pictures.")
+            raise MetaplError(
+                f"--select-by {store.folder} has none of the {len(images):,} unlabeled pictures."
+            )
         if missing := len(store) - int(is_there.sum()):
-            self.training.say(f"note: {missing:,} pictures of {store.folder} are not among the unlabeled ones")
+            self.training.say(
+                f"note: {missing:,} pictures of {store.folder} are not among the unlabeled ones"
+            )
         return Selected(
             positions=numbers[is_there],
             copies=store.column("copies")[rows[is_there]],
@@ -608,7 +680,9 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
             )
     if settings.warm_start and (len(set(names)) > 1 or config.fitting.schedule != "exponential"):
         # It begins with the teacher's weights, and ends at the rate where a student from scratch ends.
-        raise MetaplError("--warm-start: expected one network in --networks, and --schedule exponential.")
+        raise MetaplError(
+            "--warm-start: expected one network in --networks, and --schedule exponential."
+        )
     if settings.finetune_size is not None:
         configs[-1].at_size(settings.finetune_size)
     return configs
@@ -621,13 +695,19 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
         return
     flag = f"--select-by {folder}"
     if not config.places:
-        raise MetaplError(f"{flag}: expected each or once; a store names pictures in folders, and digits have none.")
+        raise MetaplError(
+            f"{flag}: expected each or once; a store names pictures in folders, and digits have none."
+        )
     if not (folder / "store.json").is_file():
-        raise MetaplError(f"{flag}: expected each, once, or the folder of a store that metapl labels select wrote.")
+        raise MetaplError(
+            f"{flag}: expected each, once, or the folder of a store that metapl labels select wrote."
+        )
     store = LabelStore(folder)
     classes = scan_labeled(config.labeled).classes
     if "selected" not in store.provenance:
-        raise MetaplError(f"{flag}: nothing was selected in it; expected what metapl labels select wrote of it.")
+        raise MetaplError(
+            f"{flag}: nothing was selected in it; expected what metapl labels select wrote of it."
+        )
     if store.classes != classes:
         raise MetaplError(
             f"{flag} was selected by a network of the classes {few(store.classes)}; expected those of "
@@ -636,7 +716,9 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
     files = scan_unlabeled(config.unlabeled)
     paths = dict(zip(called(store, files.root, files.names), files.paths(), strict=True))
     if not any(name in paths for name in store):
-        raise MetaplError(f"{flag} was selected of other pictures: it has none of those in {config.unlabeled}.")
+        raise MetaplError(
+            f"{flag} was selected of other pictures: it has none of those in {config.unlabeled}."
+        )
     refuse_other_pictures(store, paths.get, lambda text: None)
 
 
@@ -661,7 +743,9 @@ def end_matched(steps: int, usual: int) -> float:
 
 def freeze_first_layers(network: nn.Module, share: float) -> None:
     """Freeze the first share of the layers that have weights, with the statistics of their norms."""
-    layers = [part for part in network.modules() if any(True for _ in part.parameters(recurse=False))]
+    layers = [
+        part for part in network.modules() if any(True for _ in part.parameters(recurse=False))
+    ]
     for layer in layers[: int(share * len(layers))]:
         layer.eval()
         for p in layer.parameters(recurse=False):
@@ -728,14 +812,18 @@ class LossesApart:
     examples of each kind, at every ``every``-th step and at the last.
     """
 
-    def __init__(self, labeled: Any, pairs: Any, loss: NoisyStudentLoss, *, every: int, steps: int) -> None:
+    def __init__(
+        self, labeled: Any, pairs: Any, loss: NoisyStudentLoss, *, every: int, steps: int
+    ) -> None:
         self.every = every
         self.steps = steps
         self.hard = loss.hard
         self.model_noise = loss.model_noise
         # The batches of a training may be too large for one pass of one process.
         labeled, pairs = (
-            dataclasses.replace(source, sampler=dataclasses.replace(source.sampler, batch_size=MEASURED_AT_ONCE))
+            dataclasses.replace(
+                source, sampler=dataclasses.replace(source.sampler, batch_size=MEASURED_AT_ONCE)
+            )
             for source in (labeled, pairs)
         )
         self.sources = {"labeled": labeled, "unlabeled": pairs}

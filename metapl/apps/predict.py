@@ -60,19 +60,29 @@ class Predict:
         run = EndedRun.load(self.folder)
         classes, name = run.classes, run.name(self.network)
         if not 1 <= self.top <= len(classes):
-            raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
+            raise MetaplError(
+                f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes."
+            )
         if not self.files:
             raise MetaplError("no picture was named; expected metapl predict RUN FILE_OR_FOLDER...")
         for path in self.files:
-            if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
+            if not os.path.lexists(
+                path
+            ):  # a link that leads nowhere is left out, as other files that cannot be read
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
         check_file(self.out, ".csv")  # which is none of the files to be read
         network = run.network(name, self.factory).to(run.device)
         inputs = Inputs(run.cards[name].input, self.files)
         count = 0
         more = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in HEADER[1:]]
-        with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:
-            writer.writerow([*HEADER, *more, *(f"p({label})" for label in classes if self.probabilities)])
+        with (
+            nullcontext(CsvRows(sys.stdout))
+            if self.out is None
+            else written_csv(self.out) as writer
+        ):
+            writer.writerow(
+                [*HEADER, *more, *(f"p({label})" for label in classes if self.probabilities)]
+            )
             for example, p in predictions(network, inputs):
                 ranked = sorted(range(len(p)), key=lambda index: -p[index])[: self.top]
                 best = [cell for index in ranked for cell in (classes[index], f"{p[index]:.6f}")]

@@ -77,19 +77,28 @@ class Report:
         if self.out is not None or self.folder.is_dir():  # else there is no run
             check_file(out, ".html")
         if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
-            raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
+            raise MetaplError(
+                f"{out} is there, and metapl report did not write it; expected another --out FILE.html."
+            )
         if folder.exists and not folder.ended:
             state = state_of(folder)
             heading = f"{state['recipe']}: {' and '.join(state['methods'])}, {state['state']}"
             curves = {state["phase"]: read_rows(self.folder / "metrics.jsonl", state["phase"])}
             picture = draw(title=heading, curves=curves, evaluation=None, network="network")
-            parts = [web.rows([(name, json.dumps(value)) for name, value in state.items()]), drawn(picture)]
+            parts = [
+                web.rows([(name, json.dumps(value)) for name, value in state.items()]),
+                drawn(picture),
+            ]
             parts += provenance(folder, folder.recipe(), folder)
         else:
             heading, _, parts = page_of(EndedRun.load(self.folder))
         page = web.web_page(heading, self.folder, parts)
-        write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
-        tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
+        write_whole(
+            out, page, "any earlier page is as it was; expected a disk with room, or another --out."
+        )
+        tell(
+            f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser"
+        )
         return 0
 
 
@@ -101,7 +110,9 @@ class Mistakes:
     surest: list[web.Picture]
 
 
-def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Sequence[str] | None = None) -> Mistakes:
+def mistakes(
+    network: nn.Module, data: Any, classes: Sequence[str], files: Sequence[str] | None = None
+) -> Mistakes:
     """Beneath each mistake stands what it is taken for, what it is, and its file."""
     kept: list[tuple[float, web.Picture]] = []
     seen: list[tuple[Tensor, Tensor]] = []
@@ -112,13 +123,22 @@ def mistakes(network: nn.Module, data: Any, classes: Sequence[str], files: Seque
         best = logits.double().softmax(dim=1).max(dim=1)
         taken = best.indices
         for row in (taken != labels).nonzero()[:, 0].tolist():
-            sure, file = float(best.values[row]), (files or ())[n + row : n + row + 1]  # some have no file
-            words = [f"{classes[int(taken[row])]} {100 * sure:.0f} %", f"is {classes[int(labels[row])]}", *file]
+            sure, file = (
+                float(best.values[row]),
+                (files or ())[n + row : n + row + 1],
+            )  # some have no file
+            words = [
+                f"{classes[int(taken[row])]} {100 * sure:.0f} %",
+                f"is {classes[int(labels[row])]}",
+                *file,
+            ]
             kept.append((sure, web.Picture(inputs[row], "\n".join(words))))
         n += len(labels)
         kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]  # the others need no memory
     logits, labels = map(torch.cat, zip(*seen, strict=True))
-    return Mistakes(evaluate_logits(logits, labels, list(classes)), [picture for _, picture in kept])
+    return Mistakes(
+        evaluate_logits(logits, labels, list(classes)), [picture for _, picture in kept]
+    )
 
 
 def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
@@ -136,17 +156,27 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     # 1. What it reached; of a comparison, the methods side by side and the paired test.
     reached = result.get("test_accuracy", result.get("validation_accuracy"))
-    heading, network, note = f"{result['recipe']}: {result['title']}, seed {result['seed']}", "network", ""
+    heading, network, note = (
+        f"{result['recipe']}: {result['title']}, seed {result['seed']}",
+        "network",
+        "",
+    )
     parts = [] if reached is None else [f'<p class="number">{100 * reached:.1f} %</p>']
     parts += map(web.paragraph, summary(result))
     if run.is_comparison and evaluation is not None:
         methods, seeds = result["methods"], result["seeds"]
         heading = f"{result['recipe']}: {len(methods)} methods, {plural(len(seeds), 'seed')}"
-        comparison = Comparison(tuple(seeds), methods, result["titles"], evaluation.n, result["chance"])
+        comparison = Comparison(
+            tuple(seeds), methods, result["titles"], evaluation.n, result["chance"]
+        )
         head, *cells = comparison.rows()
         own = web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts)
         parts = [web.paragraph(result["sentence"])]
-        parts.append(web.section("Methods", web.rows(cells, head), web.paragraph(comparison.caption(), "quiet")))
+        parts.append(
+            web.section(
+                "Methods", web.rows(cells, head), web.paragraph(comparison.caption(), "quiet")
+            )
+        )
         if (compared := comparison.against_control()) is not None:
             name, _, control, _, test = compared
             figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
@@ -158,7 +188,11 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
             parts.append(web.section(title, web.rows([*figures.items()])))
         parts.append(own)
         # 2. Curves: those of the first seed, where the runs that were compared are still there.
-        places = {(name, seed): RunFolder(path / name / f"seed-{seed}") for name in methods for seed in seeds}
+        places = {
+            (name, seed): RunFolder(path / name / f"seed-{seed}")
+            for name in methods
+            for seed in seeds
+        }
         if all(place.exists for place in places.values()):
             results_within(path, result)
             firsts = {name: places[name, seeds[0]] for name in [*methods][:MOST_CURVES]}
@@ -179,12 +213,21 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
             counts = f"{each['kept']:,} of {each['unlabeled']:,}", f"{each['copies']:,}"
             cells.append((str(each["round"]), *counts, changed, share(each.get("test_accuracy"))))
         kept = [
-            (name, f"{count:,}", f"{last['kept_per_class'][name]:,}", f"{last['copies_per_class'][name]:,}")
+            (
+                name,
+                f"{count:,}",
+                f"{last['kept_per_class'][name]:,}",
+                f"{last['copies_per_class'][name]:,}",
+            )
             for name, count in last["labeled_per_class"].items()
         ]
         table = web.rows(kept, ("class", "labeled so", "kept", "with copies"))
         heads = ("round", "kept", "with copies", "labels changed", "test accuracy")
-        parts.append(web.section("Rounds", web.rows(cells, heads), web.folded("classes of the last round", table)))
+        parts.append(
+            web.section(
+                "Rounds", web.rows(cells, heads), web.folded("classes of the last round", table)
+            )
+        )
     # 4. The test set: classes, and the mistakes that the network is surest of.
     if evaluation is not None:
         parts.append(web.section("Classes", classes_of(evaluation)))
@@ -198,7 +241,11 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
             parts.append(web.pictures("Surest mistakes", note, found.surest))
         except (MetaplError, OSError) as error:
             tell(f"metapl: the test pictures are left out: {error}", file=sys.stderr)
-            parts.append(web.section("Surest mistakes", web.paragraph(f"The test pictures are left out: {error}")))
+            parts.append(
+                web.section(
+                    "Surest mistakes", web.paragraph(f"The test pictures are left out: {error}")
+                )
+            )
     parts.append(suspects_shown(path, run.cards["student"].input))
     return heading, picture, [*parts, *provenance(run.folder, run.description, run.source)]
 
@@ -222,7 +269,9 @@ def share(accuracy: float | None) -> str:
 
 def classes_of(evaluation: Evaluation) -> str:
     """How many of each class are right, the worst first, and what it is most often taken for."""
-    names = [short(str(name), 60) for name in evaluation.classes or range(len(evaluation.confusion))]
+    names = [
+        short(str(name), 60) for name in evaluation.classes or range(len(evaluation.confusion))
+    ]
     cells: list[tuple[float, Sequence[object]]] = []
     for index, (name, row) in enumerate(zip(names, evaluation.confusion, strict=True)):
         n, right = sum(row), row[index]
@@ -234,10 +283,14 @@ def classes_of(evaluation: Evaluation) -> str:
         cells.append((right / n if n else 2.0, (name, f"{n:,}", f"{right:,}", reached, taken)))
     head = ("class", "examples", "right", "accuracy (95 %)", "most often taken for")
     found = web.rows([row for _, row in sorted(cells, key=lambda cell: cell[0])], head)
-    return found if len(names) <= MOST_UNFOLDED else web.folded(f"all {len(names):,} classes", found)
+    return (
+        found if len(names) <= MOST_UNFOLDED else web.folded(f"all {len(names):,} classes", found)
+    )
 
 
-def provenance(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -> Iterator[str]:
+def provenance(
+    folder: RunFolder, description: Mapping[str, Any], source: RunFolder
+) -> Iterator[str]:
     """On what, by which settings and with what a run was made, folded."""
     by = folder.description() if folder.exists else {}
     if "command" in by:
@@ -247,8 +300,12 @@ def provenance(folder: RunFolder, description: Mapping[str, Any], source: RunFol
     counts = {part: f"{count:,} examples" for part, count in counts_of(data).items()}
     counts |= {f"SHA-256 of {part}": digest for part, digest in data.get("hash", {}).items()}
     yield web.folded("Data", web.rows([*counts.items()])) if counts else ""
-    settings = {name: value for name, value in description.items() if name != "fields"} | description["fields"]
-    yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in settings.items()]))
+    settings = {
+        name: value for name, value in description.items() if name != "fields"
+    } | description["fields"]
+    yield web.folded(
+        "Settings", web.rows([(name, json.dumps(value)) for name, value in settings.items()])
+    )
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
 
 
@@ -257,11 +314,17 @@ def provenance(folder: RunFolder, description: Mapping[str, Any], source: RunFol
 SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
 
 
-def write_suspects(folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]) -> str:
+def write_suspects(
+    folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]
+) -> str:
     """All the examples, first those whose given label the network finds least probable, without augmentation; with the
     weight that was learned for each, where weights of examples were. What it says as a whole."""
     teacher, weights = trained.teacher, None
-    if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
+    if (
+        isinstance(trained, BilevelTrainer)
+        and isinstance(teacher, Table)
+        and teacher.values.ndim == 1
+    ):  # one each
         weights = teacher.values.detach().cpu().sigmoid().tolist()
     found: list[tuple[float, int, int, int, float]] = []
     for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
@@ -270,16 +333,23 @@ def write_suspects(folder: Path, doubtful: Doubtful, trained: Trainer, classes: 
         log_p = logits.double().log_softmax(dim=1)
         best = log_p.max(dim=1)
         of_given = log_p.gather(1, given[:, None])[:, 0]
-        found += zip(*(c.tolist() for c in (of_given, positions, given, best.indices, best.values)), strict=True)
+        found += zip(
+            *(c.tolist() for c in (of_given, positions, given, best.indices, best.values)),
+            strict=True,
+        )
     with written_csv(folder / SUSPECTS) as writer:
-        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weights else [])])
+        writer.writerow(
+            ["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weights else [])]
+        )
         for log_p_given, number, label, taken, log_p_taken in sorted(found):
             shares = [f"{math.exp(each):.3g}" for each in (log_p_given, log_p_taken)]
             cells = [doubtful.names[number], classes[label], classes[taken], *shares]
             writer.writerow([*cells, *([f"{weights[number]:.3g}"] if weights else [])])
     # That is little where the network agrees with few of the labels.
     others = sum(taken != label for _, _, label, taken, _ in found)
-    more = ": it has not learned enough for this list; train it longer (--minutes)" * (2 * others > len(found))
+    more = ": it has not learned enough for this list; train it longer (--minutes)" * (
+        2 * others > len(found)
+    )
     return f"of {others:,} of {len(found):,} the network finds another class more probable{more}"
 
 
@@ -307,12 +377,20 @@ def suspects_shown(folder: Path, given: Input) -> str:
 # --------------------------------------------------------------------------------------------------------- the picture
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-LINES = ("-", "--", ":", "-.")  # those of a panel; colors and lines begin again where a figure has more
+LINES = (
+    "-",
+    "--",
+    ":",
+    "-.",
+)  # those of a panel; colors and lines begin again where a figure has more
 MOST_NAMED, MOST_NUMBERED = 60, 20  # classes of a matrix whose names, and whose counts, can be read
 
 # Plots of a few quantities over the steps: keys of the rows, and their names in the legend.
 PANELS = {
-    "Validation accuracy": {"student_validation_accuracy": "student", "teacher_validation_accuracy": "teacher"},
+    "Validation accuracy": {
+        "student_validation_accuracy": "student",
+        "teacher_validation_accuracy": "teacher",
+    },
     "Losses": {"inner_loss": "inner (student)", "outer_loss": "outer (labeled)"},
     "Losses of the network": {
         "loss_cross_entropy": "labeled",
@@ -331,7 +409,9 @@ PANELS = {
         "feedback_rms": "root mean square in a batch",
         "feedback_std": "standard deviation in a batch",
     },
-    "Size of the feedback": {"feedback_ratio": "its gradient over that of the teacher's own losses"},
+    "Size of the feedback": {
+        "feedback_ratio": "its gradient over that of the teacher's own losses"
+    },
     "Signal to noise of the feedback": {"feedback_snr": "of one step, by its examples"},
     "Pseudo-labels": {
         "pseudo_label_accuracy": "accuracy",
@@ -339,9 +419,16 @@ PANELS = {
         "agreement": "agreement",
     },
     "Class-frequency error": {"class_shares_vs_truth": "pseudo-labels against the truth"},
-    "Class-frequency error of the labels": {"class_shares_vs_labeled": "pseudo-labels against the labels"},
+    "Class-frequency error of the labels": {
+        "class_shares_vs_labeled": "pseudo-labels against the labels"
+    },
 }
-PERCENT = ("Validation accuracy", "Pseudo-labels", "Class-frequency error", "Class-frequency error of the labels")
+PERCENT = (
+    "Validation accuracy",
+    "Pseudo-labels",
+    "Class-frequency error",
+    "Class-frequency error of the labels",
+)
 # Panels of quantities that are never zero and range over orders of magnitude.
 LOGARITHMIC = ("Feedback to the teacher", "Size of the feedback")
 
@@ -349,19 +436,34 @@ LOGARITHMIC = ("Feedback to the teacher", "Size of the feedback")
 Line = tuple[int, int, str, list[tuple[float, float]]]
 
 
-def panels_of(curves: Mapping[str, Sequence[Mapping[str, float]]], network: str) -> dict[str, list[Line]]:
+def panels_of(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], network: str
+) -> dict[str, list[Line]]:
     """What there is to draw of the rows of each method: the lines of each panel that has any."""
     panels: dict[str, list[Line]] = {}
     for panel, names in PANELS.items():
         lines = list[Line]()
         for number, (method, rows) in enumerate(curves.items()):
             for rank, (key, name) in enumerate(names.items()):
-                pairs = ((float(r["step"]), float(r[key])) for r in rows if "step" in r and r.get(key) is not None)
+                pairs = (
+                    (float(r["step"]), float(r[key]))
+                    for r in rows
+                    if "step" in r and r.get(key) is not None
+                )
                 finite = (pair for pair in pairs if all(map(math.isfinite, pair)))
-                if points := sorted(pair for pair in finite if pair[1] > 0 or panel not in LOGARITHMIC):
-                    lines.append((number, rank, f"{method}, {name}" if len(curves) > 1 else name, points))
-        if panel == "Validation accuracy" and not any(rank for _, rank, _, _ in lines):  # no teacher
-            lines = [(number, 0, name.replace("student", network), points) for number, _, name, points in lines]
+                if points := sorted(
+                    pair for pair in finite if pair[1] > 0 or panel not in LOGARITHMIC
+                ):
+                    lines.append(
+                        (number, rank, f"{method}, {name}" if len(curves) > 1 else name, points)
+                    )
+        if panel == "Validation accuracy" and not any(
+            rank for _, rank, _, _ in lines
+        ):  # no teacher
+            lines = [
+                (number, 0, name.replace("student", network), points)
+                for number, _, name, points in lines
+            ]
         if lines:
             panels[panel] = lines
     if "Class-frequency error" in panels:
@@ -370,7 +472,11 @@ def panels_of(curves: Mapping[str, Sequence[Mapping[str, float]]], network: str)
 
 
 def draw(
-    *, title: str, curves: Mapping[str, Sequence[Mapping[str, float]]], evaluation: Evaluation | None, network: str
+    *,
+    title: str,
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    evaluation: Evaluation | None,
+    network: str,
 ) -> bytes:
     """A panel for each group of figures, and the confusion matrix on the test set where there is one, as PNG.
 
@@ -385,10 +491,15 @@ def draw(
     panels = panels_of(curves, network)
     count = len(panels) + (evaluation is not None)
     columns = 1 if count <= 1 else 2  # on the page, more would be too small to read
-    figure = Figure((4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained")
+    figure = Figure(
+        (4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained"
+    )
     plain: Any = {"parse_math": False}  # a name with a $ is a name
     figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
-    places = [figure.add_subplot(math.ceil(count / columns), columns, number + 1) for number in range(count)]
+    places = [
+        figure.add_subplot(math.ceil(count / columns), columns, number + 1)
+        for number in range(count)
+    ]
     # 2. The curves: moving averages over a fortieth of the points, shorter at both ends.
     for (panel, lines), axes in zip(panels.items(), places, strict=False):
         axes.set_title(panel, fontsize=10, loc="left")
@@ -416,8 +527,12 @@ def draw(
     if evaluation is not None:
         counts, axes = np.array(evaluation.confusion), places[-1]
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axes.set_title(f"Confusion on test, {100 * evaluation.accuracy:.1f} % right", fontsize=10, loc="left")
-        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)  # the root shows a mistake in a hundred
+        axes.set_title(
+            f"Confusion on test, {100 * evaluation.accuracy:.1f} % right", fontsize=10, loc="left"
+        )
+        axes.imshow(
+            np.sqrt(shares), cmap="Blues", vmin=0, vmax=1
+        )  # the root shows a mistake in a hundred
         axes.set(xlabel="predicted", ylabel="true")
         if len(counts) <= MOST_NAMED:
             labels = [short(str(name), 14) for name in evaluation.classes or range(len(counts))]
@@ -426,7 +541,15 @@ def draw(
             axes.set_yticks(range(len(counts)), labels, **look)
         for row, column in np.argwhere(counts) if len(counts) <= MOST_NUMBERED else ():
             color = "white" if shares[row, column] > 0.4 else "black"
-            axes.text(column, row, str(counts[row, column]), color=color, ha="center", va="center", fontsize=7)
+            axes.text(
+                column,
+                row,
+                str(counts[row, column]),
+                color=color,
+                ha="center",
+                va="center",
+                fontsize=7,
+            )
     return png_of(figure)
 
 
@@ -434,7 +557,9 @@ def png_of(figure: Figure, dots_per_inch: float | None = None) -> bytes:
     """Return a figure as the bytes of a PNG file; without ``dots_per_inch`` by the figure's own."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # boxes stand for letters that the font does not have
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # boxes stand for letters that the font does not have
         dots: Any = "figure" if dots_per_inch is None else dots_per_inch
         figure.savefig(file, format="png", dpi=dots, metadata={"Software": None})
     return file.getvalue()
@@ -447,32 +572,46 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     """What a run reached, in sentences: ``result.json`` in words."""
     words, lines = content["networks"], list[str]()
     name, tested, rounds = content["delivered"], content.get("evaluation"), content.get("rounds")
-    why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
+    why = (
+        "by validation"
+        if content["delivered_by"] == "validation"
+        else "the rule where validation cannot tell"
+    )
     if rounds is not None and name == "teacher":
         why = "by validation, for the last round ended far behind it"
     elif rounds is not None:
         why = "of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
-        lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
+        lines.append(
+            f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}."
+        )
     if (reached := content.get("validation_accuracy")) is not None:
         on = content["validation_size"], content["validation_chance"]
         lines.append(f"Validation accuracy: {spoken(reached, *on)}.")
     if not lines:
-        lines.append(f"The {words[name]} is delivered; without --test and --val nothing says how good it is.")
+        lines.append(
+            f"The {words[name]} is delivered; without --test and --val nothing says how good it is."
+        )
     part = "test" if tested is not None else "validation"
     others = {name: content.get(f"{name}_{part}_accuracy") for name in words}
-    shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
+    shown = ", ".join(
+        f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None
+    )
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
     if guesses := guessing(content):
-        named = ", ".join(f"the {words[each]} ({100 * value:.1f} %)" for each, value in guesses.items())
+        named = ", ".join(
+            f"the {words[each]} ({100 * value:.1f} %)" for each, value in guesses.items()
+        )
         lines.append(
             f"Not shown to be better than guessing on {part}: {named}. It may need more steps, or lower learning rates."
         )
     lines += linear_baseline(content)
     if tested is not None and rounds:
-        reached = [each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])]
+        reached = [
+            each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])
+        ]
         if (best := max(reached)) > tested["accuracy"]:
             which = f"Round {reached.index(best)} reached {100 * best:.1f} % on test, more than the last"
             lines.append(f"{which}, which is delivered by rule: the test set chooses nothing.")
@@ -499,7 +638,11 @@ def next_try(content: Mapping[str, Any]) -> str:
         more = f"Try more steps (it took {steps:,}: --steps)"
         return f"{more}, other learning rates (--lr, --student-lr), or other methods beside it (--compare)."
     has_backbone = content["control_of"] != "pixels"
-    begin = "training its head alone (--tuning head)" if has_backbone else "a pretrained network (--backbone auto)"
+    begin = (
+        "training its head alone (--tuning head)"
+        if has_backbone
+        else "a pretrained network (--backbone auto)"
+    )
     if content.get("recipe") == "noisy":
         return f"Try more time (--minutes), {begin}, more clean pictures, or these alone (--method clean)."
     return f"Try more time (--minutes), {begin}, or more labeled pictures."

@@ -61,7 +61,10 @@ SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 NETWORK = "network.json"
-HASHED = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
+HASHED = (
+    "data.json",
+    "metrics.jsonl",
+)  # what a run says of itself beside its result, which has their SHA-256
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
@@ -73,7 +76,9 @@ READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
 ANOTHER = "Put the file back from a copy, or train again with another --out."
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
 
-NetworkName = Literal["delivered", "student", "finetuned", "teacher"]  # the one that a run delivers, or one of its own
+NetworkName = Literal[
+    "delivered", "student", "finetuned", "teacher"
+]  # the one that a run delivers, or one of its own
 
 
 class RunFolder(Folder):
@@ -109,31 +114,47 @@ class RunFolder(Folder):
             self.check(resume)
             if not self.exists:
                 content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
-                self.write_json("recipe.json", content | ({"command": self.command} if self.command else {}))
+                self.write_json(
+                    "recipe.json", content | ({"command": self.command} if self.command else {})
+                )
                 yield
                 return
             before, now = (
                 {**content, **content.get("fields", {}), "fields": None}
                 for content in (self.recipe(), json.loads(json.dumps(dict(recipe))))
             )
-            moved = {name for name in PLACES if isinstance(before.get(name), str) and isinstance(now.get(name), str)}
+            moved = {
+                name
+                for name in PLACES
+                if isinstance(before.get(name), str) and isinstance(now.get(name), str)
+            }
             known = sorted({*before, *now} - {*SPEED_ALONE, *moved})
-            changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in known if before.get(k) != now.get(k)]
+            changed = [
+                f"{k} was {before.get(k)!r}, now {now.get(k)!r}"
+                for k in known
+                if before.get(k) != now.get(k)
+            ]
             if changed:
                 what = ", ".join(changed[:4])
-                raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
+                raise MetaplError(
+                    f"{self.path} holds a run of another recipe ({what}); resume it as it was started."
+                )
             remove_temporary(self.path)
             yield
 
     def check(self, resume: bool) -> None:
         """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
         if self.exists and not resume:
-            raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+            raise MetaplError(
+                f"{self.path} holds a run already; give --resume to go on with it, or another --out."
+            )
         if not self.exists and self.path.is_dir():
             # Hidden files are a file manager's; the other kind is what a killed start left.
             left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
             if others := sorted(name for name in os.listdir(self.path) if not left.fullmatch(name)):
-                raise MetaplError(f"{self.path} holds files that are not a run's ({few(others)}); give another --out.")
+                raise MetaplError(
+                    f"{self.path} holds files that are not a run's ({few(others)}); give another --out."
+                )
 
     def threads(self) -> int:
         """Threads of the linear algebra, on whose number rounding depends: those that the run here was started with."""
@@ -150,8 +171,12 @@ class RunFolder(Folder):
         content = self.read_json("recipe.json")
         if content.get("format") != FORMAT:
             made = content.get("made_with", {}).get("metapl", "?")
-            fault = f"{self.path} was written in run format {content.get('format')!r} by metapl {made}"
-            raise MetaplError(f"{fault}; this metapl {version('metapl')} reads format {FORMAT}: train again.")
+            fault = (
+                f"{self.path} was written in run format {content.get('format')!r} by metapl {made}"
+            )
+            raise MetaplError(
+                f"{fault}; this metapl {version('metapl')} reads format {FORMAT}: train again."
+            )
         return self.unsealed("recipe.json", content)
 
     def unsealed(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -170,13 +195,17 @@ class RunFolder(Folder):
         if name in ("recipe.json", "result.json"):
             plain = json.loads(json.dumps({"sha256": {}, **content}))
             content = {**plain, "sha256": {**plain["sha256"], name: json_sha256(plain)}}
-        write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
+        write_whole(
+            self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND
+        )
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
         """Weights as safetensors, the same weights as the same bytes; their SHA-256."""
         from safetensors.torch import save
 
-        content = save({key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())})
+        content = save(
+            {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
+        )
         write_whole(self.path / name, content, _MEND)
         return hashlib.sha256(content).hexdigest()
 
@@ -187,7 +216,9 @@ class RunFolder(Folder):
         file = self.path / name
         if not file.is_file():
             left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
-            raise MetaplError(f"{file} is missing; expected it, or --network with what is left: {', '.join(left)}.")
+            raise MetaplError(
+                f"{file} is missing; expected it, or --network with what is left: {', '.join(left)}."
+            )
         weights: dict[str, Tensor] = load(read_sealed(file, sha256, mend=ANOTHER))
         return weights
 
@@ -201,7 +232,9 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     if sorted(result.get(own[0], ())) != sorted(of.get(own[1], ())) or (
         "compare" not in of and result.get("seed") != of.get("fields", {}).get("seed")
     ):
-        raise MetaplError(f"{file} is damaged or of another run: its {own[0]} or its seed is not that of recipe.json.")
+        raise MetaplError(
+            f"{file} is damaged or of another run: its {own[0]} or its seed is not that of recipe.json."
+        )
     return result
 
 
@@ -215,20 +248,32 @@ def guessing(result: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in result["networks"]:
         accuracy = result.get(f"{name}_{part}_accuracy")
-        if accuracy is not None and chance is not None and interval(round(accuracy * n), n)[0] <= chance:
+        if (
+            accuracy is not None
+            and chance is not None
+            and interval(round(accuracy * n), n)[0] <= chance
+        ):
             found[name] = accuracy
     return found
 
 
-def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+def results_within(
+    path: Path, compared: Mapping[str, Any]
+) -> dict[tuple[str, int], dict[str, Any]]:
     """What the runs of a comparison ended with, by method and seed; ``compared`` is its own ``result.json``."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for method, accuracies in compared["methods"].items():
         for seed, accuracy in zip(compared["seeds"], accuracies[READOUTS[1]], strict=True):
             folder = RunFolder(path / method / f"seed-{seed}")
             result = found[method, seed] = stored_result(folder)
-            if (result["method"], result["seed"], result.get(READOUTS[1])) != (method, seed, accuracy):
-                raise MetaplError(f"{folder.path} holds another run than the one that was compared. {ANOTHER}")
+            if (result["method"], result["seed"], result.get(READOUTS[1])) != (
+                method,
+                seed,
+                accuracy,
+            ):
+                raise MetaplError(
+                    f"{folder.path} holds another run than the one that was compared. {ANOTHER}"
+                )
     return found
 
 
@@ -242,7 +287,9 @@ def seal(
     """Write ``network.json`` and the weights; gives the SHA-256 of these and of :data:`HASHED` by their names."""
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
-    found = {WEIGHTS[name]: folder.write_weights(WEIGHTS[name], state) for name, state in weights.items()}
+    found = {
+        WEIGHTS[name]: folder.write_weights(WEIGHTS[name], state) for name, state in weights.items()
+    }
     there = (name for name in (NETWORK, *HASHED) if (folder.path / name).is_file())
     return found | {name: sha256_of(folder.path / name) for name in there}
 
@@ -263,7 +310,11 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
 
 def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
     """How many examples each part of the data has, of what :func:`stored_data` gives."""
-    found = {part: data[part] for part in ("labeled", "unlabeled", "clean", "validation", "test") if part in data}
+    found = {
+        part: data[part]
+        for part in ("labeled", "unlabeled", "clean", "validation", "test")
+        if part in data
+    }
     return {part: len(of) if isinstance(of, list) else of for part, of in found.items()}
 
 
@@ -284,18 +335,26 @@ class EndedRun:
         folder = RunFolder(path)
         if not path.is_dir() or not folder.exists:
             state = "there is no recipe.json in it" if path.is_dir() else "there is no such folder"
-            raise MetaplError(f"{path}: {state}; expected the folder of a run, such as runs/digits-001.")
+            raise MetaplError(
+                f"{path}: {state}; expected the folder of a run, such as runs/digits-001."
+            )
         if not folder.ended:
-            command = folder.description().get("command", f"the command that started it, with --out {path}")
+            command = folder.description().get(
+                "command", f"the command that started it, with --out {path}"
+            )
             more = "" if "--resume" in command.split() else " --resume"
-            raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
+            raise MetaplError(
+                f"the run in {path} is not finished; go on with it by {command}{more}"
+            )
         file = path / NETWORK
         description, result = folder.recipe(), stored_result(folder)
         refuse_changed(file, result)
         said, cards = folder.read_json(NETWORK), dict[str, NetworkCard]()
         try:
             for name, card in said["networks"].items():
-                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+                fields: dict[str, Any] = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in card.items()
+                }
                 if card["architecture"] is not None:
                     fields["architecture"] = Architecture(**card["architecture"])
                 cards[name] = NetworkCard(**fields | {"input": Input(**card["input"])})
@@ -317,7 +376,9 @@ class EndedRun:
     def networks(self) -> tuple[str, ...]:
         """Those whose weights are there."""
         return tuple(
-            name for name, file in WEIGHTS.items() if name in self.cards and (self.folder.path / file).is_file()
+            name
+            for name, file in WEIGHTS.items()
+            if name in self.cards and (self.folder.path / file).is_file()
         )
 
     @property
@@ -331,7 +392,9 @@ class EndedRun:
             return str(self.result["delivered"])
         if asked not in self.networks:
             has = f"{self.folder.path} has no {WEIGHTS[asked]}"
-            raise MetaplError(f"--network {asked}: {has}; expected one of its networks: {', '.join(self.networks)}.")
+            raise MetaplError(
+                f"--network {asked}: {has}; expected one of its networks: {', '.join(self.networks)}."
+            )
         return asked
 
     def network(self, name: str, factory: str | None = None) -> nn.Module:
@@ -341,23 +404,34 @@ class EndedRun:
         weights = self.folder.read_weights(file.name, self.result["sha256"].get(file.name))
         network = self.cards[name].create(None if factory is None else function_in(factory))
         given, expected = (
-            {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())
+            {key: tuple(value.shape) for key, value in tensors.items()}
+            for tensors in (weights, network.state_dict())
         )
         if differing := sorted({name for name, _ in given.items() ^ expected.items()}):
-            raise MetaplError(f"{file} does not fit its network: {few(differing)} differ in name or shape.")
+            raise MetaplError(
+                f"{file} does not fit its network: {few(differing)} differ in name or shape."
+            )
         network.load_state_dict(weights)
         return network
 
     def heading(self, name: str) -> str:
-        which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
-        return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
+        which = (
+            f", delivered by {self.result['delivered_by']}"
+            if name == self.result["delivered"]
+            else ""
+        )
+        return (
+            f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
+        )
 
 
 def function_in(place: str) -> Callable[..., nn.Module]:
     """The function that FILE.py:FUNCTION names; its file is run."""
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
-        raise MetaplError(f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION.")
+        raise MetaplError(
+            f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION."
+        )
     if (function := runpy.run_path(file).get(name)) is None:
         raise MetaplError(f"--factory {place}: {file} has no function {name!r}.")
     found: Callable[..., nn.Module] = function
@@ -402,9 +476,14 @@ def save(
             "validation_size": 0,
             "delivered": "student",
             "delivered_by": "rule",
-            "sha256": seal(folder, name, classes, {"student": card}, {"student": network.state_dict()}),
+            "sha256": seal(
+                folder, name, classes, {"student": card}, {"student": network.state_dict()}
+            ),
         }
         if evaluation is not None:
-            reached = {"test_accuracy": evaluation.accuracy, "student_test_accuracy": evaluation.accuracy}
+            reached = {
+                "test_accuracy": evaluation.accuracy,
+                "student_test_accuracy": evaluation.accuracy,
+            }
             result |= {"evaluation": evaluation.to_json(), **reached}
         folder.write_json("result.json", result)

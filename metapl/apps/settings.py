@@ -14,7 +14,10 @@ from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitOptions
 from metapl.training.options import MOST_WORKERS
 
-MOST_STEPS, MOST_IN_A_BATCH = 10**9, 2**20  # beyond these a machine would be asked for more than any has
+MOST_STEPS, MOST_IN_A_BATCH = (
+    10**9,
+    2**20,
+)  # beyond these a machine would be asked for more than any has
 
 Steps = Annotated[int, Range(1, most=MOST_STEPS)]
 SomeSteps = Annotated[int, Range(0, most=MOST_STEPS)]
@@ -26,13 +29,17 @@ T = TypeVar("T")
 Hidden = tyro.conf.Suppress[T]  # a setting that is no flag
 
 
-def unset(metavar: str | None = None, help: str | None = None, default: str = "", name: str | None = None) -> Any:
+def unset(
+    metavar: str | None = None, help: str | None = None, default: str = "", name: str | None = None
+) -> Any:
     """Of a flag whose default is not shown, or in words; ``metavar`` stands for its value."""
     return tyro.conf.arg(name=name, metavar=metavar, help=help, help_behavior_hint=default)
 
 
 Switch = Annotated[bool, unset()]  # off unless given
-Flat = Annotated[T, tyro.conf.arg(name="")]  # a dataclass whose fields are flags beside those around it
+Flat = Annotated[
+    T, tyro.conf.arg(name="")
+]  # a dataclass whose fields are flags beside those around it
 
 Role = Literal["teacher", "student"]
 
@@ -41,7 +48,12 @@ def require(value: object, condition: bool, field: str, expected: str) -> None:
     """Refuse a dataclass whose ``field`` is not as ``expected``."""
     if not condition:
         given = getattr(value, field)
-        raise FieldError(f"{type(value).__name__}({field}={given!r}): expected {expected}.", field, given, expected)
+        raise FieldError(
+            f"{type(value).__name__}({field}={given!r}): expected {expected}.",
+            field,
+            given,
+            expected,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +82,9 @@ class Fitting:
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     labeled_batch: Batch = 32
     lr: Annotated[AboveZero | None, unset()] = None
-    schedule: Annotated[Literal["cosine", "constant", "exponential"], tyro.conf.arg(metavar="NAME")] = "cosine"
+    schedule: Annotated[
+        Literal["cosine", "constant", "exponential"], tyro.conf.arg(metavar="NAME")
+    ] = "cosine"
     warmup: Annotated[SomeSteps | None, unset()] = None
     ema_decay: Annotated[Share | None, unset()] = None
     finetune_steps: SomeSteps = 200
@@ -89,14 +103,27 @@ class Fitting:
 
     def options(self) -> dict[str, Any]:
         """Options of a fit; those of a phase come to these."""
-        names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every", "num_workers")
+        names = (
+            "schedule",
+            "warmup",
+            "ema_decay",
+            "validate_every",
+            "log_every",
+            "save_every",
+            "num_workers",
+        )
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def finetuning(self, schedule: str) -> dict[str, Any]:
         """Options of the fit that finetunes."""
         steps = self.finetune_steps
-        own = {"steps": steps, "ema_decay": None, "warmup": 0, "validate_every": max(1, steps // 10)}
+        own = {
+            "steps": steps,
+            "ema_decay": None,
+            "warmup": 0,
+            "validate_every": max(1, steps // 10),
+        }
         return {**self.options(), **own, "schedule": schedule}
 
 

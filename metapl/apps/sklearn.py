@@ -119,7 +119,9 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         check_consistent_length(X, y)
         known = ~np.isin([str(label) for label in y], _MISSING[: None if self._partly else -2])
         if not self._partly and not known.all():
-            raise MetaplError(f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row.")
+            raise MetaplError(
+                f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row."
+            )
         y = y[known]
         if y.dtype == object and not any(isinstance(label, str) for label in y):
             y = np.array(y.tolist())  # numbers, of a column with None
@@ -143,7 +145,9 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             mend = "; -1 is a missing label here, and no class" * self._partly
-            raise MetaplError(f"y has the classes {few(self.classes_)}; expected labels of two or more{mend}.")
+            raise MetaplError(
+                f"y has the classes {few(self.classes_)}; expected labels of two or more{mend}."
+            )
         with np.errstate(over="ignore", invalid="ignore"):
             self.scaler_ = StandardScaler().fit(X)
             assert_all_finite(self.scaler_.var_, input_name="the variance of X")
@@ -165,15 +169,23 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         found = self.network(columns, classes).to(x)
         shape = tuple(logits_of(found, [x[:2]]).shape)
         if shape != (2, classes):
-            raise MetaplError(f"the network of network= gives outputs {shape} for 2 rows; expected {(2, classes)}.")
+            raise MetaplError(
+                f"the network of network= gives outputs {shape} for 2 rows; expected {(2, classes)}."
+            )
         return found
 
     def _optimizer(self, network: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(
-            network.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+            network.parameters(),
+            lr=self.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=self.weight_decay,
         )
 
-    def _batches(self, seed: int, *columns: Tensor, noise: float | None = None, weights: Tensor | None = None) -> _Rows:
+    def _batches(
+        self, seed: int, *columns: Tensor, noise: float | None = None, weights: Tensor | None = None
+    ) -> _Rows:
         size = len(columns[0])
         return _Rows(columns, StepSampler(size, min(self.batch_size, size), seed), noise, weights)
 
@@ -233,7 +245,10 @@ class MetaPseudoLabelsClassifier(_Classifier):
         with self._fitting(X, y) as (x, known, codes, seed):
             if known.all():
                 why = "a VotingClassifier, or another that numbers the labels anew, makes a class of -1"
-                warnings.warn(f"every row of y has a label, and none -1 for a missing one; {why}", stacklevel=2)
+                warnings.warn(
+                    f"every row of y has a label, and none -1 for a missing one; {why}",
+                    stacklevel=2,
+                )
             teacher, student = self._built(x), self._built(x)
             trainer = BilevelTrainer(
                 teacher,
@@ -246,7 +261,12 @@ class MetaPseudoLabelsClassifier(_Classifier):
                 feedback_bound=self.feedback_bound,
             )
             labeled = self._batches(seed, x[known], torch.from_numpy(codes).to(x.device))
-            trainer.fit(labeled, self._batches(seed + 1, x, noise=self.noise), steps=self.steps, progress=self.verbose)
+            trainer.fit(
+                labeled,
+                self._batches(seed + 1, x, noise=self.noise),
+                steps=self.steps,
+                progress=self.verbose,
+            )
             self.network_ = student.cpu()
         return self
 
@@ -325,10 +345,14 @@ class MetaReweightedClassifier(_Classifier):
         """Refuse what is no mask of the rows, or of no row of some class, or of all rows."""
         mask = np.asarray(trusted)
         if mask.shape != codes.shape or mask.dtype != bool:
-            raise MetaplError(f"trusted= is {described(mask)}; expected {len(codes)} truth values, one a row.")
+            raise MetaplError(
+                f"trusted= is {described(mask)}; expected {len(codes)} truth values, one a row."
+            )
         if len(missing := np.setdiff1d(np.arange(len(self.classes_)), codes[mask])):
             # The weights of a class that is not among them would fall to 0.
-            raise MetaplError(f"no trusted row is of {few(self.classes_[missing])}; expected all classes.")
+            raise MetaplError(
+                f"no trusted row is of {few(self.classes_[missing])}; expected all classes."
+            )
         if mask.all():
             raise MetaplError("all rows are trusted; expected some to be weighed.")
         return torch.tensor(mask)

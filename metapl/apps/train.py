@@ -34,7 +34,9 @@ from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.selection import FAR_BEHIND
 
-SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
+SELECTED_ON = (
+    50  # the fewest validation examples to choose a student by: one standard error is 7 points then
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ class Measured:
 
 def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
     """What recipe.json says of a training."""
-    return {"name": config.name, "method": method.name, **run_by, "fields": {**flat(config), **flat(method)}}
+    return {
+        "name": config.name,
+        "method": method.name,
+        **run_by,
+        "fields": {**flat(config), **flat(method)},
+    }
 
 
 def train(
@@ -84,14 +91,21 @@ def train(
     data = config.data(say, progress, skipped)
     hashes = dict(data.record["hash"])
     for part, store in method.stores.items() if isinstance(method, ReducedMpl) else ():
-        hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)  # which has the hashes of the labels
+        hashes[f"labels of {part}"] = sha256_of(
+            Path(store) / DESCRIPTION
+        )  # which has the hashes of the labels
     selection: Path | None = getattr(method, "stored_selection", None)
     if selection is not None:
         hashes["selection"] = sha256_of(selection / DESCRIPTION)
-    record, noted = json.loads(json.dumps({**data.record, "hash": hashes})), folder.path / "data.json"
+    record, noted = (
+        json.loads(json.dumps({**data.record, "hash": hashes})),
+        folder.path / "data.json",
+    )
     if noted.exists() and folder.read_json("data.json") != record:
         since = f"since the run in {folder.path} was started (see its data.json)"
-        raise MetaplError(f"the data have changed {since}; put them back, or start another run with another --out.")
+        raise MetaplError(
+            f"the data have changed {since}; put them back, or start another run with another --out."
+        )
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_json("data.json", record)
     record_files(skipped, data.skipped)
@@ -108,7 +122,11 @@ def train(
     baseline = dict[str, Any]()
     if judged_on is not None:
         accuracy = control.accuracy(judged_on)
-        baseline = {"control_accuracy": accuracy, "control_of": control.sees, "control_on": config.known}
+        baseline = {
+            "control_accuracy": accuracy,
+            "control_of": control.sees,
+            "control_on": config.known,
+        }
     if isinstance(teacher, Tuned):
         control.start(teacher)
     begin_as(teacher, student)
@@ -119,7 +137,13 @@ def train(
             processes.seed(student, fitting.seed)
 
     # 3. The method.
-    options = {"validation": data.validation, "out": folder, "resume": resume, "progress": progress, "say": say}
+    options = {
+        "validation": data.validation,
+        "out": folder,
+        "resume": resume,
+        "progress": progress,
+        "say": say,
+    }
     options |= {"steps": fitting.steps, **fitting.options(), "select": select}
 
     def phase(
@@ -170,7 +194,9 @@ def train(
 
     # 4. What is kept: the student as it is, its teacher, and the student finetuned; each is tested once.
     result, kept = trained.result, dict[str, Measured]()
-    kept["student"] = measured(data, trained.trainer.student, result.validation_accuracy, result.weights)
+    kept["student"] = measured(
+        data, trained.trainer.student, result.validation_accuracy, result.weights
+    )
     if trained.teacher is not None:
         network, weights = trained.teacher
         reached = None if data.validation is None else evaluated(network, data.validation).accuracy
@@ -184,19 +210,29 @@ def train(
         kept["finetuned"] = trained.finetunes()
     elif trained.finetunes:
         network = trained.trainer.as_given
-        processes.seed(network, fitting.seed)  # whatever was drawn before, so that it can be repeated on its own
+        processes.seed(
+            network, fitting.seed
+        )  # whatever was drawn before, so that it can be repeated on its own
         if fitting.finetune_steps:
             trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
-            result = phase(trainer, data.finetuning, None, phase="finetune", truth=None, **config.finetuning())
-            if select and (result.validation_accuracy or 0) < (trained.result.validation_accuracy or 0):
+            result = phase(
+                trainer, data.finetuning, None, phase="finetune", truth=None, **config.finetuning()
+            )
+            if select and (result.validation_accuracy or 0) < (
+                trained.result.validation_accuracy or 0
+            ):
                 load_whole(inside(network), trained.result.weights)
                 result = trained.result
-        kept["finetuned"] = measured(data, inside(network), result.validation_accuracy, result.weights)
+        kept["finetuned"] = measured(
+            data, inside(network), result.validation_accuracy, result.weights
+        )
 
     # 5. Labels that may be wrong, the networks, what they are and reach, and the page of the run.
     if data.doubtful is not None:
         text = write_suspects(folder.path, data.doubtful, trained.trainer, data.classes)
-        say(f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}")
+        say(
+            f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}"
+        )
     one = trained.trainer.teacher is None and trained.rounds is None  # no student of a teacher
     words = {"student": "network" if one else "student", "teacher": "teacher"}
     words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
@@ -218,7 +254,13 @@ def train(
         "validation_chance": None if counts is None else chance_level(counts),
         "delivered": chosen,
         "delivered_by": "validation" if select else "rule",
-        "sha256": seal(folder, called, data.classes, cards, {name: merged(one.weights) for name, one in kept.items()}),
+        "sha256": seal(
+            folder,
+            called,
+            data.classes,
+            cards,
+            {name: merged(one.weights) for name, one in kept.items()},
+        ),
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
         **baseline,
         **kept[chosen].accuracies(),
@@ -245,10 +287,15 @@ class Truth:
         validated = any("_validation_" in name for name in row)
         if not validated or trainer.teacher is None or not trainer.teacher_classifies:
             return {}
-        found = evaluate_logits(*predict_logits(trainer.teacher, batches_of(self.truth, trainer.device, "truth")))
+        found = evaluate_logits(
+            *predict_logits(trainer.teacher, batches_of(self.truth, trainer.device, "truth"))
+        )
         confusion = torch.tensor(found.confusion)
         off = (confusion.sum(0) - confusion.sum(1)).abs().sum()
-        return {"pseudo_label_accuracy": found.accuracy, "class_shares_vs_truth": float(off) / (2 * found.n)}
+        return {
+            "pseudo_label_accuracy": found.accuracy,
+            "class_shares_vs_truth": float(off) / (2 * found.n),
+        }
 
 
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
@@ -268,9 +315,13 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     return "finetuned" if "finetuned" in kept else "student"
 
 
-def measured(data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]) -> Measured:
+def measured(
+    data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]
+) -> Measured:
     """A network that has these weights and this validation accuracy, with what it reaches on the test examples."""
-    tested = None if data.test is None else mistakes(network, data.test, data.classes, data.test_names)
+    tested = (
+        None if data.test is None else mistakes(network, data.test, data.classes, data.test_names)
+    )
     return Measured(dict(weights), validated, tested)
 
 
@@ -285,7 +336,9 @@ def inside(network: nn.Module) -> nn.Module:
 
 def device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
-        raise MetaplError("--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
+        raise MetaplError(
+            "--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu."
+        )
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -304,5 +357,12 @@ def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {mesh.shares:,} processes "
                 f"and --accumulate {config.fitting.accumulate:,}."
             )
-    if mesh.shard > 1 and config.places and config.pictures.backbone != "none" and config.pictures.tuning != "all":
-        raise MetaplError("--mesh.shard cuts what is trained; of a --backbone expected --tuning all, or copies.")
+    if (
+        mesh.shard > 1
+        and config.places
+        and config.pictures.backbone != "none"
+        and config.pictures.tuning != "all"
+    ):
+        raise MetaplError(
+            "--mesh.shard cuts what is trained; of a --backbone expected --tuning all, or copies."
+        )

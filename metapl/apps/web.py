@@ -100,14 +100,23 @@ def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
         return ""
     figures = []
     for x, caption in shown:
-        levels = (255 * x.detach().cpu().float().clamp(0, 1)).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+        levels = (
+            (255 * x.detach().cpu().float().clamp(0, 1))
+            .round()
+            .byte()
+            .permute(1, 2, 0)
+            .squeeze(-1)
+            .numpy()
+        )
         thumbnail, file = Image.fromarray(levels), io.BytesIO()
         thumbnail.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
         thumbnail.save(file, format="png", optimize=True)
         lines = "<br>".join(text(line) for line in caption.split("\n"))
         image = f'<img alt="" src="{picture(file.getvalue())}">'
         figures.append(f"<figure>{image}<figcaption>{lines}</figcaption></figure>")
-    return section(title, paragraph(note, "quiet"), f'<div class="pictures">{"".join(figures)}</div>')
+    return section(
+        title, paragraph(note, "quiet"), f'<div class="pictures">{"".join(figures)}</div>'
+    )
 
 
 def picture(content: bytes) -> str:

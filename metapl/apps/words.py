@@ -45,7 +45,11 @@ def short(name: str, most: int = 30) -> str:
     ('crane...849)', '猫の...ラス')
     """
     name, tail = shown(name), (most - 3) // 2
-    return name if width_of(name) <= most else f"{_begin(name, most - 3 - tail)}...{_begin(name[::-1], tail)[::-1]}"
+    return (
+        name
+        if width_of(name) <= most
+        else f"{_begin(name, most - 3 - tail)}...{_begin(name[::-1], tail)[::-1]}"
+    )
 
 
 def _begin(text: str, most: int) -> str:
@@ -120,7 +124,10 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     widths, lines = [max(map(width_of, column)) for column in zip(*rows, strict=True)], []
     for row in rows:
         gaps = [" " * (width - width_of(text)) for text, width in zip(row, widths, strict=True)]
-        cells = [text + gap if i < left else gap + text for i, (text, gap) in enumerate(zip(row, gaps, strict=True))]
+        cells = [
+            text + gap if i < left else gap + text
+            for i, (text, gap) in enumerate(zip(row, gaps, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -129,7 +136,9 @@ def require_extra(extra: str, need: str, *packages: str) -> None:
     """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
     missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
     if missing:
-        raise MetaplError(f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'")
+        raise MetaplError(
+            f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'"
+        )
 
 
 def exit_code(stopped: KeyboardInterrupt) -> int:

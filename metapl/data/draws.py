@@ -59,9 +59,18 @@ def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Ten
 
 
 def uniform(
-    seed: int, step: int, examples: Tensor, n: int, stream: int = 0, *, dtype: torch.dtype = torch.float32
+    seed: int,
+    step: int,
+    examples: Tensor,
+    n: int,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draws from [0, 1), (B, n): ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64, the same on every
     device; for the arguments see :func:`bits`."""
     precision = {torch.float32: 24, torch.float64: 53}[dtype]
-    return _shift_right(bits(seed, step, examples, n, stream), 64 - precision).to(dtype) * 2.0**-precision
+    return (
+        _shift_right(bits(seed, step, examples, n, stream), 64 - precision).to(dtype)
+        * 2.0**-precision
+    )

@@ -32,7 +32,16 @@ from metapl.runs.checkpoint import plain_states
 _END: Any = object()
 
 # Attributes of a source with parts that may hold generators or have ``set_epoch``.
-_PARTS = ("loader", "base_dataloader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
+_PARTS = (
+    "loader",
+    "base_dataloader",
+    "batch_sampler",
+    "sampler",
+    "dataset",
+    "datasets",
+    "transform",
+    "transforms",
+)
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -41,9 +50,13 @@ class Feed(ABC):
 
     kind: str
     _position = 0  # the batches so far, of an epoch where there are some
-    _iterator: Iterator[Any] | None = None  # it begins with the next batch that is asked for, at the position
+    _iterator: Iterator[Any] | None = (
+        None  # it begins with the next batch that is asked for, at the position
+    )
 
-    def __init__(self, source: Any, name: str, stop: int, device: torch.device | None, labeled: bool) -> None:
+    def __init__(
+        self, source: Any, name: str, stop: int, device: torch.device | None, labeled: bool
+    ) -> None:
         self._source, self._name, self._stop, self._labeled = source, name, stop, labeled
         self._device: Any = device
 
@@ -69,7 +82,9 @@ class Feed(ABC):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state` was asked for."""
         if (kind := state["kind"]) != self.kind:
-            raise MetaplError(f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same kind")
+            raise MetaplError(
+                f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same kind"
+            )
         self.close()
         self._position = state["position"]
 
@@ -82,7 +97,13 @@ class Feed(ABC):
 
 
 def feed(
-    source: Any, *, name: str, stop: int, num_workers: int = 0, seed: int = 0, device: torch.device | str | None = None
+    source: Any,
+    *,
+    name: str,
+    stop: int,
+    num_workers: int = 0,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> Feed:
     """Serve the batches of a source without end, resumably.
 
@@ -122,7 +143,9 @@ def feed(
         source, labeled = source.source, False
     no_batches = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
     if no_batches or not isinstance(source, StepBatches | Iterable):
-        raise MetaplError(f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of batches.")
+        raise MetaplError(
+            f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of batches."
+        )
     if isinstance(source, StepBatches | Sequence):
         return _NumberedFeed(source, name, stop, target, labeled, num_workers)
     return _EpochFeed(source, name, stop, target, labeled, seed)
@@ -163,7 +186,9 @@ class _NumberedFeed(Feed):
     """The batches of a `StepBatches` by their step, or those of a list over and over. Of one with ``raw()`` and
     ``augment(step, fetched)``, workers fetch the first half of a batch and the second is made on the device."""
 
-    def __init__(self, source: Any, name: str, stop: int, device: Any, labeled: bool, workers: int) -> None:
+    def __init__(
+        self, source: Any, name: str, stop: int, device: Any, labeled: bool, workers: int
+    ) -> None:
         super().__init__(source, name, stop, device, labeled)
         self.kind = "steps" if isinstance(source, StepBatches) else "sequence"
         least = stop if self.kind == "steps" else min(stop, 1)
@@ -177,12 +202,16 @@ class _NumberedFeed(Feed):
         if self.kind == "sequence":
             return self._source[self._position % len(self._source)]
         if self._position >= self._stop:
-            raise MetaplError(f"{self._name} was made for {self._stop} batches; make a feed with a larger stop")
+            raise MetaplError(
+                f"{self._name} was made for {self._stop} batches; make a feed with a larger stop"
+            )
         if self._iterator is None:
             # Workers have their batches pinned in the background, for CUDA.
             pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
             source = self._source.raw() if self._halves else self._source
-            self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
+            self._iterator = iter(
+                loader(source, self._position, self._stop, self._workers, pin_memory=pinned)
+            )
         batch = next(self._iterator)
         if not self._halves:
             return batch
@@ -193,25 +222,33 @@ class _NumberedFeed(Feed):
 class _EpochFeed(Feed):
     """The epochs of a `DataLoader`, or of anything else that begins anew each time, with generators of its own."""
 
-    def __init__(self, source: Any, name: str, stop: int, device: Any, labeled: bool, seed: int) -> None:
+    def __init__(
+        self, source: Any, name: str, stop: int, device: Any, labeled: bool, seed: int
+    ) -> None:
         super().__init__(source, name, stop, device, labeled)
         self.kind = "iterator" if isinstance(source, Iterator) else "epochs"
         self._parts = parts_of(source)
         self._generators = Generators(seed, name, self._parts)
         self._start = self._generators.states  # at the start of the epoch
         self._epoch = 0
-        if isinstance(source, DataLoader) and source.persistent_workers:  # else workers go on with their generators
+        if (
+            isinstance(source, DataLoader) and source.persistent_workers
+        ):  # else workers go on with their generators
             self._source = copy.copy(source)
             # A loader guards this attribute against being set; the user's own loader stays as it is.
             vars(self._source).update(persistent_workers=False, _iterator=None)
 
     def _next(self) -> Any:
         with self._generators.in_place():
-            while (batch := next(self._begun() if self._iterator is None else self._iterator, _END)) is _END:
+            while (
+                batch := next(self._begun() if self._iterator is None else self._iterator, _END)
+            ) is _END:
                 if self.kind == "iterator" or not self._position:
                     # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last.
                     where = f"{self._name} has no batch {self._position} in epoch {self._epoch}"
-                    raise MetaplError(f"{where}, and the run needs {self._stop}; expected a source that begins anew")
+                    raise MetaplError(
+                        f"{where}, and the run needs {self._stop}; expected a source that begins anew"
+                    )
                 self._epoch, self._position, self._iterator = self._epoch + 1, 0, None
                 self._start = self._generators.read()
         return batch
@@ -226,9 +263,7 @@ class _EpochFeed(Feed):
         self._iterator = iter(self._source)
         for taken in range(self._position if again else 0):
             if next(self._iterator, _END) is _END:
-                given = (
-                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._position}"
-                )
+                given = f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._position}"
                 raise MetaplError(f"{given}; expected the same data as then")
         return self._iterator
 
@@ -239,7 +274,9 @@ class _EpochFeed(Feed):
         in_order = getattr(self._source, "in_order", True) or self._source.num_workers < 2
         if self.kind == "iterator" or (state["position"] and not in_order):
             what = "an iterator" if self.kind == "iterator" else "a loader with in_order=False"
-            raise MetaplError(f"{self._name} is {what}, which has no position; expected a DataLoader or a list")
+            raise MetaplError(
+                f"{self._name} is {what}, which has no position; expected a DataLoader or a list"
+            )
         super().restore(state)
         self._epoch, self._start = state["epoch"], state["stream"]
         try:
@@ -256,10 +293,20 @@ class Generators:
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
-        own = {id(v): v for v in attributes if isinstance(v, _KINDS) and v is not torch.default_generator}
-        self._accesses = [*map(_access, (torch.default_generator, random, np.random, *own.values()))]
+        own = {
+            id(v): v
+            for v in attributes
+            if isinstance(v, _KINDS) and v is not torch.default_generator
+        }
+        self._accesses = [
+            *map(_access, (torch.default_generator, random, np.random, *own.values()))
+        ]
         key = draws.fold_in(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
-        first = (torch.Generator().manual_seed(key), random.Random(key), np.random.RandomState(np.random.MT19937(key)))
+        first = (
+            torch.Generator().manual_seed(key),
+            random.Random(key),
+            np.random.RandomState(np.random.MT19937(key)),
+        )
         self.states = [_access(generator)[0]() for generator in (*first, *own.values())]
 
     @contextmanager
@@ -284,10 +331,14 @@ class Generators:
 def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """How the state of a generator is read, and how it is written."""
     if isinstance(generator, np.random.Generator):
-        return lambda: generator.bit_generator.state, partial(setattr, generator.bit_generator, "state")
+        return lambda: generator.bit_generator.state, partial(
+            setattr, generator.bit_generator, "state"
+        )
     if hasattr(generator, "getstate"):  # of Python
         return generator.getstate, generator.setstate
-    if isinstance(generator, torch.Generator):  # whose state a checkpoint that was loaded onto a device has moved there
+    if isinstance(
+        generator, torch.Generator
+    ):  # whose state a checkpoint that was loaded onto a device has moved there
         return generator.get_state, lambda state: generator.set_state(state.cpu())
     return partial(generator.get_state, legacy=False), generator.set_state
 
@@ -301,6 +352,8 @@ def parts_of(source: Any) -> list[Any]:
             parts[id(part)] = part
             held = getattr(part, "__dict__", {})
             for key in _PARTS:
-                several = key in ("datasets", "transforms") and isinstance(held.get(key), list | tuple)
+                several = key in ("datasets", "transforms") and isinstance(
+                    held.get(key), list | tuple
+                )
                 waiting.extend(held[key] if several else [held.get(key)])
     return list(parts.values())

@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, is_array, is_record_of_rows, leaves_of, length, map_tensors, plain
+from metapl.execution.batch import (
+    as_tensors,
+    is_array,
+    is_record_of_rows,
+    leaves_of,
+    length,
+    map_tensors,
+    plain,
+)
 from metapl.runs.fields import Range, check_fields
 from metapl.runs.terminal import END, is_heard
 
@@ -78,7 +86,9 @@ class StepSampler:
 
     def _span(self, step: int) -> tuple[int, int]:
         if step < 0:
-            raise MetaplError(f"step is {step}; expected 0 or more: steps are counted from the start of the run")
+            raise MetaplError(
+                f"step is {step}; expected 0 or more: steps are counted from the start of the run"
+            )
         return step * self.batch_size, (step + 1) * self.batch_size
 
 
@@ -97,7 +107,9 @@ class StepBatches(Dataset[BatchT], ABC):
 
     def __getitem__(self, step: int) -> BatchT:
         if not 0 <= step < len(self):  # an IndexError ends a ``for`` loop over the data set
-            raise IndexError(f"step is {step}; expected 0 to {len(self) - 1}, counted from the start of the run")
+            raise IndexError(
+                f"step is {step}; expected 0 to {len(self) - 1}, counted from the start of the run"
+            )
         return self.batch(step)
 
     def __len__(self) -> int:
@@ -105,7 +117,12 @@ class StepBatches(Dataset[BatchT], ABC):
 
 
 def loader(
-    batches: StepBatches[BatchT], start: int, stop: int, num_workers: int = 0, *, pin_memory: bool = False
+    batches: StepBatches[BatchT],
+    start: int,
+    stop: int,
+    num_workers: int = 0,
+    *,
+    pin_memory: bool = False,
 ) -> DataLoader[BatchT]:
     """Serve the batches of steps start, …, stop − 1 in order, whatever the number of workers.
 
@@ -125,7 +142,9 @@ def loader(
     [25, 36, 49]
     """
     if not 0 <= start <= stop <= len(batches):
-        raise MetaplError(f"steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches)")
+        raise MetaplError(
+            f"steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches)"
+        )
     return DataLoader(
         batches,
         batch_size=None,
@@ -165,19 +184,27 @@ class ArrayBatches(StepBatches[Any]):
 
     def batch(self, step: int) -> Any:
         count = self.examples
-        chosen = StepSampler(count, min(self.batch_size, count), seed=0, stream=self.stream).indices(step)
+        chosen = StepSampler(
+            count, min(self.batch_size, count), seed=0, stream=self.stream
+        ).indices(step)
         return map_tensors(lambda t: t[chosen.to(t.device)], self.rows)
 
 
-def in_memory(source: Any, name: str, batch_size: int | None, dtype: torch.dtype, stream: int) -> Any:
+def in_memory(
+    source: Any, name: str, batch_size: int | None, dtype: torch.dtype, stream: int
+) -> Any:
     """Batches of examples in memory, a tensor, an array, a dict, tuple or dataclass of these; others as they are."""
     held = isinstance(source, tuple) and any(map(is_array, source))
     if not (held or is_array(source) or isinstance(source, Mapping) or is_record_of_rows(source)):
         return source
     if batch_size is None or batch_size < 1:
-        raise MetaplError(f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a list.")
+        raise MetaplError(
+            f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a list."
+        )
     rows = as_tensors(plain(source), dtype, f"{name} holds")
     lengths = {len(t) if t.ndim else 0 for t in leaves_of(rows) if isinstance(t, Tensor)}
     if len(lengths) != 1 or 0 in lengths:
-        raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected as many in each, at least one.")
+        raise MetaplError(
+            f"{name} has tensors of {sorted(lengths)} rows; expected as many in each, at least one."
+        )
     return ArrayBatches(rows, batch_size, stream)

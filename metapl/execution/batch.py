@@ -33,16 +33,23 @@ def either(**spellings: object) -> Any:
     """The value of an argument that has two spellings, of which None is one that was not given."""
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(given) > 1:
-        raise MetaplError(f"{'= and '.join(given)}= were both given; they are two names of one argument: expected one.")
+        raise MetaplError(
+            f"{'= and '.join(given)}= were both given; they are two names of one argument: expected one."
+        )
     return next(iter(given.values()), None)
 
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
     """The outer and the inner batch, each by either of its names; one that is missing is refused."""
     if outer is not None or inner is not None:
-        labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
+        labeled, unlabeled = (
+            either(labeled=labeled, outer=outer),
+            either(unlabeled=unlabeled, inner=inner),
+        )
     if labeled is None or unlabeled is None:
-        raise MetaplError("a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=).")
+        raise MetaplError(
+            "a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=)."
+        )
     return labeled, unlabeled
 
 
@@ -72,7 +79,11 @@ def fields_of(record: Any, *, only_fields: bool = False) -> dict[str, Any]:
     if not only_fields:
         names += [name for name in getattr(record, "__dict__", ()) if name not in names]
     kind = type(record)
-    held = [name for name in names if not isinstance(getattr(kind, name, None), functools.cached_property)]
+    held = [
+        name
+        for name in names
+        if not isinstance(getattr(kind, name, None), functools.cached_property)
+    ]
     return {name: getattr(record, name) for name in held if hasattr(record, name)}
 
 
@@ -119,7 +130,9 @@ def _with_keys(node: _Opened) -> tuple[list[tuple[Any, Any]], _Kind]:
     return [*zip(keys, node.values, strict=True)], node.kind
 
 
-pytree.register_pytree_node(_Opened, lambda node: ([*node.values], node.kind), _close, flatten_with_keys_fn=_with_keys)
+pytree.register_pytree_node(
+    _Opened, lambda node: ([*node.values], node.kind), _close, flatten_with_keys_fn=_with_keys
+)
 
 
 def _opened(batch: Any, only_fields: bool) -> Any:
@@ -159,7 +172,9 @@ def named_leaves_of(batch: Any) -> list[tuple[str, Any]]:
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Return a batch with ``function`` of each of its tensors, whatever they are nested in."""
     leaves, structure = flatten(batch)
-    return pytree.tree_unflatten([function(t) if isinstance(t, Tensor) else t for t in leaves], structure)
+    return pytree.tree_unflatten(
+        [function(t) if isinstance(t, Tensor) else t for t in leaves], structure
+    )
 
 
 def plain(batch: Any) -> Any:
@@ -171,7 +186,9 @@ def plain(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: plain(value) for name, value in batch.items()}
     if is_record(batch):
-        return with_fields_of(batch, {name: plain(value) for name, value in fields_of(batch).items()})
+        return with_fields_of(
+            batch, {name: plain(value) for name, value in fields_of(batch).items()}
+        )
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         parts = [plain(part) for part in batch]
         same = all(part is before for part, before in zip(parts, batch, strict=True))
@@ -251,14 +268,22 @@ def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
         return type(data)(as_tensors(value, dtype, what) for value in data)
     if is_record(data):
         fields = fields_of(data)
-        return with_fields_of(data, {name: as_tensors(value, dtype) for name, value in fields.items()})
-    if isinstance(data, tuple) and hasattr(data, "_fields") and not isinstance(data, PackedSequence):
+        return with_fields_of(
+            data, {name: as_tensors(value, dtype) for name, value in fields.items()}
+        )
+    if (
+        isinstance(data, tuple)
+        and hasattr(data, "_fields")
+        and not isinstance(data, PackedSequence)
+    ):
         return type(data)(*(as_tensors(value, dtype, what) for value in data))
     if isinstance(data, Tensor) or not (what or is_array(data)):
         return data
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
-        raise MetaplError(f"{what or 'the data hold'} of {type(data).__name__} ({array.dtype}); expected numbers.")
+        raise MetaplError(
+            f"{what or 'the data hold'} of {type(data).__name__} ({array.dtype}); expected numbers."
+        )
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():
@@ -279,8 +304,14 @@ def digest(batch: Any) -> Tensor:
     are."""
     # A pass may leave attributes in a batch, which one that is read again does not have.
     leaves, structure = flatten(batch, only_fields=True)
-    leaves = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t for t in leaves]
-    known = [(t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t) for t in leaves]
+    leaves = [
+        torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t
+        for t in leaves
+    ]
+    known = [
+        (t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t)
+        for t in leaves
+    ]
     # Not Python's hash, which is another one in every process.
     named = hashlib.blake2b(repr((str(structure), *known)).encode(), digest_size=8).digest()
     total = torch.tensor(int.from_bytes(named, "little", signed=True))
@@ -292,7 +323,9 @@ def digest(batch: Any) -> Tensor:
             continue
         bits = bits.to(torch.int64)
         # Each place with its value is mixed into a number of its own: a sum of multiples would know small labels badly.
-        mixed = bits + (torch.arange(len(bits), device=t.device) + (number << 40)) * 0x1E3779B97F4A7C15
+        mixed = (
+            bits + (torch.arange(len(bits), device=t.device) + (number << 40)) * 0x1E3779B97F4A7C15
+        )
         for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
             mixed = (mixed ^ (mixed >> 30)) * factor
         total = total.to(t.device) + (mixed ^ (mixed >> 31)).sum()
@@ -313,8 +346,12 @@ def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
     has_rows = [isinstance(t, Tensor) and t.ndim > 0 for t in leaves]
     lengths = {len(t) for t, has in zip(leaves, has_rows, strict=True) if has}
     if any(n % parts for n in lengths):
-        raise MetaplError(f"the {name} batch has {max(lengths)} examples; expected a multiple of accumulate={parts}.")
-    pieces = [t.chunk(parts) if has else [t] * parts for t, has in zip(leaves, has_rows, strict=True)]
+        raise MetaplError(
+            f"the {name} batch has {max(lengths)} examples; expected a multiple of accumulate={parts}."
+        )
+    pieces = [
+        t.chunk(parts) if has else [t] * parts for t, has in zip(leaves, has_rows, strict=True)
+    ]
     return [pytree.tree_unflatten(list(piece), structure) for piece in zip(*pieces, strict=True)]
 
 
@@ -337,14 +374,23 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
     """(x,) or (weak, strong): a tensor, a dict without labels, or two of one structure; no (inputs, labels)."""
-    if isinstance(unlabeled, Tensor) or (isinstance(unlabeled, Mapping) and not {*unlabeled} & {*LABEL_KEYS}):
+    if isinstance(unlabeled, Tensor) or (
+        isinstance(unlabeled, Mapping) and not {*unlabeled} & {*LABEL_KEYS}
+    ):
         return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
         return (first_input(unlabeled),)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and holds_tensors(unlabeled[0]):
         (first, one), (second, other) = map(flatten, unlabeled)
-        kinds = ([(t.dtype, t.ndim) if isinstance(t, Tensor) else type(t) for t in own] for own in (first, second))
-        labels = isinstance(unlabeled[1], Tensor) and unlabeled[1].ndim == 1 and not unlabeled[1].is_floating_point()
+        kinds = (
+            [(t.dtype, t.ndim) if isinstance(t, Tensor) else type(t) for t in own]
+            for own in (first, second)
+        )
+        labels = (
+            isinstance(unlabeled[1], Tensor)
+            and unlabeled[1].ndim == 1
+            and not unlabeled[1].is_floating_point()
+        )
         if one == other and next(kinds) == next(kinds) and not labels:
             return tuple(unlabeled)
     raise MetaplError(

@@ -87,7 +87,9 @@ class SharedBatchNorm(_BatchNorm):
         ranks = self.group.size()
         is_own_R = torch.zeros(ranks, 1, 1, dtype=own_mean_C.dtype, device=input.device)
         is_own_R[self.group.rank()] = 1
-        moments_R2C: Tensor = SumOverRanks.apply(is_own_R * torch.stack([own_mean_C, own_var_C]), self.group)
+        moments_R2C: Tensor = SumOverRanks.apply(
+            is_own_R * torch.stack([own_mean_C, own_var_C]), self.group
+        )
         means_RC, vars_RC = moments_R2C.unbind(1)
         mean_C = means_RC.mean(0)
         var_C = vars_RC.mean(0) + (means_RC - mean_C).square().mean(0)

@@ -33,7 +33,9 @@ class Fault:
     def raise_if_found(self, where: str = "") -> None:
         for bad, text in self.findings:
             if bool(bad):
-                raise MetaplError(f"{where}{text} (found after the step: go on from the last good checkpoint)")
+                raise MetaplError(
+                    f"{where}{text} (found after the step: go on from the last good checkpoint)"
+                )
 
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
@@ -93,7 +95,9 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
         raise MetaplError(
             f"generator is {described(generator)}; expected torch.Generator({str(device)!r}).manual_seed(0), or none."
         )
-    same_number = None in (generator.device.index, device.index) or generator.device.index == device.index
+    same_number = (
+        None in (generator.device.index, device.index) or generator.device.index == device.index
+    )
     if generator.device.type != device.type or not same_number:
         raise MetaplError(
             f"generator is on {generator.device}, and {what} {device}; expected torch.Generator({str(device)!r}), or "
@@ -125,11 +129,15 @@ def logits(outputs: Any, who: str) -> Tensor:
     elif plain:
         mend = "torch.view_as_real of it, or its abs()"
     elif tensor_in(outputs) is not None:
-        mend = f"give metapl.models.Logits({who}), which takes the first tensor in it, or its logits"
+        mend = (
+            f"give metapl.models.Logits({who}), which takes the first tensor in it, or its logits"
+        )
     else:
         mend = f"return one from the {who}'s forward"
     given = described(outputs)
-    raise MetaplError(f"the {who} returned {given}; expected a plain tensor of real numbers: {mend}.")
+    raise MetaplError(
+        f"the {who} returned {given}; expected a plain tensor of real numbers: {mend}."
+    )
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:
@@ -147,7 +155,9 @@ def finite(logits_NC: Tensor) -> None:
 def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> Tensor:
     """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
-        raise MetaplError(f"{what} are {described(labels)}; expected int64, one class index per example, (batch,).")
+        raise MetaplError(
+            f"{what} are {described(labels)}; expected int64, one class index per example, (batch,)."
+        )
     waiting = waits(labels)
     if labels.numel() and not transformed():
         low, high = labels.aminmax()
@@ -165,7 +175,9 @@ def safe_labels(labels: Tensor, classes: int) -> Tensor:
 
 def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
-        raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
+        raise MetaplError(
+            f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}."
+        )
 
 
 def learns(loss: Tensor, who: str) -> None:

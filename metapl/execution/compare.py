@@ -45,7 +45,9 @@ EXACTLY = {
 # A difference of outputs errs mostly by ReLUs that switch within the move, and of spectral norm by a bias: on 70,000
 # steps of small right students the slopes differ by at most 0.3, but for batch normalization over two rows. A gradient
 # that is doubled differs by a third at most, one that is reversed by more than 0.5 in most steps.
-BY_DIFFERENCE = {t: Tolerance(most, 0.5) for t, most in zip(EXACTLY, (1e-4, 1e-2, 5e-2, 0.1), strict=True)}
+BY_DIFFERENCE = {
+    t: Tolerance(most, 0.5) for t, most in zip(EXACTLY, (1e-4, 1e-2, 5e-2, 0.1), strict=True)
+}
 
 ROUNDINGS = 10.0
 """A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
@@ -66,21 +68,35 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
         formats.add(torch.get_autocast_dtype(device.type))
     if torch.float32 in formats and reduced_float32(device):
         formats.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
-    return next((t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64)
+    return next(
+        (t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64
+    )
 
 
 def same_outputs(
-    again: Tensor, first: Tensor, tolerance: float, who: str = "student", ranks: Ranks = ALONE, moved: Any = None
+    again: Tensor,
+    first: Tensor,
+    tolerance: float,
+    who: str = "student",
+    ranks: Ranks = ALONE,
+    moved: Any = None,
 ) -> None:
     """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it replays; of a mean over
     passes at other weights, ``moved`` are the outputs of one of them."""
     if ranks.alone and not checks.waits(first) and torch.equal(again, first):
         return
     if not first.is_floating_point():
-        checks.refuse((again != first).any(), f"the {who} drew other labels when its pass was repeated: {CAUSES}")
+        checks.refuse(
+            (again != first).any(),
+            f"the {who} drew other labels when its pass was repeated: {CAUSES}",
+        )
         return
-    gap, size, other = (ranks.norm(t) for t in (again - first, first, again if moved is None else moved))
-    checks.refuse(gap.isnan(), f"the {who}'s outputs are NaN or infinite: its inputs are, or it has diverged.")
+    gap, size, other = (
+        ranks.norm(t) for t in (again - first, first, again if moved is None else moved)
+    )
+    checks.refuse(
+        gap.isnan(), f"the {who}'s outputs are NaN or infinite: its inputs are, or it has diverged."
+    )
     checks.refuse(
         ~(gap <= tolerance * (size + other)),  # so that NaN is flagged
         f"the {who} returns other outputs when its pass is repeated with the same batch, weights, buffers and random "
@@ -112,7 +128,9 @@ def slopes_differ(
     return ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding)
 
 
-def same_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float) -> None:
+def same_slopes(
+    forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float
+) -> None:
     """Flag a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that is not ``backward``, ⟨g, w⟩.
 
     Their error is proportional to the ``spread``, the size of the terms of the two sums, and bounded by ``rounding``.

@@ -47,13 +47,22 @@ _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD, CURVATURE})),
     "sharded": ("sharded", frozenset({FORWARD_AD, CURVATURE})),
     "narrow": ("sharded with a mixed-precision policy", frozenset({FORWARD_AD})),
-    "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
+    "products": (
+        "sharded by parallelize_module",
+        frozenset(),
+    ),  # PyTorch has no forward mode through these
 }
 # The first release in which the communication of a DTensor can be differentiated twice. Before it the second derivative
 # comes out wrong, without an error of torch.
 DTENSOR_TWICE = "2.12"
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule"}
+_WRAPPERS = {
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DataParallel",
+    "ScriptModule",
+}
 # What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
 _SWITCHES = (
     ("gradient_divide_factor", None, "set_gradient_divide_factor"),
@@ -73,15 +82,29 @@ class Layout:
     space: Space = WHOLE
     processes: tuple[int, ...] = ()  # the ranks' numbers in the whole job
     product_ranks: int = 1  # how many processes compute each product together
-    blocks: tuple[Any, ...] = ()  # the submodules that gather their weights while they run, itself among them
-    sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)  # which a block exchanges
+    blocks: tuple[
+        Any, ...
+    ] = ()  # the submodules that gather their weights while they run, itself among them
+    sharded: Mapping[str, nn.Parameter] = field(
+        default_factory=dict, repr=False
+    )  # which a block exchanges
 
     def __post_init__(self) -> None:
-        policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {None}
-        narrow = any(p.dtype not in policies for p in self.network.parameters()) if policies else False
-        self.how, self.offers = _KINDS["products" if self.product_ranks > 1 else "narrow" if narrow else self.kind]
+        policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {
+            None
+        }
+        narrow = (
+            any(p.dtype not in policies for p in self.network.parameters()) if policies else False
+        )
+        self.how, self.offers = _KINDS[
+            "products" if self.product_ranks > 1 else "narrow" if narrow else self.kind
+        ]
         self.is_sharded = self.kind == "sharded"
-        if self.is_sharded and CURVATURE in self.offers and torch.__version__ < TorchVersion(DTENSOR_TWICE):
+        if (
+            self.is_sharded
+            and CURVATURE in self.offers
+            and torch.__version__ < TorchVersion(DTENSOR_TWICE)
+        ):
             self.offers -= {CURVATURE}
             self.how += f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is {torch.__version__})"
 
@@ -91,14 +114,19 @@ class Layout:
         return trainable(self.network)
 
     def reshard(self) -> None:
-        states, groups = [block._get_fsdp_state() for block in self.blocks], _param_groups(self.blocks)
+        states, groups = (
+            [block._get_fsdp_state() for block in self.blocks],
+            _param_groups(self.blocks),
+        )
         if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
             # A pass that failed: the next one would go on with its gathered weights and its gradients.
             for part in (*states, *groups):
                 part._training_state = type(part._training_state).IDLE
             for state in states:
                 state._state_ctx.post_backward_final_callback_queued = False
-                state._state_ctx.iter_forward_root = None  # or the next pass would not wait for copies into its weights
+                state._state_ctx.iter_forward_root = (
+                    None  # or the next pass would not wait for copies into its weights
+                )
                 state._comm_ctx.post_forward_order.clear()
             for group in groups:
                 group._post_forward_indices.clear()
@@ -115,7 +143,9 @@ class Layout:
             for group in _param_groups(self.blocks):
                 for attribute, usual, call in _SWITCHES:
                     if getattr(group, attribute, usual) is not usual:
-                        raise MetaplError(f"{call} was called, so gradients would not be means over the ranks.")
+                        raise MetaplError(
+                            f"{call} was called, so gradients would not be means over the ranks."
+                        )
         self.reshard()
 
     def agree_on_buffers(self) -> None:
@@ -123,8 +153,14 @@ class Layout:
         spread of the ranks' means), others the first rank's, as in ``DistributedDataParallel``."""
         if self.ranks.alone:
             return
-        norms = [part for _, part in named_parts(self.network) if part.training and isinstance(part, _NormBase)]
-        running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+        norms = [
+            part
+            for _, part in named_parts(self.network)
+            if part.training and isinstance(part, _NormBase)
+        ]
+        running = [
+            t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None
+        ]
         tree = {str(i): t for i, t in enumerate(running)}
         for name, mean in self.ranks.mean_tree(tree, tree).items():
             tree[name].copy_(mean)
@@ -142,13 +178,19 @@ class Layout:
         parameters = self.parameters()
         grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         if self.kind == "replicated":
-            for name, mean in self.ranks.mean_tree(grads, {n: p.detach() for n, p in parameters.items()}).items():
+            for name, mean in self.ranks.mean_tree(
+                grads, {n: p.detach() for n, p in parameters.items()}
+            ).items():
                 parameters[name].grad = mean
         if most is None:
             return
         if not self.is_sharded:
-            nn.utils.clip_grad_norm_(parameters.values(), most)  # a frozen one may have an old gradient
-        elif parts := {name: local(g) for name, g in grads.items()}:  # the same, which torch has for one mesh only
+            nn.utils.clip_grad_norm_(
+                parameters.values(), most
+            )  # a frozen one may have an old gradient
+        elif parts := {
+            name: local(g) for name, g in grads.items()
+        }:  # the same, which torch has for one mesh only
             scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
             for part in parts.values():
                 part.mul_(scale.to(part.dtype))
@@ -159,9 +201,7 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
     where = f" at {path!r}" if path else ""
     given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
     if wrapper == "DataParallel":
-        return (
-            f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
-        )
+        return f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
     if wrapper == "ScriptModule":
         return f"{given}; expected the module that it was made from, before torch.jit.script or torch.jit.trace."
     return f"{given}; expected it around the whole network, or none."
@@ -181,7 +221,11 @@ def layouts(
         refuse_compiled("teacher", teacher)
     of_teacher = None if teacher is None else layout_of("teacher", teacher)
     of_student = layout_of("student", student)
-    known = {"student": of_student} if of_teacher is None else {"teacher": of_teacher, "student": of_student}
+    known = (
+        {"student": of_student}
+        if of_teacher is None
+        else {"teacher": of_teacher, "student": of_student}
+    )
     for name, layout in known.items():
         for prefix, part in named_parts(layout.network):
             for wrapper in _WRAPPERS & _of_torch(type(part)):
@@ -197,19 +241,29 @@ def layouts(
                 given = f"the {name}'s {path} is of inference_mode()"
                 raise MetaplError(f"{given}; expected one that a pass can be differentiated in.")
         if not trainable(layout.network):
-            raise MetaplError(f"the {name} has no parameter with requires_grad=True; expected one that can learn.")
+            raise MetaplError(
+                f"the {name} has no parameter with requires_grad=True; expected one that can learn."
+            )
     device = next(of_student.network.parameters()).device
     if of_teacher is None:
         return None, of_student, device
     # A pass at other weights has others for the one network and not for the other.
-    taught, learned = ({*map(id, layout.parameters().values())} for layout in (of_teacher, of_student))
-    if taught & {*map(id, of_student.network.parameters())} or learned & {*map(id, of_teacher.network.parameters())}:
-        raise MetaplError("teacher and student share weights that are trained; expected two, built separately.")
+    taught, learned = (
+        {*map(id, layout.parameters().values())} for layout in (of_teacher, of_student)
+    )
+    if taught & {*map(id, of_student.network.parameters())} or learned & {
+        *map(id, of_teacher.network.parameters())
+    }:
+        raise MetaplError(
+            "teacher and student share weights that are trained; expected two, built separately."
+        )
     together, own = of_teacher.processes == of_student.processes, of_student.ranks
     if together and own.copies > 1 and of_teacher.ranks.copies == 1:
         # A teacher that is not cut computes the same in all processes that hold the same rows: its gradient is the mean
         # over all processes, in which each share of the rows counts as often as there are copies of it.
-        of_teacher = replace(of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies))
+        of_teacher = replace(
+            of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies)
+        )
     elif not together or of_teacher.product_ranks != of_student.product_ranks:
         given = f"the teacher is {of_teacher.how}, the student {of_student.how}"
         raise MetaplError(
@@ -227,16 +281,25 @@ def layout_of(name: str, network: Any) -> Layout:
         rank, processes = dist.get_rank(group), tuple(dist.get_process_group_ranks(group))
         ranks = Ranks([group], rank, next(network.parameters()).device, first=rank == 0)
         return Layout(network, "replicated", ranks, processes=processes)
-    if not any(is_block(part) or any(map(is_sharded, part._parameters.values())) for part in network.modules()):
+    if not any(
+        is_block(part) or any(map(is_sharded, part._parameters.values()))
+        for part in network.modules()
+    ):
         return Layout(network)
     blocks = reshard(network)
     if blocks and not is_block(network):
-        raise MetaplError(f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) as well.")
-    parameters: dict[str, Any] = {path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks}
+        raise MetaplError(
+            f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) as well."
+        )
+    parameters: dict[str, Any] = {
+        path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks
+    }
     for path, p in network.named_parameters():
         if p.requires_grad and path not in parameters:
             given = f"the {name}'s {path} is left out of fully_shard (ignored_params)"
-            raise MetaplError(f"{given}; expected every parameter with requires_grad=True to be sharded.")
+            raise MetaplError(
+                f"{given}; expected every parameter with requires_grad=True to be sharded."
+            )
     # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch: fewer
     # where several processes compute each product together.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
@@ -245,10 +308,14 @@ def layout_of(name: str, network: Any) -> Layout:
     own = [*map(int, _param_groups(blocks)[0].mesh_info.mesh.mesh.flatten())] if blocks else [rank]
     together = len(members) // len(own)
     if together == 1 and any(other != mesh for other in meshes):
-        raise MetaplError(f"the {name}'s weights are sharded over several meshes; expected one for all.")
+        raise MetaplError(
+            f"the {name}'s weights are sharded over several meshes; expected one for all."
+        )
     # One group where it is all processes.
     everywhere = members == list(range(dist.get_world_size()))
-    groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
+    groups: list[Any] = (
+        [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
+    )
     device = local(next(network.parameters())).device
     ranks = Ranks(groups, own.index(rank), device, together, first=members.index(rank) == 0)
     space = ShardedSpace(parameters, groups, len(members))
@@ -293,5 +360,7 @@ def reshard(network: nn.Module) -> tuple[Any, ...]:
 def _param_groups(blocks: Sequence[Any]) -> list[Any]:
     """What blocks gather; nothing where all weights of a block belong to blocks inside it."""
     states = [block._get_fsdp_state() for block in blocks]
-    groups = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    groups = [
+        getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states
+    ]
     return [group for own in groups for group in own if group is not None]

@@ -36,7 +36,16 @@ from metapl.execution.numerics import (
     sum_tree,
     wide,
 )
-from metapl.execution.state import RandomState, Slot, Slots, State, replay, replayed, stand_in, swapped
+from metapl.execution.state import (
+    RandomState,
+    Slot,
+    Slots,
+    State,
+    replay,
+    replayed,
+    stand_in,
+    swapped,
+)
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -69,9 +78,13 @@ class LocalStudent:
     """
 
     pass_type: type[Pass]
-    readable = True  # whether this process holds whole weights, which a loss of the problem may read
+    readable = (
+        True  # whether this process holds whole weights, which a loss of the problem may read
+    )
 
-    def __init__(self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
+    ) -> None:
         self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
         self.offers = layout.offers
         # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch would leave out.
@@ -81,7 +94,9 @@ class LocalStudent:
         self.chooses_order = False
         self.compares_gradients = False
         self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
-        self.parameters: dict[str, nn.Parameter] = layout.parameters() if layout.is_sharded else self.slots.learned
+        self.parameters: dict[str, nn.Parameter] = (
+            layout.parameters() if layout.is_sharded else self.slots.learned
+        )
         own = self.parameters.values()
         self.params: Tree = dict(zip(self.parameters, map(Tensor.detach, own), strict=True))
         self.device = next(iter(own)).device
@@ -91,7 +106,9 @@ class LocalStudent:
     def loss(
         self,
         params: Tree,
-        batches: Sequence[tuple[Any, Any]],  # the inputs, and the batch that the loss reads, of each micro-batch
+        batches: Sequence[
+            tuple[Any, Any]
+        ],  # the inputs, and the batch that the loss reads, of each micro-batch
         judge: WeightedLoss,
         start: RandomState,
         *,
@@ -142,11 +159,15 @@ class LocalStudent:
         if not any(gradients):
             if outputs.requires_grad:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
-            raise MetaplError("the outer loss has no gradient in the student; expected one of its undetached outputs.")
+            raise MetaplError(
+                "the outer loss has no gradient in the student; expected one of its undetached outputs."
+            )
         v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
         if len(v) < len(at):
             v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
-        return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v
+        return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(
+            weight, Tensor
+        ) else v
 
     def _all_rows(self, first: Tensor, others: Sequence[tuple[Any, Any]]) -> _AllRows:
         """Return the outputs of all micro-batches, of which the first are known, without the graph of a pass.
@@ -158,7 +179,9 @@ class LocalStudent:
 
     def _differentiate(self, value: Tensor, rows: _AllRows, at: Tree) -> None:
         """Find the derivatives of a loss of all rows: in their outputs, and in the weights that it reads itself."""
-        (cotangent,) = torch.autograd.grad(value, [rows.outputs], retain_graph=True, allow_unused=True)
+        (cotangent,) = torch.autograd.grad(
+            value, [rows.outputs], retain_graph=True, allow_unused=True
+        )
         if cotangent is not None:
             rows.cotangents = [*cotangent.split([len(part) for part in rows.parts])]
         if self.readable:
@@ -177,7 +200,9 @@ class LocalStudent:
             return rows.direct
         found = [rows.direct]
         with self.at(at, start, state):
-            for (inputs, _), first, cotangent in zip(batches, rows.parts, rows.cotangents, strict=True):
+            for (inputs, _), first, cotangent in zip(
+                batches, rows.parts, rows.cotangents, strict=True
+            ):
                 outputs = self.forward(inputs)
                 tolerance = EXACTLY[coarsest([outputs.dtype, *self.formats], self.device)].outputs
                 same_outputs(outputs.detach(), first, tolerance, ranks=self.ranks)
@@ -189,7 +214,9 @@ class LocalStudent:
         value, _ = judge(self.forward(inputs), batch)
         return value
 
-    def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
+    def mean_of_all(
+        self, values: Sequence[tuple[Tensor, Tensor | float]]
+    ) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
         total = torch.stack([value for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
@@ -197,15 +224,15 @@ class LocalStudent:
             weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)
             total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
         if isinstance(weight, Tensor):
-            text = (
-                "the weights of the problem's outer_loss sum to zero or less; expected more: are all labels left out?"
-            )
+            text = "the weights of the problem's outer_loss sum to zero or less; expected more: are all labels left out?"
             checks.refuse(~((weight > 0) & weight.isfinite()), text)
         return total / weight, weight
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> tuple[Tree, Tree]:
         """The gradient of a scalar in the weights that it reaches: on this rank's rows, and the mean over the ranks."""
-        tensors = torch.autograd.grad(value, [*at.values()], create_graph=create_graph, allow_unused=True)
+        tensors = torch.autograd.grad(
+            value, [*at.values()], create_graph=create_graph, allow_unused=True
+        )
         own = {name: g for name, g in zip(at, tensors, strict=True) if g is not None}
         return own, own if self.ranks.alone else self.ranks.mean_tree(own, at)
 
@@ -214,7 +241,9 @@ class LocalStudent:
 
     def as_leaves(self, params: Tree) -> Tree:
         own, make = self.parameters, Tensor._make_subclass
-        if {*map(type, own.values())} == {nn.Parameter} and not any(map(vars, own.values())):  # the usual ones
+        if {*map(type, own.values())} == {nn.Parameter} and not any(
+            map(vars, own.values())
+        ):  # the usual ones
             return {name: make(nn.Parameter, t, True) for name, t in params.items()}
         return {name: stand_in(t.detach(), own[name]) for name, t in params.items()}
 
@@ -229,7 +258,11 @@ class LocalStudent:
             refuse_once_differentiable(gradients.values(), value)
 
     def held_at(self, params: Tree) -> list[Slot]:
-        return [(table, name, params[first]) for table, name, first in self.slots.places if first in params]
+        return [
+            (table, name, params[first])
+            for table, name, first in self.slots.places
+            if first in params
+        ]
 
     def holding(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
@@ -249,10 +282,20 @@ class LocalStudent:
         held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
         return replay(random, state, held, upcast=upcast)
 
-    def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
+    def along(
+        self, params: Tree, w: Tree, random: RandomState, state: State
+    ) -> AbstractContextManager[None]:
         """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
-        duals = {name: forward_ad.make_dual(p.clone(), w[name].to_dense()) for name, p in params.items() if name in w}
-        return self.at({name: stand_in(dual, self.parameters[name]) for name, dual in duals.items()}, random, state)
+        duals = {
+            name: forward_ad.make_dual(p.clone(), w[name].to_dense())
+            for name, p in params.items()
+            if name in w
+        }
+        return self.at(
+            {name: stand_in(dual, self.parameters[name]) for name, dual in duals.items()},
+            random,
+            state,
+        )
 
 
 class Pass:
@@ -274,7 +317,11 @@ class Pass:
         else:
             own = student.parameters
             graph = student.double_backward
-            self._at = {n: stand_in(p, own[n]) for n, p in params.items()} if graph else student.as_leaves(params)
+            self._at = (
+                {n: stand_in(p, own[n]) for n, p in params.items()}
+                if graph
+                else student.as_leaves(params)
+            )
             self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
         self._before = student.slots.random_state(student.device)
         self._state, student.slots.state = student.slots.state or student.slots.now(), None
@@ -289,7 +336,9 @@ class Pass:
     @property
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
-        return coarsest([self._dtype, *self.student.formats, *self._half_types], self.student.device)
+        return coarsest(
+            [self._dtype, *self.student.formats, *self._half_types], self.student.device
+        )
 
     @property
     def state_before(self) -> State:
@@ -309,7 +358,9 @@ class Pass:
             value = self._first_value(loss)
             if not value.requires_grad:
                 raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
-            own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
+            own, grads = student.gradient(
+                value, self._at, create_graph=student.double_backward or bool(leaves)
+            )
         if student.double_backward or leaves:
             student.inspect_graph(own, value)
         if leaves:
@@ -360,7 +411,9 @@ class Pass:
         self.params = {}
         if inputs_too:
             self.inputs, self._sample = None, _sampled(self.outputs)
-            self.outputs = self.outputs.new_zeros(()).expand(self.outputs.shape)  # which tells their shape alone
+            self.outputs = self.outputs.new_zeros(()).expand(
+                self.outputs.shape
+            )  # which tells their shape alone
 
     def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
@@ -400,7 +453,9 @@ class Pass:
                 if is_layout_refused(error):
                     # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch 2.12.
                     what = "the forward mode of an operation of the student takes contiguous tensors alone here"
-                    raise MissingDerivative(f"{what} ({str(error).splitlines()[0].rstrip('.')})") from error
+                    raise MissingDerivative(
+                        f"{what} ({str(error).splitlines()[0].rstrip('.')})"
+                    ) from error
                 raise
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
@@ -423,7 +478,10 @@ class Pass:
 
     def _moved(self, step: Tensor, direction: Tree) -> Tree:
         """θ + step·direction, in float32 or wider."""
-        return {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
+        return {
+            n: wide(p) + step * wide(direction[n]) if n in direction else wide(p)
+            for n, p in self.params.items()
+        }
 
     def _at_weights(self, params: Tree) -> Tensor:
         """The outputs at other weights, in float32 or wider, without autocast and TF32."""
@@ -435,16 +493,22 @@ class Pass:
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
         tolerance = BY_DIFFERENCE[self.rounded_to].outputs
-        same_outputs((ahead + behind) / 2, self.outputs, tolerance, ranks=self.student.ranks, moved=ahead)
+        same_outputs(
+            (ahead + behind) / 2, self.outputs, tolerance, ranks=self.student.ranks, moved=ahead
+        )
 
     @contextmanager
-    def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:
+    def hessian(
+        self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None
+    ) -> Iterator[Product]:
         """The derivatives of ⟨g, w⟩ as a function of w, on this rank's rows, by double backward: (∂²ℓ/∂θ²) w, and those
         in leaves of the loss and of the ``inputs``. The last call may ``free`` the graph."""
         replayed = self._replay_twice(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), replayed as (at, outputs):
             value = loss(outputs, at)
-            tensors = torch.autograd.grad(value, [*at.values()], create_graph=True, allow_unused=True)
+            tensors = torch.autograd.grad(
+                value, [*at.values()], create_graph=True, allow_unused=True
+            )
             g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
             self.student.inspect_graph(g, value)
             yield partial(_derivatives, g, at, leaves)
@@ -471,7 +535,10 @@ def _derivatives(
     if pairs:
         tensors, given = zip(*pairs, strict=True)
         grads = torch.autograd.grad(tensors, ends, given, retain_graph=not free, allow_unused=True)
-    in_weights = {n: torch.zeros_like(p) if t is None else t for (n, p), t in zip(at.items(), grads, strict=False)}
+    in_weights = {
+        n: torch.zeros_like(p) if t is None else t
+        for (n, p), t in zip(at.items(), grads, strict=False)
+    }
     return in_weights, list(grads[len(at) :])
 
 

@@ -90,7 +90,9 @@ WHOLE = Space()  # trees that this process holds whole
 def sum_tree(trees: Sequence[Tree]) -> Tree:
     """The sum of trees, in which a parameter that is missing counts as zero."""
     names = dict.fromkeys(name for tree in trees for name in tree)
-    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) for name in names}
+    return {
+        name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) for name in names
+    }
 
 
 def mean_tree(trees: Sequence[Tree]) -> Tree:
@@ -109,7 +111,9 @@ _SWITCHES: dict[str, list[Any]] = {
 
 def reduced_float32(device: torch.device) -> bool:
     """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU)."""
-    return any(switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ()))
+    return any(
+        switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ())
+    )
 
 
 def float32_products(device: torch.device) -> dict[str, str]:
@@ -119,7 +123,9 @@ def float32_products(device: torch.device) -> dict[str, str]:
     """
     # The older switches are not read: that raises once a caller has set these.
     found: dict[str, str] = {}
-    for kind, switch in zip(("matrix products", "convolutions"), _SWITCHES.get(device.type, ()), strict=False):
+    for kind, switch in zip(
+        ("matrix products", "convolutions"), _SWITCHES.get(device.type, ()), strict=False
+    ):
         asked = switch.fp32_precision
         found[kind] = "ieee" if asked == "none" else asked
     return found
@@ -249,7 +255,9 @@ class MissingDerivative(MetaplError):
 
 def asks_for_gradient(error: BaseException) -> bool:
     """Whether a forward failed because it takes a gradient itself, in a pass that has no graph."""
-    return isinstance(error, RuntimeError) and "does not require grad and does not have a grad_fn" in str(error)
+    return isinstance(
+        error, RuntimeError
+    ) and "does not require grad and does not have a grad_fn" in str(error)
 
 
 def is_layout_refused(error: BaseException) -> bool:
@@ -273,4 +281,6 @@ def explain(error: BaseException) -> None:
         for backward, release in SINCE_RELEASE.items():
             if backward in message and torch.__version__ < TorchVersion(release):
                 message += f"; torch {release} has it, and this is {torch.__version__}"
-        raise MissingDerivative(f"{what} lacks a derivative that this mode needs ({message})") from error
+        raise MissingDerivative(
+            f"{what} lacks a derivative that this mode needs ({message})"
+        ) from error

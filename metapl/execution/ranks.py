@@ -72,13 +72,24 @@ class Ranks:
         means: Tree = {}
         for dtype in dict.fromkeys(t.dtype for t in like.values()):
             names = [name for name, t in like.items() if t.dtype == dtype]
-            pieces = [tree[n].flatten() if n in tree else torch.zeros_like(like[n]).flatten() for n in names]
-            present = torch.tensor([float(n in tree) for n in names], dtype=dtype, device=pieces[0].device)
-            *found, held = self.sum(torch.cat([*pieces, present])).split([*map(len, pieces), len(names)])
+            pieces = [
+                tree[n].flatten() if n in tree else torch.zeros_like(like[n]).flatten()
+                for n in names
+            ]
+            present = torch.tensor(
+                [float(n in tree) for n in names], dtype=dtype, device=pieces[0].device
+            )
+            *found, held = self.sum(torch.cat([*pieces, present])).split(
+                [*map(len, pieces), len(names)]
+            )
             # Where this rank lacks none, the others' need not be read, for which the host would wait.
-            somewhere = [True] * len(names) if all(n in tree for n in names) else (held > 0).tolist()
+            somewhere = (
+                [True] * len(names) if all(n in tree for n in names) else (held > 0).tolist()
+            )
             means |= {n: t for n, t, known in zip(names, found, somewhere, strict=True) if known}
-        return {name: (means[name] / self.size).view_as(t) for name, t in like.items() if name in means}
+        return {
+            name: (means[name] / self.size).view_as(t) for name, t in like.items() if name in means
+        }
 
     def all_rows(self, t: Tensor) -> Tensor:
         if self.alone:
@@ -98,7 +109,10 @@ class Ranks:
     def equal(self, count: int, what: str) -> None:
         """Refuse, on every rank, numbers of rows that differ between ranks: their exchanges would never end."""
         most, least = self.greatest(torch.tensor([count, -count], device=self.device))
-        checks.refuse(most != -least, f"the shares of {what} are unequal; expected as many rows on every rank.")
+        checks.refuse(
+            most != -least,
+            f"the shares of {what} are unequal; expected as many rows on every rank.",
+        )
 
     def gathered(self, value: Any) -> list[Any]:
         values = [value]
@@ -110,7 +124,11 @@ class Ranks:
 
     def any(self, here: bool) -> bool:
         """Whether something is so on any rank; the host waits for the answer."""
-        return here if self.alone else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+        return (
+            here
+            if self.alone
+            else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+        )
 
     @contextmanager
     def agreed(self, *, waiting: bool = False) -> Iterator[None]:

@@ -33,7 +33,16 @@ from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
-from metapl.execution.state import RandomState, Slot, Slots, State, named_parts, replay, stand_in, swapped
+from metapl.execution.state import (
+    RandomState,
+    Slot,
+    Slots,
+    State,
+    named_parts,
+    replay,
+    stand_in,
+    swapped,
+)
 
 
 class ShardedStudent(LocalStudent):
@@ -41,7 +50,9 @@ class ShardedStudent(LocalStudent):
 
     readable = False
 
-    def __init__(self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
+    ) -> None:
         layout.reshard()
         super().__init__(layout, slots)
         self.layout = layout
@@ -61,10 +72,14 @@ class ShardedStudent(LocalStudent):
         return params
 
     @contextmanager
-    def at(self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False) -> Iterator[None]:
+    def at(
+        self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
+    ) -> Iterator[None]:
         if narrow := [t for t in self.formats if t in HALF and upcast]:
             given = f"the student has weights or a policy of {narrow[0]}, in which a difference of outputs is noise"
-            raise MetaplError(f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype.")
+            raise MetaplError(
+                f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype."
+            )
         with replay(random, state, self.slots.in_formulas(), upcast=upcast), self.moved_to(params):
             yield
 
@@ -103,7 +118,9 @@ class ShardedStudent(LocalStudent):
             if is_sharded(slot[2]):
                 slots.setdefault(around.get(id(slot[0])), []).append(slot)
         hooks = [
-            (t, dict(t)) for _, part in named_parts(self.module) for t in (part._forward_pre_hooks, part._forward_hooks)
+            (t, dict(t))
+            for _, part in named_parts(self.module)
+            for t in (part._forward_pre_hooks, part._forward_hooks)
         ]
 
         def holding(own: list[Slot], learned: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -114,7 +131,11 @@ class ShardedStudent(LocalStudent):
             return swapped([(table, name, found[id(p)]) for table, name, p in own])
 
         def parts_of(own: list[Slot]) -> list[Tensor]:
-            return [params[names[key]] for key in dict.fromkeys(id(p) for _, _, p in own) if key in names]
+            return [
+                params[names[key]]
+                for key in dict.fromkeys(id(p) for _, _, p in own)
+                if key in names
+            ]
 
         for table, before in hooks:
             for number, hook in before.items():
@@ -122,7 +143,9 @@ class ShardedStudent(LocalStudent):
                 if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
                     del table[number]
         replaced = {
-            block: recomputed(block, block.forward, self.device, parts_of(own), partial(holding, own))
+            block: recomputed(
+                block, block.forward, self.device, parts_of(own), partial(holding, own)
+            )
             for block, own in slots.items()
             if block is not None
         }
@@ -147,7 +170,9 @@ class ShardedStudent(LocalStudent):
         """The weights of each submodule are dual numbers with their part of w while it runs."""
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
-        held: dict[Any, list[Slot]] = {}  # by the submodule that gathers them: the innermost block around
+        held: dict[
+            Any, list[Slot]
+        ] = {}  # by the submodule that gathers them: the innermost block around
         around: dict[nn.Module, Any] = {}
         for _, part in named_parts(self.module):  # as a pass would come to them
             block = part if part in self.layout.blocks else around.get(part, self.module)
@@ -180,15 +205,25 @@ def _running_as(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 def _with_duals(forward: Callable[..., Any], slots: list[Slot], w: Tree) -> Callable[..., Any]:
     """A ``forward`` for which the gathered weights are dual numbers; ``slots`` say where they are, and their names."""
-    like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
+    like = {
+        name: tensors[attribute] for tensors, attribute, name in slots if name in w
+    }  # the sharded parameters
 
     def run(*args: Any, **kwargs: Any) -> Any:
         duals: dict[str, Tensor] = {}  # of tied weights, one
         for tensors, attribute, name in slots:
             if name in like and name not in duals:
                 weight, direction = tensors[attribute], whole(as_sharded(w[name], like[name]))
-                duals[name] = stand_in(forward_ad.make_dual(weight.detach(), direction.to(weight.dtype)), weight)
-        with swapped([(tensors, attribute, duals[name]) for tensors, attribute, name in slots if name in duals]):
+                duals[name] = stand_in(
+                    forward_ad.make_dual(weight.detach(), direction.to(weight.dtype)), weight
+                )
+        with swapped(
+            [
+                (tensors, attribute, duals[name])
+                for tensors, attribute, name in slots
+                if name in duals
+            ]
+        ):
             return forward(*args, **kwargs)
 
     return run
@@ -203,7 +238,11 @@ class ShardedPass(Pass):
     def _running(self) -> Iterator[None]:
         torch.clear_autocast_cache()
         try:
-            with NOTHING if self.params is self.student.params else self.student.moved_to(self.params):
+            with (
+                NOTHING
+                if self.params is self.student.params
+                else self.student.moved_to(self.params)
+            ):
                 yield
         except BaseException:
             self.student.layout.reshard()
@@ -222,20 +261,26 @@ class ShardedPass(Pass):
 ShardedStudent.pass_type = ShardedPass
 
 
-def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False) -> dict[str, Any]:
+def by_backward(
+    value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False
+) -> dict[str, Any]:
     """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks; ``.grad`` stays as it is."""
     kept = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.grad = None
         value.backward(retain_graph=retain)
-        found: dict[str, Any] = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        found: dict[str, Any] = {
+            name: p.grad for name, p in parameters.items() if p.grad is not None
+        }
     finally:
         for name, p in parameters.items():
             p.grad = kept[name]
     for name, g in found.items():
         like: Any = parameters[name]
-        if is_sharded(g) and g.placements != like.placements:  # sums that parallelize_module leaves to be taken
+        if (
+            is_sharded(g) and g.placements != like.placements
+        ):  # sums that parallelize_module leaves to be taken
             found[name] = g.redistribute(like.device_mesh, like.placements)
     return found
 
@@ -267,17 +312,29 @@ class Recomputed(torch.autograd.Function):
                 leaves = given if graph else [t.detach().requires_grad_() for t in given]
                 inputs = leaves[count:]
                 grads: Sequence[Tensor | None] = [None] * len(inputs)
-                pairs = [(y, c) for y, c in zip(again(*inputs), leaves[:count], strict=True) if y.requires_grad]
+                pairs = [
+                    (y, c)
+                    for y, c in zip(again(*inputs), leaves[:count], strict=True)
+                    if y.requires_grad
+                ]
                 if pairs:
                     outputs, along = zip(*pairs, strict=True)
-                    grads = torch.autograd.grad(outputs, inputs, along, create_graph=graph, allow_unused=True)
-            return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
+                    grads = torch.autograd.grad(
+                        outputs, inputs, along, create_graph=graph, allow_unused=True
+                    )
+            return [
+                torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)
+            ]
 
         return None, None, *Recomputed.apply(pullback, pullback, *cotangents, *ctx.saved_tensors)
 
 
 def recomputed(
-    part: nn.Module, forward: Callable[..., Any], device: torch.device, weights: list[Tensor], using: Callable[..., Any]
+    part: nn.Module,
+    forward: Callable[..., Any],
+    device: torch.device,
+    weights: list[Tensor],
+    using: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The ``forward`` of a part that runs again in each backward pass, on the draws, state and precision of its first
     run. The gradient is also in ``weights``, which the part has in a context ``using(weights)``."""
@@ -294,7 +351,9 @@ def recomputed(
             own_args, own_kwargs = pytree.tree_unflatten([*replaced.values()], given_as)
             with using(tensors[len(entering) :]):
                 results, returned_as = flatten(forward(*own_args, **own_kwargs))
-            places = [i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()]
+            places = [
+                i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()
+            ]
             if keep:
                 returned[:] = results, returned_as, places
             return [results[i] for i in places]
@@ -303,7 +362,9 @@ def recomputed(
             with replay(random, state), torch.autocast(device.type, *precision):
                 return run(*tensors)
 
-        outputs = Recomputed.apply(partial(run, keep=True), again, *(values[i] for i in entering), *weights)
+        outputs = Recomputed.apply(
+            partial(run, keep=True), again, *(values[i] for i in entering), *weights
+        )
         results, returned_as, places = returned
         returned.clear()
         for i, t in zip(places, outputs, strict=True):

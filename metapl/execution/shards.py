@@ -19,7 +19,12 @@ from metapl.execution.numerics import Space, Tree, wide
 def is_sharded(t: Any) -> bool:
     """Whether a tensor is a DTensor, of which this process holds a part."""
     kind = type(t)  # asked of every parameter in every step, and nearly all are plain
-    return kind is not nn.Parameter and kind is not Tensor and hasattr(t, "device_mesh") and hasattr(t, "to_local")
+    return (
+        kind is not nn.Parameter
+        and kind is not Tensor
+        and hasattr(t, "device_mesh")
+        and hasattr(t, "to_local")
+    )
 
 
 def local(t: Any) -> Any:
@@ -34,7 +39,12 @@ def as_sharded(part: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
     )
 
 
@@ -58,12 +68,20 @@ def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor
             dim = likes[i].placements[-1].dim
             rows = parts[i].movedim(dim, 0)
             most = -(-likes[i].shape[dim] // shards)  # the last processes may hold less, or nothing
-            rest = [n for at, n in enumerate(likes[i].shape) if at != dim]  # an empty part may have lost its own
+            rest = [
+                n for at, n in enumerate(likes[i].shape) if at != dim
+            ]  # an empty part may have lost its own
             # Not by cat, whose backward pass drops the graph of an empty part, and with it the exchange.
             pieces.append(F.pad(rows.flatten(), (0, most * math.prod(rest) - rows.numel())))
             shapes.append((dim, most, rest))
-        flat = DTensor.from_local(torch.cat(pieces), mesh, [*placements[:-1], Shard(0)], run_check=False)
-        every = flat.redistribute(placements=over).to_local(grad_placements=[Partial()] * mesh.ndim).view(shards, -1)
+        flat = DTensor.from_local(
+            torch.cat(pieces), mesh, [*placements[:-1], Shard(0)], run_check=False
+        )
+        every = (
+            flat.redistribute(placements=over)
+            .to_local(grad_placements=[Partial()] * mesh.ndim)
+            .view(shards, -1)
+        )
         sizes = [most * math.prod(rest) for _, most, rest in shapes]
         for i, (dim, most, rest), piece in zip(numbers, shapes, every.split(sizes, 1), strict=True):
             rows = piece.reshape(shards * most, *rest)[: likes[i].shape[dim]]
@@ -81,18 +99,28 @@ def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         return state
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    held = {i: {n: laid_out_like(t, parameters[i]) for n, t in values.items()} for i, values in state["state"].items()}
+    held = {
+        i: {n: laid_out_like(t, parameters[i]) for n, t in values.items()}
+        for i, values in state["state"].items()
+    }
     return {**state, "state": held}
 
 
 def laid_out_like(value: Any, like: Any) -> Any:
     """This process's part of what is laid out as a parameter is; a count of steps is whole everywhere."""
-    if not isinstance(value, Tensor) or not is_sharded(like) or value.shape != like.shape or is_sharded(value):
+    if (
+        not isinstance(value, Tensor)
+        or not is_sharded(like)
+        or value.shape != like.shape
+        or is_sharded(value)
+    ):
         return value
     from torch.distributed.tensor import distribute_tensor
 
     # Every process has all of it, so nothing is sent.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -111,13 +139,19 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 class ShardedSpace(Space):
     """Products of trees that hold this process's parts, over the parts of all processes: one exchange each."""
 
-    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int
+    ) -> None:
         self.groups = tuple(groups)
         self.sizes = {name: p.numel() for name, p in parameters.items()}
         self.copies = dict.fromkeys(parameters, processes)  # how many processes hold each part
         for name, p in parameters.items():
             if is_sharded(p):
-                cut = [n for n, how in zip(p.device_mesh.shape, p.placements, strict=True) if not how.is_replicate()]
+                cut = [
+                    n
+                    for n, how in zip(p.device_mesh.shape, p.placements, strict=True)
+                    if not how.is_replicate()
+                ]
                 self.copies[name] //= math.prod(cut)
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
@@ -136,7 +170,9 @@ class ShardedSpace(Space):
 
     def _dot(self, a: Tree, b: Tree) -> Tensor:
         """This process's share of ⟨a, b⟩; a part that several processes hold counts once in all."""
-        terms = [(wide(a[name]) * wide(b[name])).sum() / self.copies[name] for name in a if name in b]
+        terms = [
+            (wide(a[name]) * wide(b[name])).sum() / self.copies[name] for name in a if name in b
+        ]
         return torch.stack(terms).sum()
 
     def _total(self, shares: list[Tensor]) -> Tensor:

@@ -50,9 +50,13 @@ class RandomState(NamedTuple):
     numpy: Any = None  # and that of NumPy's global generator; None: not read
 
     @staticmethod
-    def now(device: torch.device, generator: torch.Generator | None = None, *, outside: bool = True) -> RandomState:
+    def now(
+        device: torch.device, generator: torch.Generator | None = None, *, outside: bool = True
+    ) -> RandomState:
         """The current state; it is kept on the host."""
-        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        accelerator = (
+            None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        )
         drawn = None if generator is None else generator.get_state()
         cpu = torch.default_generator.get_state()
         if not outside:
@@ -68,7 +72,11 @@ class RandomState(NamedTuple):
     def values(self) -> dict[str, Any]:
         """The states by name, as they are stored; with the device they make the whole."""
         found: dict[str, Any] = {"cpu": self.cpu, "accelerator": self.accelerator}
-        return {**found, "python": self.python, "numpy": plain_states(self.numpy)} if self.is_whole else found
+        return (
+            {**found, "python": self.python, "numpy": plain_states(self.numpy)}
+            if self.is_whole
+            else found
+        )
 
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)
@@ -103,7 +111,11 @@ class RandomState(NamedTuple):
         """Whether two states of the same generators are the same, as far as both were read."""
         if self.is_whole and other.is_whole and self._outside() != other._outside():
             return False
-        pairs = (self.cpu, other.cpu), (self.accelerator, other.accelerator), (self.drawn, other.drawn)
+        pairs = (
+            (self.cpu, other.cpu),
+            (self.accelerator, other.accelerator),
+            (self.drawn, other.drawn),
+        )
         return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
 
     def has_drawn_outside(self, before: RandomState) -> bool:
@@ -118,7 +130,9 @@ class RandomState(NamedTuple):
 def _seeded(digest: bytes, device: torch.device, on_device: bool) -> RandomState:
     seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
     start = torch.Generator().manual_seed(seed).get_state()
-    return RandomState(device, start, torch.Generator(device).manual_seed(seed).get_state() if on_device else None)
+    return RandomState(
+        device, start, torch.Generator(device).manual_seed(seed).get_state() if on_device else None
+    )
 
 
 _branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
@@ -180,12 +194,23 @@ class Slots:
                 elif not is_sharded(p):  # a block exchanges those, whatever the table holds
                     self.frozen.append((part._parameters, name, p))
         self.learned = dict(first.values())
-        self.places = [(table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first]
+        self.places = [
+            (table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first
+        ]
         self.buffers = [part._buffers for _, part in named]
-        self.formulas: list[Slot] = [place.slot() for _, part in named for place in formulas_of(part)]
-        self._made = [place for _, part in named if part._forward_pre_hooks for place in weights_made_by_hooks(part)]
+        self.formulas: list[Slot] = [
+            place.slot() for _, part in named for place in formulas_of(part)
+        ]
+        self._made = [
+            place
+            for _, part in named
+            if part._forward_pre_hooks
+            for place in weights_made_by_hooks(part)
+        ]
         self._parts = [part for _, part in named]
-        self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
+        self._tables: list[Any] = [
+            table for part in self._parts for table in (part._parameters, part._modules)
+        ]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
         self._held = [p for _, _, p in self.parameters]
         self._none: State | None = None
@@ -199,7 +224,10 @@ class Slots:
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         if any(map(_HOOKED, self._held)):
             flags.append(-1)
-        held = [*chain.from_iterable(self._tables), *map(id, chain.from_iterable(map(dict.values, self._tables)))]
+        held = [
+            *chain.from_iterable(self._tables),
+            *map(id, chain.from_iterable(map(dict.values, self._tables))),
+        ]
         return held, flags
 
     def in_formulas(self) -> list[Slot]:
@@ -210,7 +238,9 @@ class Slots:
         """The weights that hooks have made in the last pass, in their places: a replay puts them back."""
         return [(table, name, table[name]) for table, name in self._made if name in table]
 
-    def random_state(self, device: torch.device, generator: torch.Generator | None = None) -> RandomState:
+    def random_state(
+        self, device: torch.device, generator: torch.Generator | None = None
+    ) -> RandomState:
         """The state of the generators that a pass of this network may draw from."""
         return RandomState.now(device, generator, outside=self.draws_outside is not False)
 
@@ -245,8 +275,14 @@ class Slots:
         """Return the types of half precision in which a part of the network computes, found by the graph of its
         first outputs."""
         if self.findings.half_types is None and outputs.grad_fn is not None:
-            results = [result for node in nodes_of([outputs]) for result in getattr(node, "_input_metadata", ())]
-            self.findings.half_types = frozenset(HALF.intersection(result.dtype for result in results))
+            results = [
+                result
+                for node in nodes_of([outputs])
+                for result in getattr(node, "_input_metadata", ())
+            ]
+            self.findings.half_types = frozenset(
+                HALF.intersection(result.dtype for result in results)
+            )
         return self.findings.half_types or frozenset()
 
     def now(self, *, copies: bool = True) -> State:
@@ -272,8 +308,14 @@ class Findings:
 
 # By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing new.
 _FINDINGS: weakref.WeakKeyDictionary[nn.Module, dict[int, Findings]] = weakref.WeakKeyDictionary()
-_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TRAINING, _LEARNS, _HOOKED = attrgetter("training"), attrgetter("requires_grad"), attrgetter("_backward_hooks")
+_HOOKS = attrgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+_TRAINING, _LEARNS, _HOOKED = (
+    attrgetter("training"),
+    attrgetter("requires_grad"),
+    attrgetter("_backward_hooks"),
+)
 
 
 class State:
@@ -282,14 +324,22 @@ class State:
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
         self._all, self._frozen = slots.buffers, slots.frozen
         self._tables = [(table, dict(table)) for table in slots.buffers if table]
-        held = [*chain.from_iterable(of.values() for _, of in self._tables), *(p for _, _, p in slots.frozen)]
+        held = [
+            *chain.from_iterable(of.values() for _, of in self._tables),
+            *(p for _, _, p in slots.frozen),
+        ]
         self._held: dict[int, Tensor] = {id(t): t for t in held if t is not None}
-        self._values = {key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()}
+        self._values = {
+            key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()
+        }
 
     def tables(self) -> list[tuple[Table, Table]]:
         """The tables of buffers, with what they held; of those that a pass has filled since, nothing."""
         known = {id(table) for table, _ in self._tables}
-        return [*self._tables, *[(table, {}) for table in self._all if table and id(table) not in known]]
+        return [
+            *self._tables,
+            *[(table, {}) for table in self._all if table and id(table) not in known],
+        ]
 
     def restore(self) -> None:
         """Put the tensors back into the tables, and their values into them."""
@@ -303,7 +353,9 @@ class State:
             # Past the version counter: a graph that has saved a tensor finds what it has saved.
             if t.shape != before.shape:
                 t.data = before
-            elif all(n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)):  # nothing writes to expanded ones
+            elif all(
+                n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)
+            ):  # nothing writes to expanded ones
                 t.data.copy_(before)
 
 
@@ -320,11 +372,18 @@ def replay(
     if snapshot._tables or snapshot._frozen or any(snapshot._all):  # else the network has no state
         tables = snapshot.tables()
         before = [(table, dict(table)) for table, _ in tables]
-        fresh: dict[int, Any] = {key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()}
+        fresh: dict[int, Any] = {
+            key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()
+        }
         for table, tensors in tables:
             table.clear()
-            table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer without a value yet
-        held = [*held, *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]]
+            table.update(
+                (name, fresh.get(id(t))) for name, t in tensors.items()
+            )  # None: a buffer without a value yet
+        held = [
+            *held,
+            *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen],
+        ]
     own = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
@@ -343,7 +402,9 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
     a forward that asks."""
     if type(t) is type(own) and t.requires_grad == own.requires_grad and not own.__dict__:
         return t
-    if issubclass(type(own), nn.Parameter):  # not that of a sharded one, whose type tells how it is held
+    if issubclass(
+        type(own), nn.Parameter
+    ):  # not that of a sharded one, whose type tells how it is held
         t = t if isinstance(t, type(own)) else t.as_subclass(type(own))
         if own.__dict__:
             t.__dict__.update(own.__dict__)

@@ -47,7 +47,9 @@ def computed_by_formula(hook: WeightNorm) -> Callable[[nn.Module], Tensor]:
     module before each pass."""
 
     def compute_weight(module: nn.Module) -> Tensor:
-        return by_formula(getattr(module, f"{hook.name}_v"), getattr(module, f"{hook.name}_g"), hook.dim)
+        return by_formula(
+            getattr(module, f"{hook.name}_v"), getattr(module, f"{hook.name}_g"), hook.dim
+        )
 
     return compute_weight
 
@@ -67,7 +69,9 @@ class Formula(NamedTuple):
 
 def formulas_of(part: nn.Module) -> list[Formula]:
     """Return the places in a part of a network, and in its hooks, that lead to a weight norm."""
-    own: list[Any] = [(name, child) for name, child in part._modules.items() if type(child) is _Parametrization]
+    own: list[Any] = [
+        (name, child) for name, child in part._modules.items() if type(child) is _Parametrization
+    ]
     hooks = [hook for hook in part._forward_pre_hooks.values() if type(hook) is WeightNorm]
     return [
         *[Formula(part, name, Composite(child.dim)) for name, child in own],
@@ -93,4 +97,8 @@ def by_formulas(formulas: Sequence[Formula]) -> Iterator[None]:
 
 def weights_made_by_hooks(part: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Return the attributes into which the old weight norm of a part puts the weight of each pass."""
-    return [(vars(part), hook.name) for hook in part._forward_pre_hooks.values() if type(hook) is WeightNorm]
+    return [
+        (vars(part), hook.name)
+        for hook in part._forward_pre_hooks.values()
+        if type(hook) is WeightNorm
+    ]

@@ -66,7 +66,9 @@ def _expected(error: MetaplError, mode: Estimator, steps: int, run: Run | None) 
     return ", or ".join(proposals)
 
 
-def _candidates(mode: Estimator, steps: int, is_finite_asked: bool) -> Iterator[tuple[str, Estimator, bool]]:
+def _candidates(
+    mode: Estimator, steps: int, is_finite_asked: bool
+) -> Iterator[tuple[str, Estimator, bool]]:
     """Yield what may run in a mode's place: in words, the mode, and whether it takes one step of the student only."""
     by = getattr(mode, "by", None)
     if isinstance(mode, Forward):
@@ -78,7 +80,11 @@ def _candidates(mode: Estimator, steps: int, is_finite_asked: bool) -> Iterator[
             if order != by:
                 yield words, replace(mode, by=order), False
     if isinstance(mode, ReinforcePerExample) and mode.tangent == "forward":
-        yield "ReinforcePerExample(tangent='difference')", replace(mode, tangent="difference"), False
+        yield (
+            "ReinforcePerExample(tangent='difference')",
+            replace(mode, tangent="difference"),
+            False,
+        )
     if mode.name in ("unrolled", "implicit"):
         yield "mode 'forward'", Forward(), False
     one_step = steps > 1

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
-from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, ROUNDINGS, SlopesDiffer, same_slopes, slopes_differ
+from metapl.execution.compare import (
+    BY_DIFFERENCE,
+    EXACTLY,
+    ROUNDINGS,
+    SlopesDiffer,
+    same_slopes,
+    slopes_differ,
+)
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent, as_leaves, mean_of
 from metapl.execution.numerics import MissingDerivative, Tree, wide
@@ -100,7 +107,11 @@ class Feedback:
         return replace(self, h=change(self.part or "", self.h), others=others)
 
     def divided_by(self, divisor: Tensor | float) -> Feedback:
-        return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda _, h: h / divisor)
+        return (
+            self
+            if isinstance(divisor, float) and divisor == 1.0
+            else self.mapped(lambda _, h: h / divisor)
+        )
 
     def chunks(self, parts: int) -> list[Feedback]:
         if self.h.ndim == 0 or parts == 1:
@@ -114,12 +125,16 @@ class Feedback:
         if parts == 1 and not isinstance(value, dict):
             return self.h.detach()
         by_field = {
-            name: h if parts == 1 or not h.ndim or step.has_rows(name) else h.reshape(parts, -1, *h.shape[1:]).sum(0)
+            name: h
+            if parts == 1 or not h.ndim or step.has_rows(name)
+            else h.reshape(parts, -1, *h.shape[1:]).sum(0)
             for name, h in {self.part or "": self.h.detach(), **self.others}.items()
         }
         if not isinstance(value, dict) or self.part is None:
             return by_field[self.part or ""]
-        return {key: by_field[name].detach() for key in value if (name := field_of(key)) in by_field}
+        return {
+            key: by_field[name].detach() for key in value if (name := field_of(key)) in by_field
+        }
 
 
 class Estimator(ABC):
@@ -140,7 +155,9 @@ class Estimator(ABC):
     """Whether it takes more than one student step."""
 
     def __post_init__(self) -> None:
-        with suppress(NameError):  # annotations under TYPE_CHECKING cannot be read, and are not checked
+        with suppress(
+            NameError
+        ):  # annotations under TYPE_CHECKING cannot be read, and are not checked
             check_fields(self)
 
     @property
@@ -163,7 +180,9 @@ class Estimator(ABC):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """One :class:`Feedback` per step of the path, and the next state."""
 
-    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+    def orders(
+        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+    ) -> tuple[Order, ...]:
         """Return the orders of differentiation that a path of so many steps may take, the preferred first.
 
         The first step takes the first of them that runs, later ones the same (:mod:`metapl.feedback.order`). ``wrt``
@@ -185,7 +204,9 @@ class Estimator(ABC):
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if True not in [of_step.used for of_step in feedback]:
                 given = f"the inner loss of {kind_of(path.problem)} does not depend on its signal"
-                raise MetaplError(f"{given}; expected one that does, without detach() or argmax, or mode='none'.")
+                raise MetaplError(
+                    f"{given}; expected one that does, without detach() or argmax, or mode='none'."
+                )
             numbers = [path.inner_loss, *path.known_outer_losses]
             for of_step in feedback:
                 numbers += [h.sum() if h.ndim else h for h in (of_step.h, *of_step.others.values())]
@@ -282,7 +303,12 @@ def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedbac
 
 
 def head_feedback(
-    step: InnerStep, w: Tree, z_dot: Tensor, rounding: Tensor | None = None, *, of: Credited = "signal"
+    step: InnerStep,
+    w: Tree,
+    z_dot: Tensor,
+    rounding: Tensor | None = None,
+    *,
+    of: Credited = "signal",
 ) -> Feedback:
     """The feedback along w from ż, (B, ...), in the head alone; ``rounding``: a bound on the norm of its error.
 
@@ -310,7 +336,9 @@ class Move:
     rounding: Tensor  # a bound on the norm of the error of ahead − behind
 
 
-def feedback_by_losses(step: InnerStep, w: Tree, move: Move, *, of: Credited = "signal") -> Feedback:
+def feedback_by_losses(
+    step: InnerStep, w: Tree, move: Move, *, of: Credited = "signal"
+) -> Feedback:
     """The feedback along w by a difference of the loss's derivative in the signal; first derivatives alone.
 
     The error is O(δ²), of a one-sided move O(δ), and the rounding of that derivative over the move's length.
@@ -338,7 +366,10 @@ def _loss_in_leaves(
     """Return this rank's share of the mean loss at outputs z and weights θ + factor·w, and its gradient in leaves."""
     theta: Tree = {}
     if step.student.readable:
-        theta = {name: wide(p) + factor * wide(w[name]) if name in w else p for name, p in step.params.items()}
+        theta = {
+            name: wide(p) + factor * wide(w[name]) if name in w else p
+            for name, p in step.params.items()
+        }
     # A loss may read ``student.parameters()``, which are then these.
     with step.student.holding(theta) if step.student.readable else NOTHING, torch.enable_grad():
         mean = _mean_loss(step, leaves, z, theta)
@@ -355,14 +386,20 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
     factors = leaves.get("factors")
     of_part = factors.chunk(parts) if factors is not None else [None] * parts
     values = []
-    for part, signal, x, factor, z_part in zip(step.passes, signals, step.batches, of_part, chunks, strict=True):
+    for part, signal, x, factor, z_part in zip(
+        step.passes, signals, step.batches, of_part, chunks, strict=True
+    ):
         with part.drawing_as_loss():
-            values.append(inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta))
+            values.append(
+                inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
+            )
     # The ranks' shares add up to the mean.
     return mean_of(values) if ranks.alone else mean_of(values) / ranks.size
 
 
-def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: Credited = "signal") -> Feedback:
+def feedback_from(
+    step: InnerStep, gradients: Mapping[str, Tensor | None], of: Credited = "signal"
+) -> Feedback:
     """h = −dL(θ′)/d(field), from the gradients in what is :func:`credited`; None: no dependence."""
     signal = step.signal
     if of == "example":
@@ -374,7 +411,9 @@ def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: C
     h = {name: -g for name, g in by_field.items() if g is not None}
     used = bool(h)
     of_value = [part]
-    if isinstance(signal.value, dict):  # its entries are fields of their own; log_prob and others are the signal's
+    if isinstance(
+        signal.value, dict
+    ):  # its entries are fields of their own; log_prob and others are the signal's
         of_value = [name for name in by_field if name not in vars(signal)]
     # A zero for what is not used, so that the feedback has the shape of the signal.
     h |= {name: torch.zeros_like(signal.fields()[name]) for name in of_value if name not in h}
@@ -382,7 +421,9 @@ def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: C
     return Feedback(first, of_value[0], h, used)
 
 
-def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tensor | None) -> Tensor:
+def _slope(
+    step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tensor | None
+) -> Tensor:
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
     ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
@@ -401,21 +442,37 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tens
             step.student.compares_gradients = True
             what = "the inner loss does not run on the outputs without the graph of the forward"
             raise MissingDerivative(f"{what} ({reason_of(error)})") from error
-        grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
-        directions = [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
+        grads = torch.autograd.grad(
+            mean, [z, *theta.values()], create_graph=True, allow_unused=True
+        )
+        directions = [
+            z_dot,
+            *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items()),
+        ]
         terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
-        slope = terms[0].sum() if len(terms) == 1 else torch.stack([term.sum() for term in terms]).sum()
+        slope = (
+            terms[0].sum() if len(terms) == 1 else torch.stack([term.sum() for term in terms]).sum()
+        )
 
     by_gradient, spread = step.space.slope(step.gradient, w)
     forward, table = ranks.sum(slope.detach()), EXACTLY if of_z_dot is None else BY_DIFFERENCE
     tolerance = table[step.passes[0].rounded_to].slope
     for term in terms:
         spread = spread + ranks.norm(term.detach())
-    if ranks.alone and not checks.waits(slope) and bool((forward - by_gradient).abs() <= tolerance * spread):
+    if (
+        ranks.alone
+        and not checks.waits(slope)
+        and bool((forward - by_gradient).abs() <= tolerance * spread)
+    ):
         return slope
     # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero but for rounding, a
     # first step of Adam makes the whole direction.
-    rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
+    rounding = (
+        ROUNDINGS
+        * torch.finfo(step.shifted_dtype).eps
+        * step.space.norm(step.gradient)
+        * step.space.norm(w)
+    )
     if of_z_dot is not None and grads[0] is not None:
         rounding = rounding + ranks.norm(grads[0].detach()) * of_z_dot
     if is_choosing:

@@ -84,7 +84,9 @@ class Difference(Estimator):
         step, w = path.pullback()
         return [self.along(step, w).divided_by(divisor(self.normalization, step, w))], state
 
-    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+    def orders(
+        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+    ) -> tuple[Order, ...]:
         return "outputs", "losses"
 
     def along(self, step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
@@ -112,9 +114,13 @@ class Difference(Estimator):
         else:
             behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
         parts = len(step.passes)
-        first = behind if self.one_sided else ahead  # the mean of the two is z to the second order of the move
+        first = (
+            behind if self.one_sided else ahead
+        )  # the mean of the two is z to the second order of the move
         for part, *moved in zip(step.passes, first.chunk(parts), behind.chunk(parts), strict=True):
             part.check_shifted(*moved)
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        return Move(ahead, behind, factor, 0 * factor if self.one_sided else -factor, width, rounding)
+        return Move(
+            ahead, behind, factor, 0 * factor if self.one_sided else -factor, width, rounding
+        )

@@ -73,7 +73,9 @@ def refuse_learned_settings(update: Update) -> None:
             for name, value in group.items():
                 if name == "params":
                     continue
-                if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)):
+                if any(
+                    isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)
+                ):
                     expected = f"a number ({name}.item())"
                     if isinstance(value, Tensor) and value.numel() > 1:
                         expected = f"values alone ({name}.detach())"
@@ -85,9 +87,15 @@ def refuse_learned_settings(update: Update) -> None:
 
 def refuse_hooks(student: nn.Module) -> None:
     """Refuse hooks on the student's parameters: they change its gradients, and copies do not have them."""
-    hooked = [n for n, p in student.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    hooked = [
+        n
+        for n, p in student.named_parameters()
+        if p._backward_hooks or p._post_accumulate_grad_hooks
+    ]
     if hooked:
-        raise MetaplError(f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm).")
+        raise MetaplError(
+            f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm)."
+        )
 
 
 # ------------------------------------------------------------------------------------- what an outer loss may read too
@@ -132,7 +140,9 @@ def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool)
             "networks are in several processes; expected one process."
         )
     if parts > 1 and reads_signal_in_outer_input(problem):
-        raise MetaplError(f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1.")
+        raise MetaplError(
+            f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ the first look
@@ -181,7 +191,12 @@ class FirstLook:
         self.versions_before = list(map(version_of, self.batches))
 
     def at_inner_loss(
-        self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor], *, at_own_weights: bool
+        self,
+        value: Tensor,
+        made_here: Sequence[Tensor],
+        again: Callable[[], Tensor],
+        *,
+        at_own_weights: bool,
     ) -> None:
         """Look at the graph of an inner loss.
 
@@ -204,7 +219,9 @@ class FirstLook:
                 "student), make it a parameter of the student, or .detach() it."
             )
 
-    def at_outer_loss(self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+    def at_outer_loss(
+        self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
+    ) -> None:
         """Look at the graph of an outer loss, at leaves in the student's places; see :meth:`at_inner_loss`."""
         allowed = ids(made_here) | self.outer_variables
         if self.keeps_weights:
@@ -231,7 +248,9 @@ class FirstLook:
     def at_batches(self) -> None:
         """Refuse batches that the step has changed in place, and put them back."""
         changed = False
-        for t, before, version in zip(self.batches, self.batches_before, self.versions_before, strict=True):
+        for t, before, version in zip(
+            self.batches, self.batches_before, self.versions_before, strict=True
+        ):
             # The counter is read first, without waiting for a device.
             was_written = version is None or version_of(t) != version
             if was_written and not same_values(t, before):
@@ -244,7 +263,9 @@ class FirstLook:
                 "passes see other data; expected the pass to work on a copy (x = x.clone())."
             )
 
-    def _strange_leaf(self, value: Tensor, allowed: set[int], again: Callable[[], Tensor]) -> Tensor | None:
+    def _strange_leaf(
+        self, value: Tensor, allowed: set[int], again: Callable[[], Tensor]
+    ) -> Tensor | None:
         strange = [leaf for leaf in leaves_of(value) if id(leaf) not in allowed]
         if not strange:
             return None

@@ -50,7 +50,11 @@ By = Literal["graph", "tangent", "double_backward"]
 
 
 def exact_orders(
-    steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = (), by: By | None = None
+    steps: int,
+    problem: Problem,
+    student: LocalStudent,
+    wrt: Sequence[str] = (),
+    by: By | None = None,
 ) -> tuple[Order, ...]:
     """Return the orders in which an exact derivative may be taken, the preferred first; or ``by`` alone.
 
@@ -61,7 +65,9 @@ def exact_orders(
         return ("double_backward",)
     if not student.readable:
         # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
-        orders: tuple[Order, ...] = ("tangent", "double_backward") if CURVATURE in student.offers else ("tangent",)
+        orders: tuple[Order, ...] = (
+            ("tangent", "double_backward") if CURVATURE in student.offers else ("tangent",)
+        )
         if by is not None and by not in orders:
             expected = " or ".join(f'by="{order}"' for order in orders)
             raise MetaplError(
@@ -138,17 +144,23 @@ class Forward(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None and self.keep_every is not None:
-            raise MetaplError(f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of them.")
+            raise MetaplError(
+                f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of them."
+            )
 
     @property
     def exact(self) -> bool:
         return self.truncate is None and self.normalization == "gradient"
 
-    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+    def orders(
+        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+    ) -> tuple[Order, ...]:
         return exact_orders(steps, problem, student, wrt, self.by)
 
     def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
-        return keeping(steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks)
+        return keeping(
+            steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks
+        )
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = list[Feedback]()

@@ -92,7 +92,9 @@ class Hypergradient:
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
-def stacked_settings(found: Sequence[Any], names: Sequence[str], options: Options) -> dict[str, Any]:
+def stacked_settings(
+    found: Sequence[Any], names: Sequence[str], options: Options
+) -> dict[str, Any]:
     """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting. Of a setting with a value
     for each entry of a weight in one of the groups' ``options``, a list by group, (K, ...)."""
 
@@ -198,8 +200,12 @@ class Differentiation:
         self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
         keep_on = self.estimate.keep_on
         if keep_on not in (None, "cpu") and not self.compiles:
-            raise MetaplError(f"keep_on={keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'.")
-        self.batches: Sequence[Any] = self.ahead if callable(self.ahead.batches) else list(self.ahead)
+            raise MetaplError(
+                f"keep_on={keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'."
+            )
+        self.batches: Sequence[Any] = (
+            self.ahead if callable(self.ahead.batches) else list(self.ahead)
+        )
         if self.ahead.weights is not None:
             raise MetaplError(
                 "inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=)."
@@ -225,7 +231,9 @@ class Differentiation:
         names = ("teacher", "start", *self.update.numbers)
         for name in self.wrt:
             if name not in names:
-                raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(names)}.")
+                raise MetaplError(
+                    f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(names)}."
+                )
         if {*self.wrt} <= {"teacher"}:
             return
         if reason := self._why_not_in_others():
@@ -243,7 +251,9 @@ class Differentiation:
             return ""
         # SGD without momentum keeps no buffer, in which the derivative would be.
         options_of_steps = self.options or [self.update.options]
-        groups_of_sgd = [groups for groups in zip(*options_of_steps, strict=True) if "dampening" in groups[0]]
+        groups_of_sgd = [
+            groups for groups in zip(*options_of_steps, strict=True) if "dampening" in groups[0]
+        ]
         has_buffer = [{group["momentum"] != 0 for group in groups} for groups in groups_of_sgd]
         is_graph_by_hand = self.compiles or self.estimate.keep_graph
         if not is_graph_by_hand and any(False in in_steps for in_steps in has_buffer):
@@ -265,11 +275,15 @@ class Differentiation:
         others = [name for name in self.wrt if name != "teacher"]
         candidates = self.estimate.orders(len(self.batches), self.problem, self.student, others)
         is_alone = self.of_student.ranks.alone
-        with advice_on(self.estimate, len(self.batches), self._by_another_mode if is_alone else None):
+        with advice_on(
+            self.estimate, len(self.batches), self._by_another_mode if is_alone else None
+        ):
             return Orders().take(candidates, self._in_order, begin_again=self._begin)
 
     def _check_direct_term(self) -> None:
-        refuse_direct_term_in_parts(self.problem, parts=self.request.accumulate, is_alone=self.of_student.ranks.alone)
+        refuse_direct_term_in_parts(
+            self.problem, parts=self.request.accumulate, is_alone=self.of_student.ranks.alone
+        )
         if self.outer_losses is not None:
             raise MetaplError(
                 f"an outer loss for each step was given, and that of {kind_of(self.problem)} may read the teacher; "
@@ -301,7 +315,9 @@ class Differentiation:
         if self.outer_losses is None:
             judged = self.problem.outer_batch(request.outer)
         else:
-            judged_batches = [self.problem.outer_batch(batch) for batch in self.outer_losses.batches]
+            judged_batches = [
+                self.problem.outer_batch(batch) for batch in self.outer_losses.batches
+            ]
             outer_losses = OuterLosses(judged_batches, self.outer_losses.weights)
             judged = judged_batches[-1]
         teaching = Teaching(
@@ -322,7 +338,13 @@ class Differentiation:
         count = len(self.batches)
         with ExitStack() as stack:
             stack.enter_context(
-                restored(teaching.slots, student.slots, device=self.device, generator=request.generator, always=True)
+                restored(
+                    teaching.slots,
+                    student.slots,
+                    device=self.device,
+                    generator=request.generator,
+                    always=True,
+                )
             )
             if estimate.keep_graph or order == "graph":
                 stack.enter_context(no_fast_path(math=True))
@@ -359,7 +381,9 @@ class Differentiation:
             if direct:
                 grads = {name: g + direct[name] for name, g in grads.items()}
             settings = stacked_settings(path.in_settings[::-1], self.settings, self.update.options)
-            h = tuple(of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True))
+            h = tuple(
+                of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)
+            )
             start = path.start if "start" in self.wrt else {}
             path = path.revised(h[-1])
             is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)

@@ -74,7 +74,9 @@ class Implicit(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
-    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+    def orders(
+        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+    ) -> tuple[Order, ...]:
         return ("double_backward",) if enters_input(problem) else ("tangent", "double_backward")
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
@@ -92,8 +94,12 @@ class Implicit(Estimator):
         if self.solver == "cg":
             return conjugate_gradient(product, v, self.iterations, damping)
         if not (step_size := float(self.step_size or rate or 0.0)):
-            raise MetaplError('Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.')
-        return neumann(product, v, self.iterations, step_size, damping, is_default=self.step_size is None)
+            raise MetaplError(
+                'Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.'
+            )
+        return neumann(
+            product, v, self.iterations, step_size, damping, is_default=self.step_size is None
+        )
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
@@ -109,10 +115,14 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         curvature, p_norm, q_norm = torch.stack([dot(p, q), norm(p), norm(q)]).tolist()
         largest = max(largest, q_norm / p_norm)  # at most the greatest eigenvalue
         if curvature <= rounding * p_norm * q_norm:
-            if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved
+            if (
+                number == 0 or curvature < -rounding * largest * p_norm**2
+            ):  # v itself must be curved
                 given = "the inner loss curves downwards: the student is not near its optimum"
                 expected = "mode='forward', which needs no optimum, or a larger damping"
-                raise MetaplError(f"{given}; expected {expected} (metapl.feedback.Implicit(damping=...)).")
+                raise MetaplError(
+                    f"{given}; expected {expected} (metapl.feedback.Implicit(damping=...))."
+                )
             break
         alpha = rr / curvature
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)
@@ -122,7 +132,12 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
 
 
 def neumann(
-    product: Product, v: Tree, iterations: int, step_size: float, damping: float, is_default: bool = False
+    product: Product,
+    v: Tree,
+    iterations: int,
+    step_size: float,
+    damping: float,
+    is_default: bool = False,
 ) -> Tree:
     """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations; ``is_default``
     where the step size is the student's learning rate, which nobody gave."""

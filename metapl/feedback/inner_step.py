@@ -54,7 +54,9 @@ class SignalInput:
         floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
         self.fields = floating if in_graph else as_leaves(floating)
         self.graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
-        self._entering = [t for t in leaves_of(self.graph) if isinstance(t, Tensor) and t.requires_grad]
+        self._entering = [
+            t for t in leaves_of(self.graph) if isinstance(t, Tensor) and t.requires_grad
+        ]
         self.inputs = self.graph if in_graph else map_tensors(Tensor.detach, self.graph)
 
     def as_leaves(self) -> tuple[list[Tensor], Any]:
@@ -69,18 +71,28 @@ class SignalInput:
         if not pairs:
             return dict.fromkeys(self.fields)
         tensors, given = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True
+        )
         return dict(zip(self.fields, grads, strict=True))
 
 
 def inner_loss(
-    problem: Problem, signal: Signal, batch: Any, readable: bool, factors: Tensor | None, outputs: Tensor, params: Tree
+    problem: Problem,
+    signal: Signal,
+    batch: Any,
+    readable: bool,
+    factors: Tensor | None,
+    outputs: Tensor,
+    params: Tree,
 ) -> Tensor:
     """The mean of factor_i ℓ_i, (B,); ``readable``: this process holds the weights whole, and a loss may read them."""
     losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
     if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
         given = checks.described(losses)
-        raise MetaplError(f"inner_loss returned {given}; expected one loss per example, ({len(outputs)},).")
+        raise MetaplError(
+            f"inner_loss returned {given}; expected one loss per example, ({len(outputs)},)."
+        )
     return losses.mean() if factors is None else (factors * losses).mean()
 
 
@@ -96,17 +108,28 @@ class InnerStep:
     inner_loss: Tensor  # the mean of ℓ_i, a scalar
     grads: Tree  # g, with a graph if the path keeps it; empty if the step was forgotten
     state: Any  # the optimizer's, before the step
-    signal_inputs: Sequence[SignalInput] = ()  # of each micro-batch, where the signal enters the student's input
-    by_optimizer: bool = False  # whether θ′ is that of the optimizer's own step: the roundings of several steps grow
+    signal_inputs: Sequence[
+        SignalInput
+    ] = ()  # of each micro-batch, where the signal enters the student's input
+    by_optimizer: bool = (
+        False  # whether θ′ is that of the optimizer's own step: the roundings of several steps grow
+    )
     digest: Tensor | None = None  # of the batch, where it may be dropped and read again
-    order: Order | None = None  # how ⟨g, w⟩ is differentiated where no Hessian product is needed; None: by tangent
+    order: Order | None = (
+        None  # how ⟨g, w⟩ is differentiated where no Hessian product is needed; None: by tangent
+    )
     student: LocalStudent = field(init=False)
     params: Tree = field(init=False)
     space: Space = field(init=False)
 
     def __post_init__(self) -> None:
-        self.student, self.params = self.passes[0].student, self.passes[0].params  # whose step, and θ
-        self.space = self.student.space  # products and norms over all processes that hold parts of the weights
+        self.student, self.params = (
+            self.passes[0].student,
+            self.passes[0].params,
+        )  # whose step, and θ
+        self.space = (
+            self.student.space
+        )  # products and norms over all processes that hold parts of the weights
 
     def forgotten(self, batch_too: bool = False) -> InnerStep:
         """The step without what :meth:`recomputed` has again: θ, g, s and, unless the signal enters it, the batch."""
@@ -120,7 +143,10 @@ class InnerStep:
         step = self if batch is None else replace(self, batch=batch)
         for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
             part.inputs = step.problem.student_input(x)
-        grads = [part.recompute_gradient(params, step._loss(signal, x)) for part, signal, x in step.parts()]
+        grads = [
+            part.recompute_gradient(params, step._loss(signal, x))
+            for part, signal, x in step.parts()
+        ]
         return replace(step, grads=mean_tree(grads), state=state)
 
     def with_signal(self, signal: Signal) -> InnerStep:
@@ -135,17 +161,27 @@ class InnerStep:
     @property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
-        return self.passes[0].outputs if len(self.passes) == 1 else joined([part.outputs for part in self.passes])
+        return (
+            self.passes[0].outputs
+            if len(self.passes) == 1
+            else joined([part.outputs for part in self.passes])
+        )
 
     def has_rows(self, name: str) -> bool:
         """Whether a field of the signal has a row for each example; log_prob has where all of the value has."""
-        by_field = has_rows(self.problem, self.signal, sum(len(part.outputs) for part in self.passes))
+        by_field = has_rows(
+            self.problem, self.signal, sum(len(part.outputs) for part in self.passes)
+        )
         return by_field.get(name, all(by_field.values()))
 
     @property
     def gradient(self) -> Tree:
         """g, without a graph."""
-        return {name: g.detach() for name, g in self.grads.items()} if self.student.double_backward else self.grads
+        return (
+            {name: g.detach() for name, g in self.grads.items()}
+            if self.student.double_backward
+            else self.grads
+        )
 
     @cached_property
     def updated(self) -> tuple[Tree, Any]:
@@ -226,7 +262,10 @@ class InnerStep:
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
         """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
-            products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.parts()]
+            products = [
+                stack.enter_context(part.hessian(self._loss(signal, x)))
+                for part, signal, x in self.parts()
+            ]
             yield lambda w: mean_tree([product(w)[0] for product in products])
 
     def parts(self) -> Iterator[tuple[Pass, Signal, Any]]:
@@ -237,10 +276,18 @@ class InnerStep:
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, dict[str, Tensor | None]]:
         """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and in fields of the signal; None: no dependence."""
-        found, slopes, parts = list[tuple[Tree, list[Tensor | None]]](), list[Tensor](), len(self.passes)
+        found, slopes, parts = (
+            list[tuple[Tree, list[Tensor | None]]](),
+            list[Tensor](),
+            len(self.passes),
+        )
         for i, (part, signal, x) in enumerate(self.parts()):
-            named = as_leaves({name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()})
-            entering, inputs = self.signal_inputs[i].as_leaves() if self.signal_inputs else ([], part.inputs)
+            named = as_leaves(
+                {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
+            )
+            entering, inputs = (
+                self.signal_inputs[i].as_leaves() if self.signal_inputs else ([], part.inputs)
+            )
             loss = self._loss(signal.having(named), x, named.get("factors"))
             leaves = [*named.values(), *entering]
             if self.student.readable and not self.student.compares_gradients:
@@ -250,10 +297,14 @@ class InnerStep:
             # anything reaches them past their arguments. And where ż was none that g knows of, whether this g is.
             factor = torch.ones_like(self.inner_loss, requires_grad=True)
 
-            def scaled(outputs: Tensor, params: Tree, factor: Tensor = factor, loss: Loss = loss) -> Tensor:
+            def scaled(
+                outputs: Tensor, params: Tree, factor: Tensor = factor, loss: Loss = loss
+            ) -> Tensor:
                 return factor * loss(outputs, params)
 
-            product, (*in_leaves, slope) = part.second_derivatives(w, scaled, [*leaves, factor], inputs, curved=curved)
+            product, (*in_leaves, slope) = part.second_derivatives(
+                w, scaled, [*leaves, factor], inputs, curved=curved
+            )
             found.append((product, in_leaves))
             slopes += [] if slope is None else [slope]
         if slopes:
@@ -261,8 +312,12 @@ class InnerStep:
             tolerance = EXACTLY[self.passes[0].rounded_to].slope
             eps = torch.finfo(self.shifted_dtype).eps
             rounding = ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w)
-            same_slopes(self.student.ranks.mean(mean_of(slopes)), by_gradient, spread, tolerance, rounding)
-        hessian = self.student.over_ranks(mean_tree([product for product, _ in found])) if curved else {}
+            same_slopes(
+                self.student.ranks.mean(mean_of(slopes)), by_gradient, spread, tolerance, rounding
+            )
+        hessian = (
+            self.student.over_ranks(mean_tree([product for product, _ in found])) if curved else {}
+        )
         return hessian, self.in_signal(fields, [in_leaves for _, in_leaves in found])
 
     def in_signal(
@@ -274,7 +329,9 @@ class InnerStep:
             return dict(zip(fields, in_leaves[0], strict=True))
         gradients: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
-            through = self.signal_inputs[i].in_fields(leaves[len(fields) :]) if self.signal_inputs else {}
+            through = (
+                self.signal_inputs[i].in_fields(leaves[len(fields) :]) if self.signal_inputs else {}
+            )
             for name, direct in zip(fields, leaves, strict=False):
                 terms = [t for t in (direct, through.get(name)) if t is not None]
                 gradients[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
@@ -297,7 +354,9 @@ def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
     if not signal.sampled:
         return signal.differentiable()
     if signal.probs is None:
-        raise MetaplError("the sampled signal has no probs; expected Signal(value, log_prob, probs=...).")
+        raise MetaplError(
+            "the sampled signal has no probs; expected Signal(value, log_prob, probs=...)."
+        )
     return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 
 

@@ -79,18 +79,26 @@ def keeping(
     folder, place = folder_of(on), torch.device("cpu") if on == "cpu" else device
     levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
     all_held, root = Keeping((), on), Keeping((math.isqrt(steps - 1) + 1,), on)
-    tree = Keeping(tuple(BRANCHING**level for level in range(levels, 0, -1)), on) if levels > 0 else root
+    tree = (
+        Keeping(tuple(BRANCHING**level for level in range(levels, 0, -1)), on)
+        if levels > 0
+        else root
+    )
     known = free_bytes(place)
     free = math.inf if known is None else float(known)
     disk = float(shutil.disk_usage(folder).free) if folder else math.inf
     if not ranks.alone:  # of parts that differ in size; every process has to choose the same
         if place.type == "cpu":
             free /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes))
-        most, least = ranks.greatest(torch.tensor([state, -free], dtype=torch.float64, device=ranks.device)).tolist()
+        most, least = ranks.greatest(
+            torch.tensor([state, -free], dtype=torch.float64, device=ranks.device)
+        ).tolist()
         state, free = int(most), -least
 
     def fits(way: Keeping, share: float = 1.0) -> bool:
-        in_files = way.states(steps) - min(steps, way.spacings[-1]) if folder and way.spacings else 0
+        in_files = (
+            way.states(steps) - min(steps, way.spacings[-1]) if folder and way.spacings else 0
+        )
         held = way.states(steps) - in_files - 1  # the student has the first
         return held * state <= share * free and in_files * state <= disk
 
@@ -103,11 +111,15 @@ def keeping(
         share = 1.0 if steps <= ALL_KEPT else SHARE
         asked = next((way for way in ways.values() if fits(way, share)), tree)
     if folder and not asked.spacings:
-        raise MetaplError(f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None.")
+        raise MetaplError(
+            f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None."
+        )
     if not fits(asked):
         able = [f"{name} ({way.states(steps):,} states)" for name, way in ways.items() if fits(way)]
         able += [] if folder else ["keep_on= with a folder and compile=True"]
-        there = [f"{said(n)} of {what}" for what, n in (("memory", free), ("disk", disk)) if n < math.inf]
+        there = [
+            f"{said(n)} of {what}" for what, n in (("memory", free), ("disk", disk)) if n < math.inf
+        ]
         count = asked.states(steps)
         raise MetaplError(
             f"{asked.words(steps)} would keep {count:,} states of {said(state)}, {said(count * state)} together, and "
@@ -135,7 +147,9 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.get_device_module(device).mem_get_info(device)[0])
     try:
         lines = FilePath("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return 1024 * next(
+            int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return None
 
@@ -207,7 +221,11 @@ class FolderStates(States):
             self._write(f"kept-{number:08d}", state=state)
 
     def take(self, number: int) -> Any:
-        return super().take(number) if number in self._held else self._read(f"kept-{number:08d}")["state"]
+        return (
+            super().take(number)
+            if number in self._held
+            else self._read(f"kept-{number:08d}")["state"]
+        )
 
     def _remove(self) -> None:
         """Remove the files of the path, its name first: what is left without it is nobody's."""
@@ -215,7 +233,10 @@ class FolderStates(States):
             file.unlink(missing_ok=True)
 
     def _write(self, name: str, **content: Any) -> None:
-        places = [(str(t.device), t.stride()) if isinstance(t, Tensor) else None for t in pytree.tree_leaves(content)]
+        places = [
+            (str(t.device), t.stride()) if isinstance(t, Tensor) else None
+            for t in pytree.tree_leaves(content)
+        ]
         checkpoint.save(self.folder / f"{name}.ckpt", {"content": content, "places": places})
 
     def _read(self, name: str) -> Any:
@@ -223,7 +244,9 @@ class FolderStates(States):
         leaves, structure = pytree.tree_flatten(found["content"])
         for i, at in enumerate(found["places"]):
             if at is not None:  # kernels round by the order of the memory
-                made = torch.empty_strided(leaves[i].shape, at[1], dtype=leaves[i].dtype, device=at[0])
+                made = torch.empty_strided(
+                    leaves[i].shape, at[1], dtype=leaves[i].dtype, device=at[0]
+                )
                 leaves[i] = made.copy_(leaves[i])
         return pytree.tree_unflatten(leaves, structure)
 
@@ -255,7 +278,10 @@ def known_by(
     groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
     rule = type(optimizer).__name__, str(groups), update.read_state()
     own = vars(problem).items()  # the words of a tensor are rounded
-    losses = kind_of(problem), {name: value if isinstance(value, Tensor) else str(value) for name, value in own}
+    losses = (
+        kind_of(problem),
+        {name: value if isinstance(value, Tensor) else str(value) for name, value in own},
+    )
     how = mode.name, str({**vars(mode), "keep_on": None})
     cast = torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))
     return int(digest((network(student), network(teacher), rule, losses, how, cast, given)))

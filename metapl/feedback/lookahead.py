@@ -54,18 +54,28 @@ class Lookahead(Sequence[Any]):
         check_fields(self)
         given: Any = self.batches
         held = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-        if (len(given) < (self.steps or 1)) if held else (self.steps is None or not callable(given)):
+        if (
+            (len(given) < (self.steps or 1))
+            if held
+            else (self.steps is None or not callable(given))
+        ):
             given = f"Lookahead was given batches that are {checks.described(given)} and steps={self.steps}"
-            raise MetaplError(f"{given}; expected a batch for each step, or a function of its number with steps=.")
+            raise MetaplError(
+                f"{given}; expected a batch for each step, or a function of its number with steps=."
+            )
         if self.weights is not None:
             try:
                 weights = torch.as_tensor(self.weights, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError) as error:
                 given = f"Lookahead was given weights that are {checks.described(self.weights)}"
-                raise MetaplError(f"{given}; expected {len(self)} numbers, one for each outer batch.") from error
+                raise MetaplError(
+                    f"{given}; expected {len(self)} numbers, one for each outer batch."
+                ) from error
             if weights.shape != (len(self),) or not weights.isfinite().all():
                 given = f"Lookahead was given weights of shape {tuple(weights.shape)}"
-                raise MetaplError(f"{given}; expected {len(self)} finite numbers, one for each outer batch.")
+                raise MetaplError(
+                    f"{given}; expected {len(self)} finite numbers, one for each outer batch."
+                )
 
     def __len__(self) -> int:
         return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given
@@ -80,7 +90,9 @@ class Lookahead(Sequence[Any]):
         if self.schedule is None:
             return []
         if not isinstance(optimizer, Optimizer):
-            raise MetaplError("Lookahead(schedule=) is for torch.optim; expected torchopt.schedule in the transform.")
+            raise MetaplError(
+                "Lookahead(schedule=) is for torch.optim; expected torchopt.schedule in the transform."
+            )
         return options_by_step(optimizer, self.schedule, len(self))
 
 
@@ -92,9 +104,13 @@ def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[f
         )
     if len(outer) != len(inner):
         given = f"outer is a Lookahead of {len(outer)}, and the student takes {len(inner)}"
-        raise MetaplError(f"{given} step{'s' * (len(inner) > 1)}; expected an outer batch for each step, or one batch.")
+        raise MetaplError(
+            f"{given} step{'s' * (len(inner) > 1)}; expected an outer batch for each step, or one batch."
+        )
     weights = (
-        [1.0] * len(outer) if outer.weights is None else torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
+        [1.0] * len(outer)
+        if outer.weights is None
+        else torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
     )
     return list(outer), weights
 
@@ -112,8 +128,12 @@ def inner_batches(unlabeled: Any, asked: int = 1) -> list[Any]:
     """The batches of a look-ahead; any other batch is one of one step, refused where more were ``asked`` for."""
     if not isinstance(unlabeled, Lookahead):
         if asked > 1:
-            raise MetaplError(f"the trainer has lookahead={asked}; expected a metapl.Lookahead of {asked} batches.")
+            raise MetaplError(
+                f"the trainer has lookahead={asked}; expected a metapl.Lookahead of {asked} batches."
+            )
         return [plain(unlabeled)]
     if unlabeled.schedule is not None:
-        raise MetaplError("Lookahead(schedule=) is for metapl.hypergradient; a trainer's optimizer has its own rate.")
+        raise MetaplError(
+            "Lookahead(schedule=) is for metapl.hypergradient; a trainer's optimizer has its own rate."
+        )
     return list(unlabeled)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Decay, Estimator, Feedback, Reduction, State, divisor, examples_of_mean
+from metapl.feedback.base import (
+    Decay,
+    Estimator,
+    Feedback,
+    Reduction,
+    State,
+    divisor,
+    examples_of_mean,
+)
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.feedback.reinforce import init_baseline, subtract_baseline
@@ -46,4 +54,6 @@ class LossDifference(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         h = (path.outer_loss_before - path.outer_loss) / divisor(self.normalization, path.steps[0])
         h, state = subtract_baseline(h, self.baseline, state)
-        return [Feedback(h, "log_prob", mean_over=examples_of_mean(self.reduction, path.steps[0]))], state
+        return [
+            Feedback(h, "log_prob", mean_over=examples_of_mean(self.reduction, path.steps[0]))
+        ], state

@@ -88,7 +88,9 @@ def _why_none_runs(failures: Sequence[Failure]) -> MetaplError:
     for error in failures:
         if isinstance(error, SlopesDiffer):
             return error
-    missing = list(dict.fromkeys(error.what for error in failures if isinstance(error, MissingDerivative)))
+    missing = list(
+        dict.fromkeys(error.what for error in failures if isinstance(error, MissingDerivative))
+    )
     if not missing:
         return failures[0]
     combined = MissingDerivative("; ".join(missing))

@@ -33,9 +33,7 @@ from metapl.problems.base import (
 )
 from metapl.updates import Options, Update
 
-OTHER_BATCH = (
-    "the function of Lookahead returned another batch for step {} when it was called again; expected the same."
-)
+OTHER_BATCH = "the function of Lookahead returned another batch for step {} when it was called again; expected the same."
 LOSS_NOT_FINITE = (
     "the inner loss is NaN or infinite in step {} of the look-ahead: its batch has such values, or the student has "
     "diverged; lower its learning rate, or look for extreme values."
@@ -69,18 +67,26 @@ class Path:
     student: LocalStudent
     update: Update  # U
     labeled: Sequence[Any]  # the outer batch, in micro-batches
-    batches: Sequence[Any]  # the inner ones: a list, or a look-ahead whose batches a function returns again
+    batches: Sequence[
+        Any
+    ]  # the inner ones: a list, or a look-ahead whose batches a function returns again
     steps: list[InnerStep] = field(default_factory=list)
-    whole_labeled: Any = None  # the outer batch as one, where the outer loss may be no mean over micro-batches
+    whole_labeled: Any = (
+        None  # the outer batch as one, where the outer loss may be no mean over micro-batches
+    )
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
     progress: Callable[[], object] | None = None  # called after each step of the adjoint
-    wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
+    wrt: Sequence[
+        str
+    ] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
     outer: OuterLosses | None = None  # of each step; ``labeled`` is then the batch of the last
-    losses_before: dict[int, Tensor] = field(default_factory=dict, init=False)  # L_k by k, of all steps but the last
+    losses_before: dict[int, Tensor] = field(
+        default_factory=dict, init=False
+    )  # L_k by k, of all steps but the last
     order: Order | None = None  # of differentiation
     is_tried: bool = False  # whether that is being chosen, by this path
     _outer_gradient: Tree | None = field(default=None, init=False)
@@ -108,7 +114,9 @@ class Path:
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps."""
         steps = self.steps
-        return steps[0].inner_loss if len(steps) == 1 else mean_of([step.inner_loss for step in steps])
+        return (
+            steps[0].inner_loss if len(steps) == 1 else mean_of([step.inner_loss for step in steps])
+        )
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -132,7 +140,9 @@ class Path:
     @property
     def known_outer_losses(self) -> list[Tensor]:
         """The outer losses that have been taken so far: L(θ′), L(θ), and L_k after the steps before the last."""
-        cached = [vars(self)[name] for name in ("outer_loss", "outer_loss_before") if name in vars(self)]
+        cached = [
+            vars(self)[name] for name in ("outer_loss", "outer_loss_before") if name in vars(self)
+        ]
         return [*cached, *self.losses_before.values()]
 
     @cached_property
@@ -144,7 +154,9 @@ class Path:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            self.__dict__["outer_loss"], self._outer_gradient = self._outer(self.steps[-1].new_params, gradient=True)
+            self.__dict__["outer_loss"], self._outer_gradient = self._outer(
+                self.steps[-1].new_params, gradient=True
+            )
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
@@ -170,7 +182,9 @@ class Path:
             v = {name: self.outer.weights[-1] * t for name, t in v.items()}
         self.start = v  # of no step that is differentiated
         for number, step in self._backwards(first if self.outer is None else 0, 0, end, *spacings):
-            if number < first:  # a step that is left out: its derivative counts as the identity, its outer loss counts
+            if (
+                number < first
+            ):  # a step that is left out: its derivative counts as the identity, its outer loss counts
                 self.start = v = self._with_loss_before(number, v, gradient="start" in self.wrt)
                 continue
             if self.rereads:
@@ -178,14 +192,22 @@ class Path:
             if self.settings:
                 self.in_settings.append(step.in_settings(self.settings, v, state_bar))
             if number == first and "start" not in self.wrt:
-                yield step, step.pullback(v) if state_bar is None else step.vjp(v, state_bar).gradient, None
+                yield (
+                    step,
+                    step.pullback(v) if state_bar is None else step.vjp(v, state_bar).gradient,
+                    None,
+                )
             else:
                 w, theta_bar, state_bar = step.vjp(v, state_bar)
                 hessian, in_signal = step.second_derivatives(w, fields(step.signal))
-                v = {name: t + hessian[name] for name, t in theta_bar.items()}  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
+                v = {
+                    name: t + hessian[name] for name, t in theta_bar.items()
+                }  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
                 checks.refuse_not_finite(NOT_FINITE.format(number), self.student.space.norm(v))
                 yield step, w, in_signal
-            self.start = v = self._with_loss_before(number, v, gradient=number > first or "start" in self.wrt)
+            self.start = v = self._with_loss_before(
+                number, v, gradient=number > first or "start" in self.wrt
+            )
             if self.progress is not None:
                 self.progress()
 
@@ -195,7 +217,9 @@ class Path:
             return v
         weight = self.outer.weights[number - 1]
         of_loss = self._outer_after(number, gradient=gradient and weight != 0)
-        return {name: t + weight * of_loss[name].to_dense() for name, t in v.items()} if of_loss else v
+        return (
+            {name: t + weight * of_loss[name].to_dense() for name, t in v.items()} if of_loss else v
+        )
 
     def _outer_after(self, number: int, *, gradient: bool) -> Tree:
         """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
@@ -207,12 +231,19 @@ class Path:
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
         start, state = passes_before[-1].after.branch(), passes[0].state_before
-        params, signal = {n: p.detach() for n, p in self.steps[number].params.items()}, self.steps[number - 1].signal
-        loss, of_loss = self._outer_at(params, judged, start, signal, gradient=gradient, state=state, whole=whole)
+        params, signal = (
+            {n: p.detach() for n, p in self.steps[number].params.items()},
+            self.steps[number - 1].signal,
+        )
+        loss, of_loss = self._outer_at(
+            params, judged, start, signal, gradient=gradient, state=state, whole=whole
+        )
         self.losses_before[number] = loss
         return of_loss
 
-    def _backwards(self, first: int, begin: int, end: int, *spacings: int) -> Iterator[tuple[int, InnerStep]]:
+    def _backwards(
+        self, first: int, begin: int, end: int, *spacings: int
+    ) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
         two multiples of ``spacings[0]``, which were kept, is computed again and keeps its multiples of the next."""
         if not spacings:
@@ -259,7 +290,9 @@ class Path:
         if end <= last:
             step = self.steps[end - 1]
             self.replays.compare(end, *step.updated)
-            vars(step).pop("updated")  # which nothing else needs, and which would be held as long as the block
+            vars(step).pop(
+                "updated"
+            )  # which nothing else needs, and which would be held as long as the block
         elif begin < last:
             self.replays.note(last, self.steps[last].params, self.steps[last].state)
             self.replays.compare(last, *self.steps[last - 1].updated)
@@ -273,14 +306,18 @@ class Path:
         """An inner batch once more, read again where it is not ``held``; another one is refused."""
         with self.student.ranks.agreed():
             if held is None:
-                with replayed(RandomState.now(self.student.device)):  # a function may seed the default generator
+                with replayed(
+                    RandomState.now(self.student.device)
+                ):  # a function may seed the default generator
                     held = self.batches[number]
             expected = self.steps[number].digest
             assert expected is not None, "only batches that are read again are known by a digest"
             checks.refuse(digest(held) != expected, OTHER_BATCH.format(number))
         return held
 
-    def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
+    def gradients_in_signals(
+        self, truncate: int | None = None
+    ) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps, each with dL(θ′)/d(field) for the fields of its signal, by double backward."""
         end = len(self.steps)
         first = 0 if truncate is None else max(0, end - truncate)
@@ -297,12 +334,16 @@ class Path:
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends and leaves:
             slots = self.student.slots
-            with replay(slots.random_state(self.student.device), slots):  # checkpoints run again here, at θ
+            with replay(
+                slots.random_state(self.student.device), slots
+            ):  # checkpoints run again here, at θ
                 gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
         found = iter(gradients)
         in_signals = [{name: next(found) for name in fields} for fields in signals]
         if self.wrt:
-            rest = [torch.zeros_like(t) if g is None else g for g, t in zip(found, others, strict=True)]
+            rest = [
+                torch.zeros_like(t) if g is None else g for g, t in zip(found, others, strict=True)
+            ]
             self.start, back = pytree.tree_unflatten(rest, structure)
             for of_loss in at_start:
                 self.start = {name: t + of_loss[name] for name, t in self.start.items()}
@@ -323,7 +364,9 @@ class Path:
         if self.outer is not None:
             for number, weight in enumerate(self.outer.weights[:-1], start=1):
                 is_needed = weight != 0 and (number > first or "start" in self.wrt)
-                gradient = {n: weight * t for n, t in self._outer_after(number, gradient=is_needed).items()}
+                gradient = {
+                    n: weight * t for n, t in self._outer_after(number, gradient=is_needed).items()
+                }
                 if number >= first:
                     add(self.steps[number].params, gradient)
                 elif gradient:
@@ -336,17 +379,24 @@ class Path:
         """The path of the real step, on the signal that the problem makes of the feedback, or this one."""
         step = self.steps[-1]
         signal = self.problem.revised_signal(step.signal, h)
-        return self if signal is None else replace(self, steps=[step.with_signal(signal.detached())])
+        return (
+            self if signal is None else replace(self, steps=[step.with_signal(signal.detached())])
+        )
 
     def commit(self) -> dict[str, Tensor]:
         """Move the student to θ′, with its optimizer. Where its own steps are rounded otherwise than U, returns
         ``step_rounding``, the distance of the weights that they lead to from θ′, relative to that of θ from θ′."""
-        theta, norm = self.student.params, self.student.space.norm  # the student's own tensors, which will have moved
+        theta, norm = (
+            self.student.params,
+            self.student.space.norm,
+        )  # the student's own tensors, which will have moved
         exact = self.params if self.update.rounded else {}
         length = norm({name: t - theta[name] for name, t in exact.items()}) if exact else None
         if not self.keeping.spacings:
             for step in self.steps:
-                self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "updated"))
+                self.update.commit(
+                    self.student.parameters, step.gradient, partial(getattr, step, "updated")
+                )
         else:  # gradients were dropped
             self.update.write(self.student.parameters, self.params, self.state)
         if length is None:
@@ -363,7 +413,9 @@ class Path:
         Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its backward pass.
         """
         student, start = self.student, self.steps[-1].passes[-1].after.branch()
-        weights = {name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()}
+        weights = {
+            name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()
+        }
         outputs = list[Tensor]()
         sums, counts = list[Tensor](), list[Tensor | float]()
         with student.at(weights, start, student.slots):
@@ -374,7 +426,9 @@ class Path:
                 counts.append(weight)
             if self.whole_labeled is not None and not isinstance(counts[0], Tensor):
                 # A scalar may be any function of all rows.
-                total, weight = sum_and_weight(self.problem.outer_loss(joined(outputs), self.whole_labeled))
+                total, weight = sum_and_weight(
+                    self.problem.outer_loss(joined(outputs), self.whole_labeled)
+                )
                 return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
         return loss
@@ -382,7 +436,9 @@ class Path:
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         start, signal = self.steps[-1].passes[-1].after.branch(), self.steps[-1].signal
-        return self._outer_at(params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled)
+        return self._outer_at(
+            params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled
+        )
 
     def _outer_at(
         self,
@@ -423,24 +479,41 @@ def take_steps(
     problem: Problem,
     labeled: Any,  # the outer batch
     batches: Sequence[Any],  # the inner ones; those of a look-ahead are read as they are taken
-    teach: Callable[[Any, Tensor | None], Signal],  # of a batch and the student's outputs; before these, if it has to
+    teach: Callable[
+        [Any, Tensor | None], Signal
+    ],  # of a batch and the student's outputs; before these, if it has to
     *,
     parts: int = 1,  # micro-batches
     keep_graph: bool = False,  # keep the path differentiable in the signals, for ``gradients_in_signals``
-    order: Order | None = None,  # of differentiation; "graph": g keeps one, in what gets the feedback
+    order: Order
+    | None = None,  # of differentiation; "graph": g keeps one, in what gets the feedback
     credits: Credited = "signal",  # what that is
     truncate: int | None = None,  # the last steps that are differentiated; None: all
-    keep: Callable[[int, int, LocalStudent], Keeping] | None = None,  # by the number of steps and the size of one
-    updates: Sequence[Update] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
+    keep: Callable[[int, int, LocalStudent], Keeping]
+    | None = None,  # by the number of steps and the size of one
+    updates: Sequence[
+        Update
+    ] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
     outer: OuterLosses | None = None,  # of each step; ``labeled`` is then the batch of the last
-    replays: ReplayCheck | None = None,  # whether steps that are computed again come out as they did; None: no look
+    replays: ReplayCheck
+    | None = None,  # whether steps that are computed again come out as they did; None: no look
     progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
     training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, judged, batches, wrt=wrt, order=order, outer=outer, replays=replays)
+    path = Path(
+        problem,
+        student,
+        update,
+        judged,
+        batches,
+        wrt=wrt,
+        order=order,
+        outer=outer,
+        replays=replays,
+    )
     if parts > 1 and not is_mean_over_rows(problem):
         path.whole_labeled = labeled
     ranks, several = student.ranks, len(batches) > 1
@@ -451,7 +524,9 @@ def take_steps(
     # The steps after the first one that is differentiated take a Hessian product, by a graph that they make then.
     first_differentiated = max(0, len(batches) - truncate) if truncate else 0
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params = as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
+    params = (
+        as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
+    )
     state = update.read_state()
     look = current_look()
 
@@ -462,19 +537,25 @@ def take_steps(
         with NOTHING if params is student.params else student.holding(params), ranks.agreed():
             return teach(x, outputs).detached()
 
-    def learned(inner_pass: Pass, x: Any, signal: Signal, keeps_graph: bool = False) -> tuple[Tensor, Tree]:
+    def learned(
+        inner_pass: Pass, x: Any, signal: Signal, keeps_graph: bool = False
+    ) -> tuple[Tensor, Tree]:
         """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
         leaves: Tree = {}
         if keeps_graph:
             leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
-        loss: Loss = partial(inner_loss, problem, signal, x, student.readable, leaves.get("factors"))
+        loss: Loss = partial(
+            inner_loss, problem, signal, x, student.readable, leaves.get("factors")
+        )
         # Without a graph of the path, the second step is the first one at other weights than the student's own. With
         # one, the first step is at leaves already, and the second one's graph ends in those of the first.
         looks_at = (0,) if keep_graph else (0, 1)
         if look is not None and number in looks_at:
             made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
-            loss = looked_at(loss, inner_pass, made_here, look, at_own_weights=params is student.params)
+            loss = looked_at(
+                loss, inner_pass, made_here, look, at_own_weights=params is student.params
+            )
         return inner_pass.gradient(loss, [*leaves.values()])
 
     for number in range(len(batches)):
@@ -509,7 +590,9 @@ def take_steps(
                 signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
             inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
             passes.append(inner_pass := student.pass_type(student, params, inputs))  # z = S(x; θ)
-            judged_now = judged if outer is None else micro_batches(outer.batches[number], parts, "labeled")
+            judged_now = (
+                judged if outer is None else micro_batches(outer.batches[number], parts, "labeled")
+            )
             with NOTHING if ranks.alone else ranks.agreed():
                 problem.check(inner_pass.outputs, judged_now[i], x)
             if not before:
@@ -517,7 +600,11 @@ def take_steps(
             if not keep_graph:  # one graph at a time
                 results.append(learned(inner_pass, x, signals[i], keeps_graph))
         if not before:
-            whole = joined_signals(signals, leaves=keep_graph) if keep_graph or parts > 1 else signals[0]
+            whole = (
+                joined_signals(signals, leaves=keep_graph)
+                if keep_graph or parts > 1
+                else signals[0]
+            )
         if keep_graph:  # by parts of the leaf that the path is differentiated in
             results = [*map(learned, passes, pieces, whole.chunks(parts))]
         loss, g = results[0]
@@ -531,14 +618,21 @@ def take_steps(
             with NOTHING if ranks.alone else ranks.agreed():
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), path.steps[-1].inner_loss)
         if number == 0 and several and rereads:
-            path.batch(0)  # a function that always returns another batch is refused here, not after the path
+            path.batch(
+                0
+            )  # a function that always returns another batch is refused here, not after the path
         if progress is not None:
             progress()
     return path
 
 
 def looked_at(
-    loss: Loss, inner_pass: Pass, made_here: Sequence[Tensor], look: FirstLook, *, at_own_weights: bool
+    loss: Loss,
+    inner_pass: Pass,
+    made_here: Sequence[Tensor],
+    look: FirstLook,
+    *,
+    at_own_weights: bool,
 ) -> Loss:
     """Return an inner loss whose graph is looked at when it is taken; ``made_here`` are leaves besides its weights."""
 
@@ -548,7 +642,9 @@ def looked_at(
                 return loss(outputs_again, at)
 
         value = loss(outputs, params)
-        look.at_inner_loss(value, [*params.values(), *made_here], again, at_own_weights=at_own_weights)
+        look.at_inner_loss(
+            value, [*params.values(), *made_here], again, at_own_weights=at_own_weights
+        )
         return value
 
     return taken

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Decay, Estimator, Feedback, Reduction, State, divisor, examples_of_mean
+from metapl.feedback.base import (
+    Decay,
+    Estimator,
+    Feedback,
+    Reduction,
+    State,
+    divisor,
+    examples_of_mean,
+)
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -56,7 +64,9 @@ class Reinforce(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.similarity == "cosine" and self.normalization != "gradient":
-            raise MetaplError("a cosine does not depend on the learning rate; expected normalization='gradient'.")
+            raise MetaplError(
+                "a cosine does not depend on the learning rate; expected normalization='gradient'."
+            )
 
     def init(self) -> State:
         return init_baseline(self.baseline)

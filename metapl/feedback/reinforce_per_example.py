@@ -49,7 +49,9 @@ class ReinforcePerExample(Estimator):
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
-    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+    def orders(
+        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+    ) -> tuple[Order, ...]:
         if self.tangent == "difference":
             return Difference().orders(steps, problem, student, wrt)
         return exact_orders(steps, problem, student, wrt)

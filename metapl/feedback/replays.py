@@ -77,7 +77,9 @@ class ReplayCheck:
 def state_digest(params: Tree, optimizer_state: Any) -> Tensor:
     """Return the digests of the weights and of the optimizer's tensors, (2, 256) in float64; counts are left out."""
     device = local(next(iter(params.values()))).device
-    leaves = [t for t in pytree.tree_leaves(optimizer_state) if isinstance(t, Tensor) and t.ndim > 0]
+    leaves = [
+        t for t in pytree.tree_leaves(optimizer_state) if isinstance(t, Tensor) and t.ndim > 0
+    ]
     return torch.stack([_sketch(params.values(), device), _sketch(leaves, device)])
 
 

@@ -54,7 +54,9 @@ class Report:
     def __getattr__(self, name: str) -> float:
         known = self._columns() if "scalars" in self.__dict__ and not name.startswith("_") else {}
         if name not in known:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(known)}")
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}; it has {', '.join(known)}"
+            )
         return self.as_dict()[name]
 
 

@@ -24,7 +24,14 @@ from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
-from metapl.problems.base import Kind, Problem, Signal, enters_input, kind_of, reads_signal_in_outer_input
+from metapl.problems.base import (
+    Kind,
+    Problem,
+    Signal,
+    enters_input,
+    kind_of,
+    reads_signal_in_outer_input,
+)
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.problems.means import Shares, refuse_other_than_means, shares_of_losses
 
@@ -41,7 +48,9 @@ class TeacherPass:
     batch: Any
     student_outputs: Tensor | None
     signal: Signal
-    random: RandomState | None = None  # what a pass that is computed again began with: the generators,
+    random: RandomState | None = (
+        None  # what a pass that is computed again began with: the generators,
+    )
     state: State | None = None  # and the network's state
 
 
@@ -51,7 +60,8 @@ class Teaching:
 
     def __init__(
         self,
-        layout: Layout | None,  # of the teacher; None: the problem has none, and is given an empty module
+        layout: Layout
+        | None,  # of the teacher; None: the problem has none, and is given an empty module
         problem: Problem,
         mode: Estimator,
         generator: torch.Generator | None,  # of labels that are drawn
@@ -60,7 +70,8 @@ class Teaching:
         batches: Sequence[Any],  # those of a look-ahead are read as they are taken, and not held
         parts: int,  # micro-batches of each of them
         recompute: bool,  # signals without a graph first, and once more with one in ``with_graph``
-        slots: Slots | None = None,  # the network's tables where they have been read in this step already
+        slots: Slots
+        | None = None,  # the network's tables where they have been read in this step already
     ) -> None:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
         self.ranks, self.device, self.steps = ranks, device, len(batches)
@@ -73,7 +84,11 @@ class Teaching:
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
         """Algorithm 1, line 2, ŷ_u ~ T(x_u): the signal about a micro-batch, given the student's outputs on it."""
         is_watched = self.slots.draws_outside is None
-        before = self.slots.random_state(self.device, self.generator) if self.recompute or is_watched else None
+        before = (
+            self.slots.random_state(self.device, self.generator)
+            if self.recompute or is_watched
+            else None
+        )
         if self.recompute:
             state = self.slots.now()
             with torch.no_grad(), no_fast_path():
@@ -116,7 +131,10 @@ class Teaching:
         loss = path.direct_loss(signal)
         reached = reached_gradient(self.layout, loss, retain=True)
         parameters = self.layout.parameters()
-        return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in parameters.items()}
+        return {
+            name: reached[name] if name in reached else torch.zeros_like(p)
+            for name, p in parameters.items()
+        }
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """The gradient of −Σ h·signal in the teacher's weights, over all passes; empty without a teacher."""
@@ -131,9 +149,15 @@ class Teaching:
                 batch = micro_batches(whole, self.parts, "unlabeled")[number % self.parts]
             loss = h.teacher_loss(self.with_graph(taken, batch))
             # The backward pass of a sharded network averages over the ranks; that of others stays with this rank.
-            new = gradient_of(self.layout, self.ranks.size * loss if self.layout.is_sharded else loss)
+            new = gradient_of(
+                self.layout, self.ranks.size * loss if self.layout.is_sharded else loss
+            )
             grads = {name: grads[name] + g for name, g in new.items()} if grads else new
-        return grads if self.layout.is_sharded else {name: self.ranks.sum(g) for name, g in grads.items()}
+        return (
+            grads
+            if self.layout.is_sharded
+            else {name: self.ranks.sum(g) for name, g in grads.items()}
+        )
 
     def backward(
         self,
@@ -170,7 +194,11 @@ class Teaching:
         layout, parts, alone = self.layout, self.parts, self.ranks.alone
         if layout is None:
             return {}
-        pieces = feedback if parts == 1 else [piece for of_step in feedback for piece in of_step.chunks(parts)]
+        pieces = (
+            feedback
+            if parts == 1
+            else [piece for of_step in feedback for piece in of_step.chunks(parts)]
+        )
         labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
         first_of_last_batch = len(self.passes) - parts
         unlabeled_parts = [taken.batch for taken in self.passes[first_of_last_batch:]]
@@ -214,7 +242,12 @@ class Teaching:
             if i >= first_of_last_batch:
                 part = i - first_of_last_batch
                 own, named = self._own_loss(
-                    losses, labeled_parts[part], taken.batch, signal=signal, step=step, shares=shares[part]
+                    losses,
+                    labeled_parts[part],
+                    taken.batch,
+                    signal=signal,
+                    step=step,
+                    shares=shares[part],
                 )
                 scalars.append(named)
                 own = own / parts if parts > 1 else own
@@ -237,7 +270,10 @@ class Teaching:
             of_feedback, of_losses = self._over_ranks(of_feedback), self._over_ranks(of_losses)
             feedback_norm, own_norm = self._norm(of_feedback), self._norm(of_losses)
             weight = size.weight_for(feedback_norm, own_norm)
-            scalars[-1] |= {"feedback_weight": weight, "feedback_ratio": ratio_of(weight, feedback_norm, own_norm)}
+            scalars[-1] |= {
+                "feedback_weight": weight,
+                "feedback_ratio": ratio_of(weight, feedback_norm, own_norm),
+            }
             add_to(of_losses, {name: weight.to(g.dtype) * g for name, g in of_feedback.items()})
             for name, p in parameters.items():
                 p.grad = of_losses.get(name)
@@ -247,8 +283,13 @@ class Teaching:
                         hook(p)
         elif measures:
             whole = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-            of_losses = {name: plus(g, -of_feedback[name]) if name in of_feedback else g for name, g in whole.items()}
-            feedback_norm, own_norm = (self._norm(self._over_ranks(tree)) for tree in (of_feedback, of_losses))
+            of_losses = {
+                name: plus(g, -of_feedback[name]) if name in of_feedback else g
+                for name, g in whole.items()
+            }
+            feedback_norm, own_norm = (
+                self._norm(self._over_ranks(tree)) for tree in (of_feedback, of_losses)
+            )
             scalars[-1] |= {
                 "feedback_weight": torch.full_like(own_norm, size.weight),
                 "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
@@ -272,7 +313,9 @@ class Teaching:
         """Return the sum of the teacher's own losses on a micro-batch, and the report's scalars of it."""
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             batches = {"labeled": labeled, "unlabeled": unlabeled, "signal": signal}
-            terms = sum_of_terms(self.network, losses, kind="teacher loss", shares=shares, step=step, **batches)
+            terms = sum_of_terms(
+                self.network, losses, kind="teacher loss", shares=shares, step=step, **batches
+            )
         values = [*terms.values()] or [torch.zeros((), device=self.device)]
         own = values[0] if len(values) == 1 else torch.stack(values).sum()
         if not own.requires_grad:
@@ -312,7 +355,11 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> 
     if isinstance(value, dict):
         fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
     if not fits:
-        given = f"a Signal of {checks.described(value)}" if isinstance(signal, Signal) else checks.described(signal)
+        given = (
+            f"a Signal of {checks.described(value)}"
+            if isinstance(signal, Signal)
+            else checks.described(signal)
+        )
         raise MetaplError(
             f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
             "or metapl.Signal(value, log_prob=...) of a sampled tensor."
@@ -320,13 +367,17 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> 
     kind: Kind = "soft" if drawn is None else "hard"
     if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
         given = f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the student's input"
-        raise MetaplError(f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'.")
+        raise MetaplError(
+            f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'."
+        )
     constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
     if constant or kind not in mode.labels:
         own = f"{checks.described(value)} with{'out' if drawn is None else ''} a log_prob"
         fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
         given = f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate"
-        raise MetaplError(f"{given}; expected {fitting}, or a signal of floating point, or with log_prob.")
+        raise MetaplError(
+            f"{given}; expected {fitting}, or a signal of floating point, or with log_prob."
+        )
 
 
 def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
@@ -343,7 +394,9 @@ def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> d
     has_hooks = any(p._post_accumulate_grad_hooks for p in parameters.values())
     if layout.is_sharded or not has_hooks:
         return by_backward(loss, parameters, retain=retain)
-    grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain, allow_unused=True)
+    grads = torch.autograd.grad(
+        loss, list(parameters.values()), retain_graph=retain, allow_unused=True
+    )
     return {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
 
 
@@ -355,7 +408,10 @@ def gradient_of(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     if layout.is_sharded:
         reached = by_backward(loss, parameters)
-        return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in parameters.items()}
+        return {
+            name: reached[name] if name in reached else torch.zeros_like(p)
+            for name, p in parameters.items()
+        }
     grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     return dict(zip(parameters, grads, strict=True))
 
@@ -365,4 +421,6 @@ def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     if len(scalars) == 1:
         return dict(scalars[0])
     names = dict.fromkeys(name for part in scalars for name in part)
-    return {name: torch.stack([part[name] for part in scalars if name in part]).mean() for name in names}
+    return {
+        name: torch.stack([part[name] for part in scalars if name in part]).mean() for name in names
+    }

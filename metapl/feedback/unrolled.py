@@ -42,7 +42,9 @@ class Unrolled(Estimator):
     def exact(self) -> bool:
         return self.truncate is None
 
-    def orders(self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()) -> tuple[Order, ...]:
+    def orders(
+        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+    ) -> tuple[Order, ...]:
         return ("double_backward",)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:

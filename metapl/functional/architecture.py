@@ -73,7 +73,9 @@ def description_of(value: Any) -> Hashable:
     if kind in (set, frozenset):
         return kind, frozenset(description_of(each) for each in value)
     if kind in (dict, OrderedDict):
-        return kind, tuple((description_of(key), description_of(each)) for key, each in value.items())
+        return kind, tuple(
+            (description_of(key), description_of(each)) for key, each in value.items()
+        )
     if isinstance(value, type):
         return kind, value
     if kind is FunctionType and value.__closure__ is None and not reads_a_module(value):
@@ -144,7 +146,9 @@ def read_by(function: FunctionType) -> list[Any]:
             values.append(cell.cell_contents)
     codes = [function.__code__]
     for code in codes:
-        values += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        values += [
+            function.__globals__[name] for name in code.co_names if name in function.__globals__
+        ]
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     for value in [*values]:
         if isinstance(value, list | tuple | dict):
@@ -159,7 +163,9 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
     """
     if any(EVERYWHERE):
         raise Undescribed
-    numbers: dict[int, int] = {}  # of modules and tensors, by identity, in the order in which they are met
+    numbers: dict[
+        int, int
+    ] = {}  # of modules and tensors, by identity, in the order in which they are met
 
     def number_of(part: Any) -> tuple[int, bool]:
         is_new = id(part) not in numbers
@@ -168,7 +174,11 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
     def description_of_tensor(t: Tensor | None) -> Hashable:
         if t is None:
             return None
-        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or not vars(t).keys() <= BUFFER_MARKS:
+        if (
+            type(t) not in (Tensor, nn.Parameter)
+            or t.layout != torch.strided
+            or not vars(t).keys() <= BUFFER_MARKS
+        ):
             raise Undescribed
         return number_of(t)[0], type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
 
@@ -181,9 +191,16 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
         attributes = object.__getstate__(part)
         if not isinstance(attributes, dict) or any(attributes.get(name) for name in PASS_HOOKS):
             raise Undescribed
-        tensors = [(name, description_of_tensor(t)) for name, t in (*part._parameters.items(), *part._buffers.items())]
+        tensors = [
+            (name, description_of_tensor(t))
+            for name, t in (*part._parameters.items(), *part._buffers.items())
+        ]
         parts = [(name, description_of_module(inner)) for name, inner in part._modules.items()]
-        others = {name: t for name, t in attributes.items() if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS)}
+        others = {
+            name: t
+            for name, t in attributes.items()
+            if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS)
+        }
         # Attributes may have been set in any order.
         plain = frozenset((name, description_of(value)) for name, value in others.items())
         return number, description_of_class(type(part)), tuple(tensors), tuple(parts), plain
@@ -193,14 +210,18 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
 
 def bare_copies(networks: Sequence[nn.Module | None]) -> list[Any]:
     """Return copies of networks that have a description, with tensors that hold no memory."""
-    made: dict[int, Any] = {}  # the copies of modules and tensors, by the identity of what was copied
+    made: dict[
+        int, Any
+    ] = {}  # the copies of modules and tensors, by the identity of what was copied
 
     def copy_of_tensor(t: Tensor | None) -> Any:
         if t is None:
             return None
         if id(t) not in made:
             bare: Tensor = torch.empty_like(t.detach(), device="meta")
-            made[id(t)] = nn.Parameter(bare, t.requires_grad) if isinstance(t, nn.Parameter) else bare
+            made[id(t)] = (
+                nn.Parameter(bare, t.requires_grad) if isinstance(t, nn.Parameter) else bare
+            )
         return made[id(t)]
 
     def copy_of_module(part: nn.Module | None) -> Any:
@@ -214,9 +235,13 @@ def bare_copies(networks: Sequence[nn.Module | None]) -> list[Any]:
                 vars(bare)[name] = OrderedDict()
             elif name not in TABLES:
                 vars(bare)[name] = copy.deepcopy(value)
-        vars(bare)["_parameters"] = {name: copy_of_tensor(t) for name, t in part._parameters.items()}
+        vars(bare)["_parameters"] = {
+            name: copy_of_tensor(t) for name, t in part._parameters.items()
+        }
         vars(bare)["_buffers"] = {name: copy_of_tensor(t) for name, t in part._buffers.items()}
-        vars(bare)["_modules"] = {name: copy_of_module(inner) for name, inner in part._modules.items()}
+        vars(bare)["_modules"] = {
+            name: copy_of_module(inner) for name, inner in part._modules.items()
+        }
         return bare
 
     return [copy_of_module(network) for network in networks]

@@ -54,7 +54,9 @@ KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 def updates_of(trainer: Any) -> tuple[Update, Update | None]:
     inner, outer = unclipped(trainer.update), None
     if trainer.teacher is not None:
-        outer = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
+        outer = update_of(
+            trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer"
+        )
     return clipped(inner, trainer.clip_norm), outer and clipped(outer, trainer.clip_norm)
 
 
@@ -64,20 +66,29 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
     refuse_compiled("teacher", trainer.teacher)
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
     inner, composed, hides = unclipped(updates[0]), steps > 1 or enters_input(problem), False
-    if not isinstance(inner, TorchUpdate):  # a second call with the same state gives the same update, or it hides some
+    if not isinstance(
+        inner, TorchUpdate
+    ):  # a second call with the same state gives the same update, or it hides some
         theta = {name: p.detach() for name, p in inner.parameters.items()}
         once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
         hides = not all(torch.equal(t, again[name]) for name, t in once.items())
     refused = {
-        "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon": isinstance(inner, OwnStep),
-        f"mode {type(mode).__name__}; expected one of the library's, other than implicit": type(mode) not in KNOWN,
+        "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon": isinstance(
+            inner, OwnStep
+        ),
+        f"mode {type(mode).__name__}; expected one of the library's, other than implicit": type(
+            mode
+        )
+        not in KNOWN,
         f"accumulate={trainer.accumulate}; expected 1": trainer.accumulate > 1,
         "networks of several processes; expected one process": trainer.layout.kind != "plain"
         or not trainer.ranks.alone,
         f"{steps} steps ahead; expected at most {LONGEST}": steps > LONGEST,
-        "a cosine over several steps; expected 'gradient'": composed and getattr(mode, "normalization", "") == "cosine",
+        "a cosine over several steps; expected 'gradient'": composed
+        and getattr(mode, "normalization", "") == "cosine",
         "a transform with hidden state; expected torch.optim's": hides,
-        'normalization="learning_rate" without a single learning rate; expected "gradient"': inner.learning_rate is None
+        'normalization="learning_rate" without a single learning rate; expected "gradient"': inner.learning_rate
+        is None
         and getattr(mode, "normalization", "") == "learning_rate",
     }
     for what in (what for what, is_so in refused.items() if is_so):
@@ -101,14 +112,19 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
 def functional(trainer: Any) -> tuple[Step, State]:
     updates = updates_of(trainer)
     step: Any = step_of(trainer, trainer.lookahead, updates)
-    step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all steps would share
+    step.__code__ = (
+        step.__code__.replace()
+    )  # Dynamo counts graphs by code object, which all steps would share
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
 
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
 LIBRARY = re.compile(r"__import_(torch|metapl)_|^__import__\('torch'\)")
-SLOPES, BY_DIFFERENCE = 0.1, 0.5  # the greatest report.flag; by differences of outputs, whose curvature adds to it
+SLOPES, BY_DIFFERENCE = (
+    0.1,
+    0.5,
+)  # the greatest report.flag; by differences of outputs, whose curvature adds to it
 OFF = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
 
 
@@ -146,7 +162,9 @@ def capturing() -> Iterator[None]:
             said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
         else:
             raise
-        raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
+        raise MetaplError(
+            f"torch.compile cannot take this step: {said}; leave compile out."
+        ) from error
 
 
 class CompiledStep:
@@ -165,7 +183,9 @@ class CompiledStep:
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledStep, ()
 
-    def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
+    def __call__(
+        self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool
+    ) -> StepReport:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
         steps, draw, compared = len(batches), trainer.generator, False
         in_graphs = trainer.compile == "reduce-overhead"
@@ -179,15 +199,24 @@ class CompiledStep:
             eager = eager_step(trainer, labeled, batches, ahead)
             probs = eager[1].signal.probs
         if any(entry_shape(group["lr"]) for group in unclipped(trainer.update).options):
-            raise MetaplError("compile= was given with a rate for each entry of a weight; leave compile out.")
+            raise MetaplError(
+                "compile= was given with a rate for each entry of a weight; leave compile out."
+            )
         numbers = [[] if update is None else unclipped(update).settings() for update in updates]
         if anew:
             state = state_of(trainer, updates)
         else:  # in the very tensors that modules and optimizers hold, but for settings that are others now
-            for number, optimizer in enumerate((self.state.inner, self.state.outer) if numbers != self.numbers else ()):
+            for number, optimizer in enumerate(
+                (self.state.inner, self.state.outer) if numbers != self.numbers else ()
+            ):
                 optimizer.settings[:] = [
-                    {n: group[n] if old.get(n) == v else settings_of(v, trainer.device) for n, v in new.items()}
-                    for group, old, new in zip(optimizer.settings, self.numbers[number], numbers[number], strict=True)
+                    {
+                        n: group[n] if old.get(n) == v else settings_of(v, trainer.device)
+                        for n, v in new.items()
+                    }
+                    for group, old, new in zip(
+                        optimizer.settings, self.numbers[number], numbers[number], strict=True
+                    )
                 ]
             step = torch.tensor(trainer.steps_done, device=trainer.device)
             mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
@@ -211,12 +240,29 @@ class CompiledStep:
                 shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
                 shown |= report.sizes
                 shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
-                by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
-                fault = Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)])
-                h = tuple(report.feedback) if steps > 1 else (report.feedback,) if ahead else report.feedback
+                by_difference = "difference" in (
+                    trainer.mode.name,
+                    getattr(trainer.mode, "tangent", ""),
+                )
+                fault = Fault(
+                    [(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)]
+                )
+                h = (
+                    tuple(report.feedback)
+                    if steps > 1
+                    else (report.feedback,)
+                    if ahead
+                    else report.feedback
+                )
                 signal = Signal(**(report.signal[-1] if steps > 1 else report.signal))
-                seen: Any = {"feedback": h, "signal": signal, "student_outputs": report.student_outputs}
-                wrapped = StepReport(trainer.steps_done, shown, fault, **seen, direct_term=trainer.direct_term)
+                seen: Any = {
+                    "feedback": h,
+                    "signal": signal,
+                    "student_outputs": report.student_outputs,
+                }
+                wrapped = StepReport(
+                    trainer.steps_done, shown, fault, **seen, direct_term=trainer.direct_term
+                )
                 if not compared:
                     refuse_other(state, (moved, wrapped), eager)
         except BaseException:
@@ -236,18 +282,33 @@ class CompiledStep:
     def seen(self, trainer: Any, steps: int) -> list[Any]:
         """What differs where another step is meant, or other tensors are held; by now these are alive."""
         optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
-        given = trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers, *(o.state for o in optimizers)
+        given = (
+            trainer.mode,
+            trainer.problem,
+            trainer.teacher_losses,
+            *optimizers,
+            *(o.state for o in optimizers),
+        )
         held = [id(t) for table in self.tables for t in table.values()]
         marks = steps, trainer.feedback_size, *map(id, given)
         return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
 
     def find(self, trainer: Any, steps: int) -> Any:
         """Look for modules and parameters anew. Returns what may not be freed while a kind of step is known by it."""
-        networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
+        networks = [
+            network for network in (trainer.student, trainer.teacher) if network is not None
+        ]
         parameters = [p for network in networks for p in network.parameters()]
         self.weights = [*parameters, *(b for network in networks for b in network.buffers())]
         parts = [part for network in networks for part in network.modules()]
-        held = *parts, *parameters, trainer.mode, trainer.problem, trainer.teacher_losses, *trainer.schedulable
+        held = (
+            *parts,
+            *parameters,
+            trainer.mode,
+            trainer.problem,
+            trainer.teacher_losses,
+            *trainer.schedulable,
+        )
         marks = (of_network.mark for of_network in trainer._slots)
         self.kind = steps, trainer.feedback_size, *marks, *map(id, held)
         return held
@@ -255,9 +316,13 @@ class CompiledStep:
     def compile(self, trainer: Any, steps: int, in_graphs: bool) -> tuple[Any, Any]:
         """The trainer's step as one graph, once it is called; refused where none could be."""
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.weights):
-            raise MetaplError("a parameter of the networks has a hook, which no graph captures; leave compile out.")
+            raise MetaplError(
+                "a parameter of the networks has a hook, which no graph captures; leave compile out."
+            )
         if not isinstance(unclipped(trainer.update), TorchUpdate):
-            raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
+            raise MetaplError(
+                "inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False."
+            )
         trainer.update.follow(trainable(trainer.student))
         updates = updates_of(trainer)
         # torch.compile's mode "reduce-overhead", beside our options.
@@ -271,7 +336,11 @@ class CompiledStep:
         for of, (optimizer, after) in zip(map(unclipped, updates), pairs, strict=True):
             for name, own in optimizer.state.items():
                 held = of.owner[name].state[of.parameters[name]]
-                own |= {key: torch.empty_like(t) for key, t in after.state[name].items() if key not in own}
+                own |= {
+                    key: torch.empty_like(t)
+                    for key, t in after.state[name].items()
+                    if key not in own
+                }
                 held.update(own)
             for one in () if of is None else parts_of(of.optimizer):
                 tables += [one.state, *one.state.values()]
@@ -287,7 +356,9 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
     start, generator = RandomState.now(trainer.device), trainer.generator
 
     def taken() -> Any:
-        twin = copy.deepcopy(trainer, {} if generator is None else {id(generator): generator.clone_state()})
+        twin = copy.deepcopy(
+            trainer, {} if generator is None else {id(generator): generator.clone_state()}
+        )
         vars(twin)["compile"] = False
         # A loss may read the networks by a closure, which no copy changes.
         pairs = (
@@ -307,10 +378,14 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
             twin, report = taken()
         start.restore()
     for net, other in ((trainer.student, twin.student), (trainer.teacher, twin.teacher)):
-        for (path, part), moved in zip(net.named_modules(), other.modules(), strict=True) if net is not None else ():
+        for (path, part), moved in (
+            zip(net.named_modules(), other.modules(), strict=True) if net is not None else ()
+        ):
             for name, value in vars(moved).items():
                 if isinstance(value, int | float | str) and vars(part).get(name) != value:
-                    raise MetaplError(f"a network's {path}.{name} changes in a step, which no graph captures.")
+                    raise MetaplError(
+                        f"a network's {path}.{name} changes in a step, which no graph captures."
+                    )
     return state_of(twin, updates_of(twin)), report
 
 
@@ -323,14 +398,23 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
             network, was = getattr(state, role), getattr(before, role).params
             # By first moments, in which gradients are; of a fresh Adam, a weight's move is a sign.
             params = network.params.items()
-            moved = {n: held[n].get("exp_avg", held[n].get("momentum_buffer", t - was[n])) for n, t in params}
+            moved = {
+                n: held[n].get("exp_avg", held[n].get("momentum_buffer", t - was[n]))
+                for n, t in params
+            }
             trees |= {f"the {role}'s gradient": moved, f"the {role}'s buffers": network.state}
         return trees
 
     for role in ("student", "teacher"):
-        was, there, here = (getattr(state, role).params for state in (before, expected[0], found[0]))
-        for name in (n for n, p in was.items() if torch.equal(p, there[n]) and not torch.equal(p, here[n])):
-            raise MetaplError(f"no loss reaches the {role}'s {name}, which would decay; expected requires_grad=False.")
+        was, there, here = (
+            getattr(state, role).params for state in (before, expected[0], found[0])
+        )
+        for name in (
+            n for n, p in was.items() if torch.equal(p, there[n]) and not torch.equal(p, here[n])
+        ):
+            raise MetaplError(
+                f"no loss reaches the {role}'s {name}, which would decay; expected requires_grad=False."
+            )
     ours, loss = seen(*found), expected[1].scalars["inner_loss"]
     for name, tree in seen(*expected).items():
         refuse_gap(name, ours[name], tree, loss, rounding=name == "h")
@@ -342,4 +426,6 @@ def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool
     gap, size = (norm(tree) if tree else 0.0 * loss for tree in (off, eager))
     least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0
     if not bool(gap <= AGREES[loss.dtype] * size + least):
-        raise MetaplError(f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out.")
+        raise MetaplError(
+            f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out."
+        )

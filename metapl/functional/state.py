@@ -75,7 +75,9 @@ class Report(NamedTuple):
     teacher_loss: Tensor  # the sum of the teacher's own losses
     flag: Tensor  # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
     teacher_losses: Tree  # by name
-    step_rounding: Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
+    step_rounding: (
+        Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
+    )
     sizes: Tree  # feedback_weight and feedback_ratio, where the rule of the feedback's size compares gradients
 
 
@@ -107,7 +109,9 @@ def unclipped(update: Update | None) -> Any:
 
 
 def clipped(update: Update, clip_norm: float | None) -> Update:
-    space: Any = SimpleNamespace(dot=dot, norm=norm)  # by operations that every transform has rules for
+    space: Any = SimpleNamespace(
+        dot=dot, norm=norm
+    )  # by operations that every transform has rules for
     return update if clip_norm is None else Clipped(update, clip_norm, space)
 
 
@@ -164,12 +168,17 @@ def stack(states: Sequence[Any]) -> Any:
 def unstack(state: Any) -> list[Any]:
     """The states of a stack as a list: the inverse of :func:`stack`."""
     leaves, structure = pytree.tree_flatten(state)
-    return [pytree.tree_unflatten(list(row), structure) for row in zip(*(t.unbind() for t in leaves), strict=True)]
+    return [
+        pytree.tree_unflatten(list(row), structure)
+        for row in zip(*(t.unbind() for t in leaves), strict=True)
+    ]
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
     """⟨a, b⟩ over trees of tensors."""
-    return torch.stack([(wide(as_real(a[name])) * wide(as_real(b[name]))).sum() for name in a]).sum()
+    return torch.stack(
+        [(wide(as_real(a[name])) * wide(as_real(b[name]))).sum() for name in a]
+    ).sum()
 
 
 def norm(a: Tree) -> Tensor:
@@ -181,14 +190,20 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
     at = {name: wide(t) for name, t in theta.items()}
     dtype, count = as_real(next(iter(at.values()))).dtype, sum(t.numel() for t in at.values())
     r = getattr(mode, "relative_step", None) or RELATIVE_STEP[dtype]
-    factor = r * (norm(at) / math.sqrt(count)).clamp_min(1e-3) / norm(w).clamp_min(torch.finfo(dtype).tiny)
+    factor = (
+        r
+        * (norm(at) / math.sqrt(count)).clamp_min(1e-3)
+        / norm(w).clamp_min(torch.finfo(dtype).tiny)
+    )
     ahead = {name: t + factor * w[name] for name, t in at.items()}
     if getattr(mode, "one_sided", False):
         return ahead, at, factor
     return ahead, {name: t - factor * w[name] for name, t in at.items()}, 2 * factor
 
 
-def rounded_steps(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
+def rounded_steps(
+    update: Update, theta: Tree, end: Any, s: Any, options: Options
+) -> tuple[Tree, Any, Tensor]:
     """θ′ and s′ by the optimizer's own steps on these gradients, and their distance from the differentiated θ′, over
     its length; where nothing is rounded, the differentiated ones."""
     if not update.rounded:
@@ -202,7 +217,8 @@ def rounded_steps(update: Update, theta: Tree, end: Any, s: Any, options: Option
 
 # Whether PyTorch draws a transposed tensor in the order of its memory; with MKL, it does not.
 _drawn = [
-    t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)) for t in (torch.empty(8, 8), torch.empty(8, 8).t())
+    t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
+    for t in (torch.empty(8, 8), torch.empty(8, 8).t())
 ]
 IN_MEMORY_ORDER = torch.equal(_drawn[0], _drawn[1].t())
 
@@ -227,7 +243,9 @@ class ImpureError(MetaplError):
     """
 
     def __init__(self, what: str, instead: str) -> None:
-        super().__init__(f"{what}; expected {instead}, or the trainer's own steps in the place of functional().")
+        super().__init__(
+            f"{what}; expected {instead}, or the trainer's own steps in the place of functional()."
+        )
         self.what = what
 
 
@@ -292,7 +310,9 @@ class Function:
         """Return what ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
         if self.module is None:
             return ask(None), state
-        tensors = params | {name: t.clone() for name, t in state.items()}  # a pass moves its state in place
+        tensors = params | {
+            name: t.clone() for name, t in state.items()
+        }  # a pass moves its state in place
         parts = named_parts(self.module)
         tables: list[tuple[str, Any]] = [
             (prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)
@@ -310,14 +330,18 @@ class Function:
             left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
             self.refuse_made(left)
         except RuntimeError as error:
-            if not torch.compiler.is_compiling() and (impure := impurity(error, f"the {self.role}")):
+            if not torch.compiler.is_compiling() and (
+                impure := impurity(error, f"the {self.role}")
+            ):
                 raise impure from error
             raise
         finally:
             for (part, name), weight in zip(self.made, made, strict=True):
                 setattr(part, name, weight)
             for (_, table), own in zip(tables, before, strict=True):
-                for name in [name for name in table if name not in own]:  # a buffer that the pass has made
+                for name in [
+                    name for name in table if name not in own
+                ]:  # a buffer that the pass has made
                     del table[name]
                 for name, t in own.items():
                     table[name] = t
@@ -339,7 +363,9 @@ class Function:
 
     def refuse_other_places(self, tables: Sequence[tuple[str, Any]]) -> None:
         """Refuse a network that has other tensors than it had when this function was made."""
-        found = [prefix + name for prefix, table in tables for name, t in table.items() if t is not None]
+        found = [
+            prefix + name for prefix, table in tables for name, t in table.items() if t is not None
+        ]
         if found != [*self.first_names]:
             raise MetaplError(
                 "the network has other parameters or buffers than when its step was made; expected functional() again."

@@ -42,7 +42,14 @@ from metapl.functional.state import (
     rounded_steps,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, enters_input, has_own, reads_signal_in_outer_input, sum_and_weight
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    enters_input,
+    has_own,
+    reads_signal_in_outer_input,
+    sum_and_weight,
+)
 from metapl.problems.losses import sum_of_terms
 from metapl.updates import Update
 
@@ -87,16 +94,24 @@ def make_step(
     T, S, kind = Function(teacher, "teacher"), Function(student), mode.name
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
-    first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
+    first = (
+        steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)
+    )  # of those with feedback
     judges_with_signal = reads_signal_in_outer_input(problem)
     reads_teacher = outer_loss_reads_more(problem, teacher)
     adds_direct_term = has_direct_term(kind, problem, teacher)
     compares = feedback_size.compares and kind != "none"
     takes_mean = getattr(mode, "reduction", "sum") == "mean"
-    unit = "cosine" if getattr(mode, "similarity", "") == "cosine" else getattr(mode, "normalization", "gradient")
+    unit = (
+        "cosine"
+        if getattr(mode, "similarity", "") == "cosine"
+        else getattr(mode, "normalization", "gradient")
+    )
 
     def step(state: State, outer: Any, inner: Any, noise: Any = None) -> tuple[State, Report]:
-        batches, noises = ([inner], [noise]) if steps == 1 else (list(inner), list(noise or [None] * steps))
+        batches, noises = (
+            ([inner], [noise]) if steps == 1 else (list(inner), list(noise or [None] * steps))
+        )
         judged = problem.outer_batch(outer)
         rates, teacher_rates = (
             [{**group, **now} for group, now in zip(groups, optimizer.settings, strict=True)]
@@ -107,22 +122,30 @@ def make_step(
             """z = S(x_k; θ), (B, ...), and the buffers that the pass leaves."""
             return S.outputs(theta, at_S, problem.student_input(batches[k], *entering))
 
-        def outer_loss(theta: Tree, at_S: Tree, signal: Signal, theta_T: Tree = state.teacher.params) -> Tensor:
+        def outer_loss(
+            theta: Tree, at_S: Tree, signal: Signal, theta_T: Tree = state.teacher.params
+        ) -> Tensor:
             """L, by a pass with batch statistics of its own, which leaves the running ones as they are."""
 
             def judge(_: Any) -> Tensor:
                 entering = [signal] if judges_with_signal else []
                 z, left = S.outputs(theta, at_S, problem.outer_input(judged, *entering))
                 # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
-                (total, count), _ = S.at(theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged)))
+                (total, count), _ = S.at(
+                    theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged))
+                )
                 loss: Tensor = total / count
                 return loss
 
             # Where L reads the teacher, the module holds θ_T meanwhile.
-            L: Tensor = T.at(theta_T, state.teacher.state, judge)[0] if reads_teacher else judge(None)
+            L: Tensor = (
+                T.at(theta_T, state.teacher.state, judge)[0] if reads_teacher else judge(None)
+            )
             return L
 
-        def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> tuple[Any, Tree, Tree, Tree]:
+        def ask(
+            theta_T: Tree, at_T: Tree, k: int, z: Tensor | None
+        ) -> tuple[Any, Tree, Tree, Tree]:
             """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses.
 
             Returns: the signal, the losses by name, their gradient where it is taken apart from that of the feedback,
@@ -133,7 +156,12 @@ def make_step(
             are_apart = compares and all(getattr(loss, "detaches_signal", False) for loss in losses)
 
             def own_losses(network: Any, signal: Signal) -> Tree:
-                given = {"labeled": judged, "unlabeled": batches[k], "signal": signal, "step": state.step}
+                given = {
+                    "labeled": judged,
+                    "unlabeled": batches[k],
+                    "signal": signal,
+                    "step": state.step,
+                }
                 return sum_of_terms(network, losses, **given)
 
             def asked(network: Any) -> tuple[Signal, Tree]:
@@ -146,10 +174,14 @@ def make_step(
             known = signal.detached()
 
             def sum_of_losses(theta_T: Tree) -> tuple[Tensor, tuple[Tree, Tree]]:
-                own, left_by_losses = T.at(theta_T, left, lambda network: own_losses(network, known))
+                own, left_by_losses = T.at(
+                    theta_T, left, lambda network: own_losses(network, known)
+                )
                 return torch.stack([*own.values()]).sum(), (own, left_by_losses)
 
-            G_own, (_, (own, left)) = grad_and_value(sum_of_losses, has_aux=True)(state.teacher.params)
+            G_own, (_, (own, left)) = grad_and_value(sum_of_losses, has_aux=True)(
+                state.teacher.params
+            )
             return signal, own, G_own, left
 
         def in_units(h: Tree, w: Tree, g: Tree) -> Tree:
@@ -167,12 +199,23 @@ def make_step(
             own_signal = [as_dict(given)]
             signal = given.detached()  # a constant for the student
             fields = signal.differentiable()
-            if signal.sampled and kind in ("forward", "difference"):  # the expectation over labels, at the drawn ones
-                fields = {"value": torch.zeros_like(signal.probs).scatter(-1, signal.value[..., None], 1.0)}  # (B, C)
+            if signal.sampled and kind in (
+                "forward",
+                "difference",
+            ):  # the expectation over labels, at the drawn ones
+                fields = {
+                    "value": torch.zeros_like(signal.probs).scatter(
+                        -1, signal.value[..., None], 1.0
+                    )
+                }  # (B, C)
 
-            def mean_loss(z: Tensor, theta: Tree, fields: Tree, buffers: Tree, u: Tensor | float = 1.0) -> Tensor:
+            def mean_loss(
+                z: Tensor, theta: Tree, fields: Tree, buffers: Tree, u: Tensor | float = 1.0
+            ) -> Tensor:
                 given = signal.having(fields)
-                losses, _ = S.at(theta, buffers, lambda network: problem.inner_loss(z, given, batches[k], theta))
+                losses, _ = S.at(
+                    theta, buffers, lambda network: problem.inner_loss(z, given, batches[k], theta)
+                )
                 mean: Tensor = (u * losses).mean()  # of (B,)
                 return mean
 
@@ -193,21 +236,51 @@ def make_step(
                 if k + 1 < steps:
                     end = walk(k + 1, theta_T, moved, s_k, after, at_T)
                     end = with_fields(
-                        end, losses=[loss, *end.losses], g=[g, *end.g], signals=[*own_signal, *end.signals]
+                        end,
+                        losses=[loss, *end.losses],
+                        g=[g, *end.g],
+                        signals=[*own_signal, *end.signals],
                     )
                     return end.L, end
-                L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after, signal)
-                return L, End(L, z_k, [loss], [g], own_signal, [], own, G_own, moved, s_k, after, at_T, 0 * loss)
+                L = (
+                    torch.full_like(loss, torch.nan)
+                    if kind == "none"
+                    else outer_loss(moved, after, signal)
+                )
+                return L, End(
+                    L,
+                    z_k,
+                    [loss],
+                    [g],
+                    own_signal,
+                    [],
+                    own,
+                    G_own,
+                    moved,
+                    s_k,
+                    after,
+                    at_T,
+                    0 * loss,
+                )
 
-            def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
+            def slope(
+                fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree
+            ) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
                 c, direct = grad(mean_loss, (0, 1))(z, theta, fields, left, u)
-                terms = {"z": c * z_dot, **{name: as_real(t) * as_real(w[name]) for name, t in direct.items()}}
+                terms = {
+                    "z": c * z_dot,
+                    **{name: as_real(t) * as_real(w[name]) for name, t in direct.items()},
+                }
                 return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
 
             if k < first:
                 _, end = onward(fields)
-                zero = {} if kind == "none" else {name: torch.zeros_like(t) for name, t in fields.items()}
+                zero = (
+                    {}
+                    if kind == "none"
+                    else {name: torch.zeros_like(t) for name, t in fields.items()}
+                )
                 return with_fields(end, h=[zero, *end.h])
             if composed and fields:  # line 4: h = −dL(θ_K)/d(signal k), by the composed derivative
                 L, pull_L, end = vjp(onward, fields, has_aux=True)
@@ -217,10 +290,14 @@ def make_step(
                 loss, g, z, left = gradient({})
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 w, gap = g, 0 * loss
-                if kind == "loss_difference":  # line 4: h = L(θ) − L(θ′), under the same dropout masks
+                if (
+                    kind == "loss_difference"
+                ):  # line 4: h = L(θ) − L(θ′), under the same dropout masks
                     weights = {n: torch.stack([t, moved[n]]) for n, t in theta.items()}
                     buffers = {n: torch.stack([t, t]) for n, t in left.items()}
-                    both = vmap(lambda theta, at_S: outer_loss(theta, at_S, signal), randomness="same")
+                    both = vmap(
+                        lambda theta, at_S: outer_loss(theta, at_S, signal), randomness="same"
+                    )
                     before, L = both(weights, buffers)
                     h = {"log_prob": before - L}
                 else:
@@ -233,40 +310,74 @@ def make_step(
                         with torch.autocast(z.device.type, enabled=False):
                             z_dot = (run(ahead, at_S, k)[0] - run(behind, at_S, k)[0]) / distance
                     else:
-                        z_dot = vjp(lambda c: pull(c)[0], torch.zeros_like(z))[1](w)[0]  # ż = (∂z/∂θ) w, (B, ...)
-                    u, by_example = torch.ones(len(z), dtype=z.dtype, device=z.device), kind == "reinforce_per_example"
-                    found, (along, size) = grad_and_value(slope, int(by_example), has_aux=True)(fields, u, z, z_dot, w)
-                    h = {"log_prob": -found} if by_example else {name: -t for name, t in found.items()}
-                    rounding = 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)  # where both sides cancel
+                        z_dot = vjp(lambda c: pull(c)[0], torch.zeros_like(z))[1](w)[
+                            0
+                        ]  # ż = (∂z/∂θ) w, (B, ...)
+                    u, by_example = (
+                        torch.ones(len(z), dtype=z.dtype, device=z.device),
+                        kind == "reinforce_per_example",
+                    )
+                    found, (along, size) = grad_and_value(slope, int(by_example), has_aux=True)(
+                        fields, u, z, z_dot, w
+                    )
+                    h = (
+                        {"log_prob": -found}
+                        if by_example
+                        else {name: -t for name, t in found.items()}
+                    )
+                    rounding = (
+                        1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)
+                    )  # where both sides cancel
                     size = size + norm({n: t * w[n] for n, t in g.items()}) + rounding
                     gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
                 shaped = [in_units(h, w, g)]
-                end = End(L, z, [loss], [g], own_signal, shaped, own, G_own, moved, s_k, left, at_T, gap)
+                end = End(
+                    L, z, [loss], [g], own_signal, shaped, own, G_own, moved, s_k, left, at_T, gap
+                )
             if revises:  # line 3 once more, on the signal that the problem makes of the feedback
                 real = problem.revised_signal(signal, on_value(end.h[0], signal.value))
                 if real is not None:
                     loss, g, *_ = gradient(real.fields())
                     moved, s_k = inner_update.update(theta, g, s, rates)
-                    end = with_fields(end, losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k)
+                    end = with_fields(
+                        end, losses=[loss], g=[g], signals=[as_dict(real)], theta=moved, s=s_k
+                    )
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
             """Lines 2 to 7 as a function of the teacher's weights: Σ sg(h)·signal, and the sum of its own losses."""
-            end = walk(0, theta_T, state.student.params, state.inner.state, state.student.state, state.teacher.state)
+            end = walk(
+                0,
+                theta_T,
+                state.student.params,
+                state.inner.state,
+                state.student.state,
+                state.teacher.state,
+            )
             h, mode_state = end.h, state.mode
             if "baseline" in state.mode:  # the moving average from before this step
                 raw = h[0]["log_prob"]
                 b = state.mode["baseline"].to(raw)
-                h, mode_state = [{"log_prob": raw - b}], {"baseline": mode.baseline * b + (1 - mode.baseline) * raw}
+                h, mode_state = (
+                    [{"log_prob": raw - b}],
+                    {"baseline": mode.baseline * b + (1 - mode.baseline) * raw},
+                )
             push = 0 * end.losses[0]
             for found, signal in zip(h, end.signals, strict=True):
-                for name, t in found.items():  # where labels were drawn, h on their values is on their distribution
+                for (
+                    name,
+                    t,
+                ) in (
+                    found.items()
+                ):  # where labels were drawn, h on their values is on their distribution
                     field = "probs" if "log_prob" in signal and name == "value" else name
                     term = (t.detach() * Signal(**signal).fields()[field]).sum()
                     # Algorithm 1: h times the mean cross-entropy.
                     push = push + (term / len(signal["log_prob"]) if takes_mean else term)
             if adds_direct_term:  # −L(θ′; θ_T) at fixed θ′
-                theta_end, at_end = ({n: t.detach() for n, t in tree.items()} for tree in (end.theta, end.at_S))
+                theta_end, at_end = (
+                    {n: t.detach() for n, t in tree.items()} for tree in (end.theta, end.at_S)
+                )
                 push = push - outer_loss(theta_end, at_end, Signal(**end.signals[-1]), theta_T)
             return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
 
@@ -281,21 +392,36 @@ def make_step(
                     G_own = end.G_own or pull_T((0 * one, one))[0]
                     weight = feedback_size.weight_for(norm(G_h), norm(G_own))
                     G = {name: weight * t + G_own[name] for name, t in G_h.items()}
-                    sizes = {"feedback_weight": weight, "feedback_ratio": ratio_of(weight, norm(G_h), norm(G_own))}
+                    sizes = {
+                        "feedback_weight": weight,
+                        "feedback_ratio": ratio_of(weight, norm(G_h), norm(G_own)),
+                    }
                 else:
                     (G,) = pull_T((-feedback_size.weight * one, one))
             else:
                 (_, own), (end, h, mode_state) = objective({})
-        if outer_update is not None and (kind != "none" or end.own):  # line 8; what nothing reaches does not decay
+        if outer_update is not None and (
+            kind != "none" or end.own
+        ):  # line 8; what nothing reaches does not decay
             theta_T, s_T = outer_update.update(theta_T, G, s_T, teacher_rates)
 
         signals = [as_dict(Signal(**signal).detached()) for signal in end.signals]
-        found = [on_value(t, signal["value"]) if t else 0 * own for t, signal in zip(h, signals, strict=True)]
+        found = [
+            on_value(t, signal["value"]) if t else 0 * own
+            for t, signal in zip(h, signals, strict=True)
+        ]
         shown = (found, signals) if steps > 1 else (found[0], signals[0])
-        loss, sums = torch.stack(end.losses).mean(), [own, *(t.sum() for tree in h for t in tree.values())]
+        loss, sums = (
+            torch.stack(end.losses).mean(),
+            [own, *(t.sum() for tree in h for t in tree.values())],
+        )
         flag = end.gap + 0 * (loss + torch.stack(sums).sum())  # NaN where anything is not finite
-        theta, s, rounding = rounded_steps(inner_update, state.student.params, end, state.inner.state, rates)
-        report = Report(shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding, sizes)
+        theta, s, rounding = rounded_steps(
+            inner_update, state.student.params, end, state.inner.state, rates
+        )
+        report = Report(
+            shown[0], shown[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding, sizes
+        )
         networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
         optimizers = with_fields(state.inner, state=s), with_fields(state.outer, state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report

@@ -113,14 +113,22 @@ def make_training(
 
         def asked(z: Tensor | None) -> tuple[Signal, Tree]:
             found: tuple[Signal, Tree] = T.at(
-                phi, carry.teacher_state, lambda network: problem.signal(network, batch, z, generator=None)
+                phi,
+                carry.teacher_state,
+                lambda network: problem.signal(network, batch, z, generator=None),
             )
-            fields = {name: t + nudge[name] for name, t in found[0].differentiable().items() if name in nudge}
+            fields = {
+                name: t + nudge[name]
+                for name, t in found[0].differentiable().items()
+                if name in nudge
+            }
             return found[0].having(fields), found[1]
 
         def mean_loss(z: Tensor, theta: Tree) -> Tensor:
             # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
-            losses, _ = S.at(theta, left, lambda network: problem.inner_loss(z, signal, batch, theta))
+            losses, _ = S.at(
+                theta, left, lambda network: problem.inner_loss(z, signal, batch, theta)
+            )
             mean: Tensor = losses.mean()  # of (B,)
             return mean
 
@@ -133,36 +141,54 @@ def make_training(
         (c, direct), loss = grad_and_value(mean_loss, (0, 1))(z, theta)
         g = {name: t + direct[name] for name, t in pull(c)[0].items()}  # ∇_θ (1/B) Σ ℓ_i
         rates = [{**group, **now} for group, now in zip(constants, settings, strict=True)]
-        return update.update(theta, g, s, rates), (left, teacher_left, loss.detach(), as_dict(signal.detached()))
+        return update.update(theta, g, s, rates), (
+            left,
+            teacher_left,
+            loss.detach(),
+            as_dict(signal.detached()),
+        )
 
-    def step(phi: Tree, carry: Carry, batch: Any, settings: Settings) -> tuple[Carry, Tensor, dict[str, Any]]:
+    def step(
+        phi: Tree, carry: Carry, batch: Any, settings: Settings
+    ) -> tuple[Carry, Tensor, dict[str, Any]]:
         with autocast(), sdpa_kernel(SDPBackend.MATH):
             after, seen = moved(carry, batch, carry.params, carry.optimizer, phi, {}, settings)
         left, teacher_left, loss, signal = seen
         return Carry(*after, left, teacher_left), loss, signal
 
-    def adjoint(phi: Tree, carry: Carry, batch: Any, settings: Settings, bars: Cotangents, nudge: Tree) -> Any:
+    def adjoint(
+        phi: Tree, carry: Carry, batch: Any, settings: Settings, bars: Cotangents, nudge: Tree
+    ) -> Any:
         given: Any = carry.params, carry.optimizer, phi, nudge, *([settings] if in_settings else [])
         constant = () if in_settings else (settings,)
         with autocast(), sdpa_kernel(SDPBackend.MATH):
             _, pull, _ = vjp(lambda *at: moved(carry, batch, *at, *constant), *given, has_aux=True)
-            theta, s, of_phi, h, *of_settings = (vmap(pull) if several else pull)((bars.params, bars.optimizer))
+            theta, s, of_phi, h, *of_settings = (vmap(pull) if several else pull)(
+                (bars.params, bars.optimizer)
+            )
         before = Cotangents(theta, s, {name: t + of_phi[name] for name, t in bars.teacher.items()})
         return before, h, of_settings[0] if in_settings else None, norm(theta)
 
     return step, adjoint
 
 
-def check(mode: Any, problem: Problem, student: Any, teacher: Any, optimizer: Any, accumulate: int) -> None:
+def check(
+    mode: Any, problem: Problem, student: Any, teacher: Any, optimizer: Any, accumulate: int
+) -> None:
     """Refuse what the two graphs do not take, in one line; the networks are given as their layouts."""
-    own = mode.name not in ("forward", "unrolled") or getattr(mode, "normalization", "gradient") != "gradient"
+    own = (
+        mode.name not in ("forward", "unrolled")
+        or getattr(mode, "normalization", "gradient") != "gradient"
+    )
     spread = [role for role in (student, teacher) if role is not None and role.kind != "plain"]
     short = [t.dtype for t in student.parameters().values() if t.dtype in HALF]
     refused = {
         f"{mode!r}; expected Forward() or Unrolled(), in the gradient's own units": own,
         "accumulate": accumulate > 1,
         "several processes": spread or not student.ranks.alone,
-        "a TorchOpt transform; expected torch.optim's": not isinstance(optimizer, torch.optim.Optimizer),
+        "a TorchOpt transform; expected torch.optim's": not isinstance(
+            optimizer, torch.optim.Optimizer
+        ),
         "a problem that revises its signal": has_own(problem, "revised_signal"),
         "weights in half precision": short,
     }
@@ -212,32 +238,62 @@ def compiled_training(
 ) -> Compiled:
     """Return the functions of :func:`make_training`, compiled where none are known for what is asked."""
     device = next(student.parameters()).device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    dtype = (
+        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    )
     constants = constants_of(update)
     # A scheduler's note, which no rule reads.
-    noted = [{name: value for name, value in group.items() if name != "initial_lr"} for group in constants]
+    noted = [
+        {name: value for name, value in group.items() if name != "initial_lr"}
+        for group in constants
+    ]
     kinds = [type(update), *map(type, parts_of(update.optimizer))]
     held: tuple[Any, ...] = ()
     try:
-        rule = description_of((kinds, noted, update.group_of, clip_norm, in_settings, several, dtype))
+        rule = description_of(
+            (kinds, noted, update.group_of, clip_norm, in_settings, several, dtype)
+        )
         key: Any = rule, description_of_object(problem), description_of_networks([teacher, student])
         teacher, student, problem = *bare_copies([teacher, student]), copy.deepcopy(problem)
     except Undescribed:
-        modules = [part for network in (teacher, student) if network is not None for part in network.modules()]
-        weights = [p for network in (teacher, student) if network is not None for p in network.parameters()]
-        hooks = [hook for part in modules for name in PASS_HOOKS for hook in vars(part)[name].values()]
+        modules = [
+            part
+            for network in (teacher, student)
+            if network is not None
+            for part in network.modules()
+        ]
+        weights = [
+            p for network in (teacher, student) if network is not None for p in network.parameters()
+        ]
+        hooks = [
+            hook for part in modules for name in PASS_HOOKS for hook in vars(part)[name].values()
+        ]
         hooks += [hook for table in EVERYWHERE for hook in table.values()]
         held = teacher, student, problem, *modules, *weights, *hooks
         flags = [part.training for part in modules], [p.requires_grad for p in weights]
-        key = (*map(id, held), str((flags, kinds, noted, update.group_of, clip_norm, in_settings, several, dtype)))
+        key = (
+            *map(id, held),
+            str((flags, kinds, noted, update.group_of, clip_norm, in_settings, several, dtype)),
+        )
     if key in _KNOWN:
         _KNOWN[key] = _KNOWN.pop(key)  # the last one that was asked for
         return _KNOWN[key]
     # Without the cache, which would keep casts of tensors inside a transform.
-    cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
+    cast = (
+        nullcontext
+        if dtype is None
+        else partial(torch.autocast, device.type, dtype, cache_enabled=False)
+    )
     rule_alone = clipped(update.without_optimizer(), clip_norm)
     step, adjoint = make_training(
-        teacher, student, problem, rule_alone, constants, in_settings=in_settings, several=several, autocast=cast
+        teacher,
+        student,
+        problem,
+        rule_alone,
+        constants,
+        in_settings=in_settings,
+        several=several,
+        autocast=cast,
     )
     # Of those that are known by identity, which hold networks of the user's, the last one is kept.
     dropped = [known for known, one in _KNOWN.items() if one.held] or [*_KNOWN][: 1 - MOST_KNOWN]
@@ -258,8 +314,11 @@ def differentiate(
     *,
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
-    judging: Sequence[Problem] = (),  # for the outer losses of M examples, in the place of the problem's
-    outer_losses: OuterLosses | None = None,  # of each step; ``outer`` is then the batch of the last
+    judging: Sequence[
+        Problem
+    ] = (),  # for the outer losses of M examples, in the place of the problem's
+    outer_losses: OuterLosses
+    | None = None,  # of each step; ``outer`` is then the batch of the last
     accumulate: int = 1,
     progress: bool = False,
     replay_tolerance: float = REPLAY_TOLERANCE,
@@ -272,9 +331,15 @@ def differentiate(
         raise MetaplError(
             f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one outer batch."
         )
-    steps, judged, settings = len(ahead), problem.outer_batch(outer), [n for n in wrt if n not in ("teacher", "start")]
+    steps, judged, settings = (
+        len(ahead),
+        problem.outer_batch(outer),
+        [n for n in wrt if n not in ("teacher", "start")],
+    )
     update: Any = update_of(optimizer, trainable(student))
-    made = compiled_training(teacher, student, problem, update, clip_norm, bool(settings), bool(judging))
+    made = compiled_training(
+        teacher, student, problem, update, clip_norm, bool(settings), bool(judging)
+    )
     made.serve(teacher, student)
     first = max(0, steps - (steps if mode.truncate is None else mode.truncate))
     # Where each step has an outer loss, those of the steps that are left out count too.
@@ -284,36 +349,67 @@ def differentiate(
     # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a
     # momentum of 0 leaves the buffer as it is.
     names = [
-        [n for n in update.numbers if n in groups[0] and (n in wrt or any(is_nonzero(now[n]) for now in groups))]
+        [
+            n
+            for n in update.numbers
+            if n in groups[0] and (n in wrt or any(is_nonzero(now[n]) for now in groups))
+        ]
         for groups in by_group
     ]
-    pairs = [zip(names, groups, strict=True) for groups in (options if ahead.schedule else options[:1])]
-    kept = [[{n: now[n] for n in own if n in wrt or n != "momentum" or now[n]} for own, now in of] for of in pairs]
+    pairs = [
+        zip(names, groups, strict=True) for groups in (options if ahead.schedule else options[:1])
+    ]
+    kept = [
+        [{n: now[n] for n in own if n in wrt or n != "momentum" or now[n]} for own, now in of]
+        for of in pairs
+    ]
     rates = settings_of(kept, device)
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
     # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
-    dampened = ["dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group]
-    first_groups = [{**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)]
+    dampened = [
+        "dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group
+    ]
+    first_groups = [
+        {**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)
+    ]
     start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
 
-    buffers = [b for network in (student, teacher) if network is not None for b in network.buffers()]
+    buffers = [
+        b for network in (student, teacher) if network is not None for b in network.buffers()
+    ]
     size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
     how = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
     chosen = keeping(steps, size, device, how, mode.keep_on)
 
     # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with all of the decay
     # that there will be, which moves what no loss reaches.
-    moves = next((k for k, groups in enumerate(options) if any(is_nonzero(now["lr"]) for now in groups)), 0)
+    moves = next(
+        (k for k, groups in enumerate(options) if any(is_nonzero(now["lr"]) for now in groups)), 0
+    )
     empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Any]()
     for name in update.numbers if ahead.schedule else ():
         own = [now.get(name, empty[name]) for now in options[moves]]
-        own = [max(now[name] for now in groups) for groups in by_group] if name == "weight_decay" else own
+        own = (
+            [max(now[name] for now in groups) for groups in by_group]
+            if name == "weight_decay"
+            else own
+        )
         if any(entry_shape(number) for number in own):
             row[name] = [settings_of(number, device)[None] for number in own]
         else:
             row[name] = torch.tensor([own], dtype=torch.float64)
     given: dict[str, Any] = {"clip_norm": clip_norm, "wrt": ("teacher", *settings)}
-    graphs = partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, judging=judging, **given)
+    graphs = partial(
+        differentiate,
+        teacher,
+        student,
+        problem,
+        optimizer,
+        Forward(),
+        outer,
+        judging=judging,
+        **given,
+    )
 
     def eager(one_step: Lookahead) -> Hypergradient:
         """Return the gradient of one step on the eager road."""
@@ -336,7 +432,9 @@ def differentiate(
     going_on: AbstractContextManager[Any] = nullcontext()
     if folder is not None:
         asked = student, teacher or nn.Module(), problem, mode, update, optimizer
-        states = FolderStates(folder, known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps), device)
+        states = FolderStates(
+            folder, known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps), device
+        )
         going_on = states.opened()
 
     # Digests of the states at the ends of blocks, which replays reach, and of every √K-th state where all are kept.
@@ -345,9 +443,16 @@ def differentiate(
 
     # What is known of the steps: the losses, the digests of batches that are read again, and which shapes each has; by
     # those of a batch, zeros in the shapes of its signal, and a value of that.
-    losses, digests, kinds, signals = list[Tensor](), list[Tensor](), list[int](), dict[Any, tuple[Tree, Any]]()
+    losses, digests, kinds, signals = (
+        list[Tensor](),
+        list[Tensor](),
+        list[int](),
+        dict[Any, tuple[Tree, Any]](),
+    )
     feedback, in_settings, end = list[Any](), list[Any](), steps
-    draws_outside = True  # from Python's or NumPy's generators, as far as is known before the first step
+    draws_outside = (
+        True  # from Python's or NumPy's generators, as far as is known before the first step
+    )
 
     def signal_of(number: int) -> tuple[Tree, Any]:
         return [*signals.values()][kinds[number]]
@@ -362,8 +467,12 @@ def differentiate(
         is_inside = finest or (spacings[0] == 1 and number % noted_every)
         if steps > 1 and not is_inside:
             replays.note(number, carry.params, carry.optimizer)
-        pairs = zip(carry[2:], start[2:], strict=True)  # what has not moved, such as frozen weights, is held once
-        moved = [{n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs]
+        pairs = zip(
+            carry[2:], start[2:], strict=True
+        )  # what has not moved, such as frozen weights, is held once
+        moved = [
+            {n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs
+        ]
         drawn = RandomState.now(device, outside=draws_outside).values()
         states.keep(number, [carry.params, carry.optimizer, *moved, drawn], finest)
         if number == len(losses) > 0:
@@ -393,7 +502,9 @@ def differentiate(
         after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
         if (shapes := shapes_of(batch)) not in signals:
             if "log_prob" in signal:
-                raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
+                raise MetaplError(
+                    "compile=True was given with a signal that is drawn; leave compile out."
+                )
             zeros = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
             signals[shapes] = zeros, signal["value"]
         if number == len(kinds):
@@ -441,7 +552,9 @@ def differentiate(
 
     losses_before = dict[int, Tensor]()  # L_k(θ_k) by k, of all steps but the last
 
-    def with_loss_before(number: int, held: Carry, start: RandomState | None, bars: Cotangents) -> Cotangents:
+    def with_loss_before(
+        number: int, held: Carry, start: RandomState | None, bars: Cotangents
+    ) -> Cotangents:
         """Return the cotangents before a step with the gradient of the outer loss that the step before it has."""
         if outer_losses is None or start is None or number == 0:
             return bars
@@ -451,16 +564,30 @@ def differentiate(
             (gradient,) = pull(torch.ones_like(L))
         losses_before[number] = L
         weight = outer_losses.weights[number - 1]
-        return with_fields(bars, params={name: t + weight * gradient[name] for name, t in bars.params.items()})
+        return with_fields(
+            bars, params={name: t + weight * gradient[name] for name, t in bars.params.items()}
+        )
 
     begun = RandomState.now(device)
     try:
-        with torch.no_grad(), no_fast_path(math=True), deterministic(device), capturing(), going_on as known:
+        with (
+            torch.no_grad(),
+            no_fast_path(math=True),
+            deterministic(device),
+            capturing(),
+            going_on as known,
+        ):
             if known is None:
-                read(0)  # a function that always returns another batch is refused here, not after the path
+                read(
+                    0
+                )  # a function that always returns another batch is refused here, not after the path
             else:  # of a process that was killed
                 losses, digests = ([*known[name].unbind()] for name in ("losses", "digests"))
-                kinds, signals, replays.digests = known["kinds"], known["signals"], known.get("replays", {})
+                kinds, signals, replays.digests = (
+                    known["kinds"],
+                    known["signals"],
+                    known.get("replays", {}),
+                )
                 carry = taken(len(losses))
                 read(len(losses) - 1)  # of a path that is truncated, no other is read again
             with step_bar(progress, steps, "steps", done := len(losses)) as tell:
@@ -485,8 +612,14 @@ def differentiate(
             else:
                 with replayed(ended.branch()):
                     L, pull = vjp(partial(losses_at, carry.state, judged), carry.params)
-                    v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
-                nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
+                    v = (
+                        vmap(pull)(torch.eye(len(L)).to(L))[0]
+                        if judging
+                        else pull(torch.ones_like(L))[0]
+                    )
+                nothing = pytree.tree_map(
+                    lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi)
+                )
                 if outer_losses is not None:
                     v = {name: outer_losses.weights[-1] * t for name, t in v.items()}
                 bars = Cotangents(v, *nothing)
@@ -500,15 +633,24 @@ def differentiate(
                         bars = with_loss_before(number, held, before_step, bars)
                         continue
                     compare_replay(number, held)
-                    (zeros, value), of_step = signal_of(number), (read(number), rates[number % len(rates)])
+                    (zeros, value), of_step = (
+                        signal_of(number),
+                        (read(number), rates[number % len(rates)]),
+                    )
                     bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
                     checks.refuse_not_finite(NOT_FINITE.format(number), size)
                     feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
                     in_settings.append(of_rates)
                     bars = with_loss_before(number, held, before_step, bars)
                     tell()
-                    if isinstance(states, FolderStates) and number > first and number % spacings[-2] == 0:
-                        store(at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars])
+                    if (
+                        isinstance(states, FolderStates)
+                        and number > first
+                        and number % spacings[-2] == 0
+                    ):
+                        store(
+                            at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars]
+                        )
                         states.forget(number, end)
                         end = number
     except BaseException:
@@ -516,7 +658,9 @@ def differentiate(
         raise
     ended.restore()
     for zeros, value in map(signal_of, reversed(range(first))):
-        feedback.append(on_value({name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros.items()}, value))
+        feedback.append(
+            on_value({name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros.items()}, value)
+        )
     all_losses = None
     if outer_losses is not None:
         all_losses = torch.stack([*(losses_before[number] for number in range(1, steps)), L])
@@ -524,7 +668,9 @@ def differentiate(
         grads=bars.teacher if "teacher" in wrt else {},
         feedback=tuple(feedback[::-1]),
         inner_loss=torch.stack(losses).mean(),
-        outer_loss=L if outer_losses is None or all_losses is None else outer_losses.total(all_losses),
+        outer_loss=L
+        if outer_losses is None or all_losses is None
+        else outer_losses.total(all_losses),
         student_params=carry.params,
         inner_state=None,
         kept=chosen.words(steps),
@@ -558,10 +704,16 @@ def refuse_other(
             expected = eager(one)
         moved = {n: t - theta[n] for n, t in expected.student_params.items()}
         least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
-        rounding = {n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()}  # as of a bias before a norm
+        rounding = {
+            n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()
+        }  # as of a bias before a norm
         still = frozenset(n for n, t in moved.items() if float(t.norm()) <= rounding[n])
-        for name in (n for n in still if float((ours.student_params[n] - theta[n]).norm()) > rounding[n]):
-            raise MetaplError(f"no loss reaches the student's {name}; expected requires_grad=False.")
+        for name in (
+            n for n in still if float((ours.student_params[n] - theta[n]).norm()) > rounding[n]
+        ):
+            raise MetaplError(
+                f"no loss reaches the student's {name}; expected requires_grad=False."
+            )
         for other in (own for own in made.compared.values() if own is not None and own != still):
             names = few(sorted(other ^ still), 3)
             raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
@@ -569,7 +721,9 @@ def refuse_other(
         if L.ndim:  # of several outer losses, by the first
             h, L = pytree.tree_map(lambda t: t[0], (h, L))
         pairs = {"h": (h, expected.feedback[0]), "the outer loss": (L, expected.outer_loss)}
-        for name, pair in (pairs | {"the teacher's gradient": (ours.grads, expected.grads)}).items():
+        for name, pair in (
+            pairs | {"the teacher's gradient": (ours.grads, expected.grads)}
+        ).items():
             a, b = (dict(enumerate(pytree.tree_leaves(tree))) for tree in pair)
             refuse_gap(name, a, b, expected.inner_loss, rounding=name == "h")
     except BaseException:

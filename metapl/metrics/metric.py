@@ -51,13 +51,17 @@ class Metric:
     """A number that says how good a network is on labeled batches."""
 
     name: str  # in rows and messages
-    better: Better | None  # whether the smallest value is the best one, or the greatest; None: it is not known
+    better: (
+        Better | None
+    )  # whether the smallest value is the best one, or the greatest; None: it is not known
     given: Any  # the metric as it was asked for
 
     def over(self, trainer: Any, network: nn.Module, batches: Batches) -> Measured | Evaluation:
         """Its value over all batches, which the ``trainer`` reads and judges; NaN where there is no example."""
         if self is ACCURACY:
-            return evaluate_logits(*predict_logits(network, ((x, self._labels(batch)) for x, batch in batches)))
+            return evaluate_logits(
+                *predict_logits(network, ((x, self._labels(batch)) for x, batch in batches))
+            )
         updated, n = _is_updated(self.given), 0
         # A second parameter of this name is given the batch, and any other one its labels.
         whole = updated and [*inspect.signature(self.given.update).parameters][1:2] == ["batch"]
@@ -65,7 +69,9 @@ class Metric:
             with passes(network) as outputs_of:
 
                 def mean(network: Any, inputs: Any, batch: Any) -> Tensor:
-                    return torch.tensor(float(self.given(outputs_of(inputs), batch)), dtype=torch.float64)
+                    return torch.tensor(
+                        float(self.given(outputs_of(inputs), batch)), dtype=torch.float64
+                    )
 
                 terms = trainer.outer_terms() if self is LOSS else [] if updated else [mean]
                 sums = [[0.0, 0.0] for _ in terms]  # of each: of its values, and of their weights
@@ -73,7 +79,10 @@ class Metric:
                     self.given.reset()
                 for inputs, batch in batches:
                     # Other tensors of a batch, such as weights of classes, may be longer than it has examples.
-                    own = next((t for t in (inputs, labels_of(batch)) if isinstance(t, Tensor) and t.ndim), None)
+                    own = next(
+                        (t for t in (inputs, labels_of(batch)) if isinstance(t, Tensor) and t.ndim),
+                        None,
+                    )
                     n += (count := length(batch) if own is None else len(own))
                     for held, term in zip(sums, terms, strict=True):
                         total, weight = sum_and_weight(term(network, inputs, batch))
@@ -82,21 +91,31 @@ class Metric:
                         held[1] += count if of_rows else float(weight)
                     if updated:
                         given = outputs_of(inputs), batch if whole else self._labels(batch)
-                        self.given.update(*to_device(given, getattr(self.given, "device", trainer.device)))
+                        self.given.update(
+                            *to_device(given, getattr(self.given, "device", trainer.device))
+                        )
             if updated:
                 return Measured(self.name, float(self.given.compute()) if n else math.nan, n)
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MetaplError):
                 raise
             why = f"the metric {self.name!r} failed ({reason_of(error)})"
-            raise MetaplError(f"{why}; expected f(outputs, batch) -> number, or update(outputs, labels).") from error
-        return Measured(self.name, sum(total / weight if weight else math.nan for total, weight in sums), n)
+            raise MetaplError(
+                f"{why}; expected f(outputs, batch) -> number, or update(outputs, labels)."
+            ) from error
+        return Measured(
+            self.name, sum(total / weight if weight else math.nan for total, weight in sums), n
+        )
 
-    def measured(self, trainer: Any, network: nn.Module, batches: Batches, of: str) -> Measured | Evaluation:
+    def measured(
+        self, trainer: Any, network: nn.Module, batches: Batches, of: str
+    ) -> Measured | Evaluation:
         """The same, refused where it is not finite; ``of`` says of which network and data."""
         found = self.over(trainer, network, batches)
         if not math.isfinite(found.value):
-            raise MetaplError(f"the metric {self.name!r} of {of} is {found.value}; expected a finite number.")
+            raise MetaplError(
+                f"the metric {self.name!r} of {of} is {found.value}; expected a finite number."
+            )
         return found
 
     def improves(self, value: float, best: float | None) -> bool:
@@ -106,7 +125,9 @@ class Metric:
     def _labels(self, batch: Any) -> Tensor:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor):
-            raise MetaplError(f"the metric {self.name!r} is of outputs and labels, and a batch is {described(batch)}.")
+            raise MetaplError(
+                f"the metric {self.name!r} is of outputs and labels, and a batch is {described(batch)}."
+            )
         return labels
 
 
@@ -120,7 +141,9 @@ def _is_updated(given: Any) -> bool:
 def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
     """The metric that a user asks for, whose best value is the one that ``mode`` says; None: the default one."""
     if mode not in (None, "min", "max") or (given is None and mode is not None):
-        raise MetaplError(f"mode={mode!r} was given with metric={given!r}; expected 'min' or 'max', and a metric.")
+        raise MetaplError(
+            f"mode={mode!r} was given with metric={given!r}; expected 'min' or 'max', and a metric."
+        )
     if given is None:
         return None
     if isinstance(given, str) and given in ("accuracy", "loss"):
@@ -132,10 +155,14 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
         known: Better | None = None if higher is None else "max" if higher else "min"
         metric = Metric("metric" if name == "<lambda>" else str(name), known or mode, given)
     else:
-        expected = "'accuracy', 'loss', a function (outputs, batch) -> number, or one of torchmetrics"
+        expected = (
+            "'accuracy', 'loss', a function (outputs, batch) -> number, or one of torchmetrics"
+        )
         raise MetaplError(f"metric is {described(given)}; expected {expected}.")
     if mode not in (None, metric.better):
-        raise MetaplError(f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is best.")
+        raise MetaplError(
+            f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is best."
+        )
     return metric
 
 
@@ -143,17 +170,27 @@ def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: boo
     """The metric of the networks on validation data, None without these; the student is measured on the first batch."""
     if validation is None:
         if metric is not None:
-            raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
+            raise MetaplError(
+                f"the metric {metric.name!r} was given without validation data; expected both."
+            )
         return None
     if isinstance(validation, Iterator):
-        raise MetaplError("validation is an iterator, which is read once; expected a list or a DataLoader.")
+        raise MetaplError(
+            "validation is an iterator, which is read once; expected a list or a DataLoader."
+        )
     with replayed(RandomState.now(trainer.device)):
-        first = next(outer_batches(validation, trainer.read_outer, trainer.device, "validation"), None)
+        first = next(
+            outer_batches(validation, trainer.read_outer, trainer.device, "validation"), None
+        )
         if first is None:
             raise MetaplError("validation has no batches; expected at least one example, or None.")
-        metric = metric or default_metric(trainer, first[1], logits_of(trainer.student, [rows(first[0], 0, 2)]))
+        metric = metric or default_metric(
+            trainer, first[1], logits_of(trainer.student, [rows(first[0], 0, 2)])
+        )
         if select and metric.better is None:
-            raise MetaplError(f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside it.")
+            raise MetaplError(
+                f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside it."
+            )
         metric.over(trainer, trainer.student, [first])
     return metric
 
@@ -171,7 +208,12 @@ def of_classes(judge: Any, batch: Any, outputs: Tensor) -> bool:
     labels = labels_of(batch)
     if labels is None:
         return bool(judge.classifies)
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.ndim != 1
+        or labels.is_floating_point()
+        or labels.dtype == torch.bool
+    ):
         return False
     return judge.classifies or bool(((labels >= 0) & (labels < outputs.shape[1])).all())
 

@@ -28,7 +28,9 @@ from metapl.execution.layout import reshard
 ROWS = 1024  # examples in a pass, where data comes as a whole
 
 
-def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
+def predict_logits(
+    model: nn.Module, batches: Iterable[tuple[Any, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Runs a classifier over labeled batches in eval mode and without gradients.
 
     Args:
@@ -59,7 +61,9 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
         logits = [outputs_of(x).cpu() for x in inputs]
     if len({t.shape[1:] for t in logits}) != 1:
         shapes = few(tuple(t.shape) for t in logits) or "none, for there are no batches"
-        raise MetaplError(f"the network's outputs have the shapes {shapes}; expected rows of one shape.")
+        raise MetaplError(
+            f"the network's outputs have the shapes {shapes}; expected rows of one shape."
+        )
     return torch.cat(logits)
 
 
@@ -68,8 +72,13 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
     """A function from inputs to the network's outputs on them, in eval mode and without gradients."""
     first = next(model.parameters(), None)
     try:
-        with eval_mode(model), torch.no_grad():  # what a module keeps of inference mode has no gradient
-            yield lambda x: checks.logits(model(x if first is None else to_device(x, first.device)), "network")
+        with (
+            eval_mode(model),
+            torch.no_grad(),
+        ):  # what a module keeps of inference mode has no gradient
+            yield lambda x: checks.logits(
+                model(x if first is None else to_device(x, first.device)), "network"
+            )
     finally:
         reshard(model)
 
@@ -84,12 +93,16 @@ def outer_batches(
         yield read(to_device(batch, device), name if whole else f"a batch of {name}")
 
 
-def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
+def batches_of(
+    data: Any, device: torch.device, name: str = "the labeled data"
+) -> Iterator[tuple[Any, Tensor]]:
     """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such."""
     return outer_batches(data, lambda batch, of: labeled_pair(batch, of)[:2], device, name)
 
 
-def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of) -> Iterator[Any]:
+def input_batches(
+    data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of
+) -> Iterator[Any]:
     """The inputs of data in batches, labels left out by ``read``; arrays of floating point become ``dtype``."""
     whole = is_array(data) or isinstance(plain(data), dict | tuple) or is_record_of_rows(data)
     for batch in _batches(as_tensors(data, dtype) if whole else data, whole):
@@ -115,7 +128,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in before:
-            if type(module).train is not nn.Module.train:  # which may do more, such as merge weights
+            if (
+                type(module).train is not nn.Module.train
+            ):  # which may do more, such as merge weights
                 module.train(training)
         # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen in eval mode.
         for module, training in before:

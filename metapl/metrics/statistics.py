@@ -36,7 +36,9 @@ def interval(correct: int, n: int) -> tuple[float, float]:
     Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """
     if n < 1 or not 0 <= correct <= n:
-        raise MetaplError(f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example")
+        raise MetaplError(
+            f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example"
+        )
     from scipy.stats import binomtest
 
     found = binomtest(correct, n).proportion_ci(0.95, "wilson")
@@ -76,7 +78,9 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     '0.0175 ± 0.0096, p = 0.035, exact p = 0.125'
     """
     if len(a) != len(b) or not len(a) or not np.isfinite([*a, *b]).all():
-        raise MetaplError(f"{len(a)} and {len(b)} scores were given; expected as many, one or more, all finite")
+        raise MetaplError(
+            f"{len(a)} and {len(b)} scores were given; expected as many, one or more, all finite"
+        )
     from scipy.stats import permutation_test, ttest_rel
 
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)

@@ -15,7 +15,21 @@ from metapl.problems.doubtful import (
 from metapl.problems.pseudo_labels import PseudoLabels, ReducedLabels, StoredCrossEntropy
 from metapl.problems.sequences import DataRater, NextToken
 
-__all__ = ["BilevelProblem", "DataRater", "EqualWeights", "ExampleLabels", "ExampleWeights", "LabelCorrection"]
-__all__ += ["LearningToReweight", "MetaWeightNet", "NextToken", "NoiseTransition", "Problem", "PseudoLabels"]
+__all__ = [
+    "BilevelProblem",
+    "DataRater",
+    "EqualWeights",
+    "ExampleLabels",
+    "ExampleWeights",
+    "LabelCorrection",
+]
+__all__ += [
+    "LearningToReweight",
+    "MetaWeightNet",
+    "NextToken",
+    "NoiseTransition",
+    "Problem",
+    "PseudoLabels",
+]
 __all__ += ["ReducedLabels", "Signal", "StoredCrossEntropy", "Table", "WeightNet"]
 __dir__ = __all__.copy

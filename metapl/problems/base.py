@@ -20,8 +20,12 @@ from metapl.execution.ranks import ALONE, sharing
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
-Random = torch.Generator | Tensor | None  # what labels are drawn by; a tensor is the noise itself, on the pure road
-OuterLoss = Tensor | tuple[Tensor, Tensor | float]  # a loss of all rows; or a sum, and the weight to divide it by
+Random = (
+    torch.Generator | Tensor | None
+)  # what labels are drawn by; a tensor is the noise itself, on the pure road
+OuterLoss = (
+    Tensor | tuple[Tensor, Tensor | float]
+)  # a loss of all rows; or a sum, and the weight to divide it by
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -51,7 +55,11 @@ class Signal:
 
     def differentiable(self) -> dict[str, Tensor]:
         """The fields that an inner loss may be differentiated with respect to; none if ``value`` was sampled."""
-        return {} if self.sampled else {name: t for name, t in self.fields().items() if t.is_floating_point()}
+        return (
+            {}
+            if self.sampled
+            else {name: t for name, t in self.fields().items() if t.is_floating_point()}
+        )
 
     @property
     def sampled(self) -> bool:
@@ -90,17 +98,25 @@ class Signal:
         """A copy without the teacher's graph: a signal may be weights, such as a table of labels, which move."""
         value: Any = self.value
         several, others = isinstance(value, dict), (self.log_prob, self.probs, self.outputs)
-        copied = {key: t.detach().clone() for key, t in value.items()} if several else value.detach().clone()
+        copied = (
+            {key: t.detach().clone() for key, t in value.items()}
+            if several
+            else value.detach().clone()
+        )
         return type(self)(copied, *[None if t is None else t.detach().clone() for t in others])
 
 
-def uniform(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def uniform(
+    rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Uniform noise, (rows, classes): drawn in float32 whatever the type, so that a seed draws the same labels."""
     u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
     return u.double() if like.dtype == torch.float64 else u
 
 
-def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gumbel(
+    rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p."""
     return -(-uniform(rows, classes, like, generator).log()).log()
 
@@ -127,7 +143,9 @@ def joined_signals(signals: Sequence[Signal], leaves: bool = False) -> Signal:
     whole = signals[0]
     if len(signals) > 1:
         fields = [signal.fields() for signal in signals]
-        whole = whole.having({name: joined([found[name] for found in fields]) for name in fields[0]})
+        whole = whole.having(
+            {name: joined([found[name] for found in fields]) for name in fields[0]}
+        )
     for t in whole.differentiable().values() if leaves else ():
         t.requires_grad_()
     return whole
@@ -158,12 +176,16 @@ class BilevelProblem(ABC):
     but :meth:`revised_signal`."""
 
     @abstractmethod
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
+    ) -> Signal:
         """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal is
         asked for before the student runs (see :meth:`student_input` and :attr:`signal_of_batch`)."""
 
     @abstractmethod
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         """ℓ_i, shape (B,), without the mean over the batch, which metapl takes. ``params`` are the student's weights by
         name, to be read and not to be written to."""
 
@@ -189,7 +211,9 @@ class BilevelProblem(ABC):
     def outer_batch(self, batch: Any) -> Any:
         """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is refused. To read
         other batches, any nesting of tensors with a row for each example, return ``batch`` itself."""
-        return labeled_pair(batch, mend=" For other batches, give the problem a method outer_batch(batch).")
+        return labeled_pair(
+            batch, mend=" For other batches, give the problem a method outer_batch(batch)."
+        )
 
     def outer_input(self, batch: Any) -> Any:
         """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple.
@@ -244,7 +268,9 @@ class BilevelProblem(ABC):
         """
         return 0
 
-    def first_signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random) -> Signal:
+    def first_signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
+    ) -> Signal:
         """Return the signal of the :meth:`first_steps`; by default that of the teacher as it is."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
@@ -263,10 +289,21 @@ def has_own(problem: Problem, method: str) -> bool:
 def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
     """Whether each field of a signal's value has a row for each of so many examples."""
     said: Any = problem.signal_has_rows
-    values = {name: t for name, t in signal.fields().items() if name not in ("log_prob", "probs", "outputs")}
+    values = {
+        name: t
+        for name, t in signal.fields().items()
+        if name not in ("log_prob", "probs", "outputs")
+    }
     several = isinstance(said, Mapping)
-    own = {field_of(key): has for key, has in said.items()} if several else dict.fromkeys(values, said)
-    return {n: t.ndim > 0 and (len(t) == rows if own.get(n) is None else own[n]) for n, t in values.items()}
+    own = (
+        {field_of(key): has for key, has in said.items()}
+        if several
+        else dict.fromkeys(values, said)
+    )
+    return {
+        n: t.ndim > 0 and (len(t) == rows if own.get(n) is None else own[n])
+        for n, t in values.items()
+    }
 
 
 @cache  # asked in every step
@@ -312,5 +349,7 @@ def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
     scalar_loss(total, "the sum that the problem's outer_loss returned", "return (sum, weight)")
     weight = given[1] if isinstance(given[1], Tensor) else total.new_full((), given[1])
     if weight.ndim or weight.requires_grad:
-        raise MetaplError(f"the weight of the problem's outer_loss is {described(weight)}; expected mask.sum(), say.")
+        raise MetaplError(
+            f"the weight of the problem's outer_loss is {described(weight)}; expected mask.sum(), say."
+        )
     return wide(total), weight.to(wide(total))

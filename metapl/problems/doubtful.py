@@ -50,7 +50,11 @@ class Classification(Problem):
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts
 
     def student_input(self, batch: Any) -> Any:
-        if not isinstance(batch, tuple | list) or len(batch) != len(self.inner_batch) or not holds_tensors(batch[0]):
+        if (
+            not isinstance(batch, tuple | list)
+            or len(batch) != len(self.inner_batch)
+            or not holds_tensors(batch[0])
+        ):
             given = f"the inner batch of {type(self).__name__} is {checks.described(batch)}"
             raise MetaplError(f"{given}; expected ({', '.join(self.inner_batch)}) as unlabeled=.")
         return batch[0]
@@ -60,7 +64,10 @@ class Classification(Problem):
         checks.class_outputs(outputs, "student")
         # A problem with a student_input of its own reads inner batches of another form.
         is_tuple = isinstance(unlabeled, tuple | list)
-        for labels in (labeled[1], *(unlabeled[1 : 1 + ("labels" in self.inner_batch)] if is_tuple else ())):
+        for labels in (
+            labeled[1],
+            *(unlabeled[1 : 1 + ("labels" in self.inner_batch)] if is_tuple else ()),
+        ):
             checks.class_labels(labels, outputs.shape[1])
 
     @mean_over_rows
@@ -73,13 +80,19 @@ class Classification(Problem):
 class Weighted(Classification):
     """Problems whose signal is a weight a_i for each example, (B,)."""
 
-    def first_signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def first_signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """a = 1, (B,): the given labels as they are."""
         return Signal(wide(student_outputs).new_ones(len(student_outputs)))
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         """a_i CE_i, (B,)."""
-        return signal.value * F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]), reduction="none")
+        return signal.value * F.cross_entropy(
+            outputs, checks.safe_labels(batch[1], outputs.shape[1]), reduction="none"
+        )
 
 
 class EqualWeights(Weighted):
@@ -95,11 +108,15 @@ class EqualWeights(Weighted):
         """(B,), or the shape of weights of parts of each example, (B, T): those that the inner loss then multiplies."""
         return (len(outputs),)
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """a = 1, in the shape of the weights."""
         return Signal(student_outputs.new_ones(self.weight_shape(student_outputs)))
 
-    def first_signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def first_signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """a = 1, in the shape of the weights."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
@@ -114,12 +131,16 @@ class Relabeled(Classification):
 
     teacher_reads: ClassVar[int] = -1  # the parts of a batch from this one on
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """q = softmax(t), (B, C), of the teacher's answer t to all of the batch that it reads."""
         logits = checks.logits(teacher(*batch[self.teacher_reads :]), "teacher")
         return Signal(wide(logits).softmax(-1), outputs=logits)
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         """CE against q, (B,)."""
         return F.cross_entropy(outputs, signal.value, reduction="none")
 
@@ -163,9 +184,13 @@ class MetaWeightNet(Weighted):
         """30 % of the steps."""
         return round(0.3 * steps)
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         losses = F.cross_entropy(
-            student_outputs, checks.safe_labels(batch[1], student_outputs.shape[1]), reduction="none"
+            student_outputs,
+            checks.safe_labels(batch[1], student_outputs.shape[1]),
+            reduction="none",
         )
         return Signal(wide(teacher(in_type_of(teacher, losses))))
 
@@ -216,10 +241,14 @@ class LearningToReweight(Weighted):
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> LearningToReweight:
         """This problem; refuse modes without feedback on each example."""
         if "soft" not in labels or mode == "none":
-            raise MetaplError(f"mode '{mode}' was given; expected feedback on each example: 'forward', or Implicit().")
+            raise MetaplError(
+                f"mode '{mode}' was given; expected feedback on each example: 'forward', or Implicit()."
+            )
         return self
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         return Signal(student_outputs.new_zeros(len(student_outputs)))
 
     def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
@@ -250,7 +279,9 @@ class ExampleWeights(Weighted):
         """A tenth of the steps."""
         return round(0.1 * steps)
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         return Signal(wide(teacher(batch[2])).sigmoid())
 
 
@@ -331,13 +362,19 @@ class NoiseTransition(Classification):
         """Adam at 0.03 for a :class:`Table`, at 1e-3 for a network in its place."""
         return optimizer_of_network(teacher, 0.03 if isinstance(teacher, Table) else 1e-3)
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         return Signal(wide(teacher()).softmax(-1))
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         """−log of the probability of the given label, (B,)."""
         # Column y_i of the matrix, in logarithms: (B, C).
-        log_M = signal.value.T[checks.safe_labels(batch[1], outputs.shape[1])].clamp_min(1e-30).log()
+        log_M = (
+            signal.value.T[checks.safe_labels(batch[1], outputs.shape[1])].clamp_min(1e-30).log()
+        )
         return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
 
 
@@ -358,7 +395,9 @@ class Table(nn.Module):
         rows = len(self.values)
         if index is None:
             return self.values
-        known = checks.class_labels(index.flatten(), rows, "the indices of Table", f"it has {rows:,} rows")
+        known = checks.class_labels(
+            index.flatten(), rows, "the indices of Table", f"it has {rows:,} rows"
+        )
         return self.values[known.view(index.shape)]
 
 
@@ -372,7 +411,9 @@ class WeightNet(nn.Module):
     def __init__(self, hidden: AtLeastOne = 100) -> None:
         check_arguments(WeightNet.__init__, {"hidden": hidden})
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+        self.layers = nn.Sequential(
+            nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid()
+        )
 
     def forward(self, losses: Tensor) -> Tensor:
         weights: Tensor = self.layers(losses[:, None])[:, 0]

@@ -34,7 +34,9 @@ class TeacherLoss(Protocol):
     def name(self) -> str:
         """In the report, teacher_<name>."""
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+    ) -> Tensor:
         """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the pure road it is an
         int64 tensor without dimensions.
 
@@ -80,7 +82,9 @@ class CrossEntropy:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+    ) -> Tensor:
         logits, labels = wide(checks.logits(self.outputs(teacher, labeled), "network")), labeled[1]
         if logits.ndim == 2 and labels.shape != logits.shape:  # else they are distributions
             labels = checks.class_labels(labels, logits.shape[1])
@@ -151,8 +155,12 @@ class UDA:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.prior is not None and not (all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)):
-            raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
+        if self.prior is not None and not (
+            all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)
+        ):
+            raise MetaplError(
+                f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1."
+            )
         if self.threshold_on == "sharpened" and self.temperature == 0:
             raise MetaplError(
                 "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the greatest probability of "
@@ -171,7 +179,9 @@ class UDA:
         if self.align:
             classes = log_p.shape[-1]
             if self.prior is not None and len(self.prior) != classes:
-                raise MetaplError(f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class.")
+                raise MetaplError(
+                    f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class."
+                )
             # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
             # class is 0; such a class is not aligned.
             every, _ = rows_of_all(log_p)  # of all ranks
@@ -190,11 +200,19 @@ class UDA:
         return torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0) * confident
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int | Tensor
+        self,
+        teacher: nn.Module,
+        *,
+        labeled: Any,
+        unlabeled: Any,
+        signal: Signal,
+        step: int | Tensor,
     ) -> Tensor:
         pair = views(unlabeled)
         if len(pair) != 2:
-            raise MetaplError("UDA was given an unlabeled batch of one view; expected unlabeled=(weak, strong).")
+            raise MetaplError(
+                "UDA was given an unlabeled batch of one view; expected unlabeled=(weak, strong)."
+            )
         if not isinstance(step, Tensor) and step < self.start:
             return torch.zeros((), device=next(iter(signal.fields().values())).device)
         weak = signal.outputs
@@ -204,12 +222,16 @@ class UDA:
         target = self.target(wide(weak.detach()))
         log_strong = F.log_softmax(wide(teacher(pair[1])), -1)
         # 0 log 0, of a class of probability 0 in target and prediction, would be NaN.
-        losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
+        losses = -(
+            target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)
+        ).sum(-1)
         if isinstance(step, Tensor):  # on the pure road, where one function holds every step
             late = step.to(losses.dtype) - self.start
             share = (late / self.ramp).clamp(0, 1) if self.ramp else (late >= 0).to(late.dtype)
             return self.weight * share * losses.mean()
-        ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
+        ramped = (
+            self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
+        )
         return ramped * losses.mean()
 
 
@@ -244,7 +266,9 @@ def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss,
     """The losses as a tuple; anything other than a sequence of losses is refused. ``name`` is that of the argument."""
     losses = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (None,)
     if not all(isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses):
-        raise MetaplError(f"{name} is {given!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA()).")
+        raise MetaplError(
+            f"{name} is {given!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA())."
+        )
     return losses
 
 

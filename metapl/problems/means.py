@@ -48,7 +48,11 @@ Shares = Mapping[int, Tensor]
 
 
 def shares_of_losses(
-    losses: Sequence[Any], labeled: Sequence[Any], unlabeled: Sequence[Any], ranks: Ranks, device: torch.device
+    losses: Sequence[Any],
+    labeled: Sequence[Any],
+    unlabeled: Sequence[Any],
+    ranks: Ranks,
+    device: torch.device,
 ) -> list[Shares]:
     """Return s_i = n_i / n̄ of each micro-batch, for the losses that say what they are means over.
 
@@ -71,7 +75,11 @@ def shares_of_losses(
         for labeled_part, unlabeled_part in zip(labeled, unlabeled, strict=True):
             count = mean_over(labeled=labeled_part, unlabeled=unlabeled_part)
             if count is not None:
-                counts.append(torch.as_tensor(count, dtype=torch.float64 if device.type == "cpu" else torch.float32))
+                counts.append(
+                    torch.as_tensor(
+                        count, dtype=torch.float64 if device.type == "cpu" else torch.float32
+                    )
+                )
         if not counts:
             continue
         n = torch.stack([count.to(device) for count in counts])
@@ -131,7 +139,9 @@ def refuse_other_than_means(
                 difference = rows.difference(network, loss, step, tolerance, random)
             for size in NOISE:
                 if difference is None:
-                    difference = rows.difference_at(weights_moved(slots, size), network, loss, step, tolerance, random)
+                    difference = rows.difference_at(
+                        weights_moved(slots, size), network, loss, step, tolerance, random
+                    )
             if difference is not None and not refusal:
                 whole, by_halves = difference
                 refusal = (
@@ -258,7 +268,9 @@ def rounded(weights: Sequence[Slot], seed: int) -> list[Slot]:
 
 def has_norms_without_statistics(network: nn.Module) -> bool:
     """Return whether a batch norm takes the statistics of its batch in evaluation mode too."""
-    norms = (part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    norms = (
+        part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    )
     return any(norm.running_mean is None for norm in norms)
 
 
@@ -282,7 +294,12 @@ def joined_batches(parts: Sequence[Any]) -> Any:
         tensors = list[Tensor]()
         map_tensors(tensors.append, part)
         columns.append(tensors)
-    joined = iter([torch.cat(list(column)) if column[0].ndim else column[0] for column in zip(*columns, strict=True)])
+    joined = iter(
+        [
+            torch.cat(list(column)) if column[0].ndim else column[0]
+            for column in zip(*columns, strict=True)
+        ]
+    )
     return map_tensors(lambda _: next(joined), parts[0])
 
 
@@ -303,7 +320,9 @@ def in_order(batch: Any, stride: int, half: int | None) -> Any:
     return map_tensors(lambda t: t[index_of_rows(len(t), stride, half)] if t.ndim else t, batch)
 
 
-def signal_in_order(signal: Signal, problem: Problem | None, rows: int, stride: int, half: int | None) -> Signal:
+def signal_in_order(
+    signal: Signal, problem: Problem | None, rows: int, stride: int, half: int | None
+) -> Signal:
     """Return the signal about a half of the rows, or about all; a field without rows, such as a matrix, stays whole."""
     has_rows_by_field = {} if problem is None else has_rows(problem, signal, rows)
     index = index_of_rows(rows, stride, half)

@@ -60,7 +60,9 @@ class PseudoLabels(Problem):
             return self._of(labels[0])
         if self.kind not in labels:
             given = f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes {' or '.join(labels)} labels"
-            raise MetaplError(f"{given}; expected kind=None, or another mode (metapl.feedback.modes_for).")
+            raise MetaplError(
+                f"{given}; expected kind=None, or another mode (metapl.feedback.modes_for)."
+            )
         return self
 
     def exact(self) -> PseudoLabels:
@@ -86,12 +88,18 @@ class PseudoLabels(Problem):
         checks.class_outputs(outputs, "student")
         checks.class_labels(labeled[1], outputs.shape[1])
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
         logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
-        if student_outputs is not None and logits.shape != student_outputs.shape:  # None where it enters the input
+        if (
+            student_outputs is not None and logits.shape != student_outputs.shape
+        ):  # None where it enters the input
             shape, own = tuple(logits.shape), tuple(student_outputs.shape)
-            raise MetaplError(f"the teacher's outputs have shape {shape}; expected that of the student's, {own}.")
+            raise MetaplError(
+                f"the teacher's outputs have shape {shape}; expected that of the student's, {own}."
+            )
         z = wide(logits) if self.temperature == 1.0 else wide(logits) / self.temperature
         log_q = F.log_softmax(z, -1)
         q = log_q.exp()
@@ -100,9 +108,13 @@ class PseudoLabels(Problem):
         drawn = draw_classes(q.detach(), generator)
         return Signal(drawn.squeeze(-1), log_q.gather(-1, drawn).squeeze(-1), q, logits)
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         """CE of the student's outputs against the (smoothed) label, (B,)."""
-        return F.cross_entropy(outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing
+        )
 
     @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -155,10 +167,14 @@ class ReducedLabels(PseudoLabels):
     def student_input(self, batch: Any) -> Any:
         return stored_pair(batch)[0]
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
         inputs, stored = stored_pair(batch)
-        return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
+        return super().signal(
+            teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator
+        )
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
         return (StoredCrossEntropy(label_smoothing=0.1),)
@@ -198,5 +214,7 @@ def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
 def stored_pair(batch: Any) -> tuple[Any, Tensor]:
     """The inputs and the stored distributions of a batch; one that is not a pair of these is refused."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise MetaplError(f"unlabeled is {checks.described(batch)}; expected (inputs, stored class distributions).")
+        raise MetaplError(
+            f"unlabeled is {checks.described(batch)}; expected (inputs, stored class distributions)."
+        )
     return batch[0], batch[1]

@@ -87,18 +87,26 @@ class DataRater(Problem):
             f"the inner batch of DataRater has no token to predict: all are {IGNORED}, or padding; expected one.",
         )
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
         """a, (B,), over the sequences of all processes."""
         inputs, labels = _read(batch)
         scores = teacher(inputs)
         if not isinstance(scores, Tensor) or scores.shape not in ((len(labels),), (len(labels), 1)):
-            raise MetaplError(f"the rater returned {checks.described(scores)}; expected scores (B,).")
+            raise MetaplError(
+                f"the rater returned {checks.described(scores)}; expected scores (B,)."
+            )
         every, own = rows_of_all(wide(scores).reshape(len(labels)))
         if len(every) < 2:
-            raise MetaplError("the inner batch of DataRater has one sequence, whose weight is 1; expected two or more.")
+            raise MetaplError(
+                "the inner batch of DataRater has one sequence, whose weight is 1; expected two or more."
+            )
         return Signal(len(every) * every.softmax(0)[own])
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         losses, counts = _losses(outputs, _read(batch)[1])
         return signal.value * losses.sum(1) / counts.sum(1).clamp_min(1)
 
@@ -142,7 +150,9 @@ class NextToken(EqualWeights):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         _check_words(outputs, unlabeled[1], labeled[1])
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+    ) -> Tensor:
         losses, counts = _losses(outputs, batch[1])
         of_token = F.pad(losses[:, :-1], (1, 0))  # at the token, not where it is predicted from
         weights = signal.value.reshape(len(losses), -1)  # (B, 1), or (B, T)
@@ -156,7 +166,9 @@ class NextToken(EqualWeights):
 def _check_words(outputs: Tensor, inner: Tensor, outer: Tensor) -> None:
     """Refuse outputs that are not logits of each token of the inner labels, and labels that are none of its words."""
     if outputs.ndim != 3 or outputs.shape[:2] != inner.shape:
-        raise MetaplError(f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words).")
+        raise MetaplError(
+            f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words)."
+        )
     for labels in (outer, inner):
         ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
         checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
@@ -165,14 +177,22 @@ def _check_words(outputs: Tensor, inner: Tensor, outer: Tensor) -> None:
 def _read(batch: Any) -> tuple[Any, Tensor]:
     """The networks' input, and the labels (B, T)."""
     given = plain(batch)
-    if isinstance(given, tuple | list) and len(given) == 1:  # as a DataLoader has it of a TensorDataset
+    if (
+        isinstance(given, tuple | list) and len(given) == 1
+    ):  # as a DataLoader has it of a TensorDataset
         (given,) = given
     parts = given if isinstance(given, dict) else {"input_ids": given}
     ids, mask = parts.get("input_ids"), parts.get("attention_mask")
     labels: Any = parts.get("labels", ids)
     tensors = [ids, labels] + [mask] * (mask is not None)
     shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
-    if len(shapes) > 1 or None in shapes or labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype != torch.int64:
+    if (
+        len(shapes) > 1
+        or None in shapes
+        or labels.ndim != 2
+        or labels.shape[1] < 2
+        or labels.dtype != torch.int64
+    ):
         raise MetaplError(
             f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), int64, two or more, or a "
             "dict of input_ids, attention_mask and labels."
@@ -180,7 +200,9 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
     if mask is not None and "labels" not in parts:
         is_token = mask != 0
         # Padded on the left, the first token has nothing before it to be predicted from, as at a row's beginning.
-        labels = labels.masked_fill(~is_token | ~F.pad(is_token[:, :-1], (1, 0), value=True), IGNORED)
+        labels = labels.masked_fill(
+            ~is_token | ~F.pad(is_token[:, :-1], (1, 0), value=True), IGNORED
+        )
     return inputs_of(given), labels
 
 
@@ -191,5 +213,7 @@ def _losses(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     counts = following != IGNORED
     safe = torch.where(counts, checks.safe_labels(following, outputs.shape[2]), IGNORED)
-    losses = F.cross_entropy(outputs.flatten(0, 1), safe.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        outputs.flatten(0, 1), safe.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return losses.view_as(following), counts

@@ -59,14 +59,19 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     tensors = dict[str, Tensor]()
     tree = json.dumps(encoded(state, tensors))
     # Copies, since a file of safetensors has no two tensors in one memory, nor one in a part of another's.
-    tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t) for name, t in tensors.items()}
+    tensors = {
+        name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t)
+        for name, t in tensors.items()
+    }
     about = {"metapl": FORMAT, "tree": tree, "sha256": _digest(FORMAT, tree, tensors)}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as file:
             safetensors.torch.save_file(tensors, file.name, about)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written: {error}; what was there is as it was") from error
+        raise CheckpointError(
+            f"{path} could not be written: {error}; what was there is as it was"
+        ) from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -89,8 +94,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 return state
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-        raise DamagedError(f"{path} is damaged or was cut, or is no checkpoint ({error})") from error
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise DamagedError(
+            f"{path} is damaged or was cut, or is no checkpoint ({error})"
+        ) from error
     raise CheckpointError(f"{path} is of format {version}; expected {FORMAT}")
 
 
@@ -121,12 +135,21 @@ def encoded(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
         return entries if kind is list else {"tuple": entries}
     if kind in (dict, OrderedDict):
         below = f"{place}/" if place else ""
-        pairs = [[encoded(key, tensors), encoded(entry, tensors, f"{below}{key}")] for key, entry in value.items()]
+        pairs = [
+            [encoded(key, tensors), encoded(entry, tensors, f"{below}{key}")]
+            for key, entry in value.items()
+        ]
         # The versions of a module's parts, by which load_state_dict knows what an old state lacks.
         metadata = getattr(value, "_metadata", None)
-        return {"dict": pairs} if metadata is None else {"dict": pairs, "metadata": encoded(metadata, tensors)}
+        return (
+            {"dict": pairs}
+            if metadata is None
+            else {"dict": pairs, "metadata": encoded(metadata, tensors)}
+        )
     given = f"{place or 'the state'} is a {kind.__qualname__}"
-    raise CheckpointError(f"{given}; expected tensors, numbers, strings and None in dicts, lists and tuples")
+    raise CheckpointError(
+        f"{given}; expected tensors, numbers, strings and None in dicts, lists and tuples"
+    )
 
 
 def decoded(tree: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -197,7 +220,9 @@ class CheckpointFolder:
     def paths(self) -> list[Path]:
         """Of all checkpoints, newest first."""
         found = [path for path in self.folder.glob("step-*") if path.suffix in (".ckpt", ".parts")]
-        return sorted((path for path in found if path.stem[5:].isdecimal()), key=_step, reverse=True)
+        return sorted(
+            (path for path in found if path.stem[5:].isdecimal()), key=_step, reverse=True
+        )
 
     def remove_oldest(self, step: int) -> None:
         """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
@@ -233,11 +258,19 @@ class PartsFolder(CheckpointFolder):
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.finish()
-        path, first, tensors = self.folder / f"step-{step:08d}.parts", dist.get_rank() == 0, dict[str, Any]()
+        path, first, tensors = (
+            self.folder / f"step-{step:08d}.parts",
+            dist.get_rank() == 0,
+            dict[str, Any](),
+        )
         begun, remove_oldest = path.with_suffix(".parts.tmp"), self.remove_oldest
         tree = json.dumps(encoded(state, tensors))
         sharded = {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
-        plain = {place: t.to("cpu", copy=True) for place, t in tensors.items() if first and place not in sharded}
+        plain = {
+            place: t.to("cpu", copy=True)
+            for place, t in tensors.items()
+            if first and place not in sharded
+        }
 
         class Writer(FileSystemWriter):
             def finish(self, metadata: Any, results: Any) -> None:
@@ -254,7 +287,10 @@ class PartsFolder(CheckpointFolder):
         if first:
             _remove(self.folder.glob("step-[0-9]*.tmp"))
         # The parts are copied before it returns.
-        self._under_way = path, async_save(sharded, storage_writer=Writer(begun), process_group=self.group)
+        self._under_way = (
+            path,
+            async_save(sharded, storage_writer=Writer(begun), process_group=self.group),
+        )
 
     def finish(self) -> None:
         """Wait for the checkpoint under way; raises as :meth:`write`."""
@@ -285,7 +321,9 @@ def load_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     for name, said in about.items():
         layout, dtype = like.get(name, like.get(name.rpartition("/")[0])), said.properties.dtype
         known = layout is not None and layout.shape == said.size
-        tensors[name] = torch.empty_like(layout, dtype=dtype) if known else torch.empty(said.size, dtype=dtype)
+        tensors[name] = (
+            torch.empty_like(layout, dtype=dtype) if known else torch.empty(said.size, dtype=dtype)
+        )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that each process reads for itself is meant
         load_tensors(tensors, checkpoint_id=path, no_dist=True)

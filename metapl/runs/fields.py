@@ -34,11 +34,17 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         low = value >= self.least if self.above is None else value > self.above
-        return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
+        return (
+            low
+            and (self.below is None or value < self.below)
+            and (self.most is None or value <= self.most)
+        )
 
     def __repr__(self) -> str:  # as the errors of tyro show it too
         limits = {">=": self.least, ">": self.above, "<": self.below, "<=": self.most}
-        return " and ".join(f"{sign} {limit:,}" for sign, limit in limits.items() if limit is not None)
+        return " and ".join(
+            f"{sign} {limit:,}" for sign, limit in limits.items() if limit is not None
+        )
 
     def words(self, kind: Any) -> str:
         return f"{self.of or _NAMES[kind]} {self!r}"
@@ -71,7 +77,9 @@ def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> N
         if name in given and (expected := unmet(value := given[name], hint)):
             if isinstance(value, float) and not math.isfinite(value):
                 expected = expected.replace("a number", "a finite number")
-            raise FieldError(f"{shown.format(f'{name}={value!r}')}: expected {expected}.", name, value, expected)
+            raise FieldError(
+                f"{shown.format(f'{name}={value!r}')}: expected {expected}.", name, value, expected
+            )
 
 
 @cache
@@ -86,7 +94,11 @@ def _hints(of: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in reversed(getattr(of, "__mro__", [of])):
         hints = typing.get_type_hints(one, include_extras=True)
-        found |= {name: hint for name, hint in hints.items() if hint not in (int, float) or name not in found}
+        found |= {
+            name: hint
+            for name, hint in hints.items()
+            if hint not in (int, float) or name not in found
+        }
     return {name: hint for name, hint in found.items() if name != "return" and limits(hint)}
 
 
@@ -97,7 +109,13 @@ def unmet(value: Any, hint: Any) -> str:
 
 
 _NOTHING = object()
-_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    type(None): "None",
+}
 
 
 def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
@@ -109,7 +127,11 @@ def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
         each = [_unmet(value, part, ranges) for part in parts]
         return [text for texts in each for text in texts] if all(each) else []
     if origin is Literal:
-        return [] if any(type(value) is type(one) and value == one for one in parts) else [repr(one) for one in parts]
+        return (
+            []
+            if any(type(value) is type(one) and value == one for one in parts)
+            else [repr(one) for one in parts]
+        )
     if origin in (tuple, list):
         several, alike = isinstance(value, list | tuple), origin is list or parts[1:] == (...,)
         hints = parts[:1] * len(value) if several and alike else parts
@@ -118,7 +140,9 @@ def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
         names = [unmet(_NOTHING, part) or "anything" for part in parts if part is not ...]
         return [f"several, each {names[0]}" if alike else f"({', '.join(names)})"]
     if kind in (int, float):
-        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(
+            value, bool
+        )
         finite = number and (kind is int or abs(value) <= sys.float_info.max)  # which NaN is not
         met = finite and all(one.holds(value) for one in ranges)
         return [] if met else [" and ".join(one.words(kind) for one in ranges) or _NAMES[kind]]
@@ -126,5 +150,7 @@ def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
     if plain in (str, bool):
         met = type(value) is plain
     else:  # of a dict, a file's reader looks at the entries
-        met = plain is Any or (isinstance(plain, type) and plain is not dict and isinstance(value, plain))
+        met = plain is Any or (
+            isinstance(plain, type) and plain is not dict and isinstance(value, plain)
+        )
     return [] if met else [_NAMES.get(plain, getattr(kind, "__name__", str(kind)))]

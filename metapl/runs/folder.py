@@ -35,12 +35,16 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MetaplError(f"{self.path} cannot be made ({error.strerror}); expected a folder for out.") from error
+            raise MetaplError(
+                f"{self.path} cannot be made ({error.strerror}); expected a folder for out."
+            ) from error
         self._lock = self._lock or FileLock(self.path / LOCK, timeout=PATIENCE)
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise MetaplError(f"another process is running in {self.path}; wait for it, or stop it.") from error
+            raise MetaplError(
+                f"another process is running in {self.path}; wait for it, or stop it."
+            ) from error
         try:
             yield
         finally:
@@ -55,7 +59,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     something that is no plain file has that name.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # to rename a file to the name of a device would take that away
+    if (
+        path.exists() and not path.is_file()
+    ):  # to rename a file to the name of a device would take that away
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result folders.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -94,10 +100,18 @@ def read_rows(file: Path, phase: str | None = None) -> list[dict[str, Any]]:
         raise MetaplError(f"{file} cannot be read: {error.strerror}.") from error
     rows = []
     for line in lines:
-        with suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError):
+        with suppress(
+            ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError
+        ):
             row = json.loads(line)
-            _ = [value + 0.0 for name, value in row.items() if name != "phase" and value is not None]
-            if isinstance(row["phase"], str) and isinstance(row["step"], int) and phase in (None, row["phase"]):
+            _ = [
+                value + 0.0 for name, value in row.items() if name != "phase" and value is not None
+            ]
+            if (
+                isinstance(row["phase"], str)
+                and isinstance(row["step"], int)
+                and phase in (None, row["phase"])
+            ):
                 rows.append(row)
     return rows
 
@@ -109,7 +123,9 @@ class Records:
     that of an uninterrupted one. A copy that fails is said once and ends. ``history`` has the rows so far.
     """
 
-    def __init__(self, out: Path | None, phase: str, start: int, say: Callable[[str], object]) -> None:
+    def __init__(
+        self, out: Path | None, phase: str, start: int, say: Callable[[str], object]
+    ) -> None:
         self.phase, self.start, self.say = phase, start, say
         self.history: list[dict[str, float]] = []
         self.file = None if out is None else out / "metrics.jsonl"
@@ -118,15 +134,25 @@ class Records:
         if self.file is None:
             return
         if start and not self.file.exists():
-            say(f"{self.file} is missing: it begins again after step {start:,}, without earlier rows")
+            say(
+                f"{self.file} is missing: it begins again after step {start:,}, without earlier rows"
+            )
         rows = read_rows(self.file)
         if not rows and self.file.exists() and self.file.stat().st_size:
-            raise MetaplError(f"{self.file} has no rows of a run, and is another's; expected another folder.")
+            raise MetaplError(
+                f"{self.file} has no rows of a run, and is another's; expected another folder."
+            )
         own = [row for row in rows if row["phase"] == phase and row["step"] <= start]
         with _writing(), replacing(self.file) as file:
-            file.writelines(_line(row) for row in [*(row for row in rows if row["phase"] != phase), *own])
+            file.writelines(
+                _line(row) for row in [*(row for row in rows if row["phase"] != phase), *own]
+            )
         for row in own:  # JSON knows no NaN, which is null there
-            values = {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
+            values = {
+                name: math.nan if value is None else value
+                for name, value in row.items()
+                if name != "phase"
+            }
             self.history.append(values)
 
     def add(self, row: dict[str, float]) -> None:
@@ -140,12 +166,16 @@ class Records:
             if self.curves is not None and self.events is None:
                 from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-                self.events = SummaryWriter(self.curves, purge_step=self.start + 1 if self.start else None)
+                self.events = SummaryWriter(
+                    self.curves, purge_step=self.start + 1 if self.start else None
+                )
             for name in row.keys() - {"step"} if self.events is not None else ():
                 self.events.add_scalar(name, row[name], int(row["step"]))
         except Exception as error:
             self.curves = self.events = None
-            self.say(f"note: no more curves for TensorBoard ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            self.say(
+                f"note: no more curves for TensorBoard ({type(error).__name__}: {error}); metrics.jsonl goes on"
+            )
 
     def flush(self) -> None:
         """Bring the rows to the disk: those before a checkpoint are not written again."""
@@ -168,4 +198,6 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MetaplError(f"the rows of the fit could not be written: {reason_of(error)}") from error
+        raise MetaplError(
+            f"the rows of the fit could not be written: {reason_of(error)}"
+        ) from error

@@ -19,7 +19,11 @@ END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(s
 def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
     """A bar of tqdm on standard error, where that is a terminal, over so many steps, at step ``start``; close it, or
     use it in a ``with`` block."""
-    how: dict[str, Any] = {"disable": None if shown else True, "leave": False, "dynamic_ncols": True}
+    how: dict[str, Any] = {
+        "disable": None if shown else True,
+        "leave": False,
+        "dynamic_ncols": True,
+    }
     return tqdm(total=steps, initial=start, desc=name, bar_format=BAR, **how)
 
 
@@ -49,7 +53,10 @@ def stop_requests() -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     try:
         with suppress(ValueError):  # only the main thread may handle signals
-            before |= {number: signal.signal(number, note) for number in filter(is_heard, (signal.SIGINT, *END))}
+            before |= {
+                number: signal.signal(number, note)
+                for number in filter(is_heard, (signal.SIGINT, *END))
+            }
         yield asked
     finally:
         for number, handler in before.items():

@@ -81,7 +81,13 @@ class Attribution:
     float32_products: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return summary("Attribution", scores=self.scores, order=self.order, outer_loss=self.outer_loss, kept=self.kept)
+        return summary(
+            "Attribution",
+            scores=self.scores,
+            order=self.order,
+            outer_loss=self.outer_loss,
+            kept=self.kept,
+        )
 
     def predict(self, removed: Any) -> Tensor:
         """The predicted change of the outer loss, to first order, when ``removed`` examples have weight 0: Σ score_i.
@@ -108,7 +114,9 @@ class Attribution:
 
         sets = [self._removed(removed) for removed in removals]
         if not sets:
-            raise MetaplError("validate was given no sets of examples; expected three or more, for a correlation.")
+            raise MetaplError(
+                "validate was given no sets of examples; expected three or more, for a correlation."
+            )
         changes = []
         with step_bar(progress, len(sets), "trainings without examples", 0) as tell:
             for gone in sets:
@@ -116,8 +124,13 @@ class Attribution:
                 tell()
         retrained = torch.stack(changes).double().cpu()  # (R,) or (R, M)
         predicted = torch.stack([self.predict(gone) for gone in sets]).double().cpu()
-        columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
-        pairs = [[float(by(p.numpy(), r.numpy())[0]) for by in (stats.spearmanr, stats.pearsonr)] for p, r in columns]
+        columns = list(
+            zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True)
+        )
+        pairs = [
+            [float(by(p.numpy(), r.numpy())[0]) for by in (stats.spearmanr, stats.pearsonr)]
+            for p, r in columns
+        ]
         spearman, pearson = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
         return DatamodelingScore(spearman, pearson, predicted, retrained)
 
@@ -227,12 +240,23 @@ def attribute(
     mode, device = mode or Forward(), next(student.parameters()).device
     start = generators_at_start(mode.keep_on, device)
     training = _Training(arguments, start)
-    problem, one, order, ranks = training.problem, training.optimizer, training.order, training.layout.ranks
+    problem, one, order, ranks = (
+        training.problem,
+        training.optimizer,
+        training.order,
+        training.layout.ranks,
+    )
     if getattr(mode, "truncate", None) == 0:
-        raise MetaplError("truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more.")
+        raise MetaplError(
+            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more."
+        )
     if folder_of(mode.keep_on) and (each or not compile):
-        raise MetaplError(f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it.")
-    if steps >= 100 and training.begun is not None:  # a sharded student's training cannot be repeated
+        raise MetaplError(
+            f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it."
+        )
+    if (
+        steps >= 100 and training.begun is not None
+    ):  # a sharded student's training cannot be repeated
         few = min(steps // 10, 50)
         agreement = training.smoothness(0.1, None, few, progress=False)[0].agreement
         if agreement < SMOOTH:
@@ -242,10 +266,20 @@ def attribute(
                 stacklevel=2,
             )
     # This rank's rows of them.
-    ahead = Lookahead(lambda number: training.batch(ranks.own_rows(order[number])), steps=steps, schedule=schedule)
+    ahead = Lookahead(
+        lambda number: training.batch(ranks.own_rows(order[number])), steps=steps, schedule=schedule
+    )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
-    judging = [_of_example(problem, number, ranks) for number in range(training.judged)] if each else [problem]
-    given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress, "replay_tolerance": replay_tolerance}
+    judging = (
+        [_of_example(problem, number, ranks) for number in range(training.judged)]
+        if each
+        else [problem]
+    )
+    given: dict[str, Any] = {
+        "clip_norm": clip_norm,
+        "progress": progress,
+        "replay_tolerance": replay_tolerance,
+    }
     scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
     replay_error = 0.0
     at_once = len(judging) if compile else 1
@@ -258,12 +292,23 @@ def attribute(
         own = judging[begin : begin + at_once]
         if compile:
             judged_by: dict[str, Any] = {"judging": own} if each else {}
-            found = differentiate(None, student, problem, one, mode, outer_batch, ahead, **judged_by, **given)
+            found = differentiate(
+                None, student, problem, one, mode, outer_batch, ahead, **judged_by, **given
+            )
         else:
-            how: dict[str, Any] = {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": one}
+            how: dict[str, Any] = {
+                "outer": outer_batch,
+                "inner": ahead,
+                "mode": mode,
+                "inner_optimizer": one,
+            }
             found = hypergradient(None, student, problem=own[0], **how, **given)
-        parts = found.feedback[0].shape[2 if compile and each else 1 :]  # h is (B, ...), or (M, B, ...)
-        summed = wide(local(next(student.parameters())).new_zeros(len(own), len(training.data), *parts))
+        parts = found.feedback[0].shape[
+            2 if compile and each else 1 :
+        ]  # h is (B, ...), or (M, B, ...)
+        summed = wide(
+            local(next(student.parameters())).new_zeros(len(own), len(training.data), *parts)
+        )
         for chosen, h in zip(map(ranks.own_rows, order.to(device)), found.feedback, strict=True):
             summed.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(summed))
         scores += ranks.sum(summed).unbind()
@@ -340,7 +385,9 @@ def metasmoothness(
     check_arguments(metasmoothness, given := locals())
     found, moved = _Training(given).smoothness(step, direction, steps, progress)
     if not 0 < moved < math.inf:
-        raise MetaplError(f"the direction moves the student's weights by {moved:g} in all; expected a finite number.")
+        raise MetaplError(
+            f"the direction moves the student's weights by {moved:g} in all; expected a finite number."
+        )
     return found
 
 
@@ -352,27 +399,50 @@ class _Training:
         first = next(student.parameters())
         _, self.layout, _ = layouts(None, student)
         self.data, judged = (examples_of(given[name], name, first) for name in ("train", "outer"))
-        problem, self.optimizer = given["problem"] or EQUAL_WEIGHTS, as_one(given["optimizer"], "optimizer")
+        problem, self.optimizer = (
+            given["problem"] or EQUAL_WEIGHTS,
+            as_one(given["optimizer"], "optimizer"),
+        )
         # A score is a derivative in weights that are 1.
         if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
-            raise MetaplError(f"problem is {type(problem).__name__}; expected an EqualWeights with its signal.")
+            raise MetaplError(
+                f"problem is {type(problem).__name__}; expected an EqualWeights with its signal."
+            )
         self.problem, self.clip_norm, schedule = problem, given["clip_norm"], given["schedule"]
         # (K, B) examples, in shuffled passes.
-        generator_of(given["generator"], torch.device("cpu"), "the order of the examples is drawn on")
+        generator_of(
+            given["generator"], torch.device("cpu"), "the order of the examples is drawn on"
+        )
         draw, rows = given["generator"] or torch.Generator().manual_seed(0), len(self.data)
-        passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
+        passes = [
+            torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))
+        ]
         self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
         self.judged, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
-        for what, count in {"batch_size": batch_size, "the number of outer examples": self.judged}.items():
+        for what, count in {
+            "batch_size": batch_size,
+            "the number of outer examples": self.judged,
+        }.items():
             if count % (shares := self.layout.ranks.size):
-                raise MetaplError(f"{what} is {count}; expected a multiple of {shares}, the ranks that share a batch.")
+                raise MetaplError(
+                    f"{what} is {count}; expected a multiple of {shares}, the ranks that share a batch."
+                )
         # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
-        left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+        left = [
+            t
+            for part in student.modules()
+            for t in vars(part).values()
+            if isinstance(t, Tensor) and not t.is_leaf
+        ]
         self.begun: Any = None  # a sharded network cannot be copied
         if not self.layout.is_sharded:
-            self.begun = copy.deepcopy((self.layout.network, self.optimizer), {id(t): t.detach() for t in left})
+            self.begun = copy.deepcopy(
+                (self.layout.network, self.optimizer), {id(t): t.detach() for t in left}
+            )
         self.start = start or RandomState.now(first.device)
-        self.options: Any = [[]] * steps if schedule is None else options_by_step(self.optimizer, schedule, steps)
+        self.options: Any = (
+            [[]] * steps if schedule is None else options_by_step(self.optimizer, schedule, steps)
+        )
         kind = first.device.type  # in the precision of the scores, wherever it is called
         cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.autocast = partial(torch.autocast, kind, *cast)
@@ -382,11 +452,19 @@ class _Training:
         batch = self.data[numbers]
         if type(self.problem).student_input is not EqualWeights.student_input:
             return batch
-        return labeled_pair(batch, "train", " For other batches, give the problem a method student_input(batch).")
+        return labeled_pair(
+            batch, "train", " For other batches, give the problem a method student_input(batch)."
+        )
 
-    def smoothness(self, h: float, v: Tensor | None, steps: int, progress: bool) -> tuple[Metasmoothness, float]:
+    def smoothness(
+        self, h: float, v: Tensor | None, steps: int, progress: bool
+    ) -> tuple[Metasmoothness, float]:
         """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
-        v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0)) if v is None else v
+        v = (
+            torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
+            if v is None
+            else v
+        )
         trained, losses = list[Tensor](), list[Tensor]()
         with step_bar(progress, 3, "trainings", 0) as tell:
             for number in range(3):
@@ -405,14 +483,24 @@ class _Training:
         """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
         loop: the trained weights by name, and the outer losses."""
         if self.begun is None:
-            raise MetaplError("the student is sharded, and is trained again on a copy; expected one that is not.")
+            raise MetaplError(
+                "the student is sharded, and is trained again on a copy; expected one that is not."
+            )
         network, again = copy.deepcopy(self.begun)
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
         # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
         whose = with_contents_of(network, self.layout.network)
-        with whose, replayed(self.start), torch.enable_grad(), self.autocast(), deterministic(device):
-            for chosen, of_step in zip(map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True):
+        with (
+            whose,
+            replayed(self.start),
+            torch.enable_grad(),
+            self.autocast(),
+            deterministic(device),
+        ):
+            for chosen, of_step in zip(
+                map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True
+            ):
                 batch = self.batch(chosen)
                 for group, own in zip(again.param_groups, of_step, strict=False):
                     group.update(own)
@@ -420,21 +508,31 @@ class _Training:
                 torch.clear_autocast_cache()  # of weights before the step
                 outputs = wide(network(problem.student_input(batch)))
                 own, shape = weights.to(outputs)[chosen], problem.weight_shape(outputs)
-                signal = Signal(own.reshape(*own.shape, *[1] * (len(shape) - own.ndim)).expand(shape))
-                problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
+                signal = Signal(
+                    own.reshape(*own.shape, *[1] * (len(shape) - own.ndim)).expand(shape)
+                )
+                problem.inner_loss(
+                    outputs, signal, batch, dict(network.named_parameters())
+                ).mean().backward()
                 own_grads = {name: p.grad for name, p in weights_of.items() if p.grad is not None}
                 for name, g in ranks.mean_tree(own_grads, {**weights_of}).items():
                     weights_of[name].grad = g
                 if self.clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
-                rule.exactly(weights_of, {name: p.grad for name, p in weights_of.items() if p.grad is not None})
+                rule.exactly(
+                    weights_of,
+                    {name: p.grad for name, p in weights_of.items() if p.grad is not None},
+                )
             torch.clear_autocast_cache()
             given = problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
             # With the dropout masks of the outer loss that was differentiated.
             with torch.no_grad(), replayed(RandomState.now(device).branch()):
                 outputs = wide(network(problem.outer_input(given)))
                 pairs = [sum_and_weight(own.outer_loss(outputs, given)) for own in judging]
-                both = [torch.stack([total, torch.as_tensor(weight).to(total)]) for total, weight in pairs]
+                both = [
+                    torch.stack([total, torch.as_tensor(weight).to(total)])
+                    for total, weight in pairs
+                ]
                 totals, counts = ranks.mean(torch.stack(both)).unbind(1)
         params = {name: p.detach() for name, p in weights_of.items()}
         return params, totals / counts
@@ -449,7 +547,9 @@ def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
         if not 0 <= at < len(outputs):  # another rank has it
             return 0 * outputs.sum(), 0.0
         row = slice(at, at + 1)
-        return problem.outer_loss(outputs[row], map_tensors(lambda t: t[row] if t.ndim else t, batch))
+        return problem.outer_loss(
+            outputs[row], map_tensors(lambda t: t[row] if t.ndim else t, batch)
+        )
 
     object.__setattr__(own, "outer_loss", outer_loss)
     return own

@@ -66,7 +66,9 @@ class Trainer(ABC):
     layouts: list[Layout]
     lookahead: int = 1  # unlabeled batches that the loop draws for a step; several are a :class:`metapl.Lookahead`
     classifies: bool = False  # whether the losses are known to be of classes
-    teacher_classifies: bool = False  # whether the teacher gives class logits, so that its accuracy can be measured
+    teacher_classifies: bool = (
+        False  # whether the teacher gives class logits, so that its accuracy can be measured
+    )
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
 
@@ -102,17 +104,23 @@ class Trainer(ABC):
     def first_steps(self, options: FitOptions) -> int:
         """Return how many steps of a fit the student takes alone, before its teacher begins."""
         if options.first_steps:
-            raise MetaplError(f"first_steps={options.first_steps}: {type(self).__name__} has none; leave it out.")
+            raise MetaplError(
+                f"first_steps={options.first_steps}: {type(self).__name__} has none; leave it out."
+            )
         return 0
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the student's weights, which arrays of floating point are given."""
-        return next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+        return next(
+            (p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32
+        )
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
+        return {"student": self.student} | (
+            {} if self.teacher is None else {"teacher": self.teacher}
+        )
 
     # ------------------------------------------------------------------------------------------------------- fitting
 
@@ -188,7 +196,10 @@ class Trainer(ABC):
         >>> steps, sorted(found.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
-        labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
+        labeled, unlabeled = (
+            either(labeled=labeled, outer=outer),
+            either(unlabeled=unlabeled, inner=inner),
+        )
         if labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
@@ -209,7 +220,9 @@ class Trainer(ABC):
         )
         return Fit(self, request).run()
 
-    def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
+    def evaluate(
+        self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None
+    ) -> Any:
         """How good the student is on labeled data.
 
         Args:
@@ -229,19 +242,27 @@ class Trainer(ABC):
         >>> trainer.evaluate((x, model(x).detach()), metric=error)
         Measured(metric='error', value=0.0, n=8)
         """
-        batches = outer_batches(as_tensors(data, self.dtype), self.read_outer, self.device, "the labeled data")
+        batches = outer_batches(
+            as_tensors(data, self.dtype), self.read_outer, self.device, "the labeled data"
+        )
         measure = metric_of(metric)
         if measure is None:
             first = next(batches, None)
             if first is None:
-                raise MetaplError("the labeled data have no batches; expected at least one, and a fresh iterator.")
+                raise MetaplError(
+                    "the labeled data have no batches; expected at least one, and a fresh iterator."
+                )
             batches = chain([first], batches)
-            measure = default_metric(self, first[1], logits_of(self.student, [rows(first[0], 0, 2)]))
+            measure = default_metric(
+                self, first[1], logits_of(self.student, [rows(first[0], 0, 2)])
+            )
         found: Any = measure.measured(self, self.student, batches, "the student")
         if classes is None:
             return found
         if len(classes) != len(getattr(found, "confusion", ())):
-            raise MetaplError(f"{len(classes)} names of classes for the metric {found.metric!r}; expected one a class.")
+            raise MetaplError(
+                f"{len(classes)} names of classes for the metric {found.metric!r}; expected one a class."
+            )
         return replace(found, classes=tuple(classes))
 
     def read_input(self, batch: Any) -> Any:
@@ -295,7 +316,9 @@ class Trainer(ABC):
             self._load(state)
         except Exception as error:
             self._load(before)
-            what = str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {error}"
+            what = (
+                str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {error}"
+            )
             raise MetaplError(
                 f"this is no state for this trainer ({what}); expected that of a {type(self).__name__} with the same "
                 "networks, optimizers and mode."

@@ -18,7 +18,15 @@ from torch.utils.data import (
 )
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, is_array, is_record_of_rows, length, map_tensors, named_leaves_of, plain
+from metapl.execution.batch import (
+    as_tensors,
+    is_array,
+    is_record_of_rows,
+    length,
+    map_tensors,
+    named_leaves_of,
+    plain,
+)
 from metapl.execution.checks import described
 
 EXPECTED = (
@@ -57,7 +65,10 @@ class Columns(Examples):
                 counts[place] = len(leaf) if leaf.ndim else 0
         if len({*counts.values()}) == 1 and 0 not in counts.values():
             return
-        listed = ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items()) or "no tensor"
+        listed = (
+            ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items())
+            or "no tensor"
+        )
         raise MetaplError(
             f"{name} has columns of different numbers of rows, or of none ({listed}); expected a row for each example "
             "in each. Of one whole, such as a graph, the weights inside it (of nodes) are scored by "
@@ -75,7 +86,9 @@ class Columns(Examples):
 class Numbered(Examples):
     """A data set of examples by number, and what makes a batch of some of them."""
 
-    def __init__(self, source: Any, name: str, device: torch.device, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(
+        self, source: Any, name: str, device: torch.device, collate: Callable[[list[Any]], Any]
+    ) -> None:
         super().__init__(name, device)
         self.source = source
         self.collate = collate
@@ -112,7 +125,11 @@ def examples_of(data: Any, name: str, like: Tensor) -> Examples:
         data, collate = data.dataset, data.collate_fn
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         is_read_in_order = isinstance(data, Iterable)
-        mend = f"; {name}=list(...) of an iterable of examples is such a data set" if is_read_in_order else ""
+        mend = (
+            f"; {name}=list(...) of an iterable of examples is such a data set"
+            if is_read_in_order
+            else ""
+        )
         raise MetaplError(f"{name} is {described(data)}; {EXPECTED}{mend}.")
     return Numbered(data, name, like.device, collate)
 
@@ -129,7 +146,9 @@ def columns_of(data: Any) -> Any:
         return plain(data)
     if len(data) == 2:
         # Two dicts or two pairs in a list are two examples.
-        are_examples = isinstance(data, list) and not is_array(data[1]) and type(data[0]) is type(data[1])
+        are_examples = (
+            isinstance(data, list) and not is_array(data[1]) and type(data[0]) is type(data[1])
+        )
         return None if are_examples else plain(tuple(data))
     if isinstance(data, tuple) and len(data) > 2 and all(map(is_array, data)):
         return data
@@ -161,7 +180,9 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
         )
     sampler = loader.sampler
     takes_each_once = type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     )
     if type(loader.batch_sampler) is not BatchSampler or not takes_each_once:
         kind = type(loader.batch_sampler if takes_each_once else sampler).__name__

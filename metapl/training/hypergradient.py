@@ -128,7 +128,9 @@ def hypergradient(
     )
     differentiation = Differentiation(request, compiles=compile)
     if verify and differentiation.outer_losses is not None:
-        raise MetaplError(f"verify={verify!r} was given with an outer loss for each step; expected verify=False.")
+        raise MetaplError(
+            f"verify={verify!r} was given with an outer loss for each step; expected verify=False."
+        )
     if verify:
         check = check_gradient(
             teacher,

@@ -142,7 +142,9 @@ class Fit:
     def __init__(self, trainer: Fittable, request: FitRequest) -> None:
         options = request.options
         if options.wait and trainer.teacher is None:
-            raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
+            raise MetaplError(
+                f"wait={options.wait} was given, and there is no teacher to train; expected wait=0."
+            )
         self.trainer = trainer
         self.options = options
         self.ranks = trainer.ranks
@@ -157,7 +159,9 @@ class Fit:
         self.saves = self.ranks.any(self.out is not None)
         self.resumes = self.ranks.any(bool(request.resume))
         if self.resumes and not self.saves:
-            raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
+            raise MetaplError(
+                "resume was given without out; expected the folder of the run to go on with."
+            )
         validation = as_tensors(request.validation, trainer.dtype)
         self.sources = Sources(request.sources, request.batch_size, trainer.dtype)
         self.rates = Rates(trainer, options)
@@ -165,7 +169,9 @@ class Fit:
         self.metric = metric_for(trainer, validation, request.metric, options.select)
         self.selection = Selection(trainer, options, validation, self.metric, self.outcomes)
         self.checkpoints = Checkpoints(self.ranks, options.phase)
-        self.callbacks_with_state: list[Any] = [c for c in request.callbacks if hasattr(c, "state_dict")]
+        self.callbacks_with_state: list[Any] = [
+            c for c in request.callbacks if hasattr(c, "state_dict")
+        ]
         # How far the fit is, and whether a callback has ended it.
         self.step = 0
         self.is_ended = False
@@ -182,7 +188,9 @@ class Fit:
             try:
                 self.begin()
                 stop_signals = stack.enter_context(stop_requests())
-                bar = progress(self.shows_progress, name=options.phase, start=self.step, steps=options.steps)
+                bar = progress(
+                    self.shows_progress, name=options.phase, start=self.step, steps=options.steps
+                )
                 stack.enter_context(bar)
                 folder = None if self.out is None else self.out.path
                 self.records = Records(folder, options.phase, self.step, self.say)
@@ -205,7 +213,9 @@ class Fit:
                 self.checkpoints.finish()
             except MetaplError as error:
                 if self.checkpoints.last:
-                    raise MetaplError(f"{error} (the last good checkpoint is {self.checkpoints.last})") from error
+                    raise MetaplError(
+                        f"{error} (the last good checkpoint is {self.checkpoints.last})"
+                    ) from error
                 raise
         if is_stopped or stop_signals:
             signal_number = stop_signals[0] if stop_signals else signal.SIGTERM
@@ -260,12 +270,16 @@ class Fit:
         """Take over what a checkpoint has."""
         process_state = state_of_process(state["ranks"], self.trainer, path, self.sources)
         if state["step"] > self.options.steps:
-            raise MetaplError(f"{path} has done {state['step']} steps; expected steps={state['step']} or more.")
+            raise MetaplError(
+                f"{path} has done {state['step']} steps; expected steps={state['step']} or more."
+            )
         # The first batch, by which other data are known.
         positions = self.sources.draw_facts()
         if self.request.resume != "anyway":
             refuse_other_settings(process_state["compared"], self.settings(), path)
-        for callback, callback_state in zip(self.callbacks_with_state, state["callbacks"], strict=False):
+        for callback, callback_state in zip(
+            self.callbacks_with_state, state["callbacks"], strict=False
+        ):
             callback.load_state_dict(callback_state)
         self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
         self.selection.load_state_dict(state)
@@ -290,7 +304,9 @@ class Fit:
         student_is_alone = options.wait <= self.step < self.teacher_begins
         # Nobody looks ahead where the student waits, or learns alone.
         looks_ahead = not student_waits and not student_is_alone
-        labeled, unlabeled = self.sources.next_batches(lookahead=trainer.lookahead if looks_ahead else 1)
+        labeled, unlabeled = self.sources.next_batches(
+            lookahead=trainer.lookahead if looks_ahead else 1
+        )
         self.rates.move(self.step)
         if options.warm_start and self.step == options.wait and trainer.teacher is not None:
             self.selection.start_student_from_teacher()
@@ -322,7 +338,9 @@ class Fit:
         weights = [local(p.detach()) for network in networks for p in network.parameters()]
         are_finite = bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
         if self.ranks.any(not are_finite):
-            raise MetaplError(f"weights were NaN or infinite after step {self.step}; lower the learning rates.")
+            raise MetaplError(
+                f"weights were NaN or infinite after step {self.step}; lower the learning rates."
+            )
 
     # ------------------------------------------------------------------------------------------------- what it showed
 
@@ -365,14 +383,20 @@ class Fit:
         values = torch.stack([t.double() for t in scalars.values()]).tolist()
         row.update(zip(scalars, values, strict=True))
         inner_examples = self.ranks.size * len(report.student_outputs)
-        self.outcomes.recorded(self.step, row, inner_examples, labeled=self.ranks.size * length(labeled))
+        self.outcomes.recorded(
+            self.step, row, inner_examples, labeled=self.ranks.size * length(labeled)
+        )
 
     def validate(self) -> dict[str, float]:
         """Measure the networks that have an accuracy, or whatever the metric is, as they are now."""
         roles = []
         for role in self.trainer.networks:
             # A teacher that weighs examples, say, has no accuracy; a student that waits has not begun.
-            is_judged = self.trainer.teacher_classifies if role == "teacher" else self.step > self.options.wait
+            is_judged = (
+                self.trainer.teacher_classifies
+                if role == "teacher"
+                else self.step > self.options.wait
+            )
             if is_judged:
                 roles.append(role)
         return self.selection.validate(self.step, roles)

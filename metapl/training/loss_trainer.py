@@ -74,7 +74,9 @@ class LossTrainer(Trainer):
             refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
             refuse_rates_by_entry(self.optimizer, "optimizer")
         if not self.losses:
-            raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
+            raise MetaplError(
+                "LossTrainer was given no losses; expected at least one, such as CrossEntropy()."
+            )
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
@@ -101,23 +103,33 @@ class LossTrainer(Trainer):
         self.layout.begin_step()
         trained = map(id, self.layout.parameters().values())
         if not self.steps_done and {*map(id, parameters_of(self.optimizer))}.isdisjoint(trained):
-            raise MetaplError("the optimizer holds none of the network's trainable parameters; expected those.")
-        with restored(Slots(self.student), trained=parameters_of(self.optimizer), device=self.device) as fault:
+            raise MetaplError(
+                "the optimizer holds none of the network's trainable parameters; expected those."
+            )
+        with restored(
+            Slots(self.student), trained=parameters_of(self.optimizer), device=self.device
+        ) as fault:
             of_labeled = micro_batches(labeled, self.accumulate, "labeled")
             of_unlabeled = micro_batches(unlabeled, self.accumulate, "unlabeled")
             kind = self.total.replace("_", " ")
             parts = list[dict[str, Tensor]]()
             if self.accumulate > 1 and not self._has_compared_halves:
                 self._refuse_other_than_means(of_labeled, of_unlabeled)
-            shares = shares_of_losses(self.losses, of_labeled, of_unlabeled, self.ranks, self.device)
+            shares = shares_of_losses(
+                self.losses, of_labeled, of_unlabeled, self.ranks, self.device
+            )
             with self._autocast(), rows_shared(self.ranks):
                 for x_l, x_u, shares_of_part in zip(of_labeled, of_unlabeled, shares, strict=True):
                     batches = self._read(x_l, x_u)
-                    terms = sum_of_terms(self.network, self.losses, kind=kind, shares=shares_of_part, **batches)
+                    terms = sum_of_terms(
+                        self.network, self.losses, kind=kind, shares=shares_of_part, **batches
+                    )
                     loss = torch.stack(list(terms.values())).sum()
                     checks.learns(loss, "network")
                     if loss.requires_grad:  # UDA alone is a plain 0 before its start
-                        (loss / self.accumulate).backward()  # the micro-batches' shares add up in ``.grad``
+                        (
+                            loss / self.accumulate
+                        ).backward()  # the micro-batches' shares add up in ``.grad``
                     named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
                     parts.append({self.total: loss.detach(), **named})
             means = mean_scalars(parts)
@@ -160,7 +172,12 @@ class LossTrainer(Trainer):
     def _read(self, labeled: Any, unlabeled: Any) -> dict[str, Any]:
         """The arguments of a loss besides the network, whose outputs it computes where it needs them."""
         nothing = Signal(torch.empty(0, device=self.device))
-        return {"labeled": labeled, "unlabeled": unlabeled, "signal": nothing, "step": self.steps_done}
+        return {
+            "labeled": labeled,
+            "unlabeled": unlabeled,
+            "signal": nothing,
+            "step": self.steps_done,
+        }
 
     def settings(self) -> dict[str, Any]:
         """What decides a step. A resumed fit has the same."""

@@ -83,13 +83,21 @@ class FitOptions:
             raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
         if self.first_steps is not None and self.first_steps >= self.steps - self.wait:
             given = f"first_steps={self.first_steps}"
-            raise MetaplError(f"{given}: expected fewer than the steps after wait, {self.steps - self.wait}.")
+            raise MetaplError(
+                f"{given}: expected fewer than the steps after wait, {self.steps - self.wait}."
+            )
         if self.warmup > self.steps - self.wait:
-            raise MetaplError(f"warmup={self.warmup}: expected at most the steps after wait, {self.steps - self.wait}.")
+            raise MetaplError(
+                f"warmup={self.warmup}: expected at most the steps after wait, {self.steps - self.wait}."
+            )
         if self.decay_every is not None and self.schedule != "exponential":
-            raise MetaplError(f"decay_every={self.decay_every}: expected None, or schedule='exponential' beside it.")
+            raise MetaplError(
+                f"decay_every={self.decay_every}: expected None, or schedule='exponential' beside it."
+            )
         if self.phase in ("", ".", "..") or {*self.phase} & {*"/\\\0"}:
-            raise MetaplError(f"phase={self.phase!r}: expected a plain name, for it names a folder.")
+            raise MetaplError(
+                f"phase={self.phase!r}: expected a plain name, for it names a folder."
+            )
 
     def rate(self, step: int, wait: int = 0) -> float:
         """The factor of a base learning rate at ``step``; with ``wait`` the student's, which is 0 for so long.
@@ -141,7 +149,9 @@ def fit_options(steps: int, keywords: FitKeywords, others: Sequence[str]) -> Fit
     for name in keywords:
         if name not in options:
             names = [*others, *options]
-            nearest = did_you_mean(name, names, likeness=0.5) or f"; expected one of {', '.join(names)}."
+            nearest = (
+                did_you_mean(name, names, likeness=0.5) or f"; expected one of {', '.join(names)}."
+            )
             raise MetaplError(f"fit has no option {name!r}{nearest}")
     return FitOptions(steps=steps, **keywords)
 
@@ -154,19 +164,30 @@ class Rates:
         names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
         self.options = options
         self.optimizers = dict(zip(names[len(names) - len(optimizers) :], optimizers, strict=True))
-        self.base = {name: [group["lr"] for group in one.param_groups] for name, one in self.optimizers.items()}
+        self.base = {
+            name: [group["lr"] for group in one.param_groups]
+            for name, one in self.optimizers.items()
+        }
 
     def move(self, step: int | None) -> None:
         """Set the rates of a step; None: the base rates."""
         for name, optimizer in self.optimizers.items():
-            groups, base, wait = optimizer.param_groups, self.base[name], self.options.wait * (name == "student_lr")
+            groups, base, wait = (
+                optimizer.param_groups,
+                self.base[name],
+                self.options.wait * (name == "student_lr"),
+            )
             factor = 1.0 if step is None else self.options.rate(step, wait)
-            base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
+            base.extend(
+                group["lr"] for group in groups[len(base) :]
+            )  # added since, such as layers that were unfrozen
             for group, rate in zip(groups, base, strict=True):
                 group["lr"] = rate * factor
 
     def now(self) -> dict[str, float]:
-        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        return {
+            name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()
+        }
 
 
 class Average:
@@ -181,7 +202,9 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
-            raise MetaplError("ema_decay of 16-bit weights does not move; expected 32-bit ones with precision=.")
+            raise MetaplError(
+                "ema_decay of 16-bit weights does not move; expected 32-bit ones with precision=."
+            )
         self.network, self.decay, self.steps = network, decay, 0
         self._kept = {name: local(t).detach().clone() for name, t in self._tensors().items()}
 
@@ -189,10 +212,18 @@ class Average:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         parts = {name: local(t) for name, t in self._tensors().items()}
-        moving = {name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()}
-        torch._foreach_lerp_([self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay)
+        moving = {
+            name
+            for name, p in self.network.named_parameters()
+            if p.is_floating_point() or p.is_complex()
+        }
+        torch._foreach_lerp_(
+            [self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay
+        )
         # A pass may have made buffers, or given them another shape.
-        self._kept = {name: self._kept[name] if name in moving else t.clone() for name, t in parts.items()}
+        self._kept = {
+            name: self._kept[name] if name in moving else t.clone() for name, t in parts.items()
+        }
         self.steps += 1
 
     @contextmanager
@@ -209,18 +240,26 @@ class Average:
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, t in self._tensors().items():
             part, value = local(t), values.get(name)
-            if value is not None and value.shape == part.shape:  # others are caches that grew with a longer input
+            if (
+                value is not None and value.shape == part.shape
+            ):  # others are caches that grew with a longer input
                 part.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights, laid out as the network's, and how many steps they have followed."""
-        held = {name: as_sharded(self._kept[name], t) for name, t in self._tensors().items() if name in self._kept}
+        held = {
+            name: as_sharded(self._kept[name], t)
+            for name, t in self._tensors().items()
+            if name in self._kept
+        }
         return {"module": held, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, whole or laid out as the network is."""
         for name, t in self._tensors().items():
-            self._kept[name] = local(laid_out_like(state["module"][name], t)).to(t.device, copy=True)
+            self._kept[name] = local(laid_out_like(state["module"][name], t)).to(
+                t.device, copy=True
+            )
         self.steps = state["steps"]
 
     def _tensors(self) -> dict[str, Any]:

@@ -104,7 +104,10 @@ class Outcomes:
         recalls = [recall for recall in measured.per_class if recall is not None]
         mean_recall = sum(recalls) / len(recalls)
         guessed = 1 / len(recalls)
-        guesses = accuracy <= chance + error and mean_recall <= guessed + (guessed * (1 - guessed) / measured.n) ** 0.5
+        guesses = (
+            accuracy <= chance + error
+            and mean_recall <= guessed + (guessed * (1 - guessed) / measured.n) ** 0.5
+        )
         begun = self.options.wait if role == "student" else 0
         if step < self.due_after(begun, KNOWS_BY):
             return
@@ -181,7 +184,11 @@ class Outcomes:
             # A network that has collapsed before the first row would be compared with itself.
             usual = known.get("labeled", first)
             if self._count(column, entropy < COLLAPSED * usual) >= ROWS:
-                of = "the classes of the labeled examples have" if "labeled" in known else "they had at first"
+                of = (
+                    "the classes of the labeled examples have"
+                    if "labeled" in known
+                    else "they had at first"
+                )
                 self.say_once(
                     column,
                     f"{whose} have collapsed onto few classes: their mean has an entropy of {entropy:.2g} nats at step "
@@ -191,7 +198,11 @@ class Outcomes:
     def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
         if self.first_step is None:
             self.first_step = step - self.options.log_every
-        if "move" in self.said or self.start is None or step < self.due_after(self.first_step, MOVED_BY):
+        if (
+            "move" in self.said
+            or self.start is None
+            or step < self.due_after(self.first_step, MOVED_BY)
+        ):
             return
         now = sample_of(self.trainer.teacher)
         self.said.append("move")  # it is asked once, whatever the answer
@@ -231,7 +242,11 @@ def is_taught(trainer: Any) -> bool:
 @torch.no_grad()
 def sample_of(teacher: torch.nn.Module | None) -> Tensor | None:
     """Evenly chosen entries of what a teacher learns, of this process's part of it, on the host; None without any."""
-    learned = [] if teacher is None else [local(p.detach()) for p in teacher.parameters() if p.requires_grad]
+    learned = (
+        []
+        if teacher is None
+        else [local(p.detach()) for p in teacher.parameters() if p.requires_grad]
+    )
     total = sum(p.numel() for p in learned)
     if total == 0:
         return None

@@ -38,17 +38,31 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
     steps = report.feedback if isinstance(report.feedback, tuple) else (report.feedback,)
     rows, entries = has_rows(problem, signal, len(outputs)), []
     for found in steps:
-        named = {field_of(key): h for key, h in found.items()} if isinstance(found, dict) else {"value": found}
+        named = (
+            {field_of(key): h for key, h in found.items()}
+            if isinstance(found, dict)
+            else {"value": found}
+        )
         # Of the feedback on a field without rows, such as a matrix, each rank has a share.
-        entries += [(h if rows.get(name, True) else ranks.sum(h)).double().flatten() for name, h in named.items()]
+        entries += [
+            (h if rows.get(name, True) else ranks.sum(h)).double().flatten()
+            for name, h in named.items()
+        ]
     h = torch.cat(entries)
     mean = ranks.mean(h.mean())
     found = {"feedback_mean": mean, "feedback_std": ranks.mean((h - mean).square().mean()).sqrt()}
     found["feedback_rms"] = ranks.mean(h.square().mean()).sqrt()
     h, q = steps[-1], signal.probs if signal.sampled else signal.value
     if isinstance(h, Tensor) and h.shape[:1] == outputs.shape[:1] and rows.get("value", True):
-        g = h[:, None]  # of each example, in the teacher's logits; in the signal itself where it has none
-        if problem.teacher_classifies and isinstance(q, Tensor) and q.ndim == 2 and q.is_floating_point():
+        g = h[
+            :, None
+        ]  # of each example, in the teacher's logits; in the signal itself where it has none
+        if (
+            problem.teacher_classifies
+            and isinstance(q, Tensor)
+            and q.ndim == 2
+            and q.is_floating_point()
+        ):
             p = wide(q)  # (B, C)
             if signal.sampled:  # h_i ∇ log q_i(y_i)
                 g = h[:, None] * (F.one_hot(signal.value, p.shape[1]) - p)
@@ -66,7 +80,9 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
         probabilities = wide(outputs).softmax(-1)
         found["student_class_entropy"] = entropy_of_mean(probabilities, ranks)
         if class_indices is not None:
-            found["labeled_class_entropy"] = entropy_of_mean(is_class(class_indices, probabilities), ranks)
+            found["labeled_class_entropy"] = entropy_of_mean(
+                is_class(class_indices, probabilities), ranks
+            )
     if signal.outputs is None or signal.outputs.shape != outputs.shape:
         return found
     q = wide(q if isinstance(q, Tensor) and q.is_floating_point() else signal.outputs.softmax(-1))
@@ -79,7 +95,9 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
         found["pseudo_label_class_entropy"] = entropy_of_mean(q, ranks)
         if class_indices is not None:
             shares = ranks.mean(torch.stack([q.mean(0), is_class(class_indices, q).mean(0)]))
-            found["class_shares_vs_labeled"] = (shares[0] - shares[1] / shares[1].sum()).abs().sum() / 2
+            found["class_shares_vs_labeled"] = (
+                shares[0] - shares[1] / shares[1].sum()
+            ).abs().sum() / 2
     return found | (of_labels if ranks.alone else ranks.mean_tree(of_labels, of_labels))
 
 

@@ -16,7 +16,15 @@ from metapl.errors import MetaplError, few
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, is_sharded
 from metapl.metrics.metric import Metric
-from metapl.runs.checkpoint import CheckpointFolder, PartsFolder, encoded, load, load_parts, rng_state, set_rng_state
+from metapl.runs.checkpoint import (
+    CheckpointFolder,
+    PartsFolder,
+    encoded,
+    load,
+    load_parts,
+    rng_state,
+    set_rng_state,
+)
 from metapl.runs.folder import Folder
 from metapl.training.fittable import Fittable
 from metapl.training.options import FitOptions, Rates
@@ -25,7 +33,16 @@ from metapl.training.sources import Sources
 # Options that do not decide where a fit goes, and settings of an optimizer that change its speed alone. The rate is
 # compared as the schedule found it.
 FREE_OPTIONS = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
-SPEED_SETTINGS = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
+SPEED_SETTINGS = (
+    "params",
+    "lr",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "initial_lr",
+    "param_names",
+)
 
 
 class Checkpoints:
@@ -152,8 +169,12 @@ def settings_of(
     settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
     for name, optimizer in rates.optimizers.items():
         role = name.removesuffix("_lr")
-        for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates.base[name], strict=False)):
-            group_settings = {key: value for key, value in group.items() if key not in SPEED_SETTINGS}
+        for number, (group, rate) in enumerate(
+            zip(optimizer.param_groups, rates.base[name], strict=False)
+        ):
+            group_settings = {
+                key: value for key, value in group.items() if key not in SPEED_SETTINGS
+            }
             group_settings["optimizer"] = type(optimizer).__name__
             group_settings["lr"] = float(rate)
             group_settings["parameters"] = len(group["params"])
@@ -185,7 +206,9 @@ def state_of_process(
             return states[0]
         return states[ranks.gathered(dist.get_rank()).index(dist.get_rank())]
     if ranks.size > 1 and not sources.are_shared:
-        raise MetaplError(f"{path} is of a fit in {len(states)} processes with sources of their own; expected as many.")
+        raise MetaplError(
+            f"{path} is of a fit in {len(states)} processes with sources of their own; expected as many."
+        )
     state = states[0]
     modules = [module for network in trainer.networks.values() for module in network.modules()]
     if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in modules):
@@ -201,7 +224,11 @@ def sharded_tensors(state: dict[str, Any], trainer: Fittable) -> dict[str, Any]:
     encoded(state, tensors)
     tensors = {place: t for place, t in tensors.items() if is_sharded(t)}
     # An optimizer's state may not be there yet; it is laid out as its parameters are.
-    keys = [key for key, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
+    keys = [
+        key
+        for key, value in state["trainer"].items()
+        if isinstance(value, dict) and "param_groups" in value
+    ]
     for key, optimizer in zip(keys, trainer.schedulable, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, p in enumerate(parameters):

@@ -43,7 +43,12 @@ class Selection:
     """
 
     def __init__(
-        self, trainer: Fittable, options: FitOptions, validation: Any, metric: Metric | None, outcomes: Outcomes
+        self,
+        trainer: Fittable,
+        options: FitOptions,
+        validation: Any,
+        metric: Metric | None,
+        outcomes: Outcomes,
     ) -> None:
         self.trainer = trainer
         self.options = options
@@ -57,7 +62,9 @@ class Selection:
         self.latest: dict[str, float] = {}
         self.averages: dict[str, Average] = {}
         if options.ema_decay is not None:
-            self.averages = {role: Average(net, options.ema_decay) for role, net in trainer.networks.items()}
+            self.averages = {
+                role: Average(net, options.ema_decay) for role, net in trainer.networks.items()
+            }
 
     @property
     def student_column(self) -> str:
@@ -90,8 +97,13 @@ class Selection:
             if self.metric is None:
                 continue
             # A DataLoader draws from the default generator; looking must not change the training.
-            with self.network_to_keep(role) as network, replayed(RandomState.now(self.trainer.device)):
-                batches = outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")
+            with (
+                self.network_to_keep(role) as network,
+                replayed(RandomState.now(self.trainer.device)),
+            ):
+                batches = outer_batches(
+                    self.validation, self.trainer.read_outer, self.trainer.device, "validation"
+                )
                 name = f"the {role} on validation data after step {step}"
                 measured = self.metric.measured(self.trainer, network, batches, name)
                 self.outcomes.validated(step, role, measured)
@@ -107,7 +119,11 @@ class Selection:
             self.best_student = Best(value, step, weights_of(network))
         # Teachers have an accuracy; what they reach by another metric says nothing of their labels.
         is_by_accuracy = self.metric is ACCURACY
-        if role == "teacher" and is_by_accuracy and self.metric.improves(value, self.best_teacher.value):
+        if (
+            role == "teacher"
+            and is_by_accuracy
+            and self.metric.improves(value, self.best_teacher.value)
+        ):
             self.best_teacher = Best(value, step, weights_of(network))
 
     def install(self, step: int, say: Say) -> tuple[Best, dict[str, Tensor] | None]:
@@ -128,7 +144,11 @@ class Selection:
         """Return the weights of the last teacher, or of the best one where the last is far behind it."""
         last_value = self.latest.get("teacher_validation_accuracy")
         best_value = self.best_teacher.value
-        if last_value is not None and best_value is not None and best_value - last_value >= FAR_BEHIND:
+        if (
+            last_value is not None
+            and best_value is not None
+            and best_value - last_value >= FAR_BEHIND
+        ):
             say(
                 f"the teacher is kept as it was after step {self.best_teacher.step:,}, with {best_value:.1%} on the "
                 f"validation data: after the last step it has {last_value:.1%}"
@@ -139,7 +159,11 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last values and the best networks; averages are a part of :meth:`live_averages`."""
-        return {"seen": self.latest, "best": vars(self.best_student), "best_teacher": vars(self.best_teacher)}
+        return {
+            "seen": self.latest,
+            "best": vars(self.best_student),
+            "best_teacher": vars(self.best_teacher),
+        }
 
     def live_averages(self) -> dict[str, Any]:
         """Return the state of the averages, which the next step changes."""

@@ -27,7 +27,9 @@ class Sources:
         facts: of each source that was drawn from: its examples, its batch size, and the digest of its first batch.
     """
 
-    def __init__(self, sources: Mapping[str, Any], batch_size: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, sources: Mapping[str, Any], batch_size: int | None, dtype: torch.dtype
+    ) -> None:
         self.sources: dict[str, Any] = {}
         for stream, (name, source) in enumerate(sources.items()):
             if source is not None:
@@ -40,11 +42,21 @@ class Sources:
         """Whether each source is one of which every process takes its share."""
         return all(hasattr(source, "whole") for source in self.sources.values())
 
-    def open(self, stack: ExitStack, *, steps: int, lookahead: int, num_workers: int, device: torch.device) -> None:
+    def open(
+        self,
+        stack: ExitStack,
+        *,
+        steps: int,
+        lookahead: int,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
         """Begin the feeds; the stack ends them."""
         for name, source in self.sources.items():
             batches = steps * lookahead if name == "unlabeled" else steps
-            self._feeds[name] = feed(source, name=name, stop=batches, num_workers=num_workers, device=device)
+            self._feeds[name] = feed(
+                source, name=name, stop=batches, num_workers=num_workers, device=device
+            )
             stack.callback(self._feeds[name].close)
 
     def draw(self, name: str) -> Any:
@@ -95,4 +107,8 @@ def facts_of(source: Any, batch: Any) -> dict[str, Any]:
     counts_examples = hasattr(dataset, "__len__") and not isinstance(dataset, StepBatches)
     if examples is None and counts_examples:
         examples = len(dataset)
-    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}
+    return {
+        "examples": examples,
+        "batch_size": getattr(source, "batch_size", None),
+        "first_batch": digest(batch),
+    }

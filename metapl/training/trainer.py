@@ -41,7 +41,13 @@ from metapl.functional.compiled import CompiledStep, functional
 from metapl.functional.state import State
 from metapl.functional.step import Step
 from metapl.metrics.metric import Term
-from metapl.problems.base import BilevelProblem, Signal, has_own, kind_of, reads_signal_in_outer_input
+from metapl.problems.base import (
+    BilevelProblem,
+    Signal,
+    has_own,
+    kind_of,
+    reads_signal_in_outer_input,
+)
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
@@ -175,16 +181,29 @@ class BilevelTrainer(Trainer):
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
-        self.classifies, self.teacher_classifies = self.problem.classifies, self.problem.teacher_classifies
-        of_teacher = {"outer_optimizer": outer_optimizer is not None, "teacher_losses": bool(teacher_losses)}
-        of_teacher |= {"feedback_weight": feedback_weight is not None, "feedback_ratio": feedback_ratio is not None}
+        self.classifies, self.teacher_classifies = (
+            self.problem.classifies,
+            self.problem.teacher_classifies,
+        )
+        of_teacher = {
+            "outer_optimizer": outer_optimizer is not None,
+            "teacher_losses": bool(teacher_losses),
+        }
+        of_teacher |= {
+            "feedback_weight": feedback_weight is not None,
+            "feedback_ratio": feedback_ratio is not None,
+        }
         of_teacher |= {"feedback_bound": feedback_bound is not None}
         check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         differentiates = self.mode.credits != "nothing" or bool(compile)
-        self.teacher_layout, self.layout, self.device = layouts(teacher, student, differentiated=differentiates)
+        self.teacher_layout, self.layout, self.device = layouts(
+            teacher, student, differentiated=differentiates
+        )
         checks.generator_of(generator, self.device, "the networks are on")
-        self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
+        self.layouts: list[Layout] = [
+            one for one in (self.teacher_layout, self.layout) if one is not None
+        ]
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
@@ -192,14 +211,21 @@ class BilevelTrainer(Trainer):
         # The fingerprints of networks whose first step was looked at.
         self._looked_at: set[int] = set()
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
-        self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
+        self.clip_norm, self.precision, self.accumulate, self.lookahead = (
+            clip_norm,
+            precision,
+            accumulate,
+            lookahead,
+        )
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
         if self.mode.keep_on not in (None, "cpu"):
             raise MetaplError(
                 f'keep_on={self.mode.keep_on!r} is for hypergradient(compile=True); expected "cpu" or None.'
             )
         if self.mode.keep_graph and accumulate > 1:
-            raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
+            raise MetaplError(
+                f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'."
+            )
         if getattr(self.mode, "truncate", None) == 0:
             raise MetaplError(
                 "truncate=0 differentiates no step, so the teacher would learn nothing; expected 1 or more, or "
@@ -210,34 +236,56 @@ class BilevelTrainer(Trainer):
         if self.direct_term:
             refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
-        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
+        self.inner_optimizer = (
+            default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
+        )
         gives_feedback = self.mode.credits != "nothing"
-        update = update_of(self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback)
+        update = update_of(
+            self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback
+        )
         # An optimizer without a rule here may fail in its own step, when the teacher has moved already.
         self._own_step = update if isinstance(update, OwnStep) else None
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
-        self._teacher_trainer: LossTrainer | None = None  # on its own losses, while the student waits
+        self._teacher_trainer: LossTrainer | None = (
+            None  # on its own losses, while the student waits
+        )
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
             if outer_optimizer is None:
                 named = self.problem.default_outer_optimizer(self.teacher)
                 self.outer_optimizer = default_optimizer(self.teacher) if named is None else named
             if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
                 given = checks.described(outer_optimizer)
-                raise MetaplError(f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters().")
+                raise MetaplError(
+                    f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters()."
+                )
             refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
             refuse_rates_by_entry(self.outer_optimizer, "outer_optimizer")
-            refuse_missing("outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher")
-            if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
-                raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
+            refuse_missing(
+                "outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher"
+            )
+            if {*map(id, parameters_of(self.outer_optimizer))} - {
+                *map(id, self.teacher.parameters())
+            }:
+                raise MetaplError(
+                    "outer_optimizer holds tensors that are not the teacher's; expected its parameters."
+                )
             options = {name: getattr(self, name) for name in SETTINGS}
-            alone = self._teacher_trainer = LossTrainer(teacher, optimizer=self.outer_optimizer, **options)
+            alone = self._teacher_trainer = LossTrainer(
+                teacher, optimizer=self.outer_optimizer, **options
+            )
             alone.total, alone.prefix = "teacher_loss", "teacher"
-            alone.layout = self.teacher_layout  # its ranks are counted as the student's, see layouts()
+            alone.layout = (
+                self.teacher_layout
+            )  # its ranks are counted as the student's, see layouts()
             alone.layouts, alone.ranks = [alone.layout], alone.layout.ranks
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
-        self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
-        self._held: list[Any] = []  # the weights that the outer optimizer moves, and those that the teacher learns
+        self._slots = [
+            Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)
+        ]
+        self._held: list[
+            Any
+        ] = []  # the weights that the outer optimizer moves, and those that the teacher learns
         self.mode_state, self.orders = self.mode.init(), Orders()
         # Whether the next step finds the feedback's size also where its rule does not need it; a fit says so before the
         # steps that it records. Without effect on weights, and in compiled steps.
@@ -245,7 +293,9 @@ class BilevelTrainer(Trainer):
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
     @one_at_a_time
-    def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
+    def step(
+        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
+    ) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
         Args:
@@ -262,7 +312,11 @@ class BilevelTrainer(Trainer):
         begun = self._begin_step(labeled, unlabeled)
         slots = begun.slots
         ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
-        batches = inner_batches(unlabeled, self.lookahead) if ahead or self.lookahead > 1 else [plain(unlabeled)]
+        batches = (
+            inner_batches(unlabeled, self.lookahead)
+            if ahead or self.lookahead > 1
+            else [plain(unlabeled)]
+        )
         if self.compile:
             compiled_report = self.compiled_step(self, plain(labeled), batches, ahead)
             self._looked_at.add(begun.mark)
@@ -301,7 +355,13 @@ class BilevelTrainer(Trainer):
         """Take the step with the feedback's second derivative in one order; a step that fails has moved nothing."""
         slots = begun.slots
         labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
-        mode, number, ranks, parts, generator = self.mode, self.steps_done, self.ranks, self.accumulate, self.generator
+        mode, number, ranks, parts, generator = (
+            self.mode,
+            self.steps_done,
+            self.ranks,
+            self.accumulate,
+            self.generator,
+        )
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
         self.update.follow(student.parameters)
@@ -317,7 +377,11 @@ class BilevelTrainer(Trainer):
         # Fused attention has no second derivative, which a kept graph of g needs.
         kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
         with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
-            with self._autocast() if self.precision != "float32" else NOTHING, kernels, looking(begun.look):
+            with (
+                self._autocast() if self.precision != "float32" else NOTHING,
+                kernels,
+                looking(begun.look),
+            ):
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     *(student, self.update, self.problem, labeled, batches, teach),
                     parts=parts,
@@ -340,7 +404,10 @@ class BilevelTrainer(Trainer):
                     is_first=begun.mark not in self._looked_at,
                     direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
-                h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
+                h = [
+                    of_step.of_batch(step)
+                    for step, of_step in zip(path.steps, feedback, strict=True)
+                ]
                 # The modes that take v have L(θ′); for others it would be one more pass.
                 judged = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
                 path = path.revised(h[-1])
@@ -376,7 +443,9 @@ class BilevelTrainer(Trainer):
         refuse_outer_lookahead(labeled)
         for layout in self.distributed:
             layout.begin_step()
-        self._slots = slots = [own if own.contents() == own.known else Slots(own.module) for own in self._slots]
+        self._slots = slots = [
+            own if own.contents() == own.known else Slots(own.module) for own in self._slots
+        ]
         slots[1].meet(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
@@ -385,7 +454,9 @@ class BilevelTrainer(Trainer):
             refuse_learned_settings(self.update)
             refuse_hooks(self.student)
             blocks = self.layout.blocks
-            look = FirstLook(self.teacher, self.student, self.problem, labeled, unlabeled, blocks=blocks)
+            look = FirstLook(
+                self.teacher, self.student, self.problem, labeled, unlabeled, blocks=blocks
+            )
         verification = self.verification
         if verification.setting and (verification.every or mark not in verification.verified_marks):
             has_looked = verification.before(self, labeled, unlabeled, mark)
@@ -397,7 +468,11 @@ class BilevelTrainer(Trainer):
         """Whether the teacher's gradient has a direct term, of an outer loss that reads the teacher; "" without one."""
         if not outer_loss_reads_more(self.problem, self.teacher):
             return ""
-        return "included" if has_direct_term(self.mode.name, self.problem, self.teacher) else "left out"
+        return (
+            "included"
+            if has_direct_term(self.mode.name, self.problem, self.teacher)
+            else "left out"
+        )
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         given = () if self.teacher is None else self.teacher_losses
@@ -415,7 +490,9 @@ class BilevelTrainer(Trainer):
             return self._has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
 
-    def _set_feedback_size(self, weight: float | None, ratio: float | None, bound: float | None) -> None:
+    def _set_feedback_size(
+        self, weight: float | None, ratio: float | None, bound: float | None
+    ) -> None:
         """Take the rule of the feedback's size, by default the bound; refuse what does not go together."""
         for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
             if value is not None and not self._has_losses:
@@ -425,7 +502,9 @@ class BilevelTrainer(Trainer):
                 )
         if ratio is not None and (weight is not None or bound is not None):
             beside = "feedback_weight" if weight is not None else "feedback_bound"
-            raise MetaplError(f"feedback_ratio={ratio:g} and {beside} were given; expected one of them.")
+            raise MetaplError(
+                f"feedback_ratio={ratio:g} and {beside} were given; expected one of them."
+            )
         is_open = weight is None and ratio is None and bound is None
         self.feedback_weight = 1.0 if weight is None else weight
         self.feedback_ratio = ratio
@@ -434,7 +513,9 @@ class BilevelTrainer(Trainer):
     @property
     def feedback_size(self) -> FeedbackSize:
         """The rule that gives λ in a step."""
-        return FeedbackSize(weight=self.feedback_weight, ratio=self.feedback_ratio, bound=self.feedback_bound)
+        return FeedbackSize(
+            weight=self.feedback_weight, ratio=self.feedback_ratio, bound=self.feedback_bound
+        )
 
     def functional(self) -> tuple[Step, State]:
         """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
@@ -469,9 +550,14 @@ class BilevelTrainer(Trainer):
         with ``teacher_loss`` and a ``teacher_<name>`` per term. Raises :class:`metapl.MetaplError` before anything
         moves.
         """
-        labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
+        labeled, unlabeled = (
+            either(labeled=labeled, outer=outer),
+            either(unlabeled=unlabeled, inner=inner),
+        )
         if self._teacher_trainer is None or not self._has_losses:
-            raise MetaplError("the teacher has no losses of its own; expected teacher_losses=, or wait=0.")
+            raise MetaplError(
+                "the teacher has no losses of its own; expected teacher_losses=, or wait=0."
+            )
         alone, alone.losses = self._teacher_trainer, self._losses_for(plain(unlabeled))
         alone.steps_done = self.steps_done
         report = alone.step(labeled, unlabeled)
@@ -480,7 +566,9 @@ class BilevelTrainer(Trainer):
 
     def first_steps(self, options: FitOptions) -> int:
         most = options.steps - options.wait
-        steps = self.problem.first_steps(most) if options.first_steps is None else options.first_steps
+        steps = (
+            self.problem.first_steps(most) if options.first_steps is None else options.first_steps
+        )
         if not isinstance(steps, int) or not 0 <= steps < most:
             raise MetaplError(
                 f"{kind_of(self.problem)}.first_steps({most}) returned {steps!r}; expected a whole number below {most}."
@@ -488,7 +576,9 @@ class BilevelTrainer(Trainer):
         return steps
 
     @one_at_a_time
-    def first_step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> Report:
+    def first_step(
+        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
+    ) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal`` about the inner batch.
 
         :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps`` says, or the option
@@ -513,12 +603,21 @@ class BilevelTrainer(Trainer):
 
         def first_signal(batch: Any, outputs: Tensor | None) -> Signal:
             with torch.no_grad():
-                return self.problem.first_signal(slots[0].module, batch, outputs, generator=self.generator)
+                return self.problem.first_signal(
+                    slots[0].module, batch, outputs, generator=self.generator
+                )
 
         with restored(*slots, device=self.device, trained=[], generator=self.generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING:
                 path = take_steps(
-                    *(student, self.update, self.problem, labeled, [plain(unlabeled)], first_signal),
+                    *(
+                        student,
+                        self.update,
+                        self.problem,
+                        labeled,
+                        [plain(unlabeled)],
+                        first_signal,
+                    ),
                     parts=self.accumulate,
                 )
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
@@ -537,7 +636,9 @@ class BilevelTrainer(Trainer):
 
     def outer_terms(self) -> list[Term]:
         judge = self.problem.outer_loss
-        return [lambda network, inputs, batch: judge(checks.logits(network(inputs), "student"), batch)]
+        return [
+            lambda network, inputs, batch: judge(checks.logits(network(inputs), "student"), batch)
+        ]
 
     def _refuse_input_of_signal(self) -> None:
         """Refuse a problem that makes the student's input from a signal, where there is no step that has one."""
@@ -583,7 +684,9 @@ class BilevelTrainer(Trainer):
     def _load(self, state: dict[str, Any]) -> None:
         refuse_missing_entries(state, self.live_state())
         if state["mode"] != self.mode.name:
-            raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
+            raise MetaplError(
+                f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}"
+            )
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:
@@ -593,7 +696,9 @@ class BilevelTrainer(Trainer):
         self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
             refuse_state_of_another(state["outer"], self.outer_optimizer, "outer_optimizer")
-            self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
+            self.outer_optimizer.load_state_dict(
+                as_held(copy.deepcopy(state["outer"]), self.outer_optimizer)
+            )
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])
         self.orders.load_state_dict(state["orders"])
@@ -619,7 +724,9 @@ class BilevelTrainer(Trainer):
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
         own = {name: getattr(self, name) for name in SETTINGS}
-        optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
+        optimizer = (
+            torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
+        )
         trainer = LossTrainer(self.as_given, optimizer=optimizer, compile=bool(self.compile), **own)
         options.setdefault("phase", "finetune")
         return trainer.fit(labeled, steps=steps, **options)
@@ -646,8 +753,15 @@ class BilevelTrainer(Trainer):
             generator: for drawing labels; without it they are the same in every call too.
         """
         given: Any = {"labeled": labeled, "unlabeled": unlabeled, "outer": outer, "inner": inner}
-        given |= {"mode": self.mode if mode is None else mode, "inner_optimizer": self.update, "generator": generator}
-        given |= {"problem": self.given_problem if problem is None else problem, "accumulate": self.accumulate}
+        given |= {
+            "mode": self.mode if mode is None else mode,
+            "inner_optimizer": self.update,
+            "generator": generator,
+        }
+        given |= {
+            "problem": self.given_problem if problem is None else problem,
+            "accumulate": self.accumulate,
+        }
         self._reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
@@ -656,4 +770,6 @@ class BilevelTrainer(Trainer):
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.05."""
-    return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(
+        module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )

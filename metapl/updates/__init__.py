@@ -96,5 +96,9 @@ def update_of(
         given = f"{' and '.join(kind.__name__ for kind in kinds)}{'' if state is None else ', with a state'}"
         raise MetaplError(f"{name} is {given}; expected {RULES}.")
     if sharded and torch.optim.Muon in kinds:
-        raise MetaplError(f"{name} has Muon, whose products are of whole matrices; the network is sharded.")
-    return (SeveralRules if isinstance(optimizer, Several) else _UPDATES[kinds[0]])(optimizer, parameters)
+        raise MetaplError(
+            f"{name} has Muon, whose products are of whole matrices; the network is sharded."
+        )
+    return (SeveralRules if isinstance(optimizer, Several) else _UPDATES[kinds[0]])(
+        optimizer, parameters
+    )

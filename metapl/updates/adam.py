@@ -12,7 +12,18 @@ from metapl.errors import MetaplError
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents, Options, Parameters, cotangents_of
-from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate, add, div, is_set, mul, plus, sub
+from metapl.updates.torch_optim import (
+    State,
+    States,
+    Tensors,
+    TorchUpdate,
+    add,
+    div,
+    is_set,
+    mul,
+    plus,
+    sub,
+)
 
 
 class Adam(TorchUpdate):
@@ -44,7 +55,9 @@ class Adam(TorchUpdate):
         moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
         return {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}, **state}
 
-    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
+    def pullback(
+        self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None
+    ) -> Tree:
         r"""In closed form, with a few fused operations instead of autograd's many:
 
         .. math:: \frac{\partial\theta'}{\partial d} = \frac{-\eta}{\sqrt{\hat n} + \epsilon} \Big[
@@ -60,14 +73,19 @@ class Adam(TorchUpdate):
             of_root = mul(div(d, root), [(1 - beta2) / (1 - beta2**t) for t in steps])
             if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
                 pairs = [(s["exp_avg_sq"], s["max_exp_avg_sq"]) for s in new]
-                of_root = [torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, pairs, strict=True)]
+                of_root = [
+                    torch.where(n >= top, t, 0.0)
+                    for t, (n, top) in zip(of_root, pairs, strict=True)
+                ]
             slopes = mul(div(mul(m_hat, of_root), size), -1.0)
             slopes = plus(slopes, [(1 - beta1) / (1 - beta1**t) for t in steps])
             slopes = div(mul(slopes, -sign * group["lr"]), size)
             w.update(zip(names, mul([v[n] for n in names], slopes), strict=True))
         return {name: w[name] for name in grads}
 
-    def vjp(self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None) -> Cotangents:
+    def vjp(
+        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None
+    ) -> Cotangents:
         r"""In closed form too, but with ``amsgrad``; with :math:`\bar\theta` for v, :math:`\rho = \sqrt{\hat n}`:
 
         .. math:: \bar m' \mathrel{+}= \frac{-\eta\bar\theta}{(1-\beta_1^t)(\rho + \epsilon)}, \quad
@@ -89,7 +107,9 @@ class Adam(TorchUpdate):
             of_n = mul(of_n, [-0.5 / (1 - beta2**t) for t in steps])
             of_m = div(of_m, [1 - beta1**t for t in steps])
             for bar, r in zip(of_n, root, strict=True):
-                bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)  # where n̂ counts as a constant
+                bar.masked_fill_(
+                    r * r <= torch.finfo(r.dtype).tiny, 0.0
+                )  # where n̂ counts as a constant
             for key, of_moment in zip(moments, (of_m, of_n), strict=True):
                 for n, bar in zip(names, of_moment, strict=True):
                     if (later := given[n].get(key)) is not None:
@@ -109,7 +129,9 @@ class Adam(TorchUpdate):
 def refuse_half(parameters: Parameters) -> None:
     half = [name for name, p in parameters.items() if p.dtype == torch.float16]
     if half:
-        raise MetaplError(f"{half[0]} is in float16, too coarse for Adam's second moments; expected float32.")
+        raise MetaplError(
+            f"{half[0]} is in float16, too coarse for Adam's second moments; expected float32."
+        )
 
 
 def _moments(
@@ -117,13 +139,19 @@ def _moments(
 ) -> tuple[Tensors, Tensors, Tensors, list[Any], list[State]]:
     """d, m̂, √n̂ and the steps t of the parameters of a group, and their new states."""
     if any(map(Tensor.is_complex, params)):
-        raise MetaplError("inner_optimizer is of Adam's kind, and a weight is complex; expected torch.optim.SGD.")
+        raise MetaplError(
+            "inner_optimizer is of Adam's kind, and a weight is complex; expected torch.optim.SGD."
+        )
     beta1, beta2 = group["betas"]
     d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
     if is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):
         d = add(d, params, group["weight_decay"])
-    counts = [torch.as_tensor(state.get("step", 0.0)) for state in states]  # on the eager road on the host
-    steps: list[Any] = [n.double() + 1.0 if transformed() else float(n.detach()) + 1.0 for n in counts]
+    counts = [
+        torch.as_tensor(state.get("step", 0.0)) for state in states
+    ]  # on the eager road on the host
+    steps: list[Any] = [
+        n.double() + 1.0 if transformed() else float(n.detach()) + 1.0 for n in counts
+    ]
     m = _average("exp_avg", d, beta1, states)
     n = _average("exp_avg_sq", mul(d, d), beta2, states)
     new: list[State] = [
@@ -146,6 +174,9 @@ def _average(name: str, new: Tensors, beta: Any, states: Sequence[State]) -> Ten
     """β·old + (1−β)·new; old is 0 in the first step."""
     fresh: Tensors = mul(new, 1 - beta)
     if any(name not in state for state in states):
-        return [t + beta * state[name] if name in state else t for t, state in zip(fresh, states, strict=True)]
+        return [
+            t + beta * state[name] if name in state else t
+            for t, state in zip(fresh, states, strict=True)
+        ]
     averaged: Tensors = plus(mul([state[name] for state in states], beta), fresh)
     return averaged

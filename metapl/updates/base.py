@@ -42,7 +42,9 @@ def cotangents_of(state: Mapping[str, Mapping[str, Any]], of_next: Any) -> tuple
     """Of a state by parameters, as ``torch.optim`` has it: the cotangents of the next one, and of this one where no
     step changes it; None where there is none."""
     given = of_next or {name: {} for name in state}
-    return given, {name: {key: given[name].get(key) for key in held} for name, held in state.items()}
+    return given, {
+        name: {key: given[name].get(key) for key in held} for name, held in state.items()
+    }
 
 
 class Update(ABC):
@@ -51,8 +53,12 @@ class Update(ABC):
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
     """
 
-    numbers: tuple[str, ...] = ()  # the options of a param group that are numbers, which the pure road takes as tensors
-    parameters: dict[str, nn.Parameter]  # the student's trainable ones, as last given to :meth:`follow`
+    numbers: tuple[
+        str, ...
+    ] = ()  # the options of a param group that are numbers, which the pure road takes as tensors
+    parameters: dict[
+        str, nn.Parameter
+    ]  # the student's trainable ones, as last given to :meth:`follow`
     rounded: bool = False  # whether the optimizer's own step rounds its products to a shorter type than the rule
 
     @property
@@ -78,7 +84,9 @@ class Update(ABC):
         return sum(t.nbytes for t in pytree.tree_leaves(self.read_state()) if isinstance(t, Tensor))
 
     @abstractmethod
-    def update(self, params: Tree, grads: Tree, state: Any, options: Options | None = None) -> tuple[Tree, Any]:
+    def update(
+        self, params: Tree, grads: Tree, state: Any, options: Options | None = None
+    ) -> tuple[Tree, Any]:
         """θ′ and s′, differentiable in all arguments; ``options`` take the place of those of the param groups."""
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
@@ -87,9 +95,13 @@ class Update(ABC):
 
     def at(self, options: Options) -> Update:
         """The same update with these options of its param groups, such as the learning rates of a later step."""
-        raise MetaplError("schedule was given with a TorchOpt transform; expected torchopt.schedule in the transform.")
+        raise MetaplError(
+            "schedule was given with a TorchOpt transform; expected torchopt.schedule in the transform."
+        )
 
-    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None) -> Tree:
+    def pullback(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
+    ) -> Tree:
         """w = (∂U/∂g)ᵀ v. Cost: the update and its backward pass, a few operations per weight."""
 
         def moved(grads: Tree) -> Tree:
@@ -101,19 +113,27 @@ class Update(ABC):
         w: Tree = pull(v)[0]
         return w
 
-    def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
+    def vjp(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+    ) -> Cotangents:
         """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
         leaves, structure = pytree.tree_flatten(state)
-        numbers = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
+        numbers = {
+            i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()
+        }
         given: tuple[dict[Any, Tensor], ...] = grads, params, numbers
         trees = [{name: t.detach().requires_grad_() for name, t in tree.items()} for tree in given]
         at_grads, at_params, at_state = trees
         with torch.enable_grad():
-            before = pytree.tree_unflatten([at_state.get(i, t) for i, t in enumerate(leaves)], structure)
+            before = pytree.tree_unflatten(
+                [at_state.get(i, t) for i, t in enumerate(leaves)], structure
+            )
             moved, new_state = self.update(at_params, at_grads, before)
         pairs: list[Any] = [(moved[name], bar) for name, bar in v.items()]
         if state_cotangent is not None:
-            pairs += zip(pytree.tree_leaves(new_state), pytree.tree_leaves(state_cotangent), strict=True)
+            pairs += zip(
+                pytree.tree_leaves(new_state), pytree.tree_leaves(state_cotangent), strict=True
+            )
         reached = [(t, bar) for t, bar in pairs if bar is not None and t.requires_grad]
         flat = [t for tree in trees for t in tree.values()]
         ends, bars = zip(*reached, strict=True)
@@ -127,15 +147,25 @@ class Update(ABC):
         return []
 
     def in_settings(
-        self, names: Sequence[str], params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+        self,
+        names: Sequence[str],
+        params: Tree,
+        grads: Tree,
+        state: Any,
+        v: Tree,
+        state_cotangent: Any = None,
     ) -> list[dict[str, Any]]:
         """The cotangents of settings, by param group, from those of θ′ and s′, as :meth:`vjp` takes them."""
 
         def double(number: Any) -> Tensor:
-            return torch.as_tensor(number, dtype=torch.float64, device=next(iter(params.values())).device)
+            return torch.as_tensor(
+                number, dtype=torch.float64, device=next(iter(params.values())).device
+            )
 
         def moved(own: Any) -> Any:
-            theta, after = self.update(params, grads, state, [{**a, **b} for a, b in zip(groups, own, strict=True)])
+            theta, after = self.update(
+                params, grads, state, [{**a, **b} for a, b in zip(groups, own, strict=True)]
+            )
             leaves = pytree.tree_leaves(after)
             return {name: theta[name] for name in v}, {number: leaves[number] for number in bars}
 
@@ -146,13 +176,20 @@ class Update(ABC):
         found: list[dict[str, Any]] = pull((v, bars))[0]
         return found
 
-    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
+    def commit(
+        self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]
+    ) -> None:
         """Move parameters and state: by the optimizer's own step on g, or to the θ′ and s′ that ``moved`` returns."""
         self.write(parameters, *moved())
 
     def exactly(self, parameters: Parameters, grads: Tree) -> None:
         """Take the step that is differentiated: the optimizer's own, and the rule's where that one is rounded."""
-        moved = partial(self.update, {name: p.detach() for name, p in parameters.items()}, grads, self.read_state())
+        moved = partial(
+            self.update,
+            {name: p.detach() for name, p in parameters.items()},
+            grads,
+            self.read_state(),
+        )
         if self.rounded:
             self.write(parameters, *moved())
         else:
@@ -181,7 +218,11 @@ class Clipped(Update):
               , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
     """
 
-    parameters, learning_rate, group_of = _inner("parameters"), _inner("learning_rate"), _inner("group_of")
+    parameters, learning_rate, group_of = (
+        _inner("parameters"),
+        _inner("learning_rate"),
+        _inner("group_of"),
+    )
     numbers: Any = _inner("numbers")
     options, settings_in = _inner("options"), _inner("settings_in")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
@@ -192,7 +233,9 @@ class Clipped(Update):
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
         self.inner, self.max_norm, self.space = inner, max_norm, space
 
-    def update(self, params: Tree, grads: Tree, state: Any, options: Options | None = None) -> tuple[Tree, Any]:
+    def update(
+        self, params: Tree, grads: Tree, state: Any, options: Options | None = None
+    ) -> tuple[Tree, Any]:
         return self.inner.update(params, self._clip(grads), state, options)
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
@@ -201,19 +244,33 @@ class Clipped(Update):
     def at(self, options: Options) -> Clipped:
         return Clipped(self.inner.at(options), self.max_norm, self.space)
 
-    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None) -> Tree:
-        return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v, options), grads)
+    def pullback(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
+    ) -> Tree:
+        return self._through_clip(
+            self.inner.pullback(params, self._clip(grads), state, v, options), grads
+        )
 
-    def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
+    def vjp(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+    ) -> Cotangents:
         bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
         return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
 
     def in_settings(
-        self, names: Sequence[str], params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+        self,
+        names: Sequence[str],
+        params: Tree,
+        grads: Tree,
+        state: Any,
+        v: Tree,
+        state_cotangent: Any = None,
     ) -> list[dict[str, Any]]:
         return self.inner.in_settings(names, params, self._clip(grads), state, v, state_cotangent)
 
-    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
+    def commit(
+        self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]
+    ) -> None:
         self.inner.commit(parameters, self._clip(grads), moved)
 
     def _scale(self, grads: Tree) -> tuple[Tensor, Tensor]:
@@ -226,6 +283,10 @@ class Clipped(Update):
 
     def _through_clip(self, w: Tree, grads: Tree) -> Tree:
         scale, length = self._scale(grads)
-        along = torch.where(scale < 1, scale / (length + 1e-6) * self.space.dot(w, grads) / length, 0.0)
+        along = torch.where(
+            scale < 1, scale / (length + 1e-6) * self.space.dot(w, grads) / length, 0.0
+        )
         clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
-        return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}
+        return {
+            n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()
+        }

@@ -62,7 +62,10 @@ class Muon(TorchUpdate):
             buffer = (1 - mu) * g if old is None else old + (1 - mu) * (g - old)
             direction = g + mu * (buffer - g) if group["nesterov"] else buffer
             step = orthogonalized(direction, group, group.get("products", p.dtype)).to(p.dtype)
-            moved.append(p * (1 - eta * group["weight_decay"]) - eta * factor(p.shape, group["adjust_lr_fn"]) * step)
+            moved.append(
+                p * (1 - eta * group["weight_decay"])
+                - eta * factor(p.shape, group["adjust_lr_fn"]) * step
+            )
             new.append({**state, "momentum_buffer": buffer})
         return moved, new
 

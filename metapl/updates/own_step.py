@@ -17,7 +17,9 @@ from metapl.updates.base import Parameters
 from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate, parameters_of, parts_of
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-RULES = "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt transform"
+RULES = (
+    "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt transform"
+)
 
 
 def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -> None:
@@ -59,9 +61,13 @@ class OwnStep(TorchUpdate):
         Refused for what such an optimizer would not have: attributes of a class that is not torch's, and hooks.
         """
         for one in parts_of(self.optimizer):
-            if not type(one).__module__.startswith("torch.optim") or any(vars(one)[name] for name in HOOKS):
+            if not type(one).__module__.startswith("torch.optim") or any(
+                vars(one)[name] for name in HOOKS
+            ):
                 given = f"several student steps with {type(one).__name__}, of a class that is not torch's or with hooks"
-                raise MetaplError(f"{given}; expected one step, or an optimizer of torch.optim without hooks.")
+                raise MetaplError(
+                    f"{given}; expected one step, or an optimizer of torch.optim without hooks."
+                )
         return super().stepped(params, grads, state)
 
     @staticmethod

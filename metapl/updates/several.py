@@ -49,7 +49,9 @@ class Several(torch.optim.Optimizer):
             own = one.state_dict()
             found["state"] |= {first + number: held for number, held in own["state"].items()}
             for group in own["param_groups"]:
-                found["param_groups"].append({**group, "params": [first + number for number in group["params"]]})
+                found["param_groups"].append(
+                    {**group, "params": [first + number for number in group["params"]]}
+                )
             first += len(parameters_of(one))
         return found
 
@@ -58,7 +60,9 @@ class Several(torch.optim.Optimizer):
         for one in self.optimizers:
             own = [*islice(groups, len(one.param_groups))]
             numbers = {number for group in own for number in group["params"]}
-            held = {number: values for number, values in state["state"].items() if number in numbers}
+            held = {
+                number: values for number, values in state["state"].items() if number in numbers
+            }
             one.load_state_dict({"state": held, "param_groups": own})
 
 
@@ -66,10 +70,14 @@ def as_one(optimizer: Any, name: str = "inner_optimizer") -> Any:
     if not isinstance(optimizer, tuple | list) or is_transform(optimizer):
         return optimizer
     if not optimizer or not all(isinstance(one, torch.optim.Optimizer) for one in optimizer):
-        raise MetaplError(f"{name} is a {type(optimizer).__name__}; expected one of optimizers of torch.optim.")
+        raise MetaplError(
+            f"{name} is a {type(optimizer).__name__}; expected one of optimizers of torch.optim."
+        )
     held = [id(p) for one in optimizer for p in parameters_of(one)]
     if len({*held}) < len(held):
-        raise MetaplError(f"{name} holds {len(held) - len({*held})} tensors twice; expected disjoint parameters.")
+        raise MetaplError(
+            f"{name} holds {len(held) - len({*held})} tensors twice; expected disjoint parameters."
+        )
     return Several(optimizer)
 
 
@@ -81,7 +89,13 @@ class SeveralRules(TorchUpdate):
         rules = [rule_of(group) for group in self.optimizer.param_groups]
         self.rounded = any(rule.rounded for rule in rules)
         self.numbers = tuple(dict.fromkeys(number for rule in rules for number in rule.numbers))
-        refuse_half({name: p for name, p in parameters.items() if isinstance(self.owner[name], torch.optim.Adam)})
+        refuse_half(
+            {
+                name: p
+                for name, p in parameters.items()
+                if isinstance(self.owner[name], torch.optim.Adam)
+            }
+        )
 
     def takes_entries(self, group: Mapping[str, Any]) -> bool:
         return rule_of(group) is SGD

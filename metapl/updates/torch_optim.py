@@ -27,7 +27,9 @@ Tensors = Sequence[Tensor]
 Factors = Sequence[Any] | Tensor | float  # one for all, or one for each
 
 Settings = Mapping[str, Tensor | Sequence[Tensor]]  # (K, groups), or (K, ...) of each param group
-Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Settings
+Schedule = (
+    LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Settings
+)
 """Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each; or settings by name."""
 
 # Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
@@ -45,7 +47,9 @@ def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, .
     return parts
 
 
-def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
+def refuse_missing(
+    name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str
+) -> None:
     """Refuse an optimizer that does not hold all trainable parameters of a network; ``name`` is its argument's."""
     held = set(map(id, parameters_of(optimizer)))
     if not parameters or not held.issuperset(map(id, parameters.values())):
@@ -58,8 +62,12 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"parameters of the {network}; expected {expected}."
         )
     of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
-    if any(p.ndim != 2 or p.is_complex() for params in of_muon for p in params):  # which torch may see in a step only
-        raise MetaplError(f"{name} has Muon over tensors that are no real matrices; give them to another optimizer.")
+    if any(
+        p.ndim != 2 or p.is_complex() for params in of_muon for p in params
+    ):  # which torch may see in a step only
+        raise MetaplError(
+            f"{name} has Muon over tensors that are no real matrices; give them to another optimizer."
+        )
 
 
 def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
@@ -72,14 +80,18 @@ def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
     groups, owner = f"{name}.param_groups", name
     if hasattr(optimizer, "optimizers"):  # several, which were given as a tuple
         groups, owner = f"[g for one in {name} for g in one.param_groups]", f"{name}[{taking[0]}]"
-    rest = '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
+    rest = (
+        '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
+    )
     return (
         f"; those that the inner steps leave as they are go into a group with lr=0: groups = {groups}; "
         f'{owner}.add_param_group({{"params": {rest}, "lr": 0.0}})'
     )
 
 
-def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[list[dict[str, Any]]]:
+def options_by_step(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int
+) -> list[list[dict[str, Any]]]:
     """The options of the param groups in each of so many steps of a schedule, which stays where it stands."""
     if isinstance(schedule, tuple | list) and len(schedule) == len(parts := parts_of(optimizer)):
         each = [options_by_step(one, own, steps) for one, own in zip(parts, schedule, strict=True)]
@@ -87,13 +99,18 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
     groups = options_of(optimizer)
     if isinstance(schedule, Mapping):
         return options_by_settings(groups, schedule, steps)
-    if isinstance(schedule, ReduceLROnPlateau | type) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
+    if isinstance(schedule, ReduceLROnPlateau | type) or not (
+        isinstance(schedule, LRScheduler) or callable(schedule)
+    ):
         raise MetaplError(
             f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler of the step alone, a function from the "
             "step's number to a factor; of several optimizers a tuple; or a dict of settings, (K, param groups)."
         )
     if not isinstance(schedule, LRScheduler):
-        return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]
+        return [
+            [{**group, "lr": group["lr"] * schedule(number)} for group in groups]
+            for number in range(steps)
+        ]
     if schedule.optimizer is not optimizer:
         raise MetaplError("schedule is of another optimizer than inner_optimizer.")
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
@@ -121,11 +138,17 @@ def options_by_settings(
             if values.shape[1:] != shape[1:] or len(values) < steps or not is_known:
                 given = f"schedule has {name!r} of shape {tuple(values.shape)}"
                 raise MetaplError(f"{given}; expected settings of inner_optimizer, {shape}.")
-            columns: Sequence[Sequence[Any]] = [list(column) for column in zip(*values.tolist(), strict=True)]
+            columns: Sequence[Sequence[Any]] = [
+                list(column) for column in zip(*values.tolist(), strict=True)
+            ]
         else:
             # A setting with a value for each entry of a group's weights, beside groups that have one number.
             shapes = [(steps, *entry_shape(group.get(name))) for group in groups]
-            if [(steps, *t.shape[1:]) for t in values] != shapes or min(map(len, values)) < steps or not is_known:
+            if (
+                [(steps, *t.shape[1:]) for t in values] != shapes
+                or min(map(len, values)) < steps
+                or not is_known
+            ):
                 given = f"schedule has {name!r} of shapes {few([str(tuple(t.shape)) for t in values], 3)}"
                 raise MetaplError(
                     f"{given}; expected settings of inner_optimizer, for each param group {few(map(str, shapes), 3)}."
@@ -140,7 +163,10 @@ def options_by_settings(
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Copies of the options of the param groups: a scheduler writes into a learning rate that is a tensor."""
-    return [copy.deepcopy({n: v for n, v in group.items() if n != "params"}) for group in optimizer.param_groups]
+    return [
+        copy.deepcopy({n: v for n, v in group.items() if n != "params"})
+        for group in optimizer.param_groups
+    ]
 
 
 class TorchUpdate(Update):
@@ -159,7 +185,9 @@ class TorchUpdate(Update):
         own = {id(p) for p in parameters.values()}
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
         if foreign:
-            raise MetaplError(f"inner_optimizer holds {foreign} other tensors; expected student.parameters() alone.")
+            raise MetaplError(
+                f"inner_optimizer holds {foreign} other tensors; expected student.parameters() alone."
+            )
 
     @staticmethod
     @abstractmethod
@@ -177,7 +205,9 @@ class TorchUpdate(Update):
         groups, held = self.optimizer.param_groups, [*parameters, *map(id, parameters.values())]
         for group in groups:
             if group.get("differentiable") or group.get("capturable"):
-                raise MetaplError("inner_optimizer has differentiable or capturable=True; expected them left out.")
+                raise MetaplError(
+                    "inner_optimizer has differentiable or capturable=True; expected them left out."
+                )
             self.refuse_entries(group)
             held += [len(group["params"]), *map(id, group["params"])]
         if held == self._held:
@@ -187,7 +217,11 @@ class TorchUpdate(Update):
         owners = {id(p): one for one in parts_of(self.optimizer) for p in parameters_of(one)}
         self.owner = {name: owners[id(p)] for name, p in parameters.items()}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self.parameters, self._held, self._own = dict(parameters), held, parameters_of(self.optimizer)
+        self.parameters, self._held, self._own = (
+            dict(parameters),
+            held,
+            parameters_of(self.optimizer),
+        )
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
     def takes_entries(self, group: Mapping[str, Any]) -> bool:
@@ -208,7 +242,13 @@ class TorchUpdate(Update):
             for p in group["params"]:
                 # torch takes a tensor of one entry as a number, whatever its shape.
                 fits = value.numel() == 1 or value.shape == p.shape
-                if not fits or is_sharded(p) or p.is_complex() or value.dtype != p.dtype or value.device != p.device:
+                if (
+                    not fits
+                    or is_sharded(p)
+                    or p.is_complex()
+                    or value.dtype != p.dtype
+                    or value.device != p.device
+                ):
                     raise MetaplError(
                         f"{given} with a weight of shape {tuple(p.shape)}, {p.dtype}, on {p.device}; expected a group "
                         'for each weight, {"params": [p], "lr": torch.full_like(p, 0.1)}, of real numbers, not sharded.'
@@ -227,19 +267,31 @@ class TorchUpdate(Update):
         return [{name: group[name] for name in names if name in group} for group in self.options]
 
     def read_state(self) -> States:
-        states = {name: dict(self.owner[name].state.get(p, ())) for name, p in self.parameters.items()}
+        states = {
+            name: dict(self.owner[name].state.get(p, ())) for name, p in self.parameters.items()
+        }
         if self._sharded:
-            return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
+            return {
+                name: {key: local(value) for key, value in state.items()}
+                for name, state in states.items()
+            }
         return states
 
     def complete_state(self) -> States:
         state, groups = self.read_state(), self.options
-        return {n: self.completed(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
+        return {
+            n: self.completed(p.detach(), state[n], groups[self.group_of[n]])
+            for n, p in self.parameters.items()
+        }
 
     def state_bytes(self) -> int:
         state, groups = self.read_state(), self.optimizer.param_groups
         found = [
-            self.completed(local(p).detach().to("meta"), state[name], {**groups[self.group_of[name]], "dampening": 0})
+            self.completed(
+                local(p).detach().to("meta"),
+                state[name],
+                {**groups[self.group_of[name]], "dampening": 0},
+            )
             for name, p in self.parameters.items()
         ]
         return sum(t.nbytes for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
@@ -247,12 +299,18 @@ class TorchUpdate(Update):
     def settings(self) -> list[dict[str, Any]]:
         """The rates, and other numbers in the param groups that are not 0, which leaves a part of the rule out."""
         groups = self.optimizer.param_groups
-        numbers = [{n: group[n] for n in self.numbers if n == "lr" or is_set(group.get(n, 0))} for group in groups]
+        numbers = [
+            {n: group[n] for n in self.numbers if n == "lr" or is_set(group.get(n, 0))}
+            for group in groups
+        ]
         return [
-            {n: float(v) if isinstance(v, Tensor) and not v.ndim else v for n, v in group.items()} for group in numbers
+            {n: float(v) if isinstance(v, Tensor) and not v.ndim else v for n, v in group.items()}
+            for group in numbers
         ]
 
-    def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
+    def update(
+        self, params: Tree, grads: Tree, state: States, options: Options | None = None
+    ) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
         for group, names in self.groups(grads, options):
             given: Any = [[*map(tree.__getitem__, names)] for tree in (params, grads, state)]
@@ -268,7 +326,9 @@ class TorchUpdate(Update):
         for group, names in self.groups(grads):
             if has_entries(group):
                 for name in names:
-                    new_params[name], new_state[name] = self._stepped_flat(name, params[name], grads, state, group)
+                    new_params[name], new_state[name] = self._stepped_flat(
+                        name, params[name], grads, state, group
+                    )
                 continue
             held = {name: nn.Parameter(params[name].clone()) for name in names}
             kind: Any = type(self.owner[names[0]])
@@ -276,7 +336,10 @@ class TorchUpdate(Update):
             for name, p in held.items():
                 p.grad = grads[name].detach()
                 if state[name]:
-                    kept = {key: t.clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
+                    kept = {
+                        key: t.clone() if isinstance(t, Tensor) else t
+                        for key, t in state[name].items()
+                    }
                     optimizer.state[p] = kept
             optimizer.step()
             new_params.update({name: p.detach() for name, p in held.items()})
@@ -291,11 +354,17 @@ class TorchUpdate(Update):
         held.grad = grads[name].detach().flatten()
         kind: Any = type(self.owner[name])
         optimizer = kind([{**with_flat_rate(group), "params": [held]}])
-        kept = {key: t.flatten().clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
+        kept = {
+            key: t.flatten().clone() if isinstance(t, Tensor) else t
+            for key, t in state[name].items()
+        }
         if kept:
             optimizer.state[held] = kept
         optimizer.step()
-        after = {key: t.view(weight.shape) if isinstance(t, Tensor) else t for key, t in optimizer.state[held].items()}
+        after = {
+            key: t.view(weight.shape) if isinstance(t, Tensor) else t
+            for key, t in optimizer.state[held].items()
+        }
         return held.detach().view(weight.shape), after
 
     def without_optimizer(self) -> TorchUpdate:
@@ -311,7 +380,9 @@ class TorchUpdate(Update):
         later._options = options
         return later
 
-    def groups(self, grads: Tree, options: Options | None = None) -> list[tuple[Mapping[str, Any], list[str]]]:
+    def groups(
+        self, grads: Tree, options: Options | None = None
+    ) -> list[tuple[Mapping[str, Any], list[str]]]:
         """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
         groups = options or self._options or self.optimizer.param_groups
         if len(groups) == 1 and sum(map(Tensor.numel, grads.values())) <= AT_ONCE:
@@ -335,12 +406,19 @@ class TorchUpdate(Update):
                 held.pop(weight, None)
                 if state[name]:
                     shape, kept = local(weight).shape, dict(state[name])
-                    for key, t in kept.items():  # what has an entry for each weight is laid out as the weights are
+                    for (
+                        key,
+                        t,
+                    ) in (
+                        kept.items()
+                    ):  # what has an entry for each weight is laid out as the weights are
                         if isinstance(t, Tensor) and t.shape == shape:
                             kept[key] = as_sharded(t, weight)
                     held[weight] = kept
 
-    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
+    def commit(
+        self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]
+    ) -> None:
         for p in self._own:  # a leftover gradient of a frozen parameter must not move it
             p.grad = None
         if any(map(has_entries, self.optimizer.param_groups)):
@@ -447,14 +525,22 @@ class SGD(TorchUpdate):
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
-        mu, damped, decay, lr = group["momentum"], 1 - group["dampening"], group["weight_decay"], rate_of(group, params)
+        mu, damped, decay, lr = (
+            group["momentum"],
+            1 - group["dampening"],
+            group["weight_decay"],
+            rate_of(group, params),
+        )
         plus_times, times = of_lists(mu, damped, decay, lr)
         d: Tensors = times(grads, -1.0) if group["maximize"] else grads
         d = plus_times(d, params, alpha=decay) if is_set(decay) else d
         if is_set(mu):
             old: Any = [state.get("momentum_buffer") for state in states]
             if True in [b is None for b in old]:
-                new: Tensors = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
+                new: Tensors = [
+                    d_i if b is None else mu * b + damped * d_i
+                    for d_i, b in zip(d, old, strict=True)
+                ]
             else:
                 new = plus_times(times(old, mu), d, alpha=damped)
             states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
@@ -468,22 +554,34 @@ class SGD(TorchUpdate):
             return {name: t for name, t in state.items() if t is not None}
         return {**state, "momentum_buffer": torch.zeros_like(p)}
 
-    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
+    def pullback(
+        self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None
+    ) -> Tree:
         w: Tree = {}
         for group, names in self.groups(grads, options):
             rate = rate_of(group, [v[name] for name in names])
-            mu, lr, damping = group["momentum"], rate * (1.0 if group["maximize"] else -1.0), group["dampening"]
+            mu, lr, damping = (
+                group["momentum"],
+                rate * (1.0 if group["maximize"] else -1.0),
+                group["dampening"],
+            )
             by = later = lr
             if is_set(mu):
                 damped = 1.0 - damping
-                by, later = (lr * (1.0 + mu), lr * (1.0 + mu * damped)) if group["nesterov"] else (lr, lr * damped)
+                by, later = (
+                    (lr * (1.0 + mu), lr * (1.0 + mu * damped))
+                    if group["nesterov"]
+                    else (lr, lr * damped)
+                )
             if is_set(damping):
                 fresh = [state[name].get("momentum_buffer") is None for name in names]
                 by = by if all(fresh) else [by if new else later for new in fresh]
             w.update(zip(names, of_lists(by)[1]([*map(v.__getitem__, names)], by), strict=True))
         return {name: w[name] for name in grads}
 
-    def vjp(self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None) -> Cotangents:
+    def vjp(
+        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None
+    ) -> Cotangents:
         r"""In closed form too, with :math:`\bar\theta` for v, and μ = 1 in the first product without Nesterov:
 
         .. math:: \bar b' \mathrel{+}= -\eta\mu\bar\theta, \quad \bar d = c\,\bar b' (- \eta\bar\theta), \quad
@@ -501,10 +599,17 @@ class SGD(TorchUpdate):
                     if (later := given[n].get("momentum_buffer")) is not None:
                         bar += later
                 fresh = [state[n].get("momentum_buffer") is None for n in names]
-                kept = [b if new or not damping else b * (1 - damping) for b, new in zip(of_b, fresh, strict=True)]
+                kept = [
+                    b if new or not damping else b * (1 - damping)
+                    for b, new in zip(of_b, fresh, strict=True)
+                ]
                 of_d = plus(kept, of_d) if group["nesterov"] else kept
                 for n, bar, new in zip(names, mul(of_b, mu), fresh, strict=True):
-                    of_state[n] |= {"momentum_buffer": None if new else bar} if "momentum_buffer" in state[n] else {}
+                    of_state[n] |= (
+                        {"momentum_buffer": None if new else bar}
+                        if "momentum_buffer" in state[n]
+                        else {}
+                    )
             if decay != 0:
                 theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
@@ -518,7 +623,9 @@ def rate_of(group: Mapping[str, Any], weights: Sequence[Tensor]) -> Any:
     return rate.to(weights[0].dtype) if entry_shape(rate) and weights else rate
 
 
-def _lifted(operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]) -> Callable[[Tensors, Factors], Any]:
+def _lifted(
+    operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]
+) -> Callable[[Tensors, Factors], Any]:
     def apply(a: Tensors, b: Factors) -> Any:
         if not (transformed() or isinstance(b, Tensor)):
             return fused(a, b)

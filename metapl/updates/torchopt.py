@@ -16,7 +16,9 @@ from metapl.updates.base import Options, Parameters, Update
 
 def is_transform(optimizer: Any) -> bool:
     """Whether an optimizer is a TorchOpt transform: a named pair of ``init`` and ``update``."""
-    return isinstance(optimizer, tuple) and all(callable(getattr(optimizer, n, None)) for n in ("init", "update"))
+    return isinstance(optimizer, tuple) and all(
+        callable(getattr(optimizer, n, None)) for n in ("init", "update")
+    )
 
 
 class TransformUpdate(Update):
@@ -36,25 +38,40 @@ class TransformUpdate(Update):
         fresh = transform.init(theta)
         zeros = {name: torch.zeros_like(t) for name, t in theta.items()}
         result = transform.update(zeros, fresh, params=theta, inplace=False)
-        self.is_learned = any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result))
+        self.is_learned = any(
+            isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)
+        )
         self.state = fresh if state is None else state
 
     def follow(self, parameters: Parameters) -> None:
         before = self.parameters
-        changed = [name for name in {**before, **parameters} if before.get(name) is not parameters.get(name)]
+        changed = [
+            name
+            for name in {**before, **parameters}
+            if before.get(name) is not parameters.get(name)
+        ]
         if changed:
-            raise MetaplError(f"the student's {few(changed, 3)} changed; expected a new trainer for TorchOpt.")
+            raise MetaplError(
+                f"the student's {few(changed, 3)} changed; expected a new trainer for TorchOpt."
+            )
 
     def read_state(self) -> Any:
         return self.state
 
-    def update(self, params: Tree, grads: Tree, state: Any, options: Options | None = None) -> tuple[Tree, Any]:
-        grads = {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
+    def update(
+        self, params: Tree, grads: Tree, state: Any, options: Options | None = None
+    ) -> tuple[Tree, Any]:
+        grads = {
+            name: grads[name] if name in grads else torch.zeros_like(p)
+            for name, p in params.items()
+        }
         if transformed() or any(g.requires_grad for g in grads.values()):
             # For autograd, sqrt(g²) has no derivative at 0; of an update that is smooth there, such as Adam's with its
             # ε, the derivative differs by O(1e-15/ε).
             least = {torch.float64: 1e-60}
-            grads = {n: torch.where(g == 0, g + least.get(g.dtype, 1e-15), g) for n, g in grads.items()}
+            grads = {
+                n: torch.where(g == 0, g + least.get(g.dtype, 1e-15), g) for n, g in grads.items()
+            }
         updates, state = self.transform.update(grads, state, params=params, inplace=False)
         return {name: p + updates[name] for name, p in params.items()}, state
 

@@ -17,7 +17,17 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 
 # Both halves take as long in miniature; each has a file, so that no process is left alone with all of them.
-FIRST = ("endurance", "attribution", "data_rater", "feedback_size", "modes", "noisy_student", "scale", "step", "tables")
+FIRST = (
+    "endurance",
+    "attribution",
+    "data_rater",
+    "feedback_size",
+    "modes",
+    "noisy_student",
+    "scale",
+    "step",
+    "tables",
+)
 SECOND = (
     "digits_study",
     "hyperparameters",
@@ -32,7 +42,13 @@ SECOND = (
     "silent",
     "when",
 )
-SECOND += ("digits_study --forms", "rival_attribution", "stored_labels", "suspects", "suspects --harmful")
+SECOND += (
+    "digits_study --forms",
+    "rival_attribution",
+    "stored_labels",
+    "suspects",
+    "suspects --harmful",
+)
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
     "attribution": ["attribution", "attribution-settings", "attribution-smooth"],
@@ -48,7 +64,15 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "suspects --harmful": ["harmful_pictures"],
     "when": ["when", "feedback-worth"],
 }
-MINUTES = ("endurance", "hyperparameters", "label_noise", "peers", "reduced", "rival_attribution", "silent")
+MINUTES = (
+    "endurance",
+    "hyperparameters",
+    "label_noise",
+    "peers",
+    "reduced",
+    "rival_attribution",
+    "silent",
+)
 MINUTES += ("stored_labels", "suspects", "suspects --harmful")
 
 
@@ -76,20 +100,30 @@ def run(script: str, *arguments: str | Path) -> str:
     if name == "endurance":
         command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         patch.setattr(sys, "argv", [f"{name}.py", *words])
         importlib.import_module(name).main()
     return printed.getvalue()
 
 
 def miniatures(scripts: tuple[str, ...]) -> pytest.MarkDecorator:
-    cases = [pytest.param(script, marks=[pytest.mark.long] * (script in MINUTES)) for script in scripts]
+    cases = [
+        pytest.param(script, marks=[pytest.mark.long] * (script in MINUTES)) for script in scripts
+    ]
     return pytest.mark.parametrize("script", cases)
 
 
 def check_miniature(script: str, folder: Path) -> None:
     """It leaves rows that it goes on with and that its tables are made of."""
-    name, marks, out, page = script.split()[0], MARKS.get(script, [script]), folder / "rows.jsonl", folder / "page.md"
+    name, marks, out, page = (
+        script.split()[0],
+        MARKS.get(script, [script]),
+        folder / "rows.jsonl",
+        folder / "page.md",
+    )
     own = [script, "--out", out, *(("--workers", "1") if name == "digits_study" else ())]
     run(*own, "--miniature")
     assert name != "endurance" or not re.search(r'"failed": [1-9]', out.read_text())
@@ -97,7 +131,9 @@ def check_miniature(script: str, folder: Path) -> None:
         made = out.read_bytes()
         run(*own, "--miniature")
         assert out.read_bytes() == made
-    page.write_text("before\n" + "".join(f"<!-- {m}:begin -->\n<!-- {m}:end -->\n" for m in marks) + "after\n")
+    page.write_text(
+        "before\n" + "".join(f"<!-- {m}:begin -->\n<!-- {m}:end -->\n" for m in marks) + "after\n"
+    )
     run(*own, "--write", page)
     printed, text = run(*own, "--table"), page.read_text()
     assert text.startswith("before\n")

@@ -19,7 +19,11 @@ from metapl.apps.run import RunFolder
 def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """The command as it is typed, without the cost of a process."""
     words, out, err = [str(a) for a in arguments], io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(sys, "argv", ["metapl", *words])  # which a run notes
         found = main(words)
     assert code in (found, None), err.getvalue()
@@ -51,7 +55,9 @@ def reseal(run: Path) -> None:
     """As if the run had written its weights and pictures as they are now."""
     content = result(run)
     files = content["sha256"].keys() - {"result.json"}
-    content["sha256"] = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
+    content["sha256"] = {
+        name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files
+    }
     RunFolder(run).write_json("result.json", content)
 
 

@@ -49,5 +49,7 @@ def blank_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         export,
         "programs",
-        lambda module, shape, onnx=False: {name: files[name] for name in files if onnx or name == PROGRAM},
+        lambda module, shape, onnx=False: {
+            name: files[name] for name in files if onnx or name == PROGRAM
+        },
     )

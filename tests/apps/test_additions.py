@@ -89,16 +89,30 @@ def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) ->
     shutil.copytree(Path(metapl.__file__).parent, tmp_path / "metapl")
     (tmp_path / "metapl/feedback/doubled.py").write_text(ESTIMATOR)
     add(
-        *(tmp_path / "metapl/feedback/__init__.py", '    "none": NoFeedback(),\n', '    "doubled": Doubled(),\n'),
+        *(
+            tmp_path / "metapl/feedback/__init__.py",
+            '    "none": NoFeedback(),\n',
+            '    "doubled": Doubled(),\n',
+        ),
         *("from metapl.feedback.none", "from metapl.feedback.doubled import Doubled"),
     )
     (tmp_path / "metapl/apps/heavier.py").write_text(METHOD)
     add(
-        *(tmp_path / "metapl/apps/digits.py", '"supervised": methods.Supervised(),\n', '    "heavier": Heavier(),\n'),
+        *(
+            tmp_path / "metapl/apps/digits.py",
+            '"supervised": methods.Supervised(),\n',
+            '    "heavier": Heavier(),\n',
+        ),
         *("from metapl.apps.networks import", "from metapl.apps.heavier import Heavier"),
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     for name, words in (("mode", '"doubled"'), ("method", '"factor": 3.0')):
         assert words in (tmp_path / name / "recipe.json").read_text()

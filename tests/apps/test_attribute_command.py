@@ -36,7 +36,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     wrong = write(root / "noisy", 16, 0, wrong=3)
     write(root / "clean", 5, 1000)
     write(root / "others", 4, 2000)
-    flags = FLAGS.replace("--steps 24", "--steps 2").replace("--warm-steps 6", "--warm-steps 1").split()
+    flags = (
+        FLAGS.replace("--steps 24", "--steps 2").replace("--warm-steps 6", "--warm-steps 1").split()
+    )
     folders = ["--labeled", str(root / "clean"), "--unlabeled", str(root / "noisy")]
     shown("train", "noisy", *given(root), *flags, "--out", root / "run")
     shown("train", "images", *folders, *NETWORK, "--out", root / "images")
@@ -52,8 +54,13 @@ def tensors(folder: Path) -> tuple[list[str], tuple[Tensor, Tensor]]:
 
 def figures(page: Path) -> dict[str, Any]:
     """What stands on the page of how the scores were found."""
-    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page.read_text().partition("How they were found")[2])
-    return {name: json.loads(html.unescape(value)) for name, value in zip(cells[::2], cells[1::2], strict=True)}
+    cells = re.findall(
+        r"<t[dh][^>]*>(.*?)</t[dh]>", page.read_text().partition("How they were found")[2]
+    )
+    return {
+        name: json.loads(html.unescape(value))
+        for name, value in zip(cells[::2], cells[1::2], strict=True)
+    }
 
 
 def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
@@ -76,7 +83,9 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
         generator=torch.Generator().manual_seed(3),
     )
     scores = dict(zip(files, exact.scores.tolist(), strict=True))
-    assert {row["file"]: float(row["score"]) for row in listed} == pytest.approx(scores, rel=1e-3, abs=1e-7)
+    assert {row["file"]: float(row["score"]) for row in listed} == pytest.approx(
+        scores, rel=1e-3, abs=1e-7
+    )
     assert [row["file"] for row in listed] == sorted(scores, key=lambda file: scores[file])
     assert [row["rank"] for row in listed] == [str(rank) for rank in range(1, 33)]
     assert all(row["label"] == Path(row["file"]).parent.name for row in listed)
@@ -94,7 +103,9 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
     own_loss = float(nn.functional.cross_entropy(student(x_judge), y_judge).detach())
     assert told["loss_of_the_run"] == pytest.approx(own_loss, rel=1e-4)
     said = " ".join(text.split())
-    assert "trained anew for the scores, by plain SGD for 20 steps on the pictures as they are" in said
+    assert (
+        "trained anew for the scores, by plain SGD for 20 steps on the pictures as they are" in said
+    )
     assert f"the student of the run has {own_loss:.3f} there" in said
     assert told["harmful"] == sum(score < 0 for score in scores.values())
     draw = torch.Generator().manual_seed(3)
@@ -104,7 +115,9 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
     assert {path.name for path in out.iterdir()} == {"attribution.csv", "attribution.html"}
     assert f"of {told['spearman']:.2f} (95 %" in text
     page = (out / "attribution.html").read_text()
-    pictures = [min(24, sum(row["effect"] == effect for row in listed)) for effect in ("harms", "helps")]
+    pictures = [
+        min(24, sum(row["effect"] == effect for row in listed)) for effect in ("harms", "helps")
+    ]
     assert page.count('src="data:image/png;base64,') == sum(pictures)
     assert Path(listed[0]["file"]).name in page.partition("Most helpful")[0]
     assert Path(listed[-1]["file"]).name in page.partition("Most helpful")[2]
@@ -141,16 +154,23 @@ def test_what_is_stopped_leaves_what_was_there(
     monkeypatch.setattr(f"metapl.apps.attribute.{when}", Mock(side_effect=KeyboardInterrupt))
     shown("attribute", root / "run", "--out", tmp_path, *SOME, code=130)
     if when == "attribute":
-        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("attribution.csv", "before")]
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
+            ("attribution.csv", "before")
+        ]
     else:
         assert len(rows((tmp_path / "attribution.csv").read_text())) == 32
         assert "not checked yet" in (tmp_path / "attribution.html").read_text()
 
 
-def test_a_training_that_learned_nothing_has_no_scores(folders: tuple[Path, set[str]], tmp_path: Path) -> None:
+def test_a_training_that_learned_nothing_has_no_scores(
+    folders: tuple[Path, set[str]], tmp_path: Path
+) -> None:
     """One that is too sure has: its loss is above that of even guesses, but most of its answers are right."""
     root, _ = folders
-    for here, there in (("bar", "beam"), ("beam", "bar")):  # pictures that all it has learned is wrong for
+    for here, there in (
+        ("bar", "beam"),
+        ("beam", "bar"),
+    ):  # pictures that all it has learned is wrong for
         shutil.copytree(root / "others" / here, tmp_path / "val" / there)
     given = ["attribute", root / "run", "--val", tmp_path / "val", "--out", tmp_path / "out", *SOME]
     assert "no score would count" in " ".join(shown(*given, code=2).stderr.split())

@@ -62,7 +62,11 @@ def command(words: str, root: Path, out: Path, *more: object) -> list[str]:
         (f"{IMAGES} uda", "lora"),
         pytest.param(f"{IMAGES} supervised", "all", marks=pytest.mark.long),
         pytest.param(f"{NOISY} label_correction --clean-batch 4", "lora", marks=pytest.mark.long),
-        pytest.param(f"noisy-student images {PLACES} {NETWORK} --rounds 1 --ratio 1", "head", marks=pytest.mark.long),
+        pytest.param(
+            f"noisy-student images {PLACES} {NETWORK} --rounds 1 --ratio 1",
+            "head",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
@@ -72,7 +76,11 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
     started = command(words, root, out, "--backbone", given, "--tuning", tuning)
     metapl(*started)
     fields = json.loads((out / "recipe.json").read_text())["recipe"]["fields"]
-    assert (fields["network"], fields["weights"], fields["tuning"]) == ("pooled_cnn", str(given), tuning)
+    assert (fields["network"], fields["weights"], fields["tuning"]) == (
+        "pooled_cnn",
+        str(given),
+        tuning,
+    )
     assert fields["weights_sha256"] == backbone.find(str(given), "pooled_cnn")["weights_sha256"]
     assert result(out)["control_accuracy"] == 1.0
     assert "linear baseline" in (out / "report.html").read_text()
@@ -91,14 +99,19 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
     for name in EndedRun.load(out).networks:
         weights = load_file(out / WEIGHTS[name])
         after = {key.removeprefix("module."): t for key, t in weights.items()}
-        moved = {key for key, t in before.items() if not torch.equal(t, after[key])} - {"head.weight", "head.bias"}
+        moved = {key for key, t in before.items() if not torch.equal(t, after[key])} - {
+            "head.weight",
+            "head.bias",
+        }
         layers = {key for key in before if before[key].ndim == 4}
         assert moved == {"head": set(), "lora": layers & moved, "all": moved}[tuning]
         assert bool(moved) == (tuning != "head")
 
 
 def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
-    config = Pictures(network=name, weights="", backbone="given", tuning=tuning, lora_rank=4, **options)
+    config = Pictures(
+        network=name, weights="", backbone="given", tuning=tuning, lora_rank=4, **options
+    )
     module = config.architecture(classes=3).create()
     heads = config.architecture(classes=3).heads(module)
     return Tuned(module, (0.5,) * 3, (0.5,) * 3, heads=heads, tuning=tuning, rank=4)
@@ -129,22 +142,34 @@ def test_what_the_head_sees_is_known_by_pictures_weights_and_autocast() -> None:
 
 
 @pytest.mark.parametrize("tuning", ["head", "lora"])
-def test_frozen_weights_are_stored_once_and_the_head_alone_needs_one_pass_a_batch(tuning: str) -> None:
+def test_frozen_weights_are_stored_once_and_the_head_alone_needs_one_pass_a_batch(
+    tuning: str,
+) -> None:
     teacher, student = tuned(tuning), tuned(tuning)
     begin_as(teacher, student)
-    own = [{id(p) for p in network.parameters() if not p.requires_grad} for network in (teacher, student)]
+    own = [
+        {id(p) for p in network.parameters() if not p.requires_grad}
+        for network in (teacher, student)
+    ]
     assert own[0] == own[1] != set()
     before, passes = {name: t.clone() for name, t in student.state_dict().items()}, [0]
     for network in (teacher, student):
         first = next(part for part in network.modules() if isinstance(part, nn.Conv2d))
         first.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    inner, outer = (torch.optim.SGD([p for p in n.parameters() if p.requires_grad], 0.1) for n in (student, teacher))
+    inner, outer = (
+        torch.optim.SGD([p for p in n.parameters() if p.requires_grad], 0.1)
+        for n in (student, teacher)
+    )
     given: Any = {"inner_optimizer": inner, "outer_optimizer": outer, "verify": False}
     x = [torch.rand(4, 3, SIDE, SIDE) for _ in range(3)]
-    BilevelTrainer(teacher, student, "forward", **given).step((x[0], torch.tensor([0, 1, 2, 0])), (x[1], x[2]))
+    BilevelTrainer(teacher, student, "forward", **given).step(
+        (x[0], torch.tensor([0, 1, 2, 0])), (x[1], x[2])
+    )
     assert passes[0] == 3 if tuning == "head" else passes[0] > 3
     moved = {name for name, t in student.state_dict().items() if not torch.equal(t, before[name])}
-    assert moved == {name for name, p in student.named_parameters() if p.requires_grad and "down" not in name}
+    assert moved == {
+        name for name, p in student.named_parameters() if p.requires_grad and "down" not in name
+    }
 
 
 @pytest.mark.parametrize("name", ["pooled_cnn", "timm:vit_tiny_patch16_224"])
@@ -205,11 +230,17 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     assert (found["network"], found["image_size"], found["mean"]) == ("pooled_cnn", SIDE, card.mean)
     from_it = f"train images {PLACES} {FLAGS} --unlabeled-batch 4 --method supervised"
     metapl(*command(from_it, root, again, "--backbone", out, "--tuning", "head"))
-    after, finetuned = load_file(again / "student.safetensors"), load_file(out / "finetuned_student.safetensors")
+    after, finetuned = (
+        load_file(again / "student.safetensors"),
+        load_file(out / "finetuned_student.safetensors"),
+    )
     name = next(key for key in after if after[key].ndim == 4)
     assert torch.equal(after[name], finetuned[name])
     shutil.copy(out / "student.safetensors", out / "finetuned_student.safetensors")
-    assert "SHA-256" in metapl(*command(from_it, root, tmp_path / "third", "--backbone", out), code=2).stderr
+    assert (
+        "SHA-256"
+        in metapl(*command(from_it, root, tmp_path / "third", "--backbone", out), code=2).stderr
+    )
 
 
 def test_weights_that_were_exchanged_are_not_gone_on_with(root: Path, tmp_path: Path) -> None:
@@ -221,7 +252,9 @@ def test_weights_that_were_exchanged_are_not_gone_on_with(root: Path, tmp_path: 
     assert "another file" in metapl(*started, "--resume", code=2).stderr
 
 
-def test_what_is_no_backbone_is_refused_in_a_line(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_backbone_is_refused_in_a_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for more, word in (
@@ -247,7 +280,10 @@ def test_auto_takes_a_backbone_for_color_pictures_that_are_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    cached("resnet18", tmp_path / "torch" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2])
+    cached(
+        "resnet18",
+        tmp_path / "torch" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2],
+    )
     for side in (32, 48):
         data, said = color_folders(tmp_path / str(side), side=side), list[str]()
         places = {part: str(data / part) for part in ("labeled", "unlabeled", "test")}
@@ -255,15 +291,31 @@ def test_auto_takes_a_backbone_for_color_pictures_that_are_large(
         found, _ = choose_settings(config, METHODS["uda"], said.append)
         taken = found.pictures.network == "resnet18"
         assert taken == (found.pictures.weights is not None) == (side == 48)
-        assert any("backbone: resnet18" in text if taken else "backbone: none" in text for text in said)
+        assert any(
+            "backbone: resnet18" in text if taken else "backbone: none" in text for text in said
+        )
 
 
 @pytest.mark.parametrize("from_backbone", [True, False])
-def test_the_control_is_that_of_a_script_of_ten_lines(from_backbone: bool, root: Path, tmp_path: Path) -> None:
-    hard, given = Path(shutil.copytree(root / "test", tmp_path / "test")), ("--backbone", root / "weights.pt")
+def test_the_control_is_that_of_a_script_of_ten_lines(
+    from_backbone: bool, root: Path, tmp_path: Path
+) -> None:
+    hard, given = (
+        Path(shutil.copytree(root / "test", tmp_path / "test")),
+        ("--backbone", root / "weights.pt"),
+    )
     for file in sorted(hard.rglob("*.png"))[::4]:  # the colors of the other class
         Image.merge("RGB", Image.open(file).split()[::-1]).save(file)
-    metapl(*command(f"{IMAGES} supervised", root, tmp_path / "run", "--test", hard, *given[: 2 * from_backbone]))
+    metapl(
+        *command(
+            f"{IMAGES} supervised",
+            root,
+            tmp_path / "run",
+            "--test",
+            hard,
+            *given[: 2 * from_backbone],
+        )
+    )
 
     network: Any = create("pooled_cnn", 10, image_size=SIDE, weights=root / "weights.pt").eval()
     network.head = nn.Identity()
@@ -273,10 +325,16 @@ def test_the_control_is_that_of_a_script_of_ten_lines(from_backbone: bool, root:
         files = sorted(folder.rglob("*.png"))
         pictures = torch.stack([pil_to_tensor(Image.open(file)) for file in files]) / 255
         with torch.no_grad():
-            x = network((pictures - mean) / std) if from_backbone else nn.functional.avg_pool2d(pictures, 2)
+            x = (
+                network((pictures - mean) / std)
+                if from_backbone
+                else nn.functional.avg_pool2d(pictures, 2)
+            )
         return x.flatten(1).double().numpy(), [file.parent.name for file in files]
 
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*table(root / "labeled"))
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
+        *table(root / "labeled")
+    )
     found = result(tmp_path / "run")
     assert found["control_accuracy"] == pytest.approx(fitted.score(*table(hard)))
     assert ("backbone" in found["control_of"]) == from_backbone
@@ -293,7 +351,11 @@ def test_the_control_has_a_picture_of_each_class_however_rare_and_a_run_behind_i
     data: Any = SimpleNamespace(labeled=SimpleNamespace(images=images, labels=labels))
     assert [*backbone.Control.of(tuned("head"), data).regression.classes_] == [0, 1, 2]
     content = {"networks": {"student": "network"}, "delivered": "student", "delivered_by": "rule"}
-    content |= {"validation_accuracy": 0.8, "validation_size": 50, "student_validation_accuracy": 0.8}
+    content |= {
+        "validation_accuracy": 0.8,
+        "validation_size": 50,
+        "student_validation_accuracy": 0.8,
+    }
     content |= {"validation_chance": 0.1, "control_of": "pixels"}
     for control, behind in ((0.5, False), (0.9, True)):
         lines = " ".join(summary({**content, "control_accuracy": control}))

@@ -12,7 +12,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmark_runs import BENCHMARKS, MARKS, RESULTS, ROOT, SCRIPTS, SECOND, check_miniature, miniatures, run
+from benchmark_runs import (
+    BENCHMARKS,
+    MARKS,
+    RESULTS,
+    ROOT,
+    SCRIPTS,
+    SECOND,
+    check_miniature,
+    miniatures,
+    run,
+)
 
 pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
@@ -22,22 +32,34 @@ PAGES = [*(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md")]
 def test_every_command_is_run_here() -> None:
     found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
     assert found == {*(script.split()[0] for script in SCRIPTS), "gpu"}
-    marked = [mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())]
+    marked = [
+        mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())
+    ]
     # In tests/apps/test_picture_problems.py, and in test_protocol_examples.py.
     elsewhere = ["unseen", "backbone", "protocol_sources"]
-    assert sorted(marked) == sorted(elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])])
+    assert sorted(marked) == sorted(
+        elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])]
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_page_has_the_tables_of_the_committed_rows(script: str, tmp_path: Path) -> None:
     marks, copy = MARKS.get(script, [script]), tmp_path / "page.md"
-    (page,) = [page for page in PAGES if all(f"<!-- {mark}:begin -->" in page.read_text() for mark in marks)]
+    (page,) = [
+        page
+        for page in PAGES
+        if all(f"<!-- {mark}:begin -->" in page.read_text() for mark in marks)
+    ]
     emptied = text = re.sub(r"\n+(<!-- [\w-]+:end -->)", r"\n\1", page.read_text())
     for mark in marks:
-        emptied = re.sub(f"(<!-- {mark}:begin -->\n).*?(<!-- {mark}:end -->)", r"\1\2", emptied, flags=re.DOTALL)
+        emptied = re.sub(
+            f"(<!-- {mark}:begin -->\n).*?(<!-- {mark}:end -->)", r"\1\2", emptied, flags=re.DOTALL
+        )
     copy.write_text(emptied)
     run(script, "--write", copy)
-    assert copy.read_text() == text, f"python benchmarks/{script.replace(' ', '.py ', 1)} --write {page}"
+    assert copy.read_text() == text, (
+        f"python benchmarks/{script.replace(' ', '.py ', 1)} --write {page}"
+    )
 
 
 @miniatures(SECOND)
@@ -51,7 +73,9 @@ def test_the_rows_that_a_page_shows_are_those_of_the_whole_table() -> None:
     def rows_of(text: str) -> list[dict[str, str]]:
         found = []
         for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-            head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+            head, _, *body = (
+                [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+            )
             found += [dict(zip(head, cells, strict=True)) for cells in body]
         return found
 
@@ -72,7 +96,9 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
             right.setdefault(row["way"], set()).add(row["kind"])
     verified, unverified = outcomes["metapl, forward"], outcomes["metapl, forward, verify=False"]
     bergson = outcomes["bergson 2.5.1"]
-    others = {way: counts for way, counts in outcomes.items() if not way.startswith(("metapl", "bergson"))}
+    others = {
+        way: counts for way, counts in outcomes.items() if not way.startswith(("metapl", "bergson"))
+    }
     others_right = [counts["right"] for counts in others.values()]
     others_wrong = [counts["wrong"] for counts in others.values()]
     readme = (ROOT / "README.md").read_text()
@@ -90,18 +116,28 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
     right_elsewhere = set().union(*(right[way] for way in [*others, "bergson 2.5.1"]))
     page = " ".join((ROOT / "docs" / "peers.md").read_text().split())
     by_forward = len(right_elsewhere & right["metapl, forward"])
-    assert f"On {len(right_elsewhere)} students one of the others is right, and `forward` on {by_forward} of" in page
+    assert (
+        f"On {len(right_elsewhere)} students one of the others is right, and `forward` on {by_forward} of"
+        in page
+    )
     missed = right_elsewhere - right["metapl, forward"]
     assert missed == {"a captured teacher", "a count in an attribute"}
     assert missed - right["metapl, unrolled"] == {"a captured teacher"}
 
 
-def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_result(tmp_path: Path) -> None:
+def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_result(
+    tmp_path: Path,
+) -> None:
     harness, asked = importlib.import_module("harness"), list[int]()
 
     def study(seeds: int) -> list[int]:
         jobs = ({"arm": [1, 2], "seed": seed} for seed in range(seeds))
-        rows = harness.go_on(tmp_path / "rows", jobs, lambda arm, seed: asked.append(seed) or {"found": seed}, about=0)
+        rows = harness.go_on(
+            tmp_path / "rows",
+            jobs,
+            lambda arm, seed: asked.append(seed) or {"found": seed},
+            about=0,
+        )
         return [row["found"] for row in rows if "found" in row]
 
     assert (study(2), study(3), asked) == ([0, 1], [0, 1, 2], [0, 1, 2])
@@ -148,7 +184,9 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])
-def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_alone(name: str) -> None:
+def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_alone(
+    name: str,
+) -> None:
     study, harness = importlib.import_module(name), importlib.import_module("harness")
     tests = ("test_accuracy", "test", "teacher")
     rows = study.read() if name == "when" else harness.read(study.RAW, "final")
@@ -169,7 +207,9 @@ def test_each_study_has_every_arm_with_the_settings_that_tuning_chose() -> None:
     assert len(final) == len(digits.FULL.seeds) * sum(map(len, digits.COMPARED.values()))
     rows = harness.read(noise.RAW, "method")
     final = [row for row in rows if row["final"]]
-    chosen = {at: noise.chosen(rows, *at) for at in {(row["method"], row["condition"]) for row in final}}
+    chosen = {
+        at: noise.chosen(rows, *at) for at in {(row["method"], row["condition"]) for row in final}
+    }
     assert all(row["config"] == chosen[row["method"], row["condition"]] for row in final)
     assert len(final) == len(noise.FULL.seeds) * len(noise.ENTRIES) * len(noise.CONDITIONS)
     rows = when.read()
@@ -183,7 +223,11 @@ def test_each_study_has_every_arm_with_the_settings_that_tuning_chose() -> None:
 
 def test_every_arm_has_a_control_that_saw_the_same() -> None:
     when = importlib.import_module("when")
-    silent = {arm.group for arm in when.ARMS if arm.method.split()[0] in ("none", "fixed") and not arm.of_worth}
+    silent = {
+        arm.group
+        for arm in when.ARMS
+        if arm.method.split()[0] in ("none", "fixed") and not arm.of_worth
+    }
     for arm in when.ARMS:
         where, rules = when.GRIDS[arm.tuned]
         assert len(rules) == 8 if arm.of_worth else arm.group in silent

@@ -41,7 +41,9 @@ def typed() -> list[str]:
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
-                line = re.sub(r"^(\$ )?(torchrun|python) .*-m metapl\.apps ", "metapl ", line.strip())
+                line = re.sub(
+                    r"^(\$ )?(torchrun|python) .*-m metapl\.apps ", "metapl ", line.strip()
+                )
                 if re.match(r"(\$ )?metapl (?!--)[a-z]", line):
                     lines.append(line.removeprefix("$ "))
     return sorted({*lines})
@@ -85,11 +87,16 @@ def test_help_and_version() -> None:
         ("--steps 3 --method=uda --uda-weight 2", ("uda", {"uda_weight": 2.0})),
         ("--uda-weight 2 --method mpl", ("mpl", {"uda_weight": 2.0})),
         ("", ("mpl", {"steps": 6000})),
-        ("--compare --methods mpl none --seeds 0-1", ("mpl", {"methods": "mpl,none", "seeds": "0-1"})),
+        (
+            "--compare --methods mpl none --seeds 0-1",
+            ("mpl", {"methods": "mpl,none", "seeds": "0-1"}),
+        ),
         ("--hidden 4 8 --lr 0.1", ("mpl", {"hidden": (4, 8), "lr": 0.1})),
     ],
 )
-def test_a_method_is_named_before_or_behind_the_flags(words: str, expected: tuple[str, dict[str, Any]]) -> None:
+def test_a_method_is_named_before_or_behind_the_flags(
+    words: str, expected: tuple[str, dict[str, Any]]
+) -> None:
     _, command = parsed(["train", "digits", *words.split()])
     assert command.method.name == expected[0]
     assert flat(command).items() >= expected[1].items()
@@ -98,7 +105,11 @@ def test_a_method_is_named_before_or_behind_the_flags(words: str, expected: tupl
 IMAGES = "train images --labeled {few} --unlabeled {few} --test {few} --out {new}"
 DIGITS = "train digits --steps 6 --finetune-steps 4 --out {new}"
 NOISY = "train noisy --labeled {few} --clean {few} --out {new}"
-TOO_LARGE = ("--labeled-batch 100000000000", f"--hidden {'1 ' * 100}", "--compare --seeds 0-99999999999")
+TOO_LARGE = (
+    "--labeled-batch 100000000000",
+    f"--hidden {'1 ' * 100}",
+    "--compare --seeds 0-99999999999",
+)
 REFUSED = {
     "trian": "train",
     "train digits --stepz 3": "--stepz",
@@ -120,7 +131,10 @@ REFUSED = {
     **{f"{DIGITS} --compare --seeds {wrong}": "seeds" for wrong in ("²", "4-2", "3-5,4", "-")},
     f"{DIGITS} --method uda --mode forward": "--mode",
     **{f"{DIGITS} {flag}": "expected" for flag in TOO_LARGE},
-    **{f"{IMAGES} {flag}": "expected" for flag in ("--num-workers 2147483647", "--image-size 1000000")},
+    **{
+        f"{IMAGES} {flag}": "expected"
+        for flag in ("--num-workers 2147483647", "--image-size 1000000")
+    },
     "train digits --out {run}": "--resume",
     "train digits --out {few}": "another --out",
     "train digits --out {few} --resume": "another --out",
@@ -165,7 +179,10 @@ REFUSED = {
 def content(*folders: Path) -> dict[str, tuple[int, float]]:
     """Every file, with its size and when it was written, and every folder."""
     found = {str(file): file.stat() for folder in folders for file in folder.rglob("*")}
-    return {name: (-1, 0) if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns) for name, s in found.items()}
+    return {
+        name: (-1, 0) if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)
+        for name, s in found.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -192,26 +209,38 @@ def test_what_is_refused_leaves_every_file_as_it_was(
     assert content(tmp_path, tiny, few.parent, colors / "run") == before
 
 
-def test_predict_and_label_say_what_the_network_says(tiny: Path, ten_digits: Path, tmp_path: Path) -> None:
+def test_predict_and_label_say_what_the_network_says(
+    tiny: Path, ten_digits: Path, tmp_path: Path
+) -> None:
     network = Digits(hidden=(4,)).network()
     network.load_state_dict(load_file(tiny / "student.safetensors"))
     p = network(torch.tensor(load_digits().images[:10]).float()[:, None] / 16).softmax(1)
-    found = rows(metapl("predict", tiny, ten_digits, "--network", "student", "--top", "3", "--probabilities").stdout)
+    found = rows(
+        metapl(
+            "predict", tiny, ten_digits, "--network", "student", "--top", "3", "--probabilities"
+        ).stdout
+    )
     assert list(found[0])[:5] == ["file", "class", "probability", "class_2", "probability_2"]
     assert [row["file"] for row in found] == [f"{ten_digits}/{number}.png" for number in range(10)]
     for row, expected in zip(found, p, strict=True):
         shares = {str(digit): float(row[f"p({digit})"]) for digit in range(10)}
         assert [*shares.values()] == pytest.approx(expected.tolist(), abs=0.01)
-        for suffix, share in zip(("", "_2", "_3"), sorted(shares.values(), reverse=True), strict=False):
+        for suffix, share in zip(
+            ("", "_2", "_3"), sorted(shares.values(), reverse=True), strict=False
+        ):
             assert shares[row[f"class{suffix}"]] == float(row[f"probability{suffix}"]) == share
     metapl("label", tiny, ten_digits, "--network", "student", "--out", tmp_path / "store")
     store = LabelStore(tmp_path / "store")
-    torch.testing.assert_close(store[[f"{number}.png" for number in range(10)]], p.detach(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        store[[f"{number}.png" for number in range(10)]], p.detach(), atol=2e-3, rtol=0
+    )
 
 
 def test_a_diverged_network_predicts_nothing(run: Path, digit: Path, tmp_path: Path) -> None:
     for file in run.glob("*student.safetensors"):
-        save_file({key: torch.full_like(value, torch.nan) for key, value in load_file(file).items()}, file)
+        save_file(
+            {key: torch.full_like(value, torch.nan) for key, value in load_file(file).items()}, file
+        )
     reseal(run)
     for name, *words in (("predict", digit, "--out", tmp_path / "out.csv"), ("evaluate",)):
         assert "not finite" in metapl(name, run, *words, "--network", "student", code=2).stderr
@@ -225,12 +254,21 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     monkeypatch.setattr("metapl.apps.evaluate.CORRUPTIONS", few)
     flags = ("--corruptions", "--attack", "fgsm", "--eps", "0", "8", "--out", tmp_path)
     told, text = result(tiny), metapl("evaluate", tiny, *flags).stdout
-    for words in (f"{told['test_accuracy']:.2%} of 400, as in result.json", "under corruption", "ε in 1/255"):
+    for words in (
+        f"{told['test_accuracy']:.2%} of 400, as in result.json",
+        "under corruption",
+        "ε in 1/255",
+    ):
         assert words in text
     assert max(map(len, text.splitlines()[1:-1])) <= 80
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["confusion"] == told["evaluation"]["confusion"]
-    assert found["accuracy"] == found["recorded_accuracy"] == told["test_accuracy"] == found["attacks"]["fgsm"]["0"]
+    assert (
+        found["accuracy"]
+        == found["recorded_accuracy"]
+        == told["test_accuracy"]
+        == found["attacks"]["fgsm"]["0"]
+    )
     assert found["attacks"]["fgsm"]["8"] <= found["accuracy"]
     contrast = found["corruptions"]["contrast"]
     assert contrast["error"] == pytest.approx(1 - sum(contrast["accuracy_by_severity"]) / 5)
@@ -242,7 +280,9 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     assert again["corruptions"] == {"contrast": contrast}
 
 
-def test_evaluate_shows_the_pictures_on_which_two_networks_differ(tiny: Path, tmp_path: Path) -> None:
+def test_evaluate_shows_the_pictures_on_which_two_networks_differ(
+    tiny: Path, tmp_path: Path
+) -> None:
     """Counted by hand from what both predict; the p is that of a fair coin."""
     other = tmp_path / "other"
     metapl(*TINY, "--method", "supervised", "--steps", "40", "--out", other)
@@ -265,7 +305,9 @@ def test_evaluate_shows_the_pictures_on_which_two_networks_differ(tiny: Path, tm
             assert each[right].split()[0] == each["truth"] != each[wrong].split()[0]
     counts = [len(found["first_alone"]), len(found["second_alone"])]
     tosses = [math.comb(sum(counts), k) * 0.5 ** sum(counts) for k in range(sum(counts) + 1)]
-    assert found["p"] == pytest.approx(sum(toss for toss in tosses if toss <= tosses[counts[0]] * (1 + 1e-9)))
+    assert found["p"] == pytest.approx(
+        sum(toss for toss in tosses if toss <= tosses[counts[0]] * (1 + 1e-9))
+    )
     assert "McNemar's exact test, 400 pictures" in text
     with Image.open(tmp_path / "out" / "differences.png") as picture:
         assert picture.size[0] > 900
@@ -288,8 +330,12 @@ def test_two_runs_are_compared_on_one_test_set(tiny: Path, colors: Path, tmp_pat
     assert found["both_right"] + found["neither_right"] + apart == 6
 
 
-def test_a_student_that_finetuning_spoils_is_kept_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Digits, "finetuner", lambda _, net: torch.optim.SGD(net.parameters(), lr=1.0, maximize=True))
+def test_a_student_that_finetuning_spoils_is_kept_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        Digits, "finetuner", lambda _, net: torch.optim.SGD(net.parameters(), lr=1.0, maximize=True)
+    )
     seldom = ("--validate-every", "30", "--save-every", "60", "--log-every", "60")
     metapl(*TINY, "--method", "supervised", "--steps", "60", *seldom, "--out", tmp_path)
     told = result(tmp_path)
@@ -322,13 +368,27 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny)
     (tmp_path / "loop").symlink_to(tmp_path)
     with RunFolder(tmp_path / "held").held():
-        entries = {entry["run"]: entry for entry in json.loads(metapl("runs", tmp_path, "--json").stdout)}
+        entries = {
+            entry["run"]: entry for entry in json.loads(metapl("runs", tmp_path, "--json").stdout)
+        }
         table = metapl("runs", tmp_path).stdout
-    states = {"mine": "finished", "stopped": "interrupted", "held": "running", "deep/er/broken": "damaged"}
-    found = {str(Path(name).relative_to(tmp_path)): entry["state"] for name, entry in entries.items()}
+    states = {
+        "mine": "finished",
+        "stopped": "interrupted",
+        "held": "running",
+        "deep/er/broken": "damaged",
+    }
+    found = {
+        str(Path(name).relative_to(tmp_path)): entry["state"] for name, entry in entries.items()
+    }
     assert found == states | {"link": "finished"}
     mine, told = entries[str(tmp_path / "mine")], result(tiny)
-    assert (mine["accuracy"], mine["on"], mine["n"], mine["steps"]) == (told["test_accuracy"], "test", 400, 6)
+    assert (mine["accuracy"], mine["on"], mine["n"], mine["steps"]) == (
+        told["test_accuracy"],
+        "test",
+        400,
+        6,
+    )
     assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
     for words in ("running", "interrupted", "result.json", f"{100 * mine['accuracy']:.1f} ("):
         assert words in table, words
@@ -344,8 +404,13 @@ def test_ablate_measures_the_modes_of_digits_and_of_networks_of_ones_own(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_networks", raising=False)
-    for of in ("digits --steps 2 --modes forward difference", "--factory own_networks:build --modes forward"):
-        text = metapl("ablate", *of.split(), "--draws", "2", "--rounds", "1", "--out", tmp_path / "there").stdout
+    for of in (
+        "digits --steps 2 --modes forward difference",
+        "--factory own_networks:build --modes forward",
+    ):
+        text = metapl(
+            "ablate", *of.split(), "--draws", "2", "--rounds", "1", "--out", tmp_path / "there"
+        ).stdout
         found = json.loads((tmp_path / "there" / "ablation.json").read_text())
         assert [*found["modes"]] == of.partition("--modes ")[2].split()
         assert found["recommendation"] in " ".join(text.split())
@@ -364,8 +429,13 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(tiny: Path, digit: Pat
         assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
-def test_what_goes_wrong_is_a_line_and_an_exit_code(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped, told = MetaplError("x"), MetaplError("the memory of the GPU does not suffice; lower it")
+def test_what_goes_wrong_is_a_line_and_an_exit_code(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped, told = (
+        MetaplError("x"),
+        MetaplError("the memory of the GPU does not suffice; lower it"),
+    )
     wrapped.__cause__ = told.__cause__ = MemoryError()
     for error, code, word in (
         (MemoryError(), 2, "of this machine"),

@@ -20,7 +20,12 @@ from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.errors import MetaplError
 
 NONE = [0.5, 0.52, 0.51, 0.52, 0.53]
-TITLES = {"mpl": "Meta Pseudo Labels", "none": "same loop, no feedback", "uda": "UDA alone", "plain": "plain"}
+TITLES = {
+    "mpl": "Meta Pseudo Labels",
+    "none": "same loop, no feedback",
+    "uda": "UDA alone",
+    "plain": "plain",
+}
 SHORT = (*TINY, "--compare", "--methods", "mpl", "none", "--seeds", "0-1")
 
 
@@ -28,13 +33,21 @@ SHORT = (*TINY, "--compare", "--methods", "mpl", "none", "--seeds", "0-1")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of two methods and two seeds, which tests leave as it is."""
     command = (*SHORT, "--jobs", "1")
-    return built_once(tmp_path_factory, "tiny-compared", lambda out: metapl(*command, "--out", str(out)))
+    return built_once(
+        tmp_path_factory, "tiny-compared", lambda out: metapl(*command, "--out", str(out))
+    )
 
 
-def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] | None = None) -> Comparison:
+def comparison(
+    test: dict[str, list[float]], validation: dict[str, list[float]] | None = None
+) -> Comparison:
     """Students with these accuracies, and finetuned ones that are worse."""
     methods = {
-        name: {"test_accuracy": ones, "student_test_accuracy": ones, "finetuned_test_accuracy": [0.1] * len(ones)}
+        name: {
+            "test_accuracy": ones,
+            "student_test_accuracy": ones,
+            "finetuned_test_accuracy": [0.1] * len(ones),
+        }
         for name, ones in test.items()
     }
     for name, ones in (validation or {}).items():
@@ -54,30 +67,42 @@ def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] 
         (NONE, "every seed the same"),
     ],
 )
-def test_the_sentence_claims_what_a_paired_test_of_five_seeds_shows(mpl: list[float], words: str) -> None:
+def test_the_sentence_claims_what_a_paired_test_of_five_seeds_shows(
+    mpl: list[float], words: str
+) -> None:
     found = comparison({"mpl": mpl, "none": NONE[: len(mpl)]})
     assert words in found.sentence()
     assert "n = 400, chance 12.5%" in found.sentence()
     assert ("p =" in found.sentence()) == (len(mpl) == 5 and mpl != NONE)
     tested = found.to_json()["mpl_against_none"]
     assert tested["n"] == len(mpl)
-    assert tested["mean"] == pytest.approx(sum(a - b for a, b in zip(mpl, NONE, strict=False)) / len(mpl))
+    assert tested["mean"] == pytest.approx(
+        sum(a - b for a, b in zip(mpl, NONE, strict=False)) / len(mpl)
+    )
 
 
-def test_the_best_method_is_named_and_the_delivered_student_is_the_best_by_validation_alone() -> None:
+def test_the_best_method_is_named_and_the_delivered_student_is_the_best_by_validation_alone() -> (
+    None
+):
     two = {"mpl": [0.8, 0.8], "none": [0.7, 0.8], "uda": [0.85, 0.86]}
     assert comparison(two).sentence().endswith("is UDA alone with 85.5% of 400 (chance 12.5%).")
     assert "the best" not in comparison({"mpl": [0.9], "none": [0.7]}).sentence()
     assert comparison({"uda": [0.9], "none": [0.7]}).against_control() is None
     for better, word in (("noise_transition", "helped"), ("plain", "hurt")):
         high, low = [0.9, 0.91, 0.92, 0.93, 0.95], [0.8, 0.82, 0.81, 0.84, 0.83]
-        of = {name: dict.fromkeys(READOUTS, high if name == better else low) for name in ("noise_transition", "plain")}
+        of = {
+            name: dict.fromkeys(READOUTS, high if name == better else low)
+            for name in ("noise_transition", "plain")
+        }
         found = Comparison((0, 1, 2, 3, 4), of, {name: name for name in of}, 400, 0.1)
         assert f"labels {word}" in found.sentence()
         assert "noise_transition_against_plain" in found.to_json()
     test = {"mpl": [0.9, 0.9], "uda": [0.1, 0.1], "supervised": [0.2, 0.2]}
     validation = {"mpl": [0.5, 0.6], "uda": [0.4, 0.9], "supervised": [0.65, 0.65]}
-    assert comparison(test, validation).delivered()[:2] == ("uda", 1)  # ties go to the earlier one: 0.65 on the mean
+    assert comparison(test, validation).delivered()[:2] == (
+        "uda",
+        1,
+    )  # ties go to the earlier one: 0.65 on the mean
     assert comparison(test).delivered()[:2] == ("mpl", 0)
 
 
@@ -95,13 +120,17 @@ def test_a_comparison_delivers_the_networks_of_one_of_its_runs_which_are_those_o
     assert contents(compared / "mpl" / "seed-0") == contents(tiny)
     told = result(compared)
     source = compared / told["method"] / f"seed-{told['seed']}"
-    assert {file.name for file in source.glob("*.safetensors")} == {f.name for f in compared.glob("*.safetensors")}
+    assert {file.name for file in source.glob("*.safetensors")} == {
+        f.name for f in compared.glob("*.safetensors")
+    }
     for file in source.glob("*.safetensors"):
         assert (compared / file.name).read_bytes() == file.read_bytes()
     for name, of in told["methods"].items():
         for index, seed in enumerate(told["seeds"]):
             own = result(compared / name / f"seed-{seed}")
-            assert [of[readout][index] for readout in READOUTS] == [own[readout] for readout in READOUTS]
+            assert [of[readout][index] for readout in READOUTS] == [
+                own[readout] for readout in READOUTS
+            ]
     validated = {name: sum(of["validation_accuracy"]) for name, of in told["methods"].items()}
     assert validated[told["method"]] == max(validated.values())
     found = json.loads(metapl("evaluate", compared, "--json").stdout)
@@ -112,7 +141,9 @@ def test_a_comparison_delivers_the_networks_of_one_of_its_runs_which_are_those_o
     assert (compared / "report.png").is_file()
 
 
-def test_a_comparison_that_was_stopped_goes_on_with_what_has_ended(compared: Path, tmp_path: Path) -> None:
+def test_a_comparison_that_was_stopped_goes_on_with_what_has_ended(
+    compared: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(compared, tmp_path / "copy"))
     for name in ("result.json", "none/seed-1/result.json"):
         (copy / name).unlink()
@@ -133,16 +164,23 @@ def _killed(job: Job) -> None:
 
 
 @pytest.mark.long
-def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_killed_is_reported_and_the_others_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare, "_run_apart", _killed)
-    two = [Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1) for s in (0, 1)]
+    two = [
+        Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1)
+        for s in (0, 1)
+    ]
     with pytest.raises(MetaplError, match="killed"):
         list(compare.run_all(two, workers=2))
     assert multiprocessing.active_children() == []
 
 
 def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(compared: Path) -> None:
-    singles = metapl("compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1))).stdout
+    singles = metapl(
+        "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1))
+    ).stdout
     folders = [[compared / m / f"seed-{s}" for s in (0, 1)] for m in ("mpl", "none")]
     mpl, none = (sum(result(one)["student_test_accuracy"] for one in both) for both in folders)
     for text in (singles, metapl("compare", compared).stdout):
@@ -174,8 +212,19 @@ def test_compare_pairs_runs_of_the_same_minutes_and_says_why_it_does_not_pair(
     ):
         assert words in metapl("compare", *runs).stdout
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
-    for one, steps in ((run, 6), (other, 9)):  # of the same minutes, whatever the number of their steps
-        edited(one / "recipe.json", "recipe", "fields", minutes=5.0, steps=steps, wait=steps // 2, lr=0.1)
+    for one, steps in (
+        (run, 6),
+        (other, 9),
+    ):  # of the same minutes, whatever the number of their steps
+        edited(
+            one / "recipe.json",
+            "recipe",
+            "fields",
+            minutes=5.0,
+            steps=steps,
+            wait=steps // 2,
+            lr=0.1,
+        )
         edited(one / "result.json", steps=steps)
     edited(other / "recipe.json", "recipe", method="none")
     edited(other / "result.json", method="none", title="no feedback")
@@ -184,13 +233,19 @@ def test_compare_pairs_runs_of_the_same_minutes_and_says_why_it_does_not_pair(
 
 def test_compare_refuses_runs_on_other_data_or_of_other_classes(tiny: Path, run: Path) -> None:
     classes = result(run)["evaluation"]["classes"]
-    edited(run / "result.json", "evaluation", classes=["three" if name == "3" else name for name in classes])
+    edited(
+        run / "result.json",
+        "evaluation",
+        classes=["three" if name == "3" else name for name in classes],
+    )
     assert "three" in metapl("compare", tiny, run, code=2).stderr
     shutil.copy(tiny / "result.json", run)
     edited(run / "data.json", "hash", test="0")
     assert "damaged" in metapl("compare", tiny, run, code=2).stderr
     reseal(run)
     assert "test differ" in " ".join(metapl("compare", tiny, run, code=2).stderr.split())
-    edited(run / "recipe.json", "recipe", "fields", seed=1)  # another seed has another split of the same data
+    edited(
+        run / "recipe.json", "recipe", "fields", seed=1
+    )  # another seed has another split of the same data
     edited(run / "result.json", seed=1)
     metapl("compare", tiny, run)

@@ -21,10 +21,14 @@ pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
 PAGES += sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-PASTED = sorted(page.stem for page in (ROOT / "docs").glob("*.md") if pages.FENCED.search(page.read_text()))
+PASTED = sorted(
+    page.stem for page in (ROOT / "docs").glob("*.md") if pages.FENCED.search(page.read_text())
+)
 
 
 @pytest.fixture
@@ -42,25 +46,42 @@ def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     code = pages.code(page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
-    for variable, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+    for variable, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
         monkeypatch.setenv(variable, value)  # as torchrun with one process
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
     pages.check_printed(code, capsys.readouterr().out)
 
 
 def test_the_page_on_problems_has_the_method_of_its_example() -> None:
-    _, _, method = pages.FENCED.findall((ROOT / "docs" / "write-a-problem.md").read_text())[0].partition("\n\n\n")
+    _, _, method = pages.FENCED.findall((ROOT / "docs" / "write-a-problem.md").read_text())[
+        0
+    ].partition("\n\n\n")
     assert method.startswith("class PairWeights")
     assert method in (ROOT / "examples" / "your_own_method.py").read_text()
 
 
 def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_examples() -> None:
     text = (ROOT / "docs" / "write-a-problem.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "examples/" in line]
-    methods = {re.findall(r"`(\w+)`", cells[0])[0]: cells for cells in rows if cells[0].startswith("[")}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if "examples/" in line
+    ]
+    methods = {
+        re.findall(r"`(\w+)`", cells[0])[0]: cells for cells in rows if cells[0].startswith("[")
+    }
     kinds = {name: getattr(metapl.problems, name) for name in metapl.problems.__all__}
-    of_labels = [k for k, v in kinds.items() if isinstance(v, type) and issubclass(v, Classification)]
-    assert methods.keys() == {k for k in of_labels if not issubclass(kinds[k], EqualWeights)} - {"Classification"}
+    of_labels = [
+        k for k, v in kinds.items() if isinstance(v, type) and issubclass(v, Classification)
+    ]
+    assert methods.keys() == {k for k in of_labels if not issubclass(kinds[k], EqualWeights)} - {
+        "Classification"
+    }
     for name, cells in methods.items():
         text = (ROOT / re.findall(r"examples/\w+\.py", cells[4])[0]).read_text()
         assert f'compare("{name}"' in text
@@ -78,7 +99,9 @@ def test_the_notebook_runs_and_prints_what_is_stored(
     names: dict[str, object] = {}
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names)
+            exec(
+                compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names
+            )
             stored = "".join(line for one in cell["outputs"] for line in one.get("text", ()))
             pages.check_alike(capsys.readouterr().out.splitlines(), stored.splitlines())
     assert sum(len(cell["outputs"]) for cell in cells if cell["cell_type"] == "code") >= 5
@@ -88,7 +111,9 @@ def anchors(page: Path) -> set[str]:
     """What the headings of a page, and the objects that it documents, are linked to by."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     documented = set(re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
-    return documented | {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return documented | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -101,7 +126,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         other = (page.parent / file).resolve() if file else page
         assert other.is_file(), f"{target} is not there"
         if anchor:  # a class stands for its methods
-            assert {anchor, anchor.rpartition(".")[0]} & anchors(other), f"{target} has no such heading"
+            assert {anchor, anchor.rpartition(".")[0]} & anchors(other), (
+                f"{target} has no such heading"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -120,16 +147,32 @@ def test_all_pages_are_in_the_navigation_and_code_is_in_those_that_run() -> None
     for page in (ROOT / "docs").rglob("*.md"):
         assert f" {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation
     run = {"README.md", *(f"docs/{name}.md" for name in PASTED)}
-    assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
+    assert {
+        name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())
+    } == run
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the docs extra is not installed: make docs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    site = {page.relative_to(tmp_path / "site").as_posix() for page in (tmp_path / "site").rglob("*.html")}
+    site = {
+        page.relative_to(tmp_path / "site").as_posix()
+        for page in (tmp_path / "site").rglob("*.html")
+    }
     assert {"index.html", "tutorial/index.html", "reference/feedback/index.html"} <= site
     everything = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', everything), (
@@ -140,7 +183,9 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> None:
     code = pages.code(ROOT / "README.md")
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     pages.check_printed(code, done.stdout)
     assert list(tmp_path.iterdir()) == []
@@ -150,7 +195,9 @@ def table(text: str) -> dict[str, dict[str, str]]:
     """The rows of the first table of a text, by their first cell, each with its cells by their columns."""
     lines = re.search(r"(^\|.*\n)+", text, re.MULTILINE)
     assert lines is not None
-    head, _, *body = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in lines[0].splitlines())
+    head, _, *body = (
+        [cell.strip() for cell in line.strip("|\n").split("|")] for line in lines[0].splitlines()
+    )
     return {cells[0]: dict(zip(head, cells, strict=True)) for cells in body}
 
 
@@ -172,7 +219,9 @@ def test_pseudo_labels_stay_below_the_default_whatever_the_problems_not_run_woul
         for row in read(RESULTS / "pictures_unseen_pseudo.jsonl")
         if (row["method"], row["minutes"]) == ("pseudo_labels", 10)
     }
-    whole = table((ROOT / "docs" / "pictures.md").read_text())["UDA, half aligned (the default), 10 min"]
+    whole = table((ROOT / "docs" / "pictures.md").read_text())[
+        "UDA, half aligned (the default), 10 min"
+    ]
     problems = [name for name in found if name in whole]
     most = (sum(found.values()) + 100 * (9 - len(problems))) / 9
     assert most < float(whole["mean"])

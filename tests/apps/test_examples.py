@@ -46,7 +46,10 @@ def differ_as_they_say(*found: float) -> bool:
 
 PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
     # The words of a command, what is looked for in what it prints, and what holds of the numbers there.
-    **{name: (f"{name} 3 --steps 3", compared(of), differ_as_they_say) for name, of in LABEL_METHODS.items()},
+    **{
+        name: (f"{name} 3 --steps 3", compared(of), differ_as_they_say)
+        for name, of in LABEL_METHODS.items()
+    },
     "asymmetric noise": (
         "learning_to_reweight 0",
         r"asymmetric: ([\d.]+) by \w+, ([\d.]+) by plain",
@@ -61,7 +64,9 @@ PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
         "data_rater 3 --steps 50",
         r"documentation against source code ([\d.]+), against shuffled ([\d.]+)(?:.*\n)+?.*"
         r"perplexity: ([\d.]+) on everything, ([\d.]+) rated, ([\d.]+) documentation alone",
-        lambda code, shuffled, everything, rated, clean: min(code, shuffled) > 0.6 and clean < rated < everything,
+        lambda code, shuffled, everything, rated, clean: (
+            min(code, shuffled) > 0.6 and clean < rated < everything
+        ),
     ),
     "noise of an augmentation": (
         "learned_augmentation 3 --steps 200",
@@ -95,7 +100,9 @@ def printed(patch: pytest.MonkeyPatch, name: str, *arguments: str) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("of", [pytest.param(n, marks=[LONG] * (n in ("own networks", "tables"))) for n in PRINTS])
+@pytest.mark.parametrize(
+    "of", [pytest.param(n, marks=[LONG] * (n in ("own networks", "tables"))) for n in PRINTS]
+)
 def test_an_example_prints_what_it_promises(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words, pattern, holds = PRINTS[of]
     text = printed(monkeypatch, *words.split())
@@ -104,7 +111,9 @@ def test_an_example_prints_what_it_promises(of: str, monkeypatch: pytest.MonkeyP
     assert holds(*map(float, found.groups())), found.groups()
 
 
-def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lines = printed(monkeypatch, "all_modes").splitlines()[1:]
     rows = dict(line.split(maxsplit=1) for line in lines)
     assert tuple(rows) == tuple(mode for mode in metapl.MODES if mode != "implicit")
@@ -117,7 +126,9 @@ def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient(monkeyp
 
 
 def test_the_hyperparameters_of_an_example_are_learned() -> None:
-    example = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "learned_hyperparameters.py")))
+    example = SimpleNamespace(
+        **runpy.run_path(str(ROOT / "examples" / "learned_hyperparameters.py"))
+    )
     (loss, logs, _), (later, moved, _) = example.learn(load_digits_split(10, 3), 3, rounds=2)
     assert later < loss
     torch.testing.assert_close(logs["decay"].exp(), torch.full((3,), 0.001))
@@ -125,9 +136,13 @@ def test_the_hyperparameters_of_an_example_are_learned() -> None:
 
 
 @pytest.mark.long
-def test_a_start_that_is_learned_fits_new_sinusoids_and_known_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_is_learned_fits_new_sinusoids_and_known_digits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
-    sinusoids, digits = (runpy.run_path(str(ROOT / "examples" / f"maml_{of}.py")) for of in ("sinusoids", "digits"))
+    sinusoids, digits = (
+        runpy.run_path(str(ROOT / "examples" / f"maml_{of}.py")) for of in ("sinusoids", "digits")
+    )
     with torch.random.fork_rng():
         random, together, learned = sinusoids["errors"](7, rounds=200)
         *_, of_random, _, of_learned = digits["accuracies"](7, rounds=60)
@@ -137,10 +152,15 @@ def test_a_start_that_is_learned_fits_new_sinusoids_and_known_digits(monkeypatch
 
 def test_a_schedule_of_an_example_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "learned_schedule.py"))
-    for name, value in {"STEPS": 20, "START": {n: log - 1 for n, log in example["START"].items()}}.items():
+    for name, value in {
+        "STEPS": 20,
+        "START": {n: log - 1 for n, log in example["START"].items()},
+    }.items():
         monkeypatch.setitem(example["learn"].__globals__, name, value)
     with torch.random.fork_rng():
-        (loss, logs, student), (later, moved, _) = example["learn"](load_digits_split(10, 3), 3, rounds=2)
+        (loss, logs, student), (later, moved, _) = example["learn"](
+            load_digits_split(10, 3), 3, rounds=2
+        )
     assert later < loss  # from a small rate
     assert student[-1].weight.shape == (10, 64)
     assert all((moved[name] != log).all() for name, log in logs.items())
@@ -154,10 +174,17 @@ def test_a_start_for_fine_tuning_is_learned(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         (x, y), _ = example["split"]()
-        monkeypatch.setitem(example["learn"].__globals__, "draw", lambda *_: [(x[:20], y[:20]), (x[20:220], y[20:220])])
+        monkeypatch.setitem(
+            example["learn"].__globals__,
+            "draw",
+            lambda *_: [(x[:20], y[:20]), (x[20:220], y[20:220])],
+        )
         student = metapl.models.mlp([64, 32, 10])
         sgd = torch.optim.SGD(student.parameters(), 0.03, momentum=0.9)
-        given: Any = {"outer": (x[20:220], y[20:220]), "inner": metapl.Lookahead([(x[:20], y[:20])] * 20)}
+        given: Any = {
+            "outer": (x[20:220], y[20:220]),
+            "inner": metapl.Lookahead([(x[:20], y[:20])] * 20),
+        }
         given |= {"problem": metapl.problems.EqualWeights(), "inner_optimizer": sgd}
         before = metapl.hypergradient(None, student, **given)
         example["learn"](student, x, y, 15)

@@ -26,7 +26,9 @@ SMALL = Architecture(name="small_cnn", num_classes=2)
 SHAPE = (3, 16, 16)
 
 
-def run(out: Path, patch: pytest.MonkeyPatch, file: str = WEIGHTS, own: bool = False, **scope: Any) -> dict[str, Any]:
+def run(
+    out: Path, patch: pytest.MonkeyPatch, file: str = WEIGHTS, own: bool = False, **scope: Any
+) -> dict[str, Any]:
     """What the card's code for a file defines, run beside it, where metapl cannot be imported."""
     patch.chdir(out)
     for name in [name for name in sys.modules if name.split(".")[0] == "metapl"]:
@@ -48,17 +50,23 @@ def trained_like(architecture: Architecture, size: int) -> nn.Module:
     model(torch.rand(8, channels, size, size))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("head.weight", "fc.weight", "heads.head.weight", "classifier.1.weight")):
+            if name.endswith(
+                ("head.weight", "fc.weight", "heads.head.weight", "classifier.1.weight")
+            ):
                 parameter.normal_()
     return model
 
 
 @pytest.mark.usefixtures("blank_programs")
 @pytest.mark.parametrize("name", ["efficientnet_b0_svhn", "timm:resnet10t", "resnet18"])
-def test_the_cards_code_builds_the_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cards_code_builds_the_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And torchvision loads the weights of its own."""
     pytest.importorskip("timm")
-    architecture = Architecture(name=name, num_classes=4, in_channels=1 if name != "resnet18" else 3, dropout=0.5)
+    architecture = Architecture(
+        name=name, num_classes=4, in_channels=1 if name != "resnet18" else 3, dropout=0.5
+    )
     shape = (architecture.in_channels, 32, 32)
     model: Any = trained_like(architecture, 32).eval()
     export(model, tmp_path / "out", shape=shape, architecture=architecture)
@@ -74,12 +82,19 @@ def test_the_cards_code_builds_the_network(name: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "size", "channels", "onnx"),
-    [("pooled_cnn", 24, 1, False), pytest.param("timm:resnet10t", 32, 3, True, marks=pytest.mark.long)],
+    [
+        ("pooled_cnn", 24, 1, False),
+        pytest.param("timm:resnet10t", 32, 3, True, marks=pytest.mark.long),
+    ],
 )
 def test_the_cards_code_runs_the_programs(
     name: str, size: int, channels: int, onnx: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("timm",) * name.startswith("timm:") + ("onnx", "onnxscript", "onnxruntime") * onnx:
+    for package in ("timm",) * name.startswith("timm:") + (
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    ) * onnx:
         pytest.importorskip(package)
     architecture = Architecture(name=name, num_classes=4, in_channels=channels, image_size=size)
     shape = (channels, size, size)
@@ -94,11 +109,17 @@ def test_the_cards_code_runs_the_programs(
         predict = run(tmp_path / "out", monkeypatch, file=file)["predict"]
         for count in (1, 5):
             found = predict(images[:count].numpy() if is_onnx else images[:count])
-            torch.testing.assert_close(torch.as_tensor(found), expected[:count], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                torch.as_tensor(found), expected[:count], rtol=1e-4, atol=1e-5
+            )
         assert digests[file] == hashlib.sha256(content).hexdigest()
         assert f"| SHA-256 of {file} | {digests[file]} |" in (tmp_path / "out" / CARD).read_text()
         # Neither places of this machine nor metapl's names stand in it.
-        assert not [words for words in (os.fsencode(os.getcwd()), b"site-packages", b"metapl") if words in content]
+        assert not [
+            words
+            for words in (os.fsencode(os.getcwd()), b"site-packages", b"metapl")
+            if words in content
+        ]
 
 
 def little(outputs: int = 2) -> nn.Module:
@@ -115,7 +136,9 @@ def test_a_program_of_a_network_in_training_is_that_of_its_evaluation() -> None:
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert first == programs(model.eval().float().to(memory_format=torch.contiguous_format), (3, 4, 4))
+    assert first == programs(
+        model.eval().float().to(memory_format=torch.contiguous_format), (3, 4, 4)
+    )
 
 
 @pytest.mark.parametrize(("other", "word"), [(little(), "differs"), (little(3), r"\(1, 3\)")])
@@ -123,7 +146,9 @@ def test_a_program_that_gives_something_else_is_refused(
     other: nn.Module, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = torch.export.export
-    monkeypatch.setattr(torch.export, "export", lambda network, *given, **named: real(other, *given, **named))
+    monkeypatch.setattr(
+        torch.export, "export", lambda network, *given, **named: real(other, *given, **named)
+    )
     with pytest.raises(MetaplError, match=word):
         export(little(), tmp_path / "out", shape=(3, 4, 4))
     assert not (tmp_path / "out").exists()
@@ -132,7 +157,12 @@ def test_a_program_that_gives_something_else_is_refused(
 @pytest.mark.usefixtures("blank_programs")
 def test_same_network_same_bytes_and_file_and_card_say_what_it_is(tmp_path: Path) -> None:
     sections = {"Metrics": {"test accuracy": 0.9712345678, "n": 5}, "Notes": "On a **laptop**."}
-    told = {"title": "Cats and dogs", "classes": ["cat", "dog"], "sections": sections, "architecture": SMALL}
+    told = {
+        "title": "Cats and dogs",
+        "classes": ["cat", "dog"],
+        "sections": sections,
+        "architecture": SMALL,
+    }
     model = Normalized(SMALL.create(), MEAN, STD)
     before = {key: (t.data_ptr(), t.clone()) for key, t in model.state_dict().items()}
     first = export(model, tmp_path / "a", shape=SHAPE, **told)
@@ -148,8 +178,19 @@ def test_same_network_same_bytes_and_file_and_card_say_what_it_is(tmp_path: Path
     assert Architecture(**said["architecture"]) == SMALL
     assert (said["normalization"], said["classes"]) == ({"mean": MEAN, "std": STD}, ["cat", "dog"])
     text = (tmp_path / "a" / CARD).read_text()
-    parts = ["# Cats and dogs\n", "name='small_cnn'", "| parameters | 79,746 |", "cat, dog", "0.485, 0.456, 0.406"]
-    parts += ["| test accuracy | 0.971235 |", "| n | 5 |", f"| torch | {torch.__version__.split('+')[0]}", "**laptop**"]
+    parts = [
+        "# Cats and dogs\n",
+        "name='small_cnn'",
+        "| parameters | 79,746 |",
+        "cat, dog",
+        "0.485, 0.456, 0.406",
+    ]
+    parts += [
+        "| test accuracy | 0.971235 |",
+        "| n | 5 |",
+        f"| torch | {torch.__version__.split('+')[0]}",
+        "**laptop**",
+    ]
     assert not [part for part in parts if part not in text]
 
 
@@ -179,23 +220,36 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
 
     real, diverged = importlib.util.find_spec, create("small_cnn", 2)
     nn.init.constant_(diverged.get_parameter("head.bias"), float("inf"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnx") else real(name))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name.startswith("onnx") else real(name)
+    )
     sound = create("small_cnn", 2)
-    for model, onnx, word in ((diverged, False, "finite"), (Undecided(), False, "torch.export"), (sound, True, "pip")):
+    for model, onnx, word in (
+        (diverged, False, "finite"),
+        (Undecided(), False, "torch.export"),
+        (sound, True, "pip"),
+    ):
         with pytest.raises(MetaplError, match=word):
             export(model, tmp_path / "out", shape=SHAPE, onnx=onnx)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("blank_programs")
-def test_an_earlier_export_stays_where_another_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_export_stays_where_another_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(create("small_cnn", 2), tmp_path, shape=SHAPE)
     content = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("metapl.runs.folder.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+        patch.setattr(
+            "metapl.runs.folder.os.replace",
+            Mock(side_effect=OSError(28, "No space left on device")),
+        )
         with pytest.raises(MetaplError, match="No space left"):
             export(create("small_cnn", 2), tmp_path, shape=SHAPE)
-    (tmp_path / ONNX).write_bytes(b"of another network")  # which would stand beside weights that are not its own
+    (tmp_path / ONNX).write_bytes(
+        b"of another network"
+    )  # which would stand beside weights that are not its own
     for out, word in ((tmp_path, ONNX), (tmp_path / CARD, "written")):
         with pytest.raises(MetaplError, match=word):
             export(create("small_cnn", 2), out, shape=SHAPE)

@@ -45,7 +45,10 @@ from metapl.apps.words import CsvRows
 from metapl.errors import MetaplError, few
 from metapl.words import TURNS, shown
 
-SMALL: dict[str, Any] = {"pictures": Pictures(image_size=8, network="small_cnn"), "fitting": Fitting(steps=6)}
+SMALL: dict[str, Any] = {
+    "pictures": Pictures(image_size=8, network="small_cnn"),
+    "fitting": Fitting(steps=6),
+}
 PARTS = ("labeled", "unlabeled", "test")
 
 
@@ -75,7 +78,17 @@ def unlabeled(root: Path, *levels: int) -> Files:
 
 
 def test_any_tree(tmp_path: Path) -> None:
-    fill(tmp_path, "b.jpg", "a/z.PNG", "a/deep/er/y.Tiff", "a-b.webp", "B/4.png", "notes.txt", "README", "a/notes.txt")
+    fill(
+        tmp_path,
+        "b.jpg",
+        "a/z.PNG",
+        "a/deep/er/y.Tiff",
+        "a-b.webp",
+        "B/4.png",
+        "notes.txt",
+        "README",
+        "a/notes.txt",
+    )
     root = fill(tmp_path, ".hidden.png", "a/.cache/x.png", "a/._x.png", "__MACOSX/x.png")
     files = scan_unlabeled(root)
     assert files.names == ("B/4.png", "a-b.webp", "a/deep/er/y.Tiff", "a/z.PNG", "b.jpg")
@@ -93,7 +106,16 @@ def test_any_tree(tmp_path: Path) -> None:
 
 
 def test_one_folder_a_class(tmp_path: Path) -> None:
-    fill(tmp_path, "dog/1.png", "cat/2.png", "cat/more/1.jpg", "loose.png", "list.csv", "dog/x.txt", ".git/a/b.png")
+    fill(
+        tmp_path,
+        "dog/1.png",
+        "cat/2.png",
+        "cat/more/1.jpg",
+        "loose.png",
+        "list.csv",
+        "dog/x.txt",
+        ".git/a/b.png",
+    )
     (tmp_path / "empty").mkdir()
     for name in ("cat", "dog"):  # which brings no pictures of other classes
         (tmp_path / name / "up").symlink_to(tmp_path)
@@ -105,7 +127,11 @@ def test_one_folder_a_class(tmp_path: Path) -> None:
     assert files.passed_over == {".csv": 1, ".txt": 1}
     assert files.counts() == {"cat": 2, "dog": 1, "empty": 0}
     kept = files.keep([2, 1])
-    assert (kept.names, kept.labels, kept.classes) == (("dog/1.png", "cat/more/1.jpg"), (1, 0), files.classes)
+    assert (kept.names, kept.labels, kept.classes) == (
+        ("dog/1.png", "cat/more/1.jpg"),
+        (1, 0),
+        files.classes,
+    )
     with pytest.raises(MetaplError, match="cat"):
         files.targets(("dog", "fish"))
 
@@ -140,21 +166,35 @@ def write_tar(path: Path, **members: bytes) -> Path:
 
 
 def levels(files: Files) -> list[int]:
-    return FileImages(files.paths(), size=(2, 2)).fetch(torch.arange(len(files)))[0][:, 0, 0, 0].tolist()
+    return (
+        FileImages(files.paths(), size=(2, 2))
+        .fetch(torch.arange(len(files)))[0][:, 0, 0, 0]
+        .tolist()
+    )
 
 
 def test_a_tar_file_stands_for_the_folder(tmp_path: Path) -> None:
     (pictures(tmp_path / "u", any=[1, 2, 3]) / "deep" / "er").mkdir(parents=True)
     (tmp_path / "u" / "any" / "0.bmp").rename(tmp_path / "u" / "deep" / "er" / "blue.0.bmp")
     (tmp_path / "tars").mkdir()
-    made = ("--sort=name", "--mtime=@0", "-cf", tmp_path / "tars" / "many.tar", "-C", tmp_path / "u", ".")
+    made = (
+        "--sort=name",
+        "--mtime=@0",
+        "-cf",
+        tmp_path / "tars" / "many.tar",
+        "-C",
+        tmp_path / "u",
+        ".",
+    )
     subprocess.run(["tar", *made], check=True)  # as the page says
     files, inside = scan_unlabeled(tmp_path / "u"), scan_unlabeled(tmp_path / "tars")
     assert [name.partition("/")[2] for name in inside.names] == [*files.names]
     assert levels(inside) == levels(files) == [2, 3, 1]
     assert verify_files(inside).sound == (0, 1, 2)
     found = check_folders(
-        labeled(tmp_path / "l", a=[7, 8], b=[9, 10]), inside, test=labeled(tmp_path / "t", a=[2], b=[5])
+        labeled(tmp_path / "l", a=[7, 8], b=[9, 10]),
+        inside,
+        test=labeled(tmp_path / "t", a=[2], b=[5]),
     )
     assert [one.kind for one in found] == ["test copies"]
 
@@ -162,12 +202,18 @@ def test_a_tar_file_stands_for_the_folder(tmp_path: Path) -> None:
 def test_tar_files_of_others(tmp_path: Path) -> None:
     """As `tar cf` and WebDataset write them: names that begin with ./, labels beside pictures, hidden files."""
     root = tmp_path / "many"
-    write_tar(root / "b.tar", **{"./x/1.png": png(10), "./x/1.cls": b"3", "./.hidden/2.png": png(), "../3.png": png()})
+    write_tar(
+        root / "b.tar",
+        **{"./x/1.png": png(10), "./x/1.cls": b"3", "./.hidden/2.png": png(), "../3.png": png()},
+    )
     write_tar(root / "a.tar", **{"/9.png": png(90), "x/1.png": png(50)})
     files = scan_unlabeled(root)
     assert files.names == ("a.tar/9.png", "a.tar/x/1.png", "b.tar/x/1.png")
     assert (dict(files.passed_over), levels(files)) == ({".cls": 1}, [90, 50, 10])
-    write_tar(root / "a.tar", **{"0.png": png(1), "longer": b"x" * 9999, "9.png": png(91), "x/1.png": png(51)})
+    write_tar(
+        root / "a.tar",
+        **{"0.png": png(1), "longer": b"x" * 9999, "9.png": png(91), "x/1.png": png(51)},
+    )
     assert levels(files) == [91, 51, 10]  # read anew where it changed
     with pytest.raises(FileNotFoundError):
         open_picture(root / "a.tar" / "2.png")
@@ -223,11 +269,15 @@ def test_what_would_spoil_a_training_is_found(name: str, tmp_path: Path) -> None
     sides, expected = FINDINGS[name]
     found = check_folders(
         **{
-            side: labeled(tmp_path / side, **held) if isinstance(held, dict) else unlabeled(tmp_path / side, *held)
+            side: labeled(tmp_path / side, **held)
+            if isinstance(held, dict)
+            else unlabeled(tmp_path / side, *held)
             for side, held in sides.items()
         }
     )
-    assert [(one.level, one.kind) for one in found] == [(level, kind) for level, kind, _ in expected]
+    assert [(one.level, one.kind) for one in found] == [
+        (level, kind) for level, kind, _ in expected
+    ]
     for one, (_, _, word) in zip(found, expected, strict=True):
         assert word in one.message
 
@@ -239,19 +289,27 @@ def only(findings: list[Finding], *words: str) -> Finding:
 
 def test_no_folder_lies_inside_another(tmp_path: Path) -> None:
     few = labeled(tmp_path / "data", cat=[1, 2], more=[3, 4], train=[5, 6])
-    finding = only(check_folders(few, scan_unlabeled(tmp_path / "data" / "more")), "unlabeled folder", "lies inside")
+    finding = only(
+        check_folders(few, scan_unlabeled(tmp_path / "data" / "more")),
+        "unlabeled folder",
+        "lies inside",
+    )
     assert finding.level == "error"
     # All pictures may be in one folder, of which the classes are a part; a test folder may not.
     above = labeled(tmp_path / "all" / "few", **L)
     pictures(tmp_path / "all" / "held_out", cat=[5], dog=[6])
-    assert {one.level for one in check_folders(above, scan_unlabeled(tmp_path / "all"))} <= {"warning"}
+    assert {one.level for one in check_folders(above, scan_unlabeled(tmp_path / "all"))} <= {
+        "warning"
+    }
     findings = check_folders(above, test=scan_labeled(tmp_path / "all"))
     assert only(findings, "lies inside the test folder").level == "error"
     assert not any("are among" in one.message for one in findings)
 
 
 @pytest.mark.parametrize("others", [3, 0])
-def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(tmp_path: Path, others: int) -> None:
+def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(
+    tmp_path: Path, others: int
+) -> None:
     levels = {"cat": [*range(4)], "dog": [*range(10, 14)]}
     few, many = (
         labeled(tmp_path / "l", **levels),
@@ -289,7 +347,9 @@ def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.Monke
             assert [*verify_files(files).skipped] == ["empty.png"]
 
 
-def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_folders_are_known_by_names_and_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def changes() -> Iterator[str]:
         """Of a folder: as it is; other bytes; another size; another name."""
         for content, name in ((b"123", "a"), (b"124", "a"), (b"1234", "a"), (b"1234", "b")):
@@ -299,7 +359,9 @@ def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch:
 
     assert len({*changes()}) == 4
     one = hash_files(labeled(tmp_path / "classes", **L))
-    assert hash_files(labeled(tmp_path / "classes", ant=[])) != one  # its pictures have other labels
+    assert (
+        hash_files(labeled(tmp_path / "classes", ant=[])) != one
+    )  # its pictures have other labels
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
             patch.setattr(folders, limit, 0)
@@ -315,13 +377,20 @@ def test_stratified() -> None:
     assert labels[validation].bincount(minlength=4).tolist() == [10, 1, 1, 0]
     assert torch.equal(validation, stratified_split(labels, 0.1, seed=0)[1])
     assert not torch.equal(validation, stratified_split(labels, 0.1, seed=1)[1])
-    assert labels[stratified_split(labels, 0.99, seed=0)[1]].bincount(minlength=4).tolist() == [99, 9, 1, 0]
+    assert labels[stratified_split(labels, 0.99, seed=0)[1]].bincount(minlength=4).tolist() == [
+        99,
+        9,
+        1,
+        0,
+    ]
     for wrong, fraction in ((labels, 0.0), (labels, 1.0), (torch.arange(5), 0.5)):
         with pytest.raises(MetaplError, match="expected"):
             stratified_split(wrong, fraction, seed=0)
 
 
-def test_training_on_many_files_starts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_on_many_files_starts_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """600 files that are no pictures are not opened to see that before a batch needs them."""
     for limit in ("DECODE_UP_TO", "WHOLE_UP_TO"):
         monkeypatch.setattr(folders, limit, 100)
@@ -329,7 +398,9 @@ def test_training_on_many_files_starts_at_once(tmp_path: Path, monkeypatch: pyte
     for number in range(600):
         (root / "unlabeled" / f"{number:03}.png").write_text("no picture")
     given = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
-    task = choose_settings(given, METHODS["uda"], lambda text: None)[0].data(lambda line: None, False, None)
+    task = choose_settings(given, METHODS["uda"], lambda text: None)[0].data(
+        lambda line: None, False, None
+    )
     assert (task.record["unlabeled"], task.skipped) == (624, {})
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
 
@@ -350,7 +421,10 @@ def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """While it trains, as in folders that are too large to decode first: they are replaced, recorded once, and counted
     at the end. Where all are decoded first, they are left out. A class that has no other file is named."""
     root = color_folders(tmp_path / "root")
-    cut = [root / name for name in ("labeled/red/red-2.png", "unlabeled/blue-3.png", "unlabeled/red-4.png")]
+    cut = [
+        root / name
+        for name in ("labeled/red/red-2.png", "unlabeled/blue-3.png", "unlabeled/red-4.png")
+    ]
     for path in cut:
         path.write_bytes(path.read_bytes()[:-60])
     cut += [root / "unlabeled" / f"{name}.png" for name in ("pipe", "loop")]
@@ -360,7 +434,9 @@ def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for first, workers in ((1, "0"), (1, "2"), (folders.DECODE_UP_TO, "0")):
         monkeypatch.setattr(folders, "DECODE_UP_TO", first)
         run = tmp_path / f"run{len(results)}"
-        words = images_command(root, "--num-workers", workers, "--unlabeled-batch", "8", "--out", str(run))
+        words = images_command(
+            root, "--num-workers", workers, "--unlabeled-batch", "8", "--out", str(run)
+        )
         with promptly():
             told = " ".join(metapl(*words).stdout.split())
         assert "files that could not be read: 5, " in told
@@ -394,7 +470,15 @@ def test_what_is_shown_is_one_line_of_printable_letters() -> None:
         text.encode()
         assert text != name
         assert shown(text) == text == few([name])
-    for name in ("größe", "猫", "naïve café", PERSIAN, "👩\u200d🚀", "a b", "$5_x"):  # in any script
+    for name in (
+        "größe",
+        "猫",
+        "naïve café",
+        PERSIAN,
+        "👩\u200d🚀",
+        "a b",
+        "$5_x",
+    ):  # in any script
         assert shown(name) == name
 
 
@@ -416,14 +500,31 @@ def test_predict_passes_over_what_is_no_plain_file_and_shows_names_harmlessly(
         told = metapl("predict", tiny, folder, "--out", out, code=1)
     for text in (told.stdout, told.stderr):
         assert not {*text} & {*TURNS, "\r", "\x1b", "\x07", "\x9b"}
-    assert len(told.stderr.splitlines()) == told.stderr.count("left out") == len(EVIL) + 2 + len(SPECIAL) + 1
+    assert (
+        len(told.stderr.splitlines())
+        == told.stderr.count("left out")
+        == len(EVIL) + 2 + len(SPECIAL) + 1
+    )
     with out.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        assert {row["file"] for row in csv.DictReader(file)} == {f"{folder}/fine {name}.png" for name in EVIL}
+        assert {row["file"] for row in csv.DictReader(file)} == {
+            f"{folder}/fine {name}.png" for name in EVIL
+        }
 
 
 def test_a_spreadsheet_finds_no_formula_and_a_terminal_no_escape() -> None:
     sink = io.StringIO()
-    names = ["=1+1.png", "+1.png", "-1.png", "@x.png", "\tx.png", "\rx.png", "a\rb.png", 'a",b.png', "a\nb", "fine.png"]
+    names = [
+        "=1+1.png",
+        "+1.png",
+        "-1.png",
+        "@x.png",
+        "\tx.png",
+        "\rx.png",
+        "a\rb.png",
+        'a",b.png',
+        "a\nb",
+        "fine.png",
+    ]
     writer = CsvRows(sink)
     for name in names:
         writer.writerow([name, "=cat", "0.5"])
@@ -439,7 +540,11 @@ def test_a_spreadsheet_finds_no_formula_and_a_terminal_no_escape() -> None:
 @pytest.mark.usefixtures("blank_programs")
 def test_classes_of_any_name_go_through_everything(tmp_path: Path) -> None:
     """Training, evaluating, predicting and the model card."""
-    root, evil, other = color_folders(tmp_path / "root"), "=a\x1b[2J\u202e|<b>*c*", os.fsdecode(b"caf\xe9\n[x](y)")
+    root, evil, other = (
+        color_folders(tmp_path / "root"),
+        "=a\x1b[2J\u202e|<b>*c*",
+        os.fsdecode(b"caf\xe9\n[x](y)"),
+    )
     for part in ("labeled", "test"):
         (root / part / "red").rename(root / part / evil)
         (root / part / "blue").rename(root / part / other)
@@ -447,7 +552,10 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path) -> None:
     texts = [metapl(*images_command(root), "--out", out).stdout, metapl("evaluate", out).stdout]
     metapl("predict", out, root / "unlabeled", "--out", tmp_path / "out.csv", "--probabilities")
     texts.append(metapl("export", out, "--out", tmp_path / "card").stdout)
-    assert hashlib.sha256((tmp_path / "card" / "model.safetensors").read_bytes()).hexdigest() in texts[-1]
+    assert (
+        hashlib.sha256((tmp_path / "card" / "model.safetensors").read_bytes()).hexdigest()
+        in texts[-1]
+    )
     card = (tmp_path / "card" / "MODEL_CARD.md").read_text()
     for text in (*texts, card):
         assert not {*text} & {*TURNS, "\x1b", "\r"}
@@ -456,5 +564,7 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path) -> None:
     (classes,) = (line for line in card.splitlines() if line.startswith("| classes |"))
     assert r"\|\<b\>\*c\*" in classes
     assert r"caf\\xe9\\n\[x\](y)" in classes
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (tmp_path / "out.csv").open(
+        newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
         assert {row["class"] for row in csv.DictReader(file)} <= {f"'{evil}", other}

@@ -21,24 +21,77 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STORED = Path(__file__).with_name("goldens.json")
 DIGITS = (
-    *("--steps", "16", "--hidden", "8", "6", "--labeled-batch", "10", "--unlabeled-batch", "12", "--save-every", "6"),
+    *(
+        "--steps",
+        "16",
+        "--hidden",
+        "8",
+        "6",
+        "--labeled-batch",
+        "10",
+        "--unlabeled-batch",
+        "12",
+        "--save-every",
+        "6",
+    ),
     *("--finetune-steps", "4", "--log-every", "4", "--validate-every", "4"),
 )
 PICTURES = (
-    *("--steps", "8", "--image-size", "20", "--network", "small_cnn", "--finetune-steps", "2", "--device", "cpu"),
+    *(
+        "--steps",
+        "8",
+        "--image-size",
+        "20",
+        "--network",
+        "small_cnn",
+        "--finetune-steps",
+        "2",
+        "--device",
+        "cpu",
+    ),
     *("--labeled-batch", "8", "--log-every", "2", "--save-every", "4", "--precision", "float32"),
 )
 IMAGES = (*PICTURES, "--unlabeled-batch", "8")
 
 RUNS: dict[str, tuple[str, ...]] = {
-    "digits forward": ("train", "digits", *DIGITS, "--uda-weight", "1", "--warmup", "3", "--ema-decay", "0.9"),
+    "digits forward": (
+        "train",
+        "digits",
+        *DIGITS,
+        "--uda-weight",
+        "1",
+        "--warmup",
+        "3",
+        "--ema-decay",
+        "0.9",
+    ),
     "digits reinforce": (
-        *("train", "digits", *DIGITS, "--mode", "reinforce", "--baseline", "0.9", "--dropout", "0.2"),
+        *(
+            "train",
+            "digits",
+            *DIGITS,
+            "--mode",
+            "reinforce",
+            "--baseline",
+            "0.9",
+            "--dropout",
+            "0.2",
+        ),
         *("--wait", "4", "--schedule", "constant", "--reduction", "sum", "--feedback-weight", "1"),
     ),
     "digits reduced": ("train", "digits", *DIGITS, "--method", "reduced_mpl"),
     "digits fixmatch": ("train", "digits", *DIGITS, "--method", "fixmatch"),
-    "images mpl": ("train", "images", *IMAGES, "--method", "mpl", "--accumulate", "2", "--uda-align", "0"),
+    "images mpl": (
+        "train",
+        "images",
+        *IMAGES,
+        "--method",
+        "mpl",
+        "--accumulate",
+        "2",
+        "--uda-align",
+        "0",
+    ),
     "images uda": ("train", "images", *IMAGES, "--method", "uda", "--dropout", "0.1"),
     "images none": ("train", "images", *IMAGES, "--method", "none"),
     "images pseudo labels": ("train", "images", *IMAGES, "--method", "pseudo_labels"),
@@ -47,15 +100,39 @@ RUNS: dict[str, tuple[str, ...]] = {
     "noisy label correction": ("train", "noisy", *PICTURES, "--method", "label_correction"),
     "noisy transition": ("train", "noisy", *PICTURES, "--method", "noise_transition"),
     "noisy student": (
-        *("noisy-student", "digits", "--steps", "8", "--rounds", "2", "--hidden", "8", "--labeled-batch", "8"),
-        *("--ratio", "2", "--threshold", "0.12", "--log-every", "2", "--validate-every", "4", "--save-every", "4"),
+        *(
+            "noisy-student",
+            "digits",
+            "--steps",
+            "8",
+            "--rounds",
+            "2",
+            "--hidden",
+            "8",
+            "--labeled-batch",
+            "8",
+        ),
+        *(
+            "--ratio",
+            "2",
+            "--threshold",
+            "0.12",
+            "--log-every",
+            "2",
+            "--validate-every",
+            "4",
+            "--save-every",
+            "4",
+        ),
     ),
 }
 
 
 def words_of(name: str, root: Path) -> list[str]:
     """The words of a run but for its folder."""
-    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(RUNS[name][1], ())
+    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(
+        RUNS[name][1], ()
+    )
     folders = [f"--{part}={root / part}" for part in parts]
     folders += [f"--labeled={root / 'noisy'}"] if RUNS[name][1] == "noisy" else []
     return [*RUNS[name], *folders, "--seed", "1"]
@@ -64,7 +141,11 @@ def words_of(name: str, root: Path) -> list[str]:
 def of_run(name: str, root: Path, out: Path) -> dict[str, Any]:
     """The weights of every network that a run delivers."""
     metapl(*words_of(name, root), "--out", out)
-    found = {file.stem: load_file(file) for file in sorted(out.glob("*.safetensors")) if "pictures" not in file.name}
+    found = {
+        file.stem: load_file(file)
+        for file in sorted(out.glob("*.safetensors"))
+        if "pictures" not in file.name
+    }
     assert "student" in found
     return outcome(found)
 
@@ -76,14 +157,26 @@ def _stored() -> dict[str, Any]:
     return found
 
 
-LONG = ("digits fixmatch", "images none", "images pseudo labels", "noisy weight net", "noisy label correction")
+LONG = (
+    "digits fixmatch",
+    "images none",
+    "images pseudo labels",
+    "noisy weight net",
+    "noisy label correction",
+)
 LONG = (*LONG, "noisy transition")  # whose code is that of the others
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in RUNS])
-def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], three_colors: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in RUNS]
+)
+def test_a_run_ends_on_the_same_weights(
+    name: str, stored: dict[str, Any], three_colors: Path, tmp_path: Path
+) -> None:
     # Rounding in float32 grows over a run: with AVX2 learned corrections ended 2e-3 of the norm away.
-    check(of_run(name, three_colors, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3)
+    check(
+        of_run(name, three_colors, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3
+    )
 
 
 if __name__ == "__main__":

@@ -29,14 +29,18 @@ CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
 def softmax(rows: int, classes: int = 5, seed: int = 0) -> Tensor:
-    return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))).softmax(dim=1)
+    return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))).softmax(
+        dim=1
+    )
 
 
 def names(count: int) -> list[str]:
     return [f"sub/{number:04}.png" for number in range(0, 2 * count, 2)]
 
 
-def written(folder: Path, ids: list[Any], p: Tensor, rows_per_part: int = 10, **options: Any) -> LabelStore:
+def written(
+    folder: Path, ids: list[Any], p: Tensor, rows_per_part: int = 10, **options: Any
+) -> LabelStore:
     classes = CLASSES if p.shape[1] == 5 else [str(index) for index in range(p.shape[1])]
     with LabelWriter(folder, classes, rows_per_part=rows_per_part, **options) as writer:
         for start in range(0, len(ids), 7):
@@ -62,7 +66,9 @@ def read_by_hand(p: Tensor, k: int | None) -> Tensor:
 
 @pytest.mark.parametrize("top_k", [None, 1, 3])
 @pytest.mark.parametrize("kind", ["names", "numbers"])
-def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind: str, tmp_path: Path) -> None:
+def test_what_is_read_follows_the_equation_in_any_order(
+    top_k: int | None, kind: str, tmp_path: Path
+) -> None:
     p = softmax(53)
     p[5] = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2])  # ties: the first classes are kept
     p[6] = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
@@ -81,14 +87,25 @@ def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind:
     assert store.rows_with_copies().tolist() == [*range(53)]
     assert np.allclose(store.column("confidence"), p.max(dim=1).values)
     if kind == "numbers":
-        for wanted in (np.array([6, 0]), torch.tensor([6, 0]), (6, 0), np.array([6, 0], dtype=np.int32)):
+        for wanted in (
+            np.array([6, 0]),
+            torch.tensor([6, 0]),
+            (6, 0),
+            np.array([6, 0], dtype=np.int32),
+        ):
             assert torch.equal(store[wanted], store[[6, 0]])
     copy = pickle.loads(pickle.dumps(store))
     assert "tables" not in vars(copy)  # which checks what it reads for itself
     if kind == "names" and top_k is None:
-        served = DataLoader([[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at)
-        assert torch.equal(torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)]))
-    for missing in ["", "sub/0001.png", "zzz", "sub/\udce9.png"] if kind == "names" else [-21, 1, 86]:
+        served = DataLoader(
+            [[i, 29 - i] for i in range(6)], batch_size=None, num_workers=2, collate_fn=copy.at
+        )
+        assert torch.equal(
+            torch.stack([*served]), torch.stack([store.at([i, 29 - i]) for i in range(6)])
+        )
+    for missing in (
+        ["", "sub/0001.png", "zzz", "sub/\udce9.png"] if kind == "names" else [-21, 1, 86]
+    ):
         assert store.find([ids[3], missing]).tolist() == [3, -1]
         with pytest.raises(MetaplError, match="expected"):
             _ = store[[ids[2], missing]]
@@ -124,13 +141,19 @@ def test_wrong_rows_and_settings_are_refused_and_nothing_is_left(tmp_path: Path)
         assert not (tmp_path / "new").exists()
 
 
-def test_one_writer_at_a_time_whose_rows_are_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_writer_at_a_time_whose_rows_are_of_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("metapl.runs.folder.PATIENCE", 0.1)
     with LabelWriter(tmp_path / "store", CLASSES) as writer:
         with pytest.raises(MetaplError, match="another process"):
             add(tmp_path / "store", ["a"], softmax(1))
         writer.add(["b"], softmax(1))
-        for ids, digests, word in ((["a"], None, "after"), ([3], None, "ids"), (["c"], [bytes(16)], "digests")):
+        for ids, digests, word in (
+            (["a"], None, "after"),
+            ([3], None, "ids"),
+            (["c"], [bytes(16)], "digests"),
+        ):
             with pytest.raises(MetaplError, match=word):
                 writer.add(ids, softmax(1), digests)
         writer.add(["c"], softmax(1))
@@ -157,8 +180,12 @@ def read_everything(folder: Path) -> Tensor:
     return store.at(range(len(store)))
 
 
-def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(tmp_path: Path) -> None:
-    store = written(tmp_path / "store", names(30), softmax(30), provenance={"temperature": 1e-05, "é": "é"})
+def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_named(
+    tmp_path: Path,
+) -> None:
+    store = written(
+        tmp_path / "store", names(30), softmax(30), provenance={"temperature": 1e-05, "é": "é"}
+    )
     generator = np.random.default_rng(0)
     for file in (DESCRIPTION, *files(store.folder)):
         path = store.folder / file
@@ -173,7 +200,13 @@ def test_one_flipped_bit_and_a_description_of_another_version_are_refused_and_na
         path.write_bytes(content)
         read_everything(store.folder)
     told_of = json.loads((store.folder / DESCRIPTION).read_text())
-    for text in (json.dumps({**told_of, "format": 2}), json.dumps({**told_of, "complete": False}), "{", "[]", "\x00"):
+    for text in (
+        json.dumps({**told_of, "format": 2}),
+        json.dumps({**told_of, "complete": False}),
+        "{",
+        "[]",
+        "\x00",
+    ):
         (store.folder / DESCRIPTION).write_text(text)
         with pytest.raises(MetaplError, match="store"):
             read_everything(store.folder)
@@ -201,15 +234,25 @@ def stop_after(folder: Path, rows: int, p: Tensor, **options: Any) -> None:
     writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
 
-def test_a_stopped_writer_goes_on_behind_its_last_part_with_the_same_settings(tmp_path: Path) -> None:
-    p, folder, same = softmax(35), tmp_path / "store", {"provenance": {"temperature": 1, "run": "elsewhere"}}
+def test_a_stopped_writer_goes_on_behind_its_last_part_with_the_same_settings(
+    tmp_path: Path,
+) -> None:
+    p, folder, same = (
+        softmax(35),
+        tmp_path / "store",
+        {"provenance": {"temperature": 1, "run": "elsewhere"}},
+    )
     whole = written(tmp_path / "whole", names(35), p, provenance={"temperature": 1, "run": "there"})
     stop_after(folder, 25, p, provenance={"temperature": 1, "run": "there"})
     for use in (lambda: LabelStore(folder), lambda: add(folder, ["a"], softmax(1))):
         with pytest.raises(MetaplError, match="--resume"):
             use()
     provenances = [{"temperature": 2}, {}, {"temperature": 1, "weights_fingerprint": 0}]
-    for name, other in (("top_k", 2), ("rows_per_part", 11), *(("provenance", one) for one in provenances)):
+    for name, other in (
+        ("top_k", 2),
+        ("rows_per_part", 11),
+        *(("provenance", one) for one in provenances),
+    ):
         with pytest.raises(MetaplError, match=name):
             go_on(folder, **{**same, name: other}).__enter__()
     (folder / "part-00002.arrow.01234567.tmp").write_bytes(b"torn")
@@ -229,13 +272,21 @@ def test_a_stopped_writer_goes_on_behind_its_last_part_with_the_same_settings(tm
 SIX = tuple(f"class {index}" for index in range(6))
 
 
-def made(folder: Path, rows: int = 400, *, numbers: bool = False, top_k: int | None = None) -> LabelStore:
+def made(
+    folder: Path, rows: int = 400, *, numbers: bool = False, top_k: int | None = None
+) -> LabelStore:
     """Distributions of few different values, so that many examples are equally confident, and none of a class."""
     weights = torch.randint(0, 5, (rows, 6), generator=torch.Generator().manual_seed(0)).float()
     weights[:, 5] = 0
     weights[:, 0] += 1.5
-    ids: list[Any] = [*range(3, 3 + rows)] if numbers else sorted(f"p/é{number}.png" for number in range(rows))
-    digests = None if numbers else [hashlib.sha256(f"{number}".encode()).digest() for number in range(rows)]
+    ids: list[Any] = (
+        [*range(3, 3 + rows)] if numbers else sorted(f"p/é{number}.png" for number in range(rows))
+    )
+    digests = (
+        None
+        if numbers
+        else [hashlib.sha256(f"{number}".encode()).digest() for number in range(rows)]
+    )
     with LabelWriter(folder, SIX, top_k=top_k, rows_per_part=64) as store:
         store.add(ids, weights / weights.sum(dim=1, keepdim=True), digests)
     return LabelStore(folder)
@@ -256,7 +307,10 @@ def columns(store: LabelStore) -> dict[str, Any]:
     import pyarrow.feather as feather
 
     table = pa.concat_tables([feather.read_table(store.folder / part.file) for part in store.parts])
-    numbers = {name: np.array(table[name].to_pylist()) for name in ("label", "confidence", "entropy", "copies")}
+    numbers = {
+        name: np.array(table[name].to_pylist())
+        for name in ("label", "confidence", "entropy", "copies")
+    }
     return {**numbers, "id": table["id"].to_pylist()}
 
 
@@ -266,7 +320,11 @@ def copies_of(store: LabelStore) -> dict[Any, int]:
 
 
 def chosen_by_hand(
-    store: LabelStore, threshold: float | None, per_class: int | None, balance: bool, dropped: Sequence[int] = ()
+    store: LabelStore,
+    threshold: float | None,
+    per_class: int | None,
+    balance: bool,
+    dropped: Sequence[int] = (),
 ) -> dict[Any, int]:
     """The ids that are to be left, each with its copies, by plain Python and numpy."""
     rows = columns(store)
@@ -275,14 +333,22 @@ def chosen_by_hand(
     left = [row for row in left if threshold is None or confidence[row] > np.float32(threshold)]
     result: dict[Any, int] = {}
     groups = [[row for row in left if rows["label"][row] == label] for label in range(len(SIX))]
-    groups = [sorted(group, key=lambda row: (-confidence[row], rows["id"][row]))[:per_class] for group in groups]
+    groups = [
+        sorted(group, key=lambda row: (-confidence[row], rows["id"][row]))[:per_class]
+        for group in groups
+    ]
     goal = per_class or max(map(len, groups))
     for group in groups:
         copies = {row: int(rows["copies"][row]) for row in group}
         if balance and group:
-            digests = {row: hashlib.md5(str(rows["id"][row]).encode()).digest()[8:] for row in group}
+            digests = {
+                row: hashlib.md5(str(rows["id"][row]).encode()).digest()[8:] for row in group
+            }
             order = sorted(group, key=lambda row: (int.from_bytes(digests[row], "little"), row))
-            copies = {row: goal // len(group) + (place < goal % len(group)) for place, row in enumerate(order)}
+            copies = {
+                row: goal // len(group) + (place < goal % len(group))
+                for place, row in enumerate(order)
+            }
         result |= {rows["id"][row]: copies[row] for row in group}
     return result
 
@@ -290,10 +356,16 @@ def chosen_by_hand(
 @pytest.mark.parametrize("numbers", [False, True], ids=["names", "numbers"])
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize(
-    ("threshold", "per_class", "balance"), [(0.3, None, False), (None, 20, False), (0.4, 30, True), (0.35, 1, True)]
+    ("threshold", "per_class", "balance"),
+    [(0.3, None, False), (None, 20, False), (0.4, 30, True), (0.35, 1, True)],
 )
 def test_what_is_selected_is_what_numpy_selects(
-    numbers: bool, top_k: int | None, threshold: float | None, per_class: int | None, balance: bool, tmp_path: Path
+    numbers: bool,
+    top_k: int | None,
+    threshold: float | None,
+    per_class: int | None,
+    balance: bool,
+    tmp_path: Path,
 ) -> None:
     """Pictures of a folder dropped, from a store and from what was selected of one; and its statistics."""
     store = made(tmp_path / "store", numbers=numbers, top_k=top_k)
@@ -320,8 +392,12 @@ def test_what_is_selected_is_what_numpy_selects(
     labels, confidence = rows["label"], rows["confidence"].astype(float)
     assert (told.rows, told.copies) == (len(labels), rows["copies"].sum())
     assert told.counts == tuple(np.bincount(labels, minlength=6).tolist())
-    assert told.class_copies == tuple(np.bincount(labels, rows["copies"], minlength=6).astype(int).tolist())
-    of_class = [confidence[labels == label].mean() if label in labels else None for label in range(6)]
+    assert told.class_copies == tuple(
+        np.bincount(labels, rows["copies"], minlength=6).astype(int).tolist()
+    )
+    of_class = [
+        confidence[labels == label].mean() if label in labels else None for label in range(6)
+    ]
     assert told.class_confidence == pytest.approx(of_class)
     assert told.mean_confidence == pytest.approx(confidence.mean())
     assert told.mean_entropy == pytest.approx(rows["entropy"].astype(float).mean())
@@ -335,13 +411,17 @@ def test_an_interval_of_confidence_has_its_upper_bound_and_not_its_lower_one(
     confidence = store.column("confidence")
     is_within = (confidence > np.float32(lower)) & (confidence <= np.float32(upper))
     selection = select(store, tmp_path / "out", threshold=lower, at_most=upper)
-    assert [*LabelStore(tmp_path / "out")] == [name for name, kept in zip(store, is_within, strict=True) if kept]
+    assert [*LabelStore(tmp_path / "out")] == [
+        name for name, kept in zip(store, is_within, strict=True) if kept
+    ]
     assert selection.kept == is_within.sum() > 0
     assert selection.too_sure == (confidence > np.float32(upper)).sum()
     assert selection.unsure + selection.too_sure + selection.kept == len(store)
 
 
-def test_a_uniform_share_is_drawn_of_the_copies_and_lies_within_a_larger_one(tmp_path: Path) -> None:
+def test_a_uniform_share_is_drawn_of_the_copies_and_lies_within_a_larger_one(
+    tmp_path: Path,
+) -> None:
     """Over many seeds each copy is drawn as often; what is drawn is as many as the share says."""
     store, asked = made(tmp_path / "store", rows=60), {"threshold": 0.3, "balance": True}
     select(store, tmp_path / "all", **asked)
@@ -360,7 +440,9 @@ def test_a_uniform_share_is_drawn_of_the_copies_and_lies_within_a_larger_one(tmp
     assert all(abs(share - 0.25) < 5 * (3 / 16 / 30) ** 0.5 for share in drawn.values())
     select(store, tmp_path / "half", **asked, share=0.5, seed=7)
     larger = copies_of(LabelStore(tmp_path / "half"))
-    assert all(count <= larger[name] for name, count in copies_of(LabelStore(tmp_path / "7")).items())
+    assert all(
+        count <= larger[name] for name, count in copies_of(LabelStore(tmp_path / "7")).items()
+    )
     again = select(store, tmp_path / "half", **asked, share=0.5, seed=7)
     assert again.copies == round(0.5 * total)
     with pytest.raises(MetaplError, match=r"was begun with provenance\.selected"):
@@ -378,13 +460,19 @@ def test_of_any_class_the_most_probable_are_kept(
     p = np.full((400, 6), -1.0)  # of a class that is not stored
     for row, values in enumerate(table["probabilities"].to_pylist()):
         p[row, table["classes"][row].as_py() if top_k else slice(None)] = values
-    sure = [row for row in range(400) if row not in gone and confidence[row] > np.float32(threshold or 0)]
+    sure = [
+        row
+        for row in range(400)
+        if row not in gone and confidence[row] > np.float32(threshold or 0)
+    ]
     expected = set()
     for label in range(6):
         known = [row for row in sure if p[row, label] >= 0]
         expected |= {*sorted(known, key=lambda row, label=label: (-p[row, label], row))[:15]}
     dropped = {"drop_overlap": held_out(tmp_path / "held", *gone)} if gone else {}
-    found = select(store, tmp_path / "out", per_class=15, any_class=True, threshold=threshold, **dropped)
+    found = select(
+        store, tmp_path / "out", per_class=15, any_class=True, threshold=threshold, **dropped
+    )
     assert store.find([*LabelStore(tmp_path / "out")]).tolist() == sorted(expected)
     assert (found.kept, found.overlapping) == (len(expected), len(gone))
 
@@ -430,7 +518,10 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_selected_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     store, numbers = made(tmp_path / "store"), made(tmp_path / "numbers", numbers=True)
     held = held_out(tmp_path / "held", 1)
-    for of, asked, word in [*((store, *unfit) for unfit in UNFIT), (numbers, {"drop_overlap": held}, "files")]:
+    for of, asked, word in [
+        *((store, *unfit) for unfit in UNFIT),
+        (numbers, {"drop_overlap": held}, "files"),
+    ]:
         with pytest.raises(MetaplError, match=word):
             select(of, tmp_path / "out", **asked)
     path = store.folder / store.parts[3].file
@@ -443,7 +534,10 @@ def test_what_cannot_be_selected_is_refused_and_nothing_is_left(tmp_path: Path) 
 
 
 def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Path) -> None:
-    store, flags = made(tmp_path / "store"), ("--threshold", "0.3", "--per-class", "50", "--balance")
+    store, flags = (
+        made(tmp_path / "store"),
+        ("--threshold", "0.3", "--per-class", "50", "--balance"),
+    )
     text, counts = metapl("labels", "stats", store.folder).stdout, statistics(store).counts
     for name, count in zip(SIX, counts, strict=True):
         assert any(line.startswith(name) and f" {count} " in line for line in text.splitlines())
@@ -451,7 +545,9 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     expected = chosen_by_hand(store, 0.3, 50, True)
     assert f"\n{len(expected)}  kept\n" in told
     assert f"\n{sum(expected.values())}  with copies\n" in told
-    assert sum(int(line.split()[0]) for line in told.splitlines() if "dropped" in line) == 400 - len(expected)
+    assert sum(
+        int(line.split()[0]) for line in told.splitlines() if "dropped" in line
+    ) == 400 - len(expected)
     stats = metapl("labels", "stats", tmp_path / "out").stdout
     assert "selected from 400: threshold 0.3, per_class 50, balance" in stats
     assert max(map(len, (text + stats).splitlines()[1:])) <= max(80, len(str(tmp_path)) + 80)
@@ -459,9 +555,13 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     told = metapl("labels", "select", store.folder, "--out", tmp_path / "some", *interval).stdout
     assert "dropped: confidence above 0.5" in told
     assert "dropped: not drawn in a share of 0.5" in told
-    dropped_or_kept = [line for line in told.splitlines() if "dropped" in line or line.endswith("  kept")]
+    dropped_or_kept = [
+        line for line in told.splitlines() if "dropped" in line or line.endswith("  kept")
+    ]
     assert sum(int(line.split()[0]) for line in dropped_or_kept) == 400
-    empty = metapl("labels", "select", store.folder, "--out", tmp_path / "none", *interval[:3], "0.2", code=2).stderr
+    empty = metapl(
+        "labels", "select", store.folder, "--out", tmp_path / "none", *interval[:3], "0.2", code=2
+    ).stderr
     assert "--at-most" in empty
     assert "more than the threshold, 0.3" in empty
     before = sorted(os.listdir(store.folder))
@@ -485,5 +585,7 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
         assert [Path(path) for path in found.paths()] == [many / name for name in chosen]
         config = Images(labeled=str(many), unlabeled=str(tmp_path / out / "list.txt"))
         data: Any = SimpleNamespace(unlabeled=SimpleNamespace(images=found))
-        labels = stored_labels(None, config, ReducedMpl(label_store=str(tmp_path / out)), tmp_path, data, print)
+        labels = stored_labels(
+            None, config, ReducedMpl(label_store=str(tmp_path / out)), tmp_path, data, print
+        )
         assert labels["unlabeled"].argmax(1).tolist() == [*chosen.values()]

@@ -14,7 +14,15 @@ from tiny_runs import color_folders
 from metapl import MetaplError
 from metapl.apps import images, look
 from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
-from metapl.apps.look import Colors, Look, choose_settings, colors_tell, fitted, steps_within, with_steps
+from metapl.apps.look import (
+    Colors,
+    Look,
+    choose_settings,
+    colors_tell,
+    fitted,
+    steps_within,
+    with_steps,
+)
 from metapl.apps.settings import flat, replaced
 from metapl.problems.losses import UDA
 
@@ -31,7 +39,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given(root: Path, **fields: Any) -> Any:
-    return config(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields)
+    return config(
+        labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields
+    )
 
 
 def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10)) -> list[Path]:
@@ -57,19 +67,29 @@ def test_grey_pictures_sides_means_and_light_marks_are_seen(tmp_path: Path) -> N
     assert (seen.grey, len(seen.mean), len(seen.std)) == (True, 1, 1)
     assert look.look(write(tmp_path, "wide", 3, (8, 8)), torch.tensor([0, 1, 1]), []).square
     for kinds, share in ((("light",), 1.0), (("dark",), 0.0), (("light", "dark"), 0.5)):
-        seen = look.look([f for kind in kinds for f in write(tmp_path, kind, 4)], torch.arange(4 * len(kinds)) % 2, [])
+        seen = look.look(
+            [f for kind in kinds for f in write(tmp_path, kind, 4)],
+            torch.arange(4 * len(kinds)) % 2,
+            [],
+        )
         assert (seen.light, seen.exchangeable) == (share, 0 < share < 1)
-    color[0].write_bytes(b"no picture")  # which is passed over; a class without a picture has a share
+    color[0].write_bytes(
+        b"no picture"
+    )  # which is passed over; a class without a picture has a share
     assert look.look(color[:4], torch.tensor([0, 0, 0, 2]), color).shares == (4 / 7, 1 / 7, 2 / 7)
     with pytest.raises(MetaplError, match="none"):
         look.look(color[:1], torch.tensor([0]), color)
 
 
 @pytest.mark.parametrize("sizes", [(10, 10), (40, 4), (6, 6, 6, 6)])
-def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(sizes: tuple[int, ...]) -> None:
+def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(
+    sizes: tuple[int, ...],
+) -> None:
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
-    own = torch.nn.functional.one_hot(labels, 4)[:, :3].float() + 0.1 * torch.randn(len(labels), 3, generator=generator)
+    own = torch.nn.functional.one_hot(labels, 4)[:, :3].float() + 0.1 * torch.randn(
+        len(labels), 3, generator=generator
+    )
     found = colors_tell(own, labels)
     assert (found.tell, found.chance) == (True, 1 / len(sizes))
     assert found.right > 0.9
@@ -77,13 +97,24 @@ def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(s
     assert sum(one.tell for one in told) <= 1
     assert not any(one.tell and one.may_tell for one in told)
     # Beside the mean of its own class, in which it is left out, each of these is nearer to the other.
-    assert colors_tell(torch.tensor([[0.0], [10.0], [1.0], [11.0]]), torch.tensor([0, 0, 1, 1])).right == 0
+    assert (
+        colors_tell(torch.tensor([[0.0], [10.0], [1.0], [11.0]]), torch.tensor([0, 0, 1, 1])).right
+        == 0
+    )
 
 
-def seen(side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5, **more: Any) -> Look:
+def seen(
+    side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5, **more: Any
+) -> Look:
     mean, std = ((0.3,), (0.2,)) if grey else ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     colors = Colors(0.5, 0.5, tell)
-    given: Any = {"mean": mean, "std": std, "level": (0.35, 0.15), "colors": colors, "shares": (0.25, 0.75)}
+    given: Any = {
+        "mean": mean,
+        "std": std,
+        "level": (0.35, 0.15),
+        "colors": colors,
+        "shares": (0.25, 0.75),
+    }
     return Look(side=side, grey=grey, light=light, **{**given, **more})
 
 
@@ -116,9 +147,15 @@ def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays()
 
 
 def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:
-    assert [chosen(seen(28), network=f"vit_{name}").image_size for name in ("b_16", "b_32", "h_14")] == [32, 32, 28]
+    assert [
+        chosen(seen(28), network=f"vit_{name}").image_size for name in ("b_16", "b_32", "h_14")
+    ] == [32, 32, 28]
     found = fitted(config(weights="file.pt"), seen(grey=True), 0.0)
-    assert (found.pictures.network, found.pictures.image_size, found.pictures.grey) == ("resnet18", 128, False)
+    assert (found.pictures.network, found.pictures.image_size, found.pictures.grey) == (
+        "resnet18",
+        128,
+        False,
+    )
     assert (found.pictures.mean, found.pictures.std) == look.IMAGENET
     assert found.fitting.lr == PRETRAINED_RATE
 
@@ -126,17 +163,28 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
 def test_the_rates_are_those_of_the_networks_family_or_as_given() -> None:
     for network, rate, clipped in (
         *(("pooled_cnn", RATES["pooled_cnn"], False), ("small_cnn", RATES["small_cnn"], False)),
-        *(("resnet18", RATES["resnet"], True), ("vit_b_16", RATES["vit"], True), ("timm:resnet18", OTHER_RATE, True)),
+        *(
+            ("resnet18", RATES["resnet"], True),
+            ("vit_b_16", RATES["vit"], True),
+            ("timm:resnet18", OTHER_RATE, True),
+        ),
     ):
         found = fitted(config(network=network), seen(), 0.0)
         assert (found.fitting.lr, found.trainer_options()["clip_norm"] == 1.0) == (rate, clipped)
         own, module = fitted(config(network=network, lr=0.5), seen(), 0.0), torch.nn.Linear(2, 2)
-        assert [own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")] == [0.5, rate]
+        assert [
+            own.optimizer(role, module).param_groups[0]["lr"] for role in ("teacher", "student")
+        ] == [0.5, rate]
 
 
 def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) -> None:
     """Each look at the clock moves it on by so much; a step is timed by two looks."""
-    own: dict[str, Any] = {"network": "small_cnn", "labeled_batch": 2, "unlabeled_batch": 2, "image_size": 8}
+    own: dict[str, Any] = {
+        "network": "small_cnn",
+        "labeled_batch": 2,
+        "unlabeled_batch": 2,
+        "image_size": 8,
+    }
     settings = given(color_folders(tmp_path), classes=("blue", "red"), device="cpu", **own)
     settings, state = fitted(replaced(settings, steps=1000), seen(), 0.0), torch.get_rng_state()
     for name, seconds, minutes, steps in (
@@ -145,12 +193,16 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
         ("mpl", 60.0, 0.1, 1),
     ):
         method, ticks = images.METHODS[name].scheduled(1000), itertools.count()
-        assert steps_within(settings, method, minutes, lambda s=seconds, t=ticks: s * next(t)) == steps
+        assert (
+            steps_within(settings, method, minutes, lambda s=seconds, t=ticks: s * next(t)) == steps
+        )
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
-    both = SimpleNamespace(teacher="one", teacher_losses=(UDA(start=400),), step="both", teacher_step="teacher alone")
+    both = SimpleNamespace(
+        teacher="one", teacher_losses=(UDA(start=400),), step="both", teacher_step="teacher alone"
+    )
     kinds = [(0, 400, "teacher alone"), (400, 750, "teacher alone"), (750, 1000, "both")]
     assert look.kinds_of_steps(both, 1000, wait=750) == kinds
     both.teacher = None  # one network
@@ -161,11 +213,17 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(look, "seconds_per_step", lambda config, *given: asked.append(config.fitting.steps) or 0.0981)
+    monkeypatch.setattr(
+        look,
+        "seconds_per_step",
+        lambda config, *given: asked.append(config.fitting.steps) or 0.0981,
+    )
     found, method = with_steps(config(steps=1000), images.METHODS["mpl"])
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)
-    own, method = with_steps(config(steps=1000, warmup=0, validate_every=9), replaced(images.METHODS["mpl"], wait=7))
+    own, method = with_steps(
+        config(steps=1000, warmup=0, validate_every=9), replaced(images.METHODS["mpl"], wait=7)
+    )
     assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
     assert asked == []
     # Phases that are given in steps are measured again with what fits.
@@ -174,24 +232,52 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
     assert asked == [400, 2600, 2600]
 
 
-def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(root: Path) -> None:
+def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(
+    root: Path,
+) -> None:
     said: list[str] = []
     found, method = choose_settings(given(root), images.METHODS["mpl"], said.append)
     open_ = ("val", "test", "minutes", "weights", "tuning", "weights_sha256", "ema_decay")
-    assert [name for name, value in flat(found).items() if value is None and name not in open_] == []
+    assert [
+        name for name, value in flat(found).items() if value is None and name not in open_
+    ] == []
     assert None not in [value for name, value in flat(method).items() if name.startswith("uda_")]
     assert (found.classes, method.uda.uda_prior) == (("blue", "red"), (0.5, 0.5))
-    assert (found.pictures.recolor, found.pictures.image_size, found.val_fraction) == (False, 48, 0.0)
+    assert (found.pictures.recolor, found.pictures.image_size, found.val_fraction) == (
+        False,
+        48,
+        0.0,
+    )
     words = " ".join(said)
-    for word in ("pooled_cnn", "48x48", "shrunk", "colors kept", "0.01", "40 steps", "--weights imagenet"):
+    for word in (
+        "pooled_cnn",
+        "48x48",
+        "shrunk",
+        "colors kept",
+        "0.01",
+        "40 steps",
+        "--weights imagenet",
+    ):
         assert word in words, word
     # Whatever the pictures show now, and however long a step takes.
-    stored = {name: list(v) if isinstance(v, tuple) else v for name, v in {**flat(found), **flat(method)}.items()}
+    stored = {
+        name: list(v) if isinstance(v, tuple) else v
+        for name, v in {**flat(found), **flat(method)}.items()
+    }
     stored |= {"mean": [0.1, 0.2, 0.3], "lr": 0.123, "steps": 41, "wait": 5}
-    again, method = choose_settings(replaced(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored)
-    assert (again.pictures.mean, again.fitting.lr, again.fitting.steps) == ((0.1, 0.2, 0.3), 0.123, 41)
+    again, method = choose_settings(
+        replaced(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored
+    )
+    assert (again.pictures.mean, again.fitting.lr, again.fitting.steps) == (
+        (0.1, 0.2, 0.3),
+        0.123,
+        41,
+    )
     assert (method.wait, method.uda.uda_start) == (5, 16)
-    assert choose_settings(given(root, lr=0.5), images.METHODS["mpl"], print, stored)[0].fitting.lr == 0.5
+    assert (
+        choose_settings(given(root, lr=0.5), images.METHODS["mpl"], print, stored)[0].fitting.lr
+        == 0.5
+    )
     with pytest.raises(MetaplError, match="damaged"):
         choose_settings(given(root), images.METHODS["uda"], print, {"warmup": -1})
 
@@ -204,6 +290,8 @@ def test_batches_of_many_copies_are_told_and_enough_labels_are_set_aside(
         choose_settings(given(root, labeled_batch=size), images.METHODS["uda"], said.append)
         assert any("--labeled-batch 132 is 11 times" in line for line in said) == (size == 132)
     monkeypatch.setattr(look, "SELECTED_ON", 2)
-    assert choose_settings(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
+    assert (
+        choose_settings(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
+    )
     given_some = given(root, val=str(root / "test"))
     assert choose_settings(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0

@@ -46,7 +46,11 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
     found: list[Phase] = []
 
     def fit(trainer: Any, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
-        before = [weights(network) for network in (trainer.teacher, trainer.student) if network is not None]
+        before = [
+            weights(network)
+            for network in (trainer.teacher, trainer.student)
+            if network is not None
+        ]
         torch.manual_seed(1)
         rows = [(labeled[t], None if unlabeled is None else unlabeled[t]) for t in range(STEPS)]
         reports = [trainer.step(*row) for row in rows]
@@ -57,10 +61,14 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
         assert network is teacher
         return {"unlabeled": torch.eye(10)[torch.arange(len(data.unlabeled.images)) % 10]}
 
-    training = Training(config=config, data=data, teacher=teacher, student=student, fit=fit, label=label)
+    training = Training(
+        config=config, data=data, teacher=teacher, student=student, fit=fit, label=label
+    )
     ended = method.scheduled(config.fitting.steps).train(training)
     assert ended.trainer is found[-1].trainer
-    if ended.teacher is not None and ended.teacher[1]:  # what is kept is of the network that its card tells
+    if (
+        ended.teacher is not None and ended.teacher[1]
+    ):  # what is kept is of the network that its card tells
         ended.configs.get("teacher", config).network().load_state_dict(ended.teacher[1])
     return found
 
@@ -76,7 +84,9 @@ def trained(method: Any, config: Any = DIGITS) -> list[Phase]:
 
 @pytest.mark.parametrize("of", [images, digits, noisy_labels])
 def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
-    assert {name: method.name for name, method in of.METHODS.items()} == {name: name for name in of.METHODS}
+    assert {name: method.name for name, method in of.METHODS.items()} == {
+        name: name for name in of.METHODS
+    }
     titles = [method.title for method in of.METHODS.values()]
     assert len({*titles}) == len(titles)
     assert {*of.COMPARED} <= {*of.METHODS}
@@ -112,8 +122,12 @@ def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first
     usual = digits.METHODS["mpl"]
     own = replaced(usual, uda_weight=2.0, mode="difference", wait=3)
     assert with_settings_of(digits.METHODS["none"], own, usual) == replaced(own, feedback="none")
-    assert with_settings_of(digits.METHODS["uda"], own, usual) == replaced(digits.METHODS["uda"], uda_weight=2.0)
-    assert with_settings_of(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
+    assert with_settings_of(digits.METHODS["uda"], own, usual) == replaced(
+        digits.METHODS["uda"], uda_weight=2.0
+    )
+    assert (
+        with_settings_of(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
+    )
     # What makes a method another one is not carried over.
     altered = digits.METHODS["permuted"]
     assert with_settings_of(usual, altered, usual) == usual
@@ -178,11 +192,17 @@ def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) ->
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
-def test_without_feedback_the_same_loop_sees_the_same_labels_and_the_teacher_learns_on_its_own(mode: Any) -> None:
-    (whole,), (none,) = (trained(replaced(digits.METHODS[name], mode=mode)) for name in ("mpl", "none"))
+def test_without_feedback_the_same_loop_sees_the_same_labels_and_the_teacher_learns_on_its_own(
+    mode: Any,
+) -> None:
+    (whole,), (none,) = (
+        trained(replaced(digits.METHODS[name], mode=mode)) for name in ("mpl", "none")
+    )
     assert all(same(a, b) for a, b in zip(whole.before, none.before, strict=True))
     assert torch.equal(whole.reports[0].signal.value, none.reports[0].signal.value)
-    assert whole.reports[0].signal.sampled == none.reports[0].signal.sampled == (mode == "reinforce")
+    assert (
+        whole.reports[0].signal.sampled == none.reports[0].signal.sampled == (mode == "reinforce")
+    )
     assert all(float(report.feedback) == 0 for report in none.reports)
     assert not same(weights(none.trainer.teacher), none.before[0])
     assert not same(weights(whole.trainer.teacher), weights(none.trainer.teacher))
@@ -205,8 +225,14 @@ def test_a_control_alters_the_feedback_of_the_first_step_and_nothing_else_in_it(
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_fixed_teacher_learns_alone_and_then_stays_as_it_is(hard: bool) -> None:
-    alone, student = trained(replaced(digits.METHODS["pseudo_labels"], pseudo_labels="hard" if hard else "soft"))
-    assert (alone.options, alone.unlabeled, alone.trainer.losses) == ({"phase": "teacher"}, None, (CrossEntropy(),))
+    alone, student = trained(
+        replaced(digits.METHODS["pseudo_labels"], pseudo_labels="hard" if hard else "soft")
+    )
+    assert (alone.options, alone.unlabeled, alone.trainer.losses) == (
+        {"phase": "teacher"},
+        None,
+        (CrossEntropy(),),
+    )
     assert alone.trainer.student is student.trainer.teacher
     assert not same(alone.before[0], student.before[0])
     assert same(weights(student.trainer.teacher), student.before[0])

@@ -17,14 +17,30 @@ from torchvision.models import ResNet18_Weights
 from torchvision.ops import StochasticDepth
 
 from metapl.apps import networks
-from metapl.apps.networks import Architecture, Normalized, create, load_weights, parameter_groups, read_weights
+from metapl.apps.networks import (
+    Architecture,
+    Normalized,
+    create,
+    load_weights,
+    parameter_groups,
+    read_weights,
+)
 from metapl.errors import MetaplError
 from metapl.models import mlp, wide_resnet
 from metapl.training.hypergradient import hypergradient
 
 COUNTS = [
-    *(("wide_resnet28_2", 1_467_610), ("wide_resnet28_10", 36_479_194), ("small_cnn", 80_266), ("pooled_cnn", 94_762)),
-    *(("efficientnet_b0_svhn", 5_288_548), ("efficientnet_b6_wide", 316_649_180), ("efficientnet_l2", 480_309_308)),
+    *(
+        ("wide_resnet28_2", 1_467_610),
+        ("wide_resnet28_10", 36_479_194),
+        ("small_cnn", 80_266),
+        ("pooled_cnn", 94_762),
+    ),
+    *(
+        ("efficientnet_b0_svhn", 5_288_548),
+        ("efficientnet_b6_wide", 316_649_180),
+        ("efficientnet_l2", 480_309_308),
+    ),
     *(("vit_1b_14", 1_212_386_280), ("resnet50", 25_557_032), ("efficientnet_b7", 66_347_960)),
 ]
 
@@ -39,7 +55,9 @@ def test_each_network_has_its_weights() -> None:
     """With ten classes those of this package, with a thousand the others, of which torchvision tests the rest."""
     for name, weights in COUNTS:
         own = Architecture(name=name, num_classes=5).library == "metapl"
-        assert sum(p.numel() for p in on_meta(name, 10 if own else 1000).parameters()) == weights, name
+        assert sum(p.numel() for p in on_meta(name, 10 if own else 1000).parameters()) == weights, (
+            name
+        )
 
 
 def test_total_stride() -> None:
@@ -48,17 +66,23 @@ def test_total_stride() -> None:
         assert blocks(torch.empty(2, 3, size, size, device="meta")).shape[1:] == (320, side, side)
 
 
-def test_an_efficientnets_stochastic_depth_is_linear_and_its_head_small_for_few_classes_too() -> None:
+def test_an_efficientnets_stochastic_depth_is_linear_and_its_head_small_for_few_classes_too() -> (
+    None
+):
     network = on_meta("efficientnet_b0_svhn", stochastic_depth=0.2)
     found = [m.p for m in network.modules() if isinstance(m, StochasticDepth)]
     assert found == pytest.approx([0.2 * number / 16 for number in range(1, 17)])
-    assert not any(m.p for m in on_meta("efficientnet_b0_svhn").modules() if isinstance(m, StochasticDepth))
+    assert not any(
+        m.p for m in on_meta("efficientnet_b0_svhn").modules() if isinstance(m, StochasticDepth)
+    )
     for classes in (3, 4000):
         weight = create("efficientnet_b0", classes).get_parameter("classifier.1.weight")
         assert weight.abs().max().item() == pytest.approx(max(1000, classes) ** -0.5, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["pooled_cnn", "small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn"])
+@pytest.mark.parametrize(
+    "name", ["pooled_cnn", "small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn"]
+)
 def test_grey_pictures_and_noise_in_training_alone(name: str) -> None:
     torch.manual_seed(0)
     noise = {"stochastic_depth": 0.5} if name in networks.EFFICIENTNETS else {"dropout": 0.5}
@@ -71,7 +95,9 @@ def test_grey_pictures_and_noise_in_training_alone(name: str) -> None:
             module.train()
     assert not torch.equal(network(images), network(images))
     for kind in (name, "vit_b_32"):
-        assert {m.p for m in on_meta(kind, dropout=0.3).modules() if isinstance(m, nn.Dropout)} == {0.3}
+        assert {m.p for m in on_meta(kind, dropout=0.3).modules() if isinstance(m, nn.Dropout)} == {
+            0.3
+        }
 
 
 STAGES = {1: (128,), 11: (128,), 12: (64, 128), 23: (64, 128), 24: (32, 64, 128), 41: (32, 64, 128)}
@@ -82,7 +108,9 @@ STAGES |= {48: (32, 64, 128, 192), 92: (32, 64, 128, 192), 96: (32, 64, 128, 192
 def test_pooled_cnn_fits_itself_to_the_size_of_the_pictures() -> None:
     for side, widths in STAGES.items():
         network = on_meta("pooled_cnn", 7, image_size=side)
-        assert tuple(m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)) == widths
+        assert (
+            tuple(m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)) == widths
+        )
         last = network.features(torch.empty(2, 3, side, side, device="meta")).shape[2:]
         assert last[0] == last[1] == side if side < 6 else 6 <= last[0] == last[1] <= 11
         assert network(torch.empty(2, 3, 2 * side, 2 * side + 3, device="meta")).shape == (2, 7)
@@ -96,7 +124,9 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
         # Half of the scales are negative, so that it shows whether batch norm comes before pooling or after it.
         scales = weights[f"features.{number}.2.weight"]
         scales[::2] *= -1  # of the network itself
-        x = nn.functional.conv2d(x, weights[f"features.{number}.0.weight"], stride=1 + (number == 0), padding=1)
+        x = nn.functional.conv2d(
+            x, weights[f"features.{number}.0.weight"], stride=1 + (number == 0), padding=1
+        )
         x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)) if number in (1, 2) else x
         x = (scales[:, None, None] * x / (1 + 1e-5) ** 0.5).relu()  # fresh statistics
     expected = x.mean((2, 3)) @ weights["head.weight"].T + weights["head.bias"]
@@ -125,18 +155,29 @@ DEEP = [("timm:vit_tiny_patch16_224", 32), ("resnet18", 32), ("efficientnet_b0_s
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("pooled_cnn", 16), ("small_cnn", 16), *(pytest.param(*deep, marks=pytest.mark.long) for deep in DEEP)],
+    [
+        ("pooled_cnn", 16),
+        ("small_cnn", 16),
+        *(pytest.param(*deep, marks=pytest.mark.long) for deep in DEEP),
+    ],
 )
 def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -> None:
     torch.manual_seed(0)
     sized = {"image_size": size} if "vit" in name else {}
-    teacher, student = mlp([3 * size * size, 4]).double(), create(name, 4, dropout=0.3, **sized).double()
+    teacher, student = (
+        mlp([3 * size * size, 4]).double(),
+        create(name, 4, dropout=0.3, **sized).double(),
+    )
     labeled, unlabeled = (torch.randn(4, 3, size, size).double() for _ in range(2))
     found = {}
     for mode in ("unrolled", "forward", "difference"):
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(parameter_groups(student, 5e-2), lr=0.01, momentum=0.9)
-        given = {"labeled": (labeled, torch.arange(4)), "unlabeled": unlabeled, "inner_optimizer": optimizer}
+        given = {
+            "labeled": (labeled, torch.arange(4)),
+            "unlabeled": unlabeled,
+            "inner_optimizer": optimizer,
+        }
         found[mode] = hypergradient(teacher, student, mode=mode, **given).feedback
     assert found["unrolled"].norm() > 1e-6
     torch.testing.assert_close(found["forward"], found["unrolled"], rtol=1e-7, atol=1e-9)
@@ -146,13 +187,17 @@ def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -
 
 def test_timm_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
-    network = create("timm:resnet10t", 10, dropout=0.3, stochastic_depth=0.1, in_channels=1, image_size=32)
+    network = create(
+        "timm:resnet10t", 10, dropout=0.3, stochastic_depth=0.1, in_channels=1, image_size=32
+    )
     assert network.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 10)
     assert network.drop_rate == 0.3
     for name, word in (("resnet5", "resnet50"), ("vgg11", "stochastic_depth")):
         with torch.device("meta"), pytest.raises(MetaplError, match=word):
             create(f"timm:{name}", 10, stochastic_depth=0.1)
-    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    save_file(
+        timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "w.safetensors"
+    )
     loaded = create("timm:resnet10t", 10, weights=tmp_path / "w.safetensors")
     assert loaded.get_classifier().weight.shape[0] == 10
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -166,13 +211,22 @@ def test_normalized_takes_pictures_as_they_are() -> None:
     torch.testing.assert_close(network(images), inner((images - network.mean) / network.std))
     assert network.mean.flatten().tolist() == pytest.approx(mean)
     # As a sharded network does that gathers its weights in bfloat16: the mean and std stay in float32.
-    expected, short = network(images).float(), Normalized(copy.deepcopy(inner).bfloat16(), mean, std)
+    expected, short = (
+        network(images).float(),
+        Normalized(copy.deepcopy(inner).bfloat16(), mean, std),
+    )
     found = short(images.bfloat16())
     assert (found.dtype, short.mean.dtype) == (torch.bfloat16, torch.float32)
     assert torch.allclose(found.float(), expected, atol=0.1)
     with pytest.raises(MetaplError, match="uint8"):
         network((images * 255).to(torch.uint8))
-    for wrong in (([], []), ([0.5], [0.2, 0.2]), ([0.5], [0.0]), ([float("nan")], [1.0]), ([0.5], [float("inf")])):
+    for wrong in (
+        ([], []),
+        ([0.5], [0.2, 0.2]),
+        ([0.5], [0.0]),
+        ([float("nan")], [1.0]),
+        ([0.5], [float("inf")]),
+    ):
         with pytest.raises(MetaplError, match="channel"):
             Normalized(nn.Identity(), *wrong)
 
@@ -210,17 +264,23 @@ def whole(source: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-def test_weights_come_from_a_file_of_a_training_program(source: nn.Module, prefix: str, tmp_path: Path) -> None:
+def test_weights_come_from_a_file_of_a_training_program(
+    source: nn.Module, prefix: str, tmp_path: Path
+) -> None:
     state = whole(source, prefix)
     files = [store(state, tmp_path / f"w{suffix}") for suffix in (".pt", ".pth", ".safetensors")]
-    files += [store({key: state, "epoch": 3}, tmp_path / f"{key}.pt") for key in ("state_dict", "model")]
+    files += [
+        store({key: state, "epoch": 3}, tmp_path / f"{key}.pt") for key in ("state_dict", "model")
+    ]
     for file in files:
         loaded = create("small_cnn", 5, weights=file).state_dict()
         assert all(torch.equal(t, loaded[key]) for key, t in source.state_dict().items())
         assert len(read_weights(file)["head.bias"]) == 5
 
 
-def test_a_head_that_is_not_there_stays_fresh_and_half_precision_is_widened(source: Any, tmp_path: Path) -> None:
+def test_a_head_that_is_not_there_stays_fresh_and_half_precision_is_widened(
+    source: Any, tmp_path: Path
+) -> None:
     file = store(whole(source), tmp_path / "w.safetensors")
     made = []
     for weights in (None, file):
@@ -232,7 +292,9 @@ def test_a_head_that_is_not_there_stays_fresh_and_half_precision_is_widened(sour
     headless = {key: t for key, t in whole(source).items() if not key.startswith("head.")}
     fresh = load_weights(create("small_cnn", 5), store(headless, tmp_path / "w.pt"), heads=["head"])
     assert fresh == ["head.weight", "head.bias"]
-    half = {key: t.half() for key, t in whole(source).items() if not key.endswith("num_batches_tracked")}
+    half = {
+        key: t.half() for key, t in whole(source).items() if not key.endswith("num_batches_tracked")
+    }
     network = create("small_cnn", 5, weights=store(half, tmp_path / "half.pt"))
     assert network.head.weight.dtype == torch.float32
     torch.testing.assert_close(network.head.weight, source.head.weight, atol=1e-3, rtol=1e-3)
@@ -246,7 +308,9 @@ class RunsCode:
         return Path.touch, (self.trace,)
 
 
-def test_damaged_and_foreign_weights_are_refused_and_run_no_code(source: nn.Module, tmp_path: Path) -> None:
+def test_damaged_and_foreign_weights_are_refused_and_run_no_code(
+    source: nn.Module, tmp_path: Path
+) -> None:
     good, network = whole(source), create("small_cnn", 5)
     objects: dict[str, tuple[Any, str]] = {
         "module": (nn.Linear(2, 2), "read"),
@@ -267,7 +331,9 @@ def test_damaged_and_foreign_weights_are_refused_and_run_no_code(source: nn.Modu
     cases += [(tmp_path / "none.pt", "there is no file"), (tmp_path, "there is no file")]
     for suffix in (".pt", ".safetensors"):
         content = store(good, tmp_path / f"w{suffix}").read_bytes()
-        for number, part in enumerate((b"", content[: len(content) // 2], b"\x89PNG\r\n\x1a\n" + bytes(200), b"text")):
+        for number, part in enumerate(
+            (b"", content[: len(content) // 2], b"\x89PNG\r\n\x1a\n" + bytes(200), b"text")
+        ):
             (tmp_path / f"{number}{suffix}").write_bytes(part)
             cases.append((tmp_path / f"{number}{suffix}", "read"))
     before = whole(network)
@@ -281,12 +347,16 @@ def test_damaged_and_foreign_weights_are_refused_and_run_no_code(source: nn.Modu
 FILE, URL = "resnet18-f37072fd.pth", ResNet18_Weights.DEFAULT.url
 
 
-def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_weights_are_downloaded_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     for fault in (URLError("no route to host"), RuntimeError("invalid hash value")):
         where = "urlopen" if isinstance(fault, URLError) else "load_state_dict_from_url"
         monkeypatch.setattr(torch.hub, where, Mock(side_effect=fault))
-        with pytest.raises(MetaplError, match=FILE) as caught:  # what to download and how to give it
+        with pytest.raises(
+            MetaplError, match=FILE
+        ) as caught:  # what to download and how to give it
             networks.fetch_imagenet_weights("resnet18")
         assert URL in str(caught.value)
     asked: list[tuple[str, dict[str, Any]]] = []
@@ -296,7 +366,9 @@ def test_imagenet_weights_are_downloaded_once_and_checked(tmp_path: Path, monkey
         (Path(folder) / FILE).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    assert [networks.fetch_imagenet_weights("resnet18") for _ in range(2)] == [tmp_path / "checkpoints" / FILE] * 2
+    assert [networks.fetch_imagenet_weights("resnet18") for _ in range(2)] == [
+        tmp_path / "checkpoints" / FILE
+    ] * 2
     assert asked == [(URL, {"check_hash": True, "weights_only": True})]
     for name in ("pooled_cnn", "timm:resnet18", "resnet_18"):
         with pytest.raises(MetaplError, match="resnet18"):

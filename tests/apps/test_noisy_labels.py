@@ -68,11 +68,18 @@ def noisy_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default method, long enough to tell a bar from a beam."""
     flags = f"{SIZES} --steps 60 --warm-steps 6 --log-every 30 --validate-every 30 --save-every 60".split()
     command = ("train", "noisy", *given(root), "--test", str(root / "test"), *flags)
-    return built_once(tmp_path_factory, "shapes-run", lambda out: metapl(*command, "--out", str(out)))
+    return built_once(
+        tmp_path_factory, "shapes-run", lambda out: metapl(*command, "--out", str(out))
+    )
 
 
-def test_the_misplaced_pictures_are_listed_first_and_weigh_less(noisy_run: Path, root: Path) -> None:
-    wrong, listed = {*json.loads((root / "wrong.json").read_text())}, rows((noisy_run / "suspects.csv").read_text())
+def test_the_misplaced_pictures_are_listed_first_and_weigh_less(
+    noisy_run: Path, root: Path
+) -> None:
+    wrong, listed = (
+        {*json.loads((root / "wrong.json").read_text())},
+        rows((noisy_run / "suspects.csv").read_text()),
+    )
     assert len(listed) == len({row["file"] for row in listed}) == 40
     assert all(Path(row["file"]).parent.name == row["given"] for row in listed)
     of_given = [float(row["p_given"]) for row in listed]
@@ -81,7 +88,10 @@ def test_the_misplaced_pictures_are_listed_first_and_weigh_less(noisy_run: Path,
     assert len(first) >= 5
     assert all(row["probably"] != row["given"] for row in first)
     assert all(0 < float(row["weight"]) < 1 for row in listed)
-    of = [[float(row["weight"]) for row in listed if (row["file"] in wrong) == one] for one in (True, False)]
+    of = [
+        [float(row["weight"]) for row in listed if (row["file"] in wrong) == one]
+        for one in (True, False)
+    ]
     assert np.mean(of[0]) < np.mean(of[1])
     page = (noisy_run / "report.html").read_text()
     assert page[page.index("Labels that may be wrong") :].count("<figure>") >= 40
@@ -91,7 +101,11 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
     noisy_run: Path, root: Path
 ) -> None:
     told = result(noisy_run)
-    assert (told["recipe"], told["method"], told["delivered_by"]) == ("noisy", "example_weights", "rule")
+    assert (told["recipe"], told["method"], told["delivered_by"]) == (
+        "noisy",
+        "example_weights",
+        "rule",
+    )
     assert told["delivered"] == "finetuned"
     assert told["test_accuracy"] == told["finetuned_test_accuracy"] >= 0.9
     assert sorted(told["networks"]) == ["finetuned", "student"]
@@ -102,8 +116,20 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
 
 def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
     """The data, and what was fitted."""
-    whole: dict[str, Any] = {"classes": ("bar", "beam"), "network": "small_cnn", "image_size": 8, "grey": True}
-    whole |= {"mean": (0.3,), "std": (0.3,), "recolor": False, "steps": 10, "warmup": 3, "labeled_batch": 12}
+    whole: dict[str, Any] = {
+        "classes": ("bar", "beam"),
+        "network": "small_cnn",
+        "image_size": 8,
+        "grey": True,
+    }
+    whole |= {
+        "mean": (0.3,),
+        "std": (0.3,),
+        "recolor": False,
+        "steps": 10,
+        "warmup": 3,
+        "labeled_batch": 12,
+    }
     noisy, clean = given(root)[1::2]
     config = replaced(Noisy(labeled=noisy, clean=clean), **whole, clean_batch=6, device="cpu")
     data = config.data(lambda text: None, False, None)
@@ -130,7 +156,9 @@ def test_something_about_labels_is_learned_from_clean_ones(
     trainer, labeled, unlabeled, options = main.trainer, main.labeled, main.unlabeled, main.options
     assert labeled is data.labeled
     assert (len(labeled.images), len(unlabeled.images), len(data.everything.images)) == (8, 40, 48)
-    assert options == {"steps": 8, "warmup": 0, "first_steps": 0}, "the warm phase stands for first steps"
+    assert options == {"steps": 8, "warmup": 0, "first_steps": 0}, (
+        "the warm phase stands for first steps"
+    )
     assert isinstance(trainer.problem, problem)
     assert learned in (None, sum(p.numel() for p in trainer.teacher.parameters()))
     rates = [group["lr"] for group in trainer.outer_optimizer.param_groups]
@@ -138,11 +166,19 @@ def test_something_about_labels_is_learned_from_clean_ones(
     assert len(unlabeled[0]) == (3 if kind == "example_weights" else 2)
 
 
-def test_plain_methods_train_on_all_labels_or_on_the_clean_ones_and_a_control_alters_the_feedback(root: Path) -> None:
+def test_plain_methods_train_on_all_labels_or_on_the_clean_ones_and_a_control_alters_the_feedback(
+    root: Path,
+) -> None:
     for name, count in (("plain", 48), ("clean", 8)):
         _, (phase,) = phases(METHODS[name], root)
-        assert (len(phase.labeled.images), phase.unlabeled, len(phase.trainer.losses)) == (count, None, 1)
-    method = dataclasses.replace(METHODS["example_weights_permuted"], warm_steps=0, mode="difference")
+        assert (len(phase.labeled.images), phase.unlabeled, len(phase.trainer.losses)) == (
+            count,
+            None,
+            1,
+        )
+    method = dataclasses.replace(
+        METHODS["example_weights_permuted"], warm_steps=0, mode="difference"
+    )
     _, (phase,) = phases(method, root)
     assert "permuted" in repr(phase.trainer.mode)
     assert "Difference" in repr(phase.trainer.mode)
@@ -150,7 +186,10 @@ def test_plain_methods_train_on_all_labels_or_on_the_clean_ones_and_a_control_al
 
 
 SPOILED: list[tuple[str, Callable[[Path], object]]] = [
-    ("inside", lambda root: (root / "clean").symlink_to((root / "clean").rename(root / "noisy/clean"))),
+    (
+        "inside",
+        lambda root: (root / "clean").symlink_to((root / "clean").rename(root / "noisy/clean")),
+    ),
     ("x.png", lambda root: shutil.copy(root / "clean/bar/bar-00.png", root / "noisy/beam/x.png")),
     ("classes differ", lambda root: (root / "clean/beam").rename(root / "clean/Beam")),
     ("beam", lambda root: [file.unlink() for file in (root / "clean/beam").iterdir()]),
@@ -162,6 +201,14 @@ def test_folders_that_would_spoil_it_are_refused_before_anything_is_written(
     word: str, spoil: Callable[[Path], object], root: Path, tmp_path: Path
 ) -> None:
     spoil(Path(shutil.copytree(root, tmp_path / "copy")))
-    told = metapl("train", "noisy", *given(tmp_path / "copy"), *FLAGS.split(), "--out", tmp_path / "out", code=2)
+    told = metapl(
+        "train",
+        "noisy",
+        *given(tmp_path / "copy"),
+        *FLAGS.split(),
+        "--out",
+        tmp_path / "out",
+        code=2,
+    )
     assert word in " ".join(told.stderr.split())
     assert not (tmp_path / "out").exists()

@@ -48,7 +48,9 @@ from metapl.problems.base import Signal
 NOTHING = Signal(torch.zeros(0))
 NOISES: tuple[Any, ...] = ("all", "standard", "model", "none")
 MOVES = (-1, 0, 1)
-DIGITS = Digits(hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8))
+DIGITS = Digits(
+    hidden=(4,), fitting=digits.fitting(steps=4, schedule="exponential", lr=0.2, labeled_batch=8)
+)
 
 
 def batches(labeled: int = 2, ratio: int = 3) -> dict[str, Any]:
@@ -67,17 +69,23 @@ def test_the_loss_weighs_the_two_parts_as_the_paper_does(hard: bool) -> None:
         labeled = F.cross_entropy(network(x_l), y)
         unlabeled = F.cross_entropy(network(x_u), stored.argmax(1) if hard else stored)
         own: dict[str, Any] = {"signal": NOTHING, "step": 0}
-        mean, two = (NoisyStudentLoss(form, hard)(network, **data, **own) for form in ("mean", "two_means"))
+        mean, two = (
+            NoisyStudentLoss(form, hard)(network, **data, **own) for form in ("mean", "two_means")
+        )
         torch.testing.assert_close(mean, labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
         torch.testing.assert_close(two, labeled + unlabeled)
-        alone = NoisyStudentLoss(hard=hard)(network, labeled=data["unlabeled"], unlabeled=None, **own)
+        alone = NoisyStudentLoss(hard=hard)(
+            network, labeled=data["unlabeled"], unlabeled=None, **own
+        )
         torch.testing.assert_close(alone, unlabeled)
 
 
 def test_without_noise_on_unlabeled_examples_dropout_acts_on_labeled_ones_alone() -> None:
     seen: dict[int, bool] = {}
     network, data = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), batches()
-    network[0].register_forward_hook(lambda part, given, out: seen.update({len(out): part.training}))
+    network[0].register_forward_hook(
+        lambda part, given, out: seen.update({len(out): part.training})
+    )
     NoisyStudentLoss(model_noise=False)(network, **data, signal=NOTHING, step=0)
     assert (seen, network[0].training) == ({2: True, 6: False}, True)
     seen.clear()
@@ -109,21 +117,37 @@ def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_
 
 
 def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> None:
-    whole: dict[str, Any] = {"network": "pooled_cnn", "image_size": 32, "grey": False, "mean": (0.5,) * 3}
-    config = replaced(Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole)
+    whole: dict[str, Any] = {
+        "network": "pooled_cnn",
+        "image_size": 32,
+        "grey": False,
+        "mean": (0.5,) * 3,
+    }
+    config = replaced(
+        Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole
+    )
     settled = replaced(config, lr=config.pictures.rate)  # as where none was given
     found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
     assert [one.trainer_options()["clip_norm"] for one in found] == [None, 1.0, 1.0]
-    given = configs_of(replaced(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18")))
+    given = configs_of(
+        replaced(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18"))
+    )
     rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in (*found, *given)]
     assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001, 0.01, 0.01]
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
     *(({"rounds": 0}, "rounds"), ({"threshold": 1.0}, "threshold"), ({"ratio": 0}, "ratio")),
-    *(({"per_class": 0}, "per_class"), ({"warm_steps": 5}, "warm-start"), ({"frozen": 0.1}, "finetune-size")),
-    *(({"networks": ("16x16", "8")}, "smaller"), ({"networks": ("8", "16"), "warm_start": True}, "warm-start")),
+    *(
+        ({"per_class": 0}, "per_class"),
+        ({"warm_steps": 5}, "warm-start"),
+        ({"frozen": 0.1}, "finetune-size"),
+    ),
+    *(
+        ({"networks": ("16x16", "8")}, "smaller"),
+        ({"networks": ("8", "16"), "warm_start": True}, "warm-start"),
+    ),
     *(({"networks": ("8y8",)}, "8y8"), ({"finetune_size": 16}, "one size")),
     ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
     ({"training": "pretrain", "loss": "two_means"}, "mean"),
@@ -145,7 +169,9 @@ def phases(settings: NoisyStudent) -> list[Phase]:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(warm: bool) -> None:
-    own: dict[str, Any] = {"warm_start": True, "warm_steps": 2} if warm else {"networks": ("4", "8", "16")}
+    own: dict[str, Any] = (
+        {"warm_start": True, "warm_steps": 2} if warm else {"networks": ("4", "8", "16")}
+    )
     found = phases(NoisyStudent(rounds=2, **own))
     assert [phase.options["phase"] for phase in found] == ["round-0", "round-1", "round-2"]
     assert [phase.options["steps"] for phase in found] == [4, *([2, 2] if warm else [4, 4])]
@@ -176,23 +202,39 @@ def test_the_unlabeled_examples_get_the_noise_that_was_asked_for() -> None:
     has_model_noise = {noise: phase.trainer.losses[0].model_noise for noise, phase in views.items()}
     assert has_model_noise == {"all": True, "standard": True, "model": True, "none": False}
     x = torch.rand(6, 1, 8, 8)
-    moved = standard_view(DIGITS.data(lambda text: None, False, None))(x, seed=1, step=2, examples=torch.arange(6))
-    shifts = [torch.roll(F.pad(x, (1, 1, 1, 1)), (a, b), (2, 3))[..., 1:9, 1:9] for a in MOVES for b in MOVES]
-    assert all(any(torch.equal(row, shifted[i]) for shifted in shifts) for i, row in enumerate(moved))
+    moved = standard_view(DIGITS.data(lambda text: None, False, None))(
+        x, seed=1, step=2, examples=torch.arange(6)
+    )
+    shifts = [
+        torch.roll(F.pad(x, (1, 1, 1, 1)), (a, b), (2, 3))[..., 1:9, 1:9]
+        for a in MOVES
+        for b in MOVES
+    ]
+    assert all(
+        any(torch.equal(row, shifted[i]) for shifted in shifts) for i, row in enumerate(moved)
+    )
     assert not torch.equal(moved, x)
 
 
 def test_losses_of_both_kinds_are_recorded_with_the_noise_and_without_it() -> None:
     """Each is the mean cross-entropy of the same examples, by hand; nothing of the network is changed."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).train()
+    network = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)
+    ).train()
     network(torch.randn(64, 4))
-    images, labels, stored = torch.rand(8, 1, 2, 2), torch.arange(8) % 3, torch.rand(8, 3).softmax(1)
+    images, labels, stored = (
+        torch.rand(8, 1, 2, 2),
+        torch.arange(8) % 3,
+        torch.rand(8, 3).softmax(1),
+    )
     view = ShiftNoiseCutout(cutout=0)
     labeled = LabeledBatches(images, labels, StepSampler(8, 128, seed=0), view, 0)
     every = torch.arange(8)
     sampler = StepSampler(8, 256, seed=0, stream=1)
-    pairs = PseudoLabeledBatches(images, sampler, view, None, 0, chosen=Chosen(every, every, lambda rows: stored[rows]))
+    pairs = PseudoLabeledBatches(
+        images, sampler, view, None, 0, chosen=Chosen(every, every, lambda rows: stored[rows])
+    )
     before = copy.deepcopy(network.state_dict())
     losses = LossesApart(labeled, pairs, NoisyStudentLoss(model_noise=False), every=3, steps=4)
     trainer = SimpleNamespace(student=network)
@@ -204,12 +246,16 @@ def test_losses_of_both_kinds_are_recorded_with_the_noise_and_without_it() -> No
         of_labels = F.cross_entropy(network(images), labels)
         of_pairs = F.cross_entropy(network(images), stored)
         passes = dataclasses.replace(pairs, sampler=StepSampler(8, 64, seed=0, stream=1))
-        noisy_pairs = sum(F.cross_entropy(network(x), q) for x, q in (passes[step] for step in range(2))) / 2
+        noisy_pairs = (
+            sum(F.cross_entropy(network(x), q) for x, q in (passes[step] for step in range(2))) / 2
+        )
     assert found["labeled_loss_without_noise"] == pytest.approx(float(of_labels), rel=1e-5)
     assert found["unlabeled_loss_without_noise"] == pytest.approx(float(of_pairs), rel=1e-5)
     assert found["unlabeled_loss_with_noise"] == pytest.approx(float(noisy_pairs), rel=1e-5)
     assert found["labeled_loss_with_noise"] != found["labeled_loss_without_noise"]
-    assert losses(3, {}, trainer)["labeled_loss_with_noise"] != found["labeled_loss_with_noise"], "dropout draws anew"
+    assert losses(3, {}, trainer)["labeled_loss_with_noise"] != found["labeled_loss_with_noise"], (
+        "dropout draws anew"
+    )
     assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
 
 
@@ -222,17 +268,26 @@ def test_networks_have_the_paper_s_noise_unless_it_is_given() -> None:
     assert noise(network="efficientnet_b0") == (0.5, 0.2)
     assert noise(network="resnet18") == noise(network="pooled_cnn") == (0.5, 0.0)
     assert noise(network="efficientnet_b0", dropout=0.0, stochastic_depth=0.1) == (0.0, 0.1)
-    assert noise(network="resnet18", backbone="auto", tuning="lora") == (0.0, 0.0), "what is frozen has no noise"
+    assert noise(network="resnet18", backbone="auto", tuning="lora") == (0.0, 0.0), (
+        "what is frozen has no noise"
+    )
     with pytest.raises(MetaplError, match="has no stochastic_depth"):
         noise(network="resnet18", stochastic_depth=0.2)
-    config = ImagesOfRounds(labeled="few", unlabeled="many", pictures=PicturesOfRounds(network="efficientnet_b0"))
+    config = ImagesOfRounds(
+        labeled="few", unlabeled="many", pictures=PicturesOfRounds(network="efficientnet_b0")
+    )
     other = config.with_network("resnet18").pictures.architecture(2)
     assert (other.dropout, other.stochastic_depth) == (0.5, 0.0)
 
 
 def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
-    _, alone, tuned = phases(NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none"))
-    assert (alone.trainer.losses, alone.unlabeled) == ((NoisyStudentLoss("mean", False, False),), None)
+    _, alone, tuned = phases(
+        NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none")
+    )
+    assert (alone.trainer.losses, alone.unlabeled) == (
+        (NoisyStudentLoss("mean", False, False),),
+        None,
+    )
     how = tuned.options
     assert (how["phase"], how["schedule"], how["steps"]) == ("round-1-finetune", "cosine", 200)
     assert tuned.trainer.student is alone.trainer.student
@@ -249,22 +304,32 @@ def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built_once(tmp_path_factory, "tiny-rounds", lambda out: metapl(*NOISY_STUDENT, "--out", str(out)))
+    return built_once(
+        tmp_path_factory, "tiny-rounds", lambda out: metapl(*NOISY_STUDENT, "--out", str(out))
+    )
 
 
 def test_a_run_keeps_the_labels_of_each_round_and_what_was_selected_of_them(rounds: Path) -> None:
     told = result(rounds)
     assert [each["round"] for each in told["rounds"]] == [1, 2]
     for each in told["rounds"]:
-        labels, chosen = (LabelStore(rounds / "rounds" / str(each["round"]) / n) for n in ("labels", "selected"))
+        labels, chosen = (
+            LabelStore(rounds / "rounds" / str(each["round"]) / n) for n in ("labels", "selected")
+        )
         assert each["store"] == f"rounds/{each['round']}/labels"
-        assert (len(labels), len(chosen)) == (each["unlabeled"], each["kept"]) == (1180, each["kept"])
+        assert (
+            (len(labels), len(chosen)) == (each["unlabeled"], each["kept"]) == (1180, each["kept"])
+        )
         kept = labels.column("label")[labels.column("confidence") > each["threshold"]]
         assert np.bincount(kept, minlength=10).tolist() == [*each["kept_per_class"].values()]
         assert len(kept) == each["kept"]
         counts = {*each["copies_per_class"].values()} - {0}
         assert len(counts) == 1, "balanced"
-        assert sum(each["copies_per_class"].values()) == each["copies"] == len(chosen.rows_with_copies())
+        assert (
+            sum(each["copies_per_class"].values())
+            == each["copies"]
+            == len(chosen.rows_with_copies())
+        )
         assert each["store_sha256"] == labels.sha256
     first, second = told["rounds"]
     assert first["changed_labels"] is None
@@ -285,17 +350,25 @@ def test_pictures_are_selected_once_and_labeled_anew(tmp_path: Path) -> None:
     assert not (run / "rounds" / "2" / "selected").exists()
     selected, relabeled = LabelStore(run / "rounds/1/selected"), LabelStore(run / "rounds/2/labels")
     assert [*selected] == [*relabeled]
-    assert sum(second["copies_per_class"].values()) == second["copies"] == selected.column("copies").sum()
+    assert (
+        sum(second["copies_per_class"].values())
+        == second["copies"]
+        == selected.column("copies").sum()
+    )
     by_hand = np.bincount(relabeled.column("label"), selected.column("copies"), minlength=10)
     assert [*second["copies_per_class"].values()] == by_hand.tolist()
     changed = int((selected.column("label") != relabeled.column("label")).sum())
     assert second["changed_labels"] == changed > 0
     named = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     apart = [row for row in named if "unlabeled_loss_with_noise" in row]
-    assert {(row["phase"], row["step"]) for row in apart} == {(f"round-{n}", s) for n in (1, 2) for s in (3, 6)}
+    assert {(row["phase"], row["step"]) for row in apart} == {
+        (f"round-{n}", s) for n in (1, 2) for s in (3, 6)
+    }
 
 
-def test_a_selection_that_is_made_once_outlives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selection_that_is_made_once_outlives_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = ("--select-by", "once", "--out")
     metapl(*NOISY_STUDENT, *asked, tmp_path / "whole")
 
@@ -312,12 +385,16 @@ def test_a_selection_that_is_made_once_outlives_a_stop(tmp_path: Path, monkeypat
     assert again["sha256"]["student.safetensors"] == whole["sha256"]["student.safetensors"]
 
 
-def test_another_network_s_selection_is_labeled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_network_s_selection_is_labeled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the paper has it: one network selects for all; and stores that are of something else are refused at once."""
     root, run = color_folders(tmp_path / "colors", few=3, many=8), tmp_path / "run"
     places = images_command(root)[2:5]
     names = [f"{color}-{n}.png" for color in ("blue", "red") for n in range(8)]
-    chosen = made_selection(tmp_path / "chosen", root / "unlabeled", sorted(names)[:5], ["blue", "red"])
+    chosen = made_selection(
+        tmp_path / "chosen", root / "unlabeled", sorted(names)[:5], ["blue", "red"]
+    )
     tiny = "--steps 2 --rounds 2 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
     command = ["noisy-student", "images", *places, *tiny.split(), "--ratio", "2", "--select-by"]
 
@@ -330,24 +407,35 @@ def test_another_network_s_selection_is_labeled_anew(tmp_path: Path, monkeypatch
     # Of another selection under its name, the run does not go on.
     moved = chosen.rename(tmp_path / "moved")
     made_selection(chosen, root / "unlabeled", sorted(names)[2:9], ["blue", "red"])
-    assert "the data have changed" in metapl(*command, chosen, "--out", run, "--resume", code=2).stderr
+    assert (
+        "the data have changed" in metapl(*command, chosen, "--out", run, "--resume", code=2).stderr
+    )
     shutil.rmtree(chosen)
     moved.rename(chosen)
     metapl(*command, chosen, "--out", run, "--resume")
     for each in result(run)["rounds"]:
         assert [*LabelStore(run / each["store"])] == [0, 1, 2, 3, 4]
-        assert (each["selection"], each["copies"]) == (str(chosen), int(LabelStore(chosen).column("copies").sum()))
+        assert (each["selection"], each["copies"]) == (
+            str(chosen),
+            int(LabelStore(chosen).column("copies").sum()),
+        )
     unfit = {
-        "of the classes": made_selection(tmp_path / "other", root / "unlabeled", names[:2], ["cat", "dog"]),
+        "of the classes": made_selection(
+            tmp_path / "other", root / "unlabeled", names[:2], ["cat", "dog"]
+        ),
         "nothing was selected": tmp_path / "other all",
-        "selected of other pictures": made_selection(tmp_path / "x", root / "unlabeled", ["a.png"], ["blue", "red"]),
+        "selected of other pictures": made_selection(
+            tmp_path / "x", root / "unlabeled", ["a.png"], ["blue", "red"]
+        ),
         "expected each, once": tmp_path / "nowhere",
     }
     for word, store in unfit.items():
         refused = metapl(*command, store, "--out", tmp_path / "no", code=2).stderr
         assert word in refused
         assert not (tmp_path / "no").exists()
-    of_digits = metapl("noisy-student", "digits", "--select-by", chosen, "--out", tmp_path / "no", code=2).stderr
+    of_digits = metapl(
+        "noisy-student", "digits", "--select-by", chosen, "--out", tmp_path / "no", code=2
+    ).stderr
     assert "digits have none" in of_digits
 
 
@@ -370,16 +458,25 @@ WAYS = (
 )
 
 
-@pytest.mark.parametrize("flags", [WAYS[0], *(pytest.param(way, marks=pytest.mark.long) for way in WAYS[1:])])
+@pytest.mark.parametrize(
+    "flags", [WAYS[0], *(pytest.param(way, marks=pytest.mark.long) for way in WAYS[1:])]
+)
 def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
-    run, tiny = tmp_path / "run", "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1"
+    run, tiny = (
+        tmp_path / "run",
+        "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1",
+    )
     metapl("noisy-student", "digits", *tiny.split(), "--rounds", "1", *flags.split(), "--out", run)
     (only,) = result(run)["rounds"]
     assert 0 < only["kept"] <= only["unlabeled"] == 1180
-    named = {row["phase"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    named = {
+        row["phase"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    }
     assert named == {"round-0", "round-1", *(["round-1-finetune"] * ("finetune" in flags))}
     store = LabelStore(run / "rounds" / "1" / "labels")
-    assert ("augmented" in store.provenance["views"].replace("not augmented", "")) == ("noisy" in flags)
+    assert ("augmented" in store.provenance["views"].replace("not augmented", "")) == (
+        "noisy" in flags
+    )
     assert "--per-class" not in flags or {*only["copies_per_class"].values()} <= {0, 9}
     assert (only["copies"] == only["kept"]) or "False" not in flags
     found = json.loads(metapl("evaluate", run, "--json").stdout)
@@ -390,7 +487,16 @@ def test_pictures_end_at_a_larger_size(tmp_path: Path) -> None:
     places, out = images_command(color_folders(tmp_path, few=3, many=8))[2:5], tmp_path / "run"
     tiny = "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
     own = ("--ratio", "2", "--threshold", "0", "--save-every", "2")
-    command = ["noisy-student", "images", *places, *tiny.split(), *own, "--out", out, "--finetune-size"]
+    command = [
+        "noisy-student",
+        "images",
+        *places,
+        *tiny.split(),
+        *own,
+        "--out",
+        out,
+        "--finetune-size",
+    ]
     for size in ("8", "4"):
         assert "--finetune-size" in metapl(*command, size, code=2).stderr
     assert not (out / "recipe.json").exists()

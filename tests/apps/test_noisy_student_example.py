@@ -35,13 +35,20 @@ TINY: dict[str, Any] = {
     "seed": 3,
 }
 TINY |= {"labeled_batch": 4, "finetune_batch": 4, "channels_last": False}
-CNN: dict[str, Any] = {"networks": ("small_cnn",) * 3, "filter_network": "small_cnn", "stochastic_depth": 0.0}
+CNN: dict[str, Any] = {
+    "networks": ("small_cnn",) * 3,
+    "filter_network": "small_cnn",
+    "stochastic_depth": 0.0,
+}
 CNN |= {"image_sizes": (16,), "ratios": (2,), "steps": 3, "lr": 0.01 * 2_048 / 4, "per_class": 20}
 
 
 def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> script.Settings:
     c = script.ROWS[name].settings()
-    places: dict[str, Any] = {"root": written(c.data, tmp_path / "data", patch), "out": str(tmp_path / "run")}
+    places: dict[str, Any] = {
+        "root": written(c.data, tmp_path / "data", patch),
+        "out": str(tmp_path / "run"),
+    }
     if c.data == "imagenet":
         places["labels_per_class"] = 3
     return dataclasses.replace(c, **TINY, **places, **own)
@@ -55,7 +62,8 @@ SHORT = ("b0", "svhn")
 
 
 @pytest.mark.parametrize(
-    "name", [row if row in SHORT else pytest.param(row, marks=pytest.mark.long) for row in script.ROWS]
+    "name",
+    [row if row in SHORT else pytest.param(row, marks=pytest.mark.long) for row in script.ROWS],
 )
 def test_every_row_takes_twenty_steps_in_miniature_and_stays_finite(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,10 +72,21 @@ def test_every_row_takes_twenty_steps_in_miniature_and_stays_finite(
     for network in networks.EFFICIENTNETS:
         monkeypatch.setitem(networks._SCALES, network, (0.1, 0.1))
     row = script.ROWS[name].settings()
-    small: dict[str, Any] = {"steps": 20, "lr": row.lr * row.labeled_batch / 4, "validate_every": 20, "save_every": 20}
+    small: dict[str, Any] = {
+        "steps": 20,
+        "lr": row.lr * row.labeled_batch / 4,
+        "validate_every": 20,
+        "save_every": 20,
+    }
     if row.data == "imagenet":
-        small |= {"image_sizes": (32,), "per_class": 50, "finetune_size": None if row.finetune_size is None else 40}
-        monkeypatch.setattr(script, "AS_PUBLISHED", {key: (32, *v[1:]) for key, v in script.AS_PUBLISHED.items()})
+        small |= {
+            "image_sizes": (32,),
+            "per_class": 50,
+            "finetune_size": None if row.finetune_size is None else 40,
+        }
+        monkeypatch.setattr(
+            script, "AS_PUBLISHED", {key: (32, *v[1:]) for key, v in script.AS_PUBLISHED.items()}
+        )
     else:
         small |= {"validation": 10, "per_class": 50, "threshold": 0.05}
     c = dataclasses.replace(tiny(name, tmp_path, monkeypatch), **small)
@@ -86,7 +105,9 @@ def test_every_row_takes_twenty_steps_in_miniature_and_stays_finite(
 def test_steps_and_rate_follow_the_labeled_batch_and_the_number_of_labeled_pictures() -> None:
     c = script.ROWS["b7"].settings()
     for batch in (512, 1_024, 2_048):
-        schedule = script.schedule_of(dataclasses.replace(c, labeled_batch=batch), 1_281_167, c.epochs)
+        schedule = script.schedule_of(
+            dataclasses.replace(c, labeled_batch=batch), 1_281_167, c.epochs
+        )
         assert schedule.steps == round(350 * 1_281_167 / batch)
         assert schedule.lr == pytest.approx(0.128 * batch / 2_048)
         assert schedule.warmup == round(5 * 1_281_167 / batch)
@@ -106,10 +127,24 @@ def test_the_chain_of_table_7_is_one_row() -> None:
     selecting = script.filter_of(c)
     assert selecting is not None
     assert (selecting.name, selecting.image_size) == ("efficientnet_b0", 224)
-    magnitudes = {name: script.networks_of(row.settings())[0].magnitude for name, row in script.ROWS.items()}
-    by_the_code = {"b2": 6, "b3": 12, "b4": 15, "b5": 18, "b6": 24, "b7": 27, "svhn": 5, "resnet50": 9, "b0": 0}
+    magnitudes = {
+        name: script.networks_of(row.settings())[0].magnitude for name, row in script.ROWS.items()
+    }
+    by_the_code = {
+        "b2": 6,
+        "b3": 12,
+        "b4": 15,
+        "b5": 18,
+        "b6": 24,
+        "b7": 27,
+        "svhn": 5,
+        "resnet50": 9,
+        "b0": 0,
+    }
     assert {name: magnitudes[name] for name in by_the_code} == by_the_code
-    assert script.noisy_view(c, selecting) == Identity(), "of B0 the code has the standard augmentation alone"
+    assert script.noisy_view(c, selecting) == Identity(), (
+        "of B0 the code has the standard augmentation alone"
+    )
 
 
 def test_rmsprop_is_tensorflows() -> None:
@@ -131,7 +166,10 @@ def test_rmsprop_is_tensorflows() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     c = script.ROWS["b0"].settings()
     groups = script.optimizer_of(c, network, 0.1).param_groups
-    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 1e-5), (2, 0.0)]
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [
+        (2, 1e-5),
+        (2, 0.0),
+    ]
 
 
 def test_pictures_are_selected_once_and_labeled_anew_and_a_run_goes_on(
@@ -156,18 +194,26 @@ def test_pictures_are_selected_once_and_labeled_anew_and_a_run_goes_on(
     for file in (out / "rounds" / "2" / "labels").glob("part-*"):
         file.unlink()
     assert script.train(dataclasses.replace(c, resume=True)) == result
-    assert all(torch.equal(t, last[name]) for name, t in load_file(out / "round-2.safetensors").items())
+    assert all(
+        torch.equal(t, last[name]) for name, t in load_file(out / "round-2.safetensors").items()
+    )
 
 
 def test_a_network_of_its_own_selects_and_another_run_takes_what_it_selected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     colors = color_folders(tmp_path / "colors", many=8)
-    own = CNN | {"networks": ("pooled_cnn",) * 2, "filter_epochs": 1.0, "unlabeled": str(colors / "unlabeled")}
+    own = CNN | {
+        "networks": ("pooled_cnn",) * 2,
+        "filter_epochs": 1.0,
+        "unlabeled": str(colors / "unlabeled"),
+    }
     c = dataclasses.replace(tiny("b0", tmp_path, monkeypatch, **own), labels_per_class=None)
     monkeypatch.setattr(script, "AS_PUBLISHED", script.AS_PUBLISHED | {"small_cnn": (24, 0.0, 0.0)})
     # A copy of a picture of the validation set is not learned from.
-    shutil.copy(tmp_path / "data" / "val" / "n01440764" / "0.JPEG", colors / "unlabeled" / "blue-0.png")
+    shutil.copy(
+        tmp_path / "data" / "val" / "n01440764" / "0.JPEG", colors / "unlabeled" / "blue-0.png"
+    )
     script.train(c)
     store = LabelStore(tmp_path / "run" / "selection" / "selected")
     first = scan_unlabeled(colors / "unlabeled").names.index("blue-0.png")
@@ -180,22 +226,38 @@ def test_a_network_of_its_own_selects_and_another_run_takes_what_it_selected(
     script.train(other)
     assert [*LabelStore(tmp_path / "other" / "rounds" / "1" / "labels")] == [*store]
     assert not (tmp_path / "other" / "selection").exists()
-    elsewhere = dataclasses.replace(other, unlabeled=str(colors / "labeled"), out=str(tmp_path / "third"))
+    elsewhere = dataclasses.replace(
+        other, unlabeled=str(colors / "labeled"), out=str(tmp_path / "third")
+    )
     with pytest.raises(MetaplError, match="was selected of"):
         script.check(elsewhere)
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "hard, each, unbalanced": {"labels": "hard", "select_by": "each", "balance": False, "loss": "two_means"},
-    "interval, share, standard": {"threshold": 0.0, "at_most": 1.0, "share": 0.5, "unlabeled_noise": "standard"},
+    "hard, each, unbalanced": {
+        "labels": "hard",
+        "select_by": "each",
+        "balance": False,
+        "loss": "two_means",
+    },
+    "interval, share, standard": {
+        "threshold": 0.0,
+        "at_most": 1.0,
+        "share": 0.5,
+        "unlabeled_noise": "standard",
+    },
     "stages": {"training": "pretrain_finetune", "unlabeled_noise": "model", "stage_epochs": 2.0},
     "warm": {"warm_start": True, "warm_epochs": 350.0, "unlabeled_noise": "none"},
     "noisy teacher": {"noisy_teacher": True, "dropouts": (0.3,), "accumulate": 2},
 }
 
 
-@pytest.mark.parametrize("way", [way if way == "stages" else pytest.param(way, marks=pytest.mark.long) for way in WAYS])
-def test_each_way_of_training_has_its_effect(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "way", [way if way == "stages" else pytest.param(way, marks=pytest.mark.long) for way in WAYS]
+)
+def test_each_way_of_training_has_its_effect(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = tiny("b2", tmp_path, monkeypatch, **CNN | {"networks": ("small_cnn",) * 2, "steps": 4})
     c = dataclasses.replace(usual, **WAYS[way])
     script.check(c)
@@ -216,7 +278,10 @@ def test_each_way_of_training_has_its_effect(way: str, tmp_path: Path, monkeypat
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an empty interval": ({"threshold": 0.5, "at_most": 0.5}, "the interval of confidence is empty"),
+    "an empty interval": (
+        {"threshold": 0.5, "at_most": 0.5},
+        "the interval of confidence is empty",
+    ),
     "no depth": ({"networks": ("resnet50",) * 2}, "resnet50 has no stochastic_depth"),
     "one network": ({"networks": ("small_cnn",), "stochastic_depth": 0.0}, "a student's"),
     "two networks, warm": (
@@ -227,7 +292,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "processes": ({"mesh": script.Mesh(replicate=2)}, "1 process was started for a mesh of 2"),
     "norms": ({"batch_norm_ranks": 2}, "--batch-norm-ranks 2: expected a divisor of 1 processes"),
     "a sum": ({"training": "pretrain", "loss": "two_means"}, "expected mean"),
-    "no unlabeled": ({"labels_per_class": None}, "expected --unlabeled DIR, or --labels-per-class N"),
+    "no unlabeled": (
+        {"labels_per_class": None},
+        "expected --unlabeled DIR, or --labels-per-class N",
+    ),
     "a store that is none": ({"select_by": "nowhere"}, "expected once, each, or a folder"),
     "a smaller size": ({"finetune_size": 100}, "more pixels"),
     "a share": ({"share": 0.0}, "--share 0.0"),
@@ -246,7 +314,9 @@ def test_what_does_not_go_together_is_refused_in_a_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_or_a_store_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_or_a_store_of_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     c = tiny("b0", tmp_path, monkeypatch, **CNN)
     with LabelWriter(tmp_path / "all", ["a", "b"], provenance={"pictures": "others"}) as writer:
         writer.add([0, 1], torch.eye(2))
@@ -263,10 +333,15 @@ def test_a_run_or_a_store_of_something_else_is_refused(tmp_path: Path, monkeypat
     script.check(dataclasses.replace(c, resume=True, num_workers=2))
 
 
-def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert script.main(["l2", "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "round 3: efficientnet_l2, 475 pixels, 218,949 steps of 2,048 labeled and 57,344 unlabeled at 0.128" in plan
+    assert (
+        "round 3: efficientnet_l2, 475 pixels, 218,949 steps of 2,048 labeled and 57,344 unlabeled at 0.128"
+        in plan
+    )
     assert "FixRes: efficientnet_l2, 800 pixels, 3,753 steps of 512" in plan
     assert script.main(["--sources"]) == 0
     table = capsys.readouterr().out
@@ -313,8 +388,30 @@ def test_two_processes_leave_the_run_of_one(
         "--steps",
         "3",
     ]
-    words += ["--labeled-batch", "4", "--finetune-batch", "4", "--validation", "10", "--per-class", "9", "--lr", "5"]
-    words += ["--dropouts", "0", "--device", "cpu", "--num-workers", "0", "--log-every", "1", "--ratios", "2"]
+    words += [
+        "--labeled-batch",
+        "4",
+        "--finetune-batch",
+        "4",
+        "--validation",
+        "10",
+        "--per-class",
+        "9",
+        "--lr",
+        "5",
+    ]
+    words += [
+        "--dropouts",
+        "0",
+        "--device",
+        "cpu",
+        "--num-workers",
+        "0",
+        "--log-every",
+        "1",
+        "--ratios",
+        "2",
+    ]
     words += ["--threshold", "0.1", "--unlabeled-noise", "standard", "--magnitudes", "0"]
     monkeypatch.setattr(script, "LABELED_AT_ONCE", 16)
     assert script.main([*words, "--out", str(tmp_path / "one")]) == 0
@@ -329,22 +426,30 @@ def test_two_processes_leave_the_run_of_one(
     torch.testing.assert_close(stores[0].at(range(40)), stores[1].at(range(40)), rtol=0, atol=2e-3)
 
 
-def test_the_ranges_of_several_processes_make_the_store_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranges_of_several_processes_make_the_store_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the byte, also where one was stopped in the middle."""
     monkeypatch.setattr(script, "LABELED_AT_ONCE", 16)
     c = tiny("svhn", tmp_path, monkeypatch, validation=10)
     pictures = script.pictures_at(c, 32)
-    (spec, *_) = script.networks_of(dataclasses.replace(c, networks=("small_cnn",) * 2, stochastic_depth=0.0))
+    (spec, *_) = script.networks_of(
+        dataclasses.replace(c, networks=("small_cnn",) * 2, stochastic_depth=0.0)
+    )
     torch.manual_seed(0)
     network = script.build_network(spec, 10, 0.0, "small_cnn")
     everything = torch.arange(len(pictures.unlabeled))
 
     def labeled(folder: str, share: int, shares: int) -> LabelStore:
         processes: Any = FakeProcesses(share, shares)
-        return script.write_labels(c, network, spec, pictures, everything, tmp_path / folder, processes, 0)
+        return script.write_labels(
+            c, network, spec, pictures, everything, tmp_path / folder, processes, 0
+        )
 
     one = labeled("one", 0, 1)
-    with pytest.raises(MetaplError, match=r"store\.json"):  # the first waits for the others, which is no wait here
+    with pytest.raises(
+        MetaplError, match=r"store\.json"
+    ):  # the first waits for the others, which is no wait here
         labeled("three", 0, 3)
     for share in (1, 2):
         with pytest.raises(MetaplError):

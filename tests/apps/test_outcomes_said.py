@@ -46,7 +46,9 @@ def alive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_dead_student_behind_a_healthy_teacher_is_said_everywhere(dead: tuple[Path, str]) -> None:
     out, said = dead
     assert "warning: the student is at chance on the validation data" in said
-    assert re.search(r"Not shown to be better than guessing on test: the student \(\d+\.\d %\)", said)
+    assert re.search(
+        r"Not shown to be better than guessing on test: the student \(\d+\.\d %\)", said
+    )
     assert "the teacher (" not in said.partition("Not shown to be")[2].partition(". ")[0]
     listed = text_of("runs", str(out))
     assert re.search(r"not better than guessing: .*student \d+\.\d %", listed)
@@ -87,9 +89,21 @@ def test_digits_have_the_linear_baseline_of_their_labeled_pixels(alive: tuple[Pa
         ("noisy", "pixels", ("clean pictures", "--method clean")),
     ],
 )
-def test_a_run_behind_its_baseline_says_what_to_do_next(recipe: str, control_of: str, ways: tuple[str, ...]) -> None:
-    content = {"recipe": recipe, "steps": 300, "control_accuracy": 0.8, "control_of": control_of, "test_accuracy": 0.7}
-    said = " ".join(linear_baseline(content | {"control_on": "clean pictures" if recipe == "noisy" else "pictures"}))
+def test_a_run_behind_its_baseline_says_what_to_do_next(
+    recipe: str, control_of: str, ways: tuple[str, ...]
+) -> None:
+    content = {
+        "recipe": recipe,
+        "steps": 300,
+        "control_accuracy": 0.8,
+        "control_of": control_of,
+        "test_accuracy": 0.7,
+    }
+    said = " ".join(
+        linear_baseline(
+            content | {"control_on": "clean pictures" if recipe == "noisy" else "pictures"}
+        )
+    )
     assert all(way in said for way in ways)
     assert ("of the clean pictures alone" in said) == (recipe == "noisy")
 
@@ -118,7 +132,16 @@ def test_a_fixed_teacher_is_delivered_where_its_student_dies(tmp_path: Path) -> 
     assert not (tmp_path / "other/teacher.safetensors").exists()
 
 
-COLLAPSES = ("--mode", "reinforce", "--reduction", "sum", "--feedback-weight", "3000", "--baseline", "0.9")
+COLLAPSES = (
+    "--mode",
+    "reinforce",
+    "--reduction",
+    "sum",
+    "--feedback-weight",
+    "3000",
+    "--baseline",
+    "0.9",
+)
 
 
 def test_a_collapsed_run_warns_by_flags_and_delivers_what_it_was(tmp_path: Path) -> None:
@@ -126,18 +149,34 @@ def test_a_collapsed_run_warns_by_flags_and_delivers_what_it_was(tmp_path: Path)
     words = (*DIGITS, "--steps", "200", *COLLAPSES, "--wait", "100", "--validate-every", "10")
     said = text_of(*words, "--out", str(tmp_path / "whole"))
     assert "warning: the teacher's labels have collapsed onto few classes" in said
-    assert "leave out --feedback-weight, give --feedback-bound 0.1, or lower its learning rate" in said
+    assert (
+        "leave out --feedback-weight, give --feedback-bound 0.1, or lower its learning rate" in said
+    )
     assert "the teacher is kept as it was after step" in said
     result = json.loads((tmp_path / "whole/result.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    seen = max(value for row in rows for name, value in row.items() if "validation_accuracy" in name and value)
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    ]
+    seen = max(
+        value
+        for row in rows
+        for name, value in row.items()
+        if "validation_accuracy" in name and value
+    )
     assert seen - result["validation_accuracy"] < 0.3
     assert result["delivered"] == "teacher"
 
 
 def test_networks_that_guess_are_named_by_test_or_validation() -> None:
-    result: dict[str, Any] = {"networks": {"student": "student", "teacher": "teacher"}, "validation_size": 100}
-    result |= {"student_validation_accuracy": 0.12, "teacher_validation_accuracy": 0.6, "validation_chance": 0.1}
+    result: dict[str, Any] = {
+        "networks": {"student": "student", "teacher": "teacher"},
+        "validation_size": 100,
+    }
+    result |= {
+        "student_validation_accuracy": 0.12,
+        "teacher_validation_accuracy": 0.6,
+        "validation_chance": 0.1,
+    }
     assert guessing(result) == {"student": 0.12}
     assert guessing({**result, "validation_chance": None}) == {}
     known = {"delivered": "teacher", "delivered_by": "validation", "validation_accuracy": 0.6}
@@ -148,15 +187,22 @@ def test_networks_that_guess_are_named_by_test_or_validation() -> None:
 # -------------------------------------------------------------------------------------------- the size of the feedback
 
 
-@pytest.mark.parametrize("mode", ["reinforce", "loss_difference", "reinforce_per_example", "forward"])
-def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mode", ["reinforce", "loss_difference", "reinforce_per_example", "forward"]
+)
+def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(
+    mode: str, tmp_path: Path
+) -> None:
     """A mode that sends back one number has no deviation in a batch, and is drawn all the same."""
     out = tmp_path / "run"
     metapl(*DIGITS, "--steps", "40", "--mode", mode, "--out", str(out))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     taught = [row for row in rows if "feedback_mean" in row]
     assert len(taught) == 2
-    assert all(row["feedback_rms"] > 0 and row["feedback_ratio"] > 0 and row["feedback_weight"] > 0 for row in taught)
+    assert all(
+        row["feedback_rms"] > 0 and row["feedback_ratio"] > 0 and row["feedback_weight"] > 0
+        for row in taught
+    )
     panels = panels_of({"MPL": taught}, "network")
     ((_, _, _, points),) = panels["Size of the feedback"]
     assert points == [(row["step"], row["feedback_ratio"]) for row in taught]
@@ -170,7 +216,9 @@ def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(mode: str,
 
 
 @pytest.mark.parametrize("method", ["mpl", "permuted", "reduced_mpl"])
-def test_a_mode_that_no_training_can_take_is_refused_before_anything_is_written(method: str, tmp_path: Path) -> None:
+def test_a_mode_that_no_training_can_take_is_refused_before_anything_is_written(
+    method: str, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     found = metapl(*DIGITS, "--method", method, "--mode", "implicit", "--out", str(out), code=2)
     assert "--mode implicit takes the gradient through an optimum" in found.stderr

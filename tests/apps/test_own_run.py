@@ -21,7 +21,9 @@ def _made(three_colors: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return three_colors, out, script["train"](**places, out=out, steps=12)
 
 
-def test_predict_label_evaluate_and_runs_read_it(made: tuple[Path, Path, float], tmp_path: Path) -> None:
+def test_predict_label_evaluate_and_runs_read_it(
+    made: tuple[Path, Path, float], tmp_path: Path
+) -> None:
     root, folder, accuracy = made
     predicted = rows(metapl("predict", folder, root / "test", *FACTORY).stdout)
     right = [row["class"] == Path(row["file"]).parent.name for row in predicted]
@@ -34,12 +36,19 @@ def test_predict_label_evaluate_and_runs_read_it(made: tuple[Path, Path, float],
 
     assert f"{accuracy:.2%} of 18, as in result.json" in metapl("evaluate", folder, *FACTORY).stdout
     (entry,) = json.loads(metapl("runs", folder, "--json").stdout)
-    assert (entry["state"], entry["methods"], entry["steps"], entry["n"]) == ("finished", ["own_run"], 12, 18)
+    assert (entry["state"], entry["methods"], entry["steps"], entry["n"]) == (
+        "finished",
+        ["own_run"],
+        12,
+        18,
+    )
     assert entry["accuracy"] == pytest.approx(accuracy)
     assert entry["data"].endswith("labeled")
 
 
-def test_without_its_function_and_with_another_it_is_refused(made: tuple[Path, Path, float], tmp_path: Path) -> None:
+def test_without_its_function_and_with_another_it_is_refused(
+    made: tuple[Path, Path, float], tmp_path: Path
+) -> None:
     root, folder, _ = made
     other = tmp_path / "other.py"
     other.write_text("from torch import nn\n\ndef network():\n    return nn.Linear(3, 3)\n")
@@ -49,6 +58,8 @@ def test_without_its_function_and_with_another_it_is_refused(made: tuple[Path, P
         (f"{other}:none", "no function"),
         (f"{tmp_path}/none.py:network", "no file"),
     ):
-        told = metapl("predict", folder, root / "test", *(("--factory", factory) if factory else ()), code=2)
+        told = metapl(
+            "predict", folder, root / "test", *(("--factory", factory) if factory else ()), code=2
+        )
         assert told.stdout == ""
         assert expected in told.stderr

@@ -66,13 +66,17 @@ def claims_of(text: str) -> dict[str, list[Claim]]:
         if not cells or tuple(cells[0]) != HEAD:
             continue
         rows = list(itertools.takewhile(lambda row: len(row) == len(HEAD), cells[2:]))
-        claims[section.splitlines()[0]] = [Claim(row[0], spans(row[1]), row[2], row[3]) for row in rows]
+        claims[section.splitlines()[0]] = [
+            Claim(row[0], spans(row[1]), row[2], row[3]) for row in rows
+        ]
     return claims
 
 
 def spans(cell: str) -> list[str]:
     """Return the commands of a cell, which holds nothing else but commas, or a dash."""
-    assert re.fullmatch(r"–|`[^`]+`(, `[^`]+`)*", cell), f"expected `command`, `command` or –, not {cell}"
+    assert re.fullmatch(r"–|`[^`]+`(, `[^`]+`)*", cell), (
+        f"expected `command`, `command` or –, not {cell}"
+    )
     return re.findall(r"`([^`]+)`", cell)
 
 
@@ -102,7 +106,9 @@ def test_every_table_and_figure_of_the_papers_has_a_row() -> None:
     ):
         named: dict[str, set[int]] = {"Table": set(), "Figure": set()}
         for claim in CLAIMS[paper]:
-            for kind, numbers in re.findall(r"(Table|Figure)s? ((?:\d+(?:, | and | to )?)+)", claim.paper):
+            for kind, numbers in re.findall(
+                r"(Table|Figure)s? ((?:\d+(?:, | and | to )?)+)", claim.paper
+            ):
                 ends = [int(number) for number in re.findall(r"\d+", numbers)]
                 named[kind] |= {*range(ends[0], ends[-1] + 1)} if " to " in numbers else {*ends}
         assert named["Table"] >= {*tables}, paper
@@ -116,7 +122,10 @@ def test_every_row_says_how_far_it_was_run() -> None:
 
 
 def test_every_row_of_both_scripts_is_in_a_table() -> None:
-    for script, rows in (("protocols", protocols.ROWS), ("noisy_student_imagenet", noisy_student_imagenet.ROWS)):
+    for script, rows in (
+        ("protocols", protocols.ROWS),
+        ("noisy_student_imagenet", noisy_student_imagenet.ROWS),
+    ):
         for row in rows:
             assert any(f"examples/{script}.py {row} --" in command for command in COMMANDS), row
 
@@ -124,7 +133,17 @@ def test_every_row_of_both_scripts_is_in_a_table() -> None:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 # Folders and files of data that the page names, and that no command there leaves.
-DATA = ("data", "pictures", "yfcc100m", "few", "many", "held_out", "imagenet-a", "imagenet-c", "imagenet-p")
+DATA = (
+    "data",
+    "pictures",
+    "yfcc100m",
+    "few",
+    "many",
+    "held_out",
+    "imagenet-a",
+    "imagenet-c",
+    "imagenet-p",
+)
 
 
 def write_data(root: Path) -> None:
@@ -146,10 +165,28 @@ def write_data(root: Path) -> None:
     write_fashion_folder(root / "fashion-mnist")
     for number, wnid in enumerate(WNIDS):
         save(root / "imagenet-a" / wnid / f"{number}.jpg", number)
-        for corruption, severity in itertools.product(robustness.CORRUPTIONS, robustness.SEVERITIES):
-            save(root / "imagenet-c" / corruption / str(severity) / wnid / "ILSVRC2012_val_00000001.JPEG", severity)
+        for corruption, severity in itertools.product(
+            robustness.CORRUPTIONS, robustness.SEVERITIES
+        ):
+            save(
+                root
+                / "imagenet-c"
+                / corruption
+                / str(severity)
+                / wnid
+                / "ILSVRC2012_val_00000001.JPEG",
+                severity,
+            )
         for perturbation, frame in itertools.product(robustness.FLIPS_OF_ALEXNET, range(2)):
-            save(root / "imagenet-p" / perturbation / wnid / "ILSVRC2012_val_00000001" / f"{frame}.png", frame)
+            save(
+                root
+                / "imagenet-p"
+                / perturbation
+                / wnid
+                / "ILSVRC2012_val_00000001"
+                / f"{frame}.png",
+                frame,
+            )
 
 
 def write_fashion_folder(folder: Path) -> None:
@@ -161,7 +198,13 @@ def write_imagenet_network(folder: Path) -> Path:
     """Write the weights of a network of ImageNet's thousand classes, of which the small data has three."""
     names = [*WNIDS, *(f"n{number:08}" for number in range(1_000 - len(WNIDS)))]
     architecture = Architecture(name="small_cnn", num_classes=1_000, image_size=16)
-    export(architecture.create().eval(), folder, shape=(3, 16, 16), classes=names, architecture=architecture)
+    export(
+        architecture.create().eval(),
+        folder,
+        shape=(3, 16, 16),
+        classes=names,
+        architecture=architecture,
+    )
     return folder / WEIGHTS
 
 
@@ -178,7 +221,11 @@ class Bench:
             return
         for earlier in COMMANDS:
             out = out_of(earlier)
-            if earlier != command and out is not None and any(is_within(word, out) for word in inputs_of(command)):
+            if (
+                earlier != command
+                and out is not None
+                and any(is_within(word, out) for word in inputs_of(command))
+            ):
                 self.run(earlier)
         with contextlib.chdir(self.folder):
             run_by_rule(command)
@@ -229,7 +276,11 @@ def test_every_folder_that_a_command_reads_is_data_or_the_result_of_another() ->
         for path in inputs_of(command):
             assert any(is_within(path, out) for out in outs), f"{path} is left by no command"
         for word in shlex.split(command):
-            if word.endswith("/") and not word.startswith(("runs/", "labels/")) and word.rstrip("/") != out_of(command):
+            if (
+                word.endswith("/")
+                and not word.startswith(("runs/", "labels/"))
+                and word.rstrip("/") != out_of(command)
+            ):
                 assert word.split("/")[0] in DATA, f"{word} is none of the page's data"
 
 
@@ -249,13 +300,14 @@ DIGITS = (
     "--steps 6 --hidden 4 --labeled-batch 8 --unlabeled-batch 8 --finetune-steps 4 --log-every 1 --validate-every 2 "
     "--save-every 2"
 )
-PICTURES = (
-    "--steps 4 --network small_cnn --precision float32 --labeled-batch 4 --device cpu --log-every 1 --save-every 2"
-)
+PICTURES = "--steps 4 --network small_cnn --precision float32 --labeled-batch 4 --device cpu --log-every 1 --save-every 2"
 METAPL = {
     ("train", "digits"): DIGITS,
     ("train", "images"): f"{PICTURES} --image-size 8 --finetune-steps 2 --unlabeled-batch 4",
-    ("noisy-student", "digits"): "--steps 4 --hidden 4 --labeled-batch 8 --ratio 2 --threshold 0.12 --save-every 2",
+    (
+        "noisy-student",
+        "digits",
+    ): "--steps 4 --hidden 4 --labeled-batch 8 --ratio 2 --threshold 0.12 --save-every 2",
     ("noisy-student", "images"): f"{PICTURES} --ratio 2 --threshold 0 --rounds 1",
     ("ablate", "digits"): "--steps 2 --rounds 1 --draws 2",
     ("label",): "",
@@ -438,9 +490,15 @@ def spoiled() -> list[str]:
     found: dict[str, str] = {}
     for command in COMMANDS:
         words = shlex.split(command)
-        flags = [word for word in words if word.startswith("--") and not word.startswith(("--nnodes", "--nproc"))]
+        flags = [
+            word
+            for word in words
+            if word.startswith("--") and not word.startswith(("--nnodes", "--nproc"))
+        ]
         flags = [flag for flag in flags if flag not in ("--out", "--sources")]
-        head = " ".join(words[:3] if words[0] == "metapl" else [word for word in words if word.endswith(".py")])
+        head = " ".join(
+            words[:3] if words[0] == "metapl" else [word for word in words if word.endswith(".py")]
+        )
         if flags:
             words[words.index(flags[-1])] = f"{flags[-1]}-that-is-gone"
             found[head] = shlex.join(words)
@@ -450,7 +508,11 @@ def spoiled() -> list[str]:
 @pytest.mark.parametrize("command", spoiled(), ids=short)
 def test_a_flag_that_is_gone_fails(command: str, bench: Bench) -> None:
     refused = pytest.raises((SystemExit, AssertionError))
-    with contextlib.chdir(bench.folder), contextlib.redirect_stderr(io.StringIO()) as said, refused as error:
+    with (
+        contextlib.chdir(bench.folder),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        refused as error,
+    ):
         run_by_rule(command)
     assert "that-is-gone" in said.getvalue() + str(error.value)
 

@@ -51,7 +51,9 @@ def paths(tmp_path: Path) -> list[Path]:
     odd = {1: "a b.png", 2: "ü.png", 5: "猫.png", 6: os.fsdecode(b"\xff.png"), 7: "line\nbreak.png"}
     found = [tmp_path / odd.get(number, f"{number:02}.png") for number in range(COUNT)]
     for number, path in enumerate(found):
-        Image.new("RGB", (10 + number, 14), (10 * number, 10 * number, 255 - 10 * number)).save(path)
+        Image.new("RGB", (10 + number, 14), (10 * number, 10 * number, 255 - 10 * number)).save(
+            path
+        )
         if number in BROKEN:
             path.write_bytes(path.read_bytes()[:-30])
     return found
@@ -73,7 +75,11 @@ def test_a_broken_file_is_replaced_by_the_next_of_its_set_or_left_out(
     for _ in range(2):  # as it is read, and as it is kept
         images, used = files.fetch(torch.arange(COUNT))
         assert images.shape == (COUNT, 3, 6, 7) == (COUNT, *files.shape)
-        assert used.tolist() == numbers(images) == [INSTEAD.get(number, number) for number in range(COUNT)]
+        assert (
+            used.tolist()
+            == numbers(images)
+            == [INSTEAD.get(number, number) for number in range(COUNT)]
+        )
         images, used = files.fetch_sound(torch.arange(COUNT))
         assert used.tolist() == numbers(images) == SOUND
         images.zero_()  # what was given out can be written to
@@ -105,7 +111,10 @@ def test_pictures_in_memory_are_those_in_files(paths: list[Path]) -> None:
         assert torch.equal(images, memory.data[[2, 4, 2]])
         assert used.tolist() == [0, 1, 0]
     for kind, wrong, more in (
-        *((MemoryImages, torch.zeros(2, 3, 4, 4), {}), (MemoryImages, torch.zeros(3, 4, 4, dtype=torch.uint8), {})),
+        *(
+            (MemoryImages, torch.zeros(2, 3, 4, 4), {}),
+            (MemoryImages, torch.zeros(3, 4, 4, dtype=torch.uint8), {}),
+        ),
         *((FileImages, [], {"size": (4, 4)}), (FileImages, ["a.png"], {"size": (0, 4)})),
     ):
         with pytest.raises(MetaplError, match="expected"):
@@ -120,7 +129,11 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
     paths: list[Path], tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is broken is tried each time, as it may be whole by then, and recorded once."""
-    counts, names, log = np.frombuffer(mmap.mmap(-1, COUNT), dtype=np.uint8), [*map(str, paths)], tmp_path / "log"
+    counts, names, log = (
+        np.frombuffer(mmap.mmap(-1, COUNT), dtype=np.uint8),
+        [*map(str, paths)],
+        tmp_path / "log",
+    )
 
     def counted(path: str, **how: Any) -> Tensor:
         counts[names.index(path)] += 1  # by all processes together
@@ -142,11 +155,17 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
     assert found.keys() == {str(paths[number]) for number in BROKEN}
     assert max(found.values()) <= max(workers, 1)
     # Without it, every drawing decodes; so does a memory of its own, and a process that is not forked.
-    for other in (FileImages(paths, size=(8, 8)), images.cached(), pickle.loads(pickle.dumps(images))):
+    for other in (
+        FileImages(paths, size=(8, 8)),
+        images.cached(),
+        pickle.loads(pickle.dumps(images)),
+    ):
         at = int(counts[0])
         other.fetch(torch.tensor([0]))
         assert counts[0] == at + 1
-    assert len(pickle.dumps(FileImages(paths, size=(64, 64)).cached())) < 20_000  # a picture has 12,288 bytes
+    assert (
+        len(pickle.dumps(FileImages(paths, size=(64, 64)).cached())) < 20_000
+    )  # a picture has 12,288 bytes
 
 
 def test_recorded_files(tmp_path: Path) -> None:
@@ -155,38 +174,58 @@ def test_recorded_files(tmp_path: Path) -> None:
     record_files(log, {"a.png": "empty still", "b.png": "gone"})
     log.write_text(log.read_text() + '{"file": "c.p')  # a process was killed as it wrote
     record_files(log, {"d.png": "cut"})
-    assert replaced_files(log) == {"a.png": "empty", "ü\n.png": "cut", "b.png": "gone", "d.png": "cut"}
+    assert replaced_files(log) == {
+        "a.png": "empty",
+        "ü\n.png": "cut",
+        "b.png": "gone",
+        "d.png": "cut",
+    }
 
 
 def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
     """Every kind of batches."""
     sampler, weak = StepSampler(COUNT, 7, seed=1), Weak(pad=1)
     files = FileImages(paths, size=(8, 8), log=paths[0].parent / "log")
-    held = MemoryImages(torch.randint(0, 256, (COUNT, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator()))
-    images: Any = {"files": files, "kept": files.cached(), "memory": held, "tensor": held.data[:, :1] / 255}[kind]
+    held = MemoryImages(
+        torch.randint(0, 256, (COUNT, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator())
+    )
+    images: Any = {
+        "files": files,
+        "kept": files.cached(),
+        "memory": held,
+        "tensor": held.data[:, :1] / 255,
+    }[kind]
     labels, distributions = torch.arange(COUNT), torch.arange(2 * COUNT).view(COUNT, 2)
     view = ShiftNoiseCutout() if kind == "tensor" else weak
     batches: dict[str, StepBatches[Any]] = {
         "labeled": LabeledBatches(images, labels, sampler, view, seed=0),
         "one view": UnlabeledBatches(images, sampler, view, None, seed=0, stored=distributions),
-        "two views": UnlabeledBatches(images, sampler, view, view if kind == "tensor" else STRONG, seed=0),
+        "two views": UnlabeledBatches(
+            images, sampler, view, view if kind == "tensor" else STRONG, seed=0
+        ),
     }
     if kind != "tensor":
         batches["evaluation"] = EvaluationBatches(images, labels, 5)
     if kind in ("files", "kept"):
         crop = {"crop": ResizedCrop(8)}
         batches["crops"] = UnlabeledBatches(images, sampler, Identity(), STRONG, seed=0, **crop)
-        batches["labeled crops"] = LabeledBatches(images, labels, sampler, Identity(), seed=0, **crop)
+        batches["labeled crops"] = LabeledBatches(
+            images, labels, sampler, Identity(), seed=0, **crop
+        )
     return batches
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("files", 0), ("files", 2), ("kept", 0), ("memory", 0), ("tensor", 0)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("files", 0), ("files", 2), ("kept", 0), ("memory", 0), ("tensor", 0)]
+)
 def test_items_are_functions_of_their_position(kind: str, workers: int, paths: list[Path]) -> None:
     """By whichever process they are made, where the run was stopped, and wherever views are taken."""
     for name, batches in sources(kind, paths).items():
         stop = min(5, len(batches))
         whole, state = [batches[step] for step in range(stop)], torch.get_rng_state()
-        served = [tuple(item) for part in ((0, 2), (2, stop)) for item in loader(batches, *part, workers)]
+        served = [
+            tuple(item) for part in ((0, 2), (2, stop)) for item in loader(batches, *part, workers)
+        ]
         assert torch.equal(torch.get_rng_state(), state)
         assert same(served, whole), name
         for x in pytree.tree_leaves(whole):
@@ -197,7 +236,9 @@ def test_items_are_functions_of_their_position(kind: str, workers: int, paths: l
             raw = batches.raw()[1]  # what crosses to a device that takes the views
             assert kind == "tensor" or raw[0].dtype == torch.uint8
             assert same(batches.augment(1, tuple(raw)), whole[1]), name
-    assert len(sources(kind, paths)["two views"].raw()[0]) == 1  # the bytes of both views cross once
+    assert (
+        len(sources(kind, paths)["two views"].raw()[0]) == 1
+    )  # the bytes of both views cross once
 
 
 @pytest.mark.parametrize("kind", ["files", "kept"])
@@ -215,17 +256,28 @@ def test_labels_follow_the_pictures(kind: str, paths: list[Path]) -> None:
 
 def test_crops_are_boxes_of_the_files_and_mirrored(tmp_path: Path) -> None:
     y, x = np.mgrid[0:40, 0:60]
-    Image.fromarray(np.stack([6 * y, 4 * x, 0 * x], axis=2).astype(np.uint8)).save(tmp_path / "a.png")
-    images, crop = FileImages([tmp_path / "a.png"] * 8, size=(10, 10)), ResizedCrop(10, scale=(0.2, 0.9))
-    batches = LabeledBatches(images, torch.arange(8), StepSampler(8, 8, seed=0), Identity(), seed=0, crop=crop)
+    Image.fromarray(np.stack([6 * y, 4 * x, 0 * x], axis=2).astype(np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    images, crop = (
+        FileImages([tmp_path / "a.png"] * 8, size=(10, 10)),
+        ResizedCrop(10, scale=(0.2, 0.9)),
+    )
+    batches = LabeledBatches(
+        images, torch.arange(8), StepSampler(8, 8, seed=0), Identity(), seed=0, crop=crop
+    )
     whole = read_image(tmp_path / "a.png")[None].float() / 255
     shown, (labels, fetched) = batches[0], (batches.fetch(0)[1], batches.fetch(0)[0])
     boxes, flips = crop.boxes(batches._seeds()[0], 0, batches.sampler.indices(0), 40, 60)
     assert 0 < flips.sum() < 8
     assert torch.equal(shown[1], labels)
-    for got, (top, left, height, width), flip in zip(fetched / 255, boxes.tolist(), flips.tolist(), strict=True):
+    for got, (top, left, height, width), flip in zip(
+        fetched / 255, boxes.tolist(), flips.tolist(), strict=True
+    ):
         part = whole[:, :, top : top + height, left : left + width]
-        expected = torch.nn.functional.interpolate(part, (10, 10), mode="bilinear", antialias=True)[0]
+        expected = torch.nn.functional.interpolate(part, (10, 10), mode="bilinear", antialias=True)[
+            0
+        ]
         assert (got - (expected.flip(2) if flip else expected)).abs().max() < 2 / 255
     memory = MemoryImages(torch.zeros(8, 3, 4, 4).byte())
     with pytest.raises(MetaplError, match="crop"):
@@ -234,12 +286,18 @@ def test_crops_are_boxes_of_the_files_and_mirrored(tmp_path: Path) -> None:
 
 def test_views_of_one_step_and_copies_of_one_example_share_no_draws() -> None:
     # One seed throughout, and blank images, so that only the noise is left.
-    view, blank, sampler = ShiftNoiseCutout(0, 1.0, 0), torch.zeros(40, 1, 8, 8), StepSampler(40, 40, 0)
+    view, blank, sampler = (
+        ShiftNoiseCutout(0, 1.0, 0),
+        torch.zeros(40, 1, 8, 8),
+        StepSampler(40, 40, 0),
+    )
     x, _ = LabeledBatches(blank, torch.zeros(40), sampler, view, seed=0)[3]
     weak, strong = UnlabeledBatches(blank, sampler, view, view, seed=0)[3]
     correlations = torch.corrcoef(torch.stack([x.flatten(), weak.flatten(), strong.flatten()]))
     assert (correlations - torch.eye(3)).abs().max() < 4 / math.sqrt(x.numel())
-    x, y = LabeledBatches(torch.rand(5, 1, 8, 8), torch.arange(5), StepSampler(5, 12, seed=0), view, seed=0)[0]
+    x, y = LabeledBatches(
+        torch.rand(5, 1, 8, 8), torch.arange(5), StepSampler(5, 12, seed=0), view, seed=0
+    )[0]
     assert len(y.unique()) < len(y)
     assert len(x.flatten(1).unique(dim=0)) == len(x)
     plain = UnlabeledBatches(torch.rand(40, 1, 8, 8), sampler, Identity(), Identity(), seed=0)
@@ -251,7 +309,9 @@ def test_batches_end_and_refuse_what_does_not_fit() -> None:
     images, sampler = torch.rand(5, 1, 8, 8), StepSampler(5, 2, seed=0)
 
     def batches(steps: int | None = None, labels: int = 5, size: int = 5) -> Any:
-        return LabeledBatches(images, torch.arange(labels), StepSampler(size, 2, seed=0), Identity(), 0, steps)
+        return LabeledBatches(
+            images, torch.arange(labels), StepSampler(size, 2, seed=0), Identity(), 0, steps
+        )
 
     assert (len(batches()), len(batches(3)), len([*batches(3)])) == (sys.maxsize, 3, 3)
     assert batches()[10**12][0].shape == (2, 1, 8, 8)
@@ -260,7 +320,9 @@ def test_batches_end_and_refuse_what_does_not_fit() -> None:
             batches(3)[step]
     refused = [lambda g=g: batches(**g) for g in ({"labels": 4}, {"size": 6}, {"steps": -1})]
     held = MemoryImages(torch.zeros(5, 1, 2, 2).byte())
-    refused += [lambda g=g: EvaluationBatches(held, torch.zeros(g[0]), g[1]) for g in ((3, 2), (5, 0))]
+    refused += [
+        lambda g=g: EvaluationBatches(held, torch.zeros(g[0]), g[1]) for g in ((3, 2), (5, 0))
+    ]
     refused += [lambda s=s: loader(batches(3), *s) for s in ((-1, 2), (2, 1), (0, 4))]
     for make in (*refused, lambda: UnlabeledBatches(images[:4], sampler, Identity(), None, 0)):
         with pytest.raises(MetaplError, match="expected"):
@@ -270,7 +332,12 @@ def test_batches_end_and_refuse_what_does_not_fit() -> None:
 def test_digits_are_disjoint_keep_their_labels_and_are_a_function_of_the_seed() -> None:
     def parts(labels: int, seed: int) -> list[tuple[Tensor, Tensor]]:
         split = load_digits_split(labels, seed=seed)
-        return [split.labeled, (split.unlabeled, split.unlabeled_truth), split.validation, split.test]
+        return [
+            split.labeled,
+            (split.unlabeled, split.unlabeled_truth),
+            split.validation,
+            split.test,
+        ]
 
     def rows(x: Tensor) -> set[tuple[float, ...]]:
         return {tuple(row) for row in x.flatten(1).tolist()}

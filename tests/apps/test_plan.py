@@ -37,7 +37,11 @@ def networks(kind: str) -> list[nn.Module]:
 def trainer(teacher: nn.Module, student: nn.Module, mode: str = "forward") -> metapl.BilevelTrainer:
     inner, outer = (torch.optim.AdamW(network.parameters()) for network in (student, teacher))
     problem = DataRater() if isinstance(teacher, Rater) else metapl.PseudoLabels()
-    options: dict[str, Any] = {"inner_optimizer": inner, "outer_optimizer": outer, "problem": problem}
+    options: dict[str, Any] = {
+        "inner_optimizer": inner,
+        "outer_optimizer": outer,
+        "problem": problem,
+    }
     return metapl.BilevelTrainer(teacher, student, mode, **options)
 
 
@@ -68,11 +72,15 @@ def planned(kind: str, mode: str = "forward", **sizes: int) -> tuple[Any, int]:
     mesh = Mesh(**sizes)
     with torch.device("meta"):
         own = networks(kind)
-    step = PLAN["rehearse"](own, lambda *pair: trainer(*pair, mode), lambda: batches(kind, mesh.shares), mesh)
+    step = PLAN["rehearse"](
+        own, lambda *pair: trainer(*pair, mode), lambda: batches(kind, mesh.shares), mesh
+    )
     return step, max(sum(held.values()) for held in step.phases.values())
 
 
-@pytest.mark.parametrize(("kind", "within"), [("mlp", 0.15), pytest.param("text", 0.05, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("kind", "within"), [("mlp", 0.15), pytest.param("text", 0.05, marks=pytest.mark.long)]
+)
 def test_a_step_is_planned_as_it_is(kind: str, within: float) -> None:
     assert planned(kind)[1] == pytest.approx(taken(kind, {}), rel=within)
 
@@ -95,5 +103,7 @@ def test_more_shards_hold_less_and_send_more() -> None:
     assert peaks[0] > peaks[1] > peaks[2]
     # 2 operations a weight and example forward, 4 backward, less the gradient of the input: three passes, two backward.
     flops = 3 * 2 * 64 * sum(matrices) + 2 * 2 * 64 * (2 * sum(matrices) - matrices[0])
-    assert [found.flops * shards for found, shards in zip(plans, (1, 2, 4), strict=True)] == [flops] * 3
+    assert [found.flops * shards for found, shards in zip(plans, (1, 2, 4), strict=True)] == [
+        flops
+    ] * 3
     assert not distributed.is_initialized()

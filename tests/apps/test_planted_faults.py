@@ -73,7 +73,9 @@ def a_test_picture_that_is_labeled_is_refused(here: Here) -> None:
 
 
 def nothing_is_learned_from_what_is_selected_on(here: Here) -> None:
-    test_folders.test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(here.root, 3)
+    test_folders.test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(
+        here.root, 3
+    )
 
 
 def delivered_by_validation(here: Here) -> None:
@@ -81,7 +83,9 @@ def delivered_by_validation(here: Here) -> None:
         out = here.out.with_name(f"run-{seed}")
         metapl(*TINY, "--steps", "10", "--finetune-steps", "10", "--seed", str(seed), "--out", out)
         found = result(out)
-        best = max(found[f"{name}_validation_accuracy"] for name in ("student", "teacher", "finetuned"))
+        best = max(
+            found[f"{name}_validation_accuracy"] for name in ("student", "teacher", "finetuned")
+        )
         assert found["validation_accuracy"] == best
 
 
@@ -91,7 +95,14 @@ def replaced_pictures_are_noticed(here: Here) -> None:
     metapl(*images_command(here))
     metapl("label", run, here.root / "unlabeled", "--out", store)
     shutil.copy(here.root / "unlabeled/red-1.png", here.root / "unlabeled/blue-1.png")
-    words = [*images_command(here)[:-1], run.with_name("other"), "--method", "reduced_mpl", "--labels", store]
+    words = [
+        *images_command(here)[:-1],
+        run.with_name("other"),
+        "--method",
+        "reduced_mpl",
+        "--labels",
+        store,
+    ]
     assert metapl(*words, code=None).returncode == 2
 
 
@@ -117,7 +128,12 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
         golden("images uda"),
     ),
     "teacher built after the student": (train, "Training", exchanged, golden("digits forward")),
-    "seed not set before finetuning": (Processes, "seed", lambda *given: None, golden("digits reinforce")),
+    "seed not set before finetuning": (
+        Processes,
+        "seed",
+        lambda *given: None,
+        golden("digits reinforce"),
+    ),
     "validation copies kept": (
         *(images, "apart", lambda unlabeled, val, say: unlabeled),
         nothing_is_learned_from_what_is_selected_on,
@@ -148,10 +164,13 @@ TESTED = ("ends_alike", "nothing_is_learned_from_what_is_selected_on")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_caught(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     *planted, caught = FAULTS[fault]
     here, bent = (
-        Here(colored_pictures(tmp_path / name / "pictures"), tmp_path / name / "run") for name in ("as_it_is", "bent")
+        Here(colored_pictures(tmp_path / name / "pictures"), tmp_path / name / "run")
+        for name in ("as_it_is", "bent")
     )
     if caught.__name__ not in TESTED:
         caught(here)

@@ -37,9 +37,28 @@ from metapl.metrics.predictions import predict_logits
 
 pytestmark = pytest.mark.docs
 
-TINY: dict[str, Any] = {"network": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 6, "steps": 4, "warmup": 1}
-TINY |= {"wait": 1, "finetune_steps": 2, "finetune_batch": 4, "validate_every": 2, "log_every": 1, "save_every": 2}
-SMALL: dict[str, Any] = {"device": "cpu", "labels_per_class": 3, "validation": 10, "num_workers": 0, "seed": 3}
+TINY: dict[str, Any] = {
+    "network": "small_cnn",
+    "labeled_batch": 4,
+    "unlabeled_batch": 6,
+    "steps": 4,
+    "warmup": 1,
+}
+TINY |= {
+    "wait": 1,
+    "finetune_steps": 2,
+    "finetune_batch": 4,
+    "validate_every": 2,
+    "log_every": 1,
+    "save_every": 2,
+}
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "labels_per_class": 3,
+    "validation": 10,
+    "num_workers": 0,
+    "seed": 3,
+}
 AT_32 = {"image_size": 32, "channels_last": False}
 
 
@@ -52,7 +71,9 @@ def write_cifar(root: Path) -> None:
             numbers = np.arange(start, start + count)
             start += count
             levels = np.repeat(numbers.astype(np.uint8)[:, None], 3072, axis=1)
-            (folder / name).write_bytes(pickle.dumps({"data": levels, "labels": (numbers % 10).tolist()}))
+            (folder / name).write_bytes(
+                pickle.dumps({"data": levels, "labels": (numbers % 10).tolist()})
+            )
     meta = {datasets.CIFAR10.meta["key"]: [f"class{i}" for i in range(10)]}
     (folder / datasets.CIFAR10.meta["filename"]).write_bytes(pickle.dumps(meta))
 
@@ -73,7 +94,9 @@ def write_fashion(root: Path) -> None:
         numbers = np.arange(count, dtype=np.uint8)
         pictures = np.repeat(numbers, 28 * 28).tobytes()
         (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
-        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + (numbers % 10).tobytes()))
+        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(bytes(8) + (numbers % 10).tobytes())
+        )
 
 
 WNIDS = ("n01440764", "n02012849", "n03126707")  # tench, crane the bird, crane the machine
@@ -90,7 +113,9 @@ def write_imagenet(root: Path) -> None:
             (root / split / wnid).mkdir(parents=True)
             for i in range(each):
                 levels = 50 * c + rng.integers(0, 101, (30, 40, 3))
-                Image.fromarray(levels.astype(np.uint8)).save(root / split / wnid / f"{i}.JPEG", quality=95)
+                Image.fromarray(levels.astype(np.uint8)).save(
+                    root / split / wnid / f"{i}.JPEG", quality=95
+                )
 
 
 def written(data: str, root: Path, patch: pytest.MonkeyPatch) -> str:
@@ -109,9 +134,28 @@ def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> An
         places["labels"] = stored(places["unlabeled"], tmp_path / "labels")
     sides = AT_32 if config.data == "imagenet" else {}
     # A row that holds nothing out, or keeps all labels, stays so.
-    kept = {name: getattr(config, name) for name in ("validation", "labels_per_class") if not getattr(config, name)}
-    alone = {"stochastic_depth": 0.0, "mesh": Mesh(), "batch_norm_ranks": None, "precision": "float32"}
-    changes = {**TINY, **SMALL, **kept, **places, **sides, **alone, "student_lr": 0.01, "teacher_lr": 0.01, **own}
+    kept = {
+        name: getattr(config, name)
+        for name in ("validation", "labels_per_class")
+        if not getattr(config, name)
+    }
+    alone = {
+        "stochastic_depth": 0.0,
+        "mesh": Mesh(),
+        "batch_norm_ranks": None,
+        "precision": "float32",
+    }
+    changes = {
+        **TINY,
+        **SMALL,
+        **kept,
+        **places,
+        **sides,
+        **alone,
+        "student_lr": 0.01,
+        "teacher_lr": 0.01,
+        **own,
+    }
     return dataclasses.replace(config, **changes)
 
 
@@ -130,9 +174,15 @@ LONG = {"cifar10-4k-paper", "svhn-1k", "imagenet-10pct-paper", "imagenet-l2", "i
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in protocols.PROTOCOLS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in LONG else name
+        for name in protocols.PROTOCOLS
+    ],
 )
-def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_protocol_runs_from_end_to_end(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     c = tiny(name, tmp_path, monkeypatch)
     protocols.check(c)
     result = protocols.train(c)
@@ -147,11 +197,15 @@ def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch:
     assert delivered.result["test_accuracy"] == result[f"{result['delivered']}_test_accuracy"]
     assert delivered.classes == tuple(classes)
     kept = load_file(out / f"{result['delivered']}.safetensors")
-    assert all(torch.equal(kept[name], t) for name, t in delivered.network("student").state_dict().items())
+    assert all(
+        torch.equal(kept[name], t) for name, t in delivered.network("student").state_dict().items()
+    )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     fitted = [row for row in rows if row["phase"] == "fit"]
     reduced = c.method == "reduced_mpl"
-    assert ("inner_loss" in fitted[0]) == reduced, "the student waits for a step, but for stored labels"
+    assert ("inner_loss" in fitted[0]) == reduced, (
+        "the student waits for a step, but for stored labels"
+    )
     assert "inner_loss" in fitted[1]
     assert reduced or fitted[1]["feedback_weight"] == 1.0, "the papers know no bound"
     assert ("student_validation_accuracy" in fitted[-1]) == bool(c.validation)
@@ -160,12 +214,18 @@ def test_a_protocol_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch:
     if c.select == "last":
         assert result["best_step"] == c.steps
         assert result["delivered"] == "finetuned"
-    assert protocols.train(dataclasses.replace(c, resume=True)) == result  # after its end it takes no step
+    assert (
+        protocols.train(dataclasses.replace(c, resume=True)) == result
+    )  # after its end it takes no step
 
 
 @pytest.mark.parametrize("method", ["none", "uda", "supervised", "headroom"])
-def test_the_controlled_baselines_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = protocols.train(tiny("svhn-1k", tmp_path, monkeypatch, method=method, finetune_steps=0, wait=0))
+def test_the_controlled_baselines_run(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = protocols.train(
+        tiny("svhn-1k", tmp_path, monkeypatch, method=method, finetune_steps=0, wait=0)
+    )
     assert 0 <= result["student_test_accuracy"] <= result["student_test_top5"] <= 1
     assert ("teacher_test_accuracy" in result) == (method == "none")
 
@@ -193,7 +253,9 @@ def test_every_value_of_a_row_has_a_source() -> None:
 
 def test_the_table_of_the_page_is_that_of_the_program() -> None:
     page = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
-    table = page.partition("<!-- protocol_sources:begin -->\n")[2].partition("\n<!-- protocol_sources:end -->")[0]
+    table = page.partition("<!-- protocol_sources:begin -->\n")[2].partition(
+        "\n<!-- protocol_sources:end -->"
+    )[0]
     assert table == protocols.sources_table()
 
 
@@ -201,7 +263,12 @@ def test_the_rows_of_the_paper_are_algorithm_1() -> None:
     rows = {name: c for name, (_, c) in protocols.PROTOCOLS.items() if name.endswith("-paper")}
     assert len(rows) == 3
     for c in rows.values():
-        assert (c.select, c.feedback, c.feedback_baseline, c.feedback_weight) == ("last", "dot", None, 1.0)
+        assert (c.select, c.feedback, c.feedback_baseline, c.feedback_weight) == (
+            "last",
+            "dot",
+            None,
+            1.0,
+        )
         assert (c.label_smoothing, c.uda_threshold, c.uda_ramp, c.wait) == (0.0, 0.0, 0, 0)
         assert protocols.estimator_of(c) == Reinforce()
     for name in ("cifar10-4k", "imagenet-10pct"):
@@ -210,20 +277,41 @@ def test_the_rows_of_the_paper_are_algorithm_1() -> None:
 
 
 @pytest.mark.parametrize("feedback", ["dot-sum", "cosine", "loss-difference", "per-example"])
-def test_the_other_forms_of_feedback_run(feedback: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_forms_of_feedback_run(
+    feedback: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     baseline = 0.99 if feedback in protocols.WITH_BASELINE else None
-    c = tiny("svhn-1k-paper", tmp_path, monkeypatch, feedback=feedback, feedback_baseline=baseline, wait=0, steps=2)
+    c = tiny(
+        "svhn-1k-paper",
+        tmp_path,
+        monkeypatch,
+        feedback=feedback,
+        feedback_baseline=baseline,
+        wait=0,
+        steps=2,
+    )
     protocols.check(c)
     protocols.train(c)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows[1]["feedback_ratio"] > 0
 
 
 def test_a_short_run_shortens_what_is_counted_in_steps() -> None:
     c = protocols.scaled(dataclasses.replace(protocols.PROTOCOLS["cifar10-4k"][1], scale_to=300))
-    assert (c.steps, c.wait, c.warmup, c.uda_ramp, c.finetune_steps, c.scale_to) == (300, 3, 5, 5, 1, None)
+    assert (c.steps, c.wait, c.warmup, c.uda_ramp, c.finetune_steps, c.scale_to) == (
+        300,
+        3,
+        5,
+        5,
+        1,
+        None,
+    )
     assert c.validate_every == c.log_every == c.save_every == 60
-    c = protocols.scaled(dataclasses.replace(protocols.PROTOCOLS["cifar10-4k-paper"][1], scale_to=300))
+    c = protocols.scaled(
+        dataclasses.replace(protocols.PROTOCOLS["cifar10-4k-paper"][1], scale_to=300)
+    )
     assert (c.wait, c.warmup, c.uda_ramp, c.finetune_steps) == (0, 1, 0, 1)
 
 
@@ -233,7 +321,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "products": ({"mesh": Mesh(tensor=2)}, "for a mesh of 2"),
     "parts": ({"accumulate": 3}, "--labeled-batch 4: expected a multiple of 3"),
     "batch norms": ({"batch_norm_ranks": 2}, "--batch-norm-ranks 2: expected a divisor of 1"),
-    "selection": ({"validation": 0, "select": "validation"}, "--select validation: expected pictures"),
+    "selection": (
+        {"validation": 0, "select": "validation"},
+        "--select validation: expected pictures",
+    ),
     "a baseline": ({"feedback": "exact", "feedback_baseline": 0.99}, "exact has none"),
     "stored labels": ({"method": "reduced_mpl"}, "expected --unlabeled DIR, and --labels STORE"),
     "labels": ({"labels": "store"}, "expected --method reduced_mpl"),
@@ -246,7 +337,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_does_not_go_together_is_refused_before_anything(name: str, tmp_path: Path) -> None:
     changes, text = REFUSED[name]
     row = protocols.PROTOCOLS["svhn-1k-paper"][1]
-    usual = {"root": str(tmp_path / "none"), "out": str(tmp_path / "run"), "labeled_batch": 4, "unlabeled_batch": 6}
+    usual = {
+        "root": str(tmp_path / "none"),
+        "out": str(tmp_path / "run"),
+        "labeled_batch": 4,
+        "unlabeled_batch": 6,
+    }
     c = dataclasses.replace(row, **usual, **changes)
     with pytest.raises(MetaplError, match=re.escape(text)) as error:
         protocols.check(c)
@@ -261,7 +357,9 @@ def test_torchrun_without_a_mesh_is_refused_in_a_line(
     words = ["svhn-1k", "--root", str(tmp_path), "--out", str(tmp_path / "run")]
     assert protocols.main(words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("protocols.py: 2 processes were started for a mesh of 1; expected as many: torchrun")
+    assert said.startswith(
+        "protocols.py: 2 processes were started for a mesh of 1; expected as many: torchrun"
+    )
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -305,11 +403,15 @@ def test_fashion_is_read_from_its_four_files(tmp_path: Path) -> None:
     assert pictures.unique().tolist() == [3]
     assert (len(sets.train), len(sets.test), sets.labelable) == (40, 15, 40)
     assert (sets.train_labels[3], sets.test_labels[4]) == (3, 4)
-    with pytest.raises(MetaplError, match=r"expected the folder of Fashion-MNIST's four \.gz files"):
+    with pytest.raises(
+        MetaplError, match=r"expected the folder of Fashion-MNIST's four \.gz files"
+    ):
         picture_sets.load_fashion(str(tmp_path / "elsewhere"))
 
 
-def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_split_is_a_function_of_the_seed_and_can_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     c = tiny("svhn-1k", tmp_path, monkeypatch, labels_per_class=2)
     _, labels, *_, core = picture_sets.load_pictures(c)
     parts = [picture_sets.split_labels(labels, each, 10, 7, core) for each in (2, 3)]
@@ -325,18 +427,30 @@ def test_the_split_is_a_function_of_the_seed_and_can_be_given(tmp_path: Path, mo
     assert (tmp_path / "other" / "split.json").read_text() == kept.read_text()
 
 
-def test_pictures_are_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_what_torchvision_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     c = tiny("cifar10-4k", tmp_path / "a", monkeypatch)
     pictures, labels, *_ = picture_sets.load_pictures(c)
     image, label = datasets.CIFAR10(c.root)[7]
-    assert torch.equal(pictures.fetch(torch.tensor([7]))[0][0], torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert torch.equal(
+        pictures.fetch(torch.tensor([7]))[0][0], torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    )
     assert labels[7] == label
     c = tiny("imagenet-10pct", tmp_path / "b", monkeypatch)
     pictures, labels, test, test_labels, classes, _ = picture_sets.load_pictures(c)
     assert classes == ["tench (n01440764)", "crane (n02012849)", "crane (n03126707)"]
     levels = pictures.fetch(torch.arange(36))[0].float().mean((1, 2, 3))
     assert levels.sub(50 + 50 * labels).abs().max() < 5
-    assert test.fetch(torch.arange(9))[0].float().mean((1, 2, 3)).sub(50 + 50 * test_labels).abs().max() < 5
+    assert (
+        test.fetch(torch.arange(9))[0]
+        .float()
+        .mean((1, 2, 3))
+        .sub(50 + 50 * test_labels)
+        .abs()
+        .max()
+        < 5
+    )
 
 
 def test_the_accuracies_on_labeled_pictures_are_a_figure(
@@ -356,7 +470,9 @@ def test_the_accuracies_on_labeled_pictures_are_a_figure(
     result = json.loads((runs[0] / "result.json").read_text())
     assert curves["MPL, student"][1][-1] == result["student_training_accuracy"]
     assert curves["MPL, teacher"][1][-1] == result["teacher_training_accuracy"]
-    assert (30 * result["student_training_accuracy"]) == pytest.approx(round(30 * result["student_training_accuracy"]))
+    assert (30 * result["student_training_accuracy"]) == pytest.approx(
+        round(30 * result["student_training_accuracy"])
+    )
     figure = tmp_path / "figure.png"
     assert training_accuracy.main([*map(str, runs), "--out", str(figure)]) == 0
     with Image.open(figure) as drawn:
@@ -367,25 +483,44 @@ def test_the_accuracies_on_labeled_pictures_are_a_figure(
 
 # Width and depth of the networks of the largest rows, where those of L2 are 4.3 and 5.3: their kinds of blocks, narrow
 # and few, for these take seconds.
-NARROW = {"efficientnet_l2": (0.1, 0.5), "efficientnet_b6_wide": (0.12, 0.4), "efficientnet_b7": (0.1, 0.4)}
+NARROW = {
+    "efficientnet_l2": (0.1, 0.5),
+    "efficientnet_b6_wide": (0.12, 0.4),
+    "efficientnet_b7": (0.1, 0.4),
+}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name, (_, c) in protocols.PROTOCOLS.items() if c.data == "imagenet"])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, c) in protocols.PROTOCOLS.items() if c.data == "imagenet"]
+)
 def test_the_rows_of_imagenet_stay_finite_in_miniature(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 steps with the row's own rates, losses and noise; the network's width and depth and the side are cut."""
     monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
     row = protocols.PROTOCOLS[name][1]
-    kept = ("wait", "warmup", "finetune_steps", "steps", "student_lr", "teacher_lr", "stochastic_depth")
+    kept = (
+        "wait",
+        "warmup",
+        "finetune_steps",
+        "steps",
+        "student_lr",
+        "teacher_lr",
+        "stochastic_depth",
+    )
     own: dict[str, Any] = {setting: getattr(row, setting) for setting in kept}
     own |= {"network": "pooled_cnn" if row.network == "resnet50" else row.network, "scale_to": 20}
     c = protocols.scaled(tiny(name, tmp_path, monkeypatch, **own))
     protocols.check(c)
-    assert (c.steps, c.network.startswith("efficientnet")) == (20, row.network.startswith("efficientnet"))
+    assert (c.steps, c.network.startswith("efficientnet")) == (
+        20,
+        row.network.startswith("efficientnet"),
+    )
     protocols.train(c)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows[-2]["step"] == 20
     numbers = [value for one in rows for value in one.values() if isinstance(value, float)]
     assert np.isfinite(numbers).all()
@@ -394,11 +529,15 @@ def test_the_rows_of_imagenet_stay_finite_in_miniature(
 
 
 @pytest.mark.long
-def test_a_plan_takes_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_takes_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Reduced MPL, narrow, on eight ranks of which four share the statistics of batch norms."""
     monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
     words = ["plan.py", "imagenet-b7-reduced", "--size", "32", "--replicate", "2", "--shard", "4"]
-    monkeypatch.setattr("sys.argv", [*words, "--batch-norm-ranks", "4", "--labeled", "8", "--unlabeled", "16"])
+    monkeypatch.setattr(
+        "sys.argv", [*words, "--batch-norm-ranks", "4", "--labeled", "8", "--unlabeled", "16"]
+    )
     plan.main()
     said = capsys.readouterr().out
     assert "efficientnet_b7 on stored labels" in said

@@ -24,8 +24,28 @@ from metapl.distributed import Mesh
 pytestmark = [pytest.mark.docs, pytest.mark.long]
 
 NUMBER = 4
-WORDS = ["--data", "fashion", "--image-size", "28", "--network", "pooled_cnn", "--device", "cpu", "--num-workers", "0"]
-WORDS += ["--labels-per-class", "2", "--validation", "10", "--labeled-batch", "8", "--unlabeled-batch", "8"]
+WORDS = [
+    "--data",
+    "fashion",
+    "--image-size",
+    "28",
+    "--network",
+    "pooled_cnn",
+    "--device",
+    "cpu",
+    "--num-workers",
+    "0",
+]
+WORDS += [
+    "--labels-per-class",
+    "2",
+    "--validation",
+    "10",
+    "--labeled-batch",
+    "8",
+    "--unlabeled-batch",
+    "8",
+]
 WORDS += [
     "--dropout",
     "0",
@@ -40,7 +60,16 @@ WORDS += [
     "--finetune-steps",
     "2",
 ]
-WORDS += ["--finetune-batch", "8", "--finetune-lr", "0.01", "--student-lr", "0.05", "--teacher-lr", "0.05"]
+WORDS += [
+    "--finetune-batch",
+    "8",
+    "--finetune-lr",
+    "0.01",
+    "--student-lr",
+    "0.05",
+    "--teacher-lr",
+    "0.05",
+]
 WORDS += ["--log-every", "1", "--validate-every", "2", "--save-every", "2"]
 
 
@@ -50,7 +79,9 @@ def write_noise(root: Path) -> None:
     for part, count in (("train", 60), ("t10k", 20)):
         levels = rng.integers(0, 256, count * 28 * 28, dtype=np.uint8)
         labels = (np.arange(count, dtype=np.uint8) % 10).tobytes()
-        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + levels.tobytes()))
+        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(bytes(16) + levels.tobytes())
+        )
         (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
 
 
@@ -89,7 +120,8 @@ def four() -> Iterator[Ranks]:
 def same(run: Path, other: Path, limit: float) -> None:
     """All recorded numbers and all weights."""
     rows, expected = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, other)
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, other)
     )
     assert len(rows) == len(expected) > 5
     for row, wanted in zip(rows, expected, strict=True):
@@ -115,7 +147,9 @@ def same(run: Path, other: Path, limit: float) -> None:
     ],
     ids=["exact, replicas", "Algorithm 1, shards", "exact, both", "Algorithm 1, replicas"],
 )
-def test_four_processes_give_the_numbers_of_one(row: str, mesh: Mesh, four: Ranks, tmp_path: Path) -> None:
+def test_four_processes_give_the_numbers_of_one(
+    row: str, mesh: Mesh, four: Ranks, tmp_path: Path
+) -> None:
     write_noise(tmp_path)
     words = [row, *WORDS, "--root", str(tmp_path)]
     alone = trained([*words, "--out", str(tmp_path / "one")])
@@ -131,7 +165,15 @@ def test_torchrun_starts_a_protocol(tmp_path: Path) -> None:
     """Two processes, as a user starts them: one result, and with --resume it is read."""
     write_noise(tmp_path)
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    started += [protocols.__file__, "svhn-1k-paper", *WORDS, "--root", str(tmp_path), "--out", str(tmp_path / "run")]
+    started += [
+        protocols.__file__,
+        "svhn-1k-paper",
+        *WORDS,
+        "--root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     refused = subprocess.run(started, env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode != 0

@@ -50,16 +50,23 @@ def trained(ranks: Ranks, words: list[str], out: Path) -> str:
 def same_numbers(run: Path, other: Path, limit: float) -> None:
     """The rows of every phase, and all weights, but for rounding."""
     rows, expected = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, other)
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, other)
     )
     assert len(rows) == len(expected) > 0
     for row, wanted in zip(rows, expected, strict=True):
         assert (row.pop("phase"), row.pop("step")) == (wanted.pop("phase"), wanted.pop("step"))
         found = {name: value for name, value in row.items() if value is not None}
-        assert found == pytest.approx({k: v for k, v in wanted.items() if v is not None}, rel=10 * limit, abs=limit)
-    assert {file.name for file in run.glob("*.safetensors")} == {file.name for file in other.glob("*.safetensors")}
+        assert found == pytest.approx(
+            {k: v for k, v in wanted.items() if v is not None}, rel=10 * limit, abs=limit
+        )
+    assert {file.name for file in run.glob("*.safetensors")} == {
+        file.name for file in other.glob("*.safetensors")
+    }
     for file in run.glob("*.safetensors"):
-        torch.testing.assert_close(load_file(file), load_file(other / file.name), rtol=0, atol=limit)
+        torch.testing.assert_close(
+            load_file(file), load_file(other / file.name), rtol=0, atol=limit
+        )
 
 
 @pytest.mark.long
@@ -69,7 +76,12 @@ def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Pa
     assert "Test accuracy" in trained(two, words, tmp_path / "run")
     same_numbers(tmp_path / "run", tiny, 1e-5)
     left = Path(shutil.copytree(tmp_path / "run", tmp_path / "again"))  # as it was after 4 steps
-    for path in [*left.glob("*.safetensors"), *left.glob("report.*"), left / "network.json", left / "result.json"]:
+    for path in [
+        *left.glob("*.safetensors"),
+        *left.glob("report.*"),
+        left / "network.json",
+        left / "result.json",
+    ]:
         path.unlink()
     shutil.rmtree(left / "checkpoints" / "finetune")
     for path in (left / "checkpoints" / "fit").iterdir():
@@ -85,7 +97,9 @@ def test_digits_in_two_processes(mesh: str, two: Ranks, tiny: Path, tmp_path: Pa
 @pytest.mark.long
 def test_pictures_in_two_processes(two: Ranks, tmp_path: Path) -> None:
     """Batch norms see a share of the rows, as where one process takes each batch in two parts."""
-    words = images_command(color_folders(tmp_path / "pictures"), "--method", "mpl", "--uda-align", "0")
+    words = images_command(
+        color_folders(tmp_path / "pictures"), "--method", "mpl", "--uda-align", "0"
+    )
     metapl(*words, "--accumulate", "2", "--out", tmp_path / "one")
     trained(two, [*words, "--mesh.replicate", "2"], tmp_path / "two")
     same_numbers(tmp_path / "two", tmp_path / "one", 2e-3)
@@ -100,7 +114,9 @@ def test_stored_labels_in_two_processes(mesh: str, two: Ranks, tmp_path: Path) -
     for part, flag in (("labeled", "--labeled-labels"), ("unlabeled", "--labels")):
         files = scan_unlabeled(folders / part)
         p = torch.rand(len(files.names), 2, generator=torch.Generator().manual_seed(0)).softmax(1)
-        with LabelWriter(tmp_path / part, ["blue", "red"], provenance={"pictures": str(files.root)}) as writer:
+        with LabelWriter(
+            tmp_path / part, ["blue", "red"], provenance={"pictures": str(files.root)}
+        ) as writer:
             writer.add(sorted(files.names), p)
         words += [flag, str(tmp_path / part)]
     metapl(*words, "--accumulate", "2", "--out", tmp_path / "one")
@@ -127,10 +143,19 @@ def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> N
     words = [*TINY, "--mesh.shard", "2", "--save-every", "1", "--resume", "--dropout", "0.1"]
     trained(two, words, tmp_path / "whole")
     run = tmp_path / "run"
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    started = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=3",
+    ]
     started += ["-m", "metapl", *words, "--out", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + SECONDS
     while not list(run.glob("checkpoints/fit/*.parts")) and time.monotonic() < until:
         time.sleep(0.01)
@@ -144,7 +169,9 @@ def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
-def test_threads_are_as_many_as_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_as_many_as_the_cores_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     allowed = os.sched_getaffinity(0)
     assert default_threads() <= len(allowed)

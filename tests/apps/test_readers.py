@@ -31,7 +31,9 @@ from metapl.errors import MetaplError
 READERS: dict[str, Callable[[Path], Tensor]] = {
     "whole": read_image,
     "sized": lambda path: read_image(path, size=(2, 2)),
-    "box": lambda path: read_crops(path, [lambda height, width: (0, 0, width, height)], size=(2, 2))[0],
+    "box": lambda path: read_crops(
+        path, [lambda height, width: (0, 0, width, height)], size=(2, 2)
+    )[0],
     "brightness": lambda path: read_image(path, mode="L"),
     "averaged": lambda path: (255 * gray_image(path, 2))[None],
 }
@@ -57,11 +59,19 @@ def png(width: int, height: int, depth: int, data: bytes, *more: bytes, kind: in
     """A PNG that says what it likes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     texts = b"".join(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(text)) for text in more)
-    return b"\x89PNG\r\n\x1a\n" + header + texts + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + texts
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def device(path: Path) -> None:
@@ -131,7 +141,9 @@ def test_every_kind_of_file_is_read(how: str, tmp_path: Path) -> None:
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
-WHOLE = {kind: encoded(NOISE, kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")}
+WHOLE = {
+    kind: encoded(NOISE, kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
+}
 BROKEN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     **{f"cut.{kind.lower()}": (content[: len(content) // 2], "") for kind, content in WHOLE.items()},
     "start.jpg": (WHOLE["JPEG"][:20], ""),
@@ -205,7 +217,11 @@ def test_a_picture_that_is_too_large_is_not_decoded_and_no_memory_is_no_property
 def ramp(height: int = 20, width: int = 30) -> np.ndarray[Any, Any]:
     """Smooth colors, so that lossy formats stay close."""
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([255 * y / (height - 1), 255 * x / (width - 1), 0 * x + 90], axis=2).round().astype(np.uint8)
+    return (
+        np.stack([255 * y / (height - 1), 255 * x / (width - 1), 0 * x + 90], axis=2)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def off(a: Tensor, b: Tensor | np.ndarray[Any, Any] | Image.Image) -> int:
@@ -214,8 +230,17 @@ def off(a: Tensor, b: Tensor | np.ndarray[Any, Any] | Image.Image) -> int:
     return int((a.int() - b.int()).abs().max())
 
 
-UNDO = [Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM]
-UNDO += [Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270]
+UNDO = [
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+]
+UNDO += [
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_270,
+]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
@@ -229,20 +254,29 @@ def test_a_picture_is_turned_as_its_camera_noted(suffix: str, tmp_path: Path) ->
         stored = upright if undo is None else upright.transpose(undo)
         stored.save(path, exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
         for size in (None, (10, 12)):
-            assert off(read_image(path, size=size), read_image(tmp_path / "plain.png", size=size)) <= most
-        (crop,) = read_crops(path, [lambda height, width: (4, 2, width / 2 + 4, height / 2 + 2)], size=(48, 72))
+            assert (
+                off(read_image(path, size=size), read_image(tmp_path / "plain.png", size=size))
+                <= most
+            )
+        (crop,) = read_crops(
+            path, [lambda height, width: (4, 2, width / 2 + 4, height / 2 + 2)], size=(48, 72)
+        )
         assert off(crop, ramp(96, 144)[2:50, 4:76]) <= most
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (3, 200)])
 @pytest.mark.parametrize("size", [(8, 8), (16, 4), (64, 40)])
-def test_a_size_is_filled_from_the_middle(tmp_path: Path, shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_a_size_is_filled_from_the_middle(
+    tmp_path: Path, shape: tuple[int, int], size: tuple[int, int]
+) -> None:
     image = Image.fromarray(ramp(*shape))
     image.save(tmp_path / "a.png")
     for center in (1.0, 0.875):
         scale = center * min(shape[0] / size[0], shape[1] / size[1])
         left, top = (shape[1] - size[1] * scale) / 2, (shape[0] - size[0] * scale) / 2
-        expected = image.resize(size[::-1], Image.Resampling.BILINEAR, (left, top, shape[1] - left, shape[0] - top))
+        expected = image.resize(
+            size[::-1], Image.Resampling.BILINEAR, (left, top, shape[1] - left, shape[0] - top)
+        )
         assert off(read_image(tmp_path / "a.png", size=size, center=center), expected) == 0
     for wrong in ({"size": (0, 4)}, {"center": 0.0}, {"size": (4, 4), "center": 1.1}):
         with pytest.raises(MetaplError, match="expected"):
@@ -286,6 +320,12 @@ DIGIT = {
 def test_a_digit_in_a_picture_of_any_kind_gives_the_same_input(name: str, tmp_path: Path) -> None:
     DIGIT[name].save(tmp_path / name)
     found = Digits().input.read(tmp_path / name)
-    torch.testing.assert_close(found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0)
-    Image.fromarray(np.array([[0, 255, 51, 51]] * 2, np.uint8)).save(tmp_path / "x.png")  # areas are averaged
-    torch.testing.assert_close(gray_image(tmp_path / "x.png", 2), torch.tensor([[0.5, 0.2], [0.5, 0.2]]))
+    torch.testing.assert_close(
+        found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0
+    )
+    Image.fromarray(np.array([[0, 255, 51, 51]] * 2, np.uint8)).save(
+        tmp_path / "x.png"
+    )  # areas are averaged
+    torch.testing.assert_close(
+        gray_image(tmp_path / "x.png", 2), torch.tensor([[0.5, 0.2], [0.5, 0.2]])
+    )

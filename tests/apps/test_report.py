@@ -61,7 +61,11 @@ SECTIONS = ["Curves and confusion", "Classes", "Surest mistakes", "Command", "Da
 
 def test_a_run_leaves_its_page(tiny: Path) -> None:
     found, told = page(tiny), result(tiny)
-    assert found.headings == [f"digits: {told['title']}, seed 0", *SECTIONS, "Versions and hardware"]
+    assert found.headings == [
+        f"digits: {told['title']}, seed 0",
+        *SECTIONS,
+        "Versions and hardware",
+    ]
     text = " ".join(found.words)
     wrong = 400 - round(400 * told["test_accuracy"])
     for words in (f"{100 * told['test_accuracy']:.1f} %", "n = 400", f"{wrong} of 400", "SHA-256"):
@@ -70,7 +74,9 @@ def test_a_run_leaves_its_page(tiny: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_page_and_picture_are_written_anew_from_the_run_as_it_was_or_elsewhere(run: Path, tmp_path: Path) -> None:
+def test_page_and_picture_are_written_anew_from_the_run_as_it_was_or_elsewhere(
+    run: Path, tmp_path: Path
+) -> None:
     before = (run / "report.html").read_bytes()
     (run / "report.html").unlink()
     metapl("report", run)
@@ -112,13 +118,22 @@ def test_a_run_whose_pictures_are_gone_has_a_page_without_them(tmp_path: Path) -
 def test_beneath_a_mistake_stands_its_own_file_whichever_batch_it_is_in() -> None:
     network, rows = torch.nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     torch.nn.init.eye_(network.weight)
-    found = mistakes(network, [(rows, torch.tensor([0, 1])), (rows, torch.tensor([1, 0]))], "ab", ["w", "x", "y", "z"])
+    found = mistakes(
+        network,
+        [(rows, torch.tensor([0, 1])), (rows, torch.tensor([1, 0]))],
+        "ab",
+        ["w", "x", "y", "z"],
+    )
     assert [picture.caption for picture in found.surest] == ["a 88 %\nis b\ny", "b 73 %\nis a\nz"]
 
 
 def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None:
     content = result(run)
-    kept = {name: value for name, value in content.items() if name != "evaluation" and "test_accuracy" not in name}
+    kept = {
+        name: value
+        for name, value in content.items()
+        if name != "evaluation" and "test_accuracy" not in name
+    }
     (run / "result.json").write_text(json.dumps({"sha256": content["sha256"]}))
     edited(run / "result.json", **{name: value for name, value in kept.items() if name != "sha256"})
     metapl("report", run)
@@ -129,8 +144,13 @@ def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None
 
 def evaluated(counts: Any, classes: Any = None) -> Evaluation:
     counts = np.asarray(counts)
-    share, confusion = float(np.trace(counts) / max(counts.sum(), 1)), tuple(map(tuple, counts.tolist()))
-    return Evaluation(int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes)
+    share, confusion = (
+        float(np.trace(counts) / max(counts.sum(), 1)),
+        tuple(map(tuple, counts.tolist())),
+    )
+    return Evaluation(
+        int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes
+    )
 
 
 def rows(count: int) -> list[dict[str, float]]:
@@ -150,10 +170,14 @@ SHOWN: dict[str, tuple[Any, Evaluation | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n != "names")) for n in SHOWN])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n != "names")) for n in SHOWN]
+)
 def test_curves_and_confusion_of_any_size_and_name_are_drawn(name: str, drawn: Any) -> None:
     curves, evaluation = SHOWN[name]
-    picture = drawn(title="costs $5 or $6_ 猫", curves=curves, evaluation=evaluation, network="student")
+    picture = drawn(
+        title="costs $5 or $6_ 猫", curves=curves, evaluation=evaluation, network="student"
+    )
     with Image.open(io.BytesIO(picture)) as image:
         assert min(image.size) > 300
         assert len(image.convert("L").getcolors() or "white alone") > 1
@@ -161,6 +185,8 @@ def test_curves_and_confusion_of_any_size_and_name_are_drawn(name: str, drawn: A
 
 def test_a_run_says_in_what_precision_products_of_float32_were_taken(tiny: Path) -> None:
     made_with = json.loads((tiny / "recipe.json").read_text())["made_with"]
-    for kind, precision in float32_products(torch.device("cuda" if torch.cuda.is_available() else "cpu")).items():
+    for kind, precision in float32_products(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ).items():
         assert made_with[f"float32 {kind}"] == precision
         assert f"float32 {kind}" in page(tiny).words

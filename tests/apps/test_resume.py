@@ -24,7 +24,13 @@ from metapl.errors import MetaplError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("digits forward", "digits reduced", "images uda", "images pseudo labels", "noisy example weights")
+KINDS = (
+    "digits forward",
+    "digits reduced",
+    "images uda",
+    "images pseudo labels",
+    "noisy example weights",
+)
 KINDS = (*KINDS, "noisy student")
 FEW = ("digits reduced", "images uda", "noisy student")  # whose phases are of every sort
 SOME = [pytest.param(kind, marks=[pytest.mark.long] * (kind not in FEW)) for kind in KINDS]
@@ -51,7 +57,9 @@ class Killed(BaseException):
 class Calls:
     """The calls at the points, counted; one of them, of a number, does not come to its end."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, stop: tuple[int, int] | None = None, by: Any = None) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, stop: tuple[int, int] | None = None, by: Any = None
+    ) -> None:
         self.count = Counter[int]()
         for point, (owner, name) in enumerate(POINTS):
             found = resolve_name(owner)
@@ -100,7 +108,11 @@ def wholes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Wh
 def contents(out: Path) -> dict[str, bytes]:
     """What two runs have in common to the byte."""
     kinds = (".safetensors", ".arrow", ".jsonl", ".csv")
-    found = (path for path in sorted(out.rglob("*")) if path.suffix in kinds or path.name == "result.json")
+    found = (
+        path
+        for path in sorted(out.rglob("*"))
+        if path.suffix in kinds or path.name == "result.json"
+    )
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
@@ -126,7 +138,9 @@ def interrupted(kind: str, root: Path, out: Path, moment: tuple[int, int], by: A
             with pytest.raises(Killed):
                 metapl(*command(kind, root, out), *resume)
         else:
-            said = metapl(*command(kind, root, out), *resume, code=143 if by == signal.SIGTERM else 130)
+            said = metapl(
+                *command(kind, root, out), *resume, code=143 if by == signal.SIGTERM else 130
+            )
             assert "go on with:" in said.stderr
     assert not (out / "result.json").exists() or POINTS[moment[0]][1] == "write_json"
 
@@ -161,7 +175,9 @@ def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
 @pytest.mark.long
 @pytest.mark.parametrize("by", [signal.SIGTERM, Killed()])
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_any_moment(kind: str, by: Any, root: Path, tmp_path: Path, wholes: dict[str, Whole]) -> None:
+def test_at_any_moment(
+    kind: str, by: Any, root: Path, tmp_path: Path, wholes: dict[str, Whole]
+) -> None:
     whole, count = wholes[kind]
     draw = random.Random(f"{kind} {by!r}")
     for point, calls in count.items():
@@ -191,8 +207,12 @@ def other_bytes(file: Path) -> None:
 CHANGED: dict[str, Callable[[Path], object]] = {
     "no picture any more": lambda root: (root / "labeled/red/red-1.png").unlink(),
     "other bytes": lambda root: other_bytes(root / "unlabeled/red-3.png"),
-    "another label": lambda root: (root / "labeled/red/red-1.png").rename(root / "labeled/blue/red-1.png"),
-    "another test": lambda root: shutil.copy(root / "test/red/red-1.png", root / "test/red/more.png"),
+    "another label": lambda root: (root / "labeled/red/red-1.png").rename(
+        root / "labeled/blue/red-1.png"
+    ),
+    "another test": lambda root: shutil.copy(
+        root / "test/red/red-1.png", root / "test/red/more.png"
+    ),
 }
 
 
@@ -221,19 +241,35 @@ READ = {
     "report": COMMON | {"data.json", "metrics.jsonl"},
     "runs": {"recipe.json", "result.json", "data.json", "metrics.jsonl"},
 }
-PARTS = ("recipe.json", "result.json", "network.json", "data.json", "metrics.jsonl", *WEIGHTS.values())
+PARTS = (
+    "recipe.json",
+    "result.json",
+    "network.json",
+    "data.json",
+    "metrics.jsonl",
+    *WEIGHTS.values(),
+)
 UNREAD = ("report.html", "report.png", "checkpoints", "tensorboard")
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that differs in its seed."""
-    return built_once(tmp_path_factory, "other", lambda out: metapl(*TINY, "--seed", "1", "--out", str(out)))
+    return built_once(
+        tmp_path_factory, "other", lambda out: metapl(*TINY, "--seed", "1", "--out", str(out))
+    )
 
 
 def commands(run: Path, digit: Path, weights: str = "") -> dict[str, list[str]]:
     networks = {file: name for name, file in WEIGHTS.items()}
-    predicted = ["predict", str(run), str(digit), "--probabilities", "--network", networks.get(weights, "student")]
+    predicted = [
+        "predict",
+        str(run),
+        str(digit),
+        "--probabilities",
+        "--network",
+        networks.get(weights, "student"),
+    ]
     return {"predict": predicted, "report": ["report", str(run)], "runs": ["runs", str(run.parent)]}
 
 
@@ -259,7 +295,9 @@ def told(run: Path, digit: Path, name: str) -> dict[str, tuple[int, str, str]]:
     return found
 
 
-def refused(run: Path, name: str, found: dict[str, tuple[int, str, str]], whole: dict[str, Any]) -> None:
+def refused(
+    run: Path, name: str, found: dict[str, tuple[int, str, str]], whole: dict[str, Any]
+) -> None:
     """Every command that reads the file says that it is not as it was; the others are as before."""
     for command, (code, out, err) in found.items():
         if command == "runs":  # lists what it can, and says of the others what is wrong
@@ -281,7 +319,9 @@ WAYS = (*DAMAGES, "exchanged", "removed")
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        pytest.param(name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 0))  # one of the ways by default
+        pytest.param(
+            name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 0)
+        )  # one of the ways by default
         for i, name in enumerate(PARTS)
         for j, how in enumerate(WAYS)
     ],
@@ -289,7 +329,11 @@ WAYS = (*DAMAGES, "exchanged", "removed")
 def test_a_file_that_is_not_as_it_was_written_is_refused(
     name: str, how: str, run: Path, digit: Path, other: Path
 ) -> None:
-    whole, content, own = told(run, digit, name), (run / name).read_bytes(), random.Random(f"{name} {how}")
+    whole, content, own = (
+        told(run, digit, name),
+        (run / name).read_bytes(),
+        random.Random(f"{name} {how}"),
+    )
     for _ in range(3 if how == "flipped" else 1):
         if how == "removed":
             (run / name).unlink()
@@ -334,4 +378,6 @@ def test_a_full_disk_loses_nothing(room: int, tiny: Path, tmp_path: Path) -> Non
     for name in (*WEIGHTS.values(), "metrics.jsonl", "result.json", "network.json"):
         assert (out / name).read_bytes() == (tiny / name).read_bytes(), name
     assert not [*out.rglob("*.tmp")]
-    assert result(tiny)["sha256"].keys() == {*PARTS} - {"recipe.json"}  # it notes all that is read beside it
+    assert result(tiny)["sha256"].keys() == {*PARTS} - {
+        "recipe.json"
+    }  # it notes all that is read beside it

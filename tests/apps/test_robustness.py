@@ -19,7 +19,15 @@ import robustness
 import torch
 from command import result
 from PIL import Image
-from robustness import ALEXNET, FLIPS_OF_ALEXNET, Subject, flip_probability, imagenet_a, imagenet_c, imagenet_p
+from robustness import (
+    ALEXNET,
+    FLIPS_OF_ALEXNET,
+    Subject,
+    flip_probability,
+    imagenet_a,
+    imagenet_c,
+    imagenet_p,
+)
 from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
@@ -46,14 +54,18 @@ def damaged(name: str, picture: kinds.Picture, level: int) -> kinds.Picture:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_damage_is_a_function_of_seed_and_number_and_grows_with_severity(photograph: Tensor, name: str) -> None:
+def test_a_damage_is_a_function_of_seed_and_number_and_grows_with_severity(
+    photograph: Tensor, name: str
+) -> None:
     # At 64 pixels the least blur is of a disk of 0.86 pixels; below 45 it would be one pixel.
     two, distances = photograph.repeat(2, 1, 1, 1), []
     for severity in SEVERITIES:
         damaged = corrupted(two, name, severity, seed=3, first=5)
         assert (damaged.shape, damaged.dtype) == (two.shape, two.dtype)
         assert 0 <= damaged.min() <= damaged.max() <= 1
-        assert torch.allclose(damaged * 255, (damaged * 255).round(), atol=1e-4)  # as if it were saved
+        assert torch.allclose(
+            damaged * 255, (damaged * 255).round(), atol=1e-4
+        )  # as if it were saved
         distances.append(float((damaged - two).abs().mean()))
     assert torch.equal(corrupted(two[1:], name, severity, seed=3, first=6), damaged[1:])
     assert corrupted(two[:, :1], name, 2).shape == (2, 1, 64, 96)
@@ -68,10 +80,20 @@ def test_a_damage_is_a_function_of_seed_and_number_and_grows_with_severity(photo
 def test_noise_has_the_moments_of_its_formula() -> None:
     grey = torch.full((1, 3, 100, 100), 0.5)
     for severity, std in zip(SEVERITIES, (0.08, 0.12, 0.18, 0.26, 0.38), strict=True):
-        clipped = torch.randn(10**6, generator=torch.Generator().manual_seed(0)).mul(std).add(0.5).clamp(0, 1).std()
-        assert float(corrupted(grey, "gaussian_noise", severity).std()) == pytest.approx(float(clipped), rel=0.03)
+        clipped = (
+            torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+            .mul(std)
+            .add(0.5)
+            .clamp(0, 1)
+            .std()
+        )
+        assert float(corrupted(grey, "gaussian_noise", severity).std()) == pytest.approx(
+            float(clipped), rel=0.03
+        )
     for severity, photons in zip(SEVERITIES[:3], (60, 25, 12), strict=True):
-        assert float(corrupted(grey, "shot_noise", severity).var()) == pytest.approx(0.5 / photons, rel=0.1)
+        assert float(corrupted(grey, "shot_noise", severity).var()) == pytest.approx(
+            0.5 / photons, rel=0.1
+        )
     for severity, share in zip(SEVERITIES, (0.03, 0.06, 0.09, 0.17, 0.27), strict=True):
         damaged = corrupted(grey, "impulse_noise", severity)
         assert float((damaged == 0).float().mean()) == pytest.approx(share / 2, abs=0.006)
@@ -86,16 +108,22 @@ def test_brightness_and_contrast_by_their_formulas(photograph: Tensor) -> None:
         raised = hsv.copy()
         raised[..., 2] = np.clip(raised[..., 2] + amount, 0, 1)
         expected = torch.from_numpy(hsv_to_rgb(raised)).permute(2, 0, 1)
-        assert torch.allclose(corrupted(photograph, "brightness", severity)[0].double(), expected, atol=0.503 / 255)
+        assert torch.allclose(
+            corrupted(photograph, "brightness", severity)[0].double(), expected, atol=0.503 / 255
+        )
     mean = photograph.mean((2, 3), keepdim=True)
     for severity, kept in zip(SEVERITIES, (0.4, 0.3, 0.2, 0.1, 0.05), strict=True):
         expected = ((photograph - mean) * kept + mean).clamp(0, 1)
-        assert torch.allclose(corrupted(photograph, "contrast", severity), expected, atol=0.503 / 255)
+        assert torch.allclose(
+            corrupted(photograph, "contrast", severity), expected, atol=0.503 / 255
+        )
 
 
 def test_pixelate_and_jpeg_by_pillow(photograph: Tensor) -> None:
     image = Image.fromarray((photograph[0].permute(1, 2, 0) * 255).round().byte().numpy())
-    for severity, share, quality in zip(SEVERITIES, (0.6, 0.5, 0.4, 0.3, 0.25), (25, 18, 15, 10, 7), strict=True):
+    for severity, share, quality in zip(
+        SEVERITIES, (0.6, 0.5, 0.4, 0.3, 0.25), (25, 18, 15, 10, 7), strict=True
+    ):
         small = image.resize((int(96 * share), int(64 * share)), Image.Resampling.BOX)
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
@@ -103,7 +131,12 @@ def test_pixelate_and_jpeg_by_pillow(photograph: Tensor) -> None:
             ("pixelate", small.resize((96, 64), Image.Resampling.NEAREST)),
             ("jpeg_compression", Image.open(file)),
         ):
-            found = (corrupted(photograph, name, severity)[0].permute(1, 2, 0) * 255).round().byte().numpy()
+            found = (
+                (corrupted(photograph, name, severity)[0].permute(1, 2, 0) * 255)
+                .round()
+                .byte()
+                .numpy()
+            )
             assert np.array_equal(found, np.asarray(expected))
 
 
@@ -142,12 +175,18 @@ def test_the_wobble_of_fog_falls_by_the_square_of_its_decay() -> None:
 @pytest.mark.parametrize("level", [0, 2])
 def test_the_elastic_transform_has_the_published_lengths(level: int) -> None:
     """Of 224 pixels: amounts, widths and moves of corners are 244 times those of the paper; 3 widths of a blur."""
-    amount, sigma, affine = (244 * share for share in ((2, 0.7, 0.1), (), (0.05, 0.01, 0.02))[level])
+    amount, sigma, affine = (
+        244 * share for share in ((2, 0.7, 0.1), (), (0.05, 0.01, 0.02))[level]
+    )
     picture, drawn = np.random.default_rng(1).random((224, 224, 1)), np.random.default_rng(0)
-    corners = np.array([[186, 186], [186, 38], [38, 38]]) + np.array([[2, 2], [2, -2], [-2, -2]]) / 3
+    corners = (
+        np.array([[186, 186], [186, 38], [38, 38]]) + np.array([[2, 2], [2, -2], [-2, -2]]) / 3
+    )
     moved = corners + drawn.uniform(-affine, affine, size=(3, 2))
     field = [
-        amount * gaussian_filter(drawn.uniform(-1, 1, (224, 224)), sigma, mode="reflect", truncate=3) for _ in range(2)
+        amount
+        * gaussian_filter(drawn.uniform(-1, 1, (224, 224)), sigma, mode="reflect", truncate=3)
+        for _ in range(2)
     ]
     rows, columns = np.mgrid[:224, :224] + np.array(field)
     matrix = np.linalg.solve(np.c_[moved, np.ones(3)], corners).T
@@ -185,17 +224,25 @@ def test_measured_accuracies_are_those_of_the_pictures_one_by_one() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 8 * 8, 4))
     x, y = torch.rand(7, 3, 8, 8), torch.arange(7) % 4
-    found = measure(network, [(x[:3], y[:3]), (x[3:], y[3:])], corruptions=("fog", "gaussian_noise"))
+    found = measure(
+        network, [(x[:3], y[:3]), (x[3:], y[3:])], corruptions=("fog", "gaussian_noise")
+    )
     assert network.training
     for name in ("fog", "gaussian_noise"):
         for severity in SEVERITIES:
             logits, _ = predict_logits(network, [(corrupted(x, name, severity), y)])
             accuracy = evaluate_logits(logits, y, tuple("abcd")).accuracy
-            assert found["corruptions"][name]["accuracy_by_severity"][severity - 1] == pytest.approx(accuracy)
+            assert found["corruptions"][name]["accuracy_by_severity"][
+                severity - 1
+            ] == pytest.approx(accuracy)
 
 
 def test_wrong_kinds_severities_pictures_and_attacks_are_refused() -> None:
-    x, y, network = torch.rand(1, 3, 8, 8), torch.tensor([0]), nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    x, y, network = (
+        torch.rand(1, 3, 8, 8),
+        torch.tensor([0]),
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 2)),
+    )
     for given in ((x, "rain", 1), (x, "snow", 0), (x[0], "snow", 1), (x.byte(), "snow", 1)):
         with pytest.raises(MetaplError, match="expected"):
             corrupted(*given)
@@ -217,7 +264,9 @@ SIDE = 16
 
 def picture(seed: int) -> Image.Image:
     """A picture that no other seed gives."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    )
 
 
 def save(file: Path, seed: int) -> None:
@@ -262,15 +311,26 @@ def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path:
     named = replace(subject, network=shuffled, classes=tuple(WNIDS[k] for k in order.tolist()))
     for known in (subject, replace(subject, classes=None), named):
         found = imagenet_a(known, root)
-        assert (found["n"], found["accuracy"], found["top5"]) == (200, expected.accuracy, expected.top5)
+        assert (found["n"], found["accuracy"], found["top5"]) == (
+            200,
+            expected.accuracy,
+            expected.top5,
+        )
     assert expected.top5 is not None
-    assert 0 < expected.top5 < 0.2  # chance is 0.025, and a fault in the mapping would give 0 as often as not
-    (root / "zzz").mkdir()  # which would shift the outputs of others, where folders go by their number
+    assert (
+        0 < expected.top5 < 0.2
+    )  # chance is 0.025, and a fault in the mapping would give 0 as often as not
+    (
+        root / "zzz"
+    ).mkdir()  # which would shift the outputs of others, where folders go by their number
     with pytest.raises(MetaplError, match="without a picture: zzz"):
         imagenet_a(subject, root)
     few = write_a(tmp_path / "few", IMAGENET_A[:3])
     assert imagenet_a(subject, few)["n"] == 3  # names say which they are
-    for other in (replace(subject, classes=None), replace(subject, classes=("cat", "dog"), outputs=2)):
+    for other in (
+        replace(subject, classes=None),
+        replace(subject, classes=("cat", "dog"), outputs=2),
+    ):
         with pytest.raises(MetaplError, match="expected folders called as its classes, or all 200"):
             imagenet_a(other, few)
 
@@ -280,7 +340,9 @@ def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path)
     """In the folders of its archives."""
     outputs = [3, 5]
     archives = ["noise"] * 3 + ["blur"] * 4 + ["weather"] * 4 + ["digital"] * 4
-    for (kind, name), severity, output in itertools.product(enumerate(CORRUPTIONS), range(1, 6), outputs):
+    for (kind, name), severity, output in itertools.product(
+        enumerate(CORRUPTIONS), range(1, 6), outputs
+    ):
         place = tmp_path / archives[kind] / name / str(severity) / WNIDS[output]
         save(place / f"ILSVRC2012_val_{output + 1:08}.JPEG", 100 * kind + 10 * severity + output)
     # A network that is right at some severities of some corruptions, and wrong at the others.
@@ -312,7 +374,9 @@ def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
     assert flip_probability(sequences, "rotate") == pytest.approx((2 / 4 + 0 + 1) / 3)
     assert flip_probability([[1, 2, 2, 2]], "rotate") == pytest.approx(1 / 3)
     assert flip_probability([[1, 2, 2, 2]], "shot_noise") == 1
-    assert flip_probability([[1, 1], [1, 2, 1, 2, 1]], "tilt") == 0.5  # a sequence counts once, however long it is
+    assert (
+        flip_probability([[1, 1], [1, 2, 1, 2, 1]], "tilt") == 0.5
+    )  # a sequence counts once, however long it is
     with pytest.raises(MetaplError, match="expected"):
         flip_probability([[1]], "tilt")
     flips = (0.0585, 0.0699, 0.0284, 0.0232, 0.0367, 0.0154, 0.0242, 0.0347, 0.0215, 0.0462)
@@ -349,9 +413,15 @@ def test_imagenet_p_in_videos_and_in_folders_of_frames(subject: Subject, tmp_pat
         video.mux(stream.encode())
     found = imagenet_p(subject, tmp_path)
     assert found["flip_probability"] == pytest.approx(expected)
-    assert (found["sequences"], found["frames"], found["accuracy"]) == (20, 80, pytest.approx(right / 80))
+    assert (found["sequences"], found["frames"], found["accuracy"]) == (
+        20,
+        80,
+        pytest.approx(right / 80),
+    )
     assert len(set(expected.values())) > 2
-    assert found["mean_flip_rate"] == pytest.approx(robustness.relative_to(FLIPS_OF_ALEXNET, expected))
+    assert found["mean_flip_rate"] == pytest.approx(
+        robustness.relative_to(FLIPS_OF_ALEXNET, expected)
+    )
     file.write_bytes(b"no video")
     with pytest.raises(MetaplError, match="decoded"):
         imagenet_p(subject, tmp_path)
@@ -377,7 +447,12 @@ def test_a_run_and_weights_by_what_the_export_says(
     architecture = Architecture(name="small_cnn", num_classes=1000, image_size=SIDE)
     torch.manual_seed(0)
     network = Normalized(architecture.create(), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]).eval()
-    told: Any = {"shape": (3, SIDE, SIDE), "classes": list(WNIDS), "center": 0.875, "architecture": architecture}
+    told: Any = {
+        "shape": (3, SIDE, SIDE),
+        "classes": list(WNIDS),
+        "center": 0.875,
+        "architecture": architecture,
+    }
     export(network, tmp_path / "out", **told)
     file = tmp_path / "out" / WEIGHTS
     files = [tmp_path / "val" / WNIDS[k] / f"ILSVRC2012_val_{k + 1:08}.JPEG" for k in range(4)]
@@ -387,12 +462,16 @@ def test_a_run_and_weights_by_what_the_export_says(
     assert taken.center == 0.875
     with torch.no_grad():
         guesses = network(torch.stack([*map(taken.read, files)])).argmax(1).tolist()
-    (tmp_path / "real.json").write_text(json.dumps([[], [5, guesses[1]], [guesses[2]], [999 - guesses[3]]]))
+    (tmp_path / "real.json").write_text(
+        json.dumps([[], [5, guesses[1]], [guesses[2]], [999 - guesses[3]]])
+    )
     a = write_a(tmp_path / "a", IMAGENET_A)
     flags = ("--test", tmp_path / "val", "--real", tmp_path / "real.json", "--imagenet-a", a)
     found = printed(monkeypatch, file, *flags)
     assert found["real"] == {"accuracy": pytest.approx(2 / 3), "n": 3, "without_label": 1}
-    assert found["accuracy"] == pytest.approx(np.mean([guess == k for k, guess in enumerate(guesses)]))
+    assert found["accuracy"] == pytest.approx(
+        np.mean([guess == k for k, guess in enumerate(guesses)])
+    )
     assert found["imagenet_a"]["n"] == 200
     found = printed(monkeypatch, colors / "run", "--test", colors / "test")
     assert found["accuracy"] == result(colors / "run")["test_accuracy"]
@@ -408,7 +487,9 @@ def test_weights_by_the_networks_name(name: str, side: int, tmp_path: Path) -> N
     taken = robustness.of_weights(tmp_path / "weights.pt", name)
     assert (taken.side, taken.outputs, taken.center) == (side, 7, 0.875)
     x = torch.rand(2, 3, 32, 32)
-    mean, std = (torch.tensor(of).view(3, 1, 1) for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(of).view(3, 1, 1) for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     with torch.no_grad():
         torch.testing.assert_close(taken.network(x), network((x - mean) / std))
 

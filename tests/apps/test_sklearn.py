@@ -37,7 +37,9 @@ def fitted(kind: type, **given: Any) -> Any:
 
 
 def expected_failed(estimator: Any) -> dict[str, str]:
-    return {"check_classifiers_classes": "it has two classes -1 and 1, and -1 is a row without a label"}
+    return {
+        "check_classifiers_classes": "it has two classes -1 and 1, and -1 is a row without a label"
+    }
 
 
 OF_FEW, REWEIGHTED = ([kind(steps=25, learning_rate=0.2, batch_size=32)] for kind in CLASSES)
@@ -53,7 +55,9 @@ def test_scikit_learn_s_own_checks(estimator: Any, check: Callable[[Any], None])
 
 @pytest.mark.long
 @parametrize_with_checks(REWEIGHTED)
-def test_its_checks_of_the_classifier_that_reweights(estimator: Any, check: Callable[[Any], None]) -> None:
+def test_its_checks_of_the_classifier_that_reweights(
+    estimator: Any, check: Callable[[Any], None]
+) -> None:
     """Which has most of its code from the same class."""
     test_scikit_learn_s_own_checks(estimator, check)
 
@@ -63,7 +67,10 @@ def test_a_seed_decides_the_weights_and_nothing_else_is_drawn(kind: type) -> Non
     np.random.seed(1)  # noqa: NPY002 - the global one is meant
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     first, second, other = fitted(kind), fitted(kind), fitted(kind, random_state=1)
-    weights = [torch.cat([p.flatten() for p in one.network_.parameters()]) for one in (first, second, other)]
+    weights = [
+        torch.cat([p.flatten() for p in one.network_.parameters()])
+        for one in (first, second, other)
+    ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -78,7 +85,9 @@ def test_fits_in_several_threads_are_those_of_one(kind: type) -> None:
     """Though threads share the default generators, of which dropout draws."""
 
     def rows(seed: int) -> Any:
-        found = fitted(kind, steps=5, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5))
+        found = fitted(
+            kind, steps=5, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5)
+        )
         return found.predict_proba(X)
 
     alone = rows(0), rows(1)
@@ -106,7 +115,9 @@ SPELLINGS = {
     "NaN": np.where(FEW == -1, np.nan, FEW),
     "list of texts with -1": np.where(FEW == -1, -1, NAMES.astype(object)).tolist(),
     "NaT among dates": np.where(
-        FEW == -1, np.datetime64("NaT", "D"), np.datetime64("2020-01-01") + TRUTH.astype("timedelta64[D]")
+        FEW == -1,
+        np.datetime64("NaT", "D"),
+        np.datetime64("2020-01-01") + TRUTH.astype("timedelta64[D]"),
     ),
 }
 
@@ -127,14 +138,19 @@ def test_a_missing_label_in_every_spelling() -> None:
 
 def test_a_search_over_a_pipeline_whose_labels_are_few_or_some_of_whose_rows_are_trusted() -> None:
     pipeline = make_pipeline(StandardScaler(), MetaPseudoLabelsClassifier(**QUICK))
-    search = GridSearchCV(pipeline, {"metapseudolabelsclassifier__noise": [0, 0.3]}, cv=2).fit(X, FEW)
+    search = GridSearchCV(pipeline, {"metapseudolabelsclassifier__noise": [0, 0.3]}, cv=2).fit(
+        X, FEW
+    )
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     # Of rows without labels nobody can say whether they are predicted right.
     assert set(np.round(search.cv_results_["split0_test_score"] * 8 * 7, 6) % 1) == {0}
     assert np.isfinite(cross_val_score(pipeline, X, np.where(FEW == -1, "-1", NAMES), cv=2)).all()
     mask = np.arange(60) % 3 == 0
     mask.setflags(write=False)  # as a column of pandas is
-    pipeline, grid = make_pipeline(StandardScaler(), REWEIGHTING(**QUICK)), {"metareweightedclassifier__steps": [12]}
+    pipeline, grid = (
+        make_pipeline(StandardScaler(), REWEIGHTING(**QUICK)),
+        {"metareweightedclassifier__steps": [12]},
+    )
     found = GridSearchCV(pipeline, grid, cv=2).fit(X, NOISY, metareweightedclassifier__trusted=mask)
     weights = found.best_estimator_[-1].weights_
     assert (weights[mask] == 1).all()
@@ -152,7 +168,9 @@ def test_the_seed_decides_which_rows_are_drawn_by_their_weights() -> None:
     table, y = make_moons(21, noise=0.1, random_state=0)
     drawn, real = [], metapl.LossTrainer.step
     for seed in (0, 1):
-        one = REWEIGHTING(network=lambda n, c: mlp([n, c]), steps=4, batch_size=20, random_state=seed)
+        one = REWEIGHTING(
+            network=lambda n, c: mlp([n, c]), steps=4, batch_size=20, random_state=seed
+        )
         with patch.object(metapl.LossTrainer, "step", autospec=True, side_effect=real) as step:
             one.fit(table, y)
         inputs = [call.args[1][0] for call in step.call_args_list]
@@ -173,10 +191,14 @@ def test_columns_of_any_scale_are_learned_alike_and_the_feedback_is_heard() -> N
 
 
 def test_a_network_and_a_mode_of_one_s_own() -> None:
-    found = fitted(MPL, network=lambda columns, classes: mlp([columns, 5, classes]), mode="reinforce")
+    found = fitted(
+        MPL, network=lambda columns, classes: mlp([columns, 5, classes]), mode="reinforce"
+    )
     assert found.network_[1].out_features == 5
     assert fitted(REWEIGHTING, hidden_layer_sizes=(7, 6)).network_[3].out_features == 6
-    assert fitted(REWEIGHTING, hidden_layer_sizes=np.int64(7), steps=np.int64(3)).weights_.shape == (60,)
+    assert fitted(
+        REWEIGHTING, hidden_layer_sizes=np.int64(7), steps=np.int64(3)
+    ).weights_.shape == (60,)
     with pytest.raises(TypeError, match="positional"):
         MPL(8, 0.5)
 
@@ -188,7 +210,9 @@ def spoiled(value: float) -> Any:
 
 
 ONE = mlp([2, 3])
-REFUSED: list[tuple[type, str, dict[str, Any], dict[str, Any]]] = [  # a word, what is set, and what is fitted
+REFUSED: list[
+    tuple[type, str, dict[str, Any], dict[str, Any]]
+] = [  # a word, what is set, and what is fitted
     *((kind, "variance", {}, {"X": spoiled(1e200)}) for kind in CLASSES),
     *((kind, "classes", {}, {"y": TRUTH * 0}) for kind in CLASSES),
     *((kind, "hidden_layer_sizes", {"hidden_layer_sizes": (8, 0)}, {}) for kind in CLASSES),
@@ -208,27 +232,35 @@ REFUSED: list[tuple[type, str, dict[str, Any], dict[str, Any]]] = [  # a word, w
 
 
 @pytest.mark.parametrize(("kind", "word", "settings", "data"), REFUSED)
-def test_a_refused_fit(kind: type, word: str, settings: dict[str, Any], data: dict[str, Any]) -> None:
+def test_a_refused_fit(
+    kind: type, word: str, settings: dict[str, Any], data: dict[str, Any]
+) -> None:
     before = torch.get_rng_state()
     with pytest.raises((ValueError, TypeError), match=word):
         kind(**{**QUICK, **settings}).fit(**{"X": X, "y": FEW if kind is MPL else NOISY, **data})
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("load", [load_wine, pytest.param(load_breast_cancer, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "load", [load_wine, pytest.param(load_breast_cancer, marks=pytest.mark.long)]
+)
 def test_without_trusted_rows_folds_that_check_each_other_find_wrong_labels(load: Any) -> None:
     """And the classifier is not behind its own control, plain training; weights learned from random rows were."""
     data, truth = load(return_X_y=True)
     classes, of_folds, of_control = truth.max() + 1, [], []
     for seed in range(3):
-        rows, held_out, right, held_out_right = train_test_split(data, truth, test_size=0.4, random_state=seed)
+        rows, held_out, right, held_out_right = train_test_split(
+            data, truth, test_size=0.4, random_state=seed
+        )
         is_wrong = np.random.default_rng(seed).random(len(right)) < 0.3
         given = np.where(is_wrong, (right + 1) % classes, right)
         settings: dict[str, Any] = {"steps": 150, "random_state": seed}
         found = REWEIGHTING(**settings).fit(rows, given)
         assert found.weights_[is_wrong].mean() < 0.3 < 0.8 < found.weights_[~is_wrong].mean()
         of_folds.append(found.score(held_out, held_out_right))
-        of_control.append(REWEIGHTING(mode="none", **settings).fit(rows, given).score(held_out, held_out_right))
+        of_control.append(
+            REWEIGHTING(mode="none", **settings).fit(rows, given).score(held_out, held_out_right)
+        )
     assert np.mean(of_folds) > np.mean(of_control)
 
 

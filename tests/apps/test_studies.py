@@ -34,7 +34,10 @@ def batches(lookahead: int = 1) -> list[tuple[Any, list[Any]]]:
         return torch.rand(len(SEEDS), BATCH, 64, generator=g, dtype=torch.float64)
 
     return [
-        ((x(), torch.randint(10, (len(SEEDS), BATCH), generator=g)), [(x(), x()) for _ in range(lookahead)])
+        (
+            (x(), torch.randint(10, (len(SEEDS), BATCH), generator=g)),
+            [(x(), x()) for _ in range(lookahead)],
+        )
         for _ in range(STEPS)
     ]
 
@@ -56,11 +59,18 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
         Forward(normalization="learning_rate"),
         {"feedback_weight": 2.0},
     ),
-    "feedback alone": ({"own_loss": False, "size": 3.0}, Forward(), {"teacher_losses": (), "feedback_weight": 3.0}),
+    "feedback alone": (
+        {"own_loss": False, "size": 3.0},
+        Forward(),
+        {"teacher_losses": (), "feedback_weight": 3.0},
+    ),
     "uda, sharpened and aligned": (
         {"uda": 2.0, "temperature": 0.5, "align": 0.5, "feedback": "ratio", "size": 0.5},
         Forward(),
-        {"teacher_losses": (CrossEntropy(), UDA(0.5, weight=2.0, align=0.5, prior=PRIOR)), "feedback_ratio": 0.5},
+        {
+            "teacher_losses": (CrossEntropy(), UDA(0.5, weight=2.0, align=0.5, prior=PRIOR)),
+            "feedback_ratio": 0.5,
+        },
     ),
     **{
         how: ({"alteration": how, "size": 3.0}, Altered(Forward(), how), {"feedback_weight": 3.0})  # type: ignore[arg-type]
@@ -70,7 +80,9 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_seed_of_a_stack_takes_the_steps_of_a_trainer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_of_a_stack_takes_the_steps_of_a_trainer(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import when
 
     monkeypatch.setattr(when, "BATCH", BATCH)
@@ -86,7 +98,11 @@ def test_a_seed_of_a_stack_takes_the_steps_of_a_trainer(case: str, monkeypatch: 
         given, first = batches(rule.lookahead), networks(4)
         teacher, student = first[s], first[2 + s]
         trainer = metapl.BilevelTrainer(
-            *(teacher, student, dataclasses.replace(mode, seed=SEEDS[s]) if isinstance(mode, Altered) else mode),
+            *(
+                teacher,
+                student,
+                dataclasses.replace(mode, seed=SEEDS[s]) if isinstance(mode, Altered) else mode,
+            ),
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.7),
             outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.3, momentum=0.9),
             lookahead=rule.lookahead,
@@ -132,11 +148,19 @@ def test_a_form_of_algorithm_1_is_trained_by_the_mean_on_the_labels_that_its_noi
         own_noises = when.drawn_to_label(SEEDS[s : s + 1], STEPS)
         for (labeled, [pair]), noise in zip(batches(), own_noises, strict=True):
             state, _ = step(state, of_seed(s, labeled), of_seed(s, pair), noise[0].double())
-        for stacked, own in ((stack.state.student, state.student), (stack.state.teacher, state.teacher)):
-            assert all(torch.allclose(stacked.params[name][s], p, rtol=0, atol=1e-12) for name, p in own.params.items())
+        for stacked, own in (
+            (stack.state.student, state.student),
+            (stack.state.teacher, state.teacher),
+        ):
+            assert all(
+                torch.allclose(stacked.params[name][s], p, rtol=0, atol=1e-12)
+                for name, p in own.params.items()
+            )
 
 
-@pytest.mark.parametrize("settings", [{"threshold": 0.1, "align": 1.0}, {"threshold": 0.1, "temperature": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{"threshold": 0.1, "align": 1.0}, {"threshold": 0.1, "temperature": 0.0}]
+)
 def test_networks_without_teachers_are_those_of_a_loss_trainer(settings: dict[str, float]) -> None:
     import when
 
@@ -150,11 +174,15 @@ def test_networks_without_teachers_are_those_of_a_loss_trainer(settings: dict[st
     for stack, losses in ((plain, both[:1]), (uda, both)):
         for s, model in enumerate(networks(2)):
             labeled, pairs = (
-                [of_seed(s, x) for x in each] for each in zip(*((x, p) for x, [p] in batches()), strict=True)
+                [of_seed(s, x) for x in each]
+                for each in zip(*((x, p) for x, [p] in batches()), strict=True)
             )
             optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
             LossTrainer(model, losses, optimizer=optimizer).fit(
-                *(labeled, pairs if len(losses) == 2 else None), steps=STEPS, log_every=STEPS, progress=False
+                *(labeled, pairs if len(losses) == 2 else None),
+                steps=STEPS,
+                log_every=STEPS,
+                progress=False,
             )
             assert difference(model, stack.state.student.params, s) < 1e-12
 
@@ -163,8 +191,15 @@ def test_altered_feedback_is_what_it_is_called() -> None:
     import when
 
     g = torch.Generator().manual_seed(0)
-    h, q = torch.randn(9, 10, generator=g).double(), torch.randn(9, 10, generator=g).double().softmax(-1)
-    of = {how: when.altered(h, q, how) for how in when.ALTERATIONS if how not in ("permuted", "random_sign")}
+    h, q = (
+        torch.randn(9, 10, generator=g).double(),
+        torch.randn(9, 10, generator=g).double().softmax(-1),
+    )
+    of = {
+        how: when.altered(h, q, how)
+        for how in when.ALTERATIONS
+        if how not in ("permuted", "random_sign")
+    }
     assert torch.allclose(of["class_means"] + of["rest"], h)
     assert torch.allclose(of["own_class_means"] + of["within_class"], h)
     assert torch.allclose(of["sign"].abs(), h.abs().mean().expand_as(h))
@@ -183,21 +218,39 @@ def test_the_views_are_those_of_the_library_and_a_seed_s_batches_its_own() -> No
     pictures = torch.rand(2, 20, 64, generator=torch.Generator().manual_seed(0))
     which, seen = map(torch.stack, zip(*when.views(pictures, SEEDS, 0, 50, 60), strict=True))
     epochs = which.transpose(0, 1).flatten(1).unflatten(1, (-1, 20)).sort(-1).values
-    assert torch.equal(epochs, torch.arange(20).expand_as(epochs))  # every epoch of 20 pictures has each of them once
-    assert torch.equal((seen != 0).sum(-1), torch.full(seen.shape[:-1], 60))  # the square takes 4 of the 64 values
-    images, moves = pictures[0].unflatten(-1, (1, 8, 8)), torch.tensor([[-1, 0]]).expand(20, 2)  # the second of nine
-    assert torch.equal(when.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1))
-    alone, views = map(torch.stack, zip(*when.views(pictures[1:], SEEDS[1:], 0, 50, 30), strict=True))
+    assert torch.equal(
+        epochs, torch.arange(20).expand_as(epochs)
+    )  # every epoch of 20 pictures has each of them once
+    assert torch.equal(
+        (seen != 0).sum(-1), torch.full(seen.shape[:-1], 60)
+    )  # the square takes 4 of the 64 values
+    images, moves = (
+        pictures[0].unflatten(-1, (1, 8, 8)),
+        torch.tensor([[-1, 0]]).expand(20, 2),
+    )  # the second of nine
+    assert torch.equal(
+        when.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1)
+    )
+    alone, views = map(
+        torch.stack, zip(*when.views(pictures[1:], SEEDS[1:], 0, 50, 30), strict=True)
+    )
     assert torch.equal(alone[:, 0], which[:30, 1])
     assert torch.equal(views[:, 0], seen[:30, 1])
 
 
-def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_are_called() -> None:
+def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_are_called() -> (
+    None
+):
     import label_noise
     import when
 
-    data, few = when.drawn(4, (300, 301), 5), torch.tensor(when.apportioned(torch.linspace(5, 1, 10).tolist(), 40))
-    assert when.prior_of(when.Arm("worth", "uda", "", labels=4, uneven=5)) == pytest.approx((few / 40).tolist())
+    data, few = (
+        when.drawn(4, (300, 301), 5),
+        torch.tensor(when.apportioned(torch.linspace(5, 1, 10).tolist(), 40)),
+    )
+    assert when.prior_of(when.Arm("worth", "uda", "", labels=4, uneven=5)) == pytest.approx(
+        (few / 40).tolist()
+    )
     for s in range(2):
         assert torch.equal(data.labeled[1][s].bincount(minlength=10), few)
         counts = data.unlabeled[1][s].bincount(minlength=10).double()
@@ -207,11 +260,23 @@ def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_
     x, y = (part[0] for part in when.drawn(4, (100,)).unlabeled)
     for condition in ("asymmetric", "style"):
         _, given = when.wrongly_labeled(condition, x, y, 100)
-        assert all(abs(float((given[y == c] == (c + 1) % 10).double().mean()) - 0.3) < 0.01 for c in range(10))
+        assert all(
+            abs(float((given[y == c] == (c + 1) % 10).double().mean()) - 0.3) < 0.01
+            for c in range(10)
+        )
     for condition in label_noise.CONDITIONS:
         of, (kind, percent) = label_noise.drawn(condition, 7), condition.split("_")
-        shares = (float(of.wrong.double().mean()), [*of.given.bincount(minlength=10).sort().values[[0, -1]]])
-        assert shares == (0, [5, 100]) if kind == "imbalance" else abs(shares[0] - int(percent) / 100) < 0.05
+        shares = (
+            float(of.wrong.double().mean()),
+            [*of.given.bincount(minlength=10).sort().values[[0, -1]]],
+        )
+        assert (
+            shares == (0, [5, 100])
+            if kind == "imbalance"
+            else abs(shares[0] - int(percent) / 100) < 0.05
+        )
     pictures, given = when.wrongly_labeled("half", x, y, 100)
     assert given.bincount().tolist() == [50] * 10
-    assert float(pictures[given == 3].var(0).sum()) < 0.95 * float(x[y == 3].var(0).sum())  # from one end
+    assert float(pictures[given == 3].var(0).sum()) < 0.95 * float(
+        x[y == 3].var(0).sum()
+    )  # from one end

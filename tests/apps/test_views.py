@@ -44,7 +44,9 @@ from metapl.data import draws
 from metapl.errors import MetaplError
 
 FLOWER = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
-STRONG = Chain((Flip(), Affine(25, 0.2, (0.7, 1.4), 15), Color(0.4, 0.5, 0.6, 0.3), Hole((0.2, 0.6))))
+STRONG = Chain(
+    (Flip(), Affine(25, 0.2, (0.7, 1.4), 15), Color(0.4, 0.5, 0.6, 0.3), Hole((0.2, 0.6)))
+)
 
 
 def from_all_generators(image: Tensor) -> Tensor:
@@ -67,7 +69,9 @@ VIEWS: dict[str, View] = {
     "recolor": Recolor(),
     "strong": STRONG,
     "sometimes": Sometimes(STRONG, 0.8),
-    "torchvision": Seeded(v2.Compose([v2.RandomAffine(25, (0.1, 0.1)), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])),
+    "torchvision": Seeded(
+        v2.Compose([v2.RandomAffine(25, (0.1, 0.1)), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])
+    ),
     "torchvision's crop": Seeded(v2.RandomResizedCrop(12, antialias=True)),
     "all generators": Seeded(from_all_generators),
 }
@@ -75,31 +79,53 @@ FEW = {"flip": 2, "recolor": 7}  # how many views a picture has at least
 USUAL = (torch.float32, torch.uint8)
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 17, 30), (3, 1, 1)]
 KINDS = [
-    pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=[pytest.mark.long] * (dtype not in USUAL))
+    pytest.param(
+        name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=[pytest.mark.long] * (dtype not in USUAL)
+    )
     for name, view in VIEWS.items()
     for dtype in (base.WIDE if isinstance(view, Chain | Seeded) else view.takes)
 ]
 
 
-def pictures(count: int, shape: tuple[int, int, int] = (3, 32, 32), dtype: torch.dtype = torch.float32) -> Tensor:
+def pictures(
+    count: int, shape: tuple[int, int, int] = (3, 32, 32), dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Pieces of a photograph and noise, a white and a black picture."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.randint(0, 200, (count, 2), generator=generator).tolist()
-    pieces = torch.stack([FLOWER[: shape[0], y : y + shape[1], x : x + shape[2]] for y, x in corners])
+    pieces = torch.stack(
+        [FLOWER[: shape[0], y : y + shape[1], x : x + shape[2]] for y, x in corners]
+    )
     pieces[1::2] = torch.randint(0, 256, pieces.shape, generator=generator, dtype=torch.uint8)[1::2]
     pieces[2:3], pieces[3:4] = 255, 0
     return (pieces.double() / 255).to(dtype) if dtype.is_floating_point else pieces
 
 
-def call(view: View, images: Tensor, *, seed: int = 0, step: int = 0, examples: Tensor | None = None) -> Tensor:
-    return view(images, seed=seed, step=step, examples=torch.arange(len(images)) if examples is None else examples)
+def call(
+    view: View, images: Tensor, *, seed: int = 0, step: int = 0, examples: Tensor | None = None
+) -> Tensor:
+    return view(
+        images,
+        seed=seed,
+        step=step,
+        examples=torch.arange(len(images)) if examples is None else examples,
+    )
 
 
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_a_view_depends_on_seed_step_and_example_alone(name: str, dtype: torch.dtype) -> None:
     view = VIEWS[name]
-    for shape in SHAPES[: 1 if isinstance(view, Seeded) or dtype.itemsize == 2 else 4 if dtype == torch.float32 else 2]:
-        images, examples = pictures(10, shape, dtype), draws.bits(0, 0, torch.arange(10), 1)[:, 0].abs() >> 20
+    for shape in SHAPES[
+        : 1
+        if isinstance(view, Seeded) or dtype.itemsize == 2
+        else 4
+        if dtype == torch.float32
+        else 2
+    ]:
+        images, examples = (
+            pictures(10, shape, dtype),
+            draws.bits(0, 0, torch.arange(10), 1)[:, 0].abs() >> 20,
+        )
         before, where = images.clone(), {"seed": 3, "step": 9}
         torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
         states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
@@ -111,8 +137,13 @@ def test_a_view_depends_on_seed_step_and_example_alone(name: str, dtype: torch.d
         assert (random.getstate(), str(np.random.get_state())) == states[1:]  # noqa: NPY002
         torch.manual_seed(2), random.seed(2), np.random.seed(2)  # noqa: NPY002
         for chosen in (torch.randperm(10), torch.tensor([0, 7, 9]), torch.tensor([5, 5])):
-            assert torch.equal(call(view, images[chosen], **where, examples=examples[chosen]), whole[chosen])
-        assert torch.equal(call(view, images.to(memory_format=torch.channels_last), **where, examples=examples), whole)
+            assert torch.equal(
+                call(view, images[chosen], **where, examples=examples[chosen]), whole[chosen]
+            )
+        assert torch.equal(
+            call(view, images.to(memory_format=torch.channels_last), **where, examples=examples),
+            whole,
+        )
         wider = torch.cat([images, images], dim=3)[..., : shape[2]]
         assert torch.equal(call(view, wider, **where, examples=examples), whole)
         assert len(call(view, images[:0], examples=examples[:0])) == 0
@@ -130,7 +161,9 @@ def test_seed_step_and_example_each_change_the_draws(name: str) -> None:
         assert sum(same) <= (14 if name in FEW else 4)
 
 
-@pytest.mark.parametrize("name", [name for name, view in VIEWS.items() if not isinstance(view, Seeded)])
+@pytest.mark.parametrize(
+    "name", [name for name, view in VIEWS.items() if not isinstance(view, Seeded)]
+)
 def test_threads_do_not_matter(name: str) -> None:
     """Of a picture alone, sums are split among threads as well."""
     images, threads, found = pictures(4, (3, 224, 160)), torch.get_num_threads(), []
@@ -144,19 +177,30 @@ def test_threads_do_not_matter(name: str) -> None:
     assert all(torch.equal(found[0], one) for one in found[1:])
 
 
-@pytest.mark.parametrize(("name", "dtype"), [k for k in KINDS if k.values[0] not in ("digits", "all generators")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [k for k in KINDS if k.values[0] not in ("digits", "all generators")]
+)
 def test_values_stay_in_their_range_and_types_agree(name: str, dtype: torch.dtype) -> None:
     view, most = VIEWS[name], 1 if dtype.is_floating_point else 255
     for shape in SHAPES[: 1 if isinstance(view, Seeded) else None]:
         got, images = call(view, pictures(12, shape, dtype)), pictures(12, shape)
-        assert 0 <= got.min() <= got.max() <= most + 1e-6  # a resized picture may exceed 1 by a rounding
+        assert (
+            0 <= got.min() <= got.max() <= most + 1e-6
+        )  # a resized picture may exceed 1 by a rounding
         assert call(view, torch.full_like(pictures(12, shape, dtype), most)).max() <= most + 1e-6
-        if dtype in (torch.float64, torch.uint8):  # at the edge of a reflection, or in noise, float32 shows
+        if dtype in (
+            torch.float64,
+            torch.uint8,
+        ):  # at the edge of a reflection, or in noise, float32 shows
             off = (got.double() / most - call(view, images)).abs()
             assert off.quantile(0.999) < (1e-4 if most == 1 else 0.5001 / 255)
 
 
-OFF = [Weak(pad=0, flip=False), ResizedCrop(32, scale=(1, 1), ratio=(1, 1), flip=False), ShiftNoiseCutout(0, 0.0, 0)]
+OFF = [
+    Weak(pad=0, flip=False),
+    ResizedCrop(32, scale=(1, 1), ratio=(1, 1), flip=False),
+    ShiftNoiseCutout(0, 0.0, 0),
+]
 OFF += [RandAugment(probability=(0, 0), cutout=0), Affine(), Color(), Hole((0, 0)), Identity()]
 OFF += [Chain(()), Sometimes(STRONG, 0)]
 
@@ -170,14 +214,18 @@ def test_links_of_a_chain_and_numbers_of_one_picture_are_drawn_apart() -> None:
     images, move = pictures(1).expand(32, -1, -1, -1), Weak(flip=False)
     assert not torch.equal(call(Chain((move, move)), images), call(move, call(move, images)))
     streams = [(base.AFFINE, 5), (base.COLOR, 4), (base.HOLE, 4), (base.FLIP, 2), (base.RECOLOR, 4)]
-    columns = [draws.uniform(0, 0, torch.arange(20_000), count, stream=stream) for stream, count in streams]
+    columns = [
+        draws.uniform(0, 0, torch.arange(20_000), count, stream=stream) for stream, count in streams
+    ]
     assert (torch.corrcoef(torch.cat(columns, dim=1).T) - torch.eye(19)).abs().max() < 0.04
 
 
 def test_seeded_gives_what_the_transform_gives_when_it_is_seeded_alone() -> None:
     images, jitter = pictures(3), v2.ColorJitter(0.5)
     with torch.random.fork_rng([]):
-        torch.manual_seed(int(draws.bits(3, 5, torch.tensor([1]), 1, stream=base.SEEDED)[0, 0]) & 0xFFFFFFFF)
+        torch.manual_seed(
+            int(draws.bits(3, 5, torch.tensor([1]), 1, stream=base.SEEDED)[0, 0]) & 0xFFFFFFFF
+        )
         expected = jitter(images[1])
     for view in (Seeded(jitter), pickle.loads(pickle.dumps(Seeded(jitter)))):
         assert torch.equal(call(view, images, seed=3, step=5)[1], expected)
@@ -194,14 +242,32 @@ def test_seeded_gives_what_the_transform_gives_when_it_is_seeded_alone() -> None
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str, tuple[Any, ...]]] = [
-    *((Weak, {}, "pad", (-1,)), (ResizedCrop, {}, "size", (0,)), (ResizedCrop, {"size": 8}, "ratio", ((2, 1), (0, 1)))),
-    *((ResizedCrop, {"size": 8}, "scale", ((0.5, 0.2), (0, 1))), (ShiftNoiseCutout, {}, "noise", (-0.1,))),
-    *((RandAugment, {}, name, (value,)) for name, value in (("n", 0), ("magnitude", -1), ("scale", 0), ("cutout", -1))),
+    *(
+        (Weak, {}, "pad", (-1,)),
+        (ResizedCrop, {}, "size", (0,)),
+        (ResizedCrop, {"size": 8}, "ratio", ((2, 1), (0, 1))),
+    ),
+    *(
+        (ResizedCrop, {"size": 8}, "scale", ((0.5, 0.2), (0, 1))),
+        (ShiftNoiseCutout, {}, "noise", (-0.1,)),
+    ),
+    *(
+        (RandAugment, {}, name, (value,))
+        for name, value in (("n", 0), ("magnitude", -1), ("scale", 0), ("cutout", -1))
+    ),
     (RandAugment, {}, "operations", (("Solarise",), ())),
     (RandAugment, {}, "probability", ((0.5, 1.1), (0.8, 0.2))),
-    *((Affine, {}, "degrees", (-1, 181, math.nan)), (Affine, {}, "translate", (-0.1,)), (Affine, {}, "shear", (90,))),
+    *(
+        (Affine, {}, "degrees", (-1, 181, math.nan)),
+        (Affine, {}, "translate", (-0.1,)),
+        (Affine, {}, "shear", (90,)),
+    ),
     (Affine, {}, "scale", ((0, 1), (1.2, 1), 1.2, (1, math.inf))),
-    *((Color, {}, "brightness", (-0.1,)), (Color, {}, "contrast", (math.inf,)), (Color, {}, "hue", (0.6,))),
+    *(
+        (Color, {}, "brightness", (-0.1,)),
+        (Color, {}, "contrast", (math.inf,)),
+        (Color, {}, "hue", (0.6,)),
+    ),
     (Hole, {}, "side", ((0.5, 0.2), (-0.5, 0.2), 0.5)),
     (Sometimes, {"view": Flip()}, "share", (1.1,)),
 ]
@@ -214,7 +280,9 @@ def test_a_field_out_of_range_is_refused() -> None:
                 kind(**others, **{field: value})
 
 
-@pytest.mark.parametrize("name", [name for name, view in VIEWS.items() if not isinstance(view, Chain)])
+@pytest.mark.parametrize(
+    "name", [name for name, view in VIEWS.items() if not isinstance(view, Chain)]
+)
 def test_images_of_another_kind_are_refused(name: str) -> None:
     view, images = VIEWS[name], pictures(4)
     wrong = [images.long(), images[:, 0], torch.rand(4, 4, 8, 8) if view.is_colored else images[0]]
@@ -245,7 +313,9 @@ def is_drawn_alike(got: Tensor, ways: list[Tensor], shares: list[float] | None =
     counts = torch.stack([(got == way).flatten(1).all(1).sum() for way in ways])
     expected = len(got) * torch.tensor(shares or [1 / len(ways)] * len(ways))
     off = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
-    return int(counts.sum()) == len(got) and bool(off <= len(ways) - 1 + 4 * math.sqrt(2 * len(ways)))
+    return int(counts.sum()) == len(got) and bool(
+        off <= len(ways) - 1 + 4 * math.sqrt(2 * len(ways))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -255,7 +325,9 @@ def test_weak_is_a_window_of_the_padded_image_or_of_its_mirror_image(dtype: torc
         got = call(Weak(pad=2, flip=flip), image.expand(2000, -1, -1, -1))
         padded = [pad(x, (2, 2, 2, 2), value=grey) for x in (image, image.flip(3))]
         places = itertools.product(padded[: 1 + flip], range(5), range(5))
-        assert is_drawn_alike(got, [x[:, :, top : top + 9, left : left + 7] for x, top, left in places])
+        assert is_drawn_alike(
+            got, [x[:, :, top : top + 9, left : left + 7] for x, top, left in places]
+        )
     image = image[..., :7, :]
     for view in (ResizedCrop(7, scale=(1, 1), ratio=(1, 1)), Flip())[: 1 + dtype.is_floating_point]:
         assert is_drawn_alike(call(view, image.expand(2000, -1, -1, -1)), [image, image.flip(3)])
@@ -266,27 +338,37 @@ def test_the_digits_are_moved_by_whole_pixels_get_noise_and_then_lose_one_square
     shifted = call(ShiftNoiseCutout(2, noise=0.0, cutout=0), image.expand(n, -1, -1, -1))
     padded = pad(image, (2, 2, 2, 2))
     places = itertools.product(range(5), range(5))
-    assert is_drawn_alike(shifted, [padded[:, :, top : top + 5, left : left + 7] for top, left in places])
+    assert is_drawn_alike(
+        shifted, [padded[:, :, top : top + 5, left : left + 7] for top, left in places]
+    )
     squares = []
     for top, left in itertools.product(range(4), range(6)):
         squares.append(image.clone())
         squares[-1][:, :, top : top + 2, left : left + 2] = 0
     assert is_drawn_alike(call(ShiftNoiseCutout(0, 0.0, 2), image.expand(n, -1, -1, -1)), squares)
-    assert ((call(ShiftNoiseCutout(0, 0.2, 3), pictures(50)) == 0).sum((1, 2, 3)) >= 27).all()  # after the noise
+    assert (
+        (call(ShiftNoiseCutout(0, 0.2, 3), pictures(50)) == 0).sum((1, 2, 3)) >= 27
+    ).all()  # after the noise
     noise = call(ShiftNoiseCutout(0, 0.3, 0), torch.zeros(500, 3, 8, 8))
     assert noise.mean().item() == pytest.approx(0.0, abs=4 * 0.3 / math.sqrt(noise.numel()))
     assert noise.std().item() == pytest.approx(0.3, rel=0.01)
-    assert torch.corrcoef(noise[:, :2].transpose(0, 1).flatten(1))[0, 1].abs() < 0.03  # channels share none
+    assert (
+        torch.corrcoef(noise[:, :2].transpose(0, 1).flatten(1))[0, 1].abs() < 0.03
+    )  # channels share none
 
 
 def test_resized_crop_is_pillows_resize_of_a_box() -> None:
     images, view = pictures(8, (3, 60, 90), torch.uint8), ResizedCrop(24, flip=False)
     got = call(view, images)
-    for picture, box, result in zip(images, view.boxes(0, 0, torch.arange(8), 60, 90)[0].tolist(), got, strict=True):
+    for picture, box, result in zip(
+        images, view.boxes(0, 0, torch.arange(8), 60, 90)[0].tolist(), got, strict=True
+    ):
         top, left, height, width = box
         crop = to_pillow(picture[:, top : top + height, left : left + width])
         expected = from_pillow(crop.resize((24, 24), 2))  # bilinearly
-        assert (result.int() - expected.int()).abs().max() <= 1  # Pillow rounds in between, and has weights of 8 bits
+        assert (
+            result.int() - expected.int()
+        ).abs().max() <= 1  # Pillow rounds in between, and has weights of 8 bits
     assert (255 * call(view, images.float() / 255) - got.float()).abs().max() <= 0.5001
 
 
@@ -295,7 +377,17 @@ def test_boxes_fit_and_have_the_shares_asked_for(size: tuple[int, int]) -> None:
     height, width = size
     boxes, flips = ResizedCrop(24).boxes(0, 0, torch.arange(4000), height, width)
     top, left, h, w = boxes.T
-    assert min(top.min(), left.min(), h.min() - 1, w.min() - 1, height - (top + h).max(), width - (left + w).max()) >= 0
+    assert (
+        min(
+            top.min(),
+            left.min(),
+            h.min() - 1,
+            w.min() - 1,
+            height - (top + h).max(),
+            width - (left + w).max(),
+        )
+        >= 0
+    )
     assert abs(flips.double().mean() - 0.5) < 0.04
     area, ratio = h * w / (height * width), w / h
     if height == width == 60:  # near 1, most ratios do not fit; up to there the area is uniform
@@ -313,17 +405,32 @@ def test_affine_is_scipys_resampling_of_the_moved_places(shape: tuple[int, int, 
     for view in (Affine(25, 0.2, (0.7, 1.4), 15), Affine(180, 1.2, (0.3, 2), 50)):
         numbers = drawn(32, 5, base.AFFINE).numpy()
         theta, phi, right, down = (2 * numbers[:, [0, 1, 3, 4]] - 1).T * np.array(
-            [[np.radians(view.degrees)], [np.radians(view.shear)], [view.translate * width], [view.translate * height]]
+            [
+                [np.radians(view.degrees)],
+                [np.radians(view.shear)],
+                [view.translate * width],
+                [view.translate * height],
+            ]
         )
         scale = view.scale[0] + (view.scale[1] - view.scale[0]) * numbers[:, 2]
         for i, got in enumerate(call(view, images.double())):
             cos, sin, slope = math.cos(theta[i]), math.sin(theta[i]), math.tan(phi[i])
-            inverse = np.linalg.inv(scale[i] * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, -slope], [0, 1]]))
+            inverse = np.linalg.inv(
+                scale[i] * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, -slope], [0, 1]])
+            )
             rows, cols = np.mgrid[:height, :width]
-            places = np.stack([cols - (width - 1) / 2 - right[i], rows - (height - 1) / 2 - down[i]], -1) @ inverse.T
-            places = (places + np.array([(width - 1) / 2, (height - 1) / 2]))[..., ::-1].transpose(2, 0, 1)
+            places = (
+                np.stack([cols - (width - 1) / 2 - right[i], rows - (height - 1) / 2 - down[i]], -1)
+                @ inverse.T
+            )
+            places = (places + np.array([(width - 1) / 2, (height - 1) / 2]))[..., ::-1].transpose(
+                2, 0, 1
+            )
             for image, channel in zip(images[i].double().numpy(), got.numpy(), strict=True):
-                assert np.abs(channel - map_coordinates(image, places, order=1, mode="nearest")).max() < 1e-6
+                assert (
+                    np.abs(channel - map_coordinates(image, places, order=1, mode="nearest")).max()
+                    < 1e-6
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -337,7 +444,11 @@ def test_colors_are_those_of_one_step_after_the_other(channels: int, dtype: torc
         ranges = np.array([view.brightness, view.contrast, view.saturation])
         low = np.maximum(0, 1 - ranges)
         for image, got, (b, c, s), turn in zip(
-            images.double().numpy(), call(view, images), low + (1 + ranges - low) * u[:, :3], u[:, 3], strict=True
+            images.double().numpy(),
+            call(view, images),
+            low + (1 + ranges - low) * u[:, :3],
+            u[:, 3],
+            strict=True,
         ):
             bright = b * image
             expected = c * bright + (1 - c) * luma(bright).mean()
@@ -355,7 +466,9 @@ def test_a_hole_covers_its_square_and_nothing_else(shape: tuple[int, int, int]) 
     images, (_, height, width) = pictures(64, shape), shape
     y, x = (torch.arange(side).double() + 0.5 for side in (height, width))
     numbers, covered = drawn(64, 4, base.HOLE).tolist(), set()
-    for image, got, (size, row, column, _) in zip(images, call(Hole((0.3, 0.9)), images), numbers, strict=True):
+    for image, got, (size, row, column, _) in zip(
+        images, call(Hole((0.3, 0.9)), images), numbers, strict=True
+    ):
         half = (0.3 + 0.6 * size) * min(height, width) / 2
         inside = ((y - row * height).abs() <= half)[:, None] & ((x - column * width).abs() <= half)
         expected = image.double().mean((1, 2))
@@ -372,7 +485,9 @@ def test_channels_change_places_and_light_turns_dark() -> None:
     assert is_drawn_alike(call(Recolor(), image.expand(6000, -1, -1, -1)), ways)
     grey = pictures(64, (1, 8, 8))
     changed = call(Recolor(), grey)
-    assert all(torch.equal(a, b) or torch.equal(a, 1 - b) for a, b in zip(changed, grey, strict=True))
+    assert all(
+        torch.equal(a, b) or torch.equal(a, 1 - b) for a, b in zip(changed, grey, strict=True)
+    )
 
 
 def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
@@ -389,7 +504,9 @@ SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 def samples(height: int = 33, width: int = 46, channels: int = 3) -> Tensor:
     """Pieces of a photograph, dark, bright, flat and noisy ones: (8, C, H, W) uint8."""
     generator = torch.Generator().manual_seed(0)
-    pieces = [FLOWER[:, y : y + height, x : x + width] for y, x in ((180, 250), (100, 420), (250, 330))]
+    pieces = [
+        FLOWER[:, y : y + height, x : x + width] for y, x in ((180, 250), (100, 420), (250, 330))
+    ]
     noise = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     flat = torch.tensor([7, 130, 255], dtype=torch.uint8)[:, None, None].expand(3, height, width)
     whole = from_pillow(to_pillow(FLOWER).resize((width, height)))
@@ -417,7 +534,9 @@ def grey(image: Image.Image) -> Any:
 
 def moved(image: Image.Image, *matrix: float) -> Image.Image:
     nearest = Image.Resampling.NEAREST
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, nearest, fillcolor=grey(image))
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, nearest, fillcolor=grey(image)
+    )
 
 
 PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
@@ -428,9 +547,13 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Equalize": lambda image, level: ImageOps.equalize(image),
     "Invert": lambda image, level: ImageOps.invert(image),
     "Sharpness": lambda image, level: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level),
-    "Posterize": lambda image, level: ImageOps.posterize(image, min(8, max(1, math.floor(4 * level)))),
+    "Posterize": lambda image, level: ImageOps.posterize(
+        image, min(8, max(1, math.floor(4 * level)))
+    ),
     "Solarize": lambda image, level: ImageOps.solarize(image, math.floor(256 * level) % 256),
-    "Rotate": lambda image, level: image.rotate(30 * level, Image.Resampling.NEAREST, fillcolor=grey(image)),
+    "Rotate": lambda image, level: image.rotate(
+        30 * level, Image.Resampling.NEAREST, fillcolor=grey(image)
+    ),
     "ShearX": lambda image, level: moved(image, 1, 0.3 * level, 0, 0, 1, 0),
     "ShearY": lambda image, level: moved(image, 1, 0, 0, 0.3 * level, 1, 0),
     "TranslateX": lambda image, level: moved(image, 1, 0, -level / 8 * image.width, 0, 1, 0),
@@ -446,27 +569,42 @@ def only(*names: str, magnitude: float = 10, **fields: Any) -> RandAugment:
 
 @pytest.mark.parametrize("name", PILLOW)
 def test_an_operation_is_pillows_to_the_bit(name: str) -> None:
-    cases = [((33, 46), channels, magnitude) for channels in (1, 3) for magnitude in (0, 3, 9.5, 16, 27)]
+    cases = [
+        ((33, 46), channels, magnitude) for channels in (1, 3) for magnitude in (0, 3, 9.5, 16, 27)
+    ]
     cases += [(size, 3, 16) for size in ((1, 1), (2, 5), (3, 3), (7, 200))]
     for size, channels, magnitude in cases:
         images, signs = samples(*size, channels), set()
         levels = magnitude / 10, -magnitude / 10
-        ways = [each(lambda image, level=level: PILLOW[name](image, level), images) for level in levels]
+        ways = [
+            each(lambda image, level=level: PILLOW[name](image, level), images) for level in levels
+        ]
         for step in range(3):
             for i, picture in enumerate(call(only(name, magnitude=magnitude), images, step=step)):
                 matches = [torch.equal(picture, way[i]) for way in ways]
-                assert any(matches) if name in SIGNED else matches[0], (name, size, channels, magnitude, i)
+                assert any(matches) if name in SIGNED else matches[0], (
+                    name,
+                    size,
+                    channels,
+                    magnitude,
+                    i,
+                )
                 signs.add(tuple(matches))
         if name in SIGNED and magnitude > 0 and min(size) > 3:  # both signs are drawn
             assert {(True, False), (False, True)} <= signs
 
 
 @pytest.mark.parametrize(("magnitude", "weight"), [(0, 0.0), (5, 0.2), (16, 0.4)])
-def test_sample_pairing_blends_with_another_image_of_the_batch(magnitude: float, weight: float) -> None:
+def test_sample_pairing_blends_with_another_image_of_the_batch(
+    magnitude: float, weight: float
+) -> None:
     images = samples()
     for i, got in enumerate(call(only("Sample Pairing", magnitude=magnitude), images)):
         others = [to_pillow(other) for j, other in enumerate(images) if j != i]
-        assert any(torch.equal(got, from_pillow(Image.blend(to_pillow(images[i]), one, weight))) for one in others)
+        assert any(
+            torch.equal(got, from_pillow(Image.blend(to_pillow(images[i]), one, weight)))
+            for one in others
+        )
     assert torch.equal(call(only("Sample Pairing", magnitude=magnitude), images[:1]), images[:1])
 
 
@@ -483,12 +621,23 @@ def test_operations_and_their_taking_place_are_drawn_uniformly_from_the_papers_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert len(set(CIFAR_OPERATIONS)) == 15
-    assert set(CIFAR_OPERATIONS) - set(SVHN_OPERATIONS) == {"Sample Pairing", "Rotate", "TranslateX"}
+    assert set(CIFAR_OPERATIONS) - set(SVHN_OPERATIONS) == {
+        "Sample Pairing",
+        "Rotate",
+        "TranslateX",
+    }
     assert (RandAugment().magnitude / RandAugment().scale) == 1.6
     batch, counts, count = 60_000, list[list[int]](), torch.bincount
     with monkeypatch.context() as patch:  # how many images each group of operations is given
-        patch.setattr(torch, "bincount", lambda *a, **k: (counts.append(count(*a, **k).tolist()), count(*a, **k))[1])
-        call(RandAugment(2, operations=SVHN_OPERATIONS[:9]), torch.zeros(batch, 1, 8, 8, dtype=torch.uint8))
+        patch.setattr(
+            torch,
+            "bincount",
+            lambda *a, **k: (counts.append(count(*a, **k).tolist()), count(*a, **k))[1],
+        )
+        call(
+            RandAugment(2, operations=SVHN_OPERATIONS[:9]),
+            torch.zeros(batch, 1, 8, 8, dtype=torch.uint8),
+        )
     assert len(counts) == 2
     for idle, *each_operation in counts:
         assert abs(idle - batch / 2) < 5 * math.sqrt(batch / 4)
@@ -512,7 +661,9 @@ def test_cutout_is_a_grey_square_lost_outside_the_image() -> None:
         assert counts.sum() == 2000
         assert (counts - 2000 / side).abs().max() < 5 * math.sqrt(2000 / side)
     for side, most in ((4, 16), (100, 240)):
-        covered = (call(RandAugment(1, 0, operations=("Rotate",), cutout=side), images) == 128).sum((1, 2, 3))
+        covered = (call(RandAugment(1, 0, operations=("Rotate",), cutout=side), images) == 128).sum(
+            (1, 2, 3)
+        )
         assert covered.max() == most
 
 
@@ -521,12 +672,17 @@ class FromNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and made.device.type == "meta":
+        if (
+            func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+            and made.device.type == "meta"
+        ):
             raise AssertionError(f"{func.__name__} copies numbers to the device")
         return made
 
 
-@pytest.mark.parametrize("name", [name for name, view in VIEWS.items() if not isinstance(view, Seeded)])
+@pytest.mark.parametrize(
+    "name", [name for name, view in VIEWS.items() if not isinstance(view, Seeded)]
+)
 def test_no_view_waits_for_the_device_of_the_pictures(name: str) -> None:
     """On the meta device, where torch itself refuses every look at a value."""
     images = pictures(4).to("meta")

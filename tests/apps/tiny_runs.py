@@ -13,15 +13,48 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 TINY = (
-    *("train", "digits", "--steps", "6", "--hidden", "4", "--finetune-steps", "4", "--labeled-batch", "8"),
+    *(
+        "train",
+        "digits",
+        "--steps",
+        "6",
+        "--hidden",
+        "4",
+        "--finetune-steps",
+        "4",
+        "--labeled-batch",
+        "8",
+    ),
     *("--unlabeled-batch", "8", "--log-every", "1", "--validate-every", "2", "--save-every", "2"),
 )
 """A run of a second, all of whose files are there."""
 
 
 NOISY_STUDENT = (
-    *("noisy-student", "digits", "--steps", "6", "--rounds", "2", "--hidden", "4", "--labeled-batch", "8"),
-    *("--ratio", "2", "--threshold", "0.12", "--log-every", "1", "--validate-every", "3", "--save-every", "2"),
+    *(
+        "noisy-student",
+        "digits",
+        "--steps",
+        "6",
+        "--rounds",
+        "2",
+        "--hidden",
+        "4",
+        "--labeled-batch",
+        "8",
+    ),
+    *(
+        "--ratio",
+        "2",
+        "--threshold",
+        "0.12",
+        "--log-every",
+        "1",
+        "--validate-every",
+        "3",
+        "--save-every",
+        "2",
+    ),
 )
 """A run of several phases, of a second or two."""
 
@@ -49,7 +82,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tiny: Path, tmp_path: Path) -> Path:
     """A run to spoil."""
-    return Path(shutil.copytree(tiny, tmp_path / "run", copy_function=shutil.copy))  # metapl runs shows their day
+    return Path(
+        shutil.copytree(tiny, tmp_path / "run", copy_function=shutil.copy)
+    )  # metapl runs shows their day
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +126,9 @@ def colored_pictures(
 
 def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
     """Red and blue pictures: ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``."""
-    return colored_pictures(root, {"labeled": few, "test": few, "unlabeled": many}, ("blue", "red"), side)
+    return colored_pictures(
+        root, {"labeled": few, "test": few, "unlabeled": many}, ("blue", "red"), side
+    )
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +137,30 @@ def three_colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 IMAGES = (
-    *("--steps", "4", "--image-size", "8", "--network", "small_cnn", "--finetune-steps", "2", "--precision", "float32"),
-    *("--labeled-batch", "4", "--unlabeled-batch", "4", "--device", "cpu", "--log-every", "1", "--save-every", "2"),
+    *(
+        "--steps",
+        "4",
+        "--image-size",
+        "8",
+        "--network",
+        "small_cnn",
+        "--finetune-steps",
+        "2",
+        "--precision",
+        "float32",
+    ),
+    *(
+        "--labeled-batch",
+        "4",
+        "--unlabeled-batch",
+        "4",
+        "--device",
+        "cpu",
+        "--log-every",
+        "1",
+        "--save-every",
+        "2",
+    ),
 )
 """Flags of a run on such pictures that takes a second."""
 

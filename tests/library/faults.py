@@ -38,7 +38,9 @@ def flipped_sign(patch: pytest.MonkeyPatch) -> None:
 def sum_for_reduction(patch: pytest.MonkeyPatch) -> None:
     """Algorithm 1's mean cross-entropy summed over the batch: B times its gradient."""
     real = base.Feedback.teacher_loss
-    patch.setattr(base.Feedback, "teacher_loss", lambda self, signal: real(replace(self, mean_over=1), signal))
+    patch.setattr(
+        base.Feedback, "teacher_loss", lambda self, signal: real(replace(self, mean_over=1), signal)
+    )
 
 
 def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,10 @@ def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
     real = base.Feedback.teacher_loss
 
     def teacher_loss(self: base.Feedback, signal: Signal) -> Tensor:
-        others = {name: self.h.reshape(-1, *[1] * (h.ndim - 1)).expand_as(h) for name, h in self.others.items()}
+        others = {
+            name: self.h.reshape(-1, *[1] * (h.ndim - 1)).expand_as(h)
+            for name, h in self.others.items()
+        }
         return real(replace(self, others=others), signal)
 
     patch.setattr(base.Feedback, "teacher_loss", teacher_loss)
@@ -63,7 +68,12 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
 
     def backward(self: Teaching, *given: Any, **options: Any) -> Any:
         *others, size = given
-        return real(self, *others, size if size.ratio is None else replace(size, ratio=1 / size.ratio), **options)
+        return real(
+            self,
+            *others,
+            size if size.ratio is None else replace(size, ratio=1 / size.ratio),
+            **options,
+        )
 
     patch.setattr(Teaching, "backward", backward)
 
@@ -77,7 +87,9 @@ def sum_for_mean(patch: pytest.MonkeyPatch) -> None:
 def teacher_labels_strong(patch: pytest.MonkeyPatch) -> None:
     real = PseudoLabels.signal
 
-    def signal(self: PseudoLabels, teacher: Any, batch: Any, outputs: Tensor, *, generator: Any) -> Signal:
+    def signal(
+        self: PseudoLabels, teacher: Any, batch: Any, outputs: Tensor, *, generator: Any
+    ) -> Signal:
         return real(self, teacher, module.views(batch)[-1], outputs, generator=generator)
 
     patch.setattr(PseudoLabels, "signal", signal)
@@ -92,7 +104,9 @@ def smoothed_score(patch: pytest.MonkeyPatch) -> None:
         if found.log_prob is None:
             return found
         alpha = self.label_smoothing
-        return replace(found, log_prob=(1 - alpha) * found.log_prob + alpha * found.probs.log().mean(-1))
+        return replace(
+            found, log_prob=(1 - alpha) * found.log_prob + alpha * found.probs.log().mean(-1)
+        )
 
     patch.setattr(PseudoLabels, "signal", signal)
 
@@ -108,7 +122,9 @@ def batch_taken_in_parts(patch: pytest.MonkeyPatch) -> None:
 def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
     """The pullback takes the step for −ηg whatever the optimizer."""
     patch.setattr(
-        SGD, "pullback", lambda self, p, grads, state, v, _=None: {n: -self.learning_rate * v[n] for n in grads}
+        SGD,
+        "pullback",
+        lambda self, p, grads, state, v, _=None: {n: -self.learning_rate * v[n] for n in grads},
     )
 
 
@@ -153,7 +169,9 @@ def replays(patch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
 def state_moved_by_replays(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes write to the running statistics."""
     stateless = Slots(nn.Module())
-    replays(patch, lambda random, state, *given, **options: replay(random, stateless, *given, **options))
+    replays(
+        patch, lambda random, state, *given, **options: replay(random, stateless, *given, **options)
+    )
 
 
 def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
@@ -181,11 +199,15 @@ def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
-    def loss(self: LocalStudent, params: Any, batches: Any, judge: Any, start: Any, **others: Any) -> Any:
+    def loss(
+        self: LocalStudent, params: Any, batches: Any, judge: Any, start: Any, **others: Any
+    ) -> Any:
         at = self.as_leaves(params)
         with torch.enable_grad(), self.at(at, start, self.slots):
             value, _ = judge(self.forward(batches[0][0]), batches[0][1])
-        return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
+        return value.detach(), dict(
+            zip(at, torch.autograd.grad(value, list(at.values())), strict=True)
+        )
 
     patch.setattr(LocalStudent, "loss", loss)
 
@@ -194,7 +216,9 @@ def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
     """Other weights are no parameters, which a forward may ask for."""
     patch.setattr(local, "stand_in", lambda t, own: t.requires_grad_() if t.is_leaf else t)
     patch.setattr(
-        LocalStudent, "as_leaves", lambda self, params: {n: t.detach().requires_grad_() for n, t in params.items()}
+        LocalStudent,
+        "as_leaves",
+        lambda self, params: {n: t.detach().requires_grad_() for n, t in params.items()},
     )
 
 
@@ -227,7 +251,9 @@ def requirements_not_held(patch: pytest.MonkeyPatch) -> None:
 
 def same_order_every_epoch(patch: pytest.MonkeyPatch) -> None:
     real = sampler._permutation
-    patch.setattr(sampler, "_permutation", lambda size, seed, stream, epoch: real(size, seed, stream, 0))
+    patch.setattr(
+        sampler, "_permutation", lambda size, seed, stream, epoch: real(size, seed, stream, 0)
+    )
 
 
 def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -254,6 +280,7 @@ def first_step_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS_AHEAD: dict[str, Plant] = {
-    plant.__name__: plant for plant in (state_cotangent_dropped, hessian_dropped, first_step_forgotten)
+    plant.__name__: plant
+    for plant in (state_cotangent_dropped, hessian_dropped, first_step_forgotten)
 }
 """Those that show over several student steps."""

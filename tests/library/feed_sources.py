@@ -52,7 +52,8 @@ class OwnGenerators(Noisy):
     def __getitem__(self, index: int) -> Tensor:
         numpy = self.numpy.random() + self.legacy.rand()
         return torch.tensor(
-            [index, torch.rand((), generator=self.torch), self.python.random(), numpy], dtype=torch.float64
+            [index, torch.rand((), generator=self.torch), self.python.random(), numpy],
+            dtype=torch.float64,
         )
 
 
@@ -90,11 +91,15 @@ class Rows(StepBatches[Tensor]):
 
 def nested() -> DataLoader[Tensor]:
     own: Subset[Tensor] = Subset(ConcatDataset([OwnGenerators(), Noisy(3)]), list(range(2, 12)))
-    return DataLoader(own, batch_sampler=BatchSampler(RandomSampler(own, generator=seeded(7)), 3, drop_last=True))
+    return DataLoader(
+        own, batch_sampler=BatchSampler(RandomSampler(own, generator=seeded(7)), 3, drop_last=True)
+    )
 
 
 def weighted(generator: torch.Generator) -> DataLoader[Tensor]:
-    sampler = WeightedRandomSampler([0.1 * (i + 1) for i in range(10)], num_samples=9, generator=generator)
+    sampler = WeightedRandomSampler(
+        [0.1 * (i + 1) for i in range(10)], num_samples=9, generator=generator
+    )
     return DataLoader(Noisy(), batch_size=3, sampler=sampler)
 
 
@@ -107,7 +112,9 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "sampler's generator": lambda: DataLoader(
         Noisy(), batch_size=3, sampler=RandomSampler(Noisy(), generator=seeded(5))
     ),
-    "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(Noisy()), 3, drop_last=True)),
+    "batch sampler": lambda: DataLoader(
+        Noisy(), batch_sampler=BatchSampler(RandomSampler(Noisy()), 3, drop_last=True)
+    ),
     "weighted": lambda: weighted(seeded(6)),
     "data set's generators": lambda: DataLoader(OwnGenerators(), batch_size=3, shuffle=True),
     # Where batches fill the epoch, the sampler draws once more as it ends.
@@ -129,5 +136,8 @@ def take(stream: Feed, number: int) -> list[Any]:
 def same(a: Any, b: Any) -> bool:
     leaves_a, tree_a = pytree.tree_flatten(a)
     leaves_b, tree_b = pytree.tree_flatten(b)
-    equal = (torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(leaves_a, leaves_b, strict=True))
+    equal = (
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y
+        for x, y in zip(leaves_a, leaves_b, strict=True)
+    )
     return tree_a == tree_b and all(equal)

@@ -22,14 +22,17 @@ Inner = Callable[[nn.Module], Any]
 
 def network(dropout: float = 0.3) -> nn.Module:
     """With everything that has a state: batch statistics, dropout masks."""
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
+    )
 
 
 def batches(number: int, seed: int = 0, rows: int = 6) -> tuple[list[Any], list[Tensor]]:
     """Labelled and unlabelled ones."""
     draw = torch.Generator().manual_seed(seed)
     labeled = [
-        (torch.randn(rows, 5, generator=draw), torch.randint(0, 3, (rows,), generator=draw)) for _ in range(number)
+        (torch.randn(rows, 5, generator=draw), torch.randint(0, 3, (rows,), generator=draw))
+        for _ in range(number)
     ]
     return labeled, [torch.randn(rows + 2, 5, generator=draw) for _ in range(number)]
 
@@ -47,19 +50,28 @@ VALIDATION = examples()
 SGD: Inner = lambda student: torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)  # noqa: E731
 
 
-def bilevel(mode: Any = "forward", seed: int = 0, inner: Inner = SGD, **options: Any) -> metapl.BilevelTrainer:
+def bilevel(
+    mode: Any = "forward", seed: int = 0, inner: Inner = SGD, **options: Any
+) -> metapl.BilevelTrainer:
     torch.manual_seed(seed)
     teacher, student = network(), network()
     outer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
     return metapl.BilevelTrainer(
-        teacher, student, mode, inner_optimizer=inner(student), outer_optimizer=outer, **{"verify": False, **options}
+        teacher,
+        student,
+        mode,
+        inner_optimizer=inner(student),
+        outer_optimizer=outer,
+        **{"verify": False, **options},
     )
 
 
 def single(lr: float = 0.1, seed: int = 0, dropout: float = 0.3, **options: Any) -> LossTrainer:
     torch.manual_seed(seed)
     model = network(dropout)
-    return LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), **options)
+    return LossTrainer(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), **options
+    )
 
 
 def copied(module: nn.Module) -> dict[str, Tensor]:
@@ -121,4 +133,10 @@ def events(folder: Path) -> Any:
 def end_of(trainer: Trainer, found: FitResult, folder: Path) -> Any:
     newest = CheckpointFolder(folder / "checkpoints/fit").newest()
     assert newest is not None
-    return found.weights, found.step, found.validation_accuracy, newest.state, (folder / "metrics.jsonl").read_bytes()
+    return (
+        found.weights,
+        found.step,
+        found.validation_accuracy,
+        newest.state,
+        (folder / "metrics.jsonl").read_bytes(),
+    )

@@ -21,7 +21,11 @@ C = 3
 class Own(nn.Module):
     """A student of two layers, with what a kind adds to it."""
 
-    def __init__(self, forward: Callable[[Any, Any], Tensor], add: Callable[[Any], Any] = lambda student: None) -> None:
+    def __init__(
+        self,
+        forward: Callable[[Any, Any], Tensor],
+        add: Callable[[Any], Any] = lambda student: None,
+    ) -> None:
         super().__init__()
         self.a, self.b, self.own_forward = nn.Linear(4, 6), nn.Linear(6, C), forward
         add(self)
@@ -220,14 +224,19 @@ class Problem(PseudoLabels):
         vars(self).update(change=change, matrix=change.pop("matrix", None), teacher=None)
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        found, change = super().signal(teacher, batch, student_outputs, generator=generator), vars(self)["change"]
+        found, change = (
+            super().signal(teacher, batch, student_outputs, generator=generator),
+            vars(self)["change"],
+        )
         if self.kind == "hard":
             return change["hard"](found) if "hard" in change else found
         return Signal(change["soft"](self, teacher, batch)) if "soft" in change else found
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         losses, change = super().inner_loss(outputs, signal, batch), vars(self)["change"]
-        return change["inner"](self, losses, outputs, batch, params) if "inner" in change else losses
+        return (
+            change["inner"](self, losses, outputs, batch, params) if "inner" in change else losses
+        )
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
         loss, change = super().outer_loss(outputs, batch), vars(self)["change"]
@@ -248,9 +257,15 @@ def logit(s: Any) -> Tensor:
 
 
 learned = {"matrix": nn.Parameter(torch.eye(C) + 0.1)}
-with_teacher = {"inner": lambda self, losses, z, x, params: losses + 0.1 * (z * self.teacher(x)).sum(1)}
+with_teacher = {
+    "inner": lambda self, losses, z, x, params: losses + 0.1 * (z * self.teacher(x)).sum(1)
+}
 batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mean()}
-penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
+penalty = {
+    "inner": lambda self, losses, z, x, params: (
+        losses + 0.01 * sum(p.square().sum() for p in params.values())
+    )
+}
 PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a clip": ("RRRRR RR", {}, {"clip_norm": 0.1}),
     "micro-batches": ("RRRRR RR", {}, {"accumulate": 2}),

@@ -37,7 +37,11 @@ def check_printed(source: str, printed: str) -> None:
 
 def check_alike(printed: Sequence[str], expected: Sequence[str]) -> None:
     """Assert that lines are those that a page promises, where decimal numbers may differ a little."""
-    assert [NUMBER.sub("#", line) for line in printed] == [NUMBER.sub("#", line) for line in expected]
+    assert [NUMBER.sub("#", line) for line in printed] == [
+        NUMBER.sub("#", line) for line in expected
+    ]
     for line, promise in zip(printed, expected, strict=True):
         for found, told in zip(NUMBER.findall(line), NUMBER.findall(promise), strict=True):
-            assert abs(float(found) - float(told)) <= TOLERANCE, f"{line!r} was printed, the page says {promise!r}"
+            assert abs(float(found) - float(told)) <= TOLERANCE, (
+                f"{line!r} was printed, the page says {promise!r}"
+            )

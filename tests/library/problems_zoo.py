@@ -54,20 +54,31 @@ def mlp() -> nn.Module:
 
 
 def noisy_teacher() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, CLASSES))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, CLASSES)
+    )
 
 
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "batch_norm": lambda: nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, CLASSES)
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, CLASSES),
     ),
     "group_norm": lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, CLASSES)
     ),
     "attention": Attention,
     "dropout": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, CLASSES), nn.Dropout(0.2)
+        nn.Flatten(),
+        nn.Linear(16, 8),
+        nn.Tanh(),
+        nn.Dropout(0.4),
+        nn.Linear(8, CLASSES),
+        nn.Dropout(0.2),
     ),
 }
 
@@ -133,7 +144,9 @@ def _torch(
     return Optimiser(f"torch_{name}", rule(**options), cls, tuple(options.items()))
 
 
-def _torchopt(name: str, transform: Callable[[], Any], rule: reference.Rule, tolerance: float = 1e-9) -> Optimiser:
+def _torchopt(
+    name: str, transform: Callable[[], Any], rule: reference.Rule, tolerance: float = 1e-9
+) -> Optimiser:
     return Optimiser(f"torchopt_{name}", rule, transform=transform, tolerance=tolerance)
 
 
@@ -149,22 +162,54 @@ def clip_by_norm(max_norm: float) -> Any:
 
 
 _SGD, _ADAM, _ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-_ALMOST_ADAM = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2}  # at ε = 1e-8 Adam's first step is the gradient's sign
+_ALMOST_ADAM = {
+    "lr": 0.05,
+    "betas": (0.8, 0.95),
+    "eps": 1e-2,
+}  # at ε = 1e-8 Adam's first step is the gradient's sign
 
 OPTIMISERS: dict[str, Optimiser] = {
     o.name: o
     for o in (
         _torch("sgd", _SGD, reference.sgd, lr=0.3),
         _torch("sgd_momentum", _SGD, reference.sgd, lr=0.3, momentum=0.9),
-        _torch("sgd_nesterov", _SGD, reference.sgd, lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.01),
-        _torch("sgd_dampening", _SGD, reference.sgd, lr=0.3, momentum=0.8, dampening=0.4, weight_decay=0.05),
-        _torch("sgd_maximize", _SGD, reference.sgd, lr=0.3, momentum=0.8, weight_decay=0.05, maximize=True),
+        _torch(
+            "sgd_nesterov",
+            _SGD,
+            reference.sgd,
+            lr=0.3,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=0.01,
+        ),
+        _torch(
+            "sgd_dampening",
+            _SGD,
+            reference.sgd,
+            lr=0.3,
+            momentum=0.8,
+            dampening=0.4,
+            weight_decay=0.05,
+        ),
+        _torch(
+            "sgd_maximize",
+            _SGD,
+            reference.sgd,
+            lr=0.3,
+            momentum=0.8,
+            weight_decay=0.05,
+            maximize=True,
+        ),
         _torch("adam", _ADAM, reference.adam, **_ALMOST_ADAM, weight_decay=0.02),
         _torch("adam_amsgrad", _ADAM, reference.adam, **_ALMOST_ADAM, amsgrad=True),
         _torch("adam_defaults", _ADAM, reference.adam, lr=1e-3),
-        _torch("adam_maximize", _ADAM, reference.adam, **_ALMOST_ADAM, weight_decay=0.02, maximize=True),
+        _torch(
+            "adam_maximize", _ADAM, reference.adam, **_ALMOST_ADAM, weight_decay=0.02, maximize=True
+        ),
         _torch("adamw", _ADAMW, reference.adamw, **_ALMOST_ADAM, weight_decay=0.1),
-        _torch("adamw_amsgrad", _ADAMW, reference.adamw, **_ALMOST_ADAM, weight_decay=0.1, amsgrad=True),
+        _torch(
+            "adamw_amsgrad", _ADAMW, reference.adamw, **_ALMOST_ADAM, weight_decay=0.1, amsgrad=True
+        ),
         _torchopt("sgd", lambda: torchopt.sgd(0.3), reference.sgd(lr=0.3)),
         _torchopt(
             "sgd_nesterov",
@@ -176,7 +221,9 @@ OPTIMISERS: dict[str, Optimiser] = {
             lambda: torchopt.sgd(0.3, momentum=0.9, weight_decay=0.05),
             reference.sgd(lr=0.3, momentum=0.9, weight_decay=0.05),
         ),
-        _torchopt("adam", lambda: torchopt.adam(0.05, eps=1e-2), reference.adam(lr=0.05, eps=1e-2), 1e-4),
+        _torchopt(
+            "adam", lambda: torchopt.adam(0.05, eps=1e-2), reference.adam(lr=0.05, eps=1e-2), 1e-4
+        ),
         _torchopt(
             "adamw",
             lambda: torchopt.adamw(0.05, eps=1e-2, weight_decay=0.1),
@@ -208,7 +255,9 @@ def warm(problem: Toy, optimiser: Optimiser, steps: int = 3) -> tuple[Any, Any, 
     inner_state = None if optimiser.torch_class else real.init(params)
     draw = torch.Generator().manual_seed(7)
     for _ in range(steps):
-        grads = {n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()}
+        grads = {
+            n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()
+        }
         if optimiser.torch_class:
             for name, p in problem.student.named_parameters():
                 p.grad = grads[name].clone()
@@ -233,27 +282,43 @@ def everything(
     found += [torch.ones(()) if p.grad is None else p.grad for p in problem.teacher.parameters()]
     for optimizer in optimizers:
         for state in optimizer.state.values():
-            found += [t for name, t in state.items() if isinstance(t, Tensor) and (counts or name != "step")]
+            found += [
+                t
+                for name, t in state.items()
+                if isinstance(t, Tensor) and (counts or name != "step")
+            ]
     return [t.detach().clone() for t in found] + [torch.get_rng_state()] * generator
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     """Bit for bit (a NaN is itself)."""
-    return len(a) == len(b) and all(torch.allclose(x, y, 0, 0, equal_nan=True) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.allclose(x, y, 0, 0, equal_nan=True) for x, y in zip(a, b, strict=True)
+    )
 
 
 @contextmanager
-def unmoved(problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True) -> Iterator[None]:
+def unmoved(
+    problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True
+) -> Iterator[None]:
     """Assert that the block leaves everything bit for bit as it was (but for the ``generator``, if it may move)."""
     before = everything(problem, *optimizers, generator=generator)
-    slots = [[id(t) for t in net.state_dict(keep_vars=True).values()] for net in problem.networks().values()]
+    slots = [
+        [id(t) for t in net.state_dict(keep_vars=True).values()]
+        for net in problem.networks().values()
+    ]
     yield
-    after = [[id(t) for t in net.state_dict(keep_vars=True).values()] for net in problem.networks().values()]
+    after = [
+        [id(t) for t in net.state_dict(keep_vars=True).values()]
+        for net in problem.networks().values()
+    ]
     assert slots == after, "a network holds other tensors than before"
     assert same(before, everything(problem, *optimizers, generator=generator)), "something moved"
 
 
-def gradient(case: Toy, mode: Any = "forward", ahead: Iterable[Any] | None = None, **options: Any) -> Any:
+def gradient(
+    case: Toy, mode: Any = "forward", ahead: Iterable[Any] | None = None, **options: Any
+) -> Any:
     """What ``metapl.hypergradient`` finds on a case, or over the batches ``ahead``; by SGD, where nothing is said."""
     batches = case.unlabeled if ahead is None else metapl.Lookahead([*ahead])
     given = {"labeled": case.labeled, "unlabeled": batches, "mode": mode, **options}

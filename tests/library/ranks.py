@@ -63,7 +63,9 @@ class Ranks:
                 pipe.send((name, arguments, port))
             for rank, pipe in enumerate(self.pipes):
                 if not pipe.poll(SECONDS):
-                    raise Hung(f"rank {rank} of {self.number} did not answer to {name} in {SECONDS:.0f} s")
+                    raise Hung(
+                        f"rank {rank} of {self.number} did not answer to {name} in {SECONDS:.0f} s"
+                    )
                 answers.append(pipe.recv())
         except (Hung, EOFError, OSError):
             self.close()
@@ -107,7 +109,9 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
 
     torch.set_num_threads(1)
     if isinstance(meeting, str):
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=number
+        )
     else:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}

@@ -56,7 +56,9 @@ def adam(
 ) -> Rule:
     beta1, beta2 = betas
 
-    def rule(params: Tree, grads: Tree, state: dict[str, Any] | None) -> tuple[Tree, dict[str, Any]]:
+    def rule(
+        params: Tree, grads: Tree, state: dict[str, Any] | None
+    ) -> tuple[Tree, dict[str, Any]]:
         zeros = {name: torch.zeros_like(p) for name, p in params.items()}
         state = state or {"t": 0, "m": zeros, "n": zeros, "top": zeros}
         t = state["t"] + 1
@@ -115,7 +117,11 @@ def own_stream(state: Tensor) -> Tensor:
 
 
 def weights(module: nn.Module) -> Tree:
-    return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name: p.detach().clone().requires_grad_()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
 
 
 def stepped(loss: Tensor, params: Tree, rule: Rule, state: Any = None) -> tuple[Tree, Any]:
@@ -223,7 +229,9 @@ def several_steps(
     """
     theta, phi = weights(student), weights(teacher)
     leaves, told = [], []
-    for x, taken in zip(batches, rule if isinstance(rule, list) else [rule] * len(batches), strict=True):
+    for x, taken in zip(
+        batches, rule if isinstance(rule, list) else [rule] * len(batches), strict=True
+    ):
         weak, strong = x if isinstance(x, tuple) else (x, x)
         z = at(student, theta, strong)
         after_inner = torch.get_rng_state()
@@ -239,11 +247,17 @@ def several_steps(
     signal_grads = torch.autograd.grad(outer, leaves)
     total = sum((g * q).sum() for g, q in zip(signal_grads, told, strict=True))
     grads = torch.autograd.grad(total, list(phi.values()))
-    return FoundAhead(dict(zip(phi, grads, strict=True)), list(signal_grads), _constant(theta), outer.detach())
+    return FoundAhead(
+        dict(zip(phi, grads, strict=True)), list(signal_grads), _constant(theta), outer.detach()
+    )
 
 
 def flat(tree: Tree | Tensor) -> Tensor:
-    return (tree if isinstance(tree, Tensor) else torch.cat([t.flatten() for t in tree.values()])).detach().double()
+    return (
+        (tree if isinstance(tree, Tensor) else torch.cat([t.flatten() for t in tree.values()]))
+        .detach()
+        .double()
+    )
 
 
 def error(found: Tree | Tensor, expected: Tree | Tensor) -> float:

@@ -38,7 +38,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, inside: nn.Module, hidden: int = 9) -> None:
         super().__init__()
-        self.inner, self.inside, self.outer = nn.Linear(width, hidden), inside, nn.Linear(hidden, width)
+        self.inner, self.inside, self.outer = (
+            nn.Linear(width, hidden),
+            inside,
+            nn.Linear(hidden, width),
+        )
         self.scale = nn.Parameter(torch.full((1,), 0.7))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +71,9 @@ INSIDE: dict[str, Callable[[], nn.Module]] = {
 class Network(nn.Module):
     """An embedding, blocks, and a head; the embedding and the head belong to the root."""
 
-    def __init__(self, blocks: int = 1, width: int = 5, inside: str = "plain", hidden: int = 9) -> None:
+    def __init__(
+        self, blocks: int = 1, width: int = 5, inside: str = "plain", hidden: int = 9
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(4, width)
         self.blocks = nn.ModuleList(Block(width, INSIDE[inside](), hidden) for _ in range(blocks))
@@ -108,7 +114,9 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def networks(inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9) -> tuple[nn.Module, nn.Module]:
+def networks(
+    inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9
+) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     if inside.startswith("moving"):
         teacher, student = (Moving("scaled" in inside).to(dtype) for _ in range(2))
@@ -116,7 +124,9 @@ def networks(inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: 
     return Network(hidden=hidden).to(dtype), Network(2, inside=inside, hidden=hidden).to(dtype)
 
 
-def batches(steps: int, views: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
+def batches(
+    steps: int, views: bool = False, dtype: torch.dtype = torch.float64
+) -> list[tuple[Any, Any]]:
     draw = torch.Generator().manual_seed(1)
 
     def inputs(rows: int) -> Tensor:
@@ -148,8 +158,13 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
         return nn.parallel.DistributedDataParallel(network)
     world = dist.get_world_size()
     if layout.startswith("tensor_by_"):
-        plan: dict[str, Any] = {"blocks.*.inner": ColwiseParallel(), "blocks.*.outer": RowwiseParallel()}
-        return shard(network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): world // 2}), plan=plan)
+        plan: dict[str, Any] = {
+            "blocks.*.inner": ColwiseParallel(),
+            "blocks.*.outer": RowwiseParallel(),
+        }
+        return shard(
+            network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): world // 2}), plan=plan
+        )
     if layout == "tensor":
         for block in network.blocks:
             plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
@@ -216,20 +231,30 @@ def train(
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
     torch.manual_seed(3)
     drawn = batches(steps * ahead, views, dtype)
-    for step, ((labeled, unlabeled), *later) in enumerate(drawn[i : i + ahead] for i in range(0, len(drawn), ahead)):
+    for step, ((labeled, unlabeled), *later) in enumerate(
+        drawn[i : i + ahead] for i in range(0, len(drawn), ahead)
+    ):
         together = 2 if layout is not None and layout.startswith("tensor") else 1
         labeled, unlabeled = share(labeled, together), share(unlabeled, together)
         if later:
             unlabeled = metapl.Lookahead([unlabeled, *(share(u, together) for _, u in later)])
         if gradients and step == 0:
-            gradient = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(6))
+            gradient = trainer.hypergradient(
+                labeled, unlabeled, generator=torch.Generator().manual_seed(6)
+            )
             found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
             found["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
         report = trainer.step(labeled, unlabeled)
         found["scalars"].append(report.as_dict())
         h = report.feedback
-        rows = [t.flatten(1) if t.ndim > 1 else t[:, None] for t in h.values()] if isinstance(h, dict) else []
-        found["feedback"].append(torch.cat(rows, 1) if rows else torch.stack(h, 1) if isinstance(h, tuple) else h)
+        rows = (
+            [t.flatten(1) if t.ndim > 1 else t[:, None] for t in h.values()]
+            if isinstance(h, dict)
+            else []
+        )
+        found["feedback"].append(
+            torch.cat(rows, 1) if rows else torch.stack(h, 1) if isinstance(h, tuple) else h
+        )
     for layout_of_one in trainer.layouts:
         layout_of_one.reshard()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
@@ -241,12 +266,18 @@ def train(
 class Several(Judged):
     """A signal of two tensors: a label, and how much it counts."""
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
         label = teacher(batch).softmax(-1)
         return metapl.Signal({"weight": label[:, 0].sigmoid(), "label": label})
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal.value["weight"] * nn.functional.cross_entropy(outputs, signal.value["label"], reduction="none")
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
+        return signal.value["weight"] * nn.functional.cross_entropy(
+            outputs, signal.value["label"], reduction="none"
+        )
 
 
 class OfAllRows(Judged):
@@ -254,11 +285,15 @@ class OfAllRows(Judged):
 
     signal_of_batch = True
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         every, own = rows_of_all(teacher(batch)[:, 0])
         return metapl.Signal(len(every) * every.softmax(0)[own])
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
         return signal.value * outputs.logsumexp(-1)
 
 
@@ -286,7 +321,10 @@ def _unequal() -> None:
     try:
         trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
     finally:
-        assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
+        assert all(
+            torch.equal(a, whole(p))
+            for a, p in zip(before, trainer.student.parameters(), strict=True)
+        )
 
 
 def interrupted(layout: str, at: int) -> float:
@@ -309,7 +347,9 @@ def interrupted(layout: str, at: int) -> float:
         metapl.hypergradient(laid_out(teacher, layout), student, **given)
     handle.remove()
     root: Any = student
-    assert root._get_fsdp_state()._state_ctx.iter_forward_root is None  # else the next pass would not wait on a GPU
+    assert (
+        root._get_fsdp_state()._state_ctx.iter_forward_root is None
+    )  # else the next pass would not wait on a GPU
     nn.functional.cross_entropy(student(x), y).backward()
     alone = networks()[1]
     alone.load_state_dict(plain)
@@ -330,7 +370,9 @@ def _another_batch_on_one() -> None:
         return unlabeled + float(dist.get_rank() == 1 and step == 1 and asked.count(1) > 1)
 
     given = {"labeled": labeled, "unlabeled": metapl.Lookahead(batch_of, steps=3)}
-    metapl.hypergradient(teacher, student, **given, inner_optimizer=OPTIMIZERS["sgd"](student.parameters()))
+    metapl.hypergradient(
+        teacher, student, **given, inner_optimizer=OPTIMIZERS["sgd"](student.parameters())
+    )
 
 
 def _root_forgotten() -> None:
@@ -409,7 +451,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     real, through = base._slope, InnerStep.in_signal
-    patch.setattr(base, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size)
+    patch.setattr(
+        base, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size
+    )
 
     def in_signal(self: InnerStep, *given: Any) -> Any:
         size = self.student.ranks.size
@@ -427,7 +471,9 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         sharded, "whole", lambda t: WHOLE(t if dist.get_rank() == 0 else torch.zeros_like(t))
     ),
     # As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed.
-    "gradient_not_averaged": lambda patch: patch.setattr(Ranks, "mean_tree", lambda self, tree, like: tree),
+    "gradient_not_averaged": lambda patch: patch.setattr(
+        Ranks, "mean_tree", lambda self, tree, like: tree
+    ),
     # 1/B with the B of this rank: by the tangent in the head, and by a graph that is kept.
     "mean_over_own_rows": _mean_over_own_rows,
     # Each rank learns by what it alone has found for its rows.
@@ -452,28 +498,42 @@ class Both(Judged):
 
     signal_has_rows: ClassVar[Any] = {"scale": False}
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
         scale, *_ = values = teacher(torch.arange(1 + CLASSES))
         return metapl.Signal({"scale": scale[None], "weight": values[1:][batch[1]].sigmoid()})
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
         scale, weight = signal.value["scale"], signal.value["weight"]
         return weight * nn.functional.cross_entropy(scale * outputs, batch[1], reduction="none")
 
 
-def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any) -> dict[str, float]:
+def without_rows(
+    mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any
+) -> dict[str, float]:
     """The report of a step on a signal that is a matrix, or has a number about all examples; and the teacher then."""
-    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + CLASSES).double()
+    start = (
+        4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + CLASSES).double()
+    )
     student, teacher = networks()[1], metapl.problems.Table(start)
-    student, teacher = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher))
+    student, teacher = (
+        laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher)
+    )
     problem = metapl.problems.NoiseTransition() if matrix else Both()
     options = {"teacher_losses": (), **options}
     trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, **options)
     (x, y), unlabeled = batches(1)[0]
-    report: dict[str, float] = trainer.step(share((x, y)), share((unlabeled[:rows], y[:rows]))).as_dict()
+    report: dict[str, float] = trainer.step(
+        share((x, y)), share((unlabeled[:rows], y[:rows]))
+    ).as_dict()
     assert trainer.teacher is not None
     values = torch.cat([p.detach().flatten() for p in trainer.teacher.parameters()])
-    report = {name: value for name, value in report.items() if not name.startswith("feedback_")}  # of this rank's h
+    report = {
+        name: value for name, value in report.items() if not name.startswith("feedback_")
+    }  # of this rank's h
     return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
 
 
@@ -484,13 +544,18 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
     for precision in ("float32", "bfloat16"):
         teacher, student = networks(inside, torch.float32)
         mesh = Mesh(shard=dist.get_world_size())
-        teacher, student = shard(teacher, mesh), shard(student, mesh, precision=precision, blocks=lambda n: n.blocks)
+        teacher, student = (
+            shard(teacher, mesh),
+            shard(student, mesh, precision=precision, blocks=lambda n: n.blocks),
+        )
         trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
         gradient = trainer.hypergradient(labeled, unlabeled)
         found[precision] = {name: whole(g) for name, g in gradient.grads.items()}
         trainer.step(labeled, unlabeled)
     found["dtypes"] = {str(p.dtype) for p in student.parameters()}
-    found["blocks"] = [name for name, part in student.named_modules() if isinstance(part, FSDPModule)]
+    found["blocks"] = [
+        name for name, part in student.named_modules() if isinstance(part, FSDPModule)
+    ]
     try:
         trainer.hypergradient(labeled, unlabeled, mode="difference")
     except MetaplError as error:
@@ -506,7 +571,9 @@ class Share(list[Any]):
         self.whole = whole
 
 
-def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "plain", **options: Any) -> dict[str, Any]:
+def whole_training(
+    layout: str | None, optimizer: str = "sgd", inside: str = "plain", **options: Any
+) -> dict[str, Any]:
     """Scores of examples through four steps, and the derivative in the start through two; every rank is given all
     rows of the first, and its share of the second."""
     network = networks(inside)[1]
@@ -515,17 +582,38 @@ def whole_training(layout: str | None, optimizer: str = "sgd", inside: str = "pl
     torch.manual_seed(3 + (dist.get_rank() if dist.is_initialized() else 0))  # of dropout
     ((x, y), _), (outer, _), *more = batches(4)
     before = [whole(t) for t in (*network.parameters(), *network.buffers())]
-    given = {"optimizer": inner, "steps": 4, "batch_size": 8, "mode": metapl.feedback.Forward(keep_every=2)}
+    given = {
+        "optimizer": inner,
+        "steps": 4,
+        "batch_size": 8,
+        "mode": metapl.feedback.Forward(keep_every=2),
+    }
     found = metapl.attribute(student, (x, y), outer, progress=False, **{**given, **options})
     ahead = metapl.Lookahead([share(labeled) for labeled, _ in more])
     problem = metapl.problems.EqualWeights()
-    given = {"inner_optimizer": inner, "problem": problem, "wrt": ("teacher", "start"), "accumulate": 3}
+    given = {
+        "inner_optimizer": inner,
+        "problem": problem,
+        "wrt": ("teacher", "start"),
+        "accumulate": 3,
+    }
     gradient = metapl.hypergradient(None, student, outer=share(outer), inner=ahead, **given)
     after = [whole(t) for t in (*network.parameters(), *network.buffers())]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    numbers = {"scores": found.scores, "losses": found.outer_loss, "start_loss": gradient.outer_loss}
-    trees = {"params": found.student_params, "start": gradient.start, "moved": gradient.student_params}
-    return {**numbers, **{f"{kind} {n}": whole(t) for kind, tree in trees.items() for n, t in tree.items()}}
+    numbers = {
+        "scores": found.scores,
+        "losses": found.outer_loss,
+        "start_loss": gradient.outer_loss,
+    }
+    trees = {
+        "params": found.student_params,
+        "start": gradient.start,
+        "moved": gradient.student_params,
+    }
+    return {
+        **numbers,
+        **{f"{kind} {n}": whole(t) for kind, tree in trees.items() for n, t in tree.items()},
+    }
 
 
 def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
@@ -545,7 +633,9 @@ def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
         patch.setattr(sharded, "whole_together", spied)
         training = whole_training(**case)
     student = networks()[1]
-    block, every = (sum(p.numel() for p in part.parameters()) for part in (student.blocks[0], student))
+    block, every = (
+        sum(p.numel() for p in part.parameters()) for part in (student.blocks[0], student)
+    )
     return training, most, every - block
 
 
@@ -574,17 +664,26 @@ def _past_arguments() -> None:
     _attributed(student.double())
 
 
-def _attributed(student: nn.Module | None = None, layout: str = "fsdp", **options: Any) -> metapl.Attribution:
+def _attributed(
+    student: nn.Module | None = None, layout: str = "fsdp", **options: Any
+) -> metapl.Attribution:
     student = laid_out(networks()[1] if student is None else student, layout)
     (x, y), _ = batches(1)[0]
-    given = {"optimizer": OPTIMIZERS["sgd"](student.parameters()), "steps": 2, "batch_size": 8, "progress": False}
+    given = {
+        "optimizer": OPTIMIZERS["sgd"](student.parameters()),
+        "steps": 2,
+        "batch_size": 8,
+        "progress": False,
+    }
     return metapl.attribute(student, (x, y), (x, y), **{**given, **options})
 
 
 def trained_again(inside: str) -> Tensor:
     """By how much the outer loss changes without no example, and without one, of replicas."""
     found = _attributed(networks(inside)[1], "ddp", steps=4, clip_norm=0.5)
-    return found.validate([torch.zeros(LABELED, dtype=torch.bool), [0], [1]], progress=False).retrained
+    return found.validate(
+        [torch.zeros(LABELED, dtype=torch.bool), [0], [1]], progress=False
+    ).retrained
 
 
 REFUSED |= {
@@ -616,8 +715,19 @@ def fitted(
         if stop is not None and step >= stop:
             raise Stopped
 
-    given: dict[str, Any] = {"validation": batches(5)[4][0], "validate_every": 2, "log_every": 1, "save_every": 2}
-    given |= {"ema_decay": ema_decay, "wait": 1, "callbacks": [end], "say": lambda text: None, "progress": False}
+    given: dict[str, Any] = {
+        "validation": batches(5)[4][0],
+        "validate_every": 2,
+        "log_every": 1,
+        "save_every": 2,
+    }
+    given |= {
+        "ema_decay": ema_decay,
+        "wait": 1,
+        "callbacks": [end],
+        "say": lambda text: None,
+        "progress": False,
+    }
     try:
         found = trainer.fit(labeled, unlabeled, steps=4, out=out, resume=resume, **given)
     except Stopped:
@@ -634,7 +744,12 @@ def said(layout: str | None) -> list[str]:
     optimizer.param_groups[0]["lr"] = 1e-9
     labeled, unlabeled = (Share([*part], trainer.ranks) for part in zip(*batches(30), strict=True))
     validation = batches(31)[30][0]
-    options: dict[str, Any] = {"validation": validation, "validate_every": 10, "log_every": 5, "progress": False}
+    options: dict[str, Any] = {
+        "validation": validation,
+        "validate_every": 10,
+        "log_every": 5,
+        "progress": False,
+    }
     trainer.fit(labeled, unlabeled, steps=30, say=lines.append, **options)
     return lines
 

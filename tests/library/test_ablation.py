@@ -40,7 +40,10 @@ def test_the_figures_are_what_is_known_of_the_modes() -> None:
         assert costs[name].cosine > 0.9999
         assert costs[name].relative_error < 1e-2
         assert costs[name].noise_to_signal == 0
-    noise = {name: costs[name].noise_to_signal for name in ("reinforce", "reinforce_per_example", "loss_difference")}
+    noise = {
+        name: costs[name].noise_to_signal
+        for name in ("reinforce", "reinforce_per_example", "loss_difference")
+    }
     assert noise["reinforce_per_example"] < noise["reinforce"]
     assert costs["reinforce_per_example"].cosine > 0.8
     assert costs["none"].relative_error == 1
@@ -54,18 +57,31 @@ def test_nothing_moves_though_it_trains_in_between() -> None:
     for _ in range(2):
         trainer.step(problem.labeled, problem.unlabeled)
     before, state = everything(problem), trainer.state_dict()
-    result = ablate(trainer, [problem.labeled] * 2, [problem.unlabeled] * 3, ["forward", "none"], steps=4, rounds=1)
+    result = ablate(
+        trainer,
+        [problem.labeled] * 2,
+        [problem.unlabeled] * 3,
+        ["forward", "none"],
+        steps=4,
+        rounds=1,
+    )
     assert result.points == (0, 2, 4)
     assert same(before, everything(problem))
     now = trainer.state_dict()
     assert now["steps_done"] == state["steps_done"] == 2
     for name, moments in state["inner"]["state"].items():
-        assert torch.equal(now["inner"]["state"][name]["momentum_buffer"], moments["momentum_buffer"])
+        assert torch.equal(
+            now["inner"]["state"][name]["momentum_buffer"], moments["momentum_buffer"]
+        )
 
 
 def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
     own = found("mlp", ["none", "difference", "unrolled"], draws=20)
-    assert [*own.altered] == ["difference_permuted", "difference_class_means", "difference_random_sign"]
+    assert [*own.altered] == [
+        "difference_permuted",
+        "difference_class_means",
+        "difference_random_sign",
+    ]
     figures = {name: mode for name, mode in own.altered.items() if isinstance(mode, ModeCost)}
     assert figures["difference_class_means"].noise_to_signal == 0
     assert figures["difference_class_means"].relative_error > 0.01
@@ -107,7 +123,9 @@ def trained() -> Ablation:
     problem = toy("mlp", dtype=torch.float32, rows=8)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
     sources: Any = [problem.labeled] * 3, [problem.unlabeled] * 3
-    return ablate(trainer, *sources, ["difference", "forward", "implicit", "reinforce"], steps=2, **QUICK)
+    return ablate(
+        trainer, *sources, ["difference", "forward", "implicit", "reinforce"], steps=2, **QUICK
+    )
 
 
 def test_figures_of_several_points_are_the_means_of_those_at_each() -> None:
@@ -115,7 +133,9 @@ def test_figures_of_several_points_are_the_means_of_those_at_each() -> None:
     assert result.points == (0, 1, 2)
     mode = result.modes["reinforce"]
     assert isinstance(mode, ModeCost)
-    errors = torch.tensor([distance.relative_error for distance in mode.by_point], dtype=torch.float64)
+    errors = torch.tensor(
+        [distance.relative_error for distance in mode.by_point], dtype=torch.float64
+    )
     assert len(set(errors.tolist())) == 3
     assert mode.relative_error == pytest.approx(errors.square().mean().sqrt().item())
     assert mode.cosine == pytest.approx(sum(distance.cosine for distance in mode.by_point) / 3)
@@ -140,7 +160,11 @@ def test_the_figure_has_each_mode_at_each_point_and_what_it_costs() -> None:
     rows = result.modes | result.altered
     names = [label.get_text().replace("\n", "") for label in distances.get_yticklabels()]
     assert names == [*rows]
-    assert [text.get_text() for text in distances.get_legend().get_texts()] == ["step 0", "step 1", "step 2"]
+    assert [text.get_text() for text in distances.get_legend().get_texts()] == [
+        "step 0",
+        "step 1",
+        "step 2",
+    ]
     that_ran = {name: cost for name, cost in rows.items() if isinstance(cost, ModeCost)}
     assert [*rows][2] == "implicit"
     assert len(that_ran) == len(rows) - 1
@@ -149,7 +173,9 @@ def test_the_figure_has_each_mode_at_each_point_and_what_it_costs() -> None:
         by_point = [cost.by_point[number] for cost in that_ran.values()]
         assert [*marked.get_xdata()] == [distance.relative_error for distance in by_point]
         segments = reaching.get_segments()  # type: ignore[attr-defined]
-        assert [segment[1, 0] for segment in segments] == [distance.of_one_draw for distance in by_point]
+        assert [segment[1, 0] for segment in segments] == [
+            distance.of_one_draw for distance in by_point
+        ]
         assert [round(place) for place in marked.get_ydata()] == [0, 1, 3, 4, 5, 6]
     values = {
         "passes a call": [cost.passes for cost in that_ran.values()],
@@ -159,7 +185,11 @@ def test_the_figure_has_each_mode_at_each_point_and_what_it_costs() -> None:
     assert [axes.get_title(loc="left") for axes in costs] == [*values]
     for axes, expected in zip(costs, values.values(), strict=True):
         assert [bar.get_width() for bar in axes.patches] == pytest.approx(expected)  # type: ignore[attr-defined]
-    bold = [label.get_text() for label in distances.get_yticklabels() if label.get_fontweight() == "bold"]
+    bold = [
+        label.get_text()
+        for label in distances.get_yticklabels()
+        if label.get_fontweight() == "bold"
+    ]
     assert bold == [result.recommended]
 
 
@@ -173,7 +203,10 @@ def test_a_figure_of_400_pixels_has_letters_of_ten_and_no_two_names_touch() -> N
         places = [label.get_window_extent() for label in axes.get_yticklabels()]
         assert min(place.x0 for place in places) >= 0
         assert all(lower.y1 <= upper.y0 + 1 for upper, lower in itertools.pairwise(places))
-        assert all(label.get_fontsize() * 100 / 72 >= 10 for label in axes.get_yticklabels() + axes.get_xticklabels())
+        assert all(
+            label.get_fontsize() * 100 / 72 >= 10
+            for label in axes.get_yticklabels() + axes.get_xticklabels()
+        )
 
 
 def test_a_figure_without_matplotlib_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +223,10 @@ def cost(seconds: float, peak: int = 100_000, error: float = 0.0, noise: float =
     return ModeCost(1.0, error, noise, 10.0, seconds, peak)
 
 
-SAMPLED = {"reinforce": cost(0.02, 90_000, 2.0, 19.0), "reinforce_per_example": cost(0.03, 100_000, 0.1, 1.5)}
+SAMPLED = {
+    "reinforce": cost(0.02, 90_000, 2.0, 19.0),
+    "reinforce_per_example": cost(0.03, 100_000, 0.1, 1.5),
+}
 NONE = {"none": cost(0.001, 10_000, 1.0)}
 
 
@@ -198,24 +234,48 @@ NONE = {"none": cost(0.001, 10_000, 1.0)}
     ("modes", "taken"),
     [
         # The fastest of the exact ones, though difference is faster and nearly exact.
-        ({"unrolled": cost(0.040), "forward": cost(0.030), "difference": cost(0.020, error=1e-4)}, "forward"),
+        (
+            {
+                "unrolled": cost(0.040),
+                "forward": cost(0.030),
+                "difference": cost(0.020, error=1e-4),
+            },
+            "forward",
+        ),
         ({"unrolled": cost(0.020), "forward": cost(0.030)}, "unrolled"),
         # Within 10 %, memory decides; within 10 % in both, forward.
         ({"unrolled": cost(0.0290, 300_000), "forward": cost(0.0310, 150_000)}, "forward"),
         ({"unrolled": cost(0.0310, 100_000), "forward": cost(0.0290, 150_000)}, "unrolled"),
         ({"unrolled": cost(0.0290, 100_000), "forward": cost(0.0310, 105_000)}, "forward"),
-        ({"unrolled": cost(0.0290), "forward": cost(0.0320)}, "unrolled"),  # just beyond the tolerance
-        ({"unrolled": "no second derivative", "forward": cost(0.03, error=0.024)}, "forward"),  # a gradient near zero
-        ({"forward": cost(0.03, error=0.5), "difference": cost(0.04, error=1e-4)}, "difference"),  # not exact here
-        ({"forward": cost(0.03, error=1e-5, noise=2e-3), "unrolled": cost(0.05)}, "unrolled"),  # with noise
+        (
+            {"unrolled": cost(0.0290), "forward": cost(0.0320)},
+            "unrolled",
+        ),  # just beyond the tolerance
+        (
+            {"unrolled": "no second derivative", "forward": cost(0.03, error=0.024)},
+            "forward",
+        ),  # a gradient near zero
+        (
+            {"forward": cost(0.03, error=0.5), "difference": cost(0.04, error=1e-4)},
+            "difference",
+        ),  # not exact here
+        (
+            {"forward": cost(0.03, error=1e-5, noise=2e-3), "unrolled": cost(0.05)},
+            "unrolled",
+        ),  # with noise
         ({"forward": "it cannot"}, "reinforce_per_example"),  # the nearest
     ],
 )
-def test_of_exact_modes_time_decides_then_memory_then_forward(modes: dict[str, ModeCost | str], taken: str) -> None:
+def test_of_exact_modes_time_decides_then_memory_then_forward(
+    modes: dict[str, ModeCost | str], taken: str
+) -> None:
     name, text = recommendation({**modes, **SAMPLED, **NONE}, ("unrolled", "forward"), ("none",))
     assert name == taken
     assert text.startswith(f"Take {taken}: ")
-    assert "Algorithm 1's scalar (reinforce) takes 20 ms, and error and noise of one draw are 19 times" in text
+    assert (
+        "Algorithm 1's scalar (reinforce) takes 20 ms, and error and noise of one draw are 19 times"
+        in text
+    )
 
 
 def test_no_feedback_and_the_gradient_at_an_optimum_are_never_recommended() -> None:
@@ -242,8 +302,16 @@ def altered(
 ) -> list[Tensor]:
     """h as it is altered in four steps, on sampled labels or on a differentiable signal."""
     soft = torch.zeros(len(h)) if weights is None else weights
-    signal = metapl.Signal(soft) if labels is None else metapl.Signal(labels, log_prob=torch.zeros(len(h)))
-    fields = {"signal": signal, "has_rows": lambda name: True, "student": type("Student", (), {"ranks": ALONE})}
+    signal = (
+        metapl.Signal(soft)
+        if labels is None
+        else metapl.Signal(labels, log_prob=torch.zeros(len(h)))
+    )
+    fields = {
+        "signal": signal,
+        "has_rows": lambda name: True,
+        "student": type("Student", (), {"ranks": ALONE}),
+    }
     step = type("Step", (), fields)
     estimator = Altered(Steps(h), how, seed)
     state, found = estimator.init(), []

@@ -24,11 +24,14 @@ from metapl.training.loss_trainer import LossTrainer
 def _networks() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     return tuple(
-        nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2)
+        nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        for _ in range(2)
     )
 
 
-def _after(mode: object, accumulate: int, **options: object) -> tuple[list[torch.Tensor], dict[str, float]]:
+def _after(
+    mode: object, accumulate: int, **options: object
+) -> tuple[list[torch.Tensor], dict[str, float]]:
     teacher, student = _networks()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9, nesterov=True)
     trainer = metapl.BilevelTrainer(
@@ -44,7 +47,9 @@ def _after(mode: object, accumulate: int, **options: object) -> tuple[list[torch
     )
     draws = torch.Generator().manual_seed(1)
     for _ in range(3):
-        x, weak, strong = (torch.randn(8, 5, generator=draws, dtype=torch.float64) for _ in range(3))
+        x, weak, strong = (
+            torch.randn(8, 5, generator=draws, dtype=torch.float64) for _ in range(3)
+        )
         report = trainer.step((x, torch.randint(0, 3, (8,), generator=draws)), (weak, strong))
     weights = [p.detach() for module in (teacher, student) for p in module.parameters()]
     return weights, report.as_dict()
@@ -77,13 +82,19 @@ def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mode", ["forward", "difference", "reinforce", "reinforce_per_example"])
-def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(mode: str, recompute: bool) -> None:
+def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(
+    mode: str, recompute: bool
+) -> None:
     """With batch norm in both networks, where micro-batches do change the numbers."""
     torch.manual_seed(0)
     teacher, student = (
-        nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2)
+        nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+        for _ in range(2)
     )
-    labeled, unlabeled = (torch.randn(8, 5).double(), torch.arange(8) % 3), torch.randn(12, 5).double()
+    labeled, unlabeled = (
+        (torch.randn(8, 5).double(), torch.arange(8) % 3),
+        torch.randn(12, 5).double(),
+    )
     found = {}
     for parts in (1, 2, 4):
         networks = copy.deepcopy(teacher), copy.deepcopy(student)
@@ -98,14 +109,20 @@ def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(mode: str
             verify=False,
             generator=torch.Generator().manual_seed(3),
         )
-        seen = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(3)).grads
+        seen = trainer.hypergradient(
+            labeled, unlabeled, generator=torch.Generator().manual_seed(3)
+        ).grads
         before = {name: p.detach().clone() for name, p in networks[0].named_parameters()}
         trainer.step(labeled, unlabeled)
         found[parts] = torch.cat([g.flatten() for g in seen.values()])
-        moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in networks[0].named_parameters()])
+        moved = torch.cat(
+            [(before[name] - p.detach()).flatten() for name, p in networks[0].named_parameters()]
+        )
         torch.testing.assert_close(found[parts], moved, rtol=1e-6, atol=1e-9)
         if mode == "forward":
-            exact = trainer.hypergradient(labeled, unlabeled, "unrolled").grads  # which a trainer does not split
+            exact = trainer.hypergradient(
+                labeled, unlabeled, "unrolled"
+            ).grads  # which a trainer does not split
             again = trainer.hypergradient(labeled, unlabeled).grads
             for name, g in again.items():
                 torch.testing.assert_close(g, exact[name], rtol=1e-7, atol=1e-10)
@@ -120,7 +137,9 @@ def _alone(accumulate: int, losses: tuple[TeacherLoss, ...]) -> tuple[nn.Module,
     reports = []
     for _ in range(3):
         labels = torch.randint(0, 3, (8,), generator=draws)
-        x, weak, strong = (torch.randn(n, 5, generator=draws, dtype=torch.float64) for n in (8, 12, 12))
+        x, weak, strong = (
+            torch.randn(n, 5, generator=draws, dtype=torch.float64) for n in (8, 12, 12)
+        )
         unlabeled = (weak, strong) if len(losses) > 1 else None
         reports.append(trainer.step((x, labels), unlabeled).as_dict())
     return model, reports
@@ -135,7 +154,9 @@ def _alone(accumulate: int, losses: tuple[TeacherLoss, ...]) -> tuple[nn.Module,
     ],
 )
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_change_no_number_of_a_loss_trainer(accumulate: int, losses: tuple[TeacherLoss, ...]) -> None:
+def test_micro_batches_change_no_number_of_a_loss_trainer(
+    accumulate: int, losses: tuple[TeacherLoss, ...]
+) -> None:
     whole, reports = _alone(1, losses)
     parts, same = _alone(accumulate, losses)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
@@ -144,7 +165,9 @@ def test_micro_batches_change_no_number_of_a_loss_trainer(accumulate: int, losse
         assert other == pytest.approx(one, rel=1e-12)
 
 
-LABELS = torch.tensor([-100, -100, -100, 1, 2, 0, 1, 2])  # of the first four rows, three are ignored
+LABELS = torch.tensor(
+    [-100, -100, -100, 1, 2, 0, 1, 2]
+)  # of the first four rows, three are ignored
 LATE = torch.tensor([-100, -100, -100, -100, 2, 0, -100, 2])  # and here all, whose own mean is NaN
 
 
@@ -193,7 +216,9 @@ class Judged(metapl.problems.ExampleWeights):
 def weighed(seed: int = 0, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(seed)
     layers = [nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)]
-    return metapl.problems.Table(torch.linspace(-1, 1, 12)).double(), nn.Sequential(*layers).double()
+    return metapl.problems.Table(torch.linspace(-1, 1, 12)).double(), nn.Sequential(
+        *layers
+    ).double()
 
 
 def outer_and_inner(labels: Tensor) -> dict[str, Any]:
@@ -211,7 +236,9 @@ def by_double_backward(
     losses = F.cross_entropy(functional_call(student, theta, (u,)), labels, reduction="none")
     g = torch.autograd.grad((table.sigmoid() * losses).mean(), [*theta.values()], create_graph=True)
     moved = {name: p - 0.5 * d for (name, p), d in zip(theta.items(), g, strict=True)}
-    outer = loss(functional_call(student, moved, (x,)), y) + penalty * sum(p.square().sum() for p in moved.values())
+    outer = loss(functional_call(student, moved, (x,)), y) + penalty * sum(
+        p.square().sum() for p in moved.values()
+    )
     return torch.autograd.grad(outer, table)[0]
 
 
@@ -219,10 +246,19 @@ def by_double_backward(
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize(
     ("loss", "labels"),
-    [(not_ignored, LABELS), (not_ignored, LATE), (dice, LABELS), (worst, LABELS), (contrast, LABELS), (summed, LABELS)],
+    [
+        (not_ignored, LABELS),
+        (not_ignored, LATE),
+        (dice, LABELS),
+        (worst, LABELS),
+        (contrast, LABELS),
+        (summed, LABELS),
+    ],
     ids=["not ignored", "a part all ignored", "dice", "worst", "contrast", "sum"],
 )
-def test_an_outer_loss_that_is_no_mean_over_rows(loss: Any, labels: Tensor, parts: int, penalty: float) -> None:
+def test_an_outer_loss_that_is_no_mean_over_rows(
+    loss: Any, labels: Tensor, parts: int, penalty: float
+) -> None:
     """In micro-batches the gradient is that of all rows: double backward by hand, in each mode."""
     teacher, student = weighed()
     data, problem = outer_and_inner(labels), Judged(loss, student if penalty else None)
@@ -231,15 +267,27 @@ def test_an_outer_loss_that_is_no_mean_over_rows(loss: Any, labels: Tensor, part
     inner = torch.optim.SGD(student.parameters(), lr=0.5)
     for mode, exact in (("forward", 1e-10), ("difference", 1e-5)):
         found = metapl.hypergradient(
-            teacher, student, **data, problem=problem, mode=mode, inner_optimizer=inner, accumulate=parts
+            teacher,
+            student,
+            **data,
+            problem=problem,
+            mode=mode,
+            inner_optimizer=inner,
+            accumulate=parts,
         )
         (gradient,) = found.grads.values()
-        torch.testing.assert_close(gradient, expected, rtol=exact, atol=exact * float(expected.norm()))
-        whole = metapl.hypergradient(teacher, student, **data, problem=problem, mode=mode, inner_optimizer=inner)
+        torch.testing.assert_close(
+            gradient, expected, rtol=exact, atol=exact * float(expected.norm())
+        )
+        whole = metapl.hypergradient(
+            teacher, student, **data, problem=problem, mode=mode, inner_optimizer=inner
+        )
         torch.testing.assert_close(found.outer_loss, whole.outer_loss)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reinforce", "reinforce_per_example", "loss_difference", "difference"])
+@pytest.mark.parametrize(
+    "mode", ["forward", "reinforce", "reinforce_per_example", "loss_difference", "difference"]
+)
 def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
     """Steps end on the weights of the whole batches', whatever the mode; two student steps as well."""
 
@@ -265,7 +313,10 @@ def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
         )
         draw = torch.Generator().manual_seed(1)
         for labels in (LABELS, LATE, LABELS.flip(0)):
-            x, *u = (torch.randn(8, 5, generator=draw, dtype=torch.float64) for _ in range(1 + trainer.lookahead))
+            x, *u = (
+                torch.randn(8, 5, generator=draw, dtype=torch.float64)
+                for _ in range(1 + trainer.lookahead)
+            )
             trainer.step((x, labels), metapl.Lookahead(u) if trainer.lookahead > 1 else u[0])
         return [p.detach() for module in (teacher, student) for p in module.parameters()]
 
@@ -319,7 +370,9 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
         data = outer_and_inner(LABELS)
         if kind == "bfloat16":
             data["outer"][0][4:, 0] = data["inner"][0][6:, 0] = 9.0
-            data = pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, data)
+            data = pytree.tree_map_only(
+                Tensor, lambda t: t.float() if t.is_floating_point() else t, data
+            )
         torch.manual_seed(2)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "bfloat16"):
             found[loss] = metapl.hypergradient(
@@ -346,7 +399,9 @@ def test_what_the_outer_loss_costs_in_micro_batches() -> None:
     ):
         teacher, student = weighed()
         seen = list[int]()
-        student.register_forward_hook(lambda module, given, outputs, seen=seen: seen.append(len(given[0])))
+        student.register_forward_hook(
+            lambda module, given, outputs, seen=seen: seen.append(len(given[0]))
+        )
         data = outer_and_inner(LABELS.clamp_min(0))
         metapl.hypergradient(
             teacher, student, **data, problem=problem, accumulate=2,
@@ -377,7 +432,9 @@ def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
 
 def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
     """And refuses a pair that is no mean, since it is added up over micro-batches."""
-    labels = torch.tensor([1, 0, -100, 2, -100, -100, -100, 1])  # of each half of the first part, another number counts
+    labels = torch.tensor(
+        [1, 0, -100, 2, -100, -100, -100, 1]
+    )  # of each half of the first part, another number counts
     data = outer_and_inner(labels)
     for loss in (not_ignored, dice, lambda z, y: (not_ignored(z, y), len(y))):
         teacher, student = weighed()
@@ -391,7 +448,10 @@ def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
         if loss in (not_ignored, dice):
             trainer.step(**data)
             continue
-        with pytest.raises(metapl.MetaplError, match=r"outer_loss is .* by halves of the batch: no mean over examples"):
+        with pytest.raises(
+            metapl.MetaplError,
+            match=r"outer_loss is .* by halves of the batch: no mean over examples",
+        ):
             trainer.step(**data)
 
 
@@ -418,7 +478,9 @@ def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
         found = metapl.hypergradient(teacher, student, **given, accumulate=parts)
         for name, g in whole.grads.items():
             torch.testing.assert_close(found.grads[name], g, rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(found.direct[name], whole.direct[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                found.direct[name], whole.direct[name], rtol=1e-9, atol=1e-12
+            )
     assert whole.direct["weight"].norm() > 1e-3
 
 
@@ -432,11 +494,18 @@ def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
     outers, inners = [], []
     for labels in (LABELS, LATE, LABELS.flip(0)):
         data = outer_and_inner(labels)
-        outers.append(tuple(t + 0.1 * len(outers) if t.is_floating_point() else t for t in data["outer"]))
+        outers.append(
+            tuple(t + 0.1 * len(outers) if t.is_floating_point() else t for t in data["outer"])
+        )
         inners.append(data["inner"])
     given: dict[str, Any] = {"outer": metapl.Lookahead(outers), "inner": metapl.Lookahead(inners)}
-    given |= {"problem": Judged(not_ignored), "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5)}
-    whole, parts = (metapl.hypergradient(teacher, student, **given, accumulate=parts) for parts in (1, 2))
+    given |= {
+        "problem": Judged(not_ignored),
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5),
+    }
+    whole, parts = (
+        metapl.hypergradient(teacher, student, **given, accumulate=parts) for parts in (1, 2)
+    )
     torch.testing.assert_close(parts.outer_losses, whole.outer_losses)
     for name, g in whole.grads.items():
         torch.testing.assert_close(parts.grads[name], g, rtol=1e-9, atol=1e-12)
@@ -445,7 +514,9 @@ def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
 # -------------------------------------------------------------- own losses that are means over what is not ignored
 
 
-TAGS = torch.tensor([[-100, -100, 1], [-100, -100, -100], [0, 1, 2], [2, 2, -100]])  # of sequences of three tokens
+TAGS = torch.tensor(
+    [[-100, -100, 1], [-100, -100, -100], [0, 1, 2], [2, 2, -100]]
+)  # of sequences of three tokens
 
 
 class Tagger(nn.Module):
@@ -453,7 +524,9 @@ class Tagger(nn.Module):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+        self.layers = nn.Sequential(
+            nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).transpose(1, 2)
@@ -464,7 +537,9 @@ class OwnMean:
 
     name = "own"
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int
+    ) -> Tensor:
         x, y = labeled
         total = F.cross_entropy(teacher(x), y, ignore_index=-100, reduction="sum")
         return total / (y != -100).sum().clamp(min=1)
@@ -489,14 +564,18 @@ class ContrastOfMicroBatches(Contrast):
 
 
 def tagged_batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64), TAGS
+    return torch.randn(
+        4, 3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ), TAGS
 
 
 def trained_tagger(loss: Any, accumulate: int, dropout: float = 0.0) -> tuple[Tensor, float]:
     """Return the weights after two steps on the tagged batch, and the loss that the second report says."""
     torch.manual_seed(0)
     model = Tagger(dropout).double()
-    trainer = LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters(), lr=0.3), accumulate=accumulate)
+    trainer = LossTrainer(
+        model, (loss,), optimizer=torch.optim.SGD(model.parameters(), lr=0.3), accumulate=accumulate
+    )
     for _ in range(2):
         report = trainer.step(tagged_batch())
     return nn.utils.parameters_to_vector(model.parameters()).detach(), report.as_dict()["loss"]
@@ -504,9 +583,13 @@ def trained_tagger(loss: Any, accumulate: int, dropout: float = 0.0) -> tuple[Te
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 @pytest.mark.parametrize(
-    "loss", [CrossEntropy(), CrossEntropy(0.2, weight=0.5), SaidMean()], ids=["usual", "smoothed", "said"]
+    "loss",
+    [CrossEntropy(), CrossEntropy(0.2, weight=0.5), SaidMean()],
+    ids=["usual", "smoothed", "said"],
 )
-def test_own_losses_are_means_over_all_labels_that_are_not_ignored(loss: Any, accumulate: int) -> None:
+def test_own_losses_are_means_over_all_labels_that_are_not_ignored(
+    loss: Any, accumulate: int
+) -> None:
     """Of four micro-batches one has no such label at all; the reference is a loop on the whole batch."""
     torch.manual_seed(0)
     by_hand = Tagger().double()
@@ -526,11 +609,15 @@ def test_own_losses_are_means_over_all_labels_that_are_not_ignored(loss: Any, ac
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 @pytest.mark.parametrize("loss", [OwnMean(), Contrast()], ids=["ignoring", "contrast"])
-def test_own_losses_that_are_no_means_are_refused_before_anything_moves(loss: Any, accumulate: int) -> None:
+def test_own_losses_that_are_no_means_are_refused_before_anything_moves(
+    loss: Any, accumulate: int
+) -> None:
     model, _ = _networks()
     batch = torch.randn(8, 5, dtype=torch.float64), LABELS
     before = copy.deepcopy(model.state_dict())
-    trainer = LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters()), accumulate=accumulate)
+    trainer = LossTrainer(
+        model, (loss,), optimizer=torch.optim.SGD(model.parameters()), accumulate=accumulate
+    )
     with pytest.raises(metapl.MetaplError, match="it is no mean over rows"):
         trainer.step(batch)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
@@ -544,23 +631,32 @@ def test_a_loss_of_each_micro_batch_is_allowed_where_it_says_so() -> None:
     model, _ = _networks()
     half = [contrast(model(batch[0][rows]), batch[1][rows]) for rows in (slice(0, 4), slice(4, 8))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    report = LossTrainer(model, (ContrastOfMicroBatches(),), optimizer=optimizer, accumulate=2).step(batch)
+    report = LossTrainer(
+        model, (ContrastOfMicroBatches(),), optimizer=optimizer, accumulate=2
+    ).step(batch)
     assert report.as_dict()["loss"] == pytest.approx(float(sum(half).detach()) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps"), [("forward", 1), ("forward", 3), ("none", 1), ("none", 3), ("difference", 1), ("reinforce", 1)]
+    ("mode", "steps"),
+    [("forward", 1), ("forward", 3), ("none", 1), ("none", 3), ("difference", 1), ("reinforce", 1)],
 )
-def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(mode: str, steps: int) -> None:
+def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
+    mode: str, steps: int
+) -> None:
     """The weights after a step are those of the whole batches; a loss that does not say so is refused."""
 
     class Weighing(BilevelProblem):
         def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
 
-        def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        def signal(
+            self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+        ) -> metapl.Signal:
             return metapl.Signal(teacher(batch[0]).mean((1, 2)).sigmoid())
 
-        def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             return signal.value * F.cross_entropy(outputs, batch[1], reduction="none").mean(1)
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
@@ -599,7 +695,9 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(mo
         )
         for _ in range(2):
             trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
-        return nn.utils.parameters_to_vector([*teacher.parameters(), *student.parameters()]).detach()
+        return nn.utils.parameters_to_vector(
+            [*teacher.parameters(), *student.parameters()]
+        ).detach()
 
     said = SaidMean()
     whole = weights_after(1, said)

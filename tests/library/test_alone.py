@@ -92,6 +92,15 @@ assert metapl.data.StepSampler(4, 2, seed=0)
 
 def test_the_library_stands_alone(tmp_path: Path) -> None:
     code = "".join([BEGIN, *(f"\nprint({part!r})\n{lines}" for part, lines in PARTS.items())])
-    program = [sys.executable, "-W", "error::DeprecationWarning:metapl", "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(program, cwd=Path(metapl.__file__).parents[1], capture_output=True, text=True, check=False)
+    program = [
+        sys.executable,
+        "-W",
+        "error::DeprecationWarning:metapl",
+        "-c",
+        code,
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        program, cwd=Path(metapl.__file__).parents[1], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"in {done.stdout.splitlines()[-1:]}: {done.stderr}"

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead
 from metapl.functional import compiled, training
-from metapl.functional.architecture import Undescribed, bare_copies, description_of, description_of_networks
+from metapl.functional.architecture import (
+    Undescribed,
+    bare_copies,
+    description_of,
+    description_of_networks,
+)
 from metapl.problems import EqualWeights
 
 
@@ -71,7 +76,9 @@ def student(seed: int = 0, kind: Any = Student, **options: Any) -> nn.Module:
     return made
 
 
-def gradient(network: nn.Module, problem: Any = None, rule: Any = torch.optim.SGD, compile: bool = True) -> Tensor:
+def gradient(
+    network: nn.Module, problem: Any = None, rule: Any = torch.optim.SGD, compile: bool = True
+) -> Tensor:
     """The weights' scores in each step, as one tensor."""
     optimizer = rule(network.parameters(), lr=0.3)
     found = metapl.hypergradient(
@@ -142,19 +149,25 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a number": lambda network: setattr(network.norm, "eps", 0.5),
     "a number in a dataclass": lambda network: setattr(network.settings, "scale", 2.0),
     "a function": lambda network: setattr(network, "activation", torch.tanh),
-    "a function's argument": lambda network: setattr(network, "activation", partial(F.gelu, approximate="none")),
+    "a function's argument": lambda network: setattr(
+        network, "activation", partial(F.gelu, approximate="none")
+    ),
     "a lambda": lambda network: setattr(network, "activation", lambda x: x.sin()),
     "another lambda": lambda network: setattr(network, "activation", lambda x: x.cos()),
     "a tensor": lambda network: setattr(network, "power", torch.tensor(2.0, dtype=torch.float64)),
     "a method of its own": shadowed,
     "a part in the place of two": untied,
     "tied weights": tied,
-    "a part more": lambda network: setattr(network, "last", nn.Sequential(network.last, nn.Linear(3, 3).double())),
+    "a part more": lambda network: setattr(
+        network, "last", nn.Sequential(network.last, nn.Linear(3, 3).double())
+    ),
     "another part": lambda network: setattr(network, "norm", nn.LayerNorm(6).double()),
 }
 
 
-def test_what_computes_something_else_is_never_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_computes_something_else_is_never_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without Dynamo, whose guards would find many of these too."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(training, "MOST_KNOWN", 100)
@@ -171,9 +184,16 @@ def test_what_computes_something_else_is_never_taken_for_it(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "where", ["method", pytest.param("class", marks=pytest.mark.long), pytest.param("module", marks=pytest.mark.long)]
+    "where",
+    [
+        "method",
+        pytest.param("class", marks=pytest.mark.long),
+        pytest.param("module", marks=pytest.mark.long),
+    ],
 )
-def test_what_a_class_and_its_module_hold_counts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_class_and_its_module_hold_counts(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = student()
     before = gradient(network)
     if where == "class":
@@ -200,7 +220,11 @@ def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.Monk
         (student(), EqualWeights()),
         (student(), None, partial(torch.optim.SGD, momentum=0.9)),
         (student(), None, partial(torch.optim.Adam, eps=1e-2)),
-        (student(), None, lambda p, **given: torch.optim.SGD([{"params": [q]} for q in p], **given)),
+        (
+            student(),
+            None,
+            lambda p, **given: torch.optim.SGD([{"params": [q]} for q in p], **given),
+        ),
         (student().train(False),),
     ]
     for case in cases:
@@ -219,14 +243,18 @@ class ReadsByName(EqualWeights):
         return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty()
 
 
-def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A bare copy in its place would leave the weights of the start in the loss."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     refuse_other(gradient(READ, ReadsByName()), READ, ReadsByName())
 
     def enclosing(held: nn.Module) -> Any:
         class ReadsByClosure(EqualWeights):
-            def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            def inner_loss(
+                self, outputs: Tensor, signal: Any, batch: Any, params: Any = None
+            ) -> Tensor:
                 decay: Any = sum(p.square().sum() for p in held.parameters())
                 return super().inner_loss(outputs, signal, batch, params) + 0.1 * decay
 
@@ -273,7 +301,9 @@ def test_descriptions_tell_values_apart(number: int) -> None:
     assert description_of(a) != description_of(b)
 
 
-@pytest.mark.parametrize("value", [torch.ones(2), nn.Linear(1, 1), object(), student, [torch.Generator()]])
+@pytest.mark.parametrize(
+    "value", [torch.ones(2), nn.Linear(1, 1), object(), student, [torch.Generator()]]
+)
 def test_what_has_no_description_says_so(value: Any) -> None:
     closure = (lambda held: lambda x: x + held)(value)
     with pytest.raises(Undescribed):

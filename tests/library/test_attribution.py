@@ -29,7 +29,9 @@ N, STEPS = 24, 9
 
 def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=draw).double(), torch.randint(0, 3, (rows,), generator=draw)
+    return torch.randn(rows, 6, generator=draw).double(), torch.randint(
+        0, 3, (rows,), generator=draw
+    )
 
 
 TRAIN, OUTER = data(0), data(1, 5)
@@ -51,15 +53,27 @@ def found(network: nn.Module, by: str = "sgd", **options: Any) -> Attribution:
 
 
 def by_hand(
-    network: nn.Module, order: Tensor, optimizer: str, factor: Callable[[int], float], clip: float = 1e9
+    network: nn.Module,
+    order: Tensor,
+    optimizer: str,
+    factor: Callable[[int], float],
+    clip: float = 1e9,
 ) -> tuple[Tensor, Tensor]:
     """−dL/dw by double backward through the training, and the losses L_j; dropout from the same masks."""
-    w, theta, state = torch.ones(N, dtype=torch.float64, requires_grad=True), reference.weights(network), None
+    w, theta, state = (
+        torch.ones(N, dtype=torch.float64, requires_grad=True),
+        reference.weights(network),
+        None,
+    )
     torch.manual_seed(3)
     for step, chosen in enumerate(order):
         z, lr = reference.at(network, theta, TRAIN[0][chosen]), 0.1 * factor(step)
         loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
-        rule = reference.sgd(lr, 0.9) if optimizer == "sgd" else reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
+        rule = (
+            reference.sgd(lr, 0.9)
+            if optimizer == "sgd"
+            else reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
+        )
         theta, state = reference.stepped(loss, theta, reference.clipped(clip, rule), state)
     losses = F.cross_entropy(reference.at(network, theta, OUTER[0]), OUTER[1], reduction="none")
     rows = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
@@ -68,15 +82,25 @@ def by_hand(
 
 @pytest.mark.parametrize(
     ("kind", "optimizer", "scheduled", "clip"),
-    product(["mlp", "batch_norm"], ["sgd", "adamw"], [False, True], [None, 0.3], usual=["mlp", "sgd", True, 0.3]),
+    product(
+        ["mlp", "batch_norm"],
+        ["sgd", "adamw"],
+        [False, True],
+        [None, 0.3],
+        usual=["mlp", "sgd", True, 0.3],
+    ),
 )
-def test_the_scores_are_the_derivatives(kind: str, optimizer: str, scheduled: bool, clip: float | None) -> None:
+def test_the_scores_are_the_derivatives(
+    kind: str, optimizer: str, scheduled: bool, clip: float | None
+) -> None:
     network = student(kind)
     before = copy.deepcopy(network.state_dict())
     schedule = (lambda k: 1 - k / STEPS) if scheduled else None
     attribution = found(network, optimizer, schedule=schedule, clip_norm=clip)
     factor = schedule or (lambda _: 1.0)
-    exact, losses = by_hand(copy.deepcopy(network), attribution.order, optimizer, factor, clip or 1e9)
+    exact, losses = by_hand(
+        copy.deepcopy(network), attribution.order, optimizer, factor, clip or 1e9
+    )
     assert error(attribution.scores, exact.mean(0)) < 1e-7
     assert error(attribution.outer_loss, losses.mean()) < 1e-10
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
@@ -109,8 +133,12 @@ class Causal(nn.Module):
 
 
 @pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("how", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)])
-def test_the_scores_of_tokens_are_the_derivatives(each: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "how", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)]
+)
+def test_the_scores_of_tokens_are_the_derivatives(
+    each: bool, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if how == "by two graphs":
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     draw = torch.Generator().manual_seed(0)
@@ -118,7 +146,12 @@ def test_the_scores_of_tokens_are_the_derivatives(each: bool, how: str, monkeypa
     labels = ids.clone()
     labels[0, 2:] = labels[4] = -100  # padded, and empty
     network = Causal()
-    given: dict[str, Any] = {"train": (ids, labels), "outer": (judged, judged), "steps": 5, "batch_size": 4}
+    given: dict[str, Any] = {
+        "train": (ids, labels),
+        "outer": (judged, judged),
+        "steps": 5,
+        "batch_size": 4,
+    }
     given |= {"each": each, "compile": how != "eager"}
     attribution = found(network, problem=NextToken(per="token"), **given)
 
@@ -147,15 +180,28 @@ def test_the_scores_of_tokens_are_the_derivatives(each: bool, how: str, monkeypa
     assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
     assert attribution.top(3)[0].tolist() == of_sequences.top(3)[0].tolist()
     assert error(attribution.predict([1, 3]), of_sequences.predict([1, 3])) < 1e-10
-    second = torch.zeros(6, 4, dtype=torch.bool).index_fill(1, torch.tensor(2), True)  # one token of each sequence
+    second = torch.zeros(6, 4, dtype=torch.bool).index_fill(
+        1, torch.tensor(2), True
+    )  # one token of each sequence
     agreement = attribution.validate([[1, 3], [2], second])
-    assert error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2]) < 1e-10
-    assert error(agreement.retrained[2], judged_after(1.0 - second.double()) - attribution.outer_loss) < 1e-10
+    assert (
+        error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2])
+        < 1e-10
+    )
+    assert (
+        error(agreement.retrained[2], judged_after(1.0 - second.double()) - attribution.outer_loss)
+        < 1e-10
+    )
     assert error(agreement.predicted[2], exact[..., 2].sum(-1)) < 1e-7
-    plain: dict[str, Any] = {"optimizer": torch.optim.SGD(network.parameters(), lr=0.1), "steps": 5, "batch_size": 4}
+    plain: dict[str, Any] = {
+        "optimizer": torch.optim.SGD(network.parameters(), lr=0.1),
+        "steps": 5,
+        "batch_size": 4,
+    }
     of_problem = [NextToken(), NextToken(per="token")]
     smooth = [
-        metasmoothness(network, (ids, labels), (judged, judged), problem=problem, **plain) for problem in of_problem
+        metasmoothness(network, (ids, labels), (judged, judged), problem=problem, **plain)
+        for problem in of_problem
     ]
     assert smooth[0].agreement == pytest.approx(smooth[1].agreement)
 
@@ -165,11 +211,17 @@ def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() ->
     assert order.shape == (STEPS, 8)
     assert sorted(order[:3].flatten().tolist()) == list(range(N))
     assert torch.equal(order, found(student(), generator=torch.Generator().manual_seed(0)).order)
-    assert not torch.equal(order, found(student(), generator=torch.Generator().manual_seed(1)).order)
+    assert not torch.equal(
+        order, found(student(), generator=torch.Generator().manual_seed(1)).order
+    )
 
 
 def trained(
-    network: nn.Module, order: Tensor, w: Tensor, rate: Callable[[int], float], clip: float | None = None
+    network: nn.Module,
+    order: Tensor,
+    w: Tensor,
+    rate: Callable[[int], float],
+    clip: float | None = None,
 ) -> tuple[nn.Module, Tensor]:
     """The network and its outer loss after a plain loop on weighted examples."""
     plain = copy.deepcopy(network)
@@ -178,15 +230,21 @@ def trained(
     for step, chosen in enumerate(order):
         optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.zero_grad()
-        (w[chosen] * F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")).mean().backward()
+        (
+            w[chosen] * F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
+        ).mean().backward()
         nn.utils.clip_grad_norm_(plain.parameters(), clip or torch.inf)
         optimizer.step()
     with torch.no_grad(), replayed(RandomState.now(torch.device("cpu")).branch()):
         return plain, F.cross_entropy(plain(OUTER[0]), OUTER[1])
 
 
-@pytest.mark.parametrize(("kind", "clip"), [("mlp", None), ("mlp", 0.3), ("dropout", None), ("batch_norm", None)])
-def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: float | None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "clip"), [("mlp", None), ("mlp", 0.3), ("dropout", None), ("batch_norm", None)]
+)
+def test_trainings_without_examples_are_those_of_a_plain_loop(
+    kind: str, clip: float | None
+) -> None:
     network, ones = student(kind), torch.ones(N, dtype=torch.float64)
     attribution = found(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
     sets = [[1, 2], [5], [7, 8, 9]]
@@ -199,7 +257,10 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: f
     )  # fmt: skip
     assert error(attribution.outer_loss, whole) < 1e-12
     assert error(agreement.retrained, torch.stack(without) - whole) < 1e-10
-    assert error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets])) < 1e-12
+    assert (
+        error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets]))
+        < 1e-12
+    )
 
 
 def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
@@ -210,11 +271,15 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
         given: dict[str, Any] = {"steps": 30, "batch_size": 8, "step": 0.2, "direction": v}
         inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
         smooth = metasmoothness(network, TRAIN, OUTER, optimizer=inner, **given)
-        ends = [trained(network, order, 1 + h * v, lambda _, rate=rate: rate) for h in (0.0, 0.2, 0.4)]  # type: ignore[misc]
+        ends = [
+            trained(network, order, 1 + h * v, lambda _, rate=rate: rate) for h in (0.0, 0.2, 0.4)
+        ]  # type: ignore[misc]
         weights = [nn.utils.parameters_to_vector(plain.parameters()).detach() for plain, _ in ends]
         d = (weights[2] - weights[0]).abs()
         signs = [torch.sign(after - before) for before, after in itertools.pairwise(weights)]
-        assert smooth.agreement == pytest.approx(float((d / d.sum() * signs[0] * signs[1]).sum()), abs=1e-12)
+        assert smooth.agreement == pytest.approx(
+            float((d / d.sum() * signs[0] * signs[1]).sum()), abs=1e-12
+        )
         assert error(smooth.outer_loss, torch.stack([loss for _, loss in ends])) < 1e-10
         agreements[rate] = smooth.agreement
     assert agreements[0.02] > 0.99
@@ -226,7 +291,10 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
 def test_a_rough_training_is_told_before_it_is_differentiated() -> None:
     def scores(rate: float, dtype: torch.dtype) -> Tensor:
         network = student().to(dtype)
-        rows: dict[str, Any] = {"train": (TRAIN[0].to(dtype), TRAIN[1]), "outer": (OUTER[0].to(dtype), OUTER[1])}
+        rows: dict[str, Any] = {
+            "train": (TRAIN[0].to(dtype), TRAIN[1]),
+            "outer": (OUTER[0].to(dtype), OUTER[1]),
+        }
         inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
         return attribute(network, **rows, optimizer=inner, steps=100, batch_size=8).scores
 
@@ -240,7 +308,9 @@ def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
     expected = found(student()).scores
     x, y = TRAIN
     for train in ((x.numpy(), y.numpy()), TensorDataset(x, y), [(x[i], y[i]) for i in range(N)]):
-        assert torch.equal(found(student(), train=train, outer=TensorDataset(*OUTER)).scores, expected)
+        assert torch.equal(
+            found(student(), train=train, outer=TensorDataset(*OUTER)).scores, expected
+        )
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "autocast", "outer_batch", "a graph in a module"])
@@ -273,7 +343,9 @@ class Named(EqualWeights):
 
 
 class Twice(EqualWeights):
-    def signal(self, teacher: Any, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: Any, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(2 * student_outputs.new_ones(len(student_outputs)))
 
 
@@ -307,7 +379,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a clip": {"clip_norm": 0.0},
     "weights that are not 1": {"problem": Twice()},
     "views that differ in a few steps": {"train": Noisy(X, Y), "steps": 3},
-    "views that differ": {"train": Noisy(X, Y), "steps": 60, "mode": metapl.feedback.Forward(keep_every=8)},
+    "views that differ": {
+        "train": Noisy(X, Y),
+        "steps": 60,
+        "mode": metapl.feedback.Forward(keep_every=8),
+    },
     "another network's optimizer": {"optimizer": torch.optim.SGD(OTHERS.parameters(), lr=0.1)},
     "another optimizer's schedule": {
         "schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(OTHERS.parameters()), 1)

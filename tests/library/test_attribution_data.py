@@ -59,7 +59,9 @@ class Bag(nn.Module):
         return outputs
 
 
-def attributed(train: Any, outer: Any, network: nn.Module | None = None, **options: Any) -> Attribution:
+def attributed(
+    train: Any, outer: Any, network: nn.Module | None = None, **options: Any
+) -> Attribution:
     network = Bag() if network is None else network
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
     given = {"optimizer": optimizer, "steps": STEPS, "batch_size": 8, "progress": False, **options}
@@ -89,7 +91,9 @@ def pairs(of: dict[str, Tensor]) -> Any:
 
 FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "one dict": lambda of: of,
-    "one dict, label": lambda of: {("label" if name == "labels" else name): t for name, t in of.items()},
+    "one dict, label": lambda of: {
+        ("label" if name == "labels" else name): t for name, t in of.items()
+    },
     "a tokenizer's": UserDict,
     "a dict of arrays": lambda of: {name: t.numpy() for name, t in of.items()},
     "a data set of dicts": Records,
@@ -127,7 +131,8 @@ def test_the_scores_of_a_dict_are_differences_of_trainings() -> None:
 
 def test_each_outer_example_of_a_dict() -> None:
     by_dict, by_pair = (
-        attributed(make(columns(IDS, LABELS)), make(columns(JUDGED, TRUE)), each=True) for make in (dict, pairs)
+        attributed(make(columns(IDS, LABELS)), make(columns(JUDGED, TRUE)), each=True)
+        for make in (dict, pairs)
     )
     assert by_dict.scores.shape == (8, N)
     assert torch.equal(by_dict.scores, by_pair.scores)
@@ -213,7 +218,15 @@ class OfColumns(OfFields):
 
 @pytest.mark.parametrize(
     "form",
-    ["dict", "dataclass", "named tuple", "tuple", "data set of dicts", "loader of dataclasses", "data set of tuples"],
+    [
+        "dict",
+        "dataclass",
+        "named tuple",
+        "tuple",
+        "data set of dicts",
+        "loader of dataclasses",
+        "data set of tuples",
+    ],
 )
 @pytest.mark.parametrize("each", [False, True])
 def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
@@ -236,7 +249,9 @@ def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
         if form == "data set of dicts":
             return rows
         return DataLoader(
-            rows, batch_size=2, collate_fn=lambda given: Record(*(torch.stack([r[n] for r in given]) for n in as_dict))
+            rows,
+            batch_size=2,
+            collate_fn=lambda given: Record(*(torch.stack([r[n] for r in given]) for n in as_dict)),
         )
 
     torch.manual_seed(0)
@@ -248,7 +263,9 @@ def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
     move[3] = 1e-4
     slope = (found._losses_with(1 + move) - found._losses_with(1 - move)) / 2e-4
     torch.testing.assert_close(-slope, found.scores[..., 3], rtol=1e-5, atol=1e-9)
-    plain = attributed((IDS.double() / 16, LABELS), (JUDGED.double() / 16, TRUE), network, each=each)
+    plain = attributed(
+        (IDS.double() / 16, LABELS), (JUDGED.double() / 16, TRUE), network, each=each
+    )
     assert not torch.allclose(found.scores, plain.scores, rtol=1e-2)  # the scale was read
 
 
@@ -258,19 +275,33 @@ def test_a_loader_may_pad_its_batches() -> None:
 
     def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row["input_ids"])).long() for row in rows], batch_first=True)
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.stack([row["labels"] for row in rows])}
+        mask = nn.utils.rnn.pad_sequence(
+            [torch.ones(len(row["input_ids"])).long() for row in rows], batch_first=True
+        )
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.stack([row["labels"] for row in rows]),
+        }
 
     class Sums(Bag):
         def forward(self, batch: Any) -> Tensor:
-            return self.head((self.embed(batch["input_ids"]).tanh() * batch["attention_mask"][..., None]).sum(1) / 8)
+            return self.head(
+                (self.embed(batch["input_ids"]).tanh() * batch["attention_mask"][..., None]).sum(1)
+                / 8
+            )
 
-    rows = [{"input_ids": IDS[i, 20 : 20 + length], "labels": LABELS[i]} for i, length in enumerate(lengths)]
+    rows = [
+        {"input_ids": IDS[i, 20 : 20 + length], "labels": LABELS[i]}
+        for i, length in enumerate(lengths)
+    ]
     loader = DataLoader(rows, batch_size=4, collate_fn=padded)
     whole = padded(rows)
     by_loader, by_columns = (attributed(train, whole, Sums()).scores for train in (loader, whole))
     torch.testing.assert_close(by_loader, by_columns, rtol=1e-9, atol=1e-12)
-    with pytest.raises(MetaplError, match="a DataLoader with a collate_fn that makes a batch of them"):
+    with pytest.raises(
+        MetaplError, match="a DataLoader with a collate_fn that makes a batch of them"
+    ):
         attributed(rows, whole, Sums())
 
 
@@ -315,10 +346,18 @@ def test_a_graph_is_refused_with_the_call_that_scores_its_nodes() -> None:
     student, problem, steps = Graph(), OfNodes(), 3
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     with pytest.raises(MetaplError, match=r"x'\] 6, \['edge_index'\] 2, \['y'\] 6") as refused:
-        metapl.attribute(student, graph, graph, problem=problem, optimizer=optimizer, steps=steps, batch_size=6)
+        metapl.attribute(
+            student, graph, graph, problem=problem, optimizer=optimizer, steps=steps, batch_size=6
+        )
     text = str(refused.value)
     call = text[text.index("metapl.hypergradient(") : text.index(".feedback.")] + ".feedback"
-    names = {"metapl": metapl, "student": student, "graph": graph, "steps": steps, "problem": problem}
+    names = {
+        "metapl": metapl,
+        "student": student,
+        "graph": graph,
+        "steps": steps,
+        "problem": problem,
+    }
     feedback = eval(call, names | {"optimizer": optimizer})
     w = torch.ones(6, dtype=torch.float64, requires_grad=True)
     weight, bias = (p.detach().clone().requires_grad_() for p in student.parameters())

@@ -28,13 +28,21 @@ class TwoInputs(nn.Module):
 
     def __init__(self, how: str = "object") -> None:
         super().__init__()
-        self.embed, self.drop, self.head = nn.Embedding(7, 5), nn.Dropout(0.3), nn.Linear(5, CLASSES)
+        self.embed, self.drop, self.head = (
+            nn.Embedding(7, 5),
+            nn.Dropout(0.3),
+            nn.Linear(5, CLASSES),
+        )
         self.how = how
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         mean = (self.embed(input_ids) * attention_mask[..., None]).mean(1)
         logits = self.head(self.drop(torch.tanh(mean)))
-        return {"object": SimpleNamespace(logits=logits), "dict": {"logits": logits}, "tensor": logits}[self.how]
+        return {
+            "object": SimpleNamespace(logits=logits),
+            "dict": {"logits": logits},
+            "tensor": logits,
+        }[self.how]
 
 
 class OneTensor(nn.Module):
@@ -51,7 +59,9 @@ class OneTensor(nn.Module):
 
 def joined(rows: int, draw: torch.Generator, length: int = 4) -> Tensor:
     ids = torch.randint(0, 7, (rows, length), generator=draw)
-    return torch.stack([ids.double(), torch.rand(rows, length, generator=draw, dtype=torch.float64)], -1)
+    return torch.stack(
+        [ids.double(), torch.rand(rows, length, generator=draw, dtype=torch.float64)], -1
+    )
 
 
 KINDS: dict[str, Callable[[Tensor], Any]] = {
@@ -89,7 +99,12 @@ def weights(*modules: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("mode", "kind", "views"),
-    product(MODES, ("dict", "tokenizer", "tuple", "list"), (False, True), usual=["forward", "dict", True]),
+    product(
+        MODES,
+        ("dict", "tokenizer", "tuple", "list"),
+        (False, True),
+        usual=["forward", "dict", True],
+    ),
 )
 def test_the_kind_of_a_batch_changes_no_number(mode: Any, kind: str, views: bool) -> None:
     """Bit for bit those of one tensor, dropout masks included."""
@@ -98,8 +113,17 @@ def test_the_kind_of_a_batch_changes_no_number(mode: Any, kind: str, views: bool
         teacher, student = networks(one)
         inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
         torch.manual_seed(2)
-        result = metapl.hypergradient(teacher, student, **data(one, views), mode=mode, inner_optimizer=inner)
-        found.append([*result.grads.values(), result.feedback, result.outer_loss, *result.student_params.values()])
+        result = metapl.hypergradient(
+            teacher, student, **data(one, views), mode=mode, inner_optimizer=inner
+        )
+        found.append(
+            [
+                *result.grads.values(),
+                result.feedback,
+                result.outer_loss,
+                *result.student_params.values(),
+            ]
+        )
     assert same(*found)
     assert mode == "none" or any(t.any() for t in found[0][:3])
 
@@ -134,7 +158,9 @@ Y = torch.arange(8) % CLASSES
 def test_without_labels_serves_and_resumes_as_the_source(kind: str) -> None:
     source: Any = DataLoader(TensorDataset(X, Y), batch_size=3, shuffle=True)
     source = source if kind == "loader" else [(X[:3], Y[:3]), (X[3:], Y[3:])]
-    bare, first, second = (feed(s, name="u", stop=20) for s in (source, without_labels(source), without_labels(source)))
+    bare, first, second = (
+        feed(s, name="u", stop=20) for s in (source, without_labels(source), without_labels(source))
+    )
     for _ in range(5):
         assert torch.equal(bare.next()[0], first.next())
     second.restore(first.state())
@@ -148,7 +174,11 @@ class Recurrent(nn.Module):
 
     def __init__(self, form: str = "tuple") -> None:
         super().__init__()
-        self.cells, self.head, self.form = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, CLASSES), form
+        self.cells, self.head, self.form = (
+            nn.LSTM(2, 5, batch_first=True),
+            nn.Linear(5, CLASSES),
+            form,
+        )
 
     def forward(self, x: Any) -> Any:
         x = x["sequence"] if self.form == "one dict" else x
@@ -182,7 +212,9 @@ class OfSequences(metapl.problems.ExampleWeights):
 def sequences(form: str) -> Any:
     x = torch.randn(ROWS, 4, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     if form == "packed":
-        return nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 3, 3, 2, 1, 1]), batch_first=True)
+        return nn.utils.rnn.pack_padded_sequence(
+            x, torch.tensor([4, 3, 3, 2, 1, 1]), batch_first=True
+        )
     return {"sequence": x} if form == "one dict" else x
 
 
@@ -193,7 +225,10 @@ def test_a_network_that_returns_its_hidden_state_too(form: str) -> None:
     student, labels = Recurrent(form).double(), torch.arange(ROWS) % CLASSES
     table = metapl.problems.Table(torch.linspace(-1, 1, ROWS, dtype=torch.float64))
     inner = torch.optim.SGD(student.parameters(), lr=0.3)
-    given: dict[str, Any] = {"inner": (sequences(form), labels, torch.arange(ROWS)), "problem": OfSequences()}
+    given: dict[str, Any] = {
+        "inner": (sequences(form), labels, torch.arange(ROWS)),
+        "problem": OfSequences(),
+    }
     given |= {"outer": (sequences(form), labels), "inner_optimizer": inner}
     with pytest.raises(metapl.MetaplError) as refused:
         metapl.hypergradient(table, student, **given)
@@ -203,7 +238,8 @@ def test_a_network_that_returns_its_hidden_state_too(form: str) -> None:
     found = metapl.hypergradient(table, wrapped, **given, verify=True)
     expected = metapl.hypergradient(table, FirstOnly(student), **given)
     assert same(
-        [found.feedback, *found.student_params.values()], [expected.feedback, *expected.student_params.values()]
+        [found.feedback, *found.student_params.values()],
+        [expected.feedback, *expected.student_params.values()],
     )
     assert found.feedback.abs().min() > 0
     trainer = metapl.BilevelTrainer(table, wrapped, problem=OfSequences(), inner_optimizer=inner)
@@ -241,7 +277,9 @@ def test_the_arguments_of_a_network_decide_how_a_batch_goes_in() -> None:
             return pair[0] + pair[1]
 
     a, b = torch.ones(2, 3), torch.full((2, 3), 2.0)
-    assert torch.equal(Logits(Optional())({"a": a, "b": b}), a)  # one required argument, which is none of the keys
+    assert torch.equal(
+        Logits(Optional())({"a": a, "b": b}), a
+    )  # one required argument, which is none of the keys
     assert torch.equal(Logits(Optional())({"x": a, "hidden": b}), a + b)
     assert torch.equal(Logits(Optional())((a, b)), a + b)
     assert torch.equal(Logits(Keywords())({"a": a, "b": b}), a + b)

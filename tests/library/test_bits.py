@@ -39,10 +39,20 @@ def network(kind: str, scale: float = 1.0) -> nn.Module:
             nn.BatchNorm2d(6),
             nn.SiLU(),
         ]
-        return nn.Sequential(*layers, nn.Conv2d(6, 6, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(6, CLASSES))
+        return nn.Sequential(
+            *layers, nn.Conv2d(6, 6, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(6, CLASSES)
+        )
     norm = [nn.BatchNorm1d(10)] if "norm" in kind else [nn.LayerNorm(10)]
     drop = [nn.Dropout(0.2 * scale)] if "dropout" in kind else []
-    return nn.Sequential(nn.Linear(WIDTH, 10), *norm, nn.GELU(), *drop, nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 4))
+    return nn.Sequential(
+        nn.Linear(WIDTH, 10),
+        *norm,
+        nn.GELU(),
+        *drop,
+        nn.Linear(10, 10),
+        nn.Tanh(),
+        nn.Linear(10, 4),
+    )
 
 
 Optimizer = Callable[[nn.Module], Any]
@@ -56,8 +66,13 @@ def two_groups(build: Any, **options: Any) -> Optimizer:
     """Matrices decay, at a rate of their own; the others do not."""
 
     def of(module: nn.Module) -> Any:
-        flat, deep = ([p for p in trained(module) if (p.ndim > 1) == which] for which in (False, True))
-        return build([{"params": deep, "lr": 0.02, "weight_decay": 0.05}, {"params": flat, "lr": 0.05}], **options)
+        flat, deep = (
+            [p for p in trained(module) if (p.ndim > 1) == which] for which in (False, True)
+        )
+        return build(
+            [{"params": deep, "lr": 0.02, "weight_decay": 0.05}, {"params": flat, "lr": 0.05}],
+            **options,
+        )
 
     return of
 
@@ -79,7 +94,9 @@ def torchopt_sgd(module: nn.Module) -> Any:
 Row = dict[str, Any]
 
 
-def row(mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any) -> Row:
+def row(
+    mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any
+) -> Row:
     """One training: what is not an option of the trainer is ``ahead`` (K inner batches a step), ``views`` (a weak and a
     strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance without hashes).
 
@@ -100,25 +117,41 @@ SUM = FEEDBACK.Reinforce(reduction="sum")
 TABLE: dict[str, Row] = {
     "forward nesterov norm dropout": row(TANGENT, NESTEROV, net="norm dropout"),
     "forward adam accumulate": row(TANGENT, ADAM, NESTEROV, accumulate=2),
-    "forward adamw groups conv": row(TANGENT, two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"),
+    "forward adamw groups conv": row(
+        TANGENT, two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"
+    ),
     "forward nesterov K=3 norm dropout": row(TANGENT, NESTEROV, ADAM, "norm dropout", ahead=3),
-    "forward nesterov bfloat16": row(TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2),
+    "forward nesterov bfloat16": row(
+        TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2
+    ),
     "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
-    "forward by graph adamw groups conv": row(GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"),
+    "forward by graph adamw groups conv": row(
+        GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"
+    ),
     "reinforce nesterov UDA norm dropout": row(SUM, NESTEROV, net="norm dropout", views=True),
-    "reinforce plain frozen groups": row(SUM, two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True),
+    "reinforce plain frozen groups": row(
+        SUM, two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True
+    ),
     # Not with one number for all examples: that of a step of clipped length is 0.
-    "per example adam ratio": row("reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4),
-    "unrolled adamw K=3 groups": row("unrolled", two_groups(torch.optim.AdamW, eps=1e-3), ahead=3, net="norm"),
+    "per example adam ratio": row(
+        "reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4
+    ),
+    "unrolled adamw K=3 groups": row(
+        "unrolled", two_groups(torch.optim.AdamW, eps=1e-3), ahead=3, net="norm"
+    ),
     # A difference of outputs in float32 has few digits.
-    "difference nesterov norm dropout": row("difference", NESTEROV, net="norm dropout", within=1e-3),
+    "difference nesterov norm dropout": row(
+        "difference", NESTEROV, net="norm dropout", within=1e-3
+    ),
     "loss difference torchopt baseline": row(
         FEEDBACK.LossDifference(baseline=0.5, reduction="sum"), torchopt_sgd, within=1e-4
     ),
     "none adam K=3 dropout": row("none", ADAM, ADAM, "dropout", ahead=3),
     "reinforce mean bound": row("reinforce", NESTEROV, net="norm", feedback_bound=0.1),
     "forward bound accumulate": row(TANGENT, NESTEROV, ADAM, accumulate=2, feedback_bound=0.05),
-    "implicit series": row(FEEDBACK.Implicit(solver="neumann", iterations=3, damping=0.1), NESTEROV),
+    "implicit series": row(
+        FEEDBACK.Implicit(solver="neumann", iterations=3, damping=0.1), NESTEROV
+    ),
 }
 
 
@@ -132,8 +165,13 @@ def batches(steps: int, ahead: int, views: bool) -> list[tuple[Any, Any]]:
 
     found = []
     for _ in range(steps):
-        labeled = torch.randn(LABELED, WIDTH, generator=draw), torch.randint(CLASSES, (LABELED,), generator=draw)
-        found.append((labeled, Lookahead([inner() for _ in range(ahead)]) if ahead > 1 else inner()))
+        labeled = (
+            torch.randn(LABELED, WIDTH, generator=draw),
+            torch.randint(CLASSES, (LABELED,), generator=draw),
+        )
+        found.append(
+            (labeled, Lookahead([inner() for _ in range(ahead)]) if ahead > 1 else inner())
+        )
     return found
 
 
@@ -151,7 +189,9 @@ def train(given: Row) -> Any:
     torch.manual_seed(0)
     teacher, student = network(given["net"]), network(given["net"], 1.5)
     for module in (teacher, student) if given.get("frozen") else ():
-        for p in next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).parameters():
+        for p in next(
+            layer for layer in module.modules() if isinstance(layer, nn.Linear)
+        ).parameters():
             p.requires_grad_(False)
     views, ahead = given.get("views", False), given.get("ahead", 1)
     trainer = metapl.BilevelTrainer(
@@ -201,21 +241,33 @@ def measured(tensors: Mapping[str, Tensor]) -> list[float]:
     frequency: float64, and no greater than a norm."""
     flat = torch.cat([t.detach().double().flatten() for _, t in sorted(tensors.items())])
     place = torch.arange(len(flat), dtype=torch.float64)
-    return [float(flat.norm()), *(float((flat * torch.cos(place * f + f)).sum()) for f in (0.7, 1.9, 2.8))]
+    return [
+        float(flat.norm()),
+        *(float((flat * torch.cos(place * f + f)).sum()) for f in (0.7, 1.9, 2.8)),
+    ]
 
 
-def outcome(found: Mapping[str, Mapping[str, Tensor]], generator: Tensor | None = None) -> dict[str, Any]:
+def outcome(
+    found: Mapping[str, Mapping[str, Tensor]], generator: Tensor | None = None
+) -> dict[str, Any]:
     """What is stored of a row."""
     hashes = {part: digest(tensors) for part, tensors in found.items()}
     if generator is not None:
         hashes["generator"] = digest({"state": generator})
-    return {"sha256": hashes, "numbers": {part: measured(tensors) for part, tensors in found.items()}}
+    return {
+        "sha256": hashes,
+        "numbers": {part: measured(tensors) for part, tensors in found.items()},
+    }
 
 
 def here() -> dict[str, Any]:
     """What the bits depend on."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "capability": capability, "threads": torch.get_num_threads()}
+    return {
+        "torch": torch.__version__,
+        "capability": capability,
+        "threads": torch.get_num_threads(),
+    }
 
 
 @contextmanager
@@ -230,7 +282,9 @@ def one_thread() -> Any:
         torch.set_rng_state(state)
 
 
-def check(found: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], within: float = 1e-5) -> None:
+def check(
+    found: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], within: float = 1e-5
+) -> None:
     """A row as it is stored: to the bit where the machine is that of the store, else to ``within`` of each norm."""
     apart = [part for part, known in stored["sha256"].items() if found["sha256"].get(part) != known]
     if machine == here():
@@ -266,10 +320,14 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in TABLE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in TABLE]
+)
 def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) -> None:
     with one_thread():
-        check(of_row(name), stored["rows"][name], stored["machine"], TABLE[name].get("within", 1e-5))
+        check(
+            of_row(name), stored["rows"][name], stored["machine"], TABLE[name].get("within", 1e-5)
+        )
 
 
 def main() -> None:

@@ -19,7 +19,15 @@ from torch import distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from metapl.runs import checkpoint
-from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError, PartsFolder, load, load_parts, save
+from metapl.runs.checkpoint import (
+    CheckpointError,
+    CheckpointFolder,
+    DamagedError,
+    PartsFolder,
+    load,
+    load_parts,
+    save,
+)
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 TREES: dict[str, Any] = {
@@ -53,7 +61,11 @@ def test_what_was_saved_comes_back(name: str, tmp_path: Path) -> None:
 
 def test_it_is_a_file_of_safetensors_in_which_each_has_its_place(tmp_path: Path) -> None:
     flat = torch.arange(8.0)
-    tied = {"a": {"w": WEIGHT}, "b": {"w": WEIGHT}, "views": [flat[:4], flat[2:], flat, flat.view(2, 4)]}
+    tied = {
+        "a": {"w": WEIGHT},
+        "b": {"w": WEIGHT},
+        "views": [flat[:4], flat[2:], flat, flat.view(2, 4)],
+    }
     save(tmp_path / "a.ckpt", tied)
     with safe_open(tmp_path / "a.ckpt", framework="pt") as file:
         assert sorted(file.keys()) == ["a/w", "b/w", "views/0", "views/1", "views/2", "views/3"]
@@ -61,9 +73,20 @@ def test_it_is_a_file_of_safetensors_in_which_each_has_its_place(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "leaf", [b"bytes", object(), np.float64(1.0), WEIGHT.to_sparse(), {1, 2}, torch.Generator, [[object()]]]
+    "leaf",
+    [
+        b"bytes",
+        object(),
+        np.float64(1.0),
+        WEIGHT.to_sparse(),
+        {1, 2},
+        torch.Generator,
+        [[object()]],
+    ],
 )
-def test_what_could_not_come_back_is_refused_and_the_old_file_stays(leaf: Any, tmp_path: Path) -> None:
+def test_what_could_not_come_back_is_refused_and_the_old_file_stays(
+    leaf: Any, tmp_path: Path
+) -> None:
     save(tmp_path / "a.ckpt", {"step": 1})
     with pytest.raises(CheckpointError, match="a/b"):
         save(tmp_path / "a.ckpt", {"a": {"b": leaf}})
@@ -140,9 +163,16 @@ def writer(tmp_path: Path) -> Iterator[PartsFolder]:
 def state_of(step: int, value: float = 1.0, size: int = 3) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (1, 1))
     sharded = distribute_tensor(torch.full((size, 2), value), mesh, [Shard(0), Replicate()])
-    optimizer = {"state": {0: {"momentum": torch.full((2,), value)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 1)}]}
+    optimizer = {
+        "state": {0: {"momentum": torch.full((2,), value)}},
+        "param_groups": [{"lr": 0.1, "betas": (0.9, 1)}],
+    }
     student = {"sharded": sharded, "weight": torch.full((3, 2), value)}
-    return {"trainer": {"student": student, "optimizer": optimizer}, "step": step, "rng": torch.arange(3)}
+    return {
+        "trainer": {"student": student, "optimizer": optimizer},
+        "step": step,
+        "rng": torch.arange(3),
+    }
 
 
 def written(writer: PartsFolder, step: int, value: float = 1.0) -> Any:
@@ -173,7 +203,9 @@ def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsFolder) -> None
     assert again.full_tensor().unique().tolist() == [2.0]
 
 
-def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(writer: PartsFolder) -> None:
+def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(
+    writer: PartsFolder,
+) -> None:
     (writer.folder / "step-00000009.parts.tmp").mkdir(parents=True)
     for step in (2, 3, 4):
         written(writer, step)

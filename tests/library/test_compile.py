@@ -14,7 +14,16 @@ import torchopt
 from kinds import KINDS, C, Own
 from problems_zoo import everything, noisy_teacher, same, toy
 from test_attribution import Named
-from test_functional import FEATURES, MODES, OPTIMIZERS, batches, build, but_for_bfloat16, error, fits
+from test_functional import (
+    FEATURES,
+    MODES,
+    OPTIMIZERS,
+    batches,
+    build,
+    but_for_bfloat16,
+    error,
+    fits,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
@@ -46,14 +55,24 @@ def sgd(network: nn.Module) -> Any:
     return torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, dampening=0.1)
 
 
-def pair(mode: Any, build: Any = None, views: bool = False, **options: Any) -> list[tuple[Any, metapl.BilevelTrainer]]:
+def pair(
+    mode: Any, build: Any = None, views: bool = False, **options: Any
+) -> list[tuple[Any, metapl.BilevelTrainer]]:
     """An eager trainer and a compiled one, alike."""
     made = []
     for on in (False, True):
         case = toy("batch_norm", teacher=noisy_teacher, views=views)
-        given = {"mode": mode, "compile": on, "generator": torch.Generator().manual_seed(5), **options}
+        given = {
+            "mode": mode,
+            "compile": on,
+            "generator": torch.Generator().manual_seed(5),
+            **options,
+        }
         if build:
-            given |= {"inner_optimizer": build(case.student), "outer_optimizer": build(case.teacher)}
+            given |= {
+                "inner_optimizer": build(case.student),
+                "outer_optimizer": build(case.teacher),
+            }
         made.append((case, metapl.BilevelTrainer(**case.networks(), **given)))
     return made
 
@@ -62,8 +81,12 @@ def pair(mode: Any, build: Any = None, views: bool = False, **options: Any) -> l
     ("mode", "options"),
     [
         (Reinforce(baseline=0.9), {}),
-        pytest.param("forward", {"build": adamw, "views": True, "clip_norm": 0.5}, marks=pytest.mark.long),
-        pytest.param("reinforce_per_example", {"lookahead": 1, "build": adamw}, marks=pytest.mark.long),
+        pytest.param(
+            "forward", {"build": adamw, "views": True, "clip_norm": 0.5}, marks=pytest.mark.long
+        ),
+        pytest.param(
+            "reinforce_per_example", {"lookahead": 1, "build": adamw}, marks=pytest.mark.long
+        ),
         pytest.param("unrolled", {"lookahead": 2}, marks=pytest.mark.long),
         pytest.param("none", {"views": True}, marks=pytest.mark.long),
     ],
@@ -80,14 +103,24 @@ def test_compiled_steps_are_eager_steps(mode: Any, options: dict[str, Any]) -> N
             torch.set_rng_state(start)
             for optimizer in trainer.schedulable:
                 optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
-            inner = metapl.Lookahead([one.unlabeled] * trainer.lookahead) if trainer.lookahead > 1 else one.unlabeled
+            inner = (
+                metapl.Lookahead([one.unlabeled] * trainer.lookahead)
+                if trainer.lookahead > 1
+                else one.unlabeled
+            )
             reports.append(trainer.step(one.labeled, inner))
-        seen = [torch.utils._pytree.tree_leaves((report.feedback, report.student_outputs)) for report in reports]
+        seen = [
+            torch.utils._pytree.tree_leaves((report.feedback, report.student_outputs))
+            for report in reports
+        ]
         for a, b in zip(*seen, strict=True):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-        theirs, ours = (everything(one, *trainer.schedulable) for one, trainer in ((eager, plain), (case, on)))
+        theirs, ours = (
+            everything(one, *trainer.schedulable) for one, trainer in ((eager, plain), (case, on))
+        )
         assert all(
-            torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-12) for a, b in zip(theirs, ours, strict=True)
+            torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-12)
+            for a, b in zip(theirs, ours, strict=True)
         )
     assert counters["stats"]["unique_graphs"] == before + 1
 
@@ -111,7 +144,9 @@ def earlier(case: Any, trainer: metapl.BilevelTrainer) -> None:
 
 
 def groups(name: str, value: Any) -> Any:
-    return lambda case, trainer: [g.update({name: value}) for o in trainer.schedulable for g in o.param_groups]
+    return lambda case, trainer: [
+        g.update({name: value}) for o in trainer.schedulable for g in o.param_groups
+    ]
 
 
 CHANGES: dict[str, Any] = {
@@ -126,7 +161,9 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_is_changed_between_steps_counts(what: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_changed_between_steps_counts(
+    what: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on the eager road: weights, statistics and optimizers' states."""
     if how == "plain":
         monkeypatch.setattr(torch, "compile", lambda step, **options: step)
@@ -169,11 +206,15 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     compared, real = list[str](), compiled.refuse_other
-    monkeypatch.setattr(compiled, "refuse_other", lambda *given: compared.append("") or real(*given))
+    monkeypatch.setattr(
+        compiled, "refuse_other", lambda *given: compared.append("") or real(*given)
+    )
     case = toy("mlp")
     monkeypatch.setattr(torch, "compile", lambda step, **how: step)
     inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
-    trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", inner_optimizer=inner, compile=True)
+    trainer = metapl.BilevelTrainer(
+        case.teacher, case.student, "forward", inner_optimizer=inner, compile=True
+    )
     for rate in (0.0, 0.1, 0.2):  # a warm-up begins with 0, by which h is 0 on both roads
         inner.param_groups[0]["lr"] = rate
         trainer.step(case.labeled, case.unlabeled)
@@ -186,18 +227,28 @@ def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
     case = toy("mlp")
     if change is not None:
         change(case)
-    trainer = metapl.BilevelTrainer(**case.networks(), **{"mode": "forward", **options}, compile=True)
+    trainer = metapl.BilevelTrainer(
+        **case.networks(), **{"mode": "forward", **options}, compile=True
+    )
     before = everything(case)
     inner = metapl.Lookahead([case.unlabeled] * 4) if trainer.lookahead == 4 else case.unlabeled
-    with pytest.raises(RuntimeError if what == "a reentrant checkpoint" else MetaplError):  # the former is torch's
+    with pytest.raises(
+        RuntimeError if what == "a reentrant checkpoint" else MetaplError
+    ):  # the former is torch's
         trainer.step(case.labeled, inner)
     assert same(before, everything(case))
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("g++") is None, reason="with a compiler there is a graph to compile")
-def test_without_a_compiler_one_error_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what was compiled before needs no compiler
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="with a compiler there is a graph to compile"
+)
+def test_without_a_compiler_one_error_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # what was compiled before needs no compiler
     (_, _), (case, trainer) = pair("reinforce")
     before = everything(case)
     nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
@@ -212,7 +263,9 @@ def test_a_network_alone_is_compiled_too(accumulate: int) -> None:
     ends = []
     for on in (False, True):
         torch.manual_seed(1)
-        network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3))
+        network = nn.Sequential(
+            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3)
+        )
         sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         trainer = metapl.LossTrainer(network, optimizer=sgd, accumulate=accumulate, compile=on)
         graphs = counters["stats"]["unique_graphs"]
@@ -223,19 +276,30 @@ def test_a_network_alone_is_compiled_too(accumulate: int) -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
-ROWS = [(MODES[i % 7], [*OPTIMIZERS][i % 4], FEATURES[(i + 5) % 9]) for i in range(32)]  # 7, 4 and 9 have no factor
-MIXED = [(mode, optimizer, feature) for mode, optimizer, feature in ROWS if fits(mode, feature)][:24]
+ROWS = [
+    (MODES[i % 7], [*OPTIMIZERS][i % 4], FEATURES[(i + 5) % 9]) for i in range(32)
+]  # 7, 4 and 9 have no factor
+MIXED = [(mode, optimizer, feature) for mode, optimizer, feature in ROWS if fits(mode, feature)][
+    :24
+]
 MUON = "forward", "muon_and_adamw", "batch_norm"
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="Inductor needs a C++ compiler"
+)
 
 
 @pytest.mark.parametrize(
     ("backend", "mode", "optimizer", "feature"),
     [
-        pytest.param("aot_eager", *row, marks=[pytest.mark.long] * (row != ("forward", "adamw", "groups")))
+        pytest.param(
+            "aot_eager", *row, marks=[pytest.mark.long] * (row != ("forward", "adamw", "groups"))
+        )
         for row in (*MIXED, MUON)
     ]
-    + [pytest.param("inductor", *row, marks=[needs_compiler, pytest.mark.long]) for row in (*MIXED[:9], MUON)],
+    + [
+        pytest.param("inductor", *row, marks=[needs_compiler, pytest.mark.long])
+        for row in (*MIXED[:9], MUON)
+    ],
 )
 def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, feature: str) -> None:
     """In one graph, with the labels and masks of the plain function, and no new one for another rate."""
@@ -250,8 +314,15 @@ def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, featu
             expected = step(state, *data)
             torch.manual_seed(4)
             found = captured(state, *data)
-        found, expected = ((s, r._replace(outer_loss=r.flag) if mode == "none" else r) for s, r in (found, expected))
-        given = but_for_bfloat16(found, expected) if optimizer == "muon_and_adamw" else (found, expected)
+        found, expected = (
+            (s, r._replace(outer_loss=r.flag) if mode == "none" else r)
+            for s, r in (found, expected)
+        )
+        given = (
+            but_for_bfloat16(found, expected)
+            if optimizer == "muon_and_adamw"
+            else (found, expected)
+        )
         assert error(*given) < (1e-6 if mode == "difference" else 1e-9)
         state = expected[0]
         state.inner.settings[0]["lr"] = state.inner.settings[0]["lr"] / 2
@@ -276,7 +347,10 @@ def test_kinds_of_students_compiled(kind: str, how: str, monkeypatch: pytest.Mon
     if how == "plain":
         monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     torch.manual_seed(0)
-    batches = {"labeled": (torch.randn(8, 4), torch.randint(C, (8,))), "unlabeled": torch.randn(8, 4)}
+    batches = {
+        "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
+        "unlabeled": torch.randn(8, 4),
+    }
     made = metapl.BilevelTrainer(nn.Linear(4, C), Own(*KINDS[kind][1:]), "forward", compile=True)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", VerificationWarning)
@@ -306,7 +380,9 @@ def test_an_outer_batch_is_read_once_on_both_roads(monkeypatch: pytest.MonkeyPat
             "problem": Named(),
             "compile": on,
         }
-        one = metapl.hypergradient(None, network, labeled=labeled, unlabeled=unlabeled, mode="forward", **given)
+        one = metapl.hypergradient(
+            None, network, labeled=labeled, unlabeled=unlabeled, mode="forward", **given
+        )
         step = metapl.BilevelTrainer(None, network, "forward", **given).step(labeled, unlabeled)
         ends.append([one.feedback, step.feedback, network.weight.detach()])
     torch.testing.assert_close(*ends)

@@ -36,7 +36,9 @@ def passes(mode: str | Estimator, has_losses: bool = False, by_weight: bool = Fa
     unlabeled, labeled = torch.randn(2, 3, 8, 8), (torch.randn(2, 3, 8, 8), torch.tensor([3, 7]))
     losses = (metapl.CrossEntropy(),) if has_losses else ()
     weight = 1.0 if by_weight else None
-    trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, feedback_weight=weight, verify=False)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, mode, teacher_losses=losses, feedback_weight=weight, verify=False
+    )
     trainer.step(labeled, unlabeled)
     with FlopCounterMode(display=False) as step:
         trainer.step(labeled, unlabeled)
@@ -63,7 +65,9 @@ def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> N
     (fixed, each) = re.findall(r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE)[0]
     (alone,) = re.findall(r'and (\d+) passes in all with `solver="identity"`', page)
     assert passes(Implicit(solver="identity")) == pytest.approx(int(alone), abs=0.2)
-    assert passes(Implicit(iterations=2, damping=1e5)) == pytest.approx(int(fixed) + 2 * int(each), abs=0.2)
+    assert passes(Implicit(iterations=2, damping=1e5)) == pytest.approx(
+        int(fixed) + 2 * int(each), abs=0.2
+    )
 
 
 def test_the_table_of_the_documentation_has_every_mode() -> None:
@@ -78,7 +82,10 @@ def test_every_mode_has_a_bound() -> None:
 def _settings() -> list[object]:
     cuda, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     return [
-        *(switch.fp32_precision for switch in (cuda, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)),
+        *(
+            switch.fp32_precision
+            for switch in (cuda, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+        ),
         torch.get_float32_matmul_precision(),
         cuda.allow_tf32,
         cudnn.allow_tf32,

@@ -78,7 +78,12 @@ def losses_of(z: Tensor, batch: Any) -> list[Tensor]:
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     log_p, out = z.log_softmax(-1), left_out(batch)
     return [
-        torch.stack([z.sum() * 0, *(-log_p[i, t, ids[i, t + 1]] for t in range(LENGTH - 1) if not out[i, t + 1])])[1:]
+        torch.stack(
+            [
+                z.sum() * 0,
+                *(-log_p[i, t, ids[i, t + 1]] for t in range(LENGTH - 1) if not out[i, t + 1]),
+            ]
+        )[1:]
         for i in range(len(ids))
     ]
 
@@ -99,7 +104,9 @@ def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, 
     return named, {n: t.detach() for n, t in theta.items()}, judged.detach()
 
 
-def by_metapl(outer: Any, inner: list[Any], mode: Any = "forward", **options: Any) -> metapl.Hypergradient:
+def by_metapl(
+    outer: Any, inner: list[Any], mode: Any = "forward", **options: Any
+) -> metapl.Hypergradient:
     rater, student = networks()
     return metapl.hypergradient(
         rater,
@@ -176,10 +183,19 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", WRONG, ids=range(len(WRONG)))
 def test_what_does_not_fit_is_refused(change: dict[str, Any]) -> None:
     teacher, student = networks(torch.float32)
-    given = {"teacher": teacher, "student": student, "outer": IDS, "inner": IDS, "mode": "forward", **change}
+    given = {
+        "teacher": teacher,
+        "student": student,
+        "outer": IDS,
+        "inner": IDS,
+        "mode": "forward",
+        **change,
+    }
     before = copy.deepcopy(given["student"].state_dict())
     with pytest.raises(MetaplError):
         metapl.hypergradient(
-            **given, problem=DataRater(), inner_optimizer=torch.optim.AdamW(given["student"].parameters())
+            **given,
+            problem=DataRater(),
+            inner_optimizer=torch.optim.AdamW(given["student"].parameters()),
         )
     assert same([*before.values()], [*given["student"].state_dict().values()])

@@ -84,7 +84,9 @@ def networks() -> tuple[Teacher, nn.Module, Any, list[Any]]:
 LR = 0.4
 
 
-def by_hand(teacher: Teacher, student: nn.Module, problem: Any, outer: Any, inner: list[Any]) -> dict[str, Tensor]:
+def by_hand(
+    teacher: Teacher, student: nn.Module, problem: Any, outer: Any, inner: list[Any]
+) -> dict[str, Tensor]:
     """The gradient of L(θ_K(φ); φ), by double backward through plain SGD."""
     theta: dict[str, Tensor] = dict(student.named_parameters())
     signal = None
@@ -97,7 +99,9 @@ def by_hand(teacher: Teacher, student: nn.Module, problem: Any, outer: Any, inne
         theta = {name: t - LR * g_t for (name, t), g_t in zip(theta.items(), g, strict=True)}
     x = problem.outer_input(outer, signal) if isinstance(problem, Architecture) else outer[0]
     L = problem.outer_loss(functional_call(student, theta, (x,)), outer)
-    grads = torch.autograd.grad(L, [*teacher.parameters()], allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        L, [*teacher.parameters()], allow_unused=True, materialize_grads=True
+    )
     return dict(zip(dict(teacher.named_parameters()), grads, strict=True))
 
 
@@ -134,9 +138,13 @@ def test_the_sum_is_that_of_double_backward(kind: str, mode: Any, steps: int) ->
         metapl.hypergradient(teacher, student, **given, verify=verify)
 
 
-@pytest.mark.parametrize("size", [{"feedback_weight": 0.7}, {"feedback_ratio": 0.3, "teacher_losses": "own"}])
+@pytest.mark.parametrize(
+    "size", [{"feedback_weight": 0.7}, {"feedback_ratio": 0.3, "teacher_losses": "own"}]
+)
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(kind: str, size: dict[str, Any]) -> None:
+def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(
+    kind: str, size: dict[str, Any]
+) -> None:
     """The teacher's step, by plain SGD at rate 1, is minus its gradient: λ times the sum, and its own losses."""
     moved = []
     for road in ("eager", "pure", "compiled"):
@@ -184,22 +192,33 @@ class OwnLoss:
 
 def test_stacked_steps_have_the_direct_term_too() -> None:
     teacher, student, outer, inner = networks()
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=ReadsModule(teacher), verify=False)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", problem=ReadsModule(teacher), verify=False
+    )
     step, state = trainer.functional()
     stacked = metapl.functional.stack([state, state])
     with torch.no_grad():
         alone, _ = step(state, outer, inner[0])
-        both, _ = torch.func.vmap(step, in_dims=(0, None, None), randomness="same")(stacked, outer, inner[0])
+        both, _ = torch.func.vmap(step, in_dims=(0, None, None), randomness="same")(
+            stacked, outer, inner[0]
+        )
     for name, t in alone.teacher.params.items():
         assert torch.allclose(both.teacher.params[name][1], t, atol=1e-12)
-    assert not torch.equal(alone.teacher.params["scale.weight"], state.teacher.params["scale.weight"])
+    assert not torch.equal(
+        alone.teacher.params["scale.weight"], state.teacher.params["scale.weight"]
+    )
 
 
 def test_micro_batches_have_the_sum_of_whole_ones() -> None:
     teacher, student, outer, inner = networks()
     problem = ReadsModule(teacher)
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    given: dict[str, Any] = {"outer": outer, "inner": inner[0], "problem": problem, "inner_optimizer": sgd}
+    given: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": problem,
+        "inner_optimizer": sgd,
+    }
     whole, parts = (metapl.hypergradient(teacher, student, **given, accumulate=n) for n in (1, 2))
     assert close(parts.grads, whole.grads, 1e-10)
 
@@ -209,13 +228,17 @@ def test_sampled_modes_leave_it_out_and_say_so(mode: Any) -> None:
     teacher, student, outer, inner = networks()
 
     class Drawn(ReadsModule):
-        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        def signal(
+            self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
+        ) -> Signal:
             p = teacher(batch[0])
             drawn = torch.bernoulli(p.detach(), generator=generator)
             return Signal(drawn, log_prob=torch.where(drawn > 0, p, 1 - p).log())
 
     by_its_gradient = torch.optim.SGD(teacher.parameters(), lr=1.0)
-    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=Drawn(teacher), outer_optimizer=by_its_gradient)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, mode, problem=Drawn(teacher), outer_optimizer=by_its_gradient
+    )
     scale = teacher.scale.weight.detach().clone()
     report = trainer.step(outer=outer, inner=inner[0])
     assert report.direct_term == "left out"
@@ -226,7 +249,12 @@ def test_implicit_has_it() -> None:
     teacher, student, outer, inner = networks()
     problem = ReadsModule(teacher)
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    given: dict[str, Any] = {"outer": outer, "inner": inner[0], "problem": problem, "inner_optimizer": sgd}
+    given: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": problem,
+        "inner_optimizer": sgd,
+    }
     found = metapl.hypergradient(teacher, student, **given, mode=Implicit(damping=1.0))
     exact = metapl.hypergradient(teacher, student, **given)
     assert float(found.direct["scale.weight"].norm()) > 0

@@ -65,7 +65,9 @@ def refused(call: Callable[[], Any], *networks: nn.Module, naming: str) -> None:
     assert generator.equal(torch.get_rng_state())
 
 
-def three_doors(teacher: Any, student: nn.Module, data: dict[str, Any], naming: str, **options: Any) -> None:
+def three_doors(
+    teacher: Any, student: nn.Module, data: dict[str, Any], naming: str, **options: Any
+) -> None:
     """See the same refusal at the door of a trainer that verifies, of one that does not, and of check_gradient."""
     for verify in (True, False):
         trainer = metapl.BilevelTrainer(teacher, student, verify=verify, **options)
@@ -88,14 +90,21 @@ def said_by_check_gradient(trainer: Any, data: dict[str, Any]) -> str:
 def test_a_student_that_reads_the_teacher_past_the_signal(mode: Any) -> None:
     torch.manual_seed(0)
     teacher = Weigher()
-    readers: list[Callable[[], Tensor]] = [lambda: teacher.alpha, lambda: [*teacher.parameters()][1]]
+    readers: list[Callable[[], Tensor]] = [
+        lambda: teacher.alpha,
+        lambda: [*teacher.parameters()][1],
+    ]
     for reader in readers:
         student = Mixed(reader)
-        three_doors(teacher, student, batches(), r"the teacher's alpha", mode=mode, problem=MetaWeightNet())
+        three_doors(
+            teacher, student, batches(), r"the teacher's alpha", mode=mode, problem=MetaWeightNet()
+        )
     in_a_list = Mixed(lambda: nn.Parameter(torch.zeros(2)))
     in_a_list.held = [torch.zeros(2, requires_grad=True)]
     in_a_list.weights = lambda: in_a_list.held[0]
-    three_doors(teacher, in_a_list, batches(), "the student's held", mode=mode, problem=MetaWeightNet())
+    three_doors(
+        teacher, in_a_list, batches(), "the student's held", mode=mode, problem=MetaWeightNet()
+    )
 
 
 def test_over_several_steps_and_in_hypergradient() -> None:
@@ -106,9 +115,16 @@ def test_over_several_steps_and_in_hypergradient() -> None:
     data["inner"] = Lookahead([data["inner"]] * 3)
     for mode in ("forward", "unrolled"):
         sgd = torch.optim.SGD(student.parameters(), lr=0.1)
-        options: Any = {"mode": mode, "problem": MetaWeightNet(), "inner_optimizer": sgd, "verify": True}
+        options: Any = {
+            "mode": mode,
+            "problem": MetaWeightNet(),
+            "inner_optimizer": sgd,
+            "verify": True,
+        }
         refused(
-            lambda o=options: metapl.hypergradient(teacher, student, **data, **o), teacher, naming="teacher's alpha"
+            lambda o=options: metapl.hypergradient(teacher, student, **data, **o),
+            teacher,
+            naming="teacher's alpha",
         )
 
 
@@ -149,10 +165,19 @@ def test_a_batch_that_requires_a_gradient() -> None:
     learned = {**data, "inner": (teacher.pictures, data["inner"][1])}
     three_doors(teacher, student, learned, r"inner\[0\]", **options)
     x, y = data["outer"]
-    three_doors(teacher, student, {**data, "outer": (x.requires_grad_(), y)}, r"outer\[0\]", **options)
+    three_doors(
+        teacher, student, {**data, "outer": (x.requires_grad_(), y)}, r"outer\[0\]", **options
+    )
     sgd = torch.optim.SGD(student.parameters(), lr=0.1)
-    given: Any = {**batches(), "inner": Lookahead([(teacher.pictures, y)]), "inner_optimizer": sgd, **options}
-    refused(lambda: metapl.hypergradient(teacher, student, **given), teacher, naming=r"inner\[0\]\[0\]")
+    given: Any = {
+        **batches(),
+        "inner": Lookahead([(teacher.pictures, y)]),
+        "inner_optimizer": sgd,
+        **options,
+    }
+    refused(
+        lambda: metapl.hypergradient(teacher, student, **given), teacher, naming=r"inner\[0\]\[0\]"
+    )
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
@@ -165,7 +190,11 @@ def test_a_setting_of_the_inner_optimizer_that_requires_a_gradient(name: str) ->
         options: Any = {"problem": MetaWeightNet(), "mode": "forward", "inner_optimizer": sgd}
         three_doors(teacher, student, batches(), f"{name} of the inner optimizer", **options)
         given: Any = {**batches(), **options}
-        refused(lambda g=given: metapl.hypergradient(teacher, student, **g), teacher, naming=f"{name} of the inner")
+        refused(
+            lambda g=given: metapl.hypergradient(teacher, student, **g),
+            teacher,
+            naming=f"{name} of the inner",
+        )
 
 
 def test_a_transform_that_reads_a_learned_rate() -> None:
@@ -191,7 +220,10 @@ def test_a_hook_on_a_parameter(mode: Any) -> None:
     given: Any = {**case.data(), "inner_optimizer": sgd, "mode": mode}
     handle = next(case.student.parameters()).register_hook(lambda g: 2 * g)
     refused(lambda: metapl.check_gradient(case.teacher, case.student, **given), naming="have hooks")
-    refused(lambda: metapl.hypergradient(case.teacher, case.student, **given, verify=True), naming="have hooks")
+    refused(
+        lambda: metapl.hypergradient(case.teacher, case.student, **given, verify=True),
+        naming="have hooks",
+    )
     handle.remove()
     trainer = metapl.BilevelTrainer(case.teacher, case.student, mode, verify=False)
     next(case.student.parameters()).register_hook(lambda g: 2 * g)
@@ -232,7 +264,9 @@ class OfDerivatives(nn.Module):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_leaf_that_a_pass_makes_for_itself_is_no_way_past_the_signal(mode: Any, steps: int) -> None:
+def test_a_leaf_that_a_pass_makes_for_itself_is_no_way_past_the_signal(
+    mode: Any, steps: int
+) -> None:
     if mode == "difference" and steps > 1:
         pytest.skip("difference takes one step")
     torch.manual_seed(0)
@@ -241,7 +275,9 @@ def test_a_leaf_that_a_pass_makes_for_itself_is_no_way_past_the_signal(mode: Any
     inner = (*data["inner"], torch.arange(ROWS))
     data["inner"] = inner if steps == 1 else Lookahead([inner] * steps)
     for verify in (True, False):
-        trainer = metapl.BilevelTrainer(teacher, student, mode, problem=ExampleWeights(), verify=verify)
+        trainer = metapl.BilevelTrainer(
+            teacher, student, mode, problem=ExampleWeights(), verify=verify
+        )
         trainer.step(**data)
 
 
@@ -249,7 +285,9 @@ def test_only_the_first_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     made: list[Any] = []
     real = trainer_module.FirstLook
     monkeypatch.setattr(
-        trainer_module, "FirstLook", lambda *given, **options: made.append(given) or real(*given, **options)
+        trainer_module,
+        "FirstLook",
+        lambda *given, **options: made.append(given) or real(*given, **options),
     )
     case = toy()
     trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", verify=False)
@@ -265,7 +303,9 @@ def test_a_refused_step_is_looked_at_again() -> None:
     torch.manual_seed(0)
     teacher = Weigher()
     student = Mixed(lambda: teacher.alpha)
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=MetaWeightNet(), verify=False)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", problem=MetaWeightNet(), verify=False
+    )
     data = batches()
     for _ in range(2):
         refused(lambda: trainer.step(**data), teacher, student, naming="teacher's alpha")

@@ -15,7 +15,16 @@ from metapl import MetaplError
 from metapl.ablation import Altered
 from metapl.execution import layout
 from metapl.execution.layout import Layout
-from metapl.feedback import Difference, Forward, ModeName, Unrolled, check_mode, estimator, modes_for, prepare
+from metapl.feedback import (
+    Difference,
+    Forward,
+    ModeName,
+    Unrolled,
+    check_mode,
+    estimator,
+    modes_for,
+    prepare,
+)
 
 
 def test_exact_modes_are_those_that_say_so() -> None:
@@ -53,16 +62,30 @@ def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
     assert refused(steps=2, kind="sharded", product_ranks=2) == {*metapl.MODES}
 
 
-def test_several_steps_of_a_sharded_student_name_the_torch_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_steps_of_a_sharded_student_name_the_torch_that_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Below it the second derivative of a DTensor is wrong; one student step takes none in the weights."""
     monkeypatch.setattr(layout, "DTENSOR_TWICE", "99.1")
     student, mode = Layout(nn.Linear(2, 2), kind="sharded"), estimator("forward")
     check_mode(mode, 1, prepare(None, mode), student)
-    with pytest.raises(MetaplError, match=r"from torch 99\.1 on, and this is .* expected one process, or one student"):
+    with pytest.raises(
+        MetaplError,
+        match=r"from torch 99\.1 on, and this is .* expected one process, or one student",
+    ):
         check_mode(mode, 2, prepare(None, mode), student)
 
 
-PUBLIC = ("ablation", "data", "distributed", "feedback", "metrics", "models", "problems", "training")
+PUBLIC = (
+    "ablation",
+    "data",
+    "distributed",
+    "feedback",
+    "metrics",
+    "models",
+    "problems",
+    "training",
+)
 
 
 def test_dir_shows_the_public_names_alone() -> None:

@@ -37,7 +37,9 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def weights(*modules: nn.Module | None) -> list[Tensor]:
-    return [t.clone() for module in modules if module is not None for t in module.state_dict().values()]
+    return [
+        t.clone() for module in modules if module is not None for t in module.state_dict().values()
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the outer loss is NaN
@@ -51,13 +53,16 @@ OUTER = {
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("outer", OUTER)
-@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode not in ("none", "implicit")])
+@pytest.mark.parametrize(
+    "mode", [mode for mode in metapl.MODES if mode not in ("none", "implicit")]
+)
 def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify: bool) -> None:
     """And neither the student's passes nor another mode. The teacher has no losses that would be refused before."""
     trainer = metapl.BilevelTrainer(network(), network(), mode, teacher_losses=(), verify=verify)
     before = weights(trainer.teacher, trainer.student)
     with pytest.raises(
-        MetaplError, match=r"the outer loss is NaN or infinite: the outer batch \(labeled\) has no rows"
+        MetaplError,
+        match=r"the outer loss is NaN or infinite: the outer batch \(labeled\) has no rows",
     ):
         trainer.step(OUTER[outer](*pair()), pair()[0])
     assert same(weights(trainer.teacher, trainer.student), before)
@@ -102,7 +107,9 @@ def test_an_outer_loss_in_the_middle_of_a_path_is_named() -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_bad_inner_batch_is_not_blamed_on_the_outer_one(verify: bool) -> None:
     trainer = metapl.BilevelTrainer(network(), network(), teacher_losses=(), verify=verify)
-    with pytest.raises(MetaplError, match="the inner loss, the outer loss or the feedback is NaN or infinite"):
+    with pytest.raises(
+        MetaplError, match="the inner loss, the outer loss or the feedback is NaN or infinite"
+    ):
         trainer.step(pair(), pair()[0] * float("nan"))
 
 
@@ -114,14 +121,18 @@ class OfTokens:
 
     name = "tokens"
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+    ) -> Tensor:
         return F.cross_entropy(teacher(labeled[0]), labeled[1], ignore_index=-100)
 
 
 class OfRows(OfTokens):
     """A mean over rows of the means over their labels, of which each row has one at least."""
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+    ) -> Tensor:
         x, labels = labeled
         losses = F.cross_entropy(teacher(x), labels, ignore_index=-100, reduction="none")
         return (losses.sum(1) / (labels != -100).sum(1)).mean()
@@ -130,10 +141,14 @@ class OfRows(OfTokens):
 class OfFactors(OfRows):
     """The same, of a network whose weights have to be small."""
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+    ) -> Tensor:
         if max(p.abs().max() for p in teacher.parameters()) > 1:
             raise ArithmeticError("the weights are too large")
-        return super().__call__(teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+        return super().__call__(
+            teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step
+        )
 
 
 class Tagger(nn.Module):
@@ -141,7 +156,9 @@ class Tagger(nn.Module):
 
     def __init__(self, tokens: int = 5) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES * tokens))
+        self.layers = nn.Sequential(
+            nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES * tokens)
+        )
         nn.init.zeros_(self.layers[2].weight)
         nn.init.zeros_(self.layers[2].bias)
 
@@ -192,7 +209,9 @@ def test_a_loss_that_is_no_mean_over_rows_is_seen_where_all_rows_have_the_same_l
 @pytest.mark.parametrize("loss", [OfRows(), OfFactors()])
 @pytest.mark.parametrize("make", [Tagger, Recurrent])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_mean_over_rows_is_taken_for_one(make: Callable[[], nn.Module], loss: Any, seed: int) -> None:
+def test_a_mean_over_rows_is_taken_for_one(
+    make: Callable[[], nn.Module], loss: Any, seed: int
+) -> None:
     """Also of a network that is chaotic at other weights, and by a loss that fails there."""
     torch.manual_seed(seed)
     model = make()
@@ -225,7 +244,9 @@ class Preprocessing(metapl.BilevelProblem):
     def __init__(self, teacher: nn.Module) -> None:
         self.teacher = teacher
 
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher())
 
     def student_input(self, batch: Any, signal: Any) -> Tensor:  # type: ignore[override]
@@ -252,7 +273,11 @@ EVALUATIONS: dict[str, Callable[[metapl.BilevelTrainer], Any]] = {
     "evaluate": lambda trainer: trainer.evaluate(pair(dtype=torch.float64)),
     "predict": lambda trainer: trainer.predict(pair(dtype=torch.float64)[0]),
     "fit": lambda trainer: trainer.fit(
-        [pair(dtype=torch.float64)], [pair(dtype=torch.float64)], steps=2, validation=pair(), progress=False
+        [pair(dtype=torch.float64)],
+        [pair(dtype=torch.float64)],
+        steps=2,
+        validation=pair(),
+        progress=False,
     ),
 }
 
@@ -262,7 +287,10 @@ def test_an_outer_input_of_a_signal_is_refused_outside_of_a_step(call: str) -> N
     teacher, student = Scales(), network(torch.float64)
     trainer = metapl.BilevelTrainer(teacher, student, problem=BySignal(teacher))
     before = weights(teacher, student)
-    with pytest.raises(MetaplError, match=r"outside of a step there is no signal; expected outer_input\(self, batch\)"):
+    with pytest.raises(
+        MetaplError,
+        match=r"outside of a step there is no signal; expected outer_input\(self, batch\)",
+    ):
         EVALUATIONS[call](trainer)
     assert same(weights(teacher, student), before)
 
@@ -272,14 +300,21 @@ def test_what_that_error_proposes_has_the_same_gradient_and_is_evaluated() -> No
     batches: dict[str, Any] = {"outer": pair(5, torch.float64), "inner": pair(dtype=torch.float64)}
     by_signal, by_module = (
         metapl.hypergradient(
-            teacher, student, **batches, problem=kind(teacher), inner_optimizer=sgd(student), verify=True
+            teacher,
+            student,
+            **batches,
+            problem=kind(teacher),
+            inner_optimizer=sgd(student),
+            verify=True,
         ).grads["values"]
         for kind in (BySignal, ByModule)
     )
     torch.testing.assert_close(by_signal, by_module, rtol=1e-12, atol=1e-12)
     assert by_signal.norm() > 1e-3
     trainer = metapl.BilevelTrainer(teacher, student, problem=ByModule(teacher))
-    trainer.fit([batches["outer"]], [batches["inner"]], steps=2, validation=batches["outer"], progress=False)
+    trainer.fit(
+        [batches["outer"]], [batches["inner"]], steps=2, validation=batches["outer"], progress=False
+    )
     x, y = batches["outer"]
     right = (student(x * teacher()).argmax(1) == y).double().mean().item()
     assert trainer.evaluate(batches["outer"]).value == pytest.approx(right)
@@ -292,7 +327,9 @@ def test_what_that_error_proposes_has_the_same_gradient_and_is_evaluated() -> No
 def test_an_error_describes_what_was_given_and_not_its_copies(labels: torch.dtype) -> None:
     x, y = pair()
     trainer = metapl.BilevelTrainer(network(), network())
-    with pytest.raises(MetaplError, match=rf"the labels are a tensor of shape \(8,\), {str(labels)[6:]}, on cpu"):
+    with pytest.raises(
+        MetaplError, match=rf"the labels are a tensor of shape \(8,\), {str(labels)[6:]}, on cpu"
+    ):
         trainer.step((x, y.to(labels)), x)
 
 
@@ -309,7 +346,10 @@ def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
         return torch.optim.Adam(module.parameters(), lr=0.1)
 
     expected = r"expected that of a {} with the same networks, optimizers and mode\."
-    bilevel_expected, loss_expected = expected.format("BilevelTrainer"), expected.format("LossTrainer")
+    bilevel_expected, loss_expected = (
+        expected.format("BilevelTrainer"),
+        expected.format("LossTrainer"),
+    )
     return {
         "SGD's for Adam": (
             lambda: bilevel(adam).load_state_dict(bilevel().state_dict()),
@@ -331,7 +371,10 @@ def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: of_losses().load_state_dict(network().state_dict()),
             rf"it has no optimizer, steps_done, student.*{loss_expected}",
         ),
-        "nothing": (lambda: bilevel().load_state_dict(None), rf"it is of type NoneType.*{bilevel_expected}"),  # type: ignore[arg-type]
+        "nothing": (
+            lambda: bilevel().load_state_dict(None),
+            rf"it is of type NoneType.*{bilevel_expected}",
+        ),  # type: ignore[arg-type]
     }
 
 
@@ -354,7 +397,9 @@ def test_a_state_of_the_same_trainer_is_taken_with_a_schedule() -> None:
 
 
 def rates_by_entry(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([{"params": [p], "lr": torch.full_like(p, 0.1)} for p in module.parameters()], lr=0.1)
+    return torch.optim.SGD(
+        [{"params": [p], "lr": torch.full_like(p, 0.1)} for p in module.parameters()], lr=0.1
+    )
 
 
 def fit(**options: Any) -> Any:
@@ -365,7 +410,9 @@ def fit(**options: Any) -> Any:
 
 def validated_by_nothing() -> Any:
     student = network()
-    found = metapl.attribute(student, pair(), pair(), optimizer=sgd(student), steps=2, batch_size=4, progress=False)
+    found = metapl.attribute(
+        student, pair(), pair(), optimizer=sgd(student), steps=2, batch_size=4, progress=False
+    )
     return found.validate([])
 
 
@@ -397,7 +444,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fit(callbacks=print),
         "callbacks is of type builtin_function_or_method; expected a list of functions",
     ),
-    "a file for a folder": (lambda: fit(out=__file__), r"cannot be made \(File exists\); expected a folder for out"),
+    "a file for a folder": (
+        lambda: fit(out=__file__),
+        r"cannot be made \(File exists\); expected a folder for out",
+    ),
     "a rate for each entry of the teacher": (
         with_rates_of_the_teacher,
         r"outer_optimizer has 'lr' of shape \(6, 4\).*; expected a number",
@@ -421,15 +471,25 @@ def test_a_penalty_in_micro_batches_warns_of_nothing() -> None:
     student = network()
 
     class Penalized(ExampleWeights):
-        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
-            return super().inner_loss(outputs, signal, batch, params) + sum((p**2).sum() for p in student.parameters())
+        def inner_loss(
+            self, outputs: Tensor, signal: Any, batch: Any, params: Any = None
+        ) -> Tensor:
+            return super().inner_loss(outputs, signal, batch, params) + sum(
+                (p**2).sum() for p in student.parameters()
+            )
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
             total = F.cross_entropy(outputs, batch[1], reduction="sum")
-            return total + len(outputs) * sum((p**2).sum() for p in student.parameters()), len(outputs)
+            return total + len(outputs) * sum((p**2).sum() for p in student.parameters()), len(
+                outputs
+            )
 
     trainer = metapl.BilevelTrainer(
-        Table(torch.zeros(ROWS)), student, problem=Penalized(), inner_optimizer=sgd(student), accumulate=2
+        Table(torch.zeros(ROWS)),
+        student,
+        problem=Penalized(),
+        inner_optimizer=sgd(student),
+        accumulate=2,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -443,10 +503,14 @@ def test_what_an_error_about_a_dataclass_proposes_runs() -> None:
         y: Tensor
 
     class Records(metapl.BilevelProblem):
-        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        def signal(
+            self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
+        ) -> metapl.Signal:
             return metapl.Signal(teacher(torch.arange(len(batch.y))).sigmoid())
 
-        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Any, batch: Any, params: Any = None
+        ) -> Tensor:
             return signal.value * F.cross_entropy(outputs, batch.y, reduction="none")
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -468,6 +532,8 @@ def test_what_an_error_about_a_dataclass_proposes_runs() -> None:
         )
         return trainer.step(Batch(*pair()), Batch(*pair()))
 
-    with pytest.raises(MetaplError, match=r"methods student_input\(batch\) and outer_input\(batch\)"):
+    with pytest.raises(
+        MetaplError, match=r"methods student_input\(batch\) and outer_input\(batch\)"
+    ):
         step(Records())
     assert tuple(step(WithInputs()).feedback.shape) == (ROWS,)

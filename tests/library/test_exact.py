@@ -8,7 +8,18 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, gradient, noisy_teacher, product, toy, unmoved, warm
+from problems_zoo import (
+    OPTIMISERS,
+    STUDENTS,
+    Optimiser,
+    Toy,
+    gradient,
+    noisy_teacher,
+    product,
+    toy,
+    unmoved,
+    warm,
+)
 from reference import error
 
 import metapl
@@ -27,11 +38,18 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
     "difference_one_sided": (Difference(one_sided=True), "soft", "soft", DIFFERENCE),
     "reinforce": ("reinforce", "hard", "batch_mean", EXACT),
     "reinforce_per_example": ("reinforce_per_example", "hard", "score", EXACT),
-    "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "hard", "score", DIFFERENCE),
+    "reinforce_per_example_by_difference": (
+        ReinforcePerExample(tangent="difference"),
+        "hard",
+        "score",
+        DIFFERENCE,
+    ),
 }
 
 COMMON = ("unrolled", "forward", "reinforce_per_example")
-EVERY = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*COMMON, "mlp", "torch_sgd_nesterov", "torch_adamw"])
+EVERY = product(
+    ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*COMMON, "mlp", "torch_sgd_nesterov", "torch_adamw"]
+)
 WARMED = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*COMMON, "mlp", "torch_sgd_nesterov"])
 
 
@@ -50,16 +68,22 @@ def check_against_reference(
     mode, kind, told, tolerance = ESTIMATORS[estimator]
     tolerance = max(optimiser.tolerance, tolerance or 0.0, at_least or 0.0)
     if told == "batch_mean" and "clip" in optimiser.name:
-        tolerance = 1e-6  # behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6
+        tolerance = (
+            1e-6  # behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6
+        )
     if told == "batch_mean" and "adam_defaults" in optimiser.name and rule_state is None:
         tolerance = 1e-7  # a first step of Adam is a sign: ⟨w, g⟩ cancels to its eps, 1e-8, in which rounding is 1e-8
     problem.draw_from_start()
     state = {"state": rule_state, "kind": told, **labels}
-    expected = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule, **state)
+    expected = reference.pseudo_labels(
+        **problem.networks(), **problem.data(), rule=optimiser.rule, **state
+    )
     drawn_to = torch.get_rng_state()
     problem.draw_from_start()
     settings = {name: value for name, value in labels.items() if name == "temperature"}
-    pseudo = metapl.PseudoLabels(kind=kind, label_smoothing=labels.get("smoothing", 0.0), **settings)
+    pseudo = metapl.PseudoLabels(
+        kind=kind, label_smoothing=labels.get("smoothing", 0.0), **settings
+    )
     found = gradient(problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state)
     assert error(found.grads, expected.grads) < tolerance
     told_of = expected.signal_grad.squeeze() if told == "batch_mean" else expected.signal_grad
@@ -68,7 +92,9 @@ def check_against_reference(
     assert error(found.student_params, expected.student_params) < optimiser.tolerance
     assert error(found.inner_loss, expected.inner_loss) < 1e-12
     assert error(found.outer_loss, expected.outer_loss) < optimiser.tolerance
-    assert torch.equal(torch.get_rng_state(), drawn_to), "the generator is not where one forward pass leaves it"
+    assert torch.equal(torch.get_rng_state(), drawn_to), (
+        "the generator is not where one forward pass leaves it"
+    )
     return found, expected
 
 
@@ -90,7 +116,9 @@ def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
 
 def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
     """Weights, buffers, gradients and optimiser states bit for bit; the generator is the caller's own."""
-    return unmoved(problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False)
+    return unmoved(
+        problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +136,9 @@ def test_three_steps_chained_by_inner_state(estimator: str, student: str, optimi
     inner_state = rule_state = None
     for _ in range(3):
         transform = rule.build(problem.student)
-        found, expected = check_against_reference(estimator, problem, rule, transform, inner_state, rule_state)
+        found, expected = check_against_reference(
+            estimator, problem, rule, transform, inner_state, rule_state
+        )
         inner_state, rule_state = found.inner_state, expected.state
         problem.student.load_state_dict(expected.student_params, strict=False)
 
@@ -119,11 +149,17 @@ def test_the_reference_agrees_with_central_differences_of_real_steps(optimiser: 
     problem, rule = toy("mlp"), OPTIMISERS[optimiser]
     expected = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=rule.rule).grads
     draw = torch.Generator().manual_seed(3)
-    direction = {n: torch.randn(g.shape, generator=draw, dtype=g.dtype) for n, g in expected.items()}
+    direction = {
+        n: torch.randn(g.shape, generator=draw, dtype=g.dtype) for n, g in expected.items()
+    }
     phi, step = reference.weights(problem.teacher), 1e-5
 
     def labelled_loss(moved: float) -> torch.Tensor:
-        q = reference.at(problem.teacher, {n: p + moved * direction[n] for n, p in phi.items()}, problem.unlabeled)
+        q = reference.at(
+            problem.teacher,
+            {n: p + moved * direction[n] for n, p in phi.items()},
+            problem.unlabeled,
+        )
         student = toy("mlp").student
         loss = reference.cross_entropy(q.softmax(-1).detach(), student(problem.unlabeled)).mean()
         params = dict(student.named_parameters())
@@ -137,7 +173,9 @@ def test_the_reference_agrees_with_central_differences_of_real_steps(optimiser: 
             updates, _ = real.update(grads, real.init(params), params=params, inplace=False)
             torchopt.apply_updates(params, updates, inplace=True)
         with torch.no_grad():
-            return torch.nn.functional.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
+            return torch.nn.functional.cross_entropy(
+                student(problem.labeled[0]), problem.labeled[1]
+            )
 
     slope = (labelled_loss(step) - labelled_loss(-step)) / (2 * step)
     along = sum((expected[n] * direction[n]).sum() for n in expected)
@@ -193,8 +231,13 @@ def test_float32_agrees_with_float64(estimator: str, student: str, optimiser: st
         problem = toy(student, dtype=torch.float32)
         for net in problem.networks().values():
             net.to(dtype)
-        data = {"labeled": (problem.labeled[0].to(dtype), problem.labeled[1]), "unlabeled": problem.unlabeled.to(dtype)}
+        data = {
+            "labeled": (problem.labeled[0].to(dtype), problem.labeled[1]),
+            "unlabeled": problem.unlabeled.to(dtype),
+        }
         problem.draw_from_start()
         how = mode if dtype == torch.float32 else "forward"
-        grads.append(gradient(problem, how, **data, inner_optimizer=rule.build(problem.student)).grads)
+        grads.append(
+            gradient(problem, how, **data, inner_optimizer=rule.build(problem.student)).grads
+        )
     assert error(*grads) < SINGLE[estimator]

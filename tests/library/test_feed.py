@@ -44,7 +44,12 @@ class Doubles(StepBatches[Tensor]):
 WITH_WORKERS: dict[str, Callable[[], Any]] = {
     "shuffled": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=2),
     "own generators, persistent": lambda: DataLoader(
-        OwnGenerators(), batch_size=3, shuffle=True, num_workers=2, generator=seeded(5), persistent_workers=True
+        OwnGenerators(),
+        batch_size=3,
+        shuffle=True,
+        num_workers=2,
+        generator=seeded(5),
+        persistent_workers=True,
     ),
     "iterable": lambda: DataLoader(Stream(), batch_size=3, num_workers=2),
 }
@@ -99,7 +104,8 @@ def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callabl
 
 
 @pytest.mark.parametrize(
-    "source", [pytest.param(s, marks=[pytest.mark.long] * ("persistent" not in s)) for s in WITH_WORKERS]
+    "source",
+    [pytest.param(s, marks=[pytest.mark.long] * ("persistent" not in s)) for s in WITH_WORKERS],
 )
 def test_goes_on_exactly_with_workers(source: str) -> None:
     check_going_on(WITH_WORKERS[source], range(4, 5))
@@ -147,7 +153,9 @@ def served(source: Any, batches: int, **options: Any) -> Any:
     return stream
 
 
-def restored(source: Any, state: Callable[[dict[str, Any]], Any] = lambda own: own, of: Any = None) -> None:
+def restored(
+    source: Any, state: Callable[[dict[str, Any]], Any] = lambda own: own, of: Any = None
+) -> None:
     """A feed of ``source`` gets what ``state`` makes of the state of one of ``of``, or of itself."""
     stream = made(source)
     stream.restore(state((stream if of is None else of).state()))
@@ -163,13 +171,17 @@ REFUSED: dict[str, Callable[[], object]] = {
     "too few steps": lambda: made(Doubles(5), stop=6),
     "beyond its end": lambda: served(Doubles(5), 2, stop=2).next(),
     "an empty epoch": lambda: made(DataLoader([])).next(),  # type: ignore[arg-type]
-    "an epoch smaller than a batch": lambda: made(DataLoader(Noisy(2), batch_size=3, drop_last=True)).next(),
+    "an epoch smaller than a batch": lambda: made(
+        DataLoader(Noisy(2), batch_size=3, drop_last=True)
+    ).next(),
     "a used-up epoch": lambda: served(UsedUp(), 2).next(),
     "a state of another kind": lambda: restored([1, 2], of=made(OWN())),
     "a source that has shrunk": lambda: restored(
         DataLoader(Noisy(6), batch_size=2), of=served(DataLoader(Noisy(10), batch_size=2), 5)
     ),
-    "no order to resume in": lambda: restored(DataLoader(Noisy(), **UNORDERED), lambda own: {**own, "position": 2}),
+    "no order to resume in": lambda: restored(
+        DataLoader(Noisy(), **UNORDERED), lambda own: {**own, "position": 2}
+    ),
 }
 
 
@@ -204,7 +216,9 @@ def test_a_failed_step_is_not_skipped(num_workers: int) -> None:
     assert not active_children()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("for a moment")], ids=["Ctrl-C", "error"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError("for a moment")], ids=["Ctrl-C", "error"]
+)
 def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     expected = take(made(DataLoader(Failing(), batch_size=2, shuffle=True)), 8)
     stream = made(DataLoader(Failing(error), batch_size=2, shuffle=True))
@@ -284,7 +298,9 @@ def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None
         batch = plain.next()
         assert same(here.next(), batch)
         moved = pytree.tree_leaves(there.next())
-        assert [(x.device.type, x.shape) for x in moved] == [("meta", x.shape) for x in pytree.tree_leaves(batch)]
+        assert [(x.device.type, x.shape) for x in moved] == [
+            ("meta", x.shape) for x in pytree.tree_leaves(batch)
+        ]
     assert same(there.state(), plain.state())
     there.restore(plain.state())
     for stream in (plain, there, here):
@@ -311,7 +327,9 @@ def test_to_device_moves_tensors_alone() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("make", [lambda x: x.pin_memory(), lambda x: x, lambda x: x[:, None].expand(-1, 3)])
+@pytest.mark.parametrize(
+    "make", [lambda x: x.pin_memory(), lambda x: x, lambda x: x[:, None].expand(-1, 3)]
+)
 def test_to_device_moves_pinned_tensors_and_others(make: Callable[[Tensor], Tensor]) -> None:
     x = make(torch.arange(1000))
     there = to_device((x,), "cuda")[0]
@@ -325,8 +343,15 @@ def test_to_device_moves_pinned_tensors_and_others(make: Callable[[Tensor], Tens
 
 def test_hash_is_splitmix64() -> None:
     # Its published outputs, from the seeds 0 and 1234567.
-    assert [draws.fold_in(0, i) for i in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [draws.fold_in(1234567, i) for i in range(2)] == [6457827717110365317, 3203168211198807973]
+    assert [draws.fold_in(0, i) for i in range(3)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
+    assert [draws.fold_in(1234567, i) for i in range(2)] == [
+        6457827717110365317,
+        3203168211198807973,
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**63, 2**64 - 1])
@@ -346,7 +371,9 @@ def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
     order = torch.randperm(1003, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(3, 5, examples[order], 7, dtype=dtype), whole[order])
     for size in (1, 2, 3, 5, 17):
-        assert torch.equal(draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), whole[40 : 40 + size])
+        assert torch.equal(
+            draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), whole[40 : 40 + size]
+        )
     # More draws continue fewer.
     assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
 
@@ -365,7 +392,10 @@ def test_each_epoch_is_a_permutation(size: int, batch_size: int) -> None:
 
 
 def test_orders_differ_by_epoch_seed_and_stream() -> None:
-    orders = [StepSampler(30, 30, seed, stream).indices(epoch) for seed, stream, epoch in product(range(3), repeat=3)]
+    orders = [
+        StepSampler(30, 30, seed, stream).indices(epoch)
+        for seed, stream, epoch in product(range(3), repeat=3)
+    ]
     assert len({tuple(order.tolist()) for order in orders}) == 27
 
 

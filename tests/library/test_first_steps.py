@@ -43,7 +43,9 @@ def given_batches(number: int = 12) -> list[tuple[Tensor, Tensor]]:
 
 def student_network() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
+    )
 
 
 def weight_trainer(**options: Any) -> metapl.BilevelTrainer:
@@ -53,7 +55,9 @@ def weight_trainer(**options: Any) -> metapl.BilevelTrainer:
     return metapl.BilevelTrainer(WeightNet(hidden=8), student, "forward", **options)
 
 
-def fit(trainer: metapl.BilevelTrainer, inner: Any = None, steps: int = 10, **options: Any) -> metapl.FitResult:
+def fit(
+    trainer: metapl.BilevelTrainer, inner: Any = None, steps: int = 10, **options: Any
+) -> metapl.FitResult:
     options = {"schedule": "constant", "progress": False} | options
     return trainer.fit(TRUSTED, given_batches() if inner is None else inner, steps=steps, **options)
 
@@ -78,7 +82,10 @@ def test_an_optimizer_that_is_given_comes_before_that_of_the_problem() -> None:
     table = Table(torch.zeros(ROWS))
     outer = torch.optim.SGD(table.parameters(), lr=0.5)
     assert (
-        metapl.BilevelTrainer(table, student_network(), problem=Named(), outer_optimizer=outer).outer_optimizer is outer
+        metapl.BilevelTrainer(
+            table, student_network(), problem=Named(), outer_optimizer=outer
+        ).outer_optimizer
+        is outer
     )
 
 
@@ -102,19 +109,27 @@ TEACHERS: dict[str, tuple[metapl.BilevelProblem, Any, Any]] = {
     "weights": (ExampleWeights(), lambda: Table(torch.zeros(8)), (X[:8], Y[:8], INDEX)),
     "labels": (ExampleLabels(), lambda: Table(2 * F.one_hot(Y[:8], 3).float()), (X[:8], INDEX)),
     "matrix": (NoiseTransition(), lambda: Table(4 * torch.eye(3)), (X[:8], Y[:8])),
-    "corrector": (LabelCorrection(), lambda: metapl.models.Corrector(nn.Linear(5, 3), classes=3), (X[:8], Y[:8])),
+    "corrector": (
+        LabelCorrection(),
+        lambda: metapl.models.Corrector(nn.Linear(5, 3), classes=3),
+        (X[:8], Y[:8]),
+    ),
     "losses": (MetaWeightNet(), lambda: WeightNet(hidden=8), (X[:8], Y[:8])),
 }
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("name", TEACHERS)
-def test_the_teacher_of_a_problem_moves_whatever_the_size_of_its_feedback(name: str, scale: float) -> None:
+def test_the_teacher_of_a_problem_moves_whatever_the_size_of_its_feedback(
+    name: str, scale: float
+) -> None:
     """By the default of the trainer, SGD at 0.05, weights of a table would move by 1e-6 a step."""
     problem, teacher_of, inner = TEACHERS[name]
     torch.manual_seed(0)
     teacher = teacher_of()
-    trainer = metapl.BilevelTrainer(teacher, student_network(), problem=problem, feedback_weight=scale)
+    trainer = metapl.BilevelTrainer(
+        teacher, student_network(), problem=problem, feedback_weight=scale
+    )
     first = copied(teacher)
     for _ in range(3):
         trainer.step(labeled=TRUSTED[0], unlabeled=inner)
@@ -158,7 +173,9 @@ def test_the_student_first_learns_the_given_labels_as_it_would_alone() -> None:
     trainer, lonely = weight_trainer(), student_network()
     assert trainer.teacher is not None
     before = copied(trainer.teacher)
-    alone = metapl.LossTrainer(lonely, optimizer=torch.optim.SGD(lonely.parameters(), lr=0.1, momentum=0.9))
+    alone = metapl.LossTrainer(
+        lonely, optimizer=torch.optim.SGD(lonely.parameters(), lr=0.1, momentum=0.9)
+    )
     torch.manual_seed(5)
     for batch in given_batches():
         report = trainer.first_step(labeled=TRUSTED[0], unlabeled=batch)
@@ -246,10 +263,16 @@ class TooMany(MetaWeightNet):
     ("trainer", "options", "message"),
     [
         (lambda: weight_trainer(problem=TooMany()), {}, r"TooMany.first_steps\(10\) returned 10"),
-        (weight_trainer, {"first_steps": 10}, "first_steps=10: expected fewer than the steps after wait, 10"),
+        (
+            weight_trainer,
+            {"first_steps": 10},
+            "first_steps=10: expected fewer than the steps after wait, 10",
+        ),
     ],
 )
-def test_first_steps_that_leave_none_for_the_teacher_are_refused(trainer: Any, options: Any, message: str) -> None:
+def test_first_steps_that_leave_none_for_the_teacher_are_refused(
+    trainer: Any, options: Any, message: str
+) -> None:
     refused = trainer()
     before = copy.deepcopy(refused.state_dict())
     with pytest.raises(MetaplError, match=message):
@@ -290,7 +313,9 @@ class Doubled(torch.autograd.Function):
 
 
 class WrongWeights(MetaWeightNet):
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         signal = super().signal(teacher, batch, student_outputs, generator=generator)
         return metapl.Signal(Doubled.apply(signal.value))
 
@@ -311,11 +336,16 @@ def test_a_compiled_fit_has_the_first_steps_of_an_eager_one() -> None:
         student = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
         trainer = weight_trainer_of(student, compiled)
         fit(trainer)
-        ends.append(copied(trainer.student) | {f"teacher.{name}": t for name, t in copied(trainer.teacher).items()})  # type: ignore[arg-type]
+        ends.append(
+            copied(trainer.student)
+            | {f"teacher.{name}": t for name, t in copied(trainer.teacher).items()}
+        )  # type: ignore[arg-type]
     for name, t in ends[0].items():
         torch.testing.assert_close(ends[1][name], t, rtol=1e-4, atol=1e-5)
 
 
 def weight_trainer_of(student: nn.Module, compiled: bool) -> metapl.BilevelTrainer:
     torch.manual_seed(4)
-    return metapl.BilevelTrainer(WeightNet(hidden=8), student, "forward", problem=MetaWeightNet(), compile=compiled)
+    return metapl.BilevelTrainer(
+        WeightNet(hidden=8), student, "forward", problem=MetaWeightNet(), compile=compiled
+    )

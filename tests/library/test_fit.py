@@ -45,14 +45,18 @@ from metapl.training.records import figures
 def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) -> None:
     fitted, twin, (labeled, unlabeled) = bilevel(), bilevel(), batches(8)
     torch.manual_seed(1)
-    found = fitted.fit(labeled, unlabeled, steps=8, schedule="constant", ema_decay=decay, validation=validation)
+    found = fitted.fit(
+        labeled, unlabeled, steps=8, schedule="constant", ema_decay=decay, validation=validation
+    )
     torch.manual_seed(1)
     average = copied(twin.student)
     for t, data in enumerate(zip(labeled, unlabeled, strict=True)):
         twin.step(*data)
         d = min(decay, (1 + t) / (10 + t))
         average = {n: d * average[n] + (1 - d) * p for n, p in copied(twin.student).items()}
-    buffers = {n: b.clone() for n, b in twin.student.named_buffers()}  # statistics are the student's own
+    buffers = {
+        n: b.clone() for n, b in twin.student.named_buffers()
+    }  # statistics are the student's own
     for name, value in {**average, **buffers}.items():
         torch.testing.assert_close(found.weights[name], value, rtol=1e-5, atol=1e-6)
         assert torch.equal(fitted.student.state_dict()[name], found.weights[name])
@@ -60,7 +64,11 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) ->
 
 
 def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, steps, wanted = single(), 5, iter([0.9, 0.2, 0.6, 0.4, 0.6, 0.5])  # the first before the first step
+    trainer, steps, wanted = (
+        single(),
+        5,
+        iter([0.9, 0.2, 0.6, 0.4, 0.6, 0.5]),
+    )  # the first before the first step
     seen: list[dict[str, Tensor]] = []
 
     def scripted(*_: Any) -> Any:
@@ -79,12 +87,16 @@ def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
     trainer = single()
-    found = trainer.fit(batches(4)[0], steps=30, validation=VALIDATION, validate_every=7, ema_decay=ema)
+    found = trainer.fit(
+        batches(4)[0], steps=30, validation=VALIDATION, validate_every=7, ema_decay=ema
+    )
     assert found.step in (7, 14, 21, 28, 30)
     assert found.validation_accuracy == trainer.evaluate(VALIDATION).accuracy
     model = network().eval()
     model.load_state_dict(found.weights)
-    assert evaluate_logits(model(VALIDATION[0]), VALIDATION[1]).accuracy == found.validation_accuracy
+    assert (
+        evaluate_logits(model(VALIDATION[0]), VALIDATION[1]).accuracy == found.validation_accuracy
+    )
 
 
 def poisoned(number: int, at: int) -> list[Any]:
@@ -104,7 +116,9 @@ def trapped(trainer: Any) -> Any:
 
 @pytest.mark.parametrize("trainer", [single, bilevel])
 @pytest.mark.parametrize("bad", [1, 8, 10, 12, 20])
-def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Trainer], bad: int, tmp_path: Path) -> None:
+def test_a_nan_stops_the_run_at_its_step(
+    trainer: Callable[[], Trainer], bad: int, tmp_path: Path
+) -> None:
     """Between the steps that are logged, validated or saved as well as on them."""
     labeled, unlabeled = poisoned(20, bad), batches(20)[1]
     saved = 4 * ((bad - 1) // 4)
@@ -124,7 +138,9 @@ def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Trainer], bad: in
     if (tmp_path / "metrics.jsonl").exists():  # a first step that is refused leaves nothing
         assert all(row["step"] < bad for row in rows(tmp_path))
     if kept:
-        assert all(torch.isfinite(t).all() for t in pytree.tree_leaves(kept.state) if isinstance(t, Tensor))
+        assert all(
+            torch.isfinite(t).all() for t in pytree.tree_leaves(kept.state) if isinstance(t, Tensor)
+        )
 
 
 def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path: Path) -> None:
@@ -149,17 +165,32 @@ def stop_at(step: int, reason: str = "enough") -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("trainer", [single, bilevel])
-def test_each_callback_sees_every_recorded_row_in_turn(trainer: Callable[[], Any], tmp_path: Path) -> None:
+def test_each_callback_sees_every_recorded_row_in_turn(
+    trainer: Callable[[], Any], tmp_path: Path
+) -> None:
     one, seen = trainer(), []
     calls = [lambda *given, name=name: seen.append((name, *given)) for name in "ab"]
     found = one.fit(
-        *batches(4), steps=7, log_every=2, validation=VALIDATION, validate_every=3, out=tmp_path, callbacks=calls
+        *batches(4),
+        steps=7,
+        log_every=2,
+        validation=VALIDATION,
+        validate_every=3,
+        out=tmp_path,
+        callbacks=calls,
     )
-    assert [(name, step) for name, step, _, _ in seen] == [(n, step) for step in (2, 3, 4, 6, 7) for n in "ab"]
+    assert [(name, step) for name, step, _, _ in seen] == [
+        (n, step) for step in (2, 3, 4, 6, 7) for n in "ab"
+    ]
     assert all(who is one for *_, who in seen)
-    logged = [{name: value for name, value in row.items() if name != "phase"} for row in rows(tmp_path)]
+    logged = [
+        {name: value for name, value in row.items() if name != "phase"} for row in rows(tmp_path)
+    ]
     assert [row for name, _, row, _ in seen if name == "a"] == logged == found.history
-    assert [row["step"] for row in single().fit(batches(4)[0], steps=4, log_every=2, validate_every=1).history] == [
+    assert [
+        row["step"]
+        for row in single().fit(batches(4)[0], steps=4, log_every=2, validate_every=1).history
+    ] == [
         2,
         4,
     ]
@@ -175,13 +206,21 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
         trainer = bilevel()
         torch.manual_seed(1)
         out = tmp_path / str(steps)
-        how = QUIET | {"say": said.append, "save_every": 5, "ema_decay": ema, "validation": VALIDATION, "select": False}
+        how = QUIET | {
+            "say": said.append,
+            "save_every": 5,
+            "ema_decay": ema,
+            "validation": VALIDATION,
+            "select": False,
+        }
         found = trainer.fit(*batches(4), steps=steps, out=out, callbacks=calls, **how)
         last = CheckpointFolder(out / "checkpoints/fit").newest()
         assert last is not None
         assert (found.step, last.state["step"]) == (6, 6)
         ends.append((trainer.state_dict(), found.weights, last.state["trainer"]))
-        again = bilevel().fit(*batches(4), steps=steps, out=out, resume=True, **how | {"say": lambda _: None})
+        again = bilevel().fit(
+            *batches(4), steps=steps, out=out, resume=True, **how | {"say": lambda _: None}
+        )
         assert (again.step, again.value) == (6, found.value), "it has ended"
     assert same(*ends)
     assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])
@@ -190,9 +229,28 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
 # ------------------------------------------------------------------------------------------------- what is written
 
 SCALARS = {
-    *("inner_loss", "outer_loss", "teacher_loss", "teacher_cross_entropy", "student_lr", "teacher_lr"),
-    *("feedback_mean", "feedback_std", "feedback_snr", "pseudo_label_confidence", "pseudo_label_entropy", "agreement"),
-    *("feedback_rms", "pseudo_label_class_entropy", "student_class_entropy", "labeled_class_entropy"),
+    *(
+        "inner_loss",
+        "outer_loss",
+        "teacher_loss",
+        "teacher_cross_entropy",
+        "student_lr",
+        "teacher_lr",
+    ),
+    *(
+        "feedback_mean",
+        "feedback_std",
+        "feedback_snr",
+        "pseudo_label_confidence",
+        "pseudo_label_entropy",
+        "agreement",
+    ),
+    *(
+        "feedback_rms",
+        "pseudo_label_class_entropy",
+        "student_class_entropy",
+        "labeled_class_entropy",
+    ),
     *("class_shares_vs_labeled", "student_validation_accuracy", "teacher_validation_accuracy"),
 }
 
@@ -211,17 +269,35 @@ def test_tensorboard_shows_what_the_rows_say_each_step_once(tmp_path: Path) -> N
     assert set(found.Tags()["scalars"]) >= SCALARS
     for name in SCALARS:
         shown = [(event.step, event.value) for event in found.Scalars(name)]
-        assert shown == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in logged if name in row]
-    assert [e.step for e in events(tmp_path / "tensorboard/finetune").Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+        assert shown == [
+            (row["step"], pytest.approx(row[name], rel=1e-6)) for row in logged if name in row
+        ]
+    assert [e.step for e in events(tmp_path / "tensorboard/finetune").Scalars("loss")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_damaged_lines_are_left_out_and_a_torn_one_is_written_anew(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"schedule": "constant", "log_every": 1, "say": lambda _: None, "out": tmp_path}
+    how: dict[str, Any] = {
+        "schedule": "constant",
+        "log_every": 1,
+        "say": lambda _: None,
+        "out": tmp_path,
+    }
     single().fit(batches(5)[0], steps=4, **how)
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"x" + file.read_bytes() + b'{"phase": "fit", "st')
     found = single().fit(batches(5)[0], steps=6, resume=True, **how)
-    assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in found.history] == [2, 3, 4, 5, 6]
+    assert (
+        [row["step"] for row in rows(tmp_path)]
+        == [row["step"] for row in found.history]
+        == [2, 3, 4, 5, 6]
+    )
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce_per_example", "reinforce"])
@@ -234,19 +310,29 @@ def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
     assert found["feedback_mean"] == pytest.approx(float(h.mean()), rel=1e-6)
     assert found["feedback_std"] == pytest.approx(float(h.std(correction=0)), rel=1e-6)
     q = logits.softmax(1).double()
-    assert found["pseudo_label_entropy"] == pytest.approx(float(-(q * q.log()).sum(1).mean()), rel=1e-5)
+    assert found["pseudo_label_entropy"] == pytest.approx(
+        float(-(q * q.log()).sum(1).mean()), rel=1e-5
+    )
     assert found["feedback_rms"] == pytest.approx(float(h.square().mean().sqrt()), rel=1e-6)
     shares = torch.bincount(labeled[1], minlength=3) / len(labeled[1])
     of_student = report.student_outputs.softmax(1)
-    for name, mean in (("pseudo_label", q.mean(0)), ("student", of_student.mean(0)), ("labeled", shares)):
+    for name, mean in (
+        ("pseudo_label", q.mean(0)),
+        ("student", of_student.mean(0)),
+        ("labeled", shares),
+    ):
         entropy = float(-(mean * mean.clamp_min(1e-30).log()).sum())
         assert found[f"{name}_class_entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert found["class_shares_vs_labeled"] == pytest.approx(float((q.mean(0) - shares).abs().sum() / 2), rel=1e-5)
+    assert found["class_shares_vs_labeled"] == pytest.approx(
+        float((q.mean(0) - shares).abs().sum() / 2), rel=1e-5
+    )
     if mode == "reinforce":
         assert "feedback_snr" not in found  # one number for all rows
         return
     z = logits.detach().double().requires_grad_()
-    spoken = z.softmax(1) if h.ndim == 2 else z.log_softmax(1)[range(len(h)), report.signal.value.long()]
+    spoken = (
+        z.softmax(1) if h.ndim == 2 else z.log_softmax(1)[range(len(h)), report.signal.value.long()]
+    )
     [g] = torch.autograd.grad((h * spoken).sum(), z)
     mean, square, count = g.mean(0).square().sum(), g.square().sum(1).mean(), len(g)
     expected = float((count * mean - square) / (square - mean))
@@ -294,7 +380,11 @@ def test_an_option_that_is_none_is_refused_with_the_nearest_names(
     wrong: dict[str, Any], nearest: str, tmp_path: Path
 ) -> None:
     alone, both, source = single(), bilevel(), batches(2)
-    calls: list[tuple[Trainer, Callable[..., Any]]] = [(alone, alone.fit), (both, both.fit), (both, both.finetune)]
+    calls: list[tuple[Trainer, Callable[..., Any]]] = [
+        (alone, alone.fit),
+        (both, both.fit),
+        (both, both.finetune),
+    ]
     for trainer, fit in calls:
         before = copied(trainer.student)
         with pytest.raises(MetaplError) as refused:
@@ -315,7 +405,11 @@ def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
     parameters = inspect.signature(Trainer.fit).parameters
     assert parameters["steps"].default is inspect.Parameter.empty
     sources = {"self", "labeled", "unlabeled", "inner", "outer", "steps", "options"}
-    of_fit = {name: hint for name, hint in get_type_hints(Trainer.fit).items() if name in {*parameters} - sources}
+    of_fit = {
+        name: hint
+        for name, hint in get_type_hints(Trainer.fit).items()
+        if name in {*parameters} - sources
+    }
     assert get_type_hints(FinetuneKeywords) == keywords | of_fit
     with pytest.raises(TypeError, match="steps"):
         single().fit(batches(1)[0])  # type: ignore[call-arg]

@@ -89,29 +89,54 @@ class Count:
 Kind = tuple[Callable[[int], Any], Callable[[], tuple[Any, Any]], dict[str, Any]]
 KINDS: dict[str, Kind] = {
     "forward, SGD": (lambda seed: bilevel(seed=seed), lists, {}),
-    "baseline, a transform": (lambda seed: bilevel(Reinforce(baseline=0.9), seed, INNER["torchopt_adam"]), loaders, {}),
-    "AdamW, workers": (lambda seed: bilevel("unrolled", seed, INNER["adamw"]), lambda: loaders(1), {"keep": 1}),
+    "baseline, a transform": (
+        lambda seed: bilevel(Reinforce(baseline=0.9), seed, INNER["torchopt_adam"]),
+        loaders,
+        {},
+    ),
+    "AdamW, workers": (
+        lambda seed: bilevel("unrolled", seed, INNER["adamw"]),
+        lambda: loaders(1),
+        {"keep": 1},
+    ),
     "waits, averages": (
         lambda seed: bilevel(LossDifference(baseline=0.5), seed, teacher_losses=LOSSES),
         lambda: (lists()[0], [(x, x.roll(1, 0)) for x in lists()[1]]),
         {"wait": 15, "ema_decay": 0.9},
     ),
     "looks ahead, own generator": (
-        lambda seed: bilevel("forward", seed, lookahead=2, generator=torch.Generator().manual_seed(seed)),
+        lambda seed: bilevel(
+            "forward", seed, lookahead=2, generator=torch.Generator().manual_seed(seed)
+        ),
         stepwise,
         {"schedule": "constant", "select": False},
     ),
-    "one network": (lambda seed: single(seed=seed), lambda: (loaders()[0], None), {"schedule": "exponential"}),
+    "one network": (
+        lambda seed: single(seed=seed),
+        lambda: (loaders()[0], None),
+        {"schedule": "exponential"},
+    ),
 }
 
 
-def fit(kind: str, out: Path, seed: int = 0, resume: Any = True, say: Any = lambda text: None, then: Any = ()) -> Any:
+def fit(
+    kind: str,
+    out: Path,
+    seed: int = 0,
+    resume: Any = True,
+    say: Any = lambda text: None,
+    then: Any = (),
+) -> Any:
     built, sources, options = KINDS[kind]
     torch.set_num_threads(1)
     trainer = built(seed)
     for seeded in (torch.manual_seed, random.seed, np.random.seed):
         seeded(7 + seed)
-    how = OPTIONS | {"steps": STEPS, "save_every": 3, "log_every": 2, "callbacks": [Count(), *then]} | options
+    how = (
+        OPTIONS
+        | {"steps": STEPS, "save_every": 3, "log_every": 2, "callbacks": [Count(), *then]}
+        | options
+    )
     found = trainer.fit(*sources(), out=str(out), resume=resume, progress=False, say=say, **how)
     return end_of(trainer, found, out), found.teacher_weights, trainer.state_dict(), found.history
 
@@ -130,12 +155,22 @@ def child(kind: str, out: Path, begun: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.long] * (k not in ("forward, SGD", "one network"))) for k in KINDS]
+    "kind",
+    [
+        pytest.param(k, marks=[pytest.mark.long] * (k not in ("forward, SGD", "one network")))
+        for k in KINDS
+    ],
 )
-def test_a_fit_that_is_killed_at_random_again_and_again_ends_as_one_that_was_not(kind: str, tmp_path: Path) -> None:
+def test_a_fit_that_is_killed_at_random_again_and_again_ends_as_one_that_was_not(
+    kind: str, tmp_path: Path
+) -> None:
     """By SIGKILL, in a process of its own, while it trains, saves or begins; and half of what it leaves is damaged."""
     expected = fit(kind, tmp_path / "whole", resume=False)
-    draw, out, processes = random.Random(kind), tmp_path / "run", multiprocessing.get_context("fork")
+    draw, out, processes = (
+        random.Random(kind),
+        tmp_path / "run",
+        multiprocessing.get_context("fork"),
+    )
     for number in range(3):
         begun = processes.Event()
         process = processes.Process(target=child, args=(kind, out, begun))
@@ -162,7 +197,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("limit", [1_500, 9_000, 20_000])
-def test_a_full_disk_ends_a_fit_and_loses_nothing_that_was_saved(limit: int, plain: Any, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_fit_and_loses_nothing_that_was_saved(
+    limit: int, plain: Any, tmp_path: Path
+) -> None:
     """Where rows, checkpoints or TensorBoard's events cannot be written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -176,9 +213,12 @@ def test_a_full_disk_ends_a_fit_and_loses_nothing_that_was_saved(limit: int, pla
 
 
 @pytest.mark.parametrize(
-    ("number", "at"), [(signal.SIGINT, 1), (signal.SIGTERM, 7), (signal.SIGINT, 12), (signal.SIGTERM, 12)]
+    ("number", "at"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 7), (signal.SIGINT, 12), (signal.SIGTERM, 12)],
 )
-def test_asked_to_stop_a_fit_finishes_its_step_and_saves(number: signal.Signals, at: int, tmp_path: Path) -> None:
+def test_asked_to_stop_a_fit_finishes_its_step_and_saves(
+    number: signal.Signals, at: int, tmp_path: Path
+) -> None:
     """And the same trainer, its learning rates put back, goes on with it."""
     labeled, unlabeled = batches(5)
     ends = []
@@ -195,7 +235,9 @@ def test_asked_to_stop_a_fit_finishes_its_step_and_saves(number: signal.Signals,
             assert signal.getsignal(number) == before
             assert trainer.schedulable[0].param_groups[0]["lr"] == 0.1
             torch.manual_seed(100)
-        found = trainer.fit(labeled, unlabeled, steps=12, out=folder, resume=stopped, say=lambda _: None, **OPTIONS)
+        found = trainer.fit(
+            labeled, unlabeled, steps=12, out=folder, resume=stopped, say=lambda _: None, **OPTIONS
+        )
         ends.append(end_of(trainer, found, folder))
     assert same(*ends)
 
@@ -216,7 +258,15 @@ def changed(**options: Any) -> Callable[[Path, Any], Any]:
 
     def run(out: Path, resume: Any) -> Any:
         torch.manual_seed(0)
-        given = {"rows": 24, "seed": 0, "batch": 8, "shuffle": True, "lr": 0.1, "momentum": 0.0, "smoothing": 0.0}
+        given = {
+            "rows": 24,
+            "seed": 0,
+            "batch": 8,
+            "shuffle": True,
+            "lr": 0.1,
+            "momentum": 0.0,
+            "smoothing": 0.0,
+        }
         given |= {
             "clip": None,
             "steps": 6,
@@ -225,12 +275,16 @@ def changed(**options: Any) -> Callable[[Path, Any], Any]:
             "trainer": "one",
         } | options
         x = torch.randn(given["rows"], 5, generator=torch.Generator().manual_seed(given["seed"]))
-        source = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), given["batch"], shuffle=given["shuffle"])
+        source = DataLoader(
+            TensorDataset(x, (x[:, 0] > 0).long()), given["batch"], shuffle=given["shuffle"]
+        )
         how = {name: given[name] for name in ("steps", "warmup", "validation")}
         how |= {"out": str(out), "resume": resume, "progress": False, "say": lambda _: None}
         if given["trainer"] == "two":
             return bilevel().fit(source, without_labels(source), **how)
-        trainer = single(lr=given["lr"], losses=(CrossEntropy(given["smoothing"]),), clip_norm=given["clip"])
+        trainer = single(
+            lr=given["lr"], losses=(CrossEntropy(given["smoothing"]),), clip_norm=given["clip"]
+        )
         trainer.optimizer.param_groups[0]["momentum"] = given["momentum"]
         return trainer.fit(source, **how)
 
@@ -252,7 +306,12 @@ def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
     changed()(tmp_path, False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     [name] = options
-    words = {"rows": "examples", "seed": "first_batch", "shuffle": "first_batch", "batch": "batch_size"}
+    words = {
+        "rows": "examples",
+        "seed": "first_batch",
+        "shuffle": "first_batch",
+        "batch": "batch_size",
+    }
     words |= {"smoothing": "losses", "clip": "clip_norm"}
     with pytest.raises(MetaplError, match=words.get(name, name)):
         changed(**options)(tmp_path, True)
@@ -269,5 +328,11 @@ def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:
     for trainer in (one, other):
         if trainer is other:
             trainer.load(tmp_path / "a.ckpt")
-        ends.append([trainer.state_dict(), *(trainer.step(*each).feedback for each in data[1:]), trainer.state_dict()])
+        ends.append(
+            [
+                trainer.state_dict(),
+                *(trainer.step(*each).feedback for each in data[1:]),
+                trainer.state_dict(),
+            ]
+        )
     assert same(*ends)

@@ -34,10 +34,21 @@ def problem(tuning: str) -> Toy:
     for _ in range(2):
         conv, layer = nn.Conv2d(1, 4, 3), nn.Linear(16, 6)
         for own, held in zip((conv, layer), body, strict=True):
-            own.weight, own.bias = held.weight.requires_grad_(False), held.bias.requires_grad_(False)
+            own.weight, own.bias = (
+                held.weight.requires_grad_(False),
+                held.bias.requires_grad_(False),
+            )
             if tuning == "lora":
                 parametrize.register_parametrization(own, "weight", LowRank(own.weight))
-        parts = conv, nn.BatchNorm2d(4).eval(), nn.Tanh(), nn.Flatten(), layer, nn.Tanh(), nn.Linear(6, CLASSES)
+        parts = (
+            conv,
+            nn.BatchNorm2d(4).eval(),
+            nn.Tanh(),
+            nn.Flatten(),
+            layer,
+            nn.Tanh(),
+            nn.Linear(6, CLASSES),
+        )
         networks.append(nn.Sequential(*parts).double())
     x_l, x_u = (torch.randn(n, 1, 4, 4, dtype=torch.float64) for n in (5, 4))
     return Toy(networks[0], networks[1], (x_l, torch.randint(CLASSES, (5,))), x_u, 0)
@@ -46,7 +57,9 @@ def problem(tuning: str) -> Toy:
 @pytest.mark.parametrize("tuning", ["head", "lora"])
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw"])
 @pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
-def test_the_gradient_in_what_is_learned_is_that_of_double_backward(mode: str, optimiser: str, tuning: str) -> None:
+def test_the_gradient_in_what_is_learned_is_that_of_double_backward(
+    mode: str, optimiser: str, tuning: str
+) -> None:
     toy, rule = problem(tuning), OPTIMISERS[optimiser]
     frozen = {name: p for name, p in toy.teacher.named_parameters() if not p.requires_grad}
     assert frozen
@@ -61,10 +74,17 @@ def test_the_gradient_in_what_is_learned_is_that_of_double_backward(mode: str, o
 
 
 @pytest.mark.parametrize("tuning", ["head", "lora"])
-def test_a_step_moves_what_is_learned_alone_and_weights_that_both_learn_are_refused(tuning: str) -> None:
+def test_a_step_moves_what_is_learned_alone_and_weights_that_both_learn_are_refused(
+    tuning: str,
+) -> None:
     toy = problem(tuning)
-    learned = [{n for n, p in net.named_parameters() if p.requires_grad} for net in (toy.teacher, toy.student)]
-    states = [{n: t.clone() for n, t in net.state_dict().items()} for net in (toy.teacher, toy.student)]
+    learned = [
+        {n for n, p in net.named_parameters() if p.requires_grad}
+        for net in (toy.teacher, toy.student)
+    ]
+    states = [
+        {n: t.clone() for n, t in net.state_dict().items()} for net in (toy.teacher, toy.student)
+    ]
     trainer = metapl.BilevelTrainer(**toy.networks(), mode="forward")
     trainer.step(**toy.data())
     for net, names, state in zip((toy.teacher, toy.student), learned, states, strict=True):

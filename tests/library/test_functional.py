@@ -15,7 +15,14 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, Signal
 from metapl.execution.numerics import as_real
-from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
+from metapl.feedback import (
+    Difference,
+    Forward,
+    LossDifference,
+    Reinforce,
+    ReinforcePerExample,
+    Unrolled,
+)
 from metapl.functional import stack, unstack
 from metapl.functional.compiled import eager_step
 from metapl.functional.state import State
@@ -23,14 +30,26 @@ from metapl.problems.base import gumbel
 
 CLASSES, WIDE = 3, 5
 ROWS = 6
-MODES = ["forward", "unrolled", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
+MODES = [
+    "forward",
+    "unrolled",
+    "difference",
+    "reinforce",
+    "reinforce_per_example",
+    "loss_difference",
+    "none",
+]
 
 
 def muon_and_adamw(params: list[Any]) -> Any:
     """Muon for the matrices, those of two groups at two rates, and AdamW for what is left."""
     groups = [one if isinstance(one, dict) else {"params": [one]} for one in params]
     (muon, adamw) = (
-        [{**g, "params": kept} for g in groups if (kept := [p for p in g["params"] if (p.ndim == 2) == which])]
+        [
+            {**g, "params": kept}
+            for g in groups
+            if (kept := [p for p in g["params"] if (p.ndim == 2) == which])
+        ]
         for which in (True, False)
     )
     return torch.optim.Muon(muon, lr=0.1), torch.optim.AdamW(adamw, lr=0.02)
@@ -38,12 +57,24 @@ def muon_and_adamw(params: list[Any]) -> Any:
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(
+        p, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01
+    ),
     "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.01, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
     "muon_and_adamw": muon_and_adamw,
 }
-FEATURES = ["plain", "batch_norm", "dropout", "groups", "frozen", "signal_in_input", "uda", "clip", "reads_weights"]
+FEATURES = [
+    "plain",
+    "batch_norm",
+    "dropout",
+    "groups",
+    "frozen",
+    "signal_in_input",
+    "uda",
+    "clip",
+    "reads_weights",
+]
 
 
 class Entering(Judged):
@@ -52,7 +83,9 @@ class Entering(Judged):
     def student_input(self, batch: Any, signal: Any) -> Any:
         return batch + 0.3 * signal.value.repeat(1, 2)[:, :WIDE]
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> Signal:
         return Signal(teacher(batch).tanh())
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
@@ -68,8 +101,12 @@ class Penalized(metapl.PseudoLabels):
 
 
 def network(*features: str) -> nn.Module:
-    middle = [nn.BatchNorm1d(8)] * ("batch_norm" in features) + [nn.Dropout(0.3)] * ("dropout" in features)
-    made = nn.Sequential(nn.Linear(WIDE, 8, bias=False), *middle, nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    middle = [nn.BatchNorm1d(8)] * ("batch_norm" in features) + [nn.Dropout(0.3)] * (
+        "dropout" in features
+    )
+    made = nn.Sequential(
+        nn.Linear(WIDE, 8, bias=False), *middle, nn.Tanh(), nn.Linear(8, CLASSES)
+    ).double()
     if "frozen" in features:
         made[0].weight.requires_grad_(False)
     return made
@@ -77,10 +114,16 @@ def network(*features: str) -> nn.Module:
 
 def weights(module: nn.Module, *features: str) -> list[Any]:
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": trained[:1], "lr": 0.05}, {"params": trained[1:]}] if "groups" in features else trained
+    return (
+        [{"params": trained[:1], "lr": 0.05}, {"params": trained[1:]}]
+        if "groups" in features
+        else trained
+    )
 
 
-def build(mode: Any, optimizer: str = "nesterov", *features: str, **options: Any) -> metapl.BilevelTrainer:
+def build(
+    mode: Any, optimizer: str = "nesterov", *features: str, **options: Any
+) -> metapl.BilevelTrainer:
     torch.manual_seed(0)
     teacher, student = network(*features), network(*features)
     if "signal_in_input" in features:
@@ -88,11 +131,17 @@ def build(mode: Any, optimizer: str = "nesterov", *features: str, **options: Any
     if "reads_weights" in features:
         options["problem"] = Penalized()
     if "uda" in features:
-        options["teacher_losses"] = CrossEntropy(label_smoothing=0.1), UDA(temperature=0.5, threshold=0.2, ramp=7)
+        options["teacher_losses"] = (
+            CrossEntropy(label_smoothing=0.1),
+            UDA(temperature=0.5, threshold=0.2, ramp=7),
+        )
     if "clip" in features:
         options["clip_norm"] = 0.05
     made = OPTIMIZERS[optimizer]
-    given = {"inner_optimizer": made(weights(student, *features)), "outer_optimizer": made(weights(teacher, *features))}
+    given = {
+        "inner_optimizer": made(weights(student, *features)),
+        "outer_optimizer": made(weights(teacher, *features)),
+    }
     return metapl.BilevelTrainer(teacher, student, mode, **{"verify": False, **given, **options})
 
 
@@ -115,18 +164,27 @@ def error(found: Any, expected: Any) -> float:
 def but_for_bfloat16(a: Any, b: Any) -> tuple[Any, Any]:
     """What is not rounded in the steps of Muon, whose momentum has here two directions of three: noise in the third."""
     assert error(a[0], b[0]) < 0.1
-    one, other = ((state.inner.state, state.outer.state, report.feedback) for state, report in (a, b))
+    one, other = (
+        (state.inner.state, state.outer.state, report.feedback) for state, report in (a, b)
+    )
     return one, other
 
 
 def trees(state: State) -> dict[str, Any]:
-    of = {"teacher": (state.teacher, state.outer.state), "student": (state.student, state.inner.state)}
+    of = {
+        "teacher": (state.teacher, state.outer.state),
+        "student": (state.student, state.inner.state),
+    }
     return {
-        f"{name}'s {what}": t for name, pair in of.items() for what, t in zip(("network", "state"), pair, strict=True)
+        f"{name}'s {what}": t
+        for name, pair in of.items()
+        for what, t in zip(("network", "state"), pair, strict=True)
     }
 
 
-def agree(trainer: metapl.BilevelTrainer, data: tuple[Any, Any], tolerance: float, ahead: bool = False) -> None:
+def agree(
+    trainer: metapl.BilevelTrainer, data: tuple[Any, Any], tolerance: float, ahead: bool = False
+) -> None:
     """One step by both roads, from the same generator."""
     torch.manual_seed(3)
     given = list(data[1]) if ahead else [data[1]]
@@ -139,7 +197,9 @@ def agree(trainer: metapl.BilevelTrainer, data: tuple[Any, Any], tolerance: floa
         assert error(trees(moved)[name], t) < tolerance, name
     shown = report.as_dict()
     for name in ("inner_loss", "outer_loss", "teacher_loss", "step_rounding"):
-        assert name not in shown or float(getattr(found, name)) == pytest.approx(shown[name], rel=1e-9)
+        assert name not in shown or float(getattr(found, name)) == pytest.approx(
+            shown[name], rel=1e-9
+        )
     assert float(found.flag) < tolerance
     assert int(moved.step) == int(expected.step)
 
@@ -157,13 +217,19 @@ TABLE = [
     row
     for row in itertools.product(MODES, OPTIMIZERS, FEATURES)
     if fits(row[0], row[2])
-    and (row[1] != "muon_and_adamw" or (row[0] != "reinforce" and row[2] in ("plain", "groups", "frozen", "clip")))
+    and (
+        row[1] != "muon_and_adamw"
+        or (row[0] != "reinforce" and row[2] in ("plain", "groups", "frozen", "clip"))
+    )
 ]
 
 
 @pytest.mark.parametrize(
     ("mode", "optimizer", "feature"),
-    [pytest.param(*row, marks=[pytest.mark.long] * (sum(one not in USUAL for one in row) > 1)) for row in TABLE],
+    [
+        pytest.param(*row, marks=[pytest.mark.long] * (sum(one not in USUAL for one in row) > 1))
+        for row in TABLE
+    ],
 )
 def test_a_pure_step_is_the_eager_step(mode: str, optimizer: str, feature: str) -> None:
     """From fresh optimizers, and from warm ones."""
@@ -217,16 +283,22 @@ def test_a_problem_without_a_teacher_revises_its_signal() -> None:
     student = network("batch_norm")
     inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     problem = metapl.problems.LearningToReweight()
-    trainer = metapl.BilevelTrainer(None, student, "forward", problem=problem, inner_optimizer=inner)
+    trainer = metapl.BilevelTrainer(
+        None, student, "forward", problem=problem, inner_optimizer=inner
+    )
     (x, y), u = batches()
     agree(trainer, ((x, y), (u, y)), 1e-9)
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "loss_difference"])
-def test_attention_runs_pure_by_kernels_that_have_second_derivatives_with_the_eager_masks(mode: str) -> None:
+def test_attention_runs_pure_by_kernels_that_have_second_derivatives_with_the_eager_masks(
+    mode: str,
+) -> None:
     """An encoder layer gives one of its dropouts a transposed tensor."""
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
-    student = nn.Sequential(nn.Linear(WIDE, 12), nn.Unflatten(1, (3, 4)), layer, nn.Flatten(), nn.Linear(12, CLASSES))
+    student = nn.Sequential(
+        nn.Linear(WIDE, 12), nn.Unflatten(1, (3, 4)), layer, nn.Flatten(), nn.Linear(12, CLASSES)
+    )
     agree(metapl.BilevelTrainer(network(), student.double(), mode), batches(), 1e-9)
 
 
@@ -238,10 +310,16 @@ class Modulus(nn.Linear):
 @pytest.mark.parametrize("mode", ["forward", "difference", "reinforce"])
 def test_complex_weights_run_pure(mode: str) -> None:
     student = Modulus(WIDE, CLASSES, dtype=torch.complex128)
-    agree(metapl.BilevelTrainer(network(), student, mode), batches(), 1e-6 if mode == "difference" else 1e-9)
+    agree(
+        metapl.BilevelTrainer(network(), student, mode),
+        batches(),
+        1e-6 if mode == "difference" else 1e-9,
+    )
 
 
-@pytest.mark.parametrize("build_transform", [lambda: torchopt.sgd(0.2, momentum=0.9), lambda: torchopt.adamw(0.02)])
+@pytest.mark.parametrize(
+    "build_transform", [lambda: torchopt.sgd(0.2, momentum=0.9), lambda: torchopt.adamw(0.02)]
+)
 def test_a_transform_of_torchopt_runs_pure(build_transform: Any) -> None:
     student, teacher = network(), network()
     outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
@@ -261,7 +339,9 @@ def test_a_transform_that_hides_state_is_refused() -> None:
 
     transform = torchopt.base.GradientTransformation(lambda params: (), update)
     with pytest.raises(MetaplError, match="hidden"):
-        metapl.BilevelTrainer(network(), network(), "forward", inner_optimizer=transform).functional()
+        metapl.BilevelTrainer(
+            network(), network(), "forward", inner_optimizer=transform
+        ).functional()
 
 
 def test_a_ratio_is_that_of_the_gradients_of_feedback_and_own_losses() -> None:
@@ -284,16 +364,26 @@ def noise_of(seed: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("mode", "optimizer"),
-    product(MODES, ("nesterov", "adamw", "muon_and_adamw"), usual=["forward", "reinforce_per_example", "adamw"]),
+    product(
+        MODES,
+        ("nesterov", "adamw", "muon_and_adamw"),
+        usual=["forward", "reinforce_per_example", "adamw"],
+    ),
 )
 def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
     """Of states that differ in everything, on data and noise of their own."""
-    singles, data, noises = [], [batches(seed=seed) for seed in range(3)], [noise_of(seed) for seed in range(3)]
+    singles, data, noises = (
+        [],
+        [batches(seed=seed) for seed in range(3)],
+        [noise_of(seed) for seed in range(3)],
+    )
     step, state = build(mode, optimizer, "batch_norm", "clip").functional()
     for number in range(3):  # the states after 0, 1 and 2 steps
         singles.append(state)
         state, _ = step(state, *data[number], noises[number])
-    expected = [step(one, *each, noise) for one, each, noise in zip(singles, data, noises, strict=True)]
+    expected = [
+        step(one, *each, noise) for one, each, noise in zip(singles, data, noises, strict=True)
+    ]
     found = torch.func.vmap(step)(stack(singles), *stack(data), torch.stack(noises))
     for a, b in zip(unstack(found), expected, strict=True):
         if mode == "none":  # it computes no outer loss

@@ -22,7 +22,12 @@ class PartlyHalf(nn.Module):
 
     def __init__(self, kind: str, width: int = 6, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.body, self.head, self.kind, self.dtype = nn.Linear(16, width), nn.Linear(width, CLASSES), kind, dtype
+        self.body, self.head, self.kind, self.dtype = (
+            nn.Linear(16, width),
+            nn.Linear(width, CLASSES),
+            kind,
+            dtype,
+        )
         self.inside = nn.LayerNorm(width) if kind == "norm" else nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +47,10 @@ def case(kind: str, width: int, dtype: torch.dtype) -> tuple[Toy, Toy]:
     student = PartlyHalf(kind, width).to(dtype)
     twin = copy.deepcopy(student)
     twin.dtype = dtype
-    cases = [Toy(copy.deepcopy(base.teacher), net, base.labeled, base.unlabeled, 0) for net in (student, twin)]
+    cases = [
+        Toy(copy.deepcopy(base.teacher), net, base.labeled, base.unlabeled, 0)
+        for net in (student, twin)
+    ]
     return cases[0], cases[1]
 
 
@@ -53,7 +61,9 @@ WIDTHS = {"layer": (6, 180), "norm": (6, 1700)}  # of networks below and above 2
 @pytest.mark.parametrize("kind", WIDTHS)
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_forward_is_right_to_the_parts_rounding(dtype: torch.dtype, kind: str, is_large: bool, steps: int) -> None:
+def test_forward_is_right_to_the_parts_rounding(
+    dtype: torch.dtype, kind: str, is_large: bool, steps: int
+) -> None:
     rounded, exact = case(kind, WIDTHS[kind][is_large], dtype)
     assert (sum(p.numel() for p in rounded.student.parameters()) > 2**15) == is_large
     ahead = None if steps == 1 else [rounded.unlabeled] * steps

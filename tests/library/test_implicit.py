@@ -31,10 +31,14 @@ class Penalties(nn.Module):
 class Ridge(metapl.problems.Problem):
     """Least squares with a penalty per feature, judged by squares on other data."""
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher())
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
         penalty = (signal.value * params["weight"][0] ** 2).sum() / 2
         return (outputs[:, 0] - batch[1]) ** 2 / 2 + penalty
 
@@ -79,7 +83,9 @@ def found(mode: Implicit, inner: Any = None) -> metapl.Hypergradient:
         unlabeled=inner_batch,
         mode=mode,
         problem=Ridge(),
-        inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1) if inner is None else inner(network),
+        inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1)
+        if inner is None
+        else inner(network),
     )
 
 
@@ -106,9 +112,14 @@ def test_damping_and_the_identity_are_what_they_say() -> None:
     # g = Hθ − xᵀy/N, so ∂g/∂log λ = diag(λ θ).
     damped = -torch.linalg.solve(hessian + 0.7 * torch.eye(D).double(), v) * penalty * theta
     assert error(found(Implicit(iterations=D, damping=0.7)).grads["log_penalty"], damped) < 1e-8
-    assert error(found(Implicit(solver="identity")).grads["log_penalty"], -v * penalty * theta) < 1e-10
     assert (
-        error(found(Implicit(solver="identity", step_size=0.3)).grads["log_penalty"], -0.3 * v * penalty * theta)
+        error(found(Implicit(solver="identity")).grads["log_penalty"], -v * penalty * theta) < 1e-10
+    )
+    assert (
+        error(
+            found(Implicit(solver="identity", step_size=0.3)).grads["log_penalty"],
+            -0.3 * v * penalty * theta,
+        )
         < 1e-10
     )
     short = Implicit(solver="neumann", iterations=1, step_size=0.1)
@@ -136,7 +147,9 @@ def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner:
     return -torch.autograd.grad(g @ w, q)[0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-9)], ids=str
+)
 @pytest.mark.parametrize("rows", [60, 6])
 @pytest.mark.parametrize("iterations", [60, 100])
 def test_conjugate_gradients_end_where_they_have_converged(
@@ -158,12 +171,18 @@ def test_conjugate_gradients_end_where_they_have_converged(
         problem=metapl.problems.ExampleLabels(),
         inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
     )
-    assert error(found.feedback.double(), by_pseudo_inverse(network, table, (z, y), (x, index))) < tolerance
+    assert (
+        error(found.feedback.double(), by_pseudo_inverse(network, table, (z, y), (x, index)))
+        < tolerance
+    )
 
 
 def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_moves() -> None:
     problem = toy("mlp")
-    for mode in (Implicit(iterations=40), Implicit(solver="neumann", iterations=20, step_size=50.0)):
+    for mode in (
+        Implicit(iterations=40),
+        Implicit(solver="neumann", iterations=20, step_size=50.0),
+    ):
         trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, verify=False)
         before = everything(problem)
         with pytest.raises(MetaplError):
@@ -180,5 +199,7 @@ def test_a_series_that_diverges_says_where_its_step_size_is_from(step_size: floa
     trainer = metapl.BilevelTrainer(**networks, mode=mode, verify=False)
     with pytest.raises(MetaplError, match="diverges with a step size of 50") as caught:
         trainer.step(problem.labeled, problem.unlabeled)
-    assert ("the student's learning rate, since step_size was not given" in str(caught.value)) == (step_size is None)
+    assert ("the student's learning rate, since step_size was not given" in str(caught.value)) == (
+        step_size is None
+    )
     assert "expected step_size=... below 2 over" in str(caught.value)

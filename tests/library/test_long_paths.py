@@ -34,7 +34,12 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "one_cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=STEPS + 1),
     "warm_restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 40),
     "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
-        o, [torch.optim.lr_scheduler.LinearLR(o, 0.1), torch.optim.lr_scheduler.ExponentialLR(o, 0.99)], milestones=[5]
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1),
+            torch.optim.lr_scheduler.ExponentialLR(o, 0.99),
+        ],
+        milestones=[5],
     ),
     "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, 7),  # of momentum too
     "function": lambda _: lambda k: 1 - k / STEPS,
@@ -48,26 +53,46 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)
+    )
 
 
 def gradient(
-    student: nn.Module, optimizer: Any, ahead: Lookahead, mode: Forward, clip_norm: float | None = None
+    student: nn.Module,
+    optimizer: Any,
+    ahead: Lookahead,
+    mode: Forward,
+    clip_norm: float | None = None,
 ) -> metapl.Hypergradient:
     torch.manual_seed(5)
-    given = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": optimizer}
+    given = {
+        "outer": batch(-1),
+        "inner": ahead,
+        "problem": EqualWeights(),
+        "inner_optimizer": optimizer,
+    }
     return metapl.hypergradient(None, student, mode=mode, clip_norm=clip_norm, **given)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule", "clip"), product(OPTIMIZERS, SCHEDULES, (None, 0.5), usual=("adam", "one_cycle", 0.5))
+    ("optimizer", "schedule", "clip"),
+    product(OPTIMIZERS, SCHEDULES, (None, 0.5), usual=("adam", "one_cycle", 0.5)),
 )
-def test_the_path_is_the_training_bit_for_bit(optimizer: str, schedule: str, clip: float | None) -> None:
+def test_the_path_is_the_training_bit_for_bit(
+    optimizer: str, schedule: str, clip: float | None
+) -> None:
     student, plain = network(), network()
     inner = OPTIMIZERS[optimizer](student.parameters())
     scheduled = SCHEDULES[schedule](inner)
     before = copy.deepcopy((inner.state_dict(), getattr(scheduled, "last_epoch", None)))
-    found = gradient(student, inner, Lookahead(batch, steps=STEPS, schedule=scheduled), Forward(keep="tree"), clip)
+    found = gradient(
+        student,
+        inner,
+        Lookahead(batch, steps=STEPS, schedule=scheduled),
+        Forward(keep="tree"),
+        clip,
+    )
 
     torch.manual_seed(5)
     own = OPTIMIZERS[optimizer](plain.parameters())
@@ -100,7 +125,11 @@ WAYS: dict[str, dict[str, Any]] = {
     ("optimizer", "truncate"),
     [
         ("adamw_amsgrad", 20),
-        *(pytest.param(name, of, marks=pytest.mark.long) for name in ("nesterov", "adamw_amsgrad") for of in (None, 1)),
+        *(
+            pytest.param(name, of, marks=pytest.mark.long)
+            for name in ("nesterov", "adamw_amsgrad")
+            for of in (None, 1)
+        ),
         pytest.param("nesterov", 20, marks=pytest.mark.long),
     ],
 )
@@ -155,7 +184,9 @@ def reused() -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "another batch": lambda _: Lookahead(lambda k: (batch(k)[0] + torch.rand(()), batch(k)[1]), steps=STEPS),
+    "another batch": lambda _: Lookahead(
+        lambda k: (batch(k)[0] + torch.rand(()), batch(k)[1]), steps=STEPS
+    ),
     "batches in the same tensors": lambda _: Lookahead(reused(), steps=3),
     "no steps": lambda _: Lookahead(batch),
     "more steps than batches": lambda _: Lookahead([batch(0)], steps=2),
@@ -175,10 +206,14 @@ def test_wrong_paths_are_refused(case: str) -> None:
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
 
 
-def test_the_default_keeps_what_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_keeps_what_half_of_the_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     student = network()
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
-    found = gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=60), Forward())
+    found = gradient(
+        student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=60), Forward()
+    )
     assert found.kept == "one step in 8, of 60"
 
 

@@ -8,7 +8,18 @@ import pytest
 import reference
 import torch
 from faults import FAULTS_AHEAD
-from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, gradient, product, toy, trainer_for, unmoved, warm
+from problems_zoo import (
+    CLASSES,
+    OPTIMISERS,
+    STUDENTS,
+    Toy,
+    gradient,
+    product,
+    toy,
+    trainer_for,
+    unmoved,
+    warm,
+)
 from reference import error
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -36,14 +47,21 @@ def batches(steps: int, problem: Toy, views: bool = False) -> list[Any]:
 
 
 def check(
-    estimator: str, problem: Toy, optimiser: str, ahead: list[Any], warmed: int = 2, tolerance: float = 1e-8
+    estimator: str,
+    problem: Toy,
+    optimiser: str,
+    ahead: list[Any],
+    warmed: int = 2,
+    tolerance: float = 1e-8,
 ) -> None:
     mode, kind, told = ESTIMATORS[estimator]
     rule = OPTIMISERS[optimiser]
     inner, inner_state, rule_state = warm(problem, rule, warmed)
     problem.draw_from_start()
     data = {"labeled": problem.labeled, "batches": ahead}
-    expected = reference.several_steps(**problem.networks(), **data, rule=rule.rule, state=rule_state, kind=told)
+    expected = reference.several_steps(
+        **problem.networks(), **data, rule=rule.rule, state=rule_state, kind=told
+    )
     drawn_to = torch.get_rng_state()
     problem.draw_from_start()
     with unmoved(problem, *([inner] if rule.torch_class else []), generator=False):
@@ -65,7 +83,9 @@ def check(
     ("estimator", "steps", "student", "optimiser"),
     product(ESTIMATORS, (1, 2, 5), STUDENTS, UPDATES, usual=[*ESTIMATORS, 2, "mlp", "torch_adamw"]),
 )
-def test_the_feedback_on_every_step_is_exact(estimator: str, steps: int, student: str, optimiser: str) -> None:
+def test_the_feedback_on_every_step_is_exact(
+    estimator: str, steps: int, student: str, optimiser: str
+) -> None:
     problem = toy(student)
     check(estimator, problem, optimiser, batches(steps, problem))
 
@@ -104,12 +124,16 @@ def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimise
     ahead, rule = batches(3, problem), OPTIMISERS[optimiser]
     outer = torch.optim.SGD(problem.teacher.parameters(), lr=0.5)
     before = {n: p.detach().clone() for n, p in problem.teacher.named_parameters()}
-    expected = reference.several_steps(**problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule.rule)
+    expected = reference.several_steps(
+        **problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule.rule
+    )
     optimizers = {"inner_optimizer": rule.build(problem.student), "outer_optimizer": outer}
     trainer = trainer_for(problem, mode, **optimizers, teacher_losses=())
     report = trainer.step(problem.labeled, Lookahead(ahead))
     assert error(dict(problem.student.named_parameters()), expected.student_params) < 1e-9
-    assert int(problem.student[1].num_batches_tracked) == 3, "running statistics move once a student step"
+    assert int(problem.student[1].num_batches_tracked) == 3, (
+        "running statistics move once a student step"
+    )
     moved = {n: (before[n] - p.detach()) / 0.5 for n, p in problem.teacher.named_parameters()}
     if mode == "none":
         assert not any(t.any() for t in moved.values())
@@ -125,7 +149,9 @@ def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimise
 def test_keeping_few_steps_takes_less_memory_where_the_weights_are_most_of_it() -> None:
     """32 steps of a network with many weights for few examples."""
     torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.Linear(8, 500), nn.Tanh(), nn.Linear(500, 4)) for _ in range(2))
+    student, teacher = (
+        nn.Sequential(nn.Linear(8, 500), nn.Tanh(), nn.Linear(500, 4)) for _ in range(2)
+    )
     data = {
         "labeled": (torch.randn(2, 8), torch.tensor([0, 3])),
         "unlabeled": Lookahead([torch.randn(2, 8) for _ in range(32)]),
@@ -133,7 +159,9 @@ def test_keeping_few_steps_takes_less_memory_where_the_weights_are_most_of_it() 
     }
 
     def held(mode: Forward) -> int:
-        return peak_bytes(lambda: metapl.hypergradient(teacher, student, **data, mode=mode), torch.device("cpu"))
+        return peak_bytes(
+            lambda: metapl.hypergradient(teacher, student, **data, mode=mode), torch.device("cpu")
+        )
 
     assert held(Forward(keep_every=6)) < 0.6 * held(Forward())
 
@@ -144,7 +172,9 @@ def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
     for one in (problem, by_hand):
         trainer = trainer_for(one, lookahead=3)
         if one is problem:
-            found = trainer.fit([one.labeled] * 2, drawn, steps=5, progress=False, log_every=1, schedule="constant")
+            found = trainer.fit(
+                [one.labeled] * 2, drawn, steps=5, progress=False, log_every=1, schedule="constant"
+            )
             assert len(found.history) == 5
         else:
             for t in range(5):
@@ -160,7 +190,10 @@ class Branches(nn.Module):
         super().__init__()
         torch.manual_seed(4)
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh())
-        self.heads, self.idle = nn.ModuleList([nn.Linear(5, CLASSES) for _ in range(2)]), nn.Linear(2, 2)
+        self.heads, self.idle = (
+            nn.ModuleList([nn.Linear(5, CLASSES) for _ in range(2)]),
+            nn.Linear(2, 2),
+        )
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,8 +220,15 @@ def test_parameters_that_some_of_the_steps_do_not_reach(mode: str, order: str) -
         return new, velocity
 
     options = {"lr": 0.3, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
-    expected = reference.several_steps(**problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule)
-    found = gradient(problem, mode, ahead, inner_optimizer=torch.optim.SGD(problem.student.parameters(), **options))
+    expected = reference.several_steps(
+        **problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule
+    )
+    found = gradient(
+        problem,
+        mode,
+        ahead,
+        inner_optimizer=torch.optim.SGD(problem.student.parameters(), **options),
+    )
     assert error(found.grads, expected.grads) < 1e-9
     assert error(found.student_params, expected.student_params) < 1e-9
 
@@ -202,7 +242,9 @@ class Confident(metapl.PseudoLabels):
 
     def signal(self, teacher: nn.Module, batch: Any, *given: Any, **options: Any) -> Any:
         signal = super().signal(teacher, batch, *given, **options)
-        return metapl.Signal(signal.value * self.student(batch).detach().softmax(1).amax(1, keepdim=True))
+        return metapl.Signal(
+            signal.value * self.student(batch).detach().softmax(1).amax(1, keepdim=True)
+        )
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "none"])
@@ -212,7 +254,9 @@ def test_a_signal_that_reads_the_student_reads_it_as_it_is_in_the_step(mode: str
     found = gradient(problem, mode, ahead, problem=Confident(problem.student), inner_optimizer=step)
     for x in ahead:  # three plain steps
         z = problem.student(x)
-        labels = problem.teacher(x).softmax(1).detach() * z.detach().softmax(1).amax(1, keepdim=True)
+        labels = problem.teacher(x).softmax(1).detach() * z.detach().softmax(1).amax(
+            1, keepdim=True
+        )
         step.zero_grad()
         (-labels * z.log_softmax(1)).sum(1).mean().backward()
         step.step()

@@ -40,7 +40,9 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 def batch(number: int, rows: int = 6) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(100 + number)
-    return torch.randn(rows, 4, generator=draw).double(), torch.randint(0, 3, (rows,), generator=draw)
+    return torch.randn(rows, 4, generator=draw).double(), torch.randint(
+        0, 3, (rows,), generator=draw
+    )
 
 
 INNER = [batch(number) for number in range(STEPS)]
@@ -55,7 +57,12 @@ def network(*layers: nn.Module) -> nn.Module:
 
 
 def given(student: nn.Module, optimizer: Any, **more: Any) -> dict[str, Any]:
-    usual = {"outer": OUTER[-1], "inner": Lookahead(INNER), "problem": EqualWeights(), "inner_optimizer": optimizer}
+    usual = {
+        "outer": OUTER[-1],
+        "inner": Lookahead(INNER),
+        "problem": EqualWeights(),
+        "inner_optimizer": optimizer,
+    }
     return {"teacher": None, "student": student, **usual, **more}
 
 
@@ -67,7 +74,9 @@ def walked(student: nn.Module, params: Tree, rule: Callable[[int, Tree, Tree], T
     """θ_0, ..., θ_K, in one graph, by a rule (k, θ, g) -> θ′."""
     path = [params]
     for number, pair in enumerate(INNER):
-        grads = torch.autograd.grad(loss_at(student, path[-1], pair), [*path[-1].values()], create_graph=True)
+        grads = torch.autograd.grad(
+            loss_at(student, path[-1], pair), [*path[-1].values()], create_graph=True
+        )
         path.append(rule(number, path[-1], dict(zip(params, grads, strict=True))))
     return path
 
@@ -80,13 +89,18 @@ MOTIONS: dict[str, dict[str, Any]] = {
 
 
 def with_entries(student: nn.Module, rates: Tree, **options: Any) -> Any:
-    return SGD([{"params": [p], "lr": rates[name]} for name, p in student.named_parameters()], lr=0.1, **options)
+    return SGD(
+        [{"params": [p], "lr": rates[name]} for name, p in student.named_parameters()],
+        lr=0.1,
+        **options,
+    )
 
 
 def rates_of(student: nn.Module) -> Tree:
     draw = torch.Generator().manual_seed(3)
     return {
-        name: (0.05 + 0.4 * torch.rand(p.shape, generator=draw)).to(p.dtype) for name, p in student.named_parameters()
+        name: (0.05 + 0.4 * torch.rand(p.shape, generator=draw)).to(p.dtype)
+        for name, p in student.named_parameters()
     }
 
 
@@ -102,7 +116,11 @@ def by_rates(student: nn.Module, rates: Sequence[Tree], start: Tree, **options: 
     return loss_at(student, walked(student, start, moved)[-1], OUTER[-1])
 
 
-ROADS = [(mode, compile) for mode in (Forward(), Forward(keep_every=3), Unrolled()) for compile in (False, True)]
+ROADS = [
+    (mode, compile)
+    for mode in (Forward(), Forward(keep_every=3), Unrolled())
+    for compile in (False, True)
+]
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
@@ -113,10 +131,14 @@ def test_a_rate_for_each_entry(mode: Any, compile: bool, motion: str) -> None:
     start = reference.weights(student)
     by_step = [{name: t.clone().requires_grad_() for name, t in rates.items()} for _ in INNER]
     L = by_rates(student, by_step, start, **MOTIONS[motion])
-    expected = torch.autograd.grad(L, [*start.values(), *(t for step in by_step for t in step.values())])
+    expected = torch.autograd.grad(
+        L, [*start.values(), *(t for step in by_step for t in step.values())]
+    )
     before = copy.deepcopy(rates)
     optimizer = with_entries(student, rates, **MOTIONS[motion])
-    found = metapl.hypergradient(**given(student, optimizer, mode=mode, compile=compile, wrt=["start", "lr"]))
+    found = metapl.hypergradient(
+        **given(student, optimizer, mode=mode, compile=compile, wrt=["start", "lr"])
+    )
     assert float((found.outer_loss - L).detach().abs()) < 1e-12
     assert error(found.start, dict(zip(start, expected, strict=False))) < 1e-10
     in_rates = expected[len(start) :]
@@ -133,10 +155,15 @@ def test_a_rate_for_each_entry(mode: Any, compile: bool, motion: str) -> None:
 def test_the_graphs_of_a_rate_for_each_entry_are_captured() -> None:
     student = network()
     optimizer = with_entries(student, rates_of(student), momentum=0.9)
-    both = [metapl.hypergradient(**given(student, optimizer, compile=c, wrt=["start", "lr"])) for c in (False, True)]
+    both = [
+        metapl.hypergradient(**given(student, optimizer, compile=c, wrt=["start", "lr"]))
+        for c in (False, True)
+    ]
     eager, pure = both
     assert error(pure.start, eager.start) < 1e-10
-    assert error(dict(enumerate(pure.settings["lr"])), dict(enumerate(eager.settings["lr"]))) < 1e-10
+    assert (
+        error(dict(enumerate(pure.settings["lr"])), dict(enumerate(eager.settings["lr"]))) < 1e-10
+    )
 
 
 def test_central_differences_of_real_steps_in_a_rate() -> None:
@@ -146,7 +173,9 @@ def test_central_differences_of_real_steps_in_a_rate() -> None:
 
     def trained(shift: float) -> float:
         own = copy.deepcopy(student)
-        moved = {name: (t + shift * (name == "0.weight")).requires_grad_() for name, t in rates.items()}
+        moved = {
+            name: (t + shift * (name == "0.weight")).requires_grad_() for name, t in rates.items()
+        }
         optimizer = with_entries(own, moved, momentum=0.9, foreach=False)
         for x, y in INNER:
             optimizer.zero_grad()
@@ -154,14 +183,20 @@ def test_central_differences_of_real_steps_in_a_rate() -> None:
             optimizer.step()
         return F.cross_entropy(own(OUTER[-1][0]), OUTER[-1][1]).item()
 
-    found = metapl.hypergradient(**given(student, with_entries(student, rates, momentum=0.9), wrt="lr"))
-    assert abs((trained(1e-5) - trained(-1e-5)) / 2e-5 - float(found.settings["lr"][0].sum())) < 1e-8
+    found = metapl.hypergradient(
+        **given(student, with_entries(student, rates, momentum=0.9), wrt="lr")
+    )
+    assert (
+        abs((trained(1e-5) - trained(-1e-5)) / 2e-5 - float(found.settings["lr"][0].sum())) < 1e-8
+    )
     assert abs(trained(0.0) - float(found.outer_loss)) < 1e-12
 
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("mode", [Forward(), Unrolled()])
-def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(mode: Any, compile: bool) -> None:
+def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(
+    mode: Any, compile: bool
+) -> None:
     """Two groups with a number, one of them of two weights; the schedule in the shape of the result."""
     student = network()
     weights = dict(student.named_parameters())
@@ -176,11 +211,17 @@ def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(mode:
     start = reference.weights(student)
     leaves = [t.clone().requires_grad_() for t in schedule]
     by_step = [
-        dict(zip(names, [leaves[0][k], *[leaves[1][k]] * 2, *[leaves[2][k]] * 3], strict=True)) for k in range(STEPS)
+        dict(zip(names, [leaves[0][k], *[leaves[1][k]] * 2, *[leaves[2][k]] * 3], strict=True))
+        for k in range(STEPS)
     ]
     L = by_rates(student, by_step, start, momentum=0.5)
     expected = torch.autograd.grad(L, leaves)
-    more = {"inner": Lookahead(INNER, schedule={"lr": schedule}), "mode": mode, "compile": compile, "wrt": "lr"}
+    more = {
+        "inner": Lookahead(INNER, schedule={"lr": schedule}),
+        "mode": mode,
+        "compile": compile,
+        "wrt": "lr",
+    }
     found = metapl.hypergradient(**given(student, SGD(groups, lr=0.1, momentum=0.5), **more))
     for own, t in zip(found.settings["lr"], expected, strict=True):
         assert own.shape == t.shape
@@ -222,7 +263,13 @@ def test_a_trainer_steps_with_rates_for_each_entry() -> None:
             theta[name] = p.detach() - rates[name] * buffers[name]
         trainer.step(case.labeled, case.unlabeled)
     assert error({n: p.detach() for n, p in student.named_parameters()}, theta) < 1e-10
-    assert error({n: optimizer.state[p]["momentum_buffer"] for n, p in student.named_parameters()}, buffers) < 1e-10
+    assert (
+        error(
+            {n: optimizer.state[p]["momentum_buffer"] for n, p in student.named_parameters()},
+            buffers,
+        )
+        < 1e-10
+    )
     with pytest.raises(MetaplError, match="a rate for each entry of a weight; leave compile out"):
         metapl.BilevelTrainer(
             **case.networks(), mode="forward", inner_optimizer=optimizer, verify=False, compile=True
@@ -230,14 +277,24 @@ def test_a_trainer_steps_with_rates_for_each_entry() -> None:
 
 
 WRONG_RATES: dict[str, tuple[str, Callable[[list[Any]], Any]]] = {
-    "another shape": ("a group for each weight", lambda p: SGD([{"params": p, "lr": torch.full_like(p[0], 0.1)}])),
+    "another shape": (
+        "a group for each weight",
+        lambda p: SGD([{"params": p, "lr": torch.full_like(p[0], 0.1)}]),
+    ),
     "a row of rates": (
         "a group for each weight",
-        lambda p: SGD([{"params": [q], "lr": torch.full_like(q[..., :1], 0.1).expand(*q.shape[:-1], 2)} for q in p]),
+        lambda p: SGD(
+            [
+                {"params": [q], "lr": torch.full_like(q[..., :1], 0.1).expand(*q.shape[:-1], 2)}
+                for q in p
+            ]
+        ),
     ),
     "another type": (
         "torch.float32",
-        lambda p: SGD([{"params": [q], "lr": torch.full(q.shape, 0.1, dtype=torch.float16)} for q in p]),
+        lambda p: SGD(
+            [{"params": [q], "lr": torch.full(q.shape, 0.1, dtype=torch.float16)} for q in p]
+        ),
     ),
     "of Adam": (
         "takes no such step",
@@ -245,7 +302,9 @@ WRONG_RATES: dict[str, tuple[str, Callable[[list[Any]], Any]]] = {
     ),
     "a decay for each entry": (
         "'weight_decay'",
-        lambda p: SGD([{"params": [q], "weight_decay": torch.full_like(q, 0.1)} for q in p], lr=0.1),
+        lambda p: SGD(
+            [{"params": [q], "weight_decay": torch.full_like(q, 0.1)} for q in p], lr=0.1
+        ),
     ),
     "a momentum for each entry": (
         "'momentum'",
@@ -260,7 +319,11 @@ def test_other_settings_with_several_values_are_refused(name: str, mode: str) ->
     word, made = WRONG_RATES[name]
     student = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).float()
     with pytest.raises(MetaplError, match=word) as said:
-        update_of(made([*student.parameters()]), dict(student.named_parameters()), is_differentiated=mode != "none")
+        update_of(
+            made([*student.parameters()]),
+            dict(student.named_parameters()),
+            is_differentiated=mode != "none",
+        )
     assert "\n" not in str(said.value)
 
 
@@ -278,7 +341,9 @@ def test_a_schedule_that_does_not_fit_the_rates_is_refused() -> None:
     rows = [t.expand(STEPS, *t.shape) for t in rates.values()]
     for schedule in (rows[:-1], [row[1:] for row in rows], [rows[1], *rows[1:]]):
         with pytest.raises(MetaplError, match="for each param group"):
-            metapl.hypergradient(**given(student, optimizer, inner=Lookahead(INNER, schedule={"lr": schedule})))
+            metapl.hypergradient(
+                **given(student, optimizer, inner=Lookahead(INNER, schedule={"lr": schedule}))
+            )
 
 
 def test_a_feedback_in_units_of_a_rate_for_each_entry_is_refused() -> None:
@@ -286,7 +351,9 @@ def test_a_feedback_in_units_of_a_rate_for_each_entry_is_refused() -> None:
     rates = {name: torch.rand_like(p) for name, p in case.student.named_parameters()}
     optimizer = with_entries(case.student, rates)
     mode = Forward(normalization="learning_rate")
-    trainer = metapl.BilevelTrainer(**case.networks(), mode=mode, inner_optimizer=optimizer, verify=False)
+    trainer = metapl.BilevelTrainer(
+        **case.networks(), mode=mode, inner_optimizer=optimizer, verify=False
+    )
     with pytest.raises(MetaplError, match="no single learning rate"):
         trainer.step(case.labeled, case.unlabeled)
     with pytest.raises(MetaplError, match="without a single learning rate"):
@@ -304,7 +371,9 @@ def gradient_of_last(student: nn.Module, truncate: int, **options: Any) -> Tree:
         if number == STEPS - truncate:
             params = begun = {name: p.detach().requires_grad_() for name, p in params.items()}
             state = None if state is None else {name: b.detach() for name, b in state.items()}
-        grads = torch.autograd.grad(loss_at(student, params, pair), [*params.values()], create_graph=True)
+        grads = torch.autograd.grad(
+            loss_at(student, params, pair), [*params.values()], create_graph=True
+        )
         params, state = rule(params, dict(zip(params, grads, strict=True)), state)
     if truncate == 0:
         params = begun = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -314,12 +383,16 @@ def gradient_of_last(student: nn.Module, truncate: int, **options: Any) -> Tree:
 
 @pytest.mark.parametrize(("mode", "compile"), ROADS)
 @pytest.mark.parametrize("truncate", [0, 1, 3, STEPS, STEPS + 2])
-def test_first_order_is_the_gradient_after_the_steps_that_are_left_out(truncate: int, mode: Any, compile: bool) -> None:
+def test_first_order_is_the_gradient_after_the_steps_that_are_left_out(
+    truncate: int, mode: Any, compile: bool
+) -> None:
     student = network()
     options = {"momentum": 0.9, "weight_decay": 0.05}
     optimizer = SGD(student.parameters(), lr=0.3, **options)
     mode = replace(mode, truncate=truncate)
-    found = metapl.hypergradient(**given(student, optimizer, mode=mode, compile=compile, wrt="start"))
+    found = metapl.hypergradient(
+        **given(student, optimizer, mode=mode, compile=compile, wrt="start")
+    )
     assert error(found.start, gradient_of_last(student, min(truncate, STEPS), **options)) < 1e-10
     whole = metapl.hypergradient(**given(student, optimizer, wrt="start"))
     assert (error(found.start, whole.start) < 1e-10) == (truncate >= STEPS)
@@ -333,7 +406,9 @@ def test_first_order_with_a_teacher_cuts_both() -> None:
     both = metapl.hypergradient(case.teacher, case.student, **more, wrt=["teacher", "start"])
     alone = metapl.hypergradient(case.teacher, case.student, **more)
     assert error(both.grads, alone.grads) < 1e-12
-    first = metapl.hypergradient(case.teacher, case.student, **more | {"mode": Forward(truncate=0)}, wrt="start")
+    first = metapl.hypergradient(
+        case.teacher, case.student, **more | {"mode": Forward(truncate=0)}, wrt="start"
+    )
     assert first.grads == {}
     assert all(not h.any() for h in first.feedback)
     assert 1e-6 < error(both.start, first.start) < 1
@@ -345,13 +420,22 @@ def test_what_no_step_reaches_is_refused(compile: bool) -> None:
     optimizer = SGD(student.parameters(), lr=0.1)
     for wrt in ("teacher", "lr", ["start", "lr"], ["teacher", "start"]):
         with pytest.raises(MetaplError, match=r"expected wrt='start', or a truncate of 1"):
-            metapl.hypergradient(**given(student, optimizer, mode=Forward(truncate=0), wrt=wrt, compile=compile))
+            metapl.hypergradient(
+                **given(student, optimizer, mode=Forward(truncate=0), wrt=wrt, compile=compile)
+            )
     with pytest.raises(MetaplError, match="all steps, or wrt='start'"):
         metapl.hypergradient(
-            **given(student, optimizer, mode=Forward(truncate=2), wrt=["start", "lr"], compile=compile)
+            **given(
+                student, optimizer, mode=Forward(truncate=2), wrt=["start", "lr"], compile=compile
+            )
         )
     x, y = INNER[0]
-    how: dict[str, Any] = {"steps": 2, "batch_size": 3, "mode": Forward(truncate=0), "compile": compile}
+    how: dict[str, Any] = {
+        "steps": 2,
+        "batch_size": 3,
+        "mode": Forward(truncate=0),
+        "compile": compile,
+    }
     with pytest.raises(MetaplError, match="expected 1 or more"):
         metapl.attribute(student, (x, y), (x, y), optimizer=optimizer, **how)
     case = toy("mlp")
@@ -376,7 +460,9 @@ class Counting(nn.Module):
 
 
 def noisy() -> nn.Module:
-    return network(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), Counting(), nn.Dropout(0.2), nn.Linear(5, 3))
+    return network(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), Counting(), nn.Dropout(0.2), nn.Linear(5, 3)
+    )
 
 
 @pytest.mark.parametrize(("mode", "compile"), ROADS)
@@ -388,7 +474,13 @@ def test_a_loss_after_each_step_is_the_sum_of_calls(mode: Any, compile: bool) ->
 
     def call(outer: Any, steps: int) -> metapl.Hypergradient:
         torch.manual_seed(5)
-        more = {"outer": outer, "inner": Lookahead(INNER[:steps]), "mode": mode, "compile": compile, "wrt": wrt}
+        more = {
+            "outer": outer,
+            "inner": Lookahead(INNER[:steps]),
+            "mode": mode,
+            "compile": compile,
+            "wrt": wrt,
+        }
         return metapl.hypergradient(**given(student, optimizer, **more))
 
     before = copy.deepcopy(student.state_dict())
@@ -399,11 +491,19 @@ def test_a_loss_after_each_step_is_the_sum_of_calls(mode: Any, compile: bool) ->
     assert error(whole.outer_losses, torch.stack([part.outer_loss for part in parts])) < 1e-12
     total = sum(w * part.outer_loss for w, part in zip(WEIGHTS, parts, strict=True))
     assert abs(float(whole.outer_loss - total)) < 1e-12
-    expected = {n: sum(w * p.start[n] for w, p in zip(WEIGHTS, parts, strict=True)) for n in whole.start}
+    expected = {
+        n: sum(w * p.start[n] for w, p in zip(WEIGHTS, parts, strict=True)) for n in whole.start
+    }
     assert error(whole.start, expected) < 1e-10
     for name in ("lr", "momentum"):
-        padded = [F.pad(part.settings[name], (0, 0, 0, STEPS - len(part.settings[name]))) for part in parts]
-        assert error(whole.settings[name], sum(w * t for w, t in zip(WEIGHTS, padded, strict=True))) < 1e-10
+        padded = [
+            F.pad(part.settings[name], (0, 0, 0, STEPS - len(part.settings[name])))
+            for part in parts
+        ]
+        assert (
+            error(whole.settings[name], sum(w * t for w, t in zip(WEIGHTS, padded, strict=True)))
+            < 1e-10
+        )
     for k, h in enumerate(whole.feedback):
         assert error(h, sum(WEIGHTS[j] * parts[j].feedback[k] for j in range(k, STEPS))) < 1e-10
     assert all(torch.equal(p, parts[-1].student_params[n]) for n, p in whole.student_params.items())
@@ -423,14 +523,24 @@ def test_a_loss_after_each_step_beside_a_loop(mode: Any, compile: bool) -> None:
             if number < first:  # θ moves by a constant
                 at = {name: p.detach().requires_grad_() for name, p in path.items()}
                 grads = torch.autograd.grad(loss_at(student, at, pair), [*at.values()])
-                steps = {n: -0.3 * (g + 0.05 * at[n].detach()) for (n, _), g in zip(at.items(), grads, strict=True)}
+                steps = {
+                    n: -0.3 * (g + 0.05 * at[n].detach())
+                    for (n, _), g in zip(at.items(), grads, strict=True)
+                }
                 path = {name: p + steps[name] for name, p in path.items()}
             else:
-                grads = torch.autograd.grad(loss_at(student, path, pair), [*path.values()], create_graph=True)
-                path = {n: p - 0.3 * (g + 0.05 * p) for (n, p), g in zip(path.items(), grads, strict=True)}
+                grads = torch.autograd.grad(
+                    loss_at(student, path, pair), [*path.values()], create_graph=True
+                )
+                path = {
+                    n: p - 0.3 * (g + 0.05 * p)
+                    for (n, p), g in zip(path.items(), grads, strict=True)
+                }
             losses.append(loss_at(student, path, OUTER[number]))
         expected = torch.autograd.grad(torch.stack(losses).sum(), [*begun.values()])
-        found = metapl.hypergradient(**given(student, optimizer, mode=replace(mode, truncate=truncate), **more))
+        found = metapl.hypergradient(
+            **given(student, optimizer, mode=replace(mode, truncate=truncate), **more)
+        )
         assert error(found.start, dict(zip(begun, expected, strict=True))) < 1e-10
         assert error(found.outer_loss, torch.stack(losses).sum().detach()) < 1e-12
 
@@ -451,11 +561,14 @@ def test_micro_batches_of_a_loss_of_all_rows_after_each_step(mode: Any) -> None:
     given_to = given(student, SGD(student.parameters(), lr=0.3), **more)
     whole = metapl.hypergradient(**given_to | {"outer": Lookahead(outer, weights=WEIGHTS)})
     parts = [
-        metapl.hypergradient(**given_to | {"outer": outer[k], "inner": Lookahead(INNER[: k + 1])}) for k in range(STEPS)
+        metapl.hypergradient(**given_to | {"outer": outer[k], "inner": Lookahead(INNER[: k + 1])})
+        for k in range(STEPS)
     ]
     assert whole.outer_losses is not None
     assert error(whole.outer_losses, torch.stack([part.outer_loss for part in parts])) < 1e-12
-    expected = {n: sum(w * p.start[n] for w, p in zip(WEIGHTS, parts, strict=True)) for n in whole.start}
+    expected = {
+        n: sum(w * p.start[n] for w, p in zip(WEIGHTS, parts, strict=True)) for n in whole.start
+    }
     assert error(whole.start, expected) < 1e-10
 
 
@@ -463,15 +576,28 @@ def test_micro_batches_of_a_loss_of_all_rows_after_each_step(mode: Any) -> None:
 def test_a_teacher_learns_from_a_loss_after_each_step(compile: bool, accumulate: int) -> None:
     case = toy("mlp")
     x, y = (t[:4] for t in case.labeled)
-    outer, inner = [(x + 0.1 * k, y) for k in range(3)], [case.unlabeled[:4] - 0.1 * k for k in range(3)]
-    how: dict[str, Any] = {"inner_optimizer": SGD(case.student.parameters(), lr=0.5), "compile": compile}
+    outer, inner = (
+        [(x + 0.1 * k, y) for k in range(3)],
+        [case.unlabeled[:4] - 0.1 * k for k in range(3)],
+    )
+    how: dict[str, Any] = {
+        "inner_optimizer": SGD(case.student.parameters(), lr=0.5),
+        "compile": compile,
+    }
     how |= {"accumulate": accumulate}
-    whole = metapl.hypergradient(case.teacher, case.student, outer=Lookahead(outer), inner=Lookahead(inner), **how)
+    whole = metapl.hypergradient(
+        case.teacher, case.student, outer=Lookahead(outer), inner=Lookahead(inner), **how
+    )
     parts = [
-        metapl.hypergradient(case.teacher, case.student, outer=outer[k], inner=Lookahead(inner[: k + 1]), **how)
+        metapl.hypergradient(
+            case.teacher, case.student, outer=outer[k], inner=Lookahead(inner[: k + 1]), **how
+        )
         for k in range(3)
     ]
-    assert error(whole.grads, {name: sum(part.grads[name] for part in parts) for name in whole.grads}) < 1e-10
+    assert (
+        error(whole.grads, {name: sum(part.grads[name] for part in parts) for name in whole.grads})
+        < 1e-10
+    )
 
 
 def test_one_path_is_walked_for_all_losses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +614,9 @@ def test_one_path_is_walked_for_all_losses(monkeypatch: pytest.MonkeyPatch) -> N
     for several in (False, True):
         passes = 0
         outer = Lookahead(OUTER) if several else OUTER[-1]
-        metapl.hypergradient(**given(student, SGD(student.parameters(), lr=0.1), outer=outer, wrt="start"))
+        metapl.hypergradient(
+            **given(student, SGD(student.parameters(), lr=0.1), outer=outer, wrt="start")
+        )
         found[several] = passes
     assert found[True] - found[False] == STEPS - 1
 
@@ -502,8 +630,14 @@ def test_a_function_gives_outer_batches() -> None:
         return OUTER[number]
 
     optimizer = SGD(student.parameters(), lr=0.3)
-    outers = Lookahead(made, steps=STEPS, weights=torch.tensor(WEIGHTS)), Lookahead(OUTER, weights=WEIGHTS)
-    one, other = (metapl.hypergradient(**given(student, optimizer, outer=outer, wrt="start")) for outer in outers)
+    outers = (
+        Lookahead(made, steps=STEPS, weights=torch.tensor(WEIGHTS)),
+        Lookahead(OUTER, weights=WEIGHTS),
+    )
+    one, other = (
+        metapl.hypergradient(**given(student, optimizer, outer=outer, wrt="start"))
+        for outer in outers
+    )
     assert error(one.start, other.start) < 1e-6
     assert calls == [*range(STEPS)]
 
@@ -511,8 +645,14 @@ def test_a_function_gives_outer_batches() -> None:
 WRONG_OUTER: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "fewer": ("an outer batch for each step", lambda: {"outer": Lookahead(OUTER[:-1])}),
     "one step": ("takes 1 step;", lambda: {"outer": Lookahead(OUTER), "inner": INNER[0]}),
-    "a schedule": ("expected weights=", lambda: {"outer": Lookahead(OUTER, schedule=lambda k: 1.0)}),
-    "weights of inner batches": ("of outer batches", lambda: {"inner": Lookahead(INNER, weights=WEIGHTS)}),
+    "a schedule": (
+        "expected weights=",
+        lambda: {"outer": Lookahead(OUTER, schedule=lambda k: 1.0)},
+    ),
+    "weights of inner batches": (
+        "of outer batches",
+        lambda: {"inner": Lookahead(INNER, weights=WEIGHTS)},
+    ),
     "a mode of one step": (
         "expected 'forward' or 'unrolled'",
         lambda: {"outer": Lookahead(OUTER[:1]), "inner": INNER[0], "mode": "difference"},
@@ -520,11 +660,18 @@ WRONG_OUTER: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "verification": ("expected verify=False", lambda: {"outer": Lookahead(OUTER), "verify": True}),
     "a batch with a gradient": (
         r"outer\[1\]\[0\] requires a gradient",
-        lambda: {"outer": Lookahead([OUTER[0], (OUTER[1][0].clone().requires_grad_(), OUTER[1][1]), *OUTER[2:]])},
+        lambda: {
+            "outer": Lookahead(
+                [OUTER[0], (OUTER[1][0].clone().requires_grad_(), OUTER[1][1]), *OUTER[2:]]
+            )
+        },
     ),
     "NaN": (
         "the outer loss is NaN or infinite",
-        lambda: {"outer": Lookahead([(torch.nan * OUTER[0][0], OUTER[0][1]), *OUTER[1:]]), "wrt": "start"},
+        lambda: {
+            "outer": Lookahead([(torch.nan * OUTER[0][0], OUTER[0][1]), *OUTER[1:]]),
+            "wrt": "start",
+        },
     ),
 }
 
@@ -549,16 +696,27 @@ class ReadsTeacher(metapl.PseudoLabels):
         object.__setattr__(self, "held", teacher)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        return super().outer_loss(outputs, batch) + sum(p.square().sum() for p in self.held.parameters())
+        return super().outer_loss(outputs, batch) + sum(
+            p.square().sum() for p in self.held.parameters()
+        )
 
 
 def test_a_direct_term_is_refused_with_a_loss_after_each_step() -> None:
     case = toy("mlp")
-    more: dict[str, Any] = {"outer": Lookahead([case.labeled] * 2), "inner": Lookahead([case.unlabeled] * 2)}
-    more |= {"problem": ReadsTeacher(case.teacher), "inner_optimizer": SGD(case.student.parameters(), lr=0.1)}
+    more: dict[str, Any] = {
+        "outer": Lookahead([case.labeled] * 2),
+        "inner": Lookahead([case.unlabeled] * 2),
+    }
+    more |= {
+        "problem": ReadsTeacher(case.teacher),
+        "inner_optimizer": SGD(case.student.parameters(), lr=0.1),
+    }
     with pytest.raises(MetaplError, match="may read the teacher; expected one outer batch"):
         metapl.hypergradient(case.teacher, case.student, **more)
-    assert metapl.hypergradient(case.teacher, case.student, **more, wrt="start").outer_losses is not None
+    assert (
+        metapl.hypergradient(case.teacher, case.student, **more, wrt="start").outer_losses
+        is not None
+    )
 
 
 def test_weights_that_are_none_for_each_batch_are_refused() -> None:
@@ -592,22 +750,33 @@ def test_the_proposal_for_a_part_of_the_weights_runs_and_is_anil(mode: Any, comp
         metapl.hypergradient(**given(student, inner_optimizer, wrt="start"))
     assert "\n" not in str(said.value)
     exec(str(said.value).partition("a group with lr=0: ")[2].removesuffix("."), {**locals()})
-    found = metapl.hypergradient(**given(student, inner_optimizer, mode=mode, compile=compile, wrt="start"))
+    found = metapl.hypergradient(
+        **given(student, inner_optimizer, mode=mode, compile=compile, wrt="start")
+    )
     start, rule, state = reference.weights(student), reference.sgd(0.3, momentum=0.9), None
     path = start
     for pair in INNER:
         head = {name: p for name, p in path.items() if name.startswith("2.")}
-        grads = torch.autograd.grad(loss_at(student, path, pair), [*head.values()], create_graph=True)
+        grads = torch.autograd.grad(
+            loss_at(student, path, pair), [*head.values()], create_graph=True
+        )
         moved, state = rule(head, dict(zip(head, grads, strict=True)), state)
         path = path | moved
     expected = torch.autograd.grad(loss_at(student, path, OUTER[-1]), [*start.values()])
     assert error(found.start, dict(zip(start, expected, strict=True))) < 1e-10
-    assert all(torch.equal(found.student_params[name], p) for name, p in start.items() if name.startswith("0."))
+    assert all(
+        torch.equal(found.student_params[name], p)
+        for name, p in start.items()
+        if name.startswith("0.")
+    )
 
 
 def test_the_proposal_runs_for_a_tuple_of_optimizers() -> None:
     student = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    inner_optimizer = (torch.optim.Muon([student[2].weight], lr=0.1), torch.optim.Adam([student[2].bias], lr=0.1))
+    inner_optimizer = (
+        torch.optim.Muon([student[2].weight], lr=0.1),
+        torch.optim.Adam([student[2].bias], lr=0.1),
+    )
     with pytest.raises(MetaplError, match="lr=0") as said:
         metapl.hypergradient(**given(student, inner_optimizer, wrt="start"))
     exec(str(said.value).partition("a group with lr=0: ")[2].removesuffix("."), {**locals()})
@@ -622,7 +791,9 @@ def test_the_proposal_runs_for_a_tuple_of_optimizers() -> None:
 def test_optimizers_with_a_closure_are_refused_when_they_are_given() -> None:
     case = toy("mlp")
     outer = torch.optim.LBFGS(case.teacher.parameters())
-    with pytest.raises(MetaplError, match=r"outer_optimizer is LBFGS.*metapl.hypergradient \(docs/meta-learning.md"):
+    with pytest.raises(
+        MetaplError, match=r"outer_optimizer is LBFGS.*metapl.hypergradient \(docs/meta-learning.md"
+    ):
         metapl.BilevelTrainer(**case.networks(), mode="forward", outer_optimizer=outer)
     with pytest.raises(MetaplError, match="by a closure"):
         metapl.LossTrainer(case.teacher, optimizer=outer)
@@ -635,7 +806,10 @@ def test_optimizers_with_a_closure_are_refused_when_they_are_given() -> None:
     with pytest.raises(MetaplError, match="outer_optimizer is Sharp"):
         metapl.BilevelTrainer(**case.networks(), mode="forward", outer_optimizer=sharp)
     inner = torch.optim.LBFGS(case.student.parameters())
-    for mode, word in (("forward", "inner_optimizer is LBFGS; expected torch.optim's SGD"), ("none", "by a closure")):
+    for mode, word in (
+        ("forward", "inner_optimizer is LBFGS; expected torch.optim's SGD"),
+        ("none", "by a closure"),
+    ):
         with pytest.raises(MetaplError, match=word):
             metapl.BilevelTrainer(**case.networks(), mode=mode, inner_optimizer=inner)
     with pytest.raises(MetaplError, match=r"inner_optimizer is LBFGS; expected torch\.optim's SGD"):

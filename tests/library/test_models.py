@@ -22,7 +22,9 @@ def test_published_weight_counts() -> None:
         assert count(wide_resnet28_2(num_classes=100)) == 1_467_610 + 90 * 129
 
 
-@pytest.mark.parametrize(("depth", "widen", "classes"), [(9, 1, 10), (4, 1, 10), (27, 2, 10), (10, 0, 10), (10, 1, 0)])
+@pytest.mark.parametrize(
+    ("depth", "widen", "classes"), [(9, 1, 10), (4, 1, 10), (27, 2, 10), (10, 0, 10), (10, 1, 0)]
+)
 def test_wide_resnet_refuses_sizes(depth: int, widen: int, classes: int) -> None:
     with pytest.raises(MetaplError):
         wide_resnet(depth, widen, classes)

@@ -28,7 +28,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "momentum": {**NESTEROV, "momentum": 0.8, "nesterov": False, "weight_decay": 0.0},
     "no momentum": {**NESTEROV, "momentum": 0.0},
     "by size": {**NESTEROV, "lr": 0.05, "adjust_lr_fn": "match_rms_adamw"},
-    "unclamped": {**NESTEROV, "adjust_lr_fn": "spectral_unclamped", "ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0)},
+    "unclamped": {
+        **NESTEROV,
+        "adjust_lr_fn": "spectral_unclamped",
+        "ns_steps": 3,
+        "ns_coefficients": (3.0, -4.0, 2.0),
+    },
 }
 
 
@@ -59,18 +64,29 @@ def muon_and_adamw(
 
     def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         others = {name: p for name, p in params.items() if p.ndim != 2}
-        moved, of_adamw = of_others(others, {name: grads[name] for name in others}, state and state["adamw"])
+        moved, of_adamw = of_others(
+            others, {name: grads[name] for name in others}, state and state["adamw"]
+        )
         buffers = {}
         for name, p in params.items():
             if name in others:
                 continue
             old = state["muon"][name] if state else torch.zeros_like(p)
             buffers[name] = momentum * old + (1 - momentum) * grads[name]
-            step = (1 - momentum) * grads[name] + momentum * buffers[name] if nesterov else buffers[name]
+            step = (
+                (1 - momentum) * grads[name] + momentum * buffers[name]
+                if nesterov
+                else buffers[name]
+            )
             rows, columns = p.shape
-            by = {"match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)), "spectral_unclamped": (rows / columns) ** 0.5}
+            by = {
+                "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+                "spectral_unclamped": (rows / columns) ** 0.5,
+            }
             rate = lr * by.get(str(adjust_lr_fn), max(1.0, rows / columns) ** 0.5)
-            moved[name] = (1 - lr * weight_decay) * p - rate * polar(step, *ns_coefficients, ns_steps)
+            moved[name] = (1 - lr * weight_decay) * p - rate * polar(
+                step, *ns_coefficients, ns_steps
+            )
         return {name: moved[name] for name in params}, {"muon": buffers, "adamw": of_adamw}
 
     return rule
@@ -88,7 +104,9 @@ def problem() -> Toy:
 
 
 def optimizers(network: nn.Module, settings: dict[str, Any] = NESTEROV) -> tuple[Any, Any]:
-    matrices, others = ([p for p in network.parameters() if (p.ndim == 2) == which] for which in (True, False))
+    matrices, others = (
+        [p for p in network.parameters() if (p.ndim == 2) == which] for which in (True, False)
+    )
     return torch.optim.Muon(matrices, **settings), torch.optim.AdamW(others, **ADAMW)
 
 
@@ -98,7 +116,9 @@ def warmed(given: Toy, settings: dict[str, Any], steps: int) -> tuple[tuple[Any,
     draw = torch.Generator().manual_seed(7)
     for _ in range(steps):
         params = {name: p.detach().clone() for name, p in given.student.named_parameters()}
-        grads = {n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()}
+        grads = {
+            n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()
+        }
         _, state = rule(params, grads, state)
         stepped(real, given.student, grads)
     return real, state
@@ -119,13 +139,17 @@ def stepped(real: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
         usual=["unrolled", "forward", "nesterov", 3, 2],
     ),
 )  # fmt: skip
-def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: str, steps: int, warm: int) -> None:
+def test_the_gradient_is_that_of_double_backward_by_hand(
+    mode: Any, settings: str, steps: int, warm: int
+) -> None:
     require_setting(settings)
     given = problem()
     ahead = batches(steps, given)
     real, state = warmed(given, SETTINGS[settings], warm)
     rule = muon_and_adamw(**SETTINGS[settings])
-    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule, state=state)
+    expected = reference.several_steps(
+        **given.networks(), labeled=given.labeled, batches=ahead, rule=rule, state=state
+    )
     before = everything(given, *real)
     found = gradient(given, mode, ahead, inner_optimizer=real)
     assert same(before, everything(given, *real))
@@ -143,7 +167,9 @@ def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
     update = update_of(real, trainable(given.student))
     params = {n: p.detach().clone() for n, p in given.student.named_parameters()}
     grads = {n: torch.randn_like(p) for n, p in params.items()}
-    rounded, state = update.update(params, grads, update.read_state(), as_taken(options_of(update.optimizer)))
+    rounded, state = update.update(
+        params, grads, update.read_state(), as_taken(options_of(update.optimizer))
+    )
     exact, _ = update.update(params, grads, update.read_state())
     stepped(real, given.student, grads)
     own = {n: p.detach() for n, p in given.student.named_parameters()}
@@ -155,7 +181,10 @@ def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
 
 
 def trainer_of(given: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
-    made = {"inner_optimizer": optimizers(given.student), "outer_optimizer": optimizers(given.teacher)}
+    made = {
+        "inner_optimizer": optimizers(given.student),
+        "outer_optimizer": optimizers(given.teacher),
+    }
     return metapl.BilevelTrainer(**given.networks(), mode=mode, **made, **options)
 
 
@@ -170,14 +199,20 @@ def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) 
         report = trainer.step(**data)
         loss = nn.functional.cross_entropy(twin.student(data["unlabeled"]), report.signal.value)
         names = [n for n, _ in twin.student.named_parameters()]
-        grads = dict(zip(names, torch.autograd.grad(loss, [*twin.student.parameters()]), strict=True))
+        grads = dict(
+            zip(names, torch.autograd.grad(loss, [*twin.student.parameters()]), strict=True)
+        )
         exact, _ = update.update(theta, grads, update.read_state())
         stepped(real, twin.student, grads)
         taken = dict(twin.student.named_parameters())
         assert error(dict(given.student.named_parameters()), taken) < 1e-9
         moved, gap = ({n: exact[n] - other[n] for n in taken} for other in (theta, taken))
-        assert report.step_rounding == pytest.approx(float(reference.flat(gap).norm() / reference.flat(moved).norm()))
-        assert 1e-4 < report.step_rounding < 1.0  # of a few examples the momentum has few directions; the rest is noise
+        assert report.step_rounding == pytest.approx(
+            float(reference.flat(gap).norm() / reference.flat(moved).norm())
+        )
+        assert (
+            1e-4 < report.step_rounding < 1.0
+        )  # of a few examples the momentum has few directions; the rest is noise
 
 
 @pytest.mark.parametrize("lookahead", [1, 2])
@@ -200,18 +235,25 @@ def test_the_rates_of_both_follow_schedules() -> None:
     rates = torch.optim.lr_scheduler.StepLR(real[0], 1, 0.5), lambda step: 1.0 - 0.2 * step
     rules = [
         muon_and_adamw(
-            **{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number}, adamw={**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)}
+            **{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number},
+            adamw={**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)},
         )
         for number in range(3)
     ]
-    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rules)
+    expected = reference.several_steps(
+        **given.networks(), labeled=given.labeled, batches=ahead, rule=rules
+    )
     how = {"labeled": given.labeled, "mode": "forward", "inner_optimizer": real}
-    found = metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how)
+    found = metapl.hypergradient(
+        **given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how
+    )
     assert error(found.grads, expected.grads) < 1e-9
     assert [one.param_groups[0]["lr"] for one in real] == [NESTEROV["lr"], ADAMW["lr"]]
     # One factor is of all of them.
     together, apart = (
-        metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=one), **how).grads
+        metapl.hypergradient(
+            **given.networks(), unlabeled=Lookahead(ahead, schedule=one), **how
+        ).grads
         for one in (rates[1], (rates[1], rates[1]))
     )
     assert error(together, apart) == 0.0

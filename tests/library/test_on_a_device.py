@@ -35,25 +35,49 @@ class Attention(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.embed, self.qkv, self.head = nn.Linear(24, 32), nn.Linear(32, 96), nn.Linear(32, CLASSES)
+        self.embed, self.qkv, self.head = (
+            nn.Linear(24, 32),
+            nn.Linear(32, 96),
+            nn.Linear(32, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.embed(x.transpose(1, 2).flatten(2))).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.embed(x.transpose(1, 2).flatten(2)))
+            .unflatten(-1, (3, 2, 16))
+            .permute(2, 0, 3, 1, 4)
+        )
         dropout = self.dropout if self.training else 0.0
-        return self.head(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2).mean(1))
+        return self.head(
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            .transpose(1, 2)
+            .flatten(2)
+            .mean(1)
+        )
 
 
 def convolutions(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3, stride=2), nn.GELU()),
+        *(
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.GELU(),
+            nn.Conv2d(8, 8, 3, stride=2),
+            nn.GELU(),
+        ),
         *(nn.Dropout(dropout), nn.Flatten(), nn.Linear(32, CLASSES)),
     )
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"convolutions": convolutions, "attention": Attention}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "convolutions": convolutions,
+    "attention": Attention,
+}
 
 
-def case(network: str, device: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> dict[str, Any]:
+def case(
+    network: str, device: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+) -> dict[str, Any]:
     """Teacher, student and batches, the same ones on each device and in each precision."""
     torch.manual_seed(0)
     teacher, student = NETWORKS[network](), NETWORKS[network](dropout)
@@ -70,7 +94,9 @@ def gradient(given: dict[str, Any], mode: Any, ahead: int = 1) -> Tensor:
     """Of the teacher's weights, in one row in float64 on the CPU."""
     inner = torch.optim.SGD(given["student"].parameters(), lr=0.1, momentum=0.9)
     unlabeled = given["unlabeled"] if ahead == 1 else metapl.Lookahead([given["unlabeled"]] * ahead)
-    found = metapl.hypergradient(**{**given, "unlabeled": unlabeled}, mode=mode, inner_optimizer=inner)
+    found = metapl.hypergradient(
+        **{**given, "unlabeled": unlabeled}, mode=mode, inner_optimizer=inner
+    )
     return torch.cat([g.flatten() for g in found.grads.values()]).double().cpu()
 
 
@@ -79,7 +105,9 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize(("mode", "ahead"), [("forward", 1), ("forward", 3), ("unrolled", 3), ("difference", 1)])
+@pytest.mark.parametrize(
+    ("mode", "ahead"), [("forward", 1), ("forward", 3), ("unrolled", 3), ("difference", 1)]
+)
 def test_the_gradient_is_that_of_float64_on_the_cpu(mode: str, network: str, ahead: int) -> None:
     exact = gradient(case(network, "cpu", torch.float64), "unrolled", ahead)
     with full_float32(torch.device(DEVICE)):
@@ -115,9 +143,9 @@ def test_results_and_reports_say_in_what_precision_products_were_taken() -> None
         try:
             switch.fp32_precision = precision
             result = metapl.hypergradient(**given, mode="difference", inner_optimizer=inner)
-            report = metapl.BilevelTrainer(given["teacher"], given["student"], "none", verify=False).step(
-                given["labeled"], given["unlabeled"]
-            )
+            report = metapl.BilevelTrainer(
+                given["teacher"], given["student"], "none", verify=False
+            ).step(given["labeled"], given["unlabeled"])
             assert report.float32_products == result.float32_products == float32_products(device)
             found.append(result.float32_products)
         finally:
@@ -144,7 +172,9 @@ def test_in_bfloat16_it_is_near(mode: str, network: str) -> None:
         ("reduce-overhead", "reinforce", {}),
     ],
 )
-def test_channels_last_and_compiled_passes_train_alike(how: Any, mode: str, options: dict[str, Any]) -> None:
+def test_channels_last_and_compiled_passes_train_alike(
+    how: Any, mode: str, options: dict[str, Any]
+) -> None:
     """And a report outlives the next steps, which are replays of one CUDA graph from the third on."""
     ends, outputs = [], []
     for changed in (False, how):
@@ -154,7 +184,9 @@ def test_channels_last_and_compiled_passes_train_alike(how: Any, mode: str, opti
                 given[name] = given[name].to(memory_format=torch.channels_last)
         teacher, student = given.pop("teacher"), given.pop("student")
         generator = torch.Generator(DEVICE).manual_seed(2)
-        trainer = metapl.BilevelTrainer(teacher, student, mode, compile=changed, generator=generator, **options)
+        trainer = metapl.BilevelTrainer(
+            teacher, student, mode, compile=changed, generator=generator, **options
+        )
         reports = [trainer.step(**given) for _ in range(2 if how is True else 4)]
         ends.append(torch.cat([p.detach().flatten() for p in student.parameters()]).double().cpu())
         outputs.append(reports[0].student_outputs.double().cpu())
@@ -165,7 +197,10 @@ def test_channels_last_and_compiled_passes_train_alike(how: Any, mode: str, opti
 def test_one_rank_with_its_weights_cut_is_the_step_of_one_process(tmp_path: Path) -> None:
     """NCCL or gloo, fully sharded, and a checkpoint by DCP that the other one reads."""
     dist.init_process_group(
-        "nccl" if DEVICE == "cuda" else "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+        "nccl" if DEVICE == "cuda" else "gloo",
+        init_method=f"file://{tmp_path}/meeting",
+        rank=0,
+        world_size=1,
     )
     try:
         ends = []
@@ -185,7 +220,10 @@ def test_one_rank_with_its_weights_cut_is_the_step_of_one_process(tmp_path: Path
             if sharded:
                 dcp.save(state, checkpoint_id=tmp_path / "state")
         assert gap(*ends) < 1e-5
-        read = {name: torch.empty_like(t) for name, t in case("convolutions", "cpu")["student"].state_dict().items()}
+        read = {
+            name: torch.empty_like(t)
+            for name, t in case("convolutions", "cpu")["student"].state_dict().items()
+        }
         dcp.load(read, checkpoint_id=tmp_path / "state")
         assert gap(torch.cat([t.flatten() for t in read.values()]).double(), ends[1]) == 0
     finally:
@@ -211,7 +249,9 @@ def recurrent(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]
     return {**given, "teacher": teacher.to(device, dtype), "student": student.to(device, dtype)}
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA: cuDNN's recurrent networks are not on the CPU")
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="needs CUDA: cuDNN's recurrent networks are not on the CPU"
+)
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_a_recurrent_network_of_cudnn_is_refused_with_what_to_do(mode: str) -> None:
     exact = gradient(recurrent("cpu", torch.float64), "unrolled")

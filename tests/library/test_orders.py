@@ -43,7 +43,11 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.where, self.out = nn.Linear(8, width), nn.Linear(width, 6), nn.Linear(8, 3)
+        self.hidden, self.where, self.out = (
+            nn.Linear(8, width),
+            nn.Linear(width, 6),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         theta = 0.3 * self.where(self.hidden(x).tanh()).view(-1, 2, 3)
@@ -137,13 +141,17 @@ class Translucent(Opaque):
 class Weighed(metapl.BilevelProblem):
     """A weight for each example, exp of a table."""
 
-    def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher(batch[2]).exp())
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(outputs, target, reduction="none")
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
         assert isinstance(signal.value, Tensor)
         return signal.value * self.loss(outputs, batch[1])
 
@@ -155,7 +163,10 @@ class Ctc(Weighed):
     """Its backward has no derivative."""
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        sizes = torch.full((len(outputs),), outputs.shape[1]), torch.full((len(outputs),), target.shape[1])
+        sizes = (
+            torch.full((len(outputs),), outputs.shape[1]),
+            torch.full((len(outputs),), target.shape[1]),
+        )
         return F.ctc_loss(outputs.log_softmax(-1).transpose(0, 1), target, *sizes, reduction="none")
 
 
@@ -200,9 +211,13 @@ class Task:
         optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
         for _ in range(steps):
             optimizer.zero_grad()
-            (weights * self.problem.loss(student(self.inner[0].double()), self.inner[1])).mean().backward()
+            (
+                weights * self.problem.loss(student(self.inner[0].double()), self.inner[1])
+            ).mean().backward()
             optimizer.step()
-        return float(self.problem.loss(student(self.outer[0].double()), self.outer[1]).mean().detach())
+        return float(
+            self.problem.loss(student(self.outer[0].double()), self.outer[1]).mean().detach()
+        )
 
 
 def task(kind: Callable[[int], nn.Module], width: int, dtype: torch.dtype = torch.float64) -> Task:
@@ -235,7 +250,9 @@ SECOND_DERIVATIVE_SINCE = {Transformer: "2.12", Prototypes: "2.14"}
 
 
 @pytest.mark.parametrize("kind", SECOND_DERIVATIVE_SINCE)
-def test_a_derivative_that_an_older_torch_lacks_is_refused_with_the_release_that_has_it(kind: Any) -> None:
+def test_a_derivative_that_an_older_torch_lacks_is_refused_with_the_release_that_has_it(
+    kind: Any,
+) -> None:
     case = task(kind, SIZES["small"])
     release = SECOND_DERIVATIVE_SINCE[kind]
     if torch.__version__ < TorchVersion(release):
@@ -260,9 +277,13 @@ ORDERS = {
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ORDERS)
-def test_a_student_without_forward_mode_is_right_at_every_size(kind: Any, size: str, steps: int) -> None:
+def test_a_student_without_forward_mode_is_right_at_every_size(
+    kind: Any, size: str, steps: int
+) -> None:
     if kind in SECOND_DERIVATIVE_SINCE:
-        require_torch(SECOND_DERIVATIVE_SINCE[kind], f"the second derivative of {kind.__name__} is there")
+        require_torch(
+            SECOND_DERIVATIVE_SINCE[kind], f"the second derivative of {kind.__name__} is there"
+        )
     case = task(kind, SIZES[size])
     assert (sum(p.numel() for p in case.student.parameters()) > SMALL) == (size == "large")
     result, expected = case.gradient(steps), case.reference(steps)
@@ -308,14 +329,19 @@ def test_where_no_order_of_several_steps_is_finite_the_advice_runs(size: str) ->
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
 def test_an_order_is_forced_and_all_agree(by: Any, steps: int, size: str) -> None:
-    case = task(lambda width: nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)), SIZES[size])
+    case = task(
+        lambda width: nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)),
+        SIZES[size],
+    )
     result = case.gradient(steps, Forward(by=by))
     assert result.order == by
     close(result, case.reference(steps))
     if steps > 1:
         close(case.gradient(steps, Forward(by=by, keep_every=2)), case.reference(steps))
         last = case.gradient(steps, Forward(by=by, truncate=2)).feedback
-        torch.testing.assert_close(last, case.gradient(steps, Forward(by="tangent", truncate=2)).feedback)
+        torch.testing.assert_close(
+            last, case.gradient(steps, Forward(by="tangent", truncate=2)).feedback
+        )
 
 
 @pytest.mark.parametrize("by", ["graph", "tangent", "double_backward"])
@@ -332,7 +358,9 @@ def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() ->
     if torch.__version__ >= TorchVersion(SECOND_DERIVATIVE_SINCE[Prototypes]):
         kind, operation = Prototypes, "_cdist_forward"
     case = task(kind, 6)
-    with pytest.raises(metapl.MetaplError, match=rf'{operation}.*expected Forward\(by="graph"\)') as caught:
+    with pytest.raises(
+        metapl.MetaplError, match=rf'{operation}.*expected Forward\(by="graph"\)'
+    ) as caught:
         case.gradient(1, Forward(by="tangent"))
     assert 'Forward(by="double_backward")' in str(caught.value)
     for by in ("graph", "double_backward"):  # both proposals
@@ -348,17 +376,27 @@ def test_other_modes_with_a_tangent_run_where_forward_does(mode: Any, width: int
     """Sampled labels of an LSTM, against finite differences of the outputs; and the implicit mode's identity."""
     torch.manual_seed(2)
     teacher, student = nn.Linear(8, 3), Recurrent(width)
-    batches: dict[str, Any] = {"outer": (torch.randn(5, 8), torch.arange(5) % 3), "inner": torch.randn(6, 8)}
+    batches: dict[str, Any] = {
+        "outer": (torch.randn(5, 8), torch.arange(5) % 3),
+        "inner": torch.randn(6, 8),
+    }
     batches["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
     if mode == "implicit":
         mode, reference = metapl.feedback.Implicit(solver="identity", step_size=0.1), "forward"
-        assert metapl.hypergradient(teacher, student, **batches, mode=mode).order == "double_backward"
+        assert (
+            metapl.hypergradient(teacher, student, **batches, mode=mode).order == "double_backward"
+        )
         return
     torch.manual_seed(5)
     found = metapl.hypergradient(teacher, student, **batches, mode=mode)
     torch.manual_seed(5)
-    reference = metapl.hypergradient(teacher, student, **batches, mode=ReinforcePerExample(tangent="difference"))
-    assert (found.order, reference.order) == ("graph" if width == 60 else "double_backward", "outputs")
+    reference = metapl.hypergradient(
+        teacher, student, **batches, mode=ReinforcePerExample(tangent="difference")
+    )
+    assert (found.order, reference.order) == (
+        "graph" if width == 60 else "double_backward",
+        "outputs",
+    )
     assert torch.dist(found.feedback, reference.feedback) <= 2e-2 * reference.feedback.norm()
 
 
@@ -368,11 +406,19 @@ def test_other_modes_with_a_tangent_run_where_forward_does(mode: Any, width: int
 def trainer_of(case: Task, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
     optimizer = torch.optim.SGD(case.student.parameters(), lr=LEARNING_RATE)
     outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
-    given: dict[str, Any] = {"inner_optimizer": optimizer, "outer_optimizer": outer_optimizer, "verify": False}
-    return metapl.BilevelTrainer(case.teacher, case.student, mode, problem=case.problem, **given | options)
+    given: dict[str, Any] = {
+        "inner_optimizer": optimizer,
+        "outer_optimizer": outer_optimizer,
+        "verify": False,
+    }
+    return metapl.BilevelTrainer(
+        case.teacher, case.student, mode, problem=case.problem, **given | options
+    )
 
 
-def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = task(Derivative, 3000)
     trainer, tries = trainer_of(case), list[bool]()
     in_order = metapl.BilevelTrainer._step_in_order
@@ -388,7 +434,11 @@ def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(monkeypatch: p
     moved = next(case.teacher.parameters()).detach() - before
     assert torch.dist(-moved.view(-1), expected) <= 1e-6 * expected.norm()
     for _ in range(2):
-        assert trainer.step(outer=case.outer, inner=case.inner).order == report.order == "double_backward"
+        assert (
+            trainer.step(outer=case.outer, inner=case.inner).order
+            == report.order
+            == "double_backward"
+        )
     assert tries == [True, True, False, False]  # tangent, double backward; then that alone
 
     again = task(Derivative, 3000)
@@ -412,7 +462,9 @@ def test_a_resumed_fit_keeps_the_order_bit_for_bit(tmp_path: Path) -> None:
 
     whole = fitted(out=tmp_path / "run", save_every=2)
     (tmp_path / "run/checkpoints/fit/step-00000004.ckpt").unlink()
-    for one, other in zip(whole, fitted(out=tmp_path / "run", save_every=2, resume=True), strict=True):
+    for one, other in zip(
+        whole, fitted(out=tmp_path / "run", save_every=2, resume=True), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -428,7 +480,9 @@ def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> N
         torch.manual_seed(7)
         report = trainer_of(case, mode).step(outer=case.outer, inner=case.inner)
         assert report.order == "double_backward"
-        ends.append([*case.student.state_dict().values(), *case.teacher.parameters(), torch.get_rng_state()])
+        ends.append(
+            [*case.student.state_dict().values(), *case.teacher.parameters(), torch.get_rng_state()]
+        )
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one, other)
 
@@ -437,16 +491,22 @@ def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> N
 def test_a_training_verifies_and_comes_out(kind: Any) -> None:
     """Verified, and below the training whose weights stay as they are."""
     if kind in SECOND_DERIVATIVE_SINCE:
-        require_torch(SECOND_DERIVATIVE_SINCE[kind], f"the second derivative of {kind.__name__} is there")
+        require_torch(
+            SECOND_DERIVATIVE_SINCE[kind], f"the second derivative of {kind.__name__} is there"
+        )
     losses = {}
     for mode in ("forward", "none"):
         case = task(kind, 3000)
         optimizer = torch.optim.SGD(case.student.parameters(), lr=0.003)
         outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=30.0)
-        trainer = trainer_of(case, mode, verify=True, inner_optimizer=optimizer, outer_optimizer=outer_optimizer)
+        trainer = trainer_of(
+            case, mode, verify=True, inner_optimizer=optimizer, outer_optimizer=outer_optimizer
+        )
         for _ in range(8):
             trainer.step(outer=case.outer, inner=case.inner)
-        losses[mode] = float(case.problem.outer_loss(case.student(case.outer[0]), case.outer).detach())
+        losses[mode] = float(
+            case.problem.outer_loss(case.student(case.outer[0]), case.outer).detach()
+        )
         assert trainer.verification.verdict.startswith("right" if mode == "forward" else "nothing")
     assert losses["forward"] < losses["none"]
 
@@ -457,7 +517,9 @@ def test_numbers_that_become_nan_later_are_refused_with_an_order_that_has_none()
     x = case.inner[0].abs() + 0.1
     trainer = trainer_of(case)
     assert trainer.step(outer=case.outer, inner=(x, *case.inner[1:])).order == "graph"
-    with pytest.raises(metapl.MetaplError, match=r'NaN or infinite.*Here Forward\(by="tangent"\).* is finite'):
+    with pytest.raises(
+        metapl.MetaplError, match=r'NaN or infinite.*Here Forward\(by="tangent"\).* is finite'
+    ):
         trainer.step(outer=case.outer, inner=case.inner)
 
 
@@ -470,11 +532,14 @@ def test_numbers_that_become_nan_later_are_refused_with_an_order_that_has_none()
 def test_a_once_differentiable_backward_is_named(mode: str, size: str, steps: int) -> None:
     case = task(Opaque, SIZES[size])
     ending = "" if steps == 1 else " with one student step"
-    with pytest.raises(metapl.MetaplError, match=rf"Once lacks a derivative.*expected mode 'difference'{ending}\."):
+    with pytest.raises(
+        metapl.MetaplError, match=rf"Once lacks a derivative.*expected mode 'difference'{ending}\."
+    ):
         case.gradient(steps, mode)
     with pytest.raises(metapl.MetaplError, match="Once lacks a derivative"):
         trainer_of(case, mode).step(
-            outer=case.outer, inner=metapl.Lookahead([case.inner] * steps) if steps > 1 else case.inner
+            outer=case.outer,
+            inner=metapl.Lookahead([case.inner] * steps) if steps > 1 else case.inner,
         )
     close(case.gradient(1, "difference"), case.reference(1), 1e-5)
 
@@ -485,7 +550,9 @@ def test_a_once_differentiable_backward_with_a_jvp_is_right_by_tangent(size: str
     result = case.gradient(1)
     assert result.order == "tangent"
     close(result, case.reference(1))
-    with pytest.raises(metapl.MetaplError, match=r"OnceWithJvp.*expected mode 'forward' with one student step"):
+    with pytest.raises(
+        metapl.MetaplError, match=r"OnceWithJvp.*expected mode 'forward' with one student step"
+    ):
         case.gradient(3)
 
 
@@ -506,11 +573,15 @@ def test_a_weight_of_a_ctc_loss_is_right_by_difference(one_sided: bool, accumula
 class Targets(Weighed):
     """Signals of other kinds in the same loss: a bias of the outputs, and weights of a penalty on the weights."""
 
-    def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         table = teacher(batch[2])
         return metapl.Signal({"factor": table.exp(), "decay": table.sigmoid()})
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
         assert isinstance(signal.value, dict)
         size = sum(p.square().sum() for p in params.values())
         ctc = Ctc().loss(outputs, batch[1])
@@ -528,7 +599,10 @@ def test_other_signals_and_losses_of_the_weights_are_right_by_difference() -> No
     def loss_after(values: Tensor) -> float:
         student = copy.deepcopy(case.student)
         size = sum(p.square().sum() for p in student.parameters())
-        losses = values.exp() ** 2 * Ctc().loss(student(case.inner[0]), case.inner[1]) + values.sigmoid() * size / 10
+        losses = (
+            values.exp() ** 2 * Ctc().loss(student(case.inner[0]), case.inner[1])
+            + values.sigmoid() * size / 10
+        )
         grads = torch.autograd.grad(losses.mean(), [*student.parameters()])
         with torch.no_grad():
             for p, g in zip(student.parameters(), grads, strict=True):
@@ -563,13 +637,24 @@ def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, i
         number = 1 if "with one student step" in text else steps
         text = text.removesuffix(" with one student step")
         names = {"Forward": Forward, "ReinforcePerExample": ReinforcePerExample}
-        found.append((text.removeprefix("mode ").strip("'") if text.startswith("mode") else eval(text, names), number))
+        found.append(
+            (
+                text.removeprefix("mode ").strip("'")
+                if text.startswith("mode")
+                else eval(text, names),
+                number,
+            )
+        )
     return found
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("make", [ctc_task, lambda width: task(Opaque, width), lambda width: task(Translucent, width)])
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit", Forward(by="tangent"), Forward(by="graph")])
+@pytest.mark.parametrize(
+    "make", [ctc_task, lambda width: task(Opaque, width), lambda width: task(Translucent, width)]
+)
+@pytest.mark.parametrize(
+    "mode", ["forward", "unrolled", "implicit", Forward(by="tangent"), Forward(by="graph")]
+)
 def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
     if mode == "implicit" and steps > 1:
         pytest.skip("it takes one step")
@@ -579,7 +664,9 @@ def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
     except metapl.MetaplError as error:
         proposals = proposed(str(error), mode, steps)
         assert proposals
-        assert not any(other == "reinforce" for other, _ in proposals)  # the signal is none of sampled labels
+        assert not any(
+            other == "reinforce" for other, _ in proposals
+        )  # the signal is none of sampled labels
         for other, number in proposals:
             assert all(g.isfinite().all() for g in case.gradient(number, other).grads.values())
     else:
@@ -590,7 +677,10 @@ def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
 @pytest.mark.parametrize("mode", ["forward", "unrolled", ReinforcePerExample()])
 def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
     torch.manual_seed(0)
-    given: dict[str, Any] = {"outer": (torch.randn(5, 8), torch.arange(5) % 3), "inner": torch.randn(6, 8)}
+    given: dict[str, Any] = {
+        "outer": (torch.randn(5, 8), torch.arange(5) % 3),
+        "inner": torch.randn(6, 8),
+    }
     teacher, student = nn.Linear(8, 3), Opaque(6)
     given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
     with pytest.raises(metapl.MetaplError, match="Once lacks a derivative") as caught:

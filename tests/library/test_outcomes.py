@@ -30,7 +30,9 @@ LABELED, VALIDATION = slice(0, 100), slice(1400, 1797)
 def digits() -> tuple[Tensor, Tensor]:
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
+    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[
+        order
+    ]
 
 
 def sgd(network: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -38,15 +40,28 @@ def sgd(network: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def trained(
-    mode: Any = "forward", *, teacher_lr: float = 0.05, student_lr: float = 0.05, fit: Any = None, **options: Any
+    mode: Any = "forward",
+    *,
+    teacher_lr: float = 0.05,
+    student_lr: float = 0.05,
+    fit: Any = None,
+    **options: Any,
 ) -> tuple[list[str], Any, metapl.BilevelTrainer]:
     """What a fit on the digits says, what it ends with, and its trainer."""
     (x, y), said = digits(), list[str]()
     torch.manual_seed(0)
     teacher, student = mlp([64, 64, 10]), mlp([64, 64, 10])
-    both = {"inner_optimizer": sgd(student, student_lr), "outer_optimizer": sgd(teacher, teacher_lr)}
+    both = {
+        "inner_optimizer": sgd(student, student_lr),
+        "outer_optimizer": sgd(teacher, teacher_lr),
+    }
     trainer = metapl.BilevelTrainer(teacher, student, mode, verify=False, **both, **options)
-    usual = {"steps": 200, "batch_size": 64, "validation": (x[VALIDATION], y[VALIDATION]), "validate_every": 50}
+    usual = {
+        "steps": 200,
+        "batch_size": 64,
+        "validation": (x[VALIDATION], y[VALIDATION]),
+        "validate_every": 50,
+    }
     how = {**usual, "log_every": 10, "progress": False, "say": said.append, **(fit or {})}
     result = trainer.fit((x[LABELED], y[LABELED]), x[100:1400], **how)
     return said, result, trainer
@@ -67,7 +82,14 @@ def weighed(rate: Callable[[nn.Module], torch.optim.Optimizer], **how: Any) -> l
         outer_optimizer=rate(table),
         verify=False,
     )
-    options = {"steps": 200, "batch_size": 64, "log_every": 10, "progress": False, "say": said.append, **how}
+    options = {
+        "steps": 200,
+        "batch_size": 64,
+        "log_every": 10,
+        "progress": False,
+        "say": said.append,
+        **how,
+    }
     trainer.fit((x[LABELED], y[LABELED]), (x[100:1400], labels, torch.arange(1300)), **options)
     return said
 
@@ -169,7 +191,13 @@ def test_a_network_on_its_own_is_looked_at_too() -> None:
     torch.manual_seed(0)
     network = mlp([64, 64, 10])
     trainer = LossTrainer(network, optimizer=sgd(network, 100.0))
-    how: Any = {"steps": 60, "batch_size": 64, "progress": False, "say": said.append, "validate_every": 20}
+    how: Any = {
+        "steps": 60,
+        "batch_size": 64,
+        "progress": False,
+        "say": said.append,
+        "validate_every": 20,
+    }
     trainer.fit((x[LABELED], y[LABELED]), validation=(x[VALIDATION], y[VALIDATION]), **how)
     (line,) = said
     assert line.startswith("warning: the network is at chance on the validation data after step ")
@@ -198,7 +226,9 @@ def test_a_feedback_that_decides_alone_is_said_in_the_third_row() -> None:
     said = list[str]()
     outcomes = watched(said)
     for step, ratio in enumerate([11.0, 30.0, 9.0, 12.0, 500.0], 1):
-        outcomes.recorded(step, {"feedback_ratio": ratio, "teacher_lr": 0.0}, examples=64, labeled=64)
+        outcomes.recorded(
+            step, {"feedback_ratio": ratio, "teacher_lr": 0.0}, examples=64, labeled=64
+        )
     assert said == []
     outcomes.recorded(6, {"feedback_ratio": 57.3}, examples=64, labeled=64)
     outcomes.recorded(7, {"feedback_ratio": 60.0}, examples=64, labeled=64)
@@ -208,7 +238,9 @@ def test_a_feedback_that_decides_alone_is_said_in_the_third_row() -> None:
 
 
 def test_a_feedback_that_decides_alone_is_said_by_a_fit() -> None:
-    said, result, _ = trained(Reinforce(similarity="cosine", baseline=0.99, reduction="sum"), feedback_weight=1.0)
+    said, result, _ = trained(
+        Reinforce(similarity="cosine", baseline=0.99, reduction="sum"), feedback_weight=1.0
+    )
     assert all("feedback_ratio" in row for row in result.history if "inner_loss" in row)
     assert len([text for text in said if "times that of the teacher's own losses" in text]) == 1
 
@@ -250,14 +282,25 @@ class Stops:
 def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, after: int) -> None:
     def fit(out: Path, resume: bool, *callbacks: Any) -> tuple[list[str], Any]:
         said = list[str]()
-        options = {"save_every": 10, "out": str(out), "resume": resume, "callbacks": callbacks, "say": said.append}
+        options = {
+            "save_every": 10,
+            "out": str(out),
+            "resume": resume,
+            "callbacks": callbacks,
+            "say": said.append,
+        }
         _, result, _ = trained(**COLLAPSES, fit=options)
         return said, result
 
     whole, expected = fit(tmp_path / "whole", False)
     assert len(whole) >= 3
     first = list[str]()
-    cut = {"save_every": 10, "out": str(tmp_path / "cut"), "callbacks": [Stops(after)], "say": first.append}
+    cut = {
+        "save_every": 10,
+        "out": str(tmp_path / "cut"),
+        "callbacks": [Stops(after)],
+        "say": first.append,
+    }
     with pytest.raises(KeyboardInterrupt):
         trained(**COLLAPSES, fit=cut)
     second, result = fit(tmp_path / "cut", True)
@@ -288,7 +331,10 @@ def test_a_teacher_that_ends_far_behind_itself_is_kept_as_it_was() -> None:
     assert trainer.teacher is not None
     reached = evaluate_logits(trainer.teacher(x[VALIDATION]), y[VALIDATION]).accuracy
     assert reached == pytest.approx(best)
-    assert all(torch.equal(t, result.teacher_weights[name]) for name, t in trainer.teacher.state_dict().items())
+    assert all(
+        torch.equal(t, result.teacher_weights[name])
+        for name, t in trainer.teacher.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("how", [{"select": False}, {"metric": "loss"}], ids=str)
@@ -301,7 +347,9 @@ def test_a_teacher_that_ends_a_little_behind_itself_is_the_last_one() -> None:
     """Bit for bit as without validation: looking chooses among teachers only where one has collapsed."""
     _, result, _ = trained(NoFeedback())
     _, blind, _ = trained(NoFeedback(), fit={"validation": None})
-    assert all(torch.equal(t, blind.teacher_weights[name]) for name, t in result.teacher_weights.items())
+    assert all(
+        torch.equal(t, blind.teacher_weights[name]) for name, t in result.teacher_weights.items()
+    )
 
 
 def test_a_network_that_tells_classes_of_other_sizes_apart_does_not_guess() -> None:

@@ -46,7 +46,11 @@ def both(h: Tensor) -> Tensor:
     return F.dropout(h, 0.2) * scale
 
 
-DRAWS: dict[str, Callable[[Tensor], Tensor]] = {"a coin of Python's": coin, "noise of NumPy's": noise, "both": both}
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a coin of Python's": coin,
+    "noise of NumPy's": noise,
+    "both": both,
+}
 
 
 class Drawing(nn.Module):
@@ -107,7 +111,9 @@ WAYS: dict[str, tuple[Any, int]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "draw"), product(WAYS, DRAWS, usual=("both", "tangent", "forward, recomputed")))
+@pytest.mark.parametrize(
+    ("way", "draw"), product(WAYS, DRAWS, usual=("both", "tangent", "forward, recomputed"))
+)
 def test_the_gradient_is_that_of_double_backward(way: str, draw: str) -> None:
     """At the first call, and at the second, for which the library knows whether the student draws from them."""
     problem, (mode, steps) = case(DRAWS[draw]), WAYS[way]
@@ -127,7 +133,10 @@ def test_it_passes_verification(mode: str) -> None:
         seed()
         before = outside()
         options = {"inner_optimizer": RULE.build(problem.student), "mode": mode}
-        assert metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+        assert (
+            metapl.check_gradient(**problem.networks(), **problem.data(), **options).status
+            == "right"
+        )
         assert outside() == before
 
 
@@ -158,7 +167,12 @@ def test_a_teacher_that_is_computed_again_has_its_draws_again() -> None:
     for recompute in (False, True):
         seed()
         again = copy.deepcopy(problem)
-        found = gradient(again, "unrolled", inner_optimizer=RULE.build(again.student), recompute_teacher=recompute)
+        found = gradient(
+            again,
+            "unrolled",
+            inner_optimizer=RULE.build(again.student),
+            recompute_teacher=recompute,
+        )
         grads.append((found.grads, outside()))
     assert error(grads[1][0], grads[0][0]) < 1e-9
     assert grads[1][1] == grads[0][1]
@@ -243,7 +257,10 @@ def test_another_bit_generator_of_numpy_is_taken_as_it_is() -> None:
     try:
         problem = case(noise, None)
         options = {"inner_optimizer": RULE.build(problem.student), "mode": "forward"}
-        assert metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+        assert (
+            metapl.check_gradient(**problem.networks(), **problem.data(), **options).status
+            == "right"
+        )
     finally:
         numpy.random.set_bit_generator(before)
 
@@ -253,10 +270,14 @@ def test_trainings_by_two_modes_are_the_same() -> None:
     ends = []
     for mode in (Forward(by="tangent"), "unrolled"):
         problem = case(coin, None)
-        trainer = trainer_for(problem, mode, inner_optimizer=RULE.build(problem.student), verify=True)
+        trainer = trainer_for(
+            problem, mode, inner_optimizer=RULE.build(problem.student), verify=True
+        )
         seed()
         losses = [float(trainer.step(**problem.data()).scalars["outer_loss"]) for _ in range(30)]
-        ends.append((dict(problem.student.named_parameters()), dict(problem.teacher.named_parameters())))
+        ends.append(
+            (dict(problem.student.named_parameters()), dict(problem.teacher.named_parameters()))
+        )
         assert losses[-1] < losses[0]
     assert error(ends[0][0], ends[1][0]) < 1e-7
     assert error(ends[0][1], ends[1][1]) < 1e-7

@@ -28,7 +28,11 @@ def example(name: str) -> SimpleNamespace:
 
 
 def weights(trainer: Any) -> list[torch.Tensor]:
-    return [p.detach().clone() for network in (trainer.teacher, trainer.student) for p in network.parameters()]
+    return [
+        p.detach().clone()
+        for network in (trainer.teacher, trainer.student)
+        for p in network.parameters()
+    ]
 
 
 class Killed(BaseException):
@@ -89,7 +93,9 @@ def accelerator(**options: Any) -> Any:
     return accelerate.Accelerator(cpu=True, **options)
 
 
-def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_path: Path, killed_at: Any) -> None:
+def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(
+    tmp_path: Path, killed_at: Any
+) -> None:
     pytest.importorskip("accelerate")
     train = example("with_accelerate").train
     plain = weights(train(NoAccelerator(), tmp_path / "plain", 9, 4))
@@ -102,7 +108,9 @@ def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_pat
 QUIET: dict[str, Any] = {"enable_model_summary": False}
 
 
-def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(tmp_path: Path, killed_at: Any) -> None:
+def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(
+    tmp_path: Path, killed_at: Any
+) -> None:
     pytest.importorskip("lightning")
     train = example("with_lightning").train
     loop, module = train(tmp_path / "five", 5, 5, **QUIET)
@@ -120,7 +128,9 @@ def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(tmp_pa
 
 
 @pytest.mark.long
-def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_example_on_text_prints_each_way_to_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(sys, "argv", ["text.py", "--steps", "10"])
     runpy.run_path(str(ROOT / "examples" / "text.py"), run_name="__main__")
@@ -129,7 +139,12 @@ def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.Monkey
     assert weight is not None
     assert float(weight[1]) > 0
     found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", printed, re.MULTILINE))
-    assert list(found) == ["labels alone", "no feedback", "feedback as it is", "feedback 0.1 of the teacher's losses"]
+    assert list(found) == [
+        "labels alone",
+        "no feedback",
+        "feedback as it is",
+        "feedback 0.1 of the teacher's losses",
+    ]
     assert all(5 < float(value) < 100 for value in found.values())
 
 

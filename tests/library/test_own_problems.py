@@ -12,7 +12,19 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from problems_zoo import OPTIMISERS, Judged, Toy, gradient, mlp, product, toy, trainer_for, unmoved, values, warm
+from problems_zoo import (
+    OPTIMISERS,
+    Judged,
+    Toy,
+    gradient,
+    mlp,
+    product,
+    toy,
+    trainer_for,
+    unmoved,
+    values,
+    warm,
+)
 from reference import Tree, error, own_stream, stepped
 from test_replays import put
 from torch import Tensor, nn
@@ -34,10 +46,15 @@ class Expected:
 
 def chunks(batch: Any, parts: int) -> list[Any]:
     leaves, tree = pytree.tree_flatten(batch)
-    return [pytree.tree_unflatten(part, tree) for part in zip(*(t.chunk(parts) for t in leaves), strict=True)]
+    return [
+        pytree.tree_unflatten(part, tree)
+        for part in zip(*(t.chunk(parts) for t in leaves), strict=True)
+    ]
 
 
-def through(case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, parts: int = 1) -> Expected:
+def through(
+    case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, parts: int = 1
+) -> Expected:
     """Every step in one graph, the batch as ``parts`` of it one after another."""
     teacher, student = copy.deepcopy(case.teacher), copy.deepcopy(case.student)
     phi, theta = dict(teacher.named_parameters()), dict(student.named_parameters())
@@ -69,14 +86,18 @@ def through(case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, 
     put(student, theta)
     torch.set_rng_state(own_stream(torch.get_rng_state()))
     outer = [problem.outer_loss(student(x), (x, y)) for x, y in chunks(case.labeled, parts)]
-    sums, weights = zip(*(one if isinstance(one, tuple) else (one, 1) for one in outer), strict=True)
+    sums, weights = zip(
+        *(one if isinstance(one, tuple) else (one, 1) for one in outer), strict=True
+    )
     loss = sum(sums) / sum(weights)
     without_rows = {name for name, has in (problem.signal_has_rows or {}).items() if not has}
     fields = []
     for seen in told:
         found: Tree = {}
         for name in (name for name, t in seen[0].items() if t.requires_grad):
-            of = torch.autograd.grad(loss, [part[name] for part in seen], retain_graph=True, materialize_grads=True)
+            of = torch.autograd.grad(
+                loss, [part[name] for part in seen], retain_graph=True, materialize_grads=True
+            )
             found[name] = sum(of) if name in without_rows else torch.cat(of)
         fields.append(found)
     grads = torch.autograd.grad(loss, list(phi.values()), materialize_grads=True)
@@ -146,7 +167,9 @@ class Anchored(metapl.PseudoLabels):
     """The student's logits are drawn towards the teacher's, which the loss reads from ``signal.outputs``."""
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return super().inner_loss(outputs, signal, batch, params) + 0.1 * (signal.outputs - outputs).square().mean(1)
+        return super().inner_loss(outputs, signal, batch, params) + 0.1 * (
+            signal.outputs - outputs
+        ).square().mean(1)
 
 
 class OutputsAlone(Anchored):
@@ -226,7 +249,17 @@ def ahead_of(case: Toy, steps: int) -> list[Any]:
     return [torch.randint(0, WORDS, x.shape, generator=draw) for _ in range(steps)]
 
 
-PROBLEMS = [Weighted, Augmented, Augmenting, InputAlone, Anchored, OutputsAlone, Shares, Language, OfAll]
+PROBLEMS = [
+    Weighted,
+    Augmented,
+    Augmenting,
+    InputAlone,
+    Anchored,
+    OutputsAlone,
+    Shares,
+    Language,
+    OfAll,
+]
 CASES = [
     *(("unrolled", steps, parts) for steps, parts in ((1, 1), (3, 1))),
     *(("forward", steps, parts) for steps, parts in ((1, 2), (1, 4), (3, 2))),
@@ -239,7 +272,10 @@ ENTERING = (Augmented, Augmenting, InputAlone)  # whose signals enter the studen
 
 
 def check(
-    how: tuple[Any, int, int], problem: type, student: str = "mlp", optimiser: str = "torch_sgd_momentum"
+    how: tuple[Any, int, int],
+    problem: type,
+    student: str = "mlp",
+    optimiser: str = "torch_sgd_momentum",
 ) -> None:
     """In value, sign and scale, over steps and micro-batches; a tuple for a look-ahead, a dict for several fields."""
     (mode, steps, parts), judge = how, problem()
@@ -268,7 +304,11 @@ def check(
     ("how", "problem"),
     [
         row
-        for row in product(CASES, PROBLEMS, usual=[("forward", 1, 2), ("unrolled", 3, 1), Augmented, Anchored, OfAll])
+        for row in product(
+            CASES,
+            PROBLEMS,
+            usual=[("forward", 1, 2), ("unrolled", 3, 1), Augmented, Anchored, OfAll],
+        )
         if "difference" not in row.values[0] or row.values[1] not in ENTERING
     ],
     ids=str,
@@ -277,19 +317,27 @@ def test_every_field_gets_its_own_feedback(how: tuple[Any, int, int], problem: t
     check(how, problem)
 
 
-@pytest.mark.parametrize(("student", "optimiser"), [("batch_norm", "torch_adam"), ("dropout", "torch_adamw")])
+@pytest.mark.parametrize(
+    ("student", "optimiser"), [("batch_norm", "torch_adam"), ("dropout", "torch_adamw")]
+)
 @pytest.mark.parametrize("mode", ["unrolled", "forward"])
-def test_noise_in_the_input_and_masks_are_drawn_once(mode: str, student: str, optimiser: str) -> None:
+def test_noise_in_the_input_and_masks_are_drawn_once(
+    mode: str, student: str, optimiser: str
+) -> None:
     """Noise that student_input draws, and the dropout masks that are drawn after it."""
     check((mode, 3, 1), Augmenting, student, optimiser)
 
 
 @pytest.mark.parametrize(
-    "mode", ["reinforce", "reinforce_per_example", "loss_difference", Implicit(damping=1.0)], ids=str
+    "mode",
+    ["reinforce", "reinforce_per_example", "loss_difference", Implicit(damping=1.0)],
+    ids=str,
 )
 def test_a_mean_over_tokens_is_one_in_every_mode(mode: Any) -> None:
     problem, case = Language() if isinstance(mode, Implicit) else Sampled(), words()
-    parts, whole = (gradient(case, mode, problem=problem, accumulate=parts).grads for parts in (4, 1))
+    parts, whole = (
+        gradient(case, mode, problem=problem, accumulate=parts).grads for parts in (4, 1)
+    )
     assert error(parts, whole) < 1e-6
 
 
@@ -298,14 +346,19 @@ class Unread(Weighted):
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         found = super().signal(teacher, batch, student_outputs, generator=generator).value
-        return Signal({**found, "weight": found["weight"].detach(), "idle": teacher.strength}, outputs=teacher(batch))
+        return Signal(
+            {**found, "weight": found["weight"].detach(), "idle": teacher.strength},
+            outputs=teacher(batch),
+        )
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
 def test_a_field_that_is_not_read_gets_zero(mode: str) -> None:
     found = gradient(case_of(Unread()), mode, problem=Unread())
     assert found.feedback["idle"].tolist() == [0.0]
-    assert found.feedback["weight"].abs().min() > 0  # a constant's feedback is told, and reaches no weight
+    assert (
+        found.feedback["weight"].abs().min() > 0
+    )  # a constant's feedback is told, and reaches no weight
     assert not found.grads["trust"].any()
 
 
@@ -334,7 +387,9 @@ class Steep(Anchored):
 class DrawnInput(InputAlone):
     """A sampled class, shown to the student in its input."""
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> Signal:
         log_q = teacher(batch).log_softmax(-1)
         drawn = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
         return Signal(drawn[:, 0], log_q.gather(1, drawn)[:, 0], log_q.exp())
@@ -360,7 +415,10 @@ def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> No
     torch.optim.SGD(student.parameters(), lr=0.3).step()
     after = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
     v = torch.autograd.grad(after, list(student.parameters()))
-    h = {"reinforce": 0.3 * sum((a * b).sum() for a, b in zip(v, g, strict=True)), "loss_difference": before - after}
+    h = {
+        "reinforce": 0.3 * sum((a * b).sum() for a, b in zip(v, g, strict=True)),
+        "loss_difference": before - after,
+    }
     case.draw_from_start()
     assert error(gradient(case, mode, problem=DrawnInput()).feedback, h[mode].detach()) < 1e-9
 

@@ -31,7 +31,11 @@ def test_the_students_steps_are_the_optimizers_own(name: str, ahead: int) -> Non
     case = toy("mlp")
     twin = copy.deepcopy(case.student)
     trainer = metapl.BilevelTrainer(
-        **case.networks(), mode="none", inner_optimizer=OTHERS[name](case.student), teacher_losses=(), lookahead=ahead
+        **case.networks(),
+        mode="none",
+        inner_optimizer=OTHERS[name](case.student),
+        teacher_losses=(),
+        lookahead=ahead,
     )
     optimizer = OTHERS[name](twin)
     labels = case.teacher(case.unlabeled).softmax(-1).detach()
@@ -48,7 +52,9 @@ def test_the_students_steps_are_the_optimizers_own(name: str, ahead: int) -> Non
 
 def test_a_training_goes_on_from_a_saved_state() -> None:
     case = toy("mlp")
-    trainer = metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=OTHERS["RMSprop"](case.student))
+    trainer = metapl.BilevelTrainer(
+        **case.networks(), mode="none", inner_optimizer=OTHERS["RMSprop"](case.student)
+    )
     trainer.step(case.labeled, case.unlabeled)
     state = trainer.state_dict()
     ends = []
@@ -64,7 +70,9 @@ def test_it_is_refused_where_a_derivative_or_a_closure_is_needed() -> None:
     rmsprop = OTHERS["RMSprop"](case.student)
     with pytest.raises(MetaplError, match="SGD, Adam, AdamW"):
         metapl.BilevelTrainer(**case.networks(), mode="forward", inner_optimizer=rmsprop)
-    compiled = metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=rmsprop, compile=True)
+    compiled = metapl.BilevelTrainer(
+        **case.networks(), mode="none", inner_optimizer=rmsprop, compile=True
+    )
     with pytest.raises(MetaplError, match="an optimizer without a rule here"):
         compiled.step(case.labeled, case.unlabeled)
     trainer = metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=rmsprop)
@@ -72,7 +80,9 @@ def test_it_is_refused_where_a_derivative_or_a_closure_is_needed() -> None:
         trainer.hypergradient(case.labeled, case.unlabeled, "forward")
     with pytest.raises(MetaplError, match="LBFGS"):
         metapl.BilevelTrainer(
-            **case.networks(), mode="none", inner_optimizer=torch.optim.LBFGS(case.student.parameters())
+            **case.networks(),
+            mode="none",
+            inner_optimizer=torch.optim.LBFGS(case.student.parameters()),
         )
 
 
@@ -88,8 +98,12 @@ def test_several_steps_of_an_optimizer_of_ones_own_are_refused() -> None:
     hooked = OTHERS["RMSprop"](case.student)
     hooked.register_step_pre_hook(lambda *given: None)
     for optimizer in (Counting(case.student.parameters(), lr=0.01), hooked):
-        trainer = metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=optimizer, lookahead=2)
-        with pytest.raises(MetaplError, match=r"expected one step, or an optimizer of torch.optim without hooks"):
+        trainer = metapl.BilevelTrainer(
+            **case.networks(), mode="none", inner_optimizer=optimizer, lookahead=2
+        )
+        with pytest.raises(
+            MetaplError, match=r"expected one step, or an optimizer of torch.optim without hooks"
+        ):
             trainer.step(case.labeled, metapl.Lookahead([case.unlabeled] * 2))
         metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=optimizer).step(
             case.labeled, case.unlabeled
@@ -100,7 +114,9 @@ def test_where_the_students_optimizer_fails_nothing_has_moved() -> None:
     """Sparse Adam takes no dense gradients; by then the teacher's optimizer has stepped."""
     case = toy("mlp")
     trainer = metapl.BilevelTrainer(
-        **case.networks(), mode="none", inner_optimizer=torch.optim.SparseAdam(list(case.student.parameters()))
+        **case.networks(),
+        mode="none",
+        inner_optimizer=torch.optim.SparseAdam(list(case.student.parameters())),
     )
     before = copy.deepcopy(trainer.state_dict())
     for _ in range(2):

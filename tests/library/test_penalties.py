@@ -65,11 +65,15 @@ class Penalized(ExampleWeights):
 
     def __init__(self, net: nn.Module, penalty: Penalty = l2) -> None:
         super().__init__()
-        vars(self).update(net=net, penalty=penalty, first=[p.detach().clone() + 0.1 for p in net.parameters()])
+        vars(self).update(
+            net=net, penalty=penalty, first=[p.detach().clone() + 0.1 for p in net.parameters()]
+        )
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         strength = 0.02 + 0.05 * signal.value
-        return super().inner_loss(outputs, signal, batch, params) + strength * self.penalty(self.net, self.first)
+        return super().inner_loss(outputs, signal, batch, params) + strength * self.penalty(
+            self.net, self.first
+        )
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return super().outer_loss(outputs, batch) + 0.03 * self.penalty(self.net, self.first)
@@ -101,7 +105,9 @@ def by_hand(net: nn.Module, penalty: Penalty, steps: int) -> tuple[Tree, Tree, T
         put(net, theta)
         outputs = net(batch[0])
         signal = problem.signal(teacher, batch, outputs, generator=None)
-        theta, state = stepped(problem.inner_loss(outputs, signal, batch).mean(), theta, RULE.rule, state)
+        theta, state = stepped(
+            problem.inner_loss(outputs, signal, batch).mean(), theta, RULE.rule, state
+        )
     put(net, theta)
     torch.set_rng_state(own_stream(torch.get_rng_state()))
     loss = problem.outer_loss(net(outer[0]), outer)
@@ -109,9 +115,16 @@ def by_hand(net: nn.Module, penalty: Penalty, steps: int) -> tuple[Tree, Tree, T
     return grads, {name: t.detach() for name, t in theta.items()}, loss.detach()
 
 
-def found(net: nn.Module, penalty: Penalty, mode: Any, steps: int, **options: Any) -> metapl.Hypergradient:
+def found(
+    net: nn.Module, penalty: Penalty, mode: Any, steps: int, **options: Any
+) -> metapl.Hypergradient:
     outer, inner = batches(steps)
-    given = {"outer": outer, "inner": inner[0] if steps == 1 else metapl.Lookahead(inner), "mode": mode, **options}
+    given = {
+        "outer": outer,
+        "inner": inner[0] if steps == 1 else metapl.Lookahead(inner),
+        "mode": mode,
+        **options,
+    }
     given = {"problem": Penalized(net, penalty), "inner_optimizer": RULE.build(net), **given}
     return metapl.hypergradient(table(), net, **given)
 
@@ -133,7 +146,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "penalty"), product(WAYS, PENALTIES, usual=("l2", "forward, three steps")))
+@pytest.mark.parametrize(
+    ("way", "penalty"), product(WAYS, PENALTIES, usual=("l2", "forward, three steps"))
+)
 def test_the_gradient_is_that_of_double_backward(way: str, penalty: str) -> None:
     net, (mode, steps) = network(), WAYS[way]
     grads, theta, loss = by_hand(net, PENALTIES[penalty], steps)
@@ -143,7 +158,9 @@ def test_the_gradient_is_that_of_double_backward(way: str, penalty: str) -> None
     assert float(abs(result.outer_loss - loss)) < 1e-12
 
 
-@pytest.mark.parametrize(("way", "option"), product(WAYS, OPTIONS, usual=("tangent", "unrolled, three steps")))
+@pytest.mark.parametrize(
+    ("way", "option"), product(WAYS, OPTIONS, usual=("tangent", "unrolled, three steps"))
+)
 def test_it_is_right_verified_and_in_micro_batches(way: str, option: str) -> None:
     net, (mode, steps) = network(), WAYS[way]
     grads, theta, _ = by_hand(net, l2, steps)
@@ -176,7 +193,13 @@ def test_a_trainer_takes_the_steps_of_a_loop(mode: str, steps: int) -> None:
         problem, teacher = Penalized, table()
     net = network()
     trainer = metapl.BilevelTrainer(
-        teacher, net, mode, problem=problem(net), inner_optimizer=RULE.build(net), lookahead=steps, teacher_losses=()
+        teacher,
+        net,
+        mode,
+        problem=problem(net),
+        inner_optimizer=RULE.build(net),
+        lookahead=steps,
+        teacher_losses=(),
     )
     loop = copy.deepcopy(net)
     rules, optimizer = problem(loop), RULE.build(loop)
@@ -185,11 +208,15 @@ def test_a_trainer_takes_the_steps_of_a_loop(mode: str, steps: int) -> None:
         inner = [batch[0] for batch in inner]
     for _ in range(2):
         told = copy.deepcopy(teacher)
-        report = trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
+        report = trainer.step(
+            outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner)
+        )
         for batch in inner:
             outputs = loop(rules.student_input(batch))
             sampled = mode == "reinforce_per_example"
-            signal = report.signal if sampled else rules.signal(told, batch, outputs, generator=None)
+            signal = (
+                report.signal if sampled else rules.signal(told, batch, outputs, generator=None)
+            )
             loss = rules.inner_loss(outputs, signal.detached(), batch).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -206,14 +233,18 @@ class PenalizedLabels(metapl.PseudoLabels):
         return super().inner_loss(outputs, signal, batch) + 0.05 * l2(self.net, [])
 
 
-@pytest.mark.parametrize("mode", [Implicit(iterations=D), Implicit("neumann", iterations=400, step_size=0.2)])
+@pytest.mark.parametrize(
+    "mode", [Implicit(iterations=D), Implicit("neumann", iterations=400, step_size=0.2)]
+)
 def test_implicit_is_the_closed_form(mode: Implicit) -> None:
     class OwnWeights(Ridge):
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
             vars(self).update(net=net)
 
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             return super().inner_loss(outputs, signal, batch, dict(self.net.named_parameters()))
 
     net, (inner, outer) = student(), data()
@@ -229,11 +260,20 @@ def test_scores_of_a_training_with_a_penalty() -> None:
     net, (outer, ((x, y, _),)) = network(), batches()
 
     class Decayed(metapl.problems.EqualWeights):
-        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Any, batch: Any, params: Any = None
+        ) -> Tensor:
             return super().inner_loss(outputs, signal, batch) + 0.1 * l2(net, [])
 
     made = metapl.attribute(
-        net, (x, y), outer, optimizer=RULE.build(net), steps=4, batch_size=ROWS, problem=Decayed(), progress=False
+        net,
+        (x, y),
+        outer,
+        optimizer=RULE.build(net),
+        steps=4,
+        batch_size=ROWS,
+        problem=Decayed(),
+        progress=False,
     )
 
     def trained(row: int, weight: float) -> float:
@@ -255,11 +295,17 @@ def test_scores_of_a_training_with_a_penalty() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("forward", 1), ("unrolled", 1), ("forward", 3), ("difference", 1)])
+@pytest.mark.parametrize(
+    ("mode", "steps"), [("forward", 1), ("unrolled", 1), ("forward", 3), ("difference", 1)]
+)
 def test_the_pure_step_is_the_eager_one(mode: str, steps: int) -> None:
     """And of stacked seeds, each as alone: their losses read the weights of their own."""
     net, (outer, inner) = network(), batches(steps)
-    options = {"problem": Penalized(net, proximal), "inner_optimizer": RULE.build(net), "lookahead": steps}
+    options = {
+        "problem": Penalized(net, proximal),
+        "inner_optimizer": RULE.build(net),
+        "lookahead": steps,
+    }
     trainer = metapl.BilevelTrainer(table(), net, mode, **options)
     step, state = trainer.functional()
     moved = {name: t + 0.1 for name, t in state.student.params.items()}
@@ -276,7 +322,9 @@ def test_the_pure_step_is_the_eager_one(mode: str, steps: int) -> None:
     eager = trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
     of_step = eager.feedback if steps > 1 else [eager.feedback]
     pure = alone[0][1].feedback if steps > 1 else [alone[0][1].feedback]
-    assert error(dict(enumerate(pure)), dict(enumerate(of_step))) < (1e-5 if mode == "difference" else 1e-10)
+    assert error(dict(enumerate(pure)), dict(enumerate(of_step))) < (
+        1e-5 if mode == "difference" else 1e-10
+    )
     assert error(alone[0][0].student.params, dict(net.named_parameters())) < 1e-10
 
 
@@ -293,7 +341,11 @@ def test_compiled_it_is_that_of_double_backward() -> None:
     made = []
     for is_compiled in (False, True):
         net = network()
-        options = {"problem": Penalized(net), "inner_optimizer": RULE.build(net), "compile": is_compiled}
+        options = {
+            "problem": Penalized(net),
+            "inner_optimizer": RULE.build(net),
+            "compile": is_compiled,
+        }
         trainer = metapl.BilevelTrainer(table(), net, **options)
         for _ in range(3):
             trainer.step(outer=outer, inner=inner)
@@ -308,11 +360,15 @@ def test_weights_that_a_loss_has_kept_are_refused_with_params_named(mode: Forwar
     kept = list(net.parameters())
 
     class Kept(ExampleWeights):
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             penalty = torch.stack([p.square().sum() for p in kept]).sum()
             return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty
 
-    with pytest.raises(MetaplError, match=r"a loss that has kept weights .* `params` or student.parameters\(\)"):
+    with pytest.raises(
+        MetaplError, match=r"a loss that has kept weights .* `params` or student.parameters\(\)"
+    ):
         found(net, l2, mode, 1 if mode.by else 3, problem=Kept())
 
 
@@ -329,10 +385,14 @@ def test_a_training_learns_the_strength_of_a_penalty() -> None:
                 super().__init__()
                 vars(self).update(net=net)
 
-            def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+            def signal(
+                self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
+            ) -> Signal:
                 return Signal(teacher(torch.zeros(len(batch[0]), dtype=torch.long)).exp())
 
-            def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            def inner_loss(
+                self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+            ) -> Tensor:
                 losses = F.cross_entropy(outputs, batch[1], reduction="none")
                 return losses + signal.value * l2(self.net, [])
 
@@ -340,14 +400,19 @@ def test_a_training_learns_the_strength_of_a_penalty() -> None:
                 return F.cross_entropy(outputs, batch[1])
 
         strength = Table(torch.full((1,), -6.0))
-        options = {"inner_optimizer": torch.optim.SGD(net.parameters(), lr=0.5), "problem": Decay(net)}
+        options = {
+            "inner_optimizer": torch.optim.SGD(net.parameters(), lr=0.5),
+            "problem": Decay(net),
+        }
         options["outer_optimizer"] = torch.optim.Adam(strength.parameters(), lr=0.1)
         trainer = metapl.BilevelTrainer(strength, net, mode, lookahead=3, **options)
         outer = x[20:], y.flip(0)[20:]
         for _ in range(60):
             trainer.step(outer=outer, inner=metapl.Lookahead([(x[:20], y[:20])] * 3))
         with torch.no_grad():
-            ends.append((float(F.cross_entropy(net(outer[0]), outer[1])), float(strength.values[0])))
+            ends.append(
+                (float(F.cross_entropy(net(outer[0]), outer[1])), float(strength.values[0]))
+            )
     (learned, told), (plain, still) = ends
     assert still == -6.0
     assert told > -4
@@ -371,7 +436,9 @@ def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
     net = network()
 
     class ByClosure(ExampleWeights):
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             return super().inner_loss(outputs, signal, batch, params) + l2(net, [])
 
     for problem in (ByName(), ByClosure(), Penalized(net)):
@@ -380,13 +447,17 @@ def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
     assert description_of_object(ExampleWeights())
 
 
-@pytest.mark.parametrize("way", ["graph", "tangent", "difference", "forward, three steps", "unrolled, three steps"])
+@pytest.mark.parametrize(
+    "way", ["graph", "tangent", "difference", "forward, three steps", "unrolled, three steps"]
+)
 def test_verification_sees_the_student_that_a_loss_names(way: str) -> None:
     """Whose copies it moves; of the networks themselves nothing changes, their gradients included."""
     net, (mode, steps) = network(), WAYS[way]
 
     class ByClosure(ExampleWeights):
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             strength = 0.02 + 0.05 * signal.value
             return super().inner_loss(outputs, signal, batch, params) + strength * l2(net, [])
 
@@ -421,7 +492,12 @@ class KeptWeights(ExampleWeights):
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
     ("mode", "steps", "level"),
-    [("unrolled", 3, "inner"), ("forward", 3, "inner"), ("unrolled", 1, "outer"), ("difference", 1, "outer")],
+    [
+        ("unrolled", 3, "inner"),
+        ("forward", 3, "inner"),
+        ("unrolled", 1, "outer"),
+        ("difference", 1, "outer"),
+    ],
 )
 def test_a_list_of_weights_is_refused_by_the_name_of_the_weight(
     mode: str, steps: int, level: str, verify: bool
@@ -430,11 +506,19 @@ def test_a_list_of_weights_is_refused_by_the_name_of_the_weight(
     net, teacher = network(), table()
     problem = KeptWeights(net, level)
     trainer = metapl.BilevelTrainer(
-        teacher, net, mode, problem=problem, inner_optimizer=RULE.build(net), lookahead=steps, verify=verify
+        teacher,
+        net,
+        mode,
+        problem=problem,
+        inner_optimizer=RULE.build(net),
+        lookahead=steps,
+        verify=verify,
     )
     outer, inner = batches(steps)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(MetaplError, match=rf"the {level} loss reads the student's \S*(weight|bias) from a place"):
+    with pytest.raises(
+        MetaplError, match=rf"the {level} loss reads the student's \S*(weight|bias) from a place"
+    ):
         trainer.step(outer=outer, inner=metapl.Lookahead(inner) if steps > 1 else inner[0])
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
 
@@ -447,7 +531,9 @@ def test_a_compiled_trainer_follows_the_student_that_a_loss_names(steps: int) ->
         net, teacher = network(), table()
 
         class ByClosure(ExampleWeights):
-            def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            def inner_loss(
+                self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+            ) -> Tensor:
                 return super().inner_loss(outputs, signal, batch, params) + 0.1 * l2(net, [])
 
         trainer = metapl.BilevelTrainer(
@@ -465,7 +551,9 @@ def test_a_compiled_trainer_follows_the_student_that_a_loss_names(steps: int) ->
             trainer.step(outer=outer, inner=metapl.Lookahead(inner) if steps > 1 else inner[0])
         return teacher.values.detach().clone()
 
-    torch.testing.assert_close(teacher_after(compile=True), teacher_after(compile=False), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        teacher_after(compile=True), teacher_after(compile=False), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_the_door_runs_no_pass_of_a_student_that_is_right() -> None:
@@ -480,7 +568,13 @@ def test_the_door_runs_no_pass_of_a_student_that_is_right() -> None:
 
     net, teacher = Counting(network()), table()
     trainer = metapl.BilevelTrainer(
-        teacher, net, "unrolled", problem=ExampleWeights(), inner_optimizer=RULE.build(net), lookahead=3, verify=False
+        teacher,
+        net,
+        "unrolled",
+        problem=ExampleWeights(),
+        inner_optimizer=RULE.build(net),
+        lookahead=3,
+        verify=False,
     )
     outer, inner = batches(3)
     trainer.step(outer=outer, inner=metapl.Lookahead(inner))

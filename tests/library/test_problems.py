@@ -58,7 +58,9 @@ class Corrector(nn.Module):
 class LearnedDecay(Judged):
     """A problem of a user's: the teacher says how strongly the student's weights are pulled to zero."""
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> Signal:
         return Signal(teacher(batch[0]).softmax(-1)[:, 0])
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
@@ -99,7 +101,10 @@ def adjuster() -> nn.Module:
 
 METHODS: dict[str, Method] = {
     "meta_weight_net": Method(
-        MetaWeightNet(), lambda: WeightNet(8), (X, Y), lambda t, p, theta, z: call(t, p, plain(z).detach()) * plain(z)
+        MetaWeightNet(),
+        lambda: WeightNet(8),
+        (X, Y),
+        lambda t, p, theta, z: call(t, p, plain(z).detach()) * plain(z),
     ),
     "example_weights": Method(
         ExampleWeights(),
@@ -114,11 +119,16 @@ METHODS: dict[str, Method] = {
         lambda t, p, theta, z: against(p["values"][INDEX].softmax(-1), z),
     ),
     "label_correction": Method(
-        LabelCorrection(), Corrector, (X, Y), lambda t, p, theta, z: against(call(t, p, X, Y).softmax(-1), z)
+        LabelCorrection(),
+        Corrector,
+        (X, Y),
+        lambda t, p, theta, z: against(call(t, p, X, Y).softmax(-1), z),
     ),
     "noise_transition": Method(
         NoiseTransition(),
-        lambda: Table(torch.eye(CLASSES) + torch.linspace(-0.3, 0.3, CLASSES**2).reshape(CLASSES, CLASSES)),
+        lambda: Table(
+            torch.eye(CLASSES) + torch.linspace(-0.3, 0.3, CLASSES**2).reshape(CLASSES, CLASSES)
+        ),
         (X, Y),
         lambda t, p, theta, z: -(z.softmax(-1) @ p["values"].softmax(-1))[torch.arange(5), Y].log(),
     ),
@@ -133,7 +143,8 @@ METHODS: dict[str, Method] = {
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES)),
         (X, Y),
         lambda t, p, theta, z: (
-            plain(z) + 0.3 * call(t, p, X).softmax(-1)[:, 0] * sum((w**2).sum() for w in theta.values())
+            plain(z)
+            + 0.3 * call(t, p, X).softmax(-1)[:, 0] * sum((w**2).sum() for w in theta.values())
         ),
     ),
 }
@@ -145,7 +156,13 @@ def teacher_of(name: str) -> nn.Module:
 
 
 def by_double_backward(
-    name: str, teacher: nn.Module, student: nn.Module, labeled: Any, rule: Any, state: Any, steps: int = 1
+    name: str,
+    teacher: nn.Module,
+    student: nn.Module,
+    labeled: Any,
+    rule: Any,
+    state: Any,
+    steps: int = 1,
 ) -> dict[str, Tensor]:
     theta, phi = reference.weights(student), reference.weights(teacher)
     for _ in range(steps):
@@ -169,7 +186,8 @@ def by_double_backward(
             (1, 3),
             usual=[*METHODS, "forward", "mlp", "torch_sgd_nesterov", 1],
         )
-        if row.values[4] == 1 or ("difference" not in row.values and "meta_weight_net" not in row.values)
+        if row.values[4] == 1
+        or ("difference" not in row.values and "meta_weight_net" not in row.values)
     ],  # the weights of the latter leave θ out
 )
 def test_a_problem_has_the_gradient_of_its_formula(
@@ -178,13 +196,17 @@ def test_a_problem_has_the_gradient_of_its_formula(
     case, rule, teacher = toy(student), OPTIMISERS[optimiser], teacher_of(name)
     inner, _, state = warm(case, rule, 2)
     case.draw_from_start()
-    expected = by_double_backward(name, teacher, case.student, case.labeled, rule.rule, state, steps)
+    expected = by_double_backward(
+        name, teacher, case.student, case.labeled, rule.rule, state, steps
+    )
     case.draw_from_start()
     found = metapl.hypergradient(
         teacher,
         case.student,
         labeled=case.labeled,
-        unlabeled=METHODS[name].batch if steps == 1 else metapl.Lookahead([METHODS[name].batch] * steps),
+        unlabeled=METHODS[name].batch
+        if steps == 1
+        else metapl.Lookahead([METHODS[name].batch] * steps),
         mode=mode,
         problem=METHODS[name].problem,
         inner_optimizer=inner,
@@ -192,7 +214,9 @@ def test_a_problem_has_the_gradient_of_its_formula(
     assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-8)
 
 
-def weights_by_hand(student: nn.Module, labeled: Any, look: reference.Rule, state: Any) -> tuple[Tensor, Tensor]:
+def weights_by_hand(
+    student: nn.Module, labeled: Any, look: reference.Rule, state: Any
+) -> tuple[Tensor, Tensor]:
     """h = −dL(θ̂)/dε by double backward through the look-ahead, and w: the paper's Algorithm 1, lines 4-10."""
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
@@ -210,9 +234,17 @@ PAPER = Implicit(solver="identity")
 
 @pytest.mark.parametrize(
     ("momentum", "mode", "parts"),
-    [(0.0, "forward", 1), (0.0, "unrolled", 1), (0.9, "forward", 1), (0.9, "forward", 5), (0.9, PAPER, 1)],
+    [
+        (0.0, "forward", 1),
+        (0.0, "unrolled", 1),
+        (0.9, "forward", 1),
+        (0.9, "forward", 5),
+        (0.9, PAPER, 1),
+    ],
 )
-def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(momentum: float, mode: Any, parts: int) -> None:
+def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(
+    momentum: float, mode: Any, parts: int
+) -> None:
     """By SGD with and without momentum, which the look-ahead has too, but for the paper's."""
     case, options = toy("mlp"), {"lr": 0.3, "momentum": momentum}
     trusted = X + 0.5 * X.flip(1, 2), torch.where(torch.arange(5) < 2, (Y + 1) % CLASSES, Y)
@@ -266,7 +298,10 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "weights of another shape": ("meta_weight_net", {"teacher": nn.Linear(5, 3).double()}),
     "logits for distributions": ("reduced_labels", {"unlabeled": (X, STORED.log())}),
     "a teacher where there is none": ("noise_transition", {"problem": REWEIGHT}),
-    "no feedback on examples": ("label_correction", {"teacher": None, "problem": REWEIGHT, "mode": "reinforce"}),
+    "no feedback on examples": (
+        "label_correction",
+        {"teacher": None, "problem": REWEIGHT, "mode": "reinforce"},
+    ),
 }
 
 
@@ -288,11 +323,16 @@ def test_a_teacher_in_half_precision_has_its_feedback_in_float32(name: str) -> N
     for dtype in (torch.float16, torch.float32):
         teacher = teacher_of(name).half().to(dtype)
         batches = [
-            tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in ((X, Y), METHODS[name].batch)
+            tuple(t.float() if t.is_floating_point() else t for t in batch)
+            for batch in ((X, Y), METHODS[name].batch)
         ]
         inner = torch.optim.SGD(case.student.parameters(), lr=1e-5)
         given: dict[str, Any] = {"problem": METHODS[name].problem, "inner_optimizer": inner}
-        found.append(metapl.hypergradient(teacher, case.student, labeled=batches[0], unlabeled=batches[1], **given))
+        found.append(
+            metapl.hypergradient(
+                teacher, case.student, labeled=batches[0], unlabeled=batches[1], **given
+            )
+        )
     half, whole = (one.feedback for one in found)
     assert half.dtype == torch.float32
     assert error(half, whole) < 5e-3

@@ -69,7 +69,9 @@ class Backbone(nn.Module):
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         self.b.weight = self.a.weight
         self.backbone = nn.ModuleDict({"first": self.a, "second": self.b})
-        self.net = nn.Sequential(self.backbone["first"], nn.Tanh(), self.backbone["second"], nn.Linear(4, 3))
+        self.net = nn.Sequential(
+            self.backbone["first"], nn.Tanh(), self.backbone["second"], nn.Linear(4, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) + self.b(x)[:, :3]
@@ -105,7 +107,10 @@ def batches(seed: int = 1) -> dict[str, Any]:
 
 def by_hand(student: nn.Module, outer: Any, inner: Any) -> tuple[Tensor, nn.Module]:
     """The feedback on weights of 1/2, by double backward through one step of SGD, and the student after that step."""
-    moved, weights = copy.deepcopy(student), torch.full((ROWS,), 0.5, dtype=torch.float64, requires_grad=True)
+    moved, weights = (
+        copy.deepcopy(student),
+        torch.full((ROWS,), 0.5, dtype=torch.float64, requires_grad=True),
+    )
     losses = weights * F.cross_entropy(moved(inner[0]), inner[1], reduction="none")
     learned = [p for p in moved.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(losses.mean(), learned, create_graph=True)
@@ -126,7 +131,9 @@ def by_hand(student: nn.Module, outer: Any, inner: Any) -> tuple[Tensor, nn.Modu
 def trainer(student: nn.Module, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
     given: dict[str, Any] = {"problem": ExampleWeights(), "verify": False}
     given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=RATE)
-    return metapl.BilevelTrainer(Table(torch.zeros(ROWS, dtype=torch.float64)), student, mode, **given | options)
+    return metapl.BilevelTrainer(
+        Table(torch.zeros(ROWS, dtype=torch.float64)), student, mode, **given | options
+    )
 
 
 class Whole:
@@ -149,20 +156,29 @@ class Whole:
         assert self.read() == self.places
         copy.deepcopy(self.student)
         if not moved:
-            assert all(torch.equal(t, was) for t, was in zip(self.tensors(), self.values, strict=True))
+            assert all(
+                torch.equal(t, was) for t, was in zip(self.tensors(), self.values, strict=True)
+            )
 
 
 @built_oddly
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
-def test_a_pure_step_is_right_and_leaves_the_network_whole(build: Callable[[], nn.Module], mode: str) -> None:
+def test_a_pure_step_is_right_and_leaves_the_network_whole(
+    build: Callable[[], nn.Module], mode: str
+) -> None:
     student, data = network(build), batches()
     expected, after = by_hand(student, **data)
     made, whole = trainer(student, mode), Whole(student)
     step, state = made.functional()
     state, report = step(state, **data)
     whole.check()
-    assert error({"h": report.feedback}, {"h": expected}) < (1e-6 if mode == "difference" else 1e-12)
-    assert error(state.student.params, {n: p for n, p in after.named_parameters() if p.requires_grad}) < 1e-12
+    assert error({"h": report.feedback}, {"h": expected}) < (
+        1e-6 if mode == "difference" else 1e-12
+    )
+    assert (
+        error(state.student.params, {n: p for n, p in after.named_parameters() if p.requires_grad})
+        < 1e-12
+    )
     made.step(**data)  # of the same optimizer: its parameters are the network's
     whole.check(moved=True)
     assert error(dict(student.state_dict()), dict(after.state_dict())) < 1e-12
@@ -175,7 +191,9 @@ def test_stacked_steps_are_single_ones(build: Callable[[], nn.Module]) -> None:
     whole = Whole(student)
     (step, first), (_, second) = (trainer(net).functional() for net in (student, others))
     states = [first, second]
-    found, reports = torch.func.vmap(step, in_dims=(0, None, None))(stack(states), data["outer"], data["inner"])
+    found, reports = torch.func.vmap(step, in_dims=(0, None, None))(
+        stack(states), data["outer"], data["inner"]
+    )
     whole.check()
     for number, net in enumerate((student, others)):
         expected, after = by_hand(net, **data)
@@ -197,7 +215,9 @@ def test_compiled_steps_and_paths_are_right(build: Callable[[], nn.Module], how:
     whole.check()
     (x, y), train = data["outer"], data["inner"][:2]
     rows: Any = {"optimizer": inner, "steps": 3, "batch_size": ROWS, "progress": False}
-    pure, eager = (metapl.attribute(student, train, (x, y), compile=on, **rows).scores for on in (True, False))
+    pure, eager = (
+        metapl.attribute(student, train, (x, y), compile=on, **rows).scores for on in (True, False)
+    )
     assert error({"scores": pure}, {"scores": eager}) < 1e-9
     whole.check()
     report = trainer(student, compile=True).step(**data)
@@ -248,7 +268,10 @@ def test_a_buffer_that_a_pure_pass_fills_has_to_be_there_before() -> None:
     student = network(Filled)
     made, whole = trainer(student), Whole(student)
     step, state = made.functional()
-    with pytest.raises(MetaplError, match=r"^the student makes a buffer .*\(mean\).* run the network once on a batch"):
+    with pytest.raises(
+        MetaplError,
+        match=r"^the student makes a buffer .*\(mean\).* run the network once on a batch",
+    ):
         step(state, **batches())
     whole.check()
     student(batches()["inner"][0])
@@ -286,9 +309,12 @@ class Started(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("build", "text"), [(Kept, "keeps a tensor of a pass"), (Started, "writes in a pass to its weights")]
+    ("build", "text"),
+    [(Kept, "keeps a tensor of a pass"), (Started, "writes in a pass to its weights")],
 )
-def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(build: Callable[[], nn.Module], text: str) -> None:
+def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(
+    build: Callable[[], nn.Module], text: str
+) -> None:
     step, state = trainer(network(build)).functional()
 
     def two_steps() -> None:
@@ -362,11 +388,16 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads: list[Any] = [*self.heads]
         if self.how == "torch.stack":
-            stacked = {name: torch.stack([getattr(head, name) for head in heads]) for name in ("weight", "bias")}
+            stacked = {
+                name: torch.stack([getattr(head, name) for head in heads])
+                for name in ("weight", "bias")
+            }
         else:
             stacked = torch.func.stack_module_state(heads)[0]
         hidden = self.body(x).tanh()
-        outputs = torch.vmap(lambda params: torch.func.functional_call(heads[0], params, (hidden,)))(stacked)
+        outputs = torch.vmap(
+            lambda params: torch.func.functional_call(heads[0], params, (hidden,))
+        )(stacked)
         found: Tensor = outputs.mean(0)
         return found
 
@@ -391,7 +422,9 @@ def test_what_torch_func_cannot_transform_is_said_with_what_to_write_instead(wha
     assert "\n" not in str(said.value)
     whole.check()
     teacher, (x, y) = network(impure), data["outer"]
-    step, state = metapl.BilevelTrainer(teacher, network(Head), "forward", verify=False).functional()
+    step, state = metapl.BilevelTrainer(
+        teacher, network(Head), "forward", verify=False
+    ).functional()
     with pytest.raises(MetaplError, match=rf"^the teacher .*{proposed}"):
         step(state, (x, y), x)
     other = network(instead)
@@ -465,11 +498,15 @@ def test_a_network_under_torch_compile_is_refused_at_the_door(wrapping: str, who
     for mode in metapl.MODES:
         if mode != "none":
             calls.append(lambda mode=mode: metapl.BilevelTrainer(**networks, mode=mode))  # type: ignore[misc]
-            calls.append(lambda mode=mode: metapl.hypergradient(**given, mode=mode, inner_optimizer=inner))  # type: ignore[misc]
+            calls.append(
+                lambda mode=mode: metapl.hypergradient(**given, mode=mode, inner_optimizer=inner)
+            )  # type: ignore[misc]
     if who == "student":
         calls.append(lambda: metapl.attribute(networks["student"], (x, y), (x, y), **rows))
     for call in calls:
-        with pytest.raises(MetaplError, match=rf"^the {who} is under torch.compile.*plain module, and compile=True"):
+        with pytest.raises(
+            MetaplError, match=rf"^the {who} is under torch.compile.*plain module, and compile=True"
+        ):
             call()
     assert all(torch.equal(a, b) for a, b in zip(before, everything(case), strict=True))
     assert plain.student is case.student
@@ -513,7 +550,9 @@ class NamesTheStudent(ExampleWeights):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        vars(self)["penalty"] = lambda: torch.stack([p.square().sum() for p in student.parameters()]).sum()
+        vars(self)["penalty"] = lambda: torch.stack(
+            [p.square().sum() for p in student.parameters()]
+        ).sum()
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
         return super().outer_loss(outputs, batch) + 0.5 * vars(self)["penalty"]()

@@ -23,7 +23,15 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import MetaplError
-from metapl.execution.batch import digest, leaves_of, length, map_tensors, micro_batches, plain, to_device
+from metapl.execution.batch import (
+    digest,
+    leaves_of,
+    length,
+    map_tensors,
+    micro_batches,
+    plain,
+    to_device,
+)
 from metapl.problems import Table
 
 
@@ -133,7 +141,9 @@ class Weighed(metapl.BilevelProblem):
     def outer_batch(self, batch: Any) -> Any:
         return batch
 
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher(read(batch)[2]).sigmoid())
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
@@ -162,7 +172,9 @@ def weights(of: metapl.BilevelTrainer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"accumulate": 4, "mode": "difference"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2}, {"accumulate": 4, "mode": "difference"}], ids=str
+)
 def test_steps_are_those_on_tuples(form: str, options: dict[str, Any]) -> None:
     """Bit for bit, with verification at the first one."""
     ends = []
@@ -179,11 +191,21 @@ def test_steps_are_those_on_tuples(form: str, options: dict[str, Any]) -> None:
 def test_look_aheads_know_another_batch(form: str) -> None:
     make = FORMS[form]
     bilevel = trainer()
-    given: dict[str, Any] = {"outer": make(*rows(0)), "problem": Weighed(), "inner_optimizer": bilevel.inner_optimizer}
+    given: dict[str, Any] = {
+        "outer": make(*rows(0)),
+        "problem": Weighed(),
+        "inner_optimizer": bilevel.inner_optimizer,
+    }
     mode = metapl.feedback.Forward(keep_every=2)
     batches = [make(*rows(1 + k)) for k in range(5)]
     expected, found = (
-        metapl.hypergradient(bilevel.teacher, bilevel.student, **given, mode=mode, inner=metapl.Lookahead(of, steps=5))
+        metapl.hypergradient(
+            bilevel.teacher,
+            bilevel.student,
+            **given,
+            mode=mode,
+            inner=metapl.Lookahead(of, steps=5),
+        )
         for of in (batches, lambda k: make(*rows(1 + k)))
     )
     assert same([*expected.grads.values()], [*found.grads.values()])
@@ -195,7 +217,11 @@ def test_look_aheads_know_another_batch(form: str) -> None:
 
     with pytest.raises(MetaplError, match="another batch for step 2 when it was called again"):
         metapl.hypergradient(
-            bilevel.teacher, bilevel.student, **given, mode=mode, inner=metapl.Lookahead(another, steps=5)
+            bilevel.teacher,
+            bilevel.student,
+            **given,
+            mode=mode,
+            inner=metapl.Lookahead(another, steps=5),
         )
 
 
@@ -217,7 +243,9 @@ def test_what_is_done_with_a_batch(form: str) -> None:
     assert digest(plain(batch)) != digest(plain(FORMS[form](*rows(1))))
     assert same([*read(batch)], [*read(before)])
     assert pytree.tree_leaves(Plain(*rows(0)))[0].__class__ is Plain
-    with pytest.raises(MetaplError, match="the outer batch has 8 examples; expected a multiple of accumulate=3"):
+    with pytest.raises(
+        MetaplError, match="the outer batch has 8 examples; expected a multiple of accumulate=3"
+    ):
         micro_batches(batch, 3, "outer")
 
 
@@ -318,7 +346,10 @@ def test_arrays_in_memory_become_tensors_of_the_weights() -> None:
                 for of in (outer, inner)
             )
         else:
-            outer, inner = ([t.float().double() if t.is_floating_point() else t for t in of] for of in (outer, inner))
+            outer, inner = (
+                [t.float().double() if t.is_floating_point() else t for t in of]
+                for of in (outer, inner)
+            )
         bilevel.fit(kind(*outer), kind(*inner), steps=3, batch_size=4)
         ends.append(weights(bilevel))
     assert same(*ends)
@@ -351,12 +382,19 @@ def test_a_network_that_takes_the_dataclass() -> None:
         "inner": Frozen(**dict(zip(["x", "y", "numbers"], rows(1), strict=True))),
     }
     given = {
-        name: map_tensors(lambda t: t.float() if t.is_floating_point() else t, batch) for name, batch in given.items()
+        name: map_tensors(lambda t: t.float() if t.is_floating_point() else t, batch)
+        for name, batch in given.items()
     }
     inner = torch.optim.SGD(student.parameters(), lr=0.5)
     exact, differences, parts = (
         metapl.hypergradient(
-            table, student, **given, problem=Whole(), mode=mode, inner_optimizer=inner, accumulate=parts
+            table,
+            student,
+            **given,
+            problem=Whole(),
+            mode=mode,
+            inner_optimizer=inner,
+            accumulate=parts,
         )
         for mode, parts in (("forward", 1), ("difference", 1), ("forward", 2))
     )

@@ -35,7 +35,12 @@ ROWS, LABELED, WIDTH, CLASSES = 6, 4, 5, 3
 def network(inside: nn.Module | None = None) -> nn.Module:
     """With all that a pass may leave behind."""
     norm = [nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)]
-    return nn.Sequential(nn.Linear(WIDTH, 8), *norm, nn.Identity() if inside is None else inside, nn.Linear(8, CLASSES))
+    return nn.Sequential(
+        nn.Linear(WIDTH, 8),
+        *norm,
+        nn.Identity() if inside is None else inside,
+        nn.Linear(8, CLASSES),
+    )
 
 
 @dataclass
@@ -65,21 +70,37 @@ class Case:
         known["teacher_losses"] = (CrossEntropy(),)
         return metapl.BilevelTrainer(**{**known, **options})
 
-    def step(self, mode: Any = "forward", *, labeled: Any = None, unlabeled: Any = None, **options: Any) -> Any:
+    def step(
+        self, mode: Any = "forward", *, labeled: Any = None, unlabeled: Any = None, **options: Any
+    ) -> Any:
         """A step of a trainer that has already taken one with these networks and optimizers."""
         labeled = (self.x, self.y) if labeled is None else labeled
-        return partial(self.built(mode, **options).step, labeled, self.u if unlabeled is None else unlabeled)
+        return partial(
+            self.built(mode, **options).step, labeled, self.u if unlabeled is None else unlabeled
+        )
 
     def everything(self) -> dict[str, Any]:
         """What an error leaves as it was."""
-        found: dict[str, Any] = {"default generator": torch.get_rng_state(), "python's": random.getstate()}
+        found: dict[str, Any] = {
+            "default generator": torch.get_rng_state(),
+            "python's": random.getstate(),
+        }
         found["numpy's"] = np.random.get_state()[1].tolist()  # noqa: NPY002 - a draw from the old one is looked for
         for name, module in (("teacher", self.teacher), ("student", self.student)):
             for key, p in module.named_parameters():
-                found |= {f"{name}.{key}": p, f"{name}.{key}.grad": p.grad, f"{name}.{key} asks": p.requires_grad}
+                found |= {
+                    f"{name}.{key}": p,
+                    f"{name}.{key}.grad": p.grad,
+                    f"{name}.{key} asks": p.requires_grad,
+                }
             found |= {f"{name}.{key}": b for key, b in module.named_buffers()}
             found |= {
-                f"{name}.{key} is": (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
+                f"{name}.{key} is": (
+                    m.training,
+                    len(m._forward_hooks),
+                    len(m._forward_pre_hooks),
+                    sorted(vars(m)),
+                )
                 for key, m in module.named_modules()
             }
         for name, optimizer in (("inner", self.inner), ("outer", self.outer)):
@@ -92,7 +113,9 @@ class Case:
             del state["verification"]  # whose verdict stands, whatever becomes of the step
             leaves, _ = pytree.tree_flatten(state)
             found |= {f"state {number}": leaf for number, leaf in enumerate(leaves)}
-        return {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in found.items()}
+        return {
+            name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in found.items()
+        }
 
 
 def moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -116,7 +139,9 @@ class Odd(metapl.problems.Problem):
     def __init__(self, **changes: Callable[[Any], Any]) -> None:
         self.changes = changes
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> Signal:
         return self.odd("signal", Signal(teacher(batch).softmax(-1)))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
@@ -137,7 +162,9 @@ class OwnLoss:
     def __init__(self, change: Callable[[Tensor], Any]) -> None:
         self.change = change
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Any:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+    ) -> Any:
         return self.change(F.cross_entropy(teacher(labeled[0]), labeled[1], reduction="none"))
 
 
@@ -190,7 +217,12 @@ def diverging() -> Case:
 
 
 def hypergradient(case: Case, **options: Any) -> Callable[[], Any]:
-    known = {"labeled": (case.x, case.y), "unlabeled": case.u, "inner_optimizer": case.inner, "mode": "forward"}
+    known = {
+        "labeled": (case.x, case.y),
+        "unlabeled": case.u,
+        "inner_optimizer": case.inner,
+        "mode": "forward",
+    }
     return partial(metapl.hypergradient, case.teacher, case.student, **{**known, **options})
 
 
@@ -220,23 +252,39 @@ Wrong = Callable[[Case], Callable[[], Any]]
 BUILT: dict[str, Wrong] = {
     "one network as both": lambda c: partial(metapl.BilevelTrainer, c.student, c.student),
     "a student without weights": lambda c: partial(c.built, student=nn.Identity()),
-    "no teacher": lambda c: partial(c.built, teacher=None, outer_optimizer=None, teacher_losses=None),
-    "an inner optimizer that lacks a weight": lambda c: partial(c.built, inner_optimizer=some_of(c.student)),
+    "no teacher": lambda c: partial(
+        c.built, teacher=None, outer_optimizer=None, teacher_losses=None
+    ),
+    "an inner optimizer that lacks a weight": lambda c: partial(
+        c.built, inner_optimizer=some_of(c.student)
+    ),
     "an inner optimizer of the teacher": lambda c: partial(c.built, inner_optimizer=c.outer),
     "an inner optimizer without a rule": lambda c: partial(
         c.built, inner_optimizer=torch.optim.Rprop(c.student.parameters())
     ),
-    "an outer optimizer that lacks a weight": lambda c: partial(c.built, outer_optimizer=some_of(c.teacher)),
-    "two optimizers of one weight": lambda c: partial(c.built, inner_optimizer=(c.inner, some_of(c.student))),
-    "two outer optimizers of one weight": lambda c: partial(c.built, outer_optimizer=(c.outer, some_of(c.teacher))),
-    "an optimizer of matrices alone": lambda c: partial(c.built, inner_optimizer=(muon_of(c.student.parameters()),)),
+    "an outer optimizer that lacks a weight": lambda c: partial(
+        c.built, outer_optimizer=some_of(c.teacher)
+    ),
+    "two optimizers of one weight": lambda c: partial(
+        c.built, inner_optimizer=(c.inner, some_of(c.student))
+    ),
+    "two outer optimizers of one weight": lambda c: partial(
+        c.built, outer_optimizer=(c.outer, some_of(c.teacher))
+    ),
+    "an optimizer of matrices alone": lambda c: partial(
+        c.built, inner_optimizer=(muon_of(c.student.parameters()),)
+    ),
     "Muon of a bias": lambda c: partial(c.built, inner_optimizer=(with_a_bias(c.student),)),
     "a tuple of names": lambda c: partial(c.built, inner_optimizer=("muon", "adamw")),
     "an empty tuple": lambda c: partial(c.built, inner_optimizer=()),
-    "an optimizer of another network beside": lambda c: partial(c.built, inner_optimizer=(c.inner, c.outer)),
+    "an optimizer of another network beside": lambda c: partial(
+        c.built, inner_optimizer=(c.inner, c.outer)
+    ),
     "steps ahead in Algorithm 1": lambda c: partial(c.built, "reinforce", lookahead=2),
     "another way to compile": lambda c: partial(c.built, compile="max-autotune"),
-    "hard labels in double backward": lambda c: partial(c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")),
+    "hard labels in double backward": lambda c: partial(
+        c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")
+    ),
     "a student without shapes yet": lambda c: partial(
         c.built, student=nn.Sequential(nn.LazyLinear(CLASSES)), inner_optimizer=None
     ),
@@ -247,22 +295,37 @@ BUILT: dict[str, Wrong] = {
 }
 STEPS: dict[str, Wrong] = {
     "a batch too few": lambda c: c.step(lookahead=2),
-    "steps ahead that the mode does not take": lambda c: c.step("reinforce", unlabeled=Lookahead([c.u, c.u])),
+    "steps ahead that the mode does not take": lambda c: c.step(
+        "reinforce", unlabeled=Lookahead([c.u, c.u])
+    ),
     "fewer rows than micro-batches": lambda c: c.step(accumulate=5),
     "one view for two": lambda c: c.step(teacher_losses=(UDA(),)),
     "a signal that is a tensor": lambda c: c.step(problem=Odd(signal=lambda s: s.value)),
-    "a signal of complex numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value + 0j))),
-    "a signal that is no number": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value * NAN))),
-    "a signal of whole numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.argmax(-1)))),
-    "a signal without a graph": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.detach()))),
+    "a signal of complex numbers": lambda c: c.step(
+        problem=Odd(signal=lambda s: Signal(s.value + 0j))
+    ),
+    "a signal that is no number": lambda c: c.step(
+        problem=Odd(signal=lambda s: Signal(s.value * NAN))
+    ),
+    "a signal of whole numbers": lambda c: c.step(
+        problem=Odd(signal=lambda s: Signal(s.value.argmax(-1)))
+    ),
+    "a signal without a graph": lambda c: c.step(
+        problem=Odd(signal=lambda s: Signal(s.value.detach()))
+    ),
     "log-probabilities of another shape": lambda c: c.step(
-        "reinforce", problem=Odd(signal=lambda s: Signal(s.value.argmax(-1), log_prob=s.value.log()))
+        "reinforce",
+        problem=Odd(signal=lambda s: Signal(s.value.argmax(-1), log_prob=s.value.log())),
     ),
     "a soft signal where labels are sampled": lambda c: c.step("reinforce", problem=Odd()),
     "an inner loss that is a mean": lambda c: c.step(problem=Odd(inner_loss=lambda t: t.mean())),
     "an inner loss that is a number": lambda c: c.step(problem=Odd(inner_loss=lambda t: 0.5)),
-    "an inner loss without a graph": lambda c: c.step("unrolled", problem=Odd(inner_loss=lambda t: t.detach())),
-    "an outer loss for each example": lambda c: c.step(problem=Odd(outer_loss=lambda t: t.expand(LABELED))),
+    "an inner loss without a graph": lambda c: c.step(
+        "unrolled", problem=Odd(inner_loss=lambda t: t.detach())
+    ),
+    "an outer loss for each example": lambda c: c.step(
+        problem=Odd(outer_loss=lambda t: t.expand(LABELED))
+    ),
     "an outer loss that is a number": lambda c: c.step(
         "difference", problem=Odd(outer_loss=lambda t: float(t.detach()))
     ),
@@ -272,15 +335,24 @@ STEPS: dict[str, Wrong] = {
 }
 OTHERS: dict[str, Wrong] = {
     "hypergradient: no optimizer": lambda c: hypergradient(c, inner_optimizer=None),
-    "hypergradient: an optimizer that lacks a weight": lambda c: hypergradient(c, inner_optimizer=some_of(c.student)),
-    "hypergradient: steps ahead": lambda c: hypergradient(c, mode="difference", unlabeled=Lookahead([c.u, c.u])),
+    "hypergradient: an optimizer that lacks a weight": lambda c: hypergradient(
+        c, inner_optimizer=some_of(c.student)
+    ),
+    "hypergradient: steps ahead": lambda c: hypergradient(
+        c, mode="difference", unlabeled=Lookahead([c.u, c.u])
+    ),
     "attribute: no steps": lambda c: attribute(c, steps=0),
-    "attribute: an optimizer that lacks a weight": lambda c: attribute(c, optimizer=some_of(c.student)),
+    "attribute: an optimizer that lacks a weight": lambda c: attribute(
+        c, optimizer=some_of(c.student)
+    ),
     "attribute: another mode": lambda c: attribute(c, mode=metapl.feedback.Reinforce()),
 }
 OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong]] = {
     "a shared layer": (sharing, lambda c: c.built),
-    "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward")),
+    "sparse gradients of the student": (
+        lambda: Case(student=Sparse()),
+        lambda c: c.step("forward"),
+    ),
     "a complex weight under Adam": (
         lambda: Case(student=Modulus(WIDTH, CLASSES, dtype=torch.complex64)),
         lambda c: c.step("forward", inner_optimizer=torch.optim.Adam(c.student.parameters())),
@@ -310,27 +382,36 @@ def calls_with(generator: torch.Generator, case: Case) -> dict[str, Callable[[],
     """Every call that takes a generator; ``generator`` is of another device than that on which it is to draw."""
     batches: dict[str, Any] = {"labeled": (case.x, case.y), "unlabeled": case.u}
     networks = case.teacher, case.student
-    given: dict[str, Any] = {**batches, "mode": "reinforce", "inner_optimizer": case.inner, "generator": generator}
+    given: dict[str, Any] = {
+        **batches,
+        "mode": "reinforce",
+        "inner_optimizer": case.inner,
+        "generator": generator,
+    }
     return {
         "a trainer": lambda: case.built("reinforce", generator=generator),
-        "a trainer without verification": lambda: case.built("reinforce", generator=generator, verify=False),
-        "a trainer's gradient": lambda: case.built("reinforce").hypergradient(**batches, generator=generator),
+        "a trainer without verification": lambda: case.built(
+            "reinforce", generator=generator, verify=False
+        ),
+        "a trainer's gradient": lambda: case.built("reinforce").hypergradient(
+            **batches, generator=generator
+        ),
         "hypergradient": lambda: metapl.hypergradient(*networks, **given),
         "hypergradient, verified": lambda: metapl.hypergradient(*networks, **given, verify=True),
         "check_gradient": lambda: metapl.check_gradient(*networks, **given),
     }
 
 
-REFUSED_GENERATOR = (
-    r"^generator is on {}.*, and the networks are on {}.*; expected torch.Generator\('{}.*'\), or none.$"
-)
+REFUSED_GENERATOR = r"^generator is on {}.*, and the networks are on {}.*; expected torch.Generator\('{}.*'\), or none.$"
 
 
 CALLS_WITH_A_GENERATOR = [*calls_with(torch.Generator(), Case())]
 
 
 # A trainer's gradient first saves the state of its device's own generator, which the meta device has not.
-@pytest.mark.parametrize("call", [call for call in CALLS_WITH_A_GENERATOR if call != "a trainer's gradient"])
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS_WITH_A_GENERATOR if call != "a trainer's gradient"]
+)
 def test_a_generator_of_the_cpu_is_refused_for_networks_elsewhere(call: str) -> None:
     """On the meta device, which is everywhere, and on which a pass that began would fail otherwise."""
     case = Case(network().to("meta"), network().to("meta"))
@@ -342,7 +423,9 @@ def test_a_generator_of_the_cpu_is_refused_for_networks_elsewhere(call: str) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there"
+)
 @pytest.mark.parametrize("call", CALLS_WITH_A_GENERATOR)
 def test_a_generator_of_another_device_is_refused(call: str) -> None:
     case = Case()
@@ -353,13 +436,24 @@ def test_a_generator_of_another_device_is_refused(call: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there"
+)
 def test_attribute_draws_its_order_on_the_cpu() -> None:
     case = Case()
     data = case.x, case.y
-    with pytest.raises(MetaplError, match=r"generator is on cuda(:0)?, and the order of the examples is drawn on cpu"):
+    with pytest.raises(
+        MetaplError,
+        match=r"generator is on cuda(:0)?, and the order of the examples is drawn on cpu",
+    ):
         metapl.attribute(
-            case.student, data, data, optimizer=case.inner, steps=1, batch_size=2, generator=torch.Generator("cuda")
+            case.student,
+            data,
+            data,
+            optimizer=case.inner,
+            steps=1,
+            batch_size=2,
+            generator=torch.Generator("cuda"),
         )
 
 
@@ -430,7 +524,9 @@ def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
     """Both batches, of which one cannot be meant."""
     kind = draw(st.sampled_from(["labels", "labeled inputs", "unlabeled", "no pair"]))
     table = NOT_LABELS if kind == "labels" else NOT_INPUTS
-    views = {"three views", "two lengths"} if kind == "labeled inputs" else set()  # a tuple of tensors is an input too
+    views = (
+        {"three views", "two lengths"} if kind == "labeled inputs" else set()
+    )  # a tuple of tensors is an input too
     change = table[draw(st.sampled_from(sorted(table.keys() - views)))]
     return {
         "labels": lambda: {"labeled": (case.x, change(case.y)), "unlabeled": case.u},
@@ -442,27 +538,47 @@ def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
 
 def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[], Any]]:
     """A call that cannot be meant, and its name."""
-    kinds = ["step", "hypergradient", "fit", "fit data", "trainer", "evaluate", "load", "state", "save"]
+    kinds = [
+        "step",
+        "hypergradient",
+        "fit",
+        "fit data",
+        "trainer",
+        "evaluate",
+        "load",
+        "state",
+        "save",
+    ]
     kind, trainer = draw(st.sampled_from(kinds)), case.trainer
     fit = partial(trainer.fit, steps=2, progress=False, out=folder / "run")
     source = {"labeled": [(case.x, case.y)], "unlabeled": [case.u]}
     if kind == "step":
         return kind, partial(trainer.step, **bad_data(draw, case))
     if kind == "hypergradient":
-        return kind, hypergradient(case, mode=draw(st.sampled_from(ANYWHERE)), **bad_data(draw, case))
+        return kind, hypergradient(
+            case, mode=draw(st.sampled_from(ANYWHERE)), **bad_data(draw, case)
+        )
     if kind in ("fit", "trainer"):
         table = NOT_OPTIONS if kind == "fit" else NOT_TRAINERS
         name = draw(st.sampled_from(sorted(table)))
         option = {name: draw(st.sampled_from(table[name]))}
-        return f"{kind} {option}", partial(fit, **source, **option) if kind == "fit" else partial(case.built, **option)
+        return f"{kind} {option}", partial(fit, **source, **option) if kind == "fit" else partial(
+            case.built, **option
+        )
     if kind == "fit data":
         data = draw(st.sampled_from([5, "x", object(), [5], [None], [(1, 2)]]))
-        return kind, partial(fit, **{**source, draw(st.sampled_from(["labeled", "unlabeled", "validation"])): data})
+        return kind, partial(
+            fit, **{**source, draw(st.sampled_from(["labeled", "unlabeled", "validation"])): data}
+        )
     if kind == "evaluate":
         x = NOT_INPUTS[draw(st.sampled_from(["text", "number", "object", NETWORKS_OWN]))](case.x)
-        return kind, draw(st.sampled_from([partial(trainer.evaluate, (x, case.y)), partial(trainer.predict, x)]))
+        return kind, draw(
+            st.sampled_from([partial(trainer.evaluate, (x, case.y)), partial(trainer.predict, x)])
+        )
     if kind == "load":
-        path = folder / draw(st.sampled_from(["nothing", "garbage", "empty", "cut", "flipped", "."]))
+        path = folder / draw(
+            st.sampled_from(["nothing", "garbage", "empty", "cut", "flipped", "."])
+        )
         return f"load {path.name}", partial(trainer.load, path)
     if kind == "state":
         state = trainer.state_dict()
@@ -483,7 +599,10 @@ def test_what_is_refused_leaves_everything_as_it_was(
     case.generator = data.draw(st.sampled_from([None, torch.Generator().manual_seed(1)]))
     mode = data.draw(st.sampled_from(ANYWHERE))
     parts = 1 if mode == "unrolled" else data.draw(st.sampled_from([1, 2]))
-    options = {"recompute_teacher": data.draw(st.booleans()), "clip_norm": data.draw(st.sampled_from([None, 1.0]))}
+    options = {
+        "recompute_teacher": data.draw(st.booleans()),
+        "clip_norm": data.draw(st.sampled_from([None, 1.0])),
+    }
     with warnings.catch_warnings(action="ignore"):
         case.trainer = case.built(mode, accumulate=parts, generator=case.generator, **options)
         for _ in range(data.draw(st.integers(0, 2))):
@@ -496,11 +615,17 @@ def test_what_is_refused_leaves_everything_as_it_was(
         (folder / "flipped").write_bytes(saved[:-7] + bytes([saved[-7] ^ 1]) + saved[-6:])
         name, call = data.draw(st.composite(bad_call)(case, folder), label="call")
 
-        def all_there_is() -> dict[str, Any]:  # but for the folder of a fit, which is refused at its first step
-            return case.everything() | {str(p): p.read_bytes() for p in folder.iterdir() if p.is_file()}
+        def all_there_is() -> dict[
+            str, Any
+        ]:  # but for the folder of a fit, which is refused at its first step
+            return case.everything() | {
+                str(p): p.read_bytes() for p in folder.iterdir() if p.is_file()
+            }
 
         before = all_there_is()
-        with pytest.raises((ValueError, RuntimeError, TypeError, LookupError, AttributeError)) as caught:
+        with pytest.raises(
+            (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+        ) as caught:
             call()
     assert moved(before, all_there_is()) == [], f"{name}: {caught.value}"
 
@@ -563,11 +688,17 @@ class Fused(metapl.problems.Problem):
     def __init__(self, fuse: Fuse, hard: bool) -> None:
         self.fuse, self.hard = fuse, hard
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> Signal:
         q = teacher(batch).softmax(-1)
         labels = torch.multinomial(q.detach(), 1, generator=generator)[:, 0]
         self.fuse.at("signal")
-        return Signal(labels, log_prob=q.gather(1, labels[:, None])[:, 0].log()) if self.hard else Signal(q)
+        return (
+            Signal(labels, log_prob=q.gather(1, labels[:, None])[:, 0].log())
+            if self.hard
+            else Signal(q)
+        )
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         self.fuse.at("inner loss")
@@ -584,7 +715,9 @@ class FusedLoss:
     def __init__(self, fuse: Fuse) -> None:
         self.fuse = fuse
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+    ) -> Tensor:
         self.fuse.at("teacher loss")
         return F.cross_entropy(teacher(labeled[0]), labeled[1])
 
@@ -595,7 +728,9 @@ AHEAD = ("forward", "unrolled", "none")
 
 @st.composite
 def situations(draw: st.DrawFn) -> dict[str, Any]:
-    mode = draw(st.sampled_from([*(mode for mode in metapl.MODES if mode != "implicit"), TANGENT, GRAPH]))
+    mode = draw(
+        st.sampled_from([*(mode for mode in metapl.MODES if mode != "implicit"), TANGENT, GRAPH])
+    )
     accumulate = 1 if mode == "unrolled" else draw(st.sampled_from([1, 2]))
     return {
         "mode": mode,
@@ -608,14 +743,20 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any) -> tuple[Case, Fuse, Any]:
+def fused(
+    mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any
+) -> tuple[Case, Fuse, Any]:
     """A case with so many steps behind it, its fuse, and the batches of the next step; twice called, twice the same."""
     torch.manual_seed(0)
     fuse = Fuse()
     case = Case(network(Wired(fuse, "teacher")), network(Wired(fuse, "student")))
     case.generator = torch.Generator().manual_seed(5) if own_generator else None
     losses = (FusedLoss(fuse),)
-    given = {"problem": Fused(fuse, mode in HARD), "teacher_losses": losses, "generator": case.generator}
+    given = {
+        "problem": Fused(fuse, mode in HARD),
+        "teacher_losses": losses,
+        "generator": case.generator,
+    }
     case.trainer = case.built(mode, lookahead=ahead, **given, **options)
     batches = (case.x, case.y), Lookahead([case.u] * ahead) if ahead > 1 else case.u
     for _ in range(steps):
@@ -626,12 +767,18 @@ def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data(), situations())
-def test_an_error_anywhere_in_a_step_moves_nothing(data: st.DataObject, situation: dict[str, Any]) -> None:
+def test_an_error_anywhere_in_a_step_moves_nothing(
+    data: st.DataObject, situation: dict[str, Any]
+) -> None:
     """And the next step is that of a trainer that never met one."""
     twin, seen, batches = fused(**situation)
     twin.trainer.step(*batches)
     after = twin.everything()
-    places = [(place, number) for place, count in sorted(seen.counts.items()) for number in range(1, count + 1)]
+    places = [
+        (place, number)
+        for place, count in sorted(seen.counts.items())
+        for number in range(1, count + 1)
+    ]
 
     case, fuse, batches = fused(**situation)
     before = case.everything()

@@ -20,7 +20,9 @@ SOFT = ["unrolled", "forward", "difference"]
 SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 
 
-def find(case: Toy, mode: Any, optimiser: str = "torch_sgd_nesterov", **options: Any) -> metapl.Hypergradient:
+def find(
+    case: Toy, mode: Any, optimiser: str = "torch_sgd_nesterov", **options: Any
+) -> metapl.Hypergradient:
     case.draw_from_start()
     inner = options.pop("inner", None) or OPTIMISERS[optimiser].build(case.student)
     return gradient(case, mode, inner_optimizer=inner, **options)
@@ -45,7 +47,9 @@ class ScaledOuter(metapl.PseudoLabels):
         usual=["forward", "unrolled", "mlp", "torch_sgd"],
     ),
 )
-def test_a_step_against_the_hypergradient_lowers_the_labelled_loss(mode: str, student: str, optimiser: str) -> None:
+def test_a_step_against_the_hypergradient_lowers_the_labelled_loss(
+    mode: str, student: str, optimiser: str
+) -> None:
     """The one-step labelled loss, computed anew with the moved teacher."""
     problem = toy(student)
     before = find(problem, mode, optimiser)
@@ -66,7 +70,9 @@ def test_a_labelled_gradient_of_zero_gives_zero_feedback(mode: str, student: str
     assert all(g.abs().max() == 0 for g in found.grads.values())
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip", "torchopt_adam"])
+@pytest.mark.parametrize(
+    "optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip", "torchopt_adam"]
+)
 @pytest.mark.parametrize("student", ["mlp", "batch_norm", "dropout"])
 def test_credits_per_example_sum_to_the_scalar_of_algorithm_1(student: str, optimiser: str) -> None:
     whole = find(toy(student), "reinforce", optimiser).feedback
@@ -85,7 +91,9 @@ def test_for_plain_sgd_the_scalar_is_eta_times_the_product_of_gradients() -> Non
     theta = reference.weights(problem.student)
     g_u = {n: (theta[n].detach() - step.student_params[n]) / eta for n in theta}
     moved = {n: p.clone().requires_grad_() for n, p in step.student_params.items()}
-    loss = F.cross_entropy(reference.at(problem.student, moved, problem.labeled[0]), problem.labeled[1])
+    loss = F.cross_entropy(
+        reference.at(problem.student, moved, problem.labeled[0]), problem.labeled[1]
+    )
     v = torch.autograd.grad(loss, list(moved.values()))
     product = sum((a * b).sum() for a, b in zip(v, g_u.values(), strict=True))
     assert error(found.feedback, eta * product) < 1e-12
@@ -96,7 +104,9 @@ def test_the_loss_difference_is_old_minus_new() -> None:
     found = find(problem, "loss_difference", "torch_adam")
     with torch.no_grad():
         old, new = (
-            F.cross_entropy(reference.at(problem.student, p, problem.labeled[0]), problem.labeled[1])
+            F.cross_entropy(
+                reference.at(problem.student, p, problem.labeled[0]), problem.labeled[1]
+            )
             for p in (dict(problem.student.named_parameters()), found.student_params)
         )
     assert error(found.feedback, old - new) < 1e-12
@@ -105,7 +115,9 @@ def test_the_loss_difference_is_old_minus_new() -> None:
 @pytest.mark.parametrize("student", ["mlp", "batch_norm", "dropout"])
 @pytest.mark.parametrize("mode", [*SOFT, *SAMPLED])
 def test_feedback_is_linear_in_the_outer_loss(mode: str, student: str) -> None:
-    one, three = (find(toy(student), mode, problem=ScaledOuter(scale=s)).feedback for s in (1.0, -3.0))
+    one, three = (
+        find(toy(student), mode, problem=ScaledOuter(scale=s)).feedback for s in (1.0, -3.0)
+    )
     assert error(three, -3 * one) < 1e-11
 
 
@@ -146,10 +158,14 @@ def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, studen
     drops = student == "dropout"
     with unmoved(problem, inner, generator=not drops):
         gradient(problem, mode, inner_optimizer=inner, generator=own)
-    assert (mode in SAMPLED) == (not torch.equal(own.get_state(), torch.Generator().manual_seed(5).get_state()))
+    assert (mode in SAMPLED) == (
+        not torch.equal(own.get_state(), torch.Generator().manual_seed(5).get_state())
+    )
 
 
-@pytest.mark.parametrize("mode", [Reinforce(similarity="cosine"), Reinforce(similarity="cosine", baseline=0.9)])
+@pytest.mark.parametrize(
+    "mode", [Reinforce(similarity="cosine"), Reinforce(similarity="cosine", baseline=0.9)]
+)
 def test_the_cosine_is_that_of_step_and_labelled_gradient(mode: Reinforce) -> None:
     """−⟨w, g⟩/(‖w‖‖g‖), with w = −ηv for plain SGD, whatever the scale of the losses."""
     cosine = find(toy("mlp"), mode, "torch_sgd").feedback
@@ -160,16 +176,22 @@ def test_the_cosine_is_that_of_step_and_labelled_gradient(mode: Reinforce) -> No
     rule = OPTIMISERS["torch_sgd"].rule
     step = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=rule, kind="score")
     moved = {n: p.clone().requires_grad_() for n, p in step.student_params.items()}
-    loss = F.cross_entropy(reference.at(problem.student, moved, problem.labeled[0]), problem.labeled[1])
+    loss = F.cross_entropy(
+        reference.at(problem.student, moved, problem.labeled[0]), problem.labeled[1]
+    )
     v = flat(dict(zip(moved, torch.autograd.grad(loss, list(moved.values())), strict=True)))
     g = flat({n: p - step.student_params[n] for n, p in problem.student.named_parameters()})
     assert error(cosine, torch.cosine_similarity(v, g, dim=0)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["forward", "difference", "reinforce", "reinforce_per_example", "loss_difference"])
+@pytest.mark.parametrize(
+    "name", ["forward", "difference", "reinforce", "reinforce_per_example", "loss_difference"]
+)
 def test_normalization_divides_by_the_learning_rate(name: str) -> None:
     kind = type(metapl.feedback.estimator(name))
-    plain, per_eta = (find(toy("mlp"), kind(normalization=n)).feedback for n in ("gradient", "learning_rate"))
+    plain, per_eta = (
+        find(toy("mlp"), kind(normalization=n)).feedback for n in ("gradient", "learning_rate")
+    )
     assert error(per_eta, plain / 0.3) < 1e-12
 
 
@@ -180,7 +202,9 @@ def test_the_baseline_is_its_value_from_before_the_step(kind: Any) -> None:
         **problem.networks(), mode=kind(baseline=0.75), teacher_losses=(), feedback_weight=0.0
     )
     twin_toy = toy("mlp")
-    twin = metapl.BilevelTrainer(**twin_toy.networks(), mode=kind(), teacher_losses=(), feedback_weight=0.0)
+    twin = metapl.BilevelTrainer(
+        **twin_toy.networks(), mode=kind(), teacher_losses=(), feedback_weight=0.0
+    )
     average = 0.0
     for step in range(4):
         torch.manual_seed(step)

@@ -79,7 +79,9 @@ def student_of(first: nn.Module | None = None, dtype: torch.dtype = torch.float6
     return nn.Sequential(first or nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
 
 
-def gradient(student: nn.Module, mode: Forward, steps: int = STEPS, **options: Any) -> metapl.Hypergradient:
+def gradient(
+    student: nn.Module, mode: Forward, steps: int = STEPS, **options: Any
+) -> metapl.Hypergradient:
     dtype = next(student.parameters()).dtype
 
     def batch(number: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,12 @@ def gradient(student: nn.Module, mode: Forward, steps: int = STEPS, **options: A
     torch.manual_seed(5)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     ahead = Lookahead(batch, steps=steps)
-    given: dict[str, Any] = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "mode": mode}
+    given: dict[str, Any] = {
+        "outer": batch(-1),
+        "inner": ahead,
+        "problem": EqualWeights(),
+        "mode": mode,
+    }
     return metapl.hypergradient(None, student, inner_optimizer=optimizer, **given, **options)
 
 
@@ -102,7 +109,9 @@ def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @BLOCKS
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_student_that_is_a_function_replays_bit_for_bit(way: str, compile: bool, as_functions: None) -> None:
+def test_a_student_that_is_a_function_replays_bit_for_bit(
+    way: str, compile: bool, as_functions: None
+) -> None:
     student = network().double()  # with dropout and batch norm
     assert gradient(student, WAYS[way], compile=compile).replay_error == 0.0
 
@@ -120,11 +129,15 @@ PLANTED = pytest.mark.parametrize(
 
 @BLOCKS
 @PLANTED
-def test_a_state_that_comes_out_otherwise_is_refused_and_nothing_moves(way: str, planted: nn.Module) -> None:
+def test_a_state_that_comes_out_otherwise_is_refused_and_nothing_moves(
+    way: str, planted: nn.Module
+) -> None:
     # In float32, where outputs may differ by some thousandths before the passes themselves are refused.
     student = student_of(copy.deepcopy(planted), torch.float32)
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(MetaplError, match=r"computed again, and their state differs by .*replay_tolerance="):
+    with pytest.raises(
+        MetaplError, match=r"computed again, and their state differs by .*replay_tolerance="
+    ):
         gradient(student, WAYS[way])
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
     assert not torch.are_deterministic_algorithms_enabled()
@@ -153,8 +166,12 @@ def test_where_all_states_are_kept_nothing_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize("way", [*WAYS, "all"])
-def test_compiled_paths_look_too(way: str, as_functions: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "refuse_other", lambda *given: None)  # which would refuse the student first
+def test_compiled_paths_look_too(
+    way: str, as_functions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training, "refuse_other", lambda *given: None
+    )  # which would refuse the student first
     mode = WAYS.get(way, Forward(keep_every=1))
     found = gradient(student_of(Noisy(1e-9)), mode, compile=True)
     assert 1e-13 < found.replay_error < 1e-8
@@ -173,7 +190,11 @@ def test_every_end_of_a_block_is_compared_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(ReplayCheck, "compare", watched)
     gradient(student_of(), Forward(keep_every=5))
-    assert reached == [11, 10, 5]  # of twelve steps the last is not computed again: its own state is an end
+    assert reached == [
+        11,
+        10,
+        5,
+    ]  # of twelve steps the last is not computed again: its own state is an end
     reached.clear()
     gradient(student_of(), Forward(keep="tree"), steps=23)
     assert reached == [22, 20, 10]
@@ -186,11 +207,19 @@ def test_attribution_has_the_error_and_the_precision() -> None:
     def scores(student: nn.Module, **options: Any) -> metapl.training.Attribution:
         x = rows.to(next(student.parameters()).dtype)
         optimizer = torch.optim.SGD(student.parameters(), 0.1)
-        given: dict[str, Any] = {"optimizer": optimizer, "steps": 6, "batch_size": 6, "mode": Forward(keep_every=2)}
+        given: dict[str, Any] = {
+            "optimizer": optimizer,
+            "steps": 6,
+            "batch_size": 6,
+            "mode": Forward(keep_every=2),
+        }
         return metapl.attribute(student, (x, y), (x, y), **given, progress=False, **options)
 
     assert scores(student_of()).replay_error == 0.0
-    assert scores(student_of()).float32_products == {"matrix products": "ieee", "convolutions": "ieee"}
+    assert scores(student_of()).float32_products == {
+        "matrix products": "ieee",
+        "convolutions": "ieee",
+    }
     assert 1e-13 < scores(student_of(Noisy(1e-9))).replay_error < 1e-8
     with pytest.raises(MetaplError, match="computed again"):
         scores(student_of(Counting(), torch.float32))
@@ -215,7 +244,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_paths_ask_for_deterministic_algorithms(
-    compile: bool, as_functions: None, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[bool, bool]]
+    compile: bool,
+    as_functions: None,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[tuple[bool, bool]],
 ) -> None:
     monkeypatch.setattr(training, "refuse_other", lambda *given: None)
     gradient(student_of(), Forward(keep_every=3), compile=compile)
@@ -243,7 +275,9 @@ def test_the_setting_is_put_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("piece", [replays.PIECE, 256 * 40])
-def test_a_digest_says_how_far_apart_two_states_are(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_says_how_far_apart_two_states_are(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(replays, "PIECE", piece)
     torch.manual_seed(0)
     sizes = {"weight": (300, 500), "bias": (500,), "scale": ()}
@@ -251,7 +285,9 @@ def test_a_digest_says_how_far_apart_two_states_are(piece: int, monkeypatch: pyt
     momentum = [{"momentum": torch.randn(700)}, {"step": torch.tensor(3.0)}, None]
     for change in (torch.randn(300, 500), torch.ones(300, 500)):  # of no sign, and of one
         moved = {**weights, "weight": weights["weight"] + 1e-4 * change}
-        difference = torch.cat([(moved[n] - t).double().flatten() for n, t in weights.items()]).norm()
+        difference = torch.cat(
+            [(moved[n] - t).double().flatten() for n, t in weights.items()]
+        ).norm()
         digests = state_digest(weights, momentum), state_digest(moved, momentum)
         distance = (digests[0] - digests[1]).norm(dim=1)
         assert float(distance[0]) == pytest.approx(float(difference), rel=0.2)
@@ -259,6 +295,8 @@ def test_a_digest_says_how_far_apart_two_states_are(piece: int, monkeypatch: pyt
     one = {name: t.clone() for name, t in weights.items()}
     one["bias"][7] = torch.nextafter(one["bias"][7], torch.tensor(9.0))
     assert not torch.equal(state_digest(one, momentum), state_digest(weights, momentum))
-    assert torch.equal(state_digest(weights, momentum), state_digest(copy.deepcopy(weights), momentum))
+    assert torch.equal(
+        state_digest(weights, momentum), state_digest(copy.deepcopy(weights), momentum)
+    )
     small = {"weight": torch.randn(10, 10, dtype=torch.float64)}
     assert torch.equal(state_digest(small, None)[0].abs()[:100], small["weight"].abs().flatten())

@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, Toy, everything, gradient, mlp, product, same, toy, trainer_for, values
+from problems_zoo import (
+    CLASSES,
+    OPTIMISERS,
+    Toy,
+    everything,
+    gradient,
+    mlp,
+    product,
+    same,
+    toy,
+    trainer_for,
+    values,
+)
 from reference import error, own_stream
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,10 +54,14 @@ def _seeded() -> None:
     torch.manual_seed(5)  # not the seed of the teachers
 
 
-def case(student: nn.Module, teacher: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> Toy:
+def case(
+    student: nn.Module, teacher: nn.Module | None = None, dtype: torch.dtype = torch.float64
+) -> Toy:
     base = toy("mlp", dtype=dtype, rows=6)
     labeled = base.labeled[0][:6], base.labeled[1][:6]
-    student = student.double() if dtype == torch.float64 else student.to(dtype)  # the former leaves complex numbers
+    student = (
+        student.double() if dtype == torch.float64 else student.to(dtype)
+    )  # the former leaves complex numbers
     return Toy(base.teacher if teacher is None else teacher, student, labeled, base.unlabeled, 0)
 
 
@@ -85,8 +101,14 @@ def plainly(problem: Toy, kind: str = "soft") -> tuple[reference.Tree, dict[str,
     drawn = reference.drawn(log_q.exp()) if kind == "score" else None
     leaf = log_q.detach().exp() if drawn is None else torch.ones(len(z), dtype=z.dtype)
     leaf.requires_grad_()
-    losses = reference.cross_entropy(leaf, z) if drawn is None else leaf * F.cross_entropy(z, drawn, reduction="none")
-    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True, materialize_grads=True)
+    losses = (
+        reference.cross_entropy(leaf, z)
+        if drawn is None
+        else leaf * F.cross_entropy(z, drawn, reduction="none")
+    )
+    g = torch.autograd.grad(
+        losses.mean(), list(theta.values()), create_graph=True, materialize_grads=True
+    )
     moved, _ = RULE.rule(theta, dict(zip(theta, g, strict=True)), None)
     later = twin(student)  # as its backward pass leaves it, in which a checkpoint runs again
     state = state_of(later)
@@ -94,7 +116,9 @@ def plainly(problem: Toy, kind: str = "soft") -> tuple[reference.Tree, dict[str,
     put(later, {name: nn.Parameter(p.detach()) for name, p in moved.items()})
     at = {name: p for name, p in later.named_parameters() if p.requires_grad}
     outer = F.cross_entropy(later(problem.labeled[0]), problem.labeled[1])
-    v = torch.autograd.grad(outer, list(at.values()), materialize_grads=True)  # while θ′ is there for checkpoints
+    v = torch.autograd.grad(
+        outer, list(at.values()), materialize_grads=True
+    )  # while θ′ is there for checkpoints
     (told,) = torch.autograd.grad(list(moved.values()), leaf, v)
     spoken = log_q.exp() if drawn is None else log_q.gather(-1, drawn[:, None])[:, 0]
     grads = torch.autograd.grad((told * spoken).sum(), list(phi.values()))
@@ -115,9 +139,9 @@ def check_exact(problem: Toy, way: str) -> None:
     assert error(found(problem, way).grads, expected) < bound
     assert same(before, everything(problem, generator=False))
     problem.draw_from_start()
-    trainer_for(problem, WAYS[way], inner_optimizer=RULE.build(problem.student), teacher_losses=()).step(
-        **problem.data()
-    )
+    trainer_for(
+        problem, WAYS[way], inner_optimizer=RULE.build(problem.student), teacher_losses=()
+    ).step(**problem.data())
     after = state_of(problem.student)
     assert state.keys() == after.keys()
     assert all(torch.allclose(after[name], t, 0, 0) for name, t in state.items())
@@ -126,7 +150,9 @@ def check_exact(problem: Toy, way: str) -> None:
 class Scaled(nn.Module):
     """Features that are scaled by a state, which each pass moves by ``move(module, features)``."""
 
-    def __init__(self, move: Callable[[Any, Tensor], Tensor], *, frozen: bool = False, buffer: bool = True) -> None:
+    def __init__(
+        self, move: Callable[[Any, Tensor], Tensor], *, frozen: bool = False, buffer: bool = True
+    ) -> None:
         super().__init__()
         self.body, self.head, self.move = nn.Linear(16, 6), nn.Linear(6, CLASSES), move
         if frozen:
@@ -164,7 +190,8 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.stem, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.4)) for _ in range(2)
+            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.4))
+            for _ in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,7 +247,9 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "asks": lambda: Asking(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
     "batch norm": lambda: layers(nn.BatchNorm1d(6), nn.Tanh()),
     "dropout": lambda: layers(nn.Dropout(0.3), nn.Tanh(), nn.Dropout(0.2)),
-    "encoder layer": lambda: Sequences(nn.TransformerEncoderLayer(4, 2, 8, 0.2, "gelu", batch_first=True), 4),
+    "encoder layer": lambda: Sequences(
+        nn.TransformerEncoderLayer(4, 2, 8, 0.2, "gelu", batch_first=True), 4
+    ),
     "checkpoint with norm and dropout": Checkpointed,
 }
 
@@ -235,10 +264,22 @@ def built(make: Callable[[], nn.Module], batches: int = 2) -> nn.Module:
 
 
 # What depends on the weights by a constant, in which a difference of outputs has a derivative all the same.
-DETACHED = {"frozen, moved in place", "buffer moved in place", "buffer exchanged", "buffer made late"}
+DETACHED = {
+    "frozen, moved in place",
+    "buffer moved in place",
+    "buffer exchanged",
+    "buffer made late",
+}
 
 
-USUAL = "tangent", "batch norm", "encoder layer", "frozen, moved in place", "buffer exchanged", "buffer made late"
+USUAL = (
+    "tangent",
+    "batch norm",
+    "encoder layer",
+    "frozen, moved in place",
+    "buffer exchanged",
+    "buffer made late",
+)
 
 
 @pytest.mark.parametrize(("way", "student"), product(WAYS, STUDENTS, usual=USUAL))
@@ -298,7 +339,9 @@ def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_i
     outer = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
     expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 
-    with pytest.raises(metapl.MetaplError, match="register_buffer makes it part of what is rewound"):
+    with pytest.raises(
+        metapl.MetaplError, match="register_buffer makes it part of what is rewound"
+    ):
         gradients("forward", in_buffer=False)
     assert error(gradients("forward", in_buffer=True), expected) < 1e-9
     assert error(gradients("unrolled", in_buffer=False), expected) < 1e-9
@@ -333,11 +376,21 @@ def test_micro_batches_of_a_teacher_with_state() -> None:
     inner = reference.cross_entropy(q, student(problem.unlabeled)).mean()
     g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
     at = {name: p - 0.3 * d for (name, p), d in zip(theta.items(), g, strict=True)}
-    outer = F.cross_entropy(torch.func.functional_call(student, at, (problem.labeled[0],)), problem.labeled[1])
+    outer = F.cross_entropy(
+        torch.func.functional_call(student, at, (problem.labeled[0],)), problem.labeled[1]
+    )
     expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
     before = {name: p.detach().clone() for name, p in problem.teacher.named_parameters()}
-    inner, outer = torch.optim.SGD(student.parameters(), lr=0.3), torch.optim.SGD(problem.teacher.parameters(), lr=1.0)
-    options = {"inner_optimizer": inner, "outer_optimizer": outer, "teacher_losses": (), "accumulate": 2}
+    inner, outer = (
+        torch.optim.SGD(student.parameters(), lr=0.3),
+        torch.optim.SGD(problem.teacher.parameters(), lr=1.0),
+    )
+    options = {
+        "inner_optimizer": inner,
+        "outer_optimizer": outer,
+        "teacher_losses": (),
+        "accumulate": 2,
+    }
     trainer_for(problem, **options).step(**problem.data())
     change = {name: before[name] - p.detach() for name, p in problem.teacher.named_parameters()}
     assert error(change, expected) < 1e-9
@@ -384,7 +437,9 @@ def test_a_one_sided_difference_under_autocast_has_no_outputs_of_few_bits() -> N
 @pytest.mark.parametrize("keep_every", [1, 2])
 def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int) -> None:
     """Of a student that is its teacher; attention runs by another kernel in a replay."""
-    teacher = Sequences(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 4).double()
+    teacher = Sequences(
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 4
+    ).double()
     problem = case(copy.deepcopy(teacher), teacher)
     modes = "unrolled", Forward(keep_every=keep_every)
     exact, kept = (gradient(problem, mode, [problem.unlabeled] * 4).grads for mode in modes)
@@ -396,7 +451,10 @@ def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int)
 def test_slopes_that_cancel_to_rounding_are_no_disagreement(seed: int, mode: str) -> None:
     """Batch normalization takes a bias away, and a first step of Adam makes its whole direction of such biases."""
     torch.manual_seed(seed)
-    networks = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)]
+    networks = [
+        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+        for _ in range(2)
+    ]
     inner, outer = (torch.optim.Adam(network.parameters(), lr=0.01) for network in networks[::-1])
     trainer = metapl.BilevelTrainer(*networks, mode, inner_optimizer=inner, outer_optimizer=outer)
     x, y = torch.randn(8, 4), torch.arange(8) % 3
@@ -424,7 +482,10 @@ def test_a_teacher_may_have_sparse_gradients() -> None:
     ends = []
     for sparse in (False, True):
         torch.manual_seed(0)
-        teacher, student = (nn.Sequential(nn.EmbeddingBag(10, 4, sparse=of), nn.Linear(4, 3)) for of in (sparse, False))
+        teacher, student = (
+            nn.Sequential(nn.EmbeddingBag(10, 4, sparse=of), nn.Linear(4, 3))
+            for of in (sparse, False)
+        )
         outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
         metapl.BilevelTrainer(teacher, student, "difference", outer_optimizer=outer).step(
             (ids[:5], torch.arange(5) % 3), ids[5:]
@@ -454,7 +515,9 @@ def test_a_rule_of_forward_mode_that_refuses_a_layout_gives_way_to_another_order
     convolution = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
     student = nn.Sequential(convolution, layer, nn.Flatten(), nn.Linear(64, 3)).double()
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
-    x_l, x_u = (torch.randn(5, 3, 4, 4).double().to(memory_format=torch.channels_last) for _ in range(2))
+    x_l, x_u = (
+        torch.randn(5, 3, 4, 4).double().to(memory_format=torch.channels_last) for _ in range(2)
+    )
     given: dict[str, Any] = {"labeled": (x_l, torch.arange(5) % 3), "unlabeled": x_u}
     given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.1)
     found = metapl.hypergradient(teacher, student, mode="forward", **given)

@@ -39,7 +39,10 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
         read()
         return given_batch(number)
 
-    with torch.autocast("cpu", dtype, enabled=dtype is not None), pytest.MonkeyPatch.context() as patch:
+    with (
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         if not given.pop("captured", False):
             patch.setattr(torch, "compile", lambda function, **how: function)
         found = metapl.hypergradient(

@@ -90,7 +90,9 @@ def arrows(found: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
 
 
 def upward(found: dict[str, set[str]]) -> list[str]:
-    return [f"{name} -> {used}" for name, used in arrows(found) if FLOOR[room(used)] > FLOOR[room(name)]]
+    return [
+        f"{name} -> {used}" for name, used in arrows(found) if FLOOR[room(used)] > FLOOR[room(name)]
+    ]
 
 
 def circle(found: dict[str, set[str]]) -> list[str]:
@@ -122,7 +124,12 @@ def test_the_library_imports_nothing_of_the_application() -> None:
     library = {name: used for name, used in graph().items() if not name.startswith("metapl.apps")}
     library.pop("metapl.sklearn")  # a name that has always been there
     library.pop("metapl.__main__")  # the command, which no module imports
-    assert [(name, one) for name, used in library.items() for one in used if one.startswith("metapl.apps")] == []
+    assert [
+        (name, one)
+        for name, used in library.items()
+        for one in used
+        if one.startswith("metapl.apps")
+    ] == []
 
 
 def test_the_page_on_the_architecture_has_the_floors_of_this_test() -> None:

@@ -36,33 +36,56 @@ def mean_over_labels(grads_for: Callable[[Tensor], Any], problem: Toy) -> Tensor
 
 
 def library_mean(
-    mode: Any, problem: Toy, optimiser: Optimiser, monkeypatch: pytest.MonkeyPatch, warmed: bool = False
+    mode: Any,
+    problem: Toy,
+    optimiser: Optimiser,
+    monkeypatch: pytest.MonkeyPatch,
+    warmed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The mean over ŷ of what the library hands the teacher, and of θ′."""
-    inner, inner_state, _ = warm(problem, optimiser) if warmed else (optimiser.build(problem.student), None, None)
+    inner, inner_state, _ = (
+        warm(problem, optimiser) if warmed else (optimiser.build(problem.student), None, None)
+    )
 
     def call(ys: Tensor) -> metapl.Hypergradient:
         monkeypatch.setattr(pseudo_labels, "draw_classes", lambda law, generator: ys.unsqueeze(-1))
         pseudo = metapl.PseudoLabels("hard")
-        return gradient(problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state)
+        return gradient(
+            problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state
+        )
 
     found = {ys: call(ys) for ys, _ in joint_labels(problem)}
     return (
-        mean_over_labels(lambda ys: next(f.grads for k, f in found.items() if torch.equal(k, ys)), problem),
-        mean_over_labels(lambda ys: next(f.student_params for k, f in found.items() if torch.equal(k, ys)), problem),
+        mean_over_labels(
+            lambda ys: next(f.grads for k, f in found.items() if torch.equal(k, ys)), problem
+        ),
+        mean_over_labels(
+            lambda ys: next(f.student_params for k, f in found.items() if torch.equal(k, ys)),
+            problem,
+        ),
     )
 
 
 def reference_mean(told: str, problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
     """The enumerated mean of an estimator's own formula, by the reference."""
     state = warm(problem, optimiser)[2] if warmed else None
-    case = {**problem.networks(), **problem.data(), "rule": optimiser.rule, "state": state, "kind": told}
+    case = {
+        **problem.networks(),
+        **problem.data(),
+        "rule": optimiser.rule,
+        "state": state,
+        "kind": told,
+    }
     return mean_over_labels(lambda ys: reference.pseudo_labels(**case, labels=ys).grads, problem)
 
 
 def soft_gradient(problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
     state = warm(problem, optimiser)[2] if warmed else None
-    return flat(reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule, state=state).grads)
+    return flat(
+        reference.pseudo_labels(
+            **problem.networks(), **problem.data(), rule=optimiser.rule, state=state
+        ).grads
+    )
 
 
 def sgd(lr: float) -> Optimiser:
@@ -80,7 +103,9 @@ def adam(lr: float) -> Optimiser:
 
 def clip(lr: float) -> Optimiser:
     transform = torchopt.chain(torchopt.clip_grad_norm(0.05), torchopt.sgd(lr))
-    return Optimiser("clip", reference.clipped(0.05, reference.sgd(lr=lr)), transform=lambda: transform)
+    return Optimiser(
+        "clip", reference.clipped(0.05, reference.sgd(lr=lr)), transform=lambda: transform
+    )
 
 
 HARD = {
@@ -111,7 +136,9 @@ def test_mean_over_labels_tends_to_the_soft_gradient(
 
 
 @pytest.mark.parametrize("mode", HARD)
-def test_the_mean_step_of_plain_sgd_is_the_soft_step(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_step_of_plain_sgd_is_the_soft_step(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem, optimiser = toy("mlp", rows=ROWS), sgd(0.3)
     _, theta = library_mean(HARD[mode][0], problem, optimiser, monkeypatch)
     soft = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule)
@@ -119,7 +146,8 @@ def test_the_mean_step_of_plain_sgd_is_the_soft_step(mode: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "warmed"), [("torch_sgd_nesterov", True), ("torch_adam", True), ("torchopt_clip", False)]
+    ("optimiser", "warmed"),
+    [("torch_sgd_nesterov", True), ("torch_adam", True), ("torchopt_clip", False)],
 )
 @pytest.mark.parametrize("mode", HARD)
 def test_mean_over_labels_is_that_of_the_formula(
@@ -133,11 +161,15 @@ def test_mean_over_labels_is_that_of_the_formula(
 
 
 @cache
-def bias(mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed: bool) -> tuple[float, float, float]:
+def bias(
+    mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed: bool
+) -> tuple[float, float, float]:
     """Medians over five problems of two examples each: ‖mean − soft‖/‖soft‖, ‖mean‖/‖soft‖, their cosine."""
     seen = []
     for seed in range(5):
-        mean = reference_mean(HARD[mode][1], toy("mlp", rows=ROWS, seed=seed), optimiser(eta), warmed)
+        mean = reference_mean(
+            HARD[mode][1], toy("mlp", rows=ROWS, seed=seed), optimiser(eta), warmed
+        )
         soft = soft_gradient(toy("mlp", rows=ROWS, seed=seed), optimiser(eta), warmed)
         seen.append([(mean - soft).norm(), mean.norm(), mean @ soft / mean.norm()])
         seen[-1] = [float(t / soft.norm()) for t in seen[-1]]
@@ -149,22 +181,33 @@ def bias(mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed:
     [("reinforce", 0.49, 0.55), ("reinforce_per_example", 0.33, 0.74), ("forward", 0.26, 0.74)],
 )
 @pytest.mark.parametrize("eta", [pytest.param(0.01, marks=pytest.mark.long), 0.001])
-def test_bias_under_adam_stays_as_the_learning_rate_falls(mode: str, gap: float, length: float, eta: float) -> None:
+def test_bias_under_adam_stays_as_the_learning_rate_falls(
+    mode: str, gap: float, length: float, eta: float
+) -> None:
     """The figures that the docstrings state: too short, in nearly the right direction."""
     found = bias(mode, adam, eta, True)
-    assert found == (pytest.approx(gap, abs=0.03), pytest.approx(length, abs=0.03), pytest.approx(0.99, abs=0.011))
+    assert found == (
+        pytest.approx(gap, abs=0.03),
+        pytest.approx(length, abs=0.03),
+        pytest.approx(0.99, abs=0.011),
+    )
 
 
 @pytest.mark.parametrize("eta", [pytest.param(0.1, marks=pytest.mark.long), 0.001])
 @pytest.mark.parametrize(
-    ("mode", "gap", "length"), [("reinforce", 1.0, 0.0), ("reinforce_per_example", 0.86, 0.16), ("forward", 0.82, 0.23)]
+    ("mode", "gap", "length"),
+    [("reinforce", 1.0, 0.0), ("reinforce_per_example", 0.86, 0.16), ("forward", 0.82, 0.23)],
 )
 def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
     mode: str, gap: float, length: float, eta: float
 ) -> None:
     """As above; the scalar of Algorithm 1 says nothing at all there."""
     found = bias(mode, clip, eta, False)
-    assert found == (pytest.approx(gap, abs=0.03), pytest.approx(length, abs=0.03), pytest.approx(0.95, abs=0.02))
+    assert found == (
+        pytest.approx(gap, abs=0.03),
+        pytest.approx(length, abs=0.03),
+        pytest.approx(0.95, abs=0.02),
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,19 +225,34 @@ def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
     found, _ = library_mean(LossDifference(reduction="sum"), problem, rule, monkeypatch, warmed)
     problem = toy("mlp", rows=ROWS)
     state = warm(problem, rule)[2] if warmed else None
-    case = {**problem.networks(), **problem.data(), "rule": rule.rule, "state": state, "kind": "score"}
-    loss = sum(p * reference.pseudo_labels(**case, labels=ys).outer_loss for ys, p in joint_labels(problem))
+    case = {
+        **problem.networks(),
+        **problem.data(),
+        "rule": rule.rule,
+        "state": state,
+        "kind": "score",
+    }
+    loss = sum(
+        p * reference.pseudo_labels(**case, labels=ys).outer_loss for ys, p in joint_labels(problem)
+    )
     assert error(found, flat_grad(loss, problem)) < 1e-9
 
 
 def flat_grad(loss: Tensor, problem: Toy) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(problem.teacher.parameters()))])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, list(problem.teacher.parameters()))]
+    )
 
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd", "torch_adam", "torchopt_clip"])
 @pytest.mark.parametrize(
     "estimator",
-    [Reinforce(), Reinforce(similarity="cosine"), Reinforce(normalization="learning_rate"), LossDifference()],
+    [
+        Reinforce(),
+        Reinforce(similarity="cosine"),
+        Reinforce(normalization="learning_rate"),
+        LossDifference(),
+    ],
 )
 def test_the_mean_is_the_sum_over_the_number_of_labels(
     estimator: Any, optimiser: str, monkeypatch: pytest.MonkeyPatch
@@ -204,7 +262,9 @@ def test_the_mean_is_the_sum_over_the_number_of_labels(
         pytest.skip("a TorchOpt transform shows no learning rate")
     problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
     by_mean, theta = library_mean(estimator, problem, rule, monkeypatch)
-    by_sum, same_theta = library_mean(replace(estimator, reduction="sum"), problem, rule, monkeypatch)
+    by_sum, same_theta = library_mean(
+        replace(estimator, reduction="sum"), problem, rule, monkeypatch
+    )
     assert error(by_mean, by_sum / ROWS) < 1e-12
     assert torch.equal(theta, same_theta)
 
@@ -219,19 +279,27 @@ def test_algorithm_1_is_a_scalar_times_the_mean_cross_entropy() -> None:
         problem.student(problem.unlabeled).detach(),
         generator=torch.Generator().manual_seed(3),
     )
-    mean_cross_entropy = torch.nn.functional.cross_entropy(problem.teacher(problem.unlabeled), drawn.value)
+    mean_cross_entropy = torch.nn.functional.cross_entropy(
+        problem.teacher(problem.unlabeled), drawn.value
+    )
     assert error(found.grads, flat_grad(found.feedback * mean_cross_entropy, problem)) < 1e-10
 
 
 @pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
-def test_a_constant_baseline_leaves_the_mean_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_baseline_leaves_the_mean_alone(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """E[∇ log p(ŷ)] = 0, so whatever does not depend on these labels may be subtracted."""
     problem, optimiser = toy("mlp", rows=ROWS), sgd(0.3)
     plain, _ = library_mean(mode, problem, optimiser, monkeypatch)
     before = metapl.feedback.reinforce.init_baseline
     for module in (metapl.feedback.reinforce, metapl.feedback.loss_difference):
-        monkeypatch.setattr(module, "init_baseline", lambda decay: {k: v + 5.0 for k, v in before(decay).items()})
-    how = {"reinforce": Reinforce, "loss_difference": metapl.feedback.LossDifference}[mode](baseline=0.9)
+        monkeypatch.setattr(
+            module, "init_baseline", lambda decay: {k: v + 5.0 for k, v in before(decay).items()}
+        )
+    how = {"reinforce": Reinforce, "loss_difference": metapl.feedback.LossDifference}[mode](
+        baseline=0.9
+    )
     shifted, _ = library_mean(how, problem, optimiser, monkeypatch)
     assert error(shifted, plain) < 1e-10
 

@@ -51,7 +51,9 @@ def tolerance(mode: Any) -> float:
     return 1e-6 if "difference" in (mode, getattr(mode, "tangent", None)) else 1e-10
 
 
-def compare(found: list[dict[str, Any]], expected: dict[str, Any], limit: float, alike: int = 1) -> None:
+def compare(
+    found: list[dict[str, Any]], expected: dict[str, Any], limit: float, alike: int = 1
+) -> None:
     """What every rank found, with what one process found; ``alike`` ranks have the same rows."""
     steps = len(expected["scalars"])
     for rank, own in enumerate(found):
@@ -62,8 +64,14 @@ def compare(found: list[dict[str, Any]], expected: dict[str, Any], limit: float,
                 if name in ("feedback_mean", "feedback_std"):  # of this rank's rows
                     continue
                 given = own["scalars"][step][name]
-                assert given == pytest.approx(value, rel=limit, abs=limit, nan_ok=True), (name, step, rank)
-                assert given == pytest.approx(found[0]["scalars"][step][name], rel=0, abs=0, nan_ok=True), (name, step)
+                assert given == pytest.approx(value, rel=limit, abs=limit, nan_ok=True), (
+                    name,
+                    step,
+                    rank,
+                )
+                assert given == pytest.approx(
+                    found[0]["scalars"][step][name], rel=0, abs=0, nan_ok=True
+                ), (name, step)
         for a, b in zip(own["gradients"], expected["gradients"], strict=True):
             gap = (reference.flat(a) - reference.flat(b)).norm()
             assert gap <= limit * reference.flat(b).norm()
@@ -72,7 +80,9 @@ def compare(found: list[dict[str, Any]], expected: dict[str, Any], limit: float,
     for step, h in enumerate(expected["feedback"]):
         parts = [own["feedback"][step] for own in found[::alike]]
         if h.ndim == 0:
-            assert all(torch.equal(part, parts[0]) for part in parts)  # Algorithm 1's h is one number
+            assert all(
+                torch.equal(part, parts[0]) for part in parts
+            )  # Algorithm 1's h is one number
             parts = [parts[0][None]]
         together = torch.cat(parts).reshape(h.shape)
         assert float((together - h).norm()) <= limit * float(h.norm()), step
@@ -83,7 +93,13 @@ def each(modes: tuple[Any, ...] | list[Any], **case: Any) -> list[dict[str, Any]
 
 
 FORWARD: dict[str, Any] = {"mode": "forward", "gradients": False}
-PLAIN_PASSES = ("none", "reinforce", "loss_difference", "difference", ReinforcePerExample(tangent="difference"))
+PLAIN_PASSES = (
+    "none",
+    "reinforce",
+    "loss_difference",
+    "difference",
+    ReinforcePerExample(tangent="difference"),
+)
 CUT: dict[str, Any] = {"layout": "tensor", "hidden": 8}
 OF_TWO: dict[str, list[dict[str, Any]]] = {
     "every mode": each(MODES),
@@ -94,10 +110,13 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
     ],
     # Its weights sum to one over the rows of all ranks, and the teacher learns by those of every rank.
     "a signal of the batch as a whole": [
-        {"mode": "forward", "problem": sharded_cases.OF_ALL_ROWS, "accumulate": parts} for parts in (1, 2)
+        {"mode": "forward", "problem": sharded_cases.OF_ALL_ROWS, "accumulate": parts}
+        for parts in (1, 2)
     ],
     "an outer loss of a sum and a weight": [
-        *each(["reinforce", "loss_difference", "forward"], problem=sharded_cases.Weighted()),  # slope, value, gradient
+        *each(
+            ["reinforce", "loss_difference", "forward"], problem=sharded_cases.Weighted()
+        ),  # slope, value, gradient
         {**FORWARD, "problem": sharded_cases.Weighted(), "accumulate": 2},
     ],
     "options": [
@@ -146,11 +165,18 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many o
     # Widths of 3, 5 and 9 over four processes: some hold nothing of a bias.
     "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
 }  # fmt: skip
-QUICK = {"every mode, fsdp", "an outer loss of a sum and a weight, ddp", "several steps, fsdp", "altered feedback"}
+QUICK = {
+    "every mode, fsdp",
+    "an outer loss of a sum and a weight, ddp",
+    "several steps, fsdp",
+    "altered feedback",
+}
 QUICK |= {"a replicated teacher", "products, AdamW", "orders, fsdp"}
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in CASES])
+@pytest.mark.parametrize(
+    "what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in CASES]
+)
 def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
     """In gradients, weights, feedback and reports; what one process finds is beside double backward elsewhere."""
     number, alike, cases = CASES[what]
@@ -160,7 +186,9 @@ def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
         require_torch("2.12", DIFFERENTIABLE_TWICE)
     found = zip(*(two if number == 2 else four).run("many", cases=cases), strict=True)
     for own, case in zip(found, cases, strict=True):
-        plain = {name: value for name, value in case.items() if name not in ("layout", "teacher_layout")}
+        plain = {
+            name: value for name, value in case.items() if name not in ("layout", "teacher_layout")
+        }
         compare(list(own), alone(**plain), tolerance(case["mode"]), alike)
 
 
@@ -168,7 +196,9 @@ def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
     ("number", "layout", "optimizer", "each"),
     [
         (2, "fsdp", "sgd", False),
-        pytest.param(4, "fsdp", "sgd", False, marks=pytest.mark.long),  # widths that four do not divide
+        pytest.param(
+            4, "fsdp", "sgd", False, marks=pytest.mark.long
+        ),  # widths that four do not divide
         pytest.param(4, "hsdp", "adamw", False, marks=pytest.mark.long),
         pytest.param(4, "ddp", "sgd", True, marks=pytest.mark.long),
     ],
@@ -193,21 +223,33 @@ def test_whole_trainings_are_as_in_one_process(
 def test_blocks_that_run_again_have_their_masks_and_statistics(two: Ranks, inside: str) -> None:
     """As replicas have, whose blocks do not."""
     require_torch("2.12", DIFFERENTIABLE_TWICE)
-    found, expected = (two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp"))
+    found, expected = (
+        two.run("whole_training", layout=layout, inside=inside) for layout in ("fsdp", "ddp")
+    )
     for own, other in zip(found, expected, strict=True):
-        for kind in ("scores", "losses", "params", "start", "moved"):  # a bias before a norm has a derivative of zero
+        for kind in (
+            "scores",
+            "losses",
+            "params",
+            "start",
+            "moved",
+        ):  # a bias before a norm has a derivative of zero
             a, b = ({n: t for n, t in of.items() if n.startswith(kind)} for of in (own, other))
             assert error(a, b) < 1e-12, kind
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("inside", ["dropout", "norm"])
-def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(two: Ranks, inside: str) -> None:
+def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(
+    two: Ranks, inside: str
+) -> None:
     for changes in two.run("trained_again", inside=inside):
         assert abs(changes[0]) < 1e-15 < abs(changes[1])
 
 
-@pytest.mark.parametrize("layout", ["fsdp", pytest.param("shard_checkpoint", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "layout", ["fsdp", pytest.param("shard_checkpoint", marks=pytest.mark.long)]
+)
 def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
     """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
     require_torch("2.12", DIFFERENTIABLE_TWICE)
@@ -218,7 +260,12 @@ def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str) -> None:
     """So the numbers are those of one process that takes each batch in two parts; the running statistics are means."""
-    case: dict[str, Any] = {"mode": "forward", "optimizer": "sgd", "inside": "norm", "gradients": False}
+    case: dict[str, Any] = {
+        "mode": "forward",
+        "optimizer": "sgd",
+        "inside": "norm",
+        "gradients": False,
+    }
     found = two.run("train", layout=layout, **case)
     expected = alone(**case, accumulate=2)
     for own in found:
@@ -231,34 +278,54 @@ def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str)
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_micro_batches_of_an_outer_loss_of_all_rows_of_a_rank(two: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"layout": layout, "problem": sharded_cases.WeightedScalar(), "optimizer": "sgd"}
+    case: dict[str, Any] = {
+        "layout": layout,
+        "problem": sharded_cases.WeightedScalar(),
+        "optimizer": "sgd",
+    }
     for mode in ("difference", "forward"):  # which draw no labels
-        once, split = (two.run("train", mode=mode, gradients=False, accumulate=parts, **case) for parts in (1, 2))
+        once, split = (
+            two.run("train", mode=mode, gradients=False, accumulate=parts, **case)
+            for parts in (1, 2)
+        )
         for whole, parted in zip(once, split, strict=True):
             assert error(parted["student"], whole["student"]) < 1e-10
             assert error(parted["teacher"], whole["teacher"]) < 1e-10
-    pair = two.run("train", mode="forward", gradients=False, **{**case, "problem": sharded_cases.Weighted()})
-    assert error(once[0]["teacher"], pair[0]["teacher"]) > 1e-6  # a scalar is the mean of the ranks' own
+    pair = two.run(
+        "train", mode="forward", gradients=False, **{**case, "problem": sharded_cases.Weighted()}
+    )
+    assert (
+        error(once[0]["teacher"], pair[0]["teacher"]) > 1e-6
+    )  # a scalar is the mean of the ranks' own
 
 
 def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
     """Forward mode and a difference of outputs agree, which they would not with other masks."""
     case: dict[str, Any] = {"layout": "fsdp", "optimizer": "sgd", "steps": 1, "inside": "dropout"}
-    forward, difference = (two.run("train", mode=mode, **case)[0] for mode in ("forward", "difference"))
+    forward, difference = (
+        two.run("train", mode=mode, **case)[0] for mode in ("forward", "difference")
+    )
     assert error(forward["gradients"][0], difference["gradients"][0]) < 1e-6
 
 
 @pytest.mark.long
 def test_bfloat16_by_autocast(two: Ranks) -> None:
     """Autocast keeps casts of weights, which must not survive a move of them."""
-    case: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "dtype": torch.float32, "precision": "bfloat16"}
+    case: dict[str, Any] = {
+        "optimizer": "sgd",
+        "steps": 1,
+        "dtype": torch.float32,
+        "precision": "bfloat16",
+    }
     for mode, parts in (("loss_difference", 1), ("forward", 2)):
         found = two.run("train", mode=mode, layout="fsdp", accumulate=parts, **case)
         expected = alone(mode=mode, accumulate=parts, **case)
         for own in found:
             assert error(own["student"], expected["student"]) < 1e-2
             assert error(own["gradients"][0], expected["gradients"][0]) < 5e-2
-            assert own["scalars"][0]["outer_loss"] == pytest.approx(expected["scalars"][0]["outer_loss"], rel=2e-3)
+            assert own["scalars"][0]["outer_loss"] == pytest.approx(
+                expected["scalars"][0]["outer_loss"], rel=2e-3
+            )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +355,10 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: An
 
 @pytest.mark.parametrize(
     "how",
-    [pytest.param(h, marks=[pytest.mark.long] * (h == "repeated_training")) for h in sharded_cases.REFUSED],
+    [
+        pytest.param(h, marks=[pytest.mark.long] * (h == "repeated_training"))
+        for h in sharded_cases.REFUSED
+    ],
 )
 def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, how: str) -> None:
     """Before anything moves, and with one message."""
@@ -301,24 +371,38 @@ def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, how: str) -> Non
     "case",
     [
         {},
-        {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},  # as many on a rank as the matrix has
+        {
+            "rows": 2 * sharded_cases.CLASSES,
+            "mode": Altered(),
+        },  # as many on a rank as the matrix has
         {"mode": Altered(alteration="random_sign"), "accumulate": 2},
         {"matrix": False, "accumulate": 2},
     ],
 )
-def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(two: Ranks, case: dict[str, Any]) -> None:
+def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(
+    two: Ranks, case: dict[str, Any]
+) -> None:
     expected = sharded_cases.without_rows(**{**case, "accumulate": 1})
     for found in two.run("without_rows", **case):
         assert found == pytest.approx(expected, rel=1e-9, nan_ok=True)
 
 
-@pytest.mark.parametrize(("layout", "inside"), [("replicate", "moving, scaled"), ("shard", "moving")])
+@pytest.mark.parametrize(
+    ("layout", "inside"), [("replicate", "moving, scaled"), ("shard", "moving")]
+)
 def test_tied_weights_and_buffers_that_move(two: Ranks, layout: str, inside: str) -> None:
     """Running statistics are means over the ranks; another buffer is the first rank's, on all of them."""
-    case: dict[str, Any] = {"mode": "forward", "inside": inside, "gradients": False, "teacher_losses": ()}
+    case: dict[str, Any] = {
+        "mode": "forward",
+        "inside": inside,
+        "gradients": False,
+        "teacher_losses": (),
+    }
     found, expected = two.run("train", layout=layout, **case), alone(**case)
     for role in ("teacher", "student"):
-        first, second, whole = ({**one[role], **one[f"{role}_buffers"]} for one in (*found, expected))
+        first, second, whole = (
+            {**one[role], **one[f"{role}_buffers"]} for one in (*found, expected)
+        )
         assert first.keys() == whole.keys()
         assert all(torch.equal(t, second[name]) for name, t in first.items())
         assert not torch.equal(first.pop("seen"), whole.pop("seen"))  # of its own rows
@@ -366,7 +450,10 @@ def test_the_blocks_of_known_families() -> None:
             "Block": blocks_of(timm.create_model("vit_tiny_patch16_224")),
             "InvertedResidual": blocks_of(timm.create_model("tf_efficientnet_b0"))[1:],
         }
-    kinds = {name: ({type(block).__name__ for block in blocks}, len(blocks)) for name, blocks in found.items()}
+    kinds = {
+        name: ({type(block).__name__ for block in blocks}, len(blocks))
+        for name, blocks in found.items()
+    }
     numbers = {"BasicBlock": 8, "EncoderBlock": 12, "Block": 12, "InvertedResidual": 15}
     assert kinds == {name: ({name}, number) for name, number in numbers.items()}
 
@@ -381,13 +468,19 @@ def alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
-def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout: str, tmp_path: Path) -> None:
+def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(
+    two: Ranks, layout: str, tmp_path: Path
+) -> None:
     """With averaged weights, which are validated and kept."""
     found = two.run("fitted", layout=layout, out=str(tmp_path / "run"), ema_decay=0.7)
     expected = sharded_cases.fitted(None, str(tmp_path / "one"), ema_decay=0.7)
     alike(found, expected)
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
+    written = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in written if row["phase"] == "fit"] == [
+        row["step"] for row in expected["history"]
+    ]
 
 
 @pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
@@ -397,7 +490,9 @@ def test_the_first_rank_says_what_goes_wrong_as_one_process_does(two: Ranks, lay
     first, second = two.run("said", layout=layout)
     assert second == []
     # Of a sharded network the first rank looks at its own part.
-    assert [line.partition(", by")[0] for line in first] == [line.partition(", by")[0] for line in expected]
+    assert [line.partition(", by")[0] for line in first] == [
+        line.partition(", by")[0] for line in expected
+    ]
     assert layout == "fsdp" or first == expected
 
 
@@ -410,7 +505,9 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
     whole = two.run("fitted", **case, out=str(tmp_path / "whole"))
     two.run("fitted", **case, out=str(tmp_path / "run"), stop=3)
     names = [path.name for path in sorted((tmp_path / "run" / "checkpoints" / "fit").iterdir())]
-    suffix = "ckpt" if layout == "ddp" else "parts"  # every process writes its part of what is sharded
+    suffix = (
+        "ckpt" if layout == "ddp" else "parts"
+    )  # every process writes its part of what is sharded
     assert names == [f"step-00000002.{suffix}"]
     gone_on = two.run("fitted", **case, out=str(tmp_path / "run"), resume=True)
     for own, expected in zip(gone_on, whole, strict=True):
@@ -423,7 +520,10 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
     ("before", "after"),
     [
         ("ddp", "fsdp"),
-        *(pytest.param(*p, marks=pytest.mark.long) for p in (("fsdp", None), (None, "fsdp"), ("fsdp", "hsdp"))),
+        *(
+            pytest.param(*p, marks=pytest.mark.long)
+            for p in (("fsdp", None), (None, "fsdp"), ("fsdp", "hsdp"))
+        ),
     ],
 )
 def test_a_fit_goes_on_in_another_layout(

@@ -27,12 +27,21 @@ ROWS = 8
 
 def network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6)]
+    layers = [
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, 6),
+        nn.BatchNorm1d(6),
+    ]
     return nn.Sequential(*layers, nn.Tanh(), nn.Linear(6, 3)).double()
 
 
 def pictures(seed: int, rows: int = ROWS) -> Tensor:
-    return torch.randn(rows, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        rows, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def own_rows(t: Tensor, ranks: int) -> Tensor:
@@ -66,16 +75,24 @@ def derivatives(ranks: int) -> dict[str, Tensor]:
             dist.all_gather(parts, t.detach().contiguous())
             found[name] = torch.cat(parts)
     found = {name: t.detach() for name, t in found.items()}
-    return found | {"mean": norm.running_mean, "var": norm.running_var, "batches": norm.num_batches_tracked}
+    return found | {
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+        "batches": norm.num_batches_tracked,
+    }
 
 
-def trained(mesh: dict[str, int], mode: str, accumulate: int = 1, group: int | None = None) -> dict[str, Tensor]:
+def trained(
+    mesh: dict[str, int], mode: str, accumulate: int = 1, group: int | None = None
+) -> dict[str, Tensor]:
     """Weights and statistics of both networks after three steps on the same global batches."""
     over = Mesh(**mesh)
     teacher, student = network(0), network(1)
     if over.size > 1:
         count = group or over.shares
-        teacher, student = (shard(each, over, batch_norm_ranks=count) for each in (teacher, student))
+        teacher, student = (
+            shard(each, over, batch_norm_ranks=count) for each in (teacher, student)
+        )
     estimator: Any = Reinforce(similarity="cosine") if mode == "cosine" else mode
     trainer = metapl.BilevelTrainer(
         teacher,
@@ -88,8 +105,14 @@ def trained(mesh: dict[str, int], mode: str, accumulate: int = 1, group: int | N
         verify=False,
     )
     for step in range(3):
-        labeled = own_rows(pictures(10 + step), over.shares), own_rows(torch.arange(ROWS) % 3, over.shares)
-        views = own_rows(pictures(20 + step), over.shares), own_rows(pictures(30 + step), over.shares)
+        labeled = (
+            own_rows(pictures(10 + step), over.shares),
+            own_rows(torch.arange(ROWS) % 3, over.shares),
+        )
+        views = (
+            own_rows(pictures(20 + step), over.shares),
+            own_rows(pictures(30 + step), over.shares),
+        )
         trainer.step(labeled, views)
     found = {}
     for role, each in trainer.networks.items():
@@ -109,7 +132,11 @@ def copied() -> bool:
     """Whether a copy of a network is of the same group."""
     norm = SharedBatchNorm.like(nn.BatchNorm1d(2), dist.group.WORLD)
     other = copy.deepcopy(norm)
-    return other.group is norm.group and other.weight is not norm.weight and torch.equal(other.weight, norm.weight)
+    return (
+        other.group is norm.group
+        and other.weight is not norm.weight
+        and torch.equal(other.weight, norm.weight)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -135,14 +162,20 @@ def test_every_derivative_is_that_of_all_rows(four: Ranks) -> None:
     same(four.run("derivatives", ranks=NUMBER), derivatives(1), 1e-12)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reinforce", "cosine", "difference", "loss_difference", "none"])
+@pytest.mark.parametrize(
+    "mode", ["forward", "reinforce", "cosine", "difference", "loss_difference", "none"]
+)
 def test_replicas_with_shared_statistics_are_one_process(mode: str, four: Ranks) -> None:
     same(four.run("trained", mesh={"replicate": NUMBER}, mode=mode), trained({}, mode), 1e-10)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
-@pytest.mark.parametrize("mesh", [{"shard": 4}, {"replicate": 2, "shard": 2}], ids=["shards", "both"])
-def test_shards_with_shared_statistics_are_one_process(mode: str, mesh: dict[str, int], four: Ranks) -> None:
+@pytest.mark.parametrize(
+    "mesh", [{"shard": 4}, {"replicate": 2, "shard": 2}], ids=["shards", "both"]
+)
+def test_shards_with_shared_statistics_are_one_process(
+    mode: str, mesh: dict[str, int], four: Ranks
+) -> None:
     same(four.run("trained", mesh=mesh, mode=mode), trained({}, mode), 1e-10)
 
 
@@ -151,7 +184,11 @@ def test_a_group_of_two_sees_what_a_micro_batch_sees(four: Ranks) -> None:
     found = four.run("trained", mesh={"replicate": NUMBER}, mode="forward", group=2)
     expected = trained({}, "forward", accumulate=2)
     learned = [name for name in expected if "running" not in name and "batches" not in name]
-    same([{name: each[name] for name in learned} for each in found], {name: expected[name] for name in learned}, 1e-10)
+    same(
+        [{name: each[name] for name in learned} for each in found],
+        {name: expected[name] for name in learned},
+        1e-10,
+    )
     alone = four.run("trained", mesh={"replicate": NUMBER}, mode="forward", group=1)
     assert (alone[0]["student.0.weight"] - expected["student.0.weight"]).abs().max() > 1e-6
 

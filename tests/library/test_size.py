@@ -23,10 +23,17 @@ LOSSES = CrossEntropy(label_smoothing=0.1), UDA()
 LARGE = 50.0  # a weight at which the feedback of the toy outweighs the teacher's own losses
 
 
-def trainer_for(mode: Any = "forward", **options: Any) -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
+def trainer_for(
+    mode: Any = "forward", **options: Any
+) -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
     """A trainer whose teacher takes plain SGD steps at rate 1, so that its move is its gradient, and a batch."""
     case = toy("mlp", rows=8)
-    options = {"generator": torch.Generator().manual_seed(3), "verify": False, "clip_norm": None, **options}
+    options = {
+        "generator": torch.Generator().manual_seed(3),
+        "verify": False,
+        "clip_norm": None,
+        **options,
+    }
     options.setdefault("outer_optimizer", torch.optim.SGD(case.teacher.parameters(), lr=1.0))
     trainer = metapl.BilevelTrainer(**case.networks(), mode=mode, **options)
     labeled = tuple(part[:4] for part in case.labeled)
@@ -89,7 +96,9 @@ def test_a_bound_is_not_exceeded(mode: str, given: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_the_default_is_a_bound_where_the_teacher_learns_labels(options: dict[str, Any], bound: float | None) -> None:
+def test_the_default_is_a_bound_where_the_teacher_learns_labels(
+    options: dict[str, Any], bound: float | None
+) -> None:
     trainer, _ = trainer_for(**options)
     assert trainer.feedback_bound == bound
     assert trainer.feedback_weight == options.get("feedback_weight", 1.0)
@@ -107,14 +116,19 @@ class SmallWeights:
 def test_a_penalty_of_the_teacher_bounds_nothing() -> None:
     """Beside it the feedback is all that the weights of examples learn from."""
     trainer = metapl.BilevelTrainer(
-        Table(torch.zeros(8)), nn.Linear(4, 3), problem=ExampleWeights(), teacher_losses=(SmallWeights(),)
+        Table(torch.zeros(8)),
+        nn.Linear(4, 3),
+        problem=ExampleWeights(),
+        teacher_losses=(SmallWeights(),),
     )
     assert trainer.feedback_bound is None
     assert trainer.feedback_weight == 1.0
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
-@pytest.mark.parametrize("rule", [{"feedback_bound": 0.01}, {"feedback_ratio": 0.3}, {"feedback_bound": 1e6}], ids=str)
+@pytest.mark.parametrize(
+    "rule", [{"feedback_bound": 0.01}, {"feedback_ratio": 0.3}, {"feedback_bound": 1e6}], ids=str
+)
 def test_the_pure_step_follows_the_same_rule(mode: str, rule: dict[str, Any]) -> None:
     eager, batches = trainer_for(mode, generator=None, **rule)
     step, state = eager.functional()
@@ -158,7 +172,9 @@ def test_stacked_steps_have_a_weight_each() -> None:
     trainer, batches = trainer_for("forward", feedback_bound=0.02)
     step, state = trainer.functional()
     larger = state._replace(
-        inner=state.inner._replace(settings=[{**group, "lr": 100 * group["lr"]} for group in state.inner.settings])
+        inner=state.inner._replace(
+            settings=[{**group, "lr": 100 * group["lr"]} for group in state.inner.settings]
+        )
     )
     both = stack([state, larger])
     data = stack([(batches["labeled"], batches["unlabeled"])] * 2)
@@ -179,7 +195,9 @@ def test_measuring_the_size_leaves_the_step_as_it_is(mode: str, given: dict[str,
         trainer.measures_feedback = measures
         reports.append(trainer.step(**batches))
         assert trainer.teacher is not None
-        ends.append(parameters_to_vector([*trainer.teacher.parameters(), *trainer.student.parameters()]))
+        ends.append(
+            parameters_to_vector([*trainer.teacher.parameters(), *trainer.student.parameters()])
+        )
     assert torch.equal(*ends)
     assert "feedback_ratio" not in reports[0].scalars
     own, _ = step_of(mode, feedback_weight=0.0, **given)
@@ -191,7 +209,9 @@ def test_measuring_the_size_leaves_the_step_as_it_is(mode: str, given: dict[str,
 def test_a_fit_records_the_size_in_every_row() -> None:
     for mode in (Reinforce(), LossDifference(), Forward()):
         trainer, batches = trainer_for(mode, feedback_weight=1.0)
-        found = trainer.fit([batches["labeled"]], [batches["unlabeled"]], steps=6, log_every=2, progress=False)
+        found = trainer.fit(
+            [batches["labeled"]], [batches["unlabeled"]], steps=6, log_every=2, progress=False
+        )
         assert all(row["feedback_ratio"] > 0 for row in found.history)
 
 
@@ -218,7 +238,9 @@ def test_what_no_loss_reaches_gets_no_gradient_and_sparse_ones_stay_sparse() -> 
         seen.update({name: p.grad for name, p in teacher.named_parameters()})
 
     outer.register_step_pre_hook(look)
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", outer_optimizer=outer, verify=False)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", outer_optimizer=outer, verify=False
+    )
     words = torch.randint(20, (6, 4))
     trainer.step((words, torch.arange(6) % 3), torch.randint(20, (8, 4)))
     assert seen["unused.weight"] is None
@@ -245,7 +267,13 @@ def test_a_teacher_under_reentrant_checkpoints_takes_the_same_step(rule: dict[st
         teacher = Checkpointed(case.teacher) if is_checkpointed else case.teacher
         outer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
         trainer = metapl.BilevelTrainer(
-            teacher, case.student, "forward", outer_optimizer=outer, teacher_losses=LOSSES[:1], verify=False, **rule
+            teacher,
+            case.student,
+            "forward",
+            outer_optimizer=outer,
+            teacher_losses=LOSSES[:1],
+            verify=False,
+            **rule,
         )
         trainer.measures_feedback = True
         trainer.step(case.labeled, case.unlabeled)
@@ -269,7 +297,10 @@ def test_hooks_of_the_teachers_parameters_are_called() -> None:
     [
         ({"feedback_ratio": 0.1, "feedback_weight": 1.0}, "feedback_ratio=0.1 and feedback_weight"),
         ({"feedback_ratio": 0.1, "feedback_bound": 1.0}, "feedback_ratio=0.1 and feedback_bound"),
-        ({"feedback_bound": 0.1, "teacher_losses": ()}, "feedback_bound=0.1 was given, and the teacher has no losses"),
+        (
+            {"feedback_bound": 0.1, "teacher_losses": ()},
+            "feedback_bound=0.1 was given, and the teacher has no losses",
+        ),
         ({"feedback_bound": -0.1}, "feedback_bound=-0.1"),
     ],
     ids=str,
@@ -282,7 +313,9 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], text: str
 def test_without_a_teacher_there_is_no_size() -> None:
     for name in ("feedback_weight", "feedback_ratio", "feedback_bound"):
         with pytest.raises(MetaplError, match=name):
-            metapl.BilevelTrainer(None, nn.Linear(4, 3), problem=LearningToReweight(), **{name: 1.0})
+            metapl.BilevelTrainer(
+                None, nn.Linear(4, 3), problem=LearningToReweight(), **{name: 1.0}
+            )
 
 
 class WithEntropy(CrossEntropy):
@@ -296,7 +329,9 @@ class WithEntropy(CrossEntropy):
 def test_a_loss_that_inherits_says_anew_what_it_reads() -> None:
     assert CrossEntropy.detaches_signal
     assert not WithEntropy.detaches_signal
-    eager, batches = trainer_for("forward", generator=None, teacher_losses=(WithEntropy(),), feedback_bound=0.01)
+    eager, batches = trainer_for(
+        "forward", generator=None, teacher_losses=(WithEntropy(),), feedback_bound=0.01
+    )
     step, state = eager.functional()
     moved, _ = step(state, batches["labeled"], batches["unlabeled"])
     eager.step(**batches)
@@ -337,7 +372,9 @@ def test_sparse_and_dense_gradients_of_one_weight_are_added() -> None:
         teacher = SparseHere()
         student = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(32, 3))
         outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
-        trainer = metapl.BilevelTrainer(teacher, student, "forward", outer_optimizer=outer, verify=False, **rule)
+        trainer = metapl.BilevelTrainer(
+            teacher, student, "forward", outer_optimizer=outer, verify=False, **rule
+        )
         trainer.measures_feedback = True
         trainer.step((torch.randint(20, (6, 4)), torch.arange(6) % 3), torch.randint(20, (8, 4)))
         moves.append(teacher.words.detach())

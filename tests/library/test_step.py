@@ -81,7 +81,9 @@ def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimi
         else:
             step_of_teacher = {n: -3.0 * g for n, g in found.grads.items()}
             gap = flat(moved(before, case.teacher)) - flat(step_of_teacher)
-            assert gap.norm() < 1e-12 * flat(step_of_teacher).norm() + 1e-15  # weights of order 1 round at 1e-16
+            assert (
+                gap.norm() < 1e-12 * flat(step_of_teacher).norm() + 1e-15
+            )  # weights of order 1 round at 1e-16
         assert error(values(case.student), found.student_params) < 1e-13
         assert torch.equal(report.feedback, found.feedback)
         assert report.inner_loss == pytest.approx(float(found.inner_loss), rel=1e-14)
@@ -92,7 +94,9 @@ def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimi
     assert all(g is None or (g == 1).all() for g in held), "no gradients but the caller's own"
 
 
-def twice(case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options: Any) -> list[list[Tensor]]:
+def twice(
+    case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options: Any
+) -> list[list[Tensor]]:
     """Three steps with and without recomputation: all that there is at the end."""
     runs = []
     for recompute in (False, True):
@@ -100,11 +104,22 @@ def twice(case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options:
         generator = torch.Generator().manual_seed(3) if own_generator else None
         outer = torch.optim.SGD(case.teacher.parameters(), lr=0.5, momentum=0.9)
         trainer = trainer_for(
-            case, mode, outer_optimizer=outer, generator=generator, recompute_teacher=recompute, **options
+            case,
+            mode,
+            outer_optimizer=outer,
+            generator=generator,
+            recompute_teacher=recompute,
+            **options,
         )
         torch.manual_seed(0)
         reports = [trainer.step(**case.data()) for _ in range(3)]
-        runs.append([*everything(case, outer), *(r.feedback for r in reports), *(r.signal.value for r in reports)])
+        runs.append(
+            [
+                *everything(case, outer),
+                *(r.feedback for r in reports),
+                *(r.signal.value for r in reports),
+            ]
+        )
         if generator is not None:
             runs[-1].append(generator.get_state())
     return runs
@@ -113,15 +128,24 @@ def twice(case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options:
 @pytest.mark.parametrize("own_generator", [False, True])
 @pytest.mark.parametrize("losses", [(), (CrossEntropy(0.1), UDA(temperature=0.5))])
 @pytest.mark.parametrize("mode", ["forward", "unrolled", *SAMPLED])
-def test_recomputing_the_teacher_changes_no_bit(mode: str, losses: tuple[Any, ...], own_generator: bool) -> None:
+def test_recomputing_the_teacher_changes_no_bit(
+    mode: str, losses: tuple[Any, ...], own_generator: bool
+) -> None:
     """With dropout, batch norm and sampled labels; statistics are updated once per pass."""
-    runs = twice(lambda: toy("dropout", teacher=noisy_teacher, views=True), mode, own_generator, teacher_losses=losses)
+    runs = twice(
+        lambda: toy("dropout", teacher=noisy_teacher, views=True),
+        mode,
+        own_generator,
+        teacher_losses=losses,
+    )
     assert same(*runs)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mode", ANYWHERE)
-def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(mode: str, recompute: bool) -> None:
+def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(
+    mode: str, recompute: bool
+) -> None:
     """One pass of the student on the strong view, one of the teacher on the weak, and one draw of labels."""
     case = toy("batch_norm", teacher=noisy_teacher, views=True)
     case.student.append(nn.Dropout(0.2))
@@ -145,7 +169,11 @@ def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(mode: s
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", *SAMPLED])
 def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode: str) -> None:
-    kind = {"reinforce": "batch_mean", "reinforce_per_example": "score", "loss_difference": "score"}.get(mode, "soft")
+    kind = {
+        "reinforce": "batch_mean",
+        "reinforce_per_example": "score",
+        "loss_difference": "score",
+    }.get(mode, "soft")
     case, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"]
     inner, before = rule.build(case.student), values(case.teacher)
     case.draw_from_start()
@@ -160,12 +188,16 @@ def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode
         assert torch.equal(report.signal.value, expected.labels)
 
 
-def smoothed_cross_entropy(teacher: nn.Module, labeled: tuple[Tensor, Tensor], alpha: float) -> Tensor:
+def smoothed_cross_entropy(
+    teacher: nn.Module, labeled: tuple[Tensor, Tensor], alpha: float
+) -> Tensor:
     target = (1 - alpha) * torch.eye(3, dtype=torch.float64)[labeled[1]] + alpha / 3
     return reference.cross_entropy(target, teacher(labeled[0])).mean()
 
 
-def uda(teacher: nn.Module, pair: tuple[Tensor, Tensor], temperature: float, threshold: float) -> Tensor:
+def uda(
+    teacher: nn.Module, pair: tuple[Tensor, Tensor], temperature: float, threshold: float
+) -> Tensor:
     weak = teacher(pair[0]).detach()
     target = (weak / temperature).softmax(-1)
     kept = (weak.softmax(-1).max(-1).values > threshold).double()
@@ -180,8 +212,13 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
 ) -> None:
     """Three steps through a ramp of two: λ_t = 0, λ/2, λ. The target of UDA carries no gradient."""
     case = toy("batch_norm", views=True)
-    losses = (CrossEntropy(label_smoothing=0.2, weight=0.7), UDA(temperature, threshold, weight=1.5, ramp=2))
-    trainer = trainer_for(case, "forward", teacher_losses=losses, recompute_teacher=recompute, feedback_weight=2.0)
+    losses = (
+        CrossEntropy(label_smoothing=0.2, weight=0.7),
+        UDA(temperature, threshold, weight=1.5, ramp=2),
+    )
+    trainer = trainer_for(
+        case, "forward", teacher_losses=losses, recompute_teacher=recompute, feedback_weight=2.0
+    )
     for ramp in (0.0, 0.5, 1.0):
         before = values(case.teacher)
         found = gradient(case, inner_optimizer=trainer.inner_optimizer)
@@ -201,13 +238,17 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
 def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> None:
     """Two steps with an active clip of 0.05 on both networks: θ′, and the feedback through the clip's derivative."""
     case, rule = toy("group_norm"), OPTIMISERS[optimiser]
-    trainer = trainer_for(case, mode, inner_optimizer=rule.build(case.student), clip_norm=0.05, feedback_weight=100.0)
+    trainer = trainer_for(
+        case, mode, inner_optimizer=rule.build(case.student), clip_norm=0.05, feedback_weight=100.0
+    )
     clipped, state = reference.clipped(0.05, rule.rule), None
     kind = "score" if mode == "reinforce_per_example" else "soft"
     for _ in range(2):
         before = values(case.teacher)
         case.draw_from_start()
-        expected = reference.pseudo_labels(**case.networks(), **case.data(), rule=clipped, state=state, kind=kind)
+        expected = reference.pseudo_labels(
+            **case.networks(), **case.data(), rule=clipped, state=state, kind=kind
+        )
         state = expected.state
         case.draw_from_start()
         report = trainer.step(**case.data())
@@ -216,7 +257,10 @@ def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> N
         assert error(values(case.student), expected.student_params) < 1e-12
         length = 100.0 * flat(expected.grads).norm()
         scale = 100.0 * min(1.0, 0.05 / float(length + 1e-6))
-        assert error(moved(before, case.teacher), {n: -scale * g for n, g in expected.grads.items()}) < bound
+        assert (
+            error(moved(before, case.teacher), {n: -scale * g for n, g in expected.grads.items()})
+            < bound
+        )
 
 
 def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> None:
@@ -239,7 +283,9 @@ def test_a_step_of_one_network_is_torchs_own_on_the_sum_of_the_losses() -> None:
     theirs.load_state_dict(ours.state_dict())
     labeled = (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
     weak, strong = torch.randn(2, 6, 4).double()
-    held, optimizer = (torch.optim.SGD(one.parameters(), lr=0.2, momentum=0.9) for one in (ours, theirs))
+    held, optimizer = (
+        torch.optim.SGD(one.parameters(), lr=0.2, momentum=0.9) for one in (ours, theirs)
+    )
     ours.frozen = nn.Parameter(torch.ones(2).double(), requires_grad=False)
     ours.frozen.grad = torch.full((2,), 1e3).double()  # an old one, which no norm counts
     losses = CrossEntropy(label_smoothing=0.1), UDA(temperature=0.5, weight=2.0)
@@ -269,17 +315,25 @@ class Table(nn.Module):
 
 
 class OfTable(Judged):
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher.labels[: len(batch)])
 
-    def inner_loss(self, outputs: Any, signal: metapl.Signal, batch: Any, params: Any = None) -> Any:
+    def inner_loss(
+        self, outputs: Any, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Any:
         return F.cross_entropy(outputs, signal.value, reduction="none")
 
 
 def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
     table, student = Table(8, 4), nn.Linear(6, 4)
     trainer = metapl.BilevelTrainer(
-        table, student, "forward", problem=OfTable(), outer_optimizer=torch.optim.SGD(table.parameters(), lr=100.0)
+        table,
+        student,
+        "forward",
+        problem=OfTable(),
+        outer_optimizer=torch.optim.SGD(table.parameters(), lr=100.0),
     )
     report = trainer.step((torch.randn(8, 6), torch.arange(8) % 4), torch.randn(8, 6))
     assert table.labels.amax() > 0.3
@@ -303,7 +357,9 @@ def distance(**options: Any) -> tuple[Tensor, Any]:
     """How far a step has moved the teacher, and its report."""
     case = toy("mlp")
     before = parameters_to_vector(case.teacher.parameters()).detach()
-    trainer = trainer_for(case, generator=torch.Generator().manual_seed(3), **{"teacher_losses": None, **options})
+    trainer = trainer_for(
+        case, generator=torch.Generator().manual_seed(3), **{"teacher_losses": None, **options}
+    )
     report = trainer.step(tuple(t[:4] for t in case.labeled), case.unlabeled)
     return parameters_to_vector(case.teacher.parameters()).detach() - before, report
 
@@ -318,7 +374,9 @@ def test_the_norms_of_the_two_gradients_have_this_ratio(
     found, report = distance(mode=mode, feedback_ratio=0.25, teacher_losses=losses, **given)
     own, _ = distance(mode=mode, feedback_weight=0.0, teacher_losses=losses, **given)
     assert float((found - own).norm() / own.norm()) == pytest.approx(0.25)
-    by_weight, _ = distance(mode=mode, feedback_weight=report.feedback_weight, teacher_losses=losses, **given)
+    by_weight, _ = distance(
+        mode=mode, feedback_weight=report.feedback_weight, teacher_losses=losses, **given
+    )
     torch.testing.assert_close(found, by_weight)
 
 
@@ -431,7 +489,10 @@ def regroup(trainer: metapl.BilevelTrainer) -> None:
 
 def exchange(trainer: metapl.BilevelTrainer) -> None:
     """A weight of each network is another tensor, which the optimizer holds in its place."""
-    for net, optimizer in ((trainer.student, trainer.inner_optimizer), (trainer.teacher, trainer.outer_optimizer)):
+    for net, optimizer in (
+        (trainer.student, trainer.inner_optimizer),
+        (trainer.teacher, trainer.outer_optimizer),
+    ):
         old, net[0].weight = net[0].weight, nn.Parameter(0.5 * net[0].weight.detach())
         for group in optimizer.param_groups:
             group["params"] = [net[0].weight if p is old else p for p in group["params"]]
@@ -439,10 +500,14 @@ def exchange(trainer: metapl.BilevelTrainer) -> None:
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a group's parameters": regroup,
-    "a group's rate": lambda trainer: trainer.inner_optimizer.param_groups[0].update(lr=0.5, momentum=0.0),
+    "a group's rate": lambda trainer: trainer.inner_optimizer.param_groups[0].update(
+        lr=0.5, momentum=0.0
+    ),
     "the optimizer's state": lambda trainer: trainer.inner_optimizer.state.clear(),
     "weights": exchange,
-    "their memory": lambda trainer: [setattr(p, "data", 0.5 * p.data) for p in trainer.student.parameters()],
+    "their memory": lambda trainer: [
+        setattr(p, "data", 0.5 * p.data) for p in trainer.student.parameters()
+    ],
     "what is trained": lambda trainer: trainer.student[0].requires_grad_(False),
     "the mode": lambda trainer: trainer.student.eval(),
     "a hook": lambda trainer: trainer.student[0].register_forward_hook(lambda part, x, z: 2 * z),
@@ -455,20 +520,36 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_what_changes_between_steps_is_seen(change: str, mode: Any) -> None:
     """The next step is that of a trainer which has been built after the change."""
     torch.manual_seed(0)
-    teacher, student = (nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2))
-    groups = [{"params": [*student[0].parameters()], "lr": 0.1}, {"params": [*student[3].parameters()], "lr": 0.3}]
+    teacher, student = (
+        nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3))
+        for _ in range(2)
+    )
+    groups = [
+        {"params": [*student[0].parameters()], "lr": 0.1},
+        {"params": [*student[3].parameters()], "lr": 0.3},
+    ]
     inner = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     outer = torch.optim.SGD(teacher.parameters(), lr=0.1, momentum=0.9)
     labeled = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    trainer = metapl.BilevelTrainer(teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False
+    )
     for _ in range(2):
         trainer.step(labeled, torch.randn(6, 4))
     CHANGES[change](trainer)
     teacher, student, inner, outer = copy.deepcopy((teacher, student, inner, outer))
-    again = metapl.BilevelTrainer(teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False)
+    again = metapl.BilevelTrainer(
+        teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False
+    )
     found = []
     for one in (trainer, again):
         torch.manual_seed(1)
         report = one.step(labeled, torch.randn(6, 4))
-        found.append([report.feedback, *one.student.state_dict().values(), *one.teacher.state_dict().values()])
+        found.append(
+            [
+                report.feedback,
+                *one.student.state_dict().values(),
+                *one.teacher.state_dict().values(),
+            ]
+        )
     assert all(map(torch.equal, *found))

@@ -24,7 +24,15 @@ from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 
 Block = Callable[[], AbstractContextManager[None]]
-WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
+WAITS = (
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "equal",
+    "unique_dim",
+)
 
 
 class Waits(TorchDispatchMode):
@@ -53,7 +61,12 @@ def networks(device: str) -> tuple[nn.Module, nn.Module]:
 
     def network() -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(288, 4)
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(288, 4),
         ).to(device)
 
     return network(), network()
@@ -62,7 +75,9 @@ def networks(device: str) -> tuple[nn.Module, nn.Module]:
 def trainer(mode: Any, device: str, **options: Any) -> metapl.BilevelTrainer:
     teacher, student = networks(device)
     losses = (CrossEntropy(0.1), UDA(threshold=0.3))
-    return metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, clip_norm=1.0, verify=False, **options)
+    return metapl.BilevelTrainer(
+        teacher, student, mode, teacher_losses=losses, clip_norm=1.0, verify=False, **options
+    )
 
 
 def batches(device: str) -> tuple[Any, Any]:
@@ -122,7 +137,9 @@ def test_nor_does_the_loop_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
             return step(*given)
 
         one.step = noted  # type: ignore[method-assign]
-        one.fit([data[0]], [data[1]], steps=8, wait=2, ema_decay=0.9, log_every=100, validate_every=100)
+        one.fit(
+            [data[0]], [data[1]], steps=8, wait=2, ema_decay=0.9, log_every=100, validate_every=100
+        )
     assert len(counts) == 6
     assert counts == [0] + [2] * 5
 
@@ -161,7 +178,10 @@ def test_the_mode_of_the_process_is_reset_after_an_error(
     def set_mode(mode: str) -> None:
         modes.append(mode)
         if len(modes) == 1:
-            warnings.warn("Synchronization debug mode is a prototype feature and does not yet ...", stacklevel=2)
+            warnings.warn(
+                "Synchronization debug mode is a prototype feature and does not yet ...",
+                stacklevel=2,
+            )
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 

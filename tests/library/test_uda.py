@@ -18,7 +18,11 @@ NOTHING = Signal(torch.empty(0))
 
 
 def label(
-    logits: list[list[float]], temperature: float, threshold: float, align: float, prior: Sequence[float] = ()
+    logits: list[list[float]],
+    temperature: float,
+    threshold: float,
+    align: float,
+    prior: Sequence[float] = (),
 ) -> list[list[float]]:
     """Class probabilities by the definition, one number after another."""
     rows = []
@@ -48,7 +52,9 @@ def logits(rows: int = 12, classes: int = 5, dtype: torch.dtype = torch.float64)
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     """With statistics and noise, so that a pass leaves traces."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 5)).to(dtype)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 5)).to(
+        dtype
+    )
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -60,21 +66,29 @@ def labeled() -> tuple[Tensor, Tensor]:
     return pair()[0], torch.arange(12) % 5
 
 
-def loss(uda: UDA, model: nn.Module, unlabeled: Any, step: int = 0, signal: Signal = NOTHING) -> Tensor:
+def loss(
+    uda: UDA, model: nn.Module, unlabeled: Any, step: int = 0, signal: Signal = NOTHING
+) -> Tensor:
     return uda(model, labeled=None, unlabeled=unlabeled, signal=signal, step=step)
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.0])
-def test_the_labels_are_those_of_the_definition(temperature: float, threshold: float, align: float) -> None:
+def test_the_labels_are_those_of_the_definition(
+    temperature: float, threshold: float, align: float
+) -> None:
     uda, given = UDA(temperature, threshold, align=align), logits()
-    expected = torch.tensor(label(given.tolist(), temperature, threshold, align), dtype=torch.float64)
+    expected = torch.tensor(
+        label(given.tolist(), temperature, threshold, align), dtype=torch.float64
+    )
     found = uda.target(given)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(uda.target(given.float()), expected.float(), rtol=1e-5, atol=1e-6)
     kept = int(found.any(1).sum())
-    assert kept == 12 if threshold == 0 else 0 < kept < 12, "the threshold leaves out some, and not all"
+    assert kept == 12 if threshold == 0 else 0 < kept < 12, (
+        "the threshold leaves out some, and not all"
+    )
     assert torch.equal(uda.target(given[torch.arange(11, -1, -1)]).flip(0), found) or align
 
 
@@ -91,21 +105,29 @@ def test_the_labels_are_spread_like_the_prior(align: float) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_the_threshold_of_the_authors_is_on_the_sharpened_labels(temperature: float, threshold: float) -> None:
+def test_the_threshold_of_the_authors_is_on_the_sharpened_labels(
+    temperature: float, threshold: float
+) -> None:
     """Their code keeps max softmax(logits / τ) >= β."""
     scores = logits()
     sharpened = (scores / temperature).softmax(1)
     is_kept = sharpened.max(1).values >= threshold
     found = UDA(temperature, threshold, threshold_on="sharpened").target(scores)
     torch.testing.assert_close(found, sharpened * is_kept[:, None], rtol=1e-12, atol=1e-14)
-    assert threshold == 0 or temperature == 1 or not torch.equal(found, UDA(temperature, threshold).target(scores))
+    assert (
+        threshold == 0
+        or temperature == 1
+        or not torch.equal(found, UDA(temperature, threshold).target(scores))
+    )
 
 
 def test_a_label_that_reaches_the_threshold_by_sharpening_is_kept() -> None:
     """(0.5, 0.3, 0.2) at the temperature 0.5 is 0.66 for the first class; and >= keeps what equals the threshold."""
     scores = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
     assert not UDA(0.5, 0.6).target(scores).any()
-    assert UDA(0.5, 0.6, threshold_on="sharpened").target(scores)[0, 0] == pytest.approx(0.25 / 0.38)
+    assert UDA(0.5, 0.6, threshold_on="sharpened").target(scores)[0, 0] == pytest.approx(
+        0.25 / 0.38
+    )
     even = torch.zeros(1, 2, dtype=torch.float64)
     assert not UDA(1.0, 0.5).target(even).any()
     assert UDA(1.0, 0.5, threshold_on="sharpened").target(even).tolist() == [[0.5, 0.5]]
@@ -119,19 +141,26 @@ def test_a_one_hot_target_has_no_sharpened_threshold() -> None:
 # ------------------------------------------------------------------------------------------------ the loss, by the step
 
 
-@pytest.mark.parametrize("uda", [UDA(0.4, 0.3), UDA(0.0, 0.3), UDA(0.4, 0.3, align=0.5), UDA(0.0, 0.25, align=1.0)])
+@pytest.mark.parametrize(
+    "uda", [UDA(0.4, 0.3), UDA(0.0, 0.3), UDA(0.4, 0.3, align=0.5), UDA(0.0, 0.25, align=1.0)]
+)
 @pytest.mark.parametrize("made", [False, True])
 def test_the_loss_and_its_gradient_are_those_of_the_strong_view(uda: UDA, made: bool) -> None:
     """With the weak view's outputs from the signal, or made here."""
     model, (weak, strong) = network().eval(), pair()
     outputs = model(weak)
-    target = torch.tensor(label(outputs.tolist(), uda.temperature, uda.threshold, uda.align), dtype=torch.float64)
+    target = torch.tensor(
+        label(outputs.tolist(), uda.temperature, uda.threshold, uda.align), dtype=torch.float64
+    )
     assert 0 < target.sum() < 12
     expected = -(target * model(strong).log_softmax(1)).sum() / 12
     signal = Signal(outputs.softmax(1), outputs=outputs) if made else NOTHING
     found = loss(uda, model, (weak, strong), signal=signal)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    grads = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in (found, expected)]
+    grads = [
+        torch.autograd.grad(one, list(model.parameters()), retain_graph=True)
+        for one in (found, expected)
+    ]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
     seen = weak.clone().requires_grad_(), strong.clone().requires_grad_()
@@ -178,5 +207,8 @@ def test_before_the_start_there_is_no_pass_and_nothing_moves() -> None:
 def test_the_ramp_begins_at_the_start(start: int, ramp: int, shares: list[float]) -> None:
     model = network().eval()
     whole = loss(UDA(weight=1.5), model, pair()).item()
-    found = [loss(UDA(weight=1.5, ramp=ramp, start=start), model, pair(), step).item() for step in range(7)]
+    found = [
+        loss(UDA(weight=1.5, ramp=ramp, start=start), model, pair(), step).item()
+        for step in range(7)
+    ]
     assert found == pytest.approx([whole * share for share in shares], rel=1e-12)

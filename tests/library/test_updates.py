@@ -25,7 +25,10 @@ TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]
 
 def gradients(student: torch.nn.Module, seed: int = 11) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in student.named_parameters()}
+    return {
+        n: torch.randn(p.shape, generator=draw, dtype=p.dtype)
+        for n, p in student.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -79,14 +82,20 @@ def test_an_update_behind_a_clip_is_that_of_clipped_gradients(max_norm: float, n
     torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm)
     clipped = {n: p.grad for n, p in student.named_parameters()}
     expected, _ = functional.inner.update(values(student), clipped, functional.read_state())
-    assert error(moved, expected) < 1e-7  # clip_grad_norm_ adds the norms of the parameters in another order
+    assert (
+        error(moved, expected) < 1e-7
+    )  # clip_grad_norm_ adds the norms of the parameters in another order
     check_pullback(functional, student)
     functional.commit(trainable(student), g, lambda: (moved, new_state))
     assert error(values(student), moved) < 1e-14
 
 
-@pytest.mark.parametrize(("name", "steps", "clip"), product(OPTIMISERS, (0, 3), (None, 0.5), usual=[3, None]))
-def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, steps: int, clip: float | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps", "clip"), product(OPTIMISERS, (0, 3), (None, 0.5), usual=[3, None])
+)
+def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(
+    name: str, steps: int, clip: float | None
+) -> None:
     """Through θ and through the optimizer's state, whose rule is written out in the reference.
 
     A gradient that depends on θ stands for the student, so that θ's own cotangent counts.
@@ -99,15 +108,21 @@ def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, ste
     rule = optimiser.rule if clip is None else reference.clipped(clip, optimiser.rule)
     pull = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in problem.student.named_parameters()}
 
-    def gradient(theta: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gradient(
+        theta: dict[str, torch.Tensor], given: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         return {n: torch.tanh(theta[n]) * 0.3 + given[n] for n in theta}
 
-    givens = [{n: g.requires_grad_() for n, g in gradients(problem.student, seed).items()} for seed in (41, 42, 43)]
+    givens = [
+        {n: g.requires_grad_() for n, g in gradients(problem.student, seed).items()}
+        for seed in (41, 42, 43)
+    ]
     theta: Any = values(problem.student)
     for given in givens:
         theta, rule_state = rule(theta, gradient(theta, given), rule_state)
     expected = torch.autograd.grad(
-        sum((theta[n] * pull[n]).sum() for n in pull), [g for given in givens for g in given.values()]
+        sum((theta[n] * pull[n]).sum() for n in pull),
+        [g for given in givens for g in given.values()],
     )
 
     theta, state = values(problem.student), update.read_state()
@@ -121,7 +136,8 @@ def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, ste
         cotangents = update.vjp(theta, g, state, bar, state_bar)
         found.append(cotangents.gradient)
         bar = {
-            n: t + 0.3 * (1 - torch.tanh(theta[n]) ** 2) * cotangents.gradient[n] for n, t in cotangents.params.items()
+            n: t + 0.3 * (1 - torch.tanh(theta[n]) ** 2) * cotangents.gradient[n]
+            for n, t in cotangents.params.items()
         }
         state_bar = cotangents.state
     flat = [w[n] for w in reversed(found) for n in w]
@@ -145,12 +161,20 @@ SGDS: list[dict[str, Any]] = [
         *((torch.optim.SGD, options) for options in SGDS),
     ],
 )
-def test_an_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, Any], steps: int) -> None:
+def test_an_adjoint_in_closed_form_is_autograds(
+    kind: Any, options: dict[str, Any], steps: int
+) -> None:
     """From all cotangents, with groups of their own, a weight without a gradient, and entries that are exactly zero."""
     student = toy("mlp").student
     first, *rest = student.parameters()
-    optimizer = kind([{"params": [first], "weight_decay": 0.3}, {"params": rest}], **{"lr": 0.02, **options})
-    update, theta, bar = update_of(optimizer, trainable(student)), values(student), gradients(student, 5)
+    optimizer = kind(
+        [{"params": [first], "weight_decay": 0.3}, {"params": rest}], **{"lr": 0.02, **options}
+    )
+    update, theta, bar = (
+        update_of(optimizer, trainable(student)),
+        values(student),
+        gradients(student, 5),
+    )
     without, *_ = reversed(theta)
     state = update.read_state()
     for seed in range(steps):
@@ -163,10 +187,14 @@ def test_an_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, An
         return torch.randn(t.shape, generator=draw, dtype=t.dtype) if t.ndim else None
 
     cotangent = pytree.tree_map(drawn, update.update(theta, g, state)[1])
-    found, expected = (vjp(theta, g, state, bar, cotangent) for vjp in (update.vjp, partial(Update.vjp, update)))
+    found, expected = (
+        vjp(theta, g, state, bar, cotangent) for vjp in (update.vjp, partial(Update.vjp, update))
+    )
     assert error(found.gradient, expected.gradient) < 1e-13
     assert error(found.params, expected.params) < 1e-13
-    for one, other in zip(*(pytree.tree_leaves(bar.state) for bar in (found, expected)), strict=True):
+    for one, other in zip(
+        *(pytree.tree_leaves(bar.state) for bar in (found, expected)), strict=True
+    ):
         assert one is None if other is None or not other.ndim else error(one, other) < 1e-13
 
 
@@ -188,8 +216,14 @@ SGD = {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
 IN_HALF: dict[str, tuple[Any, reference.Rule]] = {
     "sgd": (lambda p: torch.optim.SGD(p, **SGD), reference.sgd(**SGD)),
     "adam": (lambda p: torch.optim.Adam(p, 1e-3), reference.adam(1e-3)),
-    "adam_decay": (lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1), reference.adam(0.01, weight_decay=0.1)),
-    "adamw": (lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1), reference.adamw(lr=0.01, weight_decay=0.1)),
+    "adam_decay": (
+        lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
+        reference.adam(0.01, weight_decay=0.1),
+    ),
+    "adamw": (
+        lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+        reference.adamw(lr=0.01, weight_decay=0.1),
+    ),
     "torchopt_sgd": (lambda p: torchopt.sgd(0.3, momentum=0.9), reference.sgd(0.3, momentum=0.9)),
     "torchopt_adam": (lambda p: torchopt.adam(1e-3), reference.adam(1e-3)),
 }
@@ -197,12 +231,16 @@ IN_HALF: dict[str, tuple[Any, reference.Rule]] = {
 
 def stored(real: Any, student: torch.nn.Module) -> Any:
     """The state of a ``torch.optim`` optimizer in double, as the rules of the reference have it."""
-    held = {n: real.state[p] for n, p in student.named_parameters()} if hasattr(real, "state") else {}
+    held = (
+        {n: real.state[p] for n, p in student.named_parameters()} if hasattr(real, "state") else {}
+    )
     if not any(held.values()):
         return None
     if "exp_avg" not in held["1.weight"]:
         return {n: s["momentum_buffer"].double() for n, s in held.items()}
-    m, n = ({name: s[key].double() for name, s in held.items()} for key in ("exp_avg", "exp_avg_sq"))
+    m, n = (
+        {name: s[key].double() for name, s in held.items()} for key in ("exp_avg", "exp_avg_sq")
+    )
     zeros = {name: torch.zeros_like(t) for name, t in m.items()}
     return {"t": int(held["1.weight"]["step"]), "m": m, "n": n, "top": zeros}
 
@@ -219,7 +257,9 @@ def stored(real: Any, student: torch.nn.Module) -> Any:
         if "torchopt" not in row.values[1] or row.values[2] == 0
     ],
 )  # fmt: skip
-def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, steps: int, clip: float | None) -> None:
+def test_adjoints_of_weights_in_half_are_those_in_double(
+    dtype: Any, name: str, steps: int, clip: float | None
+) -> None:
     """From the state as it is stored; in half, a fresh Adam's would be rounding alone."""
     problem, (build, rule) = toy("mlp", dtype=dtype), IN_HALF[name]
     real = build(problem.student.parameters())
@@ -233,15 +273,24 @@ def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, 
     rule = rule if clip is None else reference.clipped(clip, rule)
     v = gradients(problem.student, 22)
     step = reached(problem, update)
-    theta, g = ({n: t.double().requires_grad_() for n, t in tree.items()} for tree in (step.params, step.gradient))
+    theta, g = (
+        {n: t.double().requires_grad_() for n, t in tree.items()}
+        for tree in (step.params, step.gradient)
+    )
     moved, _ = rule(theta, g, stored(real, problem.student))
-    expected = torch.autograd.grad(sum((moved[n] * v[n].double()).sum() for n in v), [*g.values(), *theta.values()])
-    of_g, of_theta = (dict(zip(g, part, strict=True)) for part in (expected[: len(g)], expected[len(g) :]))
+    expected = torch.autograd.grad(
+        sum((moved[n] * v[n].double()).sum() for n in v), [*g.values(), *theta.values()]
+    )
+    of_g, of_theta = (
+        dict(zip(g, part, strict=True)) for part in (expected[: len(g)], expected[len(g) :])
+    )
     assert error(step.pullback(v), of_g) < 5e-3
     assert error(step.vjp(v).gradient, of_g) < 5e-3
     assert error(step.vjp(v).params, of_theta) < 5e-3
     kept = reached(problem, update, keep_graph=True)
-    through = torch.autograd.grad([kept.updated[0][n] for n in v], list(kept.grads.values()), list(v.values()))
+    through = torch.autograd.grad(
+        [kept.updated[0][n] for n in v], list(kept.grads.values()), list(v.values())
+    )
     assert error(dict(zip(kept.grads, through, strict=True)), of_g) < 5e-3
     as_it_is, _ = update.update(kept.params, kept.gradient, kept.state)
     assert all(torch.equal(kept.updated[0][n], t) for n, t in as_it_is.items())
@@ -257,14 +306,20 @@ def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, 
     ),
     ids=str,
 )
-def test_steps_by_every_implementation_and_under_a_scheduler(cls: Any, options: Any, dtype: torch.dtype) -> None:
+def test_steps_by_every_implementation_and_under_a_scheduler(
+    cls: Any, options: Any, dtype: torch.dtype
+) -> None:
     """None of them is taken for another rule, also by a clip and over three steps."""
     problem = toy("mlp", dtype=dtype)
     inner = cls(problem.student.parameters(), lr=1e-3, weight_decay=0.01, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
     inner.step = inner.step  # what accelerate leaves behind
     trainer = metapl.BilevelTrainer(
-        **problem.networks(), mode="forward", inner_optimizer=inner, clip_norm=0.5, teacher_losses=()
+        **problem.networks(),
+        mode="forward",
+        inner_optimizer=inner,
+        clip_norm=0.5,
+        teacher_losses=(),
     )
     for _ in range(2):
         trainer.step(**problem.data())
@@ -289,7 +344,10 @@ def test_a_weight_without_a_momentum_buffer_that_the_first_step_does_not_reach()
     found = [
         metapl.hypergradient(
             *(teacher, student),
-            labeled=(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double(), torch.arange(4) % 2),
+            labeled=(
+                torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double(),
+                torch.arange(4) % 2,
+            ),
             unlabeled=metapl.Lookahead(batches),
             inner_optimizer=inner,
             mode=mode,

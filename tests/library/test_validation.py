@@ -29,14 +29,20 @@ def drawn(seed: int) -> torch.Generator:
 def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
     """Not a mean over batches."""
     case, held = words(), [words().labeled[0], words().labeled[1]]
-    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", problem=Language(), teacher_losses=())
+    trainer = metapl.BilevelTrainer(
+        **case.networks(), mode="forward", problem=Language(), teacher_losses=()
+    )
     parts = [tuple(t[rows] for t in held) for rows in (slice(0, 1), slice(1, 5), slice(5, 8))]
     how = {"validation": parts, "validate_every": 2, "progress": False}
     found = trainer.fit(outer=[case.labeled], inner=[case.unlabeled], steps=6, **how)
     total, weight = Language().outer_loss(trainer.student(held[0]).detach(), held)
     assert (found.metric, found.validation_accuracy) == ("loss", None)
     assert found.value == pytest.approx(float(total / weight), rel=1e-6)
-    values = {row["step"]: row["student_validation_loss"] for row in found.history if "student_validation_loss" in row}
+    values = {
+        row["step"]: row["student_validation_loss"]
+        for row in found.history
+        if "student_validation_loss" in row
+    }
     assert found.value == min(values.values()) == values[found.step]
     assert trainer.evaluate(parts) == Measured("loss", pytest.approx(found.value, rel=1e-6), 8)  # type: ignore[arg-type]
 
@@ -44,7 +50,9 @@ def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
 class SquaredError:
     name = "squared_error"
 
-    def __call__(self, network: Any, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+    def __call__(
+        self, network: Any, *, labeled: Any, unlabeled: Any, signal: Any, step: int
+    ) -> Tensor:
         return F.mse_loss(network(labeled[0]), labeled[1])
 
 
@@ -55,7 +63,9 @@ Y = X.sum(1, keepdim=True) + 0.1 * torch.randn(30, 1, generator=drawn(1))
 def regression(loss: Any = None, outputs: int = 1) -> metapl.LossTrainer:
     torch.manual_seed(0)
     model = nn.Linear(3, outputs)
-    return metapl.LossTrainer(model, [loss or SquaredError()], optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+    return metapl.LossTrainer(
+        model, [loss or SquaredError()], optimizer=torch.optim.SGD(model.parameters(), lr=0.05)
+    )
 
 
 def absolute(outputs: Tensor, batch: Any) -> Tensor:
@@ -99,7 +109,10 @@ class Recall:
 
     def update(self, outputs: Tensor, batch: Any) -> None:
         first = batch[1] == 0
-        self.right, self.all = self.right + int((outputs.argmax(1) == 0)[first].sum()), self.all + int(first.sum())
+        self.right, self.all = (
+            self.right + int((outputs.argmax(1) == 0)[first].sum()),
+            self.all + int(first.sum()),
+        )
 
     def compute(self) -> float:
         return self.right / self.all if self.all else math.nan
@@ -109,7 +122,9 @@ def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
     x, y = torch.randn(12, 5, generator=drawn(0)), torch.tensor([1, 2, 0] * 4)
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]  # the first has no example of the class
     trainer = bilevel()
-    found = trainer.fit([(x, y)], [x], steps=4, validation=batches, metric=Recall(), mode="max", validate_every=2)
+    found = trainer.fit(
+        [(x, y)], [x], steps=4, validation=batches, metric=Recall(), mode="max", validate_every=2
+    )
     first = y == 0
     for role, network in trainer.networks.items():
         expected = float((network.eval()(x).argmax(1) == 0)[first].double().mean())
@@ -135,7 +150,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_a_metric_or_data_that_cannot_be_measured_is_refused(what: str) -> None:
     """All but what is no finite number before the first step."""
     trainer = regression()
-    options = {"validation": (X, Y), "mode": "min" if "metric" in REFUSED[what] else None, **REFUSED[what]}
+    options = {
+        "validation": (X, Y),
+        "mode": "min" if "metric" in REFUSED[what] else None,
+        **REFUSED[what],
+    }
     with pytest.raises((MetaplError, TypeError, RuntimeError)):
         trainer.fit([(X, Y)], steps=2, progress=False, **options)
     assert (trainer.steps_done == 0) != (what == "not a number")
@@ -155,7 +174,9 @@ def test_arrays_are_served_in_shuffled_epochs() -> None:
     x, y = torch.randn(10, 5, dtype=torch.float64, generator=drawn(0)), torch.arange(10).int() % 3
     x[:, 0] = torch.arange(10)
     rows = {"labeled": (x.numpy(), y.numpy()), "validation": (x.numpy(), y.numpy())}
-    found = trainer.fit(**rows, unlabeled={"x": torch.arange(4)}, steps=5, batch_size=5, progress=False)
+    found = trainer.fit(
+        **rows, unlabeled={"x": torch.arange(4)}, steps=5, batch_size=5, progress=False
+    )
     assert found.value == trainer.evaluate(rows["validation"]).accuracy
     numbers = [inputs[:, 0].tolist() for inputs, *_ in served]
     for first in (0, 2):
@@ -179,16 +200,24 @@ def test_against_scikit_learn() -> None:
     p_NC, predicted_N = logits_NC.double().softmax(1).numpy(), logits_NC.argmax(1)
     assert evaluation.accuracy == metrics.accuracy_score(labels_N, predicted_N)
     assert evaluation.top5 == metrics.top_k_accuracy_score(labels_N, p_NC, k=5, labels=range(12))
-    assert evaluation.per_class == pytest.approx(metrics.recall_score(labels_N, predicted_N, average=None))
-    assert evaluation.confusion == tuple(map(tuple, metrics.confusion_matrix(labels_N, predicted_N).tolist()))
-    assert evaluation.negative_log_likelihood == pytest.approx(metrics.log_loss(labels_N, p_NC, labels=range(12)))
+    assert evaluation.per_class == pytest.approx(
+        metrics.recall_score(labels_N, predicted_N, average=None)
+    )
+    assert evaluation.confusion == tuple(
+        map(tuple, metrics.confusion_matrix(labels_N, predicted_N).tolist())
+    )
+    assert evaluation.negative_log_likelihood == pytest.approx(
+        metrics.log_loss(labels_N, p_NC, labels=range(12))
+    )
     confidence, correct = logits_NC.double().softmax(1).max(1).values, predicted_N == labels_N
     gaps = [
         (correct[inside].double() - confidence[inside]).sum().abs()
         for low in range(15)
         if (inside := (confidence > low / 15) & (confidence <= (low + 1) / 15)).any()
     ]
-    assert evaluation.expected_calibration_error == pytest.approx(float(torch.stack(gaps).sum()) / 500)
+    assert evaluation.expected_calibration_error == pytest.approx(
+        float(torch.stack(gaps).sum()) / 500
+    )
 
 
 class Recorder(nn.Module):
@@ -212,7 +241,10 @@ class Recorder(nn.Module):
 def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
     model = Recorder()
     model.body[1].eval()  # a frozen layer within a training model
-    before, state = [m.training for m in model.modules()], {n: t.clone() for n, t in model.state_dict().items()}
+    before, state = (
+        [m.training for m in model.modules()],
+        {n: t.clone() for n, t in model.state_dict().items()},
+    )
     x, y = torch.randn(10, 3), torch.arange(10)
     if fail:
         model.fail = True
@@ -251,7 +283,9 @@ def test_paired_scores_by_enumeration(n: int) -> None:
         assert test.p_permutation is None
     else:
         sums = [abs(numpy.dot(signs, d)) for signs in itertools.product((1, -1), repeat=n)]
-        assert test.p_permutation == pytest.approx(numpy.mean([one >= abs(d.sum()) - 1e-12 for one in sums]))
+        assert test.p_permutation == pytest.approx(
+            numpy.mean([one >= abs(d.sum()) - 1e-12 for one in sums])
+        )
     other = paired_test(b, a)
     assert other.mean == -test.mean
     assert other.p == pytest.approx(test.p)
@@ -261,7 +295,13 @@ def test_scores_without_spread_and_ties() -> None:
     one = paired_test([0.9], [0.8])
     assert (one.n, one.std, one.interval, one.p, one.p_permutation) == (1, None, None, None, None)
     test = paired_test([0.9, 0.8, 0.7], [0.9, 0.8, 0.7])
-    assert (test.mean, test.std, test.interval, test.p, test.p_permutation) == (0.0, 0.0, None, None, 1.0)
+    assert (test.mean, test.std, test.interval, test.p, test.p_permutation) == (
+        0.0,
+        0.0,
+        None,
+        None,
+        1.0,
+    )
     test = paired_test([0.2, 0.3, 0.4], [0.1, 0.2, 0.3])
     assert (test.p, test.interval, test.p_permutation) == (None, None, 0.25)
     assert paired_test([0.1, 0.2, -0.3, 0.1, 0.2], [0.0] * 5).p_permutation == 22 / 32

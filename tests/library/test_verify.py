@@ -45,12 +45,17 @@ def checked(student: nn.Module, mode: Any = "forward", steps: int = 1, **options
         return "refused"
 
 
-def check_of(student: nn.Module, mode: Any = "forward", steps: int = 1, **options: Any) -> GradientCheck:
+def check_of(
+    student: nn.Module, mode: Any = "forward", steps: int = 1, **options: Any
+) -> GradientCheck:
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
     sgd = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9)
     x = [torch.randn(8, 4) for _ in range(steps)]
-    given: dict[str, Any] = {"labeled": (torch.randn(8, 4), torch.randint(C, (8,))), "inner_optimizer": sgd}
+    given: dict[str, Any] = {
+        "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
+        "inner_optimizer": sgd,
+    }
     given |= {"unlabeled": x[0] if steps == 1 else Lookahead(x), "mode": mode, **options}
     problem = given.get("problem")
     if isinstance(problem, Problem):
@@ -77,20 +82,38 @@ def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
     patch.setattr(real_step, "through_steps", through)
 
 
-def by_the_eager_road(teacher: Any, student: Any, *, labeled: Any, unlabeled: Any, **options: Any) -> Any:
+def by_the_eager_road(
+    teacher: Any, student: Any, *, labeled: Any, unlabeled: Any, **options: Any
+) -> Any:
     """Find a gradient as verification does."""
-    return through_steps(Request(teacher=teacher, student=student, outer=labeled, inner=unlabeled, **options))
+    return through_steps(
+        Request(teacher=teacher, student=student, outer=labeled, inner=unlabeled, **options)
+    )
 
 
-def by_the_pure_step(teacher: Any, student: Any, *, unlabeled: Any, labeled: Any, **options: Any) -> Any:
+def by_the_pure_step(
+    teacher: Any, student: Any, *, unlabeled: Any, labeled: Any, **options: Any
+) -> Any:
     """As ``metapl.hypergradient``, by the pure step of a trainer: the teacher's gradient is that of its step."""
-    options["inner_optimizer"], outer = options["inner_optimizer"].optimizer, torch.optim.SGD(teacher.parameters(), 1.0)
-    options |= {"outer_optimizer": outer, "teacher_losses": (), "lookahead": len(unlabeled), "verify": False}
+    options["inner_optimizer"], outer = (
+        options["inner_optimizer"].optimizer,
+        torch.optim.SGD(teacher.parameters(), 1.0),
+    )
+    options |= {
+        "outer_optimizer": outer,
+        "teacher_losses": (),
+        "lookahead": len(unlabeled),
+        "verify": False,
+    }
     weight = 1e-4  # for a clip_norm, which is for both networks, and here for the student's alone
     try:
-        step, state = metapl.BilevelTrainer(teacher, student, feedback_weight=weight, **options).functional()
+        step, state = metapl.BilevelTrainer(
+            teacher, student, feedback_weight=weight, **options
+        ).functional()
         with torch.no_grad():
-            moved, report = step(state, labeled, unlabeled[0] if len(unlabeled) == 1 else tuple(unlabeled))
+            moved, report = step(
+                state, labeled, unlabeled[0] if len(unlabeled) == 1 else tuple(unlabeled)
+            )
     except (RuntimeError, AttributeError) as error:  # functional_call gives a module plain tensors
         raise MetaplError("no function") from error
     assert report.flag < 0.1
@@ -109,11 +132,15 @@ def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
         few |= {"pure": expected["pure"]} if expected["pure"] != expected["graph"] else {}
         if kind not in long:
             rows.append(pytest.param(kind, few, id=kind))
-        rows.append(pytest.param(kind, expected, id=f"{kind}, every column", marks=pytest.mark.long))
+        rows.append(
+            pytest.param(kind, expected, id=f"{kind}, every column", marks=pytest.mark.long)
+        )
     return rows
 
 
-def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: Any, **options: Any) -> None:
+def statuses(
+    expected: dict[str, str], student: Callable[[], nn.Module], patch: Any, **options: Any
+) -> None:
     """Compare the statuses in these columns."""
     found = {}
     for column in expected:
@@ -129,19 +156,38 @@ def statuses(expected: dict[str, str], student: Callable[[], nn.Module], patch: 
     assert found == expected
 
 
-LONG = {"a momentum encoder", "a hook on an activation", "a detached average", "an average in a buffer", "a codebook"}
-LONG |= {"a binary layer", "a doubled backward", "the old weight norm", "an average of earlier passes"}
-LONG |= {"masks in a checkpoint", "a reentrant checkpoint of a function", "an embedding within max_norm"}
+LONG = {
+    "a momentum encoder",
+    "a hook on an activation",
+    "a detached average",
+    "an average in a buffer",
+    "a codebook",
+}
+LONG |= {
+    "a binary layer",
+    "a doubled backward",
+    "the old weight norm",
+    "an average of earlier passes",
+}
+LONG |= {
+    "masks in a checkpoint",
+    "a reentrant checkpoint of a function",
+    "an embedding within max_norm",
+}
 LONG |= {"numpy's random numbers", "weights written by numpy", "clamped weights", "float32 alone"}
 
 
 @pytest.mark.parametrize(("kind", "expected"), rows_of(KINDS, LONG))
-def test_kinds_of_students(kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_students(
+    kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     statuses(expected, lambda: Own(*KINDS[kind][1:]), monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "expected"), rows_of(PROBLEMS, set()))
-def test_kinds_of_problems(kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_problems(
+    kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, change, options = PROBLEMS[kind]
     statuses(expected, lambda: Own(plain), monkeypatch, problem=Problem(**change), **options)
 
@@ -174,13 +220,23 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
     "group norm": lambda: model(nn.Linear(4, 6), nn.GroupNorm(2, 6)),
     "rms norm": lambda: model(nn.Linear(4, 6), nn.RMSNorm(6)),
     "dropout": lambda: model(nn.Dropout(0.2), nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.4)),
-    "convolution": lambda: model(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), head=18),
+    "convolution": lambda: model(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), head=18
+    ),
     "pooling": lambda: model(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 1), nn.MaxPool1d(2)),
     "gru": lambda: model(Own(gru, put("cell", lambda s: nn.GRUCell(2, 5))), head=5),
-    "transformer": lambda: model(rows, nn.TransformerEncoderLayer(2, 1, 4, 0.1, batch_first=True), head=4),
-    "default attention": lambda: model(rows, Own(attention, put("w", lambda s: nn.Linear(2, 2))), head=4),
-    "embeddings": lambda: model(Own(lambda s, x: s.e((x > 0).long()), put("e", lambda s: nn.Embedding(2, 2))), head=8),
-    "a residual": lambda: model(Own(lambda s, x: x + s.w(x).tanh(), put("w", lambda s: nn.Linear(4, 4))), head=4),
+    "transformer": lambda: model(
+        rows, nn.TransformerEncoderLayer(2, 1, 4, 0.1, batch_first=True), head=4
+    ),
+    "default attention": lambda: model(
+        rows, Own(attention, put("w", lambda s: nn.Linear(2, 2))), head=4
+    ),
+    "embeddings": lambda: model(
+        Own(lambda s, x: s.e((x > 0).long()), put("e", lambda s: nn.Embedding(2, 2))), head=8
+    ),
+    "a residual": lambda: model(
+        Own(lambda s, x: x + s.w(x).tanh(), put("w", lambda s: nn.Linear(4, 4))), head=4
+    ),
     "an orthogonal layer": lambda: model(norms.orthogonal(nn.Linear(4, 6))),
     "a zero in a relu": lambda: model(nn.Linear(4, 6), Own(lambda s, x: (0 * x).relu() + x)),
 }
@@ -191,7 +247,9 @@ EACH = [*MODES, Forward(by="tangent")]
 @pytest.mark.parametrize(
     ("student", "modes"),
     [pytest.param(name, EACH[i % len(EACH) :][:1], id=name) for i, name in enumerate(CLEAN)]
-    + [pytest.param(name, EACH, id=f"{name}, every mode", marks=pytest.mark.long) for name in CLEAN],
+    + [
+        pytest.param(name, EACH, id=f"{name}, every mode", marks=pytest.mark.long) for name in CLEAN
+    ],
 )
 def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) -> None:
     for mode in modes:
@@ -202,7 +260,13 @@ def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) 
 
 @pytest.mark.parametrize(
     "optimizer",
-    [torch.optim.Adam, *(pytest.param(one, marks=pytest.mark.long) for one in (torch.optim.AdamW, torch.optim.SGD))],
+    [
+        torch.optim.Adam,
+        *(
+            pytest.param(one, marks=pytest.mark.long)
+            for one in (torch.optim.AdamW, torch.optim.SGD)
+        ),
+    ],
 )
 def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
     torch.manual_seed(0)
@@ -217,9 +281,16 @@ def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
         assert (mode, found.status) == (mode, "right"), str(found)
 
 
-@pytest.mark.parametrize(("solver", "kind"), [("cg", "soft"), ("neumann", "hard"), ("identity", "soft")])
-def test_implicit_beside_double_backward(solver: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    mode, problem = Implicit(solver=solver, damping=1.0, step_size=0.1, iterations=5), PseudoLabels(kind=kind)
+@pytest.mark.parametrize(
+    ("solver", "kind"), [("cg", "soft"), ("neumann", "hard"), ("identity", "soft")]
+)
+def test_implicit_beside_double_backward(
+    solver: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, problem = (
+        Implicit(solver=solver, damping=1.0, step_size=0.1, iterations=5),
+        PseudoLabels(kind=kind),
+    )
     assert checked(Own(plain), mode, problem=problem) == "right"
     plant(monkeypatch, "a hundredth")
     assert checked(Own(plain), mode, problem=problem) == "refused"
@@ -230,7 +301,10 @@ def result(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
     def call(real: Any, *networks: Any, **given: Any) -> Any:
         found = real(*networks, **given)
-        h, grads = tuple(map(change, found.feedback)), {n: change(g) for n, g in found.grads.items()}
+        h, grads = (
+            tuple(map(change, found.feedback)),
+            {n: change(g) for n, g in found.grads.items()},
+        )
         return replace(found, feedback=h, grads=grads)
 
     return call
@@ -242,7 +316,9 @@ def given(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., A
 
 
 def views(change: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
-    return given(lambda options: {"unlabeled": Lookahead([change(*views) for views in options["unlabeled"]])})
+    return given(
+        lambda options: {"unlabeled": Lookahead([change(*views) for views in options["unlabeled"]])}
+    )
 
 
 def other_option(name: str, value: Any) -> Callable[..., Any]:
@@ -295,7 +371,9 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "labels of the other view": views(lambda weak, strong: (strong, weak)),
     "the weak view learned": views(lambda weak, strong: (weak, weak)),
     "other labels": given(lambda o: {"labeled": (o["labeled"][0], o["labeled"][1].roll(1))}),
-    "a row of the outer batch lost": given(lambda o: {"labeled": tuple(t[:-1] for t in o["labeled"])}),
+    "a row of the outer batch lost": given(
+        lambda o: {"labeled": tuple(t[:-1] for t in o["labeled"])}
+    ),
     "a temperature": given(lambda o: {"problem": replace(o["problem"], temperature=1.001)}),
     "smoothing forgotten": given(lambda o: {"problem": replace(o["problem"], label_smoothing=0.0)}),
     "other masks": other_masks,
@@ -312,7 +390,9 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
     verify_by(patch, with_fault)
 
 
-@pytest.mark.parametrize(("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"]))
+@pytest.mark.parametrize(
+    ("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"])
+)
 def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = toy("dropout", views=True, rows=6)
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}
@@ -320,10 +400,17 @@ def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.M
     for p in case.student.parameters():
         p.grad = torch.ones_like(p)
     sgd.step()
-    given = {**case.data(), "inner_optimizer": sgd, "problem": PseudoLabels(label_smoothing=0.1), "clip_norm": 0.05}
+    given = {
+        **case.data(),
+        "inner_optimizer": sgd,
+        "problem": PseudoLabels(label_smoothing=0.1),
+        "clip_norm": 0.05,
+    }
     given |= {"mode": mode} | ({} if "clip" in fault else {"clip_norm": None})
     plant(monkeypatch, fault)
-    assert metapl.check_gradient(case.teacher, case.student, **given).passed is fault.startswith("none")
+    assert metapl.check_gradient(case.teacher, case.student, **given).passed is fault.startswith(
+        "none"
+    )
 
 
 def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +428,9 @@ def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyP
 def test_a_way_past_the_signal_is_seen_where_the_loss_hardly_moves(mode: str) -> None:
     """Under a fresh AdamW, whose step is a sign."""
     torch.manual_seed(0)
-    inner = {"inner": lambda self, losses, z, x, params: losses * (1 + self.teacher(x).softmax(1)[:, 0])}
+    inner = {
+        "inner": lambda self, losses, z, x, params: losses * (1 + self.teacher(x).softmax(1)[:, 0])
+    }
     student = Own(plain)
     adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
     found = check_of(student, mode, problem=Problem(**inner), inner_optimizer=adam)
@@ -349,10 +438,15 @@ def test_a_way_past_the_signal_is_seen_where_the_loss_hardly_moves(mode: str) ->
     assert "past the signal" in found.verdict
 
 
-def trainer(student: nn.Module | None = None, mode: Any = "forward", **options: Any) -> tuple[Any, dict[str, Any]]:
+def trainer(
+    student: nn.Module | None = None, mode: Any = "forward", **options: Any
+) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     student = Own(plain) if student is None else student
-    batches = {"labeled": (torch.randn(8, 4), torch.randint(C, (8,))), "unlabeled": torch.randn(8, 4)}
+    batches = {
+        "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
+        "unlabeled": torch.randn(8, 4),
+    }
     return metapl.BilevelTrainer(nn.Linear(4, C), student, mode, **options), batches
 
 
@@ -361,7 +455,9 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modes that have been verified."""
     seen, real = list[str](), check.verify_step
     monkeypatch.setattr(
-        check, "verify_step", lambda step, mode, *parts: seen.append(mode.name) or real(step, mode, *parts)
+        check,
+        "verify_step",
+        lambda step, mode, *parts: seen.append(mode.name) or real(step, mode, *parts),
     )
     return seen
 
@@ -421,7 +517,9 @@ def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None
     random.seed(0)  # two draws of it may be alike
     found = ""
     for mode, steps in ((Forward(by="tangent"), 1), (Forward(by="graph"), 1), ("difference", 10)):
-        student = Own(lambda s, x: forward(s, x) if s.late else s.plain(x), put("late", lambda s: False))
+        student = Own(
+            lambda s, x: forward(s, x) if s.late else s.plain(x), put("late", lambda s: False)
+        )
         made, batches = trainer(student, mode)
         made.step(**batches)
         student.late = True
@@ -434,8 +532,12 @@ def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None
     assert re.fullmatch(expected, found), found
 
 
-@pytest.mark.parametrize(("mode", "rate"), [("forward", 0.1), ("loss_difference", 0.1), ("forward", 0.0)])
-def test_a_refusal_moves_nothing_and_comes_again(mode: Any, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "rate"), [("forward", 0.1), ("loss_difference", 0.1), ("forward", 0.0)]
+)
+def test_a_refusal_moves_nothing_and_comes_again(
+    mode: Any, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the first rate is 0, as that of a warm-up, by which any gradient would be right."""
     case = toy("dropout")
     plant(monkeypatch, "the sign")
@@ -466,7 +568,9 @@ def test_large_networks_are_told_of_in_one_line(
     assert (verified, len(caplog.records)) == ([], 1)
 
 
-def test_a_hypergradient_verifies_where_it_is_asked(monkeypatch: pytest.MonkeyPatch, verified: list[str]) -> None:
+def test_a_hypergradient_verifies_where_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, verified: list[str]
+) -> None:
     case = toy()
     given = {**case.data(), "inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.1)}
     metapl.hypergradient(case.teacher, case.student, **given)
@@ -482,7 +586,9 @@ def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
     student = Own(plain)
     sgd = torch.optim.SGD(student.parameters(), lr=0.3)
     assert check_of(student, inner_optimizer=sgd).status == "right"
-    sgd.register_step_post_hook(lambda one, *_: torch._foreach_mul_([p.data for p in one.param_groups[0]["params"]], 2))
+    sgd.register_step_post_hook(
+        lambda one, *_: torch._foreach_mul_([p.data for p in one.param_groups[0]["params"]], 2)
+    )
     assert check_of(student, inner_optimizer=sgd).status == "refused"
 
 
@@ -493,6 +599,10 @@ def test_the_page_has_the_contract_as_a_table() -> None:
 
 
 def test_h_is_verified_before_it_is_shaped() -> None:
-    for mode in (Forward(normalization="cosine"), Reinforce(similarity="cosine"), Reinforce(baseline=0.9)):
+    for mode in (
+        Forward(normalization="cosine"),
+        Reinforce(similarity="cosine"),
+        Reinforce(baseline=0.9),
+    ):
         assert check_of(Own(plain), mode).status == "right"
     assert check_of(Own(plain), "none").status == "nothing to verify"

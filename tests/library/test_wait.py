@@ -21,7 +21,10 @@ from metapl.feedback import LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training.loss_trainer import LossTrainer
 
-LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5))
+LOSSES = (
+    CrossEntropy(label_smoothing=0.1),
+    UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5),
+)
 
 
 def pairs(number: int, seed: int = 0) -> list[tuple[Any, tuple[Tensor, Tensor]]]:
@@ -62,7 +65,9 @@ def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any
     assert same(*ends)
     assert [sorted(values) for values in reports[0]] == [sorted(values) for values in reports[1]]
     assert same(moving(trainer), before)
-    assert all(p.grad is None for module in (trainer.teacher, trainer.student) for p in module.parameters())
+    assert all(
+        p.grad is None for module in (trainer.teacher, trainer.student) for p in module.parameters()
+    )
     assert trainer.steps_done == 8
 
 
@@ -71,8 +76,12 @@ def sources(number: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
     return [labeled for labeled, _ in both], [unlabeled for _, unlabeled in both]
 
 
-@pytest.mark.parametrize("mode", ["forward", Reinforce(baseline=0.9), LossDifference(baseline=0.5)], ids=str)
-def test_after_the_wait_steps_are_those_of_a_trainer_that_begins_with_this_teacher(mode: Any) -> None:
+@pytest.mark.parametrize(
+    "mode", ["forward", Reinforce(baseline=0.9), LossDifference(baseline=0.5)], ids=str
+)
+def test_after_the_wait_steps_are_those_of_a_trainer_that_begins_with_this_teacher(
+    mode: Any,
+) -> None:
     """Which was trained by itself; bit for bit, with the ramp of the teacher's losses going on."""
     data, wait = pairs(9), 4
 
@@ -98,9 +107,14 @@ def test_after_the_wait_steps_are_those_of_a_trainer_that_begins_with_this_teach
 
 def test_a_warm_start_takes_the_teachers_average_and_the_students_begins_there() -> None:
     options: dict[str, Any] = {"schedule": "constant", "ema_decay": 0.9}
-    waited = bilevel(inner=lambda student: torch.optim.SGD(student.parameters(), lr=0.0), teacher_losses=LOSSES)
+    waited = bilevel(
+        inner=lambda student: torch.optim.SGD(student.parameters(), lr=0.0), teacher_losses=LOSSES
+    )
     lonely = alone(waited.teacher)
-    for one, more in ((lonely, {"steps": 3}), (waited, {"steps": 4, "wait": 3, "warm_start": True})):
+    for one, more in (
+        (lonely, {"steps": 3}),
+        (waited, {"steps": 4, "wait": 3, "warm_start": True}),
+    ):
         torch.manual_seed(3)
         one.fit(*sources(4), **options | more)
     for p, expected in zip(waited.student.parameters(), lonely.student.parameters(), strict=True):
@@ -112,7 +126,9 @@ def test_a_warm_start_takes_the_teachers_average_and_the_students_begins_there()
     ("schedule", "warmup", "wait"),
     [("cosine", 0, 4), ("cosine", 3, 4), ("constant", 2, 4), ("cosine", 3, 0), ("constant", 0, 0)],
 )
-def test_every_step_runs_at_the_rates_of_the_schedule(inner: str, schedule: Any, warmup: int, wait: int) -> None:
+def test_every_step_runs_at_the_rates_of_the_schedule(
+    inner: str, schedule: Any, warmup: int, wait: int
+) -> None:
     """Which counts for the student from the end of its wait."""
     transform = {"inner": lambda _: torchopt.sgd(0.1, momentum=0.9)} if inner == "torchopt" else {}
     trainer, steps, seen = bilevel(**transform), 12, list[Any]()
@@ -131,7 +147,11 @@ def test_every_step_runs_at_the_rates_of_the_schedule(inner: str, schedule: Any,
     def factor(t: int, steps: int) -> float:
         if t < warmup:
             return (t + 1) / warmup
-        return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * (t - warmup) / (steps - warmup))) / 2
+        return (
+            1.0
+            if schedule == "constant"
+            else (1 + math.cos(math.pi * (t - warmup) / (steps - warmup))) / 2
+        )
 
     for t, (name, *rates) in enumerate(seen):
         student = 0.0 if t < wait else 0.1 * factor(t - wait, steps - wait)
@@ -139,22 +159,37 @@ def test_every_step_runs_at_the_rates_of_the_schedule(inner: str, schedule: Any,
         assert name == ("teacher" if t < wait else "both")
         assert rates == pytest.approx(expected, rel=1e-12), t
     assert [len(seen), len(seen[0])] == [steps, 2 if transform else 3]
-    assert [o.param_groups[0]["lr"] for o in trainer.schedulable] == ([0.05] if transform else [0.1, 0.05])
+    assert [o.param_groups[0]["lr"] for o in trainer.schedulable] == (
+        [0.05] if transform else [0.1, 0.05]
+    )
 
 
-def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(tmp_path: Path) -> None:
+def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(
+    tmp_path: Path,
+) -> None:
     trainer, wait = bilevel(teacher_losses=LOSSES), 5
     how: dict[str, Any] = {"validate_every": 2, "log_every": 1, "ema_decay": 0.99, "save_every": 4}
-    found = trainer.fit(*sources(4), steps=11, wait=wait, validation=VALIDATION, out=tmp_path, keep=9, **how)
+    found = trainer.fit(
+        *sources(4), steps=11, wait=wait, validation=VALIDATION, out=tmp_path, keep=9, **how
+    )
     logged = {row["step"]: row for row in rows(tmp_path)}
     validated = [step for step, row in logged.items() if "teacher_validation_accuracy" in row]
     assert validated == [2, 4, 6, 8, 10, 11]
-    assert [step for step in validated if "student_validation_accuracy" in logged[step]] == [6, 8, 10, 11]
+    assert [step for step in validated if "student_validation_accuracy" in logged[step]] == [
+        6,
+        8,
+        10,
+        11,
+    ]
     assert found.step > wait
     assert [step for step, row in logged.items() if "inner_loss" in row] == list(range(6, 12))
     assert [row["student_lr"] for step, row in logged.items() if step <= wait] == [0.0] * wait
-    assert all({"teacher_loss", "teacher_uda", "teacher_lr"} <= row.keys() for row in logged.values())
-    _, begun, untouched = CheckpointFolder(tmp_path / "checkpoints/fit").paths()  # after steps 11, 8 and 4
+    assert all(
+        {"teacher_loss", "teacher_uda", "teacher_lr"} <= row.keys() for row in logged.values()
+    )
+    _, begun, untouched = CheckpointFolder(
+        tmp_path / "checkpoints/fit"
+    ).paths()  # after steps 11, 8 and 4
     fresh = copied(bilevel().student)
     for path, moved in ((untouched, False), (begun, True)):
         state = metapl.runs.checkpoint.load(path)

@@ -35,7 +35,10 @@ def test_the_formula_is_the_kernels_value_and_has_its_derivatives(dim: int) -> N
 
 def test_the_kernels_second_derivative_is_wrong() -> None:
     """Where this fails, PyTorch's kernel can be taken again."""
-    v, g = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.rand(2, 1, dtype=torch.float64)
+    v, g = (
+        torch.randn(2, 3, dtype=torch.float64, requires_grad=True),
+        torch.rand(2, 1, dtype=torch.float64),
+    )
     with pytest.raises(GradcheckError):
         torch.autograd.gradgradcheck(lambda v: torch._weight_norm(v, g, 0), (v,))
 
@@ -79,7 +82,11 @@ def case(kind: str, width: int = 6) -> Toy:
 
 def by_hand(problem: Toy, kind: str, steps: int) -> Tree:
     teacher = copy.deepcopy(problem.teacher)
-    phi, theta, state = dict(teacher.named_parameters()), dict(problem.student.named_parameters()), None
+    phi, theta, state = (
+        dict(teacher.named_parameters()),
+        dict(problem.student.named_parameters()),
+        None,
+    )
     for _ in range(steps):
         z = written_out(kind, theta, problem.unlabeled)
         loss = cross_entropy(teacher(problem.unlabeled).softmax(-1), z).mean()
@@ -122,7 +129,13 @@ def test_the_network_is_as_it_was(kind: str) -> None:
     network = problem.student
     before, parts = values(network), [*network.modules()]
     hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
-    for mode in ("forward", Forward(by="tangent"), "unrolled", "difference", Implicit(iterations=1, damping=10.0)):
+    for mode in (
+        "forward",
+        Forward(by="tangent"),
+        "unrolled",
+        "difference",
+        Implicit(iterations=1, damping=10.0),
+    ):
         found = gradient(problem, mode)
         # The pass that the step is taken on leaves the weight that it had, as one of a training does.
         for part in [part for part in parts if "weight" in vars(part)]:
@@ -132,7 +145,9 @@ def test_the_network_is_as_it_was(kind: str) -> None:
         if not isinstance(mode, Implicit):
             made = [(part, part.weight) for part in parts if "weight" in vars(part)]
             assert len(made) == (3 if kind == "old" else 0)
-            step, state = trainer_for(problem, mode, inner_optimizer=RULE.build(network)).functional()
+            step, state = trainer_for(
+                problem, mode, inner_optimizer=RULE.build(network)
+            ).functional()
             step(state, *problem.data().values())
             assert all(part.weight is weight for part, weight in made)
     assert [*network.modules()] == parts
@@ -146,10 +161,15 @@ def test_a_training_is_the_same_by_all_modes(kind: str) -> None:
     ends = []
     for mode in (Forward(by="tangent"), Forward(by="graph"), "unrolled"):
         problem = case(kind)
-        trainer = trainer_for(problem, mode, inner_optimizer=RULE.build(problem.student), verify=True)
+        trainer = trainer_for(
+            problem, mode, inner_optimizer=RULE.build(problem.student), verify=True
+        )
         for _ in range(10):
             trainer.step(**problem.data())
-        ends.append(values(problem.student) | {f"teacher {n}": t for n, t in values(problem.teacher).items()})
+        ends.append(
+            values(problem.student)
+            | {f"teacher {n}": t for n, t in values(problem.teacher).items()}
+        )
     assert error(ends[0], ends[2]) < 1e-9
     assert error(ends[1], ends[2]) < 1e-9
 
@@ -157,7 +177,9 @@ def test_a_training_is_the_same_by_all_modes(kind: str) -> None:
 @pytest.mark.parametrize("kind", NORMS)
 def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> None:
     problem = case(kind)
-    trainer = trainer_for(problem, "unrolled", inner_optimizer=RULE.build(problem.student), lookahead=3)
+    trainer = trainer_for(
+        problem, "unrolled", inner_optimizer=RULE.build(problem.student), lookahead=3
+    )
     step, state = trainer.functional()
     _, report = step(state, problem.labeled, (problem.unlabeled,) * 3)
     eager = trainer.step(problem.labeled, metapl.Lookahead([problem.unlabeled] * 3))
@@ -169,7 +191,9 @@ def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> Non
 def test_compiled_it_is_that_of_the_formula(kind: str) -> None:
     problem = case(kind)
     ahead = [problem.unlabeled] * 3
-    found = gradient(problem, "forward", ahead, inner_optimizer=RULE.build(problem.student), compile=True)
+    found = gradient(
+        problem, "forward", ahead, inner_optimizer=RULE.build(problem.student), compile=True
+    )
     assert error(found.grads, by_hand(problem, kind, 3)) < 1e-10
 
 
@@ -181,5 +205,10 @@ def test_a_network_without_it_has_nothing_to_exchange() -> None:
 @pytest.mark.parametrize("kind", NORMS)
 def test_verification_takes_the_formula_for_the_terms_of_implicit(kind: str) -> None:
     problem = case(kind)
-    options = {"mode": Implicit("neumann", iterations=3, step_size=0.5), "inner_optimizer": RULE.build(problem.student)}
-    assert metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+    options = {
+        "mode": Implicit("neumann", iterations=3, step_size=0.5),
+        "inner_optimizer": RULE.build(problem.student),
+    }
+    assert (
+        metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+    )

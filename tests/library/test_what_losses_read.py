@@ -43,7 +43,11 @@ class Student(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.hidden, self.out = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, CLASSES)
+        self.first, self.hidden, self.out = (
+            nn.Linear(4, width),
+            nn.Linear(width, width),
+            nn.Linear(width, CLASSES),
+        )
         self.auxiliary: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +59,9 @@ class Student(nn.Module):
 class Weighed(metapl.BilevelProblem):
     """Weights of examples by a teacher of the inputs, and what a loss reads besides: a function of the loss."""
 
-    def __init__(self, extra: Callable[[Any, Tensor, Signal, Any, Any], Tensor], **held: Any) -> None:
+    def __init__(
+        self, extra: Callable[[Any, Tensor, Signal, Any, Any], Tensor], **held: Any
+    ) -> None:
         vars(self).update(extra=extra, **held)
 
     def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> Signal:
@@ -72,7 +78,9 @@ class Weighed(metapl.BilevelProblem):
 
 def of_the_problem(student: Student, teacher: nn.Module) -> Weighed:
     """An auxiliary loss that the forward keeps, as mixtures of experts do, read through the problem."""
-    return Weighed(lambda self, losses, signal, *_: losses + signal.value * self.net.auxiliary, net=student)
+    return Weighed(
+        lambda self, losses, signal, *_: losses + signal.value * self.net.auxiliary, net=student
+    )
 
 
 def of_a_closure(student: Student, teacher: nn.Module) -> Weighed:
@@ -88,7 +96,9 @@ def of_a_hook(student: Student, teacher: nn.Module) -> Weighed:
         return losses + signal.value * features.square().mean(1)
 
     problem = Weighed(extra, features=[])
-    student.first.register_forward_hook(lambda module, inputs, output: problem.features.append(output.tanh()))
+    student.first.register_forward_hook(
+        lambda module, inputs, output: problem.features.append(output.tanh())
+    )
     return problem
 
 
@@ -106,8 +116,12 @@ def of_a_gradient_if_any(student: Student, teacher: nn.Module) -> Weighed:
     """The same, which is 0 where the loss is called without a graph."""
 
     def extra(self: Any, losses: Tensor, signal: Signal, batch: Any, params: Any) -> Tensor:
-        gradient = torch.autograd.grad(losses.mean(), list(params.values()), create_graph=True, allow_unused=True)
-        return losses + 0.1 * sum((g.square().sum() for g in gradient if g is not None), start=torch.zeros(()))
+        gradient = torch.autograd.grad(
+            losses.mean(), list(params.values()), create_graph=True, allow_unused=True
+        )
+        return losses + 0.1 * sum(
+            (g.square().sum() for g in gradient if g is not None), start=torch.zeros(())
+        )
 
     return Weighed(extra)
 
@@ -137,7 +151,9 @@ class Case:
 
     def __init__(self, make: Make, width: int, steps: int) -> None:
         torch.manual_seed(0)
-        self.teacher = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.3), nn.Tanh(), nn.Linear(2, 1)).double()
+        self.teacher = nn.Sequential(
+            nn.Linear(4, 2), nn.Dropout(0.3), nn.Tanh(), nn.Linear(2, 1)
+        ).double()
         self.student = Student(width).double()
         self.problem = make(self.student, self.teacher)
         draw = torch.Generator().manual_seed(1)
@@ -147,10 +163,18 @@ class Case:
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.3, momentum=0.9)
 
     def data(self) -> dict[str, Any]:
-        return {"outer": self.outer, "inner": self.inner[0] if len(self.inner) == 1 else metapl.Lookahead(self.inner)}
+        return {
+            "outer": self.outer,
+            "inner": self.inner[0] if len(self.inner) == 1 else metapl.Lookahead(self.inner),
+        }
 
     def options(self, mode: Any) -> dict[str, Any]:
-        return {**self.data(), "mode": mode, "problem": self.problem, "inner_optimizer": self.optimizer}
+        return {
+            **self.data(),
+            "mode": mode,
+            "problem": self.problem,
+            "inner_optimizer": self.optimizer,
+        }
 
 
 def begin() -> None:
@@ -197,7 +221,9 @@ def test_the_gradient_is_right(make: Make, way: str) -> None:
     for verify in (True, False):
         case = Case(make, width, steps)
         begin()
-        found = metapl.hypergradient(case.teacher, case.student, **case.options(mode), verify=verify)
+        found = metapl.hypergradient(
+            case.teacher, case.student, **case.options(mode), verify=verify
+        )
         assert agrees(found.grads.values(), expected), (verify, found.order)
     assert sum(p.numel() for p in case.student.parameters()) > SMALL or width == SMALL_WIDTH
 
@@ -206,7 +232,9 @@ def test_the_gradient_is_right(make: Make, way: str) -> None:
 def test_a_difference_takes_the_draws_of_the_loss(make: Make) -> None:
     case = Case(make, SMALL_WIDTH, 1)
     begin()
-    found = metapl.hypergradient(case.teacher, case.student, **case.options("difference"), verify=True)
+    found = metapl.hypergradient(
+        case.teacher, case.student, **case.options("difference"), verify=True
+    )
     assert agrees(found.grads.values(), by_differences(make, SMALL_WIDTH, 1), 1e-5)
 
 
@@ -228,7 +256,11 @@ def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int)
     case = Case(make, width, 1)
     outer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
     begin()
-    options: Any = {"problem": case.problem, "inner_optimizer": case.optimizer, "outer_optimizer": outer}
+    options: Any = {
+        "problem": case.problem,
+        "inner_optimizer": case.optimizer,
+        "outer_optimizer": outer,
+    }
     trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", **options)
     trainer.step(**case.data())
     before = [p.detach().clone() for p in case.teacher.parameters()]
@@ -236,7 +268,9 @@ def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int)
     expected = metapl.hypergradient(case.teacher, case.student, **case.options("unrolled"))
     begin()
     trainer.step(**case.data())
-    moved = [p_before - p.detach() for p_before, p in zip(before, case.teacher.parameters(), strict=True)]
+    moved = [
+        p_before - p.detach() for p_before, p in zip(before, case.teacher.parameters(), strict=True)
+    ]
     assert agrees(moved, torch.cat([g.flatten() for g in expected.grads.values()]), 1e-9)
 
 
@@ -244,7 +278,9 @@ def test_a_student_meets_a_loss_that_draws_after_one_that_does_not() -> None:
     """What was found with the first problem does not hold for the second."""
     case = Case(of_numpy, SMALL_WIDTH, 3)
     silent = Weighed(lambda self, losses, *_: losses)
-    metapl.hypergradient(case.teacher, case.student, **{**case.options("forward"), "problem": silent})
+    metapl.hypergradient(
+        case.teacher, case.student, **{**case.options("forward"), "problem": silent}
+    )
     begin()
     found = metapl.hypergradient(case.teacher, case.student, **case.options("forward"))
     assert agrees(found.grads.values(), by_differences(of_numpy, SMALL_WIDTH, 3))
@@ -270,10 +306,15 @@ def test_a_batchs_own_auxiliary_loss_or_draws_are_no_means() -> None:
     def of_draws(student: Student, teacher: nn.Module) -> Weighed:
         return Weighed(lambda self, losses, *_: losses * torch.rand(len(losses)))
 
-    for make, text in ((of_the_batch, "no mean over examples"), (of_draws, r"random numbers.*accumulate=1")):
+    for make, text in (
+        (of_the_batch, "no mean over examples"),
+        (of_draws, r"random numbers.*accumulate=1"),
+    ):
         case = Case(make, SMALL_WIDTH, 1)
         with pytest.raises(MetaplError, match=text):
-            metapl.hypergradient(case.teacher, case.student, **case.options("forward"), accumulate=2, verify=True)
+            metapl.hypergradient(
+                case.teacher, case.student, **case.options("forward"), accumulate=2, verify=True
+            )
 
 
 class HalfOfTheRows(Weighed):
@@ -286,19 +327,28 @@ class HalfOfTheRows(Weighed):
 
 def test_both_values_of_an_outer_loss_that_draws_are_of_one_draw() -> None:
     """L(θ) and L(θ′) of ``loss_difference``: of a student that hardly moves they are the same, in each step."""
-    case = Case(lambda student, teacher: HalfOfTheRows(lambda self, losses, *_: losses), SMALL_WIDTH, 1)
+    case = Case(
+        lambda student, teacher: HalfOfTheRows(lambda self, losses, *_: losses), SMALL_WIDTH, 1
+    )
 
     class Drawn(HalfOfTheRows):
         def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> Signal:
             log_q = teacher(batch[0]).expand(-1, CLASSES).log_softmax(-1)
             return Signal(batch[1], log_q.gather(-1, batch[1][:, None])[:, 0], log_q.exp())
 
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             return F.cross_entropy(outputs, signal.value, reduction="none")
 
     sgd = torch.optim.SGD(case.student.parameters(), lr=1e-9)
     problem = Drawn(lambda self, losses, *_: losses)
-    options: Any = {"problem": problem, "inner_optimizer": sgd, "verify": False, "teacher_losses": ()}
+    options: Any = {
+        "problem": problem,
+        "inner_optimizer": sgd,
+        "verify": False,
+        "teacher_losses": (),
+    }
     trainer = metapl.BilevelTrainer(case.teacher, case.student, "loss_difference", **options)
     for _ in range(3):
         assert abs(float(trainer.step(**case.data()).feedback)) < 1e-6
@@ -412,7 +462,11 @@ def test_layers_in_a_plain_list_are_named_and_the_advice_runs() -> None:
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)]
     x, y = torch.randn(ROWS, 4), torch.arange(ROWS) % CLASSES
-    for student, steps in ((InAList(layers), 1), (InAList(layers), 3), (nn.Sequential(*nn.ModuleList(layers)), 3)):
+    for student, steps in (
+        (InAList(layers), 1),
+        (InAList(layers), 3),
+        (nn.Sequential(*nn.ModuleList(layers)), 3),
+    ):
         inner = x if steps == 1 else metapl.Lookahead([x] * steps)
         sgd = torch.optim.SGD(student.parameters(), lr=0.1)
         given: Any = {"outer": (x, y), "inner": inner, "inner_optimizer": sgd, "verify": True}
@@ -433,7 +487,9 @@ def test_wrappers_around_the_whole_network_are_named_with_a_way_out() -> None:
         nn.DataParallel(plain): r"a DataParallel, in which.*\.module",
         scripted: "a ScriptModule, in which.*the module that it was made from",
         nn.Sequential(nn.DataParallel(plain)): "a DataParallel at '0'",
-        nn.Sequential(nn.LazyLinear(CLASSES)): r"has no shape.*run it once on a batch, student\(x\)",
+        nn.Sequential(
+            nn.LazyLinear(CLASSES)
+        ): r"has no shape.*run it once on a batch, student\(x\)",
     }
     for student, text in texts.items():
         with pytest.raises(MetaplError, match=text):
@@ -445,7 +501,9 @@ def test_a_buffer_of_truth_values_is_compared_with_its_eager_value() -> None:
     mask, loss = torch.tensor([True, False]), torch.tensor(1.0)
     refuse_gap("the student's buffers", {"mask": mask}, {"mask": mask.clone()}, loss)
     with pytest.raises(MetaplError, match=r"buffers is 0\.71 off"):
-        refuse_gap("the student's buffers", {"mask": ~mask}, {"mask": torch.tensor([True, True])}, loss)
+        refuse_gap(
+            "the student's buffers", {"mask": ~mask}, {"mask": torch.tensor([True, True])}, loss
+        )
 
 
 class Experts(nn.Module):
@@ -454,13 +512,17 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Linear(64, 2)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2)
+        )
         self.auxiliary: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         shares = self.gate(x).softmax(-1)
         self.auxiliary = shares.mean(0).square().sum()
-        return torch.stack([shares[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]).sum(0)
+        return torch.stack(
+            [shares[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]
+        ).sum(0)
 
 
 def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> None:
@@ -476,10 +538,14 @@ def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> Non
     student = Experts()
 
     class Mixed(metapl.problems.ExampleWeights):
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        def inner_loss(
+            self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
+        ) -> Tensor:
             share = numpy.random.beta(5, 1)  # noqa: NPY002 - the global one
             mixed = share * F.cross_entropy(outputs, batch[1], reduction="none")
-            mixed = mixed + (1 - share) * F.cross_entropy(outputs, batch[1].roll(1), reduction="none")
+            mixed = mixed + (1 - share) * F.cross_entropy(
+                outputs, batch[1].roll(1), reduction="none"
+            )
             assert isinstance(signal.value, Tensor)
             return signal.value * mixed + 0.1 * student.auxiliary
 

@@ -28,7 +28,9 @@ from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 from metapl.updates import update_of
 
 STEPS = 7
-RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}  # torch.optim keeps the buffer where it is 0
+RESTED = {
+    "momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])
+}  # torch.optim keeps the buffer where it is 0
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
 
@@ -46,19 +48,27 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, weight_decay=1e-2),
     "adamw": lambda p: ADAMW(p, lr=0.01, eps=1e-3),
     "muon": lambda p: of_kinds([*p]),
-    "groups": lambda p: SGD([{"params": [q]} | ({"lr": 0.02} if q.ndim > 1 else {}) for q in p], lr=0.1, momentum=0.5),
+    "groups": lambda p: SGD(
+        [{"params": [q]} | ({"lr": 0.02} if q.ndim > 1 else {}) for q in p], lr=0.1, momentum=0.5
+    ),
 }
 
 
 class Mixed(Judged):
     """The teacher mixes the student's inputs, so that the signal enters them."""
 
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher(batch[0]).softmax(-1))
 
     def student_input(self, batch: Any, signal: Any = None) -> Tensor:
         x: Tensor = batch[0]
-        return x if signal is None else x * signal.value.sum(-1, keepdim=True) + 0.1 * signal.value.repeat(1, 2)
+        return (
+            x
+            if signal is None
+            else x * signal.value.sum(-1, keepdim=True) + 0.1 * signal.value.repeat(1, 2)
+        )
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
         return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
@@ -75,7 +85,9 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 def network(*, drops: bool = True, frozen: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    made = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2 * drops), nn.Linear(16, 3))
+    made = nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2 * drops), nn.Linear(16, 3)
+    )
     made[0].weight.requires_grad_(not frozen)
     return made.double()
 
@@ -126,15 +138,28 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
 
-def both(problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: Any) -> list[metapl.Hypergradient]:
+def both(
+    problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: Any
+) -> list[metapl.Hypergradient]:
     """The gradient by the eager road and by the two graphs, and the generators where each leaves them."""
     inner, teacher, found = OPTIMIZERS[optimizer](student.parameters()), teacher_of(problem), []
-    inputs = (lambda pair: pair[0]) if isinstance(problem, metapl.PseudoLabels) else (lambda pair: pair)
-    scheduled = torch.optim.lr_scheduler.ExponentialLR(inner, 0.8) if given.pop("schedule", False) else None
+    inputs = (
+        (lambda pair: pair[0]) if isinstance(problem, metapl.PseudoLabels) else (lambda pair: pair)
+    )
+    scheduled = (
+        torch.optim.lr_scheduler.ExponentialLR(inner, 0.8) if given.pop("schedule", False) else None
+    )
     for compile in (False, True):
         torch.manual_seed(5)
-        ahead = Lookahead(lambda k: inputs(batch(k)), steps=given.get("steps", STEPS), schedule=scheduled)
-        more: Any = {"clip_norm": given.get("clip_norm"), "mode": mode, "problem": problem, "compile": compile}
+        ahead = Lookahead(
+            lambda k: inputs(batch(k)), steps=given.get("steps", STEPS), schedule=scheduled
+        )
+        more: Any = {
+            "clip_norm": given.get("clip_norm"),
+            "mode": mode,
+            "problem": problem,
+            "compile": compile,
+        }
         more |= {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner}
         found.append((metapl.hypergradient(teacher, student, **more), torch.get_rng_state()))
     assert torch.equal(found[0][1], found[1][1])
@@ -142,7 +167,13 @@ def both(problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: A
 
 
 def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: float) -> None:
-    assert error({"L": pure.outer_loss, "l": pure.inner_loss}, {"L": eager.outer_loss, "l": eager.inner_loss}) < most
+    assert (
+        error(
+            {"L": pure.outer_loss, "l": pure.inner_loss},
+            {"L": eager.outer_loss, "l": eager.inner_loss},
+        )
+        < most
+    )
     assert error(pure.student_params, eager.student_params) < most
     assert error(dict(enumerate(pure.feedback)), dict(enumerate(eager.feedback))) < most
     assert pure.grads.keys() == eager.grads.keys()
@@ -153,11 +184,19 @@ def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: floa
 @pytest.mark.parametrize(("optimizer", "problem", "keep", "clip", "schedule", "frozen"), ROWS)
 @pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 def test_two_graphs_give_the_eager_gradient(
-    how: str, optimizer: str, problem: str, keep: str, clip: float | None, schedule: bool, frozen: bool
+    how: str,
+    optimizer: str,
+    problem: str,
+    keep: str,
+    clip: float | None,
+    schedule: bool,
+    frozen: bool,
 ) -> None:
     student = network(drops=problem != "enters_the_input", frozen=frozen)
     before = copy.deepcopy(student.state_dict())
-    eager, pure = both(PROBLEMS[problem](), optimizer, KEEPS[keep], student, clip_norm=clip, schedule=schedule)
+    eager, pure = both(
+        PROBLEMS[problem](), optimizer, KEEPS[keep], student, clip_norm=clip, schedule=schedule
+    )
     if keep == "unrolled":
         pure = metapl.Hypergradient(**{**vars(pure), "kept": eager.kept})
     compared(eager, pure, 1e-9)
@@ -165,23 +204,40 @@ def test_two_graphs_give_the_eager_gradient(
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
 
 
-@pytest.mark.parametrize("momentum", [RESTED["momentum"], torch.full((4, 1), 0.9)], ids=["rested", "constant"])
+@pytest.mark.parametrize(
+    "momentum", [RESTED["momentum"], torch.full((4, 1), 0.9)], ids=["rested", "constant"]
+)
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
 def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor) -> None:
     """A momentum of 0 leaves it as it is, and the first step has no dampening."""
     schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
     ahead, inner = Lookahead(batch, steps=4, schedule=schedule), SGD(STUDENT.parameters(), lr=0.1)
-    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "wrt": ("lr", "dampening")}
-    both = [metapl.hypergradient(None, STUDENT, problem=PROBLEM, compile=on, **given) for on in (False, True)]
+    given: Any = {
+        "outer": batch(-1),
+        "inner": ahead,
+        "inner_optimizer": inner,
+        "wrt": ("lr", "dampening"),
+    }
+    both = [
+        metapl.hypergradient(None, STUDENT, problem=PROBLEM, compile=on, **given)
+        for on in (False, True)
+    ]
     compared(*both, 1e-9)
     assert error(both[1].settings, both[0].settings) < 1e-9
 
 
 def test_truncation_leaves_zeros_in_the_shape_of_each_batch() -> None:
     batches = [tuple(t[:rows] for t in batch(rows)) for rows in (4, 6, 5, 8)]
-    given: Any = {"outer": batch(-1), "inner": Lookahead(batches), "inner_optimizer": PLAIN, "problem": PROBLEM}
+    given: Any = {
+        "outer": batch(-1),
+        "inner": Lookahead(batches),
+        "inner_optimizer": PLAIN,
+        "problem": PROBLEM,
+    }
     given |= {"mode": Forward(truncate=2)}
-    compared(*(metapl.hypergradient(None, STUDENT, compile=on, **given) for on in (False, True)), 1e-9)
+    compared(
+        *(metapl.hypergradient(None, STUDENT, compile=on, **given) for on in (False, True)), 1e-9
+    )
 
 
 def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +254,16 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
         return step, twice
 
     monkeypatch.setattr(training, "make_training", doubled)
-    ahead, inner = Lookahead(batch, steps=3, schedule=lambda k: k / 3), SGD(STUDENT.parameters(), lr=0.1)
-    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
+    ahead, inner = (
+        Lookahead(batch, steps=3, schedule=lambda k: k / 3),
+        SGD(STUDENT.parameters(), lr=0.1),
+    )
+    given: Any = {
+        "outer": batch(-1),
+        "inner": ahead,
+        "inner_optimizer": inner,
+        "problem": EqualWeights(),
+    }
     with pytest.raises(MetaplError, match="off"):
         metapl.hypergradient(None, STUDENT, compile=True, **given)
 
@@ -218,13 +282,22 @@ class Tasks(nn.Module):
 LATE_DECAY = {"weight_decay": torch.tensor([[0.0], [1e-6]])}
 
 
-@pytest.mark.parametrize(("tasks", "decay", "schedule"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)])
-def test_weights_that_some_batches_do_not_reach_are_refused_each_time(tasks: str, decay: float, schedule: Any) -> None:
+@pytest.mark.parametrize(
+    ("tasks", "decay", "schedule"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)]
+)
+def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
+    tasks: str, decay: float, schedule: Any
+) -> None:
     """torch.optim leaves them; in a graph their gradient is 0, by which momentum and decay move them."""
     student, (x, y) = Tasks(), batch(0)
     ahead = Lookahead([({task: x}, y) for task in tasks], schedule=schedule)
     inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
-    given: Any = {"outer": ({"a": x, "b": x}, y), "inner": ahead, "inner_optimizer": inner, "problem": PROBLEM}
+    given: Any = {
+        "outer": ({"a": x, "b": x}, y),
+        "inner": ahead,
+        "inner_optimizer": inner,
+        "problem": PROBLEM,
+    }
     for _ in range(2):
         with pytest.raises(MetaplError, match="reach"):
             metapl.hypergradient(None, student, compile=True, **given)
@@ -239,7 +312,12 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     optimizer = OPTIMIZERS["momentum"](student.parameters())
     for steps in (3, 5):  # of another length, by the same graphs
         ahead = Lookahead(batch, steps=steps)
-        given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": optimizer, "problem": problem}
+        given: Any = {
+            "outer": batch(-1),
+            "inner": ahead,
+            "inner_optimizer": optimizer,
+            "problem": problem,
+        }
         metapl.hypergradient(None, student, compile=True, **given)
     assert [*training._KNOWN.values()] == [graphs]
 
@@ -317,7 +395,9 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 def test_what_is_wrong_is_said_in_one_line_and_nothing_moves(case: str, compile: bool) -> None:
     word, change = WRONG[case]
     right: Any = {"outer": batch(-1), "problem": PROBLEM, "inner_optimizer": PLAIN}
-    if compile:  # so that the graphs have been compared, which would meet a NaN before the path does
+    if (
+        compile
+    ):  # so that the graphs have been compared, which would meet a NaN before the path does
         metapl.hypergradient(None, STUDENT, inner=Lookahead(batch, steps=1), compile=True, **right)
     before, state = copy.deepcopy(STUDENT.state_dict()), torch.get_rng_state()
     given: Any = right | {"inner": Lookahead(batch, steps=STEPS)}
@@ -329,7 +409,9 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_moves(case: str, compile:
     assert torch.equal(state, torch.get_rng_state())
 
 
-SETTINGS: dict[str, dict[str, list[Any]]] = {  # of each param group; a group does not read those that it has not
+SETTINGS: dict[
+    str, dict[str, list[Any]]
+] = {  # of each param group; a group does not read those that it has not
     "momentum": {"lr": [0.1], "momentum": [0.9], "weight_decay": [0.0]},
     "adam": {"lr": [0.01], "betas": [(0.9, 0.99)], "eps": [1e-3], "weight_decay": [0.0]},
     "muon": {
@@ -347,10 +429,14 @@ def rule_of(optimizer: str, of: list[dict[str, Tensor]]) -> reference.Rule:
     if optimizer != "muon":
         return (reference.adam if optimizer == "adam" else reference.sgd)(**of[0])
     muon, adamw = of[0], {name: t for name, t in of[1].items() if name != "momentum"}
-    return muon_and_adamw(muon["lr"], muon["momentum"], muon["weight_decay"], nesterov=True, adamw=adamw)
+    return muon_and_adamw(
+        muon["lr"], muon["momentum"], muon["weight_decay"], nesterov=True, adamw=adamw
+    )
 
 
-def by_hand(student: nn.Module, optimizer: str, settings: dict[str, Tensor], steps: int) -> tuple[Tensor, Any]:
+def by_hand(
+    student: nn.Module, optimizer: str, settings: dict[str, Tensor], steps: int
+) -> tuple[Tensor, Any]:
     """L(θ_K) of steps on cross-entropy, and θ_0, both in the graph."""
     start = theta = reference.weights(student)
     state = None
@@ -360,7 +446,9 @@ def by_hand(student: nn.Module, optimizer: str, settings: dict[str, Tensor], ste
         return nn.functional.cross_entropy(reference.at(student, theta, x), y)
 
     for k in range(steps):
-        of = [{n: t[k, group] for n, t in settings.items()} for group in range(len(settings["lr"][k]))]
+        of = [
+            {n: t[k, group] for n, t in settings.items()} for group in range(len(settings["lr"][k]))
+        ]
         theta, state = reference.stepped(loss(k), theta, rule_of(optimizer, of), state)
     return loss(-1), start
 
@@ -382,13 +470,24 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
         falling = torch.linspace(1.0, 0.8, steps, dtype=torch.float64).view(-1, *[1] * t.ndim)
         settings[name] = (falling * t).requires_grad_()
     L, start = by_hand(student, optimizer, settings, steps)
-    expected = torch.autograd.grad(L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(
+        L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True
+    )
     inner = OPTIMIZERS[optimizer](student.parameters())
     ahead = Lookahead(batch, steps=steps, schedule=settings)
-    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
-    found = metapl.hypergradient(None, student, mode=mode, compile=how != "eager", wrt=["start", *settings], **given)
+    given: Any = {
+        "outer": batch(-1),
+        "inner": ahead,
+        "inner_optimizer": inner,
+        "problem": EqualWeights(),
+    }
+    found = metapl.hypergradient(
+        None, student, mode=mode, compile=how != "eager", wrt=["start", *settings], **given
+    )
     trees = dict(zip([*start, *settings], expected, strict=True))
     assert found.settings["lr"].shape == settings["lr"].shape
     assert error(found.start, {name: trees[name] for name in start}) < 1e-7
     for name in settings:
-        assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[name].abs().max() + 1e-12, name
+        assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[
+            name
+        ].abs().max() + 1e-12, name

@@ -13,19 +13,27 @@ import metapl
 
 
 class Weighted(metapl.problems.Problem):
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         label = teacher(batch).softmax(1)
         return metapl.Signal({"weight": label[:, 0], "label": label})
 
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal["weight"] * nn.functional.cross_entropy(outputs, signal["label"], reduction="none")
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
+        return signal["weight"] * nn.functional.cross_entropy(
+            outputs, signal["label"], reduction="none"
+        )
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(outputs, batch[1])
 
 
 class Unfinished:
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> metapl.Signal:
         return metapl.Signal(teacher(batch))
 
 
@@ -63,7 +71,16 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([], steps=3, metric=error, mode="min")
     trainer.fit([], steps=3, metric="acuracy")  # type: ignore[arg-type]
     trainer.fit([], steps=3, metric=lambda outputs: 0.0)  # type: ignore[arg-type]
-    trainer.fit([], steps=3, schedule="constant", warmup=1, wait=0, first_steps=None, ema_decay=0.9, phase="first")
+    trainer.fit(
+        [],
+        steps=3,
+        schedule="constant",
+        warmup=1,
+        wait=0,
+        first_steps=None,
+        ema_decay=0.9,
+        phase="first",
+    )
     trainer.fit([])  # type: ignore[call-arg]
     trainer.fit([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]
     trainer.fit([], steps=3, save_every="2")  # type: ignore[arg-type]
@@ -73,7 +90,10 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.finetune([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]
     trainer.finetune([], steps=3, batch_size="4")  # type: ignore[arg-type]
     print(trainer.evaluate([]).value, trainer.evaluate([], metric="loss").value)
-    print(trainer.evaluate([], metric="accuracy").accuracy, trainer.evaluate([], classes=["a", "b"]).confusion)
+    print(
+        trainer.evaluate([], metric="accuracy").accuracy,
+        trainer.evaluate([], classes=["a", "b"]).confusion,
+    )
 
 
 def fitted_alone(trainer: metapl.LossTrainer) -> None:
@@ -83,7 +103,11 @@ def fitted_alone(trainer: metapl.LossTrainer) -> None:
 
 
 def looked_up(trainer: metapl.BilevelTrainer) -> None:
-    print(metapl.ablate(trainer, [], []).table(), metapl.data.without_labels([]), metapl.metrics.Measured)
+    print(
+        metapl.ablate(trainer, [], []).table(),
+        metapl.data.without_labels([]),
+        metapl.metrics.Measured,
+    )
     metapl.ablate(trainer, [], [], step=3)  # type: ignore[call-arg]
     print(metapl.BilevelTrainr)  # type: ignore[attr-defined]
     print(metapl.data.without_label)  # type: ignore[attr-defined]

@@ -21,7 +21,13 @@ import metapl
 
 def all_rows() -> list[Row]:
     """Return the rows of all files, each once."""
-    rows = test_modes.QUICK + test_modes.LONG + test_first_call.QUICK + test_first_call.LONG + test_optimizers.LONG
+    rows = (
+        test_modes.QUICK
+        + test_modes.LONG
+        + test_first_call.QUICK
+        + test_first_call.LONG
+        + test_optimizers.LONG
+    )
     return list(dict.fromkeys(rows))
 
 

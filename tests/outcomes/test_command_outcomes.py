@@ -53,10 +53,16 @@ def train(no_figures: None, tmp_path_factory: pytest.TempPathFactory) -> Train:
 def means(train: Train, words: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, float]:
     """Return the accuracies that the result of a command names, each the mean of the seeds."""
     results = [train(*words, "--seed", str(seed)) for seed in seeds]
-    return {name: statistics.fmean(found[name] for found in results) for name in NETWORKS if name in results[0]}
+    return {
+        name: statistics.fmean(found[name] for found in results)
+        for name in NETWORKS
+        if name in results[0]
+    }
 
 
-def digits_comparisons(train: Train, mode: str, steps: int, seeds: tuple[int, ...]) -> list[Comparison]:
+def digits_comparisons(
+    train: Train, mode: str, steps: int, seeds: tuple[int, ...]
+) -> list[Comparison]:
     """Compare MPL in a mode with the same loop without feedback, network by network."""
     length = ("--mode", mode, "--steps", str(steps))
     words = ("train", "digits", "--method", "mpl", *length)
@@ -124,17 +130,27 @@ def images_words(pictures: Path, method: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def noisy_words(pictures: Path, method: str) -> tuple[str, ...]:
-    folders = [f"--labeled={pictures / 'noisy'}", f"--clean={pictures / 'labeled'}", f"--test={pictures / 'test'}"]
+    folders = [
+        f"--labeled={pictures / 'noisy'}",
+        f"--clean={pictures / 'labeled'}",
+        f"--test={pictures / 'test'}",
+    ]
     return ("train", "noisy", *folders, *SMALL, "--steps", "300", "--method", method)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", [("uda",), ("mpl",), ("mpl", "--mode", "reinforce")], ids=" ".join)
-def test_a_training_on_pictures_comes_out(train: Train, pictures: Path, method: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "method", [("uda",), ("mpl",), ("mpl", "--mode", "reinforce")], ids=" ".join
+)
+def test_a_training_on_pictures_comes_out(
+    train: Train, pictures: Path, method: tuple[str, ...]
+) -> None:
     words = images_words(pictures, method)
     accuracies = means(train, words, SEEDS)
     supervised = means(train, images_words(pictures, ("supervised",)), SEEDS)["test_accuracy"]
-    compared = [near("what is delivered and supervised training", accuracies["test_accuracy"], supervised)]
+    compared = [
+        near("what is delivered and supervised training", accuracies["test_accuracy"], supervised)
+    ]
     compared += [above_chance(name, accuracy, CHANCE) for name, accuracy in accuracies.items()]
     if method[0] == "mpl":
         control = means(train, images_words(pictures, ("none", *method[1:])), SEEDS)
@@ -149,14 +165,20 @@ def test_noisy_student_on_pictures_comes_out_with_its_noise(train: Train, pictur
     words = ("noisy-student", "images", *folders, *SMALL, "--steps", "400", "--rounds", "1")
     accuracies = means(train, words, SEEDS)
     supervised = means(train, images_words(pictures, ("supervised",)), SEEDS)["test_accuracy"]
-    compared = [near("what is delivered and supervised training", accuracies["test_accuracy"], supervised)]
+    compared = [
+        near("what is delivered and supervised training", accuracies["test_accuracy"], supervised)
+    ]
     compared += [above_chance(name, accuracy, CHANCE) for name, accuracy in accuracies.items()]
     check_all(compared)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["example_weights", "meta_weight_net", "label_correction", "noise_transition"])
-def test_a_training_on_doubtful_pictures_comes_out(train: Train, pictures: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["example_weights", "meta_weight_net", "label_correction", "noise_transition"]
+)
+def test_a_training_on_doubtful_pictures_comes_out(
+    train: Train, pictures: Path, method: str
+) -> None:
     words = noisy_words(pictures, method)
     accuracy = means(train, words, SEEDS)["test_accuracy"]
     compared = [above_chance(method, accuracy, CHANCE)]

@@ -13,7 +13,9 @@ RATES = ("default", "SGD 0.3")
 
 QUICK = [Row("reinforce", Loop(way="step"))]
 
-CONSTANT = [Row(mode, Loop(way="step", optimizer=rate)) for rate in RATES for mode in (*MODES, COSINE)]
+CONSTANT = [
+    Row(mode, Loop(way="step", optimizer=rate)) for rate in RATES for mode in (*MODES, COSINE)
+]
 NORMALIZED = [
     Row(mode, Loop(way="step", optimizer=rate))
     for rate in RATES

@@ -5,12 +5,27 @@ from __future__ import annotations
 import pytest
 from trainings import Loop, Row, check, controls, marked
 
-from metapl.feedback import Difference, Forward, Implicit, LossDifference, Reinforce, ReinforcePerExample
+from metapl.feedback import (
+    Difference,
+    Forward,
+    Implicit,
+    LossDifference,
+    Reinforce,
+    ReinforcePerExample,
+)
 
 IDENTITY = Implicit(solver="identity")
 """What the error of ``mode="implicit"`` sends people to: the default solver refuses networks in training."""
 
-MODES = ("forward", "reinforce", "loss_difference", "reinforce_per_example", "difference", "unrolled", IDENTITY)
+MODES = (
+    "forward",
+    "reinforce",
+    "loss_difference",
+    "reinforce_per_example",
+    "difference",
+    "unrolled",
+    IDENTITY,
+)
 
 COSINE = Reinforce(similarity="cosine", baseline=0.99)
 
@@ -63,7 +78,9 @@ LOOPS = (
 # ``difference`` and ``unrolled`` have the gradient of ``forward``, so that these say nothing more of another loop.
 DISTINCT = ("forward", "reinforce", "loss_difference", "reinforce_per_example", IDENTITY)
 
-LONG = OPTIONS + [Row(mode, loop) for loop in LOOPS for mode in DISTINCT] + controls([Loop(), *LOOPS])
+LONG = (
+    OPTIONS + [Row(mode, loop) for loop in LOOPS for mode in DISTINCT] + controls([Loop(), *LOOPS])
+)
 
 
 @pytest.mark.parametrize("row", marked(QUICK, LONG))

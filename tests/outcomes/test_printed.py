@@ -18,10 +18,19 @@ from metapl.feedback import Estimator, Forward, Implicit, Reinforce, estimator
 
 ROOT = Path(__file__).parents[2]
 
-PAGES = ("README.md", "docs/index.md", "docs/tutorial.md", "docs/modes.md", "docs/no-help.md", "docs/own-loop.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/tutorial.md",
+    "docs/modes.md",
+    "docs/no-help.md",
+    "docs/own-loop.md",
+)
 
 ESTIMATORS = {
-    name: kind for name, kind in vars(feedback).items() if inspect.isclass(kind) and issubclass(kind, Estimator)
+    name: kind
+    for name, kind in vars(feedback).items()
+    if inspect.isclass(kind) and issubclass(kind, Estimator)
 }
 CALL = re.compile(rf"\b({'|'.join(ESTIMATORS)})\([^()]*\)")
 
@@ -32,7 +41,9 @@ def printed_estimators(text: str) -> Iterator[Estimator]:
         call = ast.parse(match[0], mode="eval").body
         assert isinstance(call, ast.Call)
         constants = {word.arg: word.value for word in call.keywords}
-        arguments = {name: node.value for name, node in constants.items() if isinstance(node, ast.Constant)}
+        arguments = {
+            name: node.value for name, node in constants.items() if isinstance(node, ast.Constant)
+        }
         if len(arguments) == len(call.keywords) and ... not in arguments.values():
             yield ESTIMATORS[match[1]](**arguments)
 
@@ -51,9 +62,7 @@ def printed_modes(source: str) -> Iterator[Estimator]:
 
 
 def test_calls_are_found_and_forms_are_not() -> None:
-    text = (
-        '`metapl.feedback.Reinforce(similarity="cosine", baseline=0.99)`, `Forward(truncate=m)`, `Implicit(solver=...)`'
-    )
+    text = '`metapl.feedback.Reinforce(similarity="cosine", baseline=0.99)`, `Forward(truncate=m)`, `Implicit(solver=...)`'
     assert [*printed_estimators(text)] == [Reinforce(similarity="cosine", baseline=0.99)]
     source = 'BilevelTrainer(t, s)\nmetapl.BilevelTrainer(t, s, "reinforce")\nmetapl.BilevelTrainer(*two(), mode=mode)'
     assert [*printed_modes(source)] == [Forward(), Reinforce()]
@@ -69,7 +78,9 @@ def test_what_a_page_prints_is_a_row(page: str) -> None:
 
 def test_the_modes_page_prints_settings() -> None:
     """The test above has something to look at beside the names of modes."""
-    assert Reinforce(similarity="cosine", baseline=0.99) in printed_estimators((ROOT / "docs/modes.md").read_text())
+    assert Reinforce(similarity="cosine", baseline=0.99) in printed_estimators(
+        (ROOT / "docs/modes.md").read_text()
+    )
 
 
 def test_what_the_error_of_implicit_names_is_a_row() -> None:

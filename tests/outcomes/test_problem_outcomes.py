@@ -65,8 +65,14 @@ def drawn(dataset: str, noise: Noise, seed: int) -> Rows:
     y = torch.tensor(table.target, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
-    parts = [TRUSTED_ROWS[dataset], GIVEN_ROWS[dataset], len(x) - TRUSTED_ROWS[dataset] - GIVEN_ROWS[dataset]]
-    (x_trusted, x_given, x_test), (y_trusted, y_given, y_test) = (column[order].split(parts) for column in (x, y))
+    parts = [
+        TRUSTED_ROWS[dataset],
+        GIVEN_ROWS[dataset],
+        len(x) - TRUSTED_ROWS[dataset] - GIVEN_ROWS[dataset],
+    ]
+    (x_trusted, x_given, x_test), (y_trusted, y_given, y_test) = (
+        column[order].split(parts) for column in (x, y)
+    )
     classes = int(y.max()) + 1
     shift = torch.ones_like(y_given)
     if noise == "symmetric":
@@ -81,11 +87,15 @@ def network(rows: Rows) -> nn.Module:
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(
+        module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
 
 
 @cache
-def plain(dataset: str, noise: Noise, seed: int, optimizer: Optimizer, on: Literal["trusted", "given"]) -> float:
+def plain(
+    dataset: str, noise: Noise, seed: int, optimizer: Optimizer, on: Literal["trusted", "given"]
+) -> float:
     """Test accuracy in % of training on the trusted labels alone, or on all labels as they are."""
     rows = drawn(dataset, noise, seed)
     x, y = rows.trusted
@@ -121,21 +131,27 @@ PROBLEMS: dict[str, tuple[metapl.BilevelProblem, Callable[[Rows], nn.Module | No
 }
 
 
-def trained(name: str, dataset: str, noise: Noise, seed: int, optimizer: Optimizer | None, **options: Any) -> float:
+def trained(
+    name: str, dataset: str, noise: Noise, seed: int, optimizer: Optimizer | None, **options: Any
+) -> float:
     """Test accuracy in % of a problem at its defaults, with the student's optimizer or the default one."""
     rows = drawn(dataset, noise, seed)
     problem, teacher_of = PROBLEMS[name]
     torch.manual_seed(seed)
     student = network(rows)
     inner = None if optimizer is None else optimizer(student)
-    trainer = metapl.BilevelTrainer(teacher_of(rows), student, problem=problem, inner_optimizer=inner)
+    trainer = metapl.BilevelTrainer(
+        teacher_of(rows), student, problem=problem, inner_optimizer=inner
+    )
     index = torch.arange(len(rows.given[1]))
     batch: tuple[Tensor, ...] = rows.given
     if name == "ExampleWeights":
         batch = (*rows.given, index)
     elif name == "ExampleLabels":
         batch = (rows.given[0], index)
-    trainer.fit(rows.trusted, batch, **{"steps": STEPS, "batch_size": 64, "progress": False} | options)
+    trainer.fit(
+        rows.trusted, batch, **{"steps": STEPS, "batch_size": 64, "progress": False} | options
+    )
     return float(100 * trainer.evaluate(rows.test).accuracy)
 
 
@@ -168,7 +184,10 @@ def not_behind(accuracies: Any, *, of_trusted: bool = True) -> None:
     "name",
     [
         "ExampleWeights",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("NoiseTransition", "LabelCorrection")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("NoiseTransition", "LabelCorrection")
+        ),
     ],
 )
 def test_problems_of_labels_learn_at_their_defaults(name: str) -> None:
@@ -180,12 +199,22 @@ def test_problems_of_labels_learn_at_their_defaults(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ExampleWeights", *(pytest.param(name, marks=pytest.mark.long) for name in ("ExampleLabels", "NoiseTransition"))],
+    [
+        "ExampleWeights",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("ExampleLabels", "NoiseTransition")
+        ),
+    ],
 )
-def test_a_problem_goes_red_where_its_rate_is_put_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_goes_red_where_its_rate_is_put_back(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By SGD at 0.05, the trainer's own default, the weights, labels or matrix stay as they began."""
     problem, _ = PROBLEMS[name]
-    monkeypatch.setattr(type(problem), "default_outer_optimizer", BilevelProblem.default_outer_optimizer)
+    monkeypatch.setattr(
+        type(problem), "default_outer_optimizer", BilevelProblem.default_outer_optimizer
+    )
     with pytest.raises(AssertionError):
         not_behind(compared(name, "digits", "asymmetric"))
 
@@ -226,7 +255,9 @@ CASES = [
 @pytest.mark.parametrize(("dataset", "noise"), CASES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problems_are_not_behind_plain_training(name: str, dataset: str, noise: Noise) -> None:
-    not_behind(compared(name, dataset, noise), of_trusted=(name, dataset, noise) not in BEHIND_TRUSTED)
+    not_behind(
+        compared(name, dataset, noise), of_trusted=(name, dataset, noise) not in BEHIND_TRUSTED
+    )
 
 
 def plain_sgd(module: nn.Module) -> torch.optim.Optimizer:
@@ -247,14 +278,20 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", [plain_sgd, fast_sgd, adam, adamw])
-@pytest.mark.parametrize("name", ["ExampleWeights", "ExampleLabels", "NoiseTransition", "LabelCorrection"])
-def test_problems_are_not_behind_with_other_optimizers_of_the_student(name: str, optimizer: Optimizer) -> None:
+@pytest.mark.parametrize(
+    "name", ["ExampleWeights", "ExampleLabels", "NoiseTransition", "LabelCorrection"]
+)
+def test_problems_are_not_behind_with_other_optimizers_of_the_student(
+    name: str, optimizer: Optimizer
+) -> None:
     not_behind(compared(name, "digits", "asymmetric", optimizer))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("batch_size", [32, 512])
-@pytest.mark.parametrize("name", ["ExampleWeights", "ExampleLabels", "NoiseTransition", "LabelCorrection"])
+@pytest.mark.parametrize(
+    "name", ["ExampleWeights", "ExampleLabels", "NoiseTransition", "LabelCorrection"]
+)
 def test_problems_are_not_behind_with_other_batches(name: str, batch_size: int) -> None:
     not_behind(compared(name, "digits", "asymmetric", batch_size=batch_size))
 
@@ -263,5 +300,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for problem_name in PROBLEMS:
         for data_name, kind_of_noise in CASES:
-            means = compared(problem_name, data_name, kind_of_noise, seeds=[int(seed) for seed in sys.argv[1:]])
-            print(problem_name, data_name, kind_of_noise, *(f"{mean:.1f}" for mean in means), flush=True)
+            means = compared(
+                problem_name, data_name, kind_of_noise, seeds=[int(seed) for seed in sys.argv[1:]]
+            )
+            print(
+                problem_name,
+                data_name,
+                kind_of_noise,
+                *(f"{mean:.1f}" for mean in means),
+                flush=True,
+            )

@@ -83,10 +83,16 @@ def comparisons(data: str, mode: str, seeds: Seeds) -> Iterator[Comparison]:
     frequent = [np.bincount(rows_of_seed(data, seed).test_labels).max() for seed in seeds]
     yield above_chance("classifier", accuracy, statistics.fmean(frequent) / DATA_SETS[data].test)
     yield near("classifier and its mode none", accuracy, without_feedback(data, seeds))
-    yield near("classifier and logistic regression on the labeled rows", accuracy, on_labeled(data, seeds))
+    yield near(
+        "classifier and logistic regression on the labeled rows", accuracy, on_labeled(data, seeds)
+    )
 
 
-TABLES = [*itertools.product(["wine", "breast_cancer", "digits"], ["forward", "reinforce", "loss_difference"])]
+TABLES = [
+    *itertools.product(
+        ["wine", "breast_cancer", "digits"], ["forward", "reinforce", "loss_difference"]
+    )
+]
 
 
 def test_the_classifier_comes_out_for_a_seed() -> None:

@@ -92,7 +92,9 @@ def split_of(data: str, labeled: int, seed: int) -> Split:
     inputs = data_set.scaled(torch.tensor(bunch.data, dtype=torch.float32))
     classes = int(labels.max()) + 1
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    labeled_rows = torch.cat([order[labels[order] == label][: labeled // classes] for label in range(classes)])
+    labeled_rows = torch.cat(
+        [order[labels[order] == label][: labeled // classes] for label in range(classes)]
+    )
     other_rows = order[~torch.isin(order, labeled_rows)]
     unlabeled_rows = other_rows[: data_set.unlabeled]
     test_rows = other_rows[data_set.unlabeled :][: data_set.test]
@@ -129,7 +131,9 @@ def sgd(rate: float) -> Callable[[nn.Module], Optimizers]:
     """Return the trainer's default optimizer at another rate."""
 
     def optimizer(network: nn.Module) -> Optimizers:
-        return torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        return torch.optim.SGD(
+            network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
 
     return optimizer
 
@@ -183,7 +187,9 @@ class Loop:
     def unlabeled_batches(self, seed: int) -> list[Any]:
         """Return the inputs of each step, or with a noise pairs of them as they are and with the noise."""
         split = self.split(seed)
-        rows = batches_of_rows(len(split.unlabeled_inputs), self.unlabeled_batch, self.steps, seed=1000 * seed + 2)
+        rows = batches_of_rows(
+            len(split.unlabeled_inputs), self.unlabeled_batch, self.steps, seed=1000 * seed + 2
+        )
         batches = [split.unlabeled_inputs[batch] for batch in rows]
         if self.noise is None:
             return batches
@@ -408,7 +414,9 @@ def controls(loops: Iterable[Loop]) -> list[Row]:
     return [Row("none", loop, hard=hard) for loop in loops for hard in (False, True)]
 
 
-def marked(quick: list[Row], long: list[Row], red: Mapping[Row, str] = MappingProxyType({})) -> list[Any]:
+def marked(
+    quick: list[Row], long: list[Row], red: Mapping[Row, str] = MappingProxyType({})
+) -> list[Any]:
     """Return the rows as parameters of a test: those of the second list ``long``, and those that are red, which is
     known and has a reason, as expected failures."""
     parameters = [pytest.param(row, id=row.title) for row in quick]

@@ -35,9 +35,34 @@ from metapl.apps.pictures.views.transforms import (
     Weak,
 )
 
-__all__ = ["CIFAR_OPERATIONS", "SVHN_OPERATIONS", "Affine", "Chain", "Color", "DigitsSplit", "EvaluationBatches"]
-__all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "Images", "LabeledBatches"]
-__all__ += ["LabeledFiles", "MemoryImages", "RandAugment", "Recolor", "ResizedCrop", "Seeded", "ShiftNoiseCutout"]
+__all__ = [
+    "CIFAR_OPERATIONS",
+    "SVHN_OPERATIONS",
+    "Affine",
+    "Chain",
+    "Color",
+    "DigitsSplit",
+    "EvaluationBatches",
+]
+__all__ += [
+    "FileImages",
+    "Files",
+    "Finding",
+    "Flip",
+    "Hole",
+    "Identity",
+    "Images",
+    "LabeledBatches",
+]
+__all__ += [
+    "LabeledFiles",
+    "MemoryImages",
+    "RandAugment",
+    "Recolor",
+    "ResizedCrop",
+    "Seeded",
+    "ShiftNoiseCutout",
+]
 __all__ += ["Sometimes", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
 __all__ += ["check_folders", "load_digits_split", "read_image", "replaced_files"]
 __all__ += ["scan_labeled", "scan_unlabeled", "stratified_split", "verify_files"]

@@ -112,7 +112,9 @@ class FileImages:
         # Not a list: forked workers copy Python's own objects bit by bit, as their counts of references change.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         if not len(self._paths) or min(size) < 1:
-            raise MetaplError(f"FileImages got {len(self._paths)} paths and size {size}; expected 1 or more of each.")
+            raise MetaplError(
+                f"FileImages got {len(self._paths)} paths and size {size}; expected 1 or more of each."
+            )
         self._indices = torch.arange(len(self._paths))
         self.size, self.mode, self.center, self.log = size, mode, center, log
         # Whether a picture is kept, and the pictures. Two that read the same one at once write the same bytes.
@@ -134,7 +136,9 @@ class FileImages:
         # Not torch's shared tensors, which are bounded by the size of /dev/shm.
         count, bytes_each = len(self._paths), math.prod(self.shape)
         memory = np.frombuffer(mmap.mmap(-1, count * (1 + bytes_each)), dtype=np.uint8)
-        return self._with(_kept=(memory[:count], torch.from_numpy(memory[count:].reshape(count, *self.shape))))
+        return self._with(
+            _kept=(memory[:count], torch.from_numpy(memory[count:].reshape(count, *self.shape)))
+        )
 
     def _with(self, **changes: Any) -> FileImages:
         copy = object.__new__(FileImages)
@@ -157,12 +161,18 @@ class FileImages:
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
-        found = [(views[0], index) for index in indices.tolist() if (views := self._views(index)) is not None]
+        found = [
+            (views[0], index)
+            for index in indices.tolist()
+            if (views := self._views(index)) is not None
+        ]
         none = torch.empty(0, *self.shape, dtype=torch.uint8)
         images = torch.stack([image for image, _ in found]) if found else none
         return images, torch.tensor([index for _, index in found], dtype=torch.int64)
 
-    def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
+    def fetch_crops(
+        self, indices: Tensor, crops: Sequence[Sequence[Crop]]
+    ) -> tuple[list[Tensor], Tensor]:
         """V boxes, or the whole, of each of the pictures ``indices``, (B,) int64: V tensors, uint8 (B, C, H, W), and
         which pictures they are, (B,) int64."""
         found, used, tries = list[list[Tensor]](), list[int](), min(_IN_A_ROW, len(self))
@@ -174,8 +184,12 @@ class FileImages:
                     break
             else:
                 first = f"the first being {self.path(index)}"
-                raise MetaplError(f"{tries} pictures in a row cannot be read, {first}: is the disk still there?")
-        return [torch.stack(view) for view in zip(*found, strict=True)], torch.tensor(used, dtype=torch.int64)
+                raise MetaplError(
+                    f"{tries} pictures in a row cannot be read, {first}: is the disk still there?"
+                )
+        return [torch.stack(view) for view in zip(*found, strict=True)], torch.tensor(
+            used, dtype=torch.int64
+        )
 
     def _views(self, index: int, crops: Sequence[Crop] = ()) -> list[Tensor] | None:
         """Boxes of a picture, or the whole one; None where it cannot be read."""
@@ -202,15 +216,22 @@ class FileImages:
 
 def pick(values: Tensor, indices: Tensor) -> Tensor:
     """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
-    return values.index_select(0, to_device(indices, values.device))  # on the CPU ten times as fast as values[indices]
+    return values.index_select(
+        0, to_device(indices, values.device)
+    )  # on the CPU ten times as fast as values[indices]
 
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
     known = replaced_files(log)
-    new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
+    new = [
+        {"file": path, "reason": reason} for path, reason in reasons.items() if path not in known
+    ]
     if new:
-        torn = log.exists() and read_plain(log)[-1:] not in (b"", b"\n")  # by a process that was killed
+        torn = log.exists() and read_plain(log)[-1:] not in (
+            b"",
+            b"\n",
+        )  # by a process that was killed
         with log.open("a", encoding="utf-8") as file:  # in one piece, for workers add to it too
             file.write("\n" * torn + "".join(json.dumps(entry) + "\n" for entry in new))
 
@@ -219,7 +240,9 @@ def replaced_files(log: Path) -> dict[str, str]:
     """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
     reasons = {}
     for line in read_plain(log).decode("utf-8", "replace").splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # torn or damaged
+        with contextlib.suppress(
+            ValueError, LookupError, TypeError, RecursionError
+        ):  # torn or damaged
             entry = json.loads(line)
             reasons[str(entry["file"])] = str(entry["reason"])
     return reasons
@@ -245,7 +268,9 @@ class ExampleBatches(StepBatches[BatchT]):
         sizes = {"sampler": self.sampler.size, "images": len(self.images)}
         sizes |= {name: len(column) for name, column in self.columns.items()}
         if len({*sizes.values()}) > 1 or (self.steps or 0) < 0:
-            raise MetaplError(f"the sizes are {sizes} and steps {self.steps}; expected one size, and steps >= 0.")
+            raise MetaplError(
+                f"the sizes are {sizes} and steps {self.steps}; expected one size, and steps >= 0."
+            )
         if self.crop is not None and not isinstance(self.images, FileImages):
             raise MetaplError("images in memory are cropped by a view; expected files for crop=.")
 
@@ -257,7 +282,11 @@ class ExampleBatches(StepBatches[BatchT]):
     @property
     def columns(self) -> dict[str, Tensor]:
         """What else a batch holds of the same examples, by name."""
-        return {name: held for name in ("labels", "stored") if (held := getattr(self, name, None)) is not None}
+        return {
+            name: held
+            for name in ("labels", "stored")
+            if (held := getattr(self, name, None)) is not None
+        }
 
     @property
     def examples(self) -> int:
@@ -288,12 +317,17 @@ class ExampleBatches(StepBatches[BatchT]):
 
             def box(view: int, row: int, height: int, width: int) -> Box:
                 """A box of an image, drawn once its size is known."""
-                boxes, mirrors = crop.boxes(seeds[view], step, examples[row : row + 1], height, width)
+                boxes, mirrors = crop.boxes(
+                    seeds[view], step, examples[row : row + 1], height, width
+                )
                 mirrored[view, row] = mirrors[0]
                 top, left, tall, wide = boxes[0].tolist()
                 return left, top, left + wide, top + tall
 
-            boxes = [[partial(box, view, row) for view in range(len(seeds))] for row in range(len(indices))]
+            boxes = [
+                [partial(box, view, row) for view in range(len(seeds))]
+                for row in range(len(indices))
+            ]
             seen, used = self.images.fetch_crops(indices, boxes)
             flips = mirrored[:, :, None, None, None]
             images = [torch.where(flip, x.flip(-1), x) for flip, x in zip(flips, seen, strict=True)]
@@ -301,7 +335,11 @@ class ExampleBatches(StepBatches[BatchT]):
 
     def augment(self, step: int, fetched: Fetched) -> BatchT:
         count = len(fetched) - len(self.columns)
-        images = fetched[:count] if isinstance(self.images, Tensor) else tuple(map(in_unit_range, fetched[:count]))
+        images = (
+            fetched[:count]
+            if isinstance(self.images, Tensor)
+            else tuple(map(in_unit_range, fetched[:count]))
+        )
         if self.crop is None:
             images = images * len(self.views)
         how: Any = {"step": step, "examples": self._examples(step)}
@@ -405,7 +443,9 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or self.batch_size < 1:
             given = f"{len(self.images)} images, {len(self.labels)} labels, batch_size {self.batch_size}"
-            raise MetaplError(f"EvaluationBatches got {given}; expected as many labels as images, 1 or more a batch")
+            raise MetaplError(
+                f"EvaluationBatches got {given}; expected as many labels as images, 1 or more a batch"
+            )
 
     @property
     def steps(self) -> int:  # type: ignore[override]  # follows from the rest
@@ -417,8 +457,12 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.images)))
-        fetch = self.images.fetch_sound if isinstance(self.images, FileImages) else self.images.fetch
+        indices = torch.arange(
+            step * self.batch_size, min((step + 1) * self.batch_size, len(self.images))
+        )
+        fetch = (
+            self.images.fetch_sound if isinstance(self.images, FileImages) else self.images.fetch
+        )
         images, used = fetch(indices)
         return in_unit_range(images), pick(self.labels, used)
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.apps.pictures.reader import SUFFIXES, TAR, UnreadableImage, open_picture, read_image, size_of, tar_members
+from metapl.apps.pictures.reader import (
+    SUFFIXES,
+    TAR,
+    UnreadableImage,
+    open_picture,
+    read_image,
+    size_of,
+    tar_members,
+)
 from metapl.errors import MetaplError, few, reason_of
 from metapl.words import shown
 
@@ -67,15 +75,23 @@ class LabeledFiles(Files):
     labels: tuple[int, ...] = ()  # of each file, an index into the classes
 
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
-        return dataclasses.replace(super().keep(indices), labels=tuple(self.labels[i] for i in indices))
+        return dataclasses.replace(
+            super().keep(indices), labels=tuple(self.labels[i] for i in indices)
+        )
 
     def targets(self, classes: Sequence[str] | None = None) -> Tensor:
         """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own. A MetaplError where there
         are pictures of another class."""
-        known = {name: index for index, name in enumerate(self.classes if classes is None else classes)}
+        known = {
+            name: index for index, name in enumerate(self.classes if classes is None else classes)
+        }
         if unknown := sorted({self.classes[label] for label in self.labels} - known.keys()):
-            raise MetaplError(f"{self.root} has pictures of {few(unknown)}; expected {few(known, 20)} alone.")
-        return torch.tensor([known[self.classes[label]] for label in self.labels], dtype=torch.int64)
+            raise MetaplError(
+                f"{self.root} has pictures of {few(unknown)}; expected {few(known, 20)} alone."
+            )
+        return torch.tensor(
+            [known[self.classes[label]] for label in self.labels], dtype=torch.int64
+        )
 
     def counts(self) -> dict[str, int]:
         """Number of pictures of each class."""
@@ -102,16 +118,24 @@ def scan_unlabeled(folder: str | Path) -> Files:
     if root.suffix == ".txt" and root.is_file():
         lines = root.read_text("utf-8", "surrogateescape").splitlines()
         listed = {os.path.abspath(root.parent / line) for line in lines if line}
-        root = Path(os.path.commonpath([os.path.dirname(path) for path in listed]) if listed else root)
+        root = Path(
+            os.path.commonpath([os.path.dirname(path) for path in listed]) if listed else root
+        )
         names, passed_over = _pictures(os.path.relpath(path, root) for path in listed)
     else:
         names, passed_over = _pictures(name for _, files in _listed(root) for name in files)
     if not names and passed_over[TAR]:
         listed = set()
         for tar in (name for _, files in _listed(root) for name in files if name.endswith(TAR)):
-            inside = [name for name, _, _ in tar_members(root / tar) if all(map(_is_visible, name.split("/")))]
+            inside = [
+                name
+                for name, _, _ in tar_members(root / tar)
+                if all(map(_is_visible, name.split("/")))
+            ]
             if twice := [name for name, times in Counter(inside).items() if times > 1]:
-                raise MetaplError(f"{shown(root / tar)} has {few(twice)} more than once; expected each name once.")
+                raise MetaplError(
+                    f"{shown(root / tar)} has {few(twice)} more than once; expected each name once."
+                )
             listed |= {f"{tar}/{name}" for name in inside}
         names, passed_over = _pictures(listed)
     _refuse_none(names, root, passed_over)
@@ -133,12 +157,16 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
     classes, files = next(_listed(root))
     if not classes:
         example = f"{root / 'cat'}, {root / 'dog'}"
-        raise MetaplError(f"{root} has no folder in it; expected one folder a class, with its pictures: {example}")
+        raise MetaplError(
+            f"{root} has no folder in it; expected one folder a class, with its pictures: {example}"
+        )
     _, passed_over = _pictures(files)  # pictures beside the class folders have no class
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        below, others = _pictures(file for _, files in _listed(root / name, above=root) for file in files)
+        below, others = _pictures(
+            file for _, files in _listed(root / name, above=root) for file in files
+        )
         names += (f"{name}/{picture}" for picture in below)
         labels += [label] * len(below)
         passed_over.update(others)
@@ -150,7 +178,9 @@ def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int
     if not names:
         kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
         others = f", only {kinds}" if kinds else ""
-        raise MetaplError(f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}.")
+        raise MetaplError(
+            f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}."
+        )
 
 
 def _pictures(files: Iterable[str]) -> tuple[tuple[str, ...], Counter[str]]:
@@ -178,7 +208,10 @@ def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], 
     for folder, inside, files in walk(root, refuse, above):
         inside[:] = filter(_is_visible, inside)
         below = os.path.relpath(folder, root)
-        yield inside, [name if below == "." else f"{below}/{name}" for name in files if _is_visible(name)]
+        yield (
+            inside,
+            [name if below == "." else f"{below}/{name}" for name in files if _is_visible(name)],
+        )
 
 
 def _is_visible(name: str) -> bool:
@@ -279,7 +312,9 @@ class Verified:
         for name, reason in self.skipped.items():
             reasons[reason.split(" (")[0]].append(name)  # without what is the file's own
         ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
-        return "\n".join(f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked)
+        return "\n".join(
+            f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked
+        )
 
 
 def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
@@ -351,16 +386,30 @@ def check_folders(
     for side, files in [*sides.items()][1:]:
         whole, other = root.resolve(), files.root.resolve()
         inside = whole in other.parents
-        if inside or (other in whole.parents and side != "unlabeled"):  # whose folder may hold all pictures
+        if inside or (
+            other in whole.parents and side != "unlabeled"
+        ):  # whose folder may hold all pictures
             inner, outer = ((side, files.root), ("labeled", root))[:: 1 if inside else -1]
             what = f"the {inner[0]} folder {shown(inner[1])} lies inside the {outer[0]} folder {shown(outer[1])}"
-            findings.append(Finding("error", f"{what}, every subfolder of which is a class; expected one beside it."))
+            findings.append(
+                Finding(
+                    "error", f"{what}, every subfolder of which is a class; expected one beside it."
+                )
+            )
             if side != "unlabeled":
-                del sides[side]  # around the labeled folder, it has copies of all in it, which says nothing more
+                del sides[
+                    side
+                ]  # around the labeled folder, it has copies of all in it, which says nothing more
     if len(counts) < 2:
-        findings.append(Finding("error", f"{root} has one class, {few(counts)}; expected two or more folders."))
+        findings.append(
+            Finding("error", f"{root} has one class, {few(counts)}; expected two or more folders.")
+        )
     if empty := [name for name, count in counts.items() if count == 0]:
-        findings.append(Finding("error", f"{root} has no picture of {few(empty)}; add some, or remove the folder."))
+        findings.append(
+            Finding(
+                "error", f"{root} has no picture of {few(empty)}; add some, or remove the folder."
+            )
+        )
     if copies:
         findings += find_copies(sides, progress)
     for side, held_out in (("validation", validation), ("test", test)):
@@ -385,7 +434,9 @@ class _File(NamedTuple):
     label: int = 0
 
 
-def find_copies(sides: Mapping[str, Files], progress: Progress = silent, *, trained: bool = False) -> Iterator[Finding]:
+def find_copies(
+    sides: Mapping[str, Files], progress: Progress = silent, *, trained: bool = False
+) -> Iterator[Finding]:
     """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`.
 
     Args:
@@ -399,16 +450,31 @@ def find_copies(sides: Mapping[str, Files], progress: Progress = silent, *, trai
     def contradict(group: list[_File]) -> bool:
         return len({file.label for file in group if file.side == "labeled"}) > 1
 
-    groups = _same_bytes(sides, lambda group: contradict(group) or len({file.side for file in group}) > 1, progress)
+    groups = _same_bytes(
+        sides, lambda group: contradict(group) or len({file.side for file in group}) > 1, progress
+    )
     for held_out, other in (
-        *((held_out, other) for held_out in ("test", "validation") for other in ("labeled", "unlabeled")),
+        *(
+            (held_out, other)
+            for held_out in ("test", "validation")
+            for other in ("labeled", "unlabeled")
+        ),
         ("test", "validation"),
     ):
-        pairs = [(path, copy) for group in groups for copy in on(group, other)[:1] for path in on(group, held_out)]
+        pairs = [
+            (path, copy)
+            for group in groups
+            for copy in on(group, other)[:1]
+            for path in on(group, held_out)
+        ]
         if pairs:
             harmless = other == "validation"
             named = few(path + f" is {copy}" * (path != copy) for path, copy in pairs)
-            spoilt = "what is selected on them looks better than it is" if harmless else "the result would be too good"
+            spoilt = (
+                "what is selected on them looks better than it is"
+                if harmless
+                else "the result would be too good"
+            )
             yield Finding(
                 "warning" if harmless else "error",
                 f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; {spoilt}: remove them from "
@@ -428,14 +494,23 @@ def find_copies(sides: Mapping[str, Files], progress: Progress = silent, *, trai
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
     """The paths in one folder, and those in another, of each picture that both have, by its bytes."""
-    for group in _same_bytes({"own": files, "other": others}, lambda group: len({file.side for file in group}) == 2):
-        yield [file.path for file in group if file.side == "own"], [f.path for f in group if f.side == "other"]
+    for group in _same_bytes(
+        {"own": files, "other": others}, lambda group: len({file.side for file in group}) == 2
+    ):
+        yield (
+            [file.path for file in group if file.side == "own"],
+            [f.path for f in group if f.side == "other"],
+        )
 
 
 def without_copies(files: FilesT, of: Files) -> FilesT:
     """Those of the files that another folder does not have too."""
     copies = {path for own, _ in same_pictures(files, of) for path in own}
-    return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
+    return (
+        files.keep([i for i, path in enumerate(files.paths()) if path not in copies])
+        if copies
+        else files
+    )
 
 
 def _same_bytes(

@@ -51,9 +51,7 @@ class Input:
     def note(self) -> str:
         """The same in a sentence."""
         if self.kind == "digit":
-            return (
-                f"Its input is (B, 1, {self.size}, {self.size}), ink from 0 to 1: scikit-learn's digits, divided by 16."
-            )
+            return f"Its input is (B, 1, {self.size}, {self.size}), ink from 0 to 1: scikit-learn's digits, divided by 16."
         colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.channels == 1 else "in colors"
         middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
         return (
@@ -65,7 +63,9 @@ class Input:
         """The network's input for a picture in a file."""
         if self.kind == "picture":
             mode: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
-            return in_unit_range(read_image(path, mode=mode, size=self.shape[1:], center=self.center))
+            return in_unit_range(
+                read_image(path, mode=mode, size=self.shape[1:], center=self.center)
+            )
         image = gray_image(path, self.size)
         # The digits are bright ink on dark, paper is the other way round.
         return (1 - image if image.mean() > 0.5 else image)[None]
@@ -94,7 +94,9 @@ class NetworkCard:
     std: tuple[float, ...] | None = None
     channels_last: bool = False
 
-    def create(self, factory: Callable[[], nn.Module] | None = None, weights: str | None = None) -> nn.Module:
+    def create(
+        self, factory: Callable[[], nn.Module] | None = None, weights: str | None = None
+    ) -> nn.Module:
         """The network with fresh weights, or with those of a file, which its architecture takes."""
         if self.architecture is not None:
             network = self.architecture.create(weights)

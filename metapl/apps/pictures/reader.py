@@ -102,7 +102,9 @@ def _tar_index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
     """The members of a tar file of this size and time of change, read once in a process: hashes of the names in rising
     order, starts and sizes. These are 24 bytes a member, in arrays that forked worker processes share."""
     try:
-        found = sorted((_name_hash(name), start, length) for name, start, length in tar_members(tar))
+        found = sorted(
+            (_name_hash(name), start, length) for name, start, length in tar_members(tar)
+        )
     except MetaplError as error:
         raise OSError(errno.EIO, str(error)) from error
     index = np.array(found, dtype=np.int64).reshape(-1, 3).T.copy()
@@ -118,14 +120,31 @@ def _name_hash(name: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- from a file to a tensor
 
-_KINDS = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp")
+_KINDS = (
+    "bmp",
+    "gif",
+    "jfif",
+    "jpe",
+    "jpeg",
+    "jpg",
+    "pbm",
+    "pgm",
+    "png",
+    "pnm",
+    "ppm",
+    "tif",
+    "tiff",
+    "webp",
+)
 SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
 
 # Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 MAX_PIXELS = 89_478_485  # above, a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too
-LARGE = 2**24  # pixels above which a picture is shrunk before it is converted, which takes several copies
+LARGE = (
+    2**24
+)  # pixels above which a picture is shrunk before it is converted, which takes several copies
 
 LUMA = (0.299, 0.587, 0.114)  # red, green and blue in brightness: ITU-R BT.601, as in Pillow
 
@@ -152,7 +171,11 @@ class UnreadableImage(MetaplError):
 
 
 def read_image(
-    path: str | Path, *, mode: Mode = "RGB", size: tuple[int, int] | None = None, center: float = 1.0
+    path: str | Path,
+    *,
+    mode: Mode = "RGB",
+    size: tuple[int, int] | None = None,
+    center: float = 1.0,
 ) -> Tensor:
     """Read a picture as bytes, uint8 (3, H, W), or (1, H, W) of brightness.
 
@@ -177,14 +200,18 @@ def read_image(
     (torch.Size([3, 30, 40]), tensor([255,   0,   0], dtype=torch.uint8))
     """
     if not 0 < center <= 1:
-        raise MetaplError(f"read_image got center {center}; expected a share of the sides, above 0 and at most 1.")
+        raise MetaplError(
+            f"read_image got center {center}; expected a share of the sides, above 0 and at most 1."
+        )
     if size is not None:
         return read_crops(path, [_centered(size, center)], size=size, mode=mode)[0]
     with _opened(path) as image:
         return _as_tensor(_plain(_turned(image), mode))
 
 
-def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB") -> list[Tensor]:
+def read_crops(
+    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB"
+) -> list[Tensor]:
     """Read boxes of a picture, decoding it once: for each crop of the upright picture, uint8 (3, H, W) or (1, H, W) of
     this size; else as :func:`read_image`."""
     if min(size) < 1:
@@ -200,11 +227,18 @@ def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int]
         width, height = image.size[::-1] if turned else image.size
         boxes = [crop(height, width) for crop in crops]
         # Twice the resolution of the result, so that the resampling has something to average over.
-        shrinks = (min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in boxes)
+        shrinks = (
+            min((bottom - top) / size[0], (right - left) / size[1]) / 2
+            for left, top, right, bottom in boxes
+        )
         shrink = max(1.0, min(shrinks))
         if is_jpeg:
             image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        elif image.width * image.height > LARGE and shrink >= 2 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        elif (
+            image.width * image.height > LARGE
+            and shrink >= 2
+            and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
+        ):
             exif = image.getexif()
             image = image.reduce(math.floor(shrink))
             image.getexif().update(exif)  # which side is up
@@ -234,12 +268,16 @@ def _opened(path: str | Path) -> Iterator[Image]:
             warnings.simplefilter("ignore")  # Pillow warns of oddities in files that read well
             with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableImage(path, f"more than {MAX_PIXELS:,} pixels ({image.width}x{image.height})")
+                    raise UnreadableImage(
+                        path, f"more than {MAX_PIXELS:,} pixels ({image.width}x{image.height})"
+                    )
                 yield image
     except MetaplError:
         raise
     except MemoryError as error:
-        raise MetaplError(f"{path}: the memory does not suffice to decode it; use fewer workers.") from error
+        raise MetaplError(
+            f"{path}: the memory does not suffice to decode it; use fewer workers."
+        ) from error
     except UnidentifiedImageError:
         reason = "not a picture of a known format" if size_of(path) else "the file is empty"
         raise UnreadableImage(path, reason) from None
@@ -247,7 +285,9 @@ def _opened(path: str | Path) -> Iterator[Image]:
         reason = reason_of(error)
         if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR):
             reason = f"the picture {'is truncated' if 'truncated' in reason else 'cannot be decoded'} ({reason})"
-        raise UnreadableImage(path, reason) from error  # of a pipe, a device or a folder, the system's words
+        raise UnreadableImage(
+            path, reason
+        ) from error  # of a pipe, a device or a folder, the system's words
 
 
 def _centered(size: tuple[int, int], center: float) -> Crop:
@@ -281,7 +321,9 @@ def _plain(image: Image, mode: Mode) -> Image:
         values = np.asarray(image)
         if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
             kind = "floating point" if image.mode == "F" else "32 bits"
-            raise ValueError(f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits")
+            raise ValueError(
+                f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits"
+            )
         image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -29,14 +29,20 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     (10, 3)
     """
     if not 0 < fraction < 1:
-        raise MetaplError(f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1.")
-    order = torch.argsort(draws.bits(seed, 0, torch.arange(len(labels)), 1, _VALIDATION)[:, 0], stable=True)
+        raise MetaplError(
+            f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1."
+        )
+    order = torch.argsort(
+        draws.bits(seed, 0, torch.arange(len(labels)), 1, _VALIDATION)[:, 0], stable=True
+    )
     aside = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         rows = order[labels[order] == label]
         aside[rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)]] = True
     if not aside.any():
-        raise MetaplError(f"no class of the {len(labels)} labeled pictures has two; expected more, or --val FOLDER.")
+        raise MetaplError(
+            f"no class of the {len(labels)} labeled pictures has two; expected more, or --val FOLDER."
+        )
     return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]
 
 
@@ -79,11 +85,15 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     labels = torch.as_tensor(data.target, dtype=torch.int64)
     how = {"random_state": seed}
     rest, test_rows = train_test_split(range(len(labels)), test_size=400, stratify=labels, **how)
-    train_rows, validation_rows = train_test_split(rest, test_size=197, stratify=labels[rest], **how)
+    train_rows, validation_rows = train_test_split(
+        rest, test_size=197, stratify=labels[rest], **how
+    )
     train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:
-        raise MetaplError(f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest class has")
+        raise MetaplError(
+            f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest class has"
+        )
     # The split comes shuffled, so the first of each class are a random choice.
     chosen = torch.zeros(len(train), dtype=torch.bool)
     for label in range(10):

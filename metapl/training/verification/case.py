@@ -70,7 +70,9 @@ class Case:
         takes_expectation = is_sampled and mode.credits == "signal"
         if takes_expectation:
             signals = [with_one_hot_rows(signal) for signal in signals]
-        moved: Literal["signal", "weights"] = "weights" if is_sampled and not takes_expectation else "signal"
+        moved: Literal["signal", "weights"] = (
+            "weights" if is_sampled and not takes_expectation else "signal"
+        )
         field_of_h = "log_prob" if moved == "weights" else "value"
         h: dict[tuple[int, str], Tensor] = {}
         for number, of_step in enumerate(by_mode.feedback):
@@ -95,8 +97,15 @@ class Case:
     @property
     def tolerance(self) -> float:
         """The relative error that the mode may have beyond rounding."""
-        is_exact = self.mode.exact or self.moved == "weights" or self.takes_expectation or bool(self.implicit_w)
-        is_by_difference = self.mode.name == "difference" or getattr(self.mode, "tangent", "") == "difference"
+        is_exact = (
+            self.mode.exact
+            or self.moved == "weights"
+            or self.takes_expectation
+            or bool(self.implicit_w)
+        )
+        is_by_difference = (
+            self.mode.name == "difference" or getattr(self.mode, "tangent", "") == "difference"
+        )
         if is_exact and not is_by_difference and self.eps < EPS32:
             return EXACT
         return APPROXIMATE
@@ -115,7 +124,9 @@ class Case:
         if not score.requires_grad:
             return {}
         learned = self.real.copies.learned()
-        gradients = torch.autograd.grad(score, list(learned.values()), materialize_grads=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            score, list(learned.values()), materialize_grads=True, allow_unused=True
+        )
         # Those of embeddings may be sparse.
         return {name: g.to_dense() for name, g in zip(learned, gradients, strict=True)}
 
@@ -123,7 +134,10 @@ class Case:
     def whole_gradient(self) -> Tree:
         """The teacher's gradient: that of −Σ h·signal, and the direct term of an outer loss that reads the teacher."""
         direct = self.by_mode.direct
-        return {name: g + direct[name] if name in direct else g for name, g in self.teacher_gradient.items()}
+        return {
+            name: g + direct[name] if name in direct else g
+            for name, g in self.teacher_gradient.items()
+        }
 
     @property
     def outer_loss_reads_teacher(self) -> bool:
@@ -138,7 +152,9 @@ class Case:
 
     def off(self, errors: Errors) -> list[str]:
         """Return which of the errors are more than the mode may have."""
-        return [name for name, error in errors.items() if error is not None and error > self.tolerance]
+        return [
+            name for name, error in errors.items() if error is not None and error > self.tolerance
+        ]
 
 
 def with_one_hot_rows(signal: Signal) -> Signal:
@@ -158,7 +174,9 @@ def implicit_w(step: RealStep, mode: Implicit) -> Tree:
         g = torch.autograd.grad(at_theta.inner_loss, weights, create_graph=True, **options)
 
         def hessian_product(w: Tree) -> Tree:
-            along_w = torch.stack([(g_i * w[name]).sum() for name, g_i in zip(theta, g, strict=True)]).sum()
+            along_w = torch.stack(
+                [(g_i * w[name]).sum() for name, g_i in zip(theta, g, strict=True)]
+            ).sum()
             return dict(zip(theta, torch.autograd.grad(along_w, weights, **options), strict=True))
 
         w = mode.solved(hessian_product, at_theta.gradients["outer"], step.update.learning_rate)
@@ -167,4 +185,6 @@ def implicit_w(step: RealStep, mode: Implicit) -> Tree:
 
 def flat(tree: Any) -> Tensor:
     """Return all numbers of a tree as one vector of float64."""
-    return torch.cat([as_real(t.detach().to_dense()).double().flatten() for t in pytree.tree_leaves(tree)])
+    return torch.cat(
+        [as_real(t.detach().to_dense()).double().flatten() for t in pytree.tree_leaves(tree)]
+    )

@@ -39,7 +39,10 @@ def likely_causes(case: Case) -> list[str]:
 def pairs_of_parts(before: RealStep, after: RealStep) -> list[tuple[nn.Module, nn.Module]]:
     """Return the modules of both networks before and after a step."""
     pairs: list[tuple[nn.Module, nn.Module]] = []
-    for network, network_after in ((before.student, after.student), (before.teacher, after.teacher)):
+    for network, network_after in (
+        (before.student, after.student),
+        (before.teacher, after.teacher),
+    ):
         if network is not None and network_after is not None:
             pairs += zip(network.modules(), network_after.modules(), strict=False)
     return pairs
@@ -69,7 +72,11 @@ def graph_nodes(*tensors: Tensor) -> list[Any]:
 
 def own_functions_in(t: Tensor) -> list[str]:
     """Return the names of a user's autograd functions in a graph."""
-    names = {type(node).__name__.removesuffix("Backward") for node in graph_nodes(t) if hasattr(node, "_forward_cls")}
+    names = {
+        type(node).__name__.removesuffix("Backward")
+        for node in graph_nodes(t)
+        if hasattr(node, "_forward_cls")
+    }
     return sorted(names)
 
 

@@ -158,7 +158,10 @@ def check_gradient(
     True
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-    is_alone = all(part is None for part in (student, inner_optimizer, problem, inner_state, generator, clip_norm))
+    is_alone = all(
+        part is None
+        for part in (student, inner_optimizer, problem, inner_state, generator, clip_norm)
+    )
     if is_alone and isinstance(getattr(teacher, "verification", None), Verification):
         trainer: Any = teacher
         mode = trainer.mode if mode is None else mode
@@ -167,10 +170,14 @@ def check_gradient(
         teacher, student, inner_optimizer = trainer.teacher, trainer.student, trainer.update
     estimate = estimator("forward" if mode is None else mode)
     gives_feedback = estimate.credits != "nothing"
-    teacher_layout, student_layout, device = layouts(teacher, student, differentiated=gives_feedback)  # type: ignore[arg-type]
+    teacher_layout, student_layout, device = layouts(
+        teacher, student, differentiated=gives_feedback
+    )  # type: ignore[arg-type]
     generator_of(generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
-        raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
+        raise MetaplError(
+            "check_gradient was given networks of several processes; expected those of one, not sharded."
+        )
     parameters = student_layout.parameters()
     update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
     if isinstance(update, Clipped):
@@ -185,7 +192,8 @@ def check_gradient(
     if isinstance(unlabeled, Lookahead):
         first_batches = [unlabeled[k] for k in range(min(len(unlabeled), STEPS))]
     outer_batch, *inner_batches = [
-        detached_copy(micro_batches(plain(batch), accumulate, "given")[0]) for batch in (labeled, *first_batches)
+        detached_copy(micro_batches(plain(batch), accumulate, "given")[0])
+        for batch in (labeled, *first_batches)
     ]
     step = RealStep(
         teacher=None if teacher_layout is None else teacher_layout.network,
@@ -213,7 +221,9 @@ def refuse_replaced_step(update: Update) -> None:
         replaced = vars(optimizer).get("step")
         # A learning rate scheduler of torch wraps it, and counts its calls.
         if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
-            raise MetaplError("step() of the inner optimizer was replaced on the object; expected that of its class.")
+            raise MetaplError(
+                "step() of the inner optimizer was replaced on the object; expected that of its class."
+            )
 
 
 class Verification:
@@ -237,12 +247,19 @@ class Verification:
         """
         if mark in self.verified_marks and trainer.steps_done % self.every:
             return False
-        weights = sum(p.numel() for network in trainer.networks.values() for p in network.parameters())
-        in_several_processes = any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts)
+        weights = sum(
+            p.numel() for network in trainer.networks.values() for p in network.parameters()
+        )
+        in_several_processes = any(
+            layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts
+        )
         if in_several_processes or (weights > MOST_WEIGHTS and not self.every):
             what = "several processes" if in_several_processes else f"{weights:,} weights"
             if trainer.ranks.first:
-                LOG.warning("Networks of %s are not verified: give metapl.check_gradient small ones of one.", what)
+                LOG.warning(
+                    "Networks of %s are not verified: give metapl.check_gradient small ones of one.",
+                    what,
+                )
             self.verified_marks.add(mark)
             return False
         check = check_gradient(trainer, labeled=labeled, unlabeled=unlabeled)
@@ -291,7 +308,9 @@ def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
         # Locks, open files, tensors with a graph.
         if is_out_of_memory(error):
             raise
-        return GradientCheck("cannot tell", f"the step was not verified: no copies of it ({reason_of(error)}).")
+        return GradientCheck(
+            "cannot tell", f"the step was not verified: no copies of it ({reason_of(error)})."
+        )
     try:
         return judge(copies, estimate, eps=EPS, precision="float64")
     except PastTheSignal:
@@ -305,7 +324,9 @@ def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
             raise
         reason = reason_of(error)
     # The code runs in its own type alone, or fails in that one too: then its error is raised from here.
-    own_type = next((p.dtype for p in step.student.parameters() if p.is_floating_point()), torch.float32)
+    own_type = next(
+        (p.dtype for p in step.student.parameters() if p.is_floating_point()), torch.float32
+    )
     precision = str(own_type).removeprefix("torch.")
     check = judge(step.copied(), estimate, eps=EPS32, precision=precision)
     because = f"Compared in {precision}, to {check.tolerance:g}: the networks do not run in float64 ({reason})."
@@ -343,7 +364,9 @@ def without_shape(estimate: Any) -> Estimator:
         "reduction": "sum",
     }
     names = {f.name for f in fields(plain_estimator)} if is_dataclass(plain_estimator) else set()
-    unshaped: Estimator = replace(plain_estimator, **{name: value for name, value in options.items() if name in names})
+    unshaped: Estimator = replace(
+        plain_estimator, **{name: value for name, value in options.items() if name in names}
+    )
     return unshaped
 
 
@@ -384,7 +407,13 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
     elif len(known) < len(errors):
         status = "cannot tell"
         verdict = f"{name} was not verified: rounding drowns the loss's change."
-    return GradientCheck(status, verdict, errors={} if breach else known, precision=precision, tolerance=case.tolerance)
+    return GradientCheck(
+        status,
+        verdict,
+        errors={} if breach else known,
+        precision=precision,
+        tolerance=case.tolerance,
+    )
 
 
 def breach_and_errors(case: Case) -> tuple[str, Errors]:

@@ -65,7 +65,9 @@ def has_no_log_probability(case: Case) -> str:
     """Return what is wrong with a ``log_prob`` that is not the logarithm of its value's probability."""
     for signal in case.real.signals:
         log_prob, value = signal.log_prob, signal.value
-        is_of_classes = log_prob is not None and not value.is_floating_point() and value.shape == log_prob.shape
+        is_of_classes = (
+            log_prob is not None and not value.is_floating_point() and value.shape == log_prob.shape
+        )
         if log_prob is None or not is_of_classes:
             continue
         if signal.probs is None:
@@ -73,7 +75,9 @@ def has_no_log_probability(case: Case) -> str:
         else:
             expected = signal.probs.gather(-1, value[..., None])[..., 0].log()
         if not torch.allclose(log_prob, expected, 1e-6, max(1e-6, 10 * case.eps)):
-            return "log_prob is not the logarithm of a probability, that of the value that was drawn."
+            return (
+                "log_prob is not the logarithm of a probability, that of the value that was drawn."
+            )
     return ""
 
 

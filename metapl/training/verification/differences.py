@@ -94,7 +94,11 @@ def compare(
     for along, direction in directions(case, moved, gradient).items():
         terms = flat([gradient[key] * t for key, t in direction.items()])
         errors[f"{name or f'the {moved}'}, {along}"] = error_of_slope(
-            partial(value_at, direction=direction), terms, level=level, eps=case.eps, tolerance=case.tolerance
+            partial(value_at, direction=direction),
+            terms,
+            level=level,
+            eps=case.eps,
+            tolerance=case.tolerance,
         )
     return errors
 
@@ -193,7 +197,9 @@ def moves_in_order(clear: list[float], is_short: bool) -> list[float]:
     return order + [move for move in others if move != usual]
 
 
-def agree_on_another_slope(first: tuple[float, float], second: tuple[float, float], blur: float) -> bool:
+def agree_on_another_slope(
+    first: tuple[float, float], second: tuple[float, float], blur: float
+) -> bool:
     """Return whether two differences, each with its gap to the slope, agree with each other and not with the slope."""
     (difference_1, gap_1), (difference_2, gap_2) = first, second
     return abs(difference_1 - difference_2) + 10 * blur <= 0.2 * min(gap_1, gap_2)

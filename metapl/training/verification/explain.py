@@ -24,16 +24,24 @@ PAST_THE_SIGNAL = (
 def explain(case: Case) -> Explanation:
     """Return whether a gradient that is off is allowed, and why; or the likely causes."""
     if not case.off(errors_of(case, states=case.real.states)):
-        return "allowed", "state that passes carry on (buffers, frozen parameters) depends on the weights."
+        return (
+            "allowed",
+            "state that passes carry on (buffers, frozen parameters) depends on the weights.",
+        )
     if case.teacher_gradient and not case.off(errors_of_h(case)):
         return explain_signal(case)
     bent = []
     for name, loss in (("inner", inner_loss_of), ("outer", outer_loss_of)):
-        if case.off(compare(case, name, case.real.gradients[name], value=loss, signals=case.signals)):
+        if case.off(
+            compare(case, name, case.real.gradients[name], value=loss, signals=case.signals)
+        ):
             bent.append(name)
     which = f"the gradient of the {' and '.join(bent)} loss in the student's weights is not its derivative"
     if bent and follows_double_backward(case):
-        return "allowed", f"{which} (straight-through, detached, a backward of its own), and the mode follows it."
+        return (
+            "allowed",
+            f"{which} (straight-through, detached, a backward of its own), and the mode follows it.",
+        )
     likely = [which] if bent else []
     likely += likely_causes(case)
     if not likely and case.mode.name == "difference" and is_right_by_forward(case):
@@ -41,7 +49,10 @@ def explain(case: Case) -> Explanation:
             "something that the inner loss reads of the forward besides its outputs, such as an auxiliary loss in an "
             "attribute or features by a hook, which a difference of outputs leaves out and mode 'forward' follows"
         ]
-    return "refused", f"likely {'; '.join(likely) or 'the mode, or a derivative of torch that it takes'}."
+    return (
+        "refused",
+        f"likely {'; '.join(likely) or 'the mode, or a derivative of torch that it takes'}.",
+    )
 
 
 def explain_signal(case: Case) -> Explanation:
@@ -49,16 +60,25 @@ def explain_signal(case: Case) -> Explanation:
     if moves_past_the_signal(case):
         return "allowed", PAST_THE_SIGNAL
     if case.moved == "weights":
-        return "refused", "the gradient of log_prob in the teacher is not its derivative: is it detached?"
+        return (
+            "refused",
+            "the gradient of log_prob in the teacher is not its derivative: is it detached?",
+        )
     functions = own_functions_in(case.score(case.real))
     if functions:
-        return "refused", f"the backward of {few(functions)} in the signal is not the derivative of its forward."
+        return (
+            "refused",
+            f"the backward of {few(functions)} in the signal is not the derivative of its forward.",
+        )
     if len(case.step.inner_batches) > 1:
         return "allowed", (
             "the signal is detached in part (detach, no_grad, argmax), or reads the student, which the mode takes for "
             "a constant in each step: that part is left out."
         )
-    return "allowed", "the signal is detached in part (detach, no_grad, argmax), which leaves out that part."
+    return (
+        "allowed",
+        "the signal is detached in part (detach, no_grad, argmax), which leaves out that part.",
+    )
 
 
 def is_right_by_forward(case: Case) -> bool:
@@ -76,7 +96,10 @@ def moves_past_the_signal(case: Case) -> bool:
     What reads the teacher with a gradient was refused at the door; so this does without one.
     """
     draw = torch.Generator().manual_seed(2)
-    direction = {name: torch.randn(t.shape, generator=draw).to(t) for name, t in case.teacher_gradient.items()}
+    direction = {
+        name: torch.randn(t.shape, generator=draw).to(t)
+        for name, t in case.teacher_gradient.items()
+    }
     if not direction:
         return False
     held = Evaluation(case.step, Move("teacher", direction, 1e-2), signals=case.signals)
@@ -100,7 +123,11 @@ def outer_loss_of(evaluation: Evaluation) -> torch.Tensor:
     return evaluation.loss
 
 
-REFERENCE_MODES = {"unrolled": "forward", "reinforce": "reinforce_per_example", "reinforce_per_example": "reinforce"}
+REFERENCE_MODES = {
+    "unrolled": "forward",
+    "reinforce": "reinforce_per_example",
+    "reinforce_per_example": "reinforce",
+}
 
 
 def follows_double_backward(case: Case) -> bool:

@@ -146,7 +146,9 @@ class RealStep:
     def learned(self) -> Tree:
         """Return the parameters that the feedback may reach: the teacher's and the problem's."""
         of_teacher = {} if self.teacher is None else trainable(self.teacher)
-        of_problem = {f"the problem's parameter {i}": t for i, t in enumerate(self.problem_parameters)}
+        of_problem = {
+            f"the problem's parameter {i}": t for i, t in enumerate(self.problem_parameters)
+        }
         return {**of_teacher, **of_problem}
 
     def in_the_originals(self) -> AbstractContextManager[None]:
@@ -333,7 +335,9 @@ class Evaluation:
         if student_outputs is not None and self.given_outputs is not None:
             student_outputs = self.given_outputs[number]
         teacher = nn.Module() if self.copies.teacher is None else self.copies.teacher
-        asked = self.copies.problem.signal(teacher, inner_batch, student_outputs, generator=self.copies.generator)
+        asked = self.copies.problem.signal(
+            teacher, inner_batch, student_outputs, generator=self.copies.generator
+        )
         self.signals.append(asked)
         signal = asked.detached() if self.given_signals is None else self.given_signals[number]
         self.outer_signal = signal
@@ -347,7 +351,9 @@ class Evaluation:
 
     def _begin_pass(self, network: nn.Module | None) -> None:
         """Note the buffers and frozen parameters of a network, after those that were given are put in place."""
-        named = {} if network is None else dict([*network.named_buffers(), *network.named_parameters()])
+        named = (
+            {} if network is None else dict([*network.named_buffers(), *network.named_parameters()])
+        )
         carried = {name: t for name, t in named.items() if not t.requires_grad}
         if self.given_states is not None:
             for name, t in self.given_states[len(self.states)].items():

@@ -26,10 +26,25 @@ Positive = Annotated[float, Range(above=0)]
 Probability = Annotated[float, Range(0, most=1)]
 
 # The streams of draws, one for each use.
-GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES = range(12)
+(
+    GEOMETRY,
+    NOISE,
+    CROP,
+    RESIZED_CROP,
+    OPERATIONS,
+    CUTOUT,
+    AFFINE,
+    COLOR,
+    HOLE,
+    FLIP,
+    RECOLOR,
+    SOMETIMES,
+) = range(12)
 SEEDED = 12
 
-GREY = 128  # fills the places that no pixel comes to: the middle level of 255, as in the authors' code
+GREY = (
+    128  # fills the places that no pixel comes to: the middle level of 255, as in the authors' code
+)
 
 
 class View(Protocol):
@@ -88,12 +103,19 @@ class PictureView(ABC):
         fault, takes_bytes = "", torch.uint8 in self.takes
         if images.ndim != 4 or images.dtype not in self.takes:
             kinds = " or ".join(map(str, self.takes))
-            fault = f"images {tuple(images.shape)} of {images.dtype}; expected (B, C, H, W) of {kinds}"
+            fault = (
+                f"images {tuple(images.shape)} of {images.dtype}; expected (B, C, H, W) of {kinds}"
+            )
         elif examples.shape != images.shape[:1]:
             fault = f"{tuple(examples.shape)} examples for {len(images)} images; expected the index of each image"
         elif self.is_colored and images.shape[1] not in (1, 3):
             fault = f"images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)"
-        elif self.is_colored and images.device.type == "cpu" and images.numel() and images.is_floating_point():
+        elif (
+            self.is_colored
+            and images.device.type == "cpu"
+            and images.numel()
+            and images.is_floating_point()
+        ):
             low, high = (bound.item() for bound in images.aminmax())
             over = 0.5 / 255 if takes_bytes else 0.0  # a resized image may exceed 1 by a rounding
             if not -over <= low <= high <= 1 + over:
@@ -109,7 +131,9 @@ class PictureView(ABC):
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Refuse a field."""
         if not holds:
-            raise MetaplError(f"{type(self).__name__}({field}={getattr(self, field)!r}): expected {expected}.")
+            raise MetaplError(
+                f"{type(self).__name__}({field}={getattr(self, field)!r}): expected {expected}."
+            )
 
 
 @dataclass(frozen=True)
@@ -133,7 +157,9 @@ class Seeded(PictureView):
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         # 32 bits, which is what numpy takes.
-        keys = (draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF).tolist()
+        keys = (
+            draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF
+        ).tolist()
         python, numpy, device = random.getstate(), np.random.get_state(), images.device  # noqa: NPY002
         seen = []
         try:
@@ -181,7 +207,9 @@ def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) - corners_B2[:, :1]
     cols_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
-    square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & ((cols_BW >= 0) & (cols_BW < side))[:, None, :]
+    square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & (
+        (cols_BW >= 0) & (cols_BW < side)
+    )[:, None, :]
     return images.masked_fill(square_BHW[:, None], fill)
 
 
@@ -189,7 +217,13 @@ def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor
 
 
 def normal(
-    seed: int, step: int, examples: Tensor, n: int, stream: int = 0, *, dtype: torch.dtype = torch.float32
+    seed: int,
+    step: int,
+    examples: Tensor,
+    n: int,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw from the standard normal distribution, ``n`` times per example.
 

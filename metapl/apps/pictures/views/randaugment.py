@@ -16,13 +16,24 @@ from metapl.data import draws
 from metapl.execution.batch import to_device
 from metapl.runs.fields import AtLeastOne, AtLeastZero
 
-_COLORS = ("AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Invert", "Sharpness", "Posterize")
+_COLORS = (
+    "AutoContrast",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Equalize",
+    "Invert",
+    "Sharpness",
+    "Posterize",
+)
 _PLACES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 CIFAR_OPERATIONS = (*_COLORS, "Sample Pairing", "Solarize", *_PLACES)
 """The paper's fifteen operations for CIFAR-10 and ImageNet (Table 5)."""
 
-SVHN_OPERATIONS = tuple(name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX"))
+SVHN_OPERATIONS = tuple(
+    name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX")
+)
 """The paper's twelve operations for SVHN (Table 5): none that moves a digit sideways, turns it or mixes it."""
 
 
@@ -87,21 +98,38 @@ class RandAugment(PictureView):
         self.require(known, "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        is_float, device, level = images.is_floating_point(), images.device, self.magnitude / self.scale
-        levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
+        is_float, device, level = (
+            images.is_floating_point(),
+            images.device,
+            self.magnitude / self.scale,
+        )
+        levels = (
+            (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
+        )
         # The plan, on the CPU, where the host reads how many images each operation gets. Rows (8n + 3, B): per drawn
         # operation, with the images in the order of their groups, where each stands in the order before, the image to
         # pair it with, and six numbers of an affine map; then where each stands in the last order, and its square's
         # center. The images of one group are changed at once: all moves are one.
         examples, (height, width) = examples.cpu(), images.shape[2:]
-        groups = list(dict.fromkeys([_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]))
-        group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
-        u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
+        groups = list(
+            dict.fromkeys(
+                [_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]
+            )
+        )
+        group_of = torch.tensor(
+            [groups.index(_MOVED if name in _MOVES else name) for name in self.operations]
+        )
+        u = draws.uniform(
+            seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64
+        )
         low, high = self.probability
         p_B = low + (high - low) * u[:, 0]
         signed, size = (level, -level), (self.translate, height, width)
         stay: Affine = (1, 0, 0, 0, 1, 0)
-        moves = ([_MOVES[op](way, *size) if op in _MOVES else stay for way in signed] for op in self.operations)
+        moves = (
+            [_MOVES[op](way, *size) if op in _MOVES else stay for way in signed]
+            for op in self.operations
+        )
         maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
         counts, plan, place_B, batch = [], [], torch.arange(len(examples)), max(len(examples), 1)
         in_order_B = examples.argsort(stable=True)
@@ -117,12 +145,16 @@ class RandAugment(PictureView):
             counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
             place_B = order_B.argsort()
         u_B2 = draws.uniform(seed, step, examples, 2, stream=base.CUTOUT, dtype=torch.float64)
-        rows = to_device(torch.stack([*plan, place_B, *below(u_B2, torch.tensor([height, width])).T]), device)
+        rows = to_device(
+            torch.stack([*plan, place_B, *below(u_B2, torch.tensor([height, width])).T]), device
+        )
 
         changed = levels
         for count, part in zip(counts, rows[:-3].split(8), strict=True):
             parts = []
-            for group, x, row in zip(groups, changed[part[0]].split(count), part.split(count, dim=1), strict=True):
+            for group, x, row in zip(
+                groups, changed[part[0]].split(count), part.split(count, dim=1), strict=True
+            ):
                 if group == _AS_IT_IS or not len(x):
                     parts.append(x)
                 elif group == _MOVED:
@@ -139,7 +171,9 @@ class RandAugment(PictureView):
             return changed
         wide = torch.promote_types(images.dtype, torch.float32)
         # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
-        return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=device)).to(images.dtype)
+        return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=device)).to(
+            images.dtype
+        )
 
 
 _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"
@@ -153,7 +187,9 @@ _RECOLORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Invert": lambda levels, level: 255 - levels,
     "Sharpness": lambda levels, level: sharpness(levels, 0.1 + 1.8 * level),
     "Posterize": lambda levels, level: levels & (256 - (1 << (8 - min(max(int(4 * level), 1), 8)))),
-    "Solarize": lambda levels, level: torch.where(levels < int(256 * level) % 256, levels, 255 - levels),
+    "Solarize": lambda levels, level: torch.where(
+        levels < int(256 * level) % 256, levels, 255 - levels
+    ),
 }
 
 # By signed level, share to translate by, height and width. Rows shear to the left, columns up.
@@ -185,14 +221,18 @@ def autocontrast(levels: Tensor) -> Tensor:
 
 def equalize(levels: Tensor) -> Tensor:
     """Flatten the histogram of each channel of each picture. ``ImageOps.equalize``."""
-    from torchvision.transforms.v2 import functional  # two seconds of import that nothing else here needs
+    from torchvision.transforms.v2 import (
+        functional,
+    )  # two seconds of import that nothing else here needs
 
     return functional.equalize_image(levels)  # type: ignore[no-any-return]
 
 
 def color(levels: Tensor, factor: float) -> Tensor:
     """Away from the grey picture by ``factor``; a picture of one channel stays. ``ImageEnhance.Color``."""
-    return levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
+    return (
+        levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
+    )
 
 
 def contrast(levels: Tensor, factor: float) -> Tensor:
@@ -211,7 +251,9 @@ def sharpness(levels: Tensor, factor: float) -> Tensor:
     x = levels.short()
     rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])
     # The kernel is 1 everywhere and 5 in the middle.
-    total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(x[:, :, 1:-1, 1:-1], alpha=4)
+    total = (
+        (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(x[:, :, 1:-1, 1:-1], alpha=4)
+    )
     smooth = levels.clone()
     # 13 is odd, so that no value is so close to halfway between two levels that a rounding could decide.
     smooth[:, :, 1:-1, 1:-1] = total.float().mul_(1 / 13).add_(0.5).to(torch.uint8)
@@ -240,7 +282,14 @@ Affine = tuple[float, float, float, float, float, float]
 def rotation(degrees: float, height: int, width: int) -> Affine:
     """Counterclockwise about the center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return cos, -sin, (width - cos * width + sin * height) / 2, sin, cos, (height - sin * width - cos * height) / 2
+    return (
+        cos,
+        -sin,
+        (width - cos * width + sin * height) / 2,
+        sin,
+        cos,
+        (height - sin * width - cos * height) / 2,
+    )
 
 
 def fixed_point(matrix: Affine) -> list[int]:

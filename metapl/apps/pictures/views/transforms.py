@@ -19,7 +19,14 @@ from torch.nn import functional as F
 
 from metapl.apps.pictures.reader import LUMA
 from metapl.apps.pictures.views import base
-from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, View, below
+from metapl.apps.pictures.views.base import (
+    NotNegative,
+    PictureView,
+    Positive,
+    Probability,
+    View,
+    below,
+)
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
@@ -49,10 +56,15 @@ class Weak(PictureView):
     flip: bool = True
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
+        u_B3 = to_device(
+            draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64),
+            images.device,
+        )
         offsets_B2 = below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
         flip_B = (u_B3[:, 2] < 0.5) & self.flip
-        return base.crop_flip(images, offsets_B2, flip_B, base.GREY / (255 if images.is_floating_point() else 1))
+        return base.crop_flip(
+            images, offsets_B2, flip_B, base.GREY / (255 if images.is_floating_point() else 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,14 +95,18 @@ class ResizedCrop(PictureView):
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
         result = images.new_empty((*images.shape[:2], self.size, self.size))
-        for i, ((top, left, height, width), flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
+        for i, ((top, left, height, width), flip) in enumerate(
+            zip(boxes.tolist(), flips.tolist(), strict=True)
+        ):
             crop = images[i : i + 1, :, top : top + height, left : left + width].float()
             crop = F.interpolate(crop, (self.size, self.size), mode="bilinear", antialias=True)
             crop = crop.flip(3) if flip else crop
             result[i] = crop[0] if images.is_floating_point() else crop[0].round()
         return result
 
-    def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def boxes(
+        self, seed: int, step: int, examples: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
         """What the view cuts out of images of one size: (B, 4) int64, top, left, height and width in pixels, and (B,)
         bool, whether to mirror. The examples are on the CPU, as logarithms differ between devices."""
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
@@ -100,7 +116,9 @@ class ResizedCrop(PictureView):
         # The last column is what to fall back on, and always fits.
         middle = min(max(width / height, self.ratio[0]), self.ratio[1])
         sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
-        whole = torch.tensor([min(height, round(width / middle)), min(width, round(height * middle))]).clamp(min=1)
+        whole = torch.tensor(
+            [min(height, round(width / middle)), min(width, round(height * middle))]
+        ).clamp(min=1)
         sides = torch.cat([sides, whole.expand(len(u), 1, 2)], dim=1)
         room = torch.tensor([height, width]) - sides
         first = ((room >= 0) & (sides > 0)).all(2).int().argmax(1)
@@ -131,7 +149,9 @@ class ShiftNoiseCutout(PictureView):
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.cutout > min(images.shape[2:]):
             given = f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of {self.cutout}"
-            raise MetaplError(f"ShiftNoiseCutout got {given}; expected a square that fits into the image")
+            raise MetaplError(
+                f"ShiftNoiseCutout got {given}; expected a square that fits into the image"
+            )
         examples = to_device(examples, images.device)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
@@ -178,7 +198,9 @@ class Affine(PictureView):
         height, width = images.shape[2:]
         u_B5 = draws.uniform(seed, step, examples, 5, stream=base.AFFINE, dtype=torch.float64)
         v_B5 = 2.0 * u_B5 - 1.0
-        cos_B2, sin_B2 = base.cosine_and_sine(v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180]))
+        cos_B2, sin_B2 = base.cosine_and_sine(
+            v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180])
+        )
         (cos, cos_shear), (sin, sin_shear) = cos_B2.unbind(1), sin_B2.unbind(1)
         slope = sin_shear / cos_shear
         low, high = self.scale
@@ -188,7 +210,9 @@ class Affine(PictureView):
         c, d = -sin / scale, cos / scale
         rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
         # From pixels about the center to where they come from, in units of half the sides.
-        maps_B23 = torch.stack(rows, dim=1).view(-1, 2, 3) / (u_B5.new_tensor([width, height])[:, None] / 2.0)
+        maps_B23 = torch.stack(rows, dim=1).view(-1, 2, 3) / (
+            u_B5.new_tensor([width, height])[:, None] / 2.0
+        )
         maps_B23 = to_device(maps_B23, images.device).to(images.dtype)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
@@ -223,14 +247,20 @@ class Color(PictureView):
             return images
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.COLOR, dtype=torch.float64)
         ranges = [self.brightness, self.contrast, self.saturation]
-        low, high = u_B4.new_tensor([[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]])
+        low, high = u_B4.new_tensor(
+            [[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]]
+        )
         b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
         cos, sin = base.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
         # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
         turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
         # Weights of the turned picture, of its luma and of the mean luma, and two of the turn.
-        plan_B5 = torch.stack([s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1)
-        own, luma, mean, next_, last = to_device(plan_B5, images.device)[:, :, None, None, None].unbind(1)
+        plan_B5 = torch.stack(
+            [s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1
+        )
+        own, luma, mean, next_, last = to_device(plan_B5, images.device)[
+            :, :, None, None, None
+        ].unbind(1)
         grey = _luma(images)
         if images.shape[1] == 1:
             own, luma = own + luma, torch.zeros_like(luma)
@@ -320,7 +350,9 @@ class Sometimes(PictureView):
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
-        return torch.where(changed_B, self.view(images, seed=seed, step=step, examples=examples), images)
+        return torch.where(
+            changed_B, self.view(images, seed=seed, step=step, examples=examples), images
+        )
 
 
 def _centered(side: int, like: Tensor) -> Tensor:
