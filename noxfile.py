@@ -3,9 +3,10 @@
     make versions                                             # all three
     nox -s "library(2.11)" -- tests/library/test_exact.py     # some files on one of them
 
-Each version has an environment of its own below .nox/, which is kept: a second call installs only what has changed. pip
-takes its indexes and options from where it always does, its configuration and variables such as PIP_EXTRA_INDEX_URL and
-PIP_CONSTRAINT; what they forbid, such as a newer torch, is not installed here either.
+Each version has an environment of its own below .nox/, which is kept: a second call installs only
+what has changed. pip takes its indexes and options from where it always does, its configuration and
+variables such as PIP_EXTRA_INDEX_URL and PIP_CONSTRAINT; what they forbid, such as a newer torch,
+is not installed here either.
 """
 
 import os

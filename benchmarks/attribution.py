@@ -3,11 +3,12 @@
     python benchmarks/attribution.py             # goes on where it was stopped
     python benchmarks/attribution.py --write benchmarks/results/attribution.md
 
-1,000 of scikit-learn's digits train a network, the other 797 judge it; 25 random sets of 1, 2, 5 and 10 % of the
-examples are removed, and the network is trained again without each by the loop below, which uses nothing of metapl.
-Every method gives each example a score; Spearman's correlation between the sums over the removed examples and what the
-trainings say is the linear datamodeling score. On seeds 100 to 102: the settings of the training, metasmoothness beside
-what it should predict, and what makes a convolutional network predictable. Then, at the settings that were chosen,
+1,000 of scikit-learn's digits train a network, the other 797 judge it; 25 random sets of 1, 2, 5
+and 10 % of the examples are removed, and the network is trained again without each by the loop
+below, which uses nothing of metapl. Every method gives each example a score; Spearman's correlation
+between the sums over the removed examples and what the trainings say is the linear datamodeling
+score. On seeds 100 to 102: the settings of the training, metasmoothness beside what it should
+predict, and what makes a convolutional network predictable. Then, at the settings that were chosen,
 every method on seeds 0 to 4.
 """
 
@@ -39,8 +40,8 @@ CHECKPOINTS, DAMPING = 10, 1e-3
 class Convolutional(nn.Module):
     """Two convolutions as products with patches, which a stack of networks shares.
 
-    ``norm``, before the activation: of the batch, whose statistics it always takes, or of four groups of channels;
-    ``outputs``: the factor of the last layer's weights at the start.
+    ``norm``, before the activation: of the batch, whose statistics it always takes, or of four
+    groups of channels; ``outputs``: the factor of the last layer's weights at the start.
     """
 
     def __init__(
@@ -174,7 +175,10 @@ def factor(setting: Row, step: int, steps: int) -> float:
 
 
 def losses_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """One of each example, (B,): of a sequence, with logits (B, T, V), the mean over its words but the first."""
+    """One of each example, (B,).
+
+    Of a sequence, with logits (B, T, V), the mean over its words but the first.
+    """
     if outputs.ndim == 3:
         outputs, y = outputs[:, :-1].transpose(1, 2), y[:, 1:]
     return F.cross_entropy(outputs, y, reduction="none").view(len(y), -1).mean(1)
@@ -231,7 +235,10 @@ def along(
 
 
 def plain(setting: Row, seed: int, order: Tensor, train: Any) -> Iterator[dict[str, Tensor]]:
-    """The weights before each step of the training, and at its end; the last one is the network's own."""
+    """The weights before each step of the training, and at its end.
+
+    The last one is the network's own.
+    """
     network, optimizer = built(setting, seed)
     for step, chosen in enumerate(order):
         yield {n: p.detach() for n, p in network.named_parameters()}
@@ -266,7 +273,10 @@ def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
 def by_dot_products(
     setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int
 ) -> Tensor:
-    """TracIn without its rates: Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end."""
+    """TracIn without its rates.
+
+    Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end.
+    """
     network, _ = built(setting, seed)
     at = {len(order) * (number + 1) // checkpoints for number in range(checkpoints)}
     scores = torch.zeros(EXAMPLES)
@@ -395,8 +405,8 @@ def one(
 
 
 def smoothness(name: str, steps: int, seed: int) -> Row:
-    """The agreement of definition 2 and three outer losses, in the default direction, of a training's first tenth and,
-    of the first seed, of the whole."""
+    """The agreement of definition 2 and three outer losses, in the default direction, of a
+    training's first tenth and, of the first seed, of the whole."""
     setting = SETTINGS[name]
     train, outer = data(seed, setting.get("half") == "weights")
     row: Row = {"setting": name, "steps": steps, "seed": seed}
@@ -479,8 +489,9 @@ def tables(rows: list[Row]) -> dict[str, str]:
         for share in shares
     ]
     correlated = (
-        f"Over these {len(columns)} trainings Spearman's correlation between metasmoothness and these figures "
-        f"is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} and {found[3]}."
+        f"Over these {len(columns)} trainings Spearman's correlation between metasmoothness and "
+        f"these figures is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} "
+        f"and {found[3]}."
     )
     smooth = []  # what makes a convolutional network predictable
     for name in SMOOTH:

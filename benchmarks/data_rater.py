@@ -3,12 +3,13 @@
     python benchmarks/data_rater.py              # seeds 10 to 14; ten minutes of one core
     python benchmarks/data_rater.py --write benchmarks/results/data_rater.md
 
-The problem is that of ``examples/data_rater.py``, whose settings were chosen on seeds 0 and 1. Beside the rater stand
-two scores that need no learning, from the same texts: the mean log-probability of a sequence's neighbours by counts in
-the outer text, and its difference from that by counts in the mixture (Moore and Lewis, 2010). Then one outer step over
-five student steps of AdamW, by metapl and by others, each in turn in this process: processor time, the allocator's peak
-beyond what was held before, and the distance of the gradient from double backward by hand in float64. Rows that are
-there are not repeated.
+The problem is that of ``examples/data_rater.py``, whose settings were chosen on seeds 0 and 1.
+Beside the rater stand two scores that need no learning, from the same texts: the mean
+log-probability of a sequence's neighbours by counts in the outer text, and its difference from that
+by counts in the mixture (Moore and Lewis, 2010). Then one outer step over five student steps of
+AdamW, by metapl and by others, each in turn in this process: processor time, the allocator's peak
+beyond what was held before, and the distance of the gradient from double backward by hand in
+float64. Rows that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ BOTH = "the half that is likeliest beside counts in the mixture"
 
 
 class Mean(nn.Module):
-    """A rater that is a transformer as the students are: the mean over the places of one of its outputs."""
+    """A rater that is a transformer as the students are.
+
+    The mean over the places of one of its outputs.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -72,7 +76,10 @@ def problem() -> Any:
 
 
 def counted(example: Any, ids: Tensor) -> Tensor:
-    """log p(next character | character) by counts of neighbours, one more of each; for each pair."""
+    """log p(next character | character) by counts of neighbours, one more of each.
+
+    For each pair.
+    """
     words = example.WORDS
     counts = (
         torch.bincount((words * ids[:, :-1] + ids[:, 1:]).flatten(), minlength=words**2).view(
@@ -135,7 +142,10 @@ def outer_loss(outputs: Tensor, ids: Tensor) -> Tensor:
 def by_hand(
     rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """AdamW written out, with the root's derivative at 0 kept finite: the characters that a batch lacks have none."""
+    """AdamW written out, with the root's derivative at 0 kept finite.
+
+    The characters that a batch lacks have none.
+    """
     params: dict[str, Tensor] = dict(student.named_parameters())
     first, second = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
     for step, ids in enumerate(inner, 1):

@@ -4,18 +4,20 @@
     python benchmarks/digits_study.py --write benchmarks/results/digits_study.md
     python benchmarks/digits_study.py --forms --workers 16   # the forms of Algorithm 1, in a file of their own
 
-Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
-labeled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
-selected: no validation image is read, and the student that is kept, and finetuned, is the average of its weights at the
-last step. Only these runs look at the test set, once. Every method sees the same batches from the same initial weights
-for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike. The committed rows
-are older: in each of their runs 197 labeled validation images select the checkpoint.
+Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by
+validation (197 labeled images) is best on average is chosen. Final runs: the chosen configuration
+on 20 other seeds, where nothing is selected: no validation image is read, and the student that is
+kept, and finetuned, is the average of its weights at the last step. Only these runs look at the
+test set, once. Every method sees the same batches from the same initial weights for a seed. At 4
+labels a class the settings tuned at 2 are used as they are, for all methods alike. The committed
+rows are older: in each of their runs 197 labeled validation images select the checkpoint.
 
-The rows named ``reinforce`` and ``loss_difference`` are of the cross-entropy's *sum* over the batch, with a tuned
-weight: B = 64 times what Algorithm 1 multiplies h by, at the same weight. ``--forms`` trains the forms of Algorithm 1
-beside each other, tuned alike, at 2 labels a class: as it is written (the dot product times the mean), the authors'
-(the cosine times the mean, less a moving average of decay 0.99), and the sum; with ``forward`` and the control, which
-are trained again because the older rows' checkpoints were chosen otherwise.
+The rows named ``reinforce`` and ``loss_difference`` are of the cross-entropy's *sum* over the
+batch, with a tuned weight: B = 64 times what Algorithm 1 multiplies h by, at the same weight.
+``--forms`` trains the forms of Algorithm 1 beside each other, tuned alike, at 2 labels a class: as
+it is written (the dot product times the mean), the authors' (the cosine times the mean, less a
+moving average of decay 0.99), and the sum; with ``forward`` and the control, which are trained
+again because the older rows' checkpoints were chosen otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "digits_study.jsonl"
 FORMS_RAW = RESULTS / "digits_study_forms.jsonl"
-EMA_DECAY = 0.995  # of the averaged student in the final runs; tuning runs select a checkpoint and have no average
+# of the averaged student in the final runs; tuning runs select a checkpoint and have no average
+EMA_DECAY = 0.995
 
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 Config = dict[str, Any]
@@ -63,7 +66,10 @@ MINIATURE = Size(4, 2, (100,), (0, 1), configurations=1)
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of the study: what it is called, which of the library's methods it is, its mode and its grid of 12."""
+    """A method of the study.
+
+    What it is called, which of the library's methods it is, its mode and its grid of 12.
+    """
 
     title: str
     method: str
@@ -73,7 +79,10 @@ class Entry:
     tuned_as: str | None = None
     """The entry whose settings it takes, where it computes the same gradient."""
     reduction: Literal["mean", "sum"] | None = None
-    """What h of a sampled mode with one number a batch is multiplied by; None for the other modes."""
+    """What h of a sampled mode with one number a batch is multiplied by.
+
+    None for the other modes.
+    """
     baseline: float | None = None
     cosine: bool = False
     """Whether h is the cosine of the two gradients, and not their product."""
@@ -89,9 +98,11 @@ class CosineFeedback(methods.Feedback):
 
 EXACT = every(student_lr=(0.5, 1.0), teacher_lr=(0.03, 0.06), weight=(0.3, 1.0, 3.0))
 NOISY = every(student_lr=(0.5, 1.0), weight=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
-# The mean over the batch is 1/64 of the sum, so that weights from 0.64 on are those of NOISY. 1 is the paper's.
+# The mean over the batch is 1/64 of the sum, so that weights from 0.64 on are those of NOISY. 1 is
+# the paper's.
 MEAN = every(student_lr=(0.5, 1.0), weight=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0))
-# A cosine is at most 1, which a dot product is far below: its weights are smaller. 1 is the authors'.
+# A cosine is at most 1, which a dot product is far below: its weights are smaller. 1 is the
+# authors'.
 COSINE = every(student_lr=(0.5, 1.0), weight=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 ALONE = every(teacher_lr=(0.03, 0.06, 0.12, 0.25), label_smoothing=(0.0, 0.1, 0.2))
 FIXED = every(student_lr=(0.25, 0.5, 1.0), teacher_lr=(0.06, 0.12), temperature=(0.5, 1.0))
@@ -264,8 +275,8 @@ def block(rows: Sequence[Row]) -> str:
             lines.append([ENTRIES[name].title, spread(student), spread(finetuned), *beside])
         which = "student" if better == STUDENT else "finetuned student"
         parts += [
-            f"**{labels} labels a class** (difference: the method's student against the control's {which}, its better "
-            "read-out)",
+            f"**{labels} labels a class** (difference: the method's student against the control's "
+            f"{which}, its better read-out)",
             grid(["method", "student", "finetuned", "difference", "p"], lines),
         ]
     lines = []
@@ -336,7 +347,8 @@ def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
     finals = sum(len(size.seeds) * len(methods_of) for methods_of in names.values())
     minutes = SECONDS_A_RUN * (len(tuning) + finals) / 60
     print(
-        f"{len(tuning)} tuning runs and {finals} final ones: some {minutes:.0f} minutes of one core",
+        f"{len(tuning)} tuning runs and {finals} final ones: some {minutes:.0f} minutes of one "
+        "core",
         flush=True,
     )
     rows = harness.go_on(raw, tuning, run, given.workers, **made_with)

@@ -3,9 +3,9 @@
     make endurance                                          # 10 to 15 minutes on two cores
     python benchmarks/endurance.py --write benchmarks/results/endurance.md
 
-Each part tries something many times and counts what went wrong: work that was lost, damage that was accepted, an
-exception that is not the library's own, a process that hung. Everything happens in a temporary folder; what trains does
-so in forked processes of its own.
+Each part tries something many times and counts what went wrong: work that was lost, damage that was
+accepted, an exception that is not the library's own, a process that hung. Everything happens in a
+temporary folder; what trains does so in forked processes of its own.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ RUN = (
 """A run that writes a checkpoint after every step: about half of its time goes to saving."""
 
 PARTS = {
-    "kills": "kills (one of five by SIGTERM) at random moments of a run that saves after every step",
+    "kills": "kills (one of five by SIGTERM) at random moments of a run that saves after every "
+    "step",
     "files": "files of a run with bytes flipped, cut or added",
     "pictures": "mutated pictures",
 }
@@ -77,7 +78,10 @@ Faults = Iterator[str | None]  # one for each try: what was wrong with it
 
 
 def forked(words: tuple[str | Path, ...], said: Path) -> int:
-    """The number of a process that runs the command; what it says goes to a file, its errors to another beside it."""
+    """The number of a process that runs the command.
+
+    What it says goes to a file, its errors to another beside it.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -106,7 +110,10 @@ def forked(words: tuple[str | Path, ...], said: Path) -> int:
 
 
 def ended(child: int) -> int | None:
-    """The exit code of a process, minus the number of the signal that killed it; None where it hung."""
+    """The exit code of a process, minus the number of the signal that killed it.
+
+    None where it hung.
+    """
     give_up = time.monotonic() + HUNG
     while time.monotonic() < give_up:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -134,7 +141,10 @@ def outcome(run: Path) -> dict[str, bytes]:
 
 
 class Parts:
-    """The parts, each a method that gives what was wrong with each try; ``share`` of the tries, 1 is the long form."""
+    """The parts, each a method that gives what was wrong with each try.
+
+    ``share`` of the tries, 1 is the long form.
+    """
 
     def __init__(self, folder: Path, share: float) -> None:
         self.folder, self.share, self.said = folder, share, folder / "said.txt"
@@ -157,8 +167,8 @@ class Parts:
         )
 
     def kills(self) -> Faults:
-        """kill -9 at random moments, and SIGTERM now and then; it is resumed until it ends, and then equals the run
-        that was left alone."""
+        """kill -9 at random moments, and SIGTERM now and then; it is resumed until it ends, and
+        then equals the run that was left alone."""
         draw, tried, life = random.Random(0), 0, 0
         while tried < self.times(64):
             out, life = self.folder / f"killed-{life}", life + 1
@@ -188,8 +198,9 @@ class Parts:
             shutil.rmtree(out, ignore_errors=True)
 
     def files(self) -> Faults:
-        """A byte flipped, cut off or added in every kind of file of a run: each command ends with an exit code and one
-        line, and what predicts, predicts as before; what is resumed ends as before."""
+        """A byte flipped, cut off or added in every kind of file of a run: each command ends with
+        an exit code and one line, and what predicts, predicts as before; what is resumed ends as
+        before."""
         draw, picture, run = random.Random(3), self.folder / "digit.png", self.folder / "damaged"
         Image.fromarray((numpy.arange(64).reshape(8, 8) * 4).astype("uint8")).save(picture)
         _, before, _ = self.ran("predict", self.reference, picture, "--probabilities")
@@ -274,7 +285,8 @@ def table(result: Row) -> str:
         for name in rows
     ]
     return (
-        f"`{setup['command']}` on {setup['cpus']} cores of {setup['processor']}, torch {setup['torch']}, Python "
+        f"`{setup['command']}` on {setup['cpus']} cores of {setup['processor']}, torch "
+        f"{setup['torch']}, Python "
         f"{setup['python']}.\n\n{grid(['what', 'tried', 'failed', 'seconds'], lines)}"
     )
 

@@ -4,17 +4,19 @@
     python benchmarks/feedback_size.py --workers 16         # run what has no row yet
     python benchmarks/feedback_size.py --write benchmarks/results/feedback_size.md
 
-A cell is a problem, a learning rate of both networks, a number of unlabeled examples in a batch, and the way that the
-steps are taken: by ``fit``, whose default schedule lowers the rates to 0 along a cosine, or by ``step`` at constant
-rates. A rule says what sets the feedback's size (:data:`RULES`), an option how the feedback is found
-(:data:`OPTIONS`). All of them see the same batches from the same initial weights for a seed, and so do the two
-controls, ``mode="none"`` with soft and with hard labels. The networks learn by SGD with Nesterov's momentum 0.9 and
-weight decay 5e-4, 300 steps, 64 labeled examples a batch. The test examples are read after the last step.
+A cell is a problem, a learning rate of both networks, a number of unlabeled examples in a batch,
+and the way that the steps are taken: by ``fit``, whose default schedule lowers the rates to 0 along
+a cosine, or by ``step`` at constant rates. A rule says what sets the feedback's size
+(:data:`RULES`), an option how the feedback is found (:data:`OPTIONS`). All of them see the same
+batches from the same initial weights for a seed, and so do the two controls, ``mode="none"`` with
+soft and with hard labels. The networks learn by SGD with Nesterov's momentum 0.9 and weight decay
+5e-4, 300 steps, 64 labeled examples a batch. The test examples are read after the last step.
 
-The digits' MLP has every cell; the other problems have, by ``fit``, 128 unlabeled examples at three rates and 896 at
-the middle one. **A rule holds for an option** if its student is, in the mean over the cells, at most 1 point below the
-control with the same kind of labels; if no cell, the mean of three seeds, is 5 points below it; if no run is at chance
-where its control is not; and if no run ends in an error where its control does not.
+The digits' MLP has every cell; the other problems have, by ``fit``, 128 unlabeled examples at three
+rates and 896 at the middle one. **A rule holds for an option** if its student is, in the mean over
+the cells, at most 1 point below the control with the same kind of labels; if no cell, the mean of
+three seeds, is 5 points below it; if no run is at chance where its control is not; and if no run
+ends in an error where its control does not.
 """
 
 from __future__ import annotations
@@ -59,12 +61,15 @@ CELL_LIMIT = 0.05
 CHANCE_MARGIN = 0.05
 """A network is at chance if its accuracy is at most this above the share of the most frequent class."""
 
-# --------------------------------------------------------------------------------------------------- options and rules
+# -------------------------------------------------------------------------------- options and rules
 
 
 @dataclass(frozen=True)
 class Option:
-    """How the feedback is found: an estimator of :mod:`metapl.feedback` with its settings, and the kind of labels."""
+    """How the feedback is found.
+
+    An estimator of :mod:`metapl.feedback` with its settings, and the kind of labels.
+    """
 
     estimator: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +145,7 @@ RULES: dict[str, dict[str, float]] = {
 }
 """The arguments of :class:`metapl.BilevelTrainer` that set the feedback's size."""
 
-# --------------------------------------------------------------------------------------------------------------- cells
+# -------------------------------------------------------------------------------------------- cells
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,9 @@ SECONDS: dict[str, tuple[float, float]] = {
     "text": (2.5, 5.2),
     "table": (1.2, 1.3),
 }
-"""Processor seconds of 300 steps of ``Forward()`` with 128 and with 896 unlabeled examples: what the order of the jobs
-and the estimate are made of, measured by ``feedback_ratio`` on one core of a shared machine."""
+"""Processor seconds of 300 steps of ``Forward()`` with 128 and with 896 unlabeled examples: what
+the order of the jobs and the estimate are made of, measured by ``feedback_ratio`` on one core of a
+shared machine."""
 
 
 def jobs_of(rules: Sequence[str], problems: Sequence[str], ways: Sequence[str]) -> list[Job]:
@@ -220,7 +226,7 @@ def longest_first(jobs: Sequence[Job]) -> list[Job]:
     return sorted(jobs, key=Job.seconds, reverse=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @lru_cache(maxsize=len(SEEDS))
@@ -229,7 +235,10 @@ def split_of(problem: str, seed: int, data: Path, miniature: bool) -> Split:
 
 
 def rows_of_batches(count: int, batch: int, steps: int, seed: int) -> list[Tensor]:
-    """Return the rows of each step's batch, of an endless stream of shuffled epochs; a batch may span several."""
+    """Return the rows of each step's batch, of an endless stream of shuffled epochs.
+
+    A batch may span several.
+    """
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-batch * steps // count)
     stream = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
@@ -346,7 +355,10 @@ def run_missing(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
 def results(
     jobs: Sequence[Job], arguments: argparse.Namespace, ends: float | None
 ) -> Iterator[list[Row]]:
-    """Yield the rows of each job when it is finished; after ``ends``, of the monotonic clock, no job is begun."""
+    """Yield the rows of each job when it is finished.
+
+    After ``ends``, of the monotonic clock, no job is begun.
+    """
     waiting = iter(jobs)
     if arguments.workers == 1:
         for job in waiting:
@@ -381,7 +393,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @dataclass(frozen=True)
@@ -587,7 +599,8 @@ def block(rows: Sequence[Row]) -> str:
         )
         average = in_points(statistics.fmean(verdict.mean for verdict in found))
         parts.append(
-            f"### {rule}: {arguments}\n\nIt holds for {held} of {len(found)} options; their mean is {average}."
+            f"### {rule}: {arguments}\n\nIt holds for {held} of {len(found)} options; their mean "
+            f"is {average}."
         )
         parts.append(table_of_rule(found))
         if not all(verdict.holds for verdict in found):

@@ -1,9 +1,9 @@
 """Five small classification problems with few labels: digits twice, clothes, docstrings and a table.
 
-Each draws its labeled, unlabeled and test examples anew for a seed, and makes its networks. The digits and the table
-are scikit-learn's. The clothes are Fashion-MNIST, whose four files Debian's package ``dataset-fashion-mnist`` holds;
-the texts are docstrings of installed packages. Both are read from a folder of small files that :func:`prepare` writes
-once.
+Each draws its labeled, unlabeled and test examples anew for a seed, and makes its networks. The
+digits and the table are scikit-learn's. The clothes are Fashion-MNIST, whose four files Debian's
+package ``dataset-fashion-mnist`` holds; the texts are docstrings of installed packages. Both are
+read from a folder of small files that :func:`prepare` writes once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from metapl.models import mlp
 
-# ------------------------------------------------------------------------------------------------------------ problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a problem; ``test_pool`` has those that may only be tested on, None where there is one pool."""
+    """All examples of a problem.
+
+    ``test_pool`` has those that may only be tested on, None where there is one pool.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -101,7 +104,10 @@ class Problem:
 
 
 def rows_of_each_class(order: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Return the first rows of each class in this order, ``count`` in all; the first classes have one more."""
+    """Return the first rows of each class in this order, ``count`` in all.
+
+    The first classes have one more.
+    """
     classes = int(labels.max()) + 1
     rows = []
     for label in range(classes):
@@ -110,7 +116,7 @@ def rows_of_each_class(order: Tensor, labels: Tensor, count: int) -> Tensor:
     return torch.cat(rows)
 
 
-# -------------------------------------------------------------------------------------------------- digits and a table
+# ------------------------------------------------------------------------------- digits and a table
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +162,7 @@ def table_network() -> nn.Module:
     return mlp([30, 32, 2])
 
 
-# -------------------------------------------------------------------------------------------------------------- clothes
+# ------------------------------------------------------------------------------------------ clothes
 
 FASHION_FILE = "fashion_14.npz"
 FASHION_POOL = 8000
@@ -164,7 +170,10 @@ FASHION_POOL = 8000
 
 
 def idx_pictures(file: Path) -> np.ndarray:
-    """Read pictures (n, 28, 28) of a gzipped IDX file: four big-endian numbers, then a byte a pixel."""
+    """Read pictures (n, 28, 28) of a gzipped IDX file.
+
+    Four big-endian numbers, then a byte a pixel.
+    """
     content = gzip.decompress(file.read_bytes())
     return np.frombuffer(content, dtype=np.uint8, offset=16).reshape(-1, 28, 28)
 
@@ -216,7 +225,7 @@ def clothes_convolutions() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-# --------------------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 TEXT_FILE = "docstrings.npz"
 PACKAGES = ("torch/distributed", "scipy", "matplotlib", "python")
@@ -275,8 +284,8 @@ def docstrings(package: str) -> Iterator[tuple[str, str]]:
 
 
 def texts_of(package: str, count: int) -> list[list[str]]:
-    """Return the first words of so many docstrings, in small letters and without the packages' names; none begins as
-    another one, and no file gives more than :data:`TEXTS_PER_FILE`."""
+    """Return the first words of so many docstrings, in small letters and without the packages'
+    names; none begins as another one, and no file gives more than :data:`TEXTS_PER_FILE`."""
     texts: list[list[str]] = []
     beginnings = set[str]()
     from_file = Counter[str]()
@@ -302,7 +311,10 @@ def texts_of(package: str, count: int) -> list[list[str]]:
 
 
 def prepare_texts(data: Path) -> None:
-    """Write the cached file from the installed packages: the words' numbers (n, 48) and the packages' numbers (n,)."""
+    """Write the cached file from the installed packages.
+
+    The words' numbers (n, 48) and the packages' numbers (n,).
+    """
     texts: list[list[str]] = []
     labels: list[int] = []
     for label, package in enumerate(PACKAGES):
@@ -319,7 +331,10 @@ def prepare_texts(data: Path) -> None:
 
 @lru_cache(maxsize=1)
 def texts(data: Path, miniature: bool) -> Examples:
-    """Return docstrings as numbers of words (48,); in miniature, pixels of digits in their place."""
+    """Return docstrings as numbers of words (48,).
+
+    In miniature, pixels of digits in their place.
+    """
     if miniature:
         small = digits(data, miniature)
         ids = (16 * small.inputs.flatten(1)).long()[:, :WORDS_PER_TEXT]
@@ -347,7 +362,7 @@ class MeanOfWords(nn.Module):
         return logits
 
 
-# ------------------------------------------------------------------------------------------------------------- all five
+# ----------------------------------------------------------------------------------------- all five
 
 PROBLEMS: dict[str, Problem] = {
     "digits_mlp": Problem("digits, an MLP", Sizes(128, 1200, 469), digits, digits_mlp),
@@ -366,7 +381,8 @@ def cached(file: Path) -> Path:
     """Return the file, or end in a line that says how it is made."""
     if not file.exists():
         raise SystemExit(
-            f"{file} is missing; make it by --prepare FOLDER, the folder of Fashion-MNIST's four files"
+            f"{file} is missing; make it by --prepare FOLDER, the folder of Fashion-MNIST's four "
+            "files"
         )
     return file
 

@@ -4,15 +4,16 @@
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
 
-The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by CUDA graphs
-(``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries; the same in float32, and
-WRN-28-2 compiled. Later work inserts its parts where they belong.
+The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
+CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries;
+the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
 
-Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are over, and a file of
-the folder when it is done. The rows that a killed part had measured stay, and the next call goes on behind them. A part
-that failed leaves what it printed, and is run again by the next call. Steps are measured as ``step.py`` does it, beside
-the same by hand; other libraries as ``peers.py`` does it, if they are installed. Every mode on WRN-28-2: ``modes.py``,
-which runs on the GPU too.
+Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
+over, and a file of the folder when it is done. The rows that a killed part had measured stay, and
+the next call goes on behind them. A part that failed leaves what it printed, and is run again by
+the next call. Steps are measured as ``step.py`` does it, beside the same by hand; other libraries
+as ``peers.py`` does it, if they are installed. Every mode on WRN-28-2: ``modes.py``, which runs on
+the GPU too.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class Part:
 
     Args:
         seconds: how many have to be left for the part to be begun on a GPU.
-        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`; none: the tests.
+        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`;
+            none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
     """
 
@@ -148,7 +150,10 @@ OF_MINIATURE = (
 
 
 def tests(report: Path, *, is_small: bool) -> list[Row]:
-    """Run the tests that are marked gpu, in four processes if pytest-xdist is installed; a miniature runs one test."""
+    """Run the tests that are marked gpu, in four processes if pytest-xdist is installed.
+
+    A miniature runs one test.
+    """
     files = [
         path
         for path in sorted(ROOT.glob("tests/*/test_*.py"))
@@ -165,7 +170,8 @@ def tests(report: Path, *, is_small: bool) -> list[Row]:
         "no:cacheprovider",
         f"--junitxml={report}",
     ]
-    # pytest-benchmark, where it is installed, warns beside pytest-xdist, and warnings are errors here.
+    # pytest-benchmark, where it is installed, warns beside pytest-xdist, and warnings are errors
+    # here.
     command += ["-p", "no:benchmark"]
     if is_small:
         command += ["-k", SMALL_TEST]

@@ -1,7 +1,8 @@
 """What every benchmark shares: its arguments, its rows, how figures are shown, and a page's tables.
 
-A benchmark measures and writes rows; ``--table`` and ``--write PAGE`` make its tables of the rows that are there and
-run nothing. A study goes on with the rows that are there. ``--miniature`` runs all of it in seconds, to see it run.
+A benchmark measures and writes rows; ``--table`` and ``--write PAGE`` make its tables of the rows
+that are there and run nothing. A study goes on with the rows that are there. ``--miniature`` runs
+all of it in seconds, to see it run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NONE = "–"
 
 Row = dict[str, Any]
 
-# ------------------------------------------------------------------------------------------------------------ arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
@@ -57,22 +58,26 @@ def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, with ``runs``: whether anything is measured. A miniature does not take the place of the committed
-    result."""
+    """The arguments, with ``runs``: whether anything is measured. A miniature does not take the
+    place of the committed result."""
     given = parser.parse_args()
     given.runs = given.write is None and not given.table
     if given.miniature and given.out.resolve() == parser.get_default("out").resolve():
         parser.error(
-            f"--miniature would write its figures to {given.out}; give it another file by --out FILE"
+            f"--miniature would write its figures to {given.out}; give it another file by --out "
+            "FILE"
         )
     return given
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def read(file: Path, having: str = "") -> list[Row]:
-    """The rows of a file of JSON lines, as far as there are any; those that have a column, where one is named."""
+    """The rows of a file of JSON lines, as far as there are any.
+
+    Those that have a column, where one is named.
+    """
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [row for row in rows if not having or having in row]
 
@@ -101,7 +106,10 @@ def commit() -> str | None:
 
 
 def environment() -> Row:
-    """Return what a row was measured on: the machine, the versions, the commit, and torch's switches."""
+    """Return what a row was measured on.
+
+    The machine, the versions, the commit, and torch's switches.
+    """
     found = machine.environment()
     switches: Row = {name: found.pop(name) for name in [*found] if name.startswith("float32 ")}
     switches["deterministic algorithms"] = torch.are_deterministic_algorithms_enabled()
@@ -116,11 +124,12 @@ def go_on(
     workers: int = 1,
     **about: Any,
 ) -> list[Row]:
-    """Run the jobs that no row of the file has, each a row of its own columns and what ``run(**job)`` finds, or a row
-    for each thing that it finds.
+    """Run the jobs that no row of the file has, each a row of its own columns and what
+    ``run(**job)`` finds, or a row for each thing that it finds.
 
     Args:
-        jobs: one at a time, so that later ones may be chosen by earlier rows; with several ``workers``, all at first.
+        jobs: one at a time, so that later ones may be chosen by earlier rows; with several
+            ``workers``, all at first.
         about: a line of its own before the first new row, such as what it was made with.
 
     Returns: all rows.
@@ -167,8 +176,8 @@ def every(**axes: Any) -> tuple[Row, ...]:
 
 
 def best(rows: Iterable[Row], of: str, by: str | Callable[[Row], float]) -> Any:
-    """The value of a column, such as the settings of a run, with the highest mean of another over its rows; of equals,
-    the first."""
+    """The value of a column, such as the settings of a run, with the highest mean of another over
+    its rows; of equals, the first."""
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(json.dumps(row[of]), []).append(
@@ -204,10 +213,10 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(rounded, indent=1, ensure_ascii=False) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
-# A difference is that of the two means as they are shown, to a tenth of a point: who subtracts two cells of a table
-# gets the third. p and the interval are those of the pairs as they are.
+# A difference is that of the two means as they are shown, to a tenth of a point: who subtracts two
+# cells of a table gets the third. p and the interval are those of the pairs as they are.
 
 
 def points(values: Sequence[float]) -> float:
@@ -266,7 +275,7 @@ def interval(
     return f"{test.mean:{form}}{ends}"
 
 
-# --------------------------------------------------------------------------------------------------- tables and figures
+# ------------------------------------------------------------------------------- tables and figures
 
 
 def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int | str = 1) -> str:
@@ -285,7 +294,10 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int | str =
 
 
 def show(page: Path | None, name: str, tables: str) -> None:
-    """Put tables between the marks of a name in a page, <!-- name:begin --> and <!-- name:end -->; or print them."""
+    """Put tables between the marks of a name in a page, <!-- name:begin --> and <!-- name:end -->.
+
+    Or print them.
+    """
     if page is None:
         print(tables, end="\n\n")
         return
@@ -298,7 +310,10 @@ def show(page: Path | None, name: str, tables: str) -> None:
 
 
 def figure_of(page: Path, name: str) -> Path:
-    """Where the figure of a page's tables goes: beside it; of tables that lie among the raw rows, into docs/."""
+    """Where the figure of a page's tables goes.
+
+    Beside it; of tables that lie among the raw rows, into docs/.
+    """
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
 
@@ -328,7 +343,10 @@ def bars(
     columns: int = 1,
     least: float | None = None,
 ) -> None:
-    """Differences in points with their 95 % intervals, a panel a question; a value below ``least`` is written there."""
+    """Differences in points with their 95 % intervals, a panel a question.
+
+    A value below ``least`` is written there.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

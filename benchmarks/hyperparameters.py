@@ -3,12 +3,13 @@
     python benchmarks/hyperparameters.py          # tunes both on other seeds first
     python benchmarks/hyperparameters.py --write benchmarks/results/hyperparameters.md
 
-The trainings are those of examples/learned_hyperparameters.py, six of them, and of examples/learned_schedule.py:
-learning rate and weight decay at three times in three layers. From their starts, 8 rounds of Adam on the logarithms.
-Random search draws them uniformly around the same start, and trains by a plain loop of PyTorch for as much processor
-time, on one thread. Each training begins at the same weights, with the same batches and draws; of all trainings of an
-arm, the one with the lowest validation loss counts. Adam's rate and the width of the draws, 4 values each, are chosen
-by this loss on the tuning seeds. Test digits are read in the final runs alone.
+The trainings are those of examples/learned_hyperparameters.py, six of them, and of
+examples/learned_schedule.py: learning rate and weight decay at three times in three layers. From
+their starts, 8 rounds of Adam on the logarithms. Random search draws them uniformly around the same
+start, and trains by a plain loop of PyTorch for as much processor time, on one thread. Each
+training begins at the same weights, with the same batches and draws; of all trainings of an arm,
+the one with the lowest validation loss counts. Adam's rate and the width of the draws, 4 values
+each, are chosen by this loss on the tuning seeds. Test digits are read in the final runs alone.
 """
 
 from __future__ import annotations

@@ -3,24 +3,26 @@
     python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
     python benchmarks/label_noise.py --write benchmarks/results/label_noise.md  # put them there; the figure: docs/
 
-Of scikit-learn's digits, 10 of each class have trusted labels (the handful); the labels of about 1,100 others are made
-wrong, or the classes are made rare. The bilevel methods draw their inner batches from the latter and their outer ones
-from the handful, after 60 of 300 steps in which the student learns from the former alone; the plain methods learn from
-both, or from one of them.
+Of scikit-learn's digits, 10 of each class have trusted labels (the handful); the labels of about
+1,100 others are made wrong, or the classes are made rare. The bilevel methods draw their inner
+batches from the latter and their outer ones from the handful, after 60 of 300 steps in which the
+student learns from the former alone; the plain methods learn from both, or from one of them.
 
-Tuning: each method has 4 configurations, each run on 2 seeds of their own in each of the conditions; in each condition
-the one with the best mean accuracy on 197 trusted validation images is chosen. With altered feedback, a method keeps
-the configuration that it has with its own. Final runs: 20 other seeds. No validation image is read, and the student
-after the last step is kept; only early stopping selects a checkpoint, by its accuracy on the handful, which it does not
-train on. Only the final runs look at the test set, once: the student, and the same student after finetuning on the
-handful.
+Tuning: each method has 4 configurations, each run on 2 seeds of their own in each of the
+conditions; in each condition the one with the best mean accuracy on 197 trusted validation images
+is chosen. With altered feedback, a method keeps the configuration that it has with its own. Final
+runs: 20 other seeds. No validation image is read, and the student after the last step is kept; only
+early stopping selects a checkpoint, by its accuracy on the handful, which it does not train on.
+Only the final runs look at the test set, once: the student, and the same student after finetuning
+on the handful.
 
-Metagradient descent (Engstrom et al., 2025; in docs/label-noise.md) was written down before it ran on any of these
-seeds. In passes it costs 24 plain trainings, and a one-step method 3; so ExampleWeights, which learns the same weights,
-runs once more with 8 times as many steps, tuned again.
+Metagradient descent (Engstrom et al., 2025; in docs/label-noise.md) was written down before it ran
+on any of these seeds. In passes it costs 24 plain trainings, and a one-step method 3; so
+ExampleWeights, which learns the same weights, runs once more with 8 times as many steps, tuned
+again.
 
-The seeds of the committed rows were trained side by side, as the blocks of one network (last in commit 9e8e3c46), where
-each ends as it does alone; the processor time of each method is of those.
+The seeds of the committed rows were trained side by side, as the blocks of one network (last in
+commit 9e8e3c46), where each ends as it does alone; the processor time of each method is of those.
 """
 
 from __future__ import annotations
@@ -71,10 +73,12 @@ CLASSES, HANDFUL, BATCH, HIDDEN = (
 MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 DESCENTS, LONGER = 5, 8
-"""Whole trainings that are differentiated, one after another, before the last one; and how many times as many steps
-cost a one-step method the same passes."""
+"""Whole trainings that are differentiated, one after another, before the last one; and how many
+times as many steps cost a one-step method the same passes."""
 
-TRUSTED = 4.0  # logit of the given label at first, of a corrector and of a transition matrix: a probability of 0.86
+# logit of the given label at first, of a corrector and of a transition matrix: a probability of
+# 0.86
+TRUSTED = 4.0
 
 RAREST, MOST = 20, 100
 """How many times rarer the rarest class is than the most frequent one, and the size of that one."""
@@ -169,7 +173,10 @@ BASELINES = ("plain", "clean", "early_stopping")
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A seed's digits: images, their given labels, which of them are wrong, the handful, validation and test."""
+    """A seed's digits.
+
+    Images, their given labels, which of them are wrong, the handful, validation and test.
+    """
 
     x: Tensor
     given: Tensor
@@ -202,7 +209,10 @@ def drawn(condition: str, seed: int) -> Data:
 
 
 class Corrector(nn.Module):
-    """Logits of the label from an image and its given label; at first the given label alone counts."""
+    """Logits of the label from an image and its given label.
+
+    At first the given label alone counts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,8 +308,9 @@ class Run:
         trainer.fit(outer, inner, steps=steps, log_every=steps, first_steps=0, progress=False)
 
     def _descend(self, problem: Any) -> None:
-        """Move the weights of all examples by the sign of their gradient through the whole training, which begins
-        again at the same weights and with the same batches; the last one is without a gradient."""
+        """Move the weights of all examples by the sign of their gradient through the whole
+        training, which begins again at the same weights and with the same batches; the last one is
+        without a gradient."""
         weights: Any = self.teacher
         steps = self.size.steps
         training = metapl.Lookahead(
@@ -354,8 +365,8 @@ class Run:
 
     @torch.no_grad()
     def doubts(self) -> dict[str, Tensor]:
-        """Of each noisy example: the student's loss on its given label, and what the teacher has learned: a low weight,
-        or the probability that the label is wrong."""
+        """Of each noisy example: the student's loss on its given label, and what the teacher has
+        learned: a low weight, or the probability that the label is wrong."""
         x, given, index = self.noisy
         z, of_label = self.student(x), (torch.arange(len(x)), given)
         found = {"auc_by_loss": F.cross_entropy(z, given, reduction="none")}
@@ -372,7 +383,10 @@ class Run:
 
 
 def auc(wrong: Tensor, doubt: Tensor) -> float | None:
-    """The probability that a wrong label is doubted more than a right one; None where all are right."""
+    """The probability that a wrong label is doubted more than a right one.
+
+    None where all are right.
+    """
     from sklearn.metrics import roc_auc_score
 
     return None if not wrong.any() else round(float(roc_auc_score(wrong, doubt)), 4)
@@ -395,7 +409,10 @@ def one_run(method: str, config: Config, final: bool, condition: str, seed: int,
 
 
 def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
-    """The configuration with the best mean validation accuracy over the tuning seeds; of equals, the first."""
+    """The configuration with the best mean validation accuracy over the tuning seeds.
+
+    Of equals, the first.
+    """
     of = {
         "method": method if ENTRIES[method].grid else ENTRIES[method].problem,
         "condition": condition,
@@ -425,7 +442,10 @@ Columns = dict[tuple[str, str, str], list[float]]
 
 
 def columns(rows: Sequence[Row]) -> Columns:
-    """The figures of final runs by method, condition and read-out, in the order of the seeds; where all have one."""
+    """The figures of final runs by method, condition and read-out, in the order of the seeds.
+
+    Where all have one.
+    """
     final = sorted((row for row in rows if row["final"]), key=lambda row: int(row["seed"]))
     found: Columns = {}
     for row, name in itertools.product(final, (STUDENT, FINETUNED, "auc", "auc_by_loss")):

@@ -3,12 +3,13 @@
     python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
     python benchmarks/long_paths.py --write benchmarks/results/long_paths.md
 
-Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
-was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the
-weights of all steps and checks nothing; double backward through all steps with torch.func; and TorchOpt's
-differentiable Adam, where these fit. Rows that are there are not repeated. A compiled row leaves out the
-seconds of its first call beyond those of a second one; they stand in a column of their own, with the number of steps of
-the eager way, with all states kept too, that would have paid for them.
+Processor time on one thread over that of the same steps of plain training, which take turns; peak
+memory beyond what was held before, over that of one plain step. Beside it: an adjoint by hand in
+PyTorch's own operations, which keeps the weights of all steps and checks nothing; double backward
+through all steps with torch.func; and TorchOpt's differentiable Adam, where these fit. Rows that
+are there are not repeated. A compiled row leaves out the seconds of its first call beyond those of
+a second one; they stand in a column of their own, with the number of steps of the eager way, with
+all states kept too, that would have paid for them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ WAYS = {
     "every √K-th": Forward(),
     "tree": Forward(keep="tree"),
 }
-# Rows of 0.2.0, whose layers had double backward passes of their own, have PyTorch's by this name: "all kept" has now.
+# Rows of 0.2.0, whose layers had double backward passes of their own, have PyTorch's by this name:
+# "all kept" has now.
 PYTORCHS = "all kept, PyTorch's double backward"
 WITH_ADAM = ("all kept", "every √K-th", "tree", "double backward", "TorchOpt")
 CASES = {("wrn", steps): ("all kept", "every √K-th", "adjoint by hand") for steps in (20, 100)}
@@ -134,8 +136,8 @@ def mode_of(way: str, steps: int) -> Forward:
 
 
 def kept_bytes(name: str, steps: int, way: str) -> int:
-    """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the finest block of one
-    that is not compiled."""
+    """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the
+    finest block of one that is not compiled."""
     if way not in WAYS:
         return 0
     student, optimizer, batch = network(name)
@@ -155,7 +157,10 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
 
 
 def path(name: str, steps: int, way: str) -> Callable[[], Any]:
-    """A call of hypergradient, which may be made again; of one that is compiled, by the same graphs."""
+    """A call of hypergradient, which may be made again.
+
+    Of one that is compiled, by the same graphs.
+    """
     student, optimizer, batch = network(name)
     given: Any = {
         "outer": batch(-1),
@@ -167,7 +172,10 @@ def path(name: str, steps: int, way: str) -> Callable[[], Any]:
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
-    """SGD's adjoint with momentum, and the gradient in every example's weight: a Hessian product a step."""
+    """SGD's adjoint with momentum, and the gradient in every example's weight.
+
+    A Hessian product a step.
+    """
     student, optimizer, batch = network(name)
     params, kept = list(student.parameters()), list[list[Tensor]]()
     for number in range(steps):
@@ -295,7 +303,8 @@ def table(rows: list[Row]) -> str:
         ]
         compiling = ""
         if "compile_seconds" in row:
-            # By the ratios, since the plain trainings beside two methods ran at different hours of a shared machine.
+            # By the ratios, since the plain trainings beside two methods ran at different hours of
+            # a shared machine.
             saved = ratio(row["network"], row["steps"], "all kept") - statistics.median(times)
             saved *= row["plain_seconds"] / row["steps"]
             paid = (

@@ -4,14 +4,16 @@
     python benchmarks/mnist.py                       # tune, then run; goes on where it was stopped
     python benchmarks/mnist.py --write benchmarks/results/mnist.md   # put the table there
 
-The question ``worth`` of ``when.py``, with its methods, grids, seeds, steps and losses: every arm has the processor
-time of 6,000 steps of Meta Pseudo Labels by the ratios measured there. **The primary test, named before anything was
-run**: two labels a class, ``mpl`` minus ``uda_aligned``, by a two-sided paired sign-flip test over the 40 final seeds;
-on the digits it is -0.1 points (95 % -1.0 to +0.9). It is repeated on 40 other seeds. All else is descriptive.
+The question ``worth`` of ``when.py``, with its methods, grids, seeds, steps and losses: every arm
+has the processor time of 6,000 steps of Meta Pseudo Labels by the ratios measured there. **The
+primary test, named before anything was run**: two labels a class, ``mpl`` minus ``uda_aligned``, by
+a two-sided paired sign-flip test over the 40 final seeds; on the digits it is -0.1 points (95 %
+-1.0 to +0.9). It is repeated on 40 other seeds. All else is descriptive.
 
-Images are averaged over 2 x 2 pixels to 14 x 14, in [0, 1]. A seed draws 500 for validation and 1,000 to test on, with
-the classes in proportion; of the rest a few have labels. The view is that of the digits: shifts by up to a pixel, noise
-of 0.2, a square of 4 x 4 left out. The network is that of the digits with 196 inputs.
+Images are averaged over 2 x 2 pixels to 14 x 14, in [0, 1]. A seed draws 500 for validation and
+1,000 to test on, with the classes in proportion; of the rest a few have labels. The view is that of
+the digits: shifts by up to a pixel, noise of 0.2, a square of 4 x 4 left out. The network is that
+of the digits with 196 inputs.
 """
 
 from __future__ import annotations

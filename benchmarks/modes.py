@@ -7,12 +7,14 @@ The latter also prints and draws ``ablate_digits.json``, the ``ablation.json`` o
 
     metapl ablate digits --steps 400 --out DIR
 
-On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
-passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimizer states, by
-the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
-gradient against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
+On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own)
+in student forward passes, by counting FLOPs; its time, the modes taking turns; and its peak memory
+beyond weights and optimizer states, by the allocator's own account. Then, over draws of the labels
+at fixed weights, the noise and the bias of the teacher's gradient against the exact one (double
+backward in float64), on a small classifier of digits and on WRN-28-2.
 
-With a CUDA device the same is measured on it, in float32 (TF32 off) and in bf16 autocast, instead of on the CPU.
+With a CUDA device the same is measured on it, in float32 (TF32 off) and in bf16 autocast, instead
+of on the CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ DIFFERENCE_OF_LOSSES, ONE_NUMBER_EACH = (
     "sampled labels, L(θ) − L(θ′)",
     "sampled labels, one number each",
 )
-# Noise and bias are those of the sum over the labels, whose expectation is the gradient; the default is 1/B of it.
+# Noise and bias are those of the sum over the labels, whose expectation is the gradient; the
+# default is 1/B of it.
 SUM_OF_LOSSES, SUM_OF_SCALAR = LossDifference(reduction="sum"), Reinforce(reduction="sum")
 MODES = [
     Mode("none", "no feedback, the control", NONE, "none", "soft"),
@@ -201,7 +204,10 @@ def passes(mode: Mode, place: Place, network: Network) -> float:
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one step per mode and round; the modes take turns, so that what else the machine does hits all."""
+    """Seconds of one step per mode and round.
+
+    The modes take turns, so that what else the machine does hits all.
+    """
     found: dict[str, list[float]] = {mode.name: [] for mode in MODES}
     steps = {mode.name: step_of(mode, place, batch, network)[0] for mode in MODES}
     for turn in range(rounds):
@@ -247,7 +253,10 @@ class Subject:
 
 
 def subject_of(place: Place, network: Network | None = None) -> Subject:
-    """Digits: an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images; or a larger network, B = 8."""
+    """Digits: an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images.
+
+    Or a larger network, B = 8.
+    """
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
     batch, steps = (64, 30) if network is None else (8, 20)
@@ -281,7 +290,8 @@ def subject_of(place: Place, network: Network | None = None) -> Subject:
 def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
     r"""Per mode, beside the exact gradient G: noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖.
 
-    Of n draws, noise alone would make it look like noise/√n, the standard error of ḡ: ``bias_floor``.
+    Of n draws, noise alone would make it look like noise/√n, the standard error of ḡ:
+    ``bias_floor``.
     """
     reference = next(mode for mode in MODES if mode.mode == "unrolled")
     exact = subject.gradient(reference, place, double=True)
@@ -379,7 +389,10 @@ def table(run: Row) -> str:
 
 
 def ablation(page: Path | None) -> str:
-    """Return what the command prints of the committed ablation; where there is a page, draw the figure beside it."""
+    """Return what the command prints of the committed ablation.
+
+    Where there is a page, draw the figure beside it.
+    """
     found = Ablation.from_json(ABLATION.read_text())
     if page is not None:
         harness.figure_of(page, FIGURE).write_bytes(png_of(found.plot(), DOTS_PER_INCH))

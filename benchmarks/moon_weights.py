@@ -3,12 +3,14 @@
     python benchmarks/moon_weights.py --workers 2    # goes on where it was stopped; some ten minutes of one core
     python benchmarks/moon_weights.py --write benchmarks/results/two_moons.md
 
-What the paper states: two hidden layers of 8 sigmoid units, initial weights uniform in ±0.1, 2,000 points, 3 of each
-moon labeled, SGD at the constant rate 0.1. What it does not: moons of scikit-learn with noise 0.1, 12,000 steps, 32
-unlabeled points and all six labels in a batch. The teacher learns the labels by cross-entropy and, at each weight, by
-the feedback of the exact gradient, of Algorithm 1 (the dot product times the mean), of its cosine, and of the cosine
-less a moving average; or by the feedback alone. All seeds take one stacked pure step; arms see the same points from
-the same weights. A run succeeds if its student classifies more than 95 % of the points as they were drawn.
+What the paper states: two hidden layers of 8 sigmoid units, initial weights uniform in ±0.1, 2,000
+points, 3 of each moon labeled, SGD at the constant rate 0.1. What it does not: moons of
+scikit-learn with noise 0.1, 12,000 steps, 32 unlabeled points and all six labels in a batch. The
+teacher learns the labels by cross-entropy and, at each weight, by the feedback of the exact
+gradient, of Algorithm 1 (the dot product times the mean), of its cosine, and of the cosine less a
+moving average; or by the feedback alone. All seeds take one stacked pure step; arms see the same
+points from the same weights. A run succeeds if its student classifies more than 95 % of the points
+as they were drawn.
 """
 
 from __future__ import annotations

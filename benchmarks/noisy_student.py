@@ -3,15 +3,17 @@
     python benchmarks/noisy_student.py                                 # tune, then run; goes on where it was stopped
     python benchmarks/noisy_student.py --write benchmarks/results/noisy_student.md  # tables there, figure in docs/
 
-A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected, and a
-student learns from both by the mean over the batch, with the losses, batches and selection of ``metapl noisy-student``.
-The committed rows are older: steps for all seeds at once, written by hand, gave them (last in commit 9007a994).
+A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are
+selected, and a student learns from both by the mean over the batch, with the losses, batches and
+selection of ``metapl noisy-student``. The committed rows are older: steps for all seeds at once,
+written by hand, gave them (last in commit 9007a994).
 
-4 labels a class. Networks: two hidden layers of a width of 8 to 128, in the place of EfficientNet-B0 to L2. Noise: the
-digits' shift, noise and hole in the place of RandAugment, and dropout; there is no stochastic depth, for these networks
-have no blocks to drop. Tuning: the learning rate and the dropout, on 3 other seeds, by the validation accuracy of a
-student of width 32. Nothing else is chosen but the length of study 6's finetuning, by validation. The test images are
-read once, after the last step of each network.
+4 labels a class. Networks: two hidden layers of a width of 8 to 128, in the place of
+EfficientNet-B0 to L2. Noise: the digits' shift, noise and hole in the place of RandAugment, and
+dropout; there is no stochastic depth, for these networks have no blocks to drop. Tuning: the
+learning rate and the dropout, on 3 other seeds, by the validation accuracy of a student of width
+32. Nothing else is chosen but the length of study 6's finetuning, by validation. The test images
+are read once, after the last step of each network.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ FINETUNINGS = (
 )  # lengths of study 6's finetuning, of which the best by validation is taken
 
 
-# ------------------------------------------------------------------------------------------------------------ the arms
+# ----------------------------------------------------------------------------------------- the arms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,8 @@ class Arm:
     ratio: int = 1  # unlabeled examples in a batch for each labeled one
     share: float = 1.0  # of the unlabeled examples that there are, drawn evenly
     fifth: int | None = (
-        None  # of them by the teacher's confidence, the least confident first; None: by the threshold
+        # of them by the teacher's confidence, the least confident first; None: by the threshold
+        None
     )
     hard: bool = False  # learn the most probable class, not the distribution
     balanced: bool = (
@@ -152,7 +155,10 @@ def capacity(teacher: int) -> dict[str, Arm]:
 
 
 def printed(arms: dict[str, Arm], values: str) -> Arms:
-    """Each with the top-1 accuracy on ImageNet in % that the paper prints of it; "-": it does not."""
+    """Each with the top-1 accuracy on ImageNet in % that the paper prints of it.
+
+    "-": it does not.
+    """
     found = [None if value == "-" else float(value) for value in values.split()]
     return {name: (arm, value) for (name, arm), value in zip(arms.items(), found, strict=True)}
 
@@ -161,7 +167,8 @@ HEADINGS = {
     "noise": "Noise (Table 6; B5, with 1.3M and with 130M unlabeled images)",
     "1": "Study 1, teacher capacity (Table 9; widths for B0, B2, B4, B6, B7, best teacher for L2)",
     "2": "Study 2, unlabeled size (Table 10; B4)",
-    "3": "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are not printed)",
+    "3": "Study 3, hard and soft labels by the teacher's confidence (Figure 5; B0; its values are "
+    "not printed)",
     "4": "Study 4, student capacity (Table 11; widths 8, 16, 32, 64 for teachers B0, B2, B4, B7)",
     "5": "Study 5, balancing (Table 12; widths for B0 to B3)",
     "6": "Study 6, joint training (Table 13; widths for B0 to B3)",
@@ -228,7 +235,7 @@ ARMS: tuple[Arm, ...] = tuple(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 class Setting(NamedTuple):
@@ -373,7 +380,7 @@ def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
     return [evaluated(network, of[part]).accuracy for part in parts]
 
 
-# ----------------------------------------------------------------------------------------------------------- the study
+# ---------------------------------------------------------------------------------------- the study
 
 
 def tuned(rows: Sequence[Row]) -> tuple[float, float]:
@@ -421,7 +428,7 @@ def study(
     )
 
 
-# --------------------------------------------------------------------------------------------------- beside the paper
+# --------------------------------------------------------------------------------- beside the paper
 
 SURE = 0.05
 """p below which a difference counts as shown."""
@@ -444,8 +451,8 @@ def reference(study: str, name: str) -> str | None:
 
 
 class Compared(NamedTuple):
-    """An arm of a study: its accuracies by seed, those of the arm that it is compared with, what that is called without
-    what both have, and the paper's difference in points, if any."""
+    """An arm of a study: its accuracies by seed, those of the arm that it is compared with, what
+    that is called without what both have, and the paper's difference in points, if any."""
 
     first: list[float]
     second: list[float] | None
@@ -499,9 +506,10 @@ def block(rows: Sequence[Row]) -> str:
     """All tables, and what they were made with."""
     counts = verdicts(rows)
     parts = [
-        f"Of the {sum(counts.values())} differences that the paper prints and these tables have (some rows share their "
-        f"arms), {counts['yes']} are seen here with the same sign (p < {SURE}), {counts['the reverse']} with the other "
-        f"sign, and {counts['not shown']} are not shown."
+        f"Of the {sum(counts.values())} differences that the paper prints and these tables have "
+        f"(some rows share their arms), {counts['yes']} are seen here with the same sign (p < "
+        f"{SURE}), {counts['the reverse']} with the other sign, and {counts['not shown']} are not "
+        "shown."
     ]
     head = [
         "arm",
@@ -536,7 +544,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Each difference with its interval, beside the paper's, a panel a study."""
     panels = {
         HEADINGS[study].partition(" (")[0]: [
-            Bar(f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − {each.beside}",
+            Bar(f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − "
+                f"{each.beside}",
                 each.first, each.second, other=each.paper)
             for name, each in arms.items()
             if each.second

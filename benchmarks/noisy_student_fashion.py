@@ -3,20 +3,22 @@
     python benchmarks/noisy_student_fashion.py --source /usr/share/datasets/fashion-mnist --hours 4
     python benchmarks/noisy_student_fashion.py --write benchmarks/results/noisy_student_fashion.md
 
-The pictures are those of Debian's package ``dataset-fashion-mnist``, averaged over 2 x 2 pixels. A seed draws 1,000
-labeled pictures, 100 a class, 1,000 to select on, and 10,000 without labels; the test set has 10,000. Networks: a
-residual network of six blocks and three widths, S, M and L, in the place of B0, B4 or B5, and L2 or B7; blocks are
-dropped by the linear rule, the last one with the paper's probability 0.2, and dropout before the head is 0.2, which the
-authors' code has for B0. Noise on pictures: the strong view of ``metapl noisy-student images`` and a flip; standard
-augmentation: a move by up to two pixels and a flip. Selection: a confidence above 0.3, and classes filled up to the
-largest. Steps are 1,000 of 32 labeled pictures, 32 epochs, where the paper has 350: the networks are not trained to
-their end, and this is said beside the tables.
+The pictures are those of Debian's package ``dataset-fashion-mnist``, averaged over 2 x 2 pixels. A
+seed draws 1,000 labeled pictures, 100 a class, 1,000 to select on, and 10,000 without labels; the
+test set has 10,000. Networks: a residual network of six blocks and three widths, S, M and L, in the
+place of B0, B4 or B5, and L2 or B7; blocks are dropped by the linear rule, the last one with the
+paper's probability 0.2, and dropout before the head is 0.2, which the authors' code has for B0.
+Noise on pictures: the strong view of ``metapl noisy-student images`` and a flip; standard
+augmentation: a move by up to two pixels and a flip. Selection: a confidence above 0.3, and classes
+filled up to the largest. Steps are 1,000 of 32 labeled pictures, 32 epochs, where the paper has
+350: the networks are not trained to their end, and this is said beside the tables.
 
-Nothing was tuned but the learning rate of SGD, by hand, on the validation pictures of another seed (320). The test set
-is read once by each network, after its last step.
+Nothing was tuned but the learning rate of SGD, by hand, on the validation pictures of another seed
+(320). The test set is read once by each network, after its last step.
 
-Each row is written when its network has ended. Who stops the script, or lets it stop by ``--hours``, goes on with the
-same command: rows that are there are not run again, and networks that label for others are kept in ``--networks``.
+Each row is written when its network has ended. Who stops the script, or lets it stop by
+``--hours``, goes on with the same command: rows that are there are not run again, and networks that
+label for others are kept in ``--networks``.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ WIDTHS = {"S": 10, "M": 16, "L": 24}
 BLOCKS_PER_STAGE, STAGES = 2, 3
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 class ResidualBlock(nn.Module):
@@ -110,7 +112,10 @@ class ResidualBlock(nn.Module):
 
 
 def residual_network(width: int) -> nn.Module:
-    """Return stages of 1, 2 and 4 widths, each of two blocks; block l of L is dropped with probability l/L · 0.2."""
+    """Return stages of 1, 2 and 4 widths, each of two blocks.
+
+    Block l of L is dropped with probability l/L · 0.2.
+    """
     layers: list[nn.Module] = [nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False)]
     channels, number = width, 0
     for stage in range(STAGES):
@@ -130,7 +135,7 @@ def residual_network(width: int) -> nn.Module:
     return nn.Sequential(*layers, *head, nn.Linear(channels, CLASSES))
 
 
-# ----------------------------------------------------------------------------------------------------------- the arms
+# ----------------------------------------------------------------------------------------- the arms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +176,8 @@ def same_teacher(network: Literal["S", "M", "L"], **changes: object) -> Arm:
     return Arm(network=network, teacher=f"{network} supervised", **changes)  # type: ignore[arg-type]
 
 
-# The unlabeled pictures of Table 6's first column are as many as the labeled ones, with standard augmentation.
+# The unlabeled pictures of Table 6's first column are as many as the labeled ones, with standard
+# augmentation.
 FEW = {"pool": 1_000, "augmentation": "standard"}
 BEST = "L, third round"
 SHARES = (1 / 64, 1 / 16, 1 / 4)
@@ -246,7 +252,10 @@ ARMS: dict[str, Arm] = {
 
 
 class Line(NamedTuple):
-    """A line of a table: the arm, the arm that it is compared with, and their top-1 accuracies on ImageNet in %."""
+    """A line of a table.
+
+    The arm, the arm that it is compared with, and their top-1 accuracies on ImageNet in %.
+    """
 
     arm: str
     against: str | None = None
@@ -310,7 +319,7 @@ TABLES: dict[str, tuple[Line, ...]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------- the data
+# ----------------------------------------------------------------------------------------- the data
 
 
 class Drawn(NamedTuple):
@@ -336,7 +345,10 @@ class Setting:
 
 
 def standard_view() -> View:
-    """Return the standard augmentation: pictures are moved by up to two pixels, and half of them mirrored."""
+    """Return the standard augmentation.
+
+    Pictures are moved by up to two pixels, and half of them mirrored.
+    """
     return Weak(2, flip=True)
 
 
@@ -347,7 +359,10 @@ def noisy_view() -> View:
 
 @lru_cache(maxsize=1)
 def all_pictures(source: Path, is_miniature: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training pictures (n, 1, 14, 14) as bytes, their labels, and those to test on; in miniature, digits."""
+    """Return training pictures (n, 1, 14, 14) as bytes, their labels, and those to test on.
+
+    In miniature, digits.
+    """
     if is_miniature:
         split = load_digits_split(40, 0)
         images = torch.cat([split.labeled[0], split.unlabeled, split.test[0]])
@@ -379,7 +394,7 @@ def drawn(seed: int, source: Path, is_miniature: bool) -> Drawn:
     return Drawn((x[labeled], y[labeled]), (x[held_out], y[held_out]), x[many], (test_x, test_y))
 
 
-# ----------------------------------------------------------------------------------------------------------- the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def train(name: str, setting: Setting) -> nn.Module:
@@ -390,7 +405,8 @@ def train(name: str, setting: Setting) -> nn.Module:
     if kept.exists():
         network.load_state_dict(load_file(kept))
         return network
-    # The name of an arm enters the seed of its draws; those of the labeled pictures are the same for all.
+    # The name of an arm enters the seed of its draws; those of the labeled pictures are the same
+    # for all.
     seed = fold_in(setting.seed, int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
     if arm.teacher is None:
         torch.manual_seed(seed)
@@ -425,7 +441,10 @@ def train(name: str, setting: Setting) -> nn.Module:
 
 
 def digest(name: str) -> str:
-    """Return what tells a trained network apart: the settings of its arm, and of all that labeled before it."""
+    """Return what tells a trained network apart.
+
+    The settings of its arm, and of all that labeled before it.
+    """
     chain = ""
     teacher: str | None = name
     while teacher is not None:
@@ -442,7 +461,10 @@ def fit(
     arm: Arm,
     setting: Setting,
 ) -> None:
-    """Train by SGD with Nesterov's momentum and the paper's schedule; a shorter run ends at the usual rate."""
+    """Train by SGD with Nesterov's momentum and the paper's schedule.
+
+    A shorter run ends at the usual rate.
+    """
     usual = setting.steps(STEPS)
     steps = setting.steps(STEPS * arm.percent // 100)
     optimizer = torch.optim.SGD(
@@ -527,7 +549,7 @@ def accuracy(network: nn.Module, part: tuple[Tensor, Tensor]) -> float:
     return evaluated(network, EvaluationBatches(MemoryImages(part[0]), part[1], 500)).accuracy
 
 
-# ---------------------------------------------------------------------------------------------------------- the study
+# ---------------------------------------------------------------------------------------- the study
 
 
 def study(
@@ -562,7 +584,7 @@ def study(
     harness.go_on(out, jobs(), run, about=harness.environment())
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 
 
 def tested(rows: Sequence[Row], name: str) -> dict[int, float]:
@@ -611,7 +633,8 @@ def block(rows: Sequence[Row]) -> str:
     if lines:
         parts.insert(
             0,
-            f"**Trained on the labeled pictures alone**\n\n{harness.grid(['arm', 'here'], lines, 'lr')}",
+            "**Trained on the labeled pictures "
+            f"alone**\n\n{harness.grid(['arm', 'here'], lines, 'lr')}",
         )
     said = f"Of {len(ARMS)} arms {len(ARMS) - len(missing)} have been run."
     if fewer:
@@ -638,7 +661,8 @@ def main() -> None:
             and not (arguments.source / "train-images-idx3-ubyte.gz").exists()
         ):
             sys.exit(
-                f"--source {arguments.source} has no Fashion-MNIST: install dataset-fashion-mnist, or name a folder."
+                f"--source {arguments.source} has no Fashion-MNIST: install "
+                "dataset-fashion-mnist, or name a folder."
             )
         study(
             arguments.out,

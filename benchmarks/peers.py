@@ -3,14 +3,16 @@
     python benchmarks/peers.py                                    # about an hour of one core
     python benchmarks/peers.py --write benchmarks/results/peers.md
 
-Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
-does not install is named with the reason. All compute the gradient of the labeled loss after K student steps of plain
-SGD on a teacher's soft labels, in float32, from the same weights and batches; attention is computed by PyTorch's plain
-kernel, since the others have no second derivative, but in the causal language model, which has PyTorch's default. What
-is marked "by its algorithm" is written here, as its paper has it: Betty installs under Python 3.10 at most, and
-MixFlow-MG is code for JAX. Each measurement is a process of its own, and their order is drawn anew in each round, after
-which the rows are written. The error is relative to double backward in float64, the time is the median over rounds, and
-the memory is the allocator's peak beyond weights and batches. They run on a CUDA device, if there is one.
+Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch
+from this one; one that does not install is named with the reason. All compute the gradient of the
+labeled loss after K student steps of plain SGD on a teacher's soft labels, in float32, from the
+same weights and batches; attention is computed by PyTorch's plain kernel, since the others have no
+second derivative, but in the causal language model, which has PyTorch's default. What is marked "by
+its algorithm" is written here, as its paper has it: Betty installs under Python 3.10 at most, and
+MixFlow-MG is code for JAX. Each measurement is a process of its own, and their order is drawn anew
+in each round, after which the rows are written. The error is relative to double backward in
+float64, the time is the median over rounds, and the memory is the allocator's peak beyond weights
+and batches. They run on a CUDA device, if there is one.
 """
 
 from __future__ import annotations
@@ -81,7 +83,10 @@ class Tokens(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A causal language model, with PyTorch's default attention: the logits of the token behind the others."""
+    """A causal language model, with PyTorch's default attention.
+
+    The logits of the token behind the others.
+    """
 
     def __init__(
         self,
@@ -175,7 +180,10 @@ def by_hand(
 
 
 def by_metapl(mode: Any, **options: Any) -> Any:
-    """``metapl.hypergradient`` in a mode; with one optimizer, by which it knows what it has compiled."""
+    """``metapl.hypergradient`` in a mode.
+
+    With one optimizer, by which it knows what it has compiled.
+    """
     import metapl
 
     optimizers: dict[nn.Module, Any] = {}
@@ -306,9 +314,10 @@ def plain_steps(
 def by_betty(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """Betty's default, ``darts`` (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): of the last step alone, the mixed
-    derivative at the new weights, with the identity for the Hessian, by a central difference of gradients in the
-    teacher over 0.01 / ||v|| along v. Times the rate, which Betty leaves out."""
+    """Betty's default, ``darts`` (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): of the last
+    step alone, the mixed derivative at the new weights, with the identity for the Hessian, by a
+    central difference of gradients in the teacher over 0.01 / ||v|| along v. Times the rate, which
+    Betty leaves out."""
     params = plain_steps(teacher, student, u, steps)[-1]
     outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(params.values()))
@@ -330,9 +339,10 @@ def by_betty(
 def by_mixflow(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """MixFlow-MG (Kemaev et al. 2025): backwards through the steps, the product with the Hessian and the derivative in
-    the teacher are one derivative, in forward mode along the adjoint, of the inner loss's gradient in both networks;
-    each step's passes are run again from its kept weights, and no graph outlives its step."""
+    """MixFlow-MG (Kemaev et al. 2025): backwards through the steps, the product with the Hessian
+    and the derivative in the teacher are one derivative, in forward mode along the adjoint, of the
+    inner loss's gradient in both networks; each step's passes are run again from its kept weights,
+    and no graph outlives its step."""
     *before, last = plain_steps(teacher, student, u, steps)
     outer = F.cross_entropy(functional_call(student, last, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(last.values()))
@@ -362,7 +372,10 @@ PEERS: dict[str, tuple[tuple[str, ...], Any]] = {
     "Betty (darts), by its algorithm": ((), by_betty),
     "MixFlow-MG, by its algorithm": ((), by_mixflow),
 }
-"""The pinned packages of a library's environment, and its gradient; None: it has not installed so far."""
+"""The pinned packages of a library's environment, and its gradient.
+
+None: it has not installed so far.
+"""
 
 
 def measure(library: str, network: str, steps: int, calls: int, truth: str, device: str) -> Row:
@@ -409,8 +422,8 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
 
 
 def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
-    """The interpreter of a new environment with these packages, ``alone`` or with what they need beyond this
-    environment, from which it reads the others.
+    """The interpreter of a new environment with these packages, ``alone`` or with what they need
+    beyond this environment, from which it reads the others.
 
     Raises: :class:`RuntimeError` with pip's words, in short, if they do not install.
     """
@@ -449,8 +462,8 @@ def call(python: str, *given: Any) -> Row:
 
 
 def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """The interpreter of each library that installs, and the reasons of those that do not; a miniature takes what is
-    installed here."""
+    """The interpreter of each library that installs, and the reasons of those that do not; a
+    miniature takes what is installed here."""
     ours = OWN[:1] if miniature else OWN
     pythons, reasons = dict.fromkeys(ours, sys.executable), dict[str, str]()
     for library, (packages, gradient) in PEERS.items():
@@ -473,7 +486,10 @@ def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[st
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """The medians over the rounds of one case, and each round's seconds; or the reason why there is nothing."""
+    """The medians over the rounds of one case, and each round's seconds.
+
+    Or the reason why there is nothing.
+    """
     for row in rows:
         if "reason" in row:
             return {"reason": row["reason"]}

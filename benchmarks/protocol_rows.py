@@ -3,12 +3,13 @@
     python benchmarks/protocol_rows.py --root /usr/share/datasets/fashion-mnist   # an hour of one core; goes on
     python benchmarks/protocol_rows.py --write docs/papers.md                     # put the table there
 
-The rows of ``examples/protocols.py`` with a few changes: pictures of 28 pixels, a network of 94,762 weights with batch
-norm in the place of WRN-28-2, and batches of 16 and 112; waits, warmups, ramps and finetuning are shortened by
---scale-to 300. The values of ``cifar10-4k`` are for 300,000 steps: with its rates of 0.025 and its UDA weight of 8,
-reached in 5 steps, the student has 28.8 % after 300. Here both rates are 0.1, and the weight is 1. Where pictures are
-held out, they are 1,000. A row *trains* if its finetuned student, as the row evaluates it, is 20 points above chance,
-and at most 5 points below the same row with --method none.
+The rows of ``examples/protocols.py`` with a few changes: pictures of 28 pixels, a network of 94,762
+weights with batch norm in the place of WRN-28-2, and batches of 16 and 112; waits, warmups, ramps
+and finetuning are shortened by --scale-to 300. The values of ``cifar10-4k`` are for 300,000 steps:
+with its rates of 0.025 and its UDA weight of 8, reached in 5 steps, the student has 28.8 % after
+300. Here both rates are 0.1, and the weight is 1. Where pictures are held out, they are 1,000. A
+row *trains* if its finetuned student, as the row evaluates it, is 20 points above chance, and at
+most 5 points below the same row with --method none.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ BEHIND_CONTROL = 0.05
 
 
 def run(row: str, method: str, seed: int, steps: int, root: str, more: Sequence[str] = ()) -> Row:
-    """Train a row of the protocols, small, and return its accuracies; ``more`` are further flags."""
+    """Train a row of the protocols, small, and return its accuracies.
+
+    ``more`` are further flags.
+    """
     import protocols
 
     words = [

@@ -3,14 +3,16 @@
     python benchmarks/reduced.py                       # goes on where it was stopped
     python benchmarks/reduced.py --write benchmarks/results/reduced.md
 
-A step: WRN-28-2 on 16 pictures of 32 px and EfficientNet-B0 on 8 of 64 px, whose teacher is as large; SGD with Nesterov
-momentum. Plain training learns the same stored labels, without a teacher; in a second row it also learns the labeled
-examples, each batch with a backward pass of its own. Each measurement is the median of three processes of its own, in a
-drawn order; memory is the allocator's peak beyond what lies there between steps.
+A step: WRN-28-2 on 16 pictures of 32 px and EfficientNet-B0 on 8 of 64 px, whose teacher is as
+large; SGD with Nesterov momentum. Plain training learns the same stored labels, without a teacher;
+in a second row it also learns the labeled examples, each batch with a backward pass of its own.
+Each measurement is the median of three processes of its own, in a drawn order; memory is the
+allocator's peak beyond what lies there between steps.
 
-What it reaches on the digits stands in rows of the script at commit 28029287: 2 labels a class, 1,500 steps and 200 of
-finetuning, on the 20 seeds of the digits study. The size of Reduced MPL's feedback was chosen by validation on three
-other seeds; the others have the command's settings. The test set was opened by the final runs alone.
+What it reaches on the digits stands in rows of the script at commit 28029287: 2 labels a class,
+1,500 steps and 200 of finetuning, on the 20 seeds of the digits study. The size of Reduced MPL's
+feedback was chosen by validation on three other seeds; the others have the command's settings. The
+test set was opened by the final runs alone.
 """
 
 from __future__ import annotations

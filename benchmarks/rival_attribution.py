@@ -4,15 +4,17 @@
     python benchmarks/rival_attribution.py --rival-python rival/bin/python
     python benchmarks/rival_attribution.py --write benchmarks/results/rival_attribution.md
 
-Both get the same training in float64 from a file: initial weights, examples, the rows of batches. bergson's Trainer,
-optimizers, checkpoints and backward pass run as they are; in the place of its data stream, which is for tokenized data
-sets, stand these arrays. Each library has a process of its own, in which its ways take turns with a plain training by
-the same library. Without --rival-python the rows of bergson say that they were skipped.
+Both get the same training in float64 from a file: initial weights, examples, the rows of batches.
+bergson's Trainer, optimizers, checkpoints and backward pass run as they are; in the place of its
+data stream, which is for tokenized data sets, stand these arrays. Each library has a process of its
+own, in which its ways take turns with a plain training by the same library. Without --rival-python
+the rows of bergson say that they were skipped.
 
-The linear datamodeling score is Spearman's correlation, over random sets of 1, 5 and 10 % of the examples, between the
-predicted outer loss, L + Σ score_i (MAGIC's φ(1) - Σ τ_i), and that of trainings without them by the loop of
-benchmarks/attribution.py, which uses nothing of metapl, in float32. The transformer and its sequences are those of
-``examples/data_rater.py``; in the committed rows they were another and docstrings of 32 words (at commit 34cbc0d7).
+The linear datamodeling score is Spearman's correlation, over random sets of 1, 5 and 10 % of the
+examples, between the predicted outer loss, L + Σ score_i (MAGIC's φ(1) - Σ τ_i), and that of
+trainings without them by the loop of benchmarks/attribution.py, which uses nothing of metapl, in
+float32. The transformer and its sequences are those of ``examples/data_rater.py``; in the committed
+rows they were another and docstrings of 32 words (at commit 34cbc0d7).
 """
 
 from __future__ import annotations
@@ -187,7 +189,8 @@ def by_bergson(given: Row, way: str = "") -> Any:
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 
-    # TorchOpt's step counts become tensors of the default type, and with them rates and bias corrections.
+    # TorchOpt's step counts become tensors of the default type, and with them rates and bias
+    # corrections.
     torch.set_default_dtype(torch.float32 if way == NARROW else torch.float64)
     setting, steps, mode = given["setting"], len(given["order"]), way.split(",")[0] or "all"
     rate = partial(lambda step: setting["lr"] * factor(setting, step, steps))
@@ -214,7 +217,10 @@ def by_bergson(given: Row, way: str = "") -> Any:
 
 
 def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> list[Row]:
-    """Some ways of a library, in the process that it is called in; what a first call loads or compiles is not timed."""
+    """Some ways of a library, in the process that it is called in.
+
+    What a first call loads or compiles is not timed.
+    """
     by: Any = {"metapl": by_metapl, "bergson": by_bergson}[library]
     rows: dict[str, Row] = {way: {"way": way, "seconds": [], "plain_seconds": []} for way in ways}
     found = {way: by(given | {"order": given["order"][:3]}, way) for way in ("", *ways)}
@@ -232,7 +238,10 @@ def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> lis
 
 
 def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
-    """The rows of a training, with errors beside metapl with all states kept. One round leaves the first way out."""
+    """The rows of a training, with errors beside metapl with all states kept.
+
+    One round leaves the first way out.
+    """
     given, scores, rows = (
         training(SETTINGS[case], steps, 0, torch.float64),
         dict[str, Tensor](),
@@ -245,7 +254,10 @@ def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bo
             if library == "bergson" and python is None:
                 rows.append({"library": library, "reason": "skipped: no --rival-python"})
                 continue
-            use = f"rival_attribution.measure({library!r}, torch.load('{folder}/training.pt'), {rounds}, {ways!r})"
+            use = (
+                f"rival_attribution.measure({library!r}, torch.load('{folder}/training.pt'), "
+                f"{rounds}, {ways!r})"
+            )
             with_library = str(python) if library == "bergson" else sys.executable
             try:
                 found = (

@@ -3,11 +3,11 @@
     python benchmarks/scale.py                        # measures, and writes results/scale.json
     python benchmarks/scale.py --write benchmarks/results/scale.md
 
-A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of the same size, so a
-process of several computes as much as one alone. Each layout has processes of its own, on one thread each, and the
-layouts take turns; times are of the processor, so that processes that share a core do not count twice, and of the
-slowest process. Operations and bytes are counted as they are dispatched; memory is what lies there before a step and
-what the allocator adds.
+A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of
+the same size, so a process of several computes as much as one alone. Each layout has processes of
+its own, on one thread each, and the layouts take turns; times are of the processor, so that
+processes that share a core do not count twice, and of the slowest process. Operations and bytes are
+counted as they are dispatched; memory is what lies there before a step and what the allocator adds.
 """
 
 from __future__ import annotations

@@ -3,22 +3,25 @@
     python benchmarks/silent.py                     # half an hour on one core
     python benchmarks/silent.py --write benchmarks/results/silent.md
 
-A student takes three steps of plain SGD on a teacher's soft labels; asked is the gradient of its loss on labeled data
-in the teacher's weights (bergson's trainer: in the weights of the examples, which is what it differentiates in). Each
-way is used as its documentation says: TorchOpt's ``MetaSGD``, higher's ``innerloop_ctx``, BOAT's ``Problem``, bergson's
-``Trainer``, ``metapl.BilevelTrainer``; and two ways that people write by hand. A way is
+A student takes three steps of plain SGD on a teacher's soft labels; asked is the gradient of its
+loss on labeled data in the teacher's weights (bergson's trainer: in the weights of the examples,
+which is what it differentiates in). Each way is used as its documentation says: TorchOpt's
+``MetaSGD``, higher's ``innerloop_ctx``, BOAT's ``Problem``, bergson's ``Trainer``,
+``metapl.BilevelTrainer``; and two ways that people write by hand. A way is
 
-- *right* if it is off by at most 1e-3 (5e-2 in bfloat16) of the derivative by central differences of the real thing in
-  float64: the student, trained by ``backward()`` and ``torch.optim.SGD`` alone, from the same seeds; and *right to
-  1e-5* by that bound, which no student with a part in bfloat16 can keep;
+- *right* if it is off by at most 1e-3 (5e-2 in bfloat16) of the derivative by central differences
+  of the real thing in float64: the student, trained by ``backward()`` and ``torch.optim.SGD``
+  alone, from the same seeds; and *right to 1e-5* by that bound, which no student with a part in
+  bfloat16 can keep;
 - *refused* if it ends with an error, whose last line is kept;
 - *warned* if it is off, and said something by ``warnings``; *wrong* if it is off, and said nothing.
 
-The students with a star have gradients that are off their loss's derivative on purpose, so that no way can follow it.
-Each library has an environment of its own, as in ``peers.py``, and each student a process of its own. A rate that the
-teacher has learned is given to each way as it takes one: to TorchOpt and bergson by a closure, to higher by
-``override``, to metapl by ``hypergradient(wrt=("teacher", "lr"))``, since a trainer refuses a closure. A third table is
-of torch's own derivatives of two operations.
+The students with a star have gradients that are off their loss's derivative on purpose, so that no
+way can follow it. Each library has an environment of its own, as in ``peers.py``, and each student
+a process of its own. A rate that the teacher has learned is given to each way as it takes one: to
+TorchOpt and bergson by a closure, to higher by ``override``, to metapl by
+``hypergradient(wrt=("teacher", "lr"))``, since a trainer refuses a closure. A third table is of
+torch's own derivatives of two operations.
 """
 
 from __future__ import annotations
@@ -171,7 +174,8 @@ def mapped(student: Any, x: Tensor) -> Tensor:
 
 
 LEARNED_RATE, COMPILED_STUDENT = "a learned rate", "a compiled student"
-KINDS: dict[str, tuple[Any, ...]] = {  # the arguments of Own: a forward, and what is added to two linear layers
+# the arguments of Own: a forward, and what is added to two linear layers
+KINDS: dict[str, tuple[Any, ...]] = {
     "two layers": (plain,),
     "tied weights": TESTED["a shared layer"][1:],
     "a frozen layer": TESTED["a frozen layer"][1:],
@@ -195,7 +199,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # the arguments of Own: a forward, and wh
     "a weight's memory in a list": TESTED["a tensor in a weight's memory"][1:],
     "a hook on an output": TESTED["a hook that scales outputs"][1:],
     "a hook on an activation's gradient": TESTED["a hook on an activation"][1:],
-    "a hook on a parameter's gradient": (plain, lambda s: s.a.weight.register_hook(lambda g: 2 * g)),
+    "a hook on a parameter's "
+    "gradient": (plain, lambda s: s.a.weight.register_hook(lambda g: 2 * g)),
     "a hook on a module's backward pass": TESTED["a hook on a backward pass"][1:],
     "a buffer made by the first pass": TESTED["a buffer made by the first pass"][1:],
     "a count in an attribute": TESTED["an attribute that counts"][1:],
@@ -227,7 +232,8 @@ TAKES_GRADIENTS = (
     "a gradient in its input",
     "a physics-informed network",
 )  # whose passes all need a graph
-ON_PURPOSE = (  # whose own gradient is not the derivative of their loss, or leaves out state that passes carry on
+# whose own gradient is not the derivative of their loss, or leaves out state that passes carry on
+ON_PURPOSE = (
     *("spectral norm", "a hook on an activation's gradient", "a hook on a module's backward pass"),
     *(
         "a momentum encoder",
@@ -241,7 +247,10 @@ ON_PURPOSE = (  # whose own gradient is not the derivative of their loss, or lea
 def case(
     kind: str, exact: bool = False
 ) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]:
-    """Teacher, student, a labeled batch and an unlabeled one; generators begin anew. ``exact``: without bfloat16."""
+    """Teacher, student, a labeled batch and an unlabeled one.
+
+    Generators begin anew. ``exact``: without bfloat16.
+    """
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
@@ -249,7 +258,8 @@ def case(
         warnings.simplefilter("ignore")  # the old norm is deprecated
         student = Own(*(WITHOUT_BFLOAT16 if exact and kind in WITHOUT_BFLOAT16 else KINDS)[kind])
     if kind == COMPILED_STUDENT and not exact:
-        # Of the compiler only the part that decides about derivatives; what follows makes kernels for a minute.
+        # Of the compiler only the part that decides about derivatives; what follows makes kernels
+        # for a minute.
         student.compile(backend="aot_eager")
     peers.LEARNING_RATE = RATE
     if kind == LEARNED_RATE:
@@ -375,7 +385,8 @@ def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -
 
 def by_metapl(mode: Any, **options: Any) -> Any:
     """``metapl.BilevelTrainer``: the teacher moves by minus its gradient. With a learned rate
-    ``metapl.hypergradient(wrt=("teacher", "lr"))``, whose gradient in the rate goes on by the rate's own graph."""
+    ``metapl.hypergradient(wrt=("teacher", "lr"))``, whose gradient in the rate goes on by the
+    rate's own graph."""
 
     def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
         import metapl

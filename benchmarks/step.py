@@ -4,14 +4,15 @@
     python benchmarks/step.py --parts eager,compiled,stacked          # compiled as one graph, and 32 seeds at once
     python benchmarks/step.py --write benchmarks/results/step.md
 
-A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its own loss. Times are
-of the processor, on one thread. Ways take turns: each takes some steps a round, and a ratio is the median over rounds
-of one way's time over that of the same mode by hand in the same round, beside the quartiles. A stacked step is
-``torch.func.vmap`` of the trainer's function over 32 seeds with a batch each, and its time is that of one seed.
-Compiling is not in the times: it is given in seconds, with an empty cache, and as the number of steps after which it
-has paid, against the same that is not compiled. Apart is how far the teacher is from the one trained by hand, over how
-far it has gone, after three steps. Counted are the files and functions of metapl that the third step enters. ``gpu.py``
-measures the same on a GPU, where times are those until it is done.
+A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its
+own loss. Times are of the processor, on one thread. Ways take turns: each takes some steps a round,
+and a ratio is the median over rounds of one way's time over that of the same mode by hand in the
+same round, beside the quartiles. A stacked step is ``torch.func.vmap`` of the trainer's function
+over 32 seeds with a batch each, and its time is that of one seed. Compiling is not in the times: it
+is given in seconds, with an empty cache, and as the number of steps after which it has paid,
+against the same that is not compiled. Apart is how far the teacher is from the one trained by hand,
+over how far it has gone, after three steps. Counted are the files and functions of metapl that the
+third step enters. ``gpu.py`` measures the same on a GPU, where times are those until it is done.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
 def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
     optimizers = {"inner_optimizer": optimizer(pair[1]), "outer_optimizer": optimizer(pair[0])}
     losses = (metapl.CrossEntropy(label_smoothing=0.1),)
-    # The steps by hand add the feedback at the weight 1, and the sum of the labels' cross-entropies.
+    # The steps by hand add the feedback at the weight 1, and the sum of the labels'
+    # cross-entropies.
     estimator = metapl.feedback.Reinforce(reduction="sum") if mode == "reinforce" else mode
     return metapl.BilevelTrainer(
         *pair, estimator, teacher_losses=losses, feedback_weight=1.0, **optimizers, **options
@@ -215,7 +217,10 @@ def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.M
 
 
 def entered(step: Step) -> Row:
-    """How many files and functions of metapl a step enters: what ``def`` or ``lambda`` makes, not comprehensions."""
+    """How many files and functions of metapl a step enters.
+
+    What ``def`` or ``lambda`` makes, not comprehensions.
+    """
     found, root = set[tuple[str, int]](), str(Path(metapl.__file__).parent)
 
     def look(frame: Any, event: str, _: Any) -> None:

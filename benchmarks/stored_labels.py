@@ -4,22 +4,26 @@
     python benchmarks/stored_labels.py --backbone efficientnet_lite0.safetensors    # goes on where it was stopped
     python benchmarks/stored_labels.py --write benchmarks/results/stored_labels.md
 
-Five networks learn from the few labels and, by UDA, from the unlabeled examples; the mean of their class distributions
-is stored. Every arm starts a new student of the same weights on the same batches:
+Five networks learn from the few labels and, by UDA, from the unlabeled examples; the mean of their
+class distributions is stored. Every arm starts a new student of the same weights on the same
+batches:
 
-- ``reduced_mpl``: a small network adjusts the stored labels by the student's feedback (mode ``forward``);
+- ``reduced_mpl``: a small network adjusts the stored labels by the student's feedback (mode
+  ``forward``);
 - ``reduced_none``: the same without feedback, with the settings of ``reduced_mpl``;
 - ``plain``: self-training, on the stored labels and the given ones together.
 
-All are finetuned on the given labels. ``plain`` has three times as many steps, for a step of it costs a third or less;
-what a step took is in the rows. Four configurations of
-``reduced_mpl`` and of ``plain`` are compared on three other seeds of each problem, by what the finetuned student
-reaches there. **The primary test, named before anything was run**: ``reduced_mpl`` minus ``plain`` over the fifteen
-final runs, finetuned, by a two-sided paired sign-flip test. Everything else is descriptive.
+All are finetuned on the given labels. ``plain`` has three times as many steps, for a step of it
+costs a third or less; what a step took is in the rows. Four configurations of ``reduced_mpl`` and
+of ``plain`` are compared on three other seeds of each problem, by what the finetuned student
+reaches there. **The primary test, named before anything was run**: ``reduced_mpl`` minus ``plain``
+over the fifteen final runs, finetuned, by a two-sided paired sign-flip test. Everything else is
+descriptive.
 
-The problems, each with a few labels a class: the digits (2), MNIST's images at 14 x 14 (2), and the drawn textures (3)
-by the features of an EfficientNet-Lite0 of ImageNet at 64 pixels. Inputs are standardized; a view adds noise of 0.2 and
-leaves out a fifth of the inputs. Networks are perceptrons with two layers of 64.
+The problems, each with a few labels a class: the digits (2), MNIST's images at 14 x 14 (2), and the
+drawn textures (3) by the features of an EfficientNet-Lite0 of ImageNet at 64 pixels. Inputs are
+standardized; a view adds noise of 0.2 and leaves out a fifth of the inputs. Networks are
+perceptrons with two layers of 64.
 """
 
 from __future__ import annotations
@@ -132,7 +136,10 @@ def sgd(module: nn.Module, lr: float) -> torch.optim.SGD:
 
 @dataclass(frozen=True)
 class BothLosses(EqualWeights):
-    """Self-training: the mean cross-entropy on given labels, plus that on distributions; (x, y, views, q)."""
+    """Self-training: the mean cross-entropy on given labels, plus that on distributions.
+
+    (x, y, views, q).
+    """
 
     def student_input(self, batch: Any) -> Tensor:
         return torch.cat([batch[0], batch[2]])

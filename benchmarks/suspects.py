@@ -5,13 +5,14 @@
     python benchmarks/suspects.py --harmful  # beside `metapl attribute`: its rates on other seeds, then seeds 0 to 4
     python benchmarks/suspects.py --harmful --write benchmarks/results/harmful_pictures.md
 
-scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: in folders, of which some
-lie in that of another class, drawn evenly (symmetric) or the next one (asymmetric); 10 clean ones a class; and 400 to
-test on. The first study has about 1,100, of which one in ten is wrong, and counts the share of mislabeled pictures in
-the first tenth of suspects.csv. With ``--harmful`` there are 600, of which 20 or 40 % are wrong, and of each list the
-AUC is taken too: of `metapl train noisy`, of `metapl attribute` on its folder, and of a perceptron that learns from the
-clean pictures alone, untuned, which was added when the others were known. Commands are run with their defaults but for
-the number of steps and the precision.
+scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: in
+folders, of which some lie in that of another class, drawn evenly (symmetric) or the next one
+(asymmetric); 10 clean ones a class; and 400 to test on. The first study has about 1,100, of which
+one in ten is wrong, and counts the share of mislabeled pictures in the first tenth of suspects.csv.
+With ``--harmful`` there are 600, of which 20 or 40 % are wrong, and of each list the AUC is taken
+too: of `metapl train noisy`, of `metapl attribute` on its folder, and of a perceptron that learns
+from the clean pictures alone, untuned, which was added when the others were known. Commands are run
+with their defaults but for the number of steps and the precision.
 """
 
 from __future__ import annotations
@@ -180,7 +181,10 @@ def suspected(method: str, seed: int, miniature: bool) -> Row:
 
 
 def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | None = None) -> Row:
-    """The quality of each list; with a rate, of that of `metapl attribute` after a run of a few steps."""
+    """The quality of each list.
+
+    With a rate, of that of `metapl attribute` after a run of a few steps.
+    """
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
         wrong, out = (

@@ -3,10 +3,11 @@
     python benchmarks/tables.py                            # minutes of one core; goes on where it was stopped
     python benchmarks/tables.py --write benchmarks/results/tables.md     # the tables into the page
 
-Each seed draws test rows (40 %), labels and weights anew. All arms get the same standardized rows and labels. Nothing
-was tuned on these three problems: the settings were looked at on moons, wine, breast cancer and
-``make_classification``. The committed rows are of a second run, as the first drew the training rows wrongly.
-scikit-learn's classifiers have their defaults, but for what :func:`few_labels` and :func:`plain` show.
+Each seed draws test rows (40 %), labels and weights anew. All arms get the same standardized rows
+and labels. Nothing was tuned on these three problems: the settings were looked at on moons, wine,
+breast cancer and ``make_classification``. The committed rows are of a second run, as the first drew
+the training rows wrongly. scikit-learn's classifiers have their defaults, but for what
+:func:`few_labels` and :func:`plain` show.
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ OWN = {
 }
 BESIDE = {
     "few labels": f"{FEW} labels of each class, all other rows unlabeled",
-    "any wrong class": f"{WRONG:.0%} of the labels replaced by any other class, {TRUSTED:.0%} of each class trusted",
-    "the next class": f"{WRONG:.0%} of the labels replaced by the next class, {TRUSTED:.0%} of each class trusted",
+    "any wrong "
+    "class": f"{WRONG:.0%} of the labels replaced by any other class, {TRUSTED:.0%} of each class "
+    "trusted",
+    "the next "
+    "class": f"{WRONG:.0%} of the labels replaced by the next class, {TRUSTED:.0%} of each class "
+    "trusted",
 }
 
 

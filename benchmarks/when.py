@@ -5,24 +5,26 @@
     python benchmarks/when.py --parts worth --workers 16   # several groups of runs at a time
     python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figure in docs/
 
-Five questions compare each arm with the same loop without feedback: the length of the training (``length``), which
-part of the feedback acts (``part``), a teacher whose labels are wrong (``wrong``), the size of the outer batch
-(``outer``), and how many student steps it looks ahead (``ahead``). The sixth, ``worth``, has UDA in every teacher, and
-gives every arm the processor time of 6,000 steps of Meta Pseudo Labels (``mpl``), by :data:`WORTH`. **Its primary test,
-named before it was run**: two labels a class, equal frequencies, ``mpl`` minus the arm that is best of the others over
-the final seeds, by a two-sided paired sign-flip test over 40 seeds. Everything else is descriptive. The arms of
-:data:`FORMS` came later and are no part of it: Algorithm 1 as it is written, and as its authors use it; all other arms
-with feedback have the exact gradient.
+Five questions compare each arm with the same loop without feedback: the length of the training
+(``length``), which part of the feedback acts (``part``), a teacher whose labels are wrong
+(``wrong``), the size of the outer batch (``outer``), and how many student steps it looks ahead
+(``ahead``). The sixth, ``worth``, has UDA in every teacher, and gives every arm the processor time
+of 6,000 steps of Meta Pseudo Labels (``mpl``), by :data:`WORTH`. **Its primary test, named before
+it was run**: two labels a class, equal frequencies, ``mpl`` minus the arm that is best of the
+others over the final seeds, by a two-sided paired sign-flip test over 40 seeds. Everything else is
+descriptive. The arms of :data:`FORMS` came later and are no part of it: Algorithm 1 as it is
+written, and as its authors use it; all other arms with feedback have the exact gradient.
 
-Tuning: the settings of :data:`GRIDS`, equally many for each method of a comparison, on 5 seeds, by the mean accuracy on
-197 labeled validation images of the student or the finetuned student, whichever is better. Final runs: other seeds,
-where nothing is selected, and the test images are read once, by the average of the student's weights at the last step.
-All arms of a place see the same pictures in the same order from the same weights for a seed. Uneven frequencies fall
-evenly from 5 to 1, in an order that each seed draws.
+Tuning: the settings of :data:`GRIDS`, equally many for each method of a comparison, on 5 seeds, by
+the mean accuracy on 197 labeled validation images of the student or the finetuned student,
+whichever is better. Final runs: other seeds, where nothing is selected, and the test images are
+read once, by the average of the student's weights at the last step. All arms of a place see the
+same pictures in the same order from the same weights for a seed. Uneven frequencies fall evenly
+from 5 to 1, in an order that each seed draws.
 
-All seeds of an arm take the pure step of :class:`metapl.BilevelTrainer` at once (:class:`Stack`). The committed rows
-are older: the same steps written by hand (``when_stack.py``, last in commit 4a9de278) gave them, with the ratio of the
-feedback that of the norms at the teacher's outputs.
+All seeds of an arm take the pure step of :class:`metapl.BilevelTrainer` at once (:class:`Stack`).
+The committed rows are older: the same steps written by hand (``when_stack.py``, last in commit
+4a9de278) gave them, with the ratio of the feedback that of the norms at the teacher's outputs.
 """
 
 from __future__ import annotations
@@ -69,16 +71,16 @@ LABELED, UNLABELED, FINETUNING, BEFORE = range(4)
 
 Weights = dict[str, Tensor]  # by name, of all seeds: (S, ...)
 
-# ------------------------------------------------------------------------------------------------------------ the arms
+# ----------------------------------------------------------------------------------------- the arms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How teacher and student are trained.
 
-    ``feedback`` says what sets its size: ``"gradient"``: ``size`` is ``feedback_weight``, so that it dies with the
-    student's rate; ``"learning_rate"``: the same for h divided by that rate; ``"ratio"``: ``size`` is
-    ``feedback_ratio``; ``"none"``: there is none.
+    ``feedback`` says what sets its size: ``"gradient"``: ``size`` is ``feedback_weight``, so that
+    it dies with the student's rate; ``"learning_rate"``: the same for h divided by that rate;
+    ``"ratio"``: ``size`` is ``feedback_ratio``; ``"none"``: there is none.
     """
 
     student_lr: float = 1.0  # base rates of SGD, which a cosine takes to 0
@@ -89,7 +91,8 @@ class Rule:
     alteration: str | None = None  # of the feedback, see altered(), or "zero": none at these rates
     own_loss: bool = True  # the teacher learns from the labeled batch too
     lookahead: int = 1  # student steps a teacher step
-    uda: float = 0.0  # weight of the teacher's consistency loss on unlabeled pictures, metapl.UDA; 0: there is none
+    # weight of the teacher's consistency loss on unlabeled pictures, metapl.UDA; 0: there is none
+    uda: float = 0.0
     temperature: float = 1.0  # of that loss, whose prior is the labels' shares; likewise:
     threshold: float = 0.0
     align: float = 0.0
@@ -114,7 +117,8 @@ class Arm:
     alteration: str | None = None
     lookahead: int = 1
     uneven: int = 1  # how often the most frequent class is there for one of the least frequent
-    begins: float = 0.0  # share of the steps after which the student begins, as the teacher's average: 0: from the
+    # share of the steps after which the student begins, as the teacher's average: 0: from the
+    begins: float = 0.0
     # start, with weights of its own; 1: never, the teacher is what is trained
 
     @property
@@ -137,7 +141,10 @@ class Arm:
 
     @property
     def place(self) -> str:
-        return f"{self.labels} labels a class, {'equal' if self.uneven == 1 else f'1:{self.uneven}'} frequencies"
+        return (
+            f"{self.labels} labels a class, {'equal' if self.uneven == 1 else f'1:{self.uneven}'} "
+            "frequencies"
+        )
 
 
 Condition = Literal["right", "asymmetric", "style", "half"]
@@ -179,8 +186,9 @@ WRONG: dict[
     "own": _rules(feedback="none", teacher_lr=(0.01, 0.03, 0.06, 0.12)),
     "own_and_feedback": _rules(feedback="learning_rate", teacher_lr=(0.03, 0.06), size=(0.3, 1.0)),
 }
-# Of arms of 6,000 steps that were added when the others had been seen: the control tuned at its length, on a grid that
-# its choice at 1,500 steps is in the middle of, and UDA as a loss of the teacher.
+# Of arms of 6,000 steps that were added when the others had been seen: the control tuned at its
+# length, on a grid that its choice at 1,500 steps is in the middle of, and UDA as a loss of the
+# teacher.
 LATER: dict[str, tuple[Rule, ...]] = {
     "none_long": _rules(**LONG_RATES),
     "none_uda": _rules(**LONG_RATES, uda=1.0),
@@ -203,10 +211,12 @@ WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
     "none": (0.611, 0.0, _rules(**PAIR, feedback="none", student_lr=STUDENT_LR)),
     "push": (0.72, 0.0, _rules(**PAIR, feedback="ratio", alteration="balance", size=(0.1, 0.3))),
     "late": (0.553, 0.75, _rules(**PAIR, size=(1.0, 3.0))),
-    # No part of the primary test: what the feedback adds where the teacher's own labels are aligned.
+    # No part of the primary test: what the feedback adds where the teacher's own labels are
+    # aligned.
     "mpl_aligned": (1.014, 0.0, _rules(**PAIR, align=1.0, size=(1.0, 3.0))),
     "none_aligned": (0.625, 0.0, _rules(**PAIR, align=1.0, feedback="none", student_lr=STUDENT_LR)),
-    # Neither are these. 1 is the weight of both in the paper; a cosine is mostly larger than a product.
+    # Neither are these. 1 is the weight of both in the paper; a cosine is mostly larger than a
+    # product.
     "algorithm_1": (COST_OF_SCALAR, 0.0, _rules(**PAIR, **SCALAR, size=(1.0, 3.0))),
     "authors": (
         COST_OF_SCALAR,
@@ -214,10 +224,10 @@ WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
         _rules(**PAIR, **SCALAR, similarity="cosine", baseline=0.99, size=(0.3, 1.0)),
     ),
 }
-"""Of each method the processor time of a step relative to one of ``mpl``, when its student begins, and its eight
-configurations, which are tried in every place. The times were measured on two idle cores with the networks that the
-committed rows are of, and fixed before the study was run; of the aligned two: without alignment, and what it adds
-to UDA. Drawing the batches is left out."""
+"""Of each method the processor time of a step relative to one of ``mpl``, when its student begins,
+and its eight configurations, which are tried in every place. The times were measured on two idle
+cores with the networks that the committed rows are of, and fixed before the study was run; of the
+aligned two: without alignment, and what it adds to UDA. Drawing the batches is left out."""
 
 FORMS = ("algorithm_1", "authors")
 """The forms of Algorithm 1, whose arms came after all others."""
@@ -226,8 +236,8 @@ PLACES = (2, 1), (4, 1), (2, 5), (4, 5)
 """Labels a class, and how uneven: the first is that of the primary test."""
 
 LENGTHS, OUTER, AHEAD, LONGEST = (1500, 6000, 24000), (16, 256), (2, 5, 10), 3
-"""Steps, sizes of the outer batch, and student steps a teacher step that are compared; of the last, rows of more than
-``LONGEST`` stay as they were found: the pure step looks no further."""
+"""Steps, sizes of the outer batch, and student steps a teacher step that are compared; of the last,
+rows of more than ``LONGEST`` stay as they were found: the pure step looks no further."""
 
 ALTERATIONS_OF_WRONG = "permuted", "class_means", "own_class_means", "within_class"
 ALTERATIONS = (
@@ -324,7 +334,10 @@ FINETUNED, TAUGHT = 200, 1500
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run; in miniature two steps of all that there is, and one configuration of each."""
+    """How much is run.
+
+    In miniature two steps of all that there is, and one configuration of each.
+    """
 
     miniature: bool = False
 
@@ -337,7 +350,7 @@ class Size:
         ]
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 class Altered(torch.autograd.Function):
@@ -373,7 +386,9 @@ def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
         return g.sign() * g.abs().mean()
     if (
         how == "balance"
-    ):  # no h at all, but what descends the cross-entropy of the mean label against equal frequencies
+        # no h at all, but what descends the cross-entropy of the mean label against equal
+        # frequencies
+    ):
         return -(1 / (q.shape[0] * q.shape[1] * q.mean(0))).expand_as(q)
     mean = g.mean(0).expand_as(g)
     own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(
@@ -391,7 +406,10 @@ def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Labels(metapl.PseudoLabels):
-    """Meta Pseudo Labels with altered feedback; an unlabeled batch is (weak, strong), and what is drawn to alter it."""
+    """Meta Pseudo Labels with altered feedback.
+
+    An unlabeled batch is (weak, strong), and what is drawn to alter it.
+    """
 
     alteration: str | None = None
 
@@ -433,7 +451,10 @@ class NoTeacher(EqualWeights):
 def trainer(
     rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: Any = None
 ) -> metapl.BilevelTrainer:
-    """The library's, for one seed; without a teacher the student takes its place, its rate and its losses."""
+    """The library's, for one seed.
+
+    Without a teacher the student takes its place, its rate and its losses.
+    """
     uda = metapl.UDA(rule.temperature, rule.threshold, rule.uda, align=rule.align, prior=prior)
     if teacher is None:
         optimizer = torch.optim.SGD(
@@ -475,9 +496,10 @@ def trainer(
 class Stacked:
     """Networks of several seeds, with their teachers, that take the pure step of their trainers at once.
 
-    The step is recorded once as operations on the tensors of all seeds: of networks this small, most of a step would be
-    the dispatch of ``vmap``. (What is recorded may be compiled. ``torch.compile`` of the step itself loses the gradient
-    of :class:`Altered`.) Stacks of a ``kind`` share what is recorded: rates are tensors of the state.
+    The step is recorded once as operations on the tensors of all seeds: of networks this small,
+    most of a step would be the dispatch of ``vmap``. (What is recorded may be compiled.
+    ``torch.compile`` of the step itself loses the gradient of :class:`Altered`.) Stacks of a
+    ``kind`` share what is recorded: rates are tensors of the state.
     """
 
     graphs: ClassVar[dict[Any, Any]] = {}
@@ -504,7 +526,10 @@ class Stacked:
         of_teacher: float = 1.0,
         noise: Tensor | None = None,
     ) -> None:
-        """One step of all seeds, at these factors of their learning rates; ``noise`` (S, B, C) draws labels."""
+        """One step of all seeds, at these factors of their learning rates.
+
+        ``noise`` (S, B, C) draws labels.
+        """
         at = []
         for of, rates, factor in zip(
             (self.state.inner, self.state.outer), self.rates, (of_student, of_teacher), strict=True
@@ -534,8 +559,8 @@ class Stacked:
 
 
 class Stack(Stacked):
-    """Pairs of a teacher and a student, a pair a seed, by a rule; without teachers the students are what learns from
-    the labels. ``average`` is that of the students' weights, as a fit takes it."""
+    """Pairs of a teacher and a student, a pair a seed, by a rule; without teachers the students are
+    what learns from the labels. ``average`` is that of the students' weights, as a fit takes it."""
 
     def __init__(
         self,
@@ -567,7 +592,10 @@ class Stack(Stacked):
         student_rate: float | None = None,
         noise: Tensor | None = None,
     ) -> None:
-        """One step of all seeds, at this factor of the learning rates; the student's may be another."""
+        """One step of all seeds, at this factor of the learning rates.
+
+        The student's may be another.
+        """
         of_student = rate if self.alone or student_rate is None else student_rate
         super().step(outer, inner, of_student, rate, noise=noise)
         decay = min(EMA_DECAY, (1 + self.steps_done) / (10 + self.steps_done))
@@ -576,8 +604,8 @@ class Stack(Stacked):
         self.steps_done += 1
 
     def going_on_from(self, before: Stack, averaged: bool = False) -> Stack:
-        """The stack, with teachers that begin as the networks of another one that had none; ``averaged``: and students
-        that begin as their average."""
+        """The stack, with teachers that begin as the networks of another one that had none;
+        ``averaged``: and students that begin as their average."""
         self.state = self.state._replace(teacher=before.state.student)
         if averaged:
             student = self.state.student._replace(params=before.average)
@@ -589,11 +617,14 @@ class Stack(Stacked):
 
 
 def cosine(step: int, steps: int) -> float:
-    """The factor of the learning rates: that of :class:`metapl.training.FitOptions` without a warm-up."""
+    """The factor of the learning rates.
+
+    That of :class:`metapl.training.FitOptions` without a warm-up.
+    """
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-# ------------------------------------------------------------------------------------------------------------ the data
+# ----------------------------------------------------------------------------------------- the data
 
 
 @dataclass(frozen=True, eq=False)
@@ -623,7 +654,8 @@ def apportioned(shares: Sequence[float], total: int) -> list[int]:
 def drawn(labels: int, seeds: tuple[int, ...], uneven: int = 1) -> Data:
     """The splits of these seeds. The labels of the unlabeled pictures are for diagnostics, and to make wrong ones.
 
-    Of uneven classes the most frequent is number 0, so that one list of shares is that of every seed.
+    Of uneven classes the most frequent is number 0, so that one list of shares is that of every
+    seed.
     """
     falling = np.linspace(uneven, 1, CLASSES)
     few = apportioned(falling, labels * CLASSES)
@@ -661,7 +693,8 @@ SHARE, KEPT = 0.3, 50
 def wrongly_labeled(condition: Condition, x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """What the teacher learns before: pictures and labels.
 
-    Two ends of a class are those along the direction in which its pictures differ most, its first principal component.
+    Two ends of a class are those along the direction in which its pictures differ most, its first
+    principal component.
     """
     noise = torch.rand(len(y), generator=torch.Generator().manual_seed(seed))
     ranks = torch.empty(len(y))
@@ -691,9 +724,10 @@ def views(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches for a stack of seeds, in shuffled epochs: which pictures, (S, B), and how they are seen, (S, B, 64).
 
-    They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random numbers that take a
-    tenth of the time: all shifts of all pictures are made once, and looked up. What a seed sees does not depend on what
-    else is in the stack, and more batches begin with the same ones.
+    They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random
+    numbers that take a tenth of the time: all shifts of all pictures are made once, and looked up.
+    What a seed sees does not depend on what else is in the stack, and more batches begin with the
+    same ones.
 
     Args:
         pictures: (S, n, 64).
@@ -761,8 +795,8 @@ def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Te
 
 
 def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
-    """Gumbel's noise of each step, (S, B, C), by which labels are drawn: -log(-log u). What a seed draws does not
-    depend on what else is in the stack."""
+    """Gumbel's noise of each step, (S, B, C), by which labels are drawn: -log(-log u). What a seed
+    draws does not depend on what else is in the stack."""
     generators = [torch.Generator().manual_seed(1_000 * seed + 700) for seed in seeds]
     for first in range(0, steps, CHUNK):
         shape = (min(CHUNK, steps - first), BATCH, CLASSES)
@@ -773,7 +807,7 @@ def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
         yield from uniform.clamp_min(1e-20).log().neg().log().neg()
 
 
-# ------------------------------------------------------------------------------------------------------------ the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
@@ -898,7 +932,7 @@ def found(
     return row
 
 
-# ------------------------------------------------------------------------------------------------------ running it all
+# ----------------------------------------------------------------------------------- running it all
 
 
 def read(raw: Path = RAW) -> list[Row]:
@@ -931,8 +965,8 @@ SECONDS_OF_ARM = {False: 11, True: 95}
 def run_missing(
     jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool, workers: int = 1
 ) -> None:
-    """Run what the raw file does not hold yet; jobs that see the same batches side by side, and with several workers
-    fewer of them, in a process each."""
+    """Run what the raw file does not hold yet; jobs that see the same batches side by side, and
+    with several workers fewer of them, in a process each."""
     done = [(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)]
     missing = [job for job in jobs if (final, size.steps(job[0].steps), *job) not in done]
     if missing:
@@ -950,7 +984,8 @@ def run_missing(
     if of_worth:
         minutes = of_worth * SECONDS_OF_ARM[final] / 60
         print(
-            f"{of_worth} {'final' if final else 'tuning'} runs at equal time: some {minutes:.0f} minutes of one core"
+            f"{of_worth} {'final' if final else 'tuning'} runs at equal time: some {minutes:.0f} "
+            "minutes of one core"
         )
     for number, rows in enumerate(rows_of_groups(groups, size, final, workers), 1):
         append(raw, *rows)
@@ -977,7 +1012,10 @@ def rows_of_groups(
 
 
 def chosen(rows: Sequence[Row], tuned: str) -> tuple[Rule, str]:
-    """The configuration and the read-out with the best mean over the tuning seeds; of equals, the first."""
+    """The configuration and the read-out with the best mean over the tuning seeds.
+
+    Of equals, the first.
+    """
     tuning = [row for row in rows if not row["final"] and row["tuned"] == tuned]
     best = max(
         itertools.product(tuning, ("student", "finetuned")),

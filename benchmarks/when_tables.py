@@ -65,8 +65,8 @@ HEADINGS = {
 
 
 class Found(NamedTuple):
-    """An arm with its row, and the read-out that it is judged by: at equal time the one that tuning chose, elsewhere
-    the better one, by the mean."""
+    """An arm with its row, and the read-out that it is judged by: at equal time the one that tuning
+    chose, elsewhere the better one, by the mean."""
 
     arm: Arm
     row: Row
@@ -210,8 +210,8 @@ def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_
 def picked(
     first: Sequence[float], others: Sequence[Sequence[float]], flips: int = 200_000
 ) -> float:
-    """The share of random signs, of a seed the same for all, under which the best of the others is ahead of the first
-    by as much, in units of the root mean square of its differences."""
+    """The share of random signs, of a seed the same for all, under which the best of the others is
+    ahead of the first by as much, in units of the root mean square of its differences."""
     d = np.asarray(others) - np.asarray(first)
     ahead = (d / np.maximum(np.sqrt((d**2).mean(1, keepdims=True)), 1e-12)).T
     best = ahead.sum(0)[d.sum(1).argmax()]
@@ -220,8 +220,8 @@ def picked(
 
 
 def places(found: Study) -> dict[str, dict[str, Found]]:
-    """The arms at equal time by place and method; places in which every arm has a row, but for the forms of Algorithm
-    1, which came last."""
+    """The arms at equal time by place and method; places in which every arm has a row, but for the
+    forms of Algorithm 1, which came last."""
     by: dict[str, dict[str, Found]] = {}
     for arm, one in found.items():
         if arm.part == "worth":
@@ -245,10 +245,10 @@ def primary(arms: dict[str, Found]) -> str:
     gain, interval, p = gap(mpl, rival)
     share = picked(mpl.accuracy, [one.accuracy for one in others])
     return (
-        f"Primary test ({mpl.arm.place}): Meta Pseudo Labels minus {TITLES[rival.arm.method]}, the best other arm: "
-        f"{gain} points (95 % {interval}), sign-flip p = {p}, {len(mpl.accuracy)} seeds. "
-        f"These seeds picked that arm: under random signs of all differences, in {100 * share:.0f} % of draws one of "
-        f"the {len(others)} others is ahead as clearly."
+        f"Primary test ({mpl.arm.place}): Meta Pseudo Labels minus {TITLES[rival.arm.method]}, the "
+        f"best other arm: {gain} points (95 % {interval}), sign-flip p = {p}, {len(mpl.accuracy)} "
+        "seeds. These seeds picked that arm: under random signs of all differences, in "
+        f"{100 * share:.0f} % of draws one of the {len(others)} others is ahead as clearly."
     )
 
 
@@ -279,7 +279,10 @@ def place_table(arms: dict[str, Found]) -> str:
     for name in ("uda_aligned", "none_aligned"):
         gain, interval, p = gap(arms["mpl_aligned"], arms[name])
         said.append(f"{gain} ({interval}, p = {p}) against {TITLES[name]}")
-    added = f"Added when the others' tuning runs had been seen, and run after them: {TITLES['mpl_aligned']}, is"
+    added = (
+        "Added when the others' tuning runs had been seen, and run after them: "
+        f"{TITLES['mpl_aligned']}, is"
+    )
     title = f"**{arms['mpl'].arm.place}**"
     later = [
         f"{TITLES[form]} minus {TITLES[name]} {' '.join(beside_form(arms, form, name))}"
@@ -292,7 +295,10 @@ def place_table(arms: dict[str, Found]) -> str:
 
 
 def beside_form(arms: dict[str, Found], form: str, name: str) -> tuple[str, str]:
-    """A form of Algorithm 1 minus another arm: the mean difference, and its interval and p in brackets."""
+    """A form of Algorithm 1 minus another arm.
+
+    The mean difference, and its interval and p in brackets.
+    """
     gain, interval, p = gap(arms[form], arms[name])
     return gain, f"({interval}, p = {p})"
 
@@ -308,13 +314,22 @@ def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:
                 by.setdefault(place, []).append(Bar(TITLES[name], mpl, one.accuracy, color))
     first, arms = next(iter(found.items()))
     above = [gap(arms["mpl"], arms[name])[0] for name in ("uda", "uda_aligned")]
-    heading = f"At equal time MPL is {above[0]} points against UDA and {above[1]} against aligned UDA ({first})"
-    axis = f"points of test accuracy, {len(arms['mpl'].accuracy)} seeds, 95 %; right of 0 Meta Pseudo Labels is ahead"
+    heading = (
+        f"At equal time MPL is {above[0]} points against UDA and {above[1]} against aligned UDA "
+        f"({first})"
+    )
+    axis = (
+        f"points of test accuracy, {len(arms['mpl'].accuracy)} seeds, 95 %; right of 0 Meta "
+        "Pseudo Labels is ahead"
+    )
     harness.bars(path, by, heading, axis, least=-14)
 
 
 def write(page: Path | None, raw: Path) -> None:
-    """Put the tables between the marks of a page, and draw the figure beside it; without a page, print the tables."""
+    """Put the tables between the marks of a page, and draw the figure beside it.
+
+    Without a page, print the tables.
+    """
     found = collected(read(raw))
     if any(not arm.of_worth for arm in found):
         tables = [table(found, part) for part in HEADINGS if any(arm.part == part for arm in found)]

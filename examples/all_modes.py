@@ -1,4 +1,7 @@
-"""Every mode's gradient for the teacher beside the exact one, on one batch of digits: python examples/all_modes.py"""
+"""Every mode's gradient for the teacher beside the exact one, on one batch of digits.
+
+Python examples/all_modes.py
+"""
 
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -50,5 +53,6 @@ for mode in metapl.MODES:
         continue
     mean = sum(gradient(mode) for _ in range(DRAWS)) / DRAWS
     print(
-        f"{mode:<22}  {cosine_similarity(one, exact, 0):8.4f}  {cosine_similarity(mean, exact, 0):11.4f}"
+        f"{mode:<22}  {cosine_similarity(one, exact, 0):8.4f}  "
+        f"{cosine_similarity(mean, exact, 0):11.4f}"
     )

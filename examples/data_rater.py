@@ -2,13 +2,15 @@
 
     python examples/data_rater.py [SEED ...] [--steps N] [--hf]
 
-The training text has three sources: the documentation of PyTorch's functions (half of it), the source of Python's
-standard library (a quarter), and documentation whose characters are shuffled (a quarter). A rater scores sequences of
-characters. It is told no source, and learns from what two steps on the sequences, weighted by its scores, do to the
-loss on other documentation. Two students of different age take turns, and the older one is replaced now and then, so
-that the scores fit no single phase of a training. Then new models are trained, all on as many characters.
+The training text has three sources: the documentation of PyTorch's functions (half of it), the
+source of Python's standard library (a quarter), and documentation whose characters are shuffled (a
+quarter). A rater scores sequences of characters. It is told no source, and learns from what two
+steps on the sequences, weighted by its scores, do to the loss on other documentation. Two students
+of different age take turns, and the older one is replaced now and then, so that the scores fit no
+single phase of a training. Then new models are trained, all on as many characters.
 
-Two minutes of one core. ``--hf`` takes GPT-2's architecture, with random weights, from transformers.
+Two minutes of one core. ``--hf`` takes GPT-2's architecture, with random weights, from
+transformers.
 """
 
 import argparse
@@ -172,7 +174,8 @@ def main(seed, steps, hf):
         ", ".join(f"{n} {s:+.2f}" for n, s in zip(SOURCES, scores, strict=True)),
     )
     print(
-        f"  AUC of documentation against source code {areas[0]:.2f}, against shuffled {areas[1]:.2f}"
+        f"  AUC of documentation against source code {areas[0]:.2f}, against shuffled "
+        f"{areas[1]:.2f}"
     )
     learned = {
         "on everything": lambda: data.mixture(BATCH)[0],

@@ -2,12 +2,14 @@
 
     python examples/distilled_digits.py [SEED ...] [--steps N]
 
-The teacher holds the images, and ``student_input(batch, signal)`` gives them to the student. A new student takes 10
-steps on them, and the images learn from its loss on real digits. At the end new networks are trained on the ten
-images, and others on ten real ones drawn at random, one a class, by the same steps.
+The teacher holds the images, and ``student_input(batch, signal)`` gives them to the student. A new
+student takes 10 steps on them, and the images learn from its loss on real digits. At the end new
+networks are trained on the ten images, and others on ten real ones drawn at random, one a class, by
+the same steps.
 
-Measured on seeds 10-14, on which nothing was chosen: 88.9 ± 2.2 % on learned images, 61.2 ± 5.2 % on real ones (mean,
-standard deviation). The learned ones have seen the labels of 1,100 digits, of which the real ones are ten.
+Measured on seeds 10-14, on which nothing was chosen: 88.9 ± 2.2 % on learned images, 61.2 ± 5.2 %
+on real ones (mean, standard deviation). The learned ones have seen the labels of 1,100 digits, of
+which the real ones are ten.
 """
 
 import argparse

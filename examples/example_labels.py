@@ -2,10 +2,10 @@
 
     python examples/example_labels.py [SEED ...] [--steps N]
 
-Measured on seeds 0-9, accuracy less that of plain training on the same data: +0.2 ± 1.0 points with symmetric
-noise (92.3 and 92.1 %), +2.9 ± 2.5 with asymmetric noise (90.0 and 87.2 %); ±: standard deviation. Settings were
-chosen on seeds 100-102.
-It helps where all wrong labels of a class are the same one; with symmetric noise no difference is shown.
+Measured on seeds 0-9, accuracy less that of plain training on the same data: +0.2 ± 1.0 points with
+symmetric noise (92.3 and 92.1 %), +2.9 ± 2.5 with asymmetric noise (90.0 and 87.2 %); ±: standard
+deviation. Settings were chosen on seeds 100-102. It helps where all wrong labels of a class are the
+same one; with symmetric noise no difference is shown.
 """
 
 import torch

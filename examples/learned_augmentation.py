@@ -2,13 +2,15 @@
 
     python examples/learned_augmentation.py [SEED ...] [--steps N]
 
-A student learns from 1,100 clean digits and is judged by digits with noise, of which 100 have trusted labels. The
-teacher is one number, the noise of the student's images: ``student_input(batch, signal)`` adds it, and the feedback
-goes through the images that were made. Beside it: the same without feedback, from the same start and with the noise
-that the digits have, which the teacher is not told; and plain training on clean digits and the 100.
+A student learns from 1,100 clean digits and is judged by digits with noise, of which 100 have
+trusted labels. The teacher is one number, the noise of the student's images: ``student_input(batch,
+signal)`` adds it, and the feedback goes through the images that were made. Beside it: the same
+without feedback, from the same start and with the noise that the digits have, which the teacher is
+not told; and plain training on clean digits and the 100.
 
-Measured on seeds 10-14, on which nothing was chosen: 72.4 % with learned noise, which went from 0.1 to 0.50; 69.0 %
-where it stays at 0.1, 74.8 % where it is 0.5 from the start, 64.3 % with plain training.
+Measured on seeds 10-14, on which nothing was chosen: 72.4 % with learned noise, which went from 0.1
+to 0.50; 69.0 % where it stays at 0.1, 74.8 % where it is 0.5 from the start, 64.3 % with plain
+training.
 """
 
 import argparse
@@ -90,9 +92,9 @@ def main():
     learned, noise, fixed, _, told, _, plain = torch.tensor(rows).mean(0).tolist()
     drawn_by = "one seed" if len(rows) == 1 else f"mean over {len(rows)} seeds"
     print(
-        f"test accuracy in % on digits with noise {NOISE}, {drawn_by}: {learned:.1f} with noise that "
-        f"was learned ({START} -> {noise:.2f}), {fixed:.1f} with {START}, {told:.1f} with {NOISE}, {plain:.1f} with "
-        "plain training on clean digits and 100 with noise"
+        f"test accuracy in % on digits with noise {NOISE}, {drawn_by}: {learned:.1f} with noise "
+        f"that was learned ({START} -> {noise:.2f}), {fixed:.1f} with {START}, {told:.1f} with "
+        f"{NOISE}, {plain:.1f} with plain training on clean digits and 100 with noise"
     )
 
 

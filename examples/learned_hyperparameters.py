@@ -2,8 +2,9 @@
 
     python examples/learned_hyperparameters.py
 
-A network learns from 100 digits in 200 steps. The training begins again in each round, its loss on 197 other digits is
-differentiated through all of its steps, and Adam moves the logarithms of six numbers.
+A network learns from 100 digits in 200 steps. The training begins again in each round, its loss on
+197 other digits is differentiated through all of its steps, and Adam moves the logarithms of six
+numbers.
 """
 
 import torch

@@ -2,10 +2,11 @@
 
     python examples/learned_schedule.py
 
-A network learns from 100 digits in 100 steps. In each round its loss on 197 other digits is differentiated in the two
-settings of each step and layer, and Adam moves their logarithms at the start, the middle and the end of the training.
-A round may be far worse than those before it. The round to take is that with the smallest validation loss; the last
-lines have its test accuracy, and that of the first round.
+A network learns from 100 digits in 100 steps. In each round its loss on 197 other digits is
+differentiated in the two settings of each step and layer, and Adam moves their logarithms at the
+start, the middle and the end of the training. A round may be far worse than those before it. The
+round to take is that with the smallest validation loss; the last lines have its test accuracy, and
+that of the first round.
 """
 
 import torch
@@ -80,11 +81,13 @@ def main():
     for loss, logs, student in learn(split, seed=0):
         rounds.append((loss, accuracy(student, split.test)))
         print(
-            f"round {len(rounds)}: validation loss {loss:.3f}; at start, middle and end of the three layers"
+            f"round {len(rounds)}: validation loss {loss:.3f}; at start, middle and end of the "
+            "three layers"
         )
         for name, log in logs.items():
             print(
-                f"  {name}: {'; '.join(' '.join(f'{value:.2g}' for value in layer) for layer in log.T.exp())}"
+                f"  {name}: "
+                f"{'; '.join(' '.join(f'{value:.2g}' for value in layer) for layer in log.T.exp())}"
             )
     best = min(range(len(rounds)), key=lambda index: rounds[index][0])
     loss, reached = rounds[best]

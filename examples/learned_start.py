@@ -2,9 +2,10 @@
 
     python examples/learned_start.py [SEED ...]
 
-A network is pretrained on 1,000 digits at all angles. Then 40 steps of Adam shift it, so that 20 steps of SGD on digits
-of one angle do well on others of that angle; beside it, pretraining goes on for as much processor time. Each takes the
-rate, of four, with which it does best on these digits; the accuracy is on 797 others, at 10 angles.
+A network is pretrained on 1,000 digits at all angles. Then 40 steps of Adam shift it, so that 20
+steps of SGD on digits of one angle do well on others of that angle; beside it, pretraining goes on
+for as much processor time. Each takes the rate, of four, with which it does best on these digits;
+the accuracy is on 797 others, at 10 angles.
 """
 
 import copy

@@ -1,4 +1,7 @@
-"""What maml_sinusoids.py and maml_digits.py share: a start from which five steps fit a new task, learned and judged."""
+"""What maml_sinusoids.py and maml_digits.py share.
+
+A start from which five steps fit a new task, learned and judged.
+"""
 
 import copy
 
@@ -12,7 +15,10 @@ TASKS, STEPS = 25, 5
 
 
 class EachTask(nn.Module):
-    """A copy of a network for each task, as one student: (tasks, examples, ...) to (tasks, examples, ...)."""
+    """A copy of a network for each task, as one student.
+
+    (tasks, examples, ...) to (tasks, examples, ...).
+    """
 
     def __init__(self, network):
         super().__init__()
@@ -25,7 +31,10 @@ class EachTask(nn.Module):
 
 
 class Tasks(metapl.problems.EqualWeights):
-    """A task stands where others have an example. A subclass draws tasks, and has losses and scores (tasks,)."""
+    """A task stands where others have an example.
+
+    A subclass draws tasks, and has losses and scores (tasks,).
+    """
 
     def inner_loss(self, outputs, signal, batch, params=None):
         return TASKS * signal.value * self.losses(outputs, batch[1])  # metapl takes their mean

@@ -2,8 +2,9 @@
 
     python examples/maml_digits.py [SEED ...]
 
-Six digits, drawn by the seed, are known, four are new. The learned start stands beside a random one, and one that was
-trained to tell the six, with a last layer of zeros: these take the best of four rates, by what is printed.
+Six digits, drawn by the seed, are known, four are new. The learned start stands beside a random
+one, and one that was trained to tell the six, with a last layer of zeros: these take the best of
+four rates, by what is printed.
 """
 
 import statistics
@@ -72,5 +73,6 @@ if __name__ == "__main__":
         [f"{start}, {on}" for on in ("new", "known") for start in starts], columns, strict=True
     ):
         print(
-            f"{name} digits: accuracy {statistics.fmean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+            f"{name} digits: accuracy {statistics.fmean(found):.1f} ({min(found):.1f} to "
+            f"{max(found):.1f})"
         )

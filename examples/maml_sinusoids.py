@@ -2,8 +2,8 @@
 
     python examples/maml_sinusoids.py [SEED ...]
 
-The learned start stands beside a random one, and one that learned the same sinusoids together, without the five steps:
-these take the best of four rates, by the new sinusoids themselves.
+The learned start stands beside a random one, and one that learned the same sinusoids together,
+without the five steps: these take the best of four rates, by the new sinusoids themselves.
 """
 
 import statistics

@@ -1,8 +1,8 @@
 """What the examples of the label methods share: digits with wrong labels, plain training, and a table of both.
 
-Of scikit-learn's digits, drawn anew for each seed, 100 have trusted labels, about 1,100 others have labels of which
-40 % are made wrong, and 400 are to test on. The wrong label is any other class (symmetric), or the next class, one and
-the same for all examples of a class (asymmetric).
+Of scikit-learn's digits, drawn anew for each seed, 100 have trusted labels, about 1,100 others have
+labels of which 40 % are made wrong, and 400 are to test on. The wrong label is any other class
+(symmetric), or the next class, one and the same for all examples of a class (asymmetric).
 """
 
 import argparse
@@ -32,7 +32,10 @@ class Digits:
     seed: int
 
     def noisy_batches(self, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """64 images a batch, with their rows of the columns; the given labels, unless columns are named."""
+        """64 images a batch, with their rows of the columns.
+
+        The given labels, unless columns are named.
+        """
         return batches(64, self.seed, self.x, *(columns or (self.given,)))
 
     def student(self) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -103,6 +106,6 @@ def compare(name: str, train: Callable[[Digits, int], Any]) -> None:
         test = paired_test(own, others)
         spread = "" if count == 1 else f" ± {test.std:.1f} (standard deviation)"
         print(
-            f"{noise}: {sum(own) / len(own):.1f} by {name}, {sum(others) / len(others):.1f} by plain training, "
-            f"difference {test.mean:+.1f}{spread}"
+            f"{noise}: {sum(own) / len(own):.1f} by {name}, {sum(others) / len(others):.1f} by "
+            f"plain training, difference {test.mean:+.1f}{spread}"
         )

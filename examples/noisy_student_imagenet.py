@@ -7,18 +7,21 @@
     python examples/noisy_student_imagenet.py l2 --dry-run                           # steps, rates and batches
     python examples/noisy_student_imagenet.py --sources                              # who says which value
 
-Rows b0 to b7 are the study of model sizes (Figure 2, Table 9): teacher and student of one network. l2 is the chain of
-Table 7: B7, then three times L2 with ratios of 14, 14 and 28. resnet50 is Table 16, svhn Table 17.
+Rows b0 to b7 are the study of model sizes (Figure 2, Table 9): teacher and student of one network.
+l2 is the chain of Table 7: B7, then three times L2 with ratios of 14, 14 and 28. resnet50 is Table
+16, svhn Table 17.
 
-Unlabeled pictures are selected once, by a network of its own (--filter-network, the paper's EfficientNet-B0); later
-teachers label the same pictures anew. --select-by STORE takes a selection that another run made, and --select-by each
-lets every teacher select. The paper's 300 million pictures are not public: --unlabeled is a folder such as YFCC100M;
-without it, --labels-per-class N leaves labels to so many pictures of ImageNet, and the others lose theirs.
+Unlabeled pictures are selected once, by a network of its own (--filter-network, the paper's
+EfficientNet-B0); later teachers label the same pictures anew. --select-by STORE takes a selection
+that another run made, and --select-by each lets every teacher select. The paper's 300 million
+pictures are not public: --unlabeled is a folder such as YFCC100M; without it, --labels-per-class N
+leaves labels to so many pictures of ImageNet, and the others lose theirs.
 
-Every value is a flag, for all networks of a run, or one for each: --magnitudes 15 27. --sources prints of every value
-whether it is the paper's, the authors' published code's, or ours. --steps N shortens every phase. A run leaves
-weights, rounds/, metrics.jsonl and result.json, whose test accuracies were measured once a network; and in delivered/ a
-run that `metapl predict`, `evaluate` and `export` read. One that was stopped goes on with --resume.
+Every value is a flag, for all networks of a run, or one for each: --magnitudes 15 27. --sources
+prints of every value whether it is the paper's, the authors' published code's, or ours. --steps N
+shortens every phase. A run leaves weights, rounds/, metrics.jsonl and result.json, whose test
+accuracies were measured once a network; and in delivered/ a run that `metapl predict`, `evaluate`
+and `export` read. One that was stopped goes on with --resume.
 """
 
 import dataclasses
@@ -84,8 +87,8 @@ from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.problems.losses import CrossEntropy
 
-# Pictures that are labeled in one pass. The stores of several processes are cut between such passes, so that they hold
-# the same bytes as that of one process.
+# Pictures that are labeled in one pass. The stores of several processes are cut between such
+# passes, so that they hold the same bytes as that of one process.
 LABELED_AT_ONCE = 256
 
 # The number that stands for the network that selects, where rounds are counted from 0.
@@ -95,7 +98,7 @@ IMAGENET_PICTURES = 1_281_167
 SVHN_PICTURES = 73_257
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
+# ------------------------------------------------------------------------------------- the settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +196,10 @@ class Network:
 
 
 def networks_of(c: Settings) -> list[Network]:
-    """Return the networks of the rounds, the first teacher's first; it has no unlabeled pictures."""
+    """Return the networks of the rounds, the first teacher's first.
+
+    It has no unlabeled pictures.
+    """
     networks: list[Network] = []
     for number, name in enumerate(c.networks):
         ratio = 0 if number == 0 else c.ratios[min(number - 1, len(c.ratios) - 1)]
@@ -225,13 +231,14 @@ def filter_of(c: Settings) -> Network | None:
     return dataclasses.replace(network, image_size=image_size, dropout=dropout, magnitude=magnitude)
 
 
-# ------------------------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 Source = Literal["paper", "code", "ours"]
 
-# The side of the pictures, the rate of dropout and RandAugment's magnitude of each network. All are of the authors'
-# code, whose magnitudes are of 10; for B0 and B1 it has the standard augmentation alone. The paper has the same for B7
-# and L2, and RandAugment's 9 for ResNet-50, and does not say of what scale. What ResNet-50 has of dropout nobody says.
+# The side of the pictures, the rate of dropout and RandAugment's magnitude of each network. All are
+# of the authors' code, whose magnitudes are of 10; for B0 and B1 it has the standard augmentation
+# alone. The paper has the same for B7 and L2, and RandAugment's 9 for ResNet-50, and does not say
+# of what scale. What ResNet-50 has of dropout nobody says.
 AS_PUBLISHED: dict[str, tuple[int, float, float]] = {
     "efficientnet_b0": (224, 0.2, 0.0),
     "efficientnet_b1": (240, 0.2, 0.0),
@@ -264,19 +271,26 @@ OURS: dict[str, Any] = {"validation": 0, "cutout": 0, "channels_last": True}
 
 # What every row does as it stands.
 ALWAYS: Mapping[str, Source] = {
-    "the mean cross-entropy over labeled and unlabeled pictures of a batch (the code has 1 + r times that)": "paper",
+    "the mean cross-entropy over labeled and unlabeled pictures of a batch (the code has 1 + r "
+    "times that)": "paper",
     "the rate falls by 0.97 every 2.4 of 350 epochs, or 4.8 of 700": "paper",
     "students begin with fresh weights": "paper",
-    "pictures of ImageNet's validation set are not learned from; they are known by their bytes": "paper",
-    "RMSProp as TensorFlow has it, with a decay and a momentum of 0.9, and an epsilon of 0.001 inside the root": "code",
+    "pictures of ImageNet's validation set are not learned from; they are known by their "
+    "bytes": "paper",
+    "RMSProp as TensorFlow has it, with a decay and a momentum of 0.9, and an epsilon of 0.001 "
+    "inside the root": "code",
     "no weight decay on the scales and shifts of norms": "code",
-    "an average of the weights with the decay min(decay, (1 + t) / (10 + t)), which labels and is tested": "code",
+    "an average of the weights with the decay min(decay, (1 + t) / (10 + t)), which labels and is "
+    "tested": "code",
     "each operation of RandAugment takes place with a probability drawn from 0.2 to 0.8": "code",
     "the rate falls smoothly, where the code lets it fall in steps": "ours",
     "FixRes by SGD at 1e-5 in batches of 512, with the first half of the layers frozen": "ours",
-    "RandAugment's operations are those of Meta Pseudo Labels, without the code's SolarizeAdd and Cutout": "ours",
-    "copies of a class are as many for each picture, and one more for some by their names; the code draws them": "ours",
-    "teachers label at the size that they were trained at; the last student alone is finetuned at a larger one": "ours",
+    "RandAugment's operations are those of Meta Pseudo Labels, without the code's SolarizeAdd and "
+    "Cutout": "ours",
+    "copies of a class are as many for each picture, and one more for some by their names; the "
+    "code draws them": "ours",
+    "teachers label at the size that they were trained at; the last student alone is finetuned at "
+    "a larger one": "ours",
     "pictures are normalized by a mean of 0.5 and a deviation of 0.25": "ours",
 }
 
@@ -357,7 +371,8 @@ ROWS: dict[str, Row] = {
         ("ours", {"epochs": SHORT_SCHEDULE, "ratios": (1,)}),
     ),
     "svhn": row(
-        "SVHN, core with labels and extra without, EfficientNet-B0 with two strides of 1 (Table 17)",
+        "SVHN, core with labels and extra without, EfficientNet-B0 with two strides of 1 (Table "
+        "17)",
         ("paper", {"data": "svhn", "networks": ("efficientnet_b0_svhn", "efficientnet_b0_svhn")}),
         ("paper", {"image_sizes": (32,)}),
         (
@@ -418,7 +433,7 @@ def spoken(value: Any) -> str:
     return str(value)
 
 
-# ------------------------------------------------------------------------------------------------ how long, how fast
+# ------------------------------------------------------------------------------- how long, how fast
 
 
 @dataclass(frozen=True)
@@ -431,7 +446,10 @@ class Schedule:
 
 
 def schedule_of(c: Settings, labeled: int, epochs: float) -> Schedule:
-    """Return the schedule of so many epochs of the labeled pictures: steps and rate follow the labeled batch."""
+    """Return the schedule of so many epochs of the labeled pictures.
+
+    Steps and rate follow the labeled batch.
+    """
     steps = max(1, round(epochs * labeled / c.labeled_batch))
     warmup = round(c.warmup_epochs * labeled / c.labeled_batch)
     if c.steps is not None:
@@ -457,21 +475,26 @@ def plan_of(c: Settings, labeled: int) -> str:
     if selecting is not None:
         schedule = schedule_of(c, labeled, c.filter_epochs)
         lines.append(
-            f"filter: {selecting.name}, {selecting.image_size} pixels, {schedule.steps:,} steps; it selects"
+            f"filter: {selecting.name}, {selecting.image_size} pixels, {schedule.steps:,} steps; "
+            "it selects"
         )
     for number, network in enumerate(networks_of(c)):
         batch = f"{c.labeled_batch:,} labeled"
         if number > 0:
             batch += f" and {network.ratio * c.labeled_batch:,} unlabeled"
-        noise = f"magnitude {network.magnitude:g}, dropout {network.dropout:g}, depth {network.stochastic_depth:g}"
+        noise = (
+            f"magnitude {network.magnitude:g}, dropout {network.dropout:g}, depth "
+            f"{network.stochastic_depth:g}"
+        )
         lines.append(
-            f"round {number}: {network.name}, {network.image_size} pixels, {usual.steps:,} steps of {batch} "
-            f"at {usual.lr:g}; {noise}"
+            f"round {number}: {network.name}, {network.image_size} pixels, {usual.steps:,} steps "
+            f"of {batch} at {usual.lr:g}; {noise}"
         )
     if c.finetune_size is not None:
         steps = finetune_steps(c, labeled, c.finetune_epochs, c.finetune_batch)
         lines.append(
-            f"FixRes: {c.networks[-1]}, {c.finetune_size} pixels, {steps:,} steps of {c.finetune_batch:,}"
+            f"FixRes: {c.networks[-1]}, {c.finetune_size} pixels, {steps:,} steps of "
+            f"{c.finetune_batch:,}"
         )
     return "\n".join(lines)
 
@@ -482,7 +505,8 @@ class TensorFlowRMSProp(torch.optim.Optimizer):
     .. math:: v \leftarrow 0.9\, v + 0.1\, g^2, \quad m \leftarrow 0.9\, m + \eta\, g / \sqrt{v + \epsilon},
               \quad \theta \leftarrow \theta - m, \quad v_0 = 1, \quad \epsilon = 10^{-3}
 
-    torch's has v_0 = 0, adds ε behind the root, and multiplies the momentum by the rate of the step at hand.
+    torch's has v_0 = 0, adds ε behind the root, and multiplies the momentum by the rate of the step
+    at hand.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
@@ -520,7 +544,7 @@ def optimizer_of(c: Settings, network: nn.Module, lr: float) -> torch.optim.Opti
     return TensorFlowRMSProp([group for group in groups if group["params"]], lr)
 
 
-# ------------------------------------------------------------------------------------------------ before anything runs
+# ----------------------------------------------------------------------------- before anything runs
 
 # Settings that decide nothing of a result.
 FREE = (
@@ -550,7 +574,8 @@ def check(c: Settings) -> None:
         )
     if len(c.networks) < 2:
         raise MetaplError(
-            f"--networks {c.networks[0]}: expected two or more, the first teacher's and a student's."
+            f"--networks {c.networks[0]}: expected two or more, the first teacher's and a "
+            "student's."
         )
     check_interval(c.threshold, c.at_most)
     if c.share is not None and not 0 < c.share <= 1:
@@ -581,11 +606,13 @@ def check(c: Settings) -> None:
         return
     if not c.root or not c.out:
         raise MetaplError(
-            "expected --root DIR, where the set lies, and --out DIR, where the run goes; or --dry-run."
+            "expected --root DIR, where the set lies, and --out DIR, where the run goes; or "
+            "--dry-run."
         )
     if c.data == "imagenet" and c.unlabeled is None and c.labels_per_class is None:
         raise MetaplError(
-            "expected --unlabeled DIR, or --labels-per-class N, so that the rest of ImageNet has no labels."
+            "expected --unlabeled DIR, or --labels-per-class N, so that the rest of ImageNet has "
+            "no labels."
         )
     if c.data == "svhn" and c.unlabeled is not None:
         raise MetaplError(
@@ -605,26 +632,29 @@ def check_processes(c: Settings) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if c.mesh.size != started and not c.dry_run:
         raise MetaplError(
-            f"{started:,} process{'es were' if started > 1 else ' was'} started for a mesh of {c.mesh.size:,}; "
-            "expected as many: torchrun --nproc-per-node=N examples/noisy_student_imagenet.py ... --mesh.replicate N, "
-            "or --mesh.shard N for shared weights."
+            f"{started:,} process{'es were' if started > 1 else ' was'} started for a mesh of "
+            f"{c.mesh.size:,}; expected as many: torchrun --nproc-per-node=N "
+            "examples/noisy_student_imagenet.py ... --mesh.replicate N, or --mesh.shard N for "
+            "shared weights."
         )
     if c.mesh.tensor > 1:
         raise MetaplError(
-            f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products."
+            f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of "
+            "products."
         )
     if c.batch_norm_ranks is not None and (
         c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks
     ):
         raise MetaplError(
-            f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
+            f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} "
+            "processes."
         )
     parts = c.mesh.shares * c.accumulate
     for name in ("labeled_batch", "finetune_batch"):
         if getattr(c, name) % parts:
             raise MetaplError(
-                f"--{name.replace('_', '-')} {getattr(c, name):,}: expected a multiple of {parts:,}, for "
-                f"{c.mesh.shares:,} processes and --accumulate {c.accumulate:,}."
+                f"--{name.replace('_', '-')} {getattr(c, name):,}: expected a multiple of "
+                f"{parts:,}, for {c.mesh.shares:,} processes and --accumulate {c.accumulate:,}."
             )
 
 
@@ -633,7 +663,8 @@ def check_selection(c: Settings) -> None:
     flag = f"--select-by {c.select_by}"
     if not Path(c.select_by, "store.json").is_file():
         raise MetaplError(
-            f"{flag}: expected once, each, or a folder such as RUN/selection/selected of another run."
+            f"{flag}: expected once, each, or a folder such as RUN/selection/selected of another "
+            "run."
         )
     store = LabelStore(c.select_by)
     if "selected" not in store.provenance:
@@ -643,7 +674,8 @@ def check_selection(c: Settings) -> None:
     pictures = unlabeled_name(c)
     if store.provenance.get("pictures") != pictures:
         raise MetaplError(
-            f"{flag} was selected of {store.provenance.get('pictures')}; expected a selection of {pictures}."
+            f"{flag} was selected of {store.provenance.get('pictures')}; expected a selection of "
+            f"{pictures}."
         )
 
 
@@ -672,11 +704,12 @@ def check_run(c: Settings) -> None:
     if changed:
         said = few([f"{name} was {stored.get(name)}, now {asked[name]}" for name in changed])
         raise MetaplError(
-            f"the run in {c.out} was begun otherwise ({said}); go on as it was begun, or give another --out."
+            f"the run in {c.out} was begun otherwise ({said}); go on as it was begun, or give "
+            "another --out."
         )
 
 
-# -------------------------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------------------------- the pictures
 
 
 @dataclass(frozen=True)
@@ -702,7 +735,10 @@ def folder_of(folder: str, image_size: int) -> FileImages:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The pictures of a run at the size of a network: labeled ones, unlabeled ones, and those that are held out."""
+    """The pictures of a run at the size of a network.
+
+    Labeled ones, unlabeled ones, and those that are held out.
+    """
 
     labeled: Images
     labels: Tensor
@@ -742,7 +778,10 @@ def pictures_at(c: Settings, image_size: int) -> Pictures:
 
 
 def standard_view(c: Settings) -> View:
-    """Return the standard augmentation: small pictures move by four pixels, others are cropped as they are read."""
+    """Return the standard augmentation.
+
+    Small pictures move by four pixels, others are cropped as they are read.
+    """
     return Identity() if c.data == "imagenet" else Weak(4, flip=False)
 
 
@@ -797,7 +836,7 @@ def pseudo_labeled_batches(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the labels
+# --------------------------------------------------------------------------------------- the labels
 
 
 def write_labels(
@@ -812,8 +851,8 @@ def write_labels(
 ) -> LabelStore:
     """Store a network's labels of the unlabeled pictures at some positions; what was stopped is gone on with.
 
-    Each process labels a range of the passes and writes a store of its own, and the first process puts them together,
-    into the store that one process would have written, to the byte.
+    Each process labels a range of the passes and writes a store of its own, and the first process
+    puts them together, into the store that one process would have written, to the byte.
     """
     about: dict[str, Any] = {
         "pictures": unlabeled_name(c),
@@ -884,7 +923,8 @@ def label_range(
     with LabelWriter(folder, pictures.classes, provenance=about, resume=folder.exists()) as writer:
         for number in passes:
             batch = positions[number * LABELED_AT_ONCE : (number + 1) * LABELED_AT_ONCE]
-            # A pass of which a part is stored is run again whole, for a smaller batch may round otherwise.
+            # A pass of which a part is stored is run again whole, for a smaller batch may round
+            # otherwise.
             if writer.complete or (writer.last is not None and int(batch[-1]) <= int(writer.last)):
                 continue
             x, used = fetch(batch)
@@ -930,7 +970,10 @@ class Selection:
 
 
 def select_from(c: Settings, labels: LabelStore, folder: Path, processes: Processes) -> Selection:
-    """Select as the paper does, without pictures of ImageNet's validation set; the first process writes, all read."""
+    """Select as the paper does, without pictures of ImageNet's validation set.
+
+    The first process writes, all read.
+    """
     if processes.first:
         select(
             labels,
@@ -952,7 +995,7 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 
 def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
@@ -965,7 +1008,8 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
         print(plan_of(c, len(pictures_at(c, networks[0].image_size).labels)), flush=True)
 
-    # 1. What is selected once: by another run, or by a network of its own, which learns from labeled pictures alone.
+    # 1. What is selected once: by another run, or by a network of its own, which learns from
+    # labeled pictures alone.
     selection: Selection | None = None
     selecting = filter_of(c)
     if c.select_by not in ("once", "each"):
@@ -1023,7 +1067,8 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
         if processes.first:
             save_weights(weights, out / f"round-{number}.safetensors")
 
-    # 4. FixRes: the last student is finetuned on larger pictures as they are, its first layers frozen.
+    # 4. FixRes: the last student is finetuned on larger pictures as they are, its first layers
+    # frozen.
     result: dict[str, Any] = {
         "rounds": rounds,
         "labeled": len(pictures.labels),

@@ -1,7 +1,7 @@
 """A training loop of one's own, which goes on where it was killed: python examples/own_loop.py [FOLDER] [STEPS]
 
-Kill it, and give the same command again: it ends bit for bit as one that was never stopped. FOLDER (runs/own-loop) gets
-its checkpoint and TensorBoard events.
+Kill it, and give the same command again: it ends bit for bit as one that was never stopped. FOLDER
+(runs/own-loop) gets its checkpoint and TensorBoard events.
 """
 
 import os
@@ -47,7 +47,8 @@ def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> meta
     )
     rates = [CosineAnnealingLR(optimizer, steps) for optimizer in trainer.schedulable]
 
-    # 2. Go on from the checkpoint, if there is one; the generators come last, for nothing may draw after them.
+    # 2. Go on from the checkpoint, if there is one; the generators come last, for nothing may draw
+    # after them.
     path = out / "checkpoint.pt"
     if path.exists():
         state = torch.load(path)

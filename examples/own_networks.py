@@ -1,7 +1,8 @@
 """Meta Pseudo Labels with networks, data and a loop of one's own: python examples/own_networks.py [SEED ...]
 
-Two digits of each class keep their labels, 1,180 have none. Printed is the student's accuracy on 400 others with the
-teacher's feedback and without it (mode "none": the same networks, batches and views).
+Two digits of each class keep their labels, 1,180 have none. Printed is the student's accuracy on
+400 others with the teacher's feedback and without it (mode "none": the same networks, batches and
+views).
 """
 
 import sys
@@ -59,7 +60,8 @@ for seed in map(int, sys.argv[1:] or ["0"]):
     with_feedback, without = (100 * student_accuracy(mode, seed) for mode in ("forward", "none"))
     differences.append(with_feedback - without)
     print(
-        f"seed {seed}: student's accuracy {with_feedback:.1f} % with feedback, {without:.1f} % without",
+        f"seed {seed}: student's accuracy {with_feedback:.1f} % with feedback, {without:.1f} % "
+        "without",
         flush=True,
     )
 if len(differences) > 1:

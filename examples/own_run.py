@@ -4,8 +4,8 @@
     metapl predict runs/own held_out --factory examples/own_run.py:network
     metapl runs
 
-It prints the accuracy on the test pictures. The folder describes how a file becomes an input; the network is built by
-the function `network` of this file, which whoever reads the run names.
+It prints the accuracy on the test pictures. The folder describes how a file becomes an input; the
+network is built by the function `network` of this file, which whoever reads the run names.
 """
 
 import argparse
@@ -47,9 +47,13 @@ def train(
         if finding.level == "error":
             raise SystemExit(finding.message)
     if len(few.classes) != CLASSES:
-        given = f"{labeled} has {len(few.classes)} folders of classes, and the network {CLASSES} outputs"
+        given = (
+            f"{labeled} has {len(few.classes)} folders of classes, and the network {CLASSES} "
+            "outputs"
+        )
         raise SystemExit(
-            f"{given}; expected as many: write CLASSES = {len(few.classes)} into {Path(__file__).name}."
+            f"{given}; expected as many: write CLASSES = {len(few.classes)} into "
+            f"{Path(__file__).name}."
         )
     images, others, tests = (
         FileImages([*f.paths()], size=(SIDE, SIDE)).cached() for f in (few, many, held_out)

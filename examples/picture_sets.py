@@ -1,7 +1,8 @@
 """What the scripts of both papers share: sets as torchvision reads them, splits, views, networks, and what they leave.
 
-``protocols.py`` is Meta Pseudo Labels, ``noisy_student_imagenet.py`` is Noisy Student. Each of them has its settings in
-a frozen dataclass; a function here says by the type of its argument ``c`` which of these settings it reads.
+``protocols.py`` is Meta Pseudo Labels, ``noisy_student_imagenet.py`` is Noisy Student. Each of them
+has its settings in a frozen dataclass; a function here says by the type of its argument ``c`` which
+of these settings it reads.
 """
 
 import gzip
@@ -42,7 +43,8 @@ from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 
-# The streams of the two draws of a split. They keep these draws apart from every other use of a seed.
+# The streams of the two draws of a split. They keep these draws apart from every other use of a
+# seed.
 VALIDATION_STREAM = 0x5B17
 LABELED_STREAM = 0x5B18
 
@@ -123,12 +125,16 @@ class PictureSet(NamedTuple):
     test: Images
     test_labels: Tensor
     classes: list[str]
-    # The first so many of the training pictures may keep their labels. SVHN's extra pictures come after them.
+    # The first so many of the training pictures may keep their labels. SVHN's extra pictures come
+    # after them.
     labelable: int
 
 
 def load_pictures(c: SetSettings) -> PictureSet:
-    """Read a set from the files that torchvision expects below ``c.root``; nothing is downloaded."""
+    """Read a set from the files that torchvision expects below ``c.root``.
+
+    Nothing is downloaded.
+    """
     if c.data == "imagenet":
         return load_imagenet(c.root, c.image_size)
     if c.data == "svhn":
@@ -164,22 +170,24 @@ def load_svhn(root: str) -> PictureSet:
 def load_fashion(root: str) -> PictureSet:
     """Read Fashion-MNIST from the four files of Debian's package dataset-fashion-mnist, whose folder is ``root``.
 
-    Its pictures are grey and of 28 x 28 pixels; each is repeated in three channels, which takes no memory, so that the
-    networks of the other sets see it.
+    Its pictures are grey and of 28 x 28 pixels; each is repeated in three channels, which takes no
+    memory, so that the networks of the other sets see it.
     """
 
     def content(name: str, offset: int) -> np.ndarray:
         file = Path(root) / f"{name}-ubyte.gz"
         if not file.exists():
             raise MetaplError(
-                f"there is no {file}; expected the folder of Fashion-MNIST's four .gz files as --root."
+                f"there is no {file}; expected the folder of Fashion-MNIST's four .gz files as "
+                "--root."
             )
         return np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8, offset=offset)
 
     pictures = []
     labels = []
     for part in ("train", "t10k"):
-        # Before the bytes stand four big-endian numbers, and two of them where each byte is a label.
+        # Before the bytes stand four big-endian numbers, and two of them where each byte is a
+        # label.
         grey = torch.from_numpy(
             content(f"{part}-images-idx3", offset=16).reshape(-1, 1, 28, 28).copy()
         )
@@ -218,9 +226,9 @@ def split_labels(
 ) -> dict[str, Tensor]:
     """Return the sorted indices of the pictures that are labeled, unlabeled, and held out for validation.
 
-    ``validation`` pictures are held out, with the classes in proportion. Of the first ``labelable`` pictures that are
-    left, ``per_class`` of each class keep their labels (None: all of them). The rest is unlabeled. A smaller number of
-    labels lies within a larger one.
+    ``validation`` pictures are held out, with the classes in proportion. Of the first ``labelable``
+    pictures that are left, ``per_class`` of each class keep their labels (None: all of them). The
+    rest is unlabeled. A smaller number of labels lies within a larger one.
     """
 
     def order(stream: int) -> Tensor:
@@ -255,8 +263,8 @@ def views_of(
 ) -> tuple[View, View, ResizedCrop | None]:
     """Return what the teacher sees, what the student sees, and the box that is cut out of a file before either.
 
-    ``operations`` says whose list RandAugment draws from; None: that of the data, CIFAR-10's where it has none. With
-    SVHN's, pictures are not mirrored.
+    ``operations`` says whose list RandAugment draws from; None: that of the data, CIFAR-10's where
+    it has none. With SVHN's, pictures are not mirrored.
     """
     has_digits = (operations or c.data) == "svhn"
     drawn_from = SVHN_OPERATIONS if has_digits else CIFAR_OPERATIONS
@@ -296,7 +304,8 @@ def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[Fi
     rows = torch.from_numpy(np.asarray(store.find(called(store, files.root, files.names))))
     if not (rows >= 0).any():
         raise MetaplError(
-            f"the store {store.folder} has labels of no picture below {folder}; expected `metapl label`'s."
+            f"the store {store.folder} has labels of no picture below {folder}; expected `metapl "
+            "label`'s."
         )
     pictures = FileImages(files.paths(), size=(image_size, image_size), center=224 / 256)
     return pictures.select((rows >= 0).nonzero()[:, 0]), rows[rows >= 0]

@@ -4,10 +4,11 @@
     python examples/plan.py imagenet-b7-reduced                # another row of protocols.py, with its mesh
     python examples/plan.py --network resnet50 --size 224 --replicate 1 --shard 8 --labeled 64 --unlabeled 448
 
-``rehearse`` takes one step of any trainer, by the code that trains: networks, optimizers and batches are tensors
-without values (PyTorch's fake tensors), the other ranks are a process group that only pretends, and what a step holds
-is counted while its storages live. Not counted: what kernels, NCCL and CUDA take for themselves, memory that lies in
-pieces, batches that are read ahead, evaluation, torch.compile.
+``rehearse`` takes one step of any trainer, by the code that trains: networks, optimizers and
+batches are tensors without values (PyTorch's fake tensors), the other ranks are a process group
+that only pretends, and what a step holds is counted while its storages live. Not counted: what
+kernels, NCCL and CUDA take for themselves, memory that lies in pieces, batches that are read ahead,
+evaluation, torch.compile.
 """
 
 import argparse
@@ -50,10 +51,11 @@ from metapl.models import label_adjuster
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 
-# The teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new weights; what
-# follows from it for the labels; the teacher's gradient; both optimizers.
+# The teacher's labels and the student's gradient; the gradient of the labeled loss at the student's
+# new weights; what follows from it for the labels; the teacher's gradient; both optimizers.
 PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "update")
-# What tensors are for. Activations are everything that no name was given to: gathered weights and batches too.
+# What tensors are for. Activations are everything that no name was given to: gathered weights and
+# batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
 CLASSES = 1_000  # of ImageNet
 COUNTED = FlopCounterMode(
@@ -62,7 +64,10 @@ COUNTED = FlopCounterMode(
 
 
 class Rehearsal(NamedTuple):
-    """Of one rank: the most bytes held, by phase and by use; operations of products and convolutions; bytes sent."""
+    """Of one rank: the most bytes held, by phase and by use.
+
+    Operations of products and convolutions; bytes sent.
+    """
 
     phases: dict[str, dict[str, int]]
     flops: int
@@ -81,10 +86,13 @@ def rehearse(
 
     Args:
         networks: on the meta device, where they stay.
-        train: makes the trainer, with its optimizers, from the networks as they are laid out over the mesh.
-        batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as ``torch.empty``.
+        train: makes the trainer, with its optimizers, from the networks as they are laid out over
+            the mesh.
+        batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as
+            ``torch.empty``.
         averaged: with a moving average of the last network's weights.
-        batch_norm_ranks: how many ranks share the statistics of batch norms, as for :func:`metapl.distributed.shard`.
+        batch_norm_ranks: how many ranks share the statistics of batch norms, as for
+            :func:`metapl.distributed.shard`.
     """
     mesh, networks, held = mesh or Mesh(), copy.deepcopy(list(networks)), Held()
     with stage(mesh):
@@ -112,7 +120,8 @@ def rehearse(
             batches(),
             trainer.schedulable,
         )
-        # Functions by their class or module and name, the phase that each is, and what it returns is for.
+        # Functions by their class or module and name, the phase that each is, and what it returns
+        # is for.
         seams = [(type(each), "step", "update", None) for each in (optimizers[1:] or optimizers)]
         seams += [(Layout, "mean_gradients", "update", None)]
         if isinstance(trainer, LossTrainer):
@@ -189,7 +198,10 @@ def rehearse(
 
 @contextmanager
 def stage(mesh: Mesh):
-    """In this block tensors have no values, and this process is rank 0 of a mesh: the others say what it says."""
+    """In this block tensors have no values, and this process is rank 0 of a mesh.
+
+    The others say what it says.
+    """
 
     waits, outside = checks.waits, unset_fake_temporarily()  # as a decorator
     changed = [
@@ -216,13 +228,17 @@ def stage(mesh: Mesh):
             mesh.devices("cpu")  # while tensors have values
         for each in changed:
             stack.enter_context(patch.object(*each))
-        # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
+        # A tangent may be wider than the weight that it meets; only this way such a product is let
+        # through, as it is.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
 
 class Replicated(DistributedDataParallel):
-    """``DistributedDataParallel`` without its start, in which ranks compare weights; its buckets are held here too."""
+    """``DistributedDataParallel`` without its start, in which ranks compare weights.
+
+    Its buckets are held here too.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -234,8 +250,9 @@ class Replicated(DistributedDataParallel):
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all storages that operations in this block make while each lives, with values or without:
-    ``bytes`` now, by name, and ``peaks`` by phase; bytes ``sent`` in rings; ``flops`` of products and convolutions."""
+    """Counts the bytes of all storages that operations in this block make while each lives, with
+    values or without: ``bytes`` now, by name, and ``peaks`` by phase; bytes ``sent`` in rings;
+    ``flops`` of products and convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +263,10 @@ class Held(TorchDispatchMode):
         ] = {}  # of storages: what they are for, and their size
 
     def name(self, tensors: Iterable, name: str, *, others: bool = False) -> None:
-        """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
+        """Say what tensors are for, whoever made them.
+
+        With ``others``, those alone that have no name yet.
+        """
         for storage in (local(t).untyped_storage() for t in tensors if isinstance(t, Tensor)):
             if not others or self._entries.get(id(storage), ("activations", 0))[0] == "activations":
                 self._count(storage, name)
@@ -330,8 +350,9 @@ class Held(TorchDispatchMode):
 
 
 def main() -> None:
-    """Plan a row of protocols.py, by default the largest experiment of Meta Pseudo Labels: EfficientNet-L2 twice, 512
-    pixels, 2,048 labeled and 16,384 unlabeled pictures, a million steps."""
+    """Plan a row of protocols.py, by default the largest experiment of Meta Pseudo Labels:
+    EfficientNet-L2 twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million
+    steps."""
     # Not above, for who takes rehearse alone does not need the protocols beside it.
     from protocols import ROWS, Feedback, build_network, trainer_of
 
@@ -410,16 +431,21 @@ def main() -> None:
         f"{c.network} {twice}, {weights:,} weights, feedback {c.feedback}, on {mesh.size:,} ranks"
     )
     print(
-        f"{labeled:,} labeled and {unlabeled:,} unlabeled pictures of {c.image_size} pixels for a rank"
+        f"{labeled:,} labeled and {unlabeled:,} unlabeled pictures of {c.image_size} pixels for a "
+        "rank"
     )
-    seen = f"{labeled * batch_norm_ranks:,} labeled and {unlabeled * batch_norm_ranks:,} unlabeled pictures"
+    seen = (
+        f"{labeled * batch_norm_ranks:,} labeled and {unlabeled * batch_norm_ranks:,} unlabeled "
+        "pictures"
+    )
     print(f"a statistic of a batch norm sees {seen}, of {batch_norm_ranks:,} ranks\n")
     print(f"{'MB of a rank':17}{''.join(f'{name:>13}' for name in (*NAMES, 'sum'))}")
     for phase, held in step.phases.items():
         row = [*(held.get(name, 0) for name in NAMES), sum(held.values())]
         print(f"{phase:17}{''.join(f'{size / 1e6:13,.1f}' for size in row)}")
     print(
-        f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} GB."
+        f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} "
+        "GB."
     )
     print(f"{c.steps:,} steps take {hours:.3g} hours.")
 

@@ -9,15 +9,17 @@
         --unlabeled pictures/ --out runs/jft                                         # all labels, and 12.8 M others
     python examples/protocols.py --sources                                           # who says which value
 
-A row ends in -paper where it is Algorithm 1 with the paper's settings, evaluated at its last checkpoint; its neighbor
-has the exact gradient. --sources prints of every value whether it is the paper's text, of the table in its appendix
-(noted without it at hand: SVHN's and ImageNet's columns are to be checked), of the authors' published code, or ours.
-Every value is a flag: --steps 1000. --method none trains without feedback, uda one network with the teacher's losses,
-supervised on the labeled pictures alone, headroom on the true labels of all, and reduced_mpl on stored labels.
+A row ends in -paper where it is Algorithm 1 with the paper's settings, evaluated at its last
+checkpoint; its neighbor has the exact gradient. --sources prints of every value whether it is the
+paper's text, of the table in its appendix (noted without it at hand: SVHN's and ImageNet's columns
+are to be checked), of the authors' published code, or ours. Every value is a flag: --steps 1000.
+--method none trains without feedback, uda one network with the teacher's losses, supervised on the
+labeled pictures alone, headroom on the true labels of all, and reduced_mpl on stored labels.
 
-A run leaves weights, metrics.jsonl, split.json, and result.json, whose test accuracies were measured once, at the end;
-and in delivered/ a run that `metapl predict`, `evaluate` and `export` read. One that was stopped goes on with --resume.
-With --seeds each run has a folder of its own, and seeds.json has means and deviations.
+A run leaves weights, metrics.jsonl, split.json, and result.json, whose test accuracies were
+measured once, at the end; and in delivered/ a run that `metapl predict`, `evaluate` and `export`
+read. One that was stopped goes on with --resume. With --seeds each run has a folder of its own, and
+seeds.json has means and deviations.
 """
 
 import dataclasses
@@ -69,17 +71,18 @@ from metapl.models import label_adjuster
 from metapl.problems import ReducedLabels
 from metapl.problems.losses import UDA, CrossEntropy
 
-# How the teacher learns from the student, by the forms of h in facts about eq. (12): the exact gradient of soft labels;
-# Algorithm 1, h times the mean cross-entropy of the drawn labels, as it is written; the same with the sum, whose
-# expectation is the exact gradient; the cosine in the place of h, times the mean; the difference of the labeled loss
-# before and after the step, times the mean; and one h for each example.
+# How the teacher learns from the student, by the forms of h in facts about eq. (12): the exact
+# gradient of soft labels; Algorithm 1, h times the mean cross-entropy of the drawn labels, as it is
+# written; the same with the sum, whose expectation is the exact gradient; the cosine in the place
+# of h, times the mean; the difference of the labeled loss before and after the step, times the
+# mean; and one h for each example.
 Feedback = Literal["exact", "dot", "dot-sum", "cosine", "loss-difference", "per-example"]
 WITH_BASELINE = ("dot", "dot-sum", "cosine", "loss-difference")
 
 SIDES = {"cifar10": 32, "svhn": 32, "fashion": 28}  # of the sets whose pictures lie in memory
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
+# ------------------------------------------------------------------------------------- the settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,7 @@ class Protocol:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 Source = Literal["paper", "table", "code", "ours"]
 Layer = tuple[Source, Mapping[str, Any]]
@@ -211,8 +214,8 @@ class Row:
         return Row(title, values, sources)
 
     def elsewhere(self) -> "Row":
-        """Return this row for another experiment, of which neither the table nor the code says anything: we chose its
-        values to be those of this one."""
+        """Return this row for another experiment, of which neither the table nor the code says
+        anything: we chose its values to be those of this one."""
         sources: dict[str, Source] = {}
         for name, source in self.sources.items():
             sources[name] = "paper" if source == "paper" else "ours"
@@ -270,8 +273,9 @@ cifar = Row.of(
         stochastic_depth=0.0,
     ),
 )
-# Algorithm 1: drawn labels, h times the mean cross-entropy, no smoothing in line 6, no threshold and no ramp in line 7.
-# The appendix's table adds the weight and the temperature of line 7, and the smoothing of line 3.
+# Algorithm 1: drawn labels, h times the mean cross-entropy, no smoothing in line 6, no threshold
+# and no ramp in line 7. The appendix's table adds the weight and the temperature of line 7, and the
+# smoothing of line 3.
 ALGORITHM_1 = paper(
     feedback="dot",
     feedback_baseline=None,
@@ -343,7 +347,8 @@ tenth_paper = tenth.but(
     table(uda_weight=16.0, uda_temperature=0.75),
     code(unlabeled_batch=15 * 2_048),
 )
-# A ResNet-50 of all labels picks 12,800 pictures a class: metapl labels select --per-class 12800 --any-class.
+# A ResNet-50 of all labels picks 12,800 pictures a class: metapl labels select --per-class 12800
+# --any-class.
 jft = tenth_paper.elsewhere().but(
     "ImageNet and 12.8 million other pictures, ResNet-50, Algorithm 1",
     paper(
@@ -356,8 +361,8 @@ jft = tenth_paper.elsewhere().but(
     paper(steps=500_000, finetune_steps=10_000, finetune_lr=1e-4),
     ours(finetune_batch=4_096),
 )
-# All but the resolution is as in Noisy Student. Of its optimizer and rates neither paper says anything; the appendix
-# is said to finetune with LARS.
+# All but the resolution is as in Noisy Student. Of its optimizer and rates neither paper says
+# anything; the appendix is said to finetune with LARS.
 l2 = jft.but(
     "ImageNet and 130 million other pictures, EfficientNet-L2, Algorithm 1",
     paper(
@@ -370,7 +375,8 @@ l2 = jft.but(
     paper(dropout=0.5, teacher_dropout=0.5, stochastic_depth=0.2, magnitude=27.0, validation=0),
     paper(finetune_steps=20_000),
     ours(select="last", finetune_batch=2_048, finetune_lr=1e-4),
-    # A rank holds one labeled picture, and a replica of the paper 16. What its batch norms see, the paper does not say.
+    # A rank holds one labeled picture, and a replica of the paper 16. What its batch norms see, the
+    # paper does not say.
     ours(mesh=Mesh(replicate=16, shard=128), precision="bfloat16", batch_norm_ranks=16),
 )
 wide = l2.but(
@@ -419,13 +425,15 @@ PROTOCOLS = {name: (row.title, row.settings()) for name, row in ROWS.items()}
 
 # What the program does in every row, and no flag changes.
 ALWAYS: Mapping[str, Source] = {
-    "teacher and student have the same architecture, but of Reduced MPL, and fresh weights of their own": "paper",
+    "teacher and student have the same architecture, but of Reduced MPL, and fresh weights of "
+    "their own": "paper",
     "finetuning by SGD at a fixed rate, on the labeled pictures": "paper",
     "RandAugment's list of operations, each drawn uniformly": "paper",
     "both networks by SGD with Nesterov's momentum 0.9, rates that fall as a cosine": "table",
     "two operations of RandAugment, each with a probability drawn from 0.2 to 0.8": "code",
     "pictures of 32 pixels are moved by up to 4, and mirrored where they show no digits": "code",
-    "the student's view is moved once more after RandAugment; the teacher labels the other view": "code",
+    "the student's view is moved once more after RandAugment; the teacher labels the other "
+    "view": "code",
     "an average of weights with the decay min(decay, (1 + t) / (10 + t))": "code",
     "no weight decay on vectors: biases, and scales and shifts of norms": "ours",
     "in finetuning no momentum, no decay, and the labeled pictures' weak view": "ours",
@@ -470,7 +478,7 @@ def spoken(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# ------------------------------------------------------------------------------------------------ before anything runs
+# ----------------------------------------------------------------------------- before anything runs
 
 
 def scaled(c: Protocol) -> Protocol:
@@ -500,13 +508,15 @@ def check(c: Protocol) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if c.mesh.size != started:
         raise MetaplError(
-            f"{started:,} process{'es were' if started > 1 else ' was'} started for a mesh of {c.mesh.size:,}; "
-            "expected as many: torchrun --nproc-per-node=N examples/protocols.py ... --mesh.replicate N, or "
-            "--mesh.shard N for shared weights; --mesh.replicate 1 --mesh.shard 1 for one process."
+            f"{started:,} process{'es were' if started > 1 else ' was'} started for a mesh of "
+            f"{c.mesh.size:,}; expected as many: torchrun --nproc-per-node=N examples/protocols.py "
+            "... --mesh.replicate N, or --mesh.shard N for shared weights; --mesh.replicate 1 "
+            "--mesh.shard 1 for one process."
         )
     if c.mesh.tensor > 1:
         raise MetaplError(
-            f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of products."
+            f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of "
+            "products."
         )
     parts = c.mesh.shares * c.accumulate
     batches = {"labeled_batch": c.labeled_batch, "finetune_batch": c.finetune_batch}
@@ -515,20 +525,22 @@ def check(c: Protocol) -> None:
     for name, size in batches.items():
         if size % parts:
             raise MetaplError(
-                f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {c.mesh.shares:,} "
-                f"process{'es' if c.mesh.shares > 1 else ''} and --accumulate {c.accumulate:,}."
+                f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for "
+                f"{c.mesh.shares:,} process{'es' if c.mesh.shares > 1 else ''} and --accumulate "
+                f"{c.accumulate:,}."
             )
     if c.batch_norm_ranks is not None and (
         c.batch_norm_ranks < 1 or c.mesh.shares % c.batch_norm_ranks
     ):
         raise MetaplError(
-            f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} processes."
+            f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} "
+            "processes."
         )
     waits = c.wait if c.method in ("mpl", "none") else 0
     if waits + c.warmup > c.steps or waits >= c.steps:
         raise MetaplError(
-            f"--steps {c.steps:,}: expected more than --wait {waits:,} and --warmup {c.warmup:,} together; --scale-to "
-            "shortens these too."
+            f"--steps {c.steps:,}: expected more than --wait {waits:,} and --warmup {c.warmup:,} "
+            "together; --scale-to shortens these too."
         )
     if c.data in SIDES and c.image_size != SIDES[c.data]:
         raise MetaplError(
@@ -563,7 +575,7 @@ def check(c: Protocol) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ one run
+# ------------------------------------------------------------------------------------------ one run
 
 
 def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
@@ -582,7 +594,8 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
                 f"{name} was {stored.get(name)}, now {settings[name]}" for name in changed
             )
             raise MetaplError(
-                f"{out} holds the result of other settings ({was}); expected these, or another --out."
+                f"{out} holds the result of other settings ({was}); expected these, or another "
+                "--out."
             )
         return json.loads((out / "result.json").read_text())
 
@@ -706,7 +719,8 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
         tested["finetuned"] = tuner.evaluate(test, classes=sets.classes)
         values["finetuned"] = tuned.value or 0.0
 
-    # 5. What is delivered: by validation the better one, else the last. The test set has chosen nothing.
+    # 5. What is delivered: by validation the better one, else the last. The test set has chosen
+    # nothing.
     delivered = list(values)[-1]
     if c.select == "validation":
         delivered = max(reversed(values), key=lambda name: values[name])
@@ -836,8 +850,8 @@ def evaluated(network: nn.Module, examples: EvaluationBatches) -> Evaluation:
 class TrainingAccuracy:
     """Measure the networks, as they train, on labeled training pictures as they are (Figure 4): a callback of a fit.
 
-    The row has ``teacher_training_accuracy`` and ``student_training_accuracy``; a network that trains alone is the
-    student. Their averages are not looked at.
+    The row has ``teacher_training_accuracy`` and ``student_training_accuracy``; a network that
+    trains alone is the student. Their averages are not looked at.
     """
 
     def __init__(self, examples: EvaluationBatches, every: int, steps: int) -> None:
@@ -862,7 +876,7 @@ class TrainingAccuracy:
         self.last = state
 
 
-# -------------------------------------------------------------------------------------------------------- several runs
+# ------------------------------------------------------------------------------------- several runs
 
 
 def train_seeds(c: Protocol, processes: Processes) -> dict[str, Any]:

@@ -5,10 +5,11 @@
     ImageNet-P  --imagenet-p DIR   DIR/<perturbation>/<class>/<sequence>.mp4, or a folder of frames for each video
     ReaL        --test DIR --real real.json   DIR/<class>/ILSVRC2012_val_<number>.JPEG, and all right outputs of each
 
-The network is that of a run, or of a file of weights: a model.safetensors of ``metapl export`` says what it is of; of
-any other, ``--network resnet50`` (torchvision's, or timm:NAME) says it, and pictures are read as timm or torchvision
-evaluate it. Class folders are found among the network's classes by name; of a network of a thousand outputs
-whose names are others or unknown, all folders of a set are taken in the order of their names, which is ImageNet's.
+The network is that of a run, or of a file of weights: a model.safetensors of ``metapl export`` says
+what it is of; of any other, ``--network resnet50`` (torchvision's, or timm:NAME) says it, and
+pictures are read as timm or torchvision evaluate it. Class folders are found among the network's
+classes by name; of a network of a thousand outputs whose names are others or unknown, all folders
+of a set are taken in the order of their names, which is ImageNet's.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
 
 OUTPUTS = 1000  # ImageNet's
-# Which of them ImageNet-A's 200 folders are, in the order of both (hendrycks/natural-adv-examples, eval.py).
+# Which of them ImageNet-A's 200 folders are, in the order of both (hendrycks/natural-adv-examples,
+# eval.py).
 IMAGENET_A = """
 6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124 125 130 132
 143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313 314 315 317 319 323 324
@@ -64,9 +66,10 @@ ARCHIVES = (
 )  # in which the parts of -C and -P may lie
 AT_ONCE = 64  # pictures in a pass
 
-# AlexNet's mean top-1 error by kind on ImageNet-C, by which mCE divides, as the benchmark's authors publish it; and its
-# flip probability by perturbation of ImageNet-P, by which mFR divides, rounded as papers restate it. With the figures
-# that are published of ResNeXt-101 32x48d WSL (eminorhan/resnext-wsl) they give its printed mCE, 45.7, and mFR, 27.8.
+# AlexNet's mean top-1 error by kind on ImageNet-C, by which mCE divides, as the benchmark's authors
+# publish it; and its flip probability by perturbation of ImageNet-P, by which mFR divides, rounded
+# as papers restate it. With the figures that are published of ResNeXt-101 32x48d WSL
+# (eminorhan/resnext-wsl) they give its printed mCE, 45.7, and mFR, 27.8.
 _ERRORS = (
     0.886428,
     0.894468,
@@ -118,8 +121,9 @@ class Subject:
             if self.outputs == OUTPUTS and len(folders) == len(published):
                 return list(published)
             raise MetaplError(
-                f"{root}: it is not known which of the network's {self.outputs:,} outputs {few(unknown, 3)} stand for; "
-                f"expected folders called as its classes, or all {len(published):,} of the set and of ImageNet."
+                f"{root}: it is not known which of the network's {self.outputs:,} outputs "
+                f"{few(unknown, 3)} stand for; expected folders called as its classes, or all "
+                f"{len(published):,} of the set and of ImageNet."
             )
         return [known[name] for name in folders]
 
@@ -149,11 +153,13 @@ def of_run(folder: Path) -> Subject:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What ``metapl export`` wrote into a file of weights: ``architecture``, ``normalization`` and ``classes``, each or
-    None, and, where it is not 1, ``center``; empty for a file that others wrote."""
+    """What ``metapl export`` wrote into a file of weights: ``architecture``, ``normalization`` and
+    ``classes``, each or None, and, where it is not 1, ``center``; empty for a file that others
+    wrote."""
     if not file.is_file():
         raise MetaplError(
-            f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine."
+            f"there is no file of weights {file}; expected a .safetensors or .pt file on this "
+            "machine."
         )
     if file.suffix != ".safetensors":
         return {}
@@ -176,7 +182,8 @@ def of_weights(file: Path, name: str | None) -> Subject:
     else:
         if name is None:
             raise MetaplError(
-                f"{file} does not say which network it is of; expected --network NAME, such as resnet50."
+                f"{file} does not say which network it is of; expected --network NAME, such as "
+                "resnet50."
             )
         network = Architecture(name=name, num_classes=OUTPUTS)
         with torch.device("meta"):
@@ -190,7 +197,8 @@ def of_weights(file: Path, name: str | None) -> Subject:
             mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
         elif network.library == "metapl":
             raise MetaplError(
-                f"{file} does not say how its pictures are normalized; expected one of metapl export."
+                f"{file} does not say how its pictures are normalized; expected one of metapl "
+                "export."
             )
         bias = read_weights(file).get(f"{network.heads(module)[0]}.bias")
         if bias is None:
@@ -219,7 +227,8 @@ def figures(found: Evaluation) -> dict[str, Any]:
 def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
     """Accuracy and calibration on 200 class folders, by the outputs of these classes alone.
 
-    Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
+    Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix
+    A.5.
     """
     files = filled(root)
     outputs = subject.outputs_of(root, files.classes, [*map(int, IMAGENET_A.split())])
@@ -257,7 +266,8 @@ def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
         found = [path for path in found if path.is_dir() or path.suffix.lower() == ".mp4"]
         if not found:
             raise MetaplError(
-                f"{folder} has no sequence; expected a folder a class, of .mp4 or folders of frames."
+                f"{folder} has no sequence; expected a folder a class, of .mp4 or folders of "
+                "frames."
             )
         classes = sorted({path.parent.name for path in found})
         output = dict(zip(classes, subject.outputs_of(folder, classes), strict=True))
@@ -296,8 +306,8 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
     .. math:: \mathrm{FP}_p = \frac{1}{m} \sum_{i=1}^{m} \frac{1}{n_i - 1} \sum_{j=2}^{n_i}
               [f(x^{(i)}_j) \ne f(x^{(i)}_{j-1})], \qquad x_{j-1} \to x_1 \text{ for noise}
 
-    ``predictions`` are, for each of the m sequences, the classes of its n_i frames, 2 or more. Frames of noise do not
-    follow each other: each is compared with the first, which is clean.
+    ``predictions`` are, for each of the m sequences, the classes of its n_i frames, 2 or more.
+    Frames of noise do not follow each other: each is compared with the first, which is clean.
 
     Source: Hendrycks and Dietterich (ICLR 2019), section 4.2.
 
@@ -307,8 +317,8 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
     least = min(map(len, predictions), default=0)
     if least < 2:
         raise MetaplError(
-            f"{perturbation}: {len(predictions):,} sequences, the shortest of {least} frames; expected at least one, "
-            "and two frames in each."
+            f"{perturbation}: {len(predictions):,} sequences, the shortest of {least} frames; "
+            "expected at least one, and two frames in each."
         )
     noise = perturbation in ("gaussian_noise", "shot_noise")
     return fmean(
@@ -317,7 +327,10 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
 
 
 def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
-    """The frames of a sequence in their order; a folder's by the numbers in their names, 9 before 10."""
+    """The frames of a sequence in their order.
+
+    A folder's by the numbers in their names, 9 before 10.
+    """
     if path.is_dir():
         files = [file for file in visible(path) if file.suffix.lower() in SUFFIXES]
         numbers = {
@@ -351,13 +364,17 @@ def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
     found = {name: place / name for name in names for place in places if (place / name).is_dir()}
     if not found:
         raise MetaplError(
-            f"{root} has none of the folders of the set, {few(names, 20)}; expected {root / example}."
+            f"{root} has none of the folders of the set, {few(names, 20)}; expected "
+            f"{root / example}."
         )
     return found
 
 
 def filled(root: Path) -> LabeledFiles:
-    """Class folders, each with a picture: those of a set that is half unpacked would stand for other outputs."""
+    """Class folders, each with a picture.
+
+    Those of a set that is half unpacked would stand for other outputs.
+    """
     files = scan_labeled(root)
     if empty := [name for name, count in files.counts().items() if not count]:
         raise MetaplError(
@@ -379,7 +396,8 @@ def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str,
         if not n or not 0 < int(n[1]) <= len(entries)
     ]:
         raise MetaplError(
-            f"{file} has no entry of {few(unknown)}; expected ILSVRC2012_val_<number>, 1 to {len(entries)}."
+            f"{file} has no entry of {few(unknown)}; expected ILSVRC2012_val_<number>, 1 to "
+            f"{len(entries)}."
         )
     sets = [entries[int(number[1]) - 1] for number in numbers if number]
     hits = [guess in right for guess, right in zip(guesses, sets, strict=True) if right]

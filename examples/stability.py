@@ -2,7 +2,8 @@
 
     python examples/stability.py [--draws N]
 
-Each mode is compared with the exact gradient under the same setting, on the digits, after some steps of training.
+Each mode is compared with the exact gradient under the same setting, on the digits, after some
+steps of training.
 """
 
 import argparse

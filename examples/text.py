@@ -1,8 +1,9 @@
 """A small BERT from few labeled texts and many unlabeled ones: python examples/text.py [--steps 300] [--seeds 0]
 
-Which package is a docstring from? The texts are those of installed packages, whose names are masked; 16 of each have
-their label. The network is transformers' BertForSequenceClassification with new weights, on batches that are dicts, as
-tokenizers give them. Printed is the test accuracy of four ways to train it; what to expect is in docs/text.md.
+Which package is a docstring from? The texts are those of installed packages, whose names are
+masked; 16 of each have their label. The network is transformers' BertForSequenceClassification with
+new weights, on batches that are dicts, as tokenizers give them. Printed is the test accuracy of
+four ways to train it; what to expect is in docs/text.md.
 """
 
 import argparse
@@ -98,7 +99,10 @@ def corpus() -> dict[str, tuple[Text, Tensor]]:
 
 
 def word_vectors(ids: Tensor) -> Tensor:
-    """In the place of pretraining: vectors of which words stand together, from the unlabeled texts."""
+    """In the place of pretraining.
+
+    Vectors of which words stand together, from the unlabeled texts.
+    """
     holds = torch.zeros(len(ids), UNKNOWN + 1 + WORDS).scatter_(1, ids, 1.0)
     holds[:, : UNKNOWN + 1] = 0
     weighted = F.normalize(holds * (len(ids) / (1 + holds.sum(0))).log(), dim=1)

@@ -4,8 +4,8 @@
     python examples/protocols.py cifar10-4k --root data/ --out runs/supervised --method supervised
     python examples/training_accuracy.py runs/mpl runs/supervised --out training_accuracy.png
 
-Each run of protocols.py records these accuracies in its metrics.jsonl. The paper's figure shows teacher and student of
-MPL below supervised learning, which it reads as less overfitting.
+Each run of protocols.py records these accuracies in its metrics.jsonl. The paper's figure shows
+teacher and student of MPL below supervised learning, which it reads as less overfitting.
 """
 
 import argparse
@@ -28,7 +28,10 @@ TITLES = {
 
 
 def curves_of(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return the curves of a run by their names: steps, and accuracies on the labeled pictures as fractions."""
+    """Return the curves of a run by their names.
+
+    Steps, and accuracies on the labeled pictures as fractions.
+    """
     for name in ("config.json", "metrics.jsonl"):
         if not (run / name).exists():
             raise MetaplError(
@@ -53,7 +56,8 @@ def curves_of(run: Path) -> dict[str, tuple[list[int], list[float]]]:
         )
     if not curves:
         raise MetaplError(
-            f"{run} has no accuracy on labeled pictures; expected a run of protocols.py that has begun."
+            f"{run} has no accuracy on labeled pictures; expected a run of protocols.py that has "
+            "begun."
         )
     return curves
 

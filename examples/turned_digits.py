@@ -1,4 +1,7 @@
-"""What learned_start.py trains on: digits at angles, ordinary training, and the accuracy after fine-tuning."""
+"""What learned_start.py trains on.
+
+Digits at angles, ordinary training, and the accuracy after fine-tuning.
+"""
 
 import copy
 import statistics

@@ -1,16 +1,17 @@
 r"""Two moons with six labels, the toy experiment of Meta Pseudo Labels: python examples/two_moons.py
 
-    2,000 points on two moons, 3 of each labeled; teacher and student have two hidden layers of 8 sigmoid units and
-    initial weights in ±0.1, and learn by SGD at the constant rate 0.1
+    2,000 points on two moons, 3 of each labeled; teacher and student have two hidden layers of 8
+    sigmoid units and initial weights in ±0.1, and learn by SGD at the constant rate 0.1
 
-A run succeeds if it classifies more than 95 % of its points as they were drawn. Printed are the runs that do, with the
-95 % interval of their share, for supervised learning, pseudo-labels of the network that learned so, MPL, and the same
-loop without feedback; ``--out`` names the picture of the decision regions. ``--uda`` takes tanh, weights in ±0.5, the
-rate 0.3, 3,000 steps, and lets every teacher also give a noisy copy of a point the sharpened label of the point itself.
+A run succeeds if it classifies more than 95 % of its points as they were drawn. Printed are the
+runs that do, with the 95 % interval of their share, for supervised learning, pseudo-labels of the
+network that learned so, MPL, and the same loop without feedback; ``--out`` names the picture of the
+decision regions. ``--uda`` takes tanh, weights in ±0.5, the rate 0.3, 3,000 steps, and lets every
+teacher also give a noisy copy of a point the sharpened label of the point itself.
 
-All seeds are trained side by side, as one network whose rows are theirs in turn. A mean over the rows of R runs divides
-the loss of each by R and mixes none of them, so SGD with R times the rate takes the step of each run alone, the
-feedback included: w_r = -(Rη) ∇L_r/R = -η ∇L_r.
+All seeds are trained side by side, as one network whose rows are theirs in turn. A mean over the
+rows of R runs divides the loss of each by R and mixes none of them, so SGD with R times the rate
+takes the step of each run alone, the feedback included: w_r = -(Rη) ∇L_r/R = -η ∇L_r.
 """
 
 import argparse
@@ -32,7 +33,10 @@ METHODS = ("supervised", "pseudo-labels", "MPL", "no feedback")
 
 
 class Networks(nn.Module):
-    """R fully connected classifiers of points. The rows are R equal parts, of which each network gets its own."""
+    """R fully connected classifiers of points.
+
+    The rows are R equal parts, of which each network gets its own.
+    """
 
     def __init__(self, seeds: range, stream: int, scale: float, activation: nn.Module) -> None:
         super().__init__()
@@ -64,7 +68,10 @@ def draw(seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Moons:
-    """The runs of all seeds by each method; they begin with the same networks and see the same batches."""
+    """The runs of all seeds by each method.
+
+    They begin with the same networks and see the same batches.
+    """
 
     def __init__(self, seeds: range, steps: int, uda: bool, weight: float) -> None:
         self.seeds, self.steps, self.uda, self.weight = seeds, steps, uda, weight
@@ -77,7 +84,10 @@ class Moons:
         self.networks: dict[str, Networks] = {}
 
     def views(self) -> Iterator[Any]:
-        """32 unlabeled points of each run, the same positions in all; with UDA also a noisy copy of them."""
+        """32 unlabeled points of each run, the same positions in all.
+
+        With UDA also a noisy copy of them.
+        """
         generator = torch.Generator().manual_seed(0)
         while True:
             weak = self.x[:, torch.randint(6, self.x.shape[1], (32,), generator=generator)]
@@ -192,13 +202,15 @@ def main() -> None:
         right, runs = int((accuracy > SUCCESS).sum()), len(accuracy)
         low, high = (100 * end for end in interval(right, runs))
         print(
-            f"{method:<14} {right:>4} of {runs:<3} {low:>8.0f}-{high:.0f} % {100 * accuracy.median():>10.1f} %"
+            f"{method:<14} {right:>4} of {runs:<3} {low:>8.0f}-{high:.0f} % "
+            f"{100 * accuracy.median():>10.1f} %"
         )
     mpl, control = (accuracies[method] > SUCCESS for method in METHODS[2:])
     alone, differing = int((mpl & ~control).sum()), int((mpl != control).sum())
     p = binomtest(alone, differing).pvalue if differing else 1.0
     print(
-        f"MPL and the same loop without feedback: p = {p:.2g} (McNemar's exact test on paired seeds)"
+        f"MPL and the same loop without feedback: p = {p:.2g} (McNemar's exact test on paired "
+        "seeds)"
     )
     picture(args.out, moons, accuracies)
     print(f"the decision regions are in {args.out}")

@@ -1,9 +1,11 @@
 """Meta Pseudo Labels in a loop of Hugging Face's accelerate: python examples/with_accelerate.py [FOLDER] [STEPS]
 
-In two processes, which share each batch and end with the same weights but for rounding (accelerate launch --cpu starts
-one, whatever its --num_processes): torchrun --nproc-per-node 2 examples/with_accelerate.py [FOLDER] [STEPS]
+In two processes, which share each batch and end with the same weights but for rounding (accelerate
+launch --cpu starts one, whatever its --num_processes): torchrun --nproc-per-node 2
+examples/with_accelerate.py [FOLDER] [STEPS]
 
-Kill it and give the same command again: it goes on from its last checkpoint in FOLDER (runs/with-accelerate).
+Kill it and give the same command again: it goes on from its last checkpoint in FOLDER
+(runs/with-accelerate).
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Meta Pseudo Labels as a LightningModule: python examples/with_lightning.py [FOLDER] [STEPS]
 
-Kill it and give the same command again: it goes on from its last checkpoint in FOLDER (runs/with-lightning), and ends
-bit for bit as one that was never stopped.
+Kill it and give the same command again: it goes on from its last checkpoint in FOLDER
+(runs/with-lightning), and ends bit for bit as one that was never stopped.
 """
 
 import sys
@@ -74,7 +74,10 @@ class MetaPseudoLabels(L.LightningModule):
 
 
 class Batches:
-    """Labeled and unlabeled batches, which know where they are: Lightning saves what has a ``state_dict``."""
+    """Labeled and unlabeled batches, which know where they are.
+
+    Lightning saves what has a ``state_dict``.
+    """
 
     def __init__(self, steps: int, **loaders: Any) -> None:
         self.feeds = {name: feed(loader, name=name, stop=steps) for name, loader in loaders.items()}
@@ -137,5 +140,6 @@ if __name__ == "__main__":
     folder, steps = [*sys.argv[1:], *["runs/with-lightning", "300"][len(sys.argv) - 1 :]]
     trainer, _ = train(Path(folder), int(steps))
     print(
-        f"{trainer.global_step} steps, validation accuracy {100 * trainer.callback_metrics['accuracy']:.1f} %"
+        f"{trainer.global_step} steps, validation accuracy "
+        f"{100 * trainer.callback_metrics['accuracy']:.1f} %"
     )

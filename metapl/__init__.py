@@ -65,5 +65,6 @@ if not TYPE_CHECKING:  # which would take it for a module that has every name
         if name in _ON_FIRST_USE:
             return import_module(f"metapl.{name}")
         raise AttributeError(
-            f"module 'metapl' has no attribute {name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}"
+            "module 'metapl' has no attribute "
+            f"{name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}"
         )

@@ -1,5 +1,5 @@
-"""Laying networks out over processes: a mesh of them, and ``fully_shard``, ``DistributedDataParallel`` or
-``parallelize_module`` over it."""
+"""Laying networks out over processes: a mesh of them, and ``fully_shard``,
+``DistributedDataParallel`` or ``parallelize_module`` over it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ class Mesh:
 
     Args:
         replicate: copies of the weights; each copy takes a share of every batch.
-        shard: processes that hold a copy together, each a part of every weight; they too share the batches.
-        tensor: processes that compute the products of a layer together, each with a part of its weights; they have the
-            same rows of a batch, and follow each other.
+        shard: processes that hold a copy together, each a part of every weight; they too share the
+            batches.
+        tensor: processes that compute the products of a layer together, each with a part of its
+            weights; they have the same rows of a batch, and follow each other.
 
-    The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
-    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines.
+    The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism,
+    ``Mesh(shard=S)`` is FSDP2, both together are hybrid sharding: shard within a machine, replicate
+    between machines.
 
     >>> Mesh(replicate=16, shard=8).size
     128
@@ -72,8 +74,8 @@ class Mesh:
         return dist.get_rank() // self.tensor
 
     def batch_norm_group(self, shares: int) -> dist.ProcessGroup:
-        """The processes that share the statistics of batch norms with this one: those of so many shares of a batch that
-        follow one another; built once."""
+        """The processes that share the statistics of batch norms with this one: those of so many
+        shares of a batch that follow one another; built once."""
         built: dict[int, dist.ProcessGroup] = self.__dict__.setdefault("_batch_norm_groups", {})
         if shares not in built:
             by_share_and_copy = torch.arange(self.size).view(-1, shares, self.tensor)
@@ -84,8 +86,8 @@ class Mesh:
         return built[shares]
 
     def devices(self, kind: str) -> Any:
-        """The mesh of the devices of all processes, ``"cpu"`` or ``"cuda"``, whose dimensions are named as the fields
-        here; built once, for every mesh has process groups of its own."""
+        """The mesh of the devices of all processes, ``"cpu"`` or ``"cuda"``, whose dimensions are
+        named as the fields here; built once, for every mesh has process groups of its own."""
         from torch.distributed.device_mesh import init_device_mesh
 
         built: dict[str, Any] = self.__dict__.setdefault("_meshes", {})
@@ -109,25 +111,28 @@ def shard(
 ) -> nn.Module:
     """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
 
-    Call it before the optimizer is built, on equal weights in every process (the same seed, or a loaded file).
+    Call it before the optimizer is built, on equal weights in every process (the same seed, or a
+    loaded file).
 
     Args:
-        module: the network; its parameters become sharded where they are. With ``mesh.shard == 1`` it stays as it is,
-            inside ``DistributedDataParallel``.
+        module: the network; its parameters become sharded where they are. With ``mesh.shard == 1``
+            it stays as it is, inside ``DistributedDataParallel``.
         mesh: of all processes.
-        blocks: the submodules that gather their weights one after another, so that one of them is whole at a time; by
-            default those of :func:`blocks_of` that share no weight with the rest of the network.
-        precision: ``"bfloat16"`` gathers weights and computes in it, and keeps weights, gradients and their averages in
-            float32; batch norms stay in float32. Not with ``mesh.shard == 1``, where ``BilevelTrainer(precision=...)``
-            computes under autocast.
+        blocks: the submodules that gather their weights one after another, so that one of them is
+            whole at a time; by default those of :func:`blocks_of` that share no weight with the
+            rest of the network.
+        precision: ``"bfloat16"`` gathers weights and computes in it, and keeps weights, gradients
+            and their averages in float32; batch norms stay in float32. Not with ``mesh.shard ==
+            1``, where ``BilevelTrainer(precision=...)`` computes under autocast.
         checkpoint: run each block again in the backward pass instead of keeping what it computed.
-        plan: with ``mesh.tensor`` above 1, how the products of layers are shared, by their names, as
-            ``parallelize_module`` takes it: ``{"0": ColwiseParallel(), "2": RowwiseParallel()}``. Dropout between two
-            such layers drops alike in all processes.
-        batch_norm_ranks: how many shares of a batch the statistics of a batch norm are of, in every pass that takes
-            them from the batch; those that follow one another belong together. 1: each share has its own. With
-            ``mesh.shares``, several processes compute what one computes. The batch norms of the module are replaced by
-            ones with the same weights and names.
+        plan: with ``mesh.tensor`` above 1, how the products of layers are shared, by their names,
+            as ``parallelize_module`` takes it: ``{"0": ColwiseParallel(), "2":
+            RowwiseParallel()}``. Dropout between two such layers drops alike in all processes.
+        batch_norm_ranks: how many shares of a batch the statistics of a batch norm are of, in every
+            pass that takes them from the batch; those that follow one another belong together. 1:
+            each share has its own. With ``mesh.shares``, several processes compute what one
+            computes. The batch norms of the module are replaced by ones with the same weights and
+            names.
 
     A teacher that has nothing to cut goes beside a student that is cut by ``mesh.tensor`` as
     ``shard(teacher, Mesh(replicate=mesh.size))``.
@@ -150,17 +155,16 @@ def shard(
     refusals = {
         "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16"
         and mesh.shard == 1,
-        "the module has no parameters, or is sharded already; expected a network on one device.": not whole,
+        "the module has no parameters, or is sharded already; expected a network on one "
+        "device.": not whole,
         "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint
         and bool(norms),
         f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1)
         != (plan is not None),
-        f"batch_norm_ranks={batch_norm_ranks}: expected a divisor of the {mesh.shares} shares of a batch.": (
-            mesh.shares % batch_norm_ranks != 0
-        ),
-        "batch_norm_ranks above 1 was given, and the network is a batch norm; expected one around it.": (
-            batch_norm_ranks > 1 and isinstance(module, _BatchNorm)
-        ),
+        f"batch_norm_ranks={batch_norm_ranks}: expected a divisor of the {mesh.shares} shares of "
+        "a batch.": (mesh.shares % batch_norm_ranks != 0),
+        "batch_norm_ranks above 1 was given, and the network is a batch norm; expected one around "
+        "it.": (batch_norm_ranks > 1 and isinstance(module, _BatchNorm)),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
         "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1
         and tied,
@@ -220,8 +224,9 @@ def shard(
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: of the modules that its ``Sequential``, ``ModuleList`` and ``ModuleDict`` hold, the
-    innermost ones that hold more than a layer, such as residual blocks; in a network of plain layers, its layers."""
+    """The blocks of a network: of the modules that its ``Sequential``, ``ModuleList`` and
+    ``ModuleDict`` hold, the innermost ones that hold more than a layer, such as residual blocks; in
+    a network of plain layers, its layers."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     composite: list[nn.Module] = []
     layers: list[nn.Module] = []

@@ -29,7 +29,9 @@ __dir__ = __all__.copy
 
 AtLeastTwo = Annotated[int, Range(2)]
 Dropout = Annotated[float, Range(0, 1, of="a probability")]
-LEAST = 1e-8  # a stored probability below this counts as this: what was stored as impossible may become possible again
+# a stored probability below this counts as this: what was stored as impossible may become possible
+# again
+LEAST = 1e-8
 
 
 def mlp(
@@ -40,8 +42,10 @@ def mlp(
     x₀ = flatten(x), x_{i+1} = dropout(activation(W_i x_i + b_i)), and the last layer is linear.
 
     Args:
-        sizes: widths from the flattened input (B, ``sizes[0]``) to the outputs (B, ``sizes[-1]``), at least two.
-        activation: makes the module between two layers, ``nn.ReLU`` or ``lambda: nn.LeakyReLU(0.1)``.
+        sizes: widths from the flattened input (B, ``sizes[0]``) to the outputs (B, ``sizes[-1]``),
+            at least two.
+        activation: makes the module between two layers, ``nn.ReLU`` or ``lambda:
+            nn.LeakyReLU(0.1)``.
         dropout: probability in [0, 1) of zeroing a hidden unit; 0 adds no dropout layer.
 
     >>> mlp([64, 32, 10])(torch.zeros(5, 1, 8, 8)).shape
@@ -49,7 +53,8 @@ def mlp(
     """
     if len(sizes) < 2 or min(sizes) < 1:
         raise MetaplError(
-            f"mlp got sizes {list(sizes)}; expected at least two widths of 1 or more: mlp([64, 32, 10])."
+            f"mlp got sizes {list(sizes)}; expected at least two widths of 1 or more: mlp([64, "
+            "32, 10])."
         )
     check_arguments(mlp, locals())
     layers: list[nn.Module] = [nn.Flatten()]
@@ -85,11 +90,13 @@ def small_cnn(
 ) -> nn.Module:
     """A network of four 3x3 convolutions for pictures of about 16x16.
 
-    They have 32, 48, 64 and 64 channels, each with group norm, which keeps the examples of a batch apart, and ReLU; the
-    second and third halve the resolution; then the mean over positions, dropout and a linear layer.
+    They have 32, 48, 64 and 64 channels, each with group norm, which keeps the examples of a batch
+    apart, and ReLU; the second and third halve the resolution; then the mean over positions,
+    dropout and a linear layer.
 
     Args:
-        num_classes, in_channels: from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
+        num_classes, in_channels: from images (B, ``in_channels``, H, W) to logits (B,
+            ``num_classes``).
         dropout: probability in [0, 1) of zeroing one of the 64 features before the linear layer.
 
     Cost: 80,266 weights with 3 channels and 10 classes.
@@ -135,7 +142,8 @@ class _Block(nn.Module):
         activated = F.relu(self.norm1(x))
         residual: Tensor = self.conv1(activated)
         residual = self.conv2(self.dropout(F.relu(self.norm2(residual))))
-        # As in the authors' code, a shortcut that changes the shape starts from the activated input.
+        # As in the authors' code, a shortcut that changes the shape starts from the activated
+        # input.
         skipped: Tensor = x if self.shortcut is None else self.shortcut(activated)
         return skipped + residual
 
@@ -177,13 +185,15 @@ def wide_resnet(
 ) -> nn.Module:
     """A pre-activation wide residual network WRN-depth-widen.
 
-    Three groups of n = (depth − 4) / 6 blocks with 16, 32 and 64 times ``widen`` channels; the second and third group
-    halve the resolution; then batch norm, ReLU, the mean over positions and a linear layer.
+    Three groups of n = (depth − 4) / 6 blocks with 16, 32 and 64 times ``widen`` channels; the
+    second and third group halve the resolution; then batch norm, ReLU, the mean over positions and
+    a linear layer.
 
     Args:
         depth: number of convolutions counted as in the paper: 10, 16, 22, 28, 34, 40, ...
         widen: width factor, 1 or more.
-        num_classes, in_channels: from images (B, ``in_channels``, H, W), meant for 32x32, to logits.
+        num_classes, in_channels: from images (B, ``in_channels``, H, W), meant for 32x32, to
+            logits.
         dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
 
     Cost: 1,467,610 weights for WRN-28-2 and 36.5 million for WRN-28-10, with 10 classes.
@@ -194,7 +204,8 @@ def wide_resnet(
     """
     if depth < 10 or (depth - 4) % 6 != 0:
         raise MetaplError(
-            f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, 28, say"
+            f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, "
+            "28, say"
         )
     check_arguments(wide_resnet, locals())
     return _WideResNet(depth, widen, num_classes, dropout, in_channels)
@@ -215,17 +226,19 @@ class LabelAdjuster(nn.Module):
 
     .. math:: T(q) = \log q + f\big(q, \log q / \log(1/\epsilon)\big)
 
-    f is a network of linear layers with ReLUs, whose last layer begins at zero, so that softmax T(q) = q at first.
+    f is a network of linear layers with ReLUs, whose last layer begins at zero, so that softmax
+    T(q) = q at first.
 
     Args:
-        num_classes, hidden, layers: C, the width of the hidden layers, and the number of linear layers.
+        num_classes, hidden, layers: C, the width of the hidden layers, and the number of linear
+            layers.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
     >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
     True
 
-    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers and width 128; the
-    identity at the start is ours.
+    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers
+    and width 128; the identity at the start is ours.
     """
 
     def __init__(
@@ -261,8 +274,8 @@ class Corrector(nn.Module):
     >>> Corrector(nn.Linear(4, 3), classes=3)(torch.zeros(2, 4), torch.tensor([0, 2])).argmax(1)
     tensor([0, 2])
 
-    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021), whose network is
-    another one, of the student's features and an embedding.
+    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI
+    2021), whose network is another one, of the student's features and an embedding.
     """
 
     def __init__(self, network: nn.Module, classes: AtLeastTwo, trusted: float = 4.0) -> None:
@@ -282,11 +295,12 @@ class Corrector(nn.Module):
 class Logits(nn.Module):
     """A network, such as those of Hugging Face, as a module from the inputs of a batch to one tensor.
 
-    A dict goes in as keyword arguments, a tuple or list as positional ones, a tensor or a ``PackedSequence`` alone;
-    where the network's forward takes one argument, which cannot be such a dict's or tuple's parts, it gets the whole.
-    What comes out is the tensor that the network returns, or its ``logits`` (an attribute, or the entry of a dict),
-    (B, C) or (B, T, words), or of a tuple or list, such as (prediction, hidden state) of a recurrent network, the first
-    tensor. The network is held, not copied.
+    A dict goes in as keyword arguments, a tuple or list as positional ones, a tensor or a
+    ``PackedSequence`` alone; where the network's forward takes one argument, which cannot be such a
+    dict's or tuple's parts, it gets the whole. What comes out is the tensor that the network
+    returns, or its ``logits`` (an attribute, or the entry of a dict), (B, C) or (B, T, words), or
+    of a tuple or list, such as (prediction, hidden state) of a recurrent network, the first tensor.
+    The network is held, not copied.
 
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):
@@ -314,7 +328,8 @@ class Logits(nn.Module):
         if logits is None:
             name = type(self.network).__name__
             raise MetaplError(
-                f"{name} returned {described(outputs)}; expected a tensor, or logits or a tensor in it."
+                f"{name} returned {described(outputs)}; expected a tensor, or logits or a tensor "
+                "in it."
             )
         return logits
 

@@ -1,4 +1,7 @@
-"""Classifiers for tables, as scikit-learn has them; they live in the application (:mod:`metapl.apps.sklearn`)."""
+"""Classifiers for tables, as scikit-learn has them.
+
+They live in the application (:mod:`metapl.apps.sklearn`).
+"""
 
 from metapl.apps.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 

@@ -14,8 +14,8 @@ TURNS = frozenset(
 
 
 def shown(text: object, keep: str = "") -> str:
-    """A name or a message with control characters, turns of direction and bytes that are not UTF-8 escaped, but for
-    those to ``keep``."""
+    """A name or a message with control characters, turns of direction and bytes that are not UTF-8
+    escaped, but for those to ``keep``."""
     letters = []
     for letter in str(text):
         if letter in keep or (
@@ -38,7 +38,10 @@ def did_you_mean(given: str, known: Sequence[str], *, likeness: float = 0.75) ->
 
 
 def summary(name: str, **parts: object) -> str:
-    """A short ``repr``: numbers to four digits, tensors of more by their shape, dicts by their names."""
+    """A short ``repr``.
+
+    Numbers to four digits, tensors of more by their shape, dicts by their names.
+    """
 
     def brief(part: object) -> str:
         if getattr(part, "shape", None) == ():  # a tensor of one number

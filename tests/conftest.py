@@ -53,7 +53,10 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: of several processes, none is left alone with one of them at the end."""
+    """The longest files first.
+
+    Of several processes, none is left alone with one of them at the end.
+    """
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
@@ -64,7 +67,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Each of several processes begins with other files: all of them need ten seconds for asserts to be rewritten."""
+    """Each of several processes begins with other files.
+
+    All of them need ten seconds for asserts to be rewritten.
+    """
     number, processes = (
         os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:],
         os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1),
@@ -93,8 +99,8 @@ def _no_absent_device_is_seeded() -> Iterator[None]:
 def cuda_may_not_wait() -> Callable[[], AbstractContextManager[None]]:
     """Return a block in which CUDA raises where the host would wait for it.
 
-    The mode is one of the process, so the block resets it, also after an error. Torch says once in a process that the
-    mode is a prototype; the tests expect that.
+    The mode is one of the process, so the block resets it, also after an error. Torch says once in
+    a process that the mode is a prototype; the tests expect that.
     """
     import torch
 

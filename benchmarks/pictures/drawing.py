@@ -1,4 +1,7 @@
-"""Drawing for both halves: sprites in unit coordinates, their views, backgrounds, colors and the camera's noise."""
+"""Drawing for both halves.
+
+Sprites in unit coordinates, their views, backgrounds, colors and the camera's noise.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,10 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
 def ground(
     rng: np.random.Generator, size: int, levels: tuple[float, float], clutter: int = 0
 ) -> Floats:
-    """A background of shape (size, size, 3): two colors in smooth noise or a ramp, with some patches on it."""
+    """A background of shape (size, size, 3).
+
+    Two colors in smooth noise or a ramp, with some patches on it.
+    """
     first, second = (np.array(color(rng, *levels), dtype=float) for _ in range(2))
     kind = rng.integers(3)
     if kind == 0:
@@ -105,7 +111,10 @@ def ground(
 
 
 class Sprite:
-    """A drawing on a transparent ground; x goes right and y down, both over -1..1, and widths are in their unit."""
+    """A drawing on a transparent ground.
+
+    X goes right and y down, both over -1..1, and widths are in their unit.
+    """
 
     def __init__(self, size: int) -> None:
         self.side = OVERSAMPLING * size
@@ -190,7 +199,10 @@ def view(
     perspective: float = 0,
     mirror: bool = False,
 ) -> Floats:
-    """A random 3x3 view in unit coordinates: up to ``rotation`` degrees to either side, and so on; maybe mirrored."""
+    """A random 3x3 view in unit coordinates.
+
+    Up to ``rotation`` degrees to either side, and so on; maybe mirrored.
+    """
     turn = math.radians(rng.uniform(-rotation, rotation))
     cos, sin = math.cos(turn), math.sin(turn)
     rotate = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
@@ -220,7 +232,10 @@ def finish(
     blur: float = 0.5,
     light: float = 0.15,
 ) -> Bytes:
-    """As a camera would take it: some light, some blur (in pixels) and some noise (of 255 levels); uint8."""
+    """As a camera would take it.
+
+    Some light, some blur (in pixels) and some noise (of 255 levels); uint8.
+    """
     gain = 1 + rng.uniform(-light, light)
     image = np.clip(
         (picture - 127.5) * gain + 127.5 + 127.5 * rng.uniform(-light, light) / 2, 0, 255
@@ -240,9 +255,9 @@ def grey(picture: Floats) -> Floats:
     return np.asarray(picture @ LUMA)
 
 
-# A picture of a class, from (generator, label, size, whether it is for the test set): uint8, (size, size) when grey
-# and (size, size, 3) in color. The last argument matters only where pictures are made from given ones, such as
-# handwritten digits: those of the test set are made from others.
+# A picture of a class, from (generator, label, size, whether it is for the test set): uint8, (size,
+# size) when grey and (size, size, 3) in color. The last argument matters only where pictures are
+# made from given ones, such as handwritten digits: those of the test set are made from others.
 Draw = Callable[[np.random.Generator, int, int, bool], Bytes]
 
 
@@ -250,10 +265,11 @@ Draw = Callable[[np.random.Generator, int, int, bool], Bytes]
 class Problem:
     """One problem: pictures of ``size`` x ``size`` pixels, few of them labeled, and no others for validation.
 
-    ``imbalance`` is how much rarer the last class is than the first among the unlabeled and the test pictures, in a
-    geometric sequence. With ``labels_as_found`` the labeled pictures have these shares too, as when a user labels what
-    comes; otherwise the user collected ``labels_per_class`` of each. ``foreign`` is the share of unlabeled pictures
-    that belong to no class: pictures of other problems of the same half, and noise.
+    ``imbalance`` is how much rarer the last class is than the first among the unlabeled and the
+    test pictures, in a geometric sequence. With ``labels_as_found`` the labeled pictures have these
+    shares too, as when a user labels what comes; otherwise the user collected ``labels_per_class``
+    of each. ``foreign`` is the share of unlabeled pictures that belong to no class: pictures of
+    other problems of the same half, and noise.
     """
 
     name: str

@@ -31,7 +31,8 @@ Labels = NDArray[np.int64]
 class Pictures:
     """A problem's pictures for a seed: uint8 of shape (n, size, size, channels), and labels of shape (n,).
 
-    ``unlabeled_labels`` are known because the pictures are generated; no method may learn from them.
+    ``unlabeled_labels`` are known because the pictures are generated; no method may learn from
+    them.
     """
 
     labeled: Bytes
@@ -123,7 +124,10 @@ def _drawn(problem: Problem, seed: int, part: str, labels: Labels) -> Bytes:
 
 
 def _foreign(rng: np.random.Generator, others: tuple[Problem, ...], problem: Problem) -> Bytes:
-    """A picture of another problem of the half in this one's size and channels; noise every fifth time."""
+    """A picture of another problem of the half in this one's size and channels.
+
+    Noise every fifth time.
+    """
     size, mode = (problem.size, problem.size), "L" if problem.channels == 1 else "RGB"
     if rng.random() < 0.2:
         cells = int(rng.integers(2, problem.size + 1))

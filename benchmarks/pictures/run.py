@@ -4,10 +4,11 @@
     python -m benchmarks.pictures.run --half unseen --methods ... --minutes 1.5     # once, when all is tuned
     python -m benchmarks.pictures.tables
 
-Each run is ``metapl train images`` with its defaults, or with the settings of ``--set FIELD=VALUE``, on folders that
-the problem wrote: one thread, as many steps as fit into the minutes of processor time by the recipe's own measurement.
-One default is replaced: the precision is bfloat16 unless it is set. A row of the raw file is one run, with the machine
-and the versions it was made with; runs that are there already are not repeated.
+Each run is ``metapl train images`` with its defaults, or with the settings of ``--set
+FIELD=VALUE``, on folders that the problem wrote: one thread, as many steps as fit into the minutes
+of processor time by the recipe's own measurement. One default is replaced: the precision is
+bfloat16 unless it is set. A row of the raw file is one run, with the machine and the versions it
+was made with; runs that are there already are not repeated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The seen half: problems on which recipes and defaults may be tuned.
 
-Those that the study of feedback took; the other six, which were among the foreign pictures of the digits, are at
-commit 3ab2ada8.
+Those that the study of feedback took; the other six, which were among the foreign pictures of the
+digits, are at commit 3ab2ada8.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def _pattern(rng: Generator, name: str, u: Floats, v: Floats, fine: int) -> Floa
 
 @cache
 def _handwritten(test: bool) -> tuple[Floats, ...]:
-    """Digits of 8x8 as coverage, by class; every third of scikit-learn's is kept for the test sets."""
+    """Digits of 8x8 as coverage, by class.
+
+    Every third of scikit-learn's is kept for the test sets.
+    """
     digits = load_digits()
     third = np.arange(len(digits.target)) % 3 == 0
     return tuple(digits.images[(digits.target == k) & (third == test)] / 16 for k in range(10))

@@ -46,8 +46,8 @@ def reached(rows: list[Row]) -> Means:
 
 
 def table(rows: list[Row]) -> str:
-    """A line a method and minutes: each problem and their mean; the mean and the smallest difference to supervised;
-    seconds a run, and seeds."""
+    """A line a method and minutes: each problem and their mean; the mean and the smallest
+    difference to supervised; seconds a run, and seeds."""
     names, means = [problem.name for problem in half("unseen")], reached(rows)
     lines = []
     for (method, minutes), shares in means.items():
@@ -83,7 +83,10 @@ def table(rows: list[Row]) -> str:
 
 
 def from_backbone(rows: list[Row]) -> str:
-    """A line a start, time and method, the linear baseline of each start before: test accuracies in %."""
+    """A line a start, time and method, the linear baseline of each start before.
+
+    Test accuracies in %.
+    """
     found, names = (
         dict[Any, dict[str, float]](),
         list(dict.fromkeys(row["problem"] for row in rows)),

@@ -1,4 +1,7 @@
-"""The unseen half: opened once, at the end, and never tuned on. README.md in this folder states the rule."""
+"""The unseen half.
+
+Opened once, at the end, and never tuned on. README.md in this folder states the rule.
+"""
 
 from __future__ import annotations
 

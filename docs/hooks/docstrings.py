@@ -1,7 +1,7 @@
 """Griffe extension: metapl's docstrings as Markdown.
 
-The docstrings follow Google's style, with Sphinx roles (``:class:`metapl.Signal```), ``.. math::`` blocks, doctests
-anywhere, and short paragraphs that begin with a label (``Cost: ...``).
+The docstrings follow Google's style, with Sphinx roles (``:class:`metapl.Signal```), ``.. math::``
+blocks, doctests anywhere, and short paragraphs that begin with a label (``Cost: ...``).
 """
 
 from __future__ import annotations

@@ -30,12 +30,14 @@ class Altered(Estimator):
 
     Args:
         base: the estimator whose h, with a row per example, is altered.
-        alteration: ``"permuted"``: rows assigned to other examples; ``"class_means"``: every row replaced by the mean
-            over the batch (of sampled classes: over the rows with the same class); ``"random_sign"``: each row times ±1
-            with equal probability. Rows of h that are none of the batch, as of a matrix, are taken for examples.
+        alteration: ``"permuted"``: rows assigned to other examples; ``"class_means"``: every row
+            replaced by the mean over the batch (of sampled classes: over the rows with the same
+            class); ``"random_sign"``: each row times ±1 with equal probability. Rows of h that are
+            none of the batch, as of a matrix, are taken for examples.
         seed: of the permutations and signs, which are drawn from a separate generator.
 
-    Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias: intended.
+    Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias:
+    intended.
 
     >>> Altered(alteration="permuted").name
     'forward_permuted'
@@ -54,7 +56,8 @@ class Altered(Estimator):
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(
-                f"Altered(base={self.base!r}): expected feedback on each example, such as Forward()."
+                f"Altered(base={self.base!r}): expected feedback on each example, such as "
+                "Forward()."
             )
         own = (
             "labels",

@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
 def _convolution_backward(*given: Any, **shapes: Any) -> int:
-    """Either gradient takes as many as the pass forward; PyTorch's own formula does not divide by the groups."""
+    """Either gradient takes as many as the pass forward.
+
+    PyTorch's own formula does not divide by the groups.
+    """
     grad_out, x, weight, *_, transposed, _padding, _groups, wanted = given
     return int(sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed))
 
@@ -22,14 +25,20 @@ FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, of products and convolutions; the rest is not counted."""
+    """Floating-point operations of a call, of products and convolutions.
+
+    The rest is not counted.
+    """
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return int(counter.get_total_flops())
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What a call takes: on a CPU the processor's time where that is less than the time that passes."""
+    """What a call takes.
+
+    On a CPU the processor's time where that is less than the time that passes.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     wait(device)
     start, computed = time.perf_counter(), time.process_time()
@@ -49,7 +58,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) - before)
     # Or the profiler's library writes of its own start and end, past Python, on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    # acc_events: without it torch 2.11 warns that events of an earlier cycle are dropped, of which there is none.
+    # acc_events: without it torch 2.11 warns that events of an earlier cycle are dropped, of which
+    # there is none.
     with torch.profiler.profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 Modes = Mapping[str, ModeCost | str]
 
-# Inches. At 4 inches and 100 dots an inch the figure is 400 pixels wide, and its smallest letters are 11 pixels high.
+# Inches. At 4 inches and 100 dots an inch the figure is 400 pixels wide, and its smallest letters
+# are 11 pixels high.
 WIDTH = 4.0
 ROW_OF_DISTANCES, ROW_OF_COSTS, MARGINS = 0.30, 0.27, 1.55
 LETTERS = 8.0  # points
 
-# Points of the training have colors that the color-blind can tell apart (Okabe and Ito), and marks of their own.
+# Points of the training have colors that the color-blind can tell apart (Okabe and Ito), and marks
+# of their own.
 POINT_COLORS, POINT_MARKS = ("#0072b2", "#e69f00", "#009e73"), ("o", "s", "^")
 RECOMMENDED, OTHER, CONTROL, QUIET = "#0072b2", "#9db8cc", "#d0d0d0", "#666666"
 
@@ -33,7 +35,10 @@ LONGEST_LINE = 12  # letters of a mode's name in one line
 def draw_modes(
     modes: Modes, altered: Modes, points: Sequence[int], recommended: str | None
 ) -> Figure:
-    """Draw distances by mode and point, and below them the costs by mode; the controls come last."""
+    """Draw distances by mode and point, and below them the costs by mode.
+
+    The controls come last.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -113,7 +118,10 @@ def _draw_distances(axes: Axes, rows: Modes, points: Sequence[int]) -> None:
 
 
 def _costs(rows: Modes) -> dict[str, dict[str, float]]:
-    """Return what is drawn of each cost, by the title of its panel: passes, seconds and memory in units that fit."""
+    """Return what is drawn of each cost, by the title of its panel.
+
+    Passes, seconds and memory in units that fit.
+    """
     ran = _that_ran(rows)
     longest = max(_finite(found.seconds for found in ran.values()), default=0.0)
     largest = max(_finite(found.peak_bytes for found in ran.values()), default=0.0)

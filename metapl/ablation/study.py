@@ -1,5 +1,6 @@
-"""Every mode on a model: `ablate` compares their gradients with the exact one and measures what a call costs; what it
-finds is figures as values, as JSON and in lines of a terminal, and the mode that they recommend."""
+"""Every mode on a model: `ablate` compares their gradients with the exact one and measures what a
+call costs; what it finds is figures as values, as JSON and in lines of a terminal, and the mode
+that they recommend."""
 
 from __future__ import annotations
 
@@ -42,16 +43,20 @@ if TYPE_CHECKING:
 
 Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
 
-# Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed.
+# Rounds of timing where none are asked for: at least 5, and more for short calls, until a second
+# has passed.
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
 CANNOT_RUN = MetaplError, RuntimeError, MemoryError  # what a mode raises that cannot run on a model
 
-# A mode that should be exact is taken for it up to this distance: in bfloat16, and where the gradient itself is nearly
-# zero, as in the first steps of Adam, two exact modes differ by as much as some hundredths.
+# A mode that should be exact is taken for it up to this distance: in bfloat16, and where the
+# gradient itself is nearly zero, as in the first steps of Adam, two exact modes differ by as much
+# as some hundredths.
 TRUSTED = 0.1
 NEAR = 0.01  # distance, noise included, up to which a gradient is near the exact one
-EQUAL = 0.1  # times, and bytes, that differ by no more than this fraction count as equal: timings are noisy
-PREFERRED = "forward"  # between modes that are equal otherwise: exact, without a second backward pass and its memory
+# times, and bytes, that differ by no more than this fraction count as equal: timings are noisy
+EQUAL = 0.1
+# between modes that are equal otherwise: exact, without a second backward pass and its memory
+PREFERRED = "forward"
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,11 @@ class Ablation:
         modes: by name: the costs, or the reason why a mode cannot run on this model.
         recommendation: which mode to take, and why.
         points: the steps of training that were looked at.
-        altered: the figures of a mode's feedback, altered (:class:`metapl.ablation.Altered`); controls.
+        altered: the figures of a mode's feedback, altered (:class:`metapl.ablation.Altered`);
+            controls.
         recommended: the name in the recommendation; None where no mode can be recommended.
-        float32_products: in what precision matrix products and convolutions of float32 were taken on the device; empty
-            for a device that has no such switches.
+        float32_products: in what precision matrix products and convolutions of float32 were taken
+            on the device; empty for a device that has no such switches.
     """
 
     modes: dict[str, ModeCost | str]
@@ -76,8 +82,8 @@ class Ablation:
     float32_products: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The fields as text: a reason in the place of figures is ``{"reason": ...}``, a number that is not finite
-        null."""
+        """The fields as text: a reason in the place of figures is ``{"reason": ...}``, a number
+        that is not finite null."""
         plain = asdict(self)
         for part in ("modes", "altered"):
             plain[part] = {
@@ -99,7 +105,8 @@ class Ablation:
             return cls(**plain | {"points": tuple(plain["points"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise MetaplError(
-                f"the text is no ablation ({type(error).__name__}: {error}); expected what Ablation.to_json wrote."
+                f"the text is no ablation ({type(error).__name__}: {error}); expected what "
+                "Ablation.to_json wrote."
             ) from error
 
     def __repr__(self) -> str:
@@ -109,18 +116,22 @@ class Ablation:
         return f"{self.table()}\n\n{textwrap.fill(self.recommendation, 80)}"
 
     def plot(self) -> Figure:
-        """Draw the figures: above, how far each mode is from the exact gradient at each point of the training; below,
-        what a call costs in passes, seconds and memory.
+        """Draw the figures: above, how far each mode is from the exact gradient at each point of
+        the training; below, what a call costs in passes, seconds and memory.
 
-        A mark is the error of the mean over the draws, and the line behind it reaches to the distance of one draw.
+        A mark is the error of the mean over the draws, and the line behind it reaches to the
+        distance of one draw.
 
-        Returns: a figure of matplotlib, 4 inches wide: ``found.plot().savefig("modes.png", dpi=200)``.
-        Raises: :class:`metapl.MetaplError` where matplotlib is not installed.
+        Returns: a figure of matplotlib, 4 inches wide: ``found.plot().savefig("modes.png",
+        dpi=200)``. Raises: :class:`metapl.MetaplError` where matplotlib is not installed.
         """
         return draw_modes(self.modes, self.altered, self.points, self.recommended)
 
     def table(self) -> str:
-        """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
+        """The figures in lines of a terminal of 80 columns.
+
+        The reasons for what is missing stand below.
+        """
         lines = [
             f"{'mode':<22}{'cosine':>7}{'length':>8}{'error':>8}{'noise':>8}{'passes':>8}{'time, ms':>9}{'peak, KB':>9}"
         ]
@@ -155,15 +166,17 @@ def recommendation(
 ) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 
-    Of the modes that are exact to rounding (``exact_modes``), and without noise, the fastest is taken; where times are
-    within 10 % the one with the least memory; where that is too, ``forward``. Where none is, the same holds for those
-    within 1 %; else the nearest in one draw is taken. Those in ``never`` are not recommended; None where no mode ran.
+    Of the modes that are exact to rounding (``exact_modes``), and without noise, the fastest is
+    taken; where times are within 10 % the one with the least memory; where that is too,
+    ``forward``. Where none is, the same holds for those within 1 %; else the nearest in one draw is
+    taken. Those in ``never`` are not recommended; None where no mode ran.
     """
     ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
     if not ran:
         return (
             None,
-            "No mode that gives feedback can run on this model; the reasons stand beside the modes.",
+            "No mode that gives feedback can run on this model; the reasons stand beside the "
+            "modes.",
         )
     sure = {
         n: m
@@ -172,7 +185,10 @@ def recommendation(
     }
     near = {n: m for n, m in ran.items() if m.of_one_draw <= NEAR}
     name = min(ran, key=lambda n: ran[n].of_one_draw)
-    why = "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to the exact one"
+    why = (
+        "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to "
+        "the exact one"
+    )
     if among := sure or near:
 
         def least(values: Mapping[str, float]) -> list[str]:
@@ -196,13 +212,19 @@ def recommendation(
             decided = (
                 "is the fastest" if len(fastest) == 1 else "takes the least memory of the fastest"
             )
-            why += f", and of {', '.join(among)} it {decided if len(smallest) == 1 else 'is as fast and small as any'}"
+            why += (
+                f", and of {', '.join(among)} it "
+                f"{decided if len(smallest) == 1 else 'is as fast and small as any'}"
+            )
     found = ran[name]
-    text = f"Take {name}: {why}. A call takes {found.seconds * 1e3:.3g} ms and {found.peak_bytes / 1e3:,.0f} KB."
+    text = (
+        f"Take {name}: {why}. A call takes {found.seconds * 1e3:.3g} ms and "
+        f"{found.peak_bytes / 1e3:,.0f} KB."
+    )
     if "reinforce" in ran and name != "reinforce":
         text += (
-            f" Algorithm 1's scalar (reinforce) takes {ran['reinforce'].seconds * 1e3:.3g} ms, and error and noise of "
-            f"one draw are {ran['reinforce'].of_one_draw:.2g} times the signal."
+            f" Algorithm 1's scalar (reinforce) takes {ran['reinforce'].seconds * 1e3:.3g} ms, and "
+            f"error and noise of one draw are {ran['reinforce'].of_one_draw:.2g} times the signal."
         )
     return name, text
 
@@ -224,27 +246,32 @@ def ablate(
     .. math:: \text{relative error} = \frac{\|\bar g - g^*\|}{\|g^*\|}, \qquad
               \text{noise to signal} = \frac{\sqrt{\tfrac1{n-1} \sum_i \|g_i - \bar g\|^2}}{\|g^*\|}
 
-    with :math:`g^*` the exact gradient of the soft step, by double backward (by forward mode where the student has no
-    second derivative), and :math:`\bar g` the mean of n draws of labels. Direction and length are told apart: a mode
-    with ``reduction="mean"``, as Algorithm 1 is written, gives 1/B of the gradient, so g is taken as B times what it
-    gives, and its ``length`` is stated as it is.
+    with :math:`g^*` the exact gradient of the soft step, by double backward (by forward mode where
+    the student has no second derivative), and :math:`\bar g` the mean of n draws of labels.
+    Direction and length are told apart: a mode with ``reduction="mean"``, as Algorithm 1 is
+    written, gives 1/B of the gradient, so g is taken as B times what it gives, and its ``length``
+    is stated as it is.
 
     Args:
-        trainer: the networks, the problem and the student's optimizer as they stand. It is left as it was. With
-            ``lookahead=K`` the gradients are those through K steps.
-        labeled, unlabeled: a batch each, as for ``trainer.step``, or sources of batches, as for ``trainer.fit``.
+        trainer: the networks, the problem and the student's optimizer as they stand. It is left as
+            it was. With ``lookahead=K`` the gradients are those through K steps.
+        labeled, unlabeled: a batch each, as for ``trainer.step``, or sources of batches, as for
+            ``trainer.fit``.
         modes: names or estimators; default: all.
-        steps: number of training steps; the modes are compared before the first, in the middle and after the last.
-            0: at the trainer's state alone.
+        steps: number of training steps; the modes are compared before the first, in the middle and
+            after the last. 0: at the trainer's state alone.
         draws: of labels, for modes that draw them, and of alterations; 2 or more.
-        rounds: rounds of timing; the least time of a mode counts. None: 5, and more for short calls, for a second.
-        altered: also measure, as controls, the feedback of ``forward``, or else of the first mode that runs and gives
-            feedback on each example, altered in three ways (:class:`metapl.ablation.Altered`).
+        rounds: rounds of timing; the least time of a mode counts. None: 5, and more for short
+            calls, for a second.
+        altered: also measure, as controls, the feedback of ``forward``, or else of the first mode
+            that runs and gives feedback on each example, altered in three ways
+            (:class:`metapl.ablation.Altered`).
         progress: show on a terminal how far it is.
 
-    Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left as they were.
-    Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the training between the points.
-    Raises: :class:`metapl.MetaplError` where no exact gradient can be had.
+    Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left
+    as they were. Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the
+    training between the points. Raises: :class:`metapl.MetaplError` where no exact gradient can be
+    had.
 
     >>> import metapl, torch
     >>> trainer = metapl.BilevelTrainer(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), "reinforce")
@@ -255,7 +282,8 @@ def ablate(
     """
     if not isinstance(trainer, BilevelTrainer):
         raise MetaplError(
-            f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer."
+            f"ablate was given a trainer that is {described(trainer)}; expected a "
+            "metapl.BilevelTrainer."
         )
     check_arguments(ablate, locals())
     given = (
@@ -302,7 +330,8 @@ def ablate(
             g = examples * torch.stack(found)  # (draws, weights)
             mean = g.mean(0)
             exact_norm = exact.norm().clamp_min(1e-300)
-            # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
+            # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short
+            # of.
             noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / exact_norm
             cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
             off = (mean - exact).norm() / exact_norm
@@ -400,7 +429,8 @@ def ablate(
     for name, mode in estimates.items():
         compared[isinstance(mode, Altered)][name] = reasons[name] if name in reasons else ran[name]
     sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
-    # No feedback; and at the optimum, a gradient that is not through a step, with which it is compared.
+    # No feedback; and at the optimum, a gradient that is not through a step, with which it is
+    # compared.
     never = [
         n
         for n in compared[0]
@@ -436,7 +466,10 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """A refusal in full; of torch's errors, which may run over many lines, the first one, which says what is wrong."""
+    """A refusal in full.
+
+    Of torch's errors, which may run over many lines, the first one, which says what is wrong.
+    """
     return (
         str(error)
         if isinstance(error, MetaplError)
@@ -452,7 +485,8 @@ def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
         except CANNOT_RUN as error:
             reasons.append(_reason(error))
     raise MetaplError(
-        f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, {reasons[1]}"
+        f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, "
+        f"{reasons[1]}"
     )
 
 
@@ -463,7 +497,10 @@ def _gradient(
     generator: torch.Generator | None = None,
     problem: BilevelProblem | None = None,
 ) -> Tensor:
-    """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
+    """The teacher's gradient as one vector, float64.
+
+    Of a problem without a teacher, the gradient in its signal.
+    """
     generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
     found = trainer.hypergradient(*batches, mode, problem=problem, generator=generator)
     parts = (

@@ -1,4 +1,7 @@
-"""``metapl ablate digits|images`` and ``metapl ablate --factory MODULE:FUNCTION``: which mode for this model?"""
+"""``metapl ablate digits|images`` and ``metapl ablate --factory MODULE:FUNCTION``.
+
+Which mode for this model?
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,12 @@ class Looking:
     """The options of every ablation.
 
     Args:
-        out: folder for ablation.json and ablation.png, the figures and their picture; by default neither is written.
+        out: folder for ablation.json and ablation.png, the figures and their picture; by default
+            neither is written.
         draws: of labels, for modes that draw them, and of alterations.
         rounds: in which each mode is timed once; by default 5, more for short calls.
-        altered: leave out the controls, the feedback of a mode that is altered: permuted, its mean, with random signs.
+        altered: leave out the controls, the feedback of a mode that is altered: permuted, its mean,
+            with random signs.
     """
 
     out: Folder = None
@@ -127,8 +132,8 @@ class AblateFactory:
     """Compare the modes on networks of your own; metapl ablate digits and metapl ablate images do on these.
 
     Args:
-        factory: module:function of a module in this folder or installed; the function takes nothing and returns a
-            metapl.BilevelTrainer, a source of labeled and one of unlabeled batches.
+        factory: module:function of a module in this folder or installed; the function takes nothing
+            and returns a metapl.BilevelTrainer, a source of labeled and one of unlabeled batches.
         steps: of the training that is looked at, at its beginning, in its middle and at its end.
     """
 
@@ -154,7 +159,10 @@ class AblateFactory:
         finally:
             sys.path.pop(0)
         if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
-            expected = "(trainer, labeled, unlabeled), a metapl.BilevelTrainer and sources of batches as for its fit"
+            expected = (
+                "(trainer, labeled, unlabeled), a metapl.BilevelTrainer and sources of batches as "
+                "for its fit"
+            )
             raise MetaplError(
                 f"--factory {self.factory} returned {made!r:.60}; expected {expected}."
             )

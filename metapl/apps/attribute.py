@@ -1,4 +1,7 @@
-"""``metapl attribute RUN --out DIR``: which labeled pictures help what a network does, and which harm it."""
+"""``metapl attribute RUN --out DIR``.
+
+Which labeled pictures help what a network does, and which harm it.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +47,19 @@ SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 class Attribute:
     """Say which labeled pictures of a run help its network, and which harm it.
 
-    A network like that of the run is trained anew, from its start, on the labeled pictures as they are, by plain SGD
-    with momentum at a rate that falls to zero; the loss of the run's own network is stated beside it. A picture's score
-    is minus the derivative, through all of this training, of the loss on the validation pictures (of train noisy
-    without --val, of those of --clean), in the weight of the picture: more of one with a positive score would lower the
-    loss, more of one with a negative score raise it.
+    A network like that of the run is trained anew, from its start, on the labeled pictures as they
+    are, by plain SGD with momentum at a rate that falls to zero; the loss of the run's own network
+    is stated beside it. A picture's score is minus the derivative, through all of this training, of
+    the loss on the validation pictures (of train noisy without --val, of those of --clean), in the
+    weight of the picture: more of one with a positive score would lower the loss, more of one with
+    a negative score raise it.
 
-    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
-    compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
+    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again
+    and again, and compares: a correlation near 1 says that the scores can be believed, one near 0
+    that they cannot.
 
-    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a page of the most
-    harmful and the most helpful ones.
+    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a
+    page of the most harmful and the most helpful ones.
 
     Args:
         folder: the folder of a finished run of train images, train noisy or noisy-student images.
@@ -64,7 +69,8 @@ class Attribute:
         steps: number of steps; by default 10 passes over the pictures, and 100 at least.
         batch: pictures in a step; at most all of them.
         lr: learning rate at the start.
-        seed: of the initial weights, the order of the pictures and the removals; by default the run's.
+        seed: of the initial weights, the order of the pictures and the removals; by default the
+            run's.
     """
 
     folder: Run
@@ -79,13 +85,15 @@ class Attribute:
     def run(self) -> int:
         if 0 < self.removals < FEWEST_REMOVALS:
             raise MetaplError(
-                f"--removals {self.removals}: expected {FEWEST_REMOVALS} or more, or 0 for no check."
+                f"--removals {self.removals}: expected {FEWEST_REMOVALS} or more, or 0 for no "
+                "check."
             )
         run = EndedRun.load(self.folder)
         fields = run.description["fields"]
         if not fields.get("labeled"):
             raise MetaplError(
-                f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in folders."
+                f"{self.folder} is a run of {run.result['recipe']}; expected one of pictures in "
+                "folders."
             )
         check_out(self.out, fields, {"val": self.val})
         with held(self.out):
@@ -131,9 +139,10 @@ class Attribute:
             right = float((logits(network, scores, outer).argmax(1) == outer.labels).float().mean())
             if not judged < guesses and right <= 1 / len(run.classes):
                 raise MetaplError(
-                    f"after {steps:,} steps the loss on the pictures that judge is {judged:.3f}, and the accuracy "
-                    f"{right:.1%}: nothing was learned that holds for them, and no score would count; try "
-                    f"--lr {self.lr / 3:.1g}, other --steps, or more labeled pictures."
+                    f"after {steps:,} steps the loss on the pictures that judge is {judged:.3f}, "
+                    f"and the accuracy {right:.1%}: nothing was learned that holds for them, and "
+                    f"no score would count; try --lr {self.lr / 3:.1g}, other --steps, or more "
+                    "labeled pictures."
                 )
             losses = F.cross_entropy(
                 logits(network, scores, train), train.labels, reduction="none"
@@ -180,15 +189,19 @@ class Attribute:
                 )
 
             def publish(check: str) -> list[str]:
-                """Write the page of the first and the last of the list; what it says, for the terminal too."""
+                """Write the page of the first and the last of the list.
+
+                What it says, for the terminal too.
+                """
                 missing = f", none of them of {few(found['not_judged_on'])}," * bool(
                     found["not_judged_on"]
                 )
                 said = (
-                    f"{found['harmful']:,} of {len(train):,} labeled pictures have a score below 0: more of one would "
-                    f"raise the loss on {len(outer):,} others{missing}, which is {judged:.3f}, and of even guesses "
-                    f"{guesses:.3f}. That is of a network that was trained anew for the scores, by plain SGD for "
-                    f"{steps:,} steps on the pictures as they are"
+                    f"{found['harmful']:,} of {len(train):,} labeled pictures have a score below "
+                    f"0: more of one would raise the loss on {len(outer):,} others{missing}, which "
+                    f"is {judged:.3f}, and of even guesses {guesses:.3f}. That is of a network "
+                    f"that was trained anew for the scores, by plain SGD for {steps:,} steps on "
+                    "the pictures as they are"
                 )
                 own_loss = found["loss_of_the_run"]
                 said += (
@@ -243,9 +256,10 @@ class Attribute:
                 found |= {"spearman": rho, "interval": (between := interval(rho, self.removals))}
                 without = plural(found["removed"], "random picture")
                 said = publish(
-                    f"The check: {self.removals} trainings, each without {without}, and what the scores predict of "
-                    f"them, have a Spearman correlation of {rho:.2f} (95 % {between[0]:.2f} to {between[1]:.2f}). Near "
-                    "1 the scores can be believed; near 0 or below they cannot, and a lower rate, such as --lr "
+                    f"The check: {self.removals} trainings, each without {without}, and what the "
+                    f"scores predict of them, have a Spearman correlation of {rho:.2f} (95 % "
+                    f"{between[0]:.2f} to {between[1]:.2f}). Near 1 the scores can be believed; "
+                    "near 0 or below they cannot, and a lower rate, such as --lr "
                     f"{self.lr / 3:.1g}, may help."
                 )
         cells = [
@@ -254,7 +268,8 @@ class Attribute:
         listed = table([("most harmful", "label", "score"), *cells], left=2)
         text = wrapped("\n".join(said))
         tell(
-            f"{text}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows them"
+            f"{text}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows "
+            "them"
         )
         return 0
 

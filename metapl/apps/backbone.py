@@ -1,4 +1,7 @@
-"""Backbones, networks whose weights are on this machine already; and the control that a run stands beside."""
+"""Backbones, networks whose weights are on this machine already.
+
+And the control that a run stands beside.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ IMAGENET = (
     (0.229, 0.224, 0.225),
 )  # mean and deviation that pretrained weights expect
 
-# What "auto" takes, the first whose weights are here; and the least side of pictures, in pixels: for it, and for any.
+# What "auto" takes, the first whose weights are here; and the least side of pictures, in pixels:
+# for it, and for any.
 AUTO = (
     *(
         "timm:vit_small_patch16_dinov3",
@@ -45,19 +49,21 @@ AUTO = (
 )
 AUTO_SIDE, LEAST_SIDE = 48, 32
 
-# The control: side in pixels to which pictures are shrunk where there is no backbone; the most labeled pictures.
+# The control: side in pixels to which pictures are shrunk where there is no backbone; the most
+# labeled pictures.
 CONTROL_SIDE, CONTROL_PICTURES, CONTROL_BATCH = 16, 2000, 64
 
 
 def find(given: str, network: str | None) -> dict[str, Any]:
     """The settings of the backbone that a name, a file of weights or the folder of a run stands for.
 
-    Nothing is downloaded. They are the network, its weights with their SHA-256, and the pictures that it takes.
+    Nothing is downloaded. They are the network, its weights with their SHA-256, and the pictures
+    that it takes.
 
     Args:
-        given: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub or of
-            huggingface_hub; the folder of a run of metapl; or a file of weights, of the ``network`` or of that which
-            the config.json beside it names, as timm's are published.
+        given: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub
+            or of huggingface_hub; the folder of a run of metapl; or a file of weights, of the
+            ``network`` or of that which the config.json beside it names, as timm's are published.
         network: what was asked for beside it.
 
     Raises: MetaplError where there is nothing, or something else.
@@ -94,7 +100,8 @@ def find(given: str, network: str | None) -> dict[str, Any]:
         )
         if network is None and named is None:
             raise MetaplError(
-                f"--backbone {given}: expected the network that the weights are of too: --network NAME."
+                f"--backbone {given}: expected the network that the weights are of too: --network "
+                "NAME."
             )
         known = network or f"timm:{named}"
     elif not given.startswith("timm:") and (
@@ -119,7 +126,8 @@ def find(given: str, network: str | None) -> dict[str, Any]:
             ]
         elif library != "timm":
             raise MetaplError(
-                f"--backbone {given}: nobody has published its weights; expected a file, or a run's folder."
+                f"--backbone {given}: nobody has published its weights; expected a file, or a "
+                "run's folder."
             )
         else:
             config = _config(given)
@@ -139,8 +147,8 @@ def find(given: str, network: str | None) -> dict[str, Any]:
         weights = next((file for file in files if file.is_file()), files[0])
         if not weights.is_file():
             raise MetaplError(
-                f"--backbone {given}: its weights are not on this machine; put them at {weights}, or give a file: "
-                f"--backbone FILE --network {given}."
+                f"--backbone {given}: its weights are not on this machine; put them at {weights}, "
+                f"or give a file: --backbone FILE --network {given}."
             )
     if network not in (None, known):
         raise MetaplError(
@@ -157,7 +165,10 @@ def find(given: str, network: str | None) -> dict[str, Any]:
 
 
 def auto(network: str | None = None) -> dict[str, Any] | None:
-    """The first of the usual backbones whose weights are on this machine; or that of the ``network`` asked for."""
+    """The first of the usual backbones whose weights are on this machine.
+
+    Or that of the ``network`` asked for.
+    """
     for name in (network,) if network else AUTO:
         try:
             return find(name, None)
@@ -176,9 +187,10 @@ def _config(name: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """Logistic regression on the labeled pictures alone: on the features of a backbone before it is trained, or,
-    without one, on the pictures shrunk to 16 pixels; each feature is standardized on the labeled pictures. Digits are
-    taken as they are: on two of a class, standardized pixels have 69.5 % in the mean of 20 seeds, and these 76.1 %."""
+    """Logistic regression on the labeled pictures alone: on the features of a backbone before it is
+    trained, or, without one, on the pictures shrunk to 16 pixels; each feature is standardized on
+    the labeled pictures. Digits are taken as they are: on two of a class, standardized pixels have
+    69.5 % in the mean of 20 seeds, and these 76.1 %."""
 
     network: nn.Module
     regression: Any  # scikit-learn's
@@ -222,7 +234,10 @@ class Control:
 
     @torch.no_grad()
     def start(self, network: Tuned) -> None:
-        """Let the head of a network begin as the regression: what is trained next goes on from there."""
+        """Let the head of a network begin as the regression.
+
+        What is trained next goes on from there.
+        """
         scaler, linear = (step for _, step in self.regression.steps)
         head = network.module.get_submodule(network.head)
         if not isinstance(head, nn.Linear) or len(linear.classes_) != head.out_features:

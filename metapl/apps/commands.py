@@ -106,9 +106,9 @@ class Train:
         mesh = Mesh(replicate=getattr(options, "replicate", 1), shard=getattr(options, "shard", 1))
         if mesh.size != (count := int(os.environ.get("WORLD_SIZE", "1"))):
             raise MetaplError(
-                f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of {mesh.size}; expected as "
-                "many: torchrun --nproc-per-node=N -m metapl ... --mesh.replicate N, or --mesh.shard N for shared "
-                "weights."
+                f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of "
+                f"{mesh.size}; expected as many: torchrun --nproc-per-node=N -m metapl ... "
+                "--mesh.replicate N, or --mesh.shard N for shared weights."
             )
         place = device(config.fitting.device)
         if not options.resume:
@@ -137,7 +137,8 @@ class Train:
             )
         if compares and config.places and config.test is None:
             raise MetaplError(
-                "--compare reports on pictures that nothing was selected on: expected --test beside it."
+                "--compare reports on pictures that nothing was selected on: expected --test "
+                "beside it."
             )
         check_shares(config, method, mesh)
         if isinstance(method, ReducedMpl):
@@ -207,7 +208,8 @@ class Train:
                             result, others = stored_result(folder), 0
                         else:
                             tell(
-                                f"{config.name} by {method.title}, seed {config.fitting.seed} -> {folder.path}"
+                                f"{config.name} by {method.title}, seed {config.fitting.seed} -> "
+                                f"{folder.path}"
                             )
                             own: Any = {"progress": True, "say": say, "processes": processes}
                             result = train(config, method, folder, resume=options.resume, **own)
@@ -216,7 +218,8 @@ class Train:
                     say(f"the networks, the report and the figures are in {folder.path}")
                     if method.name == "mpl":
                         tell(
-                            "whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4"
+                            "whether the teacher's feedback helped, only a comparison tells: "
+                            "--compare --seeds 0-4"
                         )
             except KeyboardInterrupt as stopped:
                 # Exit as a process that the signal ended would, after the line that resumes.
@@ -271,10 +274,11 @@ class TrainNoisy(Train):
 class RoundsOfImages(Train):
     """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
 
-    Round 0 trains the first teacher on the labeled examples. In each later round the last network labels the unlabeled
-    examples without noise; those it is confident of are kept, as many of each class; and a new network of the same
-    size, or larger, learns from both with augmentation, dropout and stochastic depth. --steps are those of each round,
-    and --minutes, of your own pictures, those of all rounds together.
+    Round 0 trains the first teacher on the labeled examples. In each later round the last network
+    labels the unlabeled examples without noise; those it is confident of are kept, as many of each
+    class; and a new network of the same size, or larger, learns from both with augmentation,
+    dropout and stochastic depth. --steps are those of each round, and --minutes, of your own
+    pictures, those of all rounds together.
     """
 
     config: Flat[ImagesOfRounds]

@@ -1,4 +1,7 @@
-"""Methods side by side over several seeds, and runs side by side: what they reach, and do they differ?"""
+"""Methods side by side over several seeds, and runs side by side.
+
+What they reach, and do they differ?
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ from metapl.metrics import Evaluation, paired_test
 PATIENCE = 30.0  # seconds that a worker has to save the step under way before it is killed
 
 
-# ------------------------------------------------------------------------------------------------ runs side by side
+# -------------------------------------------------------------------------------- runs side by side
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Job:
         return f"{self.method.name}, seed {self.config.fitting.seed}"
 
     def run(self) -> dict[str, Any]:
-        """Run it here, in silence. One that is finished only gives its result, if its networks are those it was of."""
+        """Run it here, in silence.
+
+        One that is finished only gives its result, if its networks are those it was of.
+        """
         folder = RunFolder(self.folder)
         torch.set_num_threads(self.config.threads or self.threads)
         try:
@@ -91,16 +97,20 @@ def compare(
     resume: bool,
     jobs: int | None,
 ) -> None:
-    """Train by each method with each seed, ``jobs`` runs at a time, and compare; all settings are chosen."""
+    """Train by each method with each seed, ``jobs`` runs at a time, and compare.
+
+    All settings are chosen.
+    """
     out, names = folder.path, list(methods)
     with folder.claimed(
         describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume
     ):
         if not folder.ended:
             config.data(tell, True, None)  # shows its notes once: the jobs are silent
-        # 1. The runs, side by side; finished ones are not run again. Two threads add up a sum in another order than one
-        # does, and round it otherwise: after one step of small_cnn the weights differ already. So a job has as many
-        # threads whatever --jobs is, and when it is resumed.
+        # 1. The runs, side by side; finished ones are not run again. Two threads add up a sum in
+        # another order than one does, and round it otherwise: after one step of small_cnn the
+        # weights differ already. So a job has as many threads whatever --jobs is, and when it is
+        # resumed.
         on_gpu, todo, results = (
             device(config.fitting.device).type == "cuda",
             list[Job](),
@@ -121,7 +131,8 @@ def compare(
                 )
         workers = min(jobs or (1 if on_gpu else cpu_count()), len(todo))
         tell(
-            f"{plural(len(names), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time -> {out}"
+            f"{plural(len(names), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time "
+            f"-> {out}"
         )
         with closing(run_all(todo, workers)) as running:  # workers end before the command does
             for number, (job, result) in enumerate(running, 1):
@@ -153,9 +164,9 @@ def compare(
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
     """Run the jobs, ``workers`` at a time, and give each with its result as it ends.
 
-    One worker is this process. However this ends, no worker is left: where it is stopped, or a job fails, the others
-    save the step under way and go; and a worker whose parent was killed ends itself, so that nobody goes on writing to
-    the folders.
+    One worker is this process. However this ends, no worker is left: where it is stopped, or a job
+    fails, the others save the step under way and go; and a worker whose parent was killed ends
+    itself, so that nobody goes on writing to the folders.
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
@@ -165,7 +176,8 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     pool = ProcessPoolExecutor(
         workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),)
     )
-    # Processes that are started in between do not get what a terminal sends to all: the parent alone decides.
+    # Processes that are started in between do not get what a terminal sends to all: the parent
+    # alone decides.
     ours = {signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, ours)
     try:
@@ -217,10 +229,10 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------- metapl compare RUN RUN...
+# ------------------------------------------------------------------------ metapl compare RUN RUN...
 
-# Fields in which runs may differ: the seed, what a method is called by, which is looked at apart, and what changes no
-# number; and those that follow from how many steps fitted into a run's minutes.
+# Fields in which runs may differ: the seed, what a method is called by, which is looked at apart,
+# and what changes no number; and those that follow from how many steps fitted into a run's minutes.
 IRRELEVANT = ("seed", "feedback", "kind", "clean_alone", "log_every", "save_every", "num_workers")
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
 
@@ -240,9 +252,10 @@ class Entry(NamedTuple):
 class Compare:
     """Put the test accuracies of runs side by side, and test whether they differ.
 
-    Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
-    with other options) was run with the same seeds. Otherwise the accuracies are listed, with the reason. Runs on
-    different data or of different classes are refused: their test sets differ.
+    Differences are tested in pairs of the same seed, and so of the same split: where every method
+    (or the same method with other options) was run with the same seeds. Otherwise the accuracies
+    are listed, with the reason. Runs on different data or of different classes are refused: their
+    test sets differ.
 
     Args:
         folders: run folders, of single runs or of comparisons.
@@ -274,8 +287,9 @@ class Compare:
                 if "evaluation" not in result:
                     raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
                 evaluations.append(Evaluation(**result["evaluation"]))
-                # Accuracies on other test pictures, or of students of other classes, say nothing of which method is
-                # better. A folder of pictures is the data; the digits are drawn from a data set.
+                # Accuracies on other test pictures, or of students of other classes, say nothing of
+                # which method is better. A folder of pictures is the data; the digits are drawn
+                # from a data set.
                 kind, seeded, hashes = (
                     result["recipe"],
                     str(result["seed"]),
@@ -317,7 +331,10 @@ def spoken_seeds(seeds: Iterable[int]) -> str:
 
 
 def verdict(entries: Sequence[Entry]) -> str:
-    """The students of each method against those of the first one, in pairs of a seed; or why they are not paired."""
+    """The students of each method against those of the first one, in pairs of a seed.
+
+    Or why they are not paired.
+    """
     values: dict[
         str, set[str]
     ] = {}  # methods have fields of their own: what the entries have of each is looked at
@@ -337,7 +354,10 @@ def verdict(entries: Sequence[Entry]) -> str:
     seeds = sorted(variants[first])
     for name in others:
         if sorted(variants[name]) != seeds:
-            return f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {name} has {spoken_seeds(variants[name])}."
+            return (
+                f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {name} has "
+                f"{spoken_seeds(variants[name])}."
+            )
     if not others:
         return "Nothing to pair: one method with one set of options."
     lines = [f"The students by seed ({spoken_seeds(seeds)}), against those of {first}:"]

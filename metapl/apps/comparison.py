@@ -17,8 +17,8 @@ from metapl.metrics import Evaluation, PairedTest, paired_test
 DELIVERED, STUDENT, FINETUNED = READOUTS
 MOST_SEEDS = 10_000
 
-# With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference, and
-# one that it finds is as often luck.
+# With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever
+# finds a difference, and one that it finds is as often luck.
 ENOUGH_SEEDS = 5
 
 # What each method with feedback is tested against.
@@ -33,8 +33,8 @@ class Comparison:
     """Accuracies by method, paired over seeds."""
 
     seeds: tuple[int, ...]  # in the order of the lists
-    # By name, accuracies as fractions, one for each seed: of each of READOUTS, and as "validation_accuracy" of the
-    # delivered network, where validation can tell networks apart.
+    # By name, accuracies as fractions, one for each seed: of each of READOUTS, and as
+    # "validation_accuracy" of the delivered network, where validation can tell networks apart.
     methods: dict[str, dict[str, list[float]]]
     titles: Mapping[str, str]  # of the methods, in words
     examples: int  # in the test set
@@ -66,11 +66,12 @@ class Comparison:
         return statistics.fmean(self.methods[method][readout])
 
     def against_control(self) -> tuple[str, str, str, str, PairedTest] | None:
-        """The first method that was run beside its control, MPL before others, its read-out, that control, the read-out
-        of that, and the test of their difference.
+        """The first method that was run beside its control, MPL before others, its read-out, that
+        control, the read-out of that, and the test of their difference.
 
-        Of the control it is the better read-out, the one with the higher mean on the test set, which favors it. Only
-        finetuning learns from the clean labels, which plain training has learned from already.
+        Of the control it is the better read-out, the one with the higher mean on the test set,
+        which favors it. Only finetuning learns from the clean labels, which plain training has
+        learned from already.
         """
         pairs = [
             (name, CONTROL[name]) for name in self.methods if CONTROL.get(name) in self.methods
@@ -91,7 +92,8 @@ class Comparison:
     def delivered(self) -> tuple[str, int, str]:
         """The method with the highest mean validation accuracy and its best seed by it, the earlier of equals, and why.
 
-        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
+        The test set has no say in it. Where validation cannot tell them apart, it is the first
+        method's first seed.
         """
         if not all("validation_accuracy" in of for of in self.methods.values()):
             why = ", the first one named; there was no validation that could tell them apart"
@@ -141,10 +143,11 @@ class Comparison:
             verdict = f"{what} {'helped' if test.mean > 0 else 'hurt'}"
         which = {STUDENT: "student", FINETUNED: "finetuned student"}
         return (
-            f"The {which[own]} of {self.titles[name]} reaches {self.mean(name, own):.1%} on the test set (n = "
-            f"{self.examples:,}, chance {self.chance:.1%}), the {which[readout]} of {self.titles[control]}, the better "
-            f"of its two, {self.mean(control, readout):.1%}: {100 * test.mean:+.1f} points over "
-            f"{plural(test.n, 'seed')}{p}; {verdict}.{f' {said}' if best != name else ''}"
+            f"The {which[own]} of {self.titles[name]} reaches {self.mean(name, own):.1%} on the "
+            f"test set (n = {self.examples:,}, chance {self.chance:.1%}), the {which[readout]} of "
+            f"{self.titles[control]}, the better of its two, {self.mean(control, readout):.1%}: "
+            f"{100 * test.mean:+.1f} points over {plural(test.n, 'seed')}{p}; "
+            f"{verdict}.{f' {said}' if best != name else ''}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -191,6 +194,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     sound = None not in parts and all(each and each.stop <= 2**32 for each in ranges)
     seeds = [*itertools.chain(*ranges)] if sound and sum(map(len, ranges)) <= MOST_SEEDS else []
     if not seeds or len({*seeds}) < len(seeds):
-        expected = f"rising numbers and ranges below 2^32, such as 0-9 or 0,3,5, each once, {MOST_SEEDS:,} at most"
+        expected = (
+            "rising numbers and ranges below 2^32, such as 0-9 or 0,3,5, each once, "
+            f"{MOST_SEEDS:,} at most"
+        )
         raise MetaplError(f"--seeds {text:.60}: expected {expected}.")
     return tuple(seeds)

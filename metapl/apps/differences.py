@@ -1,6 +1,7 @@
 """Two networks picture by picture: which pictures one alone is right on, in numbers and as a sheet.
 
-As Noisy Student's Figure 3, which shows pictures that only the network trained with noise is right on.
+As Noisy Student's Figure 3, which shows pictures that only the network trained with noise is right
+on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SHOWN, COLUMNS = 12, 6
 class Example:
     """An example on which one network alone is right: its number, its name, and what each network says.
 
-    ``margin`` is how much more probability the right network gives to the class than the other one does.
+    ``margin`` is how much more probability the right network gives to the class than the other one
+    does.
     """
 
     number: int
@@ -89,19 +91,19 @@ def check_comparable(
     """Refuse two networks that cannot be compared picture by picture, before either is run."""
     if first.folder.path.resolve() == second.folder.path.resolve() and names[0] == names[1]:
         raise MetaplError(
-            f"--against {second.folder.path}: expected another network than the {names[0]} of the same run; "
-            "--against-network names one of it."
+            f"--against {second.folder.path}: expected another network than the {names[0]} of the "
+            "same run; --against-network names one of it."
         )
     if first.classes != second.classes:
         raise MetaplError(
-            f"--against {second.folder.path} has the classes {few(second.classes)}; expected those of "
-            f"{first.folder.path}: {few(first.classes)}."
+            f"--against {second.folder.path} has the classes {few(second.classes)}; expected those "
+            f"of {first.folder.path}: {few(first.classes)}."
         )
     kinds = [run.cards[name].input.kind for run, name in zip((first, second), names, strict=True)]
     if kinds[0] != kinds[1]:
         raise MetaplError(
-            f"--against {second.folder.path} reads a {kinds[1]}, and {first.folder.path} a {kinds[0]}; expected two "
-            "networks that read the same pictures."
+            f"--against {second.folder.path} reads a {kinds[1]}, and {first.folder.path} a "
+            f"{kinds[0]}; expected two networks that read the same pictures."
         )
     if has_test:
         return
@@ -112,14 +114,18 @@ def check_comparable(
         tested.append(stored_data(run.source).get("hash", {}).get("test"))
     if tested[0] is None or tested[0] != tested[1]:
         raise MetaplError(
-            f"--against {second.folder.path} was tested on other pictures than {first.folder.path}; expected runs with "
-            "one test set, or --test DIR, a folder of pictures that neither was trained on."
+            f"--against {second.folder.path} was tested on other pictures than "
+            f"{first.folder.path}; expected runs with one test set, or --test DIR, a folder of "
+            "pictures that neither was trained on."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What a network says of labeled examples: logits (N, C), labels (N,), and names; of digits there are none."""
+    """What a network says of labeled examples.
+
+    Logits (N, C), labels (N,), and names; of digits there are none.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -154,7 +160,10 @@ class Opponent:
         return Judged(logits, labels, [*on.names])
 
     def titles(self, first: EndedRun, name: str) -> tuple[str, str]:
-        """What the two networks are called: by their runs, or by their networks where they are of one run."""
+        """What the two networks are called.
+
+        By their runs, or by their networks where they are of one run.
+        """
         if first.folder.path.resolve() == self.run.folder.path.resolve():
             return first.cards[name].title, self.run.cards[self.name].title
         return str(first.folder.path), str(self.run.folder.path)
@@ -206,17 +215,16 @@ def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differ
 def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
     """Draw the examples that one network alone is right on, those with the greatest margin first, as PNG.
 
-    Below each stands its class and what either network takes it for. ``on`` reads the pictures once more.
+    Below each stands its class and what either network takes it for. ``on`` reads the pictures once
+    more.
     """
     from matplotlib.figure import Figure
 
     groups = {
-        f"{short(first)} alone is right: {len(compared.first_alone):,} of {compared.n:,}": compared.first_alone[
-            :SHOWN
-        ],
-        f"{short(second)} alone is right: {len(compared.second_alone):,} of {compared.n:,}": compared.second_alone[
-            :SHOWN
-        ],
+        f"{short(first)} alone is right: {len(compared.first_alone):,} of "
+        f"{compared.n:,}": compared.first_alone[:SHOWN],
+        f"{short(second)} alone is right: {len(compared.second_alone):,} of "
+        f"{compared.n:,}": compared.second_alone[:SHOWN],
     }
     wanted = {example.number for examples in groups.values() for example in examples}
     pictures: dict[int, Tensor] = {}

@@ -1,4 +1,7 @@
-"""Handwritten digits with a few labels a class, which run anywhere in seconds: ``metapl train digits``."""
+"""Handwritten digits with a few labels a class, which run anywhere in seconds.
+
+``metapl train digits``.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +69,9 @@ def fitting(**fields: Any) -> Fitting:
 class Digits:
     """Train on scikit-learn's digits: 1,200 to learn from, a few of them labeled, 197 to select on, 400 to report on.
 
-    The teacher sees clean unlabeled images and learns from augmented labeled ones; the student learns its labels on
-    augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
+    The teacher sees clean unlabeled images and learns from augmented labeled ones; the student
+    learns its labels on augmented images. The feedback's weight is in units of the true gradient,
+    which carries η/B.
 
     Args:
         labels_per_class: labeled images of each class.
@@ -149,7 +153,8 @@ class Digits:
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
             raise MetaplError(
-                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one."
+                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for "
+                "one."
             )
         found: Digits = replaced(self, hidden=tuple(map(int, widths)))
         return found

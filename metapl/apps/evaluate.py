@@ -33,19 +33,22 @@ EVALUATION, PICTURE, SHEET = "evaluation.json", "evaluation.png", "differences.p
 class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
-    Where the accuracy is not the one in the run's result.json, the output says so. Beside it stand its 95 % interval,
-    the chance level, which is what always naming the largest class gives, and what guessing evenly gives. A run without
-    a test set is measured on its validation examples, and the accuracy is called so.
+    Where the accuracy is not the one in the run's result.json, the output says so. Beside it stand
+    its 95 % interval, the chance level, which is what always naming the largest class gives, and
+    what guessing evenly gives. A run without a test set is measured on its validation examples, and
+    the accuracy is called so.
 
-    With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
-    be read is left out, with the reason on standard error; the exit code is then 1.
+    With --test, it is measured on other pictures: one folder a class, called as the run's classes.
+    A file that cannot be read is left out, with the reason on standard error; the exit code is then
+    1.
 
-    The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C (--corruptions), and be moved
-    against the network (--attack); all accuracies are then written to --out, as evaluation.json, and their curves
-    drawn, as evaluation.png.
+    The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C
+    (--corruptions), and be moved against the network (--attack); all accuracies are then written to
+    --out, as evaluation.json, and their curves drawn, as evaluation.png.
 
-    With --against, another network is measured on the same pictures: how many each alone is right on, with the p of
-    McNemar's exact test; in --out, evaluation.json names those pictures, and differences.png is a sheet of them.
+    With --against, another network is measured on the same pictures: how many each alone is right
+    on, with the p of McNemar's exact test; in --out, evaluation.json names those pictures, and
+    differences.png is a sheet of them.
 
     ImageNet-A, -C and -P, ReaL, and networks of a file of weights: examples/robustness.py.
 
@@ -53,14 +56,15 @@ class Evaluate:
         folder: the run folder.
         test: folder with one folder a class, to measure on.
         corruptions: measure on damaged pictures too: noise, blur, weather and digital damage.
-        attack: measure on pictures that are moved against the network: by one step of the sign of the gradient (fgsm),
-            or by ten (pgd).
-        eps: how far each value of a picture may be moved, in 1/255 of the range from black to white; several can be
-            given.
-        against: another run, or this one with --against-network, to compare with picture by picture; on the pictures as
-            they are, also where they are damaged or attacked besides.
+        attack: measure on pictures that are moved against the network: by one step of the sign of
+            the gradient (fgsm), or by ten (pgd).
+        eps: how far each value of a picture may be moved, in 1/255 of the range from black to
+            white; several can be given.
+        against: another run, or this one with --against-network, to compare with picture by
+            picture; on the pictures as they are, also where they are damaged or attacked besides.
         against_network: which of its networks; by default the one that it delivers.
-        out: folder for evaluation.json, and for evaluation.png where pictures are damaged or attacked; made if need be.
+        out: folder for evaluation.json, and for evaluation.png where pictures are damaged or
+            attacked; made if need be.
         json: print JSON.
     """
 
@@ -181,9 +185,10 @@ class Evaluate:
             return 1 if on.skipped else 0
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------ what is shown
 
-# Letters of a class that head a row, and the least that head a column; classes listed where there is no room for all.
+# Letters of a class that head a row, and the least that head a column; classes listed where there
+# is no room for all.
 MOST_LETTERS, LEAST_LETTERS, LISTED = 16, 3, 10
 
 
@@ -212,7 +217,8 @@ def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[s
         )
 
 
-# The kinds of damage of ImageNet-C, a panel of the figure each: fifteen curves in one cannot be told apart.
+# The kinds of damage of ImageNet-C, a panel of the figure each: fifteen curves in one cannot be
+# told apart.
 GROUPS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -226,8 +232,8 @@ Curves = dict[str, list[tuple[float, float]]]  # by name, points of severity or 
 
 
 def robustness_curves(content: Mapping[str, Any]) -> Figure:
-    """Draw the accuracies of an evaluation over the severity of each damage, and over ε of each attack; every curve
-    begins at the pictures as they are.
+    """Draw the accuracies of an evaluation over the severity of each damage, and over ε of each
+    attack; every curve begins at the pictures as they are.
 
     Args:
         content: what ``evaluation.json`` holds.

@@ -5,12 +5,13 @@ Attacked pictures are moved against the network:
 .. math:: x_{t+1} = \Pi_{\|x - x_0\|_\infty \le \varepsilon,\ 0 \le x \le 1}
           \big(x_t + \alpha\, \mathrm{sign}\, \nabla_x \ell(f(x_t), y)\big)
 
-Damaged ones are of fifteen kinds in five severities, with the constants of ImageNet-C. These are of Hendrycks and
-Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019), for pictures
-of 224 pixels. Lengths in pixels are scaled by the side of a picture over 224, so that a damage looks alike at any size;
-at 224 they are the paper's. Two kinds differ from it by necessity: its frost is six photographs, ours is drawn, and its
-motion blur is ImageMagick's, ours a line of the same radius and width. So errors can be compared between networks here,
-and only roughly with those printed for ImageNet-C.
+Damaged ones are of fifteen kinds in five severities, with the constants of ImageNet-C. These are of
+Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations" (ICLR 2019), for pictures of 224 pixels. Lengths in pixels are scaled by the side of
+a picture over 224, so that a damage looks alike at any size; at 224 they are the paper's. Two kinds
+differ from it by necessity: its frost is six photographs, ours is drawn, and its motion blur is
+ImageMagick's, ours a line of the same radius and width. So errors can be compared between networks
+here, and only roughly with those printed for ImageNet-C.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ Picture = NDArray[np.float64]  # (H, W, C) in [0, 1]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SIDE = 224  # pixels of the pictures that the paper's lengths are for
-ELASTIC = 244  # what the published shares of the elastic transform are of, though the pictures have 224 pixels
+# what the published shares of the elastic transform are of, though the pictures have 224 pixels
+ELASTIC = 244
 
 
 def corrupted(
@@ -49,8 +51,9 @@ def corrupted(
 ) -> Tensor:
     """Damage pictures (B, C, H, W) in [0, 1], C = 1 or 3, by one of :data:`CORRUPTIONS` in a severity from 1 to 5.
 
-    The damage of a picture is a function of the seed, the kind, the severity and the picture's number, which is
-    ``first`` plus its row. It has 256 levels, as a picture that was saved. 1 to 50 ms a picture of 224 pixels.
+    The damage of a picture is a function of the seed, the kind, the severity and the picture's
+    number, which is ``first`` plus its row. It has 256 levels, as a picture that was saved. 1 to 50
+    ms a picture of 224 pixels.
 
     >>> corrupted(torch.full((1, 3, 8, 8), 0.5), "brightness", 3)[0, 0, 0, 0]
     tensor(0.8000)
@@ -58,11 +61,13 @@ def corrupted(
     if corruption not in CORRUPTIONS or severity not in SEVERITIES:
         known = few(CORRUPTIONS, 20)
         raise MetaplError(
-            f"corruption {corruption!r}, severity {severity!r}: expected 1 to 5, and one of {known}."
+            f"corruption {corruption!r}, severity {severity!r}: expected 1 to 5, and one of "
+            f"{known}."
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise MetaplError(
-            f"the pictures are {described(images)}; expected floating point (B, C, H, W), C = 1 or 3."
+            f"the pictures are {described(images)}; expected floating point (B, C, H, W), C = 1 "
+            "or 3."
         )
     damage, constants = CORRUPTIONS[corruption]
     of = constants[severity - 1]
@@ -133,7 +138,8 @@ def frost(x: Picture, rng: Generator, own: float, ice: float) -> Picture:
 
 def fog(x: Picture, rng: Generator, amount: float, decay: float) -> Picture:
     brightest = float(x.max())
-    # ImageNet-C's wobble is a uniform draw within ±w times w, so that with w it falls by the square of the decay.
+    # ImageNet-C's wobble is a uniform draw within ±w times w, so that with w it falls by the square
+    # of the decay.
     cloud = _fractal(x.shape[:2], decay**2, rng)[..., None]
     return (x + amount * cloud) * brightest / max(brightest + amount, 1e-12)
 
@@ -205,8 +211,9 @@ ELASTICS = (
     (0.12, 0.01, 0.02),
 )
 
-# Kinds of damage with what each takes at its five severities, in the order of ImageNet-C: noise, blur, weather and
-# digital. The place of a kind enters the seed of its draws: moving one changes the damage of all that move with it.
+# Kinds of damage with what each takes at its five severities, in the order of ImageNet-C: noise,
+# blur, weather and digital. The place of a kind enters the seed of its draws: moving one changes
+# the damage of all that move with it.
 CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
     "gaussian_noise": (
         lambda x, rng, std: x + rng.normal(scale=std, size=x.shape),
@@ -244,7 +251,10 @@ def _blurred(x: Picture, sigma: float, mode: str = "nearest", truncate: float = 
 
 
 def _disk(radius: float, edge: float) -> Picture:
-    """(H, W, 1): a disk with an edge blurred by a Gaussian of width ``edge``, of sum 1; its rim counts in part."""
+    """(H, W, 1): a disk with an edge blurred by a Gaussian of width ``edge``, of sum 1.
+
+    Its rim counts in part.
+    """
     reach, fine = math.ceil(radius) + 2, 4  # samples of a pixel's side
     offsets = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
     inside = (offsets[:, None] ** 2 + offsets[None] ** 2 <= max(radius, 0.5) ** 2).astype(float)
@@ -276,8 +286,8 @@ def _zoomed(x: Picture, factor: float) -> Picture:
 
 
 def _fractal(shape: tuple[int, ...], decay: float, rng: Generator) -> Picture:
-    """(H, W): plasma by midpoint displacement, whose wobble falls by ``decay`` from scale to scale, cut from a square
-    field whose least value is 0 and whose greatest is 1."""
+    """(H, W): plasma by midpoint displacement, whose wobble falls by ``decay`` from scale to scale,
+    cut from a square field whose least value is 0 and whose greatest is 1."""
     size = 1 << max(1, math.ceil(math.log2(max(shape))))
     field, wobble, step = np.zeros((size, size)), 100.0, size
     while step >= 2:
@@ -306,7 +316,7 @@ def _levels(image: Image.Image) -> Picture:
     return np.asarray(image, dtype=np.float64).reshape(*image.size[::-1], -1) / 255
 
 
-# ---------------------------------------------------------------------------------------------- attacks, and accuracies
+# -------------------------------------------------------------------------- attacks, and accuracies
 
 Attack = Literal["fgsm", "pgd"]
 LEVELS, PGD_STEPS = 255, 10  # ε is counted in levels of a picture of 8 bits
@@ -315,14 +325,15 @@ LEVELS, PGD_STEPS = 255, 10  # ε is counted in levels of a picture of 8 bits
 def attacked(
     network: nn.Module, images: Tensor, labels: Tensor, attack: Attack, eps: float
 ) -> Tensor:
-    """Pictures (B, C, H, W) in [0, 1], each value moved by ``eps`` / 255 or less, on which the network's loss is
-    greater.
+    """Pictures (B, C, H, W) in [0, 1], each value moved by ``eps`` / 255 or less, on which the
+    network's loss is greater.
 
-    ``"fgsm"`` is one step of ε along the sign of the gradient; ``"pgd"`` ten steps of ε/4, each brought back to within
-    ε, from the picture itself. The network runs in the mode that it is in; its weights and their gradients stay.
+    ``"fgsm"`` is one step of ε along the sign of the gradient; ``"pgd"`` ten steps of ε/4, each
+    brought back to within ε, from the picture itself. The network runs in the mode that it is in;
+    its weights and their gradients stay.
 
-    Source: Goodfellow, Shlens and Szegedy (ICLR 2015); Madry et al. (ICLR 2018). Noisy Student's study of
-    adversarial robustness takes ten iterations and does not print its step size.
+    Source: Goodfellow, Shlens and Szegedy (ICLR 2015); Madry et al. (ICLR 2018). Noisy Student's
+    study of adversarial robustness takes ten iterations and does not print its step size.
 
     >>> line = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = line[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
@@ -331,7 +342,8 @@ def attacked(
     """
     if attack not in ("fgsm", "pgd") or not 0 <= eps <= LEVELS:
         raise MetaplError(
-            f"attack {attack!r}, eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of 1/{LEVELS}."
+            f"attack {attack!r}, eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of "
+            f"1/{LEVELS}."
         )
     reach = eps / LEVELS
     steps, size = (1, reach) if attack == "fgsm" else (PGD_STEPS, reach / 4)
@@ -360,9 +372,10 @@ def measure(
 ) -> dict[str, Any]:
     """Accuracies on corrupted and on attacked pictures: 75 forward passes a picture and, mostly, the corruptions.
 
-    ``batches`` are of pictures (B, C, H, W) in [0, 1] and labels (B,), read once; ``seed`` is that of the corruptions,
-    and ``progress`` is called with the number of pictures done. Each attack, with each ε in 1/255, is on the pictures
-    as they are. The result is for JSON: ``corruptions`` by kind (:func:`by_severity`) and ``attacks`` by ε.
+    ``batches`` are of pictures (B, C, H, W) in [0, 1] and labels (B,), read once; ``seed`` is that
+    of the corruptions, and ``progress`` is called with the number of pictures done. Each attack,
+    with each ε in 1/255, is on the pictures as they are. The result is for JSON: ``corruptions`` by
+    kind (:func:`by_severity`) and ``attacks`` by ε.
     """
     device = next(network.parameters()).device
     damages = dict.fromkeys((name, severity) for name in corruptions for severity in SEVERITIES)
@@ -396,7 +409,10 @@ def measure(
 
 
 def by_severity(accuracies: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """By kind, the accuracies at the five severities and the error, 1 - their mean; and the mean of all."""
+    """By kind, the accuracies at the five severities and the error, 1 - their mean.
+
+    And the mean of all.
+    """
     kinds = {
         name: {"error": 1 - fmean(of), "accuracy_by_severity": list(of)}
         for name, of in accuracies.items()

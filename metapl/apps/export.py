@@ -41,7 +41,8 @@ from metapl.words import shown
 WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
 INPUT, OUTPUT = "images", "logits"  # what the input and the output of an ONNX file are called
 
-# How far a program's outputs may be from the network's, in units of the greatest of these: kernels round otherwise.
+# How far a program's outputs may be from the network's, in units of the greatest of these: kernels
+# round otherwise.
 AGREES_TO = 1e-4
 
 TEXT = Template("""\
@@ -98,11 +99,12 @@ def predict(images):
 class Export:
     """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
 
-    model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
-    in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
-    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the paths of your files,
-    hashes of the data, and versions. Files of these names that are there already are replaced. Programs are compared
-    with the network before anything is written.
+    model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any
+    number of pictures in, logits out. model.safetensors holds the weights under the names of
+    torchvision or timm, where the network is theirs. MODEL_CARD.md has the code that loads each,
+    the accuracies, the recipe without the paths of your files, hashes of the data, and versions.
+    Files of these names that are there already are replaced. Programs are compared with the network
+    before anything is written.
 
     Args:
         folder: the run folder; of a comparison, the run that it delivers.
@@ -121,7 +123,8 @@ class Export:
         name, result, source = run.name(self.network), run.result, run.source
         own = source.recipe().get("fields", {})
         check_out(self.out, own)
-        # Figures of this network, and of no others; of the places of files, the last names are left.
+        # Figures of this network, and of no others; of the places of files, the last names are
+        # left.
         card, data = run.cards[name], stored_data(source)
         tested = result.get("evaluation") or {}
         sizes: dict[str, Any] = {
@@ -151,7 +154,8 @@ class Export:
             "Data": counts_of(data)
             | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
             "Recipe": f"```json\n{json.dumps(recipe, indent=2, sort_keys=True, default=str)}\n```",
-            "Notes": f"- The weights are those of the {card.title}, of {when}.\n- {card.input.note}",
+            "Notes": f"- The weights are those of the {card.title}, of {when}.\n- "
+            f"{card.input.note}",
         }
         with held(self.out):
             digests = export(
@@ -168,7 +172,8 @@ class Export:
         tell(f"{run.heading(name)}\n")
         for file, sha256 in digests.items():
             tell(
-                f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 {sha256}"
+                f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 "
+                f"{sha256}"
             )
         if self.onnx and not importlib.util.find_spec("onnxruntime"):
             tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
@@ -190,26 +195,30 @@ def export(
 ) -> dict[str, str]:
     """Write a network's weights, the network as a program, and their model card into a folder.
 
-    The weights go under the network's own names: wrappers by :func:`metapl.apps.networks.Normalized` and
-    ``torch.compile`` are taken off, so ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and
-    std of a normalized network, the classes and the architecture stand in the file's metadata and on the card. The
-    programs normalize themselves, and are compared with the network before anything is written.
+    The weights go under the network's own names: wrappers by
+    :func:`metapl.apps.networks.Normalized` and ``torch.compile`` are taken off, so
+    ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and std of a
+    normalized network, the classes and the architecture stand in the file's metadata and on the
+    card. The programs normalize themselves, and are compared with the network before anything is
+    written.
 
     Args:
         model: the network, on any device; it is left as it is.
-        path: the folder; made if need be. Files of an earlier export in it are replaced, each whole or not at all, the
-            card last; it states the files' SHA-256.
-        shape: (C, H, W) of a picture: the programs take any number of pictures of this size to logits.
+        path: the folder; made if need be. Files of an earlier export in it are replaced, each whole
+            or not at all, the card last; it states the files' SHA-256.
+        shape: (C, H, W) of a picture: the programs take any number of pictures of this size to
+            logits.
         title: of the card.
         sections: of the card by their heads: Markdown, or figures and texts by their names.
         classes: names in the order of the outputs.
-        architecture: what builds the network. None, for a network of your own, whose building the card leaves to you.
+        architecture: what builds the network. None, for a network of your own, whose building the
+            card leaves to you.
         center: share of a picture's sides that the network is evaluated on.
         onnx: ``model.onnx`` too, which needs ``pip install 'metapl[onnx]'``.
 
     Returns:
-        The SHA-256 of the files but for the card, by their names. The same network and card give the same bytes, with
-        the same versions of the packages.
+        The SHA-256 of the files but for the card, by their names. The same network and card give
+        the same bytes, with the same versions of the packages.
 
     >>> import tempfile
     >>> small = Architecture(name="small_cnn", num_classes=2, in_channels=1)
@@ -232,7 +241,10 @@ def export(
         )
     state = module.state_dict()
     if not onnx and (folder / ONNX).exists():
-        fault = f"{folder / ONNX} is of another export and would stand beside weights that are not its own"
+        fault = (
+            f"{folder / ONNX} is of another export and would stand beside weights that are not "
+            "its own"
+        )
         raise MetaplError(
             f"{fault}; export ONNX too (--onnx), remove the file, or take another folder."
         )
@@ -245,7 +257,8 @@ def export(
         "normalization": normalization,
         "classes": None if classes is None else list(classes),
     }
-    # Tensors that share memory, as tied weights do, are written one by one: safetensors refuses them otherwise.
+    # Tensors that share memory, as tied weights do, are written one by one: safetensors refuses
+    # them otherwise.
     plain = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in sorted(state.items())
@@ -310,8 +323,9 @@ def export(
 
 
 def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
-    """A network as programs for pictures of one size, in any number, by the names of their files: ``model.pt2``, for
-    ``torch.export.load``, and with ``onnx`` ``model.onnx``. float32, in eval mode, with its normalization.
+    """A network as programs for pictures of one size, in any number, by the names of their files:
+    ``model.pt2``, for ``torch.export.load``, and with ``onnx`` ``model.onnx``. float32, in eval
+    mode, with its normalization.
 
     Each is compared with the network, ONNX where onnxruntime is installed.
     """
@@ -326,7 +340,8 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=(batch,))
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                # Where an operation came from: places of files on this machine, and names of classes.
+                # Where an operation came from: places of files on this machine, and names of
+                # classes.
                 for note in ("stack_trace", "nn_module_stack", "torch_fn", "custom"):
                     node.meta.pop(note, None)
         torch.export.save(program, file)
@@ -341,7 +356,8 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
             for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
                 for dim in value.type.tensor_type.shape.dim:
                     if dim.HasField("dim_param"):
-                        dim.dim_param = "batch"  # the only size that is not fixed, called s34 or the like so far
+                        # the only size that is not fixed, called s34 or the like so far
+                        dim.dim_param = "batch"
             files[ONNX] = model.SerializeToString(deterministic=True)
     except (
         Exception
@@ -364,7 +380,10 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
             fits = output.shape == expected.shape
             apart = float((output - expected).abs().max()) if fits else float("inf")
             if not apart <= AGREES_TO * float(expected.abs().max()):  # NaN is refused as well
-                fault = f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}"
+                fault = (
+                    f"{name} gives {tuple(output.shape)} where the network gives "
+                    f"{tuple(expected.shape)}"
+                )
                 raise MetaplError(
                     f"{fault}, and differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest."
                 )

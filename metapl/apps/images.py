@@ -1,4 +1,7 @@
-"""A folder of pictures with few labels, and one with many pictures without: ``metapl train images``."""
+"""A folder of pictures with few labels, and one with many pictures without.
+
+``metapl train images``.
+"""
 
 from __future__ import annotations
 
@@ -70,15 +73,18 @@ IN_MEMORY = (
 )  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
 EVALUATED_AT_ONCE = 256  # pictures in a batch of an evaluation
 
-# What is done to pictures, all with the same strengths: greatest rotation, shift (share of the side), zoom, shear;
-# changes of brightness, contrast, saturation; of the hue, where colors do not tell classes apart; side of the hole.
+# What is done to pictures, all with the same strengths: greatest rotation, shift (share of the
+# side), zoom, shear; changes of brightness, contrast, saturation; of the hue, where colors do not
+# tell classes apart; side of the hole.
 MOVED, COLORED, HUE, HOLE = (20.0, 0.125, 1.33, 10.0), (0.4, 0.4, 0.4), 0.1, 0.5
 
-# Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
-# may take away what a class is told by: a hole covers one of the things to be counted.
+# Share of the pictures that are changed in finetuning; the others are as they will be when they are
+# predicted. Changes may take away what a class is told by: a hole covers one of the things to be
+# counted.
 FINETUNED_ON_CHANGED = 0.5
 
-# Learning rates of AdamW by the beginning of a network's name, and with pretrained weights; that of finetuning, by SGD.
+# Learning rates of AdamW by the beginning of a network's name, and with pretrained weights; that of
+# finetuning, by SGD.
 RATES = {
     "pooled_cnn": 1e-2,
     "small_cnn": 4e-3,
@@ -163,8 +169,8 @@ class Pictures:
         return Input(channels=1 if self.grey else 3, size=self.image_size)
 
     def views(self) -> dict[str, Any]:
-        """How the pictures of a step are seen: unlabeled ones by who labels and by who learns, labeled ones, and in
-        finetuning; ``crop`` draws the box that is cut out of a file before."""
+        """How the pictures of a step are seen: unlabeled ones by who labels and by who learns,
+        labeled ones, and in finetuning; ``crop`` draws the box that is cut out of a file before."""
         color = Color(*COLORED, HUE if self.recolor else 0.0)
         colored = (color, Hole((HOLE / 5, HOLE)), *((Recolor(),) if self.recolor else ()))
         if self.crop:
@@ -196,7 +202,10 @@ class Pictures:
         }
 
     def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
-        """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
+        """Each file is read when it is first drawn, and kept where all fit.
+
+        Training starts at once.
+        """
         side = self.input.size
         images = FileImages([*paths], size=(side, side), mode="L" if self.grey else "RGB", log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
@@ -279,7 +288,8 @@ class OfPictures:
         raise NotImplementedError
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
-        # 1. The files: listed, looked at, and compared; what would be learned from and measured on is refused.
+        # 1. The files: listed, looked at, and compared; what would be learned from and measured on
+        # is refused.
         found, skipped = dict[str, Any](), dict[str, str]()
         for name in (name for name in self.places if getattr(self, name) is not None):
             word = "validation" if name == "val" else name
@@ -294,7 +304,8 @@ class OfPictures:
                 verified = verify_files(files, progress=count)
             if verified.skipped:
                 say(
-                    f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}"
+                    f"{name}: {len(verified.skipped):,} of {len(files):,} files are left "
+                    f"out\n{verified.summary()}"
                 )
             if not verified.sound:
                 raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
@@ -313,7 +324,8 @@ class OfPictures:
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
         what = self.said.format(few=len(few), many=len(many), classes=classes)
         say(
-            f"{what}, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
+            f"{what}, {len(val) if val else 'none'} for validation, "
+            f"{f'{len(test):,}' if test else 'none'} to test on"
         )
         # 3. What is learned from, and measured on.
         listed, measured = (
@@ -377,7 +389,8 @@ class OfPictures:
 class Images(OfPictures):
     """Train on pictures: a few of them in one folder a class, many without labels.
 
-    What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
+    What is not given is chosen by looking at the pictures, and by how many steps fit into the
+    minutes.
 
     Args:
         labeled: labeled pictures, in a folder a class.
@@ -434,7 +447,10 @@ class Images(OfPictures):
         }
 
     def with_network(self, name: str) -> Images:
-        """With another network of the same pictures, and its rate where none was given; weights are of one network."""
+        """With another network of the same pictures, and its rate where none was given.
+
+        Weights are of one network.
+        """
         if name == self.pictures.network:
             return self
         if self.pictures.backbone != "none":
@@ -449,12 +465,13 @@ class Images(OfPictures):
         """With larger pictures, where the network takes those."""
         if size <= (self.pictures.image_size or 0):
             raise MetaplError(
-                f"--finetune-size {size}: expected more pixels than the {self.pictures.image_size} of --image-size, "
-                "which the student is trained on."
+                f"--finetune-size {size}: expected more pixels than the {self.pictures.image_size} "
+                "of --image-size, which the student is trained on."
             )
         if self.fitting.finetune_steps < 1:
             raise MetaplError(
-                f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more."
+                f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or "
+                "more."
             )
         larger: Images = replaced(self, image_size=size)
         with torch.device("meta"):
@@ -464,17 +481,21 @@ class Images(OfPictures):
             own, other = ({name: value.shape for name, value in state.items()} for state in states)
         if own != other:
             raise MetaplError(
-                f"--finetune-size {size}: {self.pictures.network} is built for pictures of one size; expected a "
-                "network that takes any, such as small_cnn, a resnet or an efficientnet."
+                f"--finetune-size {size}: {self.pictures.network} is built for pictures of one "
+                "size; expected a network that takes any, such as small_cnn, a resnet or an "
+                "efficientnet."
             )
         return larger
 
 
-# -------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: bool) -> None:
-    """Refuse pictures that are learned from and measured on; say what else there is to be said of the folders."""
+    """Refuse pictures that are learned from and measured on.
+
+    Say what else there is to be said of the folders.
+    """
     with count_bar("comparing files", progress) as count:
         findings = check_folders(few, many, val, test, count)
     refuse_errors(findings)
@@ -483,17 +504,21 @@ def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: 
 
 
 def apart(unlabeled: Files, val: Files, say: Say) -> Files:
-    """The unlabeled pictures that are not set aside for validation too; nothing may be learned from those."""
+    """The unlabeled pictures that are not set aside for validation too.
+
+    Nothing may be learned from those.
+    """
     others = without_copies(unlabeled, val)
     if not others:
         raise MetaplError(
-            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled ones that are set "
-            "aside for validation; expected others, or pictures to select on with --val."
+            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled "
+            "ones that are set aside for validation; expected others, or pictures to select on "
+            "with --val."
         )
     if len(others) < len(unlabeled):
         say(
-            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are copies of labeled ones "
-            "that are set aside for validation"
+            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
+            "copies of labeled ones that are set aside for validation"
         )
     return others
 

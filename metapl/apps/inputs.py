@@ -1,4 +1,7 @@
-"""What several commands share: examples in a user's files, and the folders and files that they write to."""
+"""What several commands share.
+
+Examples in a user's files, and the folders and files that they write to.
+"""
 
 from __future__ import annotations
 
@@ -42,27 +45,33 @@ def plural(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def check_out(out: Path, *given: Mapping[str, Any]) -> None:
-    """Refuse a folder to write to in one that pictures are read from, where what is written would be read too; the
-    fields of a run, and what a command was given besides."""
+    """Refuse a folder to write to in one that pictures are read from, where what is written would
+    be read too; the fields of a run, and what a command was given besides."""
     for name, folder in ((name, fields.get(name)) for fields in given for name in PLACES):
         if folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
             raise MetaplError(
-                f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and would be read with them; "
-                "expected --out with a folder elsewhere."
+                f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and would "
+                "be read with them; expected --out with a folder elsewhere."
             )
 
 
 def held(out: Path | None) -> AbstractContextManager[None]:
-    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none."""
+    """The folder of ``--out``, which nobody else writes to until the block ends.
+
+    Nothing where there is none.
+    """
     return nullcontext() if out is None else owned(out, leaves_lock=False)
 
 
 def check_file(file: Path | None, suffix: str) -> None:
-    """Refuse an ``--out`` that cannot be written, or not be replaced, before any work; of a link, what it leads to."""
+    """Refuse an ``--out`` that cannot be written, or not be replaced, before any work.
+
+    Of a link, what it leads to.
+    """
     if file is None:
         return
     if file.suffix.lower() != suffix:
@@ -114,7 +123,7 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
         raise
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 UNTESTED = (
     "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
@@ -124,8 +133,9 @@ UNTESTED = (
 class HeldOut:
     """Examples with labels for the network of a run, which reads them as it reads its training data.
 
-    Without a ``folder`` they are the run's own, of which ``recorded`` is the accuracy in ``result.json``. A folder may
-    lack classes of the run, and is refused where it has others; notes on it go to standard error.
+    Without a ``folder`` they are the run's own, of which ``recorded`` is the accuracy in
+    ``result.json``. A folder may lack classes of the run, and is refused where it has others; notes
+    on it go to standard error.
     """
 
     def __init__(self, run: EndedRun, network: str, folder: Path | None = None) -> None:
@@ -140,8 +150,8 @@ class HeldOut:
                 name for name, count in counts.items() if count and name not in run.classes
             ]:
                 raise MetaplError(
-                    f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
-                    f"its classes: {few(run.classes, 20)}."
+                    f"{folder} has pictures of {few(unknown)}, which the run does not know; "
+                    f"expected folders called as its classes: {few(run.classes, 20)}."
                 )
             missing, notes = [name for name in run.classes if not counts.get(name)], list[str]()
             self.about: dict[str, Any] = {"test": str(folder), "missing_classes": missing}

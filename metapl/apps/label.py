@@ -1,7 +1,7 @@
 """``metapl label RUN PICTURES``, and ``metapl labels stats`` and ``select``, of what it stores.
 
-Pictures are labeled as they are, in eval mode. Reduced MPL takes the labels of the run's own teacher, or of stores that
-a user gives.
+Pictures are labeled as they are, in eval mode. Reduced MPL takes the labels of the run's own
+teacher, or of stores that a user gives.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 LIST = "list.txt"  # in a selection's folder: the paths of its pictures
 FOLDER = "labels"  # where a run keeps the stored labels, in its folder
 
-# The most parts of a store, unless that would make them too large; rows of a part; and pictures that are compared with
-# those that were labeled.
+# The most parts of a store, unless that would make them too large; rows of a part; and pictures
+# that are compared with those that were labeled.
 PARTS, FEWEST_ROWS, MOST_ROWS, COMPARED = 1000, 1024, 16_384, 1000
 
-# Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files, where they have any;
-# and the numbers of files that are left out, each with the reason.
+# Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files,
+# where they have any; and the numbers of files that are left out, each with the reason.
 Read = tuple[Tensor, Tensor, list[bytes], list[tuple[int, str]]]
 
 
@@ -59,18 +59,20 @@ Read = tuple[Tensor, Tensor, list[bytes], list[tuple[int, str]]]
 class Label:
     """Store the class probabilities that a run's network gives many pictures, to train other networks on.
 
-    The network runs in eval mode on pictures as they are. The labels go to a folder of Arrow files, part by part. What
-    is stopped goes on with --resume, and ends with the same files. In the store, a picture is called by its path in
-    PICTURES, and a digit by its number. A file that cannot be read is left out, with the reason on standard error; the
-    exit code is then 1. Needs pip install 'metapl[labels]'.
+    The network runs in eval mode on pictures as they are. The labels go to a folder of Arrow files,
+    part by part. What is stopped goes on with --resume, and ends with the same files. In the store,
+    a picture is called by its path in PICTURES, and a digit by its number. A file that cannot be
+    read is left out, with the reason on standard error; the exit code is then 1. Needs pip install
+    'metapl[labels]'.
 
     Args:
         folder: the run folder; of a comparison, the run that it delivers.
         pictures: a folder of pictures, or digits.
         out: the folder of the store; made if need be.
         temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
-        top_k: keep this many of the greatest probabilities of a picture, with their classes; by default all are kept.
-            When the store is read, the rest is spread evenly over the other classes.
+        top_k: keep this many of the greatest probabilities of a picture, with their classes; by
+            default all are kept. When the store is read, the rest is spread evenly over the other
+            classes.
         batch: pictures in a pass of the network.
         num_workers: number of processes that read pictures; it only changes the speed.
         resume: go on with the store that is there.
@@ -129,7 +131,8 @@ class Label:
             raise
         missing = len(labeled.ids) - len(store)
         tell(
-            f"{self.out}: labels of {len(store):,} pictures; what is in it: metapl labels stats {self.out}"
+            f"{self.out}: labels of {len(store):,} pictures; what is in it: metapl labels stats "
+            f"{self.out}"
         )
         if missing:
             tell(f"metapl: {missing:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
@@ -152,7 +155,8 @@ class Stats:
         store = LabelStore(self.store)
         found, about = statistics(store), store.provenance
         lines = [
-            f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, {len(store.classes):,} classes"
+            f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, "
+            f"{len(store.classes):,} classes"
         ]
         if "model" in about:
             what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
@@ -181,7 +185,8 @@ class Stats:
             )
         lines += ["", table(rows), ""]
         lines.append(
-            f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} nats"
+            f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} "
+            "nats"
         )
         tell("\n".join(lines))
         return 0
@@ -191,25 +196,31 @@ class Stats:
 class Select:
     """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
-    In this order: pictures that stand in a folder are dropped; those with a confidence above a threshold are kept, and
-    not above an upper bound; of each class, the most confident, of equals those whose names come first; classes that
-    have fewer are filled up by counting pictures more than once; and a uniform share of all these is drawn. Beside a
-    selection of files stands list.txt with their paths, which --unlabeled of metapl train images takes in the place of
-    a folder.
+    In this order: pictures that stand in a folder are dropped; those with a confidence above a
+    threshold are kept, and not above an upper bound; of each class, the most confident, of equals
+    those whose names come first; classes that have fewer are filled up by counting pictures more
+    than once; and a uniform share of all these is drawn. Beside a selection of files stands
+    list.txt with their paths, which --unlabeled of metapl train images takes in the place of a
+    folder.
 
     Args:
         store: its folder.
         out: folder of the new store; made if need be.
         threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
-        at_most: and drop what it gave a probability above this: --threshold 0.2 --at-most 0.3 is an interval of Noisy
-            Student's Figure 5.
-        per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy Student.
-        any_class: of each class, keep the --per-class examples with the greatest probability of it, whatever their most
-            probable class is; with 12800, the filter of Meta Pseudo Labels' ResNet-50.
-        balance: duplicate examples of classes that have fewer than --per-class, or without it than the largest class.
-        share: keep a uniform share of what is left, copies counted, as Noisy Student's Table 10 does.
+        at_most: and drop what it gave a probability above this: --threshold 0.2 --at-most 0.3 is an
+            interval of Noisy Student's Figure 5.
+        per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy
+            Student.
+        any_class: of each class, keep the --per-class examples with the greatest probability of it,
+            whatever their most probable class is; with 12800, the filter of Meta Pseudo Labels'
+            ResNet-50.
+        balance: duplicate examples of classes that have fewer than --per-class, or without it than
+            the largest class.
+        share: keep a uniform share of what is left, copies counted, as Noisy Student's Table 10
+            does.
         seed: of the share.
-        drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as your test pictures.
+        drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as
+            your test pictures.
     """
 
     store: Store
@@ -254,7 +265,7 @@ class Select:
         return 0
 
 
-# -------------------------------------------------------------------------------------------- labels of many pictures
+# -------------------------------------------------------------------------- labels of many pictures
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -321,10 +332,12 @@ def write_labels(
     """The store of softmax(network(x) / temperature) of every picture; one begun with the same is gone on with.
 
     Args:
-        network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
-            of its first parameter. Afterwards it is in the mode that it was in.
+        network: gives logits; it runs in eval mode, without gradients, in the precision of its
+            weights, on the device of its first parameter. Afterwards it is in the mode that it was
+            in.
         place, classes, top_k, resume: as of :class:`~metapl.apps.labels.LabelWriter`.
-        leave_out: is told of each file that is left out, with the reason, or that was labeled and cannot be read now.
+        leave_out: is told of each file that is left out, with the reason, or that was labeled and
+            cannot be read now.
         about: what else the store says of its labels.
         check: compare all pictures that are labeled already with what they were, not a sample.
         shows: show the progress on a terminal.
@@ -363,7 +376,8 @@ def write_labels(
                 for number, reason in left_out:
                     if number >= done:
                         leave_out(reason)
-                # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+                # Of a batch of which some are done, all are run again: a smaller batch may round
+                # otherwise.
                 new = numbers >= done
                 if new.any():
                     logits_BC = logits_of(network, [x]).float() / temperature
@@ -379,11 +393,12 @@ def write_labels(
 def refuse_other_pictures(
     store: LabelStore, file: Callable[[Any], str | Path | None], unread: Say, *, check: bool = False
 ) -> None:
-    """Refuse labels of pictures that were replaced under their names: 1,000 are compared by their bytes, or with
-    ``check`` all.
+    """Refuse labels of pictures that were replaced under their names: 1,000 are compared by their
+    bytes, or with ``check`` all.
 
-    ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be read, which ``unread``
-    is told of. Cost: one reading of a file; of a million of 100 KB some four minutes of a local disk, and no decoding.
+    ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be
+    read, which ``unread`` is told of. Cost: one reading of a file; of a million of 100 KB some four
+    minutes of a local disk, and no decoding.
     """
     if not store.has_digests:
         return
@@ -404,8 +419,9 @@ def refuse_other_pictures(
             update(int(where[-1]) + 1)
     if others:
         raise MetaplError(
-            f"{len(others):,} of {compared:,} pictures that {store.folder} has labels of are other ones now: "
-            f"{few(others)}; put back those that were labeled, or label these (metapl label) to another folder."
+            f"{len(others):,} of {compared:,} pictures that {store.folder} has labels of are other "
+            f"ones now: {few(others)}; put back those that were labeled, or label these (metapl "
+            "label) to another folder."
         )
 
 
@@ -413,12 +429,12 @@ def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
     finite = logits_BC.isfinite().all(dim=1).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
         raise MetaplError(
-            f"the network's outputs are not finite for {few(bad)}: its training diverged (train again with a smaller "
-            "learning rate), or the temperature is too small."
+            f"the network's outputs are not finite for {few(bad)}: its training diverged (train "
+            "again with a smaller learning rate), or the temperature is too small."
         )
 
 
-# --------------------------------------------------------------------------------------------------------- Reduced MPL
+# -------------------------------------------------------------------------------------- Reduced MPL
 
 
 def stored_labels(
@@ -426,12 +442,14 @@ def stored_labels(
 ) -> dict[str, Tensor]:
     """The class distributions of a training's unlabeled, and perhaps its labeled, examples, float32 (n, C).
 
-    Those by a teacher are stored in the run's folder, and gone on with if its weights are the same; without one, they
-    are in the stores that the method's settings name, where pictures are called by their paths in the folder.
+    Those by a teacher are stored in the run's folder, and gone on with if its weights are the same;
+    without one, they are in the stores that the method's settings name, where pictures are called
+    by their paths in the folder.
     """
     if teacher is None and "labeled" not in method.stores:
         say(
-            "note: without --labeled-labels, the labels are adjusted by the student's feedback alone."
+            "note: without --labeled-labels, the labels are adjusted by the student's feedback "
+            "alone."
         )
     found = {}
     for part in ("unlabeled", "labeled") if teacher is not None else method.stores:
@@ -453,7 +471,8 @@ def stored_labels(
             )
         if missing:
             say(
-                f"note: {place} has no labels of {count:,} pictures ({few(missing)}): even ones are taken."
+                f"note: {place} has no labels of {count:,} pictures ({few(missing)}): even ones "
+                "are taken."
             )
         found[part] = torch.full((len(names), len(store.classes)), 1 / len(store.classes))
         found[part][torch.from_numpy(rows >= 0)] = store.at(rows[rows >= 0])
@@ -463,7 +482,10 @@ def stored_labels(
 
 
 def check_labels_given(config: Any, method: ReducedMpl) -> None:
-    """Refuse a store that is of other classes, or of other pictures, or is damaged; nothing is written."""
+    """Refuse a store that is of other classes, or of other pictures, or is damaged.
+
+    Nothing is written.
+    """
     for part, place in method.stores.items():
         if not config.places:
             raise MetaplError(
@@ -479,7 +501,10 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
 
 
 def called(store: LabelStore, root: Path, names: Sequence[str]) -> list[str]:
-    """What a store calls files: their paths in the folder that was labeled; of one that was moved, in the root."""
+    """What a store calls files.
+
+    Their paths in the folder that was labeled; of one that was moved, in the root.
+    """
     labeled, inside = Path(str(store.provenance.get("pictures", "-"))).resolve(), Path()
     if root.resolve().is_relative_to(
         labeled

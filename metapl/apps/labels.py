@@ -3,11 +3,12 @@
 A store is a folder:
 
 store.json                         classes, encoding, provenance and the parts; sealed by a checksum
-part-00000-0123456789abcdef.arrow  rows of the store, with the beginning of the file's SHA-256 in its name
+part-00000-0123456789abcdef.arrow  rows of the store, with the beginning of the file's SHA-256 in
+its name
 
-A part is an Arrow file of one batch, uncompressed, read in a memory map. Rows are in the order of their ids. A part
-gets its name when its bytes are on disk; then the description, which names it, is replaced. So a writer that was killed
-goes on behind the last part that the description names.
+A part is an Arrow file of one batch, uncompressed, read in a memory map. Rows are in the order of
+their ids. A part gets its name when its bytes are on disk; then the description, which names it, is
+replaced. So a writer that was killed goes on behind the last part that the description names.
 """
 
 from __future__ import annotations
@@ -50,19 +51,25 @@ if TYPE_CHECKING:
 
 FORMAT, DESCRIPTION = 3, "store.json"
 
-# Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21.
+# Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1
+# in 10^21.
 DIGEST_BYTES = 16
 
 # The stream of draws of a uniform share, which keeps it apart from other uses of a seed.
 SHARE = 0x5A4E
 
-# How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6.
+# How far the sum of an example's probabilities may be from 1; those of a softmax are within a few
+# 1e-6.
 TOLERANCE = 1e-3
 
-# What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are.
+# What a resumed writer's provenance may say otherwise: when, on which machine, where the run and
+# the pictures are.
 FREE = ("begun", "made_with", "run", "pictures")
 
-AGAIN = "A store is expected as it was written: put it back, or write the labels again to another folder (--out)."
+AGAIN = (
+    "A store is expected as it was written: put it back, or write the labels again to another "
+    "folder (--out)."
+)
 
 Values = np.ndarray[Any, Any]
 Ids = Sequence[str] | Sequence[int] | Values | Tensor
@@ -82,20 +89,22 @@ class Part:
 class LabelStore:
     """Class distributions of many examples by their ids, in a folder that a :class:`LabelWriter` has sealed.
 
-    Of an example, K float16 numbers s_1, …, s_K are stored, of its K most probable classes; K = C where all are kept.
-    What is read is the distribution
+    Of an example, K float16 numbers s_1, …, s_K are stored, of its K most probable classes; K = C
+    where all are kept. What is read is the distribution
 
         q_c ∝ s_c for a stored class c, and q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
 
-    divided by its sum, in float32: the remainder is spread evenly. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits:
-    they are off by two parts in 2,048 at most, one of their own and one of the sum that is divided by.
+    divided by its sum, in float32: the remainder is spread evenly. Of probabilities above 6·10⁻⁵
+    float16 keeps 11 bits: they are off by two parts in 2,048 at most, one of their own and one of
+    the sum that is divided by.
 
     Args:
         folder: of the store.
 
-    Cost: all parts are checked by their SHA-256 when something is first read (about 1 ms a MB); then numbers are read
-    from memory maps: 2 K bytes a row (6 K with classes), in any order. To find rows by their ids, all ids are hashed:
-    of examples that are read again and again, ask for the rows once, by :meth:`find`, and read by :meth:`at`.
+    Cost: all parts are checked by their SHA-256 when something is first read (about 1 ms a MB);
+    then numbers are read from memory maps: 2 K bytes a row (6 K with classes), in any order. To
+    find rows by their ids, all ids are hashed: of examples that are read again and again, ask for
+    the rows once, by :meth:`find`, and read by :meth:`at`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "store"
@@ -137,7 +146,10 @@ class LabelStore:
 
     @cached_property
     def tables(self) -> list[pa.Table]:
-        """The rows of each part, in a memory map; a MetaplError names a file that is not as it was written."""
+        """The rows of each part, in a memory map.
+
+        A MetaplError names a file that is not as it was written.
+        """
         import pyarrow as pa
 
         found = []
@@ -157,7 +169,10 @@ class LabelStore:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the labels, from the checksums of the parts; when they were written is left out."""
+        """SHA-256 of the labels, from the checksums of the parts.
+
+        When they were written is left out.
+        """
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
     @property
@@ -181,7 +196,8 @@ class LabelStore:
         rows = self.find(ids)
         if missing := [name for name, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
             raise MetaplError(
-                f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of."
+                f"{self.folder} has no labels of {few(missing)}; expected examples that it was "
+                "made of."
             )
         return self.at(rows)
 
@@ -197,7 +213,10 @@ class LabelStore:
         return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
-        """The distributions of B rows in any order, float32 (B, C) on the CPU; a MetaplError where there is none."""
+        """The distributions of B rows in any order, float32 (B, C) on the CPU.
+
+        A MetaplError where there is none.
+        """
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if outside := wanted[(wanted < 0) | (wanted >= len(self))].tolist():
             raise MetaplError(
@@ -245,20 +264,27 @@ class LabelStore:
         return np.asarray(lists.flatten().to_numpy().reshape(len(lists), -1))
 
     def column(self, name: str) -> Values:
-        """The numbers of all rows in a column: their label, confidence, entropy or copies, or an id that is one."""
+        """The numbers of all rows in a column.
+
+        Their label, confidence, entropy or copies, or an id that is one.
+        """
         return np.concatenate([table[name].to_numpy() for table in self.tables])
 
     def rows_with_copies(self) -> Values:
-        """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
+        """The rows, int64, each as often as it counts.
+
+        What to draw from where classes were balanced by duplication.
+        """
         return np.repeat(np.arange(len(self)), self.column("copies"))
 
 
 class LabelWriter:
     """Writes a store of class distributions; a context manager, which seals the store when its block ends well.
 
-    Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k greatest with their
-    classes (see :class:`LabelStore`). Beside these stand, of the exact distribution, the label (the most probable
-    class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in nats.
+    Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k
+    greatest with their classes (see :class:`LabelStore`). Beside these stand, of the exact
+    distribution, the label (the most probable class, of equals the first), its probability as
+    confidence, and the entropy −Σ p_c ln p_c in nats.
 
     Args:
         folder: of the store; made where it is missing.
@@ -395,7 +421,8 @@ class LabelWriter:
                     self._flush(waiting)
                 if not self._parts:
                     raise MetaplError(
-                        f"no example was given for the store in {self.folder}; expected one or more."
+                        f"no example was given for the store in {self.folder}; expected one or "
+                        "more."
                     )
                 self.complete = True
                 self._describe()
@@ -404,21 +431,26 @@ class LabelWriter:
         """Add examples behind those that are there.
 
         Args:
-            ids: B strings, or B integers; each greater than the one before, over all calls. Strings are compared by the
-                codes of their characters, as Python does.
+            ids: B strings, or B integers; each greater than the one before, over all calls. Strings
+                are compared by the codes of their characters, as Python does.
             probabilities: (B, C), floating point, on any device; each row sums to 1.
-            digests: the first 16 bytes of the SHA-256 of each example's file, by which copies are recognized.
+            digests: the first 16 bytes of the SHA-256 of each example's file, by which copies are
+                recognized.
         """
         import pyarrow as pa
 
         shape = (len(ids), len(self.classes))
         if probabilities.shape != shape or not probabilities.is_floating_point():
             raise MetaplError(
-                f"the probabilities are {described(probabilities)}; expected floating point {shape}."
+                f"the probabilities are {described(probabilities)}; expected floating point "
+                f"{shape}."
             )
         p_BC = probabilities.detach().to("cpu", torch.float32)
         if not bool(((p_BC >= 0).all(dim=1) & ((p_BC.sum(dim=1) - 1).abs() <= TOLERANCE)).all()):
-            fault = "some of the probabilities are negative or not finite, or those of an example do not sum to 1"
+            fault = (
+                "some of the probabilities are negative or not finite, or those of an example do "
+                "not sum to 1"
+            )
             raise MetaplError(f"{fault}; expected what softmax gives.")
         names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
         in_order = names if self.last is None else [self.last, *names]
@@ -460,7 +492,10 @@ class LabelWriter:
         self.add_table(pa.table(columns))
 
     def add_table(self, table: pa.Table) -> None:
-        """Add rows as a part has them, such as those of another store; their ids follow those that are there."""
+        """Add rows as a part has them, such as those of another store.
+
+        Their ids follow those that are there.
+        """
         if self.complete:
             raise MetaplError(
                 f"the store in {self.folder} is whole; expected nothing more to be added."
@@ -480,7 +515,8 @@ class LabelWriter:
         import pyarrow as pa
 
         together = pa.concat_tables(self._waiting)
-        # A copy, since a slice would be written with what lies behind it: the same rows are to give the same bytes.
+        # A copy, since a slice would be written with what lies behind it: the same rows are to give
+        # the same bytes.
         table, sink = (
             together.take(pa.array(np.arange(rows))).combine_chunks(),
             pa.BufferOutputStream(),
@@ -522,7 +558,7 @@ def is_text(name: str | int) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in str(name))
 
 
-# ----------------------------------------------------------------------------------- what is in a store, and selections
+# --------------------------------------------------------------- what is in a store, and selections
 
 
 @dataclass(frozen=True)
@@ -596,15 +632,17 @@ def select(
 
     Each step where it is asked for, in this order:
 
-    1. examples are dropped whose file has the same bytes as one in a folder, such as that of the test pictures;
+    1. examples are dropped whose file has the same bytes as one in a folder, such as that of the
+    test pictures;
     2. examples are kept whose confidence is above a threshold, and not above an upper bound;
-    3. of each class, the most probable one of an example, the most confident are kept; of equals, those whose ids come
-       first. With ``any_class``, those with the greatest stored probability of the class, whatever their most probable
-       one is; an example is kept once;
-    4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and N mod n of them,
-       drawn by the MD5 of their ids, once more; see :meth:`LabelStore.rows_with_copies`;
-    5. of all that is left, each example as often as it counts, a uniform share is drawn by the seed; a smaller share of
-       the same seed lies within a larger one.
+    3. of each class, the most probable one of an example, the most confident are kept; of equals,
+       those whose ids come first. With ``any_class``, those with the greatest stored probability of
+       the class, whatever their most probable one is; an example is kept once;
+    4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and
+       N mod n of them, drawn by the MD5 of their ids, once more; see
+       :meth:`LabelStore.rows_with_copies`;
+    5. of all that is left, each example as often as it counts, a uniform share is drawn by the
+       seed; a smaller share of the same seed lies within a larger one.
 
     Args:
         store: to select from.
@@ -618,9 +656,10 @@ def select(
         seed: of the share.
         drop_overlap: a folder of pictures, in which all folders are searched.
 
-    Cost: some 40 bytes of memory a row; with ``share`` 24 more for each copy. Source: Noisy Student's filtering and
-    balancing of JFT; its Figure 5 for intervals of confidence, its Table 10 for uniform shares. With ``any_class``, how
-    Meta Pseudo Labels selects the pictures of JFT for its ResNet-50.
+    Cost: some 40 bytes of memory a row; with ``share`` 24 more for each copy. Source: Noisy
+    Student's filtering and balancing of JFT; its Figure 5 for intervals of confidence, its Table 10
+    for uniform shares. With ``any_class``, how Meta Pseudo Labels selects the pictures of JFT for
+    its ResNet-50.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -708,7 +747,8 @@ def select(
         "balance": balance,
         "dropped_overlap_with": overlap,
     }
-    # Stores of earlier versions do not have these, and are gone on with where they are not asked for.
+    # Stores of earlier versions do not have these, and are gone on with where they are not asked
+    # for.
     if at_most is not None:
         asked["at_most"] = at_most
     if share is not None:
@@ -754,7 +794,8 @@ def check_interval(threshold: float | None, at_most: float | None) -> None:
     if at_most is not None and at_most <= (threshold or 0.0):
         lower = f"{threshold or 0.0:g}"
         raise FieldError(
-            f"at_most is {at_most:g}, and threshold {lower}: the interval of confidence is empty; expected more.",
+            f"at_most is {at_most:g}, and threshold {lower}: the interval of confidence is empty; "
+            "expected more.",
             "at_most",
             at_most,
             f"more than the threshold, {lower}",
@@ -772,7 +813,10 @@ def _drawn_share(rows: Values, copies: Values, *, share: float, seed: int) -> Va
 
 
 def _first_of_each(classes: Values, keys: Values, most: Values) -> Values:
-    """The places, ascending, of the ``most`` (C,) least keys of each class; of equal keys, the first."""
+    """The places, ascending, of the ``most`` (C,) least keys of each class.
+
+    Of equal keys, the first.
+    """
     order = np.lexsort((keys, classes))  # which is stable
     of = classes[order]
     rank = np.arange(len(of)) - np.searchsorted(of, of)

@@ -1,4 +1,7 @@
-"""Processes that ``torchrun`` has started, as the command joins them: all train, and the first one shows and writes."""
+"""Processes that ``torchrun`` has started, as the command joins them.
+
+All train, and the first one shows and writes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ PATIENCE = timedelta(minutes=10)  # for which a process waits for another one be
 
 @dataclass(frozen=True, eq=False)
 class Share(StepBatches[Any]):
-    """This process's rows of the batches that every process has whole; a run may go on in another number of them."""
+    """This process's rows of the batches that every process has whole.
+
+    A run may go on in another number of them.
+    """
 
     whole: StepBatches[Any]
     number: int
@@ -64,7 +70,10 @@ class Processes:
         return source if alone else Share(source, self.mesh.share, self.mesh.shares)
 
     def seed(self, network: nn.Module, seed: int) -> None:
-        """Seed the default generators; where the network drops rows of a batch, each share has its masks."""
+        """Seed the default generators.
+
+        Where the network drops rows of a batch, each share has its masks.
+        """
         torch.manual_seed(seed)
         if self.mesh.size > 1 and model_noise(network):
             torch.manual_seed(seed + 2**32 * (1 + self.mesh.share))
@@ -90,7 +99,10 @@ def from_first(value: Any) -> Any:
 
 @contextmanager
 def joined(mesh: Mesh, place: torch.device) -> Iterator[Processes]:
-    """Join the processes of a mesh for this block; refused where it is not of the processes that were started."""
+    """Join the processes of a mesh for this block.
+
+    Refused where it is not of the processes that were started.
+    """
     if mesh.size == 1:
         yield Processes()
         return
@@ -99,8 +111,8 @@ def joined(mesh: Mesh, place: torch.device) -> Iterator[Processes]:
     untyped: Any = dist
     store, rank, size = next(untyped.rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # The store of torchrun outlives a restart, and a process might find there where a killed one was. On several
-        # machines each has restarts of its own to count.
+        # The store of torchrun outlives a restart, and a process might find there where a killed
+        # one was. On several machines each has restarts of its own to count.
         store = untyped.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     backend = "nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)

@@ -52,13 +52,15 @@ def choose_settings(
 ) -> tuple[Any, Any]:
     """The settings and the method with whole paths, the classes that are found, and a value for all that was left open.
 
-    What was chosen ``before``, by the names of the settings, in the run that is resumed, is not chosen anew.
+    What was chosen ``before``, by the names of the settings, in the run that is resumed, is not
+    chosen anew.
     """
     # 1. Files of weights that are not there are refused before anything is listed.
     weights, asked = config.pictures.weights, config.pictures.backbone
     if weights is not None and asked != "none":
         raise MetaplError(
-            f"--backbone {asked} has its own weights, and --weights {weights} was given; leave one out."
+            f"--backbone {asked} has its own weights, and --weights {weights} was given; leave "
+            "one out."
         )
     if weights == IMAGENET_WEIGHTS:
         weights = fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK)
@@ -104,8 +106,9 @@ def choose_settings(
     size = getattr(config, of_few, None) or config.fitting.labeled_batch
     if size > MANY_COPIES * count:
         say(
-            f"note: --{of_few.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} pictures that it is "
-            "drawn from: each is in every batch so often, and each copy costs the time of a picture"
+            f"note: --{of_few.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} "
+            "pictures that it is drawn from: each is in every batch so often, and each copy costs "
+            "the time of a picture"
         )
     seen = look([*map(Path, few.paths())], few.targets(), [*map(Path, many.paths())])
     if asked == "auto":
@@ -122,13 +125,15 @@ def choose_settings(
         if config.pictures.grey not in (None, found["grey"]):
             kind = "grey" if found["grey"] else "color"
             raise MetaplError(
-                f"--backbone {asked} takes {kind} pictures; leave --grey {config.pictures.grey} out."
+                f"--backbone {asked} takes {kind} pictures; leave --grey {config.pictures.grey} "
+                "out."
             )
         own, tuning = config.pictures.image_size, config.pictures.tuning or "lora"
         if (own or seen.side) < backbone.LEAST_SIDE and found["image_size"] is None:
             raise MetaplError(
-                f"--backbone {asked}: pictures of {own or seen.side} pixels are too small for it; expected "
-                f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no backbone."
+                f"--backbone {asked}: pictures of {own or seen.side} pixels are too small for it; "
+                f"expected {backbone.LEAST_SIDE} or more, by --image-size where they are to be "
+                "enlarged, or no backbone."
             )
         config = replaced(
             config, **found | {"tuning": tuning, "image_size": own or found["image_size"]}
@@ -140,7 +145,8 @@ def choose_settings(
         }
         sha256 = found["weights_sha256"][:12]
         say(
-            f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), {what[tuning]}"
+            f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), "
+            f"{what[tuning]}"
         )
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
@@ -154,25 +160,30 @@ def choose_settings(
     cut += [f"shrunk from about {seen.side}"] if seen.side > pictures.image_size else []
     lost = f" ({', '.join(cut)})" if cut else ""
     kind, of = ("grey", "light and dark") if pictures.grey else ("color", "colors")
-    changed = f"{of} {'exchanged' if pictures.recolor else 'kept'}, {'' if pictures.mirror else 'not '}mirrored"
+    changed = (
+        f"{of} {'exchanged' if pictures.recolor else 'kept'}, "
+        f"{'' if pictures.mirror else 'not '}mirrored"
+    )
     networks = ", then ".join(flat(method).get("networks") or (pictures.network,))
     dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
     noise = f", dropout {dropout:g}" if dropout else ""
     if stochastic_depth:
         noise += f", stochastic depth {stochastic_depth:g}"
     say(
-        f"chosen: {networks}{noise} on {pictures.image_size}x{pictures.image_size} {kind} pictures{lost}, {changed}; "
-        f"adamw at {fitting.lr:g}, {fitting.precision}, {fitting.steps:,} steps"
+        f"chosen: {networks}{noise} on {pictures.image_size}x{pictures.image_size} {kind} "
+        f"pictures{lost}, {changed}; adamw at {fitting.lr:g}, {fitting.precision}, "
+        f"{fitting.steps:,} steps"
     )
     if steps is None and fitting.steps < FEW_STEPS:
         say(
-            f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps"
+            f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more "
+            "--minutes, or --steps"
         )
     if seen.colors.may_tell and pictures.recolor and not pictures.grey:
         say(
-            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told apart, and by "
-            f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged: if they do, give "
-            "--recolor False"
+            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told "
+            f"apart, and by chance {seen.colors.chance:.0%}, so colors may matter, and are "
+            "exchanged: if they do, give --recolor False"
         )
     if (
         pictures.weights is None
@@ -181,7 +192,8 @@ def choose_settings(
         and seen.side >= PHOTOGRAPHS
     ):
         say(
-            "for photographs a network that was trained on photographs is better: --backbone, or --weights imagenet"
+            "for photographs a network that was trained on photographs is better: --backbone, or "
+            "--weights imagenet"
         )
     return config, method
 
@@ -232,7 +244,8 @@ def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
 
     if config.fitting.steps is not None:
         return of(config.fitting.steps)
-    # Phases that were given in steps do not grow with the number of steps: it is measured again with what fits.
+    # Phases that were given in steps do not grow with the number of steps: it is measured again
+    # with what fits.
     asked = max(flat(method).get(name) or 0 for name in ("wait", "uda_start"))
     minutes = config.minutes or MINUTES
     steps = steps_within(*of(2 * asked or REHEARSED), minutes)
@@ -242,25 +255,27 @@ def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
     return of(steps)
 
 
-# ------------------------------------------------------------------------------------------- what the pictures show
+# --------------------------------------------------------------------------- what the pictures show
 
-# How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels that a picture is
-# brought to for a look at its colors; rows and columns where the object of most pictures is, not the background.
+# How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels
+# that a picture is brought to for a look at its colors; rows and columns where the object of most
+# pictures is, not the background.
 LOOKED_AT, SIDE = 256, 32
 MIDDLE = slice(SIDE // 4, -(SIDE // 4))
 
-# Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey; standard
-# deviation in [0, 1] that blank pictures are given.
+# Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as
+# grey; standard deviation in [0, 1] that blank pictures are given.
 ALIKE, SMALLEST_STD = 8, 0.05
 
-# Shuffles of the labels that colors are compared with; of these and the labels as they are, the most that find the
-# classes as well where color tells them apart, and where it may: by chance it does so in one set of a hundred, and may
-# in one of ten. Colors that are exchanged for nothing cost the only thing that tells such classes apart, and colors
-# that are kept for nothing a kind of augmentation.
+# Shuffles of the labels that colors are compared with; of these and the labels as they are, the
+# most that find the classes as well where color tells them apart, and where it may: by chance it
+# does so in one set of a hundred, and may in one of ten. Colors that are exchanged for nothing cost
+# the only thing that tells such classes apart, and colors that are kept for nothing a kind of
+# augmentation.
 SHUFFLES, CHANCES, DOUBTS = 199, 2, 20
 
-# Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with marks of the rarer
-# kind where both light and dark marks are usual.
+# Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with
+# marks of the rarer kind where both light and dark marks are usual.
 AROUND, BOTH = 9, 0.2
 
 
@@ -268,7 +283,9 @@ AROUND, BOTH = 9, 0.2
 class Colors:
     """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart."""
 
-    right: float  # share of pictures that are nearest to the mean of the others of their class, averaged over classes
+    # share of pictures that are nearest to the mean of the others of their class, averaged over
+    # classes
+    right: float
     chance: float  # the same share expected of guessing evenly among the classes
     tell: bool  # whether it is more than chance explains
     may_tell: bool = False  # whether it is rather more, and the pictures are too few to say
@@ -294,12 +311,18 @@ class Look:
 
     @property
     def exchangeable(self) -> bool:
-        """Whether colors may be exchanged, or light and dark; not where all marks are light, as in an X-ray."""
+        """Whether colors may be exchanged, or light and dark.
+
+        Not where all marks are light, as in an X-ray.
+        """
         return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
-    """What at most ``LOOKED_AT`` pictures of each kind show, evenly spread; labels are int64 (len(labeled),)."""
+    """What at most ``LOOKED_AT`` pictures of each kind show, evenly spread.
+
+    Labels are int64 (len(labeled),).
+    """
     sides, pictures, classes, square = [], [], [], True
     few, many = (
         list(zip(files, each, strict=True))[:: max(1, -(-len(files) // LOOKED_AT))]
@@ -324,7 +347,8 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
     unit = (levels_N3HW[:, :1] if grey else levels_N3HW) / 255
     level_NHW = (levels_N3HW / 255 * torch.tensor(LUMA)[:, None, None]).sum(1)
-    # The marks of a picture are lighter than what is around them where the skewness of the differences is above 0.
+    # The marks of a picture are lighter than what is around them where the skewness of the
+    # differences is above 0.
     padded = torch.nn.functional.pad(level_NHW[:, None], (AROUND // 2,) * 4, mode="reflect")
     marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
     counts = (torch.bincount(labels) + 1).tolist()
@@ -351,9 +375,10 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
 def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     """Whether the nearest class mean, with each example left out of its own, finds the classes.
 
-    ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over classes, is compared with
-    that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the classes, colors that have nothing to do with
-    them tell them apart in one of a hundred sets. They do not where no class has two examples.
+    ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over
+    classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the
+    classes, colors that have nothing to do with them tell them apart in one of a hundred sets. They
+    do not where no class has two examples.
 
     >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
     >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3)).tell
@@ -388,9 +413,10 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
     return float(right_K[counts_K >= 2].mean())
 
 
-# ------------------------------------------------------------------------------------ how many steps fit into a time
+# ------------------------------------------------------------------- how many steps fit into a time
 
-SHARE = 0.85  # part of the time that steps get; the rest is for reading, validation, finetuning and the report
+# part of the time that steps get; the rest is for reading, validation, finetuning and the report
+SHARE = 0.85
 WARM, TIMED, SECONDS = (
     2,
     20,
@@ -408,7 +434,10 @@ def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.m
 
 
 def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
-    """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
+    """First and last step of each kind, and what does it.
+
+    They differ while a student waits, and before UDA begins.
+    """
     waits = min(wait, steps) if trainer.teacher is not None else 0
     losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
     ends = sorted(
@@ -420,7 +449,8 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
 def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) -> float:
     """What a step of a method takes on this machine, on a few of the labeled pictures.
 
-    Each kind of step is timed, and counts as often as it comes. Cost: some seconds; the default generator is put back.
+    Each kind of step is timed, and counts as often as it comes. Cost: some seconds; the default
+    generator is put back.
     """
     seconds, fitting, place = 0.0, config.fitting, device(config.fitting.device)
 

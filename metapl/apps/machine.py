@@ -1,7 +1,7 @@
 """The machine that the application runs on, and its files.
 
-Files are read as they were written, or refused by name: plain files alone, of a known SHA-256 where there is one, and
-JSON; one process at a time owns a folder.
+Files are read as they were written, or refused by name: plain files alone, of a known SHA-256 where
+there is one, and JSON; one process at a time owns a folder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ EVERY = 0.1  # seconds between two updates of a count
 
 
 def environment() -> dict[str, Any]:
-    """Return what a file was made with: the versions, the machine, and in what precision products of float32 are taken
-    on its GPU, or on its CPU where it has none."""
+    """Return what a file was made with: the versions, the machine, and in what precision products
+    of float32 are taken on its GPU, or on its CPU where it has none."""
     found: dict[str, Any] = {}
     for package in ("metapl", "torch", "torchvision", "torchopt"):
         found[package] = None
@@ -61,8 +61,8 @@ def environment() -> dict[str, Any]:
 def default_threads() -> int:
     """Threads of a process that runs alone: ``OMP_NUM_THREADS`` where that is set, else one for each core it may use.
 
-    PyTorch's own default heeds the first and the affinity, and not the limit of a container: with 64 threads on 2
-    cores' worth of time, these mostly wait for each other.
+    PyTorch's own default heeds the first and the affinity, and not the limit of a container: with
+    64 threads on 2 cores' worth of time, these mostly wait for each other.
     """
     first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(
         ","
@@ -73,8 +73,8 @@ def default_threads() -> int:
 
 @contextmanager
 def count_bar(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
-    nothing where ``shown`` is False or standard error is no terminal."""
+    """Give a function that takes how many are done, and shows it on one line of the terminal while
+    the block lasts; nothing where ``shown`` is False or standard error is no terminal."""
     often: dict[str, Any] = {
         "delay": EVERY,
         "mininterval": EVERY,
@@ -88,19 +88,20 @@ def count_bar(what: str, shown: bool, total: int | None = None) -> Iterator[Call
         yield lambda done: bar.update(done - bar.n)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
-    """All bytes of a plain file that is as it was written; ``sha256`` is None where it is not known, as of files of
-    earlier versions. ``mend`` ends the message of the refusal."""
+    """All bytes of a plain file that is as it was written; ``sha256`` is None where it is not
+    known, as of files of earlier versions. ``mend`` ends the message of the refusal."""
     try:
         content = read_plain(path)
     except OSError as error:
         raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {mend}") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise MetaplError(
-            f"{path} is damaged or of another run: its SHA-256 is not the one that was noted. {mend}"
+            f"{path} is damaged or of another run: its SHA-256 is not the one that was noted. "
+            f"{mend}"
         )
     return content
 
@@ -130,7 +131,10 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 
 def open_plain(path: StrPath) -> io.BufferedReader:
-    """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end."""
+    """Open a file for reading its bytes.
+
+    To open a pipe may wait for ever, and a device may never end.
+    """
     descriptor = os.open(
         path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     )
@@ -145,7 +149,7 @@ def read_plain(path: StrPath) -> bytes:
         return file.read()
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def is_temporary(name: str) -> bool:
@@ -165,7 +169,10 @@ def remove_temporary(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: Any, mend: str) -> None:
-    """Write a file by :func:`replacing`; ``mend`` says what to do where the disk refuses, and ends the message."""
+    """Write a file by :func:`replacing`.
+
+    ``mend`` says what to do where the disk refuses, and ends the message.
+    """
     try:
         with replacing(path) as file:
             file.write(content)
@@ -175,7 +182,7 @@ def write_whole(path: Path, content: Any, mend: str) -> None:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------ one owner
+# ---------------------------------------------------------------------------------------- one owner
 
 
 @contextmanager
@@ -184,8 +191,9 @@ def owned(
 ) -> Iterator[None]:
     """Own a folder, against other processes, until the block ends; it is made where it is missing.
 
-    Where the block fails and has made nothing in the folder but the files ``undone``, these are removed, and the folder
-    too if it was made here. ``leaves_lock`` is False for a folder that others get, such as what is exported.
+    Where the block fails and has made nothing in the folder but the files ``undone``, these are
+    removed, and the folder too if it was made here. ``leaves_lock`` is False for a folder that
+    others get, such as what is exported.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

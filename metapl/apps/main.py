@@ -1,7 +1,8 @@
 """The ``metapl`` command: its commands by name, and how what goes wrong becomes a line and an exit code.
 
-The words that name a command lead to a dataclass of :data:`COMMANDS`; tyro makes it from the flags, ``check_fields``
-holds the values against its annotations, and its method ``run`` does the work and returns the exit code.
+The words that name a command lead to a dataclass of :data:`COMMANDS`; tyro makes it from the flags,
+``check_fields`` holds the values against its annotations, and its method ``run`` does the work and
+returns the exit code.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ CONFIG = (
 )
 
 LESS = (  # not every recipe has all of these
-    "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, raise --accumulate, or "
-    "take --precision bfloat16"
+    "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, "
+    "raise --accumulate, or take --precision bfloat16"
 )
 
 # However it is said: Python, NumPy, torch on the host and oneDNN each have a way of their own.
@@ -90,8 +91,8 @@ TOO_LITTLE_MEMORY = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is printed; 2 wrong
-    input; 128 + n stopped by signal n.
+    Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is
+    printed; 2 wrong input; 128 + n stopped by signal n.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(
@@ -129,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return exit_code(stopped)
         except Exception as error:  # what is a fault of metapl passes through
             if isinstance(error, FieldError) and (command is None or error.field in flat(command)):
-                # Of a dataclass whose fields are flags, or of a function that is given them; no flag takes None.
+                # Of a dataclass whose fields are flags, or of a function that is given them; no
+                # flag takes None.
                 flag, expected = (
                     error.field.replace("_", "-"),
                     error.expected.removesuffix(" or None"),
@@ -153,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parsed(given: Sequence[str]) -> tuple[str, Any]:
-    """The name of the command that the words begin with, and its dataclass, made of the others; what is no command
-    ends in help, or with what is wrong."""
+    """The name of the command that the words begin with, and its dataclass, made of the others;
+    what is no command ends in help, or with what is wrong."""
     names = " ".join(given[:2]), *given[:1]
     name = next((name for name in names if name in COMMANDS), None)
     if name is None:
@@ -177,8 +179,8 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
         return "", tyro.cli(
             every_command(), prog="metapl", description=HELP, args=args, config=CONFIG
         )
-    # The names behind --methods become one word, for each of them alone is taken for a method; and --method NAME, of
-    # several the last one, the word NAME in front of the flags.
+    # The names behind --methods become one word, for each of them alone is taken for a method; and
+    # --method NAME, of several the last one, the word NAME in front of the flags.
     words, method, others = [*given[len(name.split()) :]], list[str](), list[str]()
     if "--methods" in words:
         first = words.index("--methods") + 1
@@ -209,12 +211,12 @@ def every_command() -> Any:
             word: " ".join(kind.__doc__.partition("\n\n")[0].split())
             for word, kind in kinds.items()
         }
-        return Union[
-            tuple(
-                Annotated[kinds[w], tyro.conf.subcommand(w, description=summaries[w])]
-                for w in kinds
-            )
-        ]  # noqa: UP007 - of a tuple
+        commands = [
+            Annotated[kind, tyro.conf.subcommand(word, description=summaries[word])]
+            for word, kind in kinds.items()
+        ]
+        # `X | Y` has no form for a list that is made while the program runs.
+        return Union[tuple(commands)]  # noqa: UP007
 
     kinds: dict[str, Any] = {}
     for name in COMMANDS:
@@ -234,7 +236,7 @@ def every_command() -> Any:
     return either(kinds)
 
 
-# ------------------------------------------------------------------------------------------------- what may go wrong
+# -------------------------------------------------------------------------------- what may go wrong
 
 
 class Terminated(KeyboardInterrupt):
@@ -245,8 +247,9 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(*, for_good: bool) -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes meanwhile is not heard.
-    With ``for_good`` the process ends with the block: signals that come after it has begun to end are not heard either.
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes
+    meanwhile is not heard. With ``for_good`` the process ends with the block: signals that come
+    after it has begun to end are not heard either.
     """
     stopping = False
 
@@ -275,8 +278,8 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
-    """Whose memory did not suffice, where that is the error or one that it came from; None for any other error, and for
-    a refusal that says so itself."""
+    """Whose memory did not suffice, where that is the error or one that it came from; None for any
+    other error, and for a refusal that says so itself."""
     while error is not None and "does not suffice" not in str(error):
         if isinstance(error, torch.OutOfMemoryError):
             return "of the GPU"

@@ -1,6 +1,7 @@
 """The methods by which a network is trained: each is a frozen type with its settings, and one function, ``train``.
 
-To add one, write its type, and enter it by its name in the METHODS of what it is to train: metapl.apps.images, say.
+To add one, write its type, and enter it by its name in the METHODS of what it is to train:
+metapl.apps.images, say.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
-FIXMATCH_THRESHOLD = 0.85  # published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
+# published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
+FIXMATCH_THRESHOLD = 0.85
 
 ENTROPY_WEIGHT = 0.1  # of entropy minimization
 
@@ -45,7 +47,7 @@ else:
     Mode = Literal[feedback.MODES]  # what the command line offers
 
 
-# ------------------------------------------------------------------------------------------- what a method trains with
+# ------------------------------------------------------------------------ what a method trains with
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +116,8 @@ class Training:
     student: nn.Module
     # fit(trainer, labeled, unlabeled, **options): one phase, which goes on where it was stopped.
     fit: Callable[..., FitResult]
-    # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a network, or by what a
-    # method's settings name.
+    # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a
+    # network, or by what a method's settings name.
     label: Callable[[nn.Module | None], dict[str, Tensor]]
     # Lays a network out over the processes that train together, as both networks above are.
     lay_out: Callable[[nn.Module], nn.Module] = lambda network: network
@@ -145,7 +147,10 @@ class Training:
     def bilevel(
         self, teacher: nn.Module, mode: Any, problem: Any, **options: Any
     ) -> BilevelTrainer:
-        """The trainer of the student beside a teacher. It is not verified: the tests verify these problems."""
+        """The trainer of the student beside a teacher.
+
+        It is not verified: the tests verify these problems.
+        """
         inner = self.config.optimizer("student", self.student, options.pop("student_lr", None))
         outer = options.pop("outer_optimizer", None) or self.config.optimizer("teacher", teacher)
         options = {"inner_optimizer": inner, "outer_optimizer": outer, **self.options, **options}
@@ -154,13 +159,19 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method, whose fields are flags; each has a ``name`` in commands and files, and a ``title`` in words."""
+    """A method, whose fields are flags.
+
+    Each has a ``name`` in commands and files, and a ``title`` in words.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def scheduled(self, steps: int) -> Self:
-        """With a value for every field that is a share of the steps; refused where it does not go with them."""
+        """With a value for every field that is a share of the steps.
+
+        Refused where it does not go with them.
+        """
         parts: dict[str, Any] = {"uda": self.uda.scheduled(steps)} if hasattr(self, "uda") else {}
         return dataclasses.replace(self, **parts)
 
@@ -169,7 +180,7 @@ class Method:
         raise NotImplementedError
 
 
-# --------------------------------------------------------------------------------------------------------- one network
+# -------------------------------------------------------------------------------------- one network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +307,7 @@ class Entropy:
         return -self.weight * (log_p.exp() * log_p).sum(-1).mean()
 
 
-# --------------------------------------------------------------------------------------------- a teacher and a student
+# -------------------------------------------------------------------------- a teacher and a student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,9 +343,9 @@ class Feedback:
         self.estimator(seed=0)
         if self.mode == "implicit" and self.feedback != "none":
             raise MetaplError(
-                "--mode implicit takes the gradient through an optimum of the student's loss, where a student in "
-                "training is not: expected --mode forward, the exact gradient of its step. In Python, "
-                "metapl.feedback.Implicit takes a solver and a damping."
+                "--mode implicit takes the gradient through an optimum of the student's loss, "
+                "where a student in training is not: expected --mode forward, the exact gradient "
+                "of its step. In Python, metapl.feedback.Implicit takes a solver and a damping."
             )
         if self.feedback_ratio is not None and (
             self.feedback_weight is not None or self.feedback_bound is not None
@@ -355,8 +366,8 @@ class Feedback:
                     mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)
                 ]
                 raise MetaplError(
-                    f"--{name} {value} was given, and mode '{self.mode}' has none; leave it out, or take --mode "
-                    f"{' or '.join(with_one)}."
+                    f"--{name} {value} was given, and mode '{self.mode}' has none; leave it out, "
+                    f"or take --mode {' or '.join(with_one)}."
                 )
             made = dataclasses.replace(made, **{name: value})
         if self.feedback == "none":
@@ -498,7 +509,8 @@ class ReducedMpl(Method):
                 if getattr(self.feedback, name) is not None:
                     flag = f"--{name.replace('_', '-')}"
                     raise MetaplError(
-                        f"{flag} is measured by a loss on --labeled-labels; expected those, or leave it out."
+                        f"{flag} is measured by a loss on --labeled-labels; expected those, or "
+                        "leave it out."
                     )
 
     @property

@@ -25,20 +25,21 @@ class NoisyStudentLoss:
     .. math:: \frac{1}{B_l + B_u} \Big( \sum_j \mathrm{CE}(y_j, S(x_j)) + \sum_i \mathrm{CE}(\tilde q_i, S(x_i)) \Big)
               = \frac{1}{1+r} \ell_l + \frac{r}{1+r} \ell_u, \qquad r = B_u / B_l
 
-    The two parts of the batch run in one pass, so that batch statistics are of both. Noise is what the views and the
-    network in training mode add.
+    The two parts of the batch run in one pass, so that batch statistics are of both. Noise is what
+    the views and the network in training mode add.
 
     Args:
-        form: ``"mean"`` is the mean over the concatenated batch; ``"two_means"`` adds the means of the two parts with
-            the same weight, as Algorithm 1 has it.
+        form: ``"mean"`` is the mean over the concatenated batch; ``"two_means"`` adds the means of
+            the two parts with the same weight, as Algorithm 1 has it.
         hard: learn the most probable class of a stored distribution, not the distribution.
-        model_noise: whether dropout and stochastic depth act on pseudo-labeled examples too. Without, the two parts
-            run in passes of their own, whose batch statistics are their own.
+        model_noise: whether dropout and stochastic depth act on pseudo-labeled examples too.
+            Without, the two parts run in passes of their own, whose batch statistics are their own.
         label_smoothing: of the labels of labeled examples, α in [0, 1).
 
-    Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C). Where such pairs stand in
-    the place of labeled batches, and there are no unlabeled ones, the loss is that of the pairs alone.
-    Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and what it says of training (``"mean"``).
+    Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C). Where
+    such pairs stand in the place of labeled batches, and there are no unlabeled ones, the loss is
+    that of the pairs alone. Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and what
+    it says of training (``"mean"``).
     """
 
     form: Literal["mean", "two_means"] = "mean"
@@ -87,8 +88,8 @@ class NoisyStudentLoss:
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
-    """Return the modules of a network that draw at random while it is trained: dropout and stochastic depth, and
-    modules of timm's with a ``drop_rate``, which call dropout as a function.
+    """Return the modules of a network that draw at random while it is trained: dropout and
+    stochastic depth, and modules of timm's with a ``drop_rate``, which call dropout as a function.
 
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']
@@ -98,7 +99,8 @@ def model_noise(network: nn.Module) -> list[nn.Module]:
 
 def _draws(part: Any) -> bool:
     """Return whether a module draws at random while it is trained."""
-    # Dropout and stochastic depth of torch, torchvision and timm are known by the names of their classes.
+    # Dropout and stochastic depth of torch, torchvision and timm are known by the names of their
+    # classes.
     kinds = " ".join(kind.__name__.lower() for kind in type(part).__mro__)
     if "drop" in kinds or "stochasticdepth" in kinds:
         rate: Any = getattr(part, "p", None)

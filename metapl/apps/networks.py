@@ -1,4 +1,7 @@
-"""Networks by name, from here, torchvision and timm; weights of files for them, of which all or a part is trained."""
+"""Networks by name, from here, torchvision and timm.
+
+Weights of files for them, of which all or a part is trained.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,13 @@ from metapl.words import did_you_mean
 Noise = Annotated[float, Range(0, 1)]
 Tuning = Literal["head", "lora", "all"]
 
-# The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels' largest
-# experiments, which say the depth of B6 and a width of 5.0; that makes 317 million weights, and the printed 390 million
-# follow from no depth at this width.
+# The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels'
+# largest experiments, which say the depth of B6 and a width of 5.0; that makes 317 million weights,
+# and the printed 390 million follow from no depth at this width.
 _SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
 
-# A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth.
+# A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its
+# depth.
 _LARGE_VIT = {
     "patch_size": 14,
     "num_layers": 24,
@@ -57,10 +61,11 @@ def pooled_cnn(
 ) -> nn.Module:
     """Build a network that learns fast from few pictures of ``image_size`` (None: 32) pixels, 16 to 96.
 
-    Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a 3x3 convolution, pooling,
-    batch norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not.
-    Above 40 pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions, dropout and a
-    linear layer. It takes larger pictures too, and smaller ones that do not vanish in the pooling.
+    Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a 3x3
+    convolution, pooling, batch norm and ReLU, pool by the greatest of 2x2 values until the side is
+    6 to 11 pixels; one more stage does not. Above 40 pixels, the first convolution has a stride of
+    2 and no pooling. Then the mean over positions, dropout and a linear layer. It takes larger
+    pictures too, and smaller ones that do not vanish in the pooling.
     """
     check_arguments(pooled_cnn, locals())
     side = 32 if image_size is None else image_size
@@ -76,7 +81,8 @@ def pooled_cnn(
     widths = [
         (32, 64, 128, 192)[min(max(0, 3 - len(plan)) + stage, 3)] for stage in range(len(plan))
     ]
-    # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25 times as fast.
+    # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25
+    # times as fast.
     stages = (
         nn.Sequential(
             nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
@@ -122,13 +128,15 @@ class Architecture:
         if self.name not in NAMES and (self.name == "timm:" or self.library != "timm"):
             meant = did_you_mean(self.name, NAMES) or "."
             raise MetaplError(
-                f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or timm:NAME."
+                f"there is no network {self.name!r}{meant} Expected {', '.join(NAMES)}, or "
+                "timm:NAME."
             )
         check_fields(self)
         if self.stochastic_depth > 0.0 and not self.has_stochastic_depth:
             having = ", ".join(EFFICIENTNETS)
             raise MetaplError(
-                f"{self.name} has no stochastic_depth; leave it out, or take one that has it: {having}."
+                f"{self.name} has no stochastic_depth; leave it out, or take one that has it: "
+                f"{having}."
             )
         if self.image_size is not None and self.image_size % (self.patch or 1):
             expected = f"expected a multiple of its patch, {self.patch}"
@@ -156,7 +164,10 @@ class Architecture:
         return int(self.name.rpartition("_")[2]) if self.name in TRANSFORMERS else None
 
     def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
-        """The network, with fresh weights from the default generator or with those of a file; see :func:`create`."""
+        """The network, with fresh weights from the default generator or with those of a file.
+
+        See :func:`create`.
+        """
         how: dict[str, Any] = {"num_classes": self.num_classes, "dropout": self.dropout}
         module: Any
         if self.library == "metapl":
@@ -182,7 +193,10 @@ class Architecture:
                     img_size=self.image_size if resized else None,
                 )
             except TypeError as error:
-                lacks = "leave out, or give as 0, the dropout, stochastic_depth or in_channels that it does not have"
+                lacks = (
+                    "leave out, or give as 0, the dropout, stochastic_depth or in_channels that "
+                    "it does not have"
+                )
                 raise MetaplError(
                     f"{self.name} cannot be built: {reason_of(error)}; {lacks}."
                 ) from error
@@ -223,14 +237,16 @@ class Architecture:
             )  # before the head, whose name stays
         if self.name in EFFICIENTNETS:
             for stage in _KEEPING_STAGES if self.name.endswith("_svhn") else ():
-                # The first block of a stage: expansion, then the depthwise convolution that strides.
+                # The first block of a stage: expansion, then the depthwise convolution that
+                # strides.
                 module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)
-            # torchvision counts blocks from 0, so with it the last block is dropped less often than the rule says.
+            # torchvision counts blocks from 0, so with it the last block is dropped less often than
+            # the rule says.
             blocks = [m for m in module.modules() if isinstance(m, StochasticDepth)]
             for number, block in enumerate(blocks, start=1):
                 block.p = self.stochastic_depth * number / len(blocks)
-            # The head is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes long to
-            # unlearn; so it is drawn as for ImageNet's thousand at least.
+            # The head is drawn from ±1/sqrt(classes). For three classes that makes logits of ten,
+            # which takes long to unlearn; so it is drawn as for ImageNet's thousand at least.
             with torch.no_grad():
                 module.get_parameter("classifier.1.weight").mul_(
                     min(1.0, self.num_classes / 1000) ** 0.5
@@ -250,7 +266,10 @@ class Architecture:
         return module  # type: ignore[no-any-return]
 
     def heads(self, module: nn.Module) -> tuple[str, ...]:
-        """The names of the layers that turn features into classes; a distilled network of timm has several."""
+        """The names of the layers that turn features into classes.
+
+        A distilled network of timm has several.
+        """
         if self.library == "timm":
             named: Any = module.pretrained_cfg["classifier"]  # type: ignore[index]  # every network of timm has it
             return (named,) if isinstance(named, str) else tuple(named or ())
@@ -297,26 +316,28 @@ def create(
         dropout: probability in [0, 1) of zeroing a value.
         stochastic_depth: probability in [0, 1) of dropping the last block.
         in_channels: channels of a picture: 3 for color, 1 for grey.
-        image_size: side of the pictures in pixels. Vision transformers (None: 224) and pooled_cnn are built for one,
-            and timm's position embeddings of another are interpolated; the others take any.
-        weights: a local file of a state dict to start from; a head for another number of classes is left out, see
-            :func:`metapl.apps.networks.load_weights`. None: fresh weights from the default generator.
+        image_size: side of the pictures in pixels. Vision transformers (None: 224) and pooled_cnn
+            are built for one, and timm's position embeddings of another are interpolated; the
+            others take any.
+        weights: a local file of a state dict to start from; a head for another number of classes is
+            left out, see :func:`metapl.apps.networks.load_weights`. None: fresh weights from the
+            default generator.
 
     Returns:
-        A module in training mode from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``). It runs with
-        every mode of feedback.
+        A module in training mode from images (B, ``in_channels``, H, W) to logits (B,
+        ``num_classes``). It runs with every mode of feedback.
 
     Raises:
-        MetaplError: an unknown name, a number out of its range, or a field that the network does not have; timm is not
-            installed; the weights are damaged or of another network.
+        MetaplError: an unknown name, a number out of its range, or a field that the network does
+            not have; timm is not installed; the weights are damaged or of another network.
 
     >>> import torch
     >>> with torch.device("meta"):
     ...     sum(p.numel() for p in create("efficientnet_b0", 1000).parameters())
     5288548
 
-    Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student's noise of B7 and L2 for 0.2 and for
-    dropout 0.5.
+    Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student's noise of B7 and L2
+    for 0.2 and for dropout 0.5.
     """
     noise = {"dropout": dropout, "stochastic_depth": stochastic_depth}
     a = Architecture(
@@ -325,7 +346,7 @@ def create(
     return a.create(weights)
 
 
-# ------------------------------------------------------------------------------------------------ weights and their use
+# ---------------------------------------------------------------------------- weights and their use
 
 
 def load_weights(
@@ -334,18 +355,20 @@ def load_weights(
     """Put the weights of a local file into a network, which is changed in place, or not at all.
 
     Args:
-        module: the network. Position embeddings of a vision transformer of timm are brought to its resolution.
-        file: a state dict, ``.safetensors`` or by ``torch.save``, alone or under "state_dict" or "model". It is read
-            without running code from it. Prefixes of data parallelism and ``torch.compile`` are taken off its names.
-        heads: names of the layers that give the classes. One whose number of classes differs from the file's, or that
-            the file does not have, keeps the weights that it has.
+        module: the network. Position embeddings of a vision transformer of timm are brought to its
+            resolution.
+        file: a state dict, ``.safetensors`` or by ``torch.save``, alone or under "state_dict" or
+            "model". It is read without running code from it. Prefixes of data parallelism and
+            ``torch.compile`` are taken off its names.
+        heads: names of the layers that give the classes. One whose number of classes differs from
+            the file's, or that the file does not have, keeps the weights that it has.
 
     Returns:
         Names of the heads' tensors that stayed as they were.
 
     Raises:
-        MetaplError: the file is missing, damaged, holds something else than finite tensors, or its names or shapes
-            outside the heads differ from the network's.
+        MetaplError: the file is missing, damaged, holds something else than finite tensors, or its
+            names or shapes outside the heads differ from the network's.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -380,7 +403,8 @@ def load_weights(
         )
         fresh += [] if same or other_features else names
     fits = {name: t for name, t in state.items() if name not in fresh}
-    # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
+    # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the
+    # count.
     optional = {
         *fresh,
         *(name for name in own if name.endswith("num_batches_tracked") and name not in state),
@@ -391,7 +415,8 @@ def load_weights(
     }
     if faults := [f"{name} {a} instead of {b}" for name, (a, b) in kinds.items() if a != b]:
         raise MetaplError(
-            f"the weights in {file} are not of this network: {few(faults)}; only the head may differ."
+            f"the weights in {file} are not of this network: {few(faults)}; only the head may "
+            "differ."
         )
     module.load_state_dict({**own, **fits})
     return fresh
@@ -408,7 +433,8 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(file)
     if not path.is_file():
         raise MetaplError(
-            f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine."
+            f"there is no file of weights {path}; expected a .safetensors or .pt file on this "
+            "machine."
         )
     try:
         if path.suffix == ".safetensors":
@@ -425,8 +451,9 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         Exception
     ) as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
         raise MetaplError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {reason_of(error):.80}); expected a state dict "
-            "of finite tensors, as .safetensors or as torch.save(model.state_dict(), path) writes it."
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason_of(error):.80}); "
+            "expected a state dict of finite tensors, as .safetensors or as "
+            "torch.save(model.state_dict(), path) writes it."
         ) from error
     state = dict(stored)
     for prefix in ("module.", "_orig_mod.", "module."):  # DDP(compile(m)), compile(DDP(m))
@@ -462,16 +489,17 @@ def fetch_imagenet_weights(name: str) -> Path:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split a network's parameters by whether weight decay acts on them, for ``torch.optim``.
 
-    Decay leaves alone vectors and single numbers (biases, scales and shifts of norms, layer scales) and every parameter
-    of a norm layer: to shrink these does not make the function simpler. Frozen parameters are in no group.
+    Decay leaves alone vectors and single numbers (biases, scales and shifts of norms, layer scales)
+    and every parameter of a norm layer: to shrink these does not make the function simpler. Frozen
+    parameters are in no group.
 
     Args:
         module: the network.
         weight_decay: λ of the decayed parameters, 0 or more.
 
     Returns:
-        Groups ``{"params": [...], "weight_decay": λ}`` in the order of ``module.parameters()``, none of them empty: one
-        without decay; with it two, the decayed one first.
+        Groups ``{"params": [...], "weight_decay": λ}`` in the order of ``module.parameters()``,
+        none of them empty: one without decay; with it two, the decayed one first.
 
     Raises:
         MetaplError: a weight decay below 0.
@@ -503,13 +531,13 @@ class Normalized(nn.Module):
 
     .. math:: \mathrm{logits} = f\big((x_c - \mathrm{mean}_c) / \mathrm{std}_c\big)
 
-    It takes images (B, C, H, W) to logits (B, K). :func:`metapl.apps.export.export` writes the weights of ``module``
-    under its own names, and mean and std beside them.
+    It takes images (B, C, H, W) to logits (B, K). :func:`metapl.apps.export.export` writes the
+    weights of ``module`` under its own names, and mean and std beside them.
 
     Args:
         module: a network f of normalized pictures.
-        mean, std: one finite number per channel, in units of [0, 1], ``std`` above 0. They are buffers, saved with the
-            weights (beside ``module.…``) and never trained.
+        mean, std: one finite number per channel, in units of [0, 1], ``std`` above 0. They are
+            buffers, saved with the weights (beside ``module.…``) and never trained.
 
     Raises:
         MetaplError: another mean or std; on a call, pictures of whole numbers.
@@ -543,7 +571,8 @@ class Normalized(nn.Module):
             raise MetaplError(
                 f"the network got {images.dtype} pictures; expected values in [0, 1]: images / 255."
             )
-        # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
+        # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they
+        # came.
         logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
         return logits
 
@@ -551,7 +580,7 @@ class Normalized(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-# ----------------------------------------------------------------------- pretrained networks of which a part is trained
+# --------------------------------------------------- pretrained networks of which a part is trained
 
 
 class LowRankLinear(nn.Linear):
@@ -580,16 +609,17 @@ class LowRankConv2d(nn.Conv2d):
 class Tuned(Normalized):
     """A pretrained network behind the normalization of its input; see :class:`Normalized`, whose names it has.
 
-    What is frozen runs as in evaluation: no running statistics move, and nothing is dropped. The change of low rank of
-    a layer whose weight its parent reads, as some attention does, is not used.
+    What is frozen runs as in evaluation: no running statistics move, and nothing is dropped. The
+    change of low rank of a layer whose weight its parent reads, as some attention does, is not
+    used.
 
     Args:
         heads: the names of its layers that turn features into classes.
-        tuning: "head" trains the head alone; "lora" also changes of each linear layer and convolution of this rank;
-            "all" everything.
+        tuning: "head" trains the head alone; "lora" also changes of each linear layer and
+            convolution of this rank; "all" everything.
 
-    Cost: with "head", one pass of what is frozen for each batch, however many passes a step has: what the head sees is
-    kept as long as the batch.
+    Cost: with "head", one pass of what is frozen for each batch, however many passes a step has:
+    what the head sees is kept as long as the batch.
 
     Raises: MetaplError for several heads.
     """
@@ -653,7 +683,8 @@ class Tuned(Normalized):
         ]
         if any(p.requires_grad for p in frozen):
             return super().forward(images)
-        # What the features depend on: these pictures, autocast, and these weights, or copies of them in a replay.
+        # What the features depend on: these pictures, autocast, and these weights, or copies of
+        # them in a replay.
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         now = images.data_ptr(), images._version, cast
         then, weights, features = self.seen.get(images, (None, (), None))

@@ -1,4 +1,7 @@
-"""A folder of pictures whose labels may be wrong, and one with a few whose labels are right: ``metapl train noisy``."""
+"""A folder of pictures whose labels may be wrong, and one with a few whose labels are right.
+
+``metapl train noisy``.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ from metapl.problems import (
 from metapl.problems.losses import CrossEntropy
 from metapl.training import Say
 
-TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
+# logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
+TRUSTED = 4.0
 WARM = 0.2  # share of the steps on labels as they are given, before anything is learned about them
 PLAIN = (CrossEntropy(),)
 
@@ -86,8 +90,9 @@ class Plain(Method):
 class Learned(Method):
     """Something about labels is learned from what helps on the clean ones.
 
-    A weight for each picture (example_weights), a weight as a function of its loss (meta_weight_net), another network
-    that corrects labels (label_correction), or how often each class is taken for each other (noise_transition).
+    A weight for each picture (example_weights), a weight as a function of its loss
+    (meta_weight_net), another network that corrects labels (label_correction), or how often each
+    class is taken for each other (noise_transition).
 
     Args:
         mode: forward or difference.
@@ -141,7 +146,8 @@ class Learned(Method):
             problem, learned = NoiseTransition(), Table(TRUSTED * torch.eye(classes))
         teacher = learned.to(t.place)
         if warm:
-            # While the network knows nothing yet, whatever it learns from helps it, and all weights would grow.
+            # While the network knows nothing yet, whatever it learns from helps it, and all weights
+            # would grow.
             first = {
                 "steps": warm,
                 "schedule": "constant",
@@ -191,7 +197,8 @@ class IndexedBatches(LabeledBatches):
 class Noisy(OfPictures):
     """Train on pictures some of which are in the folder of a wrong class, and a few whose labels are right.
 
-    What is not given is chosen by looking at the pictures, and by how many steps fit into the minutes.
+    What is not given is chosen by looking at the pictures, and by how many steps fit into the
+    minutes.
 
     Args:
         labeled: with doubtful labels, in a folder a class.
@@ -231,8 +238,8 @@ class Noisy(OfPictures):
         if first == second or first in second.parents or second in first.parents:
             how = "the same folder" if first == second else "one inside the other"
             raise MetaplError(
-                f"--labeled {self.labeled} and --clean {self.clean} are {how}; expected two folders, so that the clean "
-                "labels are told from those that may be wrong."
+                f"--labeled {self.labeled} and --clean {self.clean} are {how}; expected two "
+                "folders, so that the clean labels are told from those that may be wrong."
             )
         clean, noisy = scan_labeled(self.clean), scan_labeled(self.labeled)
         refuse_errors(check_folders(clean))
@@ -243,16 +250,19 @@ class Noisy(OfPictures):
         ]
         if without:
             raise MetaplError(
-                f"classes differ: {'; '.join(without)}; expected subfolders of the same names in both."
+                f"classes differ: {'; '.join(without)}; expected subfolders of the same names in "
+                "both."
             )
         if empty := [name for name, count in noisy.counts().items() if not count]:
             raise MetaplError(
-                f"no picture of {few(empty)} in {noisy.root}; put some there, or remove it from {clean.root} too."
+                f"no picture of {few(empty)} in {noisy.root}; put some there, or remove it from "
+                f"{clean.root} too."
             )
         if pairs := [f"{same[0]} is {copies[0]}" for copies, same in same_pictures(noisy, clean)]:
             raise MetaplError(
-                f"{len(pairs)} clean pictures are among the labeled ones too: {few(pairs)}; remove them from "
-                f"{noisy.root}: labels are judged on clean pictures that the network was not trained on."
+                f"{len(pairs)} clean pictures are among the labeled ones too: {few(pairs)}; remove "
+                f"them from {noisy.root}: labels are judged on clean pictures that the network was "
+                "not trained on."
             )
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
@@ -260,7 +270,10 @@ class Noisy(OfPictures):
         return super().data(say, progress, log)
 
     def sources(self, few: LabeledFiles, many: LabeledFiles, log: Path | None) -> dict[str, Any]:
-        """Clean pictures are the labeled ones, the others with their labels the unlabeled ones; and both together."""
+        """Clean pictures are the labeled ones, the others with their labels the unlabeled ones.
+
+        And both together.
+        """
         views, seed, size = self.pictures.views(), self.fitting.seed, self.fitting.labeled_batch
         # Noisy and clean pictures are together in one list of files.
         both, count = self.pictures.images([*many.paths(), *few.paths()], log), len(many)

@@ -1,8 +1,9 @@
 """Noisy Student: a teacher labels, students learn from its labels with noise, and each labels for the next one.
 
-The phases are fits of their own, ``round-0``, ``round-1``, ..., and between them the run stores labels and selects.
-Each is a function of what was before it and of the seed, and each goes on where it was stopped, so a run that is
-resumed goes through them from the first one and ends bit for bit as one that was not stopped.
+The phases are fits of their own, ``round-0``, ``round-1``, ..., and between them the run stores
+labels and selects. Each is a function of what was before it and of the seed, and each goes on where
+it was stopped, so a run that is resumed goes through them from the first one and ends bit for bit
+as one that was not stopped.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, decay_interval
 
-# The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
-# last student on larger pictures.
+# The phase of the first teacher, the end of the name of one that finetunes a student, and the phase
+# that finetunes the last student on larger pictures.
 FIRST, FINETUNED, LARGER = "round-0", "-finetune", "resolution"
 
-# Where a run keeps the stores of its rounds: of the examples that were labeled, and of the selected ones.
+# Where a run keeps the stores of its rounds: of the examples that were labeled, and of the selected
+# ones.
 FOLDER = "rounds"
 LABELS, SELECTED = "labels", "selected"
 MOST_ROUNDS, MOST_RATIO = 1000, 2**12
@@ -71,11 +73,12 @@ MOST_ROUNDS, MOST_RATIO = 1000, 2**12
 EACH, ONCE = "each", "once"
 THRESHOLD = 0.3
 
-# The paper's model noise, for networks that have it: the rate of dropout before the head, and the probability of
-# dropping the last block.
+# The paper's model noise, for networks that have it: the rate of dropout before the head, and the
+# probability of dropping the last block.
 DROPOUT, STOCHASTIC_DEPTH = 0.5, 0.2
 
-# How many examples of each kind the losses with and without noise are measured on, and how many in a pass.
+# How many examples of each kind the losses with and without noise are measured on, and how many in
+# a pass.
 MEASURED_ON, MEASURED_AT_ONCE = 128, 64
 
 
@@ -184,12 +187,15 @@ class NoisyStudent(Method):
         return rounds.ended()
 
 
-# ------------------------------------------------------------------------------------------------- what is trained on
+# ------------------------------------------------------------------------------- what is trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsOfRounds(Digits):
-    """The digits, with the schedule of the paper; a batch has --ratio unlabeled ones for each labeled one."""
+    """The digits, with the schedule of the paper.
+
+    A batch has --ratio unlabeled ones for each labeled one.
+    """
 
     unlabeled_batch: Hidden[Batch] = 64
     hidden: tuple[int, ...] = (64, 64)
@@ -235,7 +241,7 @@ class ImagesOfRounds(Images):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- the rounds
+# --------------------------------------------------------------------------------------- the rounds
 
 
 class Rounds:
@@ -342,7 +348,10 @@ class Rounds:
             self.records.append(record)
 
     def ended(self) -> Trained:
-        """What the run keeps: the last student and its teacher, and the student finetuned on larger pictures."""
+        """What the run keeps.
+
+        The last student and its teacher, and the student finetuned on larger pictures.
+        """
         assert self.trainer is not None
         assert self.result is not None
         last = len(self.configs) - 1
@@ -363,8 +372,8 @@ class Rounds:
     def finetune_larger(self) -> Any:
         """Finetune the last student where it is, on larger pictures as they are: FixRes.
 
-        The paper ("Fixing the train-test resolution discrepancy") does not tell which layers are frozen; here the first
-        ones are, with the statistics of their norms.
+        The paper ("Fixing the train-test resolution discrepancy") does not tell which layers are
+        frozen; here the first ones are, with the statistics of their norms.
         """
         assert self.trainer is not None
         assert self.settings.finetune_size is not None
@@ -441,7 +450,10 @@ class Rounds:
         )
 
     def measure(self, network: nn.Module) -> dict[str, Any]:
-        """The weights of the network of a round, and what it reaches; nothing is measured where a step is timed."""
+        """The weights of the network of a round, and what it reaches.
+
+        Nothing is measured where a step is timed.
+        """
         reached: dict[str, Any] = {"weights_fingerprint": int(digest(weights_of(network)))}
         if self.training.folder is not None:
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
@@ -453,7 +465,10 @@ class Rounds:
     # -- labels and selections
 
     def choose(self, number: int) -> tuple[Chosen, dict[str, Any]]:
-        """Let the last network label, and select as the settings say; and what is recorded of it."""
+        """Let the last network label, and select as the settings say.
+
+        And what is recorded of it.
+        """
         if self.training.folder is None:
             return self.evenly_labeled(), {}
         stored = self.settings.stored_selection
@@ -587,8 +602,8 @@ class Rounds:
             tested = f", whose test accuracy is {self.reached['test_accuracy']:.1%}"
         with_copies = f", {copies:,} with copies" if copies != kept_pictures else ""
         self.training.say(
-            f"round {number}: {kept_pictures:,} of {selected.rows:,} unlabeled examples are learned from"
-            f"{with_copies}, by labels of the network of round {number - 1}{tested}"
+            f"round {number}: {kept_pictures:,} of {selected.rows:,} unlabeled examples are "
+            f"learned from{with_copies}, by labels of the network of round {number - 1}{tested}"
         )
         return {
             "round": number,
@@ -658,11 +673,14 @@ def picked(images: Any, positions: Tensor) -> Any:
     return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
-# ------------------------------------------------------------------------------------------------- networks and rates
+# ------------------------------------------------------------------------------- networks and rates
 
 
 def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
-    """The settings with the network of each round, the first teacher's first; refused if they do not go on."""
+    """The settings with the network of each round, the first teacher's first.
+
+    Refused if they do not go on.
+    """
     # Without names it is the usual one; the last of several serves on.
     asked = settings.networks or (None,)
     names = [asked[min(number, len(asked) - 1)] for number in range(settings.rounds + 1)]
@@ -675,11 +693,13 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
     for number, (teacher, student) in enumerate(pairwise(names), 1):
         if sizes[student] < sizes[teacher] and not settings.allow_smaller:
             raise MetaplError(
-                f"--networks: the student of round {number}, {student}, has {sizes[student]:,} parameters, and its "
-                f"teacher {teacher} {sizes[teacher]:,}; expected equal or larger ones, or --allow-smaller."
+                f"--networks: the student of round {number}, {student}, has {sizes[student]:,} "
+                f"parameters, and its teacher {teacher} {sizes[teacher]:,}; expected equal or "
+                "larger ones, or --allow-smaller."
             )
     if settings.warm_start and (len(set(names)) > 1 or config.fitting.schedule != "exponential"):
-        # It begins with the teacher's weights, and ends at the rate where a student from scratch ends.
+        # It begins with the teacher's weights, and ends at the rate where a student from scratch
+        # ends.
         raise MetaplError(
             "--warm-start: expected one network in --networks, and --schedule exponential."
         )
@@ -689,18 +709,23 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
 
 
 def check_selection(config: Any, settings: NoisyStudent) -> None:
-    """Refuse a store for --select-by that is of other classes or pictures, or not selected; nothing is written."""
+    """Refuse a store for --select-by that is of other classes or pictures, or not selected.
+
+    Nothing is written.
+    """
     folder = settings.stored_selection
     if folder is None:
         return
     flag = f"--select-by {folder}"
     if not config.places:
         raise MetaplError(
-            f"{flag}: expected each or once; a store names pictures in folders, and digits have none."
+            f"{flag}: expected each or once; a store names pictures in folders, and digits have "
+            "none."
         )
     if not (folder / "store.json").is_file():
         raise MetaplError(
-            f"{flag}: expected each, once, or the folder of a store that metapl labels select wrote."
+            f"{flag}: expected each, once, or the folder of a store that metapl labels select "
+            "wrote."
         )
     store = LabelStore(folder)
     classes = scan_labeled(config.labeled).classes
@@ -710,8 +735,8 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
         )
     if store.classes != classes:
         raise MetaplError(
-            f"{flag} was selected by a network of the classes {few(store.classes)}; expected those of "
-            f"{config.labeled}: {few(classes)}."
+            f"{flag} was selected by a network of the classes {few(store.classes)}; expected those "
+            f"of {config.labeled}: {few(classes)}."
         )
     files = scan_unlabeled(config.unlabeled)
     paths = dict(zip(called(store, files.root, files.names), files.paths(), strict=True))
@@ -752,7 +777,7 @@ def freeze_first_layers(network: nn.Module, share: float) -> None:
             p.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -760,7 +785,8 @@ class Chosen:
     """Unlabeled examples that were selected, with their labels.
 
     Args:
-        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it counts.
+        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it
+            counts.
         rows: int64 (n,), the row of each in the store.
         labels: gives the distributions of rows of the store, float32 (B, C).
     """
@@ -772,7 +798,10 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PseudoLabeledBatches(UnlabeledBatches):
-    """Batches (x, stored) of chosen examples; the stored distributions are read from the store as they are needed."""
+    """Batches (x, stored) of chosen examples.
+
+    The stored distributions are read from the store as they are needed.
+    """
 
     chosen: Chosen
 
@@ -794,8 +823,9 @@ def noisy_view(data: Data) -> View:
 def standard_view(data: Data) -> View:
     """The augmentation that the paper calls standard: pictures are moved, and mirrored where that is asked for.
 
-    The teacher of the digits sees them as they are; for them it is the move by a pixel alone. Where random parts of
-    pictures are learned from, that is the standard augmentation, and the view leaves them as they are.
+    The teacher of the digits sees them as they are; for them it is the move by a pixel alone. Where
+    random parts of pictures are learned from, that is the standard augmentation, and the view
+    leaves them as they are.
     """
     view: View = data.unlabeled.weak
     if isinstance(view, Identity) and data.unlabeled.crop is None:
@@ -806,10 +836,11 @@ def standard_view(data: Data) -> View:
 class LossesApart:
     """Record the losses of labeled and of unlabeled examples, each with the noise and without it.
 
-    The paper reads its ablation of noise by these: without noise the loss on labeled pictures falls much, and that on
-    unlabeled ones less. All are cross-entropies of the weights that are trained, by the running statistics of norms,
-    over the same examples at each look; noise is what the views and the network add. Cost: four passes over 128
-    examples of each kind, at every ``every``-th step and at the last.
+    The paper reads its ablation of noise by these: without noise the loss on labeled pictures falls
+    much, and that on unlabeled ones less. All are cross-entropies of the weights that are trained,
+    by the running statistics of norms, over the same examples at each look; noise is what the views
+    and the network add. Cost: four passes over 128 examples of each kind, at every ``every``-th
+    step and at the last.
     """
 
     def __init__(
@@ -862,7 +893,7 @@ class LossesApart:
         return total / count
 
 
-# ------------------------------------------------------------------------------------------------- labels of a round
+# -------------------------------------------------------------------------------- labels of a round
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -900,7 +931,8 @@ class Noised(nn.Module):
 def threshold_of(labels: LabelStore, asked: float) -> float:
     """The confidence above which examples are kept: the one that was asked for, or 0 where no example reaches it.
 
-    It is compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
+    It is compared in float32, as confidences are stored and select compares them: there, 0.1 is
+    more than in float64.
     """
     is_reached = (labels.column("confidence") > np.float32(asked)).any()
     return asked if is_reached else 0.0

@@ -30,15 +30,16 @@ HEADER = ("file", "class", "probability")
 class Predict:
     """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
 
-    With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
-    each class, called p(cat) say, is added by --probabilities; these sum to 1.
+    With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come
+    next. A column for each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
-    A picture is read like the training data of the run: the largest centered square of it brought to the network's
-    size, in colors or grey; of runs that were trained on crops, the middle of that square. For digits, the digit is to
-    fill the picture, and is inverted where it is more bright than dark.
+    A picture is read like the training data of the run: the largest centered square of it brought
+    to the network's size, in colors or grey; of runs that were trained on crops, the middle of that
+    square. For digits, the digit is to fill the picture, and is inverted where it is more bright
+    than dark.
 
-    Folders are searched, with all that is in them, for files by their suffixes. A file that cannot be read is left out,
-    with the reason on standard error; the exit code is then 1.
+    Folders are searched, with all that is in them, for files by their suffixes. A file that cannot
+    be read is left out, with the reason on standard error; the exit code is then 1.
 
     Args:
         folder: the run folder; of a comparison, the run that it delivers.

@@ -55,12 +55,13 @@ MOST_UNFOLDED = 40  # classes of a table that is open
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write all there is to see of a run as one web page, for a browser, without any other file; a run that ended left
-    such a page already.
+    """Write all there is to see of a run as one web page, for a browser, without any other file; a
+    run that ended left such a page already.
 
-    Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the surest mistakes on
-    the test set where its pictures are still there, settings, the command and versions. Of a comparison: its methods
-    side by side, the paired test, and the run that it delivers. Of a run that has not ended: how far it has come.
+    Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the
+    surest mistakes on the test set where its pictures are still there, settings, the command and
+    versions. Of a comparison: its methods side by side, the paired test, and the run that it
+    delivers. Of a run that has not ended: how far it has come.
 
     A page that was written before is replaced; another file is not.
 
@@ -78,7 +79,8 @@ class Report:
             check_file(out, ".html")
         if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
             raise MetaplError(
-                f"{out} is there, and metapl report did not write it; expected another --out FILE.html."
+                f"{out} is there, and metapl report did not write it; expected another --out "
+                "FILE.html."
             )
         if folder.exists and not folder.ended:
             state = state_of(folder)
@@ -97,7 +99,8 @@ class Report:
             out, page, "any earlier page is as it was; expected a disk with room, or another --out."
         )
         tell(
-            f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser"
+            f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a "
+            "browser"
         )
         return 0
 
@@ -150,8 +153,8 @@ def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
 
 
 def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:
-    """The heading, the picture and the parts of the page of a run that has ended; ``found``: what is not to be looked
-    for again."""
+    """The heading, the picture and the parts of the page of a run that has ended; ``found``: what
+    is not to be looked for again."""
     result, path, delivered = run.result, run.folder.path, run.cards[run.result["delivered"]].title
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     # 1. What it reached; of a comparison, the methods side by side and the paired test.
@@ -259,7 +262,10 @@ def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def drawn(picture: bytes, note: str = "") -> str:
     """The picture of a run in its page."""
-    image = f'<img class="drawn" alt="curves over the steps, and the confusion matrix" src="{web.picture(picture)}">'
+    image = (
+        '<img class="drawn" alt="curves over the steps, and the confusion matrix" '
+        f'src="{web.picture(picture)}">'
+    )
     return web.section("Curves and confusion", image, web.paragraph(note, "quiet") if note else "")
 
 
@@ -309,7 +315,7 @@ def provenance(
     yield web.folded("Versions and hardware", web.rows([*by.get("made_with", {}).items()]))
 
 
-# -------------------------------------------------------------------------------------------- labels that may be wrong
+# ------------------------------------------------------------------------- labels that may be wrong
 
 SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
 
@@ -317,8 +323,9 @@ SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many
 def write_suspects(
     folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]
 ) -> str:
-    """All the examples, first those whose given label the network finds least probable, without augmentation; with the
-    weight that was learned for each, where weights of examples were. What it says as a whole."""
+    """All the examples, first those whose given label the network finds least probable, without
+    augmentation; with the weight that was learned for each, where weights of examples were. What it
+    says as a whole."""
     teacher, weights = trained.teacher, None
     if (
         isinstance(trained, BilevelTrainer)
@@ -368,13 +375,13 @@ def suspects_shown(folder: Path, given: Input) -> str:
             continue
         shown.append(web.Picture(x, caption))
     note = (
-        f"of {len(rows):,} labels, the most suspicious first; beneath each, the given label, what the network takes it "
-        f"for and how surely, and its file. {SUSPECTS} has all of them."
+        f"of {len(rows):,} labels, the most suspicious first; beneath each, the given label, what "
+        f"the network takes it for and how surely, and its file. {SUSPECTS} has all of them."
     )
     return web.pictures("Labels that may be wrong", note, shown)
 
 
-# --------------------------------------------------------------------------------------------------------- the picture
+# -------------------------------------------------------------------------------------- the picture
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = (
@@ -565,7 +572,7 @@ def png_of(figure: Figure, dots_per_inch: float | None = None) -> bytes:
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------------- in sentences
+# ------------------------------------------------------------------------------------- in sentences
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
@@ -584,7 +591,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if tested is not None:
         chance = Evaluation(**tested).chance
         lines.append(
-            f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}."
+            f"Test accuracy of the {words[name]}: "
+            f"{spoken(tested['accuracy'], tested['n'], chance)}."
         )
     if (reached := content.get("validation_accuracy")) is not None:
         on = content["validation_size"], content["validation_chance"]
@@ -605,7 +613,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             f"the {words[each]} ({100 * value:.1f} %)" for each, value in guesses.items()
         )
         lines.append(
-            f"Not shown to be better than guessing on {part}: {named}. It may need more steps, or lower learning rates."
+            f"Not shown to be better than guessing on {part}: {named}. It may need more steps, or "
+            "lower learning rates."
         )
     lines += linear_baseline(content)
     if tested is not None and rounds:
@@ -613,7 +622,10 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])
         ]
         if (best := max(reached)) > tested["accuracy"]:
-            which = f"Round {reached.index(best)} reached {100 * best:.1f} % on test, more than the last"
+            which = (
+                f"Round {reached.index(best)} reached {100 * best:.1f} % on test, more than the "
+                "last"
+            )
             lines.append(f"{which}, which is delivered by rule: the test set chooses nothing.")
     return lines
 
@@ -636,7 +648,10 @@ def next_try(content: Mapping[str, Any]) -> str:
     steps = content.get("steps", 0)
     if content.get("recipe") == "digits":
         more = f"Try more steps (it took {steps:,}: --steps)"
-        return f"{more}, other learning rates (--lr, --student-lr), or other methods beside it (--compare)."
+        return (
+            f"{more}, other learning rates (--lr, --student-lr), or other methods beside it "
+            "(--compare)."
+        )
     has_backbone = content["control_of"] != "pixels"
     begin = (
         "training its head alone (--tuning head)"
@@ -644,7 +659,10 @@ def next_try(content: Mapping[str, Any]) -> str:
         else "a pretrained network (--backbone auto)"
     )
     if content.get("recipe") == "noisy":
-        return f"Try more time (--minutes), {begin}, more clean pictures, or these alone (--method clean)."
+        return (
+            f"Try more time (--minutes), {begin}, more clean pictures, or these alone (--method "
+            "clean)."
+        )
     return f"Try more time (--minutes), {begin}, or more labeled pictures."
 
 

@@ -14,8 +14,9 @@ labels/, rounds/      stored labels, of reduced_mpl and of Noisy Student
 network.json          what the networks are, and how a file becomes their input
 result.json           the end: accuracies
 
-Whoever leaves network.json, the weights and result.json leaves a run that ``metapl predict``, ``label`` and ``export``
-read: :func:`save` does, for a script of one's own. Nothing in the folder is code, and nothing of it is run.
+Whoever leaves network.json, the weights and result.json leaves a run that ``metapl predict``,
+``label`` and ``export`` read: :func:`save` does, for a script of one's own. Nothing in the folder
+is code, and nothing of it is run.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ from metapl.runs.folder import LOCK, Folder
 
 FORMAT = 4  # the layout of run folders that this version writes and reads
 
-# Settings in which the parts of a run may differ, for they change nothing but speed; and those that say where the data
-# lie, which may have moved: what they hold is compared by its hashes.
+# Settings in which the parts of a run may differ, for they change nothing but speed; and those that
+# say where the data lie, which may have moved: what they hold is compared by its hashes.
 SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
@@ -109,7 +110,10 @@ class RunFolder(Folder):
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`held`, by a run of this recipe: a new one, or with ``resume`` the one that is there, of the same."""
+        """:meth:`held`, by a run of this recipe.
+
+        A new one, or with ``resume`` the one that is there, of the same.
+        """
         with self.held():
             self.check(resume)
             if not self.exists:
@@ -137,7 +141,8 @@ class RunFolder(Folder):
             if changed:
                 what = ", ".join(changed[:4])
                 raise MetaplError(
-                    f"{self.path} holds a run of another recipe ({what}); resume it as it was started."
+                    f"{self.path} holds a run of another recipe ({what}); resume it as it was "
+                    "started."
                 )
             remove_temporary(self.path)
             yield
@@ -146,18 +151,23 @@ class RunFolder(Folder):
         """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
         if self.exists and not resume:
             raise MetaplError(
-                f"{self.path} holds a run already; give --resume to go on with it, or another --out."
+                f"{self.path} holds a run already; give --resume to go on with it, or another "
+                "--out."
             )
         if not self.exists and self.path.is_dir():
             # Hidden files are a file manager's; the other kind is what a killed start left.
             left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
             if others := sorted(name for name in os.listdir(self.path) if not left.fullmatch(name)):
                 raise MetaplError(
-                    f"{self.path} holds files that are not a run's ({few(others)}); give another --out."
+                    f"{self.path} holds files that are not a run's ({few(others)}); give another "
+                    "--out."
                 )
 
     def threads(self) -> int:
-        """Threads of the linear algebra, on whose number rounding depends: those that the run here was started with."""
+        """Threads of the linear algebra, on whose number rounding depends.
+
+        Those that the run here was started with.
+        """
         begun = self.description().get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
 
@@ -167,7 +177,10 @@ class RunFolder(Folder):
         return recipe
 
     def description(self) -> dict[str, Any]:
-        """What ``recipe.json`` holds: the recipe, with what it was made, and the command where one did it."""
+        """What ``recipe.json`` holds.
+
+        The recipe, with what it was made, and the command where one did it.
+        """
         content = self.read_json("recipe.json")
         if content.get("format") != FORMAT:
             made = content.get("made_with", {}).get("metapl", "?")
@@ -217,7 +230,8 @@ class RunFolder(Folder):
         if not file.is_file():
             left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
             raise MetaplError(
-                f"{file} is missing; expected it, or --network with what is left: {', '.join(left)}."
+                f"{file} is missing; expected it, or --network with what is left: "
+                f"{', '.join(left)}."
             )
         weights: dict[str, Tensor] = load(read_sealed(file, sha256, mend=ANOTHER))
         return weights
@@ -233,14 +247,16 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
         "compare" not in of and result.get("seed") != of.get("fields", {}).get("seed")
     ):
         raise MetaplError(
-            f"{file} is damaged or of another run: its {own[0]} or its seed is not that of recipe.json."
+            f"{file} is damaged or of another run: its {own[0]} or its seed is not that of "
+            "recipe.json."
         )
     return result
 
 
 def guessing(result: Mapping[str, Any]) -> dict[str, float]:
-    """The accuracies, by name, of a run's networks that are not shown to be better than guessing, on the test examples
-    or, without these, on the validation examples: guessing lies in their 95 % interval, or above it."""
+    """The accuracies, by name, of a run's networks that are not shown to be better than guessing,
+    on the test examples or, without these, on the validation examples: guessing lies in their 95 %
+    interval, or above it."""
     part, n, chance = "validation", result["validation_size"], result.get("validation_chance")
     if "evaluation" in result:
         tested = Evaluation(**result["evaluation"])
@@ -260,7 +276,10 @@ def guessing(result: Mapping[str, Any]) -> dict[str, float]:
 def results_within(
     path: Path, compared: Mapping[str, Any]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """What the runs of a comparison ended with, by method and seed; ``compared`` is its own ``result.json``."""
+    """What the runs of a comparison ended with, by method and seed.
+
+    ``compared`` is its own ``result.json``.
+    """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for method, accuracies in compared["methods"].items():
         for seed, accuracy in zip(compared["seeds"], accuracies[READOUTS[1]], strict=True):
@@ -284,7 +303,10 @@ def seal(
     cards: Mapping[str, NetworkCard],
     weights: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, str]:
-    """Write ``network.json`` and the weights; gives the SHA-256 of these and of :data:`HASHED` by their names."""
+    """Write ``network.json`` and the weights.
+
+    Gives the SHA-256 of these and of :data:`HASHED` by their names.
+    """
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
     found = {
@@ -295,7 +317,10 @@ def seal(
 
 
 def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
-    """Stop where a file of a run is not as its ``result.json`` notes it; what was never noted may be gone."""
+    """Stop where a file of a run is not as its ``result.json`` notes it.
+
+    What was never noted may be gone.
+    """
     sha256 = result["sha256"].get(file.name)
     if sha256 is not None or file.exists():
         read_sealed(file, sha256, mend=ANOTHER)
@@ -320,7 +345,10 @@ def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A run that has ended, read from its folder alone; of a comparison, the run whose networks it delivers."""
+    """A run that has ended, read from its folder alone.
+
+    Of a comparison, the run whose networks it delivers.
+    """
 
     folder: RunFolder
     title: str
@@ -393,12 +421,16 @@ class EndedRun:
         if asked not in self.networks:
             has = f"{self.folder.path} has no {WEIGHTS[asked]}"
             raise MetaplError(
-                f"--network {asked}: {has}; expected one of its networks: {', '.join(self.networks)}."
+                f"--network {asked}: {has}; expected one of its networks: "
+                f"{', '.join(self.networks)}."
             )
         return asked
 
     def network(self, name: str, factory: str | None = None) -> nn.Module:
-        """One of the run's networks with its weights; ``factory`` is FILE.py:FUNCTION for one of its own."""
+        """One of the run's networks with its weights.
+
+        ``factory`` is FILE.py:FUNCTION for one of its own.
+        """
         torch.set_num_threads(self.folder.threads())
         file = self.folder.path / WEIGHTS[name]
         weights = self.folder.read_weights(file.name, self.result["sha256"].get(file.name))
@@ -452,12 +484,14 @@ def save(
 
     Args:
         path: the folder; made if need be, and refused where it holds anything.
-        network: from (B, C, H, W) as the card's input says to logits (B, K), built as the card says: by
-            :func:`metapl.apps.networks.create`, then :func:`metapl.apps.networks.Normalized`, say; or any other.
+        network: from (B, C, H, W) as the card's input says to logits (B, K), built as the card
+            says: by :func:`metapl.apps.networks.create`, then
+            :func:`metapl.apps.networks.Normalized`, say; or any other.
         classes: names of the K outputs.
         name: what trained it, such as the name of the script.
-        config: with what settings, as plain values: ``seed`` and ``steps`` among them; and ``labeled``, ``unlabeled``
-            and ``test``, the folders of its pictures, where there are any.
+        config: with what settings, as plain values: ``seed`` and ``steps`` among them; and
+            ``labeled``, ``unlabeled`` and ``test``, the folders of its pictures, where there are
+            any.
         evaluation: what it reached on test examples; see :func:`metapl.metrics.evaluate_logits`.
     """
     folder = RunFolder(path)

@@ -32,9 +32,10 @@ WRITTEN = (
 class Runs:
     """List the runs below a folder, the newest last.
 
-    Of a finished run it says the accuracy of the network that it delivers, on test or on validation examples, and
-    which of its networks are not better than guessing; of another one, how many of its steps are done, and whether it
-    is running, interrupted or damaged, and how. A run is a folder with a recipe.json; all others are passed over.
+    Of a finished run it says the accuracy of the network that it delivers, on test or on validation
+    examples, and which of its networks are not better than guessing; of another one, how many of
+    its steps are done, and whether it is running, interrupted or damaged, and how. A run is a
+    folder with a recipe.json; all others are passed over.
 
     Args:
         folder: where to look, in all folders below it; or a run.
@@ -97,7 +98,10 @@ class Runs:
                 notes += f"\n{name}: not better than guessing: {named}"
             if "accuracy" in entry:
                 low, high = entry["interval"]
-                state = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
+                state = (
+                    f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) "
+                    f"{entry['on']}"
+                )
             method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
             rows.append(
                 (name, method, short(entry.get("data", "")), steps, state, entry["date"][:10])

@@ -1,4 +1,7 @@
-"""What the settings of all trainings are made of: ranges, and how long, how fast and in what batches is trained."""
+"""What the settings of all trainings are made of.
+
+Ranges, and how long, how fast and in what batches is trained.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +148,10 @@ def replaced(value: Any, **fields: Any) -> Any:
 
 
 def flat(value: Any) -> dict[str, Any]:
-    """The settings of a dataclass and of those in it by their names as flags; none has the name of another."""
+    """The settings of a dataclass and of those in it by their names as flags.
+
+    None has the name of another.
+    """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         part = getattr(value, field.name)

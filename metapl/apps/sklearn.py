@@ -1,10 +1,11 @@
-"""Classifiers for tables, as scikit-learn has them: from few labels and many unlabeled rows, or from labels of which
-some are wrong.
+"""Classifiers for tables, as scikit-learn has them: from few labels and many unlabeled rows, or
+from labels of which some are wrong.
 
-Both standardize each column by its mean and deviation over the rows that ``fit`` is given, train small networks on
-these, and predict by one of them on the CPU. What they draw comes from ``random_state``: the same seed gives the same
-weights on one machine, and the default generators of torch, NumPy and Python stay as they were. None draws the seed
-from NumPy's, as elsewhere in scikit-learn.
+Both standardize each column by its mean and deviation over the rows that ``fit`` is given, train
+small networks on these, and predict by one of them on the CPU. What they draw comes from
+``random_state``: the same seed gives the same weights on one machine, and the default generators of
+torch, NumPy and Python stay as they were. None draws the seed from NumPy's, as elsewhere in
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _DRAWING = threading.RLock()  # the default generators are those of all threads
 
 @dataclass(frozen=True)
 class _Rows(StepBatches[Any]):
-    """Shuffled batches of the same rows of each column, or with ``weights`` batches of rows drawn in proportion to
-    these; with a ``noise``, views of the only one."""
+    """Shuffled batches of the same rows of each column, or with ``weights`` batches of rows drawn
+    in proportion to these; with a ``noise``, views of the only one."""
 
     columns: tuple[Tensor, ...]
     sampler: StepSampler
@@ -120,7 +121,8 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         known = ~np.isin([str(label) for label in y], _MISSING[: None if self._partly else -2])
         if not self._partly and not known.all():
             raise MetaplError(
-                f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row."
+                f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each "
+                "row."
             )
         y = y[known]
         if y.dtype == object and not any(isinstance(label, str) for label in y):
@@ -135,8 +137,8 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
 
     @contextmanager
     def _fitting(self, X: Any, y: Any) -> Iterator[tuple[Tensor, Array, Array, int]]:
-        """Standardized rows where the networks are trained, which of them have a label, the classes of these by number,
-        and a seed, whose draws are the only ones in the block."""
+        """Standardized rows where the networks are trained, which of them have a label, the classes
+        of these by number, and a seed, whose draws are the only ones in the block."""
         check_fields(self)
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         known, y = self._known(X, y, warn=True)
@@ -170,7 +172,8 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         shape = tuple(logits_of(found, [x[:2]]).shape)
         if shape != (2, classes):
             raise MetaplError(
-                f"the network of network= gives outputs {shape} for 2 rows; expected {(2, classes)}."
+                f"the network of network= gives outputs {shape} for 2 rows; expected "
+                f"{(2, classes)}."
             )
         return found
 
@@ -192,27 +195,29 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class MetaPseudoLabelsClassifier(_Classifier):
-    r"""Meta Pseudo Labels for tables: a teacher labels all rows, a student learns from these labels, and the teacher
-    from how the student then does on the rows with labels.
+    r"""Meta Pseudo Labels for tables: a teacher labels all rows, a student learns from these
+    labels, and the teacher from how the student then does on the rows with labels.
 
-    The student sees the rows with noise, where ``noise`` is not 0; the teacher labels them as they are, and learns to
-    say the same of both (:class:`metapl.UDA`). Prediction is by the student.
+    The student sees the rows with noise, where ``noise`` is not 0; the teacher labels them as they
+    are, and learns to say the same of both (:class:`metapl.UDA`). Prediction is by the student.
 
     Args:
         hidden_layer_sizes: widths between the columns and the classes, of both networks.
-        network: in their place, a function (columns, classes) -> ``torch.nn.Module`` that gives logits.
+        network: in their place, a function (columns, classes) -> ``torch.nn.Module`` that gives
+            logits.
         mode: of :class:`metapl.BilevelTrainer`; ``"none"`` is the control without feedback.
         steps: of training, with a cosine schedule.
         batch_size: rows in a batch of each kind, or all that there are.
         learning_rate, weight_decay: of both networks' SGD with Nesterov momentum 0.9.
-        noise: standard deviation of the noise, in deviations of each column; 0: one view, and no consistency.
+        noise: standard deviation of the noise, in deviations of each column; 0: one view, and no
+            consistency.
         feedback_weight, feedback_ratio, feedback_bound: as of :class:`metapl.BilevelTrainer`.
         device: where it is trained.
         verbose: show a bar.
         random_state: as elsewhere in scikit-learn.
 
-    Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``), and
-    ``network_``, the student, on the CPU.
+    Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a
+    ``StandardScaler``), and ``network_``, the student, on the CPU.
 
     Cost: ``steps`` steps of the mode, whatever the number of rows.
 
@@ -236,15 +241,19 @@ class MetaPseudoLabelsClassifier(_Classifier):
 
         Args:
             X: (n, columns) numbers, none of them missing; dense.
-            y: (n,) classes, numbers or texts. A row without a label has -1, as a number or as the text "-1", None or
-                NaN. Where every row has a label, a warning says so, and the training goes on.
+            y: (n,) classes, numbers or texts. A row without a label has -1, as a number or as the
+                text "-1", None or NaN. Where every row has a label, a warning says so, and the
+                training goes on.
 
         Returns: this classifier.
         Raises: ValueError; :class:`metapl.MetaplError` is one.
         """
         with self._fitting(X, y) as (x, known, codes, seed):
             if known.all():
-                why = "a VotingClassifier, or another that numbers the labels anew, makes a class of -1"
+                why = (
+                    "a VotingClassifier, or another that numbers the labels anew, makes a class "
+                    "of -1"
+                )
                 warnings.warn(
                     f"every row of y has a label, and none -1 for a missing one; {why}",
                     stacklevel=2,
@@ -275,25 +284,29 @@ class MetaPseudoLabelsClassifier(_Classifier):
 class MetaReweightedClassifier(_Classifier):
     r"""Learning from labels of which some are wrong: each row has a weight, which is learned from rows to be trusted.
 
-    With trusted rows, :class:`metapl.problems.ExampleWeights` learns the weights a_i in (0, 1): they fall where a step
-    on the row raises the loss on the trusted rows. Then a network with new first weights is trained on all rows, each
-    drawn in proportion to its weight, and the trusted ones to 1.
+    With trusted rows, :class:`metapl.problems.ExampleWeights` learns the weights a_i in (0, 1):
+    they fall where a step on the row raises the loss on the trusted rows. Then a network with new
+    first weights is trained on all rows, each drawn in proportion to its weight, and the trusted
+    ones to 1.
 
-    Without trusted rows nothing tells a wrong label from a right one but the other rows. The rows are then divided into
-    folds, and a row has the weight 1 where a network that was trained on the other folds gives it its own label, and 0
-    where it does not; the rows of a class that would have no row left keep the weight 1. No feedback is used.
+    Without trusted rows nothing tells a wrong label from a right one but the other rows. The rows
+    are then divided into folds, and a row has the weight 1 where a network that was trained on the
+    other folds gives it its own label, and 0 where it does not; the rows of a class that would have
+    no row left keep the weight 1. No feedback is used.
 
     Args:
-        hidden_layer_sizes, network, batch_size, learning_rate, weight_decay, device, verbose, random_state: as of
-            :class:`MetaPseudoLabelsClassifier`.
-        mode: one for differentiable signals, used with trusted rows; ``"none"`` is the control: plain training without
-            trusted rows, and equal weights of all rows but the trusted ones with them.
+        hidden_layer_sizes, network, batch_size, learning_rate, weight_decay, device, verbose,
+            random_state: as of :class:`MetaPseudoLabelsClassifier`.
+        mode: one for differentiable signals, used with trusted rows; ``"none"`` is the control:
+            plain training without trusted rows, and equal weights of all rows but the trusted ones
+            with them.
         steps: of each of the two trainings; the networks of the folds share as many.
         weights_learning_rate: of the weights' Adam, in logits.
         folds: into which the rows are divided where ``fit`` is not told which are trusted.
 
-    Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``),
-    ``weights_`` (n,) of the rows of ``fit``, 1 for trusted ones, and ``network_`` on the CPU.
+    Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a
+    ``StandardScaler``), ``weights_`` (n,) of the rows of ``fit``, 1 for trusted ones, and
+    ``network_`` on the CPU.
 
     Cost: ``steps`` steps of the mode and as many of plain training, whatever the number of rows.
 
@@ -315,8 +328,8 @@ class MetaReweightedClassifier(_Classifier):
         Args:
             X: (n, columns) numbers, none of them missing; dense.
             y: (n,) classes, numbers or texts, some of them wrong.
-            trusted: (n,) True where a label is known to be right, for one row of each class or more. None: folds of
-                the rows check each other's labels.
+            trusted: (n,) True where a label is known to be right, for one row of each class or
+                more. None: folds of the rows check each other's labels.
 
         Returns: this classifier.
         Raises: ValueError; :class:`metapl.MetaplError` is one.
@@ -325,7 +338,8 @@ class MetaReweightedClassifier(_Classifier):
             mode = estimator(self.mode)
             if "soft" not in mode.labels:
                 raise MetaplError(
-                    f"mode {mode.name!r} takes sampled signals alone; expected 'forward', say, or 'none'."
+                    f"mode {mode.name!r} takes sampled signals alone; expected 'forward', say, or "
+                    "'none'."
                 )
             labels = torch.from_numpy(codes).to(x.device)
             if trusted is None:

@@ -76,8 +76,10 @@ def train(
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
 
     Args:
-        config: what is trained on and how long, such as :class:`metapl.apps.digits.Digits`; every field has a value.
-        method: one of :mod:`metapl.apps.methods`, or of what is trained on; with a value for every field.
+        config: what is trained on and how long, such as :class:`metapl.apps.digits.Digits`; every
+            field has a value.
+        method: one of :mod:`metapl.apps.methods`, or of what is trained on; with a value for every
+            field.
         resume: go on with what the folder has; it ends bit for bit as without the interruption.
         processes: those that train together; None: one.
 
@@ -104,7 +106,8 @@ def train(
     if noted.exists() and folder.read_json("data.json") != record:
         since = f"since the run in {folder.path} was started (see its data.json)"
         raise MetaplError(
-            f"the data have changed {since}; put them back, or start another run with another --out."
+            f"the data have changed {since}; put them back, or start another run with another "
+            "--out."
         )
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_json("data.json", record)
@@ -192,7 +195,8 @@ def train(
     )
     trained = method.train(training)
 
-    # 4. What is kept: the student as it is, its teacher, and the student finetuned; each is tested once.
+    # 4. What is kept: the student as it is, its teacher, and the student finetuned; each is tested
+    # once.
     result, kept = trained.result, dict[str, Measured]()
     kept["student"] = measured(
         data, trained.trainer.student, result.validation_accuracy, result.weights
@@ -301,8 +305,9 @@ class Truth:
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     """The network that a run delivers: by validation, the first of equals, where that can tell networks apart.
 
-    Where it cannot, the finetuned student, which did better on the seen half of benchmarks/pictures. Of Noisy Student
-    it is the last student, of equals the finetuned one; its teacher only where that is 30 points better.
+    Where it cannot, the finetuned student, which did better on the seen half of
+    benchmarks/pictures. Of Noisy Student it is the last student, of equals the finetuned one; its
+    teacher only where that is 30 points better.
     """
 
     def reached(name: str) -> float:
@@ -343,19 +348,20 @@ def device(asked: str) -> torch.device:
 
 
 def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
-    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in each; and processes
-    that would have to store labels, which one does."""
+    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in
+    each; and processes that would have to store labels, which one does."""
     if mesh.size > 1 and isinstance(method, ReducedMpl) and not method.stores:
         raise MetaplError(
-            f"--method {method.name} in several processes reads labels that are stored: expected --labels STORE, which "
-            "`metapl label RUN PICTURES --out STORE` writes; or leave --mesh out."
+            f"--method {method.name} in several processes reads labels that are stored: expected "
+            "--labels STORE, which `metapl label RUN PICTURES --out STORE` writes; or leave "
+            "--mesh out."
         )
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flat(config).items():
         if name.endswith("_batch") and size % parts:
             raise MetaplError(
-                f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for {mesh.shares:,} processes "
-                f"and --accumulate {config.fitting.accumulate:,}."
+                f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for "
+                f"{mesh.shares:,} processes and --accumulate {config.fitting.accumulate:,}."
             )
     if (
         mesh.shard > 1

@@ -1,4 +1,7 @@
-"""A training as one web page that needs nothing beside itself: no script, no file and no address from elsewhere."""
+"""A training as one web page that needs nothing beside itself.
+
+No script, no file and no address from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from torch import Tensor
 from metapl.words import shown
 
 GENERATOR = "metapl report"  # what a page says of who wrote it
-ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # what a browser may load: nothing
+# what a browser may load: nothing
+ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 LARGEST_PICTURE = 160  # pixels a side
 
 STYLE = """
@@ -77,14 +81,15 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
     """A table, the first cell of whose rows names them; without a head, of names and texts."""
     heads = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{text(name)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row)}</tr>'
+        "<tr><th "
+        f'scope="row">{text(name)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row)}</tr>'
         for name, *row in cells
     )
     kind = "" if head else ' class="texts"'
     return f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 class Picture(NamedTuple):

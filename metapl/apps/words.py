@@ -1,4 +1,7 @@
-"""Names, messages and tables as they are shown: what a file is called must not move the cursor, or turn the line."""
+"""Names, messages and tables as they are shown.
+
+What a file is called must not move the cursor, or turn the line.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +82,8 @@ def wrapped(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an apostrophe; a negative
-    number is none.
+    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an
+    apostrophe; a negative number is none.
 
     >>> cell("=1+1"), cell("a=1"), cell("-1+1"), cell("-1.5e-05")
     ("'=1+1", 'a=1', "'-1+1", '-1.5e-05')
@@ -90,7 +93,10 @@ def cell(text: str) -> str:
 
 
 class CsvRows:
-    """CSV in which no name is taken for a formula, or for the end of a line; on a terminal, names are escaped."""
+    """CSV in which no name is taken for a formula, or for the end of a line.
+
+    On a terminal, names are escaped.
+    """
 
     def __init__(self, sink: TextIO) -> None:
         self.plain = csv.writer(sink, lineterminator="\n")
@@ -133,7 +139,10 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def require_extra(extra: str, need: str, *packages: str) -> None:
-    """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
+    """Refuse to go on without the packages of an extra.
+
+    ``need`` is what the message begins with, "ONNX needs" say.
+    """
     missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
     if missing:
         raise MetaplError(

@@ -1,4 +1,7 @@
-"""Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
+"""Data whose every draw is a pure function of (seed, step, example).
+
+A run resumes by position alone.
+"""
 
 from metapl.data.feed import Feed, WithoutLabels, feed, without_labels
 from metapl.data.steps import StepBatches, StepSampler, loader

@@ -1,8 +1,8 @@
 """Counter-based random numbers: a draw is a hash of (seed, stream, step, example, draw), and nothing has a state.
 
-The hash is five rounds of ``fold_in``, each the output function of splitmix64 (Steele, Lea and Flood 2014) on 64 bits
-with wraparound. Whatever draws this way is the same on every device, in every worker, in every batch composition and
-after every restart.
+The hash is five rounds of ``fold_in``, each the output function of splitmix64 (Steele, Lea and
+Flood 2014) on 64 bits with wraparound. Whatever draws this way is the same on every device, in
+every worker, in every batch composition and after every restart.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def uniform(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draws from [0, 1), (B, n): ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64, the same on every
-    device; for the arguments see :func:`bits`."""
+    """Draws from [0, 1), (B, n): ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64,
+    the same on every device; for the arguments see :func:`bits`."""
     precision = {torch.float32: 24, torch.float64: 53}[dtype]
     return (
         _shift_right(bits(seed, step, examples, n, stream), 64 - precision).to(dtype)

@@ -1,8 +1,9 @@
 """Endless streams of batches that know their position, made of whatever a user has batches in.
 
-The position in a :class:`~metapl.data.StepBatches` or a list is a number. In a ``DataLoader`` it is where the random
-number generators were at the start of the epoch, and how many batches were taken since: the epoch is drawn again up to
-there. Each feed has states of its own for these generators, in place while it makes a batch and at no other time.
+The position in a :class:`~metapl.data.StepBatches` or a list is a number. In a ``DataLoader`` it is
+where the random number generators were at the start of the epoch, and how many batches were taken
+since: the epoch is drawn again up to there. Each feed has states of its own for these generators,
+in place while it makes a batch and at no other time.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Feed(ABC):
         """Go on exactly where :meth:`state` was asked for."""
         if (kind := state["kind"]) != self.kind:
             raise MetaplError(
-                f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same kind"
+                f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same "
+                "kind"
             )
         self.close()
         self._position = state["position"]
@@ -91,7 +93,8 @@ class Feed(ABC):
     def close(self) -> None:
         """Stop the workers; ask for the state before."""
         if self.kind != "iterator":  # which belongs to its owner, and may go on elsewhere
-            # torch stops workers when the iterator is collected, but a traceback may hold on to it for long.
+            # torch stops workers when the iterator is collected, but a traceback may hold on to it
+            # for long.
             getattr(self._iterator, "_shutdown_workers", lambda: None)()
             self._iterator = None
 
@@ -112,22 +115,24 @@ def feed(
 
             - :class:`~metapl.data.StepBatches`: batch t is ``source[t]``.
             - a list or tuple of batches: batch t is ``source[t % len(source)]``.
-            - a torch ``DataLoader``, or anything else that ``iter`` begins anew each time: its epochs follow each
-              other, and ``set_epoch(epoch)`` is called on samplers and data sets that have it.
+            - a torch ``DataLoader``, or anything else that ``iter`` begins anew each time: its
+              epochs follow each other, and ``set_epoch(epoch)`` is called on samplers and data sets
+              that have it.
             - :func:`~metapl.data.without_labels` of one of these: its batches without their labels.
             - an iterator or generator: served once, and it cannot be restored.
-        name: what messages call the source, such as "labeled"; feeds of different names draw differently.
-        stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
-        num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has its own number.
-        seed: of what the source draws, any integer.
-        device: where the batches are wanted; None: wherever the source has them.
+        name: what messages call the source, such as "labeled"; feeds of different names draw
+        differently. stop: number of batches that the run needs, 0 or more. Batches beyond it are
+        not promised. num_workers: processes that prepare batches of a ``StepBatches`` ahead. A
+        ``DataLoader`` has its own number. seed: of what the source draws, any integer. device:
+        where the batches are wanted; None: wherever the source has them.
 
-    Returns: a feed at batch 0. Workers start with the first batch.
-    Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; swapping generators takes about
-    0.2 ms a batch. ``StepBatches`` and lists do without both.
-    Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
-    generators that the loader, its samplers, its data set or their transforms hold as attributes (docs/runs.md).
-    Raises: :class:`metapl.MetaplError` for a source that is none of these, or has no batch or fewer than ``stop``.
+    Returns: a feed at batch 0. Workers start with the first batch. Cost: to restore a
+    ``DataLoader`` takes as long as the batches of the epoch so far; swapping generators takes about
+    0.2 ms a batch. ``StepBatches`` and lists do without both. Exactness: what is drawn on the CPU
+    while a batch is made comes from generators seeded by (seed, name), and from generators that the
+    loader, its samplers, its data set or their transforms hold as attributes (docs/runs.md).
+    Raises: :class:`metapl.MetaplError` for a source that is none of these, or has no batch or fewer
+    than ``stop``.
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
@@ -144,7 +149,8 @@ def feed(
     no_batches = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
     if no_batches or not isinstance(source, StepBatches | Iterable):
         raise MetaplError(
-            f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of batches."
+            f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of "
+            "batches."
         )
     if isinstance(source, StepBatches | Sequence):
         return _NumberedFeed(source, name, stop, target, labeled, num_workers)
@@ -168,10 +174,12 @@ def without_labels(source: Any) -> WithoutLabels:
     """Leave out the labels of a source of batches, to be the unlabeled one.
 
     Args:
-        source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple or list the first
-            element stays, of a dict all but ``labels`` and ``label``, and a tensor stays as it is.
+        source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple
+            or list the first element stays, of a dict all but ``labels`` and ``label``, and a
+            tensor stays as it is.
 
-    Returns: a source that ``fit`` takes, resumable as the one it was made of, and that can be iterated over by itself.
+    Returns: a source that ``fit`` takes, resumable as the one it was made of, and that can be
+    iterated over by itself.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -183,8 +191,9 @@ def without_labels(source: Any) -> WithoutLabels:
 
 
 class _NumberedFeed(Feed):
-    """The batches of a `StepBatches` by their step, or those of a list over and over. Of one with ``raw()`` and
-    ``augment(step, fetched)``, workers fetch the first half of a batch and the second is made on the device."""
+    """The batches of a `StepBatches` by their step, or those of a list over and over. Of one with
+    ``raw()`` and ``augment(step, fetched)``, workers fetch the first half of a batch and the second
+    is made on the device."""
 
     def __init__(
         self, source: Any, name: str, stop: int, device: Any, labeled: bool, workers: int
@@ -235,7 +244,8 @@ class _EpochFeed(Feed):
             isinstance(source, DataLoader) and source.persistent_workers
         ):  # else workers go on with their generators
             self._source = copy.copy(source)
-            # A loader guards this attribute against being set; the user's own loader stays as it is.
+            # A loader guards this attribute against being set; the user's own loader stays as it
+            # is.
             vars(self._source).update(persistent_workers=False, _iterator=None)
 
     def _next(self) -> Any:
@@ -244,10 +254,12 @@ class _EpochFeed(Feed):
                 batch := next(self._begun() if self._iterator is None else self._iterator, _END)
             ) is _END:
                 if self.kind == "iterator" or not self._position:
-                    # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last.
+                    # An iterator that is used up, an empty data set, or one smaller than a batch
+                    # with drop_last.
                     where = f"{self._name} has no batch {self._position} in epoch {self._epoch}"
                     raise MetaplError(
-                        f"{where}, and the run needs {self._stop}; expected a source that begins anew"
+                        f"{where}, and the run needs {self._stop}; expected a source that begins "
+                        "anew"
                     )
                 self._epoch, self._position, self._iterator = self._epoch + 1, 0, None
                 self._start = self._generators.read()
@@ -263,7 +275,10 @@ class _EpochFeed(Feed):
         self._iterator = iter(self._source)
         for taken in range(self._position if again else 0):
             if next(self._iterator, _END) is _END:
-                given = f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._position}"
+                given = (
+                    f"{self._name} has {taken} batches in an epoch, and the run to resume had "
+                    f"taken {self._position}"
+                )
                 raise MetaplError(f"{given}; expected the same data as then")
         return self._iterator
 
@@ -288,8 +303,8 @@ class _EpochFeed(Feed):
 
 
 class Generators:
-    """The default generators on the CPU (torch's, Python's, numpy's), seeded by a seed and a name, and those that the
-    parts of a source hold as attributes, which begin where they are."""
+    """The default generators on the CPU (torch's, Python's, numpy's), seeded by a seed and a name,
+    and those that the parts of a source hold as attributes, which begin where they are."""
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())

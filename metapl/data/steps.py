@@ -1,5 +1,5 @@
-"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of t, so that a run that
-resumes at step t asks for item t and nothing is replayed."""
+"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of
+t, so that a run that resumes at step t asks for item t and nothing is replayed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ PATIENCE = 30  # seconds that a worker lives on after it was asked to end, for t
 
 @lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, stream: int, epoch: int) -> Tensor:
-    """A random order of range(size). Remembered, since the steps of an epoch share it; callers must not write to it."""
+    """A random order of range(size).
+
+    Remembered, since the steps of an epoch share it; callers must not write to it.
+    """
     keys = draws.bits(draws.fold_in(seed, _SHUFFLE), epoch, torch.arange(size), 1, stream)
     return torch.argsort(keys[:, 0], stable=True)
 
@@ -45,8 +48,9 @@ def _permutation(size: int, seed: int, stream: int, epoch: int) -> Tensor:
 class StepSampler:
     """The batches of an endless stream of shuffled epochs, each found from its step alone.
 
-    The stream is π₀, π₁, π₂, … with π_e an independent random order of range(size); batch t is its elements
-    tB, …, (t + 1)B − 1. So every example comes once per epoch, and a batch may span two epochs or, with B > size, more.
+    The stream is π₀, π₁, π₂, … with π_e an independent random order of range(size); batch t is its
+    elements tB, …, (t + 1)B − 1. So every example comes once per epoch, and a batch may span two
+    epochs or, with B > size, more.
 
     Args:
         size: number of examples, 1 or more.
@@ -54,7 +58,8 @@ class StepSampler:
         seed: any integer.
         stream: any integer; gives samplers of one seed and size different orders.
 
-    Cost: one sort of ``size`` keys per epoch, and on a restart for the epoch that is entered; nothing is replayed.
+    Cost: one sort of ``size`` keys per epoch, and on a restart for the epoch that is entered;
+    nothing is replayed.
 
     >>> sampler = StepSampler(size=5, batch_size=3, seed=0)
     >>> torch.cat([sampler.indices(t) for t in range(5)])[:5].sort().values
@@ -80,8 +85,8 @@ class StepSampler:
         return torch.cat(parts)  # a copy: the remembered orders stay as they are
 
     def epochs(self, step: int) -> Tensor:
-        """The epoch that each example of a step belongs to, (B,) int64, which tells apart the copies of an example in a
-        batch of more than ``size``."""
+        """The epoch that each example of a step belongs to, (B,) int64, which tells apart the
+        copies of an example in a batch of more than ``size``."""
         return torch.arange(*self._span(step)) // self.size
 
     def _span(self, step: int) -> tuple[int, int]:
@@ -95,8 +100,9 @@ class StepSampler:
 class StepBatches(Dataset[BatchT], ABC):
     """A map-style data set whose item t is the batch of step t.
 
-    A subclass has a field ``steps``, the number of steps or None for an endless stream, and says in :meth:`batch` what
-    step t holds, from t and its own constant fields alone. ``batches[t]`` and ``len(batches)`` follow.
+    A subclass has a field ``steps``, the number of steps or None for an endless stream, and says in
+    :meth:`batch` what step t holds, from t and its own constant fields alone. ``batches[t]`` and
+    ``len(batches)`` follow.
     """
 
     steps: int | None
@@ -130,7 +136,8 @@ def loader(
         batches: item t is the batch of step t.
         start, stop: the first step, where a resumed run goes on, and the one after the last.
         num_workers: processes that prepare batches ahead; 0 prepares them in this one.
-        pin_memory: serve tensors of the CPU in pinned memory, from which they are copied to CUDA without a wait.
+        pin_memory: serve tensors of the CPU in pinned memory, from which they are copied to CUDA
+            without a wait.
 
     Returns: a loader that leaves the default random number generator alone.
 
@@ -143,7 +150,8 @@ def loader(
     """
     if not 0 <= start <= stop <= len(batches):
         raise MetaplError(
-            f"steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches)"
+            f"steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= "
+            "len(batches)"
         )
     return DataLoader(
         batches,
@@ -152,26 +160,31 @@ def loader(
         num_workers=num_workers,
         worker_init_fn=_begin_worker,
         pin_memory=pin_memory,
-        # A loader draws a base seed for its workers. From the default generator, that would change what dropout and
-        # sampled labels draw after a restart.
+        # A loader draws a base seed for its workers. From the default generator, that would change
+        # what dropout and sampled labels draw after a restart.
         generator=torch.Generator(),
     )
 
 
 def _begin_worker(worker: int) -> None:
-    # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for the step under way.
+    # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for
+    # the step under way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # However often it comes: the parent ends its workers when its step is saved. One that is asked to, and is not ended
-    # so, goes by itself.
+    # However often it comes: the parent ends its workers when its step is saved. One that is asked
+    # to, and is not ended so, goes by itself.
     for number in filter(is_heard, END):
         signal.signal(number, lambda number, frame: signal.alarm(PATIENCE) and None)
-    # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing any more.
+    # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing
+    # any more.
     sys.excepthook = lambda kind, error, trace: None
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayBatches(StepBatches[Any]):
-    """Batches of the rows of tensors, in endless shuffled epochs; of fewer rows than ``batch_size``, all of them."""
+    """Batches of the rows of tensors, in endless shuffled epochs.
+
+    Of fewer rows than ``batch_size``, all of them.
+    """
 
     rows: Any  # tensors with a row for each example, in any nesting of dicts and tuples
     batch_size: int
@@ -193,13 +206,17 @@ class ArrayBatches(StepBatches[Any]):
 def in_memory(
     source: Any, name: str, batch_size: int | None, dtype: torch.dtype, stream: int
 ) -> Any:
-    """Batches of examples in memory, a tensor, an array, a dict, tuple or dataclass of these; others as they are."""
+    """Batches of examples in memory, a tensor, an array, a dict, tuple or dataclass of these.
+
+    Others as they are.
+    """
     held = isinstance(source, tuple) and any(map(is_array, source))
     if not (held or is_array(source) or isinstance(source, Mapping) or is_record_of_rows(source)):
         return source
     if batch_size is None or batch_size < 1:
         raise MetaplError(
-            f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a list."
+            f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a "
+            "list."
         )
     rows = as_tensors(plain(source), dtype, f"{name} holds")
     lengths = {len(t) if t.ndim else 0 for t in leaves_of(rows) if isinstance(t, Tensor)}

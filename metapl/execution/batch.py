@@ -1,11 +1,12 @@
 """The parts of a batch, inputs, labels and views, and its way to a device.
 
-The inputs of a network are a tensor, or a dict or tuple of tensors, and are passed to it as one argument
-(:class:`metapl.models.Logits` spreads them over several).
+The inputs of a network are a tensor, or a dict or tuple of tensors, and are passed to it as one
+argument (:class:`metapl.models.Logits` spreads them over several).
 
-A batch may be a dataclass, and hold others. PyTorch's pytrees take an object of such a class for one leaf, unless the
-class is registered with them, which would change what ``torch.compile`` and ``torch.func`` do with it elsewhere. So
-batches are taken apart here, by :func:`flatten` and :func:`map_tensors`, and no class of a user is registered.
+A batch may be a dataclass, and hold others. PyTorch's pytrees take an object of such a class for
+one leaf, unless the class is registered with them, which would change what ``torch.compile`` and
+``torch.func`` do with it elsewhere. So batches are taken apart here, by :func:`flatten` and
+:func:`map_tensors`, and no class of a user is registered.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ def either(**spellings: object) -> Any:
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(given) > 1:
         raise MetaplError(
-            f"{'= and '.join(given)}= were both given; they are two names of one argument: expected one."
+            f"{'= and '.join(given)}= were both given; they are two names of one argument: "
+            "expected one."
         )
     return next(iter(given.values()), None)
 
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
-    """The outer and the inner batch, each by either of its names; one that is missing is refused."""
+    """The outer and the inner batch, each by either of its names.
+
+    One that is missing is refused.
+    """
     if outer is not None or inner is not None:
         labeled, unlabeled = (
             either(labeled=labeled, outer=outer),
@@ -53,7 +58,7 @@ def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[
     return labeled, unlabeled
 
 
-# ----------------------------------------------------------------------------------------- a batch as a tree of tensors
+# --------------------------------------------------------------------- a batch as a tree of tensors
 
 
 def is_record(value: Any) -> bool:
@@ -73,7 +78,8 @@ def is_record_of_rows(data: Any) -> bool:
 def fields_of(record: Any, *, only_fields: bool = False) -> dict[str, Any]:
     """Return what an object of a dataclass holds, by name: its fields, and its other attributes.
 
-    Values that a ``cached_property`` has kept are left out, since an object with other fields computes them anew.
+    Values that a ``cached_property`` has kept are left out, since an object with other fields
+    computes them anew.
     """
     names = [field.name for field in dataclasses.fields(record)]
     if not only_fields:
@@ -90,8 +96,8 @@ def fields_of(record: Any, *, only_fields: bool = False) -> dict[str, Any]:
 def with_fields_of(record: Any, values: Mapping[str, Any]) -> Any:
     """Return a copy of an object of a dataclass that holds other values; the object itself if they are all its own.
 
-    Its ``__init__`` and ``__post_init__`` are not called: they may have changed what they were given, and would do so
-    once more. Frozen classes and those with slots are copied alike.
+    Its ``__init__`` and ``__post_init__`` are not called: they may have changed what they were
+    given, and would do so once more. Frozen classes and those with slots are copied alike.
     """
     before = fields_of(record)
     if all(values[name] is value for name, value in before.items()):
@@ -107,7 +113,10 @@ def with_fields_of(record: Any, values: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """Which dataclass an opened object is of, and what it holds; two objects that hold other values are alike."""
+    """Which dataclass an opened object is of, and what it holds.
+
+    Two objects that hold other values are alike.
+    """
 
     kind: type
     names: tuple[str, ...]
@@ -224,8 +233,8 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
     if isinstance(batch, tuple | list) and len(batch) > 1 and holds_tensors(batch[0]):
         return batch
     raise MetaplError(
-        f"{name} is {described(batch)}; expected (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, "
-        f"or one dict with the labels under 'labels'.{mend}"
+        f"{name} is {described(batch)}; expected (inputs, labels), the inputs a tensor, or a dict "
+        f"or tuple of tensors, or one dict with the labels under 'labels'.{mend}"
     )
 
 
@@ -236,8 +245,9 @@ def first_input(batch: Any) -> Any:
     if isinstance(batch, Tensor | Mapping):
         return batch
     raise MetaplError(
-        f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...). For other batches, give "
-        "the problem the methods student_input(batch) and outer_input(batch), which return what the student reads."
+        f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...). For "
+        "other batches, give the problem the methods student_input(batch) and outer_input(batch), "
+        "which return what the student reads."
     )
 
 
@@ -260,8 +270,9 @@ def is_array(data: Any) -> bool:
 
 
 def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
-    """Data whose arrays are tensors: those of floating point of type ``dtype``, and one whole number an example int64.
-    What is no array stays as it is, or is refused in a text that begins with ``what``."""
+    """Data whose arrays are tensors: those of floating point of type ``dtype``, and one whole
+    number an example int64. What is no array stays as it is, or is refused in a text that begins
+    with ``what``."""
     if type(data) is dict:
         return {name: as_tensors(value, dtype, what) for name, value in data.items()}
     if type(data) in (tuple, list):
@@ -300,8 +311,8 @@ def length(batch: Any) -> int:
 
 
 def digest(batch: Any) -> Tensor:
-    """A whole number by which a batch is known, bit for bit; the same in every process, computed where the tensors
-    are."""
+    """A whole number by which a batch is known, bit for bit; the same in every process, computed
+    where the tensors are."""
     # A pass may leave attributes in a batch, which one that is read again does not have.
     leaves, structure = flatten(batch, only_fields=True)
     leaves = [
@@ -322,7 +333,8 @@ def digest(batch: Any) -> Tensor:
             total = total + int.from_bytes(found, "little", signed=True)
             continue
         bits = bits.to(torch.int64)
-        # Each place with its value is mixed into a number of its own: a sum of multiples would know small labels badly.
+        # Each place with its value is mixed into a number of its own: a sum of multiples would know
+        # small labels badly.
         mixed = (
             bits + (torch.arange(len(bits), device=t.device) + (number << 40)) * 0x1E3779B97F4A7C15
         )
@@ -337,8 +349,8 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
-    """A batch (any nesting of tensors with a row per example) split into ``parts`` of equal size; what is no tensor, or
-    one number, is in each of them."""
+    """A batch (any nesting of tensors with a row per example) split into ``parts`` of equal size;
+    what is no tensor, or one number, is in each of them."""
     if parts == 1:
         return [batch]
     leaves, structure = flatten(plain(batch))
@@ -347,7 +359,8 @@ def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
     lengths = {len(t) for t, has in zip(leaves, has_rows, strict=True) if has}
     if any(n % parts for n in lengths):
         raise MetaplError(
-            f"the {name} batch has {max(lengths)} examples; expected a multiple of accumulate={parts}."
+            f"the {name} batch has {max(lengths)} examples; expected a multiple of "
+            f"accumulate={parts}."
         )
     pieces = [
         t.chunk(parts) if has else [t] * parts for t, has in zip(leaves, has_rows, strict=True)
@@ -356,14 +369,18 @@ def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
 
 
 def refuse_hidden_tensors(leaves: Sequence[Any], name: str) -> None:
-    """Refuse tensors in the attributes of an object that is no dataclass: it would be in each micro-batch whole."""
+    """Refuse tensors in the attributes of an object that is no dataclass.
+
+    It would be in each micro-batch whole.
+    """
     for leaf in leaves:
         if isinstance(leaf, Tensor | nn.Module):
             continue
         if any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
             raise MetaplError(
-                f"the {name} batch holds tensors in an object of type {type(leaf).__name__}, which cannot be split "
-                "into micro-batches; expected a tuple, a dict or a dataclass of them, or accumulate=1."
+                f"the {name} batch holds tensors in an object of type {type(leaf).__name__}, which "
+                "cannot be split into micro-batches; expected a tuple, a dict or a dataclass of "
+                "them, or accumulate=1."
             )
 
 
@@ -373,7 +390,10 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong): a tensor, a dict without labels, or two of one structure; no (inputs, labels)."""
+    """(x,) or (weak, strong).
+
+    A tensor, a dict without labels, or two of one structure; no (inputs, labels).
+    """
     if isinstance(unlabeled, Tensor) or (
         isinstance(unlabeled, Mapping) and not {*unlabeled} & {*LABEL_KEYS}
     ):
@@ -394,8 +414,9 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
         if one == other and next(kinds) == next(kinds) and not labels:
             return tuple(unlabeled)
     raise MetaplError(
-        f"unlabeled is {described(unlabeled)}; expected a tensor or a dict of tensors, (inputs,), or a pair (weak, "
-        "strong) of one type, without labels (metapl.data.without_labels), or a metapl.Lookahead([...]) of these."
+        f"unlabeled is {described(unlabeled)}; expected a tensor or a dict of tensors, (inputs,), "
+        "or a pair (weak, strong) of one type, without labels (metapl.data.without_labels), or a "
+        "metapl.Lookahead([...]) of these."
     )
 
 

@@ -1,7 +1,8 @@
 """Batch norm whose statistics are of the rows of several processes, with derivatives of every order and kind.
 
-``torch.nn.SyncBatchNorm`` shares statistics too. Its backward pass has no derivative and it has no forward mode, which
-the exact gradients need, and it does not run on a CPU; so moments are gathered here.
+``torch.nn.SyncBatchNorm`` shares statistics too. Its backward pass has no derivative and it has no
+forward mode, which the exact gradients need, and it does not run on a CPU; so moments are gathered
+here.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from metapl.execution.numerics import HALF
 class SumOverRanks(torch.autograd.Function):
     """The sum over the ranks of a group, of a tensor that each of them has.
 
-    Every rank's loss depends on every rank's part, so the gradient of a part is the sum of all ranks' gradients: the
-    same sum again, and so are a second derivative and a tangent.
+    Every rank's loss depends on every rank's part, so the gradient of a part is the sum of all
+    ranks' gradients: the same sum again, and so are a second derivative and a tangent.
     """
 
     @staticmethod
@@ -53,8 +54,8 @@ class SharedBatchNorm(_BatchNorm):
 
     In evaluation it is the batch norm that it was made of, and exchanges nothing.
 
-    Cost: an exchange of 2 C numbers a rank in each pass, forward and backward. What is kept for the backward pass is
-    the input, as for torch's own.
+    Cost: an exchange of 2 C numbers a rank in each pass, forward and backward. What is kept for the
+    backward pass is the input, as for torch's own.
     """
 
     group: dist.ProcessGroup
@@ -123,7 +124,8 @@ def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
     if input.dtype not in HALF:
         var_C, mean_C = torch.var_mean(input, dims, correction=0)
         return var_C, mean_C
-    # A copy in float32 would be kept for the backward pass; sums of squares are taken from the input as it is.
+    # A copy in float32 would be kept for the backward pass; sums of squares are taken from the
+    # input as it is.
     count = input.numel() // input.shape[1]
     mean_C = input.mean(dims, dtype=torch.float32)
     square_C = torch.linalg.vector_norm(input, dim=dims, dtype=torch.float32).square() / count

@@ -1,7 +1,8 @@
 """What is refused at the door, in one line, and the flag of a step.
 
-On the CPU, values are checked at once. On an accelerator that would make the host wait, so the result of a check stays
-on the device in a :class:`Fault`, and the error is raised when the report is read.
+On the CPU, values are checked at once. On an accelerator that would make the host wait, so the
+result of a check stays on the device in a :class:`Fault`, and the error is raised when the report
+is read.
 """
 
 from __future__ import annotations
@@ -42,14 +43,18 @@ _interpreters = torch._C._functorch.peek_interpreter_stack
 
 
 def transformed() -> bool:
-    """Whether this runs inside a transform of ``torch.func``, or is being compiled: no value can be read then."""
+    """Whether this runs inside a transform of ``torch.func``, or is being compiled.
+
+    No value can be read then.
+    """
     return torch.compiler.is_compiling() or _interpreters() is not None
 
 
 NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."
 READS_OTHER_WEIGHTS = (
-    "reaches no weight in a module of the student: its forward reads layers from a plain list or dict, or tensors that "
-    "it has kept; expected nn.ModuleList or nn.ModuleDict, whose weights are read in each pass."
+    "reaches no weight in a module of the student: its forward reads layers from a plain list or "
+    "dict, or tensors that it has kept; expected nn.ModuleList or nn.ModuleDict, whose weights "
+    "are read in each pass."
 )
 # What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
@@ -81,7 +86,10 @@ def refuse_not_finite(text: str, *numbers: Tensor) -> None:
 def described(value: Any) -> str:
     """A value in words: its type, and the shape, dtype and device of a tensor."""
     if isinstance(value, Tensor) and not value.is_nested:
-        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+        return (
+            f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, "
+            f"on {value.device}"
+        )
     if isinstance(value, dict | tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     return f"of type {type(value).__name__}"
@@ -93,21 +101,23 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
         return
     if not isinstance(generator, torch.Generator):
         raise MetaplError(
-            f"generator is {described(generator)}; expected torch.Generator({str(device)!r}).manual_seed(0), or none."
+            f"generator is {described(generator)}; expected "
+            f"torch.Generator({str(device)!r}).manual_seed(0), or none."
         )
     same_number = (
         None in (generator.device.index, device.index) or generator.device.index == device.index
     )
     if generator.device.type != device.type or not same_number:
         raise MetaplError(
-            f"generator is on {generator.device}, and {what} {device}; expected torch.Generator({str(device)!r}), or "
-            "none."
+            f"generator is on {generator.device}, and {what} {device}; expected "
+            f"torch.Generator({str(device)!r}), or none."
         )
 
 
 def tensor_in(outputs: Any) -> Tensor | None:
-    """Return the tensor in what a network returned, or None without one: the outputs themselves, their ``logits`` (an
-    entry or an attribute), or the first tensor of a tuple or list, such as (prediction, hidden state)."""
+    """Return the tensor in what a network returned, or None without one: the outputs themselves,
+    their ``logits`` (an entry or an attribute), or the first tensor of a tuple or list, such as
+    (prediction, hidden state)."""
     if isinstance(outputs, Mapping) and "logits" in outputs:
         outputs = outputs["logits"]
     else:
@@ -143,7 +153,8 @@ def logits(outputs: Any, who: str) -> Tensor:
 def class_outputs(outputs: Tensor, who: str) -> None:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
-            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), two or more."
+            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), two "
+            "or more."
         )
 
 
@@ -156,7 +167,8 @@ def class_labels(labels: Any, classes: int, what: str = "the labels", why: str =
     """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
-            f"{what} are {described(labels)}; expected int64, one class index per example, (batch,)."
+            f"{what} are {described(labels)}; expected int64, one class index per example, "
+            "(batch,)."
         )
     waiting = waits(labels)
     if labels.numel() and not transformed():
@@ -169,7 +181,10 @@ def class_labels(labels: Any, classes: int, what: str = "the labels", why: str =
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
-    """Labels within the range of classes: on a device, a wrong label would abort the process before it is reported."""
+    """Labels within the range of classes.
+
+    On a device, a wrong label would abort the process before it is reported.
+    """
     return labels.clamp(0, classes - 1) if waits(labels) else labels
 
 

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from metapl.errors import few
 from metapl.execution.numerics import MissingDerivative
 
-# PyTorch puts this node behind the gradients that a once_differentiable backward returns. It raises where a second
-# backward pass comes to it; but ``torch.autograd.grad`` runs only the nodes that lead to its inputs, and never does.
+# PyTorch puts this node behind the gradients that a once_differentiable backward returns. It raises
+# where a second backward pass comes to it; but ``torch.autograd.grad`` runs only the nodes that
+# lead to its inputs, and never does.
 _NO_SECOND_DERIVATIVE = "torch::autograd::Error"
 _WRAPPER_CODE = once_differentiable(lambda ctx: None).__code__
 
@@ -44,8 +45,8 @@ def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> No
     marked = {f.__name__ for f in functions if f is not None and _is_once_differentiable(f)}
     name = few(sorted(marked), 3) if marked else "an operation of the student or of its loss"
     raise MissingDerivative(
-        f"{name} lacks a derivative that this mode needs (its backward is marked once_differentiable, and PyTorch "
-        "leaves the derivative of that out without an error)"
+        f"{name} lacks a derivative that this mode needs (its backward is marked "
+        "once_differentiable, and PyTorch leaves the derivative of that out without an error)"
     )
 
 

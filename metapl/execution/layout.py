@@ -52,8 +52,8 @@ _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
         frozenset(),
     ),  # PyTorch has no forward mode through these
 }
-# The first release in which the communication of a DTensor can be differentiated twice. Before it the second derivative
-# comes out wrong, without an error of torch.
+# The first release in which the communication of a DTensor can be differentiated twice. Before it
+# the second derivative comes out wrong, without an error of torch.
 DTENSOR_TWICE = "2.12"
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
 _WRAPPERS = {
@@ -63,7 +63,8 @@ _WRAPPERS = {
     "DataParallel",
     "ScriptModule",
 }
-# What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
+# What switches a block's gradients to other than the mean over the ranks: an attribute, its usual
+# value, and the call.
 _SWITCHES = (
     ("gradient_divide_factor", None, "set_gradient_divide_factor"),
     ("reduce_grads", True, "set_requires_gradient_sync(False)"),
@@ -106,7 +107,10 @@ class Layout:
             and torch.__version__ < TorchVersion(DTENSOR_TWICE)
         ):
             self.offers -= {CURVATURE}
-            self.how += f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is {torch.__version__})"
+            self.how += (
+                f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is "
+                f"{torch.__version__})"
+            )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         if self.is_sharded:
@@ -119,7 +123,8 @@ class Layout:
             _param_groups(self.blocks),
         )
         if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
-            # A pass that failed: the next one would go on with its gathered weights and its gradients.
+            # A pass that failed: the next one would go on with its gathered weights and its
+            # gradients.
             for part in (*states, *groups):
                 part._training_state = type(part._training_state).IDLE
             for state in states:
@@ -149,8 +154,9 @@ class Layout:
         self.reshard()
 
     def agree_on_buffers(self) -> None:
-        """Give the buffers the same values on all ranks: the mean of running statistics (of variances without the
-        spread of the ranks' means), others the first rank's, as in ``DistributedDataParallel``."""
+        """Give the buffers the same values on all ranks: the mean of running statistics (of
+        variances without the spread of the ranks' means), others the first rank's, as in
+        ``DistributedDataParallel``."""
         if self.ranks.alone:
             return
         norms = [
@@ -201,9 +207,15 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
     where = f" at {path!r}" if path else ""
     given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
     if wrapper == "DataParallel":
-        return f"{given}; expected the plain module inside, .module, or DistributedDataParallel around the whole network."
+        return (
+            f"{given}; expected the plain module inside, .module, or DistributedDataParallel "
+            "around the whole network."
+        )
     if wrapper == "ScriptModule":
-        return f"{given}; expected the module that it was made from, before torch.jit.script or torch.jit.trace."
+        return (
+            f"{given}; expected the module that it was made from, before torch.jit.script or "
+            "torch.jit.trace."
+        )
     return f"{given}; expected it around the whole network, or none."
 
 
@@ -213,8 +225,8 @@ def layouts(
     """Return the layouts of two networks and the student's device; refuse networks that cannot be trained together.
 
     Args:
-        differentiated: whether a pass is differentiated other than once, by a plain backward pass, so that networks
-            under ``torch.compile`` are refused.
+        differentiated: whether a pass is differentiated other than once, by a plain backward pass,
+            so that networks under ``torch.compile`` are refused.
     """
     if differentiated:
         refuse_compiled("student", student)
@@ -234,8 +246,8 @@ def layouts(
         for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
             if nn.parameter.is_lazy(t):
                 raise MetaplError(
-                    f"the {name}'s {path} has no shape before a first batch; expected one that has: run it once on a "
-                    f"batch, {name}(x), before its optimizer is made."
+                    f"the {name}'s {path} has no shape before a first batch; expected one that "
+                    f"has: run it once on a batch, {name}(x), before its optimizer is made."
                 )
             if t.is_inference():
                 given = f"the {name}'s {path} is of inference_mode()"
@@ -259,15 +271,17 @@ def layouts(
         )
     together, own = of_teacher.processes == of_student.processes, of_student.ranks
     if together and own.copies > 1 and of_teacher.ranks.copies == 1:
-        # A teacher that is not cut computes the same in all processes that hold the same rows: its gradient is the mean
-        # over all processes, in which each share of the rows counts as often as there are copies of it.
+        # A teacher that is not cut computes the same in all processes that hold the same rows: its
+        # gradient is the mean over all processes, in which each share of the rows counts as often
+        # as there are copies of it.
         of_teacher = replace(
             of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies)
         )
     elif not together or of_teacher.product_ranks != of_student.product_ranks:
         given = f"the teacher is {of_teacher.how}, the student {of_student.how}"
         raise MetaplError(
-            f"{given}; expected both alike, or a teacher that is not cut: shard(teacher, Mesh(replicate=...))."
+            f"{given}; expected both alike, or a teacher that is not cut: shard(teacher, "
+            "Mesh(replicate=...))."
         )
     return of_teacher, of_student, device
 
@@ -289,7 +303,8 @@ def layout_of(name: str, network: Any) -> Layout:
     blocks = reshard(network)
     if blocks and not is_block(network):
         raise MetaplError(
-            f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) as well."
+            f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) "
+            "as well."
         )
     parameters: dict[str, Any] = {
         path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks
@@ -300,8 +315,8 @@ def layout_of(name: str, network: Any) -> Layout:
             raise MetaplError(
                 f"{given}; expected every parameter with requires_grad=True to be sharded."
             )
-    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch: fewer
-    # where several processes compute each product together.
+    # The mesh of all processes, over which some parameters are laid out, and that of those that
+    # share the batch: fewer where several processes compute each product together.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
     mesh, rank = max(meshes, key=lambda mesh: int(mesh.size())), dist.get_rank()
     members = [*map(int, mesh.mesh.flatten())]
@@ -325,8 +340,9 @@ def layout_of(name: str, network: Any) -> Layout:
 def refuse_compiled(name: str, network: nn.Module | None) -> None:
     """Refuse a network that is under ``torch.compile``, or has a part that is; ``name`` is its role.
 
-    A compiled backward pass runs once, and cannot be differentiated. Some modes would get along with that, until a
-    second step, another batch or a rule of the feedback's size asks for one pass more.
+    A compiled backward pass runs once, and cannot be differentiated. Some modes would get along
+    with that, until a second step, another batch or a rule of the feedback's size asks for one pass
+    more.
     """
     if not isinstance(network, nn.Module):
         return
@@ -335,8 +351,9 @@ def refuse_compiled(name: str, network: nn.Module | None) -> None:
         if "OptimizedModule" in _of_torch(type(part)) or part._compiled_call_impl is not None:
             whole = "" if not prefix else f" in its part {prefix[:-1]!r}"
             raise MetaplError(
-                f"the {name} is under torch.compile{whole}, whose backward pass cannot be differentiated; expected the "
-                "plain module, and compile=True, which compiles the whole step."
+                f"the {name} is under torch.compile{whole}, whose backward pass cannot be "
+                "differentiated; expected the plain module, and compile=True, which compiles the "
+                "whole step."
             )
 
 
@@ -346,7 +363,10 @@ def is_block(part: nn.Module) -> bool:
 
 
 def _of_torch(kind: type) -> frozenset[str]:
-    """The names of a class and its bases that are PyTorch's: the classes that spread weights take seconds to import."""
+    """The names of a class and its bases that are PyTorch's.
+
+    The classes that spread weights take seconds to import.
+    """
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
 
 

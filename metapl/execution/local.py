@@ -1,7 +1,7 @@
 """A network on one device: its inner pass, passes at other weights that leave nothing behind, and replays.
 
-Several processes may each hold the whole network and take a share of every batch: losses and gradients are then the
-means over these ranks, and outputs are those of this rank's rows.
+Several processes may each hold the whole network and take a share of every batch: losses and
+gradients are then the means over these ranks, and outputs are those of this rank's rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ Loss = Callable[[Tensor, Tree], Tensor]
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 # Looks at the graph of a loss, of which some leaves were made here, and which it may compute again.
 GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
-# A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where it is 1.
+# A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where
+# it is 1.
 WeightedLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor | float]]
 
 
@@ -87,10 +88,12 @@ class LocalStudent:
     ) -> None:
         self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
         self.offers = layout.offers
-        # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch would leave out.
+        # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch
+        # would leave out.
         self.inspects_graph = False
-        # Whether this step chooses the order of differentiation; and whether ż was none that its gradient knows of, so
-        # that gradients which are computed again are compared with the first ones.
+        # Whether this step chooses the order of differentiation; and whether ż was none that its
+        # gradient knows of, so that gradients which are computed again are compared with the first
+        # ones.
         self.chooses_order = False
         self.compares_gradients = False
         self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
@@ -117,13 +120,14 @@ class LocalStudent:
         look: GraphLook | None = None,
         whole: Any = None,
     ) -> tuple[Tensor, Tree]:
-        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the ``gradient`` where it is
-        asked for, with zeros for weights that no loss reaches. The buffers are those of a ``state``; None: as now.
+        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the
+        ``gradient`` where it is asked for, with zeros for weights that no loss reaches. The buffers
+        are those of a ``state``; None: as now.
 
-        ``whole`` is the batch that the micro-batches are of, where a scalar loss of it may be another function of the
-        rows than the mean over micro-batches. The loss is then taken once, of all rows; cost: for a gradient one more
-        forward pass on each micro-batch, and the outputs of all rows in memory. A loss that returns (sum, weight) costs
-        neither.
+        ``whole`` is the batch that the micro-batches are of, where a scalar loss of it may be
+        another function of the rows than the mean over micro-batches. The loss is then taken once,
+        of all rows; cost: for a gradient one more forward pass on each micro-batch, and the outputs
+        of all rows in memory. A loss that returns (sum, weight) costs neither.
         """
         # The weights require a gradient also where none is taken: a forward may ask.
         at = self.as_leaves(params)
@@ -131,7 +135,8 @@ class LocalStudent:
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
-            # A loss that draws from Python's or NumPy's generators has the same draws in each of its passes.
+            # A loss that draws from Python's or NumPy's generators has the same draws in each of
+            # its passes.
             is_watched = self.slots.draws_outside is None and start.is_whole
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
@@ -160,7 +165,8 @@ class LocalStudent:
             if outputs.requires_grad:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError(
-                "the outer loss has no gradient in the student; expected one of its undetached outputs."
+                "the outer loss has no gradient in the student; expected one of its undetached "
+                "outputs."
             )
         v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
         if len(v) < len(at):
@@ -178,7 +184,10 @@ class LocalStudent:
         return _AllRows(parts, joined(parts).requires_grad_())
 
     def _differentiate(self, value: Tensor, rows: _AllRows, at: Tree) -> None:
-        """Find the derivatives of a loss of all rows: in their outputs, and in the weights that it reads itself."""
+        """Find the derivatives of a loss of all rows.
+
+        In their outputs, and in the weights that it reads itself.
+        """
         (cotangent,) = torch.autograd.grad(
             value, [rows.outputs], retain_graph=True, allow_unused=True
         )
@@ -217,19 +226,28 @@ class LocalStudent:
     def mean_of_all(
         self, values: Sequence[tuple[Tensor, Tensor | float]]
     ) -> tuple[Tensor, Tensor | float]:
-        """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
+        """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights.
+
+        Without a graph.
+        """
         total = torch.stack([value for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
         if not self.ranks.alone:
             weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)
             total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
         if isinstance(weight, Tensor):
-            text = "the weights of the problem's outer_loss sum to zero or less; expected more: are all labels left out?"
+            text = (
+                "the weights of the problem's outer_loss sum to zero or less; expected more: are "
+                "all labels left out?"
+            )
             checks.refuse(~((weight > 0) & weight.isfinite()), text)
         return total / weight, weight
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> tuple[Tree, Tree]:
-        """The gradient of a scalar in the weights that it reaches: on this rank's rows, and the mean over the ranks."""
+        """The gradient of a scalar in the weights that it reaches.
+
+        On this rank's rows, and the mean over the ranks.
+        """
         tensors = torch.autograd.grad(
             value, [*at.values()], create_graph=create_graph, allow_unused=True
         )
@@ -269,7 +287,10 @@ class LocalStudent:
 
     @contextmanager
     def with_leaves(self, params: Tree) -> Iterator[Tree]:
-        """Hold these weights as leaves in this block, and yield them: for a loss that is called without a pass."""
+        """Hold these weights as leaves in this block, and yield them.
+
+        For a loss that is called without a pass.
+        """
         leaves = self.as_leaves(params)
         with swapped(self.held_at(leaves)):
             yield leaves
@@ -277,8 +298,8 @@ class LocalStudent:
     def at(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
-        """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
-        ``random`` on."""
+        """The student at other weights, on copies of a state (``upcast``: in float32 or wider),
+        with draws from ``random`` on."""
         held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
         return replay(random, state, held, upcast=upcast)
 
@@ -301,14 +322,15 @@ class LocalStudent:
 class Pass:
     """One inner pass, z = S(x; θ), and its replays: on its draws, and from copies of the state that it began with.
 
-    Buffers and generators move as in training. ``outputs`` are z, (B, ...), float32 or wider, without a graph;
-    ``graph`` has it until :meth:`gradient` has used it.
+    Buffers and generators move as in training. ``outputs`` are z, (B, ...), float32 or wider,
+    without a graph; ``graph`` has it until :meth:`gradient` has used it.
     """
 
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
-        # The generators as the loss begins, where it draws: other draws may lie between it and the pass.
+        # The generators as the loss begins, where it draws: other draws may lie between it and the
+        # pass.
         self._at_loss: RandomState | None = None
         self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
@@ -335,7 +357,10 @@ class Pass:
 
     @property
     def rounded_to(self) -> torch.dtype:
-        """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
+        """The coarsest dtype of the pass.
+
+        A key of the tolerances in :mod:`metapl.execution.compare`.
+        """
         return coarsest(
             [self._dtype, *self.student.formats, *self._half_types], self.student.device
         )
@@ -349,11 +374,14 @@ class Pass:
         return swapped(self._held) if self._held else NOTHING
 
     def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
-        """A loss of this pass and its gradient g; the graph is kept for :meth:`in_leaves` where it has leaves."""
+        """A loss of this pass and its gradient g.
+
+        The graph is kept for :meth:`in_leaves` where it has leaves.
+        """
         assert self.graph is not None, "a pass learns once"
         student, ranks = self.student, self.student.ranks
-        # A loss may read ``student.parameters()``, which have to be those of this pass; and the backward pass of a
-        # checkpoint runs the module again.
+        # A loss may read ``student.parameters()``, which have to be those of this pass; and the
+        # backward pass of a checkpoint runs the module again.
         with self._running():
             value = self._first_value(loss)
             if not value.requires_grad:
@@ -378,7 +406,8 @@ class Pass:
     def _first_value(self, loss: Loss) -> Tensor:
         """Return the loss of this pass, and keep the state of the generators where it draws.
 
-        Whether it does is found in the first step; a loss that did not draw there is not watched in later ones.
+        Whether it does is found in the first step; a loss that did not draw there is not watched in
+        later ones.
         """
         assert self.graph is not None, "a pass learns once"
         slots = self.student.slots
@@ -399,7 +428,10 @@ class Pass:
         return NOTHING if self._at_loss is None else replayed(self._at_loss)
 
     def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
-        """The derivatives of ⟨g, w⟩ in the leaves of a graph that was kept, on this rank's rows; None without one."""
+        """The derivatives of ⟨g, w⟩ in the leaves of a graph that was kept, on this rank's rows.
+
+        None without one.
+        """
         if self._graph_of_g is None:
             return None
         (own, leaves), self._graph_of_g = self._graph_of_g, None
@@ -416,7 +448,10 @@ class Pass:
             )  # which tells their shape alone
 
     def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
-        """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
+        """The gradient of this pass's loss at its θ once more.
+
+        ``params`` is that θ, which was forgotten.
+        """
         self.params = params
         with self.once_more(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
@@ -424,7 +459,10 @@ class Pass:
 
     @contextmanager
     def once_more(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        """θ as leaves, and the outputs there, compared with this pass's; a backward pass belongs into the block."""
+        """θ as leaves, and the outputs there, compared with this pass's.
+
+        A backward pass belongs into the block.
+        """
         at = self.student.as_leaves(self.params)
         with self.student.at(at, self._before, self._state):
             outputs = self._same_outputs(self.student.forward(inputs))
@@ -441,18 +479,28 @@ class Pass:
     _replay_twice = once_more  # one that can be differentiated twice
 
     def tangent(self, w: Tree) -> Tensor:
-        """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
+        """ż = d/dε S(x; θ + εw) by forward-mode AD.
+
+        Exact, one pass of about three plain ones, no graph.
+        """
         with forward_mode():
             try:
                 with self.student.along(self.params, w, self._before, self._state):
                     outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             except RuntimeError as error:
                 if asks_for_gradient(error):
-                    what = "the student's forward takes a gradient, and a pass in forward mode has no graph"
+                    what = (
+                        "the student's forward takes a gradient, and a pass in forward mode has "
+                        "no graph"
+                    )
                     raise MissingDerivative(what) from error
                 if is_layout_refused(error):
-                    # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch 2.12.
-                    what = "the forward mode of an operation of the student takes contiguous tensors alone here"
+                    # The plain pass took these tensors, so it is a rule of forward mode: group
+                    # norm's, on torch 2.12.
+                    what = (
+                        "the forward mode of an operation of the student takes contiguous tensors "
+                        "alone here"
+                    )
                     raise MissingDerivative(
                         f"{what} ({str(error).splitlines()[0].rstrip('.')})"
                     ) from error
@@ -501,8 +549,9 @@ class Pass:
     def hessian(
         self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None
     ) -> Iterator[Product]:
-        """The derivatives of ⟨g, w⟩ as a function of w, on this rank's rows, by double backward: (∂²ℓ/∂θ²) w, and those
-        in leaves of the loss and of the ``inputs``. The last call may ``free`` the graph."""
+        """The derivatives of ⟨g, w⟩ as a function of w, on this rank's rows, by double backward:
+        (∂²ℓ/∂θ²) w, and those in leaves of the loss and of the ``inputs``. The last call may
+        ``free`` the graph."""
         replayed = self._replay_twice(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), replayed as (at, outputs):
             value = loss(outputs, at)
@@ -527,7 +576,10 @@ LocalStudent.pass_type = Pass
 def _derivatives(
     g: Tree, at: Tree, leaves: Sequence[Tensor], w: Tree, *, free: bool = False, curved: bool = True
 ) -> tuple[Tree, list[Tensor | None]]:
-    """The derivatives of ⟨g, w⟩ in weights, if ``curved``, and in leaves; ``free``: the graph is not needed again."""
+    """The derivatives of ⟨g, w⟩ in weights, if ``curved``, and in leaves.
+
+    ``free``: the graph is not needed again.
+    """
     at = at if curved else {}
     pairs = [(t, w[name]) for name, t in g.items() if name in w and t.requires_grad]
     ends = [*at.values(), *leaves]

@@ -1,5 +1,5 @@
-"""Products and norms over trees of parameters, never in half precision, and which kernels a pass uses, so that all
-passes compute the same function and have the derivatives they need."""
+"""Products and norms over trees of parameters, never in half precision, and which kernels a pass
+uses, so that all passes compute the same function and have the derivatives they need."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def in_type_of(network: nn.Module, t: Tensor) -> Tensor:
-    """A tensor in the type of a network's weights, which is that of the first; as it is where there is none."""
+    """A tensor in the type of a network's weights, which is that of the first.
+
+    As it is where there is none.
+    """
     weight = next((p for p in network.parameters() if p.is_floating_point()), None)
     return t if weight is None else t.to(weight.dtype)
 
@@ -150,15 +153,17 @@ _DETERMINISTIC: Any = torch.utils.deterministic  # whose setting is no attribute
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Ask for deterministic algorithms, with a warning of torch's where an operation has none; the settings are put
-    back. A caller who asks for them already keeps his own settings, errors included."""
+    """Ask for deterministic algorithms, with a warning of torch's where an operation has none; the
+    settings are put back. A caller who asks for them already keeps his own settings, errors
+    included."""
     if torch.are_deterministic_algorithms_enabled():
         yield
         return
     filled = _DETERMINISTIC.fill_uninitialized_memory
     with warnings.catch_warnings() if device.type == "cuda" else nullcontext():
         if device.type == "cuda":
-            # cuBLAS repeats its bits on one stream, which is what a path runs on; torch warns for the case of several.
+            # cuBLAS repeats its bits on one stream, which is what a path runs on; torch warns for
+            # the case of several.
             warnings.filterwarnings("ignore", message="(?s).*CuBLAS")
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Else every new tensor is filled, which costs a write and changes no result.
@@ -171,7 +176,8 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 _CUDA: Any = torch.backends.cuda
-_FUSED = (  # kernels of attention, on every device, which have neither forward mode nor a second derivative
+# kernels of attention, on every device, which have neither forward mode nor a second derivative
+_FUSED = (
     (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
     (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
     (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
@@ -182,15 +188,17 @@ _takes_formulas: ContextVar[bool] = ContextVar("takes_formulas", default=False)
 
 
 def takes_formulas() -> bool:
-    """Whether kernels without a second derivative or a forward mode are out of use, as in ``no_fast_path(math=True)``;
-    those of modules are exchanged where the modules run (:mod:`metapl.execution.weight_norm`)."""
+    """Whether kernels without a second derivative or a forward mode are out of use, as in
+    ``no_fast_path(math=True)``; those of modules are exchanged where the modules run
+    (:mod:`metapl.execution.weight_norm`)."""
     return _takes_formulas.get()
 
 
 @contextmanager
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
-    """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a graph, and which
-    treats padded rows differently; ``math``: and the fused kernels, see also :func:`takes_formulas`."""
+    """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a
+    graph, and which treats padded rows differently; ``math``: and the fused kernels, see also
+    :func:`takes_formulas`."""
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
     path = torch.backends.mha
     fast, plain = path.get_fastpath_enabled(), _CUDA.math_sdp_enabled()
@@ -237,7 +245,8 @@ _CUDNN_RNN = re.compile(r"(?i)cudnn[ _]rnn")
 _CUDNN_EVAL = "RNN backward can only be called in training mode"
 
 
-# Derivatives of a backward pass that older releases of PyTorch lack, with the first release that has them.
+# Derivatives of a backward pass that older releases of PyTorch lack, with the first release that
+# has them.
 SINCE_RELEASE = {"grid_sampler_2d_backward": "2.12", "_cdist_backward": "2.14"}
 
 
@@ -271,8 +280,9 @@ def explain(error: BaseException) -> None:
     is_lacking = bool(_LACKING.search(text)) or _CUDNN_EVAL in text
     if isinstance(error, RuntimeError) and is_lacking and _CUDNN_RNN.search(text):
         raise MetaplError(
-            "cuDNN's recurrent networks have no second derivative, no forward mode, and in eval mode no derivative at "
-            "all; expected the call in a block of torch.backends.cudnn.flags(enabled=False), which takes PyTorch's own."
+            "cuDNN's recurrent networks have no second derivative, no forward mode, and in eval "
+            "mode no derivative at all; expected the call in a block of "
+            "torch.backends.cudnn.flags(enabled=False), which takes PyTorch's own."
         ) from error
     if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
         message = str(error).splitlines()[0].rstrip(".")

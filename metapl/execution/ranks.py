@@ -1,7 +1,8 @@
 """The processes that share a batch.
 
-Every process, a *rank*, holds an equal share of each batch and takes means over it; a loss is the mean of the ranks'
-losses, and a gradient the mean of their gradients. With one rank nothing is communicated, and nothing computed.
+Every process, a *rank*, holds an equal share of each batch and takes means over it; a loss is the
+mean of the ranks' losses, and a gradient the mean of their gradients. With one rank nothing is
+communicated, and nothing computed.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ class Ranks:
 
     groups: Sequence[dist.ProcessGroup] = ()  # whose product they are, as the dimensions of a mesh
     rank: int = 0  # the number of this process's share of the rows
-    device: torch.device = torch.device("cpu")  # noqa: RUF009  # where tensors can be exchanged
+    device: torch.device = torch.device("cpu")  # where tensors can be exchanged
     copies: int = 1  # how many processes hold the same rows, and compute parts of the same products
     first: bool = True  # whether this process shows and writes
 
     @cached_property
     def size(self) -> int:
-        """How many shares of rows there are; each of them counts once, however many processes hold it."""
+        """How many shares of rows there are.
+
+        Each of them counts once, however many processes hold it.
+        """
         return self.processes // self.copies
 
     @cached_property
@@ -65,8 +69,9 @@ class Ranks:
         return total
 
     def mean_tree(self, tree: Tree, like: Tree) -> Tree:
-        """The mean of gradients of the parameters ``like``, or of scalars, in one exchange for each type of number; one
-        that some ranks lack counts as zero there, and one that all lack is missing."""
+        """The mean of gradients of the parameters ``like``, or of scalars, in one exchange for each
+        type of number; one that some ranks lack counts as zero there, and one that all lack is
+        missing."""
         if self.alone:
             return tree
         means: Tree = {}
@@ -82,7 +87,8 @@ class Ranks:
             *found, held = self.sum(torch.cat([*pieces, present])).split(
                 [*map(len, pieces), len(names)]
             )
-            # Where this rank lacks none, the others' need not be read, for which the host would wait.
+            # Where this rank lacks none, the others' need not be read, for which the host would
+            # wait.
             somewhere = (
                 [True] * len(names) if all(n in tree for n in names) else (held > 0).tolist()
             )
@@ -107,7 +113,10 @@ class Ranks:
         return own if self.alone else self.sum(own.square()).sqrt()
 
     def equal(self, count: int, what: str) -> None:
-        """Refuse, on every rank, numbers of rows that differ between ranks: their exchanges would never end."""
+        """Refuse, on every rank, numbers of rows that differ between ranks.
+
+        Their exchanges would never end.
+        """
         most, least = self.greatest(torch.tensor([count, -count], device=self.device))
         checks.refuse(
             most != -least,
@@ -132,8 +141,8 @@ class Ranks:
 
     @contextmanager
     def agreed(self, *, waiting: bool = False) -> Iterator[None]:
-        """If this block fails on one rank, fail on all of them, with the message of the first that failed; on an
-        accelerator, where the host would wait for the answer, only if ``waiting``."""
+        """If this block fails on one rank, fail on all of them, with the message of the first that
+        failed; on an accelerator, where the host would wait for the answer, only if ``waiting``."""
         if self.alone or not (waiting or self.device.type == "cpu"):
             yield
             return
@@ -179,7 +188,10 @@ class _AllRows(torch.autograd.Function):
 
 
 def rows_of_all(t: Tensor) -> tuple[Tensor, slice]:
-    """In a problem's ``signal``: the rows of all ranks, differentiably, and where this rank's are."""
+    """In a problem's ``signal``.
+
+    The rows of all ranks, differentiably, and where this rank's are.
+    """
     ranks = sharing.get()
     if ranks.alone:
         return t, slice(None)

@@ -1,18 +1,21 @@
 """A sharded network: ``fully_shard`` gathers the weights of a block while it runs, over one mesh or replicas of one.
 
-The trees of weights hold this rank's parts, plain tensors; what a pass returns is of this rank's rows. Five things
-would be silently wrong here and are kept in this file:
+The trees of weights hold this rank's parts, plain tensors; what a pass returns is of this rank's
+rows. Five things would be silently wrong here and are kept in this file:
 
-- ``torch.func.functional_call`` has no effect on gathered weights, so other weights are written into the parts in
-  place, and put back from copies bit for bit;
-- a root keeps its gathered weights after a pass without a backward pass, so every block gives them up before and after
-  the parts are written; autocast keeps its casts of them, so these are dropped too;
-- ``torch.autograd.grad`` returns gradients of this rank's rows, so the backward pass is ``.backward()``, whose hooks
-  average over the ranks, and the gradient is taken out of ``.grad``;
-- forward mode has no rules for collectives, so a pass along w is taken block by block: where a block has gathered its
-  weights, w is gathered too, and the weights are replaced by dual numbers until the block has run;
-- a block gives up its weights after each backward pass, and a second one through it would read what is left of them. So
-  second derivatives are taken without the hooks, of blocks that gather their weights as operations of autograd.
+- ``torch.func.functional_call`` has no effect on gathered weights, so other weights are written
+  into the parts in place, and put back from copies bit for bit;
+- a root keeps its gathered weights after a pass without a backward pass, so every block gives them
+  up before and after the parts are written; autocast keeps its casts of them, so these are dropped
+  too;
+- ``torch.autograd.grad`` returns gradients of this rank's rows, so the backward pass is
+  ``.backward()``, whose hooks average over the ranks, and the gradient is taken out of ``.grad``;
+- forward mode has no rules for collectives, so a pass along w is taken block by block: where a
+  block has gathered its weights, w is gathered too, and the weights are replaced by dual numbers
+  until the block has run;
+- a block gives up its weights after each backward pass, and a second one through it would read what
+  is left of them. So second derivatives are taken without the hooks, of blocks that gather their
+  weights as operations of autograd.
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ from metapl.execution.state import (
 
 
 class ShardedStudent(LocalStudent):
-    """A student that is sharded; for its arguments see :class:`metapl.execution.local.LocalStudent`."""
+    """A student that is sharded.
+
+    For its arguments see :class:`metapl.execution.local.LocalStudent`.
+    """
 
     readable = False
 
@@ -76,7 +82,10 @@ class ShardedStudent(LocalStudent):
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> Iterator[None]:
         if narrow := [t for t in self.formats if t in HALF and upcast]:
-            given = f"the student has weights or a policy of {narrow[0]}, in which a difference of outputs is noise"
+            given = (
+                f"the student has weights or a policy of {narrow[0]}, in which a difference of "
+                "outputs is noise"
+            )
             raise MetaplError(
                 f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype."
             )
@@ -105,8 +114,8 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def in_blocks(self, params: Tree) -> Iterator[None]:
-        """In this block of code, the network has these parts of its weights, in a graph: a block gathers its own in
-        each of its passes; the root's stay gathered."""
+        """In this block of code, the network has these parts of its weights, in a graph: a block
+        gathers its own in each of its passes; the root's stay gathered."""
         self.layout.reshard()
         names = {id(p): name for name, p in self.parameters.items()}
         around: dict[int, Any] = {}  # the outermost block that holds a table of parameters
@@ -204,7 +213,10 @@ def _running_as(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 
 def _with_duals(forward: Callable[..., Any], slots: list[Slot], w: Tree) -> Callable[..., Any]:
-    """A ``forward`` for which the gathered weights are dual numbers; ``slots`` say where they are, and their names."""
+    """A ``forward`` for which the gathered weights are dual numbers.
+
+    ``slots`` say where they are, and their names.
+    """
     like = {
         name: tensors[attribute] for tensors, attribute, name in slots if name in w
     }  # the sharded parameters
@@ -264,7 +276,10 @@ ShardedStudent.pass_type = ShardedPass
 def by_backward(
     value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False
 ) -> dict[str, Any]:
-    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks; ``.grad`` stays as it is."""
+    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks.
+
+    ``.grad`` stays as it is.
+    """
     kept = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
@@ -291,9 +306,10 @@ Run = Callable[..., Sequence[Tensor]]  # of tensors, the floating-point outputs
 class Recomputed(torch.autograd.Function):
     """An operation y = f(t) whose graph keeps no more than t, and can be differentiated twice.
 
-    ``torch.utils.checkpoint`` frees what a part computes until the backward pass, but the graph of that backward pass,
-    which a second one goes through, holds it again for all parts at once. Here the derivative of f is the pullback
-    p(c, t) = (∂f/∂t)ᵀ c as such an operation, which runs f again, and so does the derivative of that.
+    ``torch.utils.checkpoint`` frees what a part computes until the backward pass, but the graph of
+    that backward pass, which a second one goes through, holds it again for all parts at once. Here
+    the derivative of f is the pullback p(c, t) = (∂f/∂t)ᵀ c as such an operation, which runs f
+    again, and so does the derivative of that.
     """
 
     @staticmethod
@@ -336,8 +352,9 @@ def recomputed(
     weights: list[Tensor],
     using: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The ``forward`` of a part that runs again in each backward pass, on the draws, state and precision of its first
-    run. The gradient is also in ``weights``, which the part has in a context ``using(weights)``."""
+    """The ``forward`` of a part that runs again in each backward pass, on the draws, state and
+    precision of its first run. The gradient is also in ``weights``, which the part has in a context
+    ``using(weights)``."""
 
     def run_part(*args: Any, **kwargs: Any) -> Any:
         values, given_as = flatten((args, kwargs))

@@ -1,4 +1,7 @@
-"""Weights of which this process holds a part: a DTensor's part as a plain tensor, and products over all parts."""
+"""Weights of which this process holds a part.
+
+A DTensor's part as a plain tensor, and products over all parts.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def is_sharded(t: Any) -> bool:
 
 
 def local(t: Any) -> Any:
-    """This process's part of a DTensor, sharing its memory, without a graph; anything else as it is."""
+    """This process's part of a DTensor, sharing its memory, without a graph.
+
+    Anything else as it is.
+    """
     return t.detach().to_local() if is_sharded(t) else t
 
 
@@ -54,8 +60,9 @@ def whole(t: Any) -> Any:
 
 
 def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor]:
-    """The whole tensors of which these are this process's parts, laid out like ``likes``, in one exchange for each
-    type, which can be differentiated twice. A cotangent is the sum of those of all processes."""
+    """The whole tensors of which these are this process's parts, laid out like ``likes``, in one
+    exchange for each type, which can be differentiated twice. A cotangent is the sum of those of
+    all processes."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     found: dict[int, Tensor] = {}
@@ -71,7 +78,8 @@ def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor
             rest = [
                 n for at, n in enumerate(likes[i].shape) if at != dim
             ]  # an empty part may have lost its own
-            # Not by cat, whose backward pass drops the graph of an empty part, and with it the exchange.
+            # Not by cat, whose backward pass drops the graph of an empty part, and with it the
+            # exchange.
             pieces.append(F.pad(rows.flatten(), (0, most * math.prod(rest) - rows.numel())))
             shapes.append((dim, most, rest))
         flat = DTensor.from_local(
@@ -90,7 +98,10 @@ def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor
 
 
 def gathered(tree: Any) -> Any:
-    """A tree whose DTensors are whole, on the host; every process has to call this, as each holds a part of them."""
+    """A tree whose DTensors are whole, on the host.
+
+    Every process has to call this, as each holds a part of them.
+    """
     return pytree.tree_map(lambda t: whole(t).cpu() if is_sharded(t) else t, tree)
 
 
@@ -107,7 +118,10 @@ def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 
 
 def laid_out_like(value: Any, like: Any) -> Any:
-    """This process's part of what is laid out as a parameter is; a count of steps is whole everywhere."""
+    """This process's part of what is laid out as a parameter is.
+
+    A count of steps is whole everywhere.
+    """
     if (
         not isinstance(value, Tensor)
         or not is_sharded(like)
@@ -137,7 +151,10 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 class ShardedSpace(Space):
-    """Products of trees that hold this process's parts, over the parts of all processes: one exchange each."""
+    """Products of trees that hold this process's parts, over the parts of all processes.
+
+    One exchange each.
+    """
 
     def __init__(
         self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int

@@ -1,7 +1,8 @@
 """What the passes of a network move besides the weights that it learns: state and generators, saved and put back.
 
-State is the buffers and the parameters that are not learned, such as the average of a momentum encoder. What a network
-keeps elsewhere, in attributes or in Python objects, is not carried (docs/contract.md).
+State is the buffers and the parameters that are not learned, such as the average of a momentum
+encoder. What a network keeps elsewhere, in attributes or in Python objects, is not carried
+(docs/contract.md).
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ Slot = tuple[Table, Any, Any]  # a place in a table, and a tensor for it, or a p
 class RandomState(NamedTuple):
     """A saved state of the default generators that a forward pass on ``device`` may draw from.
 
-    Those of Python and NumPy are read where ``outside`` says so: to read them takes 40 microseconds, a twentieth of a
-    small network's step, and :attr:`Slots.draws_outside` tells for which networks it is needed.
+    Those of Python and NumPy are read where ``outside`` says so: to read them takes 40
+    microseconds, a twentieth of a small network's step, and :attr:`Slots.draws_outside` tells for
+    which networks it is needed.
     """
 
     device: torch.device
@@ -89,18 +91,22 @@ class RandomState(NamedTuple):
             numpy.random.set_state(self.numpy)  # noqa: NPY002 - the global one
 
     def branch(self) -> RandomState:
-        """The start of a stream that is independent of the one that continues from here; a function of this state."""
+        """The start of a stream that is independent of the one that continues from here.
+
+        A function of this state.
+        """
         if (fixed := _branch.get()) is not None:
             return fixed
-        # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
+        # A feedback pass that drew from the caller's stream would share its numbers with the
+        # caller's next draw.
         digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
         if self.accelerator is not None:
             digest.update(self.accelerator.numpy().data)
         branched = _seeded(digest.digest(), self.device, self.accelerator is not None)
         if not self.is_whole:
             return branched
-        # Torch's stream is the same where these are not read. Theirs depends on their own states too: torch's does not
-        # move where a network draws from them alone.
+        # Torch's stream is the same where these are not read. Theirs depends on their own states
+        # too: torch's does not move where a network draws from them alone.
         digest.update(repr(self._outside()).encode())
         seed = int.from_bytes(digest.digest(), "little")
         kind = getattr(numpy.random, self.numpy["bit_generator"])
@@ -119,7 +125,10 @@ class RandomState(NamedTuple):
         return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
 
     def has_drawn_outside(self, before: RandomState) -> bool:
-        """Whether Python's or NumPy's generator has moved since a state ``before``; both have to be whole."""
+        """Whether Python's or NumPy's generator has moved since a state ``before``.
+
+        Both have to be whole.
+        """
         return bool(self._outside() != before._outside())
 
     def _outside(self) -> Any:
@@ -168,10 +177,13 @@ class Slots:
         places: every place of one of these, with that name.
         frozen: the places of the others.
         buffers: the tables of buffers.
-        formulas: the places of parts whose kernel has no second derivative, with one that has it for each.
-        mark: what verification holds for, as one number: modes, numbers of hooks, and which parameters are learned.
+        formulas: the places of parts whose kernel has no second derivative, with one that has it
+            for each.
+        mark: what verification holds for, as one number: modes, numbers of hooks, and which
+            parameters are learned.
         state: the snapshot that the step's first pass takes over.
-        takes_gradients: whether the forward takes gradients itself, and needs a graph in every pass; found by trying.
+        takes_gradients: whether the forward takes gradients itself, and needs a graph in every
+            pass; found by trying.
         known: the tables' contents when they were read; others mean that the slots are stale.
         findings: what the first step with this network in these modes has found.
     """
@@ -219,8 +231,9 @@ class Slots:
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
-        """What the tables hold, by name and identity, and the modes, numbers of hooks and ``requires_grad`` flags, with
-        one more number where a parameter has hooks: the slots hold as long as it is what was ``known``."""
+        """What the tables hold, by name and identity, and the modes, numbers of hooks and
+        ``requires_grad`` flags, with one more number where a parameter has hooks: the slots hold as
+        long as it is what was ``known``."""
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         if any(map(_HOOKED, self._held)):
             flags.append(-1)
@@ -231,11 +244,17 @@ class Slots:
         return held, flags
 
     def in_formulas(self) -> list[Slot]:
-        """What a pass holds beside its weights where it takes formulas for kernels; usually nothing."""
+        """What a pass holds beside its weights where it takes formulas for kernels.
+
+        Usually nothing.
+        """
         return self.formulas if self.formulas and takes_formulas() else []
 
     def made(self) -> list[Slot]:
-        """The weights that hooks have made in the last pass, in their places: a replay puts them back."""
+        """The weights that hooks have made in the last pass, in their places.
+
+        A replay puts them back.
+        """
         return [(table, name, table[name]) for table, name in self._made if name in table]
 
     def random_state(
@@ -246,8 +265,8 @@ class Slots:
 
     @property
     def draws_outside(self) -> bool | None:
-        """Whether passes, or inner losses, draw from Python's or NumPy's generators; None until a step has been
-        watched."""
+        """Whether passes, or inner losses, draw from Python's or NumPy's generators; None until a
+        step has been watched."""
         return self.findings.draws_outside
 
     def meet(self, problem: Any) -> None:
@@ -272,8 +291,8 @@ class Slots:
             self.findings.draws_outside = True
 
     def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
-        """Return the types of half precision in which a part of the network computes, found by the graph of its
-        first outputs."""
+        """Return the types of half precision in which a part of the network computes, found by the
+        graph of its first outputs."""
         if self.findings.half_types is None and outputs.grad_fn is not None:
             results = [
                 result
@@ -306,7 +325,8 @@ class Findings:
     half_types: frozenset[torch.dtype] | None = None
 
 
-# By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing new.
+# By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing
+# new.
 _FINDINGS: weakref.WeakKeyDictionary[nn.Module, dict[int, Findings]] = weakref.WeakKeyDictionary()
 _HOOKS = attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -319,7 +339,10 @@ _TRAINING, _LEARNS, _HOOKED = (
 
 
 class State:
-    """A snapshot of a network's state: the tensors that its tables hold, and their values, copied or not."""
+    """A snapshot of a network's state.
+
+    The tensors that its tables hold, and their values, copied or not.
+    """
 
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
         self._all, self._frozen = slots.buffers, slots.frozen
@@ -334,7 +357,10 @@ class State:
         }
 
     def tables(self) -> list[tuple[Table, Table]]:
-        """The tables of buffers, with what they held; of those that a pass has filled since, nothing."""
+        """The tables of buffers, with what they held.
+
+        Of those that a pass has filled since, nothing.
+        """
         known = {id(table) for table, _ in self._tables}
         return [
             *self._tables,
@@ -363,8 +389,9 @@ class State:
 def replay(
     start: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
 ) -> Iterator[None]:
-    """In this block, draws begin at ``start``, and a network holds the tensors ``held`` and fresh copies of a
-    ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
+    """In this block, draws begin at ``start``, and a network holds the tensors ``held`` and fresh
+    copies of a ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards
+    all is as it was before."""
     drawn = RandomState.now(start.device, start.generator, outside=start.is_whole)
     start.restore()
     snapshot = state if isinstance(state, State) else state.now(copies=False)
@@ -398,8 +425,8 @@ def replay(
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:
-    """A tensor in the place of a network's own: of its type, with its attributes, and a gradient if that needs one, for
-    a forward that asks."""
+    """A tensor in the place of a network's own: of its type, with its attributes, and a gradient if
+    that needs one, for a forward that asks."""
     if type(t) is type(own) and t.requires_grad == own.requires_grad and not own.__dict__:
         return t
     if issubclass(
@@ -413,7 +440,10 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
 
 @contextmanager
 def swapped(held: Sequence[Slot]) -> Iterator[None]:
-    """Put these tensors into their places in this block, a backward pass included: checkpoints run the module in it."""
+    """Put these tensors into their places in this block, a backward pass included.
+
+    Checkpoints run the module in it.
+    """
     before = [table.get(name, _NOTHING) for table, name, _ in held]
     for table, name, t in held:
         table[name] = t
@@ -439,10 +469,11 @@ _NOTHING = object()  # in the place of what a table did not hold
 def with_contents_of(twin: Any, original: Any) -> Iterator[None]:
     """Let a module, or another object, hold what a copy of it, its ``twin``, holds, in this block.
 
-    Functions are not copied: a loss, a hook or a forward that reads the original by a closure, a global or ``self``
-    then reads what the copy is moved to, and what its passes leave in attributes. Both have one ``__dict__`` meanwhile,
-    so that what is exchanged in one is exchanged in the other. Parts of a module that are no copies of one another, and
-    objects with slots, are left alone.
+    Functions are not copied: a loss, a hook or a forward that reads the original by a closure, a
+    global or ``self`` then reads what the copy is moved to, and what its passes leave in
+    attributes. Both have one ``__dict__`` meanwhile, so that what is exchanged in one is exchanged
+    in the other. Parts of a module that are no copies of one another, and objects with slots, are
+    left alone.
     """
     pairs = [(twin, original)]
     if isinstance(original, nn.Module):
@@ -495,9 +526,10 @@ def restored(
     generator: torch.Generator | None = None,
     always: bool = False,
 ) -> Iterator[checks.Fault]:
-    """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients and generators are
-    bit for bit as they were. The gradients of the weights that are ``trained`` are cleared before and after. Yields the
-    fault of the report, in which checks on a device wait; with ``always`` they are read at once."""
+    """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients
+    and generators are bit for bit as they were. The gradients of the weights that are ``trained``
+    are cleared before and after. Yields the fault of the report, in which checks on a device wait;
+    with ``always`` they are read at once."""
     fault, saved, learning = checks.Fault(), list[State](), torch.is_grad_enabled()
     with _LOCK:
         for slots in networks:
@@ -530,7 +562,8 @@ def restored(
         finally:
             torch._C._set_grad_enabled(learning)
             checks.deferred.reset(token)
-            torch.clear_autocast_cache()  # of a caller's region: it holds casts of weights from before the step
+            # of a caller's region: it holds casts of weights from before the step
+            torch.clear_autocast_cache()
             for state in saved if always else ():
                 state.restore()
 
@@ -541,5 +574,8 @@ def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name; one that is held in several places has its first name."""
+    """The parameters that a module learns, by name.
+
+    One that is held in several places has its first name.
+    """
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -2,10 +2,11 @@ r"""Weight norm by its formula, in passes that are differentiated twice or in fo
 
 .. math:: w = g\, \frac{v}{\|v\|}
 
-PyTorch computes it by one kernel, ``_weight_norm_interface``, whose second derivative takes the norm that the first one
-has saved for a constant (``torch.autograd.gradgradcheck`` finds it), and which has no forward mode. Its value and its
-first derivative are right. So a module's parts that have a weight norm, of ``torch.nn.utils.parametrizations`` or the
-old one of ``torch.nn.utils``, are exchanged for these by the tables that hold them, as its weights are.
+PyTorch computes it by one kernel, ``_weight_norm_interface``, whose second derivative takes the
+norm that the first one has saved for a constant (``torch.autograd.gradgradcheck`` finds it), and
+which has no forward mode. Its value and its first derivative are right. So a module's parts that
+have a weight norm, of ``torch.nn.utils.parametrizations`` or the old one of ``torch.nn.utils``, are
+exchanged for these by the tables that hold them, as its weights are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _Parametrization: Any = parametrizations._WeightNorm
 
 def by_formula(v: Tensor, g: Tensor, dim: int) -> Tensor:
     """Return g v/‖v‖, with a norm for each index of ``dim``; -1: one norm for all."""
-    # Over all dimensions at once, for the forward mode of ``torch.norm_except_dim`` fails where it takes one norm.
+    # Over all dimensions at once, for the forward mode of ``torch.norm_except_dim`` fails where it
+    # takes one norm.
     others = [i for i in range(v.ndim) if i != dim]
     norm: Tensor = torch.linalg.vector_norm(v, 2, others, keepdim=True)
     return v * (g / norm)
@@ -43,8 +45,8 @@ class Composite(nn.Module):
 
 
 def computed_by_formula(hook: WeightNorm) -> Callable[[nn.Module], Tensor]:
-    """Return the formula in the place of ``compute_weight`` of the old weight norm's hook, which puts a weight into its
-    module before each pass."""
+    """Return the formula in the place of ``compute_weight`` of the old weight norm's hook, which
+    puts a weight into its module before each pass."""
 
     def compute_weight(module: nn.Module) -> Tensor:
         return by_formula(
@@ -81,7 +83,10 @@ def formulas_of(part: nn.Module) -> list[Formula]:
 
 @contextmanager
 def by_formulas(formulas: Sequence[Formula]) -> Iterator[None]:
-    """Take the formulas in this block, by attributes: torch.compile does not see what is put into a table."""
+    """Take the formulas in this block, by attributes.
+
+    Torch.compile does not see what is put into a table.
+    """
     before = [getattr(place.owner, place.name) for place in formulas]
     for place in formulas:
         setattr(place.owner, place.name, place.stand_in)

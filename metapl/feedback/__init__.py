@@ -66,7 +66,10 @@ _REGISTRY: dict[ModeName, Estimator] = {
     "implicit": Implicit(),
     "none": NoFeedback(),
 }
-"""The modes, with their defaults; a new one is a file and a line here, and its name above for type checkers."""
+"""The modes, with their defaults.
+
+A new one is a file and a line here, and its name above for type checkers.
+"""
 
 MODES: tuple[ModeName, ...] = tuple(_REGISTRY)
 """The names of the modes."""
@@ -150,7 +153,8 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
             ", ".join(modes_for(looks_ahead=True)),
         )
         raise MetaplError(
-            f"{who} takes one student step, and {steps} were given; expected one, or one of {several}."
+            f"{who} takes one student step, and {steps} were given; expected one, or one of "
+            f"{several}."
         )
     if entering and getattr(mode, "base", mode).name == "difference":
         raise MetaplError(

@@ -1,4 +1,7 @@
-"""What runs in the place of a mode that does not: each proposal of an error is tried before it is made."""
+"""What runs in the place of a mode that does not.
+
+Each proposal of an error is tried before it is made.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from metapl.execution.numerics import MissingDerivative
 from metapl.feedback import Estimator, Forward, ReinforcePerExample, estimator
 from metapl.feedback.order import NotFiniteFeedback
 
-# Computes the gradient of the step at hand by another mode, and moves nothing; ``one_step``: of its first student step.
+# Computes the gradient of the step at hand by another mode, and moves nothing; ``one_step``: of its
+# first student step.
 Run = Callable[[Estimator, bool], Any]
 
 MOST_PROPOSALS = 2
@@ -27,8 +31,8 @@ def advice_on(mode: Estimator, steps: int, run: Run | None) -> Iterator[None]:
     Args:
         mode: the step's.
         steps: of the student.
-        run: computes the same step by another mode; None: nothing can be tried, as in several processes, and nothing is
-            proposed but what runs on every operation.
+        run: computes the same step by another mode; None: nothing can be tried, as in several
+            processes, and nothing is proposed but what runs on every operation.
 
     Cost: nothing, unless a derivative is missing; then the gradient of one step for each proposal.
     """
@@ -57,7 +61,8 @@ def _expected(error: MetaplError, mode: Estimator, steps: int, run: Run | None) 
     for words, other, one_step in _candidates(mode, steps, isinstance(error, NotFiniteFeedback)):
         if len(proposals) == MOST_PROPOSALS:
             break
-        # A proposal that fails, in whatever way, is not made: the error on its way is the one that the user needs.
+        # A proposal that fails, in whatever way, is not made: the error on its way is the one that
+        # the user needs.
         try:
             result = run(other, one_step)
         except Exception:
@@ -69,7 +74,10 @@ def _expected(error: MetaplError, mode: Estimator, steps: int, run: Run | None) 
 def _candidates(
     mode: Estimator, steps: int, is_finite_asked: bool
 ) -> Iterator[tuple[str, Estimator, bool]]:
-    """Yield what may run in a mode's place: in words, the mode, and whether it takes one step of the student only."""
+    """Yield what may run in a mode's place.
+
+    In words, the mode, and whether it takes one step of the student only.
+    """
     by = getattr(mode, "by", None)
     if isinstance(mode, Forward):
         words = 'Forward(by="{order}")'

@@ -1,13 +1,15 @@
 r"""The base class of all estimators of the teacher's gradient, and the feedback h that they return.
 
-**Sign, everywhere:** the feedback is :math:`h = -\,dL(\theta')/d\,\mathrm{signal}`; positive means "say this more".
+**Sign, everywhere:** the feedback is :math:`h = -\,dL(\theta')/d\,\mathrm{signal}`; positive means
+"say this more".
 
-An estimator combines three choices: how w is computed (:meth:`Path.pullback`, :meth:`Path.adjoints`), how ż is
-computed (:meth:`InnerStep.tangent` or a difference of outputs), and what h has a number for
-(``credits``): each entry of the signal, each example, the whole batch, or nothing. It changes no parameter.
+An estimator combines three choices: how w is computed (:meth:`Path.pullback`,
+:meth:`Path.adjoints`), how ż is computed (:meth:`InnerStep.tangent` or a difference of outputs),
+and what h has a number for (``credits``): each entry of the signal, each example, the whole batch,
+or nothing. It changes no parameter.
 
-h is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network (unless the signal
-enters x, see :func:`exact_feedback`). If the inner loss also reads the weights,
+h is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network
+(unless the signal enters x, see :func:`exact_feedback`). If the inner loss also reads the weights,
 
 .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(z + \varepsilon\dot z, \mathrm{signal}, \theta + \varepsilon w)
@@ -47,12 +49,12 @@ from metapl.problems.base import Kind, Problem, Signal, field_of, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
-    "the inner loss, the outer loss or the feedback is NaN or infinite; lower the student's learning rate, or look for "
-    "a batch without rows or with extreme examples."
+    "the inner loss, the outer loss or the feedback is NaN or infinite; lower the student's "
+    "learning rate, or look for a batch without rows or with extreme examples."
 )
 OUTER_NOT_FINITE = (
-    "the outer loss is NaN or infinite: the outer batch (labeled) has no rows or extreme values, or the student has "
-    "diverged; look at the batch, or lower the student's learning rate."
+    "the outer loss is NaN or infinite: the outer batch (labeled) has no rows or extreme values, "
+    "or the student has diverged; look at the batch, or lower the student's learning rate."
 )
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
@@ -68,14 +70,15 @@ class Feedback:
 
     Args:
         h: without a graph: in the shape of that part, or a scalar for the whole batch.
-        part: ``"value"`` for a differentiable signal, or the first of its :meth:`~metapl.Signal.fields` where it is a
-            dict; ``"log_prob"`` for sampled labels, by their score; ``"probs"`` for sampled labels whose expectation is
-            taken; None: no feedback.
-        others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those besides
-            the value that the inner loss depends on.
+        part: ``"value"`` for a differentiable signal, or the first of its
+            :meth:`~metapl.Signal.fields` where it is a dict; ``"log_prob"`` for sampled labels, by
+            their score; ``"probs"`` for sampled labels whose expectation is taken; None: no
+            feedback.
+        others: the feedback on the other fields of a differentiable signal, by name: of its dict,
+            and those besides the value that the inner loss depends on.
         used: whether the inner loss depends on the signal at all.
-        mean_over: the number of examples by which the sum over the signal is divided: B in all processes for the mean
-            of Algorithm 1, 1 for a sum.
+        mean_over: the number of examples by which the sum over the signal is divided: B in all
+            processes for the mean of Algorithm 1, 1 for a sum.
     """
 
     h: Tensor
@@ -87,7 +90,8 @@ class Feedback:
     def teacher_loss(self, signal: Signal) -> Tensor:
         """Return −Σ stopgrad(h)·signal, or with ``mean_over`` its mean, a scalar with the teacher's graph.
 
-        The gradient of the sum is the hypergradient dL(θ′)/dθ_T, because h already contains the 1/B of the inner loss.
+        The gradient of the sum is the hypergradient dL(θ′)/dθ_T, because h already contains the 1/B
+        of the inner loss.
         """
         if self.part is None:
             return self.h.new_zeros(())
@@ -97,12 +101,18 @@ class Feedback:
         if self.mean_over != 1:
             total = total / self.mean_over
         if not total.requires_grad and torch.is_grad_enabled():
-            given = f"the teacher's signal ({self.part}) has no graph: it was detached, or computed under no_grad()"
+            given = (
+                f"the teacher's signal ({self.part}) has no graph: it was detached, or computed "
+                "under no_grad()"
+            )
             raise MetaplError(f"{given}; expected one with its graph, or mode='none'.")
         return total
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
-        """The same with h, and that on other fields, changed; ``change`` is also given the field's name."""
+        """The same with h, and that on other fields, changed.
+
+        ``change`` is also given the field's name.
+        """
         others = {name: change(name, h) for name, h in self.others.items()}
         return replace(self, h=change(self.part or "", self.h), others=others)
 
@@ -119,8 +129,9 @@ class Feedback:
         return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
 
     def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
-        """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
-        without rows it is the sum over micro-batches, each of which has a signal of its own."""
+        """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point
+        tensors. Of a field without rows it is the sum over micro-batches, each of which has a
+        signal of its own."""
         parts, value = len(step.passes), step.signal.value
         if parts == 1 and not isinstance(value, dict):
             return self.h.detach()
@@ -138,15 +149,18 @@ class Feedback:
 
 
 class Estimator(ABC):
-    """A way to compute the feedback: a frozen value. What changes between steps is passed in and out as state."""
+    """A way to compute the feedback.
+
+    A frozen value. What changes between steps is passed in and out as state.
+    """
 
     name: ClassVar[str]
     """The mode's name."""
     labels: ClassVar[tuple[Kind, ...]]
     """The kinds of signal that it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled), by preference."""
     credits: ClassVar[Credits] = "signal"
-    """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or
-    ``"nothing"``."""
+    """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the
+    ``"batch"``, or ``"nothing"``."""
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     keep_on: str | None = None
@@ -185,8 +199,9 @@ class Estimator(ABC):
     ) -> tuple[Order, ...]:
         """Return the orders of differentiation that a path of so many steps may take, the preferred first.
 
-        The first step takes the first of them that runs, later ones the same (:mod:`metapl.feedback.order`). ``wrt``
-        is what :func:`metapl.hypergradient` differentiates in besides the signals. Empty: there is nothing to choose.
+        The first step takes the first of them that runs, later ones the same
+        (:mod:`metapl.feedback.order`). ``wrt`` is what :func:`metapl.hypergradient` differentiates
+        in besides the signals. Empty: there is nothing to choose.
         """
         return ()
 
@@ -195,7 +210,8 @@ class Estimator(ABC):
         try:
             feedback, state = self.feedback(path, state)  # line 4: h
         except MetaplError as error:
-            # What is computed from a NaN is NaN, and the checks on the way would name causes of their own.
+            # What is computed from a NaN is NaN, and the checks on the way would name causes of
+            # their own.
             if begins_in_outer_loss(path):
                 raise MetaplError(OUTER_NOT_FINITE) from error
             raise
@@ -234,7 +250,10 @@ def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None
 
 
 def begins_in_outer_loss(path: Path) -> bool:
-    """Return whether an outer loss is NaN or infinite, and the inner loss is not; the host waits for the device."""
+    """Return whether an outer loss is NaN or infinite, and the inner loss is not.
+
+    The host waits for the device.
+    """
     is_infinite = [not bool(loss.isfinite()) for loss in path.known_outer_losses]
     return any(is_infinite) and bool(path.inner_loss.isfinite())
 
@@ -257,7 +276,10 @@ def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
 
 
 def examples_of_mean(reduction: Reduction, step: InnerStep) -> int:
-    """Return what the cross-entropies of sampled labels are divided by: B in all processes for ``"mean"``, else 1."""
+    """Return what the cross-entropies of sampled labels are divided by.
+
+    B in all processes for ``"mean"``, else 1.
+    """
     if reduction == "sum":
         return 1
     assert step.signal.log_prob is not None  # the modes with a reduction take sampled labels
@@ -267,16 +289,17 @@ def examples_of_mean(reduction: Reduction, step: InnerStep) -> int:
 def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
     """The divisor of h, by the name of the normalization.
 
-    ``"gradient"``: 1, the true gradient, which decays with η. ``"learning_rate"``: η, so that the size depends on the
-    labeled gradient only; for SGD, because over an η as small as Adam's h drowns the teacher's own losses
-    (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖; the sum of h over the batch is then the cosine between the student's step
-    and the labeled gradient.
+    ``"gradient"``: 1, the true gradient, which decays with η. ``"learning_rate"``: η, so that the
+    size depends on the labeled gradient only; for SGD, because over an η as small as Adam's h
+    drowns the teacher's own losses (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖; the sum of h over the
+    batch is then the cosine between the student's step and the labeled gradient.
     """
     if normalization == "learning_rate":
         eta = step.update.learning_rate
         if eta is None:
             raise MetaplError(
-                "a TorchOpt transform, or SGD with a rate for each entry, has no single learning rate; expected "
+                "a TorchOpt transform, or SGD with a rate for each entry, has no single learning "
+                "rate; expected "
                 'normalization="gradient".'
             )
         return eta if eta > 0 else 1.0
@@ -287,9 +310,9 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
 
 
 def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
-    """The feedback along w by exact derivatives, in the step's order: from the graph of g where the pass has kept it;
-    by ż; or by double backward, as always where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the
-    whole network."""
+    """The feedback along w by exact derivatives, in the step's order: from the graph of g where the
+    pass has kept it; by ż; or by double backward, as always where the signal enters the student's
+    input, and ⟨∂ℓ/∂z, ż⟩ goes through the whole network."""
     by_graph = [part.in_leaves(w) for part in step.passes]
     if by_graph[0] is not None:
         return feedback_from(step, step.in_signal(credited(step.signal, of), by_graph), of)  # type: ignore[arg-type]
@@ -312,9 +335,9 @@ def head_feedback(
 ) -> Feedback:
     """The feedback along w from ż, (B, ...), in the head alone; ``rounding``: a bound on the norm of its error.
 
-    For sampled labels ℓ is linear in its target, so h_ik = −(1/B) d/dε ℓ(z_i, class k) is the derivative at the one-hot
-    rows of the labels. And Σ_i u_i d/dε ℓ_i is linear in u, so its gradient is d/dε ℓ itself: forward mode by two
-    reverse passes.
+    For sampled labels ℓ is linear in its target, so h_ik = −(1/B) d/dε ℓ(z_i, class k) is the
+    derivative at the one-hot rows of the labels. And Σ_i u_i d/dε ℓ_i is linear in u, so its
+    gradient is d/dε ℓ itself: forward mode by two reverse passes.
     """
     leaves = as_leaves(credited(step.signal, of))
     slope = _slope(step, leaves, w, z_dot, rounding)
@@ -341,7 +364,8 @@ def feedback_by_losses(
 ) -> Feedback:
     """The feedback along w by a difference of the loss's derivative in the signal; first derivatives alone.
 
-    The error is O(δ²), of a one-sided move O(δ), and the rounding of that derivative over the move's length.
+    The error is O(δ²), of a one-sided move O(δ), and the rounding of that derivative over the
+    move's length.
     """
     leaves = as_leaves(credited(step.signal, of))
     after, gradients = _loss_in_leaves(step, leaves, w, move.ahead, move.after)
@@ -424,10 +448,14 @@ def feedback_from(
 def _slope(
     step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, of_z_dot: Tensor | None
 ) -> Tensor:
-    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share; flagged where it is not ⟨w, g⟩."""
+    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share.
+
+    Flagged where it is not ⟨w, g⟩.
+    """
     ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
-    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these leaves.
+    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these
+    # leaves.
     weights: AbstractContextManager[Tree] = nullcontext({})
     if step.student.readable:
         weights = step.student.with_leaves(step.params)
@@ -438,7 +466,8 @@ def _slope(
         except Exception as error:
             if not is_choosing or isinstance(error, MetaplError):
                 raise
-            # It ran in the inner pass, so it needs the graph that was there, as a penalty on its own gradient does.
+            # It ran in the inner pass, so it needs the graph that was there, as a penalty on its
+            # own gradient does.
             step.student.compares_gradients = True
             what = "the inner loss does not run on the outputs without the graph of the forward"
             raise MissingDerivative(f"{what} ({reason_of(error)})") from error
@@ -465,8 +494,8 @@ def _slope(
         and bool((forward - by_gradient).abs() <= tolerance * spread)
     ):
         return slope
-    # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero but for rounding, a
-    # first step of Adam makes the whole direction.
+    # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero
+    # but for rounding, a first step of Adam makes the whole direction.
     rounding = (
         ROUNDINGS
         * torch.finfo(step.shifted_dtype).eps
@@ -476,7 +505,8 @@ def _slope(
     if of_z_dot is not None and grads[0] is not None:
         rounding = rounding + ranks.norm(grads[0].detach()) * of_z_dot
     if is_choosing:
-        # The host waits for a device here, once: another order may follow what the outputs do not carry.
+        # The host waits for a device here, once: another order may follow what the outputs do not
+        # carry.
         differ = ranks.any(bool(slopes_differ(forward, by_gradient, spread, tolerance, rounding)))
         if differ:
             step.student.compares_gradients = True

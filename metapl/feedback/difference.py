@@ -32,10 +32,10 @@ ROUNDINGS = 30.0
 """A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
 
 RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
-"""r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical weight, whatever the
-number of weights, so r determines the change of the outputs: large beside their rounding, and small enough that few
-ReLUs switch (these, not curvature, cause the error of longer moves). Measured by benchmarks/difference_step.py at
-d3aeafaa."""
+"""r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical
+weight, whatever the number of weights, so r determines the change of the outputs: large beside
+their rounding, and small enough that few ReLUs switch (these, not curvature, cause the error of
+longer moves). Measured by benchmarks/difference_step.py at d3aeafaa."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,31 @@ class Difference(Estimator):
               \big[ S(x_u; \theta + \delta\,\hat w) - S(x_u; \theta - \delta\,\hat w) \big], \quad
               \delta = r\,\frac{\|\theta\|}{\sqrt n}, \quad \hat w = w / \|w\|
 
-    The passes run in float32 or wider, outside autocast and TF32 (in bf16 and TF32 the difference is noise). Where the
-    inner loss has no second derivative, such as CTC, its derivative in the signal is taken at both outputs:
+    The passes run in float32 or wider, outside autocast and TF32 (in bf16 and TF32 the difference
+    is noise). Where the inner loss has no second derivative, such as CTC, its derivative in the
+    signal is taken at both outputs:
 
     .. math:: h \approx -\frac{\|w\|}{2\delta} \big[ \nabla_{\mathrm{signal}} \ell(z_+, \mathrm{signal}) -
               \nabla_{\mathrm{signal}} \ell(z_-, \mathrm{signal}) \big], \quad
               z_\pm = S(x_u; \theta \pm \delta\,\hat w)
 
-    which of a weight of an example is the difference of its losses. The step's ``order`` says which was taken,
-    ``"outputs"`` or ``"losses"``; it is chosen at the first step.
+    which of a weight of an example is the difference of its losses. The step's ``order`` says which
+    was taken, ``"outputs"`` or ``"losses"``; it is chosen at the first step.
 
     Args:
-        one_sided: S(θ + δŵ) − S(θ), one pass less: the inner pass's outputs are used again where it ran in full
-            float32 (so neither under autocast nor by TF32, which PyTorch allows for convolutions on CUDA).
-        relative_step: r, the length of the move over the root mean square of the n weights; ``None`` is 2e-3 in float32
-            and 1e-6 in float64.
+        one_sided: S(θ + δŵ) − S(θ), one pass less: the inner pass's outputs are used again where it
+            ran in full float32 (so neither under autocast nor by TF32, which PyTorch allows for
+            convolutions on CUDA).
+        relative_step: r, the length of the move over the root mean square of the n weights;
+            ``None`` is 2e-3 in float32 and 1e-6 in float64.
         normalization: as in :class:`~metapl.feedback.Forward`.
 
-    Takes: soft signals; hard labels by the expectation.
-    Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of
-    the weights.
-    Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 it was 9 to 60 % off
-    in the first ten steps of AdamW on a small BERT, 0.7 % after forty (benchmarks/results/fresh_adam.md). With
-    ``parametrizations.spectral_norm`` there is a bias that falls as its power iteration converges.
-    Runs: wherever the student runs, on any operation.
+    Takes: soft signals; hard labels by the expectation. Cost: 11 student passes a step with the
+    teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of the weights. Bias:
+    O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 it was
+    9 to 60 % off in the first ten steps of AdamW on a small BERT, 0.7 % after forty
+    (benchmarks/results/fresh_adam.md). With ``parametrizations.spectral_norm`` there is a bias that
+    falls as its power iteration converges. Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """
 
@@ -98,7 +99,10 @@ class Difference(Estimator):
         return head_feedback(step, w, z_dot, move.rounding / move.width, of=of)
 
     def tangent(self, step: InnerStep, w: Tree) -> tuple[Tensor, Tensor]:
-        """ż along w, by moves of length δ, and a bound on the norm of its rounding; exactly zero for w = 0."""
+        """ż along w, by moves of length δ, and a bound on the norm of its rounding.
+
+        Exactly zero for w = 0.
+        """
         move = self.moved(step, w)
         return (move.ahead - move.behind) / move.width, move.rounding / move.width
 
@@ -119,7 +123,8 @@ class Difference(Estimator):
         )  # the mean of the two is z to the second order of the move
         for part, *moved in zip(step.passes, first.chunk(parts), behind.chunk(parts), strict=True):
             part.check_shifted(*moved)
-        # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
+        # A small difference of large outputs loses digits: Adam's first w, for example, is
+        # orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         return Move(
             ahead, behind, factor, 0 * factor if self.one_sided else -factor, width, rounding

@@ -1,9 +1,10 @@
 """The door of the first step: what can carry a gradient past the signal is refused by name, before anything moves.
 
-The feedback knows of one way from the teacher to the inner loss, the signal. Another way would be left out without a
-word, so it is looked for once: in what is given (:func:`refuse_gradients_of_batches`, :func:`refuse_learned_settings`,
-:func:`refuse_hooks`), and in the graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so
-that networks of any size, and sharded ones, are looked at. Later steps are not.
+The feedback knows of one way from the teacher to the inner loss, the signal. Another way would be
+left out without a word, so it is looked for once: in what is given
+(:func:`refuse_gradients_of_batches`, :func:`refuse_learned_settings`, :func:`refuse_hooks`), and in
+the graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so that
+networks of any size, and sharded ones, are looked at. Later steps are not.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class PastTheSignal(MetaplError):
     """A loss depends on something that the feedback does not know of, or a batch changes under it."""
 
 
-# ------------------------------------------------------------------------------------------------------ what is given
+# ------------------------------------------------------------------------------------ what is given
 
 
 def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
     """Refuse a tensor of a batch that requires a gradient, of which the feedback would know nothing.
 
-    Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by the first look alone.
+    Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by
+    the first look alone.
     """
     named = dict[str, Any]()
     for role, given in (("outer", outer), ("inner", inner)):
@@ -52,8 +54,9 @@ def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
         for place, t in named_leaves_of(batch):
             if isinstance(t, Tensor) and t.requires_grad:
                 raise MetaplError(
-                    f"{name}{place} requires a gradient, which a batch does not carry; expected data: "
-                    ".detach() it, or let the signal carry it (problem.signal, and student_input(self, batch, signal))."
+                    f"{name}{place} requires a gradient, which a batch does not carry; expected "
+                    "data: .detach() it, or let the signal carry it (problem.signal, and "
+                    "student_input(self, batch, signal))."
                 )
 
 
@@ -63,9 +66,10 @@ def refuse_learned_settings(update: Update) -> None:
         update = update.inner
     if getattr(update, "is_learned", False):
         raise MetaplError(
-            "the result of the TorchOpt transform requires a gradient: it reads a learned tensor, such as a rate of "
-            "the teacher, of which the feedback would know nothing; expected numbers (.item()), or a setting of "
-            "torch.optim's optimizers with metapl.hypergradient(wrt='lr')."
+            "the result of the TorchOpt transform requires a gradient: it reads a learned tensor, "
+            "such as a rate of the teacher, of which the feedback would know nothing; expected "
+            "numbers (.item()), or a setting of torch.optim's optimizers with "
+            "metapl.hypergradient(wrt='lr')."
         )
     optimizer = vars(update).get("optimizer")
     for one in () if optimizer is None else parts_of(optimizer):
@@ -80,13 +84,17 @@ def refuse_learned_settings(update: Update) -> None:
                     if isinstance(value, Tensor) and value.numel() > 1:
                         expected = f"values alone ({name}.detach())"
                     raise MetaplError(
-                        f"{name} of the inner optimizer requires a gradient, of which the feedback would know nothing; "
-                        f"expected {expected}, whose gradient metapl.hypergradient(wrt={name!r}) gives."
+                        f"{name} of the inner optimizer requires a gradient, of which the feedback "
+                        f"would know nothing; expected {expected}, whose gradient "
+                        f"metapl.hypergradient(wrt={name!r}) gives."
                     )
 
 
 def refuse_hooks(student: nn.Module) -> None:
-    """Refuse hooks on the student's parameters: they change its gradients, and copies do not have them."""
+    """Refuse hooks on the student's parameters.
+
+    They change its gradients, and copies do not have them.
+    """
     hooked = [
         n
         for n, p in student.named_parameters()
@@ -98,14 +106,15 @@ def refuse_hooks(student: nn.Module) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------- what an outer loss may read too
+# ------------------------------------------------------------------ what an outer loss may read too
 
 
 def outer_variables(problem: Problem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:
     """Return the teacher's parameters that the outer loss may read, by their names in the teacher.
 
-    An outer loss reads outer variables through a module that the problem holds, which is the teacher or a part of it,
-    or a module that shares parameters with it. Without such a module there are none, whatever the loss does.
+    An outer loss reads outer variables through a module that the problem holds, which is the
+    teacher or a part of it, or a module that shares parameters with it. Without such a module there
+    are none, whatever the loss does.
     """
     if teacher is None:
         return {}
@@ -127,7 +136,8 @@ def outer_loss_reads_more(problem: Problem, teacher: nn.Module | None) -> bool:
 def has_direct_term(mode_name: str, problem: Problem, teacher: nn.Module | None) -> bool:
     """Return whether the teacher's gradient has a direct term, ∂L(θ′; φ)/∂φ at fixed θ′, beside that of the feedback.
 
-    It is left out in ``none``, which has no feedback, and in the sampled modes, whose scalars it does not belong to.
+    It is left out in ``none``, which has no feedback, and in the sampled modes, whose scalars it
+    does not belong to.
     """
     return mode_name in MODES_WITH_DIRECT_TERM and outer_loss_reads_more(problem, teacher)
 
@@ -136,23 +146,25 @@ def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool)
     """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
     if not is_alone:
         raise MetaplError(
-            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, or the signal, and the "
-            "networks are in several processes; expected one process."
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, or "
+            "the signal, and the networks are in several processes; expected one process."
         )
     if parts > 1 and reads_signal_in_outer_input(problem):
         raise MetaplError(
-            f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected 1."
+            f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected "
+            "1."
         )
 
 
-# ------------------------------------------------------------------------------------------------------ the first look
+# ----------------------------------------------------------------------------------- the first look
 
 
 class FirstLook:
     """A look at the graphs of both losses in one step, and at its batches.
 
-    A leaf of a graph is refused if it is neither a weight of the student nor a tensor that metapl put there, and lived
-    before the pass: a leaf that a pass makes for itself, as for a derivative in its input, is another one in each pass.
+    A leaf of a graph is refused if it is neither a weight of the student nor a tensor that metapl
+    put there, and lived before the pass: a leaf that a pass makes for itself, as for a derivative
+    in its input, is another one in each pass.
 
     Args:
         teacher: None where the problem has none.
@@ -160,8 +172,8 @@ class FirstLook:
         problem: the two losses.
         outer, inner: the batches of the step.
         blocks: of a sharded student, the submodules that gather their weights while they run.
-        named_by: the original teacher, problem and student, where the step is taken by copies: a tensor that is called
-            by its name may be theirs.
+        named_by: the original teacher, problem and student, where the step is taken by copies: a
+            tensor that is called by its name may be theirs.
     """
 
     def __init__(
@@ -181,8 +193,8 @@ class FirstLook:
             self.named_by.append(named_by)
         self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
         self.names_of_weights = {id(p): name for name, p in student.named_parameters()}
-        # A sharded student computes with the parameters that it holds, whatever tensors a pass began with: its blocks
-        # gather them, and products take a part of each.
+        # A sharded student computes with the parameters that it holds, whatever tensors a pass
+        # began with: its blocks gather them, and products take a part of each.
         self.keeps_weights = bool(blocks) or any(is_sharded(p) for p in student.parameters())
         self.outer_variables = ids(outer_variables(problem, teacher).values())
         batches = [outer, *inner_batches_held(inner)]
@@ -202,9 +214,11 @@ class FirstLook:
 
         Args:
             value: the loss.
-            made_here: leaves that metapl made: the weights at which the pass ran, and the signal's fields.
+            made_here: leaves that metapl made: the weights at which the pass ran, and the signal's
+                fields.
             again: computes the loss once more.
-            at_own_weights: whether the pass ran at the student's own parameters, and not at leaves in their places.
+            at_own_weights: whether the pass ran at the student's own parameters, and not at leaves
+                in their places.
         """
         allowed = ids(made_here)
         if at_own_weights or self.keeps_weights:
@@ -214,15 +228,19 @@ class FirstLook:
             self._refuse_kept_weight("inner", leaf, way="the argument params of inner_loss")
         if leaf is not None:
             raise PastTheSignal(
-                f"the inner loss depends on {self._name_of(leaf)}, past the signal; expected the teacher to reach it "
-                "by problem.signal alone: put it into the signal (student_input(self, batch, signal) takes that to the "
-                "student), make it a parameter of the student, or .detach() it."
+                f"the inner loss depends on {self._name_of(leaf)}, past the signal; expected the "
+                "teacher to reach it by problem.signal alone: put it into the signal "
+                "(student_input(self, batch, signal) takes that to the student), make it a "
+                "parameter of the student, or .detach() it."
             )
 
     def at_outer_loss(
         self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
     ) -> None:
-        """Look at the graph of an outer loss, at leaves in the student's places; see :meth:`at_inner_loss`."""
+        """Look at the graph of an outer loss, at leaves in the student's places.
+
+        See :meth:`at_inner_loss`.
+        """
         allowed = ids(made_here) | self.outer_variables
         if self.keeps_weights:
             allowed |= self.weights
@@ -231,18 +249,23 @@ class FirstLook:
             self._refuse_kept_weight("outer", leaf, way="student.parameters() in outer_loss")
         if leaf is not None:
             raise PastTheSignal(
-                f"the outer loss depends on {self._name_of(leaf)}; expected the student's weights, and the teacher's "
-                f"through a module that the problem holds ({kind_of(self.problem)}.teacher = teacher, say): let "
-                "the problem hold it, or .detach() it."
+                f"the outer loss depends on {self._name_of(leaf)}; expected the student's weights, "
+                "and the teacher's through a module that the problem holds "
+                f"({kind_of(self.problem)}.teacher = teacher, say): let the problem hold it, or "
+                ".detach() it."
             )
 
     def _refuse_kept_weight(self, level: str, leaf: Tensor, way: str) -> None:
-        """Refuse a weight that was read before the step: it stays as it is while the student moves."""
+        """Refuse a weight that was read before the step.
+
+        It stays as it is while the student moves.
+        """
         name = self.names_of_weights.get(id(leaf), "weight")
         raise PastTheSignal(
-            f"the {level} loss reads the student's {name} from a place that does not move with the student: a list of "
-            "parameters that was made before, or layers from a plain list or dict; expected layers in an nn.ModuleList "
-            f"or nn.ModuleDict, and weights that are read when the loss is called: {way}."
+            f"the {level} loss reads the student's {name} from a place that does not move with the "
+            "student: a list of parameters that was made before, or layers from a plain list or "
+            "dict; expected layers in an nn.ModuleList or nn.ModuleDict, and weights that are "
+            f"read when the loss is called: {way}."
         )
 
     def at_batches(self) -> None:
@@ -259,8 +282,9 @@ class FirstLook:
                     t.copy_(before)
         if changed:
             raise PastTheSignal(
-                "a batch is changed in place by a pass of the student, or by a loss, so that the teacher and later "
-                "passes see other data; expected the pass to work on a copy (x = x.clone())."
+                "a batch is changed in place by a pass of the student, or by a loss, so that the "
+                "teacher and later passes see other data; expected the pass to work on a copy (x "
+                "= x.clone())."
             )
 
     def _strange_leaf(
@@ -302,7 +326,10 @@ def looking(look: FirstLook | None) -> Iterator[None]:
 
 
 def inner_batches_held(inner: Any) -> list[Any]:
-    """Return the inner batches that are in memory: those that a function returns are other ones in each call."""
+    """Return the inner batches that are in memory.
+
+    Those that a function returns are other ones in each call.
+    """
     if not isinstance(inner, Lookahead):
         return [inner]
     return [] if callable(inner.batches) else list(inner.batches)
@@ -331,7 +358,10 @@ def leaves_of(value: Tensor) -> list[Tensor]:
 
 
 def version_of(t: Tensor) -> int | None:
-    """Return how often a tensor was written to; None of a tensor of inference mode, which does not count."""
+    """Return how often a tensor was written to.
+
+    None of a tensor of inference mode, which does not count.
+    """
     return None if t.is_inference() else t._version
 
 

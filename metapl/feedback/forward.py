@@ -1,17 +1,19 @@
 r"""The exact hypergradient in mixed mode: reverse for v, forward for ż.
 
-This derivation is behind ``forward``, ``difference``, both ``reinforce`` modes and ``implicit``, not behind
-``unrolled``, ``loss_difference`` and ``none``. The outer loss depends on the signal s only through θ′ = U(θ, g(s)),
-with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ v,
+This derivation is behind ``forward``, ``difference``, both ``reinforce`` modes and ``implicit``,
+not behind ``unrolled``, ``loss_difference`` and ``none``. The outer loss depends on the signal s
+only through θ′ = U(θ, g(s)), with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ
+v,
 
 .. math:: dL = \langle v, \tfrac{\partial U}{\partial g} dg \rangle = \langle w, dg \rangle
              = d\,\langle w, \nabla_\theta \ell(S(x_u;\theta), s) \rangle
              = d\,\tfrac{d}{d\varepsilon} \ell(S(x_u; \theta + \varepsilon w), s)
              = d\,\langle \tfrac{\partial \ell}{\partial z}(z, s), \dot z \rangle .
 
-The mixed second derivative ∂²ℓ/∂θ∂s, contracted with w, is thus a derivative of the *outputs* along w, followed by one
-in the head, where the signal enters: no second derivative of the network is ever formed. A signal that enters the
-student's input enters at both ends of the network, and its derivative is taken by double backward.
+The mixed second derivative ∂²ℓ/∂θ∂s, contracted with w, is thus a derivative of the *outputs* along
+w, followed by one in the head, where the signal enters: no second derivative of the network is ever
+formed. A signal that enters the student's input enters at both ends of the network, and its
+derivative is taken by double backward.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def exact_orders(
     Raises: :class:`metapl.MetaplError` for a ``by`` that a sharded student does not have.
     """
     if enters_input(problem) or "start" in wrt:
-        # The derivative in the input, or in the first weights, goes through the network, whatever is asked.
+        # The derivative in the input, or in the first weights, goes through the network, whatever
+        # is asked.
         return ("double_backward",)
     if not student.readable:
         # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
@@ -71,12 +74,14 @@ def exact_orders(
         if by is not None and by not in orders:
             expected = " or ".join(f'by="{order}"' for order in orders)
             raise MetaplError(
-                f'Forward(by="{by}") was given, and the student is sharded; expected {expected}, or None.'
+                f'Forward(by="{by}") was given, and the student is sharded; expected {expected}, '
+                "or None."
             )
         return orders if by is None else (by,)
     if by is not None:
         return (by,)
-    # The graph of one small step is kept; where its derivatives are missing, so are those of double backward.
+    # The graph of one small step is kept; where its derivatives are missing, so are those of double
+    # backward.
     is_small = sum(map(Tensor.numel, student.params.values())) <= SMALL
     return ("graph", "tangent") if steps == 1 and is_small else ("tangent", "double_backward")
 
@@ -89,44 +94,49 @@ class Forward(Estimator):
                   \Big\langle \frac{\partial\ell}{\partial z}(z, \mathrm{signal}),\ \dot z \Big\rangle, \quad
               \dot z = \frac{d}{d\varepsilon} S(x_u; \theta + \varepsilon w)\Big|_0
 
-    For cross-entropy: h_ik = (1/B) d/dε log S_ik(θ + εw), shape (B, C), in units of the labeled loss per unit of
-    probability. On sampled labels the expectation over them is taken: the student learns ŷ, the teacher gets
-    −Σ_ik q_ik h_ik, whose noise is that of θ′ alone.
+    For cross-entropy: h_ik = (1/B) d/dε log S_ik(θ + εw), shape (B, C), in units of the labeled
+    loss per unit of probability. On sampled labels the expectation over them is taken: the student
+    learns ŷ, the teacher gets −Σ_ik q_ik h_ik, whose noise is that of θ′ alone.
 
     Args:
-        normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
-            η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
-        truncate: differentiate only this many of the last student steps; None: all. 0: none, for ``wrt="start"`` alone
-            (:func:`metapl.hypergradient`), which is first-order MAML.
-        keep_every: of K steps, every so many (m) keep their weights and optimizer state; the others are computed again,
-            in the memory of about K/m + m steps; 1: all are kept. None: all of up to 50 steps; of more, as many as half
-            of the free memory holds: all, every √K-th, or a tree; in a folder, every √K-th.
-        keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
-            factor of 10 in K after the first.
-        by: how one step, or the first of several, is differentiated: ``"graph"``, ⟨g, w⟩ by the graph of g, which the
-            inner pass then keeps (less time on small networks, 1.1 to 2.4 times the memory); ``"tangent"``, by ż in
-            forward mode; ``"double_backward"``, ⟨g, w⟩ by a graph that is made for it, as always where the signal
-            enters the student's input, and for the gradient in the start. None: the first that runs of
-            graph and tangent (one step, up to :data:`SMALL` weights), or of tangent and double backward; chosen at a
-            trainer's first step, and in each call of :func:`metapl.hypergradient`, whose result says it (``order``).
-        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
-            call of :func:`metapl.hypergradient` or :func:`metapl.attribute` with ``compile=True`` at a time. A call
-            that was killed goes on when it is repeated, bit for bit.
+        normalization: ``"gradient"`` (default: the true gradient, of the order of η),
+            ``"learning_rate"`` (divided by η), ``"cosine"`` (divided by ‖w‖‖g‖); see
+            :func:`metapl.feedback.base.divisor`.
+        truncate: differentiate only this many of the last student steps; None: all. 0: none, for
+            ``wrt="start"`` alone (:func:`metapl.hypergradient`), which is first-order MAML.
+        keep_every: of K steps, every so many (m) keep their weights and optimizer state; the others
+            are computed again, in the memory of about K/m + m steps; 1: all are kept. None: all of
+            up to 50 steps; of more, as many as half of the free memory holds: all, every √K-th, or
+            a tree; in a folder, every √K-th.
+        keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed
+            again once for every factor of 10 in K after the first.
+        by: how one step, or the first of several, is differentiated: ``"graph"``, ⟨g, w⟩ by the
+            graph of g, which the inner pass then keeps (less time on small networks, 1.1 to 2.4
+            times the memory); ``"tangent"``, by ż in forward mode; ``"double_backward"``, ⟨g, w⟩ by
+            a graph that is made for it, as always where the signal enters the student's input, and
+            for the gradient in the start. None: the first that runs of graph and tangent (one step,
+            up to :data:`SMALL` weights), or of tangent and double backward; chosen at a trainer's
+            first step, and in each call of :func:`metapl.hypergradient`, whose result says it
+            (``order``).
+        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an
+            existing folder, of one call of :func:`metapl.hypergradient` or :func:`metapl.attribute`
+            with ``compile=True`` at a time. A call that was killed goes on when it is repeated, bit
+            for bit.
 
-    Takes: soft signals; hard labels by the expectation.
-    Cost: 12 student passes a step with the teacher's 3; by tangent no graph beyond that of a plain step. Of K steps
-    looked ahead, every one but the first costs a double backward pass instead of ż's: 1.1 to 1.4 times what
-    ``unrolled`` costs, in the memory of one student step, of K sets of weights, gradients and optimizer states (see
-    ``keep_every``), and of the teacher's K graphs (``recompute_teacher``). A signal that enters the student's input
-    costs a double backward pass in every step. Of a sharded student, each of these gathers one block at a time and runs
-    it four times.
-    Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
-    updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
-    norm: 0.26 under a warmed Adam, 0.82 under an active clip).
-    Raises: :class:`metapl.MetaplError` for operations that have neither forward-mode AD nor a second derivative (over
-    several steps: that have no second derivative), by name, with the modes that run on the student; attention runs on
-    its math kernel.
-    Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.
+    Takes: soft signals; hard labels by the expectation. Cost: 12 student passes a step with the
+    teacher's 3; by tangent no graph beyond that of a plain step. Of K steps looked ahead, every one
+    but the first costs a double backward pass instead of ż's: 1.1 to 1.4 times what ``unrolled``
+    costs, in the memory of one student step, of K sets of weights, gradients and optimizer states
+    (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``). A signal that
+    enters the student's input costs a double backward pass in every step. Of a sharded student,
+    each of these gathers one block at a time and runs it four times. Bias: none for soft signals.
+    For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for updates
+    affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B =
+    2, relative norm: 0.26 under a warmed Adam, 0.82 under an active clip). Raises:
+    :class:`metapl.MetaplError` for operations that have neither forward-mode AD nor a second
+    derivative (over several steps: that have no second derivative), by name, with the modes that
+    run on the student; attention runs on its math kernel. Source: derived at the head of this file,
+    from eq. (3); the mixed-mode products of the AD literature.
     """
 
     normalization: Normalization = "gradient"
@@ -145,7 +155,8 @@ class Forward(Estimator):
         super().__post_init__()
         if self.keep is not None and self.keep_every is not None:
             raise MetaplError(
-                f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of them."
+                f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of "
+                "them."
             )
 
     @property

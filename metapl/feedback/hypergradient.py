@@ -1,6 +1,7 @@
 """The gradient through student steps on the eager road, and what it returns.
 
-:func:`metapl.hypergradient` stands above it (:mod:`metapl.training.hypergradient`), since it may verify and compile.
+:func:`metapl.hypergradient` stands above it (:mod:`metapl.training.hypergradient`), since it may
+verify and compile.
 """
 
 from __future__ import annotations
@@ -45,31 +46,39 @@ class Hypergradient:
     """The result of :func:`metapl.hypergradient`.
 
     Args:
-        grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
-            a teacher.
-        feedback: h, minus the gradient of the labeled loss with respect to the signal, as the mode shapes it; of a dict
-            of tensors, a dict of those of floating point. A tuple of K for a :class:`metapl.Lookahead`.
+        grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a
+            parameter; empty without a teacher.
+        feedback: h, minus the gradient of the labeled loss with respect to the signal, as the mode
+            shapes it; of a dict of tensors, a dict of those of floating point. A tuple of K for a
+            :class:`metapl.Lookahead`.
         inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars; of a
             :class:`metapl.Lookahead` of outer batches Σ_k weight_k L_k(θ_k).
-        student_params: θ′ by parameter name, after the last step; of the real one where the problem revises its signal.
-        inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
+        student_params: θ′ by parameter name, after the last step; of the real one where the problem
+            revises its signal.
+        inner_state: the TorchOpt state after the step, for the next call; None with a
+            ``torch.optim`` optimizer.
         kept: which steps of a look-ahead kept their states, in words; empty without one.
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
-        settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
-            (K, groups, 2); float64. Where a group has a rate for each entry of its weight, ``settings["lr"]`` is a list
-            by group: (K, ...) with the shape of the group's rate, (K,) of a group with a number.
-        direct: where the outer loss reads the teacher, through a module that the problem holds or by
-            ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a part of ``grads``;
-            empty elsewhere, and in the modes that leave it out (``none`` and the sampled ones).
-        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`): ``"graph"``,
-            ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty in modes that take none, and
-            compiled. ``Forward(by=result.order)`` takes the same without trying.
-        outer_losses: L_k(θ_k) after each step, (K,), for a :class:`metapl.Lookahead` of outer batches; else None.
-        replay_error: the largest relative difference, in the weights or in the optimizer's state, between a state that
-            was kept and the same state computed again; 0.0 where they are equal bit for bit, or no step was computed
-            again.
-        float32_products: in what precision matrix products and convolutions of float32 were taken on the device:
-            ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has no such switches.
+        settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K,
+            groups); of ``betas``, (K, groups, 2); float64. Where a group has a rate for each entry
+            of its weight, ``settings["lr"]`` is a list by group: (K, ...) with the shape of the
+            group's rate, (K,) of a group with a number.
+        direct: where the outer loss reads the teacher, through a module that the problem holds or
+            by ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a
+            part of ``grads``; empty elsewhere, and in the modes that leave it out (``none`` and the
+            sampled ones).
+        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`):
+            ``"graph"``, ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty
+            in modes that take none, and compiled. ``Forward(by=result.order)`` takes the same
+            without trying.
+        outer_losses: L_k(θ_k) after each step, (K,), for a :class:`metapl.Lookahead` of outer
+            batches; else None.
+        replay_error: the largest relative difference, in the weights or in the optimizer's state,
+            between a state that was kept and the same state computed again; 0.0 where they are
+            equal bit for bit, or no step was computed again.
+        float32_products: in what precision matrix products and convolutions of float32 were taken
+            on the device: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has
+            no such switches.
     """
 
     grads: dict[str, Tensor]
@@ -95,8 +104,9 @@ class Hypergradient:
 def stacked_settings(
     found: Sequence[Any], names: Sequence[str], options: Options
 ) -> dict[str, Any]:
-    """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting. Of a setting with a value
-    for each entry of a weight in one of the groups' ``options``, a list by group, (K, ...)."""
+    """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting. Of a
+    setting with a value for each entry of a weight in one of the groups' ``options``, a list by
+    group, (K, ...)."""
 
     def of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
         held = [group.get(name) for group in groups]
@@ -194,7 +204,10 @@ class Differentiation:
         )
 
     def _read_batches(self) -> None:
-        """Read the batches: of a look-ahead in memory a list, those of a function as they are taken."""
+        """Read the batches.
+
+        Of a look-ahead in memory a list, those of a function as they are taken.
+        """
         inner, outer = self.request.inner, self.request.outer
         self.has_lookahead = isinstance(inner, Lookahead)
         self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
@@ -208,7 +221,8 @@ class Differentiation:
         )
         if self.ahead.weights is not None:
             raise MetaplError(
-                "inner=Lookahead(weights=) was given; weights are of outer batches, outer=Lookahead(weights=)."
+                "inner=Lookahead(weights=) was given; weights are of outer batches, "
+                "outer=Lookahead(weights=)."
             )
         self.outer_losses: OuterLosses | None = None
         if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
@@ -217,22 +231,23 @@ class Differentiation:
         check_mode(self.estimate, len(self.batches), self.problem, self.of_student)
         if self.outer_losses is not None and self.estimate.name not in ("forward", "unrolled"):
             raise MetaplError(
-                f"an outer loss for each step was given with mode {self.estimate.name!r}; expected 'forward' or "
-                "'unrolled', or one outer batch."
+                f"an outer loss for each step was given with mode {self.estimate.name!r}; expected "
+                "'forward' or 'unrolled', or one outer batch."
             )
 
     def _check_wrt(self) -> None:
         """Refuse names of what cannot be differentiated in, by this optimizer, mode and layout."""
         if self.truncate == 0 and self.wrt != ["start"]:
             raise MetaplError(
-                f"truncate=0, which differentiates no step, was given with wrt={self.wrt!r}; expected wrt='start', or "
-                "a truncate of 1 or more."
+                f"truncate=0, which differentiates no step, was given with wrt={self.wrt!r}; "
+                "expected wrt='start', or a truncate of 1 or more."
             )
         names = ("teacher", "start", *self.update.numbers)
         for name in self.wrt:
             if name not in names:
                 raise MetaplError(
-                    f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(names)}."
+                    f"wrt={name!r} was given; expected, with this inner optimizer, "
+                    f"{', '.join(names)}."
                 )
         if {*self.wrt} <= {"teacher"}:
             return
@@ -240,7 +255,10 @@ class Differentiation:
             raise MetaplError(f"wrt={self.wrt!r} was given with {reason}.")
 
     def _why_not_in_others(self) -> str:
-        """Return what forbids a gradient in the start or in settings, and what to give instead; "" for nothing."""
+        """Return what forbids a gradient in the start or in settings, and what to give instead.
+
+        "" for nothing.
+        """
         if self.estimate.name not in ("forward", "unrolled"):
             return f"mode {self.estimate.name!r}; expected 'forward' or 'unrolled'"
         if self.truncate is not None and self.settings:
@@ -263,7 +281,10 @@ class Differentiation:
         return ""
 
     def find(self) -> Hypergradient:
-        """Return the gradient on the eager road, in the first order of differentiation that runs; nothing moves."""
+        """Return the gradient on the eager road, in the first order of differentiation that runs.
+
+        Nothing moves.
+        """
         if self.takes_direct_term:
             self._check_direct_term()
         student_type = ShardedStudent if self.of_student.is_sharded else LocalStudent
@@ -286,8 +307,8 @@ class Differentiation:
         )
         if self.outer_losses is not None:
             raise MetaplError(
-                f"an outer loss for each step was given, and that of {kind_of(self.problem)} may read the teacher; "
-                "expected one outer batch."
+                f"an outer loss for each step was given, and that of {kind_of(self.problem)} may "
+                "read the teacher; expected one outer batch."
             )
 
     def _make_settings_leaves(self) -> None:

@@ -42,27 +42,28 @@ class Implicit(Estimator):
               h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(S(x_u; \theta + \varepsilon w), \mathrm{signal}, \theta + \varepsilon w)
 
-    Everything is evaluated at the student's weights before its step, on the inner batch; neither the step, which is
-    taken then, nor the optimizer enters h.
+    Everything is evaluated at the student's weights before its step, on the inner batch; neither
+    the step, which is taken then, nor the optimizer enters h.
 
     Args:
-        solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v;
-            ``"identity"``, w = −step_size·v.
-        iterations: of the solver, a product with H each; conjugate gradients end where the residual is within rounding.
-            Too few leave errors in the directions of the least eigenvalues, which count the most. Compare with a run of
-            twice as many.
-        step_size: of the series and of the identity; None: the student's learning rate, and 1 for the identity.
-        damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights squared).
+        solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 −
+            step_size·(H + damping))ⁱ v; ``"identity"``, w = −step_size·v.
+        iterations: of the solver, a product with H each; conjugate gradients end where the residual
+            is within rounding. Too few leave errors in the directions of the least eigenvalues,
+            which count the most. Compare with a run of twice as many.
+        step_size: of the series and of the identity; None: the student's learning rate, and 1 for
+            the identity.
+        damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights
+            squared).
 
-    Takes: soft signals; hard labels by the expectation.
-    Cost: 12 student passes a step with the teacher's 3, and for a solver 3 more once and 6 an iteration; the graph of a
-    backward pass stays in memory meanwhile.
-    Bias: none at an optimum with a solver that has converged; else of the order of the gradient that is left, of
-    damping over the eigenvalues, and of what the solver leaves: n iterations of the series leave
-    (1 − step_size·λ)ⁿ⁺¹ of eigenvalue λ.
-    Raises: :class:`metapl.MetaplError` for operations without a second derivative or without forward-mode AD, by name;
-    for negative curvature under ``"cg"`` and for a series that diverges.
-    Source: the implicit function theorem; the series by Lorraine, Vicol and Duvenaud (AISTATS 2020).
+    Takes: soft signals; hard labels by the expectation. Cost: 12 student passes a step with the
+    teacher's 3, and for a solver 3 more once and 6 an iteration; the graph of a backward pass stays
+    in memory meanwhile. Bias: none at an optimum with a solver that has converged; else of the
+    order of the gradient that is left, of damping over the eigenvalues, and of what the solver
+    leaves: n iterations of the series leave (1 − step_size·λ)ⁿ⁺¹ of eigenvalue λ. Raises:
+    :class:`metapl.MetaplError` for operations without a second derivative or without forward-mode
+    AD, by name; for negative curvature under ``"cg"`` and for a series that diverges. Source: the
+    implicit function theorem; the series by Lorraine, Vicol and Duvenaud (AISTATS 2020).
     """
 
     solver: Literal["cg", "neumann", "identity"] = "cg"
@@ -95,7 +96,8 @@ class Implicit(Estimator):
             return conjugate_gradient(product, v, self.iterations, damping)
         if not (step_size := float(self.step_size or rate or 0.0)):
             raise MetaplError(
-                'Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.'
+                'Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate '
+                "above 0."
             )
         return neumann(
             product, v, self.iterations, step_size, damping, is_default=self.step_size is None
@@ -103,7 +105,10 @@ class Implicit(Estimator):
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
-    """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues."""
+    """Conjugate gradients.
+
+    Exact to rounding after as many iterations as a positive H has distinct eigenvalues.
+    """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
     x, r, p = scaled(v, 0.0), v, v
     rr = first = float(dot(r, r))
@@ -139,8 +144,9 @@ def neumann(
     damping: float,
     is_default: bool = False,
 ) -> Tree:
-    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations; ``is_default``
-    where the step size is the student's learning rate, which nobody gave."""
+    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …,
+    iterations; ``is_default`` where the step size is the student's learning rate, which nobody
+    gave."""
     x = term = scaled(v, step_size)
     for _ in range(iterations):
         term = _plus(term, _plus(product(term), term, damping), -step_size)
@@ -148,9 +154,9 @@ def neumann(
     source = ", the student's learning rate, since step_size was not given" if is_default else ""
     checks.refuse(
         ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
-        f"the Neumann series diverges with a step size of {step_size:.3g}{source}; expected step_size=... below 2 over "
-        f"the greatest eigenvalue of H + damping (damping is {damping:g}), or, where the inner loss curves downwards, "
-        "a larger damping.",
+        f"the Neumann series diverges with a step size of {step_size:.3g}{source}; expected "
+        "step_size=... below 2 over the greatest eigenvalue of H + damping (damping is "
+        f"{damping:g}), or, where the inner loss curves downwards, a larger damping.",
     )
     return x
 

@@ -1,11 +1,13 @@
 r"""A step of the student, and its adjoint.
 
-From its current weights θ_1 the student takes K steps, each on its own batch x_k and the teacher's signal about it:
+From its current weights θ_1 the student takes K steps, each on its own batch x_k and the teacher's
+signal about it:
 
 .. math:: g_k = \nabla_\theta \tfrac1B \sum_i \ell_i(S(x_k; \theta_k), \mathrm{signal}_k), \quad
           (\theta_{k+1}, s_{k+1}) = U(\theta_k, g_k, s_k)
 
-and is then judged by L(θ_{K+1}). The adjoint runs backwards, from v = ∇L and no cotangent of the state:
+and is then judged by L(θ_{K+1}). The adjoint runs backwards, from v = ∇L and no cotangent of the
+state:
 
 .. math:: (w_k, \bar\theta_k, \bar s_k) = \Big(\frac{\partial U}{\partial (g, \theta, s)}\Big)^{\!\top}
           (\lambda_{k+1}, \bar s_{k+1}), \qquad
@@ -46,9 +48,10 @@ Credited = Literal["signal", "example"]
 
 
 class SignalInput:
-    """The student's input in a micro-batch where the signal enters it, and the graph from the signal to the input, by
-    which a derivative in the input goes on to the signal; so the input is computed once, and may draw noise.
-    ``in_graph``: it is computed from the signal's own tensors; else from leaves in their places."""
+    """The student's input in a micro-batch where the signal enters it, and the graph from the
+    signal to the input, by which a derivative in the input goes on to the signal; so the input is
+    computed once, and may draw noise. ``in_graph``: it is computed from the signal's own tensors;
+    else from leaves in their places."""
 
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
         floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
@@ -86,7 +89,10 @@ def inner_loss(
     outputs: Tensor,
     params: Tree,
 ) -> Tensor:
-    """The mean of factor_i ℓ_i, (B,); ``readable``: this process holds the weights whole, and a loss may read them."""
+    """The mean of factor_i ℓ_i, (B,).
+
+    ``readable``: this process holds the weights whole, and a loss may read them.
+    """
     losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
     if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
         given = checks.described(losses)
@@ -132,14 +138,20 @@ class InnerStep:
         )  # products and norms over all processes that hold parts of the weights
 
     def forgotten(self, batch_too: bool = False) -> InnerStep:
-        """The step without what :meth:`recomputed` has again: θ, g, s and, unless the signal enters it, the batch."""
+        """The step without what :meth:`recomputed` has again.
+
+        θ, g, s and, unless the signal enters it, the batch.
+        """
         batch_too = batch_too and not self.signal_inputs
         for part in self.passes:
             part.forget(batch_too)
         return replace(self, grads={}, state=None, batch=None if batch_too else self.batch)
 
     def recomputed(self, params: Tree, state: Any, batch: Any = None) -> InnerStep:
-        """A forgotten step with θ, g, s and its batch; cost: a forward and a backward pass of the student."""
+        """A forgotten step with θ, g, s and its batch.
+
+        Cost: a forward and a backward pass of the student.
+        """
         step = self if batch is None else replace(self, batch=batch)
         for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
             part.inputs = step.problem.student_input(x)
@@ -168,7 +180,10 @@ class InnerStep:
         )
 
     def has_rows(self, name: str) -> bool:
-        """Whether a field of the signal has a row for each example; log_prob has where all of the value has."""
+        """Whether a field of the signal has a row for each example.
+
+        Log_prob has where all of the value has.
+        """
         by_field = has_rows(
             self.problem, self.signal, sum(len(part.outputs) for part in self.passes)
         )
@@ -192,7 +207,8 @@ class InnerStep:
         updated = self.update.update(*given)
         if not (self.student.half and graph):
             return updated
-        # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
+        # The values of the optimizer, the derivatives of the same update in float64: see
+        # :meth:`vjp`.
         wider = self.update.update(*_double(given))
 
         def with_graph(value: Any, exact: Any) -> Any:
@@ -242,8 +258,8 @@ class InnerStep:
         return self._as_params(self.update.pullback(*_double(given)))
 
     def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
-        """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision in float64,
-        for its terms nearly cancel in the first steps of Adam."""
+        """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half
+        precision in float64, for its terms nearly cancel in the first steps of Adam."""
         given = self.params, self.gradient, self.state, v, state_cotangent
         if not self.student.half:
             return self.update.vjp(*given)
@@ -275,7 +291,10 @@ class InnerStep:
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, dict[str, Tensor | None]]:
-        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and in fields of the signal; None: no dependence."""
+        """The derivatives of ⟨g, w⟩.
+
+        (∂²ℓ/∂θ²) w, if ``curved``, and in fields of the signal; None: no dependence.
+        """
         found, slopes, parts = (
             list[tuple[Tree, list[Tensor | None]]](),
             list[Tensor](),
@@ -293,8 +312,9 @@ class InnerStep:
             if self.student.readable and not self.student.compares_gradients:
                 found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
                 continue
-            # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the loss, tells whether
-            # anything reaches them past their arguments. And where ż was none that g knows of, whether this g is.
+            # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the
+            # loss, tells whether anything reaches them past their arguments. And where ż was none
+            # that g knows of, whether this g is.
             factor = torch.ones_like(self.inner_loss, requires_grad=True)
 
             def scaled(
@@ -346,8 +366,8 @@ class InnerStep:
 
 
 def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
-    """What gets the feedback, with its values: the differentiable fields of the signal, the one-hot rows of sampled
-    labels in place of their distribution, or a factor of each example's loss."""
+    """What gets the feedback, with its values: the differentiable fields of the signal, the one-hot
+    rows of sampled labels in place of their distribution, or a factor of each example's loss."""
     if of == "example":
         assert signal.log_prob is not None  # the mode takes sampled labels
         return {"factors": torch.ones_like(signal.log_prob)}

@@ -1,17 +1,18 @@
 """Which steps of a long path keep their state, and where it lies; the others are computed again from these.
 
-Of K steps, those whose numbers are multiples of ``spacings[0]`` keep their state while the path is walked. On the way
-back, a block between two of them is walked again, and keeps its multiples of ``spacings[1]``, and so on; the steps of
-the finest blocks are all held. With spacings b^n, ..., b², b this is the tree of REPLAY, of branching b: some
-b log_b K states, and each step is computed again once a level.
+Of K steps, those whose numbers are multiples of ``spacings[0]`` keep their state while the path is
+walked. On the way back, a block between two of them is walked again, and keeps its multiples of
+``spacings[1]``, and so on; the steps of the finest blocks are all held. With spacings b^n, ..., b²,
+b this is the tree of REPLAY, of branching b: some b log_b K states, and each step is computed again
+once a level.
 
 A compiled path in a folder goes on after its process was killed:
 
     path.ckpt    whose path it is, the generators at its beginning, how far it came, and what is known of its steps
     kept-N.ckpt  the state before step N, for the way back; of the last N, after all steps
 
-Each file is the old one or the whole new one, with its checksum (:mod:`metapl.runs.checkpoint`). A path that has ended
-removes them all.
+Each file is the old one or the whole new one, with its checksum (:mod:`metapl.runs.checkpoint`). A
+path that has ended removes them all.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def keeping(
     on: str | None,
     ranks: Ranks = ALONE,
 ) -> Keeping:
-    """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None, as
-    :class:`metapl.feedback.Forward` says. A way that memory, or the folder's disk, does not hold is refused."""
+    """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or
+    None, as :class:`metapl.feedback.Forward` says. A way that memory, or the folder's disk, does
+    not hold is refused."""
     folder, place = folder_of(on), torch.device("cpu") if on == "cpu" else device
     levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
     all_held, root = Keeping((), on), Keeping((math.isqrt(steps - 1) + 1,), on)
@@ -112,7 +114,8 @@ def keeping(
         asked = next((way for way in ways.values() if fits(way, share)), tree)
     if folder and not asked.spacings:
         raise MetaplError(
-            f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None."
+            f"keep_every=1 holds all steps, and none in the folder {on!r}; expected "
+            "keep_every=None."
         )
     if not fits(asked):
         able = [f"{name} ({way.states(steps):,} states)" for name, way in ways.items() if fits(way)]
@@ -122,8 +125,9 @@ def keeping(
         ]
         count = asked.states(steps)
         raise MetaplError(
-            f"{asked.words(steps)} would keep {count:,} states of {said(state)}, {said(count * state)} together, and "
-            f"{' and '.join(there)} are free; expected {', '.join([*able, 'fewer steps'])}."
+            f"{asked.words(steps)} would keep {count:,} states of {said(state)}, "
+            f"{said(count * state)} together, and {' and '.join(there)} are free; expected "
+            f"{', '.join([*able, 'fewer steps'])}."
         )
     return asked
 
@@ -187,8 +191,8 @@ class FolderStates(States):
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
-        """Own the folder until the block ends; a path that ends removes its files. Yields what :meth:`came_to` saved
-        last, in a process that was killed; else nothing."""
+        """Own the folder until the block ends; a path that ends removes its files. Yields what
+        :meth:`came_to` saved last, in a process that was killed; else nothing."""
         with OwnedFolder(self.folder).held():
             for left in self.folder.glob("*.tmp"):  # of processes that were killed
                 left.unlink(missing_ok=True)
@@ -196,9 +200,13 @@ class FolderStates(States):
             if found is None:
                 self._remove()
             elif found["whose"]["of"] != self.whose["of"]:
-                given = f"keep_on={str(self.folder)!r} holds a path of other networks, batches or options"
+                given = (
+                    f"keep_on={str(self.folder)!r} holds a path of other networks, batches or "
+                    "options"
+                )
                 raise MetaplError(
-                    f"{given}; expected the call that was killed, or {self.folder / 'path.ckpt'} removed."
+                    f"{given}; expected the call that was killed, or {self.folder / 'path.ckpt'} "
+                    "removed."
                 )
             else:
                 self.whose = found["whose"]
@@ -252,7 +260,10 @@ class FolderStates(States):
 
 
 def generators_at_start(folder: str | None, device: torch.device) -> RandomState:
-    """The generators at the beginning of the path that a killed process has left in a folder; without one, as now."""
+    """The generators at the beginning of the path that a killed process has left in a folder.
+
+    Without one, as now.
+    """
     place = folder_of(folder)
     if place is None or not (place / "path.ckpt").exists():
         return RandomState.now(device)
@@ -268,7 +279,10 @@ def known_by(
     optimizer: torch.optim.Optimizer,
     *given: Any,
 ) -> int:
-    """A number by which a path is known: by networks, losses, U, mode, autocast, and what else was ``given``."""
+    """A number by which a path is known.
+
+    By networks, losses, U, mode, autocast, and what else was ``given``.
+    """
 
     def network(module: nn.Module) -> Any:
         modes = [part.training for part in module.modules()]

@@ -29,15 +29,15 @@ class LossDifference(Estimator):
 
     Args:
         baseline, normalization: as in :class:`~metapl.feedback.Reinforce`.
-        reduction: ``"mean"``, or ``"sum"``, B times as large; as in :class:`~metapl.feedback.Reinforce`.
+        reduction: ``"mean"``, or ``"sum"``, B times as large; as in
+            :class:`~metapl.feedback.Reinforce`.
 
-    Takes: hard labels.
-    Cost: 8 student passes a step with the teacher's 3: two labeled forward passes, no labeled backward pass.
-    Bias: the sum has none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer; the mean is 1/B of it. That gradient is
-    the one of the soft step up to O(η) for the SGD family; for Adam and clipping a difference remains. Noisy, with
-    momentum more so (the velocity's own effect is in h).
-    Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L, g⟩ + O(η²); the public implementations use it, with
-    the opposite sign.
+    Takes: hard labels. Cost: 8 student passes a step with the teacher's 3: two labeled forward
+    passes, no labeled backward pass. Bias: the sum has none for the objective E_ŷ[L(θ′(ŷ))], with
+    any optimizer; the mean is 1/B of it. That gradient is the one of the soft step up to O(η) for
+    the SGD family; for Adam and clipping a difference remains. Noisy, with momentum more so (the
+    velocity's own effect is in h). Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L,
+    g⟩ + O(η²); the public implementations use it, with the opposite sign.
     """
 
     baseline: Decay | None = None

@@ -15,10 +15,11 @@ from metapl.problems.base import Kind
 class NoFeedback(Estimator):
     """Give no feedback, h = 0: the teacher learns from its own losses alone, and with none of these it stays as it is.
 
-    Takes: soft and hard labels, and any inner optimizer of ``torch.optim``. The control of a mode that draws labels
-    draws them too: ``problem=metapl.PseudoLabels(kind="hard")``. Left to itself this mode takes soft labels, which
-    train otherwise: with Adam at 1e-3 a student on digits ended 15 points higher by them, whatever the feedback.
-    Cost: 6 student passes a step at most, the teacher's included.
+    Takes: soft and hard labels, and any inner optimizer of ``torch.optim``. The control of a mode
+    that draws labels draws them too: ``problem=metapl.PseudoLabels(kind="hard")``. Left to itself
+    this mode takes soft labels, which train otherwise: with Adam at 1e-3 a student on digits ended
+    15 points higher by them, whatever the feedback. Cost: 6 student passes a step at most, the
+    teacher's included.
     """
 
     name: ClassVar[str] = "none"

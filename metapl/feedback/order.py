@@ -1,17 +1,19 @@
 r"""In which order the feedback's second derivative is taken, chosen once, by trying.
 
-The feedback is a derivative of :math:`\langle g, w \rangle = \langle \partial\ell/\partial z, \dot z \rangle` in the
-signal (:mod:`metapl.feedback.forward`). There are several ways to it, of one value, which need other derivatives of the
-student's operations:
+The feedback is a derivative of :math:`\langle g, w \rangle = \langle \partial\ell/\partial z, \dot
+z \rangle` in the signal (:mod:`metapl.feedback.forward`). There are several ways to it, of one
+value, which need other derivatives of the student's operations:
 
-graph            the graph of g, which the inner pass has kept: the student's operations twice, in reverse
-tangent          ż by a pass in forward mode, then the head twice: the operations once, in forward mode
-double_backward  the inner pass once more, with the graph of its gradient: as graph, in one more pass
-outputs          ż by a difference of outputs, then the head twice: any operation, a loss with a second derivative
-losses           a difference of the loss's derivative in the signal: any operation, and any loss
+graph            the graph of g, which the inner pass has kept: the student's operations twice, in
+reverse tangent          ż by a pass in forward mode, then the head twice: the operations once, in
+forward mode double_backward  the inner pass once more, with the graph of its gradient: as graph, in
+one more pass outputs          ż by a difference of outputs, then the head twice: any operation, a
+loss with a second derivative losses           a difference of the loss's derivative in the signal:
+any operation, and any loss
 
-An estimator says which of them a path may take, the preferred first (:meth:`Estimator.orders`). The first step takes
-the first one that runs and is finite; an attempt that fails has moved nothing. Later steps take the same one.
+An estimator says which of them a path may take, the preferred first (:meth:`Estimator.orders`). The
+first step takes the first one that runs and is finite; an attempt that fails has moved nothing.
+Later steps take the same one.
 """
 
 from __future__ import annotations
@@ -50,8 +52,10 @@ class Orders:
         """Return what a step in the chosen order returns, or in the first of the candidates that runs.
 
         Args:
-            candidates: the orders that the step may take, the preferred first; none, where there is nothing to choose.
-            attempt: the step, given the order and whether it is being chosen; it moves nothing where it fails.
+            candidates: the orders that the step may take, the preferred first; none, where there is
+                nothing to choose.
+            attempt: the step, given the order and whether it is being chosen; it moves nothing
+                where it fails.
             begin_again: is called between two attempts.
         """
         if not candidates:

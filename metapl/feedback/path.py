@@ -33,14 +33,17 @@ from metapl.problems.base import (
 )
 from metapl.updates import Options, Update
 
-OTHER_BATCH = "the function of Lookahead returned another batch for step {} when it was called again; expected the same."
+OTHER_BATCH = (
+    "the function of Lookahead returned another batch for step {} when it was called again; "
+    "expected the same."
+)
 LOSS_NOT_FINITE = (
-    "the inner loss is NaN or infinite in step {} of the look-ahead: its batch has such values, or the student has "
-    "diverged; lower its learning rate, or look for extreme values."
+    "the inner loss is NaN or infinite in step {} of the look-ahead: its batch has such values, "
+    "or the student has diverged; lower its learning rate, or look for extreme values."
 )
 NOT_FINITE = (
-    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead; lower the student's "
-    "learning rate, or differentiate fewer of the last steps, Forward(truncate=...)."
+    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead; lower "
+    "the student's learning rate, or differentiate fewer of the last steps, Forward(truncate=...)."
 )
 
 
@@ -61,7 +64,10 @@ class OuterLosses:
 
 @dataclass
 class Path:
-    """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`."""
+    """The student's steps from θ to θ′, where the outer loss is taken.
+
+    No weight moves before :meth:`commit`.
+    """
 
     problem: Problem
     student: LocalStudent
@@ -120,12 +126,18 @@ class Path:
 
     @cached_property
     def outer_loss(self) -> Tensor:
-        """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
+        """L(θ′), without a graph.
+
+        Cost: one labeled forward pass, unless its gradient has been computed.
+        """
         return self._outer(self.params)[0]
 
     @property
     def outer_losses(self) -> Tensor | None:
-        """L_k(θ_k) after each step, (K,), where each has an outer loss; known once the path has been differentiated."""
+        """L_k(θ_k) after each step, (K,), where each has an outer loss.
+
+        Known once the path has been differentiated.
+        """
         if self.outer is None:
             return None
         before = [self.losses_before[number] for number in range(1, len(self.steps))]
@@ -139,7 +151,10 @@ class Path:
 
     @property
     def known_outer_losses(self) -> list[Tensor]:
-        """The outer losses that have been taken so far: L(θ′), L(θ), and L_k after the steps before the last."""
+        """The outer losses that have been taken so far.
+
+        L(θ′), L(θ), and L_k after the steps before the last.
+        """
         cached = [
             vars(self)[name] for name in ("outer_loss", "outer_loss_before") if name in vars(self)
         ]
@@ -172,9 +187,9 @@ class Path:
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
     ) -> Iterator[tuple[InnerStep, Tree, dict[str, Tensor | None] | None]]:
-        """The steps from the last to the first, of the last ``truncate``, each with its w and the derivatives of ⟨g, w⟩
-        in ``fields(signal)``, which are computed together with the step's Hessian product; None of the first step,
-        which needs none."""
+        """The steps from the last to the first, of the last ``truncate``, each with its w and the
+        derivatives of ⟨g, w⟩ in ``fields(signal)``, which are computed together with the step's
+        Hessian product; None of the first step, which needs none."""
         end, spacings = len(self.steps), self.keeping.spacings
         first = 0 if truncate is None else max(0, end - truncate)
         v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
@@ -184,7 +199,9 @@ class Path:
         for number, step in self._backwards(first if self.outer is None else 0, 0, end, *spacings):
             if (
                 number < first
-            ):  # a step that is left out: its derivative counts as the identity, its outer loss counts
+                # a step that is left out: its derivative counts as the identity, its outer loss
+                # counts
+            ):
                 self.start = v = self._with_loss_before(number, v, gradient="start" in self.wrt)
                 continue
             if self.rereads:
@@ -244,8 +261,9 @@ class Path:
     def _backwards(
         self, first: int, begin: int, end: int, *spacings: int
     ) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s. Each block between
-        two multiples of ``spacings[0]``, which were kept, is computed again and keeps its multiples of the next."""
+        """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and
+        s. Each block between two multiples of ``spacings[0]``, which were kept, is computed again
+        and keeps its multiples of the next."""
         if not spacings:
             if self.keeping.spacings:
                 self._compare_replay(begin, end)
@@ -282,8 +300,8 @@ class Path:
             self.replays.note(number, params, state)
 
     def _compare_replay(self, begin: int, end: int) -> None:
-        """Compare the end of a block that was computed again with what was kept there. The last step of all is not
-        computed again: its own state is the end of the last block."""
+        """Compare the end of a block that was computed again with what was kept there. The last
+        step of all is not computed again: its own state is the end of the last block."""
         if self.replays is None:
             return
         last = len(self.steps) - 1
@@ -351,8 +369,8 @@ class Path:
         return [*zip(counted, in_signals, strict=True)]
 
     def _outer_cotangents(self, first: int) -> tuple[list[Tensor], list[Tensor], list[Tree]]:
-        """Return the weights θ_k where outer losses are taken, the gradients of these there, and the gradients of those
-        that come before the ``first`` step that is differentiated."""
+        """Return the weights θ_k where outer losses are taken, the gradients of these there, and
+        the gradients of those that come before the ``first`` step that is differentiated."""
         ends, cotangents, before = list[Tensor](), list[Tensor](), list[Tree]()
 
         def add(params: Tree, gradient: Tree) -> None:
@@ -384,8 +402,9 @@ class Path:
         )
 
     def commit(self) -> dict[str, Tensor]:
-        """Move the student to θ′, with its optimizer. Where its own steps are rounded otherwise than U, returns
-        ``step_rounding``, the distance of the weights that they lead to from θ′, relative to that of θ from θ′."""
+        """Move the student to θ′, with its optimizer. Where its own steps are rounded otherwise
+        than U, returns ``step_rounding``, the distance of the weights that they lead to from θ′,
+        relative to that of θ from θ′."""
         theta, norm = (
             self.student.params,
             self.student.space.norm,
@@ -408,9 +427,11 @@ class Path:
         """Return L(θ′; φ) at θ′ as a constant, with a graph in φ, what it reads of the teacher, if it reads anything.
 
         Args:
-            signal: the last step's, with the teacher's graph, for a problem with ``outer_input(batch, signal)``.
+            signal: the last step's, with the teacher's graph, for a problem with
+                ``outer_input(batch, signal)``.
 
-        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its backward pass.
+        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
+        backward pass.
         """
         student, start = self.student, self.steps[-1].passes[-1].after.branch()
         weights = {
@@ -449,11 +470,13 @@ class Path:
         *,
         gradient: bool,
         state: State | None = None,  # of the buffers; None: as they are now
-        whole: Any = None,  # the batch as one, where the outer loss may be no mean over micro-batches
+        # the batch as one, where the outer loss may be no mean over micro-batches
+        whole: Any = None,
     ) -> tuple[Tensor, Tree]:
         problem = self.problem
         if reads_signal_in_outer_input(problem):
-            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the direct term.
+            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the
+            # direct term.
             signal = signal.detached()
         judged = [(outer_input(problem, part, signal), part) for part in labeled]
 
@@ -484,7 +507,8 @@ def take_steps(
     ],  # of a batch and the student's outputs; before these, if it has to
     *,
     parts: int = 1,  # micro-batches
-    keep_graph: bool = False,  # keep the path differentiable in the signals, for ``gradients_in_signals``
+    # keep the path differentiable in the signals, for ``gradients_in_signals``
+    keep_graph: bool = False,
     order: Order
     | None = None,  # of differentiation; "graph": g keeps one, in what gets the feedback
     credits: Credited = "signal",  # what that is
@@ -500,8 +524,8 @@ def take_steps(
     | None = None,  # whether steps that are computed again come out as they did; None: no look
     progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
-    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators advance as in
-    training; the weights do not move."""
+    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators
+    advance as in training; the weights do not move."""
     judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
     path = Path(
         problem,
@@ -521,9 +545,11 @@ def take_steps(
     if not ranks.alone:
         for judged_batch in [labeled] if outer is None else outer.batches:
             ranks.equal(length(judged_batch), "the outer batch")
-    # The steps after the first one that is differentiated take a Hessian product, by a graph that they make then.
+    # The steps after the first one that is differentiated take a Hessian product, by a graph that
+    # they make then.
     first_differentiated = max(0, len(batches) - truncate) if truncate else 0
-    # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
+    # A graph of several steps begins at leaves, so that the student's own parameters are in none
+    # but by mistake.
     params = (
         as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
     )
@@ -531,7 +557,10 @@ def take_steps(
     look = current_look()
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
-        """Line 2: ŷ ~ T(x), or the soft label; a problem may read the student as it is in this step."""
+        """Line 2: ŷ ~ T(x), or the soft label.
+
+        A problem may read the student as it is in this step.
+        """
         if ranks.alone and params is student.params:
             return teach(x, outputs).detached()
         with NOTHING if params is student.params else student.holding(params), ranks.agreed():
@@ -548,8 +577,9 @@ def take_steps(
         loss: Loss = partial(
             inner_loss, problem, signal, x, student.readable, leaves.get("factors")
         )
-        # Without a graph of the path, the second step is the first one at other weights than the student's own. With
-        # one, the first step is at leaves already, and the second one's graph ends in those of the first.
+        # Without a graph of the path, the second step is the first one at other weights than the
+        # student's own. With one, the first step is at leaves already, and the second one's graph
+        # ends in those of the first.
         looks_at = (0,) if keep_graph else (0, 1)
         if look is not None and number in looks_at:
             made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
@@ -634,7 +664,10 @@ def looked_at(
     *,
     at_own_weights: bool,
 ) -> Loss:
-    """Return an inner loss whose graph is looked at when it is taken; ``made_here`` are leaves besides its weights."""
+    """Return an inner loss whose graph is looked at when it is taken.
+
+    ``made_here`` are leaves besides its weights.
+    """
 
     def taken(outputs: Tensor, params: Tree) -> Tensor:
         def again() -> Tensor:

@@ -31,25 +31,27 @@ class Reinforce(Estimator):
               \qquad \text{teacher: } h \cdot \tfrac1B \sum_i \mathrm{CE}(\hat y_i, T(x_i))
 
     Args:
-        similarity: ``"dot"`` (Algorithm 1) or ``"cosine"``, −⟨w, g⟩/(‖w‖‖g‖), in [−1, 1]: another weighting of the
-            steps, so another estimator, with the sign of the first.
-        baseline: decay of a moving average of h, starting at 0, whose value from *before* this step is subtracted;
-            None: no baseline. The expectation does not change, since that value does not depend on these labels.
+        similarity: ``"dot"`` (Algorithm 1) or ``"cosine"``, −⟨w, g⟩/(‖w‖‖g‖), in [−1, 1]: another
+            weighting of the steps, so another estimator, with the sign of the first.
+        baseline: decay of a moving average of h, starting at 0, whose value from *before* this step
+            is subtracted; None: no baseline. The expectation does not change, since that value does
+            not depend on these labels.
         normalization: ``"gradient"``, or ``"learning_rate"`` (h/η), for ``"dot"``.
-        reduction: ``"mean"``, h times the mean cross-entropy of the B labels, as Algorithm 1 is written; or ``"sum"``,
-            h times their sum, B times as large, whose expectation is the gradient of eq. (3) (see *Bias*). B counts the
-            labels of all micro-batches and processes.
+        reduction: ``"mean"``, h times the mean cross-entropy of the B labels, as Algorithm 1 is
+            written; or ``"sum"``, h times their sum, B times as large, whose expectation is the
+            gradient of eq. (3) (see *Bias*). B counts the labels of all micro-batches and
+            processes.
 
-    Takes: hard labels.
-    Cost: 9 student passes a step with the teacher's 3.
-    Bias: the mean is 1/B of the sum, with any optimizer. The sum has, for updates affine in g (the SGD family), a bias
-    of O(η) relative to the exact soft gradient, because L is differentiated at the θ′ of the sampled labels. For Adam
-    and clipping the update is not linear in g, and an O(1) bias remains: the expectation of the sum, with B = 2 and a
-    warmed Adam, is 0.55 times as long as the soft gradient and 0.49 away from it in relative norm (cosine 0.99; medians
-    of 5 problems, the same at η = 0.01 and 0.001). While a clip by global norm is active ⟨w, g⟩ is zero, and so is the
-    feedback. A cosine holds no 1/B: its sum is B times the authors' estimator. The noise is large: all B labels share
-    one number.
-    Source: Algorithm 1, lines 2-5, and eq. (12); the cosine and the baseline from the paper's appendix.
+    Takes: hard labels. Cost: 9 student passes a step with the teacher's 3. Bias: the mean is 1/B of
+    the sum, with any optimizer. The sum has, for updates affine in g (the SGD family), a bias of
+    O(η) relative to the exact soft gradient, because L is differentiated at the θ′ of the sampled
+    labels. For Adam and clipping the update is not linear in g, and an O(1) bias remains: the
+    expectation of the sum, with B = 2 and a warmed Adam, is 0.55 times as long as the soft gradient
+    and 0.49 away from it in relative norm (cosine 0.99; medians of 5 problems, the same at η = 0.01
+    and 0.001). While a clip by global norm is active ⟨w, g⟩ is zero, and so is the feedback. A
+    cosine holds no 1/B: its sum is B times the authors' estimator. The noise is large: all B labels
+    share one number. Source: Algorithm 1, lines 2-5, and eq. (12); the cosine and the baseline from
+    the paper's appendix.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"

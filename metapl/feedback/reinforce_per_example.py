@@ -28,14 +28,13 @@ class ReinforcePerExample(Estimator):
         tangent: how ż is computed: ``"forward"`` (exact) or ``"difference"`` (any operation).
         normalization: as in :class:`~metapl.feedback.Forward`.
 
-    Takes: hard labels.
-    Cost: that of its ż: 12 student passes a step with the teacher's 3, or 11.
-    Bias: O(η) for updates affine in g (the SGD family). For Adam and clipping ∂U/∂g is taken at the sampled gradient,
-    not at its mean, so a bias remains: with B = 2, the mean over all labels is 0.33 away from the soft gradient in
-    relative norm under a warmed Adam and 0.86 under an active clip, whatever η. Far less noisy than one scalar: the
-    cross terms between examples, whose mean is zero, are left out.
-    Raises: as :class:`~metapl.feedback.Forward`.
-    Source: eq. (12) example by example; the terms left out have mean zero, since E ∇CE(ŷ_j, T(x_j)) = 0.
+    Takes: hard labels. Cost: that of its ż: 12 student passes a step with the teacher's 3, or 11.
+    Bias: O(η) for updates affine in g (the SGD family). For Adam and clipping ∂U/∂g is taken at the
+    sampled gradient, not at its mean, so a bias remains: with B = 2, the mean over all labels is
+    0.33 away from the soft gradient in relative norm under a warmed Adam and 0.86 under an active
+    clip, whatever η. Far less noisy than one scalar: the cross terms between examples, whose mean
+    is zero, are left out. Raises: as :class:`~metapl.feedback.Forward`. Source: eq. (12) example by
+    example; the terms left out have mean zero, since E ∇CE(ŷ_j, T(x_j)) = 0.
     """
 
     tangent: Literal["forward", "difference"] = "forward"

@@ -1,14 +1,15 @@
-r"""Whether the steps of a path that are computed again come out as they did: each time a replay reaches a state that
-was kept, a digest of it is compared with the one that was taken when it was kept.
+r"""Whether the steps of a path that are computed again come out as they did: each time a replay
+reaches a state that was kept, a digest of it is compared with the one that was taken when it was
+kept.
 
-The digest of a tree of tensors x is a linear sketch in float64: its entries, in rows of 256, are added with random
-signs,
+The digest of a tree of tensors x is a linear sketch in float64: its entries, in rows of 256, are
+added with random signs,
 
 .. math:: s_j = \sum_r \sigma_{rj}\, x_{rj}, \qquad \mathbb E \|s(x) - s(x')\|^2 = \|x - x'\|^2 ,
 
-so equal states have equal digests, bit for bit, and the distance of two digests says how far apart their states are, to
-some ten per cent. A state of up to 256 numbers is its own digest, but for signs. Cost: one read of the state, and 2 KB
-for each tree.
+so equal states have equal digests, bit for bit, and the distance of two digests says how far apart
+their states are, to some ten per cent. A state of up to 256 numbers is its own digest, but for
+signs. Cost: one read of the state, and 2 KB for each tree.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ PIECE = 2**20  # entries that are in float64 at a time, 8 MB
 
 
 class ReplayCheck:
-    """Digests of the kept states of a path, by the number of the step before which they are, and the largest relative
-    difference that a replay has shown.
+    """Digests of the kept states of a path, by the number of the step before which they are, and
+    the largest relative difference that a replay has shown.
 
     Args:
         tolerance: the difference above which :meth:`compare` refuses.
@@ -53,7 +54,10 @@ class ReplayCheck:
         self.digests[number] = state_digest(params, optimizer_state)
 
     def compare(self, number: int, params: Tree, optimizer_state: Any) -> None:
-        """Compare a state that a replay has reached with the one that was noted, if one was. The host waits for it."""
+        """Compare a state that a replay has reached with the one that was noted, if one was.
+
+        The host waits for it.
+        """
         if number not in self.digests:
             return
         noted, reached = self.digests[number], state_digest(params, optimizer_state)
@@ -67,15 +71,19 @@ class ReplayCheck:
         self.error = max(self.error, error)
         if not error <= self.tolerance:
             raise MetaplError(
-                f"the steps before step {number} of the look-ahead were computed again, and their state differs by "
-                f"{error:.1e} of its size; expected {self.tolerance:g} at most. The student draws from a generator of "
-                "its own, counts its calls, or has an operation that is not deterministic; expected a student without, "
-                "or replay_tolerance= with what is allowed."
+                f"the steps before step {number} of the look-ahead were computed again, and their "
+                f"state differs by {error:.1e} of its size; expected {self.tolerance:g} at most. "
+                "The student draws from a generator of its own, counts its calls, or has an "
+                "operation that is not deterministic; expected a student without, or "
+                "replay_tolerance= with what is allowed."
             )
 
 
 def state_digest(params: Tree, optimizer_state: Any) -> Tensor:
-    """Return the digests of the weights and of the optimizer's tensors, (2, 256) in float64; counts are left out."""
+    """Return the digests of the weights and of the optimizer's tensors, (2, 256) in float64.
+
+    Counts are left out.
+    """
     device = local(next(iter(params.values()))).device
     leaves = [
         t for t in pytree.tree_leaves(optimizer_state) if isinstance(t, Tensor) and t.ndim > 0
@@ -90,7 +98,8 @@ def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     for number, piece in enumerate(_pieces(tensors)):
         values = torch.cat(piece).to(device, torch.float64)
         rows = torch.nn.functional.pad(values, (0, -len(values) % COLUMNS)).view(-1, COLUMNS)
-        # Each piece has the signs of other columns, or differences that are alike in all pieces would add up.
+        # Each piece has the signs of other columns, or differences that are alike in all pieces
+        # would add up.
         signs = _signs(device)[: len(rows)].roll(number, dims=1)
         # Not by a product of matrices, whose rounding may depend on where the numbers lie.
         total += rows.mul_(signs).sum(0)

@@ -38,7 +38,10 @@ class Report:
 
     @property
     def flag(self) -> Tensor:
-        """Whether a check of the step has failed: a boolean scalar on the device. On a CPU such a step is refused."""
+        """Whether a check of the step has failed.
+
+        A boolean scalar on the device. On a CPU such a step is refused.
+        """
         return self.fault.flag
 
     def as_dict(self) -> dict[str, float]:
@@ -65,20 +68,25 @@ class StepReport(Report):
     """The numbers of one step of the bilevel trainer.
 
     Args:
-        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a dict of
-            them where the signal is one. A tuple of these for a :class:`metapl.Lookahead`.
-        scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
-            of its own losses) and a ``teacher_<name>`` for each of these; ``feedback_weight`` (λ) and
-            ``feedback_ratio`` (‖λ G_h‖ / ‖G_own‖, the size of the feedback's gradient beside that of the own losses),
-            where the rule of the size needs both gradients, and in the rows that a fit records; of a student that Muon
-            moves, ``step_rounding``, how far its products in bfloat16 lead from the θ′ that is differentiated, over
-            ‖θ′ − θ‖. Read with these: ``feedback_mean`` and ``feedback_std``, of the entries of this rank's h.
-        signal: the teacher's signal about the last inner batch, without its graph, of this rank's rows.
+        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a
+            tensor, or a dict of them where the signal is one. A tuple of these for a
+            :class:`metapl.Lookahead`.
+        scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it),
+            ``teacher_loss`` (the sum of its own losses) and a ``teacher_<name>`` for each of these;
+            ``feedback_weight`` (λ) and ``feedback_ratio`` (‖λ G_h‖ / ‖G_own‖, the size of the
+            feedback's gradient beside that of the own losses), where the rule of the size needs
+            both gradients, and in the rows that a fit records; of a student that Muon moves,
+            ``step_rounding``, how far its products in bfloat16 lead from the θ′ that is
+            differentiated, over ‖θ′ − θ‖. Read with these: ``feedback_mean`` and ``feedback_std``,
+            of the entries of this rank's h.
+        signal: the teacher's signal about the last inner batch, without its graph, of this rank's
+            rows.
         student_outputs: S(x_u; θ) on that batch, of this rank's rows.
-        direct_term: where the outer loss reads the teacher, whether its gradient at fixed θ′ is ``"included"`` in the
-            teacher's, or ``"left out"``, as in ``none`` and the sampled modes; empty where it reads the student alone.
-        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`), as the first step chose
-            it; empty in modes that take none, and in compiled steps.
+        direct_term: where the outer loss reads the teacher, whether its gradient at fixed θ′ is
+            ``"included"`` in the teacher's, or ``"left out"``, as in ``none`` and the sampled
+            modes; empty where it reads the student alone.
+        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`), as the
+            first step chose it; empty in modes that take none, and in compiled steps.
     """
 
     feedback: Any
@@ -89,8 +97,9 @@ class StepReport(Report):
 
     @property
     def float32_products(self) -> dict[str, str]:
-        """In what precision matrix products and convolutions of float32 are taken on the step's device, as torch's
-        switches stand when this is read: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name."""
+        """In what precision matrix products and convolutions of float32 are taken on the step's
+        device, as torch's switches stand when this is read: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by
+        name."""
         return float32_products(self.student_outputs.device)
 
     def _columns(self) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 DEFAULT_BOUND = 0.1
-"""The bound of a trainer whose teacher learns labels by losses of its own, where nothing else is given: of the rules
-that were tried the most cautious one. docs/modes.md has what ``benchmarks/feedback_size.py`` measured with it."""
+"""The bound of a trainer whose teacher learns labels by losses of its own, where nothing else is
+given: of the rules that were tried the most cautious one. docs/modes.md has what
+``benchmarks/feedback_size.py`` measured with it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class FeedbackSize:
         return self.ratio is not None or self.bound is not None
 
     def weight_for(self, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
-        """Return λ, a scalar, from ‖G_h‖ and ‖G_own‖; a feedback of zero has λ = 0 by a ratio, and the weight else."""
+        """Return λ, a scalar, from ‖G_h‖ and ‖G_own‖.
+
+        A feedback of zero has λ = 0 by a ratio, and the weight else.
+        """
         smallest = torch.finfo(feedback_norm.dtype).tiny
         norms = own_norm / feedback_norm.clamp_min(smallest)
         if self.ratio is not None:
@@ -58,7 +62,7 @@ class FeedbackSize:
 
 
 def ratio_of(weight: Tensor, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
-    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states; where the teacher's own gradient is zero it is infinite,
-    and 0 if the feedback's is zero too."""
+    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states; where the teacher's own gradient is
+    zero it is infinite, and 0 if the feedback's is zero too."""
     size = (weight * feedback_norm).abs()
     return torch.where(size > 0, size / own_norm, 0.0)

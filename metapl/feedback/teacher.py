@@ -1,4 +1,7 @@
-"""The teacher's half of a step: its passes on the inner batches, and the gradient that it learns from."""
+"""The teacher's half of a step.
+
+Its passes on the inner batches, and the gradient that it learns from.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.problems.means import Shares, refuse_other_than_means, shares_of_losses
 
 NOT_FINITE = (
-    "the network's own loss is NaN or infinite: it has diverged, or a batch has extreme values; lower its learning "
-    "rate, or clean the batch."
+    "the network's own loss is NaN or infinite: it has diverged, or a batch has extreme values; "
+    "lower its learning rate, or clean the batch."
 )
 
 
@@ -55,8 +58,8 @@ class TeacherPass:
 
 
 class Teaching:
-    """The teacher's passes on the inner batches of a path, in their order: one for each micro-batch, or one for the
-    whole batch where the problem says so (``signal_of_batch``)."""
+    """The teacher's passes on the inner batches of a path, in their order: one for each
+    micro-batch, or one for the whole batch where the problem says so (``signal_of_batch``)."""
 
     def __init__(
         self,
@@ -82,7 +85,10 @@ class Teaching:
         self.slots, self.passes = slots or Slots(self.network), list[TeacherPass]()
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
-        """Algorithm 1, line 2, ŷ_u ~ T(x_u): the signal about a micro-batch, given the student's outputs on it."""
+        """Algorithm 1, line 2, ŷ_u ~ T(x_u).
+
+        The signal about a micro-batch, given the student's outputs on it.
+        """
         is_watched = self.slots.draws_outside is None
         before = (
             self.slots.random_state(self.device, self.generator)
@@ -137,7 +143,10 @@ class Teaching:
         }
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
-        """The gradient of −Σ h·signal in the teacher's weights, over all passes; empty without a teacher."""
+        """The gradient of −Σ h·signal in the teacher's weights, over all passes.
+
+        Empty without a teacher.
+        """
         grads: dict[str, Tensor] = {}
         if self.layout is None:
             return grads
@@ -148,7 +157,8 @@ class Teaching:
                 whole = path.batch(number // self.parts)
                 batch = micro_batches(whole, self.parts, "unlabeled")[number % self.parts]
             loss = h.teacher_loss(self.with_graph(taken, batch))
-            # The backward pass of a sharded network averages over the ranks; that of others stays with this rank.
+            # The backward pass of a sharded network averages over the ranks; that of others stays
+            # with this rank.
             new = gradient_of(
                 self.layout, self.ranks.size * loss if self.layout.is_sharded else loss
             )
@@ -182,14 +192,16 @@ class Teaching:
             labeled: the outer batch, which they read too.
             step: the number of the step, for losses that depend on it.
             size: the rule that gives λ.
-            measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more backward pass of the
-                feedback. The gradient that is left stays the same, bit for bit.
-            is_first: compare the losses of micro-batches with those of their halves, before anything moves.
-            direct_loss: L(θ′; φ) at fixed θ′, given the last signal, where the outer loss reads the teacher: G_h is
-                then the sum of both gradients.
+            measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
+                backward pass of the feedback. The gradient that is left stays the same, bit for
+                bit.
+            is_first: compare the losses of micro-batches with those of their halves, before
+                anything moves.
+            direct_loss: L(θ′; φ) at fixed θ′, given the last signal, where the outer loss reads the
+                teacher: G_h is then the sum of both gradients.
 
-        Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio`` where both gradients
-        were found.
+        Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio``
+        where both gradients were found.
         """
         layout, parts, alone = self.layout, self.parts, self.ranks.alone
         if layout is None:
@@ -220,12 +232,14 @@ class Teaching:
         gives_feedback = self.mode.credits != "nothing"
         compares = size.compares and gives_feedback
         hooked = [name for name, p in layout.parameters().items() if p._backward_hooks]
-        # A hook that changes gradients would be called with each of them, and twice where the size is measured.
+        # A hook that changes gradients would be called with each of them, and twice where the size
+        # is measured.
         measures = measure and gives_feedback and bool(losses) and not hooked
         if compares and hooked:
             raise MetaplError(
-                f"the teacher's parameters {few(hooked, 3)} have hooks, which would change the gradients of the "
-                "feedback and of the own losses one by one; expected feedback_weight=1.0, or clip_norm without hooks."
+                f"the teacher's parameters {few(hooked, 3)} have hooks, which would change the "
+                "gradients of the feedback and of the own losses one by one; expected "
+                "feedback_weight=1.0, or clip_norm without hooks."
             )
         scalars = list[dict[str, Tensor]]()
         of_feedback = dict[str, Tensor]()
@@ -331,7 +345,10 @@ class Teaching:
         return self.ranks.mean_tree(gradient, like)
 
     def _norm(self, gradient: Mapping[str, Tensor]) -> Tensor:
-        """Return the norm of a gradient over all processes that hold parts of it; of no gradient 0."""
+        """Return the norm of a gradient over all processes that hold parts of it.
+
+        Of no gradient 0.
+        """
         if self.layout is None or not gradient:
             return torch.zeros((), device=self.device)
         return self.layout.space.norm({name: local(g) for name, g in gradient.items()})
@@ -344,7 +361,10 @@ def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
 
 
 def plus(a: Tensor, b: Tensor) -> Tensor:
-    """Return a + b, of which either may be sparse, as the gradient of an embedding is: torch adds a sparse one last."""
+    """Return a + b, of which either may be sparse, as the gradient of an embedding is.
+
+    Torch adds a sparse one last.
+    """
     return b + a if a.is_sparse else a + b
 
 
@@ -361,14 +381,18 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> 
             else checks.described(signal)
         )
         raise MetaplError(
-            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a tensor or a dict of them, "
-            "or metapl.Signal(value, log_prob=...) of a sampled tensor."
+            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
+            "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
         )
     kind: Kind = "soft" if drawn is None else "hard"
     if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
-        given = f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the student's input"
+        given = (
+            f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the "
+            "student's input"
+        )
         raise MetaplError(
-            f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or 'none'."
+            f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or "
+            "'none'."
         )
     constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
     if constant or kind not in mode.labels:
@@ -381,12 +405,13 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> 
 
 
 def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
-    """Return the gradient of a loss in the weights that it reaches: of this rank's rows, or the mean over the ranks of
-    a sharded network, whose own backward pass averages.
+    """Return the gradient of a loss in the weights that it reaches: of this rank's rows, or the
+    mean over the ranks of a sharded network, whose own backward pass averages.
 
-    By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way; ``.grad`` stays as it is.
-    Where the weights have hooks that a backward pass would call with a part of the step's gradient, by
-    ``torch.autograd.grad``. ``retain`` keeps the graph for another pass.
+    By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way;
+    ``.grad`` stays as it is. Where the weights have hooks that a backward pass would call with a
+    part of the step's gradient, by ``torch.autograd.grad``. ``retain`` keeps the graph for another
+    pass.
     """
     parameters = layout.parameters()
     if not loss.requires_grad:
@@ -401,8 +426,8 @@ def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> d
 
 
 def gradient_of(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of a loss in a network's weights, with zeros for those that it does not reach; no other leaf
-    of the graph gets a gradient."""
+    """Return the gradient of a loss in a network's weights, with zeros for those that it does not
+    reach; no other leaf of the graph gets a gradient."""
     parameters = layout.parameters()
     if not loss.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}

@@ -20,15 +20,15 @@ class Unrolled(Estimator):
     .. math:: h = -\frac{d}{d\,\mathrm{signal}} L\big(U(\theta, g(\mathrm{signal}))\big)
 
     Args:
-        truncate: differentiate only this many of the last student steps; None: all. 0: none, for ``wrt="start"`` alone
-            (:func:`metapl.hypergradient`), which is first-order MAML.
+        truncate: differentiate only this many of the last student steps; None: all. 0: none, for
+            ``wrt="start"`` alone (:func:`metapl.hypergradient`), which is first-order MAML.
 
-    Takes: soft (differentiable) signals.
-    Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about twice
-    the peak of ``forward``, benchmarks/modes.py).
-    Bias: none. It does not use the adjoints of :mod:`metapl.updates`, so other modes are tested against it.
-    Raises: :class:`metapl.MetaplError` for operations without a second derivative, by name.
-    Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step gradient.
+    Takes: soft (differentiable) signals. Cost: 13 student passes a step with the teacher's 3; the
+    inner graph and its derivative stay in memory (about twice the peak of ``forward``,
+    benchmarks/modes.py). Bias: none. It does not use the adjoints of :mod:`metapl.updates`, so
+    other modes are tested against it. Raises: :class:`metapl.MetaplError` for operations without a
+    second derivative, by name. Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step
+    gradient.
     """
 
     truncate: Truncation | None = None

@@ -1,12 +1,13 @@
 """What a graph is known again by: what was compiled, whoever asks for it.
 
-A network computes a function of its tensors. Which function that is depends on its modules, their classes and plain
-attributes, and on which places hold the same tensor: its *description*. Networks of equal descriptions compute the same
-function, so the graph of one serves the others. It is compiled of a *bare copy*, which nobody else can change, and
-which holds no memory: its tensors are on the device ``meta``.
+A network computes a function of its tensors. Which function that is depends on its modules, their
+classes and plain attributes, and on which places hold the same tensor: its *description*. Networks
+of equal descriptions compute the same function, so the graph of one serves the others. It is
+compiled of a *bare copy*, which nobody else can change, and which holds no memory: its tensors are
+on the device ``meta``.
 
-What cannot be described, such as a hook, a closure, a tensor in an attribute or a method that reads a module by its
-name, raises :class:`Undescribed`; its graph is known by identity.
+What cannot be described, such as a hook, a closure, a tensor in an attribute or a method that reads
+a module by its name, raises :class:`Undescribed`; its graph is known by identity.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-# Tables of hooks that run in a forward or a backward pass, and of those that run where a state is saved or loaded.
+# Tables of hooks that run in a forward or a backward pass, and of those that run where a state is
+# saved or loaded.
 PASS_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -96,7 +98,10 @@ def description_of_object(value: Any) -> Hashable:
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
-    """Return a class, and what it and its bases outside of torch hold now: methods and values may be replaced."""
+    """Return a class, and what it and its bases outside of torch hold now.
+
+    Methods and values may be replaced.
+    """
     found: list[Hashable] = [kind]
     for base in kind.__mro__:
         if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
@@ -117,7 +122,8 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
 def reads_a_module(function: FunctionType) -> bool:
     """Whether a function reads a module by a closure or a global, itself or in functions that it calls by such names.
 
-    A loss with a penalty on the weights of a student reads the student that it names, and not a bare copy.
+    A loss with a penalty on the weights of a student reads the student that it names, and not a
+    bare copy.
     """
     waiting, known = [function], {function}
     while waiting:

@@ -1,8 +1,8 @@
 """The pure step of a trainer (:meth:`metapl.BilevelTrainer.functional`), and ``compile=True``, that step as one graph.
 
-A compiled step reads the tensors where modules and optimizers hold them, runs its graph, and copies what comes out
-back. The first step of each kind is compared with the eager one, taken by a copy of the trainer; what cannot be
-captured is refused there.
+A compiled step reads the tensors where modules and optimizers hold them, runs its graph, and copies
+what comes out back. The first step of each kind is compared with the eager one, taken by a copy of
+the trainer; what cannot be captured is refused there.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         "a cosine over several steps; expected 'gradient'": composed
         and getattr(mode, "normalization", "") == "cosine",
         "a transform with hidden state; expected torch.optim's": hides,
-        'normalization="learning_rate" without a single learning rate; expected "gradient"': inner.learning_rate
-        is None
+        'normalization="learning_rate" without a single learning rate; expected '
+        '"gradient"': inner.learning_rate is None
         and getattr(mode, "normalization", "") == "learning_rate",
     }
     for what in (what for what, is_so in refused.items() if is_so):
@@ -125,12 +125,16 @@ SLOPES, BY_DIFFERENCE = (
     0.1,
     0.5,
 )  # the greatest report.flag; by differences of outputs, whose curvature adds to it
-OFF = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
+OFF = (
+    "the step is not finite, or the student's outputs do not follow its weights (the slopes "
+    "differ)."
+)
 
 
 def backend_of(device: torch.device) -> dict[str, Any]:
-    """``BACKEND`` for steps of a fraction of a millisecond, half of which would go into Python around the kernels and
-    into guards, of which those are dropped that torch and metapl are what they are."""
+    """``BACKEND`` for steps of a fraction of a millisecond, half of which would go into Python
+    around the kernels and into guards, of which those are dropped that torch and metapl are what
+    they are."""
     lean = {"cpp_wrapper": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
     keep = {"guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards]}
     return {"options": BACKEND["options"] | lean | keep}
@@ -152,7 +156,8 @@ def capturing() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        torch._C._autograd._saved_tensors_hooks_enable()  # which Dynamo leaves off where a transform fails
+        # which Dynamo leaves off where a transform fails
+        torch._C._autograd._saved_tensors_hooks_enable()
         from torch._dynamo.exc import TorchDynamoException
 
         impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
@@ -186,7 +191,10 @@ class CompiledStep:
     def __call__(
         self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool
     ) -> StepReport:
-        """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
+        """One step on a labeled batch and the inner ones.
+
+        ``ahead``: they were given as a look-ahead.
+        """
         steps, draw, compared = len(batches), trainer.generator, False
         in_graphs = trainer.compile == "reduce-overhead"
         if anew := self.seen(trainer, steps) != self.marks:
@@ -280,7 +288,10 @@ class CompiledStep:
         return wrapped
 
     def seen(self, trainer: Any, steps: int) -> list[Any]:
-        """What differs where another step is meant, or other tensors are held; by now these are alive."""
+        """What differs where another step is meant, or other tensors are held.
+
+        By now these are alive.
+        """
         optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
         given = (
             trainer.mode,
@@ -294,7 +305,10 @@ class CompiledStep:
         return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
 
     def find(self, trainer: Any, steps: int) -> Any:
-        """Look for modules and parameters anew. Returns what may not be freed while a kind of step is known by it."""
+        """Look for modules and parameters anew.
+
+        Returns what may not be freed while a kind of step is known by it.
+        """
         networks = [
             network for network in (trainer.student, trainer.teacher) if network is not None
         ]
@@ -317,7 +331,8 @@ class CompiledStep:
         """The trainer's step as one graph, once it is called; refused where none could be."""
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.weights):
             raise MetaplError(
-                "a parameter of the networks has a hook, which no graph captures; leave compile out."
+                "a parameter of the networks has a hook, which no graph captures; leave compile "
+                "out."
             )
         if not isinstance(unclipped(trainer.update), TorchUpdate):
             raise MetaplError(
@@ -413,7 +428,8 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
             n for n, p in was.items() if torch.equal(p, there[n]) and not torch.equal(p, here[n])
         ):
             raise MetaplError(
-                f"no loss reaches the {role}'s {name}, which would decay; expected requires_grad=False."
+                f"no loss reaches the {role}'s {name}, which would decay; expected "
+                "requires_grad=False."
             )
     ours, loss = seen(*found), expected[1].scalars["inner_loss"]
     for name, tree in seen(*expected).items():
@@ -421,7 +437,10 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
 
 
 def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool = False) -> None:
-    """Refuse a tree that is not the eager one's values, by norm; ``rounding``: of scalars that cancel."""
+    """Refuse a tree that is not the eager one's values, by norm.
+
+    ``rounding``: of scalars that cancel.
+    """
     off = {n: as_real(ours[n]).double() - as_real(t).double() for n, t in eager.items()}
     gap, size = (norm(tree) if tree else 0.0 * loss for tree in (off, eager))
     least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0

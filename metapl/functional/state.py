@@ -1,5 +1,5 @@
-"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and nothing else; and
-a module as a function of its tensors."""
+"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and
+nothing else; and a module as a function of its tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Fields = TypeVar("Fields", bound=NamedTuple)
 
 
 class Network(NamedTuple):
-    """The tensors of a network by name: its trainable parameters, and its state, the buffers and frozen parameters."""
+    """The tensors of a network by name.
+
+    Its trainable parameters, and its state, the buffers and frozen parameters.
+    """
 
     params: Tree
     state: Tree
@@ -73,12 +76,14 @@ class Report(NamedTuple):
     inner_loss: Tensor  # the mean of ℓ_i, and over the steps
     outer_loss: Tensor  # L(θ′); NaN in the mode "none", which does not compute it
     teacher_loss: Tensor  # the sum of the teacher's own losses
-    flag: Tensor  # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
+    # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
+    flag: Tensor
     teacher_losses: Tree  # by name
     step_rounding: (
         Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
     )
-    sizes: Tree  # feedback_weight and feedback_ratio, where the rule of the feedback's size compares gradients
+    # feedback_weight and feedback_ratio, where the rule of the feedback's size compares gradients
+    sizes: Tree
 
 
 def as_dict(signal: Signal) -> dict[str, Any]:
@@ -186,7 +191,10 @@ def norm(a: Tree) -> Tensor:
 
 
 def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
-    """θ + δŵ, θ − δŵ (or θ), and their distance in units of w; see :class:`metapl.feedback.Difference`."""
+    """θ + δŵ, θ − δŵ (or θ), and their distance in units of w.
+
+    See :class:`metapl.feedback.Difference`.
+    """
     at = {name: wide(t) for name, t in theta.items()}
     dtype, count = as_real(next(iter(at.values()))).dtype, sum(t.numel() for t in at.values())
     r = getattr(mode, "relative_step", None) or RELATIVE_STEP[dtype]
@@ -204,8 +212,8 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
 def rounded_steps(
     update: Update, theta: Tree, end: Any, s: Any, options: Options
 ) -> tuple[Tree, Any, Tensor]:
-    """θ′ and s′ by the optimizer's own steps on these gradients, and their distance from the differentiated θ′, over
-    its length; where nothing is rounded, the differentiated ones."""
+    """θ′ and s′ by the optimizer's own steps on these gradients, and their distance from the
+    differentiated θ′, over its length; where nothing is rounded, the differentiated ones."""
     if not update.rounded:
         return end.theta, end.s, 0 * end.losses[0]
     at = theta
@@ -258,13 +266,15 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
     text = str(error)
     if "setup_context" in text:
         return ImpureError(
-            f"{who} has a torch.autograd.Function without setup_context, which torch.func cannot transform",
+            f"{who} has a torch.autograd.Function without setup_context, which torch.func cannot "
+            "transform",
             "one whose forward has no ctx, and a setup_context(ctx, inputs, output)",
         )
     if "Tensor.requires_grad_()" in text or asks_for_gradient(error):
         return ImpureError(
-            f"{who} asks for a gradient in its forward (Tensor.requires_grad_(), which torch.autograd.grad and "
-            "torch.func.stack_module_state need), and torch.func cannot transform that",
+            f"{who} asks for a gradient in its forward (Tensor.requires_grad_(), which "
+            "torch.autograd.grad and torch.func.stack_module_state need), and torch.func cannot "
+            "transform that",
             "torch.func.grad, or torch.stack of the parameters",
         )
     if "mutate a captured Tensor" in text:
@@ -274,7 +284,8 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
         )
     if "ADInterpreters" in text or "escaped" in text:
         return ImpureError(
-            f"{who} keeps a tensor of a pass, in an attribute, a list or a dict, and reads it in another",
+            f"{who} keeps a tensor of a pass, in an attribute, a list or a dict, and reads it in "
+            "another",
             "a registered buffer for what passes carry on",
         )
     return None
@@ -283,16 +294,16 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
 class Function:
     """A network as a function of the tensors that it holds, so that its parts and methods have values at other tensors.
 
-    Each place of a tensor is exchanged once, and put back, however many names lead to it: a part that is held under two
-    names is one part. ``torch.func.functional_call`` goes by names, takes such a place twice, and puts back what it put
-    there itself.
+    Each place of a tensor is exchanged once, and put back, however many names lead to it: a part
+    that is held under two names is one part. ``torch.func.functional_call`` goes by names, takes
+    such a place twice, and puts back what it put there itself.
     """
 
     def __init__(self, module: nn.Module | None, role: str = "student") -> None:
         self.module: Any = module
         self.role = role
-        # The first name of the tensor in each place, which has the place's name as its key. Tensors are compared here,
-        # for within a graph or a transform none has an identity.
+        # The first name of the tensor in each place, which has the place's name as its key. Tensors
+        # are compared here, for within a graph or a transform none has an identity.
         self.first_names: dict[str, str] = {}
         first_of: dict[int, str] = {}
         for prefix, part in [] if module is None else named_parts(module):
@@ -301,8 +312,9 @@ class Function:
                     if t is not None:
                         self.first_names[prefix + name] = first_of.setdefault(id(t), prefix + name)
         parts = [] if module is None else [*module.modules()]
-        # The places of parts whose kernel has no second derivative, with one that has it for each; and the attributes
-        # into which hooks put a weight, which would be that of a transform afterwards.
+        # The places of parts whose kernel has no second derivative, with one that has it for each;
+        # and the attributes into which hooks put a weight, which would be that of a transform
+        # afterwards.
         self.formulas = [place for part in parts for place in formulas_of(part)]
         self.made = [(part, name) for part in parts for _, name in weights_made_by_hooks(part)]
 
@@ -357,7 +369,8 @@ class Function:
         made = [name for name, t in left.items() if t is not None and name not in self.first_names]
         if made and not torch.compiler.is_compiling():
             raise ImpureError(
-                f"the {self.role} makes a buffer in its pass ({few(made, 3)}), and the state of a step has none",
+                f"the {self.role} makes a buffer in its pass ({few(made, 3)}), and the state of a "
+                "step has none",
                 "one that is there before: run the network once on a batch",
             )
 
@@ -368,5 +381,6 @@ class Function:
         ]
         if found != [*self.first_names]:
             raise MetaplError(
-                "the network has other parameters or buffers than when its step was made; expected functional() again."
+                "the network has other parameters or buffers than when its step was made; "
+                "expected functional() again."
             )

@@ -2,18 +2,20 @@ r"""One step of Algorithm 1 as one pure function, in every mode but ``implicit``
 
     state, report = step(state, outer, inner, noise=None)
 
-Nothing is hidden: weights, buffers, optimizers, their settings and the step's number go in and come out, labels are
-drawn by the noise that is given, and only dropout draws from torch's default generator. So ``torch.compile`` takes the
-step whole, ``torch.func.vmap`` takes many states at once, and it can be read from top to bottom.
+Nothing is hidden: weights, buffers, optimizers, their settings and the step's number go in and come
+out, labels are drawn by the noise that is given, and only dropout draws from torch's default
+generator. So ``torch.compile`` takes the step whole, ``torch.func.vmap`` takes many states at once,
+and it can be read from top to bottom.
 
-The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) and its pullback c ↦ (∂z/∂θ)ᵀ c,
+The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) and its pullback c ↦
+(∂z/∂θ)ᵀ c,
 
 - g = (∂z/∂θ)ᵀ ∂ℓ/∂z, θ′ = U(θ, g), v = ∇L(θ′), w = (∂U/∂g)ᵀ v;
-- ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w. So the student runs
-  once, and ż has the dropout masks and the batch statistics of that one pass;
+- ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w.
+  So the student runs once, and ż has the dropout masks and the batch statistics of that one pass;
 - h = −∂/∂(signal) ⟨∂ℓ/∂z (z, signal), ż⟩, in the head alone;
-- the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its passes; where L reads
-  the teacher itself, λ L(sg(θ′); θ_T) is added, the direct term.
+- the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its
+  passes; where L reads the teacher itself, λ L(sg(θ′); θ_T) is added, the direct term.
 """
 
 from __future__ import annotations
@@ -90,7 +92,10 @@ def make_step(
     feedback_size: FeedbackSize,  # the rule that gives λ
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
-    """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
+    """The step of these networks, losses and rules.
+
+    The modules' own tensors are not read, those of the state are.
+    """
     T, S, kind = Function(teacher, "teacher"), Function(student), mode.name
     enters, revises = enters_input(problem), has_own(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
@@ -130,7 +135,8 @@ def make_step(
             def judge(_: Any) -> Tensor:
                 entering = [signal] if judges_with_signal else []
                 z, left = S.outputs(theta, at_S, problem.outer_input(judged, *entering))
-                # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+                # A loss may read ``student.parameters()``, so it is called while these weights are
+                # in the student.
                 (total, count), _ = S.at(
                     theta, left, lambda network: sum_and_weight(problem.outer_loss(z, judged))
                 )
@@ -148,9 +154,10 @@ def make_step(
         ) -> tuple[Any, Tree, Tree, Tree]:
             """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses.
 
-            Returns: the signal, the losses by name, their gradient where it is taken apart from that of the feedback,
-            and the teacher's buffers. Losses that read no graph of the signal are differentiated by themselves: a
-            pullback of both would run through all passes of the teacher once more.
+            Returns: the signal, the losses by name, their gradient where it is taken apart from
+            that of the feedback, and the teacher's buffers. Losses that read no graph of the signal
+            are differentiated by themselves: a pullback of both would run through all passes of the
+            teacher once more.
             """
             losses = losses_for(batches[k]) if k == steps - 1 else ()
             are_apart = compares and all(getattr(loss, "detaches_signal", False) for loss in losses)
@@ -345,7 +352,10 @@ def make_step(
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
-            """Lines 2 to 7 as a function of the teacher's weights: Σ sg(h)·signal, and the sum of its own losses."""
+            """Lines 2 to 7 as a function of the teacher's weights.
+
+            Σ sg(h)·signal, and the sum of its own losses.
+            """
             end = walk(
                 0,
                 theta_T,

@@ -1,13 +1,15 @@
 r"""A whole training, and its gradient, as two pure functions in a loop: one step, and that step's adjoint.
 
-With the carry c_k = (θ_k, s_k, buffers), the settings η_k of the optimizer and the teacher's weights φ, a step is
+With the carry c_k = (θ_k, s_k, buffers), the settings η_k of the optimizer and the teacher's
+weights φ, a step is
 
 .. math:: c_{k+1} = f(c_k, \mathrm{signal}_k(\phi), \eta_k), \qquad k = 0, ..., K-1
 
-and the adjoint takes the cotangents of c_{k+1} to those of c_k, signal_k, η_k and φ, from v = ∇L(θ_K) on. It is *one*
-pullback of f, in which the Hessian product, the feedback h_k = −dL/d(signal_k) and the gradient in the settings are
-found together. Each of the two is compiled once; the loop is Python's, and K is in no graph. The adjoint runs its step
-again from c_k, under the same dropout masks; c_k was kept, or is computed again (:mod:`metapl.feedback.keeping`). As on
+and the adjoint takes the cotangents of c_{k+1} to those of c_k, signal_k, η_k and φ, from v =
+∇L(θ_K) on. It is *one* pullback of f, in which the Hessian product, the feedback h_k =
+−dL/d(signal_k) and the gradient in the settings are found together. Each of the two is compiled
+once; the loop is Python's, and K is in no graph. The adjoint runs its step again from c_k, under
+the same dropout masks; c_k was kept, or is computed again (:mod:`metapl.feedback.keeping`). As on
 the eager road, a signal reads the student's outputs as constants.
 
 Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and Engstrom, 2025).
@@ -81,7 +83,10 @@ class Carry(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """dL/dθ and dL/ds of a carry, and dL/dφ by the steps from there on; of M outer losses, with a first dimension M."""
+    """dL/dθ and dL/ds of a carry, and dL/dφ by the steps from there on.
+
+    Of M outer losses, with a first dimension M.
+    """
 
     params: Tree
     optimizer: Any
@@ -99,14 +104,18 @@ def make_training(
     several: bool = False,  # whether the cotangents are of M outer losses
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch, settings, bars,
-    nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros, as the signal's fields."""
+    """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch,
+    settings, bars, nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros,
+    as the signal's fields."""
     T, S, enters = Function(teacher, "teacher"), Function(student), enters_input(problem)
 
     def moved(
         carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
     ) -> tuple[tuple[Tree, Any], Any]:
-        """(θ′, s′) as a function of all that a gradient may be in; and the buffers, the loss and the signal."""
+        """(θ′, s′) as a function of all that a gradient may be in.
+
+        And the buffers, the loss and the signal.
+        """
 
         def run(theta: Tree, *entering: Signal) -> tuple[Tensor, Tree]:
             return S.outputs(theta, carry.state, problem.student_input(batch, *entering))
@@ -125,7 +134,8 @@ def make_training(
             return found[0].having(fields), found[1]
 
         def mean_loss(z: Tensor, theta: Tree) -> Tensor:
-            # A loss may read ``student.parameters()``, so it is called while these weights are in the student.
+            # A loss may read ``student.parameters()``, so it is called while these weights are in
+            # the student.
             losses, _ = S.at(
                 theta, left, lambda network: problem.inner_loss(z, signal, batch, theta)
             )
@@ -175,7 +185,10 @@ def make_training(
 def check(
     mode: Any, problem: Problem, student: Any, teacher: Any, optimizer: Any, accumulate: int
 ) -> None:
-    """Refuse what the two graphs do not take, in one line; the networks are given as their layouts."""
+    """Refuse what the two graphs do not take, in one line.
+
+    The networks are given as their layouts.
+    """
     own = (
         mode.name not in ("forward", "unrolled")
         or getattr(mode, "normalization", "gradient") != "gradient"
@@ -202,8 +215,8 @@ class Compiled:
 
     Attributes:
         held: what they are known by, where that is identities: it may not be freed.
-        compared: the kinds of batches for which they were compared with the eager step, each with the weights that its
-            losses do not reach.
+        compared: the kinds of batches for which they were compared with the eager step, each with
+            the weights that its losses do not reach.
         asked_by: the networks for which they were compared.
     """
 
@@ -214,15 +227,18 @@ class Compiled:
     asked_by: list[Any] = field(default_factory=list)
 
     def serve(self, *networks: nn.Module | None) -> None:
-        """Forget what was compared where other networks ask: a graph is compared once for each that it serves."""
+        """Forget what was compared where other networks ask.
+
+        A graph is compared once for each that it serves.
+        """
         asking = [None if network is None else weakref.ref(network) for network in networks]
         if asking != self.asked_by:
             self.compared = {}
             self.asked_by = asking
 
 
-# The functions of the last trainings, by what was compiled: a call for another network of the same description, as
-# metapl.functional.architecture has it, compiles nothing.
+# The functions of the last trainings, by what was compiled: a call for another network of the same
+# description, as metapl.functional.architecture has it, compiles nothing.
 _KNOWN: dict[Any, Compiled] = {}
 MOST_KNOWN = 4
 
@@ -323,13 +339,15 @@ def differentiate(
     progress: bool = False,
     replay_tolerance: float = REPLAY_TOLERANCE,
 ) -> Hypergradient:
-    """:func:`metapl.hypergradient` through K compiled steps, which move nothing but generators; of M outer losses, with
-    a first dimension M. The first call compares both graphs with the eager road, over one step."""
+    """:func:`metapl.hypergradient` through K compiled steps, which move nothing but generators; of
+    M outer losses, with a first dimension M. The first call compares both graphs with the eager
+    road, over one step."""
     of_teacher, of_student, device = layouts(teacher, student)
     check(mode, problem, of_student, of_teacher, optimizer, accumulate)
     if outer_losses is not None and folder_of(mode.keep_on):
         raise MetaplError(
-            f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one outer batch."
+            f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one "
+            "outer batch."
         )
     steps, judged, settings = (
         len(ahead),
@@ -346,8 +364,8 @@ def differentiate(
     first_seen = first if outer_losses is None else 0
     options = ahead.options(optimizer) or [options_of(optimizer)] * steps
     by_group = [*zip(*options, strict=True)]  # of each, step by step
-    # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of the rule out, and a
-    # momentum of 0 leaves the buffer as it is.
+    # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of
+    # the rule out, and a momentum of 0 leaves the buffer as it is.
     names = [
         [
             n
@@ -365,7 +383,8 @@ def differentiate(
     ]
     rates = settings_of(kept, device)
     (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
-    # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the dampening.
+    # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in
+    # the dampening.
     dampened = [
         "dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group
     ]
@@ -381,8 +400,8 @@ def differentiate(
     how = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
     chosen = keeping(steps, size, device, how, mode.keep_on)
 
-    # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with all of the decay
-    # that there will be, which moves what no loss reaches.
+    # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with
+    # all of the decay that there will be, which moves what no loss reaches.
     moves = next(
         (k for k, groups in enumerate(options) if any(is_nonzero(now["lr"]) for now in groups)), 0
     )
@@ -437,12 +456,13 @@ def differentiate(
         )
         going_on = states.opened()
 
-    # Digests of the states at the ends of blocks, which replays reach, and of every √K-th state where all are kept.
+    # Digests of the states at the ends of blocks, which replays reach, and of every √K-th state
+    # where all are kept.
     replays = ReplayCheck(replay_tolerance)
     noted_every = spacings[0] if spacings[0] > 1 else math.isqrt(steps)
 
-    # What is known of the steps: the losses, the digests of batches that are read again, and which shapes each has; by
-    # those of a batch, zeros in the shapes of its signal, and a value of that.
+    # What is known of the steps: the losses, the digests of batches that are read again, and which
+    # shapes each has; by those of a batch, zeros in the shapes of its signal, and a value of that.
     losses, digests, kinds, signals = (
         list[Tensor](),
         list[Tensor](),
@@ -512,8 +532,8 @@ def differentiate(
         return after, loss
 
     def backward(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry]]:
-        """The steps from the last to the ``first``, with their carries, each under the draws that it had: a block
-        between kept ones is walked again."""
+        """The steps from the last to the ``first``, with their carries, each under the draws that
+        it had: a block between kept ones is walked again."""
         for begun_at in reversed(range(begin, end, spacing)):
             stop = min(begun_at + spacing, end)
             if stop <= first_seen:
@@ -530,8 +550,8 @@ def differentiate(
             yield from backward(begun_at, stop, *finer)
 
     def compare_replay(number: int, held: Carry) -> None:
-        """Take a step again whose end was noted, and compare; it is taken by the graph that took it first, for the
-        adjoint may round otherwise."""
+        """Take a step again whose end was noted, and compare; it is taken by the graph that took it
+        first, for the adjoint may round otherwise."""
         if number + 1 in replays.digests:
             before = RandomState.now(device)
             after, _ = take_step(number, held)

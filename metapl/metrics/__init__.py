@@ -1,4 +1,7 @@
-"""How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
+"""How good a model is, and whether one method beats another.
+
+Pure functions on logits, labels and scores.
+"""
 
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.metric import Measured, Metric

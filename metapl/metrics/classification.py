@@ -22,9 +22,9 @@ CALIBRATION_BINS = 15
 class Evaluation:
     """The figures of one classifier on one labeled set of n examples.
 
-    Accuracies are fractions between 0 and 1. `top5` is None for 5 classes or fewer, a class without examples has None
-    in `per_class`, `confusion[t][p]` counts the examples of class t that were taken for class p, and `classes` are the
-    names given, in the order of the logits.
+    Accuracies are fractions between 0 and 1. `top5` is None for 5 classes or fewer, a class without
+    examples has None in `per_class`, `confusion[t][p]` counts the examples of class t that were
+    taken for class p, and `classes` are the names given, in the order of the logits.
     """
 
     n: int
@@ -69,8 +69,9 @@ def evaluate_logits(
         p = softmax(logits),   ŷ_i = argmax_k p_ik,   accuracy = (1/N) Σ_i [ŷ_i = y_i],   NLL = −(1/N) Σ_i log p_i,y_i
         ECE = Σ_b (n_b / N) |acc_b − conf_b|
 
-    over 15 bins of equal width, the b-th with (b−1)/15 < max_k p_ik ≤ b/15, where n_b counts its examples, acc_b is
-    their accuracy and conf_b their mean max_k p_ik. Computed in float64; between equal logits the first class wins.
+    over 15 bins of equal width, the b-th with (b−1)/15 < max_k p_ik ≤ b/15, where n_b counts its
+    examples, acc_b is their accuracy and conf_b their mean max_k p_ik. Computed in float64; between
+    equal logits the first class wins.
 
     Args:
         logits_NC: (N, C), any floating dtype, finite.
@@ -104,7 +105,8 @@ def evaluate_logits(
     finite(logits_NC)
     labels_N = labels_N.to("cpu", torch.int64)
     log_p_NC = torch.log_softmax(logits_NC.detach().to("cpu", torch.float64), dim=1)
-    # From the logits, for softmax can make a tie of two logits; `max` takes the first of equals on the CPU.
+    # From the logits, for softmax can make a tie of two logits; `max` takes the first of equals on
+    # the CPU.
     predicted_N = logits_NC.detach().cpu().max(dim=1).indices
     confusion_CC = torch.bincount(labels_N * width + predicted_N, minlength=width * width).reshape(
         width, width

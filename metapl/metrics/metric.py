@@ -1,4 +1,7 @@
-"""What a network is measured by on labeled batches: its accuracy, its problem's loss, or a metric of the user's."""
+"""What a network is measured by on labeled batches.
+
+Its accuracy, its problem's loss, or a metric of the user's.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ class Metric:
     given: Any  # the metric as it was asked for
 
     def over(self, trainer: Any, network: nn.Module, batches: Batches) -> Measured | Evaluation:
-        """Its value over all batches, which the ``trainer`` reads and judges; NaN where there is no example."""
+        """Its value over all batches, which the ``trainer`` reads and judges.
+
+        NaN where there is no example.
+        """
         if self is ACCURACY:
             return evaluate_logits(
                 *predict_logits(network, ((x, self._labels(batch)) for x, batch in batches))
@@ -78,7 +84,8 @@ class Metric:
                 if updated:
                     self.given.reset()
                 for inputs, batch in batches:
-                    # Other tensors of a batch, such as weights of classes, may be longer than it has examples.
+                    # Other tensors of a batch, such as weights of classes, may be longer than it
+                    # has examples.
                     own = next(
                         (t for t in (inputs, labels_of(batch)) if isinstance(t, Tensor) and t.ndim),
                         None,
@@ -126,7 +133,8 @@ class Metric:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor):
             raise MetaplError(
-                f"the metric {self.name!r} is of outputs and labels, and a batch is {described(batch)}."
+                f"the metric {self.name!r} is of outputs and labels, and a batch is "
+                f"{described(batch)}."
             )
         return labels
 
@@ -139,7 +147,10 @@ def _is_updated(given: Any) -> bool:
 
 
 def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
-    """The metric that a user asks for, whose best value is the one that ``mode`` says; None: the default one."""
+    """The metric that a user asks for, whose best value is the one that ``mode`` says.
+
+    None: the default one.
+    """
     if mode not in (None, "min", "max") or (given is None and mode is not None):
         raise MetaplError(
             f"mode={mode!r} was given with metric={given!r}; expected 'min' or 'max', and a metric."
@@ -161,13 +172,17 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
         raise MetaplError(f"metric is {described(given)}; expected {expected}.")
     if mode not in (None, metric.better):
         raise MetaplError(
-            f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is best."
+            f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is "
+            "best."
         )
     return metric
 
 
 def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
-    """The metric of the networks on validation data, None without these; the student is measured on the first batch."""
+    """The metric of the networks on validation data, None without these.
+
+    The student is measured on the first batch.
+    """
     if validation is None:
         if metric is not None:
             raise MetaplError(
@@ -189,7 +204,8 @@ def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: boo
         )
         if select and metric.better is None:
             raise MetaplError(
-                f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside it."
+                f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside "
+                "it."
             )
         metric.over(trainer, trainer.student, [first])
     return metric
@@ -201,8 +217,9 @@ def default_metric(judge: Any, batch: Any, outputs: Tensor) -> Metric:
 
 
 def of_classes(judge: Any, batch: Any, outputs: Tensor) -> bool:
-    """Whether outputs (B, C) are class logits: where the labels of the batch are the indices of classes, integers (B,)
-    from 0 to C − 1; without labels, where the trainer's problem or losses say so."""
+    """Whether outputs (B, C) are class logits: where the labels of the batch are the indices of
+    classes, integers (B,) from 0 to C − 1; without labels, where the trainer's problem or losses
+    say so."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         return False
     labels = labels_of(batch)
@@ -219,7 +236,10 @@ def of_classes(judge: Any, batch: Any, outputs: Tensor) -> bool:
 
 
 def labels_of(batch: Any) -> Any:
-    """The second element of a tuple, or what a dict has under ``labels``; None where there is neither."""
+    """The second element of a tuple, or what a dict has under ``labels``.
+
+    None where there is neither.
+    """
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
     return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None

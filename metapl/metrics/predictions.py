@@ -37,8 +37,8 @@ def predict_logits(
         model: gives logits (B, C); the batches are moved to the device of its first parameter.
         batches: pairs (x, y) with y of shape (B,); x is a tensor, or a dict or tuple of tensors.
 
-    Returns: logits (N, C) and labels (N,), on the CPU. Every submodule is in the mode (train or eval) that it had.
-    Cost: one forward pass per example; the logits of all examples in memory.
+    Returns: logits (N, C) and labels (N,), on the CPU. Every submodule is in the mode (train or
+    eval) that it had. Cost: one forward pass per example; the logits of all examples in memory.
 
     >>> model = torch.nn.Linear(3, 2)
     >>> logits, labels = predict_logits(model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))])
@@ -56,7 +56,10 @@ def predict_logits(
 
 
 def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
-    """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
+    """The logits (N, C) of batches of inputs, on the CPU.
+
+    The rest is as in :func:`predict_logits`.
+    """
     with passes(model) as outputs_of:
         logits = [outputs_of(x).cpu() for x in inputs]
     if len({t.shape[1:] for t in logits}) != 1:
@@ -86,8 +89,8 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
 def outer_batches(
     data: Any, read: Callable[[Any, str], tuple[Any, Any]], device: torch.device, name: str
 ) -> Iterator[tuple[Any, Any]]:
-    """The inputs of a network and the batch as its loss reads it, on the device, of a labeled batch or an iterable of
-    such; ``read`` makes them of a batch and its name."""
+    """The inputs of a network and the batch as its loss reads it, on the device, of a labeled batch
+    or an iterable of such; ``read`` makes them of a batch and its name."""
     whole = is_whole(data) or isinstance(data, Tensor)
     for batch in _batches(data, whole):
         yield read(to_device(batch, device), name if whole else f"a batch of {name}")
@@ -103,7 +106,10 @@ def batches_of(
 def input_batches(
     data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of
 ) -> Iterator[Any]:
-    """The inputs of data in batches, labels left out by ``read``; arrays of floating point become ``dtype``."""
+    """The inputs of data in batches, labels left out by ``read``.
+
+    Arrays of floating point become ``dtype``.
+    """
     whole = is_array(data) or isinstance(plain(data), dict | tuple) or is_record_of_rows(data)
     for batch in _batches(as_tensors(data, dtype) if whole else data, whole):
         yield as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")
@@ -132,6 +138,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 type(module).train is not nn.Module.train
             ):  # which may do more, such as merge weights
                 module.train(training)
-        # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen in eval mode.
+        # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen
+        # in eval mode.
         for module, training in before:
             module.training = training

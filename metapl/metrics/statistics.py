@@ -14,8 +14,8 @@ LARGEST_EXACT = 16
 
 
 def chance_level(counts: Sequence[int]) -> float:
-    """The accuracy of guessing: 1 in C, or that of always naming the largest class where that is more; of C numbers of
-    examples, of each class.
+    """The accuracy of guessing: 1 in C, or that of always naming the largest class where that is
+    more; of C numbers of examples, of each class.
 
     >>> chance_level([50, 50, 50, 50]), chance_level([90, 10])
     (0.25, 0.9)
@@ -37,7 +37,8 @@ def interval(correct: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= correct <= n:
         raise MetaplError(
-            f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example"
+            f"{correct} right of {n} examples were given; expected 0 to n right, of at least one "
+            "example"
         )
     from scipy.stats import binomtest
 
@@ -49,8 +50,9 @@ def interval(correct: int, n: int) -> tuple[float, float]:
 class PairedTest:
     """What n paired runs say about the difference a − b; a field is None where it is not defined.
 
-    `std` is that of the differences, with n − 1 below the fraction; `interval` is the 95 % t interval of the mean;
-    `p` is the two-sided p-value of the paired t-test, and `p_permutation` that of the exact sign-flip test.
+    `std` is that of the differences, with n − 1 below the fraction; `interval` is the 95 % t
+    interval of the mean; `p` is the two-sided p-value of the paired t-test, and `p_permutation`
+    that of the exact sign-flip test.
     """
 
     mean: float
@@ -70,8 +72,8 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     Args:
         a, b: n scores each, finite; a_i and b_i belong to the same seed.
 
-    Returns: the test. With n = 1 only the mean is defined, with equal differences the t-test is not. `p_permutation`
-        cannot fall below 2/2ⁿ; it is None for n > 16, as its cost is 2ⁿ sums.
+    Returns: the test. With n = 1 only the mean is defined, with equal differences the t-test is
+        not. `p_permutation` cannot fall below 2/2ⁿ; it is None for n > 16, as its cost is 2ⁿ sums.
 
     >>> test = paired_test([0.97, 0.96, 0.98, 0.97], [0.95, 0.95, 0.95, 0.96])
     >>> f"{test.mean:.4f} ± {test.std:.4f}, p = {test.p:.3f}, exact p = {test.p_permutation}"

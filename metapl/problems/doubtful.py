@@ -6,7 +6,8 @@ The signal is a weight a_i of each example or its corrected label q_i. For a wei
           h_i = -\frac{\partial L(\theta')}{\partial a_i}
           = -\frac1B \Big\langle \nabla_\theta \mathrm{CE}(y_i, S(x_i;\theta)), w \Big\rangle
 
-so the feedback on an example is positive if a step on that example lowers the loss on the trusted labels.
+so the feedback on an example is positive if a step on that example lowers the loss on the trusted
+labels.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def optimizer_of_network(teacher: nn.Module, rate: float = 1e-3) -> torch.optim.
 def optimizer_of_rows(teacher: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Return Adam over a table of which each batch reads some rows, or over a network in its place at 1e-3.
 
-    Without momentum, since a row would go on by it in the batches that do not read it, and with a short memory of
-    squares (0.9): the feedback on a row grows and falls as the student learns.
+    Without momentum, since a row would go on by it in the batches that do not read it, and with a
+    short memory of squares (0.9): the feedback on a row grows and falls as the student learns.
     """
     if not isinstance(teacher, Table):
         return optimizer_of_network(teacher)
@@ -98,14 +99,18 @@ class Weighted(Classification):
 class EqualWeights(Weighted):
     """Cross-entropy of examples whose weights are 1: what :func:`metapl.attribute` differentiates in these.
 
-    For other losses, a subclass gives ``inner_loss``, one loss for each example times ``signal.value``, and
-    ``outer_loss``; for weights of parts of each example, such as its tokens, also ``weight_shape``.
+    For other losses, a subclass gives ``inner_loss``, one loss for each example times
+    ``signal.value``, and ``outer_loss``; for weights of parts of each example, such as its tokens,
+    also ``weight_shape``.
     """
 
     has_teacher: ClassVar[bool] = False
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
-        """(B,), or the shape of weights of parts of each example, (B, T): those that the inner loss then multiplies."""
+        """(B,), or the shape of weights of parts of each example, (B, T).
+
+        Those that the inner loss then multiplies.
+        """
         return (len(outputs),)
 
     def signal(
@@ -151,19 +156,22 @@ class MetaWeightNet(Weighted):
 
     .. math:: a_i = V(\mathrm{CE}(y_i, S(x_i;\theta)))
 
-    An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
-    :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
+    An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses
+    (B,) to weights (B,); :class:`WeightNet` is the paper's. Its input losses are detached: no
+    gradient flows through them.
 
-    :meth:`metapl.BilevelTrainer.fit` begins with steps on the given labels (:meth:`first_steps`, 30 %). Before the
-    student knows anything, a step on any label lowers the trusted loss, so that all weights rise, and those of great
-    losses most; the network seldom comes back from there. Once the student has learned the labels that agree, wrong
-    ones are those with great losses. :meth:`metapl.BilevelTrainer.step` and its pure form have no first steps: train
-    the student on the given labels before. A student that has been gets ``fit(first_steps=0)``.
+    :meth:`metapl.BilevelTrainer.fit` begins with steps on the given labels (:meth:`first_steps`, 30
+    %). Before the student knows anything, a step on any label lowers the trusted loss, so that all
+    weights rise, and those of great losses most; the network seldom comes back from there. Once the
+    student has learned the labels that agree, wrong ones are those with great losses.
+    :meth:`metapl.BilevelTrainer.step` and its pure form have no first steps: train the student on
+    the given labels before. A student that has been gets ``fit(first_steps=0)``.
 
-    It needs losses that tell wrong labels. Where all wrong labels of a class are the same one, a student learns them
-    like right ones, and this problem ends near plain training on the given labels, or behind it, and behind the trusted
-    labels alone; take :class:`ExampleWeights`, :class:`ExampleLabels` or :class:`LabelCorrection` then
-    (docs/write-a-problem.md has the numbers).
+    It needs losses that tell wrong labels. Where all wrong labels of a class are the same one, a
+    student learns them like right ones, and this problem ends near plain training on the given
+    labels, or behind it, and behind the trusted labels alone; take :class:`ExampleWeights`,
+    :class:`ExampleLabels` or :class:`LabelCorrection` then (docs/write-a-problem.md has the
+    numbers).
 
     Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
@@ -205,20 +213,23 @@ class LearningToReweight(Weighted):
               w_i = \frac{\max(h_i, 0)}{\sum_j \max(h_j, 0)}, \qquad
               \theta' = U(\theta, \nabla_\theta \textstyle\sum_i w_i \mathrm{CE}_i)
 
-    The student looks ahead with weights of zero; h_i is positive if a little of example i in that step lowers the loss
-    on the trusted labels. Its real step then takes the weights w; where no example helps, all are 0, while momentum and
-    weight decay go on. An inner batch is (x, y), the outer one (x, y) with trusted labels. The signal of the real step,
-    in reports too, is a = B·w, so that metapl's mean of a_i CE_i is the paper's sum of w_i CE_i. The report's
-    ``outer_loss`` is L(θ̂), its ``inner_loss`` of the real step.
+    The student looks ahead with weights of zero; h_i is positive if a little of example i in that
+    step lowers the loss on the trusted labels. Its real step then takes the weights w; where no
+    example helps, all are 0, while momentum and weight decay go on. An inner batch is (x, y), the
+    outer one (x, y) with trusted labels. The signal of the real step, in reports too, is a = B·w,
+    so that metapl's mean of a_i CE_i is the paper's sum of w_i CE_i. The report's ``outer_loss`` is
+    L(θ̂), its ``inner_loss`` of the real step.
 
-    Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in its present state,
-    in both steps. The paper looks ahead by plain SGD whatever the optimizer: that is SGD without momentum here, or, for
-    any optimizer, ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a
-    gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
+    Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in
+    its present state, in both steps. The paper looks ahead by plain SGD whatever the optimizer:
+    that is SGD without momentum here, or, for any optimizer,
+    ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at
+    a gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few
+    then decide all.
 
-    It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 % asymmetric noise it
-    is 6 points behind the trusted labels alone after 300 steps, and with Adam at 1e-3 10 behind after 400 and level
-    after 1,000: give it some 1,000 steps, or Adam at 1e-2.
+    It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 %
+    asymmetric noise it is 6 points behind the trusted labels alone after 300 steps, and with Adam
+    at 1e-3 10 behind after 400 and level after 1,000: give it some 1,000 steps, or Adam at 1e-2.
 
     Cost: one forward and one backward pass of the student beyond those of the mode.
 
@@ -230,10 +241,10 @@ class LearningToReweight(Weighted):
     >>> report.feedback.shape, round(report.signal.value.mean().item(), 4)
     (torch.Size([6]), 1.0)
 
-    Raises: :class:`metapl.MetaplError` for a teacher and the options that are for one, for modes without feedback on
-    each example, and for more than one student step.
-    Source: Ren, Zeng, Yang and Urtasun, "Learning to reweight examples for robust deep learning" (ICML 2018), its
-    Algorithm 1 and eqs. (12)-(14).
+    Raises: :class:`metapl.MetaplError` for a teacher and the options that are for one, for modes
+    without feedback on each example, and for more than one student step. Source: Ren, Zeng, Yang
+    and Urtasun, "Learning to reweight examples for robust deep learning" (ICML 2018), its Algorithm
+    1 and eqs. (12)-(14).
     """
 
     has_teacher: ClassVar[bool] = False
@@ -242,7 +253,8 @@ class LearningToReweight(Weighted):
         """This problem; refuse modes without feedback on each example."""
         if "soft" not in labels or mode == "none":
             raise MetaplError(
-                f"mode '{mode}' was given; expected feedback on each example: 'forward', or Implicit()."
+                f"mode '{mode}' was given; expected feedback on each example: 'forward', or "
+                "Implicit()."
             )
         return self
 
@@ -263,10 +275,12 @@ class ExampleWeights(Weighted):
 
     .. math:: a_i = \sigma(t_{\mathrm{index}_i})
 
-    An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to numbers
-    (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one for each of n examples, all at weight 1/2.
+    An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps
+    indices (B,) to numbers (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one
+    for each of n examples, all at weight 1/2.
 
-    Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018), data hyper-cleaning.
+    Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018),
+    data hyper-cleaning.
     """
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
@@ -291,8 +305,8 @@ class ExampleLabels(Relabeled):
 
     .. math:: q_i = \mathrm{softmax}(t_{\mathrm{index}_i}), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
-    An inner batch is (x, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to logits
-    (B, C), such as ``Table(2 * one_hot(given_labels))``.
+    An inner batch is (x, index), the outer one (x, y) with trusted labels. The teacher maps indices
+    (B,) to logits (B, C), such as ``Table(2 * one_hot(given_labels))``.
 
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
@@ -314,16 +328,18 @@ class LabelCorrection(Relabeled):
 
     .. math:: q_i = \mathrm{softmax}(T(x_i, y_i)), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
-    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
-    logits (B, C), such as a :class:`metapl.models.Corrector`.
+    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher
+    maps (x, y) to logits (B, C), such as a :class:`metapl.models.Corrector`.
 
-    Begin with a corrector whose network has learned the trusted labels, by
-    ``LossTrainer(network, optimizer=...).fit(trusted, steps=..., batch_size=...)``. One that begins at random has to
-    find the right labels through the student's steps: on the digits with 40 % asymmetric noise the student of such a
-    one had 73 to 75 %, like plain training on the given labels (70), and with a network of the trusted labels 91, where
-    the trusted labels alone have 88 (docs/write-a-problem.md).
+    Begin with a corrector whose network has learned the trusted labels, by ``LossTrainer(network,
+    optimizer=...).fit(trusted, steps=..., batch_size=...)``. One that begins at random has to find
+    the right labels through the student's steps: on the digits with 40 % asymmetric noise the
+    student of such a one had 73 to 75 %, like plain training on the given labels (70), and with a
+    network of the trusted labels 91, where the trusted labels alone have 88
+    (docs/write-a-problem.md).
 
-    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
+    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI
+    2021).
     """
 
     teacher_reads: ClassVar[int] = 0
@@ -344,16 +360,17 @@ class NoiseTransition(Classification):
     .. math:: M_{jk} = \mathrm{softmax}(T)_{jk} = P(\text{given } k \mid \text{true } j), \qquad
               \ell_i = -\log \sum_j \mathrm{softmax}(S(x_i;\theta))_j\, M_{j y_i}
 
-    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher takes no argument
-    and returns logits (C, C), whose rows become the distributions of the given label; ``Table(4 * torch.eye(C))``
-    begins near the identity, "no noise".
+    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher
+    takes no argument and returns logits (C, C), whose rows become the distributions of the given
+    label; ``Table(4 * torch.eye(C))`` begins near the identity, "no noise".
 
-    Where the student can learn the given labels by heart, as in hundreds of epochs of a hundred rows, the matrix is
-    found too late: on wine with 40 % symmetric noise it ends 3 points behind plain training on the given labels, and 30
-    behind the trusted alone. Train on the trusted labels alone then, or take :class:`LabelCorrection`.
+    Where the student can learn the given labels by heart, as in hundreds of epochs of a hundred
+    rows, the matrix is found too late: on wine with 40 % symmetric noise it ends 3 points behind
+    plain training on the given labels, and 30 behind the trusted alone. Train on the trusted labels
+    alone then, or take :class:`LabelCorrection`.
 
-    Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,
-    "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
+    Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in
+    Wang, Hu and Hu, "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
     """
 
     signal_has_rows: ClassVar[bool | None] = False

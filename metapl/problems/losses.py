@@ -1,4 +1,7 @@
-"""The teacher's own losses, which are added to the feedback: frozen values, each a scalar of the teacher's outputs."""
+"""The teacher's own losses, which are added to the feedback.
+
+Frozen values, each a scalar of the teacher's outputs.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ from metapl.runs.fields import Range, check_fields
 class TeacherLoss(Protocol):
     """One term of the teacher's objective. Each view of a batch goes through the teacher in a pass of its own.
 
-    A loss whose gradient does not pass through the signal may say so by an attribute ``detaches_signal = True``, which
-    saves the compiled step a backward pass of the teacher.
+    A loss whose gradient does not pass through the signal may say so by an attribute
+    ``detaches_signal = True``, which saves the compiled step a backward pass of the teacher.
     """
 
     @property
@@ -37,21 +40,25 @@ class TeacherLoss(Protocol):
     def __call__(
         self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
     ) -> Tensor:
-        """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the pure road it is an
-        int64 tensor without dimensions.
+        """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the
+        pure road it is an int64 tensor without dimensions.
 
-        A mean over something else, such as the tokens that have a label, is right in micro-batches and processes with
-        a method ``mean_over(*, labeled, unlabeled)`` beside it, which returns what it divides by: a number, a tensor
-        without dimensions, or None for the rows. Where that is 0, the loss of the micro-batch is left out; its
-        derivative must be finite there, as that of a division by ``n.clamp(min=1)`` is. A loss with the attribute
-        ``of_micro_batches = True``, such as a contrastive one, is meant to be of each micro-batch by itself. Without
+        A mean over something else, such as the tokens that have a label, is right in micro-batches
+        and processes with a method ``mean_over(*, labeled, unlabeled)`` beside it, which returns
+        what it divides by: a number, a tensor without dimensions, or None for the rows. Where that
+        is 0, the loss of the micro-batch is left out; its derivative must be finite there, as that
+        of a division by ``n.clamp(min=1)`` is. A loss with the attribute ``of_micro_batches =
+        True``, such as a contrastive one, is meant to be of each micro-batch by itself. Without
         either, one that is no mean over rows is refused at the first step with ``accumulate``.
         """
         ...
 
 
 def only_where_declared(loss: type) -> None:
-    """Let a subclass of a loss say anew that it detaches the signal: what it adds may have a gradient through it."""
+    """Let a subclass of a loss say anew that it detaches the signal.
+
+    What it adds may have a gradient through it.
+    """
     loss.detaches_signal = vars(loss).get("detaches_signal", False)  # type: ignore[attr-defined]
 
 
@@ -59,8 +66,9 @@ def only_where_declared(loss: type) -> None:
 class CrossEntropy:
     r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
 
-    Labels are classes (B_l,), or distributions; for outputs of more dimensions, (B_l, C, ...), classes (B_l, ...), of
-    which -100 is left out of the mean, which is one over all micro-batches and processes that share the batch.
+    Labels are classes (B_l,), or distributions; for outputs of more dimensions, (B_l, C, ...),
+    classes (B_l, ...), of which -100 is left out of the mean, which is one over all micro-batches
+    and processes that share the batch.
 
     Args:
         label_smoothing: α, in [0, 1).
@@ -92,7 +100,10 @@ class CrossEntropy:
         return loss if self.weight == 1.0 else self.weight * loss
 
     def mean_over(self, *, labeled: Any, unlabeled: Any) -> Tensor | None:
-        """Return the number of labels that are not -100; None for one label a row, of which none may be left out."""
+        """Return the number of labels that are not -100.
+
+        None for one label a row, of which none may be left out.
+        """
         labels: Tensor = labeled[1]
         if labels.ndim < 2 or labels.is_floating_point():
             return None
@@ -110,27 +121,31 @@ class UDA:
               \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\ T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 
-    With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power of ``align``, and
-    normalized again, which moves the mean prediction of the batch (with ``accumulate``, of the micro-batch) towards the
-    prior.
+    With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power
+    of ``align``, and normalized again, which moves the mean prediction of the batch (with
+    ``accumulate``, of the micro-batch) towards the prior.
 
     Args:
-        temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most probable class.
+        temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most
+            probable class.
         threshold: β in [0, 1): examples whose greatest probability does not exceed it are left out.
         weight: λ.
-        ramp, start: the number of steps over which λ_t grows linearly from 0 to λ, and the first of them; before it the
-            loss is 0 and needs no pass of the teacher.
+        ramp, start: the number of steps over which λ_t grows linearly from 0 to λ, and the first of
+            them; before it the loss is 0 and needs no pass of the teacher.
         align: the power, in [0, 1]: 0 does not change p, 1 divides by the whole mean.
-        prior: the class shares that ``align`` moves towards, C numbers above 0 that sum to 1; None: equal ones.
-        threshold_on: the probabilities that are held against β: of the ``"prediction"``, p itself as above; or
-            ``"sharpened"``, the tempered ones of the target, of which the authors' code keeps those that reach β
-            (≥ instead of >). A temperature below 1 lets more examples through by it, and one above 1 fewer.
+        prior: the class shares that ``align`` moves towards, C numbers above 0 that sum to 1; None:
+            equal ones.
+        threshold_on: the probabilities that are held against β: of the ``"prediction"``, p itself
+            as above; or ``"sharpened"``, the tempered ones of the target, of which the authors'
+            code keeps those that reach β (≥ instead of >). A temperature below 1 lets more examples
+            through by it, and one above 1 fewer.
 
-    Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view come with
-    the signal; without them, they are computed here, without a graph.
-    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); temperature, threshold and ramp are settings of the authors'
-    code, which has ``threshold_on="sharpened"``. FixMatch is τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the
-    alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with the mean of the batch.
+    Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view
+    come with the signal; without them, they are computed here, without a graph. Source: Algorithm
+    1, line 7 (τ = 1, β = 0, λ = 1); temperature, threshold and ramp are settings of the authors'
+    code, which has ``threshold_on="sharpened"``. FixMatch is τ = 0 and β = 0.95 (arXiv:2001.07685,
+    eq. 4); the alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with the mean of the
+    batch.
 
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     >>> UDA(align=1.0).target(logits)  # both look like the first class, so neither does
@@ -163,8 +178,9 @@ class UDA:
             )
         if self.threshold_on == "sharpened" and self.temperature == 0:
             raise MetaplError(
-                "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the greatest probability of "
-                "a one-hot target is 1; expected threshold_on='prediction', or a temperature above 0."
+                "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the "
+                "greatest probability of a one-hot target is 1; expected "
+                "threshold_on='prediction', or a temperature above 0."
             )
 
     @property
@@ -173,8 +189,8 @@ class UDA:
         return self.align > 0
 
     def target(self, logits: Tensor) -> Tensor:
-        """The target of the strong view, from the logits (B, C) of the weak one: class probabilities (B, C), zeros for
-        examples that are left out."""
+        """The target of the strong view, from the logits (B, C) of the weak one: class
+        probabilities (B, C), zeros for examples that are left out."""
         log_p = F.log_softmax(logits, -1)
         if self.align:
             classes = log_p.shape[-1]
@@ -182,8 +198,8 @@ class UDA:
                 raise MetaplError(
                     f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class."
                 )
-            # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
-            # class is 0; such a class is not aligned.
+            # In logarithms, because the mean of an improbable class would be rounded to 0. The mean
+            # of an impossible class is 0; such a class is not aligned.
             every, _ = rows_of_all(log_p)  # of all ranks
             log_mean_C = every.logsumexp(0) - math.log(max(1, len(every)))
             log_prior_C = 0 if self.prior is None else _log(self.prior, log_p.dtype, log_p.device)
@@ -263,7 +279,10 @@ def sum_of_terms(
 
 
 def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
-    """The losses as a tuple; anything other than a sequence of losses is refused. ``name`` is that of the argument."""
+    """The losses as a tuple.
+
+    Anything other than a sequence of losses is refused. ``name`` is that of the argument.
+    """
     losses = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (None,)
     if not all(isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses):
         raise MetaplError(

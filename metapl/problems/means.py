@@ -1,11 +1,13 @@
 """What a network's own losses are means over, where a batch comes in micro-batches or in shares of processes.
 
-A loss that is a mean over the rows of its batch is the mean of its micro-batches' losses, which have equal sizes. One
-that is a mean over something else, such as the labels that are not ignored, says so by a method ``mean_over``:
+A loss that is a mean over the rows of its batch is the mean of its micro-batches' losses, which
+have equal sizes. One that is a mean over something else, such as the labels that are not ignored,
+says so by a method ``mean_over``:
 
 .. math:: L = \\frac{\\sum_i n_i L_i}{\\sum_i n_i} = \\frac1M \\sum_{i=1}^M s_i L_i, \\qquad s_i = n_i / \\bar n
 
-A loss that says nothing and is no mean over rows is refused at the first step, by :func:`refuse_other_than_means`.
+A loss that says nothing and is no mean over rows is refused at the first step, by
+:func:`refuse_other_than_means`.
 """
 
 from __future__ import annotations
@@ -28,16 +30,17 @@ from metapl.execution.shards import is_sharded
 from metapl.execution.state import RandomState, Slot, Slots, replay, stand_in
 from metapl.problems.base import Problem, Signal, has_rows, joined_signals
 
-# How far the mean of two halves may be from the loss of both, relative to them. The rows of a batch are computed by
-# other kernels in batches of another size.
+# How far the mean of two halves may be from the loss of both, relative to them. The rows of a batch
+# are computed by other kernels in batches of another size.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-# In which order the rows are taken before they are halved: as they are, the even ones first, every third one first.
-# A loss whose halves happen to be means over equally many rows in one order is told by another.
+# In which order the rows are taken before they are halved: as they are, the even ones first, every
+# third one first. A loss whose halves happen to be means over equally many rows in one order is
+# told by another.
 STRIDES = (1, 2, 3)
 
-# The sizes of the noise by which weights are moved, see :func:`weights_moved`. The small one is for deep networks
-# without norms, whose outputs are infinite with the large one.
+# The sizes of the noise by which weights are moved, see :func:`weights_moved`. The small one is for
+# deep networks without norms, whose outputs are infinite with the large one.
 NOISE = (4.0, 1.0)
 
 # How many times what a rounding of the weights changes a difference has to be.
@@ -62,7 +65,8 @@ def shares_of_losses(
         ranks: the processes that share the batches; n̄ is the mean over their micro-batches too.
         device: where the losses are.
 
-    Cost: nothing with one micro-batch in one process; else one exchange of a number for each such loss.
+    Cost: nothing with one micro-batch in one process; else one exchange of a number for each such
+    loss.
     """
     shares: list[dict[int, Tensor]] = [{} for _ in labeled]
     if len(labeled) == 1 and ranks.alone:
@@ -109,16 +113,17 @@ def refuse_other_than_means(
 ) -> None:
     """Refuse a loss of micro-batches that is no mean over rows and does not say what it is a mean over.
 
-    It is compared on the rows of the first two micro-batches, and on two halves of them, with the network in evaluation
-    mode, where no row depends on the others: at its weights, and at others. At the first weights the loss is often
-    almost the same in every row, and all weightings of the rows have almost the same mean.
+    It is compared on the rows of the first two micro-batches, and on two halves of them, with the
+    network in evaluation mode, where no row depends on the others: at its weights, and at others.
+    At the first weights the loss is often almost the same in every row, and all weightings of the
+    rows have almost the same mean.
 
-    What cannot be told is not refused: where a pass or a loss draws random numbers, where a batch norm keeps no
-    statistics, and losses that are meant to be of each micro-batch (``of_micro_batches``). Sharded networks are
-    compared at their own weights alone.
+    What cannot be told is not refused: where a pass or a loss draws random numbers, where a batch
+    norm keeps no statistics, and losses that are meant to be of each micro-batch
+    (``of_micro_batches``). Sharded networks are compared at their own weights alone.
 
-    Cost: 21 passes on two micro-batches without a graph, and a copy of the weights, in the first step; of a loss that
-    is refused two passes and a copy more.
+    Cost: 21 passes on two micro-batches without a graph, and a copy of the weights, in the first
+    step; of a loss that is refused two passes and a copy more.
     """
     compared = [loss for loss in losses if not getattr(loss, "of_micro_batches", False)]
     if not compared or has_norms_without_statistics(network):
@@ -145,11 +150,12 @@ def refuse_other_than_means(
             if difference is not None and not refusal:
                 whole, by_halves = difference
                 refusal = (
-                    f"the loss {loss.name!r} is {whole:.6g} on {length(rows.labeled)} rows, and {by_halves:.6g} by two "
-                    f"halves of them, with accumulate={parts}: it is no mean over rows. Give it a method mean_over("
-                    "*, labeled, unlabeled) that returns what it divides by, such as the number of labels that are not "
-                    "ignored; or take accumulate=1; or say of_micro_batches = True, if each micro-batch is meant to "
-                    "have a loss of its own."
+                    f"the loss {loss.name!r} is {whole:.6g} on {length(rows.labeled)} rows, and "
+                    f"{by_halves:.6g} by two halves of them, with accumulate={parts}: it is no "
+                    "mean over rows. Give it a method mean_over(*, labeled, unlabeled) that "
+                    "returns what it divides by, such as the number of labels that are not "
+                    "ignored; or take accumulate=1; or say of_micro_batches = True, if each "
+                    "micro-batch is meant to have a loss of its own."
                 )
     # All processes refuse it together, since the others would wait for this one.
     with ranks.agreed(waiting=True):
@@ -169,8 +175,8 @@ class RowsOfTwo:
     def difference(
         self, network: nn.Module, loss: Any, step: int, tolerance: float, random: RandomState
     ) -> tuple[float, float] | None:
-        """Return the loss of all rows, and the mean of two halves, where these differ; None where they do not, or where
-        it cannot be told because something draws."""
+        """Return the loss of all rows, and the mean of two halves, where these differ; None where
+        they do not, or where it cannot be told because something draws."""
         whole, _ = self.of_rows(network, loss, step, stride=1, half=None)
         for stride in STRIDES:
             first, n_first = self.of_rows(network, loss, step, stride=stride, half=0)
@@ -200,9 +206,10 @@ class RowsOfTwo:
     ) -> tuple[float, float] | None:
         """Return the :meth:`difference` at other weights than the network's own; None where there are none.
 
-        A loss that runs at the network's own weights may fail at others, as a Cholesky factor does. That is no fault of
-        the user's program, and tells nothing. Nor does a network that is chaotic there, such as a long recurrence: two
-        halves are rounded otherwise than the whole. So the difference has to be far above what rounding makes of it.
+        A loss that runs at the network's own weights may fail at others, as a Cholesky factor does.
+        That is no fault of the user's program, and tells nothing. Nor does a network that is
+        chaotic there, such as a long recurrence: two halves are rounded otherwise than the whole.
+        So the difference has to be far above what rounding makes of it.
         """
         if not weights:
             return None
@@ -241,8 +248,9 @@ class RowsOfTwo:
 def weights_moved(slots: Slots, size: float) -> list[Slot]:
     """Return other weights of a network, by their places: its own plus noise by which outputs differ between rows.
 
-    The noise has a ``size`` in units of 1/sqrt(inputs), with which layers are usually begun, also where weights are 0.
-    It draws from a generator of its own. Sharded networks have no other weights.
+    The noise has a ``size`` in units of 1/sqrt(inputs), with which layers are usually begun, also
+    where weights are 0. It draws from a generator of its own. Sharded networks have no other
+    weights.
     """
     moved: dict[str, Tensor] = {}
     for name, p in slots.learned.items():
@@ -276,7 +284,10 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode in this block; afterwards each part is in the mode that it was in."""
+    """Put a network into evaluation mode in this block.
+
+    Afterwards each part is in the mode that it was in.
+    """
     modes = [(part, part.training) for part in network.modules()]
     try:
         for part, _ in modes:
@@ -323,7 +334,10 @@ def in_order(batch: Any, stride: int, half: int | None) -> Any:
 def signal_in_order(
     signal: Signal, problem: Problem | None, rows: int, stride: int, half: int | None
 ) -> Signal:
-    """Return the signal about a half of the rows, or about all; a field without rows, such as a matrix, stays whole."""
+    """Return the signal about a half of the rows, or about all.
+
+    A field without rows, such as a matrix, stays whole.
+    """
     has_rows_by_field = {} if problem is None else has_rows(problem, signal, rows)
     index = index_of_rows(rows, stride, half)
     fields = {}

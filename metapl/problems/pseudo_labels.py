@@ -27,14 +27,16 @@ class PseudoLabels(Problem):
               \ell_i = \mathrm{CE}\big((1-\alpha)\,t_i + \alpha/C,\ S(x_u)_i\big), \quad
               L = \tfrac1{B_l}\sum_j \mathrm{CE}(y_j, S(x_l)_j)
 
-    with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabeled inputs is one tensor, or a pair (weak, strong): the
-    teacher labels the weak view and is fed back through that pass, the student learns the label on the strong view.
-    Inputs may also be a dict of tensors, or a tuple of tensors, written ``(inputs,)``, since a pair is two views.
+    with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabeled inputs is one tensor, or a pair
+    (weak, strong): the teacher labels the weak view and is fed back through that pass, the student
+    learns the label on the strong view. Inputs may also be a dict of tensors, or a tuple of
+    tensors, written ``(inputs,)``, since a pair is two views.
 
     Args:
         kind: ``"soft"``, ``"hard"``, or None for the kind that the mode takes.
         temperature: τ; below 1 it sharpens q. Hard labels are drawn from the same q.
-        label_smoothing: α of the student's loss. The teacher's score term is not smoothed, which would bias it.
+        label_smoothing: α of the student's loss. The teacher's score term is not smoothed, which
+            would bias it.
 
     Raises: :class:`metapl.MetaplError` for labels, views, lengths or class counts that do not fit.
 
@@ -55,11 +57,17 @@ class PseudoLabels(Problem):
         check_fields(self)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> PseudoLabels:
-        """The problem with a kind of labels that a mode takes: ``kind``, or the mode's first choice."""
+        """The problem with a kind of labels that a mode takes.
+
+        ``kind``, or the mode's first choice.
+        """
         if self.kind is None:
             return self._of(labels[0])
         if self.kind not in labels:
-            given = f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes {' or '.join(labels)} labels"
+            given = (
+                f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes "
+                f"{' or '.join(labels)} labels"
+            )
             raise MetaplError(
                 f"{given}; expected kind=None, or another mode (metapl.feedback.modes_for)."
             )
@@ -129,17 +137,19 @@ LOSSES: tuple[TeacherLoss, ...] = (CrossEntropy(label_smoothing=0.1), UDA())
 class ReducedLabels(PseudoLabels):
     r"""The student learns stored labels as a small network adjusts them.
 
-    A large teacher is trained first, and its class distributions q on the unlabeled examples are stored. Then a small
-    network T plays the teacher's part in Algorithm 1, and only the student and T are in memory.
+    A large teacher is trained first, and its class distributions q on the unlabeled examples are
+    stored. Then a small network T plays the teacher's part in Algorithm 1, and only the student and
+    T are in memory.
 
     .. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
               h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
               = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
 
-    An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B, C) of the same
-    examples; without the teacher's supervised loss the outer one may be (x, y). The teacher maps stored distributions
-    to logits (B, C): :func:`metapl.models.label_adjuster`, which begins as the identity, so that the first steps are
-    those of plain pseudo-labels. Its own loss is by default :class:`StoredCrossEntropy`.
+    An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B,
+    C) of the same examples; without the teacher's supervised loss the outer one may be (x, y). The
+    teacher maps stored distributions to logits (B, C): :func:`metapl.models.label_adjuster`, which
+    begins as the identity, so that the first steps are those of plain pseudo-labels. Its own loss
+    is by default :class:`StoredCrossEntropy`.
 
     >>> import metapl, torch
     >>> teacher, student = metapl.models.label_adjuster(3), torch.nn.Linear(4, 3)
@@ -152,11 +162,11 @@ class ReducedLabels(PseudoLabels):
     Args:
         kind, temperature, label_smoothing: as for :class:`metapl.PseudoLabels`.
 
-    Cost: a step of plain training of the student on stored labels, the student's labeled pass, and what the mode adds.
-    Bias: that of the mode.
-    Raises: :class:`metapl.MetaplError` for batches without stored distributions, or with other classes.
-    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels"; the network and its supervised term are known
-    from accounts of it, its identity at the start is ours.
+    Cost: a step of plain training of the student on stored labels, the student's labeled pass, and
+    what the mode adds. Bias: that of the mode. Raises: :class:`metapl.MetaplError` for batches
+    without stored distributions, or with other classes. Source: Meta Pseudo Labels, section 4,
+    "Reduced Meta Pseudo Labels"; the network and its supervised term are known from accounts of it,
+    its identity at the start is ours.
     """
 
     teacher_classifies: ClassVar[bool] = False
@@ -203,8 +213,8 @@ class StoredCrossEntropy(CrossEntropy):
 def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
     """Refuse stored values that are not one class distribution for each of the student's outputs (B, C)."""
     text = (
-        f"the stored labels of the {name} batch are {checks.described(stored)}; expected class distributions "
-        f"{tuple(outputs.shape)}, which sum to 1 in every row: the softmax of logits."
+        f"the stored labels of the {name} batch are {checks.described(stored)}; expected class "
+        f"distributions {tuple(outputs.shape)}, which sum to 1 in every row: the softmax of logits."
     )
     if stored.shape != outputs.shape or not stored.is_floating_point():
         raise MetaplError(text)
@@ -212,9 +222,13 @@ def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
 
 
 def stored_pair(batch: Any) -> tuple[Any, Tensor]:
-    """The inputs and the stored distributions of a batch; one that is not a pair of these is refused."""
+    """The inputs and the stored distributions of a batch.
+
+    One that is not a pair of these is refused.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise MetaplError(
-            f"unlabeled is {checks.described(batch)}; expected (inputs, stored class distributions)."
+            f"unlabeled is {checks.described(batch)}; expected (inputs, stored class "
+            "distributions)."
         )
     return batch[0], batch[1]

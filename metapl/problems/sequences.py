@@ -30,23 +30,28 @@ class DataRater(Problem):
               \ell_i = \frac{a_i}{n_i} \sum_t -\log S(x_{i, \le t}; \theta)_{x_{i,t+1}}, \qquad
               \theta' = U\Big(\theta, \nabla_\theta \frac1B \sum_i \ell_i\Big)
 
-    The student is a causal language model, which maps token ids (B, T) to logits (B, T, words); the teacher, the rater,
-    maps the same to scores (B,), or (B, 1). The outer loss is the mean over all tokens of the outer batch, clean text.
+    The student is a causal language model, which maps token ids (B, T) to logits (B, T, words); the
+    teacher, the rater, maps the same to scores (B,), or (B, 1). The outer loss is the mean over all
+    tokens of the outer batch, clean text.
 
-    A batch, the inner or the outer, is a tensor of token ids (B, T), int64, or a dict as Hugging Face has it: with
-    ``input_ids``, and perhaps an ``attention_mask``, whose zeros are padding, and ``labels``, the ids themselves with
-    -100 where none is to be predicted (default: at padding, and at the first token after it). Both networks get the
-    tensor, or the dict without labels. A sequence with nothing to predict has the loss 0; an inner batch of such
-    sequences alone is refused.
+    A batch, the inner or the outer, is a tensor of token ids (B, T), int64, or a dict as Hugging
+    Face has it: with ``input_ids``, and perhaps an ``attention_mask``, whose zeros are padding, and
+    ``labels``, the ids themselves with -100 where none is to be predicted (default: at padding, and
+    at the first token after it). Both networks get the tensor, or the dict without labels. A
+    sequence with nothing to predict has the loss 0; an inner batch of such sequences alone is
+    refused.
 
-    The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
-    (``accumulate``) and processes. The ``signal`` of a report is a, and the feedback is that on a.
+    The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the
+    number of micro-batches (``accumulate``) and processes. The ``signal`` of a report is a, and the
+    feedback is that on a.
 
-    Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has it; its students of
-    different age are a loop over trainers that share the teacher: see ``examples/data_rater.py``.
+    Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has
+    it; its students of different age are a loop over trainers that share the teacher: see
+    ``examples/data_rater.py``.
 
-    Cost: the passes of the mode, and one forward and backward pass of the teacher on each inner batch. Bias: that of
-    the mode; ``forward`` and ``unrolled`` have none. Modes for sampled signals, such as ``reinforce``, are refused.
+    Cost: the passes of the mode, and one forward and backward pass of the teacher on each inner
+    batch. Bias: that of the mode; ``forward`` and ``unrolled`` have none. Modes for sampled
+    signals, such as ``reinforce``, are refused.
 
     >>> import metapl
     >>> class Rater(torch.nn.Embedding):
@@ -84,7 +89,8 @@ class DataRater(Problem):
         _check_words(outputs, _read(unlabeled)[1], _read(labeled)[1])
         checks.refuse(
             (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
-            f"the inner batch of DataRater has no token to predict: all are {IGNORED}, or padding; expected one.",
+            f"the inner batch of DataRater has no token to predict: all are {IGNORED}, or "
+            "padding; expected one.",
         )
 
     def signal(
@@ -100,7 +106,8 @@ class DataRater(Problem):
         every, own = rows_of_all(wide(scores).reshape(len(labels)))
         if len(every) < 2:
             raise MetaplError(
-                "the inner batch of DataRater has one sequence, whose weight is 1; expected two or more."
+                "the inner batch of DataRater has one sequence, whose weight is 1; expected two "
+                "or more."
             )
         return Signal(len(every) * every.softmax(0)[own])
 
@@ -121,14 +128,15 @@ class NextToken(EqualWeights):
 
     .. math:: \ell_i = \frac1{n_i} \sum_t w_{it} \big(-\log S(x_{i,<t}; \theta)_{y_{it}}\big)
 
-    A batch is (ids, labels): ids (B, T), int64, or the dict of them that the network takes, and labels (B, T), the ids
-    themselves with -100 where none is to be predicted; n_i is the number of the others after the first. The student is
-    a causal language model, with logits (B, T, words). The outer loss is the mean over all tokens of the outer batch.
+    A batch is (ids, labels): ids (B, T), int64, or the dict of them that the network takes, and
+    labels (B, T), the ids themselves with -100 where none is to be predicted; n_i is the number of
+    the others after the first. The student is a causal language model, with logits (B, T, words).
+    The outer loss is the mean over all tokens of the outer batch.
 
     Args:
-        per: ``"sequence"``: w_it = w_i, (B,), and scores (N,). ``"token"``: (B, T), and scores (N, T), at the place of
-            the token that is predicted, so that the first column is 0; by the chain rule their sums over T are the
-            scores of the sequences.
+        per: ``"sequence"``: w_it = w_i, (B,), and scores (N,). ``"token"``: (B, T), and scores (N,
+            T), at the place of the token that is predicted, so that the first column is 0; by the
+            chain rule their sums over T are the scores of the sequences.
 
     >>> import metapl
     >>> student = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
@@ -194,12 +202,13 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
         or labels.dtype != torch.int64
     ):
         raise MetaplError(
-            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), int64, two or more, or a "
-            "dict of input_ids, attention_mask and labels."
+            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), "
+            "int64, two or more, or a dict of input_ids, attention_mask and labels."
         )
     if mask is not None and "labels" not in parts:
         is_token = mask != 0
-        # Padded on the left, the first token has nothing before it to be predicted from, as at a row's beginning.
+        # Padded on the left, the first token has nothing before it to be predicted from, as at a
+        # row's beginning.
         labels = labels.masked_fill(
             ~is_token | ~F.pad(is_token[:, :-1], (1, 0), value=True), IGNORED
         )
@@ -207,8 +216,8 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
 
 
 def _losses(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of the following token at each place, (B, T), 0 where none is to be predicted, and 1 where one
-    is."""
+    """The cross-entropy of the following token at each place, (B, T), 0 where none is to be
+    predicted, and 1 where one is."""
     # The labels move, not the outputs, of which a part would be a copy.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     counts = following != IGNORED

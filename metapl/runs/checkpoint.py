@@ -1,13 +1,15 @@
 """Checkpoints that survive full disks, kills and flipped bits, or say plainly that they did not.
 
 A file is in the format of safetensors: the tensors of a tree by their places in it, such as
-"trainer/student/0.weight", and in the header's metadata the tree itself as JSON and a SHA-256 of both. Nothing in it
-can run. It is written under another name, synced, and renamed, so what has its name is whole or damaged by others.
+"trainer/student/0.weight", and in the header's metadata the tree itself as JSON and a SHA-256 of
+both. Nothing in it can run. It is written under another name, synced, and renamed, so what has its
+name is whole or damaged by others.
 
-Of networks that are sharded over all processes, a checkpoint is a folder, of which every process writes its part while
-the training goes on: the sharded tensors as torch.distributed.checkpoint writes them, and in ``rest.ckpt``, which is
-written last, everything else and the sizes of these files. The folder has its name only when all of them are on the
-disk. Their metadata is a pickle, which can run code: load only what one's own job wrote.
+Of networks that are sharded over all processes, a checkpoint is a folder, of which every process
+writes its part while the training goes on: the sharded tensors as torch.distributed.checkpoint
+writes them, and in ``rest.ckpt``, which is written last, everything else and the sizes of these
+files. The folder has its name only when all of them are on the disk. Their metadata is a pickle,
+which can run code: load only what one's own job wrote.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """
     tensors = dict[str, Tensor]()
     tree = json.dumps(encoded(state, tensors))
-    # Copies, since a file of safetensors has no two tensors in one memory, nor one in a part of another's.
+    # Copies, since a file of safetensors has no two tensors in one memory, nor one in a part of
+    # another's.
     tensors = {
         name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t)
         for name, t in tensors.items()
@@ -77,8 +80,9 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
 
-    Raises: :class:`DamagedError` where the file is another than was written, :class:`CheckpointError` where it may be
-    whole: of another format, or without the right to read it.
+    Raises: :class:`DamagedError` where the file is another than was written,
+    :class:`CheckpointError` where it may be whole: of another format, or without the right to read
+    it.
     """
     try:
         content = Path(path).read_bytes()
@@ -117,11 +121,14 @@ def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------- trees as JSON
+# ------------------------------------------------------------------------------------ trees as JSON
 
 
 def encoded(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
-    """A tree as JSON, in which a dict says of which kind a value is; ``tensors`` takes the tensors by their places."""
+    """A tree as JSON, in which a dict says of which kind a value is.
+
+    ``tensors`` takes the tensors by their places.
+    """
     kind = type(value)  # exact types: numpy.float64 is a float too, and a named tuple a tuple
     if value is None or kind in (bool, int, float, str):
         return value
@@ -169,7 +176,7 @@ def decoded(tree: str, tensors: Mapping[str, Tensor]) -> Any:
     return json.loads(tree, object_hook=value)
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 class Found(NamedTuple):
@@ -180,14 +187,20 @@ class Found(NamedTuple):
 
 
 class CheckpointFolder:
-    """The last few checkpoints, ``step-00001234.ckpt`` and so on; the disk needs room for one more than are kept."""
+    """The last few checkpoints, ``step-00001234.ckpt`` and so on.
+
+    The disk needs room for one more than are kept.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         self.folder, self.keep = Path(folder), keep
         self.last: Path | None = None  # that was written, or gone on from
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``; raises as :func:`save`."""
+        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``.
+
+        Raises as :func:`save`.
+        """
         path = self.folder / f"step-{step:08d}.ckpt"
         _remove(self.folder.glob("step-[0-9]*.tmp"))  # what killed processes had begun to write
         save(path, state)
@@ -198,8 +211,9 @@ class CheckpointFolder:
         """Wait for what is under way, of :class:`PartsFolder`."""
 
     def newest(self) -> Found | None:
-        """The checkpoint of the latest step that is whole; None where there is none at all. Where none can be used, or
-        one that cannot be read may be whole, :class:`CheckpointError`. Within parts, flipped bits are not seen."""
+        """The checkpoint of the latest step that is whole; None where there is none at all. Where
+        none can be used, or one that cannot be read may be whole, :class:`CheckpointError`. Within
+        parts, flipped bits are not seen."""
         reasons = []
         for path in self.paths():
             try:
@@ -214,7 +228,10 @@ class CheckpointFolder:
                 reasons.append(str(error))
         if not reasons:
             return None
-        text = f"none of the {len(reasons)} checkpoints in {self.folder} can be used; to start anew, move them away"
+        text = (
+            f"none of the {len(reasons)} checkpoints in {self.folder} can be used; to start anew, "
+            "move them away"
+        )
         raise CheckpointError(f"{text}: {'; '.join(reasons)}")
 
     def paths(self) -> list[Path]:
@@ -238,12 +255,16 @@ def _remove(paths: Iterable[Path]) -> None:
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
-            # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
+            # The new checkpoint is whole, so this must not end a training; it must not stay unseen
+            # either.
             _LOG.warning("%s could not be deleted: %s", path, error.strerror)
 
 
 class PartsFolder(CheckpointFolder):
-    """Checkpoints in parts, written beside the training, one at a time; every process of the job has this folder."""
+    """Checkpoints in parts, written beside the training, one at a time.
+
+    Every process of the job has this folder.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         super().__init__(folder, keep)
@@ -252,8 +273,9 @@ class PartsFolder(CheckpointFolder):
         self._under_way: tuple[Path, Any] | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write a state as it is now; of what is not sharded, the first process writes its own. On every
-        process :class:`CheckpointError` where the checkpoint before this one could not be written."""
+        """Begin to write a state as it is now; of what is not sharded, the first process writes its
+        own. On every process :class:`CheckpointError` where the checkpoint before this one could
+        not be written."""
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -274,7 +296,10 @@ class PartsFolder(CheckpointFolder):
 
         class Writer(FileSystemWriter):
             def finish(self, metadata: Any, results: Any) -> None:
-                """On the first process, when all have written theirs; what fails here fails in all."""
+                """On the first process, when all have written theirs.
+
+                What fails here fails in all.
+                """
                 super().finish(metadata, results)
                 sizes = {file.name: file.stat().st_size for file in begun.iterdir()}
                 save(begun / REST, {"tree": tree, "tensors": plain, "sizes": sizes})
@@ -311,8 +336,9 @@ class PartsFolder(CheckpointFolder):
 
 
 def load_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a folder that :meth:`CheckpointFolder.newest` has found whole. A sharded tensor is read as the
-    DTensor ``like`` it is laid out, by its place or that of the dict it is in, and the shape; or whole, on the host."""
+    """The state in a folder that :meth:`CheckpointFolder.newest` has found whole. A sharded tensor
+    is read as the DTensor ``like`` it is laid out, by its place or that of the dict it is in, and
+    the shape; or whole, on the host."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
@@ -331,7 +357,7 @@ def load_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------- generators
+# --------------------------------------------------------------------------------------- generators
 
 
 def rng_state() -> dict[str, Any]:
@@ -345,13 +371,19 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what :func:`rng_state` returned; a warning says where the number of CUDA devices has changed."""
+    """Restore what :func:`rng_state` returned.
+
+    A warning says where the number of CUDA devices has changed.
+    """
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
     torch.set_rng_state(state["torch"])
     saved, present = state["cuda"], torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(saved) != present:
-        text = "the generators of %d CUDA devices were saved and %d are present: what runs on CUDA draws other numbers"
+        text = (
+            "the generators of %d CUDA devices were saved and %d are present: what runs on CUDA "
+            "draws other numbers"
+        )
         _LOG.warning(text, len(saved), present)
     for device, generator in enumerate(saved[:present]):
         torch.cuda.set_rng_state(generator, device)

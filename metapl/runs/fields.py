@@ -59,8 +59,8 @@ MicroBatches = Annotated[int, Range(1, of="a number of micro-batches")]
 def check_fields(value: Any) -> None:
     """Refuse a dataclass one of whose fields is not as annotated; called by its ``__post_init__``.
 
-    Looked at are switches, numbers, and annotations with a ``Literal`` or a :class:`Range`, also in unions and tuples.
-    A field that has only another default than in a class above keeps its range.
+    Looked at are switches, numbers, and annotations with a ``Literal`` or a :class:`Range`, also in
+    unions and tuples. A field that has only another default than in a class above keeps its range.
     """
     kind: Any = type(value)
     given = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
@@ -103,7 +103,10 @@ def _hints(of: Any) -> dict[str, Any]:
 
 
 def unmet(value: Any, hint: Any) -> str:
-    """What an annotation expects, in words, where a value is not so. A whole number is a float too, a list a tuple."""
+    """What an annotation expects, in words, where a value is not so.
+
+    A whole number is a float too, a list a tuple.
+    """
     *first, last = _unmet(value, hint, []) or [""]
     return f"{', '.join(first)} or {last}" if first else last
 
@@ -119,7 +122,10 @@ _NAMES = {
 
 
 def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
-    """The alternatives of which none is met; ``ranges`` are those around a union, and hold for its numbers."""
+    """The alternatives of which none is met.
+
+    ``ranges`` are those around a union, and hold for its numbers.
+    """
     kind, *said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     ranges = ranges + [one for one in said if isinstance(one, Range)]
     origin, parts = get_origin(kind), get_args(kind)

@@ -1,5 +1,6 @@
-"""The folder of a fit, to which one process at a time writes: files that are the old one or the whole new one whatever
-interrupts the writing, and ``metrics.jsonl`` with a row for each logged step of a phase."""
+"""The folder of a fit, to which one process at a time writes: files that are the old one or the
+whole new one whatever interrupts the writing, and ``metrics.jsonl`` with a row for each logged step
+of a phase."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ LOCK = ".lock"  # stays in the folder when it is let go
 
 
 class Folder:
-    """The folder of a fit: checkpoints of its phases, and the rows that it records. It is made when it is held."""
+    """The folder of a fit.
+
+    Checkpoints of its phases, and the rows that it records. It is made when it is held.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -29,7 +33,10 @@ class Folder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Own the folder against other processes until the block ends; within it, this value may be held again."""
+        """Own the folder against other processes until the block ends.
+
+        Within it, this value may be held again.
+        """
         from filelock import FileLock, Timeout
 
         try:
@@ -55,15 +62,16 @@ class Folder:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Give a new file that takes the name ``path`` only when the block ends well and its bytes are on disk.
 
-    Else it is removed, and ``path`` is as it was. Of a link, the file that it leads to is replaced; ``OSError`` where
-    something that is no plain file has that name.
+    Else it is removed, and ``path`` is as it was. Of a link, the file that it leads to is replaced;
+    ``OSError`` where something that is no plain file has that name.
     """
     path = Path(os.path.realpath(path))
     if (
         path.exists() and not path.is_file()
     ):  # to rename a file to the name of a device would take that away
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
-    # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result folders.
+    # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result
+    # folders.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -85,7 +93,8 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot sync a folder; the file itself is synced by then.
+        # Some network and FUSE file systems cannot sync a folder; the file itself is synced by
+        # then.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -93,7 +102,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_rows(file: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run so far, of one phase or of all; damaged lines and a torn last one are left out."""
+    """The rows of a run so far, of one phase or of all.
+
+    Damaged lines and a torn last one are left out.
+    """
     try:
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     except OSError as error:
@@ -119,8 +131,9 @@ def read_rows(file: Path, phase: str | None = None) -> list[dict[str, Any]]:
 class Records:
     """The rows of one phase, in ``metrics.jsonl`` and a copy for TensorBoard where there is a folder ``out``.
 
-    Rows and events after step ``start`` belong to work that was lost, and are removed: the file of a resumed run equals
-    that of an uninterrupted one. A copy that fails is said once and ends. ``history`` has the rows so far.
+    Rows and events after step ``start`` belong to work that was lost, and are removed: the file of
+    a resumed run equals that of an uninterrupted one. A copy that fails is said once and ends.
+    ``history`` has the rows so far.
     """
 
     def __init__(
@@ -135,7 +148,8 @@ class Records:
             return
         if start and not self.file.exists():
             say(
-                f"{self.file} is missing: it begins again after step {start:,}, without earlier rows"
+                f"{self.file} is missing: it begins again after step {start:,}, without earlier "
+                "rows"
             )
         rows = read_rows(self.file)
         if not rows and self.file.exists() and self.file.stat().st_size:
@@ -174,7 +188,8 @@ class Records:
         except Exception as error:
             self.curves = self.events = None
             self.say(
-                f"note: no more curves for TensorBoard ({type(error).__name__}: {error}); metrics.jsonl goes on"
+                f"note: no more curves for TensorBoard ({type(error).__name__}: {error}); "
+                "metrics.jsonl goes on"
             )
 
     def flush(self) -> None:

@@ -12,13 +12,14 @@ from tqdm import tqdm
 # What matters most comes first: what a narrow terminal has no room for is cut off at the end.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
-# By which a process is asked to end, from outside or by a terminal that is closed; Windows has no SIGHUP.
+# By which a process is asked to end, from outside or by a terminal that is closed; Windows has no
+# SIGHUP.
 END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
-    """A bar of tqdm on standard error, where that is a terminal, over so many steps, at step ``start``; close it, or
-    use it in a ``with`` block."""
+    """A bar of tqdm on standard error, where that is a terminal, over so many steps, at step
+    ``start``; close it, or use it in a ``with`` block."""
     how: dict[str, Any] = {
         "disable": None if shown else True,
         "leave": False,
@@ -35,13 +36,19 @@ def step_bar(shown: bool, steps: int, name: str, start: int) -> Iterator[Callabl
 
 
 def is_heard(number: int) -> bool:
-    """Whether this process was not started to ignore a signal: as ``nohup`` and a shell's background commands are."""
+    """Whether this process was not started to ignore a signal.
+
+    As ``nohup`` and a shell's background commands are.
+    """
     return signal.getsignal(number) is not signal.SIG_IGN
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl-C, SIGTERM and SIGHUP instead of being torn out of a step; a second Ctrl-C is not held back."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP instead of being torn out of a step.
+
+    A second Ctrl-C is not held back.
+    """
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:

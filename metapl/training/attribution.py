@@ -1,4 +1,7 @@
-"""What each training example did to a trained network: the derivative of an outer loss in the example's weight."""
+"""What each training example did to a trained network.
+
+The derivative of an outer loss in the example's weight.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,14 @@ from metapl.training.hypergradient import hypergradient
 from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
-SMOOTH = 0.95  # metasmoothness of the first steps, below which scores were unreliable: docs/whole-trainings.md
+# metasmoothness of the first steps, below which scores were unreliable: docs/whole-trainings.md
+SMOOTH = 0.95
 EQUAL_WEIGHTS = EqualWeights()  # one, by which compiled graphs are known again
 
 
 class DatamodelingScore(NamedTuple):
-    """How a prediction agrees with trainings without the examples: correlations, and the changes of the outer loss of R
-    removals, (R,), or (R, M)."""
+    """How a prediction agrees with trainings without the examples: correlations, and the changes of
+    the outer loss of R removals, (R,), or (R, M)."""
 
     spearman: float
     pearson: float
@@ -56,19 +60,20 @@ class Attribution:
     """The result of :func:`attribute`.
 
     Args:
-        scores: minus the derivative of the outer loss in the weight of each of the N training examples, (N,), or of
-            the loss of each of M outer examples, (M, N); in units of the outer loss. Positive: more of the example
-            would lower the loss. One that no step has drawn has 0. Of a problem with weights of parts of an example,
-            such as tokens, (N, T) or (M, N, T).
+        scores: minus the derivative of the outer loss in the weight of each of the N training
+            examples, (N,), or of the loss of each of M outer examples, (M, N); in units of the
+            outer loss. Positive: more of the example would lower the loss. One that no step has
+            drawn has 0. Of a problem with weights of parts of an example, such as tokens, (N, T) or
+            (M, N, T).
         order: the training examples of each step, (K, B).
         outer_loss: L(θ_K), a scalar or (M,).
         student_params: θ_K by name.
         kept: which steps kept their states.
-        replay_error: the largest relative difference between a kept state and the same state computed again, as of
-            :class:`metapl.Hypergradient`.
-        float32_products: in what precision matrix products and convolutions of float32 were taken on the device:
-            ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has no such switches. Scores whose
-            factors are rounded keep their order roughly.
+        replay_error: the largest relative difference between a kept state and the same state
+            computed again, as of :class:`metapl.Hypergradient`.
+        float32_products: in what precision matrix products and convolutions of float32 were taken
+            on the device: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has
+            no such switches. Scores whose factors are rounded keep their order roughly.
     """
 
     scores: Tensor
@@ -93,16 +98,17 @@ class Attribution:
         """The predicted change of the outer loss, to first order, when ``removed`` examples have weight 0: Σ score_i.
 
         Args:
-            removed: their numbers, as torch takes them for an index, or N booleans; of scores of tokens also (N, T)
-                booleans, which remove these tokens.
+            removed: their numbers, as torch takes them for an index, or N booleans; of scores of
+                tokens also (N, T) booleans, which remove these tokens.
 
         Returns: a scalar, or (M,), in units of the outer loss.
         """
         return self.scores[..., self._removed(removed)].sum(-1)
 
     def validate(self, removals: Iterable[Any], *, progress: bool = True) -> DatamodelingScore:
-        """Train without each of some sets of examples, on the same batches, initial weights and dropout masks, and
-        compare: the linear datamodeling score is ``spearman``, of M outer losses the mean of theirs.
+        """Train without each of some sets of examples, on the same batches, initial weights and
+        dropout masks, and compare: the linear datamodeling score is ``spearman``, of M outer losses
+        the mean of theirs.
 
         Cost: a plain training for each removal.
 
@@ -142,7 +148,10 @@ class Attribution:
         return ranked[:count], ranked.flip(0)[:count]
 
     def save(self, file: str | Path) -> None:
-        """Write scores, order, outer loss and weights as a file for ``torch.load``; its folder is made if need be."""
+        """Write scores, order, outer loss and weights as a file for ``torch.load``.
+
+        Its folder is made if need be.
+        """
         names = ("scores", "order", "outer_loss", "student_params")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(file)) as out:
@@ -181,50 +190,55 @@ def attribute(
               \ell_i(\theta_k),\ s_k\Big), \qquad \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i}
               = \sum_{k :\ i \in I_k} h_{k,i}
 
-    with the feedback h of :func:`metapl.hypergradient` on the weight of i in step k: positive means that more of the
-    example lowers the outer loss. Without the examples R, whose weights are then 0 while a batch's mean keeps its B,
-    the loss is to first order L + Σ_{i∈R} score_i.
+    with the feedback h of :func:`metapl.hypergradient` on the weight of i in step k: positive means
+    that more of the example lowers the outer loss. Without the examples R, whose weights are then 0
+    while a batch's mean keeps its B, the loss is to first order L + Σ_{i∈R} score_i.
 
     Args:
-        student: the network at the start of the training; it stays as it is (``student_params`` has θ_K). In several
-            processes, in ``DistributedDataParallel`` or sharded by ``fully_shard``: every rank is given the same data,
-            takes its share of each batch, and gets all scores. A sharded one's trainings cannot be repeated, for
+        student: the network at the start of the training; it stays as it is (``student_params`` has
+            θ_K). In several processes, in ``DistributedDataParallel`` or sharded by
+            ``fully_shard``: every rank is given the same data, takes its share of each batch, and
+            gets all scores. A sharded one's trainings cannot be repeated, for
             :meth:`Attribution.validate`.
-        train: (inputs, labels), tensors or arrays of N rows; one dict of such columns, as tokenizers give it, with the
-            labels under ``labels``; or a data set of such pairs or dicts by number, whose views are always the same. Of
-            a ``DataLoader`` the data set and its ``collate_fn`` count, and not its batch size and order. A problem with
-            a ``student_input`` of its own gets the batch as it is, and it may be a tuple or a dataclass of any columns.
-        outer: what the trained network is judged on, in any of these forms; one batch. The network runs as it is, in
-            train or eval mode, on these too.
-        optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the student's parameters, or a tuple of these; it stays
-            as it is. Muon's products are taken in the type of the weights.
-        steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may hold the end of one
-            pass and the beginning of the next.
+        train: (inputs, labels), tensors or arrays of N rows; one dict of such columns, as
+            tokenizers give it, with the labels under ``labels``; or a data set of such pairs or
+            dicts by number, whose views are always the same. Of a ``DataLoader`` the data set and
+            its ``collate_fn`` count, and not its batch size and order. A problem with a
+            ``student_input`` of its own gets the batch as it is, and it may be a tuple or a
+            dataclass of any columns.
+        outer: what the trained network is judged on, in any of these forms; one batch. The network
+            runs as it is, in train or eval mode, on these too.
+        optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the student's parameters, or a
+            tuple of these; it stays as it is. Muon's products are taken in the type of the weights.
+        steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may
+            hold the end of one pass and the beginning of the next.
         schedule: of the learning rate, as for :class:`metapl.Lookahead`.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
-        problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other losses.
-            :class:`metapl.problems.NextToken` for sequences and for their tokens.
-        each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's; the network sees all
-            M, as for that one.
-        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
-            ``Forward(keep_on=folder)`` and ``compile=True`` the same call goes on after a kill.
+        problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other
+            losses. :class:`metapl.problems.NextToken` for sequences and for their tokens.
+        each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's;
+            the network sees all M, as for that one.
+        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds.
+            With ``Forward(keep_on=folder)`` and ``compile=True`` the same call goes on after a
+            kill.
         clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
-        compile: one step and its adjoint as two compiled graphs, as for :func:`metapl.hypergradient`; with ``each``,
-            the adjoint takes all M outer losses at once, in the memory of M sets of weights and optimizer states.
+        compile: one step and its adjoint as two compiled graphs, as for
+            :func:`metapl.hypergradient`; with ``each``, the adjoint takes all M outer losses at
+            once, in the memory of M sets of weights and optimizer states.
         progress: show on standard error how far it is, where that is a terminal.
-        replay_tolerance: the most that ``replay_error`` of the result may be, as for :func:`metapl.hypergradient`;
-            above it the call is refused.
+        replay_tolerance: the most that ``replay_error`` of the result may be, as for
+            :func:`metapl.hypergradient`; above it the call is refused.
 
-    Returns: an :class:`Attribution`.
-    Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on WRN-28-2; on small networks 4 to 7 with all states
-    kept (2 to 3 compiled), 7 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times, unless compiled. From
-    100 steps on, three times the first tenth of the steps, 50 at most, for the warning below.
-    Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
-    Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
-    removals and for trainings that are not smooth in the weights, such as those with large rates or many steps. A
-    removed example stays in its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
-    Warns: ``UserWarning`` where the metasmoothness of the first steps is below 0.95, as with weights in bfloat16,
-    Adam's usual eps, or ten times a good learning rate.
+    Returns: an :class:`Attribution`. Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on
+    WRN-28-2; on small networks 4 to 7 with all states kept (2 to 3 compiled), 7 to 9 with one in
+    √K, 7 to 12 with a tree; with ``each``, M times, unless compiled. From 100 steps on, three times
+    the first tenth of the steps, 50 at most, for the warning below. Memory: one plain step, the
+    kept states, and of each step its masks' generator states and buffers. Bias: none, as a
+    derivative. As a prediction of what a removal does it is of first order: it fails for large
+    removals and for trainings that are not smooth in the weights, such as those with large rates or
+    many steps. A removed example stays in its batch, with the weight 0: it counts in B and in the
+    statistics of a batch norm. Warns: ``UserWarning`` where the metasmoothness of the first steps
+    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate.
     Raises: :class:`metapl.MetaplError` for other data, and as :func:`metapl.hypergradient`.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
@@ -248,7 +262,8 @@ def attribute(
     )
     if getattr(mode, "truncate", None) == 0:
         raise MetaplError(
-            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or more."
+            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
+            "more."
         )
     if folder_of(mode.keep_on) and (each or not compile):
         raise MetaplError(
@@ -261,8 +276,9 @@ def attribute(
         agreement = training.smoothness(0.1, None, few, progress=False)[0].agreement
         if agreement < SMOOTH:
             warnings.warn(
-                f"the metasmoothness of the first {few} of {steps:,} steps is {agreement:.2f}, below {SMOOTH}: scores "
-                "may not say what removals do. Try float32 weights, a lower learning rate, or a larger eps of Adam.",
+                f"the metasmoothness of the first {few} of {steps:,} steps is {agreement:.2f}, "
+                f"below {SMOOTH}: scores may not say what removals do. Try float32 weights, a "
+                "lower learning rate, or a larger eps of Adam.",
                 stacklevel=2,
             )
     # This rank's rows of them.
@@ -329,7 +345,10 @@ def attribute(
 
 
 class Metasmoothness(NamedTuple):
-    """The result of :func:`metasmoothness`: the agreement, in [-1, 1], and the outer loss of each training, (3,)."""
+    """The result of :func:`metasmoothness`.
+
+    The agreement, in [-1, 1], and the outer loss of each training, (3,).
+    """
 
     agreement: float
     outer_loss: Tensor
@@ -357,21 +376,21 @@ def metasmoothness(
               \mathrm{sign}(\theta_h - \theta_0)_j\, \mathrm{sign}(\theta_{2h} - \theta_h)_j,
               \qquad \theta_h = \theta_K(w = 1 + h v)
 
-    θ_h − θ_0 and θ_2h − θ_h are h times the derivatives of the trained weights along v at two places h apart: 1 where
-    all have the same sign, as of a training that is linear in the weights of its examples, and near 0 where a
-    derivative at w = 1 says nothing of weights that are h away.
+    θ_h − θ_0 and θ_2h − θ_h are h times the derivatives of the trained weights along v at two
+    places h apart: 1 where all have the same sign, as of a training that is linear in the weights
+    of its examples, and near 0 where a derivative at w = 1 says nothing of weights that are h away.
 
     Args:
-        student, train, outer, optimizer, steps, batch_size, schedule, generator, problem, clip_norm, progress: as for
-            :func:`attribute`.
+        student, train, outer, optimizer, steps, batch_size, schedule, generator, problem,
+            clip_norm, progress: as for :func:`attribute`.
         step: h.
-        direction: v, as many numbers as there are training examples, (N,); default: standard normal ones, by
-            ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the others, and h = 0.5, the third
-            training is the one without them.
+        direction: v, as many numbers as there are training examples, (N,); default: standard normal
+            ones, by ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the
+            others, and h = 0.5, the third training is the one without them.
 
-    Returns: a :class:`Metasmoothness`.
-    Cost: three plain trainings, and two more copies of the weights. No derivative is taken.
-    Raises: :class:`metapl.MetaplError` for other data, and where no weight moves along v, or one becomes NaN.
+    Returns: a :class:`Metasmoothness`. Cost: three plain trainings, and two more copies of the
+    weights. No derivative is taken. Raises: :class:`metapl.MetaplError` for other data, and where
+    no weight moves along v, or one becomes NaN.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)
@@ -380,13 +399,15 @@ def metasmoothness(
     >>> found.agreement > 0.9, found.outer_loss.shape
     (True, torch.Size([3]))
 
-    Source: definition 2 of metagradient descent (Engstrom et al., 2025), whose metaparameters are here the weights.
+    Source: definition 2 of metagradient descent (Engstrom et al., 2025), whose metaparameters are
+    here the weights.
     """
     check_arguments(metasmoothness, given := locals())
     found, moved = _Training(given).smoothness(step, direction, steps, progress)
     if not 0 < moved < math.inf:
         raise MetaplError(
-            f"the direction moves the student's weights by {moved:g} in all; expected a finite number."
+            f"the direction moves the student's weights by {moved:g} in all; expected a finite "
+            "number."
         )
     return found
 
@@ -425,9 +446,11 @@ class _Training:
         }.items():
             if count % (shares := self.layout.ranks.size):
                 raise MetaplError(
-                    f"{what} is {count}; expected a multiple of {shares}, the ranks that share a batch."
+                    f"{what} is {count}; expected a multiple of {shares}, the ranks that share a "
+                    "batch."
                 )
-        # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
+        # What a hook or a forward has left in a module, such as a weight that weight_norm made, may
+        # have a graph.
         left = [
             t
             for part in student.modules()
@@ -448,7 +471,10 @@ class _Training:
         self.autocast = partial(torch.autocast, kind, *cast)
 
     def batch(self, numbers: Tensor) -> Any:
-        """Return a batch of training examples as the problem reads it: (inputs, labels), unless it says otherwise."""
+        """Return a batch of training examples as the problem reads it.
+
+        (inputs, labels), unless it says otherwise.
+        """
         batch = self.data[numbers]
         if type(self.problem).student_input is not EqualWeights.student_input:
             return batch
@@ -480,8 +506,8 @@ class _Training:
     def repeated(
         self, weights: Tensor, judging: Sequence[Problem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The training, or its first ``steps``, with weights of the examples, (N,) or as the problem's, by a plain
-        loop: the trained weights by name, and the outer losses."""
+        """The training, or its first ``steps``, with weights of the examples, (N,) or as the
+        problem's, by a plain loop: the trained weights by name, and the outer losses."""
         if self.begun is None:
             raise MetaplError(
                 "the student is sharded, and is trained again on a copy; expected one that is not."
@@ -489,7 +515,8 @@ class _Training:
         network, again = copy.deepcopy(self.begun)
         weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
         rule, device = update_of(again, weights_of), self.start.device
-        # A loss may read ``student.parameters()`` by a closure, which has to find those of this training.
+        # A loss may read ``student.parameters()`` by a closure, which has to find those of this
+        # training.
         whose = with_contents_of(network, self.layout.network)
         with (
             whose,
@@ -539,7 +566,10 @@ class _Training:
 
 
 def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
-    """The problem as it is judged by one outer example; the network sees them all, as for the whole outer loss."""
+    """The problem as it is judged by one outer example.
+
+    The network sees them all, as for the whole outer loss.
+    """
     own = copy.copy(problem)
 
     def outer_loss(outputs: Tensor, batch: Any) -> Any:

@@ -64,7 +64,8 @@ class Trainer(ABC):
     device: torch.device
     ranks: Ranks = ALONE  # the processes that share its batches
     layouts: list[Layout]
-    lookahead: int = 1  # unlabeled batches that the loop draws for a step; several are a :class:`metapl.Lookahead`
+    # unlabeled batches that the loop draws for a step; several are a :class:`metapl.Lookahead`
+    lookahead: int = 1
     classifies: bool = False  # whether the losses are known to be of classes
     teacher_classifies: bool = (
         False  # whether the teacher gives class logits, so that its accuracy can be measured
@@ -75,7 +76,10 @@ class Trainer(ABC):
     @property
     @abstractmethod
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The optimizers whose learning rates the schedule moves: the student's, then the teacher's."""
+        """The optimizers whose learning rates the schedule moves.
+
+        The student's, then the teacher's.
+        """
 
     @abstractmethod
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
@@ -122,7 +126,7 @@ class Trainer(ABC):
             {} if self.teacher is None else {"teacher": self.teacher}
         )
 
-    # ------------------------------------------------------------------------------------------------------- fitting
+    # -------------------------------------------------------------------------------------- fitting
 
     def fit(
         self,
@@ -146,24 +150,30 @@ class Trainer(ABC):
         """Train for ``steps`` steps, and leave the best student by validation in place.
 
         Args:
-            labeled, unlabeled: sources of batches as :meth:`step` takes them: a DataLoader, a list of batches, anything
-                :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads it. Of a loader that gives
-                labels too, :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also examples in
-                memory: a tensor or an array, or a tuple or dict of these, with a row for each example.
+            labeled, unlabeled: sources of batches as :meth:`step` takes them: a DataLoader, a list
+                of batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where
+                nothing reads it. Of a loader that gives labels too,
+                :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also
+                examples in memory: a tensor or an array, or a tuple or dict of these, with a row
+                for each example.
             inner, outer: other names of ``unlabeled`` and ``labeled``, as of a bilevel problem.
             steps: in all, including the steps of an earlier part of the run.
-            batch_size: of sources in memory, which are served in shuffled epochs; one of fewer rows is served whole.
-                Arrays of floating point become the type of the student's weights.
-            validation: a labeled batch, of any size, or an iterable of such; without it the last student is kept.
-            metric: what the networks are measured by on it, in eval mode. By default their accuracy, where the labels
-                are classes (:func:`metapl.metrics.metric.of_classes`), and else the problem's ``outer_loss`` (of a
-                :class:`metapl.LossTrainer` the sum of its losses), as one mean over all batches. Or
+            batch_size: of sources in memory, which are served in shuffled epochs; one of fewer rows
+                is served whole. Arrays of floating point become the type of the student's weights.
+            validation: a labeled batch, of any size, or an iterable of such; without it the last
+                student is kept.
+            metric: what the networks are measured by on it, in eval mode. By default their
+                accuracy, where the labels are classes (:func:`metapl.metrics.metric.of_classes`),
+                and else the problem's ``outer_loss`` (of a :class:`metapl.LossTrainer` the sum of
+                its losses), as one mean over all batches. Or
 
                 - ``"accuracy"`` or ``"loss"``, these two by name;
-                - a function ``(outputs, batch) -> number``, with the batch as the problem's ``outer_batch`` reads it,
-                  such as (inputs, labels); of several batches the mean counts, each weighed by its rows;
-                - an object with ``update``, ``compute`` and ``reset``, such as those of torchmetrics: updated by
-                  ``update(outputs, labels)``, or ``update(outputs, batch)`` where its second parameter has that name.
+                - a function ``(outputs, batch) -> number``, with the batch as the problem's
+                  ``outer_batch`` reads it, such as (inputs, labels); of several batches the mean
+                  counts, each weighed by its rows;
+                - an object with ``update``, ``compute`` and ``reset``, such as those of
+                  torchmetrics: updated by ``update(outputs, labels)``, or ``update(outputs,
+                  batch)`` where its second parameter has that name.
 
                 Rows call it by its ``name``, else by that of the function or class: ``student_validation_f1``.
             mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric is the best; for
@@ -183,9 +193,10 @@ class Trainer(ABC):
         Returns: a :class:`FitResult`.
 
         Raises:
-            MetaplError: wrong or unknown options, wrong sources, a loss that is not finite (with its step and the last
-                good checkpoint), a disk that is full.
-            Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the step under way is finished and saved.
+            MetaplError: wrong or unknown options, wrong sources, a loss that is not finite (with
+                its step and the last good checkpoint), a disk that is full.
+            Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the step under way is finished and
+                saved.
 
         >>> import metapl
         >>> x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -204,7 +215,8 @@ class Trainer(ABC):
             raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             raise MetaplError(
-                f"callbacks is {described(callbacks)}; expected a list of functions: callback(step, row, trainer)."
+                f"callbacks is {described(callbacks)}; expected a list of functions: "
+                "callback(step, row, trainer)."
             )
         request = FitRequest(
             options=fit_options(steps, options, FIT_ARGUMENTS),
@@ -230,8 +242,9 @@ class Trainer(ABC):
             classes: names of the classes, for the result.
             metric: as for :meth:`fit`.
 
-        Returns: for classes an :class:`metapl.metrics.Evaluation`; for any other problem or metric a
-        :class:`metapl.metrics.Measured`. Both have ``metric``, its name, its ``value``, and ``n``.
+        Returns: for classes an :class:`metapl.metrics.Evaluation`; for any other problem or metric
+        a :class:`metapl.metrics.Measured`. Both have ``metric``, its name, its ``value``, and
+        ``n``.
 
         >>> import metapl
         >>> model = torch.nn.Linear(4, 1)
@@ -261,7 +274,8 @@ class Trainer(ABC):
             return found
         if len(classes) != len(getattr(found, "confusion", ())):
             raise MetaplError(
-                f"{len(classes)} names of classes for the metric {found.metric!r}; expected one a class."
+                f"{len(classes)} names of classes for the metric {found.metric!r}; expected one a "
+                "class."
             )
         return replace(found, classes=tuple(classes))
 
@@ -270,19 +284,21 @@ class Trainer(ABC):
         return inputs_of(batch)
 
     def predict(self, data: Any) -> Tensor:
-        """The student's outputs, in eval mode and without gradients; class probabilities, softmax(S(x)), where the
-        problem is one of classes (:func:`metapl.metrics.metric.of_classes`).
+        """The student's outputs, in eval mode and without gradients; class probabilities,
+        softmax(S(x)), where the problem is one of classes
+        (:func:`metapl.metrics.metric.of_classes`).
 
         Args:
-            data: inputs, a tensor or a numpy array (B, ...) or a dict of these, or an iterable of batches of them, such
-                as a DataLoader. Of a tuple the first element counts, unless the problem has an ``outer_input``.
-                Floating-point arrays of numpy are cast to the type of the student's weights.
+            data: inputs, a tensor or a numpy array (B, ...) or a dict of these, or an iterable of
+                batches of them, such as a DataLoader. Of a tuple the first element counts, unless
+                the problem has an ``outer_input``. Floating-point arrays of numpy are cast to the
+                type of the student's weights.
 
-        Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N, T, V) of a language
-        model; float32 or wider, on the CPU, in the order of the examples. Every module is in the mode (train or eval)
-        that it had.
-        Cost: one forward pass per example, on at most 1,024 at a time, and the outputs of all in memory.
-        Raises: :class:`metapl.MetaplError` for data of another kind, and batches whose outputs differ in shape.
+        Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N,
+        T, V) of a language model; float32 or wider, on the CPU, in the order of the examples. Every
+        module is in the mode (train or eval) that it had. Cost: one forward pass per example, on at
+        most 1,024 at a time, and the outputs of all in memory. Raises: :class:`metapl.MetaplError`
+        for data of another kind, and batches whose outputs differ in shape.
 
         >>> import metapl
         >>> student = torch.nn.Linear(4, 3)
@@ -297,19 +313,21 @@ class Trainer(ABC):
             checks.finite(outputs)
         return wide(outputs).softmax(-1) if classes else wide(outputs)
 
-    # --------------------------------------------------------------------------------------------------------- state
+    # ---------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, except the data and the default generators.
 
-        A snapshot, which later steps do not change. Cost: a copy of weights and optimizers' states on their device.
+        A snapshot, which later steps do not change. Cost: a copy of weights and optimizers' states
+        on their device.
         """
         return copy.deepcopy(self.live_state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, in a trainer built alike.
 
-        Raises: :class:`metapl.MetaplError` where it cannot be loaded; what had been is then loaded back.
+        Raises: :class:`metapl.MetaplError` where it cannot be loaded; what had been is then loaded
+        back.
         """
         before = self.state_dict()
         try:
@@ -320,12 +338,15 @@ class Trainer(ABC):
                 str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {error}"
             )
             raise MetaplError(
-                f"this is no state for this trainer ({what}); expected that of a {type(self).__name__} with the same "
-                "networks, optimizers and mode."
+                f"this is no state for this trainer ({what}); expected that of a "
+                f"{type(self).__name__} with the same networks, optimizers and mode."
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` and the default generators to a file, whole or not at all. Not of sharded ones."""
+        """Write :meth:`state_dict` and the default generators to a file, whole or not at all.
+
+        Not of sharded ones.
+        """
         checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:

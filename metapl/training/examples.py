@@ -1,4 +1,7 @@
-"""Training examples by number, whatever they are held in: columns, a data set, or the data set of a DataLoader."""
+"""Training examples by number, whatever they are held in.
+
+Columns, a data set, or the data set of a DataLoader.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ from metapl.execution.batch import (
 from metapl.execution.checks import described
 
 EXPECTED = (
-    "expected (inputs, labels), a dict, a tuple or a dataclass of tensors with a row for each example, a data set of "
-    "examples by number, or a DataLoader over one"
+    "expected (inputs, labels), a dict, a tuple or a dataclass of tensors with a row for each "
+    "example, a data set of examples by number, or a DataLoader over one"
 )
 
 
@@ -70,10 +73,11 @@ class Columns(Examples):
             or "no tensor"
         )
         raise MetaplError(
-            f"{name} has columns of different numbers of rows, or of none ({listed}); expected a row for each example "
-            "in each. Of one whole, such as a graph, the weights inside it (of nodes) are scored by "
-            "metapl.hypergradient(None, student, outer=graph, inner=metapl.Lookahead([graph] * steps), "
-            "problem=problem, inner_optimizer=optimizer).feedback."
+            f"{name} has columns of different numbers of rows, or of none ({listed}); expected a "
+            "row for each example in each. Of one whole, such as a graph, the weights inside it "
+            "(of nodes) are scored by metapl.hypergradient(None, student, outer=graph, "
+            "inner=metapl.Lookahead([graph] * steps), problem=problem, "
+            "inner_optimizer=optimizer).feedback."
         )
 
     def __len__(self) -> int:
@@ -106,8 +110,9 @@ class Numbered(Examples):
             if self.collate is not default_collate:
                 raise
             raise MetaplError(
-                f"examples of {self.name} do not go together into a batch ({str(error).splitlines()[0]}); expected "
-                "tensors of one shape and numbers, or a DataLoader with a collate_fn that makes a batch of them."
+                f"examples of {self.name} do not go together into a batch "
+                f"({str(error).splitlines()[0]}); expected tensors of one shape and numbers, or a "
+                "DataLoader with a collate_fn that makes a batch of them."
             ) from error
         batch = plain(batch)
         return tuple(batch) if type(batch) is list else batch
@@ -135,7 +140,10 @@ def examples_of(data: Any, name: str, like: Tensor) -> Examples:
 
 
 def columns_of(data: Any) -> Any:
-    """Return data that are columns, dict-like ones as dicts; None for a data set of examples by number."""
+    """Return data that are columns, dict-like ones as dicts.
+
+    None for a data set of examples by number.
+    """
     if is_array(data):
         return data
     if isinstance(data, Mapping) or is_record_of_rows(data):
@@ -162,8 +170,8 @@ def refuse_lists(columns: Any, name: str) -> None:
     for key, value in columns.items():
         if isinstance(value, list):
             raise MetaplError(
-                f"{name} holds a list under {key!r}; expected tensors or arrays, which a tokenizer gives with "
-                "return_tensors='pt'."
+                f"{name} holds a list under {key!r}; expected tensors or arrays, which a tokenizer "
+                "gives with return_tensors='pt'."
             )
 
 
@@ -171,12 +179,13 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     """Refuse a DataLoader whose examples have no numbers, or which does not take each of them once."""
     if isinstance(loader.dataset, IterableDataset):
         raise MetaplError(
-            f"{name} is a DataLoader over an IterableDataset, whose examples have no numbers; expected a data set by "
-            f"number, such as {name}=list(dataset)."
+            f"{name} is a DataLoader over an IterableDataset, whose examples have no numbers; "
+            f"expected a data set by number, such as {name}=list(dataset)."
         )
     if loader.batch_size is None and loader.batch_sampler is None:
         raise MetaplError(
-            f"{name} is a DataLoader with batch_size=None, whose data set gives batches; expected one of examples."
+            f"{name} is a DataLoader with batch_size=None, whose data set gives batches; expected "
+            "one of examples."
         )
     sampler = loader.sampler
     takes_each_once = type(sampler) is SequentialSampler or (
@@ -187,6 +196,7 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     if type(loader.batch_sampler) is not BatchSampler or not takes_each_once:
         kind = type(loader.batch_sampler if takes_each_once else sampler).__name__
         raise MetaplError(
-            f"{name} is a DataLoader that draws by a {kind}, and attribute has an order of its own; expected a "
-            "DataLoader without one, over torch.utils.data.Subset(dataset, numbers) for some of the examples."
+            f"{name} is a DataLoader that draws by a {kind}, and attribute has an order of its "
+            "own; expected a DataLoader without one, over torch.utils.data.Subset(dataset, "
+            "numbers) for some of the examples."
         )

@@ -17,8 +17,8 @@ from metapl.training.options import FitOptions
 class Fittable(Protocol):
     """A trainer that goes step by step, as :class:`metapl.training.Trainer` says what its members are.
 
-    One with a teacher also has ``teacher_step`` and ``first_step``, which a fit takes instead of ``step`` while the
-    student waits and while it learns alone.
+    One with a teacher also has ``teacher_step`` and ``first_step``, which a fit takes instead of
+    ``step`` while the student waits and while it learns alone.
     """
 
     student: nn.Module

@@ -1,4 +1,7 @@
-"""The gradient through student steps as a function: verified where it is asked for, on either road."""
+"""The gradient through student steps as a function.
+
+Verified where it is asked for, on either road.
+"""
 
 from __future__ import annotations
 
@@ -51,52 +54,58 @@ def hypergradient(
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
 
     Args:
-        teacher, student: modules on one device, in the mode (train or eval) that they are in. In several processes,
-            both in ``DistributedDataParallel`` or sharded by ``fully_shard``: the batches are then this rank's equal
-            share, and the results of sharded networks DTensors. No teacher, None, for a problem that has none, such as
+        teacher, student: modules on one device, in the mode (train or eval) that they are in. In
+            several processes, both in ``DistributedDataParallel`` or sharded by ``fully_shard``:
+            the batches are then this rank's equal share, and the results of sharded networks
+            DTensors. No teacher, None, for a problem that has none, such as
             :class:`metapl.problems.LearningToReweight`.
-        labeled: (x_l, y_l) of the outer loss, B_l rows, or what :meth:`metapl.BilevelProblem.outer_batch` reads; x_l is
-            a tensor, or a dict or tuple of them. A dict that also holds the labels, under ``labels``, is such a pair.
-        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
-            :class:`metapl.Lookahead` of K such batches, for K student steps.
-            Or a :class:`metapl.Lookahead` of K outer batches, one for each of K student steps: L is then the sum
-            Σ_k weight_k L_k(θ_k) of the losses after the steps (MAML++), at the cost of one path and K outer passes.
-            Modes ``forward`` and ``unrolled``, without ``verify``; the batches of a function are held.
+        labeled: (x_l, y_l) of the outer loss, B_l rows, or what
+            :meth:`metapl.BilevelProblem.outer_batch` reads; x_l is a tensor, or a dict or tuple of
+            them. A dict that also holds the labels, under ``labels``, is such a pair.
+        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem``
+            reads. Or a :class:`metapl.Lookahead` of K such batches, for K student steps. Or a
+            :class:`metapl.Lookahead` of K outer batches, one for each of K student steps: L is then
+            the sum Σ_k weight_k L_k(θ_k) of the losses after the steps (MAML++), at the cost of one
+            path and K outer passes. Modes ``forward`` and ``unrolled``, without ``verify``; the
+            batches of a function are held.
         outer, inner: other names of ``labeled`` and ``unlabeled``.
         mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
-        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the student's
-            parameters, or a tuple of these, whose states stay as they are. Muon's products are taken in the type of the
-            weights.
+        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the
+            student's parameters, or a tuple of these, whose states stay as they are. Muon's
+            products are taken in the type of the weights.
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
-        recompute_teacher, accumulate, clip_norm: as for :class:`metapl.BilevelTrainer`; with micro-batches the
-            teacher's pass is recomputed too.
+        recompute_teacher, accumulate, clip_norm: as for :class:`metapl.BilevelTrainer`; with
+            micro-batches the teacher's pass is recomputed too.
         progress: show on a terminal how far a look-ahead is: the steps, and the steps back.
-        wrt: what to differentiate with respect to: ``"teacher"``; ``"start"``, the student's first weights; names of
-            settings of ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
-            ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
-            AdamW, ``"lr"``, ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a rate
-            for each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``. Modes ``forward`` and
-            ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost: of the start, the Hessian product of the
-            first step; of settings, a few operations per weight. With ``truncate=T`` in the mode, the gradient in the
-            start is that in θ_{K-T}: dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K).
-            The bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
+        wrt: what to differentiate with respect to: ``"teacher"``; ``"start"``, the student's first
+            weights; names of settings of ``torch.optim``'s inner optimizer, step by step and by
+            param group: ``"lr"``, ``"momentum"``, ``"dampening"``, ``"weight_decay"`` of SGD,
+            ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and AdamW, ``"lr"``,
+            ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a
+            rate for each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``.
+            Modes ``forward`` and ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost:
+            of the start, the Hessian product of the first step; of settings, a few operations per
+            weight. With ``truncate=T`` in the mode, the gradient in the start is that in θ_{K-T}:
+            dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). The
+            bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
-            (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
-            are not drawn, in one process. It pays from some hundreds of steps on, or where calls are repeated: one for
-            networks of the same architecture, such as another student, with optimizers and a problem of the same types
-            and numbers, compiles nothing (:mod:`metapl.functional.architecture`).
-        verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
-            of it; for its cost see there.
-        replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose steps come out
-            otherwise when they are computed again is refused above it, and a larger number allows more. Deterministic
-            algorithms are asked for while a look-ahead runs.
+            (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim``
+            and signals that are not drawn, in one process. It pays from some hundreds of steps on,
+            or where calls are repeated: one for networks of the same architecture, such as another
+            student, with optimizers and a problem of the same types and numbers, compiles nothing
+            (:mod:`metapl.functional.architecture`).
+        verify: refuse a gradient that is not the derivative of the loss
+            (:func:`metapl.check_gradient`), or ``"warn"`` of it; for its cost see there.
+        replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose
+            steps come out otherwise when they are computed again is refused above it, and a larger
+            number allows more. Deterministic algorithms are asked for while a look-ahead runs.
 
-    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
-    drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
-    Cost, bias: see the mode (:mod:`metapl.feedback`).
-    Raises: :class:`metapl.MetaplError` before anything moves.
+    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for
+    bit as they were; drawing labels without a generator, and dropout, advance the default generator
+    as the passes forward do. Cost, bias: see the mode (:mod:`metapl.feedback`). Raises:
+    :class:`metapl.MetaplError` before anything moves.
 
     >>> import torch, torchopt
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -154,7 +163,8 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
     request = differentiation.request
     if outer_loss_reads_more(differentiation.problem, request.teacher):
         raise MetaplError(
-            f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected compile=False."
+            f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected "
+            "compile=False."
         )
     outer_losses = differentiation.outer_losses
     result = differentiate(

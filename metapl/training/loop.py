@@ -1,7 +1,8 @@
 """The loop: batches in, steps taken, what they showed recorded, checkpoints out.
 
-It does not know what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
-the step's number and of what a checkpoint holds, so a run that was killed ends bit for bit as one that was not.
+It does not know what a step does. It is resumed by position: what is drawn, scheduled and measured
+is a function of the step's number and of what a checkpoint holds, so a run that was killed ends bit
+for bit as one that was not.
 """
 
 from __future__ import annotations
@@ -41,27 +42,28 @@ from metapl.training.selection import Selection
 from metapl.training.sources import Sources
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
-"""Called with the number of steps done, the row recorded after them and the trainer; a dict of numbers
-that it returns becomes part of the row.
+"""Called with the number of steps done, the row recorded after them and the trainer; a dict of
+numbers that it returns becomes part of the row.
 
-An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__call__`` is saved in the checkpoints and
-goes on where it was when the fit is resumed.
+An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__call__`` is saved in
+the checkpoints and goes on where it was when the fit is resumed.
 """
 
 
 class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
-    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit counts
-    as finished when it is resumed. During ``wait`` the student has not begun, and is returned untrained.
+    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown,
+    and the fit counts as finished when it is resumed. During ``wait`` the student has not begun,
+    and is returned untrained.
 
     >>> import torch, metapl
     >>> def stop_at_small_loss(step, row, trainer):
     ...     if row["loss"] < 0.1:
     ...         raise metapl.StopFit(f"the loss is {row['loss']:.2f}")
 
-    To stop once the validation has not become better for a while, a callback counts, and keeps its count in the
-    checkpoints:
+    To stop once the validation has not become better for a while, a callback counts, and keeps its
+    count in the checkpoints:
 
     >>> class Patience:
     ...     best, since = float("-inf"), 0
@@ -79,7 +81,10 @@ class StopFit(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A fit that was asked to stop (Ctrl-C, SIGTERM, SIGHUP); what was done is saved, if there is where."""
+    """A fit that was asked to stop (Ctrl-C, SIGTERM, SIGHUP).
+
+    What was done is saved, if there is where.
+    """
 
     def __init__(self, step: int, signal_number: int, saved: Path | None) -> None:
         where = f"saved to {saved}" if saved else "nothing saved: fit was given no out"
@@ -92,14 +97,18 @@ class FitResult:
     """What a fit ended with.
 
     Args:
-        value: of the metric, of the student that is kept on the validation data; None without these.
-        step: the number of steps after which it was as it is kept: the best by validation, or the last.
+        value: of the metric, of the student that is kept on the validation data; None without
+            these.
+        step: the number of steps after which it was as it is kept: the best by validation, or the
+            last.
         weights: of that student; they are in the student now.
-        teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
-            Where students are selected by accuracy, and the teacher ends 30 points below its best validation, they are
-            those that it had then.
-        history: the recorded rows in their order, each with its ``step``, of earlier parts of the fit too.
-        metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the metric that was given.
+        teacher_weights: of the teacher after the last step, averaged where the student is; they are
+            in the teacher now. Where students are selected by accuracy, and the teacher ends 30
+            points below its best validation, they are those that it had then.
+        history: the recorded rows in their order, each with its ``step``, of earlier parts of the
+            fit too.
+        metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the
+            metric that was given.
     """
 
     value: float | None
@@ -222,7 +231,7 @@ class Fit:
             raise Interrupted(self.step, signal_number, self.checkpoints.last)
         return self.result()
 
-    # ------------------------------------------------------------------------------------------------ begin, or resume
+    # ----------------------------------------------------------------------------- begin, or resume
 
     def open(self, stack: ExitStack) -> None:
         """Own the folder and begin the feeds, until the stack ends."""
@@ -291,12 +300,13 @@ class Fit:
         # Last, for what comes before may draw.
         set_rng_state(process_state["rng"])
 
-    # ---------------------------------------------------------------------------------------------------------- a step
+    # --------------------------------------------------------------------------------------- a step
 
     def take_step(self) -> tuple[Any, Any, bool]:
         """Draw the batches of a step and take it.
 
-        Returns: the labeled batch, the report, and whether the student waits, for a teacher that learns alone.
+        Returns: the labeled batch, the report, and whether the student waits, for a teacher that
+        learns alone.
         """
         trainer: Any = self.trainer
         options = self.options
@@ -342,10 +352,13 @@ class Fit:
                 f"weights were NaN or infinite after step {self.step}; lower the learning rates."
             )
 
-    # ------------------------------------------------------------------------------------------------- what it showed
+    # ------------------------------------------------------------------------------- what it showed
 
     def observe(self, report: Any, labeled: Any, *, student_waits: bool) -> dict[str, float]:
-        """Log, validate and call the callbacks after a step, where that is due; returns the row that is recorded."""
+        """Log, validate and call the callbacks after a step, where that is due.
+
+        Returns the row that is recorded.
+        """
         options = self.options
         logs = options.due(options.log_every, self.step)
         validates = options.due(options.validate_every, self.step)
@@ -391,7 +404,8 @@ class Fit:
         """Measure the networks that have an accuracy, or whatever the metric is, as they are now."""
         roles = []
         for role in self.trainer.networks:
-            # A teacher that weighs examples, say, has no accuracy; a student that waits has not begun.
+            # A teacher that weighs examples, say, has no accuracy; a student that waits has not
+            # begun.
             is_judged = (
                 self.trainer.teacher_classifies
                 if role == "teacher"
@@ -402,7 +416,10 @@ class Fit:
         return self.selection.validate(self.step, roles)
 
     def call_back(self, row: dict[str, float]) -> list[str]:
-        """Call the callbacks, whose numbers join the row; returns why some of them ask the fit to stop."""
+        """Call the callbacks, whose numbers join the row.
+
+        Returns why some of them ask the fit to stop.
+        """
         reasons = []
         for callback in self.request.callbacks:
             # Observing must not change the run: a DataLoader, for one, draws from the generators.
@@ -427,7 +444,7 @@ class Fit:
             text += "; the student is untrained: it would have begun later"
         self.say(text)
 
-    # ------------------------------------------------------------------------------------------ what is saved, and kept
+    # ---------------------------------------------------------------------- what is saved, and kept
 
     def settings(self) -> dict[str, str]:
         """Return what a part of this fit that is resumed must have in common with it."""
@@ -475,7 +492,8 @@ class Fit:
             step=student.step,
             weights=student.weights,
             teacher_weights=teacher_weights,
-            # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
+            # The first of several processes knows the rows of the earlier parts of a fit that was
+            # resumed.
             history=self.ranks.gathered(self.records.history)[0],
             metric=None if self.metric is None else self.metric.name,
         )

@@ -37,17 +37,18 @@ SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step besid
 class LossTrainer(Trainer):
     """Train one network on a sum of losses, with the same loop, checkpoints and selection as the bilevel trainer.
 
-    The losses are those of the teacher's objective: ``(CrossEntropy(),)`` is supervised learning and, at a
-    small learning rate, finetuning; ``(CrossEntropy(), UDA())`` is UDA.
+    The losses are those of the teacher's objective: ``(CrossEntropy(),)`` is supervised learning
+    and, at a small learning rate, finetuning; ``(CrossEntropy(), UDA())`` is UDA.
 
     Args:
         model: the network; in several processes in ``DistributedDataParallel`` or sharded, as for
             :class:`~metapl.BilevelTrainer`.
-        losses: the terms, each a mean over the rows of its batch, or over what its ``mean_over`` says; default
-            ``(CrossEntropy(),)``.
+        losses: the terms, each a mean over the rows of its batch, or over what its ``mean_over``
+            says; default ``(CrossEntropy(),)``.
         optimizer: any ``torch.optim`` optimizer over the model's parameters, or a tuple of several.
         clip_norm, precision, accumulate: as for :class:`~metapl.BilevelTrainer`.
-        compile: run the network through ``torch.compile``, with the same dropout masks; it stays a plain module.
+        compile: run the network through ``torch.compile``, with the same dropout masks; it stays a
+            plain module.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """

@@ -19,8 +19,8 @@ from metapl.words import did_you_mean
 
 MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
 
-# Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy Student; its smaller
-# models take twice as many of both).
+# Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy
+# Student; its smaller models take twice as many of both).
 DECAY, DECAY_EPOCHS, EPOCHS = 0.97, 2.4, 350
 
 
@@ -39,22 +39,25 @@ class FitOptions:
 
     Args:
         steps: number of steps in all.
-        schedule: of both learning rates, ``"cosine"`` (to 0 at the last step), ``"constant"``, or ``"exponential"``: by
-            0.97 after every ``decay_every`` steps, as a smooth curve.
+        schedule: of both learning rates, ``"cosine"`` (to 0 at the last step), ``"constant"``, or
+            ``"exponential"``: by 0.97 after every ``decay_every`` steps, as a smooth curve.
         warmup: steps over which the rates grow linearly from 0 first.
-        decay_every: of the exponential schedule; None: 2.4 of 350 parts of the steps, so that the rate ends at 1.2 % of
-            what it was, as in Noisy Student.
-        wait: steps during which the teacher trains alone, on its own losses, before the student begins, with its
-            schedule, warm-up included, and its average. The authors have 3,000 for CIFAR-10 and 20,000 for ImageNet.
-        first_steps: steps in which the student learns alone, by the problem's ``first_signal``, before its teacher
-            begins; they are among ``steps``, and after ``wait``. None: as many as the problem says (``first_steps``);
-            0 for a student that has learned the given labels already.
-        ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)), which is then
-            validated and kept. A teacher is averaged alike, and itself makes the labels. None: no averages.
-        warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights (the average's, where
-            there is one). The two need the same architecture.
-        select: keep the best student by validation, the latest of equals; False: keep the last one, whatever
-            validation shows. A few validation examples cannot tell students apart.
+        decay_every: of the exponential schedule; None: 2.4 of 350 parts of the steps, so that the
+            rate ends at 1.2 % of what it was, as in Noisy Student.
+        wait: steps during which the teacher trains alone, on its own losses, before the student
+            begins, with its schedule, warm-up included, and its average. The authors have 3,000 for
+            CIFAR-10 and 20,000 for ImageNet.
+        first_steps: steps in which the student learns alone, by the problem's ``first_signal``,
+            before its teacher begins; they are among ``steps``, and after ``wait``. None: as many
+            as the problem says (``first_steps``); 0 for a student that has learned the given labels
+            already.
+        ema_decay: keep a moving average of the student's weights, with decay min(this,
+            (1+t)/(10+t)), which is then validated and kept. A teacher is averaged alike, and itself
+            makes the labels. None: no averages.
+        warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights
+            (the average's, where there is one). The two need the same architecture.
+        select: keep the best student by validation, the latest of equals; False: keep the last one,
+            whatever validation shows. A few validation examples cannot tell students apart.
         validate_every, log_every, save_every: in steps; the last step counts as a multiple of each.
         keep: checkpoints kept.
         num_workers: of the loaders of metapl's own batches; changes nothing but speed.
@@ -88,11 +91,13 @@ class FitOptions:
             )
         if self.warmup > self.steps - self.wait:
             raise MetaplError(
-                f"warmup={self.warmup}: expected at most the steps after wait, {self.steps - self.wait}."
+                f"warmup={self.warmup}: expected at most the steps after wait, "
+                f"{self.steps - self.wait}."
             )
         if self.decay_every is not None and self.schedule != "exponential":
             raise MetaplError(
-                f"decay_every={self.decay_every}: expected None, or schedule='exponential' beside it."
+                f"decay_every={self.decay_every}: expected None, or schedule='exponential' beside "
+                "it."
             )
         if self.phase in ("", ".", "..") or {*self.phase} & {*"/\\\0"}:
             raise MetaplError(
@@ -120,7 +125,10 @@ class FitOptions:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def due(self, every: int, done: int) -> bool:
-        """Whether what is done ``every`` so many steps is done when so many are; the last one counts."""
+        """Whether what is done ``every`` so many steps is done when so many are.
+
+        The last one counts.
+        """
         return done % every == 0 or done == self.steps
 
 
@@ -195,9 +203,10 @@ class Average:
 
     .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
 
-    so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
-    ``torch.optim.swa_utils.AveragedModel`` counts on the device, so that each step would wait for it, and copies the
-    module, which a sharded one does not allow. Cost: a copy of the weights; one fused pass over them an update.
+    so early in training the average is over the last few steps only. Buffers (running statistics)
+    are copied. ``torch.optim.swa_utils.AveragedModel`` counts on the device, so that each step
+    would wait for it, and copies the module, which a sharded one does not allow. Cost: a copy of
+    the weights; one fused pass over them an update.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

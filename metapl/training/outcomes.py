@@ -1,7 +1,7 @@
 """What a fit says of itself where it goes wrong: one line for each kind, with the remedy that helps.
 
-It is looked at with the rows that are recorded and at validations, and never in a step: nothing waits for the device
-that would not wait anyway.
+It is looked at with the rows that are recorded and at validations, and never in a step: nothing
+waits for the device that would not wait anyway.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from metapl.feedback.size import DEFAULT_BOUND
 from metapl.metrics import Evaluation
 from metapl.training.options import FitOptions
 
-# The feedback's gradient over that of the teacher's own losses from which on it decides alone where the teacher goes,
-# and rows in a row before anything is said: a single batch may be odd.
+# The feedback's gradient over that of the teacher's own losses from which on it decides alone where
+# the teacher goes, and rows in a row before anything is said: a single batch may be odd.
 TOO_LARGE, ROWS = 10.0, 3
 
-# The entropy of the mean prediction over that of the labels' classes below which predictions have collapsed, and the
-# fewest examples whose mean says anything of classes.
+# The entropy of the mean prediction over that of the labels' classes below which predictions have
+# collapsed, and the fewest examples whose mean says anything of classes.
 COLLAPSED, FEWEST = 0.1, 16
 
-# Parts of the steps, after warm-up, by which what is learned has moved, and by which a network is better than guessing:
-# an MLP on digits that is trained for 40 steps in all guesses for the first 20. Of fewer steps nothing is expected.
+# Parts of the steps, after warm-up, by which what is learned has moved, and by which a network is
+# better than guessing: an MLP on digits that is trained for 40 steps in all guesses for the first
+# 20. Of fewer steps nothing is expected.
 MOVED_BY, KNOWS_BY, FEWEST_STEPS = 0.1, 0.5, 20
 
-# What counts as no move by then: a part of the size that the parameters began with; of those that began at zero, such
-# as logits of weights, whose natural size is 1, a root mean square. Training a network by AdamW at 1e-5 for 300 steps
-# has moved it by 3e-3 of its size by then; a table of weights under SGD at 0.05, by 3e-5, and by 4e-4 in 1,500 steps.
+# What counts as no move by then: a part of the size that the parameters began with; of those that
+# began at zero, such as logits of weights, whose natural size is 1, a root mean square. Training a
+# network by AdamW at 1e-5 for 300 steps has moved it by 3e-3 of its size by then; a table of
+# weights under SGD at 0.05, by 3e-5, and by 4e-4 in 1,500 steps.
 STILL_OF_SIZE, STILL_FROM_ZERO, ZERO = 3e-4, 1e-3, 1e-3
 SAMPLED = 4096  # entries of the parameters that are compared
 
@@ -48,8 +50,9 @@ PREDICTIONS = {
 class Outcomes:
     """Watch a fit, and say each thing that goes wrong once.
 
-    What it remembers is saved with the fit, so that one that is resumed says what it would have said, and nothing
-    twice. The numbers of a row are the same on every rank; only the first rank says anything.
+    What it remembers is saved with the fit, so that one that is resumed says what it would have
+    said, and nothing twice. The numbers of a row are the same on every rank; only the first rank
+    says anything.
 
     Args:
         trainer: whose teacher's parameters are the outer variables.
@@ -99,8 +102,8 @@ class Outcomes:
             return
         chance, accuracy = measured.chance, measured.accuracy
         error = (chance * (1 - chance) / measured.n) ** 0.5
-        # A network that tells classes of different sizes apart may be right less often than one that always names the
-        # largest class, if it has learned from labels of other shares.
+        # A network that tells classes of different sizes apart may be right less often than one
+        # that always names the largest class, if it has learned from labels of other shares.
         recalls = [recall for recall in measured.per_class if recall is not None]
         mean_recall = sum(recalls) / len(recalls)
         guessed = 1 / len(recalls)
@@ -112,7 +115,8 @@ class Outcomes:
         if step < self.due_after(begun, KNOWS_BY):
             return
         rows = self._count(f"{role} at chance", guesses)
-        # Where the classes are of different sizes, naming the largest one is a stage that a training passes through.
+        # Where the classes are of different sizes, naming the largest one is a stage that a
+        # training passes through.
         if rows and (rows > 1 or step >= self.options.steps):
             network = role if self.trainer.teacher is not None else "network"
             if self.options.phase != "fit":
@@ -120,8 +124,8 @@ class Outcomes:
             remedies = [*self._remedies(role), "train it for more steps"]
             self.say_once(
                 f"{role} at chance",
-                f"the {network} is at chance on the validation data after step {step:,}, with {accuracy:.1%} where "
-                f"guessing has {chance:.1%}: {either(remedies)}",
+                f"the {network} is at chance on the validation data after step {step:,}, with "
+                f"{accuracy:.1%} where guessing has {chance:.1%}: {either(remedies)}",
             )
 
     def due_after(self, begun: int, part: float) -> float:
@@ -142,7 +146,10 @@ class Outcomes:
         return [*less_feedback, "lower its learning rate"]
 
     def _less_feedback(self) -> list[str]:
-        """How to make the feedback smaller; nothing where it is small by its rule, or there is none."""
+        """How to make the feedback smaller.
+
+        Nothing where it is small by its rule, or there is none.
+        """
         trainer = self.trainer
         if trainer.teacher is None or trainer.mode.credits == "nothing" or not trainer._has_losses:
             return []
@@ -165,8 +172,9 @@ class Outcomes:
         if self._count("feedback", TOO_LARGE <= ratio < math.inf) >= ROWS:
             self.say_once(
                 "feedback",
-                f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses at step {step:,}, and "
-                f"was {TOO_LARGE:.0f} times or more in {ROWS} rows running, so the teacher may forget its labels: "
+                f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses "
+                f"at step {step:,}, and was {TOO_LARGE:.0f} times or more in {ROWS} rows running, "
+                "so the teacher may forget its labels: "
                 f"{either(self._less_feedback() or ['lower its learning rate'])}",
             )
 
@@ -174,7 +182,8 @@ class Outcomes:
         known = self.entropies
         labeled = row.get("labeled_class_entropy")
         if labeled is not None and of_labels:
-            # Of classes of very different sizes the least is 0: naming the largest alone is then a stage of a training.
+            # Of classes of very different sizes the least is 0: naming the largest alone is then a
+            # stage of a training.
             known["labeled"] = min(labeled, known.get("labeled", labeled))
         for column, (role, whose) in PREDICTIONS.items():
             entropy = row.get(column)
@@ -191,8 +200,9 @@ class Outcomes:
                 )
                 self.say_once(
                     column,
-                    f"{whose} have collapsed onto few classes: their mean has an entropy of {entropy:.2g} nats at step "
-                    f"{step:,}, where {of} {usual:.2g}; {either(self._remedies(role))}",
+                    f"{whose} have collapsed onto few classes: their mean has an entropy of "
+                    f"{entropy:.2g} nats at step {step:,}, where {of} {usual:.2g}; "
+                    f"{either(self._remedies(role))}",
                 )
 
     def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
@@ -218,8 +228,9 @@ class Outcomes:
         compared = "from zero" if is_from_zero else f"of a size of {size:.2g}"
         rate = "0.1" if is_from_zero else "1e-3"
         self._say(
-            f"warning: the teacher's parameters have hardly moved after {step:,} steps, by {move:.1g} each {compared}; "
-            f"give it a greater rate, as by outer_optimizer=torch.optim.Adam(teacher.parameters(), lr={rate})"
+            f"warning: the teacher's parameters have hardly moved after {step:,} steps, by "
+            f"{move:.1g} each {compared}; give it a greater rate, as by "
+            f"outer_optimizer=torch.optim.Adam(teacher.parameters(), lr={rate})"
         )
 
 
@@ -234,14 +245,20 @@ def either(ways: Sequence[str]) -> str:
 
 
 def is_taught(trainer: Any) -> bool:
-    """Whether anything is meant to move the teacher: losses of its own, or a feedback that counts."""
+    """Whether anything is meant to move the teacher.
+
+    Losses of its own, or a feedback that counts.
+    """
     has_feedback = trainer.mode.credits != "nothing" and trainer.feedback_weight != 0
     return bool(has_feedback or trainer._has_losses)
 
 
 @torch.no_grad()
 def sample_of(teacher: torch.nn.Module | None) -> Tensor | None:
-    """Evenly chosen entries of what a teacher learns, of this process's part of it, on the host; None without any."""
+    """Evenly chosen entries of what a teacher learns, of this process's part of it, on the host.
+
+    None without any.
+    """
     learned = (
         []
         if teacher is None

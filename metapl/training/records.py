@@ -18,21 +18,22 @@ from metapl.problems.base import Problem, field_of, has_rows
 def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mapping[str, Tensor]:
     r"""Scalars of a :class:`metapl.StepReport`, means over the ranks.
 
-    ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its entries; where the
-    signal has a row for each example, ``feedback_snr``, the signal to noise of the gradient :math:`\sum_i g_i` in the
-    teacher's outputs:
+    ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its
+    entries; where the signal has a row for each example, ``feedback_snr``, the signal to noise of
+    the gradient :math:`\sum_i g_i` in the teacher's outputs:
 
     .. math:: \frac{\lVert E \sum_i g_i \rVert^2}{\mathrm{tr}\,\mathrm{Var} \sum_i g_i} \approx
               \frac{B \lVert m \rVert^2 - s}{s - \lVert m \rVert^2}, \quad
               m = \frac1B \sum_i g_i, \quad s = \frac1B \sum_i \lVert g_i \rVert^2
 
-    For labels of classes, ``pseudo_label_confidence``, ``pseudo_label_entropy`` (nats), ``agreement`` (of the student's
-    first class with the teacher's) and ``class_shares_vs_labeled`` (half the L1 distance of the mean class
-    probabilities from the shares of the classes among the labels of this batch).
+    For labels of classes, ``pseudo_label_confidence``, ``pseudo_label_entropy`` (nats),
+    ``agreement`` (of the student's first class with the teacher's) and ``class_shares_vs_labeled``
+    (half the L1 distance of the mean class probabilities from the shares of the classes among the
+    labels of this batch).
 
-    Entropies of the mean over a batch, in nats, which fall to 0 where all is taken for one class: of the classes,
-    ``pseudo_label_class_entropy`` of the labels, ``student_class_entropy`` of the student's probabilities, and
-    ``labeled_class_entropy`` of the labels of this batch.
+    Entropies of the mean over a batch, in nats, which fall to 0 where all is taken for one class:
+    of the classes, ``pseudo_label_class_entropy`` of the labels, ``student_class_entropy`` of the
+    student's probabilities, and ``labeled_class_entropy`` of the labels of this batch.
     """
     signal, outputs = report.signal, report.student_outputs
     steps = report.feedback if isinstance(report.feedback, tuple) else (report.feedback,)
@@ -102,14 +103,17 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
 
 
 def is_class(labels: Tensor, like: Tensor) -> Tensor:
-    """Whether each of B labels is each of C classes, (B, C) as numbers; ignored labels, such as −100, are none."""
+    """Whether each of B labels is each of C classes, (B, C) as numbers.
+
+    Ignored labels, such as −100, are none.
+    """
     classes = torch.arange(like.shape[1], device=like.device)
     return (labels[:, None] == classes).to(like)
 
 
 def entropy_of_mean(probabilities: Tensor, ranks: Ranks) -> Tensor:
-    """The entropy of the mean of distributions (B, C) over the rows of all ranks, in nats; of 0/1 rows too, some of
-    which may be empty."""
+    """The entropy of the mean of distributions (B, C) over the rows of all ranks, in nats; of 0/1
+    rows too, some of which may be empty."""
     mean = ranks.mean(probabilities.mean(0))
     shares = mean / mean.sum().clamp_min(torch.finfo(mean.dtype).tiny)
     entropy: Tensor = torch.special.entr(shares).sum()

@@ -1,4 +1,7 @@
-"""The checkpoints of a fit: where they are written, what is compared where it is resumed, and each process's part."""
+"""The checkpoints of a fit.
+
+Where they are written, what is compared where it is resumed, and each process's part.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ from metapl.training.fittable import Fittable
 from metapl.training.options import FitOptions, Rates
 from metapl.training.sources import Sources
 
-# Options that do not decide where a fit goes, and settings of an optimizer that change its speed alone. The rate is
-# compared as the schedule found it.
+# Options that do not decide where a fit goes, and settings of an optimizer that change its speed
+# alone. The rate is compared as the schedule found it.
 FREE_OPTIONS = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
 SPEED_SETTINGS = (
     "params",
@@ -87,14 +90,14 @@ class Checkpoints:
         with self.ranks.agreed(waiting=True):
             if self.folder is not None and self.folder.paths() and not resumes:
                 raise MetaplError(
-                    f"{self.folder.folder} holds checkpoints already; go on with resume=True, or give another out or "
-                    "phase."
+                    f"{self.folder.folder} holds checkpoints already; go on with resume=True, or "
+                    "give another out or phase."
                 )
         has_shards = any(is_sharded(p) for network in networks for p in network.parameters())
         if not saves or not has_shards or self.ranks.alone:
             return
-        # Where networks are sharded over all processes of the job, each writes its part. Elsewhere the first process
-        # has everything, or could not say who else writes.
+        # Where networks are sharded over all processes of the job, each writes its part. Elsewhere
+        # the first process has everything, or could not say who else writes.
         place = self.ranks.gathered(self.folder and str(self.folder.folder.resolve()))[0]
         if self.ranks.processes == dist.get_world_size():
             parts = PartsFolder(place, keep)
@@ -146,7 +149,10 @@ def settings_of(
     metric: Metric | None,
     callbacks: Sequence[Any],
 ) -> dict[str, str]:
-    """Return what the parts of a fit must have in common, by name: data, options, settings, callbacks with a state."""
+    """Return what the parts of a fit must have in common, by name.
+
+    Data, options, settings, callbacks with a state.
+    """
     settings: dict[str, Any] = {}
     for name, facts in sources.facts.items():
         for key, value in facts.items():
@@ -155,7 +161,8 @@ def settings_of(
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS:
             settings[name] = value
-    # Steps of the student alone are compared where there are any; a fit of an earlier version has no such entry.
+    # Steps of the student alone are compared where there are any; a fit of an earlier version has
+    # no such entry.
     del settings["first_steps"]
     if first_steps > 0:
         settings["first_steps"] = first_steps
@@ -197,8 +204,8 @@ def state_of_process(
 ) -> dict[str, Any]:
     """Return the state of this process among those of each process of a checkpoint.
 
-    On another number of processes it is that of the first one; where the networks have dropout, the default generator
-    is then seeded anew for each share.
+    On another number of processes it is that of the first one; where the networks have dropout, the
+    default generator is then seeded anew for each share.
     """
     ranks = trainer.ranks
     if len(states) == ranks.processes:
@@ -207,7 +214,8 @@ def state_of_process(
         return states[ranks.gathered(dist.get_rank()).index(dist.get_rank())]
     if ranks.size > 1 and not sources.are_shared:
         raise MetaplError(
-            f"{path} is of a fit in {len(states)} processes with sources of their own; expected as many."
+            f"{path} is of a fit in {len(states)} processes with sources of their own; expected "
+            "as many."
         )
     state = states[0]
     modules = [module for network in trainer.networks.values() for module in network.modules()]

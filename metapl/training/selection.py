@@ -1,4 +1,7 @@
-"""Which networks a fit keeps: their averages, what they reach on validation data, and the best of them."""
+"""Which networks a fit keeps.
+
+Their averages, what they reach on validation data, and the best of them.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,17 @@ from metapl.training.fittable import Fittable
 from metapl.training.options import Average, FitOptions
 from metapl.training.outcomes import Outcomes
 
-# How far, in accuracy, a teacher may end below its best validation and still be kept as it is after the last step.
+# How far, in accuracy, a teacher may end below its best validation and still be kept as it is after
+# the last step.
 FAR_BEHIND = 0.3
 
 
 @dataclass
 class Best:
-    """A network that is kept: its value on the validation data, after which step it had it, and its weights."""
+    """A network that is kept.
+
+    Its value on the validation data, after which step it had it, and its weights.
+    """
 
     value: float | None = None
     step: int = 0
@@ -72,7 +79,10 @@ class Selection:
         return "" if self.metric is None else f"student_validation_{self.metric.name}"
 
     def network_to_keep(self, role: str) -> AbstractContextManager[nn.Module]:
-        """Return a block with the network that is validated and kept: with averaged weights, where there are any."""
+        """Return a block with the network that is validated and kept.
+
+        With averaged weights, where there are any.
+        """
         if role in self.averages:
             return self.averages[role].held()
         return nullcontext(self.trainer.networks[role])
@@ -127,7 +137,10 @@ class Selection:
             self.best_teacher = Best(value, step, weights_of(network))
 
     def install(self, step: int, say: Say) -> tuple[Best, dict[str, Tensor] | None]:
-        """Leave the networks that are kept in place; returns the student that is, and the teacher's weights."""
+        """Leave the networks that are kept in place.
+
+        Returns the student that is, and the teacher's weights.
+        """
         teacher_weights = None
         if self.trainer.teacher is not None:
             teacher_weights = self._teacher_weights(say)
@@ -150,15 +163,19 @@ class Selection:
             and best_value - last_value >= FAR_BEHIND
         ):
             say(
-                f"the teacher is kept as it was after step {self.best_teacher.step:,}, with {best_value:.1%} on the "
-                f"validation data: after the last step it has {last_value:.1%}"
+                f"the teacher is kept as it was after step {self.best_teacher.step:,}, with "
+                f"{best_value:.1%} on the validation data: after the last step it has "
+                f"{last_value:.1%}"
             )
             return self.best_teacher.weights
         with self.network_to_keep("teacher") as network:
             return weights_of(network)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last values and the best networks; averages are a part of :meth:`live_averages`."""
+        """Return the last values and the best networks.
+
+        Averages are a part of :meth:`live_averages`.
+        """
         return {
             "seen": self.latest,
             "best": vars(self.best_student),

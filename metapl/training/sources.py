@@ -24,7 +24,8 @@ class Sources:
         dtype: the type that arrays of floating point are given.
 
     Attributes:
-        facts: of each source that was drawn from: its examples, its batch size, and the digest of its first batch.
+        facts: of each source that was drawn from: its examples, its batch size, and the digest of
+            its first batch.
     """
 
     def __init__(
@@ -67,7 +68,10 @@ class Sources:
         return batch
 
     def next_batches(self, lookahead: int) -> tuple[Any, Any]:
-        """Return the labeled batch of a step and its unlabeled one: several in a :class:`Lookahead`, None of none."""
+        """Return the labeled batch of a step and its unlabeled one.
+
+        Several in a :class:`Lookahead`, None of none.
+        """
         labeled = self.draw("labeled")
         if "unlabeled" not in self._feeds:
             return labeled, None
@@ -79,7 +83,10 @@ class Sources:
         return labeled, Lookahead([*earlier, last]) if earlier else last
 
     def draw_facts(self) -> dict[str, Any]:
-        """Draw the first batch of each source, for its facts; returns where the feeds were before."""
+        """Draw the first batch of each source, for its facts.
+
+        Returns where the feeds were before.
+        """
         positions = self.state_dict()
         for name in self._feeds:
             self.draw(name)

@@ -69,18 +69,21 @@ from metapl.updates import (
 from metapl.updates.own_step import refuse_closure, undone
 
 FIRST_NOT_FINITE = (
-    "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; lower its learning "
-    "rate, or clean the batch."
+    "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; "
+    "lower its learning rate, or clean the batch."
 )
 
 CLOSURE_OUTSIDE = (
-    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient (docs/meta-learning.md, An outer "
-    "optimizer with a closure)"
+    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient "
+    "(docs/meta-learning.md, An outer optimizer with a closure)"
 )
 
 
 class Begun(NamedTuple):
-    """What a step begins with: the networks' tables, their fingerprint, and a look at it where it is the first."""
+    """What a step begins with.
+
+    The networks' tables, their fingerprint, and a look at it where it is the first.
+    """
 
     slots: list[Slots]
     mark: int
@@ -95,53 +98,65 @@ class BilevelTrainer(Trainer):
               \Big[ -\lambda \sum \mathrm{sg}(h)\cdot\mathrm{signal} + \sum_k L_k(\theta_T) \Big]
 
     Args:
-        teacher, student: modules on one device, with weights of their own. In several processes, both in
-            ``DistributedDataParallel`` or sharded by ``fully_shard`` (docs/scale.md): every rank then gives its equal
-            share of each batch. No teacher, None, for a problem that has none, such as
-            :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
-        mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
-            ``reinforce`` is Algorithm 1 of the paper: one number for the batch, times its labels' mean cross-entropy.
+        teacher, student: modules on one device, with weights of their own. In several processes,
+            both in ``DistributedDataParallel`` or sharded by ``fully_shard`` (docs/scale.md): every
+            rank then gives its equal share of each batch. No teacher, None, for a problem that has
+            none, such as :class:`metapl.problems.LearningToReweight`; it then takes no teacher's
+            options.
+        mode: one of :data:`metapl.MODES`, or an estimator value such as
+            ``metapl.feedback.Reinforce(baseline=0.99)``. ``reinforce`` is Algorithm 1 of the paper:
+            one number for the batch, times its labels' mean cross-entropy.
         problem: default :class:`metapl.PseudoLabels`.
-        inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
-            parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode ``none``, which differentiates nothing,
-            any of ``torch.optim``.
-        outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple; default: the problem's
-            (:meth:`metapl.BilevelProblem.default_outer_optimizer`). Where the problem names none, and for the student,
-            it is ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or
-            Lightning have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
-        teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
-            are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
-        feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the labeled loss after one student
-            step, in the modes without bias. With a large one both networks may collapse onto one class (docs/modes.md).
-        feedback_ratio: in the place of the weight: ‖λ G_h‖ / ‖G_own‖ in every step, the norm of the feedback's gradient
-            in the teacher's parameters over that of the own losses' gradient.
-        feedback_bound: that ratio at most: λ = min(weight, bound · ‖G_own‖ / ‖G_h‖), with a weight of 1 unless another
-            is given. **The default**, where none of the three is given and the teacher learns labels by losses of its
-            own (those of the problem, what is given in their place, or a cross-entropy), is a bound of 0.1
-            (:data:`metapl.feedback.size.DEFAULT_BOUND`; measured in docs/modes.md); elsewhere it is a weight of 1.
-            A bound and a ratio take no pass more than a weight does, and hold one more gradient of the teacher. A
-            compiled step takes one more backward pass of the teacher, unless its losses say ``detaches_signal``.
-        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
-            end: one more teacher forward pass, one graph less in memory.
+        inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these
+            over disjoint parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode
+            ``none``, which differentiates nothing, any of ``torch.optim``.
+        outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple;
+            default: the problem's (:meth:`metapl.BilevelProblem.default_outer_optimizer`). Where
+            the problem names none, and for the student, it is ``SGD(lr=0.05, momentum=0.9,
+            nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning have
+            wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
+        teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem.
+            For pseudo-labels they are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the
+            unlabeled batch has two views.
+        feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the labeled
+            loss after one student step, in the modes without bias. With a large one both networks
+            may collapse onto one class (docs/modes.md).
+        feedback_ratio: in the place of the weight: ‖λ G_h‖ / ‖G_own‖ in every step, the norm of the
+            feedback's gradient in the teacher's parameters over that of the own losses' gradient.
+        feedback_bound: that ratio at most: λ = min(weight, bound · ‖G_own‖ / ‖G_h‖), with a weight
+            of 1 unless another is given. **The default**, where none of the three is given and the
+            teacher learns labels by losses of its own (those of the problem, what is given in their
+            place, or a cross-entropy), is a bound of 0.1
+            (:data:`metapl.feedback.size.DEFAULT_BOUND`; measured in docs/modes.md); elsewhere it is
+            a weight of 1. A bound and a ratio take no pass more than a weight does, and hold one
+            more gradient of the teacher. A compiled step takes one more backward pass of the
+            teacher, unless its losses say ``detaches_signal``.
+        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once
+            more with one at the end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
-        clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
-            of its update, so the feedback includes its derivative.
-        accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
-            of the memory. An outer loss of one's own that is a scalar takes one more forward pass too; (sum, weight)
-            does not (:meth:`metapl.BilevelProblem.outer_loss`). The numbers are the same, except for batch statistics,
-            dropout masks, and inner and teacher losses that are no means over examples.
-        precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
-        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
-            the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
-            ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead` of any length.
-        compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to 0.7 of the time, after 5
-            seconds to three minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
-            Muon on both levels and at most 3 steps ahead, without ``accumulate``. The first step is compared with an
-            eager one. ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state.
-        verify: True: compare the mode's gradient with differences of the loss after real steps, at the first step and
-            where the networks are changed (their modes, frozen parts, hooks), and refuse one that is wrong
-            (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps. Above
-            50 million weights only by a number N, and not in several processes; a line says what is left out.
+        clip_norm: the greatest global norm of either network's gradient; None: no clipping. The
+            student's clip is part of its update, so the feedback includes its derivative.
+        accumulate: micro-batches that each batch is split into: one more teacher forward pass, for
+            about 1/accumulate of the memory. An outer loss of one's own that is a scalar takes one
+            more forward pass too; (sum, weight) does not
+            (:meth:`metapl.BilevelProblem.outer_loss`). The numbers are the same, except for batch
+            statistics, dropout masks, and inner and teacher losses that are no means over examples.
+        precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights
+            and losses in float32.
+        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled
+            batches per step, the student steps on each, and the teacher takes one step on the
+            feedback on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes
+            a :class:`metapl.Lookahead` of any length.
+        compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to 0.7 of
+            the time, after 5 seconds to three minutes of compiling for each shape of batches. In
+            one process, with SGD, Adam, AdamW or Muon on both levels and at most 3 steps ahead,
+            without ``accumulate``. The first step is compared with an eager one.
+            ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state.
+        verify: True: compare the mode's gradient with differences of the loss after real steps, at
+            the first step and where the networks are changed (their modes, frozen parts, hooks),
+            and refuse one that is wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it;
+            False: never; a number N: also every N steps. Above 50 million weights only by a number
+            N, and not in several processes; a line says what is left out.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -220,16 +235,18 @@ class BilevelTrainer(Trainer):
         self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
         if self.mode.keep_on not in (None, "cpu"):
             raise MetaplError(
-                f'keep_on={self.mode.keep_on!r} is for hypergradient(compile=True); expected "cpu" or None.'
+                f"keep_on={self.mode.keep_on!r} is for hypergradient(compile=True); expected "
+                '"cpu" or None.'
             )
         if self.mode.keep_graph and accumulate > 1:
             raise MetaplError(
-                f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'."
+                f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode "
+                "'forward'."
             )
         if getattr(self.mode, "truncate", None) == 0:
             raise MetaplError(
-                "truncate=0 differentiates no step, so the teacher would learn nothing; expected 1 or more, or "
-                "metapl.hypergradient(wrt='start')."
+                "truncate=0 differentiates no step, so the teacher would learn nothing; expected "
+                "1 or more, or metapl.hypergradient(wrt='start')."
             )
         self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
@@ -243,7 +260,8 @@ class BilevelTrainer(Trainer):
         update = update_of(
             self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback
         )
-        # An optimizer without a rule here may fail in its own step, when the teacher has moved already.
+        # An optimizer without a rule here may fail in its own step, when the teacher has moved
+        # already.
         self._own_step = update if isinstance(update, OwnStep) else None
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
@@ -257,7 +275,8 @@ class BilevelTrainer(Trainer):
             if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
                 given = checks.described(outer_optimizer)
                 raise MetaplError(
-                    f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters()."
+                    f"outer_optimizer is {given}; expected one of torch.optim over "
+                    "teacher.parameters()."
                 )
             refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
             refuse_rates_by_entry(self.outer_optimizer, "outer_optimizer")
@@ -268,7 +287,8 @@ class BilevelTrainer(Trainer):
                 *map(id, self.teacher.parameters())
             }:
                 raise MetaplError(
-                    "outer_optimizer holds tensors that are not the teacher's; expected its parameters."
+                    "outer_optimizer holds tensors that are not the teacher's; expected its "
+                    "parameters."
                 )
             options = {name: getattr(self, name) for name in SETTINGS}
             alone = self._teacher_trainer = LossTrainer(
@@ -287,8 +307,9 @@ class BilevelTrainer(Trainer):
             Any
         ] = []  # the weights that the outer optimizer moves, and those that the teacher learns
         self.mode_state, self.orders = self.mode.init(), Orders()
-        # Whether the next step finds the feedback's size also where its rule does not need it; a fit says so before the
-        # steps that it records. Without effect on weights, and in compiled steps.
+        # Whether the next step finds the feedback's size also where its rule does not need it; a
+        # fit says so before the steps that it records. Without effect on weights, and in compiled
+        # steps.
         self.measures_feedback = False
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
@@ -299,10 +320,12 @@ class BilevelTrainer(Trainer):
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
         Args:
-            labeled: (x_l, y_l), or a dict that also holds the labels, under ``labels``. The inputs may be a dict or a
-                tuple of tensors, one argument of the networks (:class:`metapl.models.Logits` spreads it over several).
-            unlabeled: x_u, or (weak, strong); or a :class:`metapl.Lookahead` of K such batches: the student takes K
-                steps, and the teacher one on the feedback on all of them; its own losses read the last batch.
+            labeled: (x_l, y_l), or a dict that also holds the labels, under ``labels``. The inputs
+                may be a dict or a tuple of tensors, one argument of the networks
+                (:class:`metapl.models.Logits` spreads it over several).
+            unlabeled: x_u, or (weak, strong); or a :class:`metapl.Lookahead` of K such batches: the
+                student takes K steps, and the teacher one on the feedback on all of them; its own
+                losses read the last batch.
             outer, inner: other names of ``labeled`` and ``unlabeled``.
 
         Returns: a :class:`metapl.StepReport`.
@@ -352,7 +375,10 @@ class BilevelTrainer(Trainer):
         batches: Sequence[Any],
         ahead: bool,  # whether they were given as a look-ahead
     ) -> StepReport:
-        """Take the step with the feedback's second derivative in one order; a step that fails has moved nothing."""
+        """Take the step with the feedback's second derivative in one order.
+
+        A step that fails has moved nothing.
+        """
         slots = begun.slots
         labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
         mode, number, ranks, parts, generator = (
@@ -418,13 +444,15 @@ class BilevelTrainer(Trainer):
                     fault,
                     feedback=tuple(h) if ahead else h[0],
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
-                    student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
+                    # they may be weights, which the step moves
+                    student_outputs=step.outputs.clone(),
                     order=order or "",
                     direct_term=self.direct_term,
                 )
             if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
                 self.teacher_layout.mean_gradients(self.clip_norm)
-            # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the student moves last.
+            # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the
+            # student moves last.
             with NOTHING if self._own_step is None else undone(optimizer, self._own_step.optimizer):
                 if optimizer is not None:
                     optimizer.step()  # line 8: θ_T′
@@ -438,7 +466,8 @@ class BilevelTrainer(Trainer):
     def _begin_step(self, labeled: Any, unlabeled: Any) -> Begun:
         """Read the networks' tables as they are now, and verify them on these batches where that is due.
 
-        Where networks are met for the first time, what may carry a gradient past the signal is refused.
+        Where networks are met for the first time, what may carry a gradient past the signal is
+        refused.
         """
         refuse_outer_lookahead(labeled)
         for layout in self.distributed:
@@ -493,12 +522,16 @@ class BilevelTrainer(Trainer):
     def _set_feedback_size(
         self, weight: float | None, ratio: float | None, bound: float | None
     ) -> None:
-        """Take the rule of the feedback's size, by default the bound; refuse what does not go together."""
+        """Take the rule of the feedback's size, by default the bound.
+
+        Refuse what does not go together.
+        """
         for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
             if value is not None and not self._has_losses:
                 raise MetaplError(
-                    f"{name}={value:g} was given, and the teacher has no losses of its own to measure by; expected "
-                    "feedback_weight=..., or another learning rate of outer_optimizer, which then sets the size."
+                    f"{name}={value:g} was given, and the teacher has no losses of its own to "
+                    "measure by; expected feedback_weight=..., or another learning rate of "
+                    "outer_optimizer, which then sets the size."
                 )
         if ratio is not None and (weight is not None or bound is not None):
             beside = "feedback_weight" if weight is not None else "feedback_bound"
@@ -520,13 +553,14 @@ class BilevelTrainer(Trainer):
     def functional(self) -> tuple[Step, State]:
         """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
 
-        ``state, report = step(state, outer, inner, noise=None)``, which can be compiled, stacked (``torch.func.vmap``)
-        and differentiated. With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
-        noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's default generator, from
-        which dropout draws too. A parameter that no loss reaches decays there; freeze it. It is not verified: take an
-        eager step first, or :func:`metapl.check_gradient`. ``torch.func`` leaves out the second derivative of an
-        ``autograd.Function`` that is marked ``once_differentiable``, and ``torch.compile`` that of any, in silence;
-        ``compile=True`` compares.
+        ``state, report = step(state, outer, inner, noise=None)``, which can be compiled, stacked
+        (``torch.func.vmap``) and differentiated. With ``lookahead=K`` (at most 3) ``inner`` is a
+        tuple of K batches. ``noise`` is Gumbel noise of the shape of the class probabilities, a
+        tuple of K; None: drawn from torch's default generator, from which dropout draws too. A
+        parameter that no loss reaches decays there; freeze it. It is not verified: take an eager
+        step first, or :func:`metapl.check_gradient`. ``torch.func`` leaves out the second
+        derivative of an ``autograd.Function`` that is marked ``once_differentiable``, and
+        ``torch.compile`` that of any, in silence; ``compile=True`` compares.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -536,8 +570,9 @@ class BilevelTrainer(Trainer):
         >>> int(state.step), report.feedback.shape
         (3, torch.Size([6, 3]))
 
-        Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``, several processes,
-            more than 3 steps, and outer optimizers other than SGD, Adam, AdamW and Muon.
+        Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``,
+            several processes, more than 3 steps, and outer optimizers other than SGD, Adam, AdamW
+            and Muon.
         """
         return functional(self)
 
@@ -546,9 +581,9 @@ class BilevelTrainer(Trainer):
     ) -> Report:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
 
-        Its losses get no signal; ``steps_done`` increases by one, and of the student nothing changes. Returns a report
-        with ``teacher_loss`` and a ``teacher_<name>`` per term. Raises :class:`metapl.MetaplError` before anything
-        moves.
+        Its losses get no signal; ``steps_done`` increases by one, and of the student nothing
+        changes. Returns a report with ``teacher_loss`` and a ``teacher_<name>`` per term. Raises
+        :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = (
             either(labeled=labeled, outer=outer),
@@ -571,7 +606,8 @@ class BilevelTrainer(Trainer):
         )
         if not isinstance(steps, int) or not 0 <= steps < most:
             raise MetaplError(
-                f"{kind_of(self.problem)}.first_steps({most}) returned {steps!r}; expected a whole number below {most}."
+                f"{kind_of(self.problem)}.first_steps({most}) returned {steps!r}; expected a "
+                f"whole number below {most}."
             )
         return steps
 
@@ -581,14 +617,15 @@ class BilevelTrainer(Trainer):
     ) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal`` about the inner batch.
 
-        :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps`` says, or the option
-        of that name. Of the teacher, its optimizer and the mode nothing changes but the buffers that its forward pass
-        writes; ``steps_done`` increases by one. The step is eager with ``compile`` too. It looks one step ahead, so
-        that with ``lookahead`` above 1 the mode is verified when the teacher begins.
+        :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps``
+        says, or the option of that name. Of the teacher, its optimizer and the mode nothing changes
+        but the buffers that its forward pass writes; ``steps_done`` increases by one. The step is
+        eager with ``compile`` too. It looks one step ahead, so that with ``lookahead`` above 1 the
+        mode is verified when the teacher begins.
 
-        Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of the teacher.
-        Returns: a report with ``inner_loss``.
-        Raises: :class:`metapl.MetaplError` before anything moves.
+        Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of
+        the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`
+        before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         if self.lookahead == 1:
@@ -644,9 +681,10 @@ class BilevelTrainer(Trainer):
         """Refuse a problem that makes the student's input from a signal, where there is no step that has one."""
         if reads_signal_in_outer_input(self.problem):
             raise MetaplError(
-                f"{kind_of(self.problem)} has outer_input(batch, signal), and outside of a step there is no signal; "
-                "expected outer_input(self, batch), which reads the teacher as a module that the problem holds "
-                "(self.teacher = teacher): its gradient is the same, by the direct term."
+                f"{kind_of(self.problem)} has outer_input(batch, signal), and outside of a step "
+                "there is no signal; expected outer_input(self, batch), which reads the teacher "
+                "as a module that the problem holds (self.teacher = teacher): its gradient is the "
+                "same, by the direct term."
             )
 
     def read_input(self, batch: Any) -> Any:
@@ -654,7 +692,7 @@ class BilevelTrainer(Trainer):
         own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
 
-    # --------------------------------------------------------------------------------------------------------- state
+    # ---------------------------------------------------------------------------------------- state
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
@@ -703,7 +741,7 @@ class BilevelTrainer(Trainer):
         self.verification.load_state_dict(state["verification"])
         self.orders.load_state_dict(state["orders"])
 
-    # ---------------------------------------------------------------------------------------- finetuning and gradients
+    # --------------------------------------------------------------------- finetuning and gradients
 
     def finetune(
         self,
@@ -719,9 +757,11 @@ class BilevelTrainer(Trainer):
             labeled: as for :meth:`fit`.
             steps: 1,000 or so in the paper, at a small learning rate.
             optimizer: over the student's parameters; default ``SGD(lr=1e-3)``.
-            options: as for :meth:`fit` (``validation``, ``out``, ``resume``, ...); the phase is called ``finetune``.
+            options: as for :meth:`fit` (``validation``, ``out``, ``resume``, ...); the phase is
+                called ``finetune``.
 
-        Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
+        Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in
+        the recipes.
         """
         own = {name: getattr(self, name) for name in SETTINGS}
         optimizer = (
@@ -744,8 +784,9 @@ class BilevelTrainer(Trainer):
     ) -> Hypergradient:
         """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
 
-        The student's clip and the micro-batches (``accumulate``) count, and the baseline so far does not. The default
-        generators stay as they are, so that every call sees the same dropout masks.
+        The student's clip and the micro-batches (``accumulate``) count, and the baseline so far
+        does not. The default generators stay as they are, so that every call sees the same dropout
+        masks.
 
         Args:
             labeled, unlabeled, outer, inner: as for :meth:`step`.

@@ -76,14 +76,15 @@ def update_of(
         optimizer: of ``torch.optim``, several of them, or a TorchOpt transform.
         state: of the transform, from an earlier step; None: its initial one.
         name: of the argument, for errors.
-        is_differentiated: whether the mode needs the update as a function; without it any optimizer of ``torch.optim``
-            is taken.
+        is_differentiated: whether the mode needs the update as a function; without it any optimizer
+            of ``torch.optim`` is taken.
     """
     if isinstance(optimizer, Update):
         inside = optimizer.inner if isinstance(optimizer, Clipped) else optimizer
         if is_differentiated and isinstance(inside, OwnStep):
             raise MetaplError(
-                f"{name} is {type(inside.optimizer).__name__}, which has no derivative here; expected {RULES}."
+                f"{name} is {type(inside.optimizer).__name__}, which has no derivative here; "
+                f"expected {RULES}."
             )
         return optimizer
     optimizer, sharded = as_one(optimizer, name), any(is_sharded(p) for p in parameters.values())

@@ -29,9 +29,9 @@ from metapl.updates.torch_optim import (
 class Adam(TorchUpdate):
     r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
 
-    m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth
-    in d, and the square root is not: there n̂ counts as the smallest normal number, a constant. In float16 that is
-    above many a real n̂, and such weights are refused.
+    m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0
+    the update is smooth in d, and the square root is not: there n̂ counts as the smallest normal
+    number, a constant. In float16 that is above many a real n̂, and such weights are refused.
     """
 
     numbers = ("lr", "betas", "eps", "weight_decay")

@@ -1,15 +1,16 @@
 r"""The student's update θ′ = U(θ, g, s) as a pure function of weights, gradient and optimizer state.
 
-Estimators need an update that can be differentiated, and computed without moving the weights; optimizers offer neither.
-The adjoint of one step maps the cotangents of θ′ and s′ to the cotangents of g, θ and s:
+Estimators need an update that can be differentiated, and computed without moving the weights;
+optimizers offer neither. The adjoint of one step maps the cotangents of θ′ and s′ to the cotangents
+of g, θ and s:
 
 .. math:: (w, \bar\theta, \bar s) = \Big(\frac{\partial (U, s')}{\partial (g, \theta, s)}\Big)^{\!\top}
           (\bar\theta', \bar s')
 
 For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enough.
 
-Both roads use the same rules. On the pure road the settings of the param groups come in as ``options``, whose numbers
-are 0-D tensors, and the step counter is a tensor.
+Both roads use the same rules. On the pure road the settings of the param groups come in as
+``options``, whose numbers are 0-D tensors, and the step counter is a tensor.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Cotangents(NamedTuple):
 
 
 def cotangents_of(state: Mapping[str, Mapping[str, Any]], of_next: Any) -> tuple[Any, Any]:
-    """Of a state by parameters, as ``torch.optim`` has it: the cotangents of the next one, and of this one where no
-    step changes it; None where there is none."""
+    """Of a state by parameters, as ``torch.optim`` has it: the cotangents of the next one, and of
+    this one where no step changes it; None where there is none."""
     given = of_next or {name: {} for name in state}
     return given, {
         name: {key: given[name].get(key) for key in held} for name, held in state.items()
@@ -59,7 +60,8 @@ class Update(ABC):
     parameters: dict[
         str, nn.Parameter
     ]  # the student's trainable ones, as last given to :meth:`follow`
-    rounded: bool = False  # whether the optimizer's own step rounds its products to a shorter type than the rule
+    # whether the optimizer's own step rounds its products to a shorter type than the rule
+    rounded: bool = False
 
     @property
     def options(self) -> Options:
@@ -68,12 +70,18 @@ class Update(ABC):
 
     @property
     def learning_rate(self) -> float | None:
-        """η of the first param group, for feedback in units of it; None if the optimizer does not expose it."""
+        """η of the first param group, for feedback in units of it.
+
+        None if the optimizer does not expose it.
+        """
         return None
 
     @abstractmethod
     def follow(self, parameters: Parameters) -> None:
-        """Update the set of the student's trainable parameters; refuse parameters that the optimizer does not hold."""
+        """Update the set of the student's trainable parameters.
+
+        Refuse parameters that the optimizer does not hold.
+        """
 
     @abstractmethod
     def read_state(self) -> Any:
@@ -87,7 +95,10 @@ class Update(ABC):
     def update(
         self, params: Tree, grads: Tree, state: Any, options: Options | None = None
     ) -> tuple[Tree, Any]:
-        """θ′ and s′, differentiable in all arguments; ``options`` take the place of those of the param groups."""
+        """θ′ and s′, differentiable in all arguments.
+
+        ``options`` take the place of those of the param groups.
+        """
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         """θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
@@ -96,7 +107,8 @@ class Update(ABC):
     def at(self, options: Options) -> Update:
         """The same update with these options of its param groups, such as the learning rates of a later step."""
         raise MetaplError(
-            "schedule was given with a TorchOpt transform; expected torchopt.schedule in the transform."
+            "schedule was given with a TorchOpt transform; expected torchopt.schedule in the "
+            "transform."
         )
 
     def pullback(
@@ -179,11 +191,17 @@ class Update(ABC):
     def commit(
         self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]
     ) -> None:
-        """Move parameters and state: by the optimizer's own step on g, or to the θ′ and s′ that ``moved`` returns."""
+        """Move parameters and state.
+
+        By the optimizer's own step on g, or to the θ′ and s′ that ``moved`` returns.
+        """
         self.write(parameters, *moved())
 
     def exactly(self, parameters: Parameters, grads: Tree) -> None:
-        """Take the step that is differentiated: the optimizer's own, and the rule's where that one is rounded."""
+        """Take the step that is differentiated.
+
+        The optimizer's own, and the rule's where that one is rounded.
+        """
         moved = partial(
             self.update,
             {name: p.detach() for name, p in parameters.items()},

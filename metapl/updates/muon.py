@@ -41,8 +41,9 @@ def factor(shape: torch.Size, how: str | None) -> float:
 class Muon(TorchUpdate):
     r"""b′ = μb + (1−μ)g; θ′ = θ(1−ηλ) − η·factor·NS(g + μ(b′−g) | b′), with Nesterov momentum or without.
 
-    NS is :func:`orthogonalized`. ``torch.optim.Muon`` has its products in bfloat16, whose rounding has no derivative;
-    the rule, which is differentiated and verified, in the type of the weights. The adjoint is autograd's.
+    NS is :func:`orthogonalized`. ``torch.optim.Muon`` has its products in bfloat16, whose rounding
+    has no derivative; the rule, which is differentiated and verified, in the type of the weights.
+    The adjoint is autograd's.
 
     Source: Jordan et al., 2024; ``torch.optim.Muon``, whose b is an average of gradients.
     """

@@ -39,8 +39,8 @@ def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -
 class OwnStep(TorchUpdate):
     """Take the steps of any optimizer of ``torch.optim``, such as RMSprop, by its own ``step()``.
 
-    Raises: :class:`metapl.MetaplError` for an optimizer whose ``step`` needs a closure, such as LBFGS, and where a mode
-    asks for the update as a function.
+    Raises: :class:`metapl.MetaplError` for an optimizer whose ``step`` needs a closure, such as
+    LBFGS, and where a mode asks for the update as a function.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
@@ -52,19 +52,24 @@ class OwnStep(TorchUpdate):
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
         raise MetaplError(
-            f"inner_optimizer has no derivative here, so that mode 'none' alone takes it; expected {RULES}."
+            "inner_optimizer has no derivative here, so that mode 'none' alone takes it; "
+            f"expected {RULES}."
         )
 
     def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
         """Return θ′ and s′ of one of several steps, by a fresh optimizer of the same type with this state.
 
-        Refused for what such an optimizer would not have: attributes of a class that is not torch's, and hooks.
+        Refused for what such an optimizer would not have: attributes of a class that is not
+        torch's, and hooks.
         """
         for one in parts_of(self.optimizer):
             if not type(one).__module__.startswith("torch.optim") or any(
                 vars(one)[name] for name in HOOKS
             ):
-                given = f"several student steps with {type(one).__name__}, of a class that is not torch's or with hooks"
+                given = (
+                    f"several student steps with {type(one).__name__}, of a class that is not "
+                    "torch's or with hooks"
+                )
                 raise MetaplError(
                     f"{given}; expected one step, or an optimizer of torch.optim without hooks."
                 )

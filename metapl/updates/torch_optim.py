@@ -1,4 +1,7 @@
-"""Updates of ``torch.optim`` optimizers: their rules as functions, their state as the optimizer holds it."""
+"""Updates of ``torch.optim`` optimizers.
+
+Their rules as functions, their state as the optimizer holds it.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,14 @@ Settings = Mapping[str, Tensor | Sequence[Tensor]]  # (K, groups), or (K, ...) o
 Schedule = (
     LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Settings
 )
-"""Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each; or settings by name."""
+"""Of a learning rate, by a scheduler or by factors.
 
-# Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
-# between, ten times as much in the adjoint of Adam, would be of the whole network.
+Of several optimizers, also one for each; or settings by name.
+"""
+
+# Numbers of weights that an update, or its adjoint, is computed of together: more are no faster,
+# and what is held in between, ten times as much in the adjoint of Adam, would be of the whole
+# network.
 AT_ONCE = 2**25
 
 
@@ -50,7 +57,10 @@ def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, .
 def refuse_missing(
     name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str
 ) -> None:
-    """Refuse an optimizer that does not hold all trainable parameters of a network; ``name`` is its argument's."""
+    """Refuse an optimizer that does not hold all trainable parameters of a network.
+
+    ``name`` is its argument's.
+    """
     held = set(map(id, parameters_of(optimizer)))
     if not parameters or not held.issuperset(map(id, parameters.values())):
         missing = [path for path, p in parameters.items() if id(p) not in held]
@@ -58,21 +68,22 @@ def refuse_missing(
         if network == "student" and missing:
             expected += as_group_at_rest(name, optimizer)
         raise MetaplError(
-            f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} trainable "
-            f"parameters of the {network}; expected {expected}."
+            f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the "
+            f"{len(parameters)} trainable parameters of the {network}; expected {expected}."
         )
     of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
     if any(
         p.ndim != 2 or p.is_complex() for params in of_muon for p in params
     ):  # which torch may see in a step only
         raise MetaplError(
-            f"{name} has Muon over tensors that are no real matrices; give them to another optimizer."
+            f"{name} has Muon over tensors that are no real matrices; give them to another "
+            "optimizer."
         )
 
 
 def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
-    """Return the end of an error: how the student's other weights stay as they are in the inner steps, as in ANIL, and
-    have a gradient of the outer loss."""
+    """Return the end of an error: how the student's other weights stay as they are in the inner
+    steps, as in ANIL, and have a gradient of the outer loss."""
     parts = parts_of(optimizer)
     taking = [number for number, part in enumerate(parts) if not isinstance(part, torch.optim.Muon)]
     if not taking:
@@ -84,7 +95,8 @@ def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
         '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
     )
     return (
-        f"; those that the inner steps leave as they are go into a group with lr=0: groups = {groups}; "
+        "; those that the inner steps leave as they are go into a group with lr=0: groups = "
+        f"{groups}; "
         f'{owner}.add_param_group({{"params": {rest}, "lr": 0.0}})'
     )
 
@@ -103,8 +115,9 @@ def options_by_step(
         isinstance(schedule, LRScheduler) or callable(schedule)
     ):
         raise MetaplError(
-            f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler of the step alone, a function from the "
-            "step's number to a factor; of several optimizers a tuple; or a dict of settings, (K, param groups)."
+            f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler of the step alone, "
+            "a function from the step's number to a factor; of several optimizers a tuple; or a "
+            "dict of settings, (K, param groups)."
         )
     if not isinstance(schedule, LRScheduler):
         return [
@@ -142,16 +155,21 @@ def options_by_settings(
                 list(column) for column in zip(*values.tolist(), strict=True)
             ]
         else:
-            # A setting with a value for each entry of a group's weights, beside groups that have one number.
+            # A setting with a value for each entry of a group's weights, beside groups that have
+            # one number.
             shapes = [(steps, *entry_shape(group.get(name))) for group in groups]
             if (
                 [(steps, *t.shape[1:]) for t in values] != shapes
                 or min(map(len, values)) < steps
                 or not is_known
             ):
-                given = f"schedule has {name!r} of shapes {few([str(tuple(t.shape)) for t in values], 3)}"
+                given = (
+                    f"schedule has {name!r} of shapes "
+                    f"{few([str(tuple(t.shape)) for t in values], 3)}"
+                )
                 raise MetaplError(
-                    f"{given}; expected settings of inner_optimizer, for each param group {few(map(str, shapes), 3)}."
+                    f"{given}; expected settings of inner_optimizer, for each param group "
+                    f"{few(map(str, shapes), 3)}."
                 )
             columns = [t.tolist() if t.ndim == 1 else list(t.detach().unbind()) for t in values]
         for number, of_step in enumerate(options):
@@ -162,7 +180,10 @@ def options_by_settings(
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Copies of the options of the param groups: a scheduler writes into a learning rate that is a tensor."""
+    """Copies of the options of the param groups.
+
+    A scheduler writes into a learning rate that is a tensor.
+    """
     return [
         copy.deepcopy({n: v for n, v in group.items() if n != "params"})
         for group in optimizer.param_groups
@@ -172,8 +193,9 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 class TorchUpdate(Update):
     """The update of a ``torch.optim`` optimizer, from its current state and param groups.
 
-    A subclass gives the rule of one param group, by PyTorch's fused operations on lists: a few kernels for all
-    parameters. Of sharded ones, the trees and states hold this process's parts; the optimizer holds DTensors.
+    A subclass gives the rule of one param group, by PyTorch's fused operations on lists: a few
+    kernels for all parameters. Of sharded ones, the trees and states hold this process's parts; the
+    optimizer holds DTensors.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
@@ -186,7 +208,8 @@ class TorchUpdate(Update):
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
         if foreign:
             raise MetaplError(
-                f"inner_optimizer holds {foreign} other tensors; expected student.parameters() alone."
+                f"inner_optimizer holds {foreign} other tensors; expected student.parameters() "
+                "alone."
             )
 
     @staticmethod
@@ -199,7 +222,10 @@ class TorchUpdate(Update):
     @staticmethod
     @abstractmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
-        """An equal state with all tensors that later ones have: the pure road's first step has the shapes of others."""
+        """An equal state with all tensors that later ones have.
+
+        The pure road's first step has the shapes of others.
+        """
 
     def follow(self, parameters: Parameters) -> None:
         groups, held = self.optimizer.param_groups, [*parameters, *map(id, parameters.values())]
@@ -236,8 +262,8 @@ class TorchUpdate(Update):
             given = f"inner_optimizer has {name!r} of shape {tuple(value.shape)} in a param group"
             if name != "lr" or not self.takes_entries(group):
                 raise MetaplError(
-                    f"{given}, and torch.optim takes no such step; expected a number, or lr of torch.optim.SGD, whose "
-                    "shape may be that of a weight."
+                    f"{given}, and torch.optim takes no such step; expected a number, or lr of "
+                    "torch.optim.SGD, whose shape may be that of a weight."
                 )
             for p in group["params"]:
                 # torch takes a tensor of one entry as a number, whatever its shape.
@@ -250,8 +276,10 @@ class TorchUpdate(Update):
                     or value.device != p.device
                 ):
                     raise MetaplError(
-                        f"{given} with a weight of shape {tuple(p.shape)}, {p.dtype}, on {p.device}; expected a group "
-                        'for each weight, {"params": [p], "lr": torch.full_like(p, 0.1)}, of real numbers, not sharded.'
+                        f"{given} with a weight of shape {tuple(p.shape)}, {p.dtype}, on "
+                        f"{p.device}; expected a group "
+                        'for each weight, {"params": [p], "lr": torch.full_like(p, 0.1)}, of real '
+                        "numbers, not sharded."
                     )
 
     @property
@@ -368,7 +396,10 @@ class TorchUpdate(Update):
         return held.detach().view(weight.shape), after
 
     def without_optimizer(self) -> TorchUpdate:
-        """Return the rule alone, which holds no tensors: :meth:`update` of it, with options, is the same function."""
+        """Return the rule alone, which holds no tensors.
+
+        :meth:`update` of it, with options, is the same function.
+        """
         rule = copy.copy(self)
         del rule.optimizer
         rule.parameters, rule.owner = {}, {}
@@ -449,15 +480,17 @@ def refuse_rates_by_entry(optimizer: torch.optim.Optimizer, name: str) -> None:
     for group in optimizer.param_groups:
         if has_entries(group) and not group["lr"].requires_grad:
             raise MetaplError(
-                f"{name} has 'lr' of shape {tuple(group['lr'].shape)} in a param group, and torch.optim takes no such "
-                "step; expected a number. A rate for each entry is for the inner optimizer, torch.optim.SGD."
+                f"{name} has 'lr' of shape {tuple(group['lr'].shape)} in a param group, and "
+                "torch.optim takes no such step; expected a number. A rate for each entry is for "
+                "the inner optimizer, torch.optim.SGD."
             )
 
 
 def refuse_state_of_another(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
     """Refuse the state of an optimizer of another kind, whose settings torch would take over in part, or miss.
 
-    A state of another version of torch may lack settings, or have more; one of another kind does both.
+    A state of another version of torch may lack settings, or have more; one of another kind does
+    both.
     """
     if not isinstance(state, Mapping) or "param_groups" not in state:
         raise MetaplError(f"its {name} has no param_groups: it is no state of torch.optim")
@@ -471,13 +504,16 @@ def refuse_state_of_another(state: Any, optimizer: torch.optim.Optimizer, name: 
     )
     if only_saved and only_own:
         raise MetaplError(
-            f"its {name} has {', '.join(only_saved)}, and the trainer's {type(optimizer).__name__} has "
-            f"{', '.join(only_own)}"
+            f"its {name} has {', '.join(only_saved)}, and the trainer's {type(optimizer).__name__} "
+            f"has {', '.join(only_own)}"
         )
 
 
 def entry_shape(setting: Any) -> tuple[int, ...]:
-    """Return the shape of a setting with a value for each entry of a weight; () for a number, also one in a tensor."""
+    """Return the shape of a setting with a value for each entry of a weight.
+
+    () for a number, also one in a tensor.
+    """
     return tuple(setting.shape) if isinstance(setting, Tensor) else ()
 
 
@@ -494,10 +530,12 @@ def is_nonzero(setting: Any) -> bool:
 def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param group by which ``torch.optim.SGD`` takes a step on flat weights, with a rate for each entry.
 
-    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over single tensors; it reads
-    any other tensor as a number. It drops dimensions of size 1 of the rate, but not of the weight.
+    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over
+    single tensors; it reads any other tensor as a number. It drops dimensions of size 1 of the
+    rate, but not of the weight.
     """
-    # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would need none then.
+    # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would
+    # need none then.
     rate = group["lr"].detach().flatten().clone().requires_grad_()
     return {**group, "lr": rate, "foreach": False, "fused": False}
 
@@ -510,8 +548,8 @@ def is_set(setting: Any) -> bool:
 class SGD(TorchUpdate):
     r"""d = ±g + λθ; b′ = μb + (1−τ)d (the first time: b′ = d); θ′ = θ − η·(d + μb′ | b′ | d).
 
-    The three cases are Nesterov momentum, momentum, and none. The update is linear, so its pullback does not depend on
-    the values. With c = 1 the first time and 1−τ later:
+    The three cases are Nesterov momentum, momentum, and none. The update is linear, so its pullback
+    does not depend on the values. With c = 1 the first time and 1−τ later:
 
     .. math:: w = \mp\eta\,(1 + \mu c \mid c \mid 1)\, v
     """
@@ -617,8 +655,8 @@ class SGD(TorchUpdate):
 
 
 def rate_of(group: Mapping[str, Any], weights: Sequence[Tensor]) -> Any:
-    """Return the learning rate of a param group; one with a value for each entry in the type of the weights, which a
-    wider one would change."""
+    """Return the learning rate of a param group; one with a value for each entry in the type of the
+    weights, which a wider one would change."""
     rate = group["lr"]
     return rate.to(weights[0].dtype) if entry_shape(rate) and weights else rate
 
@@ -649,7 +687,10 @@ def add(a: Tensors, b: Tensors, alpha: Any = 1.0) -> Any:
 
 
 def of_lists(*factors: Any) -> tuple[Any, Any]:
-    """:func:`add` and :func:`mul` by these factors, asked for once: PyTorch's own where none is a tensor."""
+    """:func:`add` and :func:`mul` by these factors, asked for once.
+
+    PyTorch's own where none is a tensor.
+    """
     if transformed() or True in [isinstance(factor, Tensor) for factor in factors]:
         return add, mul
     return torch._foreach_add, torch._foreach_mul

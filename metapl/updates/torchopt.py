@@ -24,12 +24,14 @@ def is_transform(optimizer: Any) -> bool:
 class TransformUpdate(Update):
     """The update of a TorchOpt transform: its state goes in and comes out, its adjoint is autograd's.
 
-    ``is_learned`` says whether what the transform returns requires a gradient, because it reads a learned tensor.
+    ``is_learned`` says whether what the transform returns requires a gradient, because it reads a
+    learned tensor.
 
-    Two defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on its first call, by a
-    hidden flag that a dummy call clears; so with ``dampening`` the first step is damped too. The VJP of ``adam`` is NaN
-    where a gradient entry is exactly zero: it is taken at a negligible entry. Other wrong VJPs, such as that of
-    ``clip_grad_norm``, are found by the verification of the first step.
+    Two defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on
+    its first call, by a hidden flag that a dummy call clears; so with ``dampening`` the first step
+    is damped too. The VJP of ``adam`` is NaN where a gradient entry is exactly zero: it is taken at
+    a negligible entry. Other wrong VJPs, such as that of ``clip_grad_norm``, are found by the
+    verification of the first step.
     """
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
@@ -66,8 +68,8 @@ class TransformUpdate(Update):
             for name, p in params.items()
         }
         if transformed() or any(g.requires_grad for g in grads.values()):
-            # For autograd, sqrt(g²) has no derivative at 0; of an update that is smooth there, such as Adam's with its
-            # ε, the derivative differs by O(1e-15/ε).
+            # For autograd, sqrt(g²) has no derivative at 0; of an update that is smooth there, such
+            # as Adam's with its ε, the derivative differs by O(1e-15/ε).
             least = {torch.float64: 1e-60}
             grads = {
                 n: torch.where(g == 0, g + least.get(g.dtype, 1e-15), g) for n, g in grads.items()
@@ -85,7 +87,8 @@ class TransformUpdate(Update):
         return {"leaves": pytree.tree_leaves(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Only the leaves are stored, and the structure comes from the transform, so that no code is loaded from a file.
+        # Only the leaves are stored, and the structure comes from the transform, so that no code is
+        # loaded from a file.
         leaves, structure = pytree.tree_flatten(self.state)
         pairs = zip(leaves, state["leaves"], strict=True)
         placed = [new.to(old.device) if isinstance(old, Tensor) else new for old, new in pairs]

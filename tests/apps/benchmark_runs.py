@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 
-# Both halves take as long in miniature; each has a file, so that no process is left alone with all of them.
+# Both halves take as long in miniature; each has a file, so that no process is left alone with all
+# of them.
 FIRST = (
     "endurance",
     "attribution",
@@ -94,7 +95,10 @@ def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    """What a benchmark's command prints, in this process; endurance forks, which autograd's threads do not survive."""
+    """What a benchmark's command prints, in this process.
+
+    Endurance forks, which autograd's threads do not survive.
+    """
     name, *options = script.split()
     words = [*options, *map(str, arguments)]
     if name == "endurance":

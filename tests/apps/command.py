@@ -37,7 +37,10 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def edited(file: Path, *keys: str, **values: Any) -> None:
-    """Update what a JSON file holds, or what it holds under these keys; of a run, as if the run had written it so."""
+    """Update what a JSON file holds, or what it holds under these keys.
+
+    Of a run, as if the run had written it so.
+    """
     content = json.loads(file.read_text())
     sealed = content.pop("sha256", {})
     part = content

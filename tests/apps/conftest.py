@@ -23,7 +23,10 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose scripts so
 
 @pytest.fixture(scope="session", autouse=True)
 def _blank_pictures() -> None:
-    """``report.png`` is not drawn: it takes most of a small run, and is seldom the point of a test."""
+    """``report.png`` is not drawn.
+
+    It takes most of a small run, and is seldom the point of a test.
+    """
     Image.new("RGB", (8, 8), "white").save(file := io.BytesIO(), format="png")
     report.draw = lambda **given: file.getvalue()
 

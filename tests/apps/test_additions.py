@@ -1,5 +1,5 @@
-"""A new estimator is one file and one line of the registry, and so is a new method: each is added to a copy of the
-package, whose functions and command then know it."""
+"""A new estimator is one file and one line of the registry, and so is a new method: each is added
+to a copy of the package, whose functions and command then know it."""
 
 import os
 import shutil

@@ -165,7 +165,10 @@ def test_what_is_stopped_leaves_what_was_there(
 def test_a_training_that_learned_nothing_has_no_scores(
     folders: tuple[Path, set[str]], tmp_path: Path
 ) -> None:
-    """One that is too sure has: its loss is above that of even guesses, but most of its answers are right."""
+    """One that is too sure has.
+
+    Its loss is above that of even guesses, but most of its answers are right.
+    """
     root, _ = folders
     for here, there in (
         ("bar", "beam"),

@@ -1,4 +1,7 @@
-"""Pictures from a backbone: where its weights are found, what of them is trained, and the control beside the run."""
+"""Pictures from a backbone.
+
+Where its weights are found, what of them is trained, and the control beside the run.
+"""
 
 import json
 import shutil
@@ -36,7 +39,10 @@ FLAGS = "--steps 3 --finetune-steps 2 --device cpu --labeled-batch 4 --log-every
 NETWORK = f"--network pooled_cnn --image-size {SIDE} {FLAGS}"
 PLACES = "--labeled {root}/labeled --unlabeled {root}/unlabeled --test {root}/test"
 IMAGES = f"train images {PLACES} {NETWORK} --unlabeled-batch 4 --method"
-NOISY = f"train noisy --labeled {{root}}/noisy --clean {{root}}/labeled --test {{root}}/test {NETWORK} --method"
+NOISY = (
+    f"train noisy --labeled {{root}}/noisy --clean {{root}}/labeled --test {{root}}/test "
+    f"{NETWORK} --method"
+)
 
 
 @pytest.fixture(name="root", scope="module")

@@ -104,10 +104,11 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
     readme = (ROOT / "README.md").read_text()
     for sentence in (
         f"On {verified.total()} unusual students",
-        f"is right on {verified['right']}, refuses {verified['refused']}, warns of {verified['warned']} and is",
+        f"is right on {verified['right']}, refuses {verified['refused']}, warns of "
+        f"{verified['warned']} and is",
         f"(without verification on {unverified['wrong']})",
-        f"are right on {min(others_right)} to {max(others_right)} and [silently wrong on {min(others_wrong)} to "
-        f"{max(others_wrong)}]",
+        f"are right on {min(others_right)} to {max(others_right)} and [silently wrong on "
+        f"{min(others_wrong)} to {max(others_wrong)}]",
         f"on {bergson['right']} and {bergson['wrong']}.",
     ):
         assert sentence in readme
@@ -117,8 +118,8 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
     page = " ".join((ROOT / "docs" / "peers.md").read_text().split())
     by_forward = len(right_elsewhere & right["metapl, forward"])
     assert (
-        f"On {len(right_elsewhere)} students one of the others is right, and `forward` on {by_forward} of"
-        in page
+        f"On {len(right_elsewhere)} students one of the others is right, and `forward` on "
+        f"{by_forward} of" in page
     )
     missed = right_elsewhere - right["metapl, forward"]
     assert missed == {"a captured teacher", "a count in an attribute"}
@@ -172,7 +173,8 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
     (tmp_path / "WRN-28-2-float32.json").rename(tmp_path / "kept.json")
     (tmp_path / "WRN-28-2-float32.log").write_text("what happened\n")
     assert "| WRN-28-2, float32 | failed: what happened | |" in run("gpu", "--table", tmp_path)
-    # Rows that a part had measured before it was stopped stay, and the next call goes on behind them.
+    # Rows that a part had measured before it was stopped stay, and the next call goes on behind
+    # them.
     kept = harness.loaded(tmp_path / "kept.json")[:2]
     kept[0]["ratio"] = 0.125
     harness.write_json(tmp_path / "WRN-28-2-float32.part", kept)

@@ -1,5 +1,5 @@
-"""The command line: what is typed in the pages parses, what is refused leaves every file as it was, and what each
-command that reads a run says and writes."""
+"""The command line: what is typed in the pages parses, what is refused leaves every file as it was,
+and what each command that reads a run says and writes."""
 
 import json
 import math
@@ -124,7 +124,8 @@ REFUSED = {
     f"WORLD_SIZE=2 {DIGITS} --mesh.shard 2 --labeled-batch 9": "--labeled-batch 9",
     f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --accumulate 8 --labeled-batch 24": "multiple of 16",
     f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --compare": "--compare",
-    f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --method reduced_mpl": "reads labels that are stored",
+    f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --method "
+    "reduced_mpl": "reads labels that are stored",
     f"{DIGITS} --device cuda": "GPU",
     f"{DIGITS} --compare --methods plain": "plain",
     f"{DIGITS} --seeds 0-1": "--compare",
@@ -400,7 +401,8 @@ def test_ablate_measures_the_modes_of_digits_and_of_networks_of_ones_own(
     (tmp_path / "own_networks.py").write_text(
         "import torch, metapl\ndef build():\n    a, b = (torch.nn.Linear(6, 3) for _ in range(2))\n"
         "    x = torch.randn(12, 6)\n"
-        "    return metapl.BilevelTrainer(a, b, 'forward'), (x, torch.arange(12) % 3), torch.randn(9, 6)\n"
+        "    return metapl.BilevelTrainer(a, b, 'forward'), (x, torch.arange(12) % 3), "
+        "torch.randn(9, 6)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_networks", raising=False)

@@ -1,4 +1,7 @@
-"""Methods and runs side by side: what a comparison says of its numbers, and that its runs are those of one alone."""
+"""Methods and runs side by side.
+
+What a comparison says of its numbers, and that its runs are those of one alone.
+"""
 
 import json
 import multiprocessing

@@ -45,7 +45,8 @@ def differ_as_they_say(*found: float) -> bool:
 
 
 PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
-    # The words of a command, what is looked for in what it prints, and what holds of the numbers there.
+    # The words of a command, what is looked for in what it prints, and what holds of the numbers
+    # there.
     **{
         name: (f"{name} 3 --steps 3", compared(of), differ_as_they_say)
         for name, of in LABEL_METHODS.items()
@@ -73,7 +74,9 @@ PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
         r": ([\d.]+) with noise that was learned \(0\.1 -> ([\d.]+)\), ([\d.]+) with 0\.1",
         lambda learned, noise, fixed: learned > fixed and 0.15 < noise < 1,
     ),
-    "tables": (  # on the mean of its seeds, less a point; the figures of twelve seeds are in the example's own text
+    # on the mean of its seeds, less a point; the figures of twelve seeds are in the example's own
+    # text
+    "tables": (
         "tabular",
         TABLE.format("breast cancer") + r"(?:.*\n)+?" + TABLE.format("wine"),
         lambda *found: all(own > max(80, plain - 1) for plain, own in (found[:2], found[2:])),

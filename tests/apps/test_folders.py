@@ -1,5 +1,6 @@
-"""Folders of pictures: what a scan finds, what is wrong with them, which files are sound, and how they split; trainings
-on many files, broken ones, files that block; and names that move no cursor, are no formula, and no Markdown."""
+"""Folders of pictures: what a scan finds, what is wrong with them, which files are sound, and how
+they split; trainings on many files, broken ones, files that block; and names that move no cursor,
+are no formula, and no Markdown."""
 
 import contextlib
 import csv
@@ -61,7 +62,10 @@ def fill(root: Path, *names: str) -> Path:
 
 
 def pictures(root: Path, **levels: list[int]) -> Path:
-    """One folder a class, with small pictures of the given levels: two of one level have the same bytes."""
+    """One folder a class, with small pictures of the given levels.
+
+    Two of one level have the same bytes.
+    """
     for name, values in levels.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for i, value in enumerate(values):
@@ -200,7 +204,10 @@ def test_a_tar_file_stands_for_the_folder(tmp_path: Path) -> None:
 
 
 def test_tar_files_of_others(tmp_path: Path) -> None:
-    """As `tar cf` and WebDataset write them: names that begin with ./, labels beside pictures, hidden files."""
+    """As `tar cf` and WebDataset write them.
+
+    Names that begin with ./, labels beside pictures, hidden files.
+    """
     root = tmp_path / "many"
     write_tar(
         root / "b.tar",
@@ -253,13 +260,16 @@ FINDINGS: dict[str, tuple[Sides, list[tuple[str, str, str]]]] = {
     ),
     "validation in both": (
         {"labeled": L, "unlabeled": [5, 6], "validation": {"cat": [5, 2], "dog": [9]}},
-        [("error", "validation copies", "among the labeled"), ("error", "validation copies", "among the unlabeled")],
+        [("error", "validation "
+                   "copies", "among the "
+                             "labeled"), ("error", "validation copies", "among the unlabeled")],
     ),
     "test in validation": (
         {"labeled": L, "validation": {"cat": [8], "dog": [9]}, "test": {"cat": [10], "dog": [9]}},
         [("warning", "test copies", "among the validation")],
     ),
-    "no others": ({"labeled": L, "unlabeled": [1, 2, 3, 4]}, [("warning", "labeled copies", "4 of its 4")]),
+    "no others": ({"labeled": L, "unlabeled": [1, 2, 3, 4]}, [("warning", "labeled "
+                                                                          "copies", "4 of its 4")]),
     "some there too": ({"labeled": L, "unlabeled": [4, 3, 2, 5]}, []),
 }  # fmt: skip
 
@@ -418,8 +428,9 @@ def test_a_terminal_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it trains, as in folders that are too large to decode first: they are replaced, recorded once, and counted
-    at the end. Where all are decoded first, they are left out. A class that has no other file is named."""
+    """While it trains, as in folders that are too large to decode first: they are replaced,
+    recorded once, and counted at the end. Where all are decoded first, they are left out. A class
+    that has no other file is named."""
     root = color_folders(tmp_path / "root")
     cut = [
         root / name

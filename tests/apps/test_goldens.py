@@ -1,7 +1,8 @@
 """Tiny runs of the command end on the weights whose bits are stored in goldens.json.
 
-The bits are compared where the machine is that of the store, norms and products elsewhere, as in test_bits.py. A change
-that is meant to give other weights renews the file in a commit of its own, and says why:
+The bits are compared where the machine is that of the store, norms and products elsewhere, as in
+test_bits.py. A change that is meant to give other weights renews the file in a commit of its own,
+and says why:
 
     PYTHONPATH=tests/library python tests/apps/test_goldens.py
 """
@@ -173,7 +174,8 @@ LONG = (*LONG, "noisy transition")  # whose code is that of the others
 def test_a_run_ends_on_the_same_weights(
     name: str, stored: dict[str, Any], three_colors: Path, tmp_path: Path
 ) -> None:
-    # Rounding in float32 grows over a run: with AVX2 learned corrections ended 2e-3 of the norm away.
+    # Rounding in float32 grows over a run: with AVX2 learned corrections ended 2e-3 of the norm
+    # away.
     check(
         of_run(name, three_colors, tmp_path / "run"), stored["runs"][name], stored["machine"], 5e-3
     )

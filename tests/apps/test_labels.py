@@ -1,5 +1,5 @@
-"""Stored labels: what is read is what was written, in any order, and nothing else is ever taken for it; statistics and
-selections against plain numpy; and what the commands say."""
+"""Stored labels: what is read is what was written, in any order, and nothing else is ever taken for
+it; statistics and selections against plain numpy; and what the commands say."""
 
 import hashlib
 import json
@@ -367,7 +367,10 @@ def test_what_is_selected_is_what_numpy_selects(
     balance: bool,
     tmp_path: Path,
 ) -> None:
-    """Pictures of a folder dropped, from a store and from what was selected of one; and its statistics."""
+    """Pictures of a folder dropped, from a store and from what was selected of one.
+
+    And its statistics.
+    """
     store = made(tmp_path / "store", numbers=numbers, top_k=top_k)
     gone = () if numbers else (0, 7, 399)
     dropped = {"drop_overlap": held_out(tmp_path / "held", *gone)} if gone else {}

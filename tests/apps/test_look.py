@@ -96,7 +96,8 @@ def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(
     told = [colors_tell(torch.rand(len(labels), 3, generator=generator), labels) for _ in range(5)]
     assert sum(one.tell for one in told) <= 1
     assert not any(one.tell and one.may_tell for one in told)
-    # Beside the mean of its own class, in which it is left out, each of these is nearer to the other.
+    # Beside the mean of its own class, in which it is left out, each of these is nearer to the
+    # other.
     assert (
         colors_tell(torch.tensor([[0.0], [10.0], [1.0], [11.0]]), torch.tensor([0, 0, 1, 1])).right
         == 0

@@ -1,4 +1,7 @@
-"""What each method trains with: its networks, losses, problem and feedback, on which batches, in which phases."""
+"""What each method trains with.
+
+Its networks, losses, problem and feedback, on which batches, in which phases.
+"""
 
 import itertools
 import json

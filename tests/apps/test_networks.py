@@ -1,5 +1,6 @@
-"""Networks by name: weights, strides and noise; what feedback takes through them; their normalization and decay; and
-weights from files: whole, of other classes, damaged, of another network, downloaded."""
+"""Networks by name: weights, strides and noise; what feedback takes through them; their
+normalization and decay; and weights from files: whole, of other classes, damaged, of another
+network, downloaded."""
 
 import copy
 import sys
@@ -121,7 +122,8 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
     network, images = create("pooled_cnn", 5, image_size=48).eval(), torch.randn(2, 3, 48, 48)
     weights, x = network.state_dict(), images
     for number in range(4):
-        # Half of the scales are negative, so that it shows whether batch norm comes before pooling or after it.
+        # Half of the scales are negative, so that it shows whether batch norm comes before pooling
+        # or after it.
         scales = weights[f"features.{number}.2.weight"]
         scales[::2] *= -1  # of the network itself
         x = nn.functional.conv2d(
@@ -210,7 +212,8 @@ def test_normalized_takes_pictures_as_they_are() -> None:
     network, images = Normalized(inner, mean, std).double(), torch.rand(4, 3, 8, 8).double()
     torch.testing.assert_close(network(images), inner((images - network.mean) / network.std))
     assert network.mean.flatten().tolist() == pytest.approx(mean)
-    # As a sharded network does that gathers its weights in bfloat16: the mean and std stay in float32.
+    # As a sharded network does that gathers its weights in bfloat16: the mean and std stay in
+    # float32.
     expected, short = (
         network(images).float(),
         Normalized(copy.deepcopy(inner).bfloat16(), mean, std),

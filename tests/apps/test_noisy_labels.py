@@ -19,7 +19,10 @@ from metapl.apps.noisy_labels import METHODS, RATES, Noisy
 from metapl.apps.settings import replaced
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition
 
-SIZES = "--image-size 8 --network small_cnn --precision float32 --labeled-batch 12 --clean-batch 6 --finetune-steps 4"
+SIZES = (
+    "--image-size 8 --network small_cnn --precision float32 --labeled-batch 12 --clean-batch 6 "
+    "--finetune-steps 4"
+)
 FLAGS = f"{SIZES} --steps 24 --warm-steps 6 --log-every 2 --validate-every 6 --save-every 4"
 SHAPES = ("bar", "beam")
 
@@ -34,7 +37,10 @@ def picture(shape: str, seed: int) -> Image.Image:
 
 
 def write(root: Path, each: int, seed: int, wrong: int = 0) -> set[str]:
-    """``each`` pictures a class, the first ``wrong`` of them in the other folder; the paths of these."""
+    """``each`` pictures a class, the first ``wrong`` of them in the other folder.
+
+    The paths of these.
+    """
     misplaced = set()
     for number, shape in enumerate(SHAPES):
         for index in range(each):

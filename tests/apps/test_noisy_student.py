@@ -217,7 +217,10 @@ def test_the_unlabeled_examples_get_the_noise_that_was_asked_for() -> None:
 
 
 def test_losses_of_both_kinds_are_recorded_with_the_noise_and_without_it() -> None:
-    """Each is the mean cross-entropy of the same examples, by hand; nothing of the network is changed."""
+    """Each is the mean cross-entropy of the same examples, by hand.
+
+    Nothing of the network is changed.
+    """
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)
@@ -388,14 +391,20 @@ def test_a_selection_that_is_made_once_outlives_a_stop(
 def test_another_network_s_selection_is_labeled_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the paper has it: one network selects for all; and stores that are of something else are refused at once."""
+    """As the paper has it.
+
+    One network selects for all; and stores that are of something else are refused at once.
+    """
     root, run = color_folders(tmp_path / "colors", few=3, many=8), tmp_path / "run"
     places = images_command(root)[2:5]
     names = [f"{color}-{n}.png" for color in ("blue", "red") for n in range(8)]
     chosen = made_selection(
         tmp_path / "chosen", root / "unlabeled", sorted(names)[:5], ["blue", "red"]
     )
-    tiny = "--steps 2 --rounds 2 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
+    tiny = (
+        "--steps 2 --rounds 2 --network small_cnn --image-size 8 --labeled-batch 4 "
+        "--finetune-steps 2 --device cpu"
+    )
     command = ["noisy-student", "images", *places, *tiny.split(), "--ratio", "2", "--select-by"]
 
     def stopped(*arguments: Any, **options: Any) -> None:
@@ -440,7 +449,10 @@ def test_another_network_s_selection_is_labeled_anew(
 
 
 def made_selection(folder: Path, pictures: Path, names: list[str], classes: list[str]) -> Path:
-    """A store that was selected, of labels that are as good as even, the rarer class filled up; and the one before."""
+    """A store that was selected, of labels that are as good as even, the rarer class filled up.
+
+    And the one before.
+    """
     generator = torch.Generator().manual_seed(3)
     every = folder.parent / f"{folder.name} all"
     shutil.rmtree(every, ignore_errors=True)
@@ -485,7 +497,10 @@ def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
 
 def test_pictures_end_at_a_larger_size(tmp_path: Path) -> None:
     places, out = images_command(color_folders(tmp_path, few=3, many=8))[2:5], tmp_path / "run"
-    tiny = "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 --finetune-steps 2 --device cpu"
+    tiny = (
+        "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 "
+        "--finetune-steps 2 --device cpu"
+    )
     own = ("--ratio", "2", "--threshold", "0", "--save-every", "2")
     command = [
         "noisy-student",

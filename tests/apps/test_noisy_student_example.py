@@ -68,7 +68,10 @@ SHORT = ("b0", "svhn")
 def test_every_row_takes_twenty_steps_in_miniature_and_stays_finite(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the row's own rate, dropout, depth, magnitudes and ratios; width, depth and side are cut."""
+    """At the row's own rate, dropout, depth, magnitudes and ratios.
+
+    Width, depth and side are cut.
+    """
     for network in networks.EFFICIENTNETS:
         monkeypatch.setitem(networks._SCALES, network, (0.1, 0.1))
     row = script.ROWS[name].settings()
@@ -339,8 +342,8 @@ def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(
     assert script.main(["l2", "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert (
-        "round 3: efficientnet_l2, 475 pixels, 218,949 steps of 2,048 labeled and 57,344 unlabeled at 0.128"
-        in plan
+        "round 3: efficientnet_l2, 475 pixels, 218,949 steps of 2,048 labeled and 57,344 "
+        "unlabeled at 0.128" in plan
     )
     assert "FixRes: efficientnet_l2, 800 pixels, 3,753 steps of 512" in plan
     assert script.main(["--sources"]) == 0
@@ -352,7 +355,7 @@ def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(
     assert "the interval of confidence is empty" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 def rank_main(words: list[str]) -> int:

@@ -1,4 +1,7 @@
-"""What the command says of a training that went wrong: by its lines, in the listing, on the page, in the result."""
+"""What the command says of a training that went wrong.
+
+By its lines, in the listing, on the page, in the result.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +187,7 @@ def test_networks_that_guess_are_named_by_test_or_validation() -> None:
     assert "Not shown to be better than guessing on validation: the student (12.0 %)" in lines
 
 
-# -------------------------------------------------------------------------------------------- the size of the feedback
+# ------------------------------------------------------------------------- the size of the feedback
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(
     assert "root mean square in a batch" in drawn
 
 
-# ---------------------------------------------------------------------------------------------- what is refused or said
+# -------------------------------------------------------------------------- what is refused or said
 
 
 @pytest.mark.parametrize("method", ["mpl", "permuted", "reduced_mpl"])

@@ -1,4 +1,7 @@
-"""A run folder says what its networks are; the command reads that of a script whose network it does not know."""
+"""A run folder says what its networks are.
+
+The command reads that of a script whose network it does not know.
+"""
 
 import json
 import runpy

@@ -1,4 +1,7 @@
-"""What is installed: dependencies, imports, and the files of the wheel and the source distribution."""
+"""What is installed.
+
+Dependencies, imports, and the files of the wheel and the source distribution.
+"""
 
 import ast
 import json
@@ -21,8 +24,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Of modules that are called otherwise."""
 
 INDIRECT = {"onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
-"""Declared for torch.onnx and torch.utils.tensorboard, which import them themselves, for programs that run in another
-process, and for users, who hand over TorchOpt's transforms."""
+"""Declared for torch.onnx and torch.utils.tensorboard, which import them themselves, for programs
+that run in another process, and for users, who hand over TorchOpt's transforms."""
 
 
 def imported(wherever: bool = True) -> set[str]:
@@ -52,7 +55,10 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     assert imported(wherever=False).isdisjoint({"matplotlib", "fcntl", *optional})
 
 
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+BUILD = (
+    "import sys; from setuptools import build_meta; print(getattr(build_meta, "
+    "sys.argv[1])(sys.argv[2]))"
+)
 
 
 def built(kind: str, source: Path, out: Path) -> Path:
@@ -167,7 +173,10 @@ def test_the_citation_is_of_this_version() -> None:
 
 
 def test_python_runs_the_package_as_the_command() -> None:
-    """``python -m metapl``, with its exit code; importing the package alone loads nothing of the command."""
+    """``python -m metapl``, with its exit code.
+
+    Importing the package alone loads nothing of the command.
+    """
     answers = {}
     for words in ("--version", "trian"):
         ended = subprocess.run(
@@ -179,7 +188,10 @@ def test_python_runs_the_package_as_the_command() -> None:
     assert answers["trian"][2].startswith(
         "metapl: there is no command 'trian'; did you mean train?"
     )
-    look = "import sys, metapl; print([name for name in ('tyro', 'metapl.apps') if name in sys.modules])"
+    look = (
+        "import sys, metapl; print([name for name in ('tyro', 'metapl.apps') if name in "
+        "sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", look], capture_output=True, text=True, check=True

@@ -1,8 +1,9 @@
 """The commands of docs/papers.md, each as it stands there, on small data that is called as there, and with few steps.
 
-A command is read by its script's own parser as the page has it, and then runs with the words of its rule behind it, of
-which the last value of a flag counts. Commands that read what another one leaves, ``runs/...`` or ``labels/...``, run
-behind it. A benchmark prints the tables of its committed rows here; the tests of the benchmarks run its miniature.
+A command is read by its script's own parser as the page has it, and then runs with the words of its
+rule behind it, of which the last value of a flag counts. Commands that read what another one
+leaves, ``runs/...`` or ``labels/...``, run behind it. A benchmark prints the tables of its
+committed rows here; the tests of the benchmarks run its miniature.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "papers.md"
 
 
-# ------------------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 HEAD = ("of the paper", "command", "run", "result here")
 HOW_FAR = ("at size", "planned at size", "in miniature")
@@ -49,7 +50,10 @@ NEVER = "never"
 
 
 class Claim(NamedTuple):
-    """A row of a table: what of the paper, the commands that make its counterpart, how far they ran, the result."""
+    """A row of a table.
+
+    What of the paper, the commands that make its counterpart, how far they ran, the result.
+    """
 
     paper: str
     commands: list[str]
@@ -81,7 +85,10 @@ def spans(cell: str) -> list[str]:
 
 
 def commands_of(text: str) -> list[str]:
-    """Return the commands of a page: of its tables, of its sh blocks, and those of its scripts in the sentences."""
+    """Return the commands of a page.
+
+    Of its tables, of its sh blocks, and those of its scripts in the sentences.
+    """
     commands: list[str] = []
     for claims in claims_of(text).values():
         for claim in claims:
@@ -130,7 +137,7 @@ def test_every_row_of_both_scripts_is_in_a_table() -> None:
             assert any(f"examples/{script}.py {row} --" in command for command in COMMANDS), row
 
 
-# ------------------------------------------------------------------------------------------------------------ the data
+# ----------------------------------------------------------------------------------------- the data
 
 # Folders and files of data that the page names, and that no command there leaves.
 DATA = (
@@ -284,23 +291,27 @@ def test_every_folder_that_a_command_reads_is_data_or_the_result_of_another() ->
                 assert word.split("/")[0] in DATA, f"{word} is none of the page's data"
 
 
-# ----------------------------------------------------------------------------------------------------------- the rules
+# ---------------------------------------------------------------------------------------- the rules
 
 PLACE = "--device cpu --num-workers 0 --log-every 1 --validate-every 2 --save-every 2"
 ONE_PROCESS = "--mesh.replicate 1 --mesh.shard 1 --batch-norm-ranks None --precision float32"
 PROTOCOL = (
-    f"{PLACE} {ONE_PROCESS} --network small_cnn --stochastic-depth 0 --labeled-batch 4 --unlabeled-batch 6 --steps 4 "
-    "--warmup 1 --wait 1 --finetune-steps 2 --finetune-batch 4 --student-lr 0.01 --teacher-lr 0.01"
+    f"{PLACE} {ONE_PROCESS} --network small_cnn --stochastic-depth 0 --labeled-batch 4 "
+    "--unlabeled-batch 6 --steps 4 --warmup 1 --wait 1 --finetune-steps 2 --finetune-batch 4 "
+    "--student-lr 0.01 --teacher-lr 0.01"
 )
 NOISY_STUDENT = (
-    f"{PLACE} {ONE_PROCESS} --stochastic-depth 0 --labeled-batch 4 --finetune-batch 4 --steps 2 --lr 5 --ratios 2 "
-    "--per-class 20"
+    f"{PLACE} {ONE_PROCESS} --stochastic-depth 0 --labeled-batch 4 --finetune-batch 4 --steps 2 "
+    "--lr 5 --ratios 2 --per-class 20"
 )
 DIGITS = (
-    "--steps 6 --hidden 4 --labeled-batch 8 --unlabeled-batch 8 --finetune-steps 4 --log-every 1 --validate-every 2 "
-    "--save-every 2"
+    "--steps 6 --hidden 4 --labeled-batch 8 --unlabeled-batch 8 --finetune-steps 4 --log-every 1 "
+    "--validate-every 2 --save-every 2"
 )
-PICTURES = "--steps 4 --network small_cnn --precision float32 --labeled-batch 4 --device cpu --log-every 1 --save-every 2"
+PICTURES = (
+    "--steps 4 --network small_cnn --precision float32 --labeled-batch 4 --device cpu --log-every "
+    "1 --save-every 2"
+)
 METAPL = {
     ("train", "digits"): DIGITS,
     ("train", "images"): f"{PICTURES} --image-size 8 --finetune-steps 2 --unlabeled-batch 4",
@@ -439,7 +450,8 @@ SCRIPT_RULES: dict[str, Callable[[list[str], int], None]] = {
     "examples/two_moons.py": run_script("examples/two_moons.py", "--seeds 2 --steps 20"),
     "examples/plan.py": run_script(
         "examples/plan.py",
-        "--network small_cnn --batch-norm-ranks 1 --size 32 --replicate 1 --shard 2 --labeled 4 --unlabeled 4",
+        "--network small_cnn --batch-norm-ranks 1 --size 32 --replicate 1 --shard 2 --labeled 4 "
+        "--unlabeled 4",
     ),
 }
 
@@ -468,7 +480,7 @@ def run_rows_of_benchmark(script: str, words: list[str]) -> None:
         run_benchmark((of_form or [name])[0], *words, "--table")
 
 
-# ----------------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 def short(command: str) -> str:

@@ -1,4 +1,7 @@
-"""Pictures by number, in memory or in files, and their batches: functions of the step, whatever breaks."""
+"""Pictures by number, in memory or in files, and their batches.
+
+Functions of the step, whatever breaks.
+"""
 
 import json
 import math
@@ -47,7 +50,10 @@ STRONG = Chain((Weak(pad=1), RandAugment(cutout=2)))
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    """Picture i is of level 10 i, of a size of its own; three of them are cut off, and some names are odd."""
+    """Picture i is of level 10 i, of a size of its own.
+
+    Three of them are cut off, and some names are odd.
+    """
     odd = {1: "a b.png", 2: "ü.png", 5: "猫.png", 6: os.fsdecode(b"\xff.png"), 7: "line\nbreak.png"}
     found = [tmp_path / odd.get(number, f"{number:02}.png") for number in range(COUNT)]
     for number, path in enumerate(found):
@@ -154,7 +160,8 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
     found = Counter(json.loads(line)["file"] for line in log.read_text().splitlines())
     assert found.keys() == {str(paths[number]) for number in BROKEN}
     assert max(found.values()) <= max(workers, 1)
-    # Without it, every drawing decodes; so does a memory of its own, and a process that is not forked.
+    # Without it, every drawing decodes; so does a memory of its own, and a process that is not
+    # forked.
     for other in (
         FileImages(paths, size=(8, 8)),
         images.cached(),

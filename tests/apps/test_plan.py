@@ -1,4 +1,7 @@
-"""``examples/plan.py``: what it says that a step takes, beside what the step really takes where it runs."""
+"""``examples/plan.py``.
+
+What it says that a step takes, beside what the step really takes where it runs.
+"""
 
 import gc
 import runpy
@@ -54,7 +57,10 @@ def batches(kind: str, shares: int = 1) -> tuple[Any, metapl.Lookahead]:
 
 
 def taken(kind: str, sizes: dict[str, int]) -> int:
-    """Bytes that this process holds at the peak of a step: what is there before it, and what the allocator adds."""
+    """Bytes that this process holds at the peak of a step.
+
+    What is there before it, and what the allocator adds.
+    """
     own = [shard(network, Mesh(**sizes)) if sizes else network for network in networks(kind)]
     real, (outer, ahead) = trainer(*own), batches(kind, Mesh(**sizes).shares)
     real.step(outer, ahead)  # the states of the optimizers are there now
@@ -101,7 +107,8 @@ def test_more_shards_hold_less_and_send_more() -> None:
     assert weights == [pytest.approx(whole / shards, rel=0.02) for shards in (1, 2, 4)]
     assert 0 == plans[0].sent < plans[1].sent < plans[2].sent
     assert peaks[0] > peaks[1] > peaks[2]
-    # 2 operations a weight and example forward, 4 backward, less the gradient of the input: three passes, two backward.
+    # 2 operations a weight and example forward, 4 backward, less the gradient of the input: three
+    # passes, two backward.
     flops = 3 * 2 * 64 * sum(matrices) + 2 * 2 * 64 * (2 * sum(matrices) - matrices[0])
     assert [found.flops * shards for found, shards in zip(plans, (1, 2, 4), strict=True)] == [
         flops

@@ -1,4 +1,7 @@
-"""The suite of the application can fail: each planted fault, bent as a mistake would be, is caught by a check."""
+"""The suite of the application can fail.
+
+Each planted fault, bent as a mistake would be, is caught by a check.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -38,8 +41,9 @@ ENDED_ON: dict[str, Any] = {}
 
 
 def golden(name: str) -> Check:
-    """The weights that a run ends on, to the bit. The stored ones may be of another processor, where they are compared
-    to 5e-3 of their norm, within which most of these faults stay; so the first call, without a fault, is remembered."""
+    """The weights that a run ends on, to the bit. The stored ones may be of another processor,
+    where they are compared to 5e-3 of their norm, within which most of these faults stay; so the
+    first call, without a fault, is remembered."""
 
     def weights(here: Here) -> None:
         if name not in ENDED_ON:

@@ -1,6 +1,7 @@
 """``examples/protocols.py`` on small files, as torchvision reads each data set.
 
-What torchvision itself does is not repeated: comparing files with their MD5, and unpacking ImageNet's archives.
+What torchvision itself does is not repeated: comparing files with their MD5, and unpacking
+ImageNet's archives.
 """
 
 import dataclasses
@@ -63,7 +64,10 @@ AT_32 = {"image_size": 32, "channels_last": False}
 
 
 def write_cifar(root: Path) -> None:
-    """20 training pictures a file, 15 to test on; picture i of all has the level i, and the label i mod 10."""
+    """20 training pictures a file, 15 to test on.
+
+    Picture i of all has the level i, and the label i mod 10.
+    """
     folder, start = root / datasets.CIFAR10.base_folder, 0
     folder.mkdir(parents=True)
     for files, count in ((datasets.CIFAR10.train_list, 20), (datasets.CIFAR10.test_list, 15)):
@@ -104,7 +108,10 @@ NAMES = (("tench", "Tinca tinca"), ("crane",), ("crane",))
 
 
 def write_imagenet(root: Path) -> None:
-    """12 pictures a class to train on and 3 to test on; those of class c have the level 50 c, and noise on it."""
+    """12 pictures a class to train on and 3 to test on.
+
+    Those of class c have the level 50 c, and noise on it.
+    """
     root.mkdir(parents=True)
     rng = np.random.default_rng(0)
     torch.save((dict(zip(WNIDS, NAMES, strict=True)), []), root / imagenet.META_FILE)
@@ -481,8 +488,8 @@ def test_the_accuracies_on_labeled_pictures_are_a_figure(
     assert "expected the folder of a run of protocols.py" in capsys.readouterr().err
 
 
-# Width and depth of the networks of the largest rows, where those of L2 are 4.3 and 5.3: their kinds of blocks, narrow
-# and few, for these take seconds.
+# Width and depth of the networks of the largest rows, where those of L2 are 4.3 and 5.3: their
+# kinds of blocks, narrow and few, for these take seconds.
 NARROW = {
     "efficientnet_l2": (0.1, 0.5),
     "efficientnet_b6_wide": (0.12, 0.4),
@@ -497,7 +504,10 @@ NARROW = {
 def test_the_rows_of_imagenet_stay_finite_in_miniature(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 steps with the row's own rates, losses and noise; the network's width and depth and the side are cut."""
+    """20 steps with the row's own rates, losses and noise.
+
+    The network's width and depth and the side are cut.
+    """
     monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
     row = protocols.PROTOCOLS[name][1]
     kept = (

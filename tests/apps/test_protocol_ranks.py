@@ -1,4 +1,7 @@
-"""``torchrun examples/protocols.py``: four processes end on the numbers of one, to 1e-10 in float64."""
+"""``torchrun examples/protocols.py``.
+
+Four processes end on the numbers of one, to 1e-10 in float64.
+"""
 
 import gzip
 import json
@@ -74,7 +77,10 @@ WORDS += ["--log-every", "1", "--validate-every", "2", "--save-every", "2"]
 
 
 def write_noise(root: Path) -> None:
-    """60 pictures to train on and 20 to test on, of random levels; picture i has the label i mod 10."""
+    """60 pictures to train on and 20 to test on, of random levels.
+
+    Picture i has the label i mod 10.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 60), ("t10k", 20)):
         levels = rng.integers(0, 256, count * 28 * 28, dtype=np.uint8)

@@ -1,5 +1,5 @@
-"""``torchrun -m metapl``: two processes end on the numbers of one, go on when killed, are refused in a line; and
-how many cores and threads a process takes."""
+"""``torchrun -m metapl``: two processes end on the numbers of one, go on when killed, are refused
+in a line; and how many cores and threads a process takes."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Each kind of file through each reader: it becomes the same tensor, or is refused with the reason."""
+"""Each kind of file through each reader.
+
+It becomes the same tensor, or is refused with the reason.
+"""
 
 import io
 import os
@@ -97,7 +100,8 @@ SPECIAL = {"pipe": os.mkfifo, "device": device, "socket": bound}
 
 RED = (200, 10, 30)
 SIXTEEN = Image.fromarray(np.full((6, 8), 30_000, dtype=np.uint16))
-SOUND: dict[str, tuple[bytes, tuple[int, int, int], int]] = {  # one color: what it is, and how far off it may be
+# one color: what it is, and how far off it may be
+SOUND: dict[str, tuple[bytes, tuple[int, int, int], int]] = {
     **{f"a.{name}": (plain("RGB", RED, kind), RED, 0) for name, kind in (("png", "PNG"), ("bmp", "BMP"))},
     **{f"a.{name}": (plain("RGB", RED, kind), RED, 0) for name, kind in (("tif", "TIFF"), ("ppm", "PPM"))},
     **{f"a.{name}": (plain("RGB", RED, kind), RED, 6) for name, kind in (("jpg", "JPEG"), ("webp", "WEBP"))},
@@ -120,7 +124,8 @@ SOUND: dict[str, tuple[bytes, tuple[int, int, int], int]] = {  # one color: what
     "video.tif": (plain("YCbCr", (76, 85, 255), "TIFF"), (254, 0, 0), 4),
     "two_frames.gif": (encoded(palette(of=1), "GIF", save_all=True, append_images=[palette()]), (90, 90, 90), 0),
     "camera.jpg": (plain("RGB", RED, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 6))]), RED, 6),
-    "broken_note.jpg": (plain("RGB", RED, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage"), RED, 6),
+    "broken_note.jpg": (plain("RGB", RED, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff "
+                                                       b"garbage"), RED, 6),
     "more_data.png": (png(4, 4, 8, bytes(10**7), kind=0), (0, 0, 0), 0),
 }  # fmt: skip
 
@@ -152,7 +157,8 @@ BROKEN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "empty.png": (b"", "empty"),
     "words.jpg": (b"these are words", "not a picture"),
     "page.jpg": (b"<!DOCTYPE html><html></html>", "not a picture"),
-    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "not a picture"),
+    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 "
+                    b"10\n%%EndComments\nshowpage\n", "not a picture"),
     "zeros.png": (bytes(5000), "not a picture"),
     **{f"bomb{w}.png": (png(w, h, 8, bytes(10**5)), "pixels") for w, h in ((9_500, 9_500), (60_000, 60_000))},
     "line.png": (png(89_478_486, 1, 8, bytes(10**5)), "pixels"),

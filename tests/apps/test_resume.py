@@ -1,6 +1,7 @@
 """A run that is stopped or killed at any moment, and gone on with, ends byte for bit as one that was left alone.
 
-Damaged, exchanged and missing files, two writers in a folder, a full disk: a line, and nothing is lost.
+Damaged, exchanged and missing files, two writers in a folder, a full disk: a line, and nothing is
+lost.
 """
 
 import random
@@ -153,8 +154,8 @@ def gone_on_with(kind: str, root: Path, out: Path) -> None:
 def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
     kind: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
 ) -> None:
-    """Ctrl-C in the midst of a step that is drawn, and kill -9 in the midst of one of those that were left; ended, it
-    takes no step more."""
+    """Ctrl-C in the midst of a step that is drawn, and kill -9 in the midst of one of those that
+    were left; ended, it takes no step more."""
     (whole, count), draw, out = wholes[kind], random.Random(kind), tmp_path / "a run"
     steps = [point for point in (0, 2) if count[point]]
     moment = [(point, draw.randint(1, count[point])) for point in steps]
@@ -364,7 +365,10 @@ def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("room", [1, 12_000])
 def test_a_full_disk_loses_nothing(room: int, tiny: Path, tmp_path: Path) -> None:
-    """No file may have more bytes, as if there were no room for more; with room the run goes on to the same end."""
+    """No file may have more bytes, as if there were no room for more.
+
+    With room the run goes on to the same end.
+    """
     out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:

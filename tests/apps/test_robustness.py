@@ -1,5 +1,5 @@
-"""Damaged and attacked pictures, against the formulas and in closed form; examples/robustness.py on ImageNet-A, -C, -P
-and ReaL in the forms of their files, of weights and of runs."""
+"""Damaged and attacked pictures, against the formulas and in closed form; examples/robustness.py on
+ImageNet-A, -C, -P and ReaL in the forms of their files, of weights and of runs."""
 
 import contextlib
 import io
@@ -174,7 +174,10 @@ def test_the_wobble_of_fog_falls_by_the_square_of_its_decay() -> None:
 
 @pytest.mark.parametrize("level", [0, 2])
 def test_the_elastic_transform_has_the_published_lengths(level: int) -> None:
-    """Of 224 pixels: amounts, widths and moves of corners are 244 times those of the paper; 3 widths of a blur."""
+    """Of 224 pixels: amounts, widths and moves of corners are 244 times those of the paper.
+
+    3 widths of a blur.
+    """
     amount, sigma, affine = (
         244 * share for share in ((2, 0.7, 0.1), (), (0.05, 0.01, 0.02))[level]
     )
@@ -199,7 +202,10 @@ def test_the_elastic_transform_has_the_published_lengths(level: int) -> None:
 @pytest.mark.parametrize("attack", ["fgsm", "pgd"])
 @pytest.mark.parametrize("eps", [0.0, 8.0, 40.0])
 def test_an_attack_on_a_linear_classifier_in_closed_form(attack: Any, eps: float) -> None:
-    """The worst case within ε is x − ε y sign(w), as long as no value leaves [0, 1]; its margin falls by ε‖w‖₁."""
+    """The worst case within ε is x − ε y sign(w), as long as no value leaves [0, 1].
+
+    Its margin falls by ε‖w‖₁.
+    """
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(48, generator=generator)
     x = 0.4 + 0.2 * torch.rand(200, 3, 4, 4, generator=generator)
@@ -304,7 +310,8 @@ def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path:
     with torch.no_grad():
         subject.network[2].bias[[k for k in range(1000) if k not in IMAGENET_A]] += 100
     expected = evaluate_logits(logits(subject, list(range(200)))[:, IMAGENET_A], torch.arange(200))
-    # With names in another order, the same outputs are found by name; without names, by the order of the folders.
+    # With names in another order, the same outputs are found by name; without names, by the order
+    # of the folders.
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
     shuffled = nn.Sequential(*subject.network[:2], nn.Linear(3 * SIDE * SIDE, 1000))
     shuffled[2].load_state_dict({k: v[order] for k, v in subject.network[2].state_dict().items()})
@@ -369,7 +376,10 @@ def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path)
 
 @pytest.mark.docs
 def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
-    """Noise is compared with the clean first frame, all else with the frame before; ResNeXt-101 32x48d WSL has 27.8."""
+    """Noise is compared with the clean first frame, all else with the frame before.
+
+    ResNeXt-101 32x48d WSL has 27.8.
+    """
     sequences = [[1, 1, 2, 2, 1], [4, 4, 4, 4, 4], [1, 2, 3, 4, 5]]
     assert flip_probability(sequences, "rotate") == pytest.approx((2 / 4 + 0 + 1) / 3)
     assert flip_probability([[1, 2, 2, 2]], "rotate") == pytest.approx(1 / 3)
@@ -387,7 +397,10 @@ def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
 
 @pytest.mark.docs
 def test_imagenet_p_in_videos_and_in_folders_of_frames(subject: Subject, tmp_path: Path) -> None:
-    """Frames are called as those its videos were made from; a video is H.264 without loss, a picture a second."""
+    """Frames are called as those its videos were made from.
+
+    A video is H.264 without loss, a picture a second.
+    """
     av, outputs, frames = pytest.importorskip("av"), (0, 9), range(4)
     with torch.no_grad():  # two outputs that take turns, so that some frames flip
         subject.network[2].bias[list(outputs)] += 2

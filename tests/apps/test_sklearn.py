@@ -1,4 +1,7 @@
-"""The classifiers for tables: scikit-learn's own checks, what a seed decides, and what is refused."""
+"""The classifiers for tables.
+
+Scikit-learn's own checks, what a seed decides, and what is refused.
+"""
 
 import random
 from collections.abc import Callable
@@ -174,7 +177,8 @@ def test_the_seed_decides_which_rows_are_drawn_by_their_weights() -> None:
         with patch.object(metapl.LossTrainer, "step", autospec=True, side_effect=real) as step:
             one.fit(table, y)
         inputs = [call.args[1][0] for call in step.call_args_list]
-        # Before them come the steps of the networks that check the labels of other folds, of 16 or 17 rows.
+        # Before them come the steps of the networks that check the labels of other folds, of 16 or
+        # 17 rows.
         assert all(len(x) in (16, 17) for x in inputs[:-4])
         drawn.append(inputs[-4:])
         assert [len(x) for x in drawn[-1]] == [20] * 4
@@ -245,7 +249,10 @@ def test_a_refused_fit(
     "load", [load_wine, pytest.param(load_breast_cancer, marks=pytest.mark.long)]
 )
 def test_without_trusted_rows_folds_that_check_each_other_find_wrong_labels(load: Any) -> None:
-    """And the classifier is not behind its own control, plain training; weights learned from random rows were."""
+    """And the classifier is not behind its own control, plain training.
+
+    Weights learned from random rows were.
+    """
     data, truth = load(return_X_y=True)
     classes, of_folds, of_control = truth.max() + 1, [], []
     for seed in range(3):

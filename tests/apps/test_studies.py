@@ -1,4 +1,7 @@
-"""The stacked steps of the studies are those of the library: a seed of a stack is a trainer of its own."""
+"""The stacked steps of the studies are those of the library.
+
+A seed of a stack is a trainer of its own.
+"""
 
 import dataclasses
 from typing import Any
@@ -51,8 +54,8 @@ def difference(network: nn.Module, weights: dict[str, Tensor], seed: int) -> flo
     return max(float((own[name] - t[seed]).detach().abs().max()) for name, t in weights.items())
 
 
-# The rule of a stack; the mode and the arguments of a trainer. That pure steps are eager ones, and stacked ones single
-# ones, is tested in tests/library/test_functional.py.
+# The rule of a stack; the mode and the arguments of a trainer. That pure steps are eager ones, and
+# stacked ones single ones, is tested in tests/library/test_functional.py.
 CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "learning rate, lookahead": (
         {"feedback": "learning_rate", "lookahead": 3, "size": 2.0},

@@ -1,5 +1,6 @@
-"""Views: a picture's view is a function of (seed, step, example) and of nothing else; each beside a slow reference, and
-how often its outcomes are drawn; RandAugment: operations are Pillow's to the bit, draws those of the papers."""
+"""Views: a picture's view is a function of (seed, step, example) and of nothing else; each beside a
+slow reference, and how often its outcomes are drawn; RandAugment: operations are Pillow's to the
+bit, draws those of the papers."""
 
 import itertools
 import math
@@ -130,7 +131,8 @@ def test_a_view_depends_on_seed_step_and_example_alone(name: str, dtype: torch.d
         torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
         states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
         whole = call(view, images, **where, examples=examples)
-        # Neither the rest of the batch nor its order, layout or default generators matter, and all are left alone.
+        # Neither the rest of the batch nor its order, layout or default generators matter, and all
+        # are left alone.
         alone = [call(view, images[[i]], **where, examples=examples[[i]]) for i in range(10)]
         assert torch.equal(torch.cat(alone), whole)
         assert torch.equal(torch.get_rng_state(), states[0])
@@ -309,7 +311,10 @@ def drawn(count: int, each: int, stream: int) -> Tensor:
 
 
 def is_drawn_alike(got: Tensor, ways: list[Tensor], shares: list[float] | None = None) -> bool:
-    """Whether each picture is one of the ways, each of which comes as often as its share: chi², within 4 deviations."""
+    """Whether each picture is one of the ways, each of which comes as often as its share.
+
+    Chi², within 4 deviations.
+    """
     counts = torch.stack([(got == way).flatten(1).all(1).sum() for way in ways])
     expected = len(got) * torch.tensor(shares or [1 / len(ways)] * len(ways))
     off = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
@@ -400,7 +405,10 @@ def test_boxes_fit_and_have_the_shares_asked_for(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_affine_is_scipys_resampling_of_the_moved_places(shape: tuple[int, int, int]) -> None:
-    """By the matrix and the moves of torchvision's affine; outside of a picture its nearest edge is repeated."""
+    """By the matrix and the moves of torchvision's affine.
+
+    Outside of a picture its nearest edge is repeated.
+    """
     images, (_, height, width) = pictures(32, shape), shape
     for view in (Affine(25, 0.2, (0.7, 1.4), 15), Affine(180, 1.2, (0.3, 2), 50)):
         numbers = drawn(32, 5, base.AFFINE).numpy()
@@ -642,7 +650,8 @@ def test_operations_and_their_taking_place_are_drawn_uniformly_from_the_papers_l
     for idle, *each_operation in counts:
         assert abs(idle - batch / 2) < 5 * math.sqrt(batch / 4)
         assert max(abs(count - batch / 18) for count in each_operation) < 5 * math.sqrt(batch / 18)
-    # p is one per image: with p uniform on (0.2, 0.8), both take place with probability E[p²] = 0.28, not 0.25.
+    # p is one per image: with p uniform on (0.2, 0.8), both take place with probability E[p²] =
+    # 0.28, not 0.25.
     images, chance = torch.zeros(batch, 1, 1, 2, dtype=torch.uint8), (0.2, 0.8)
     once = (call(only("Invert", "Invert", probability=chance), images) == 255).double().mean()
     assert abs(once - 2 * (0.5 - 0.28)) < 5 * math.sqrt(0.25 / batch)

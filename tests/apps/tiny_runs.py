@@ -125,7 +125,10 @@ def colored_pictures(
 
 
 def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
-    """Red and blue pictures: ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``."""
+    """Red and blue pictures.
+
+    ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``.
+    """
     return colored_pictures(
         root, {"labeled": few, "test": few, "unlabeled": many}, ("blue", "red"), side
     )

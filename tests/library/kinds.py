@@ -189,11 +189,15 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "a detached branch": ("AAAAA AA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
     "a doubled backward": ("AAAAA AA", lambda s, x: Function.apply(s.plain(x), 2.0, 2.0)),
     "a codebook": ("AAAAA AA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
-    "an average in a buffer": ("XAAAA AA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
-    "an average of earlier passes": ("RRRRA RA", lagging, lambda s: s.register_buffer("mean", torch.zeros(6))),
-    "a momentum encoder": ("XAAAA AA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
+    "an average in a "
+    "buffer": ("XAAAA AA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
+    "an average of earlier "
+    "passes": ("RRRRA RA", lagging, lambda s: s.register_buffer("mean", torch.zeros(6))),
+    "a momentum "
+    "encoder": ("XAAAA AA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
     "a hook on an activation": ("XAAAA AA", hooked),
-    "a hook on a backward pass": ("XAAAA XX", plain, lambda s: s.b.register_full_backward_hook(doubled)),
+    "a hook on a backward "
+    "pass": ("XAAAA XX", plain, lambda s: s.b.register_full_backward_hook(doubled)),
     "another jvp than backward": ("XRRRR RR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
     # These are refused by the modes, and in the steps, that repeat a pass.
     "an attribute that counts": ("XRRRR RR", counts, put("n", lambda s: 0)),
@@ -204,7 +208,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
         lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
     # The pure step draws for L(θ′) where the passes before it end, and not from a stream apart.
     "python's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
-    "numpy's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
+    "numpy's random "
+    "numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
     "weights written by .data": ("XXXXX XX", written(lambda w: w.data.mul_(0.9))),
     "weights written by numpy": ("XXXXX XX", written(lambda w: w.detach().numpy().__imul__(0.9))),
     "clamped weights": ("XXXXX XX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
@@ -217,7 +222,10 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
 
 
 class Problem(PseudoLabels):
-    """Pseudo-labels with other losses, or another signal: functions of what the library's have, by name."""
+    """Pseudo-labels with other losses, or another signal.
+
+    Functions of what the library's have, by name.
+    """
 
     def __init__(self, **change: Any) -> None:
         super().__init__()
@@ -269,9 +277,12 @@ penalty = {
 PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a clip": ("RRRRR RR", {}, {"clip_norm": 0.1}),
     "micro-batches": ("RRRRR RR", {}, {"accumulate": 2}),
-    "a pair in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
-    "a sum in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
-    "a pair that is no mean": ("XXXXX XX", {"outer": lambda self, loss, z, b: (loss, len(z))}, {"accumulate": 2}),
+    "a pair in "
+    "micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "a sum in "
+    "micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a pair that is no "
+    "mean": ("XXXXX XX", {"outer": lambda self, loss, z, b: (loss, len(z))}, {"accumulate": 2}),
     "a loss of the batch": ("RRRRR RR", batchwise, {}),
     "a loss of the batch in micro-batches": ("XXXXX XX", batchwise, {"accumulate": 2}),
     "a penalty on weights": ("RRRRR RR", penalty, {}),
@@ -285,13 +296,15 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "RRRRR XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
     "a loss that writes weights": ("XXXXX XX", {"inner": writes}, {}),
     "half a signal": ("AARAA AA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
-    "a layer's signal": ("AARAA AA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
+    "a layer's "
+    "signal": ("AARAA AA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
     "a hard signal, straight-through": (
         "AARAA AA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
     "a wrong backward in the signal": (
         "XXRXX XX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
     "a log_prob that is none": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
     "a logit without probs": ("RRXRR RR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
-    "a smoothed log_prob": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
+    "a smoothed "
+    "log_prob": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
     "half a log_prob": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
 }  # fmt: skip

@@ -28,7 +28,10 @@ def code(page: Path) -> str:
 
 
 def check_printed(source: str, printed: str) -> None:
-    """Assert that each ``print`` says beside it what it prints; decimal numbers may differ a little."""
+    """Assert that each ``print`` says beside it what it prints.
+
+    Decimal numbers may differ a little.
+    """
     expected = PRINTED.findall(source)
     assert expected
     assert all(expected), "a print without a comment of what it prints"

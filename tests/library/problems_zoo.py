@@ -20,7 +20,10 @@ import metapl
 CLASSES = 3
 
 ANYWHERE = tuple(mode for mode in metapl.MODES if mode != "implicit")
-"""The modes for any student; ``implicit`` is for one that is near an optimum, and has tests of its own."""
+"""The modes for any student.
+
+``implicit`` is for one that is near an optimum, and has tests of its own.
+"""
 
 
 class Attention(nn.Module):
@@ -36,7 +39,10 @@ class Attention(nn.Module):
 
 
 def product(*values: Iterable[Any], usual: Iterable[Any]) -> list[Any]:
-    """Every combination, for ``parametrize``; those of two or more values that are not ``usual`` are long."""
+    """Every combination, for ``parametrize``.
+
+    Those of two or more values that are not ``usual`` are long.
+    """
     known = [*usual]
     return [
         pytest.param(*case, marks=[pytest.mark.long] * (sum(one not in known for one in case) > 1))
@@ -247,7 +253,8 @@ OPTIMISERS: dict[str, Optimiser] = {
 def warm(problem: Toy, optimiser: Optimiser, steps: int = 3) -> tuple[Any, Any, Any]:
     """Take real steps on given gradients: (the optimiser, its inner_state for the library, the reference's state).
 
-    The reference's state comes from its own rule, never from the optimiser that it is compared with.
+    The reference's state comes from its own rule, never from the optimiser that it is compared
+    with.
     """
     real = optimiser.build(problem.student)
     params = {name: p.detach().clone() for name, p in problem.student.named_parameters()}
@@ -275,8 +282,8 @@ def warm(problem: Toy, optimiser: Optimiser, steps: int = 3) -> tuple[Any, Any, 
 def everything(
     problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True, counts: bool = True
 ) -> list[Tensor]:
-    """Copies of all that a call must leave as it is: weights, buffers, gradients, optimiser states (with their step
-    ``counts``), the generator."""
+    """Copies of all that a call must leave as it is: weights, buffers, gradients, optimiser states
+    (with their step ``counts``), the generator."""
     found = [t for net in (problem.teacher, problem.student) for t in net.state_dict().values()]
     found += [torch.ones(()) if p.grad is None else p.grad for p in problem.student.parameters()]
     found += [torch.ones(()) if p.grad is None else p.grad for p in problem.teacher.parameters()]
@@ -319,7 +326,10 @@ def unmoved(
 def gradient(
     case: Toy, mode: Any = "forward", ahead: Iterable[Any] | None = None, **options: Any
 ) -> Any:
-    """What ``metapl.hypergradient`` finds on a case, or over the batches ``ahead``; by SGD, where nothing is said."""
+    """What ``metapl.hypergradient`` finds on a case, or over the batches ``ahead``.
+
+    By SGD, where nothing is said.
+    """
     batches = case.unlabeled if ahead is None else metapl.Lookahead([*ahead])
     given = {"labeled": case.labeled, "unlabeled": batches, "mode": mode, **options}
     if "inner_optimizer" not in given:

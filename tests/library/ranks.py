@@ -1,6 +1,7 @@
 """Fresh processes that stand for the ranks of a distributed run: they run one function after another.
 
-If one of them dies or hangs, the test that it was asked for fails, and the next one begins with new ones.
+If one of them dies or hangs, the test that it was asked for fails, and the next one begins with new
+ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ SECONDS = 300.0  # of a machine that is busy with other work
 
 
 class Hung(AssertionError):
-    """A rank did not answer in time: it waits for another one that exchanges something else, or nothing."""
+    """A rank did not answer in time.
+
+    It waits for another one that exchanges something else, or nothing.
+    """
 
 
 class Ranks:
@@ -30,7 +34,8 @@ class Ranks:
     Args:
         number: of them.
         cases: the module whose functions they run.
-        joined: whether they have joined the group; else they find what ``torchrun`` tells its processes.
+        joined: whether they have joined the group; else they find what ``torchrun`` tells its
+            processes.
     """
 
     def __init__(self, number: int, cases: str = "sharded_cases", *, joined: bool = True) -> None:
@@ -55,7 +60,8 @@ class Ranks:
         """What a function of that module returns on every rank."""
         if not self.pipes:
             self.start()
-        # Of processes that meet anew each time, one might find the meeting place of the last time still open.
+        # Of processes that meet anew each time, one might find the meeting place of the last time
+        # still open.
         port = _free_port()
         answers = []
         try:
@@ -127,6 +133,6 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
             pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Not through the end of the interpreter: a thread of gloo that lets go of a tensor there, waiting for Python's
-    # lock, is ended inside C++, which calls std::terminate.
+    # Not through the end of the interpreter: a thread of gloo that lets go of a tensor there,
+    # waiting for Python's lock, is ended inside C++, which calls std::terminate.
     os._exit(0)

@@ -1,7 +1,7 @@
 """The teacher's gradient by plain double backward, and update rules from the textbook: no code of the library.
 
-The student's step is differentiated through from end to end by autograd; nothing here knows of pullbacks, directional
-derivatives or score functions.
+The student's step is differentiated through from end to end by autograd; nothing here knows of
+pullbacks, directional derivatives or score functions.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ def at(module: nn.Module, params: Tree, x: Tensor) -> Tensor:
 
 
 def own_stream(state: Tensor) -> Tensor:
-    """Where L(θ′) draws from: a stream seeded by a hash of the generator's state after the inner pass."""
+    """Where L(θ′) draws from.
+
+    A stream seeded by a hash of the generator's state after the inner pass.
+    """
     digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1).get_state()
 
@@ -125,7 +128,10 @@ def weights(module: nn.Module) -> Tree:
 
 
 def stepped(loss: Tensor, params: Tree, rule: Rule, state: Any = None) -> tuple[Tree, Any]:
-    """(θ′, state′) of one step, in the graph; the gradient of a weight that the loss does not reach is ``None``."""
+    """(θ′, state′) of one step, in the graph.
+
+    The gradient of a weight that the loss does not reach is ``None``.
+    """
     grads = torch.autograd.grad(loss, [*params.values()], create_graph=True, allow_unused=True)
     return rule(params, dict(zip(params, grads, strict=True)), state)
 
@@ -157,10 +163,11 @@ def pseudo_labels(
     """One step of Meta Pseudo Labels.
 
     Args:
-        kind: ``"soft"``: the student learns q; ``"expected"``: it learns ŷ, and the teacher is told of q as if the
-            student's step were linear in it (a straight-through label); ``"score"``: it learns ŷ, and the teacher gets
-            Σ_i (∂L/∂u_i) ∇log p_i(ŷ_i), with u_i = 1 the weight of example i in the inner loss; ``"batch_score"``: the
-            same with one weight u for the whole batch; ``"batch_mean"``: 1/B of it, Algorithm 1 as it is written.
+        kind: ``"soft"``: the student learns q; ``"expected"``: it learns ŷ, and the teacher is told
+            of q as if the student's step were linear in it (a straight-through label); ``"score"``:
+            it learns ŷ, and the teacher gets Σ_i (∂L/∂u_i) ∇log p_i(ŷ_i), with u_i = 1 the weight
+            of example i in the inner loss; ``"batch_score"``: the same with one weight u for the
+            whole batch; ``"batch_mean"``: 1/B of it, Algorithm 1 as it is written.
         labels: ŷ, where it is not to be drawn.
     """
     weak, strong = unlabeled if isinstance(unlabeled, tuple) else (unlabeled, unlabeled)

@@ -151,7 +151,10 @@ def share(batch: Any, together: int = 1) -> Any:
 
 
 def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
-    """A network as a user lays it out, by hand or with metapl's own function; products are shared by two processes."""
+    """A network as a user lays it out, by hand or with metapl's own function.
+
+    Products are shared by two processes.
+    """
     if layout is None:
         return network
     if layout == "ddp":
@@ -470,7 +473,8 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "direction_not_gathered": lambda patch: patch.setattr(
         sharded, "whole", lambda t: WHOLE(t if dist.get_rank() == 0 else torch.zeros_like(t))
     ),
-    # As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed.
+    # As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are
+    # bypassed.
     "gradient_not_averaged": lambda patch: patch.setattr(
         Ranks, "mean_tree", lambda self, tree, like: tree
     ),
@@ -514,7 +518,10 @@ class Both(Judged):
 def without_rows(
     mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any
 ) -> dict[str, float]:
-    """The report of a step on a signal that is a matrix, or has a number about all examples; and the teacher then."""
+    """The report of a step on a signal that is a matrix, or has a number about all examples.
+
+    And the teacher then.
+    """
     start = (
         4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + CLASSES).double()
     )
@@ -538,7 +545,10 @@ def without_rows(
 
 
 def in_bfloat16(inside: str) -> dict[str, Any]:
-    """The teacher's gradient with weights gathered in bfloat16, and in float32; and what ``difference`` says to it."""
+    """The teacher's gradient with weights gathered in bfloat16, and in float32.
+
+    And what ``difference`` says to it.
+    """
     found: dict[str, Any] = {}
     labeled, unlabeled = share(batches(1, dtype=torch.float32)[0])
     for precision in ("float32", "bfloat16"):
@@ -574,8 +584,8 @@ class Share(list[Any]):
 def whole_training(
     layout: str | None, optimizer: str = "sgd", inside: str = "plain", **options: Any
 ) -> dict[str, Any]:
-    """Scores of examples through four steps, and the derivative in the start through two; every rank is given all
-    rows of the first, and its share of the second."""
+    """Scores of examples through four steps, and the derivative in the start through two; every
+    rank is given all rows of the first, and its share of the second."""
     network = networks(inside)[1]
     student = laid_out(network, layout)
     inner = OPTIMIZERS[optimizer](student.parameters())
@@ -617,7 +627,10 @@ def whole_training(
 
 
 def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
-    """A whole training; the most weights that were whole at once in it, and those of a block and the root."""
+    """A whole training.
+
+    The most weights that were whole at once in it, and those of a block and the root.
+    """
     alive: list[tuple[int, Any]] = []  # numbers of weights, and whether they are still there
     most = 0
     real = sharded.whole_together

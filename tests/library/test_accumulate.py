@@ -289,7 +289,10 @@ def test_an_outer_loss_that_is_no_mean_over_rows(
     "mode", ["forward", "reinforce", "reinforce_per_example", "loss_difference", "difference"]
 )
 def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
-    """Steps end on the weights of the whole batches', whatever the mode; two student steps as well."""
+    """Steps end on the weights of the whole batches', whatever the mode.
+
+    Two student steps as well.
+    """
 
     class Ignoring(metapl.PseudoLabels):
         def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
@@ -390,7 +393,10 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
 
 
 def test_what_the_outer_loss_costs_in_micro_batches() -> None:
-    """A pair, and the problem's own mean over rows, take a pass on each micro-batch; another scalar takes two."""
+    """A pair, and the problem's own mean over rows, take a pass on each micro-batch.
+
+    Another scalar takes two.
+    """
     passes = {}
     for name, problem in (
         ("pair", Judged(as_pair)),
@@ -511,7 +517,7 @@ def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
         torch.testing.assert_close(parts.grads[name], g, rtol=1e-9, atol=1e-12)
 
 
-# -------------------------------------------------------------- own losses that are means over what is not ignored
+# ----------------------------------------------- own losses that are means over what is not ignored
 
 
 TAGS = torch.tensor(
@@ -590,7 +596,10 @@ def trained_tagger(loss: Any, accumulate: int, dropout: float = 0.0) -> tuple[Te
 def test_own_losses_are_means_over_all_labels_that_are_not_ignored(
     loss: Any, accumulate: int
 ) -> None:
-    """Of four micro-batches one has no such label at all; the reference is a loop on the whole batch."""
+    """Of four micro-batches one has no such label at all.
+
+    The reference is a loop on the whole batch.
+    """
     torch.manual_seed(0)
     by_hand = Tagger().double()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.3)
@@ -644,7 +653,10 @@ def test_a_loss_of_each_micro_batch_is_allowed_where_it_says_so() -> None:
 def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
     mode: str, steps: int
 ) -> None:
-    """The weights after a step are those of the whole batches; a loss that does not say so is refused."""
+    """The weights after a step are those of the whole batches.
+
+    A loss that does not say so is refused.
+    """
 
     class Weighing(BilevelProblem):
         def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...

@@ -1,5 +1,5 @@
-"""The library runs where nothing but torch, numpy, safetensors and tqdm is installed, and the application is not
-there."""
+"""The library runs where nothing but torch, numpy, safetensors and tqdm is installed, and the
+application is not there."""
 
 from __future__ import annotations
 

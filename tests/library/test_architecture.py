@@ -1,4 +1,7 @@
-"""A compiled training is known again by what was compiled: it serves what is equal, and nothing that computes else."""
+"""A compiled training is known again by what was compiled.
+
+It serves what is equal, and nothing that computes else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What each training example did: against double backward by hand, and against trainings without the examples."""
+"""What each training example did.
+
+Against double backward by hand, and against trainings without the examples.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,10 @@ def by_hand(
     factor: Callable[[int], float],
     clip: float = 1e9,
 ) -> tuple[Tensor, Tensor]:
-    """−dL/dw by double backward through the training, and the losses L_j; dropout from the same masks."""
+    """−dL/dw by double backward through the training, and the losses L_j.
+
+    Dropout from the same masks.
+    """
     w, theta, state = (
         torch.ones(N, dtype=torch.float64, requires_grad=True),
         reference.weights(network),

@@ -1,4 +1,7 @@
-"""What ``attribute`` reads: dicts of columns, dataclasses, data sets and loaders of dicts; or a line that leads on."""
+"""What ``attribute`` reads.
+
+Dicts of columns, dataclasses, data sets and loaders of dicts; or a line that leads on.
+"""
 
 from __future__ import annotations
 
@@ -270,7 +273,10 @@ def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
 
 
 def test_a_loader_may_pad_its_batches() -> None:
-    """Examples of different lengths, by the loader's own collate_fn; the padded columns give the same scores."""
+    """Examples of different lengths, by the loader's own collate_fn.
+
+    The padded columns give the same scores.
+    """
     lengths = [3 + i % 5 for i in range(N)]
 
     def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -305,7 +311,7 @@ def test_a_loader_may_pad_its_batches() -> None:
         attributed(rows, whole, Sums())
 
 
-# ------------------------------------------------------------------------------------------------ lines that lead on
+# ------------------------------------------------------------------------------- lines that lead on
 
 
 class Graph(nn.Module):
@@ -381,14 +387,17 @@ OF = columns(IDS, LABELS)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lists of a tokenizer": (lambda: {**OF, "input_ids": IDS.tolist()}, "return_tensors='pt'"),
     "texts": (lambda: {**OF, "text": np.array(["a"] * N)}, "train holds data of ndarray"),
-    "a dict without labels": (lambda: {name: t for name, t in OF.items() if name != "labels"}, "under 'labels'"),
-    "a number beside the columns": (lambda: {**OF, "temperature": torch.tensor(1.0)}, r"\['temperature'\] 0"),
+    "a dict without "
+    "labels": (lambda: {name: t for name, t in OF.items() if name != "labels"}, "under 'labels'"),
+    "a number beside the "
+    "columns": (lambda: {**OF, "temperature": torch.tensor(1.0)}, r"\['temperature'\] 0"),
     "no rows": (lambda: {name: t[:0] for name, t in OF.items()}, "rows"),
     "a stream": (lambda: DataLoader(Stream()), r"train=list\(dataset\)"),
     "a generator": (lambda: iter(Records(OF)), r"train=list\(...\)"),
     "a weighted sampler": (
         lambda: DataLoader(Records(OF), sampler=WeightedRandomSampler([1.0] * N, N)), "WeightedRandomSampler"),
-    "a subset's sampler": (lambda: DataLoader(Records(OF), sampler=SubsetRandomSampler(range(5))), "Subset"),
+    "a subset's "
+    "sampler": (lambda: DataLoader(Records(OF), sampler=SubsetRandomSampler(range(5))), "Subset"),
     "a loader of batches": (lambda: DataLoader(Records(OF), batch_size=None), "batch_size=None"),
     "a data set without examples": (lambda: Subset(Records(OF), []), "train has no examples"),
     "a dataclass for the usual problem": (

@@ -220,7 +220,10 @@ def sequences(form: str) -> Any:
 
 @pytest.mark.parametrize("form", ["tuple", "list", "named", "later", "packed", "one dict"])
 def test_a_network_that_returns_its_hidden_state_too(form: str) -> None:
-    """The refusal of the plain network names a call; with it the numbers are those of the first tensor alone."""
+    """The refusal of the plain network names a call.
+
+    With it the numbers are those of the first tensor alone.
+    """
     torch.manual_seed(0)
     student, labels = Recurrent(form).double(), torch.arange(ROWS) % CLASSES
     table = metapl.problems.Table(torch.linspace(-1, 1, ROWS, dtype=torch.float64))

@@ -1,8 +1,9 @@
 """Whole trainings end on the bits that are stored in bits.json.
 
-Each row takes 20 steps with a tiny network and is hashed: weights, buffers, feedback, the default generator. A hash
-depends on torch's version, on the instructions of the processor and on the number of threads, so hashes are compared
-only where all three are the stored ones. Elsewhere norms and a few products with fixed vectors are compared, to 1e-5.
+Each row takes 20 steps with a tiny network and is hashed: weights, buffers, feedback, the default
+generator. A hash depends on torch's version, on the instructions of the processor and on the number
+of threads, so hashes are compared only where all three are the stored ones. Elsewhere norms and a
+few products with fixed vectors are compared, to 1e-5.
 
 A change that is meant to round otherwise renews the file in a commit of its own, and says why:
 
@@ -82,7 +83,8 @@ def of_torch(build: Any, **options: Any) -> Optimizer:
 
 
 NESTEROV = of_torch(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-# Adam divides by the root of its second moment: with a tiny eps the first steps would magnify rounding.
+# Adam divides by the root of its second moment: with a tiny eps the first steps would magnify
+# rounding.
 ADAM = of_torch(torch.optim.Adam, lr=0.02, betas=(0.8, 0.95), eps=1e-3)
 ADAMW = of_torch(torch.optim.AdamW, lr=0.02, eps=1e-3, weight_decay=0.1)
 
@@ -97,11 +99,12 @@ Row = dict[str, Any]
 def row(
     mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any
 ) -> Row:
-    """One training: what is not an option of the trainer is ``ahead`` (K inner batches a step), ``views`` (a weak and a
-    strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance without hashes).
+    """One training: what is not an option of the trainer is ``ahead`` (K inner batches a step),
+    ``views`` (a weak and a strong one), ``frozen`` (the first layer of both networks) and
+    ``within`` (the tolerance without hashes).
 
-    The feedback has the weight 1, and that of a whole batch is times the sum of its labels' terms, unless a row says
-    otherwise: a row does not depend on defaults.
+    The feedback has the weight 1, and that of a whole batch is times the sum of its labels' terms,
+    unless a row says otherwise: a row does not depend on defaults.
     """
     if not {"feedback_ratio", "feedback_bound"} & options.keys():
         options["feedback_weight"] = 1.0
@@ -176,7 +179,10 @@ def batches(steps: int, ahead: int, views: bool) -> list[tuple[Any, Any]]:
 
 
 def losses(views: bool) -> list[Any]:
-    """Said here, so that a row does not depend on defaults; UDA's labels are soft, which rounding cannot flip."""
+    """Said here, so that a row does not depend on defaults.
+
+    UDA's labels are soft, which rounding cannot flip.
+    """
     return [
         CrossEntropy(label_smoothing=0.1),
         *([UDA(temperature=0.7, threshold=0.0, ramp=10, start=2)] if views else []),
@@ -237,8 +243,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def measured(tensors: Mapping[str, Tensor]) -> list[float]:
-    """The norm of all numbers together, and their products with three vectors of cosines, of which each has its own
-    frequency: float64, and no greater than a norm."""
+    """The norm of all numbers together, and their products with three vectors of cosines, of which
+    each has its own frequency: float64, and no greater than a norm."""
     flat = torch.cat([t.detach().double().flatten() for _, t in sorted(tensors.items())])
     place = torch.arange(len(flat), dtype=torch.float64)
     return [
@@ -285,7 +291,10 @@ def one_thread() -> Any:
 def check(
     found: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], within: float = 1e-5
 ) -> None:
-    """A row as it is stored: to the bit where the machine is that of the store, else to ``within`` of each norm."""
+    """A row as it is stored.
+
+    To the bit where the machine is that of the store, else to ``within`` of each norm.
+    """
     apart = [part for part, known in stored["sha256"].items() if found["sha256"].get(part) != known]
     if machine == here():
         assert not apart, f"other bits in {apart}"

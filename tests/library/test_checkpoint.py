@@ -1,5 +1,5 @@
-"""Checkpoint files, whole ones and parts: what comes back, what is refused, and that a disk or a kill cannot spoil
-them."""
+"""Checkpoint files, whole ones and parts: what comes back, what is refused, and that a disk or a
+kill cannot spoil them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_as_many_stay_as_are_kept_and_what_others_have_there_too(tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "step-00000020.ckpt", "step-00000030.ckpt"]
 
 
-# ------------------------------------------------------------------------------------------------------- in parts
+# ----------------------------------------------------------------------------------------- in parts
 
 
 @pytest.fixture

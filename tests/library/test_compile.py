@@ -1,4 +1,7 @@
-"""``compile=True``: the eager trainer's steps, in modules and optimizers that own them; or one refusal."""
+"""``compile=True``.
+
+The eager trainer's steps, in modules and optimizers that own them; or one refusal.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +95,8 @@ def pair(
     ],
 )
 def test_compiled_steps_are_eager_steps(mode: Any, options: dict[str, Any]) -> None:
-    """Reports, weights, statistics, optimizers' states and generators, over four rates with one graph; and on with a
-    state that was stored."""
+    """Reports, weights, statistics, optimizers' states and generators, over four rates with one
+    graph; and on with a state that was stored."""
     (eager, plain), (case, on) = pair(mode, **options)
     torch.manual_seed(2)
     before = counters["stats"]["unique_graphs"]
@@ -259,7 +262,10 @@ def test_without_a_compiler_one_error_says_so(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_network_alone_is_compiled_too(accumulate: int) -> None:
-    """The weights and statistics of the eager training, dropout included; the graphs are counted."""
+    """The weights and statistics of the eager training, dropout included.
+
+    The graphs are counted.
+    """
     ends = []
     for on in (False, True):
         torch.manual_seed(1)
@@ -359,7 +365,8 @@ def test_kinds_of_students_compiled(kind: str, how: str, monkeypatch: pytest.Mon
             status = "A" if found else "R"
         except MetaplError:
             status = "X"
-    # Dynamo takes checkpoints as torch has them before 2.13, and the step is the eager one: it is compared.
+    # Dynamo takes checkpoints as torch has them before 2.13, and the step is the eager one: it is
+    # compared.
     if kind == "a checkpoint" and torch.__version__ < TorchVersion("2.13"):
         assert status == "R"
     else:

@@ -1,4 +1,7 @@
-"""Rated sequences: the rater's gradient against double backward of the formulas, also in micro-batches."""
+"""Rated sequences.
+
+The rater's gradient against double backward of the formulas, also in micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def networks(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
 
 
 def tokens(rows: int, seed: int, kind: str = "padded") -> Any:
-    """Ids as a tensor, or a dict whose rows have other lengths: the first row of the last quarter has none at all."""
+    """Ids as a tensor, or a dict whose rows have other lengths.
+
+    The first row of the last quarter has none at all.
+    """
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(WORDS, (rows, LENGTH), generator=draw)
     if kind == "tensor":
@@ -151,7 +157,7 @@ def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     assert error(split.grads, by_hand(*batches)[0]) < 1e-9
 
 
-# --------------------------------------------------------------------------------------------------------- what it is
+# --------------------------------------------------------------------------------------- what it is
 
 
 class Heads(nn.Module):

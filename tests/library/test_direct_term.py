@@ -1,4 +1,7 @@
-"""Outer losses that read the teacher: the feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double backward."""
+"""Outer losses that read the teacher.
+
+The feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double backward.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ class ReadsModule(metapl.BilevelProblem):
 
 
 class Architecture(metapl.BilevelProblem):
-    """Both losses read ``alpha``: the inputs of both passes are scaled by it, as the operations of DARTS are."""
+    """Both losses read ``alpha``.
+
+    The inputs of both passes are scaled by it, as the operations of DARTS are.
+    """
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         return Signal({"weights": teacher(batch[0]), "alpha": teacher.alpha})
@@ -145,7 +151,10 @@ def test_the_sum_is_that_of_double_backward(kind: str, mode: Any, steps: int) ->
 def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(
     kind: str, size: dict[str, Any]
 ) -> None:
-    """The teacher's step, by plain SGD at rate 1, is minus its gradient: λ times the sum, and its own losses."""
+    """The teacher's step, by plain SGD at rate 1, is minus its gradient.
+
+    λ times the sum, and its own losses.
+    """
     moved = []
     for road in ("eager", "pure", "compiled"):
         teacher, student, outer, inner = networks()

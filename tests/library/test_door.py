@@ -1,4 +1,7 @@
-"""The door of the first step: what carries a gradient past the signal is refused by name, and nothing has moved."""
+"""The door of the first step.
+
+What carries a gradient past the signal is refused by name, and nothing has moved.
+"""
 
 from __future__ import annotations
 
@@ -248,7 +251,10 @@ def test_a_batch_that_a_pass_changes_is_put_back() -> None:
 
 
 class OfDerivatives(nn.Module):
-    """A student with a leaf of its own in each pass: for derivatives of its outputs in its inputs."""
+    """A student with a leaf of its own in each pass.
+
+    For derivatives of its outputs in its inputs.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -65,7 +65,10 @@ def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
 def test_several_steps_of_a_sharded_student_name_the_torch_that_they_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Below it the second derivative of a DTensor is wrong; one student step takes none in the weights."""
+    """Below it the second derivative of a DTensor is wrong.
+
+    One student step takes none in the weights.
+    """
     monkeypatch.setattr(layout, "DTENSOR_TWICE", "99.1")
     student, mode = Layout(nn.Linear(2, 2), kind="sharded"), estimator("forward")
     check_mode(mode, 1, prepare(None, mode), student)

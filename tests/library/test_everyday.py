@@ -1,4 +1,7 @@
-"""What ordinary programs do wrong, or leave out: refused by its own name before anything moves; proposals run."""
+"""What ordinary programs do wrong, or leave out.
+
+Refused by its own name before anything moves; proposals run.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def weights(*modules: nn.Module | None) -> list[Tensor]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ the outer loss is NaN
+# ---------------------------------------------------------------------------- the outer loss is NaN
 
 OUTER = {
     "no rows": lambda x, y: (x[:0], y[:0]),
@@ -57,7 +60,10 @@ OUTER = {
     "mode", [mode for mode in metapl.MODES if mode not in ("none", "implicit")]
 )
 def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify: bool) -> None:
-    """And neither the student's passes nor another mode. The teacher has no losses that would be refused before."""
+    """And neither the student's passes nor another mode.
+
+    The teacher has no losses that would be refused before.
+    """
     trainer = metapl.BilevelTrainer(network(), network(), mode, teacher_losses=(), verify=verify)
     before = weights(trainer.teacher, trainer.student)
     with pytest.raises(
@@ -113,7 +119,7 @@ def test_a_bad_inner_batch_is_not_blamed_on_the_outer_one(verify: bool) -> None:
         trainer.step(pair(), pair()[0] * float("nan"))
 
 
-# ----------------------------------------------------------------------- losses that are no means, at the first weights
+# --------------------------------------------------- losses that are no means, at the first weights
 
 
 class OfTokens:
@@ -191,7 +197,10 @@ def tags(rows: int = 16) -> tuple[Tensor, Tensor]:
 def test_a_loss_that_is_no_mean_over_rows_is_seen_where_all_rows_have_the_same_loss(
     make: Callable[[], nn.Module],
 ) -> None:
-    """At the first weights all means are equal, and their gradients are not: here they are 0.1 and more apart."""
+    """At the first weights all means are equal, and their gradients are not.
+
+    Here they are 0.1 and more apart.
+    """
     torch.manual_seed(0)
     model = make()
     x, labels = tags()
@@ -224,7 +233,7 @@ def test_a_mean_over_rows_is_taken_for_one(
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-# -------------------------------------------------------------------------- evaluation where the signal is in the input
+# ------------------------------------------------------ evaluation where the signal is in the input
 
 
 class Scales(nn.Module):
@@ -320,7 +329,7 @@ def test_what_that_error_proposes_has_the_same_gradient_and_is_evaluated() -> No
     assert trainer.evaluate(batches["outer"]).value == pytest.approx(right)
 
 
-# ------------------------------------------------------------------------------------------------------ what errors say
+# ---------------------------------------------------------------------------------- what errors say
 
 
 @pytest.mark.parametrize("labels", [torch.float32, torch.float16, torch.int32])

@@ -1,4 +1,7 @@
-"""Every estimator against plain double backward: grads, feedback, θ′ and losses, fresh and warmed, in float64."""
+"""Every estimator against plain double backward.
+
+Grads, feedback, θ′ and losses, fresh and warmed, in float64.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,10 @@ def check_against_reference(
     at_least: float | None = None,
     **labels: Any,
 ) -> tuple[metapl.Hypergradient, reference.Found]:
-    """One call of the library beside the reference; the library must leave everything where it was."""
+    """One call of the library beside the reference.
+
+    The library must leave everything where it was.
+    """
     mode, kind, told, tolerance = ESTIMATORS[estimator]
     tolerance = max(optimiser.tolerance, tolerance or 0.0, at_least or 0.0)
     if told == "batch_mean" and "clip" in optimiser.name:
@@ -72,7 +78,8 @@ def check_against_reference(
             1e-6  # behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6
         )
     if told == "batch_mean" and "adam_defaults" in optimiser.name and rule_state is None:
-        tolerance = 1e-7  # a first step of Adam is a sign: ⟨w, g⟩ cancels to its eps, 1e-8, in which rounding is 1e-8
+        # a first step of Adam is a sign: ⟨w, g⟩ cancels to its eps, 1e-8, in which rounding is 1e-8
+        tolerance = 1e-7
     problem.draw_from_start()
     state = {"state": rule_state, "kind": told, **labels}
     expected = reference.pseudo_labels(
@@ -115,7 +122,10 @@ def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
 
 
 def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
-    """Weights, buffers, gradients and optimiser states bit for bit; the generator is the caller's own."""
+    """Weights, buffers, gradients and optimiser states bit for bit.
+
+    The generator is the caller's own.
+    """
     return unmoved(
         problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False
     )
@@ -185,7 +195,10 @@ def test_the_reference_agrees_with_central_differences_of_real_steps(optimiser: 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.15])
 def test_two_views_temperature_and_smoothing(estimator: str, smoothing: float) -> None:
-    """The teacher is fed back through the weak view, the student learns the strong; smoothing is the student's own."""
+    """The teacher is fed back through the weak view, the student learns the strong.
+
+    Smoothing is the student's own.
+    """
     problem, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"]
     inner = rule.build(problem.student)
     labels = {"temperature": 0.7, "smoothing": smoothing}
@@ -211,7 +224,8 @@ def test_a_teacher_with_dropout_and_batch_norm(estimator: str, student: str) -> 
         check_against_reference(estimator, problem, rule, rule.build(problem.student), None, None)
 
 
-# Measured over the cases below: unrolled 7.7e-6, forward 6.6e-6, difference 5.5e-4, one-sided 1.4e-3.
+# Measured over the cases below: unrolled 7.7e-6, forward 6.6e-6, difference 5.5e-4, one-sided
+# 1.4e-3.
 SINGLE = {"unrolled": 2e-5, "forward": 2e-5, "difference": 2e-3, "difference_one_sided": 5e-3}
 
 

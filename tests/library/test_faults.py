@@ -1,4 +1,7 @@
-"""The suite can fail: each planted fault is caught by the tests named beside it, which pass without it."""
+"""The suite can fail.
+
+Each planted fault is caught by the tests named beside it, which pass without it.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,9 @@ lowers = lambda mode: of(  # noqa: E731
     "mlp",
     "torch_sgd",
 )
-smoothed = lambda estimator: of(
+smoothed = lambda estimator: of(  # noqa: E731
     test_exact.test_two_views_temperature_and_smoothing, estimator, 0.15
-)  # noqa: E731
+)
 one_pass = partial(
     of, test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network
 )

@@ -1,5 +1,5 @@
-"""Feeds: whatever the source, a restored one goes on with the batches of the uninterrupted run, and disturbs nobody;
-batches that are served on a device; and draws that hash their position."""
+"""Feeds: whatever the source, a restored one goes on with the batches of the uninterrupted run, and
+disturbs nobody; batches that are served on a device; and draws that hash their position."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_worker_outlives_any_number_of_sigterms_for_a_while() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
 
 
-# --------------------------------------------------------------------------------------------------------- a device
+# ----------------------------------------------------------------------------------------- a device
 
 
 class Halves(StepBatches[Tensor]):
@@ -338,7 +338,7 @@ def test_to_device_moves_pinned_tensors_and_others(make: Callable[[Tensor], Tens
     assert torch.equal(to_device(there, "cpu"), x)
 
 
-# ------------------------------------------------------------------------------------------------ draws and samplers
+# ------------------------------------------------------------------------------- draws and samplers
 
 
 def test_hash_is_splitmix64() -> None:

@@ -1,4 +1,7 @@
-"""What a problem brings: the optimizer of its teacher, and steps in which the student learns alone first."""
+"""What a problem brings.
+
+The optimizer of its teacher, and steps in which the student learns alone first.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def fit(
     return trainer.fit(TRUSTED, given_batches() if inner is None else inner, steps=steps, **options)
 
 
-# --------------------------------------------------------------------------------------- the optimizer of the teacher
+# --------------------------------------------------------------------- the optimizer of the teacher
 
 
 class Named(ExampleWeights):
@@ -165,11 +168,14 @@ def test_the_pure_step_takes_the_optimizers_of_the_problems(name: str) -> None:
         torch.testing.assert_close(state.teacher.params[key], t.detach(), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- first steps
+# -------------------------------------------------------------------------------------- first steps
 
 
 def test_the_student_first_learns_the_given_labels_as_it_would_alone() -> None:
-    """Bit for bit, dropout and batch statistics included; the teacher and its optimizer stand still."""
+    """Bit for bit, dropout and batch statistics included.
+
+    The teacher and its optimizer stand still.
+    """
     trainer, lonely = weight_trainer(), student_network()
     assert trainer.teacher is not None
     before = copied(trainer.teacher)

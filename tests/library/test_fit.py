@@ -1,5 +1,5 @@
-"""The loop around the steps: what it averages, selects and writes, against hand computations; one at a time writes to a
-folder."""
+"""The loop around the steps: what it averages, selects and writes, against hand computations; one
+at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path
     assert not list(tmp_path.glob("checkpoints/**/*.ckpt"))
 
 
-# ------------------------------------------------------------------------------------------------------- callbacks
+# ---------------------------------------------------------------------------------------- callbacks
 
 QUIET: dict[str, Any] = {"say": lambda _: None, "schedule": "constant", "log_every": 2}
 
@@ -226,7 +226,7 @@ def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_pa
     assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])
 
 
-# ------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- what is written
 
 SCALARS = {
     *(

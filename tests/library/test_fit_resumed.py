@@ -142,7 +142,10 @@ def fit(
 
 
 def child(kind: str, out: Path, begun: Any) -> None:
-    """A fit in a process of its own, slow enough to be killed in its midst; each save takes a while too."""
+    """A fit in a process of its own, slow enough to be killed in its midst.
+
+    Each save takes a while too.
+    """
     sync = os.fsync
 
     def slowly(descriptor: int) -> None:
@@ -164,7 +167,10 @@ def child(kind: str, out: Path, begun: Any) -> None:
 def test_a_fit_that_is_killed_at_random_again_and_again_ends_as_one_that_was_not(
     kind: str, tmp_path: Path
 ) -> None:
-    """By SIGKILL, in a process of its own, while it trains, saves or begins; and half of what it leaves is damaged."""
+    """By SIGKILL, in a process of its own, while it trains, saves or begins.
+
+    And half of what it leaves is damaged.
+    """
     expected = fit(kind, tmp_path / "whole", resume=False)
     draw, out, processes = (
         random.Random(kind),

@@ -1,5 +1,5 @@
-"""Networks that learn a part of their weights, heads or low-rank changes, and share what is frozen: against plain
-double backward in float64."""
+"""Networks that learn a part of their weights, heads or low-rank changes, and share what is frozen:
+against plain double backward in float64."""
 
 from __future__ import annotations
 

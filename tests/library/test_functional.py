@@ -1,4 +1,7 @@
-"""The pure road against the eager one: h, both gradients and the next state; captured whole, stacked, and alone."""
+"""The pure road against the eager one.
+
+H, both gradients and the next state; captured whole, stacked, and alone.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +165,10 @@ def error(found: Any, expected: Any) -> float:
 
 
 def but_for_bfloat16(a: Any, b: Any) -> tuple[Any, Any]:
-    """What is not rounded in the steps of Muon, whose momentum has here two directions of three: noise in the third."""
+    """What is not rounded in the steps of Muon, whose momentum has here two directions of three.
+
+    Noise in the third.
+    """
     assert error(a[0], b[0]) < 0.1
     one, other = (
         (state.inner.state, state.outer.state, report.feedback) for state, report in (a, b)
@@ -212,7 +218,8 @@ def fits(mode: str, feature: str) -> bool:
 
 
 USUAL = "forward", "reinforce_per_example", "nesterov", "plain"
-# From its first step on, Algorithm 1's scalar ⟨w, g⟩ of Muon, which knows no length of g, is rounding alone.
+# From its first step on, Algorithm 1's scalar ⟨w, g⟩ of Muon, which knows no length of g, is
+# rounding alone.
 TABLE = [
     row
     for row in itertools.product(MODES, OPTIMIZERS, FEATURES)

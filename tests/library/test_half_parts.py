@@ -1,4 +1,7 @@
-"""Students with a part in half precision: a pass is rounded to the type of that part, which a graph shows."""
+"""Students with a part in half precision.
+
+A pass is rounded to the type of that part, which a graph shows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Paths of many steps: the training that they are, the states that they keep, the batches that they read."""
+"""Paths of many steps.
+
+The training that they are, the states that they keep, the batches that they read.
+"""
 
 from __future__ import annotations
 

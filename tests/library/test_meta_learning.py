@@ -1,4 +1,7 @@
-"""Initial weights learned through inner steps: MAML, first order, ANIL, Meta-SGD, MAML++, beside loops by hand."""
+"""Initial weights learned through inner steps.
+
+MAML, first order, ANIL, Meta-SGD, MAML++, beside loops by hand.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +200,10 @@ def test_central_differences_of_real_steps_in_a_rate() -> None:
 def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(
     mode: Any, compile: bool
 ) -> None:
-    """Two groups with a number, one of them of two weights; the schedule in the shape of the result."""
+    """Two groups with a number, one of them of two weights.
+
+    The schedule in the shape of the result.
+    """
     student = network()
     weights = dict(student.named_parameters())
     names, rates = [*weights], rates_of(student)
@@ -360,7 +366,7 @@ def test_a_feedback_in_units_of_a_rate_for_each_entry_is_refused() -> None:
         trainer.functional()
 
 
-# ------------------------------------------------------------------------------------------------------- first order
+# -------------------------------------------------------------------------------------- first order
 
 
 def gradient_of_last(student: nn.Module, truncate: int, **options: Any) -> Tree:
@@ -444,7 +450,7 @@ def test_what_no_step_reaches_is_refused(compile: bool) -> None:
             metapl.BilevelTrainer(**case.networks(), mode=mode, compile=compile)
 
 
-# ----------------------------------------------------------------------------------------------- a loss after each step
+# --------------------------------------------------------------------------- a loss after each step
 
 
 class Counting(nn.Module):
@@ -511,7 +517,10 @@ def test_a_loss_after_each_step_is_the_sum_of_calls(mode: Any, compile: bool) ->
 
 @pytest.mark.parametrize(("mode", "compile"), ROADS)
 def test_a_loss_after_each_step_beside_a_loop(mode: Any, compile: bool) -> None:
-    """By double backward; also truncated, where the derivative of a step that is left out counts as the identity."""
+    """By double backward.
+
+    Also truncated, where the derivative of a step that is left out counts as the identity.
+    """
     student = network()
     optimizer = SGD(student.parameters(), lr=0.3, weight_decay=0.05)
     more = {"outer": Lookahead(OUTER), "compile": compile, "wrt": "start"}
@@ -738,7 +747,7 @@ def test_a_trainer_refuses_outer_batches_of_several_steps(tmp_path: Any) -> None
         metapl.hypergradient(**given(student, SGD(student.parameters(), lr=0.1), **more))
 
 
-# -------------------------------------------------------------------------------- a part of the weights, and closures
+# -------------------------------------------------------------- a part of the weights, and closures
 
 
 @pytest.mark.parametrize("compile", [False, True])

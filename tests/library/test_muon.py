@@ -1,4 +1,7 @@
-"""Muon for the matrices and AdamW for the rest, in a tuple: against double backward by hand, and torch's own steps."""
+"""Muon for the matrices and AdamW for the rest, in a tuple.
+
+Against double backward by hand, and torch's own steps.
+"""
 
 from __future__ import annotations
 

@@ -267,7 +267,8 @@ def test_a_recurrent_network_of_cudnn_is_refused_with_what_to_do(mode: str) -> N
     "message",
     [
         "Double backwards is not supported for CuDNN RNNs due to limitations in the CuDNN API.",
-        "Trying to use forward AD with _cudnn_rnn that does not support it because it has not been implemented yet.",
+        "Trying to use forward AD with _cudnn_rnn that does not support it because it has not "
+        "been implemented yet.",
         "cudnn RNN backward can only be called in training mode",
     ],
 )

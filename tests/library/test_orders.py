@@ -1,6 +1,7 @@
 """The order of differentiation: chosen once, by trying, and right on both sides of every threshold.
 
-The reference is a loop of plain SGD steps with weights of the examples, and central differences of the loss after it.
+The reference is a loop of plain SGD steps with weights of the examples, and central differences of
+the loss after it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class Derivative(nn.Module):
 
 
 class Spread(nn.Module):
-    """The standard deviation of rows, of which some are constant: NaN in its second derivative in reverse."""
+    """The standard deviation of rows, of which some are constant.
+
+    NaN in its second derivative in reverse.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -245,7 +249,8 @@ def close(result: Any, expected: Tensor, tolerance: float = 1e-6) -> None:
 
 
 SIZES = {"small": 6, "large": 3000}
-# The releases whose backward passes of these have a derivative; what an older one says is tested below.
+# The releases whose backward passes of these have a derivative; what an older one says is tested
+# below.
 SECOND_DERIVATIVE_SINCE = {Transformer: "2.12", Prototypes: "2.14"}
 
 
@@ -373,7 +378,10 @@ def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() ->
 @pytest.mark.parametrize("width", [60, 128])
 @pytest.mark.parametrize("mode", [ReinforcePerExample(), "implicit"])
 def test_other_modes_with_a_tangent_run_where_forward_does(mode: Any, width: int) -> None:
-    """Sampled labels of an LSTM, against finite differences of the outputs; and the implicit mode's identity."""
+    """Sampled labels of an LSTM, against finite differences of the outputs.
+
+    And the implicit mode's identity.
+    """
     torch.manual_seed(2)
     teacher, student = nn.Linear(8, 3), Recurrent(width)
     batches: dict[str, Any] = {
@@ -400,7 +408,7 @@ def test_other_modes_with_a_tangent_run_where_forward_does(mode: Any, width: int
     assert torch.dist(found.feedback, reference.feedback) <= 2e-2 * reference.feedback.norm()
 
 
-# ------------------------------------------------------------------------------------------------------- the trainer
+# -------------------------------------------------------------------------------------- the trainer
 
 
 def trainer_of(case: Task, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
@@ -523,7 +531,7 @@ def test_numbers_that_become_nan_later_are_refused_with_an_order_that_has_none()
         trainer.step(outer=case.outer, inner=case.inner)
 
 
-# ------------------------------------------------------------------------------- a backward that has no derivative
+# ---------------------------------------------------------------- a backward that has no derivative
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -556,7 +564,7 @@ def test_a_once_differentiable_backward_with_a_jvp_is_right_by_tangent(size: str
         case.gradient(3)
 
 
-# ----------------------------------------------------------------------------------- losses without a second derivative
+# --------------------------------------------------------------- losses without a second derivative
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
@@ -571,7 +579,10 @@ def test_a_weight_of_a_ctc_loss_is_right_by_difference(one_sided: bool, accumula
 
 
 class Targets(Weighed):
-    """Signals of other kinds in the same loss: a bias of the outputs, and weights of a penalty on the weights."""
+    """Signals of other kinds in the same loss.
+
+    A bias of the outputs, and weights of a penalty on the weights.
+    """
 
     def signal(
         self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any
@@ -627,7 +638,7 @@ def test_a_training_of_ctc_verifies_and_comes_out() -> None:
     assert trainer.verification.verdict.startswith("right")
 
 
-# ---------------------------------------------------------------------------------------------------------- the advice
+# --------------------------------------------------------------------------------------- the advice
 
 
 def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, int]]:

@@ -1,4 +1,7 @@
-"""What a fit says where it goes wrong, and that it says nothing where it does not: by real trainings on digits."""
+"""What a fit says where it goes wrong, and that it says nothing where it does not.
+
+By real trainings on digits.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,7 @@ COLLAPSES: dict[str, Any] = {
 }
 
 
-# ----------------------------------------------------------------------------------------- what goes well says nothing
+# ---------------------------------------------------------------------- what goes well says nothing
 
 
 @pytest.mark.parametrize("mode", ["forward", "none", "reinforce_per_example", "difference"])
@@ -140,7 +143,10 @@ def test_few_examples_in_a_batch_are_no_collapse() -> None:
 
 
 def test_classes_of_different_sizes_are_no_collapse() -> None:
-    """Of 95 % in one class, all labels of a batch are often of that one; naming it alone is a stage of the training."""
+    """Of 95 % in one class, all labels of a batch are often of that one.
+
+    Naming it alone is a stage of the training.
+    """
     (x, y), said = digits(), list[str]()
     rare = (y == 0) & (torch.arange(len(y)) % 2 == 0)
     torch.manual_seed(0)
@@ -167,7 +173,7 @@ def test_adam_moves_a_table() -> None:
     assert weighed(lambda table: torch.optim.Adam(table.parameters(), lr=0.1), warmup=100) == []
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong does
+# ----------------------------------------------------------------------------- what goes wrong does
 
 
 def test_a_student_that_dies_is_said_with_its_remedy() -> None:
@@ -264,7 +270,7 @@ def test_guessing_is_said_at_the_second_time_or_at_the_end() -> None:
         assert all(f"after step {step}," in text for step, text in zip(steps, said, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------- a resumed
+# ---------------------------------------------------------------------------------------- a resumed
 
 
 class Stops:
@@ -313,7 +319,7 @@ def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, after: in
         assert torch.equal(weights, result.weights[name])
 
 
-# ----------------------------------------------------------------------------------------- a teacher that was better
+# ------------------------------------------------------------------------ a teacher that was better
 
 
 # The teacher learns, and forgets when the feedback comes.
@@ -344,7 +350,10 @@ def test_without_selection_by_accuracy_the_last_teacher_is_kept(how: dict[str, A
 
 
 def test_a_teacher_that_ends_a_little_behind_itself_is_the_last_one() -> None:
-    """Bit for bit as without validation: looking chooses among teachers only where one has collapsed."""
+    """Bit for bit as without validation.
+
+    Looking chooses among teachers only where one has collapsed.
+    """
     _, result, _ = trained(NoFeedback())
     _, blind, _ = trained(NoFeedback(), fit={"validation": None})
     assert all(

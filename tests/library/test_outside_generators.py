@@ -1,7 +1,7 @@
 """Students and teachers that draw from Python's and NumPy's global generators.
 
-A pass that is run again has its own draws again; a step advances the generators as its passes forward would; the outer
-loss draws from a stream apart.
+A pass that is run again has its own draws again; a step advances the generators as its passes
+forward would; the outer loss draws from a stream apart.
 """
 
 from __future__ import annotations
@@ -266,7 +266,10 @@ def test_another_bit_generator_of_numpy_is_taken_as_it_is() -> None:
 
 
 def test_trainings_by_two_modes_are_the_same() -> None:
-    """Of a student with stochastic depth: replays of one mode, and none of the other, leave the same draws."""
+    """Of a student with stochastic depth.
+
+    Replays of one mode, and none of the other, leave the same draws.
+    """
     ends = []
     for mode in (Forward(by="tangent"), "unrolled"):
         problem = case(coin, None)

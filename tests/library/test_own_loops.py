@@ -1,4 +1,7 @@
-"""Loops of others around a step: plain PyTorch, accelerate and Lightning, as the examples have them."""
+"""Loops of others around a step.
+
+Plain PyTorch, accelerate and Lightning, as the examples have them.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Problems of a user's own against one reference: double backward through the problem's own methods.
 
-The signal is a tensor, several, one without rows or one of the batch as a whole, and may enter the student's input.
+The signal is a tensor, several, one without rows or one of the batch as a whole, and may enter the
+student's input.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ class Teacher(nn.Module):
 
 
 class Weighted(Judged):
-    """A weight (B,) and a corrected label (B, C) for each example; the labels' first guesses are constant."""
+    """A weight (B,) and a corrected label (B, C) for each example.
+
+    The labels' first guesses are constant.
+    """
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         label = teacher(batch).softmax(-1)
@@ -277,7 +281,10 @@ def check(
     student: str = "mlp",
     optimiser: str = "torch_sgd_momentum",
 ) -> None:
-    """In value, sign and scale, over steps and micro-batches; a tuple for a look-ahead, a dict for several fields."""
+    """In value, sign and scale, over steps and micro-batches.
+
+    A tuple for a look-ahead, a dict for several fields.
+    """
     (mode, steps, parts), judge = how, problem()
     tolerance = 1e-4 if mode == "difference" else 1e-9
     case, rule = case_of(judge, student), OPTIMISERS[optimiser]
@@ -433,7 +440,10 @@ def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> No
     ],
 )
 def test_what_cannot_be_credited_is_refused(mode: str, problem: type) -> None:
-    """Labels that each act on others too; a signal that is made of its own feedback; feedback that is not finite."""
+    """Labels that each act on others too.
+
+    A signal that is made of its own feedback; feedback that is not finite.
+    """
     case = toy("mlp")
     with unmoved(case), pytest.raises(MetaplError):
         trainer_for(case, mode, problem=problem(), teacher_losses=()).step(**case.data())

@@ -1,7 +1,7 @@
 """Losses that read ``student.parameters()``: penalties on the weights that are trained.
 
-The reference is double backward by hand: the moved weights are put into the student's tables before each pass, and the
-loss is called while they are there.
+The reference is double backward by hand: the moved weights are put into the student's tables before
+each pass, and the loss is called while they are there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ PENALTIES: dict[str, Penalty] = {
 
 
 class Penalized(ExampleWeights):
-    """Weights of examples, which also weigh a penalty on the student's own weights; and one in the outer loss."""
+    """Weights of examples, which also weigh a penalty on the student's own weights.
+
+    And one in the outer loss.
+    """
 
     def __init__(self, net: nn.Module, penalty: Penalty = l2) -> None:
         super().__init__()
@@ -256,7 +259,10 @@ def test_implicit_is_the_closed_form(mode: Implicit) -> None:
 
 
 def test_scores_of_a_training_with_a_penalty() -> None:
-    """By central differences of real trainings; the trainings that ``validate`` repeats are such a loop too."""
+    """By central differences of real trainings.
+
+    The trainings that ``validate`` repeats are such a loop too.
+    """
     net, (outer, ((x, y, _),)) = network(), batches()
 
     class Decayed(metapl.problems.EqualWeights):
@@ -432,7 +438,10 @@ def of_named() -> Tensor:
 
 
 def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
-    """And of no bare copy, of which graphs are compiled where no method reads a module: by a global, or a closure."""
+    """And of no bare copy, of which graphs are compiled where no method reads a module.
+
+    By a global, or a closure.
+    """
     net = network()
 
     class ByClosure(ExampleWeights):
@@ -451,7 +460,10 @@ def test_a_compiled_training_is_of_the_student_that_a_loss_names() -> None:
     "way", ["graph", "tangent", "difference", "forward, three steps", "unrolled, three steps"]
 )
 def test_verification_sees_the_student_that_a_loss_names(way: str) -> None:
-    """Whose copies it moves; of the networks themselves nothing changes, their gradients included."""
+    """Whose copies it moves.
+
+    Of the networks themselves nothing changes, their gradients included.
+    """
     net, (mode, steps) = network(), WAYS[way]
 
     class ByClosure(ExampleWeights):

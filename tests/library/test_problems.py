@@ -1,4 +1,7 @@
-"""Every problem against double backward of its formulas: one table of problems and references, and a few steps."""
+"""Every problem against double backward of its formulas.
+
+One table of problems and references, and a few steps.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ class Corrector(nn.Module):
 
 
 class LearnedDecay(Judged):
-    """A problem of a user's: the teacher says how strongly the student's weights are pulled to zero."""
+    """A problem of a user's.
+
+    The teacher says how strongly the student's weights are pulled to zero.
+    """
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
@@ -70,7 +76,10 @@ class LearnedDecay(Judged):
 
 @dataclass(frozen=True)
 class Method:
-    """A problem, and the same written out: the losses (B,) of the teacher's weights, the student's and its outputs."""
+    """A problem, and the same written out.
+
+    The losses (B,) of the teacher's weights, the student's and its outputs.
+    """
 
     problem: Problem
     teacher: Callable[[], nn.Module]
@@ -217,7 +226,10 @@ def test_a_problem_has_the_gradient_of_its_formula(
 def weights_by_hand(
     student: nn.Module, labeled: Any, look: reference.Rule, state: Any
 ) -> tuple[Tensor, Tensor]:
-    """h = −dL(θ̂)/dε by double backward through the look-ahead, and w: the paper's Algorithm 1, lines 4-10."""
+    """h = −dL(θ̂)/dε by double backward through the look-ahead, and w.
+
+    The paper's Algorithm 1, lines 4-10.
+    """
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
     inner = (epsilon * plain(reference.at(student, theta, X))).mean()

@@ -1,4 +1,7 @@
-"""Networks of unusual build on the pure road: right, with the user's network whole afterwards, or one line."""
+"""Networks of unusual build on the pure road.
+
+Right, with the user's network whole afterwards, or one line.
+"""
 
 from __future__ import annotations
 
@@ -264,7 +267,10 @@ class Filled(nn.Module):
 
 
 def test_a_buffer_that_a_pure_pass_fills_has_to_be_there_before() -> None:
-    """The state of a step has no place for it: L(θ′) would be taken with a buffer of the outer batch."""
+    """The state of a step has no place for it.
+
+    L(θ′) would be taken with a buffer of the outer batch.
+    """
     student = network(Filled)
     made, whole = trainer(student), Whole(student)
     step, state = made.functional()
@@ -325,7 +331,7 @@ def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(
         two_steps()
 
 
-# ------------------------------------------------------------------------------------------------ what has no pure form
+# ---------------------------------------------------------------------------- what has no pure form
 
 
 class Slopes(nn.Module):
@@ -412,7 +418,10 @@ IMPURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] 
 
 @pytest.mark.parametrize("what", IMPURE)
 def test_what_torch_func_cannot_transform_is_said_with_what_to_write_instead(what: str) -> None:
-    """Of ``functional()``, of a student and of a teacher; and what the line proposes is right there."""
+    """Of ``functional()``, of a student and of a teacher.
+
+    And what the line proposes is right there.
+    """
     impure, instead, proposed = IMPURE[what]
     student, data = network(impure), batches()
     whole = Whole(student)
@@ -457,7 +466,7 @@ def test_compiled_one_line_ends_with_leave_compile_out(what: str, how: str) -> N
         assert torch.equal(random, torch.get_rng_state())
 
 
-# ----------------------------------------------------------------------------------------------- under torch.compile
+# ------------------------------------------------------------------------------ under torch.compile
 
 
 def by_function(student: nn.Module) -> nn.Module:

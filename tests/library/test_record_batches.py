@@ -1,4 +1,7 @@
-"""Batches that are dataclasses: right as the tuple of the same tensors is, and no class is registered for it."""
+"""Batches that are dataclasses.
+
+Right as the tuple of the same tensors is, and no class is registered for it.
+"""
 
 from __future__ import annotations
 
@@ -227,7 +230,10 @@ def test_look_aheads_know_another_batch(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_done_with_a_batch(form: str) -> None:
-    """It goes to a device, is cut and known whole; it stays as it is, and PyTorch knows nothing of its class."""
+    """It goes to a device, is cut and known whole.
+
+    It stays as it is, and PyTorch knows nothing of its class.
+    """
     batch = FORMS[form](*rows(0))
     before = copy.deepcopy(batch)
     on_meta = to_device(batch, "meta")
@@ -273,7 +279,8 @@ def test_a_digest_is_the_same_in_another_process() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_record_batches import FORMS, digest, rows\n"
-        "print([int(digest(FORMS[form](*rows(0)))) for form in ('plain', 'frozen', 'nested', 'derived')])"
+        "print([int(digest(FORMS[form](*rows(0)))) for form in ('plain', 'frozen', 'nested', "
+        "'derived')])"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,7 +1,8 @@
 """What ends in an error has moved nothing: weights, buffers, gradients, optimizer states and generators.
 
-A table of wrong calls, each with the type of its error, and a property: an error that is raised anywhere within a step
-leaves everything bit for bit as it was, and the next step is the one that would have been taken.
+A table of wrong calls, each with the type of its error, and a property: an error that is raised
+anywhere within a step leaves everything bit for bit as it was, and the next step is the one that
+would have been taken.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def network(inside: nn.Module | None = None) -> nn.Module:
 
 @dataclass
 class Case:
-    """Two networks with gradients, two optimizers, two batches and a generator; some of them may be replaced."""
+    """Two networks with gradients, two optimizers, two batches and a generator.
+
+    Some of them may be replaced.
+    """
 
     teacher: Any = field(default_factory=network)
     student: Any = field(default_factory=network)
@@ -379,7 +383,10 @@ def test_a_wrong_call_moves_nothing(name: str) -> None:
 
 
 def calls_with(generator: torch.Generator, case: Case) -> dict[str, Callable[[], Any]]:
-    """Every call that takes a generator; ``generator`` is of another device than that on which it is to draw."""
+    """Every call that takes a generator.
+
+    ``generator`` is of another device than that on which it is to draw.
+    """
     batches: dict[str, Any] = {"labeled": (case.x, case.y), "unlabeled": case.u}
     networks = case.teacher, case.student
     given: dict[str, Any] = {
@@ -402,13 +409,17 @@ def calls_with(generator: torch.Generator, case: Case) -> dict[str, Callable[[],
     }
 
 
-REFUSED_GENERATOR = r"^generator is on {}.*, and the networks are on {}.*; expected torch.Generator\('{}.*'\), or none.$"
+REFUSED_GENERATOR = (
+    r"^generator is on {}.*, and the networks are on {}.*; "
+    r"expected torch.Generator\('{}.*'\), or none.$"
+)
 
 
 CALLS_WITH_A_GENERATOR = [*calls_with(torch.Generator(), Case())]
 
 
-# A trainer's gradient first saves the state of its device's own generator, which the meta device has not.
+# A trainer's gradient first saves the state of its device's own generator, which the meta device
+# has not.
 @pytest.mark.parametrize(
     "call", [call for call in CALLS_WITH_A_GENERATOR if call != "a trainer's gradient"]
 )
@@ -635,7 +646,10 @@ class Broken(Exception):
 
 
 class Fuse:
-    """Counts what it is told of, and breaks when a count is reached; a copy of a network has the same one."""
+    """Counts what it is told of, and breaks when a count is reached.
+
+    A copy of a network has the same one.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -746,7 +760,10 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
 def fused(
     mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any
 ) -> tuple[Case, Fuse, Any]:
-    """A case with so many steps behind it, its fuse, and the batches of the next step; twice called, twice the same."""
+    """A case with so many steps behind it, its fuse, and the batches of the next step.
+
+    Twice called, twice the same.
+    """
     torch.manual_seed(0)
     fuse = Fuse()
     case = Case(network(Wired(fuse, "teacher")), network(Wired(fuse, "student")))

@@ -1,4 +1,7 @@
-"""What must hold whatever the numbers are: signs, zeros, sums, scales, orders, and that nothing is left moved."""
+"""What must hold whatever the numbers are.
+
+Signs, zeros, sums, scales, orders, and that nothing is left moved.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Steps of a path that are computed again: deterministic algorithms are asked for, and a state that comes out otherwise
-than it was kept stands in the result, or is refused."""
+"""Steps of a path that are computed again: deterministic algorithms are asked for, and a state that
+comes out otherwise than it was kept stands in the result, or is refused."""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ PLANTED = pytest.mark.parametrize(
 def test_a_state_that_comes_out_otherwise_is_refused_and_nothing_moves(
     way: str, planted: nn.Module
 ) -> None:
-    # In float32, where outputs may differ by some thousandths before the passes themselves are refused.
+    # In float32, where outputs may differ by some thousandths before the passes themselves are
+    # refused.
     student = student_of(copy.deepcopy(planted), torch.float32)
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(

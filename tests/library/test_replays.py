@@ -1,7 +1,7 @@
 """Students and teachers whose passes are hard to run again: the gradient is that of plain double backward.
 
-The reference is double backward on the module itself: its weights are exchanged by hand, and hooks, buffers and
-checkpoints act as they do in training.
+The reference is double backward on the module itself: its weights are exchanged by hand, and hooks,
+buffers and checkpoints act as they do in training.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ def built(make: Callable[[], nn.Module], batches: int = 2) -> nn.Module:
     return net
 
 
-# What depends on the weights by a constant, in which a difference of outputs has a derivative all the same.
+# What depends on the weights by a constant, in which a difference of outputs has a derivative all
+# the same.
 DETACHED = {
     "frozen, moved in place",
     "buffer moved in place",
@@ -309,7 +310,10 @@ class Counting(nn.Module):
 
 
 def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_is_right() -> None:
-    """``forward`` runs the passes of several steps again; ``unrolled`` runs each once, and is right on both."""
+    """``forward`` runs the passes of several steps again.
+
+    ``unrolled`` runs each once, and is right on both.
+    """
     steps, rate = 3, 0.3
 
     def counting(*, in_buffer: bool) -> Toy:
@@ -349,8 +353,8 @@ def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_i
 
 @pytest.mark.parametrize("mode", ["unrolled", "tangent", "difference"])
 def test_masks_of_different_passes_are_independent(mode: str) -> None:
-    """Of the student's inner pass, its outer pass and the teacher's two, in this step and the next; a replay has those
-    of what it replays."""
+    """Of the student's inner pass, its outer pass and the teacher's two, in this step and the next;
+    a replay has those of what it replays."""
     log: list[Tensor] = []
 
     class Masks(nn.Linear):
@@ -500,7 +504,8 @@ class TakesPlainLayouts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.autograd.forward_ad._current_level >= 0:
             raise RuntimeError(
-                "view size is not compatible with input tensor's size and stride (at least one dimension)."
+                "view size is not compatible with input tensor's size and stride (at least one "
+                "dimension)."
             )
         return x.tanh()
 

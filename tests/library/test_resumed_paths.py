@@ -1,4 +1,7 @@
-"""Long compiled paths in a folder, whose process is killed: the same call goes on, and gives what it would have."""
+"""Long compiled paths in a folder, whose process is killed.
+
+The same call goes on, and gives what it would have.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,8 @@ CALLS: dict[str, Call] = {
     "clipped": lambda *a: gradient(*a, clip_norm=0.1),
     "by Inductor": lambda *a: gradient(*a, captured=True),
 }
-# The number of a batch that is read, or of a file that is about to get its name, at which the process is killed.
+# The number of a batch that is read, or of a file that is about to get its name, at which the
+# process is killed.
 PLACES = {
     "before anything is kept": ("read", 5),
     "in the run forward": ("read", 20),

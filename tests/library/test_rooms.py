@@ -1,5 +1,5 @@
-"""The rooms of the package: imports go down, those inside functions included, never in a circle, never to the
-application."""
+"""The rooms of the package: imports go down, those inside functions included, never in a circle,
+never to the application."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ FLOORS = (
     ("apps.commands", "apps.predict", "apps.evaluate", "apps.attribute", "apps.ablate"),
     ("apps.main",),
 )
-"""Rooms, the lowest first: each imports from its own floor and from those below it. Problems, updates and the execution
-know nothing of each other's use in feedback, and none of them of a trainer."""
+"""Rooms, the lowest first: each imports from its own floor and from those below it. Problems,
+updates and the execution know nothing of each other's use in feedback, and none of them of a
+trainer."""
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,4 +1,7 @@
-"""Sampled labels, by enumerating every joint label of a tiny batch with its probability: no draw is left to chance."""
+"""Sampled labels, by enumerating every joint label of a tiny batch with its probability.
+
+No draw is left to chance.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +167,10 @@ def test_mean_over_labels_is_that_of_the_formula(
 def bias(
     mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed: bool
 ) -> tuple[float, float, float]:
-    """Medians over five problems of two examples each: ‖mean − soft‖/‖soft‖, ‖mean‖/‖soft‖, their cosine."""
+    """Medians over five problems of two examples each.
+
+    ‖mean − soft‖/‖soft‖, ‖mean‖/‖soft‖, their cosine.
+    """
     seen = []
     for seed in range(5):
         mean = reference_mean(
@@ -220,7 +226,10 @@ def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
 def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
     optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """∇ E_ŷ[L(θ′(ŷ))], the expectation differentiated as the finite sum that it is; no optimiser is an exception."""
+    """∇ E_ŷ[L(θ′(ŷ))], the expectation differentiated as the finite sum that it is.
+
+    No optimiser is an exception.
+    """
     problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
     found, _ = library_mean(LossDifference(reduction="sum"), problem, rule, monkeypatch, warmed)
     problem = toy("mlp", rows=ROWS)
@@ -257,7 +266,10 @@ def flat_grad(loss: Tensor, problem: Toy) -> Tensor:
 def test_the_mean_is_the_sum_over_the_number_of_labels(
     estimator: Any, optimiser: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Algorithm 1's reduction, the default, in every option and with any optimiser; the student's step is the same."""
+    """Algorithm 1's reduction, the default, in every option and with any optimiser.
+
+    The student's step is the same.
+    """
     if optimiser == "torchopt_clip" and estimator.normalization == "learning_rate":
         pytest.skip("a TorchOpt transform shows no learning rate")
     problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]

@@ -1,4 +1,7 @@
-"""Networks in several processes: the same numbers as one process with the whole batch, every mode, every layout."""
+"""Networks in several processes.
+
+The same numbers as one process with the whole batch, every mode, every layout.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,8 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
         *each(["forward", "difference"], problem=sharded_cases.SEVERAL),
         {"mode": "forward", "problem": sharded_cases.SEVERAL, "accumulate": 2},
     ],
-    # Its weights sum to one over the rows of all ranks, and the teacher learns by those of every rank.
+    # Its weights sum to one over the rows of all ranks, and the teacher learns by those of every
+    # rank.
     "a signal of the batch as a whole": [
         {"mode": "forward", "problem": sharded_cases.OF_ALL_ROWS, "accumulate": parts}
         for parts in (1, 2)
@@ -131,7 +135,8 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
     "several steps": [{"mode": Forward(keep_every=2), "lookahead": 3, "accumulate": 2, "steps": 1}],
     "several steps, all kept": each([Forward(), Forward(truncate=2)], lookahead=3),
 }
-CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many of them have the same rows, cases
+# ranks, how many of them have the same rows, cases
+CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
     **{
         f"{what}, {layout}": (2, 1, [{**case, "layout": layout} for case in cases])
         for what, cases in OF_TWO.items()
@@ -146,18 +151,24 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {  # ranks, how many o
         *each([Forward(by="tangent")], layout="ddp"),
         *each([Forward(by="double_backward"), "reinforce_per_example"], layout="ddp", inside="distances"),
     ]),
-    "altered feedback": (2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
-    "a replicated teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
+    "altered "
+    "feedback": (2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
+    "a replicated "
+    "teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
     "metapl's own function": (2, 1, each(["forward", "difference"], layout="shard")),
     "its checkpoints": (2, 1, each(["forward", "difference"], layout="shard_checkpoint")),
     "its checkpoints, several steps": (
         2, 1, each(["forward"], layout="shard_checkpoint", lookahead=3, recompute_teacher=True, steps=1)),
     "products, AdamW": (2, 2, each(["reinforce"], optimizer="adamw", **CUT)),
     "products": (2, 2, each(PLAIN_PASSES, **CUT) + each(["none"], clip_norm=0.05, **CUT)),
-    "products of the student": (2, 2, each(["none"], teacher_layout="ddp", **CUT)),  # and nothing to cut
-    "shards and products": (4, 2, each(["reinforce"], layout="tensor_by_shard", optimizer="adamw", hidden=8)),
-    "shards, products, a clip": (4, 2, each(["difference"], layout="tensor_by_shard", hidden=8, clip_norm=0.05)),
-    "replicas and products": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
+    # and nothing to cut
+    "products of the student": (2, 2, each(["none"], teacher_layout="ddp", **CUT)),
+    "shards and "
+    "products": (4, 2, each(["reinforce"], layout="tensor_by_shard", optimizer="adamw", hidden=8)),
+    "shards, products, a "
+    "clip": (4, 2, each(["difference"], layout="tensor_by_shard", hidden=8, clip_norm=0.05)),
+    "replicas and "
+    "products": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
     "replicas of shards of one": (2, 1, each(["reinforce"], layout="hsdp", optimizer="adamw")),
     "replicas of shards": (4, 1, each(["reinforce", "difference"], layout="hsdp")),
     "replicas of shards, AdamW": (4, 1, each(["forward"], layout="hsdp", optimizer="adamw")),
@@ -178,7 +189,10 @@ QUICK |= {"a replicated teacher", "products, AdamW", "orders, fsdp"}
     "what", [pytest.param(w, marks=[pytest.mark.long] * (w not in QUICK)) for w in CASES]
 )
 def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
-    """In gradients, weights, feedback and reports; what one process finds is beside double backward elsewhere."""
+    """In gradients, weights, feedback and reports.
+
+    What one process finds is beside double backward elsewhere.
+    """
     number, alike, cases = CASES[what]
     if any(case.get("inside") == "distances" for case in cases):
         require_torch("2.14", "the second derivative of cdist is there")
@@ -206,7 +220,10 @@ def test_processes_are_as_one(two: Ranks, four: Ranks, what: str) -> None:
 def test_whole_trainings_are_as_in_one_process(
     two: Ranks, four: Ranks, number: int, layout: str, optimizer: str, each: bool
 ) -> None:
-    """Scores of all examples on every rank, and derivatives in the start; no more than a block and the root is held."""
+    """Scores of all examples on every rank, and derivatives in the start.
+
+    No more than a block and the root is held.
+    """
     if layout != "ddp":
         require_torch("2.12", DIFFERENTIABLE_TWICE)
     expected = sharded_cases.whole_training(None, optimizer, each=each)
@@ -259,7 +276,10 @@ def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str) -> None:
-    """So the numbers are those of one process that takes each batch in two parts; the running statistics are means."""
+    """So the numbers are those of one process that takes each batch in two parts.
+
+    The running statistics are means.
+    """
     case: dict[str, Any] = {
         "mode": "forward",
         "optimizer": "sgd",
@@ -332,7 +352,8 @@ def test_bfloat16_by_autocast(two: Ranks) -> None:
     ("fault", "layout", "mode"),
     [
         ("stale_root", "fsdp", "loss_difference"),
-        # Where the slopes differ, the first step would take double backward, which needs no direction.
+        # Where the slopes differ, the first step would take double backward, which needs no
+        # direction.
         ("direction_not_gathered", "fsdp", Forward(by="tangent")),
         ("gradient_not_averaged", "ddp", "reinforce"),
         ("mean_over_own_rows", "fsdp", "forward"),
@@ -391,7 +412,10 @@ def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(
     ("layout", "inside"), [("replicate", "moving, scaled"), ("shard", "moving")]
 )
 def test_tied_weights_and_buffers_that_move(two: Ranks, layout: str, inside: str) -> None:
-    """Running statistics are means over the ranks; another buffer is the first rank's, on all of them."""
+    """Running statistics are means over the ranks.
+
+    Another buffer is the first rank's, on all of them.
+    """
     case: dict[str, Any] = {
         "mode": "forward",
         "inside": inside,
@@ -412,7 +436,10 @@ def test_tied_weights_and_buffers_that_move(two: Ranks, layout: str, inside: str
 @pytest.mark.long
 @pytest.mark.parametrize("inside", ["plain", "norm"])
 def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
-    """Forward mode goes along; a difference of outputs would be noise. Batch norms stay in float32, on their own."""
+    """Forward mode goes along.
+
+    A difference of outputs would be noise. Batch norms stay in float32, on their own.
+    """
     for found in two.run("in_bfloat16", inside=inside):
         assert 1e-6 < error(found["bfloat16"], found["float32"]) < 0.1
         assert found["dtypes"] == {"torch.float32"}

@@ -1,4 +1,7 @@
-"""Batch norms that share their statistics over processes: equal to one process, in every derivative and mode."""
+"""Batch norms that share their statistics over processes.
+
+Equal to one process, in every derivative and mode.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def own_rows(t: Tensor, ranks: int) -> Tensor:
     return t if ranks == 1 else t.chunk(ranks)[dist.get_rank()]
 
 
-# ------------------------------------------------------------------------------------------------- what a process runs
+# ------------------------------------------------------------------------------ what a process runs
 
 
 def derivatives(ranks: int) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ def copied() -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")

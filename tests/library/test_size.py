@@ -1,4 +1,7 @@
-"""The size of the feedback beside the teacher's own losses: weight, ratio and bound, on both roads."""
+"""The size of the feedback beside the teacher's own losses.
+
+Weight, ratio and bound, on both roads.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,10 @@ def test_the_rules() -> None:
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "loss_difference"])
 @pytest.mark.parametrize("given", [{}, {"accumulate": 2}, {"recompute_teacher": True}], ids=str)
 def test_a_bound_is_not_exceeded(mode: str, given: dict[str, Any]) -> None:
-    """A large feedback is cut to the bound along its own direction; one within the bound stays as the weight has it."""
+    """A large feedback is cut to the bound along its own direction.
+
+    One within the bound stays as the weight has it.
+    """
     own, _ = step_of(mode, feedback_weight=0.0, **given)
     whole, _ = step_of(mode, feedback_weight=LARGE, **given)
     size = float((whole - own).norm() / own.norm())

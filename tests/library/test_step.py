@@ -1,5 +1,5 @@
-"""The trainer's step: what the hypergradient says, done to both networks, with the teacher's own losses beside it; what
-a trainer hands out is a snapshot, and threads do not meet."""
+"""The trainer's step: what the hypergradient says, done to both networks, with the teacher's own
+losses beside it; what a trainer hands out is a snapshot, and threads do not meet."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 
 
 def trainer_for(case: Toy, mode: Any, **options: Any) -> metapl.BilevelTrainer:
-    """Plain SGD at rate 1 on the teacher, so that its step is its gradient; no losses of its own."""
+    """Plain SGD at rate 1 on the teacher, so that its step is its gradient.
+
+    No losses of its own.
+    """
     options = {"teacher_losses": (), "verify": False, **options}
     options.setdefault("outer_optimizer", torch.optim.SGD(case.teacher.parameters(), lr=1.0))
     return metapl.BilevelTrainer(**case.networks(), mode=mode, **options)
@@ -61,8 +64,8 @@ def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     ),
 )
 def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimiser: str) -> None:
-    """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes on; whatever gradients
-    the caller has left."""
+    """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes
+    on; whatever gradients the caller has left."""
     case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None
     for p in (*case.student.parameters(), *case.teacher.parameters()):
         p.grad = torch.ones_like(p)
@@ -236,7 +239,10 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torchopt_sgd_nesterov"])
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", "reinforce_per_example"])
 def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> None:
-    """Two steps with an active clip of 0.05 on both networks: θ′, and the feedback through the clip's derivative."""
+    """Two steps with an active clip of 0.05 on both networks.
+
+    θ′, and the feedback through the clip's derivative.
+    """
     case, rule = toy("group_norm"), OPTIMISERS[optimiser]
     trainer = trainer_for(
         case, mode, inner_optimizer=rule.build(case.student), clip_norm=0.05, feedback_weight=100.0
@@ -442,7 +448,10 @@ def in_threads(*runs: Callable[[], Any]) -> None:
 
 
 def test_two_threads_take_turns() -> None:
-    """Two trainers as well: dropout masks are replayed by generators that the whole process shares."""
+    """Two trainers as well.
+
+    Dropout masks are replayed by generators that the whole process shares.
+    """
     under_way: list[int] = []
 
     class Watching(metapl.PseudoLabels):

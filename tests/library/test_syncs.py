@@ -1,8 +1,8 @@
 """No step makes the host wait for the device.
 
-On CUDA, PyTorch itself raises where it would. Elsewhere the step runs as it would on an accelerator (nothing is looked
-at on the spot), and every operator counts that reads a value out of a tensor, or whose result has a shape that depends
-on values.
+On CUDA, PyTorch itself raises where it would. Elsewhere the step runs as it would on an accelerator
+(nothing is looked at on the spot), and every operator counts that reads a value out of a tensor, or
+whose result has a shape that depends on values.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def test_nor_do_the_other_steps(wait: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_nor_does_the_loop_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schedule, average and watch between two looks at the numbers.
 
-    The first step looks twice: it chooses its order of differentiation, and compares the states of the generators
-    before and after its loss, which lie on the host.
+    The first step looks twice: it chooses its order of differentiation, and compares the states of
+    the generators before and after its loss, which lie on the host.
     """
     one, data = trainer("forward", "cpu"), batches("cpu")
     counts: list[int] = []

@@ -122,7 +122,10 @@ def test_the_threshold_of_the_authors_is_on_the_sharpened_labels(
 
 
 def test_a_label_that_reaches_the_threshold_by_sharpening_is_kept() -> None:
-    """(0.5, 0.3, 0.2) at the temperature 0.5 is 0.66 for the first class; and >= keeps what equals the threshold."""
+    """(0.5, 0.3, 0.2) at the temperature 0.5 is 0.66 for the first class.
+
+    And >= keeps what equals the threshold.
+    """
     scores = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
     assert not UDA(0.5, 0.6).target(scores).any()
     assert UDA(0.5, 0.6, threshold_on="sharpened").target(scores)[0, 0] == pytest.approx(
@@ -138,7 +141,7 @@ def test_a_one_hot_target_has_no_sharpened_threshold() -> None:
         UDA(0.0, 0.95, threshold_on="sharpened")
 
 
-# ------------------------------------------------------------------------------------------------ the loss, by the step
+# ---------------------------------------------------------------------------- the loss, by the step
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,8 @@ def stored(real: Any, student: torch.nn.Module) -> Any:
             (torch.bfloat16, torch.float16), IN_HALF, (0, 2), (None, 0.02),
             usual=[torch.bfloat16, "sgd", "adamw", "torchopt_sgd", 2, None],
         )
-        if "adam" not in row.values[1] or row.values[0] == torch.bfloat16  # whose squares float16 does not hold
+        # whose squares float16 does not hold
+        if "adam" not in row.values[1] or row.values[0] == torch.bfloat16
         if "torchopt" not in row.values[1] or row.values[2] == 0
     ],
 )  # fmt: skip

@@ -132,7 +132,7 @@ def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
     assert trainer.evaluate(batches, metric=Recall()).value == found.value
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -188,7 +188,7 @@ def test_arrays_are_served_in_shuffled_epochs() -> None:
         assert sorted(unlabeled.tolist()) == [0, 1, 2, 3], "all, where there are fewer"
 
 
-# ------------------------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- the figures
 
 
 def test_against_scikit_learn() -> None:
@@ -262,7 +262,7 @@ def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
         predict_logits(nn.Linear(1, 1), [])
 
 
-# -------------------------------------------------------------------------------------------------------- paired tests
+# ------------------------------------------------------------------------------------- paired tests
 
 
 def scores(n: int, seed: int) -> tuple[Any, Any]:

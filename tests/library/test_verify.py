@@ -94,7 +94,10 @@ def by_the_eager_road(
 def by_the_pure_step(
     teacher: Any, student: Any, *, unlabeled: Any, labeled: Any, **options: Any
 ) -> Any:
-    """As ``metapl.hypergradient``, by the pure step of a trainer: the teacher's gradient is that of its step."""
+    """As ``metapl.hypergradient``, by the pure step of a trainer.
+
+    The teacher's gradient is that of its step.
+    """
     options["inner_optimizer"], outer = (
         options["inner_optimizer"].optimizer,
         torch.optim.SGD(teacher.parameters(), 1.0),
@@ -123,7 +126,10 @@ def by_the_pure_step(
 
 
 def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
-    """Each kind in every column; by default in the first column of each of its letters, of both roads."""
+    """Each kind in every column.
+
+    By default in the first column of each of its letters, of both roads.
+    """
     rows = []
     for kind, (letters, *_) in kinds.items():
         expected = dict(zip(COLUMNS, letters.replace(" ", ""), strict=True))
@@ -414,7 +420,10 @@ def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.M
 
 
 def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a small rate; and of sampled labels too, whose drowned numbers count as zero in float64."""
+    """Of a small rate.
+
+    And of sampled labels too, whose drowned numbers count as zero in float64.
+    """
     plant(monkeypatch, "the sign")
     for dtype, lr in ((torch.bfloat16, 0.3), (torch.float32, 1e-4)):
         for mode in ("forward", "reinforce_per_example"):
@@ -497,8 +506,8 @@ def reversed_slopes(student: Any, x: Tensor) -> Tensor:
     return z
 
 
-# What a later step refuses, by tangent and by graph; and what one of ten refuses by differences, whose slopes may be as
-# far off as those of a hook that doubles a gradient.
+# What a later step refuses, by tangent and by graph; and what one of ten refuses by differences,
+# whose slopes may be as far off as those of a hook that doubles a gradient.
 LATE: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
     "a hook on an activation": ("X--", KINDS["a hook on an activation"][1]),
     "a hook that reverses a gradient": ("X-X", reversed_slopes),

@@ -1,4 +1,7 @@
-"""The student's wait: at first the teacher trains alone, and the student begins as if nothing had been before."""
+"""The student's wait.
+
+At first the teacher trains alone, and the student begins as if nothing had been before.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ def moving(trainer: metapl.BilevelTrainer) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.2}, {"precision": "bfloat16"}], ids=str)
 def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any]) -> None:
-    """Bit for bit, its dropout and its ramp included; the student and the generator for labels stand still."""
+    """Bit for bit, its dropout and its ramp included.
+
+    The student and the generator for labels stand still.
+    """
     drawing = torch.Generator().manual_seed(1)
     trainer = bilevel(Reinforce(baseline=0.9), teacher_losses=LOSSES, generator=drawing, **options)
     lonely, before = alone(trainer.teacher, **options), moving(trainer)

@@ -1,4 +1,7 @@
-"""Weight norm, the old one and the new: the derivatives of its formula, and not those of PyTorch's kernel."""
+"""Weight norm, the old one and the new.
+
+The derivatives of its formula, and not those of PyTorch's kernel.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,8 @@ def test_the_network_is_as_it_was(kind: str) -> None:
         Implicit(iterations=1, damping=10.0),
     ):
         found = gradient(problem, mode)
-        # The pass that the step is taken on leaves the weight that it had, as one of a training does.
+        # The pass that the step is taken on leaves the weight that it had, as one of a training
+        # does.
         for part in [part for part in parts if "weight" in vars(part)]:
             hook = next(iter(part._forward_pre_hooks.values()))
             assert torch.allclose(part.weight, hook.compute_weight(part), 1e-12, 1e-12)

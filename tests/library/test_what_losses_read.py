@@ -1,8 +1,8 @@
-"""Inner losses that read more than outputs, signal, batch and weights: what a forward has left, random numbers, the
-teacher; each by the problem, by a closure or by a hook.
+"""Inner losses that read more than outputs, signal, batch and weights: what a forward has left,
+random numbers, the teacher; each by the problem, by a closure or by a hook.
 
-The reference is a loop of real steps, by ``backward()`` and ``torch.optim``, and central differences of the loss after
-it, in float64.
+The reference is a loop of real steps, by ``backward()`` and ``torch.optim``, and central
+differences of the loss after it, in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from metapl.functional.compiled import refuse_gap
 
 ROWS, CLASSES = 8, 3
 SMALL_WIDTH, LARGE_WIDTH = 6, 200
-# The mode, its number of student steps, and the student's width: ``forward`` in each of its orders, and the reference.
+# The mode, its number of student steps, and the student's width: ``forward`` in each of its orders,
+# and the reference.
 WAYS: dict[str, tuple[Any, int, int]] = {
     "graph": ("forward", 1, SMALL_WIDTH),
     "large": ("forward", 1, LARGE_WIDTH),
@@ -39,7 +40,10 @@ WAYS: dict[str, tuple[Any, int, int]] = {
 
 
 class Student(nn.Module):
-    """Two hidden layers; what a forward leaves behind, beside its outputs, is the mean square of its features."""
+    """Two hidden layers.
+
+    What a forward leaves behind, beside its outputs, is the mean square of its features.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,7 +61,10 @@ class Student(nn.Module):
 
 
 class Weighed(metapl.BilevelProblem):
-    """Weights of examples by a teacher of the inputs, and what a loss reads besides: a function of the loss."""
+    """Weights of examples by a teacher of the inputs, and what a loss reads besides.
+
+    A function of the loss.
+    """
 
     def __init__(
         self, extra: Callable[[Any, Tensor, Signal, Any, Any], Tensor], **held: Any
@@ -326,7 +333,10 @@ class HalfOfTheRows(Weighed):
 
 
 def test_both_values_of_an_outer_loss_that_draws_are_of_one_draw() -> None:
-    """L(θ) and L(θ′) of ``loss_difference``: of a student that hardly moves they are the same, in each step."""
+    """L(θ) and L(θ′) of ``loss_difference``.
+
+    Of a student that hardly moves they are the same, in each step.
+    """
     case = Case(
         lambda student, teacher: HalfOfTheRows(lambda self, losses, *_: losses), SMALL_WIDTH, 1
     )
@@ -354,7 +364,7 @@ def test_both_values_of_an_outer_loss_that_draws_are_of_one_draw() -> None:
         assert abs(float(trainer.step(**case.data()).feedback)) < 1e-6
 
 
-# ------------------------------------------------------------------------------------ the teacher, without a gradient
+# ------------------------------------------------------------------ the teacher, without a gradient
 
 
 def a_number(student: Student, teacher: Any) -> Weighed:
@@ -413,7 +423,7 @@ def test_in_the_signal_it_counts(mode: str) -> None:
     assert agrees(found.grads.values(), expected)
 
 
-# --------------------------------------------------------------------------------------------- what is left as it was
+# --------------------------------------------------------------------------- what is left as it was
 
 
 @pytest.mark.parametrize("make", [of_a_closure, of_a_hook, a_number])

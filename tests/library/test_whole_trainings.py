@@ -130,7 +130,10 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As plain functions, where what they compute matters; captured, or by Inductor, where a test's name says so."""
+    """As plain functions, where what they compute matters.
+
+    Captured, or by Inductor, where a test's name says so.
+    """
     monkeypatch.setattr(training, "_KNOWN", {})
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
@@ -288,7 +291,10 @@ LATE_DECAY = {"weight_decay": torch.tensor([[0.0], [1e-6]])}
 def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
     tasks: str, decay: float, schedule: Any
 ) -> None:
-    """torch.optim leaves them; in a graph their gradient is 0, by which momentum and decay move them."""
+    """torch.optim leaves them.
+
+    In a graph their gradient is 0, by which momentum and decay move them.
+    """
     student, (x, y) = Tasks(), batch(0)
     ahead = Lookahead([({task: x}, y) for task in tasks], schedule=schedule)
     inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
@@ -369,15 +375,19 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "an unknown schedule": ("lrr", lambda: ahead(schedule={"lrr": RATES})),
     "a schedule that ends": ("shape", lambda: ahead(schedule={"lr": RATES[1:]})),
     "rates of two groups": ("schedule", lambda: ahead(schedule={"lr": RATES.expand(-1, 2)})),
-    "betas of SGD": ("schedule", lambda: ahead(schedule={"betas": RATES[..., None].expand(-1, -1, 2)})),
+    "betas of "
+    "SGD": ("schedule", lambda: ahead(schedule={"betas": RATES[..., None].expand(-1, -1, 2)})),
     "another batch": ("for step 2", lambda: ahead(odd())),
     "always another batch": ("for step 0", lambda: ahead(odd(steps=range(STEPS)))),
     "NaN": ("step 2", lambda: ahead(odd(torch.nan))),
     "NaN in the first step": ("step 0", lambda: ahead([odd(torch.nan)(2)] * STEPS)),
     "a rate of NaN": ("step 1", lambda: ahead(schedule=lambda k: torch.nan)),
-    "NaN in the outer batch": ("step 6|the outer loss is NaN or infinite", lambda: {"outer": odd(torch.nan)(2)}),
-    "a start without a gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", "compile": False}),
-    "a rate in truncated steps": ("wrt", lambda: {"wrt": "lr", "mode": Forward(truncate=2), "compile": False}),
+    "NaN in the outer "
+    "batch": ("step 6|the outer loss is NaN or infinite", lambda: {"outer": odd(torch.nan)(2)}),
+    "a start without a "
+    "gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", "compile": False}),
+    "a rate in truncated "
+    "steps": ("wrt", lambda: {"wrt": "lr", "mode": Forward(truncate=2), "compile": False}),
     "a momentum of 0": (
         "wrt", lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), "compile": False}),
     "a momentum that rests": (
@@ -386,7 +396,8 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "two graphs of h that is shaped": (
         "compile", lambda: {"mode": Forward(normalization="learning_rate"), "compile": True}),
     "two graphs of micro-batches": ("compile", lambda: {"accumulate": 2, "compile": True}),
-    "two graphs of a transform": ("compile", lambda: {"inner_optimizer": torchopt.sgd(0.1), "compile": True}),
+    "two graphs of a "
+    "transform": ("compile", lambda: {"inner_optimizer": torchopt.sgd(0.1), "compile": True}),
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Trainings of the command come out, at the defaults: ``train digits``, ``train noisy``, ``train images``, and
-``noisy-student images``."""
+"""Trainings of the command come out, at the defaults: ``train digits``, ``train noisy``, ``train
+images``, and ``noisy-student images``."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_training_on_the_digits_comes_out(train: Train, mode: str) -> None:
     check_all(digits_comparisons(train, mode, steps=1500, seeds=SEEDS))
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def write_digits(folder: Path, rows: np.ndarray, labels: np.ndarray | None) -> None:
@@ -102,8 +102,8 @@ def write_digits(folder: Path, rows: np.ndarray, labels: np.ndarray | None) -> N
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits in folders: 100 ``labeled``, 800 ``unlabeled``, the same 800 as ``noisy`` with 40 % wrong labels, and 400
-    to ``test`` on."""
+    """Digits in folders: 100 ``labeled``, 800 ``unlabeled``, the same 800 as ``noisy`` with 40 %
+    wrong labels, and 400 to ``test`` on."""
     root = tmp_path_factory.mktemp("digits")
     truth = load_digits().target
     draw = np.random.default_rng(0)

@@ -1,4 +1,7 @@
-"""Every mode and its options come out, at the defaults and by ``fit``: as the loop without feedback, or above it."""
+"""Every mode and its options come out, at the defaults and by ``fit``.
+
+As the loop without feedback, or above it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from metapl.feedback import (
 )
 
 IDENTITY = Implicit(solver="identity")
-"""What the error of ``mode="implicit"`` sends people to: the default solver refuses networks in training."""
+"""What the error of ``mode="implicit"`` sends people to.
+
+The default solver refuses networks in training.
+"""
 
 MODES = (
     "forward",
@@ -75,7 +81,8 @@ LOOPS = (
     Loop(data="breast_cancer", labeled=20),
 )
 
-# ``difference`` and ``unrolled`` have the gradient of ``forward``, so that these say nothing more of another loop.
+# ``difference`` and ``unrolled`` have the gradient of ``forward``, so that these say nothing more
+# of another loop.
 DISTINCT = ("forward", "reinforce", "loss_difference", "reinforce_per_example", IDENTITY)
 
 LONG = (

@@ -12,7 +12,10 @@ LOOPS = [
 
 LONG = [Row(mode, loop) for loop in LOOPS for mode in (*MODES, COSINE)] + controls(LOOPS)
 
-SLOW = "300 steps at 1e-3 are few for sampled labels, whatever the feedback: 76.6 beside 87.0 by plain training"
+SLOW = (
+    "300 steps at 1e-3 are few for sampled labels, whatever the feedback: 76.6 beside 87.0 by "
+    "plain training"
+)
 RED = {
     Row("none", Loop(optimizer=optimizer), hard=True): SLOW
     for optimizer in ("Adam 1e-3", "AdamW 1e-3")

@@ -1,4 +1,7 @@
-"""The suite can fail: where a default is put back to what it was, the rows named beside it go red."""
+"""The suite can fail.
+
+Where a default is put back to what it was, the rows named beside it go red.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,8 @@ MARKED += [pytest.param(fault, id=fault.title, marks=pytest.mark.long) for fault
 
 @pytest.mark.parametrize("fault", MARKED)
 def test_a_row_goes_red(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    # No fault reaches the controls, which have no feedback: they may be trained, and stay in the cache, beside one.
+    # No fault reaches the controls, which have no feedback: they may be trained, and stay in the
+    # cache, beside one.
     fault.plant(monkeypatch)
     with pytest.raises(AssertionError, match="beside"):
         fault.test(fault.row)

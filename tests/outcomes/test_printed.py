@@ -1,4 +1,7 @@
-"""What a page prints as an example is a row of the suite: estimators with their settings, modes of the trainer."""
+"""What a page prints as an example is a row of the suite.
+
+Estimators with their settings, modes of the trainer.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ CALL = re.compile(rf"\b({'|'.join(ESTIMATORS)})\([^()]*\)")
 
 
 def printed_estimators(text: str) -> Iterator[Estimator]:
-    """Yield the estimators that a text writes as calls; ``Forward(truncate=m)`` is a form, and no example."""
+    """Yield the estimators that a text writes as calls.
+
+    ``Forward(truncate=m)`` is a form, and no example.
+    """
     for match in CALL.finditer(text):
         call = ast.parse(match[0], mode="eval").body
         assert isinstance(call, ast.Call)
@@ -62,7 +68,10 @@ def printed_modes(source: str) -> Iterator[Estimator]:
 
 
 def test_calls_are_found_and_forms_are_not() -> None:
-    text = '`metapl.feedback.Reinforce(similarity="cosine", baseline=0.99)`, `Forward(truncate=m)`, `Implicit(solver=...)`'
+    text = (
+        '`metapl.feedback.Reinforce(similarity="cosine", baseline=0.99)`, `Forward(truncate=m)`, '
+        "`Implicit(solver=...)`"
+    )
     assert [*printed_estimators(text)] == [Reinforce(similarity="cosine", baseline=0.99)]
     source = 'BilevelTrainer(t, s)\nmetapl.BilevelTrainer(t, s, "reinforce")\nmetapl.BilevelTrainer(*two(), mode=mode)'
     assert [*printed_modes(source)] == [Forward(), Reinforce()]

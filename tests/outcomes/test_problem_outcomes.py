@@ -1,7 +1,8 @@
 """Trainings of problems of labels and weights come out: at their defaults, on real data, beside plain training.
 
-``python tests/outcomes/test_problem_outcomes.py 10 11 12`` prints the means of these seeds: the accuracy in %, and what
-it is above plain training on the trusted labels alone and on all given ones.
+``python tests/outcomes/test_problem_outcomes.py 10 11 12`` prints the means of these seeds: the
+accuracy in %, and what it is above plain training on the trusted labels alone and on all given
+ones.
 """
 
 from __future__ import annotations
@@ -233,9 +234,9 @@ def test_the_weights_of_meta_weight_net_fall_with_the_loss() -> None:
         assert small > great, seed
 
 
-# Meta-Weight-Net weighs by the loss, which does not tell wrong labels that are all of one class or learned by heart; a
-# matrix does not help where rows are few enough to be learned by heart; and learning to reweight is slow. Their
-# docstrings say so.
+# Meta-Weight-Net weighs by the loss, which does not tell wrong labels that are all of one class or
+# learned by heart; a matrix does not help where rows are few enough to be learned by heart; and
+# learning to reweight is slow. Their docstrings say so.
 BEHIND_TRUSTED = {
     ("MetaWeightNet", "digits", "asymmetric"),
     *(("MetaWeightNet", "wine", noise) for noise in ("symmetric", "asymmetric")),

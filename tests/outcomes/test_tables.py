@@ -1,4 +1,7 @@
-"""MetaPseudoLabelsClassifier comes out on tables of few labels: beside its own control, and beside the labels alone."""
+"""MetaPseudoLabelsClassifier comes out on tables of few labels.
+
+Beside its own control, and beside the labels alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ LABELED = {"digits": 100, "wine": 15, "breast_cancer": 20}
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a seed: those to learn from, most of whose labels are -1, and those to test on."""
+    """The rows of a seed.
+
+    Those to learn from, most of whose labels are -1, and those to test on.
+    """
 
     inputs: np.ndarray
     labels: np.ndarray

@@ -1,11 +1,12 @@
 """Trainings of seconds on real data, beside the same loop without feedback and plain training on the trusted labels.
 
-A *row* is a mode in a loop. Three seeds draw data, batches, first weights and sampled labels anew. A row is red if, in
-the mean of its seeds, a network is at chance, or if the student is five points behind one of its two controls, or the
-teacher behind the teacher without feedback. Both controls take the same batches and the same optimizers from the same
-first weights; the loop without feedback gives its student the same kind of labels, soft or sampled, as the mode does.
-That loop is a row too, beside plain training; where it is red, the modes in it are held against it alone.
-``python tests/outcomes/outcome_table.py`` prints how far each row is from red.
+A *row* is a mode in a loop. Three seeds draw data, batches, first weights and sampled labels anew.
+A row is red if, in the mean of its seeds, a network is at chance, or if the student is five points
+behind one of its two controls, or the teacher behind the teacher without feedback. Both controls
+take the same batches and the same optimizers from the same first weights; the loop without feedback
+gives its student the same kind of labels, soft or sampled, as the mode does. That loop is a row
+too, beside plain training; where it is red, the modes in it are held against it alone. ``python
+tests/outcomes/outcome_table.py`` prints how far each row is from red.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SEEDS = (0, 1, 2)
 MOST_BEHIND = 0.05
 """How far below a control the mean of the seeds may be, and how far above chance it has to be."""
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,17 @@ def split_of(data: str, labeled: int, seed: int) -> Split:
 
 
 def batches_of_rows(count: int, batch: int, steps: int, seed: int) -> list[Tensor]:
-    """Return the rows of each step's batch, from an endless stream of shuffled epochs; a batch may span several."""
+    """Return the rows of each step's batch, from an endless stream of shuffled epochs.
+
+    A batch may span several.
+    """
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-batch * steps // count)
     stream = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
     return list(stream[: batch * steps].split(batch))
 
 
-# ----------------------------------------------------------------------------------------------------------- the loops
+# ---------------------------------------------------------------------------------------- the loops
 
 Optimizers = torch.optim.Optimizer | tuple[torch.optim.Optimizer, ...]
 
@@ -157,8 +161,10 @@ class Loop:
         labeled: how many examples have a label.
         unlabeled_batch: unlabeled examples in a batch; a labeled one has 64.
         optimizer: a name of :data:`OPTIMIZERS`, for both networks.
-        way: by ``fit``, whose schedule lowers the rates to 0, or by ``step`` in a plain loop at constant rates.
-        noise: standard deviation of the noise in a second view of the unlabeled examples; None: one view.
+        way: by ``fit``, whose schedule lowers the rates to 0, or by ``step`` in a plain loop at
+            constant rates.
+        noise: standard deviation of the noise in a second view of the unlabeled examples; None: one
+            view.
         steps: of either network.
     """
 
@@ -174,7 +180,10 @@ class Loop:
     def title(self) -> str:
         views = "" if self.noise is None else ", two views"
         batches = f"batches of {self.unlabeled_batch}{views}"
-        return f"{self.data} {self.labeled}, {batches}, {self.optimizer}, {self.steps} steps by {self.way}"
+        return (
+            f"{self.data} {self.labeled}, {batches}, {self.optimizer}, {self.steps} steps by "
+            f"{self.way}"
+        )
 
     def split(self, seed: int) -> Split:
         return split_of(self.data, self.labeled, seed)
@@ -250,7 +259,7 @@ def call_of(value: metapl.feedback.Estimator) -> str:
     return f"{type(value).__name__}({', '.join(arguments)})"
 
 
-# -------------------------------------------------------------------------------------------------------- the outcomes
+# ------------------------------------------------------------------------------------- the outcomes
 
 
 @dataclass(frozen=True)
@@ -292,7 +301,10 @@ def keep_silent(text: str) -> None:
 
 
 def trained(row: Row, seed: int) -> tuple[nn.Module, nn.Module]:
-    """Return the teacher and the student after the loop. What a first call leaves open is left open here."""
+    """Return the teacher and the student after the loop.
+
+    What a first call leaves open is left open here.
+    """
     loop = row.loop
     torch.manual_seed(seed)
     teacher = loop.network(seed)
@@ -353,7 +365,7 @@ def on_trusted(loop: Loop) -> tuple[float, ...]:
     return tuple(accuracies)
 
 
-# --------------------------------------------------------------------------------------------------------- the verdict
+# -------------------------------------------------------------------------------------- the verdict
 
 
 @dataclass(frozen=True)
@@ -383,7 +395,10 @@ def near(what: str, accuracy: float, control: float) -> Comparison:
 
 
 def comparisons(row: Row) -> Iterator[Comparison]:
-    """Train, and yield what the row is held against; the controls are trained where they are asked for."""
+    """Train, and yield what the row is held against.
+
+    The controls are trained where they are asked for.
+    """
     outcome = without_feedback(row.loop, row.labels) if row.mode == "none" else outcome_of(row)
     chance = statistics.fmean(row.loop.split(seed).chance for seed in SEEDS)
     yield above_chance("student", outcome.student, chance)
@@ -392,13 +407,17 @@ def comparisons(row: Row) -> Iterator[Comparison]:
     yield near("student and the student without feedback", outcome.student, control.student)
     yield near("teacher and the teacher without feedback", outcome.teacher, control.teacher)
     plain = statistics.fmean(on_trusted(row.loop))
-    # Where the loop without feedback is behind already, that is for its own row to say: the feedback has no part in it.
+    # Where the loop without feedback is behind already, that is for its own row to say: the
+    # feedback has no part in it.
     if row.mode == "none" or control.student >= plain - MOST_BEHIND:
         yield near("student and plain training on the labeled examples", outcome.student, plain)
 
 
 def check_all(compared: Iterable[Comparison]) -> None:
-    """Assert that nothing is at chance or behind. What passes is printed too: ``pytest -rP`` shows it."""
+    """Assert that nothing is at chance or behind.
+
+    What passes is printed too: ``pytest -rP`` shows it.
+    """
     for comparison in compared:
         print(comparison)
         assert comparison.margin >= 0, str(comparison)
@@ -417,8 +436,8 @@ def controls(loops: Iterable[Loop]) -> list[Row]:
 def marked(
     quick: list[Row], long: list[Row], red: Mapping[Row, str] = MappingProxyType({})
 ) -> list[Any]:
-    """Return the rows as parameters of a test: those of the second list ``long``, and those that are red, which is
-    known and has a reason, as expected failures."""
+    """Return the rows as parameters of a test: those of the second list ``long``, and those that
+    are red, which is known and has a reason, as expected failures."""
     parameters = [pytest.param(row, id=row.title) for row in quick]
     for row in long:
         marks = [pytest.mark.long]

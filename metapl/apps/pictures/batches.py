@@ -1,9 +1,9 @@
 """Pictures by number, as bytes in memory or decoded from files, and batches of them that are seen through views.
 
-Item t is the batch of step t. A batch is made in two halves. What is fetched (bytes of images, where there are files or
-images in memory) can come from worker processes; the views can be applied on the device, so that a quarter of the bytes
-crosses to it. Normalization is not a view: it belongs to the network, which sees the same numbers whatever the data
-came from.
+Item t is the batch of step t. A batch is made in two halves. What is fetched (bytes of images,
+where there are files or images in memory) can come from worker processes; the views can be applied
+on the device, so that a quarter of the bytes crosses to it. Normalization is not a view: it belongs
+to the network, which sees the same numbers whatever the data came from.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Images(Protocol):
         ...
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures as uint8 (B, C, H, W), and which they are, (B,) int64: ``indices``, but where a file is broken."""
+        """Pictures as uint8 (B, C, H, W), and which they are, (B,) int64.
+
+        ``indices``, but where a file is broken.
+        """
         ...
 
 
@@ -59,7 +62,8 @@ class MemoryImages:
     """Pictures that lie in memory.
 
     Args:
-        data: uint8 (n, C, H, W). On an accelerator, batches are picked there, and loaders do without worker processes.
+        data: uint8 (n, C, H, W). On an accelerator, batches are picked there, and loaders do
+            without worker processes.
         indices: (m,) int64, which of them count, in this order; None: all.
 
     >>> images = MemoryImages(torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2))
@@ -94,10 +98,10 @@ class MemoryImages:
 class FileImages:
     """Pictures in files, read when they are fetched.
 
-    A file that cannot be read is replaced by the next one that can, in the order of this set; so the batches stay a
-    function of their position. It is recorded, whichever process meets it: as a line of JSON in ``log``, see
-    :func:`replaced_files`, or as a warning. ``size``, ``mode`` and ``center`` are those of
-    :func:`metapl.apps.pictures.reader.read_image`.
+    A file that cannot be read is replaced by the next one that can, in the order of this set; so
+    the batches stay a function of their position. It is recorded, whichever process meets it: as a
+    line of JSON in ``log``, see :func:`replaced_files`, or as a warning. ``size``, ``mode`` and
+    ``center`` are those of :func:`metapl.apps.pictures.reader.read_image`.
     """
 
     def __init__(
@@ -109,15 +113,18 @@ class FileImages:
         center: float = 1.0,
         log: Path | None = None,
     ) -> None:
-        # Not a list: forked workers copy Python's own objects bit by bit, as their counts of references change.
+        # Not a list: forked workers copy Python's own objects bit by bit, as their counts of
+        # references change.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         if not len(self._paths) or min(size) < 1:
             raise MetaplError(
-                f"FileImages got {len(self._paths)} paths and size {size}; expected 1 or more of each."
+                f"FileImages got {len(self._paths)} paths and size {size}; expected 1 or more of "
+                "each."
             )
         self._indices = torch.arange(len(self._paths))
         self.size, self.mode, self.center, self.log = size, mode, center, log
-        # Whether a picture is kept, and the pictures. Two that read the same one at once write the same bytes.
+        # Whether a picture is kept, and the pictures. Two that read the same one at once write the
+        # same bytes.
         self._kept: tuple[np.ndarray[Any, Any], Tensor] | None = None
 
     def __len__(self) -> int:
@@ -131,8 +138,8 @@ class FileImages:
         return self._with(_indices=self._indices[indices])
 
     def cached(self) -> FileImages:
-        """The same pictures, each kept in memory once it was read whole, which forked worker processes share; C·H·W + 1
-        bytes a picture, taken as the pictures are read."""
+        """The same pictures, each kept in memory once it was read whole, which forked worker
+        processes share; C·H·W + 1 bytes a picture, taken as the pictures are read."""
         # Not torch's shared tensors, which are bounded by the size of /dev/shm.
         count, bytes_each = len(self._paths), math.prod(self.shape)
         memory = np.frombuffer(mmap.mmap(-1, count * (1 + bytes_each)), dtype=np.uint8)
@@ -173,8 +180,8 @@ class FileImages:
     def fetch_crops(
         self, indices: Tensor, crops: Sequence[Sequence[Crop]]
     ) -> tuple[list[Tensor], Tensor]:
-        """V boxes, or the whole, of each of the pictures ``indices``, (B,) int64: V tensors, uint8 (B, C, H, W), and
-        which pictures they are, (B,) int64."""
+        """V boxes, or the whole, of each of the pictures ``indices``, (B,) int64: V tensors, uint8
+        (B, C, H, W), and which pictures they are, (B,) int64."""
         found, used, tries = list[list[Tensor]](), list[int](), min(_IN_A_ROW, len(self))
         for index, boxes in zip(indices.tolist(), crops, strict=True):
             for candidate in range(index, index + tries):
@@ -237,7 +244,10 @@ def record_files(log: Path, reasons: Mapping[str, str]) -> None:
 
 
 def replaced_files(log: Path) -> dict[str, str]:
-    """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
+    """The files that :class:`FileImages` recorded, each with the reason.
+
+    Empty where there is no such record.
+    """
     reasons = {}
     for line in read_plain(log).decode("utf-8", "replace").splitlines() if log.exists() else ():
         with contextlib.suppress(
@@ -248,16 +258,20 @@ def replaced_files(log: Path) -> dict[str, str]:
     return reasons
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 Fetched = tuple[Tensor, ...]
 
-# Fields that are views: one derived seed each, so that no two of one step share their draws even under one seed.
+# Fields that are views: one derived seed each, so that no two of one step share their draws even
+# under one seed.
 ROLES = ("view", "weak", "strong")
 
 
 class ExampleBatches(StepBatches[BatchT]):
-    """Batches of sampled examples: columns of a data set, of which the first is seen through one view or several."""
+    """Batches of sampled examples.
+
+    Columns of a data set, of which the first is seen through one view or several.
+    """
 
     images: Tensor | Images
     sampler: StepSampler
@@ -351,8 +365,9 @@ class ExampleBatches(StepBatches[BatchT]):
         return [draws.fold_in(self.seed, ROLES.index(role)) for role in self.views]
 
     def _examples(self, step: int) -> Tensor:
-        # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations apart. On the
-        # CPU, wherever the images are: a view that plans there would otherwise wait for the device.
+        # With B > n a batch holds copies of an example; counting the epoch in keeps their
+        # augmentations apart. On the CPU, wherever the images are: a view that plans there would
+        # otherwise wait for the device.
         return self.sampler.epochs(step) * self.sampler.size + self.sampler.indices(step)
 
 
@@ -372,13 +387,15 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     """The labeled batches: item t is (x, y), x = view(images[i]), y = labels[i], i = sampler.indices(t).
 
     Args:
-        images: n examples: a tensor (n, ...), or :class:`~metapl.apps.pictures.Images`, whose bytes become numbers in
-            [0, 1].
+        images: n examples: a tensor (n, ...), or :class:`~metapl.apps.pictures.Images`, whose bytes
+            become numbers in [0, 1].
         steps: number of steps, or None for an endless stream.
-        crop: draws a box of the full image that is then brought to the size of ``images``; these are in files.
+        crop: draws a box of the full image that is then brought to the size of ``images``; these
+            are in files.
         stored: (n, C) stored class distributions, which items then hold too: (x, y, stored).
 
-    Where a file is broken, x and y are of the one that replaces it, seen through the view of the broken one.
+    Where a file is broken, x and y are of the one that replaces it, seen through the view of the
+    broken one.
 
     >>> from metapl.apps.pictures import Identity
     >>> from metapl.data import StepSampler
@@ -404,7 +421,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
     weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t).
 
-    Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files are decoded once.
+    Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files
+    are decoded once.
 
     >>> from metapl.apps.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler
@@ -427,8 +445,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
-    """All labeled images once, in order and as they are: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file
-    that cannot be read is left out.
+    """All labeled images once, in order and as they are: (x, y), float32 (B, C, H, W) in [0, 1] and
+    int64 (B,). A file that cannot be read is left out.
 
     >>> from metapl.apps.pictures import MemoryImages
     >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
@@ -442,9 +460,13 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or self.batch_size < 1:
-            given = f"{len(self.images)} images, {len(self.labels)} labels, batch_size {self.batch_size}"
+            given = (
+                f"{len(self.images)} images, {len(self.labels)} labels, batch_size "
+                f"{self.batch_size}"
+            )
             raise MetaplError(
-                f"EvaluationBatches got {given}; expected as many labels as images, 1 or more a batch"
+                f"EvaluationBatches got {given}; expected as many labels as images, 1 or more a "
+                "batch"
             )
 
     @property

@@ -1,4 +1,7 @@
-"""Folders of images: the files in them, their classes and bytes, and what is wrong, found before a training begins."""
+"""Folders of images.
+
+The files in them, their classes and bytes, and what is wrong, found before a training begins.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ FilesT = TypeVar("FilesT", bound="Files")
 T = TypeVar("T")
 
 WHOLE_UP_TO, WHOLE_BYTES = 5_000, 2**30
-"""Files of a folder whose bytes are all hashed, and how many bytes; of larger folders, names and sizes are taken."""
+"""Files of a folder whose bytes are all hashed, and how many bytes.
+
+Of larger folders, names and sizes are taken.
+"""
 
 
 def silent(done: int) -> None:
@@ -43,8 +49,8 @@ def silent(done: int) -> None:
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures below a folder: their names relative to it, with slashes, in the order of their characters, and the
-    number of other files by suffix."""
+    """The pictures below a folder: their names relative to it, with slashes, in the order of their
+    characters, and the number of other files by suffix."""
 
     root: Path
     names: tuple[str, ...]
@@ -80,8 +86,8 @@ class LabeledFiles(Files):
         )
 
     def targets(self, classes: Sequence[str] | None = None) -> Tensor:
-        """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own. A MetaplError where there
-        are pictures of another class."""
+        """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own. A
+        MetaplError where there are pictures of another class."""
         known = {
             name: index for index, name in enumerate(self.classes if classes is None else classes)
         }
@@ -102,10 +108,11 @@ class LabeledFiles(Files):
 def scan_unlabeled(folder: str | Path) -> Files:
     """List the pictures of a folder and all folders in it, in an order that depends on their names alone.
 
-    Files are known by their suffix, and not opened. Hidden ones (``.name``, ``__MACOSX``) are left out; links are
-    followed, and a folder is listed once. Where there are tar files and no pictures, the pictures in these are listed:
-    ``000000.tar/deep/er/a.png``. In the place of a folder may stand a text file with the path of a picture in each
-    line, from the file's own folder on. Cost: about a second for 100,000 files.
+    Files are known by their suffix, and not opened. Hidden ones (``.name``, ``__MACOSX``) are left
+    out; links are followed, and a folder is listed once. Where there are tar files and no pictures,
+    the pictures in these are listed: ``000000.tar/deep/er/a.png``. In the place of a folder may
+    stand a text file with the path of a picture in each line, from the file's own folder on. Cost:
+    about a second for 100,000 files.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
@@ -179,7 +186,8 @@ def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int
         kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
         others = f", only {kinds}" if kinds else ""
         raise MetaplError(
-            f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}."
+            f"{root} has no picture in it{others}; expected files that end with "
+            f"{', '.join(SUFFIXES)}."
         )
 
 
@@ -197,7 +205,10 @@ def _pictures(files: Iterable[str]) -> tuple[tuple[str, ...], Counter[str]]:
 
 
 def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], list[str]]]:
-    """As :func:`walk`, without hidden names: the folders in each folder, and its files relative to the root."""
+    """As :func:`walk`, without hidden names.
+
+    The folders in each folder, and its files relative to the root.
+    """
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise MetaplError(f"{root} {state}; expected a folder with pictures.")
@@ -223,8 +234,8 @@ def walk(
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Folders, each once, with the names of the folders and of the files in them, sorted, links followed.
 
-    What is taken from the list of a folder's folders is not gone into. ``refuse`` is called with the error where a
-    folder cannot be listed; the folder ``above`` counts as listed already.
+    What is taken from the list of a folder's folders is not gone into. ``refuse`` is called with
+    the error where a folder cannot be listed; the folder ``above`` counts as listed already.
     """
 
     def identity(folder: str) -> tuple[int, int]:
@@ -249,8 +260,8 @@ def digest(path: str) -> bytes:
 
 
 def ask(question: Callable[[str], T], path: str) -> T | None:
-    """What a function says of a file that a scan found; None where it cannot be read, as a link that leads nowhere.
-    Whoever reads the pictures leaves it out, and says so."""
+    """What a function says of a file that a scan found; None where it cannot be read, as a link
+    that leads nowhere. Whoever reads the pictures leaves it out, and says so."""
     try:
         return question(path)
     except OSError:
@@ -260,8 +271,8 @@ def ask(question: Callable[[str], T], path: str) -> T | None:
 def hash_files(files: Files) -> str:
     """What a folder holds: SHA-256 over the names, the classes and the bytes of its files, in hexadecimal.
 
-    Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins with "names and
-    sizes:". Files that cannot be read count by their names.
+    Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins
+    with "names and sizes:". Files that cannot be read count by their names.
     """
     sizes = [ask(size_of, path) for path in files.paths()]
     whole = len(sizes) <= WHOLE_UP_TO and sum(size or 0 for size in sizes) <= WHOLE_BYTES
@@ -289,15 +300,15 @@ def hashes(**parts: Any) -> dict[str, str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- files, one by one
+# -------------------------------------------------------------------------------- files, one by one
 
 DECODE_UP_TO, DECODE_BYTES = 5_000, 2**29
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What :func:`verify_files` found: the indices of the files that passed, and the names of the others with the
-    reason."""
+    """What :func:`verify_files` found: the indices of the files that passed, and the names of the
+    others with the reason."""
 
     sound: tuple[int, ...]
     skipped: dict[str, str]
@@ -320,9 +331,10 @@ class Verified:
 def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
     """Find which files can be used, and why the others cannot.
 
-    Up to 5,000 files and half a gigabyte are decoded; of more, the size alone is asked for, and what is found broken
-    while training is replaced there (see :class:`metapl.apps.pictures.FileImages`). ``progress`` is called with the
-    number of files examined.
+    Up to 5,000 files and half a gigabyte are decoded; of more, the size alone is asked for, and
+    what is found broken while training is replaced there (see
+    :class:`metapl.apps.pictures.FileImages`). ``progress`` is called with the number of files
+    examined.
 
     Cost: per file, about 0.01 ms for the size, or one decoding.
     """
@@ -344,15 +356,16 @@ def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
     return Verified(tuple(sound), skipped)
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @dataclass(frozen=True)
 class Finding:
     """A problem with the folders that a user should know about before training.
 
-    An "error" makes results wrong or training impossible; a "warning" may be meant so. The kind is "classes",
-    "contradiction", or of which pictures there are copies: "test copies", "validation copies" or "labeled copies".
+    An "error" makes results wrong or training impossible; a "warning" may be meant so. The kind is
+    "classes", "contradiction", or of which pictures there are copies: "test copies", "validation
+    copies" or "labeled copies".
     """
 
     level: Literal["error", "warning"]
@@ -371,14 +384,15 @@ def check_folders(
 ) -> list[Finding]:
     """Find what would spoil a training with these folders; errors come first.
 
-    Errors: fewer than two classes; another of these folders inside that of the classes; a class without pictures; a
-    class of validation or test that training does not know; a picture of test or validation, by its bytes, among the
-    labeled or unlabeled ones, or in two classes. Warnings: a picture of test in validation; a class that validation or
-    test lacks; all labeled pictures among the unlabeled ones. ``progress`` is called with the number of files whose
-    bytes were compared; without ``copies``, none are.
+    Errors: fewer than two classes; another of these folders inside that of the classes; a class
+    without pictures; a class of validation or test that training does not know; a picture of test
+    or validation, by its bytes, among the labeled or unlabeled ones, or in two classes. Warnings: a
+    picture of test in validation; a class that validation or test lacks; all labeled pictures among
+    the unlabeled ones. ``progress`` is called with the number of files whose bytes were compared;
+    without ``copies``, none are.
 
-    Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
-    same size, and beyond 4 KiB only where these agree too.
+    Cost: one question to the file system for each file. Bytes are read only of files that another
+    side has with the same size, and beyond 4 KiB only where these agree too.
     """
     named = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     sides: dict[str, Any] = {side: files for side, files in named.items() if files is not None}
@@ -390,7 +404,10 @@ def check_folders(
             other in whole.parents and side != "unlabeled"
         ):  # whose folder may hold all pictures
             inner, outer = ((side, files.root), ("labeled", root))[:: 1 if inside else -1]
-            what = f"the {inner[0]} folder {shown(inner[1])} lies inside the {outer[0]} folder {shown(outer[1])}"
+            what = (
+                f"the {inner[0]} folder {shown(inner[1])} lies inside the {outer[0]} folder "
+                f"{shown(outer[1])}"
+            )
             findings.append(
                 Finding(
                     "error", f"{what}, every subfolder of which is a class; expected one beside it."
@@ -417,7 +434,10 @@ def check_folders(
             continue
         found, folder = held_out.counts(), f"the {side} folder {held_out.root}"
         if unknown := [label for label, count in found.items() if label not in counts and count]:
-            what = f"{folder} has classes that {root} does not: {few(unknown)}; expected folders of the same names."
+            what = (
+                f"{folder} has classes that {root} does not: {few(unknown)}; expected folders of "
+                "the same names."
+            )
             findings.append(Finding("error", what))
         if missing := [label for label in counts if not found.get(label)]:
             what = f"{folder} has no picture of {few(missing)}: nothing is measured there."
@@ -425,7 +445,7 @@ def check_folders(
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
-# -------------------------------------------------------------------------------------------------------------- copies
+# ------------------------------------------------------------------------------------------- copies
 
 
 class _File(NamedTuple):
@@ -441,7 +461,8 @@ def find_copies(
 
     Args:
         sides: the labeled files, and of unlabeled, validation and test ones what there is.
-        trained: the labeled and unlabeled ones were already trained on, so that the others are to be mended.
+        trained: the labeled and unlabeled ones were already trained on, so that the others are to
+            be mended.
     """
 
     def on(group: list[_File], side: str) -> list[str]:
@@ -477,18 +498,24 @@ def find_copies(
             )
             yield Finding(
                 "warning" if harmless else "error",
-                f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; {spoilt}: remove them from "
-                f"the {held_out if trained else other} folder.",
+                f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; "
+                f"{spoilt}: remove them from the {held_out if trained else other} folder.",
                 f"{held_out} copies",
             )
     twice = sum(len(on(group, "labeled")) for group in groups if on(group, "unlabeled"))
     if "unlabeled" in sides and twice == len(sides["labeled"]):
         # Usual in the papers, and of no use where there are no others.
         note = f"they are {twice:,} of its {len(sides['unlabeled']):,}"
-        what = f"all labeled pictures are in the unlabeled folder {sides['unlabeled'].root} too: {note}"
+        what = (
+            f"all labeled pictures are in the unlabeled folder {sides['unlabeled'].root} too: "
+            f"{note}"
+        )
         yield Finding("warning", what, "labeled copies")
     if doubtful := [on(group, "labeled") for group in groups if contradict(group)]:
-        what = f"pictures in more than one class, {len(doubtful)}: {few(map(' and '.join, doubtful))}; keep one."
+        what = (
+            f"pictures in more than one class, {len(doubtful)}: "
+            f"{few(map(' and '.join, doubtful))}; keep one."
+        )
         yield Finding("error", what, "contradiction")
 
 
@@ -518,8 +545,8 @@ def _same_bytes(
 ) -> list[list[_File]]:
     """Groups of files with the same bytes; ``matters`` says of a group, alike so far, whether it is compared further.
 
-    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
-    of them is compared before all their bytes.
+    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one
+    size, so a piece of them is compared before all their bytes.
     """
     groups, compared = [list[_File]()], 0
     for side, files in sides.items():

@@ -1,4 +1,7 @@
-"""How a file becomes what a network takes, and what builds the network: what ``network.json`` says of a run."""
+"""How a file becomes what a network takes, and what builds the network.
+
+What ``network.json`` says of a run.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +54,15 @@ class Input:
     def note(self) -> str:
         """The same in a sentence."""
         if self.kind == "digit":
-            return f"Its input is (B, 1, {self.size}, {self.size}), ink from 0 to 1: scikit-learn's digits, divided by 16."
+            return (
+                f"Its input is (B, 1, {self.size}, {self.size}), ink from 0 to 1: scikit-learn's "
+                "digits, divided by 16."
+            )
         colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.channels == 1 else "in colors"
         middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
         return (
-            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to "
-            f"{self.size}x{self.size} by antialiased bilinear resampling."
+            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, "
+            f"brought to {self.size}x{self.size} by antialiased bilinear resampling."
         )
 
     def read(self, path: Path) -> Tensor:
@@ -79,10 +85,12 @@ class NetworkCard:
         title: what messages call it.
         input: how a file becomes its input.
         architecture: a network by its name; or
-        widths: of a perceptron with ``dropout``, from the flattened input to the outputs. Where both are None, the
-            network is one's own, and whoever reads the run gives the function that builds it, by ``--factory``.
+        widths: of a perceptron with ``dropout``, from the flattened input to the outputs. Where
+            both are None, the network is one's own, and whoever reads the run gives the function
+            that builds it, by ``--factory``.
         mean, std: of each channel, by which it normalizes its input; None: it does not.
-        channels_last: whether its weights lie in the channels-last format, on which rounding depends.
+        channels_last: whether its weights lie in the channels-last format, on which rounding
+            depends.
     """
 
     title: str
@@ -106,7 +114,8 @@ class NetworkCard:
             network = factory()
         else:
             raise MetaplError(
-                "the run's network is one of its own; expected --factory FILE.py:FUNCTION, which builds it."
+                "the run's network is one of its own; expected --factory FILE.py:FUNCTION, which "
+                "builds it."
             )
         if self.mean is not None and self.std is not None:
             network = Normalized(network, self.mean, self.std)
@@ -114,8 +123,8 @@ class NetworkCard:
 
 
 class Inputs:
-    """The pictures in files and in folders, of which those that cannot be read are left out; ``skipped`` of the last
-    pass."""
+    """The pictures in files and in folders, of which those that cannot be read are left out;
+    ``skipped`` of the last pass."""
 
     def __init__(self, given: Input, paths: Sequence[Path]) -> None:
         self.input, self.skipped = given, 0

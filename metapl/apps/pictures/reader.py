@@ -1,7 +1,8 @@
 """Reading of image files: every format becomes the same kind of tensor, or is refused with the reason.
 
-A file may be a member of a tar file, as WebDataset has them, with the path ``many/000000.tar/cats/1.png``: it is
-listed, checked, cached and labeled like any other, and drawn like one.
+A file may be a member of a tar file, as WebDataset has them, with the path
+``many/000000.tar/cats/1.png``: it is listed, checked, cached and labeled like any other, and drawn
+like one.
 """
 
 from __future__ import annotations
@@ -38,26 +39,32 @@ TAR = ".tar"
 
 
 def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
-    """The plain files of a tar file, from its headers alone (20 µs a member): the name without a leading ``./`` or
-    ``/``, where its bytes begin, and how many they are. A MetaplError where it is no tar file, compressed, or cut."""
+    """The plain files of a tar file, from its headers alone (20 µs a member): the name without a
+    leading ``./`` or ``/``, where its bytes begin, and how many they are. A MetaplError where it is
+    no tar file, compressed, or cut."""
     try:
         with open_plain(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
                 if entry.isreg():
                     yield posixpath.normpath(entry.name).lstrip("/"), entry.offset_data, entry.size
-            # tarfile takes a header that is cut, or missing, for the end, which is two blocks of zeros.
+            # tarfile takes a header that is cut, or missing, for the end, which is two blocks of
+            # zeros.
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
             if file.read().strip(b"\0") or size < 2 * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise MetaplError(
-            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, uncompressed one."
+            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, "
+            "uncompressed one."
         ) from error
 
 
 def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
-    """Open a file, or a member of a tar file, for reading its bytes; an OSError where there is none."""
+    """Open a file, or a member of a tar file, for reading its bytes.
+
+    An OSError where there is none.
+    """
     tar = _tar_and_member(path)
     if tar is None:
         return open_plain(path)
@@ -68,7 +75,10 @@ def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
-    """The size in bytes of a plain file, or of a member of a tar file; an OSError where there is none."""
+    """The size in bytes of a plain file, or of a member of a tar file.
+
+    An OSError where there is none.
+    """
     if (tar := _tar_and_member(path)) is not None:
         return _place_in_tar(*tar)[1]
     status = os.stat(path)
@@ -99,8 +109,9 @@ def _place_in_tar(tar: str, name: str) -> tuple[int, int]:
 
 @cache
 def _tar_index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
-    """The members of a tar file of this size and time of change, read once in a process: hashes of the names in rising
-    order, starts and sizes. These are 24 bytes a member, in arrays that forked worker processes share."""
+    """The members of a tar file of this size and time of change, read once in a process: hashes of
+    the names in rising order, starts and sizes. These are 24 bytes a member, in arrays that forked
+    worker processes share."""
     try:
         found = sorted(
             (_name_hash(name), start, length) for name, start, length in tar_members(tar)
@@ -118,7 +129,7 @@ def _name_hash(name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-# ---------------------------------------------------------------------------------------------- from a file to a tensor
+# -------------------------------------------------------------------------- from a file to a tensor
 
 _KINDS = (
     "bmp",
@@ -138,10 +149,12 @@ _KINDS = (
 )
 SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
 
-# Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
+# Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the
+# file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
-MAX_PIXELS = 89_478_485  # above, a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too
+# above, a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too
+MAX_PIXELS = 89_478_485
 LARGE = (
     2**24
 )  # pixels above which a picture is shrunk before it is converted, which takes several copies
@@ -160,7 +173,10 @@ Crop = Callable[[int, int], Box]
 
 
 class UnreadableImage(MetaplError):
-    """A file that is no usable picture; what it alone has stands in brackets at the end of the ``reason``."""
+    """A file that is no usable picture.
+
+    What it alone has stands in brackets at the end of the ``reason``.
+    """
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{shown(path)}: {reason}.")
@@ -179,18 +195,20 @@ def read_image(
 ) -> Tensor:
     """Read a picture as bytes, uint8 (3, H, W), or (1, H, W) of brightness.
 
-    Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes looked up, transparent
-    parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without color
-    profiles; of several frames the first.
+    Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes
+    looked up, transparent parts on white, 16 bits scaled (not clipped) to 8, CMYK and others
+    converted as Pillow does, without color profiles; of several frames the first.
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
-        size: (height, width), or None for the picture's own. The largest centered box of this shape is resized to it,
-            bilinearly over areas: a side that is too long loses both ends.
-        center: share of the sides of that box that is used, about its center: 224/256 for ImageNet; needs a size.
+        size: (height, width), or None for the picture's own. The largest centered box of this shape
+            is resized to it, bilinearly over areas: a side that is too long loses both ends.
+        center: share of the sides of that box that is used, about its center: 224/256 for ImageNet;
+            needs a size.
 
-    A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its size, which is several
-    times as fast; values then differ from those of full decoding by a few levels.
+    A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its
+    size, which is several times as fast; values then differ from those of full decoding by a few
+    levels.
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
@@ -212,8 +230,8 @@ def read_image(
 def read_crops(
     path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB"
 ) -> list[Tensor]:
-    """Read boxes of a picture, decoding it once: for each crop of the upright picture, uint8 (3, H, W) or (1, H, W) of
-    this size; else as :func:`read_image`."""
+    """Read boxes of a picture, decoding it once: for each crop of the upright picture, uint8 (3, H,
+    W) or (1, H, W) of this size; else as :func:`read_image`."""
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
     with _opened(path) as image:
@@ -247,8 +265,9 @@ def read_crops(
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
-    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid, to which it is stretched:
-    float32 (size, size) in [0, 1]. Colors, transparency, turned cameras and errors are as of :func:`read_image`."""
+    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid, to which
+    it is stretched: float32 (size, size) in [0, 1]. Colors, transparency, turned cameras and errors
+    are as of :func:`read_image`."""
     from PIL import Image
 
     with _opened(path) as image:
@@ -260,7 +279,10 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image]:
-    """The picture with its header read; whatever Pillow raises in the block says which file and why."""
+    """The picture with its header read.
+
+    Whatever Pillow raises in the block says which file and why.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -284,7 +306,10 @@ def _opened(path: str | Path) -> Iterator[Image]:
     except Exception as error:  # each of Pillow's readers has exceptions of its own
         reason = reason_of(error)
         if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR):
-            reason = f"the picture {'is truncated' if 'truncated' in reason else 'cannot be decoded'} ({reason})"
+            reason = (
+                f"the picture {'is truncated' if 'truncated' in reason else 'cannot be decoded'} "
+                f"({reason})"
+            )
         raise UnreadableImage(
             path, reason
         ) from error  # of a pipe, a device or a folder, the system's words
@@ -334,7 +359,10 @@ def _plain(image: Image, mode: Mode) -> Image:
 
 
 def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, int]) -> Tensor:
-    """A box of the picture at the size asked for; the box counts in the pixels of the full picture."""
+    """A box of the picture at the size asked for.
+
+    The box counts in the pixels of the full picture.
+    """
     from PIL import Image
 
     x, y = image.width / full[0], image.height / full[1]

@@ -14,8 +14,8 @@ _VALIDATION = 0x5B17  # keep these draws apart from every other use of a seed
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Set a part of each class aside for validation: of n examples round(fraction · n), but at least 1 and at most
-    n − 1.
+    """Set a part of each class aside for validation: of n examples round(fraction · n), but at
+    least 1 and at most n − 1.
 
     Args:
         labels: int64 (n,).
@@ -30,7 +30,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     """
     if not 0 < fraction < 1:
         raise MetaplError(
-            f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1."
+            f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such "
+            "as 0.1."
         )
     order = torch.argsort(
         draws.bits(seed, 0, torch.arange(len(labels)), 1, _VALIDATION)[:, 0], stable=True
@@ -41,20 +42,21 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
         aside[rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)]] = True
     if not aside.any():
         raise MetaplError(
-            f"no class of the {len(labels)} labeled pictures has two; expected more, or --val FOLDER."
+            f"no class of the {len(labels)} labeled pictures has two; expected more, or --val "
+            "FOLDER."
         )
     return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]
 
 
-# -------------------------------------------------------------------------------------------------------------- digits
+# ------------------------------------------------------------------------------------------- digits
 
 
 @dataclass(frozen=True, eq=False)
 class DigitsSplit:
     """The digits in four disjoint parts; images float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9.
 
-    ``unlabeled_truth`` has the labels that were hidden, for diagnostics only: nothing may be trained, selected or
-    stopped on them.
+    ``unlabeled_truth`` has the labels that were hidden, for diagnostics only: nothing may be
+    trained, selected or stopped on them.
     """
 
     labeled: tuple[Tensor, Tensor]
@@ -71,7 +73,8 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
 
     Args:
         labels_per_class: labeled images of each class, 1 or more.
-        seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
+        seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for
+            more.
 
     >>> split = load_digits_split(labels_per_class=4, seed=0)
     >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
@@ -92,7 +95,8 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:
         raise MetaplError(
-            f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest class has"
+            f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest "
+            "class has"
         )
     # The split comes shuffled, so the first of each class are a random choice.
     chosen = torch.zeros(len(train), dtype=torch.bool)

@@ -18,13 +18,17 @@ from metapl.feedback.hypergradient import Hypergradient
 from metapl.problems.base import Signal, field_of
 from metapl.training.verification.real_step import Evaluation, RealStep, Tree
 
-# The relative errors that modes may have beyond rounding; the second is that of modes by differences.
+# The relative errors that modes may have beyond rounding; the second is that of modes by
+# differences.
 EXACT, APPROXIMATE = 1e-5, 1e-2
 # The rounding of F in float64, and of an F that runs in float32 somewhere.
 EPS, EPS32 = 2e-16, 1e-7
 
 Errors = dict[str, float | None]
-"""How far a gradient is off, by what was moved and along what; None: rounding drowns the difference."""
+"""How far a gradient is off, by what was moved and along what.
+
+None: rounding drowns the difference.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class Case:
         by_mode: the gradient that it finds.
         real: the step, taken.
         eps: the rounding of the loss.
-        signals: those of the real step without their graphs; where the expectation over labels is taken, one-hot rows.
+        signals: those of the real step without their graphs; where the expectation over labels is
+            taken, one-hot rows.
         h: the feedback, by the step's number and the signal's field.
-        moved: what the loss is moved by: the ``"signal"``, or the ``"weights"`` 1 + ε of the inner losses of labels
-            that were drawn.
+        moved: what the loss is moved by: the ``"signal"``, or the ``"weights"`` 1 + ε of the inner
+            losses of labels that were drawn.
         takes_expectation: whether the mode takes the expectation over labels that were drawn.
         teacher_gradient: the gradient of −Σ h·signal by parameter; empty without a teacher.
         implicit_w: w of an implicit gradient; empty for other modes.
@@ -132,7 +137,10 @@ class Case:
 
     @property
     def whole_gradient(self) -> Tree:
-        """The teacher's gradient: that of −Σ h·signal, and the direct term of an outer loss that reads the teacher."""
+        """The teacher's gradient.
+
+        That of −Σ h·signal, and the direct term of an outer loss that reads the teacher.
+        """
         direct = self.by_mode.direct
         return {
             name: g + direct[name] if name in direct else g

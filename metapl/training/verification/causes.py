@@ -81,7 +81,10 @@ def own_functions_in(t: Tensor) -> list[str]:
 
 
 def coarsest_rounding(evaluation: Evaluation) -> float:
-    """Return the rounding of the coarsest type in the graphs of an evaluation; 0 where all are in float64."""
+    """Return the rounding of the coarsest type in the graphs of an evaluation.
+
+    0 where all are in float64.
+    """
     ends = [evaluation.inner_loss, evaluation.outputs[-1]]
     for signal in evaluation.signals:
         ends += signal.fields().values()

@@ -1,8 +1,9 @@
 """Verification by definition: a mode's gradient beside differences of the loss after real steps, on float64 copies.
 
-In the formula of :func:`check_gradient`, d is the mode's gradient a itself, then a random direction. Labels that are
-drawn cannot be moved: each inner loss is taken (1 + ε_i) times, for h_i = −dL/dε_i, and the teacher is moved under
-−Σ h·log_prob. Without a teacher, the signal's values are moved. Nothing here knows how a mode finds its h.
+In the formula of :func:`check_gradient`, d is the mode's gradient a itself, then a random
+direction. Labels that are drawn cannot be moved: each inner loss is taken (1 + ε_i) times, for h_i
+= −dL/dε_i, and the teacher is moved under −Σ h·log_prob. Without a teacher, the signal's values are
+moved. Nothing here knows how a mode finds its h.
 """
 
 from __future__ import annotations
@@ -59,12 +60,14 @@ class GradientCheck:
     """The result of :func:`check_gradient`; ``print`` says it in words.
 
     Args:
-        status: ``"right"``; ``"allowed"``, off the definition for a good reason; ``"refused"``; ``"cannot tell"``,
-            where rounding drowns the differences or no copy could be made; ``"nothing to verify"``, in mode ``none``.
+        status: ``"right"``; ``"allowed"``, off the definition for a good reason; ``"refused"``;
+            ``"cannot tell"``, where rounding drowns the differences or no copy could be made;
+            ``"nothing to verify"``, in mode ``none``.
         verdict: the status in a sentence, with the likely causes of a refusal.
-        errors: how far the gradient is off, by what was moved and along what, relative to the derivative.
-        precision: the type that the copies ran in: ``"float64"``, or that of the networks' own weights where their
-            code runs in no other. Empty where nothing ran.
+        errors: how far the gradient is off, by what was moved and along what, relative to the
+            derivative.
+        precision: the type that the copies ran in: ``"float64"``, or that of the networks' own
+            weights where their code runs in no other. Empty where nothing ran.
         tolerance: the relative error beyond rounding that counts as right; 0 where nothing ran.
     """
 
@@ -87,7 +90,10 @@ class GradientCheck:
         return "\n".join(lines)
 
     def refuse_or_warn(self, setting: Setting) -> None:
-        """Raise what is refused, unless the setting is ``"warn"``; warn of what is neither refused nor right."""
+        """Raise what is refused, unless the setting is ``"warn"``.
+
+        Warn of what is neither refused nor right.
+        """
         if self.status == "refused" and setting != "warn":
             raise MetaplError(f"{self.verdict} verify='warn' goes on, with a warning.")
         if self.status not in ("right", "nothing to verify"):
@@ -136,20 +142,24 @@ def check_gradient(
     .. math:: \frac{F(\theta_T + \delta d) - F(\theta_T - \delta d)}{2\delta} \approx \langle a, d \rangle, \qquad
               F(\theta_T) = L(\theta'(\theta_T))
 
-    On copies in float64, with the same masks and labels in every evaluation: weights, buffers, gradients, optimizers
-    and generators stay as they are. h is taken before a baseline or a normalization shapes it. Networks whose code runs
-    in their own type alone are compared in that type, to 1 %; the result says so.
+    On copies in float64, with the same masks and labels in every evaluation: weights, buffers,
+    gradients, optimizers and generators stay as they are. h is taken before a baseline or a
+    normalization shapes it. Networks whose code runs in their own type alone are compared in that
+    type, to 1 %; the result says so.
 
     Args:
-        teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer` alone, as it stands.
-        labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three, and of
-            micro-batches (``accumulate``) the first, by whose halves the inner loss must be a mean over examples, and
-            an outer loss that returns (sum, weight) Σ sum / Σ weight.
-        mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
+        teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer`
+            alone, as it stands.
+        labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the
+            first three, and of micro-batches (``accumulate``) the first, by whose halves the inner
+            loss must be a mean over examples, and an outer loss that returns (sum, weight) Σ sum /
+            Σ weight.
+        mode: default the trainer's own, and ``"forward"`` without one. The others are
+            :func:`metapl.hypergradient`'s.
 
-    Returns: a :class:`GradientCheck`; 1e-5 is right, of differences and of weights that stay in float32 1 %.
-    Cost: the mode once and some six real steps, in float64; about thirty where they disagree.
-    Raises: :class:`metapl.MetaplError` in several processes.
+    Returns: a :class:`GradientCheck`; 1e-5 is right, of differences and of weights that stay in
+    float32 1 %. Cost: the mode once and some six real steps, in float64; about thirty where they
+    disagree. Raises: :class:`metapl.MetaplError` in several processes.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -176,7 +186,8 @@ def check_gradient(
     generator_of(generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
         raise MetaplError(
-            "check_gradient was given networks of several processes; expected those of one, not sharded."
+            "check_gradient was given networks of several processes; expected those of one, not "
+            "sharded."
         )
     parameters = student_layout.parameters()
     update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
@@ -211,7 +222,10 @@ def check_gradient(
 
 
 def detached_copy(batch: Any) -> Any:
-    """Return a batch of tensors with memory of their own: deepcopy would copy the whole tensor of a slice."""
+    """Return a batch of tensors with memory of their own.
+
+    Deepcopy would copy the whole tensor of a slice.
+    """
     return map_tensors(lambda t: t.detach().clone(), batch)
 
 
@@ -222,7 +236,8 @@ def refuse_replaced_step(update: Update) -> None:
         # A learning rate scheduler of torch wraps it, and counts its calls.
         if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
             raise MetaplError(
-                "step() of the inner optimizer was replaced on the object; expected that of its class."
+                "step() of the inner optimizer was replaced on the object; expected that of its "
+                "class."
             )
 
 
@@ -257,7 +272,8 @@ class Verification:
             what = "several processes" if in_several_processes else f"{weights:,} weights"
             if trainer.ranks.first:
                 LOG.warning(
-                    "Networks of %s are not verified: give metapl.check_gradient small ones of one.",
+                    "Networks of %s are not verified: give metapl.check_gradient small ones of "
+                    "one.",
                     what,
                 )
             self.verified_marks.add(mark)
@@ -276,11 +292,14 @@ class Verification:
         self.verdict = state["verdict"]
 
 
-# -------------------------------------------------------------------------------------------------------- the verdict
+# -------------------------------------------------------------------------------------- the verdict
 
 
 def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
-    """Return whether a mode's gradient of a step is that of its definition; nothing of the process is moved."""
+    """Return whether a mode's gradient of a step is that of its definition.
+
+    Nothing of the process is moved.
+    """
     estimate = without_shape(estimate)
     if estimate.credits == "nothing":
         return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
@@ -316,20 +335,25 @@ def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
     except PastTheSignal:
         raise
     except MetaplError:
-        # What was given is refused. The error describes copies in float64: raise it of the types that were given.
+        # What was given is refused. The error describes copies in float64: raise it of the types
+        # that were given.
         judge(step.copied(), estimate, eps=EPS32, precision="")
         raise
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
         reason = reason_of(error)
-    # The code runs in its own type alone, or fails in that one too: then its error is raised from here.
+    # The code runs in its own type alone, or fails in that one too: then its error is raised from
+    # here.
     own_type = next(
         (p.dtype for p in step.student.parameters() if p.is_floating_point()), torch.float32
     )
     precision = str(own_type).removeprefix("torch.")
     check = judge(step.copied(), estimate, eps=EPS32, precision=precision)
-    because = f"Compared in {precision}, to {check.tolerance:g}: the networks do not run in float64 ({reason})."
+    because = (
+        f"Compared in {precision}, to {check.tolerance:g}: the networks do not run in float64 "
+        f"({reason})."
+    )
     LOG.warning("Verification: %s", because)
     return replace(check, verdict=f"{check.verdict} {because}")
 
@@ -343,8 +367,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> GradientCheck:
     return GradientCheck(
         "cannot tell",
-        f"the step was not verified: its float64 copies do not fit into memory ({reason_of(error)}). Give "
-        "metapl.check_gradient smaller batches or a smaller network of the same kind, or verify=False.",
+        "the step was not verified: its float64 copies do not fit into memory "
+        f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller network of "
+        "the same kind, or verify=False.",
     )
 
 
@@ -388,7 +413,10 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
     if breach or case.off(errors):
         for _ in range(3):
             if not Evaluation(case.step).loss.equal(case.real.loss):
-                breach = "two equal steps differ: random numbers of a generator of its own, or other state."
+                breach = (
+                    "two equal steps differ: random numbers of a generator of its own, or other "
+                    "state."
+                )
     known = {what: error for what, error in errors.items() if error is not None}
     off = case.off(errors)
     status: Status = "right"
@@ -422,7 +450,10 @@ def breach_and_errors(case: Case) -> tuple[str, Errors]:
 
 
 def give_rates_to_a_warm_up(copies: RealStep) -> None:
-    """Give the copies' optimizer rates where all are 0, as in the first step of a warm-up: nothing would move."""
+    """Give the copies' optimizer rates where all are 0, as in the first step of a warm-up.
+
+    Nothing would move.
+    """
     optimizer = vars(copies.update).get("optimizer")
     groups = [] if optimizer is None else optimizer.param_groups
     # A rate may be a tensor with a number for each entry.

@@ -1,4 +1,7 @@
-"""What a step must keep whatever the differences say: the requirements of docs/contract.md, one function for each."""
+"""What a step must keep whatever the differences say.
+
+The requirements of docs/contract.md, one function for each.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from metapl.training.verification.real_step import Evaluation
 
 
 def breach_of_contract(case: Case) -> str:
-    """Return in words the first of :data:`CONTRACT` that a step breaks; empty where it keeps all."""
+    """Return in words the first of :data:`CONTRACT` that a step breaks.
+
+    Empty where it keeps all.
+    """
     for breach in CONTRACT:
         text = breach(case)
         if text:
@@ -31,7 +37,10 @@ def writes_weights(case: Case) -> str:
     """Return which weights a pass of the student, or a loss, has changed."""
     if not case.real.written:
         return ""
-    return f"a pass of the student, or a loss, writes to its weights ({few(sorted(case.real.written), 3)})."
+    return (
+        "a pass of the student, or a loss, writes to its weights "
+        f"({few(sorted(case.real.written), 3)})."
+    )
 
 
 def has_another_outer_loss(case: Case) -> str:
@@ -43,8 +52,8 @@ def has_another_outer_loss(case: Case) -> str:
     if abs(by_mode - real) <= max(1e-6, 1000 * case.eps) * max(abs(real), 1e-3):
         return ""
     likely = "; ".join(likely_causes(case)) or (
-        "state or random numbers of its own, a shared memory, or a loss that reads the network where inner_loss is "
-        "given params"
+        "state or random numbers of its own, a shared memory, or a loss that reads the network "
+        "where inner_loss is given params"
     )
     return f"its L(θ′) is {by_mode:.6g}, and {real:.6g} after real steps: likely {likely}."
 
@@ -95,8 +104,8 @@ def has_another_teacher_gradient(case: Case) -> str:
 def has_losses_that_are_no_means(case: Case) -> str:
     """Return a loss of micro-batches that is no mean, by halves of the rows.
 
-    That is an inner loss that is no mean over examples, or the (sum, weight) of an outer loss. An outer loss that
-    returns a scalar is taken of all rows, and may be any function of them.
+    That is an inner loss that is no mean over examples, or the (sum, weight) of an outer loss. An
+    outer loss that returns a scalar is taken of all rows, and may be any function of them.
     """
     if case.step.micro_batches == 1:
         return ""
@@ -114,8 +123,8 @@ def has_losses_that_are_no_means(case: Case) -> str:
             fields[name] = t[begin:end] if has_rows_by_field.get(name, True) else t
         of_rows = rows(inner_batch, begin, end)
         signal_of_rows = signal.having(fields)
-        # The loss may read what a forward leaves, such as an auxiliary loss: that of these rows. A batch norm takes no
-        # single row.
+        # The loss may read what a forward leaves, such as an auxiliary loss: that of these rows. A
+        # batch norm takes no single row.
         copies.random.restore()
         if end - begin > 1:
             entering = [signal_of_rows] if enters_input(problem) else []
@@ -136,7 +145,10 @@ def has_losses_that_are_no_means(case: Case) -> str:
             ("outer_loss", outer_loss, len(outer_outputs)),
         )
     if text and drawing:
-        return f"{text} It draws random numbers, which are others in micro-batches; expected accumulate=1."
+        return (
+            f"{text} It draws random numbers, which are others in micro-batches; expected "
+            "accumulate=1."
+        )
     return text
 
 
@@ -144,7 +156,8 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
     """Return a sentence on the first loss that is not the mean of those of two halves of its rows.
 
     Args:
-        losses: the name of each, the loss of the rows from one number to another, and the number of rows.
+        losses: the name of each, the loss of the rows from one number to another, and the number of
+            rows.
     """
     for name, loss_of_rows, count in losses:
         half = count // 2
@@ -159,7 +172,10 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
         whole = (total / weight).item()
         by_halves = ((first_total + second_total) / (first_weight + second_weight)).item()
         if abs(whole - by_halves) > max(1e-6, 100 * case.eps) * max(abs(whole), abs(by_halves)):
-            return f"{name} is {whole:.6g}, and {by_halves:.6g} by halves of the batch: no mean over examples."
+            return (
+                f"{name} is {whole:.6g}, and {by_halves:.6g} by halves of the batch: no mean over "
+                "examples."
+            )
     return ""
 
 

@@ -37,15 +37,18 @@ def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
 
 
 def errors_of_h(case: Case, states: list[Tree] | None = None) -> Errors:
-    """Return how far h alone is off: in the weights of the inner losses, or in the signal's values."""
+    """Return how far h alone is off.
+
+    In the weights of the inner losses, or in the signal's values.
+    """
     if isinstance(case.mode, LossDifference):
         # Its h is no derivative.
         return {}
     gradient = {key: -h for key, h in case.h.items()}
     errors = compare(case, case.moved, gradient, signals=case.signals, states=states)
     if case.moved == "weights" and case.eps < EPS32:
-        # What drowns of a factor of the whole loss is zero, such as under a clip, which takes all lengths for one. In
-        # float64 alone: the rounding of a shorter type hides much more.
+        # What drowns of a factor of the whole loss is zero, such as under a clip, which takes all
+        # lengths for one. In float64 alone: the rounding of a shorter type hides much more.
         errors = {name: 0.0 if error is None else error for name, error in errors.items()}
     return errors
 
@@ -62,8 +65,8 @@ def compare(
 ) -> Errors:
     """Return how far a gradient is from differences, along itself and in a random direction.
 
-    An error is None where it drowns in rounding, which grows as the move shrinks, while the errors of kinks and of a
-    fresh Adam's ε shrink with it.
+    An error is None where it drowns in rounding, which grows as the move shrinks, while the errors
+    of kinks and of a fresh Adam's ε shrink with it.
 
     Args:
         case: the point.
@@ -104,7 +107,10 @@ def compare(
 
 
 def directions(case: Case, moved: str, gradient: Tree) -> dict[str, Tree]:
-    """Return the directions to move in: along the gradient, and random signs times the size of each weight."""
+    """Return the directions to move in.
+
+    Along the gradient, and random signs times the size of each weight.
+    """
     weights = case.step.learned()
     if moved in ("inner", "outer"):
         weights |= trainable(case.step.student)
@@ -132,11 +138,13 @@ def error_of_slope(
     Args:
         value_at: the function, of the length of a move; NaN where it has no value.
         terms: the terms of the slope, which may cancel.
-        level: the function's value without a move, to which the rounding of a difference is proportional.
+        level: the function's value without a move, to which the rounding of a difference is
+            proportional.
         eps: the rounding of the function's type.
         tolerance: the relative error that is looked for.
 
-    Returns: the error relative to the larger of both, 0 or more; None where rounding drowns the differences.
+    Returns: the error relative to the larger of both, 0 or more; None where rounding drowns the
+    differences.
     """
     slope = float(terms.sum())
     size = max(abs(slope), float(terms.norm()))
@@ -186,7 +194,10 @@ def clear_moves(noise: float, size: float, tolerance: float, is_short: bool) -> 
 
 
 def moves_in_order(clear: list[float], is_short: bool) -> list[float]:
-    """Return the order of trial: 1e-5, the clear moves from the smallest up, and the others from the largest down."""
+    """Return the order of trial.
+
+    1e-5, the clear moves from the smallest up, and the others from the largest down.
+    """
     usual = 1e-5
     others = [move for move in reversed(possible_moves(is_short)) if move not in clear]
     order = [move for move in clear if move != usual]

@@ -1,4 +1,7 @@
-"""Why a gradient is off the loss after real steps: a good reason, which is allowed, or the likely causes."""
+"""Why a gradient is off the loss after real steps.
+
+A good reason, which is allowed, or the likely causes.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from metapl.training.verification.real_step import Evaluation, Move
 Explanation = tuple[Literal["allowed", "refused"], str]
 
 PAST_THE_SIGNAL = (
-    "the student, or a loss, reads the teacher, or a parameter of the problem, past the signal and without a gradient "
-    "(.detach(), .item(), torch.no_grad()), which leaves out that part; in the signal it would count."
+    "the student, or a loss, reads the teacher, or a parameter of the problem, past the signal "
+    "and without a gradient (.detach(), .item(), torch.no_grad()), which leaves out that part; in "
+    "the signal it would count."
 )
 
 
@@ -36,18 +40,23 @@ def explain(case: Case) -> Explanation:
             compare(case, name, case.real.gradients[name], value=loss, signals=case.signals)
         ):
             bent.append(name)
-    which = f"the gradient of the {' and '.join(bent)} loss in the student's weights is not its derivative"
+    which = (
+        f"the gradient of the {' and '.join(bent)} loss in the student's weights is not its "
+        "derivative"
+    )
     if bent and follows_double_backward(case):
         return (
             "allowed",
-            f"{which} (straight-through, detached, a backward of its own), and the mode follows it.",
+            f"{which} (straight-through, detached, a backward of its own), and the mode follows "
+            "it.",
         )
     likely = [which] if bent else []
     likely += likely_causes(case)
     if not likely and case.mode.name == "difference" and is_right_by_forward(case):
         likely = [
-            "something that the inner loss reads of the forward besides its outputs, such as an auxiliary loss in an "
-            "attribute or features by a hook, which a difference of outputs leaves out and mode 'forward' follows"
+            "something that the inner loss reads of the forward besides its outputs, such as an "
+            "auxiliary loss in an attribute or features by a hook, which a difference of outputs "
+            "leaves out and mode 'forward' follows"
         ]
     return (
         "refused",
@@ -72,8 +81,8 @@ def explain_signal(case: Case) -> Explanation:
         )
     if len(case.step.inner_batches) > 1:
         return "allowed", (
-            "the signal is detached in part (detach, no_grad, argmax), or reads the student, which the mode takes for "
-            "a constant in each step: that part is left out."
+            "the signal is detached in part (detach, no_grad, argmax), or reads the student, "
+            "which the mode takes for a constant in each step: that part is left out."
         )
     return (
         "allowed",

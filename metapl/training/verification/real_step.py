@@ -1,7 +1,8 @@
 """The step that a gradient is held to: the optimizer's own step and the problem's own losses, on copies.
 
-:class:`RealStep` is what a step is computed from. :class:`Evaluation` takes that step once, on fresh copies, with
-something moved by a little: differences of its loss are the definition of a gradient.
+:class:`RealStep` is what a step is computed from. :class:`Evaluation` takes that step once, on
+fresh copies, with something moved by a little: differences of its loss are the definition of a
+gradient.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Move:
     """Something that an evaluation moves before it reads it, by ``length`` times ``direction``.
 
     Args:
-        what: the parameters of the ``"teacher"`` and of the problem; fields of the ``"signal"``; the student's weights
-            at the ``"inner"`` or at the ``"outer"`` loss; or the ``"weights"`` 1 + ε of the inner losses.
+        what: the parameters of the ``"teacher"`` and of the problem; fields of the ``"signal"``;
+            the student's weights at the ``"inner"`` or at the ``"outer"`` loss; or the
+            ``"weights"`` 1 + ε of the inner losses.
         direction: tensors by parameter, or by (number of the step, field of its signal).
     """
 
@@ -59,7 +61,8 @@ class RealStep:
         clip_norm: the greatest norm of the student's gradient; None: no clip.
         generator: draws labels; None: torch's default generator does.
         random: the state of the generators in which the step begins.
-        micro_batches: into how many parts each batch was split; the batches here are the first of them.
+        micro_batches: into how many parts each batch was split; the batches here are the first of
+            them.
         problem_parameters: the tensors that the problem holds and that require a gradient.
         originals: the step of which these are copies, by whose names a tensor is called.
     """
@@ -120,8 +123,8 @@ class RealStep:
         return copied_step
 
     def _copy_what_deepcopy_leaves_out(self, originals: list[Any], memo: dict[int, Any]) -> None:
-        """Copy the Python attributes of parameters, and put tensors that lie in a parameter's memory into that of its
-        copy."""
+        """Copy the Python attributes of parameters, and put tensors that lie in a parameter's
+        memory into that of its copy."""
         for p in list(originals):
             if isinstance(p, nn.Parameter):
                 vars(memo[id(p)]).update(copy.deepcopy(vars(p), memo))
@@ -135,7 +138,10 @@ class RealStep:
                 memo[id(t)].data = memo[id(p)].data.as_strided(t.shape, t.stride(), offset)
 
     def perturbed(self) -> RealStep:
-        """Return the step a hundredth of the weights' size away: no ReLU is at exactly 0, where it has two slopes."""
+        """Return the step a hundredth of the weights' size away.
+
+        No ReLU is at exactly 0, where it has two slopes.
+        """
         step = self.copied()
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -154,8 +160,9 @@ class RealStep:
     def in_the_originals(self) -> AbstractContextManager[None]:
         """Let the original networks and the original problem hold what these copies hold, in a block.
 
-        What reads them by a closure or a global reads the originals, for deepcopy leaves functions as they are: a loss
-        that reads ``student.parameters()``, a hook that fills a list of the problem, a number of the teacher.
+        What reads them by a closure or a global reads the originals, for deepcopy leaves functions
+        as they are: a loss that reads ``student.parameters()``, a hook that fills a list of the
+        problem, a number of the teacher.
         """
         originals = self if self.originals is None else self.originals
         pairs = (
@@ -168,7 +175,8 @@ class RealStep:
     def by_mode(self, mode: Estimator) -> Hypergradient:
         """Return the gradient that a mode finds of this step, on fresh copies.
 
-        Raises: :class:`metapl.MetaplError` for what carries a gradient past the signal (:mod:`metapl.feedback.door`).
+        Raises: :class:`metapl.MetaplError` for what carries a gradient past the signal
+        (:mod:`metapl.feedback.door`).
         """
         step = self.copied()
         step.random.restore()
@@ -204,17 +212,21 @@ class Evaluation:
         step: what to take the step from; it is copied first.
         move: what to move, and how far.
         signals: signals to take in the place of the teacher's.
-        student_outputs: what the teacher is given for the student's outputs of each step, which are constants to every
-            mode.
-        states: the buffers and frozen parameters with which each pass begins; None: those that the passes leave.
-        takes_steps: whether the student moves; if not, the loss is L(θ) and the graph of the inner loss is kept.
+        student_outputs: what the teacher is given for the student's outputs of each step, which are
+            constants to every mode.
+        states: the buffers and frozen parameters with which each pass begins; None: those that the
+            passes leave.
+        takes_steps: whether the student moves; if not, the loss is L(θ) and the graph of the inner
+            loss is kept.
 
     Attributes:
         loss: the outer loss, a scalar without a graph.
         inner_loss: the first step's loss, a scalar.
         signals: of each step, with the teacher's graph.
-        outputs: the student's outputs of each step, (B, ...), and at last those on the outer batch, with their graph.
-        gradients: of the first ``"inner"`` loss, and of the ``"outer"`` loss where nothing is moved, by parameter.
+        outputs: the student's outputs of each step, (B, ...), and at last those on the outer batch,
+            with their graph.
+        gradients: of the first ``"inner"`` loss, and of the ``"outer"`` loss where nothing is
+            moved, by parameter.
         states: the buffers and frozen parameters before each pass.
         written: the names of weights of the student that a pass or a loss has changed.
     """
@@ -239,15 +251,16 @@ class Evaluation:
         self.given_outputs = student_outputs
         self.given_states = states
         self.signals: list[Signal] = []
-        # The last step's, for an outer loss that reads it. It stays where it is when signals are moved, for h is
-        # minus the derivative through the student's step alone.
+        # The last step's, for an outer loss that reads it. It stays where it is when signals are
+        # moved, for h is minus the derivative through the student's step alone.
         self.outer_signal: Signal | None = None
         self.outputs: list[Tensor] = []
         self.gradients: dict[str, Tree] = {}
         self.states: list[Tree] = []
         self.written: set[str] = set()
 
-        # Where derivatives are taken twice, parts whose kernel has no second one are computed by their formulas.
+        # Where derivatives are taken twice, parts whose kernel has no second one are computed by
+        # their formulas.
         formulas = Slots(self.copies.student).in_formulas()
         with self.copies.in_the_originals(), swapped(formulas):
             self._take_all_steps(takes_steps)
@@ -372,8 +385,8 @@ class Evaluation:
 
 
 def copies_of_results(network: nn.Module) -> dict[int, Tensor]:
-    """Return copies of tensors with a graph that lie in attributes, such as those of the old ``weight_norm``, by the
-    id of each: deepcopy refuses them."""
+    """Return copies of tensors with a graph that lie in attributes, such as those of the old
+    ``weight_norm``, by the id of each: deepcopy refuses them."""
     copies = {}
     for part in network.modules():
         for t in vars(part).values():

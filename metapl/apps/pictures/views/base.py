@@ -48,7 +48,10 @@ GREY = (
 
 
 class View(Protocol):
-    """What the batches call: images in, images out, with every draw fixed by seed, step and example."""
+    """What the batches call.
+
+    Images in, images out, with every draw fixed by seed, step and example.
+    """
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         """Images (B, ...), a seed, a step and ``examples`` (B,) int64 to the view (B, ...)."""
@@ -83,11 +86,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class PictureView(ABC):
-    """A view of pictures (B, C, H, W) of some types, which refuses all others; neither the rest of the batch nor its
-    order matters.
+    """A view of pictures (B, C, H, W) of some types, which refuses all others; neither the rest of
+    the batch nor its order matters.
 
-    Views that change colors take 1 or 3 channels of values in [0, 1]; values are looked at on the CPU only, since
-    elsewhere that holds the device up.
+    Views that change colors take 1 or 3 channels of values in [0, 1]; values are looked at on the
+    CPU only, since elsewhere that holds the device up.
     """
 
     takes: ClassVar[tuple[torch.dtype, ...]] = WIDE
@@ -107,7 +110,10 @@ class PictureView(ABC):
                 f"images {tuple(images.shape)} of {images.dtype}; expected (B, C, H, W) of {kinds}"
             )
         elif examples.shape != images.shape[:1]:
-            fault = f"{tuple(examples.shape)} examples for {len(images)} images; expected the index of each image"
+            fault = (
+                f"{tuple(examples.shape)} examples for {len(images)} images; expected the index "
+                "of each image"
+            )
         elif self.is_colored and images.shape[1] not in (1, 3):
             fault = f"images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)"
         elif (
@@ -119,7 +125,10 @@ class PictureView(ABC):
             low, high = (bound.item() for bound in images.aminmax())
             over = 0.5 / 255 if takes_bytes else 0.0  # a resized image may exceed 1 by a rounding
             if not -over <= low <= high <= 1 + over:
-                fault = f"images with values from {low:g} to {high:g}; expected 0 to 1: normalize after the views"
+                fault = (
+                    f"images with values from {low:g} to {high:g}; expected 0 to 1: normalize "
+                    "after the views"
+                )
         if fault:
             raise MetaplError(f"{type(self).__name__} got {fault}.")
         return self.see(images, seed, step, examples)
@@ -140,9 +149,10 @@ class PictureView(ABC):
 class Seeded(PictureView):
     """A transform of one image, such as those of ``torchvision.transforms.v2``, as a view.
 
-    Before each image, the default generators of torch (on the CPU and, for images there, on CUDA), Python and numpy are
-    seeded by (seed, step, example); after the batch they are as they were. One with a generator of its own is not
-    seeded. Cost: one call per image (C, H, W), and about 0.03 ms for the seeds.
+    Before each image, the default generators of torch (on the CPU and, for images there, on CUDA),
+    Python and numpy are seeded by (seed, step, example); after the batch they are as they were. One
+    with a generator of its own is not seeded. Cost: one call per image (C, H, W), and about 0.03 ms
+    for the seeds.
 
     >>> from torchvision.transforms import v2
     >>> view = Seeded(v2.Compose([v2.RandomPerspective(), v2.ColorJitter(brightness=0.4)]))
@@ -183,8 +193,8 @@ def below(u: Tensor, bound: Tensor | int) -> Tensor:
 
 
 def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: float) -> Tensor:
-    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), of either sign, with ``fill``
-    outside it; for images (B, C, H, W) of any dtype."""
+    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), of either
+    sign, with ``fill`` outside it; for images (B, C, H, W) of any dtype."""
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
     cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
@@ -203,7 +213,10 @@ def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
 
 
 def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor:
-    """Fill a square with the given upper left corner (row, column); what lies outside the image is lost."""
+    """Fill a square with the given upper left corner (row, column).
+
+    What lies outside the image is lost.
+    """
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) - corners_B2[:, :1]
     cols_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
@@ -213,7 +226,7 @@ def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor
     return images.masked_fill(square_BHW[:, None], fill)
 
 
-# ------------------------------------------------------------ numbers that are the same to the last bit on every device
+# ---------------------------------------- numbers that are the same to the last bit on every device
 
 
 def normal(
@@ -227,12 +240,12 @@ def normal(
 ) -> Tensor:
     """Draw from the standard normal distribution, ``n`` times per example.
 
-    z = √(−2 log(1 − u₁)) · sin(π(u₂ − ½)), with u₁, u₂ uniform: Box and Muller with the angle folded into a half
-    circle.
+    z = √(−2 log(1 − u₁)) · sin(π(u₂ − ½)), with u₁, u₂ uniform: Box and Muller with the angle
+    folded into a half circle.
 
-    Returns: (B, n), float32 or float64, on the device of ``examples``. The logarithm and the sine are made of
-    operations that IEEE 754 rounds in one way only: those of libraries differ in the last bit between devices, and even
-    between places of one tensor.
+    Returns: (B, n), float32 or float64, on the device of ``examples``. The logarithm and the sine
+    are made of operations that IEEE 754 rounds in one way only: those of libraries differ in the
+    last bit between devices, and even between places of one tensor.
 
     Cost: about fifty elementwise float64 operations, and 2n uniform draws per example.
 

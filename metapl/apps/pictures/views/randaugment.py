@@ -1,5 +1,5 @@
-"""The strong view of the paper's image protocols: RandAugment and Cutout, with the settings of the authors' code where
-the paper does not say."""
+"""The strong view of the paper's image protocols: RandAugment and Cutout, with the settings of the
+authors' code where the paper does not say."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ CIFAR_OPERATIONS = (*_COLORS, "Sample Pairing", "Solarize", *_PLACES)
 SVHN_OPERATIONS = tuple(
     name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX")
 )
-"""The paper's twelve operations for SVHN (Table 5): none that moves a digit sideways, turns it or mixes it."""
+"""The paper's twelve operations for SVHN (Table 5).
+
+None that moves a digit sideways, turns it or mixes it.
+"""
 
 
 @dataclass(frozen=True)
 class RandAugment(PictureView):
     """Change each image by operations drawn from a list, then grey out a square.
 
-    x ↦ cutout(o_n(… o_1(x))), where o_i is uniform on ``operations``, with replacement, and takes place with a
-    probability p that is drawn once per image, uniformly on ``probability``.
+    x ↦ cutout(o_n(… o_1(x))), where o_i is uniform on ``operations``, with replacement, and takes
+    place with a probability p that is drawn once per image, uniformly on ``probability``.
 
     With the level ℓ = magnitude / scale, which may exceed 1:
 
@@ -57,25 +60,28 @@ class RandAugment(PictureView):
     TranslateX, TranslateY                          ±translate · ℓ of the width or height
     ==============================================  ==================================================================
 
-    The signs are drawn at random. Images are rounded to 8-bit levels, on which each operation is Pillow's to the bit;
-    geometry goes to the nearest pixel, and what no pixel comes to is 128 of 255. The defaults are those of the authors'
-    code for CIFAR-10: M = 16 on a scale of 10, hence ℓ = 1.6. Its ⌊256ℓ⌋ overflows 8 bits there, which is what the
-    remainder stands for. Sample Pairing is the paper's but not in that code; its range is AutoAugment's.
+    The signs are drawn at random. Images are rounded to 8-bit levels, on which each operation is
+    Pillow's to the bit; geometry goes to the nearest pixel, and what no pixel comes to is 128 of
+    255. The defaults are those of the authors' code for CIFAR-10: M = 16 on a scale of 10, hence ℓ
+    = 1.6. Its ⌊256ℓ⌋ overflows 8 bits there, which is what the remainder stands for. Sample Pairing
+    is the paper's but not in that code; its range is AutoAugment's.
 
     Args:
         n: number of operations, N of the paper, 1 or more.
         magnitude: M, 0 or more.
         scale: the M at which ℓ = 1: 10 in the authors' code, 30 in others.
         operations: names from ``CIFAR_OPERATIONS``.
-        probability: smallest and largest p; (1, 1) has every drawn operation take place, as RandAugment's paper does.
-        translate: share of the side that ℓ = 1 moves by: an eighth for CIFAR-10, 100/224 for ImageNet.
+        probability: smallest and largest p; (1, 1) has every drawn operation take place, as
+            RandAugment's paper does.
+        translate: share of the side that ℓ = 1 moves by: an eighth for CIFAR-10, 100/224 for
+            ImageNet.
         cutout: side of the square in pixels, 0 for none; its center is uniform on the image.
 
-    Images have 1 or 3 channels of values in [0, 1] or bytes; on CUDA, others are cut off instead of refused. For Sample
-    Pairing, the other image depends on which examples the batch holds.
+    Images have 1 or 3 channels of values in [0, 1] or bytes; on CUDA, others are cut off instead of
+    refused. For Sample Pairing, the other image depends on which examples the batch holds.
 
-    Cost: each image is changed by its own operations alone; one transfer to the device and no synchronisation, with
-    ``examples`` on the CPU. Source: the paper's section 3.2 and Table 5.
+    Cost: each image is changed by its own operations alone; one transfer to the device and no
+    synchronisation, with ``examples`` on the CPU. Source: the paper's section 3.2 and Table 5.
 
     >>> view = RandAugment(n=2, magnitude=16, operations=SVHN_OPERATIONS)
     >>> view(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
@@ -106,10 +112,11 @@ class RandAugment(PictureView):
         levels = (
             (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
         )
-        # The plan, on the CPU, where the host reads how many images each operation gets. Rows (8n + 3, B): per drawn
-        # operation, with the images in the order of their groups, where each stands in the order before, the image to
-        # pair it with, and six numbers of an affine map; then where each stands in the last order, and its square's
-        # center. The images of one group are changed at once: all moves are one.
+        # The plan, on the CPU, where the host reads how many images each operation gets. Rows (8n +
+        # 3, B): per drawn operation, with the images in the order of their groups, where each
+        # stands in the order before, the image to pair it with, and six numbers of an affine map;
+        # then where each stands in the last order, and its square's center. The images of one group
+        # are changed at once: all moves are one.
         examples, (height, width) = examples.cpu(), images.shape[2:]
         groups = list(
             dict.fromkeys(
@@ -139,7 +146,8 @@ class RandAugment(PictureView):
             group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
             order_B = group_B.argsort(stable=True)
             matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
-            # Another image, uniform on the rest of the batch and blind to its order; of one that is alone, itself.
+            # Another image, uniform on the rest of the batch and blind to its order; of one that is
+            # alone, itself.
             others_B = in_order_B[(rank_B + 1 + below(u_other_B, max(batch - 1, 1))) % batch]
             plan += [place_B[order_B], others_B[order_B], *matrices_B6[order_B].T]
             counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
@@ -170,7 +178,8 @@ class RandAugment(PictureView):
         if not is_float:
             return changed
         wide = torch.promote_types(images.dtype, torch.float32)
-        # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
+        # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU
+        # does not.
         return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=device)).to(
             images.dtype
         )
@@ -202,14 +211,18 @@ _MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
 }
 
 
-# --------------------------------------------------------------------------------------- the operations, as in Pillow
+# --------------------------------------------------------------------- the operations, as in Pillow
 
-# On batches of 8-bit levels (B, C, H, W), C = 1 or 3. All arithmetic is on integers or is single float operations that
-# IEEE 754 rounds in one way only, so that a picture's result is the same on every device and in every batch.
+# On batches of 8-bit levels (B, C, H, W), C = 1 or 3. All arithmetic is on integers or is single
+# float operations that IEEE 754 rounds in one way only, so that a picture's result is the same on
+# every device and in every batch.
 
 
 def autocontrast(levels: Tensor) -> Tensor:
-    """Stretch each channel of each picture to 0 … 255; a channel of one level stays. ``ImageOps.autocontrast``."""
+    """Stretch each channel of each picture to 0 … 255.
+
+    A channel of one level stays. ``ImageOps.autocontrast``.
+    """
     low = levels.amin((2, 3), keepdim=True).double()
     high = levels.amax((2, 3), keepdim=True).double()
     flat = high <= low
@@ -229,15 +242,18 @@ def equalize(levels: Tensor) -> Tensor:
 
 
 def color(levels: Tensor, factor: float) -> Tensor:
-    """Away from the grey picture by ``factor``; a picture of one channel stays. ``ImageEnhance.Color``."""
+    """Away from the grey picture by ``factor``.
+
+    A picture of one channel stays. ``ImageEnhance.Color``.
+    """
     return (
         levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
     )
 
 
 def contrast(levels: Tensor, factor: float) -> Tensor:
-    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``; the authors' code takes its pixel count / 256
-    for the mean: a slip, which is not followed."""
+    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``; the authors' code takes its
+    pixel count / 256 for the mean: a slip, which is not followed."""
     luma = _luma(levels)
     pixels = luma[0].numel()
     mean = (2 * luma.sum((1, 2, 3), keepdim=True, dtype=torch.int64) + pixels) // (2 * pixels)
@@ -245,7 +261,10 @@ def contrast(levels: Tensor, factor: float) -> Tensor:
 
 
 def sharpness(levels: Tensor, factor: float) -> Tensor:
-    """Away from the smoothed picture by ``factor``; the outermost pixels stay. ``ImageEnhance.Sharpness``."""
+    """Away from the smoothed picture by ``factor``.
+
+    The outermost pixels stay. ``ImageEnhance.Sharpness``.
+    """
     if min(levels.shape[2:]) < 3:
         return levels
     x = levels.short()
@@ -255,19 +274,26 @@ def sharpness(levels: Tensor, factor: float) -> Tensor:
         (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(x[:, :, 1:-1, 1:-1], alpha=4)
     )
     smooth = levels.clone()
-    # 13 is odd, so that no value is so close to halfway between two levels that a rounding could decide.
+    # 13 is odd, so that no value is so close to halfway between two levels that a rounding could
+    # decide.
     smooth[:, :, 1:-1, 1:-1] = total.float().mul_(1 / 13).add_(0.5).to(torch.uint8)
     return blend(smooth, levels, factor)
 
 
 def blend(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """start + weight · (end − start), cut to 0 … 255 and truncated; weight > 1 goes beyond ``end``. ``Image.blend``."""
+    """start + weight · (end − start), cut to 0 … 255 and truncated.
+
+    Weight > 1 goes beyond ``end``. ``Image.blend``.
+    """
     # In place and step by step, each rounded as Pillow does it.
     return end.float().sub_(start).mul_(weight).add_(start).clamp_(0, 255).to(torch.uint8)
 
 
 def _luma(levels: Tensor) -> Tensor:
-    """(B, 1, H, W): 0.299 R + 0.587 G + 0.114 B to 16 bits after the point, rounded. ``Image.convert("L")``."""
+    """(B, 1, H, W): 0.299 R + 0.587 G + 0.114 B to 16 bits after the point, rounded.
+
+    ``Image.convert("L")``.
+    """
     if levels.shape[1] == 1:
         return levels
     red, green, blue = levels.int().split(1, dim=1)
@@ -275,7 +301,8 @@ def _luma(levels: Tensor) -> Tensor:
     return total.bitwise_right_shift_(16).to(torch.uint8)  # type: ignore[no-any-return]
 
 
-# (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in pixels from the upper left corner.
+# (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in pixels from the
+# upper left corner.
 Affine = tuple[float, float, float, float, float, float]
 
 
@@ -293,14 +320,17 @@ def rotation(degrees: float, height: int, width: int) -> Affine:
 
 
 def fixed_point(matrix: Affine) -> list[int]:
-    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`. Pixels are taken at their centers."""
+    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`.
+
+    Pixels are taken at their centers.
+    """
     a, b, c, d, e, f = matrix
     return [math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)]
 
 
 def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
-    """Move each picture by its own map, a row of int64 from :func:`fixed_point`, to the nearest pixel, with grey where
-    none is. ``Image.transform(AFFINE, NEAREST)``."""
+    """Move each picture by its own map, a row of int64 from :func:`fixed_point`, to the nearest
+    pixel, with grey where none is. ``Image.transform(AFFINE, NEAREST)``."""
     a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
     y = torch.arange(levels.shape[2], device=levels.device)[:, None]
     x = torch.arange(levels.shape[3], device=levels.device)

@@ -1,9 +1,10 @@
-"""Views that move, cut, mirror and recolor images: the paper's beside RandAugment, ImageNet's, the digits', and those
-of folders of pictures.
+"""Views that move, cut, mirror and recolor images: the paper's beside RandAugment, ImageNet's, the
+digits', and those of folders of pictures.
 
-What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles come from
-:func:`~metapl.apps.pictures.views.base.cosine_and_sine`, sums over a picture are exact, and everything else is
-elementwise or works on one picture at a time. Products of batched matrices would depend on the batch.
+What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles
+come from :func:`~metapl.apps.pictures.views.base.cosine_and_sine`, sums over a picture are exact,
+and everything else is elementwise or works on one picture at a time. Products of batched matrices
+would depend on the batch.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class Weak(PictureView):
     x ↦ the (H, W) window of pad(flip(x)) at a corner uniform on {0, …, 2·pad}².
 
     Args:
-        pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side, 4 for CIFAR-10.
-        flip: whether half of the images are mirrored left to right; not for digits and other writing.
+        pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side,
+            4 for CIFAR-10.
+        flip: whether half of the images are mirrored left to right; not for digits and other
+            writing.
 
     The frame is middle grey, as in the authors' code.
 
@@ -71,8 +74,9 @@ class Weak(PictureView):
 class ResizedCrop(PictureView):
     """Cut a random rectangle out of each image, bring it to one size, and mirror half of them.
 
-    As torchvision's ``RandomResizedCrop``: an area uniform on scale · HW and a ratio width : height log-uniform on
-    ``ratio``, at a uniform place; after ten draws that do not fit, the middle of the image at the nearest ratio.
+    As torchvision's ``RandomResizedCrop``: an area uniform on scale · HW and a ratio width : height
+    log-uniform on ``ratio``, at a uniform place; after ten draws that do not fit, the middle of the
+    image at the nearest ratio.
 
     Args:
         size: side of the result in pixels.
@@ -80,7 +84,8 @@ class ResizedCrop(PictureView):
         ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
         flip: whether half of the images are mirrored left to right.
 
-    Resized bilinearly with antialiasing, as Pillow does; the authors' code resizes bicubically without.
+    Resized bilinearly with antialiasing, as Pillow does; the authors' code resizes bicubically
+    without.
 
     >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 24, 24])
@@ -107,8 +112,9 @@ class ResizedCrop(PictureView):
     def boxes(
         self, seed: int, step: int, examples: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """What the view cuts out of images of one size: (B, 4) int64, top, left, height and width in pixels, and (B,)
-        bool, whether to mirror. The examples are on the CPU, as logarithms differ between devices."""
+        """What the view cuts out of images of one size: (B, 4) int64, top, left, height and width
+        in pixels, and (B,) bool, whether to mirror. The examples are on the CPU, as logarithms
+        differ between devices."""
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -132,8 +138,9 @@ class ResizedCrop(PictureView):
 class ShiftNoiseCutout(PictureView):
     """Shift each image, add noise, and set one square to 0: the view of the digits.
 
-    x ↦ (x moved by (dy, dx) + σz) · [outside the square], with dy, dx uniform on {−shift, …, shift}, z standard normal
-    per value, and the square uniform over the places where it fits whole. What moves in is 0; values are not clipped.
+    x ↦ (x moved by (dy, dx) + σz) · [outside the square], with dy, dx uniform on {−shift, …,
+    shift}, z standard normal per value, and the square uniform over the places where it fits whole.
+    What moves in is 0; values are not clipped.
 
     Args:
         shift: largest move along each axis in pixels, 0 or more.
@@ -148,7 +155,10 @@ class ShiftNoiseCutout(PictureView):
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.cutout > min(images.shape[2:]):
-            given = f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of {self.cutout}"
+            given = (
+                f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of "
+                f"{self.cutout}"
+            )
             raise MetaplError(
                 f"ShiftNoiseCutout got {given}; expected a square that fits into the image"
             )
@@ -160,7 +170,8 @@ class ShiftNoiseCutout(PictureView):
             z = base.normal(seed, step, examples, math.prod(images.shape[1:]), stream=base.NOISE)
             images = images + self.noise * z.view_as(images).to(images.dtype)
         if self.cutout > 0:
-            # The numbers of places stay numbers of Python: the host would wait for a copy of them to the device.
+            # The numbers of places stay numbers of Python: the host would wait for a copy of them
+            # to the device.
             rows, columns = (size - self.cutout + 1 for size in images.shape[2:])
             corners_B2 = torch.stack([below(u_B4[:, 2], rows), below(u_B4[:, 3], columns)], dim=1)
             images = base.cutout(images, corners_B2, self.cutout, 0.0)
@@ -171,8 +182,8 @@ class ShiftNoiseCutout(PictureView):
 class Affine(PictureView):
     """Turn, scale, shear and move each picture about its center, in one bilinear sampling.
 
-    The pixel at p, from the center, is taken from M⁻¹(p − t), with M = s · R(θ) · [[1, −tan φ], [0, 1]]: torchvision's
-    ``affine``. Each number is uniform on its range.
+    The pixel at p, from the center, is taken from M⁻¹(p − t), with M = s · R(θ) · [[1, −tan φ], [0,
+    1]]: torchvision's ``affine``. Each number is uniform on its range.
 
     Args:
         degrees: greatest |θ|, 0 to 180; positive turns clockwise.
@@ -216,7 +227,8 @@ class Affine(PictureView):
         maps_B23 = to_device(maps_B23, images.device).to(images.dtype)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
-        # Not one fused operation, which may round differently at the end of a tensor than in its middle.
+        # Not one fused operation, which may round differently at the end of a tensor than in its
+        # middle.
         grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         moved = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
         return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
@@ -226,14 +238,16 @@ class Affine(PictureView):
 class Color(PictureView):
     """Change each picture's brightness, contrast, saturation and hue.
 
-    x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, with m the mean luma of bx and y the luma of the picture so far; then the
-    colors are turned about the grey axis by an angle θ, and cut to [0, 1]. b, c and s are uniform on
-    [max(0, 1 − r), 1 + r] for their r, and θ on ±hue turns. Brightness, contrast and saturation are torchvision's, but
-    that nothing is cut off in between; the hue is linear, as in StyleGAN2-ADA, and not that of HSV.
+    x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, with m the mean luma of bx and y the luma of the picture so
+    far; then the colors are turned about the grey axis by an angle θ, and cut to [0, 1]. b, c and s
+    are uniform on [max(0, 1 − r), 1 + r] for their r, and θ on ±hue turns. Brightness, contrast and
+    saturation are torchvision's, but that nothing is cut off in between; the hue is linear, as in
+    StyleGAN2-ADA, and not that of HSV.
 
     Args:
         brightness, contrast, saturation: r of b, c and s, 0 or more.
-        hue: greatest |θ| as a share of a turn, 0 to 0.5; pictures of one channel have neither hue nor saturation.
+        hue: greatest |θ| as a share of a turn, 0 to 0.5; pictures of one channel have neither hue
+            nor saturation.
     """
 
     is_colored = True
@@ -252,7 +266,8 @@ class Color(PictureView):
         )
         b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
         cos, sin = base.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
-        # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
+        # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the
+        # last one.
         turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
         # Weights of the turned picture, of its luma and of the mean luma, and two of the turn.
         plan_B5 = torch.stack(
@@ -283,7 +298,8 @@ class Hole(PictureView):
     """Cover a square of each picture, whose center is uniform on the picture, by the mean color of the picture.
 
     Args:
-        side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
+        side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤
+            smallest ≤ largest.
     """
 
     side: tuple[NotNegative, NotNegative]
@@ -317,8 +333,8 @@ class Flip(PictureView):
 class Recolor(PictureView):
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
-    x_c ↦ x_π(c), then 1 − x for half of the pictures; π is one of the six orders of red, green and blue, all alike. Not
-    for classes that differ in color or brightness.
+    x_c ↦ x_π(c), then 1 − x for half of the pictures; π is one of the six orders of red, green and
+    blue, all alike. Not for classes that differ in color or brightness.
     """
 
     is_colored = True
@@ -336,8 +352,8 @@ class Recolor(PictureView):
 class Sometimes(PictureView):
     """Change a part of the pictures: x ↦ view(x) with probability ``share``, and x otherwise.
 
-    A network that predicts pictures as they are should have seen such pictures: interpolation takes away noise and fine
-    lines, and batch norm's statistics are of what was seen.
+    A network that predicts pictures as they are should have seen such pictures: interpolation takes
+    away noise and fine lines, and batch norm's statistics are of what was seen.
 
     Args:
         view: changes pictures and keeps their shape.
@@ -369,6 +385,7 @@ def _luma(images: Tensor) -> Tensor:
 
 def _mean(images: Tensor) -> Tensor:
     """(B, C, 1, 1) float64: the mean of each channel, whatever the order in which it is summed."""
-    # Plus 1, numbers in [0, 1] are multiples of 2^-23, of which float64 holds sums over 2^29 pixels without rounding.
+    # Plus 1, numbers in [0, 1] are multiples of 2^-23, of which float64 holds sums over 2^29 pixels
+    # without rounding.
     total = (images.float() + 1.0).sum((2, 3), keepdim=True, dtype=torch.float64)
     return total / math.prod(images.shape[2:]) - 1.0
