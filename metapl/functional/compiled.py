@@ -42,7 +42,15 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, entry_shape, parts_of, update_of
+from metapl.updates import (
+    OwnStep,
+    TorchUpdate,
+    Update,
+    entry_shape,
+    parts_of,
+    rounded_options,
+    update_of,
+)
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -101,7 +109,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         problem,
         mode,
         *updates,
-        [constants_of(inner), as_taken(constants_of(unclipped(updates[1])))],
+        [constants_of(inner), rounded_options(constants_of(unclipped(updates[1])))],
         problem.default_teacher_losses if own is None else lambda batch: own,
         steps=steps,
         feedback_size=trainer.feedback_size,
@@ -247,7 +255,9 @@ class CompiledStep:
                 shown |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
                 shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
                 shown |= report.sizes
-                shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
+                shown |= (
+                    {"step_rounding": report.step_rounding} if trainer.update.is_rounded else {}
+                )
                 by_difference = "difference" in (
                     trainer.mode.name,
                     getattr(trainer.mode, "tangent", ""),
