@@ -50,7 +50,15 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, entry_shape, parts_of, update_of
+from metapl.updates import (
+    OwnStep,
+    TorchUpdate,
+    Update,
+    entry_shape,
+    parts_of,
+    rounded_options,
+    update_of,
+)
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -99,7 +107,7 @@ def step_of(trainer: Any, steps: int, updates: Updates) -> Step:
         trainer.problem,
         trainer.mode,
         *updates,
-        [constants_of(inner), as_taken(constants_of(unclipped(updates.outer)))],
+        [constants_of(inner), rounded_options(constants_of(unclipped(updates.outer)))],
         losses_for,
         steps=steps,
         feedback_size=trainer.feedback_size,
@@ -558,7 +566,7 @@ def step_report_of(trainer: Any, report: Report, steps: int, *, is_lookahead: bo
     if trainer.teacher is not None:
         scalars["teacher_loss"] = report.teacher_loss
     scalars |= report.sizes
-    if trainer.update.rounded:
+    if trainer.update.is_rounded:
         scalars["step_rounding"] = report.step_rounding
 
     greatest = GREATEST_GAP
@@ -703,7 +711,7 @@ def refuse_gap(
     """
     gaps = {key: as_real(compiled[key]).double() - as_real(t).double() for key, t in eager.items()}
     gap = norm(gaps) if gaps else 0.0 * loss
-    size = norm(eager) if eager else 0.0 * loss
+    size = norm(dict(eager)) if eager else 0.0 * loss
     allowed = TOLERANCE[loss.dtype] * size
     if rounding:
         allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
