@@ -40,7 +40,7 @@ from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.order import NotFiniteFeedback, Order
 from metapl.feedback.path import Path
 from metapl.feedback.roads import Gradients, StudentPath, StudentStep
-from metapl.problems.base import Kind, Problem, Signal, field_of, kind_of
+from metapl.problems.base import Kind, Problem, Signal, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
@@ -95,8 +95,8 @@ class Feedback:
         by_field = self.by_field()
         on_keys = {}
         for key in value:
-            if field_of(key) in by_field:
-                on_keys[key] = by_field[field_of(key)]
+            if field_name(key) in by_field:
+                on_keys[key] = by_field[field_name(key)]
         return on_keys
 
     def loss_term(self, signal: Signal) -> Tensor:
@@ -388,7 +388,7 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
     of_value = [part]
     if isinstance(signal.value, dict):
         # Its entries are fields of their own; log_prob and others are the signal's.
-        of_value = [field_of(key) for key in signal.value if field_of(key) in by_field]
+        of_value = [field_name(key) for key in signal.value if field_name(key) in by_field]
     for name in of_value:
         # A zero for what is not used, so that the feedback has the shape of the signal.
         if name not in h:
