@@ -45,7 +45,7 @@ from metapl.feedback.inner_step import Credited, Credits, InnerStep, credited, i
 from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.order import NotFiniteFeedback, Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Problem, Signal, field_of, kind_of
+from metapl.problems.base import Kind, Problem, Signal, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
@@ -144,7 +144,7 @@ class Feedback:
         if not isinstance(value, dict) or self.part is None:
             return by_field[self.part or ""]
         return {
-            key: by_field[name].detach() for key in value if (name := field_of(key)) in by_field
+            key: by_field[name].detach() for key in value if (name := field_name(key)) in by_field
         }
 
 

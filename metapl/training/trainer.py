@@ -44,8 +44,8 @@ from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
-    has_own,
     kind_of,
+    overrides,
     reads_signal_in_outer_input,
 )
 from metapl.problems.losses import TeacherLoss, check_losses
@@ -512,12 +512,12 @@ class BilevelTrainer(Trainer):
     @property
     def _has_losses(self) -> bool:
         given = self.teacher_losses
-        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+        return overrides(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     @property
     def _teacher_learns_labels(self) -> bool:
         """Whether the teacher's own losses teach it the task, rather than, say, keep its weights small."""
-        if has_own(self.problem, "default_teacher_losses"):
+        if overrides(self.problem, "default_teacher_losses"):
             return self._has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
 
@@ -669,7 +669,7 @@ class BilevelTrainer(Trainer):
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_batch")
+        own = overrides(self.problem, "outer_batch")
         batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
 
@@ -691,7 +691,7 @@ class BilevelTrainer(Trainer):
 
     def read_input(self, batch: Any) -> Any:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
+        own = overrides(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
 
     # ---------------------------------------------------------------------------------------- state
