@@ -181,7 +181,7 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
     real = State.restore
 
     def restore(self: State) -> None:
-        self._tables, self._all = [], []
+        self._contents, self._buffer_tables = [], []
         real(self)
 
     patch.setattr(State, "restore", restore)
