@@ -672,7 +672,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], is_lookahead:
     # On the pure road L(θ′) draws from where the teacher's passes end; on the eager road, from a
     # stream of its own. So a step that draws is taken again, with that stream begun where this one
     # ended.
-    if not end.is_as(start):
+    if not end.equals(start):
         with branching_to(end):
             twin, report = step_of_copy(trainer, labeled, inner)
         start.restore()

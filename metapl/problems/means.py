@@ -181,7 +181,7 @@ class RowsOfTwo:
         for stride in STRIDES:
             first, n_first = self.of_rows(network, loss, step, stride=stride, half=0)
             second, n_second = self.of_rows(network, loss, step, stride=stride, half=1)
-            if not RandomState.now(random.device).is_as(random):
+            if not RandomState.now(random.device).equals(random):
                 return None
             total = 0.0
             # The mean of nothing is NaN, and counts for nothing.

@@ -24,7 +24,7 @@ from metapl.problems import pseudo_labels as module
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range
 from metapl.updates.base import Clipped
-from metapl.updates.torch_optim import SGD
+from metapl.updates.sgd import SGD
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -124,7 +124,9 @@ def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         SGD,
         "pullback",
-        lambda self, p, grads, state, v, _=None: {n: -self.learning_rate * v[n] for n in grads},
+        lambda self, p, grads, state, v, options=None: {
+            n: -self.learning_rate * v[n] for n in grads
+        },
     )
 
 
@@ -179,7 +181,7 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
     real = State.restore
 
     def restore(self: State) -> None:
-        self._tables, self._all = [], []
+        self._contents, self._buffer_tables = [], []
         real(self)
 
     patch.setattr(State, "restore", restore)
