@@ -174,11 +174,13 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
         *[THROUGH_INPUT] * (entering and mode.credits == "signal"),
     }
     required |= {ONE_PROCESS} if revising else set()
-    if lacking := sorted(need.value for need in required - student.offers):
+    if lacking := sorted(need.value for need in required - student.capabilities):
         given = f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps})"
         expected = (
             "one process, 'difference' or 'reinforce'"
             if steps == 1
             else "one process, or one student step"
         )
-        raise MetaplError(f"{given}, and the student is {student.how}; expected {expected}.")
+        raise MetaplError(
+            f"{given}, and the student is {student.description}; expected {expected}."
+        )

@@ -16,7 +16,7 @@ from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
-from metapl.execution.shards import as_held, load_whole
+from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.advice import advice_on
@@ -59,7 +59,7 @@ from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
     OwnStep,
-    as_one,
+    as_one_optimizer,
     parameters_of,
     refuse_missing,
     refuse_rates_by_entry,
@@ -254,7 +254,9 @@ class BilevelTrainer(Trainer):
             refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
         self.inner_optimizer = (
-            default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
+            default_optimizer(self.student)
+            if inner_optimizer is None
+            else as_one_optimizer(inner_optimizer)
         )
         gives_feedback = self.mode.credits != "nothing"
         update = update_of(
@@ -264,7 +266,7 @@ class BilevelTrainer(Trainer):
         # already.
         self._own_step = update if isinstance(update, OwnStep) else None
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
+        self.outer_optimizer = as_one_optimizer(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = (
             None  # on its own losses, while the student waits
         )
@@ -473,9 +475,9 @@ class BilevelTrainer(Trainer):
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [
-            own if own.contents() == own.known else Slots(own.module) for own in self._slots
+            slots if slots.are_current() else Slots(slots.module) for slots in self._slots
         ]
-        slots[1].meet(self.problem)
+        slots[1].watch_losses_of(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
         if mark not in self._looked_at and self.mode.credits != "nothing":
@@ -731,11 +733,13 @@ class BilevelTrainer(Trainer):
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
+        self.update.load_state_dict(
+            laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)
+        )
         if self.outer_optimizer is not None:
             refuse_state_of_another(state["outer"], self.outer_optimizer, "outer_optimizer")
             self.outer_optimizer.load_state_dict(
-                as_held(copy.deepcopy(state["outer"]), self.outer_optimizer)
+                laid_out_for(copy.deepcopy(state["outer"]), self.outer_optimizer)
             )
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])
