@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
-from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.state import (
     ImpureError,
@@ -42,6 +42,7 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
+from metapl.protocols import TwoLevelTrainer
 from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, entry_shape, parts_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
@@ -51,7 +52,7 @@ LONGEST = 3  # steps that are unrolled in one function
 KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 
 
-def updates_of(trainer: Any) -> tuple[Update, Update | None]:
+def updates_of(trainer: TwoLevelTrainer) -> tuple[Update, Update | None]:
     inner, outer = unclipped(trainer.update), None
     if trainer.teacher is not None:
         outer = update_of(
@@ -60,7 +61,7 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
     return clipped(inner, trainer.clip_norm), outer and clipped(outer, trainer.clip_norm)
 
 
-def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
+def step_of(trainer: TwoLevelTrainer, steps: int, updates: tuple[Update, Update | None]) -> Step:
     """The pure step of a trainer that looks so many steps ahead."""
     refuse_compiled("student", trainer.student)
     refuse_compiled("teacher", trainer.teacher)
@@ -109,7 +110,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
     )
 
 
-def functional(trainer: Any) -> tuple[Step, State]:
+def functional(trainer: TwoLevelTrainer) -> tuple[Step, State]:
     updates = updates_of(trainer)
     step: Any = step_of(trainer, trainer.lookahead, updates)
     step.__code__ = (
@@ -189,13 +190,10 @@ class CompiledStep:
         return CompiledStep, ()
 
     def __call__(
-        self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool
+        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
     ) -> StepReport:
-        """One step on a labeled batch and the inner ones.
-
-        ``ahead``: they were given as a look-ahead.
-        """
-        steps, draw, compared = len(batches), trainer.generator, False
+        """Take one step on the batches."""
+        steps, draw, compared = len(inner_batches), trainer.generator, False
         in_graphs = trainer.compile == "reduce-overhead"
         if anew := self.seen(trainer, steps) != self.marks:
             self.marks, held = [], self.find(trainer, steps)
@@ -204,7 +202,7 @@ class CompiledStep:
         else:
             compiled, updates = self.compile(trainer, steps, in_graphs)
         if not compared:
-            eager = eager_step(trainer, labeled, batches, ahead)
+            eager = eager_step(trainer, outer_batch, inner_batches)
             probs = eager[1].signal.probs
         if any(entry_shape(group["lr"]) for group in unclipped(trainer.update).options):
             raise MetaplError(
@@ -232,13 +230,19 @@ class CompiledStep:
         self.numbers = numbers
         start, noise = RandomState.now(trainer.device, draw, outside=not compared), None
         if draw is not None and probs is not None:
-            noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
+            noise = tuple(
+                gumbel(length(batch), probs.shape[1], probs, draw) for batch in inner_batches
+            )
         try:
             with torch.no_grad(), no_fast_path(), capturing():
-                given = (batches[0], noise and noise[0]) if steps == 1 else (tuple(batches), noise)
+                given = (
+                    (inner_batches[0], noise and noise[0])
+                    if steps == 1
+                    else (tuple(inner_batches), noise)
+                )
                 if in_graphs:
                     torch.compiler.cudagraph_mark_step_begin()
-                moved, report = compiled(state, labeled, *given)
+                moved, report = compiled(state, outer_batch, *given)
                 if in_graphs:  # what outlives the next step, which writes to the same memory
                     mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
                     moved = moved._replace(mode=mode)
@@ -259,7 +263,7 @@ class CompiledStep:
                     tuple(report.feedback)
                     if steps > 1
                     else (report.feedback,)
-                    if ahead
+                    if inner_batches.is_lookahead
                     else report.feedback
                 )
                 signal = Signal(**(report.signal[-1] if steps > 1 else report.signal))
@@ -287,7 +291,7 @@ class CompiledStep:
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
         return wrapped
 
-    def seen(self, trainer: Any, steps: int) -> list[Any]:
+    def seen(self, trainer: TwoLevelTrainer, steps: int) -> list[Any]:
         """What differs where another step is meant, or other tensors are held.
 
         By now these are alive.
@@ -302,9 +306,9 @@ class CompiledStep:
         )
         held = [id(t) for table in self.tables for t in table.values()]
         marks = steps, trainer.feedback_size, *map(id, given)
-        return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
+        return [*trainer.slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
 
-    def find(self, trainer: Any, steps: int) -> Any:
+    def find(self, trainer: TwoLevelTrainer, steps: int) -> Any:
         """Look for modules and parameters anew.
 
         Returns what may not be freed while a kind of step is known by it.
@@ -323,11 +327,11 @@ class CompiledStep:
             trainer.teacher_losses,
             *trainer.schedulable,
         )
-        marks = (of_network.mark for of_network in trainer._slots)
+        marks = (of_network.mark for of_network in trainer.slots)
         self.kind = steps, trainer.feedback_size, *marks, *map(id, held)
         return held
 
-    def compile(self, trainer: Any, steps: int, in_graphs: bool) -> tuple[Any, Any]:
+    def compile(self, trainer: TwoLevelTrainer, steps: int, in_graphs: bool) -> tuple[Any, Any]:
         """The trainer's step as one graph, once it is called; refused where none could be."""
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.weights):
             raise MetaplError(
@@ -344,10 +348,12 @@ class CompiledStep:
         options = {"triton.cudagraphs": True} if in_graphs else {}
         return captured(step_of(trainer, steps, updates), trainer.device, **options), updates
 
-    def hold(self, trainer: Any, state: State, moved: State, updates: Any) -> None:
+    def hold(self, trainer: TwoLevelTrainer, state: State, moved: State, updates: Any) -> None:
         """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""
         pairs = (state.inner, moved.inner), (state.outer, moved.outer)
-        tables = [table for of_network in trainer._slots for table in of_network.buffers]
+        tables: list[dict[Any, Any]] = [
+            table for of_network in trainer.slots for table in of_network.buffers
+        ]
         for of, (optimizer, after) in zip(map(unclipped, updates), pairs, strict=True):
             for name, own in optimizer.state.items():
                 held = of.owner[name].state[of.parameters[name]]
@@ -366,7 +372,7 @@ AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm
 Taken = tuple[State, Any]  # the state after a step, and the trainer's report
 
 
-def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> Taken:
+def eager_step(trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches) -> Taken:
     """The step of a trainer, taken by a copy of it on the eager road. No generator moves."""
     start, generator = RandomState.now(trainer.device), trainer.generator
 
@@ -382,7 +388,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
             (twin.student, trainer.student),
         )
         with all_with_contents_of(pairs):
-            return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
+            return twin, twin.step(outer_batch, inner_batches.as_argument())
 
     twin, report = taken()
     end = RandomState.now(trainer.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,26 @@ Better = Literal["min", "max"]
 Batches = Iterable[tuple[Any, Any]]  # a network's inputs, and the batch as its loss reads it
 Term = Callable[[Any, Any, Any], OuterLoss]
 """A loss of a network (or a function that stands in for it), its inputs and the batch."""
+
+
+class Judge(Protocol):
+    """What a metric reads of a trainer.
+
+    Attributes:
+        student: the network that is measured where no other is named.
+        device: where its batches are read.
+        classifies: whether the losses are known to be of classes.
+    """
+
+    student: nn.Module
+    device: torch.device
+    classifies: bool
+
+    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        """Return the student's inputs in a labeled batch, and the batch as its loss reads it."""
+
+    def outer_terms(self) -> Sequence[Term]:
+        """Return the losses whose sum is the trainer's loss."""
 
 
 class Updated(Protocol):
@@ -59,7 +79,7 @@ class Metric:
     )  # whether the smallest value is the best one, or the greatest; None: it is not known
     given: Any  # the metric as it was asked for
 
-    def over(self, trainer: Any, network: nn.Module, batches: Batches) -> Measured | Evaluation:
+    def over(self, trainer: Judge, network: nn.Module, batches: Batches) -> Measured | Evaluation:
         """Its value over all batches, which the ``trainer`` reads and judges.
 
         NaN where there is no example.
@@ -115,7 +135,7 @@ class Metric:
         )
 
     def measured(
-        self, trainer: Any, network: nn.Module, batches: Batches, of: str
+        self, trainer: Judge, network: nn.Module, batches: Batches, of: str
     ) -> Measured | Evaluation:
         """The same, refused where it is not finite; ``of`` says of which network and data."""
         found = self.over(trainer, network, batches)
@@ -178,7 +198,9 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
     return metric
 
 
-def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+def metric_for(
+    trainer: Judge, validation: Any, metric: Metric | None, select: bool
+) -> Metric | None:
     """The metric of the networks on validation data, None without these.
 
     The student is measured on the first batch.
@@ -211,12 +233,12 @@ def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: boo
     return metric
 
 
-def default_metric(judge: Any, batch: Any, outputs: Tensor) -> Metric:
+def default_metric(judge: Judge, batch: Any, outputs: Tensor) -> Metric:
     """Accuracy where the problem is one of classes (:func:`of_classes`), and else its loss."""
     return ACCURACY if of_classes(judge, batch, outputs) else LOSS
 
 
-def of_classes(judge: Any, batch: Any, outputs: Tensor) -> bool:
+def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     """Whether outputs (B, C) are class logits: where the labels of the batch are the indices of
     classes, integers (B,) from 0 to C − 1; without labels, where the trainer's problem or losses
     say so."""
