@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import joined, map_tensors
-from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
+from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import (
@@ -79,7 +79,7 @@ class LocalStudent:
     """
 
     pass_type: type[Pass]
-    readable = (
+    has_whole_weights = (
         True  # whether this process holds whole weights, which a loss of the problem may read
     )
 
@@ -87,7 +87,7 @@ class LocalStudent:
         self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
     ) -> None:
         self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
-        self.offers = layout.offers
+        self.capabilities = layout.capabilities
         # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch
         # would leave out.
         self.inspects_graph = False
@@ -103,8 +103,8 @@ class LocalStudent:
         own = self.parameters.values()
         self.params: Tree = dict(zip(self.parameters, map(Tensor.detach, own), strict=True))
         self.device = next(iter(own)).device
-        self.formats = set(map(DTYPE, own))
-        self.half = not HALF.isdisjoint(self.formats)
+        self.dtypes = set(map(DTYPE, own))
+        self.has_half_precision = not HALF.isdisjoint(self.dtypes)
 
     def loss(
         self,
@@ -134,7 +134,10 @@ class LocalStudent:
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with NOTHING if gradient else no_fast_path(), self.at(at, start, state or self.slots):
+        with (
+            NOTHING if gradient else no_fast_path(),
+            self.at_weights(at, start, state or self.slots),
+        ):
             # A loss that draws from Python's or NumPy's generators has the same draws in each of
             # its passes.
             is_watched = self.slots.draws_outside is None and start.is_whole
@@ -193,7 +196,7 @@ class LocalStudent:
         )
         if cotangent is not None:
             rows.cotangents = [*cotangent.split([len(part) for part in rows.parts])]
-        if self.readable:
+        if self.has_whole_weights:
             rows.direct = self.gradient(value, at)[1]
 
     def _pulled_back(
@@ -208,13 +211,15 @@ class LocalStudent:
         if not rows.cotangents:
             return rows.direct
         found = [rows.direct]
-        with self.at(at, start, state):
+        with self.at_weights(at, start, state):
             for (inputs, _), first, cotangent in zip(
                 batches, rows.parts, rows.cotangents, strict=True
             ):
                 outputs = self.forward(inputs)
-                tolerance = EXACTLY[coarsest([outputs.dtype, *self.formats], self.device)].outputs
-                same_outputs(outputs.detach(), first, tolerance, ranks=self.ranks)
+                tolerance = EXACTLY[
+                    coarsest_dtype([outputs.dtype, *self.dtypes], self.device)
+                ].outputs
+                check_same_outputs(outputs.detach(), first, tolerance, ranks=self.ranks)
                 if outputs.requires_grad:
                     found.append(self.gradient((outputs * cotangent).sum(), at)[1])
         return sum_tree(found)
@@ -282,7 +287,7 @@ class LocalStudent:
             if first in params
         ]
 
-    def holding(self, params: Tree) -> AbstractContextManager[None]:
+    def with_weights(self, params: Tree) -> AbstractContextManager[None]:
         return swapped(self.held_at(self.as_leaves(params)))
 
     @contextmanager
@@ -295,7 +300,7 @@ class LocalStudent:
         with swapped(self.held_at(leaves)):
             yield leaves
 
-    def at(
+    def at_weights(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
         """The student at other weights, on copies of a state (``upcast``: in float32 or wider),
@@ -306,13 +311,13 @@ class LocalStudent:
     def along(
         self, params: Tree, w: Tree, random: RandomState, state: State
     ) -> AbstractContextManager[None]:
-        """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
+        """As :meth:`at_weights`, with dual numbers for weights, whose tangent is w."""
         duals = {
             name: forward_ad.make_dual(p.clone(), w[name].to_dense())
             for name, p in params.items()
             if name in w
         }
-        return self.at(
+        return self.at_weights(
             {name: stand_in(dual, self.parameters[name]) for name, dual in duals.items()},
             random,
             state,
@@ -346,11 +351,11 @@ class Pass:
             )
             self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
         self._before = student.slots.random_state(student.device)
-        self._state, student.slots.state = student.slots.state or student.slots.now(), None
+        self._state, student.slots.state = student.slots.state or student.slots.snapshot(), None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.after = student.slots.random_state(student.device)
-        student.slots.watch(self._before, self.after)
+        self.random_state_after = student.slots.random_state(student.device)
+        student.slots.watch(self._before, self.random_state_after)
         self._dtype, self._half_types = outputs.dtype, student.slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -361,8 +366,8 @@ class Pass:
 
         A key of the tolerances in :mod:`metapl.execution.compare`.
         """
-        return coarsest(
-            [self._dtype, *self.student.formats, *self._half_types], self.student.device
+        return coarsest_dtype(
+            [self._dtype, *self.student.dtypes, *self._half_types], self.student.device
         )
 
     @property
@@ -464,7 +469,7 @@ class Pass:
         A backward pass belongs into the block.
         """
         at = self.student.as_leaves(self.params)
-        with self.student.at(at, self._before, self._state):
+        with self.student.at_weights(at, self._before, self._state):
             outputs = self._same_outputs(self.student.forward(inputs))
             with self.drawing_as_loss():
                 yield at, outputs
@@ -473,7 +478,7 @@ class Pass:
         again, first = outputs.detach(), self.outputs
         if self._sample is not None:
             again, first = _sampled(again), self._sample
-        same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
+        check_same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
         return outputs
 
     _replay_twice = once_more  # one that can be differentiated twice
@@ -534,14 +539,16 @@ class Pass:
     def _at_weights(self, params: Tree) -> Tensor:
         """The outputs at other weights, in float32 or wider, without autocast and TF32."""
         device = self.student.device
-        at = self.student.at(self.student.as_leaves(params), self._before, self._state, upcast=True)
+        at = self.student.at_weights(
+            self.student.as_leaves(params), self._before, self._state, upcast=True
+        )
         with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
             return self.student.forward(map_tensors(wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
         tolerance = BY_DIFFERENCE[self.rounded_to].outputs
-        same_outputs(
+        check_same_outputs(
             (ahead + behind) / 2, self.outputs, tolerance, ranks=self.student.ranks, moved=ahead
         )
 

@@ -54,7 +54,7 @@ class ShardedStudent(LocalStudent):
     For its arguments see :class:`metapl.execution.local.LocalStudent`.
     """
 
-    readable = False
+    has_whole_weights = False
 
     def __init__(
         self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
@@ -64,7 +64,7 @@ class ShardedStudent(LocalStudent):
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
-        self.formats |= {dtype for dtype in policies if dtype is not None}
+        self.dtypes |= {dtype for dtype in policies if dtype is not None}
 
     def loss(self, *given: Any, gradient: bool = False, **options: Any) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
@@ -78,10 +78,10 @@ class ShardedStudent(LocalStudent):
         return params
 
     @contextmanager
-    def at(
+    def at_weights(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> Iterator[None]:
-        if narrow := [t for t in self.formats if t in HALF and upcast]:
+        if narrow := [t for t in self.dtypes if t in HALF and upcast]:
             given = (
                 f"the student has weights or a policy of {narrow[0]}, in which a difference of "
                 "outputs is noise"
@@ -103,7 +103,7 @@ class ShardedStudent(LocalStudent):
         finally:
             self._write(kept)
 
-    holding = moved_to
+    with_weights = moved_to
 
     def held_at(self, params: Tree) -> list[Slot]:
         """No slot: other weights are written into the parameters."""
@@ -190,7 +190,7 @@ class ShardedStudent(LocalStudent):
                 if id(p) in names:
                     held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
         duals = {block: _with_duals(block.forward, slots, w) for block, slots in held.items()}
-        with self.at(params, random, state), _running_as(duals):
+        with self.at_weights(params, random, state), _running_as(duals):
             try:
                 yield
             finally:

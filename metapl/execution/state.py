@@ -184,7 +184,6 @@ class Slots:
         state: the snapshot that the step's first pass takes over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every
             pass; found by trying.
-        known: the tables' contents when they were read; others mean that the slots are stale.
         findings: what the first step with this network in these modes has found.
     """
 
@@ -226,14 +225,14 @@ class Slots:
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
         self._held = [p for _, _, p in self.parameters]
         self._none: State | None = None
-        self.known = self.contents()
-        self.mark = hash(tuple(self.known[1]))
+        self._contents_when_read = self.contents()
+        self.mark = hash(tuple(self._contents_when_read[1]))
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
         """What the tables hold, by name and identity, and the modes, numbers of hooks and
         ``requires_grad`` flags, with one more number where a parameter has hooks: the slots hold as
-        long as it is what was ``known``."""
+        long as these are what they were."""
         flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
         if any(map(_HOOKED, self._held)):
             flags.append(-1)
@@ -242,6 +241,10 @@ class Slots:
             *map(id, chain.from_iterable(map(dict.values, self._tables))),
         ]
         return held, flags
+
+    def are_current(self) -> bool:
+        """Return whether the module holds what it held when these slots were read."""
+        return self.contents() == self._contents_when_read
 
     def in_formulas(self) -> list[Slot]:
         """What a pass holds beside its weights where it takes formulas for kernels.
@@ -269,7 +272,7 @@ class Slots:
         step has been watched."""
         return self.findings.draws_outside
 
-    def meet(self, problem: Any) -> None:
+    def watch_losses_of(self, problem: Any) -> None:
         """Look at the draws again where the losses are those of another problem than before.
 
         The library's own losses draw from torch alone.
@@ -304,7 +307,7 @@ class Slots:
             )
         return self.findings.half_types or frozenset()
 
-    def now(self, *, copies: bool = True) -> State:
+    def snapshot(self, *, copies: bool = True) -> State:
         """The network's state; of one that has none, the same each time."""
         if any(self.buffers) or self.frozen:
             return State(self, copies=copies)
@@ -394,7 +397,7 @@ def replay(
     all is as it was before."""
     drawn = RandomState.now(start.device, start.generator, outside=start.is_whole)
     start.restore()
-    snapshot = state if isinstance(state, State) else state.now(copies=False)
+    snapshot = state if isinstance(state, State) else state.snapshot(copies=False)
     before = list[tuple[Table, Table]]()
     if snapshot._tables or snapshot._frozen or any(snapshot._all):  # else the network has no state
         tables = snapshot.tables()
@@ -533,7 +536,7 @@ def restored(
     fault, saved, learning = checks.Fault(), list[State](), torch.is_grad_enabled()
     with _LOCK:
         for slots in networks:
-            slots.state = slots.now()
+            slots.state = slots.snapshot()
             saved.append(slots.state)
         may_draw_outside = any(slots.draws_outside is not False for slots in networks)
         drawn = RandomState.now(device, generator, outside=may_draw_outside)

@@ -64,7 +64,7 @@ from metapl.functional.state import (
     tensors_of,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
 from metapl.updates import Update, entry_shape, is_nonzero, options_of, parts_of, update_of
 
@@ -202,7 +202,7 @@ def check(
         "a TorchOpt transform; expected torch.optim's": not isinstance(
             optimizer, torch.optim.Optimizer
         ),
-        "a problem that revises its signal": has_own(problem, "revised_signal"),
+        "a problem that revises its signal": overrides(problem, "revised_signal"),
         "weights in half precision": short,
     }
     for what in (what for what, is_so in refused.items() if is_so):

@@ -79,7 +79,7 @@ class Signal:
         """
         found = {"value": self.value}
         if isinstance(self.value, dict):
-            found = {field_of(key): t for key, t in self.value.items()}
+            found = {field_name(key): t for key, t in self.value.items()}
         if self.log_prob is not None:
             found["log_prob"] = self.log_prob
         if self.probs is not None:
@@ -92,7 +92,7 @@ class Signal:
         """The same with other tensors in some of its :meth:`fields`."""
         value = fields.get("value", self.value)
         if isinstance(self.value, dict):
-            value = {key: fields.get(field_of(key), t) for key, t in self.value.items()}
+            value = {key: fields.get(field_name(key), t) for key, t in self.value.items()}
         log_prob, probs = fields.get("log_prob", self.log_prob), fields.get("probs", self.probs)
         return type(self)(value, log_prob, probs, fields.get("outputs", self.outputs))
 
@@ -154,7 +154,7 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | No
     return (own.log() / probabilities).argmax(-1, keepdim=True)
 
 
-def field_of(key: object) -> str:
+def field_name(key: object) -> str:
     return f"value[{key!r}]"
 
 
@@ -318,7 +318,7 @@ def kind_of(problem: Any) -> str:
     return type(problem).__name__
 
 
-def has_own(problem: Problem, method: str) -> bool:
+def overrides(problem: Problem, method: str) -> bool:
     return getattr(type(problem), method) is not getattr(BilevelProblem, method)
 
 
@@ -332,7 +332,7 @@ def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
     }
     several = isinstance(said, Mapping)
     own = (
-        {field_of(key): has for key, has in said.items()}
+        {field_name(key): has for key, has in said.items()}
         if several
         else dict.fromkeys(values, said)
     )

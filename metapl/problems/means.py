@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, map_tensors
-from metapl.execution.compare import coarsest
+from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import is_sharded
@@ -134,7 +134,7 @@ def refuse_other_than_means(
         signal=joined_signals([signal.detached() for signal in signals[:2]]),
         problem=problem,
     )
-    tolerance = TOLERANCES[coarsest([p.dtype for p in network.parameters()], device)]
+    tolerance = TOLERANCES[coarsest_dtype([p.dtype for p in network.parameters()], device)]
     refusal = ""
     random = RandomState.now(device)
     with torch.no_grad(), no_fast_path(), evaluation_mode(network):

@@ -37,7 +37,7 @@ from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Schedule, as_one, options_by_step, update_of
+from metapl.updates import Schedule, as_one_optimizer, options_by_step, update_of
 from metapl.words import summary
 
 # metasmoothness of the first steps, below which scores were unreliable: docs/whole-trainings.md
@@ -422,7 +422,7 @@ class _Training:
         self.data, judged = (examples_of(given[name], name, first) for name in ("train", "outer"))
         problem, self.optimizer = (
             given["problem"] or EQUAL_WEIGHTS,
-            as_one(given["optimizer"], "optimizer"),
+            as_one_optimizer(given["optimizer"], "optimizer"),
         )
         # A score is a derivative in weights that are 1.
         if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
@@ -546,7 +546,7 @@ class _Training:
                     weights_of[name].grad = g
                 if self.clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
-                rule.exactly(
+                rule.take_differentiated_step(
                     weights_of,
                     {name: p.grad for name, p in weights_of.items() if p.grad is not None},
                 )

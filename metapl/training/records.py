@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
-from metapl.problems.base import Problem, field_of, has_rows
+from metapl.problems.base import Problem, field_name, has_rows
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
     rows, entries = has_rows(problem, signal, len(outputs)), []
     for found in steps:
         named = (
-            {field_of(key): h for key, h in found.items()}
+            {field_name(key): h for key, h in found.items()}
             if isinstance(found, dict)
             else {"value": found}
         )

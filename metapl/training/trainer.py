@@ -16,7 +16,7 @@ from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
-from metapl.execution.shards import as_held, load_whole
+from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.advice import advice_on
@@ -44,8 +44,8 @@ from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
-    has_own,
     kind_of,
+    overrides,
     reads_signal_in_outer_input,
 )
 from metapl.problems.losses import TeacherLoss, check_losses
@@ -59,7 +59,7 @@ from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
     OwnStep,
-    as_one,
+    as_one_optimizer,
     parameters_of,
     refuse_missing,
     refuse_rates_by_entry,
@@ -256,7 +256,9 @@ class BilevelTrainer(Trainer):
             refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
         self.inner_optimizer = (
-            default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
+            default_optimizer(self.student)
+            if inner_optimizer is None
+            else as_one_optimizer(inner_optimizer)
         )
         gives_feedback = self.mode.credits != "nothing"
         update = update_of(
@@ -266,7 +268,7 @@ class BilevelTrainer(Trainer):
         # already.
         self._own_step = update if isinstance(update, OwnStep) else None
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
+        self.outer_optimizer = as_one_optimizer(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = (
             None  # on its own losses, while the student waits
         )
@@ -470,9 +472,9 @@ class BilevelTrainer(Trainer):
         for layout in self.distributed:
             layout.begin_step()
         self.slots = slots = [
-            own if own.contents() == own.known else Slots(own.module) for own in self.slots
+            slots if slots.are_current() else Slots(slots.module) for slots in self.slots
         ]
-        slots[1].meet(self.problem)
+        slots[1].watch_losses_of(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
         if mark not in self._looked_at and self.mode.credits != "nothing":
@@ -512,12 +514,12 @@ class BilevelTrainer(Trainer):
     @property
     def has_losses(self) -> bool:
         given = self.teacher_losses
-        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+        return overrides(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     @property
     def _teacher_learns_labels(self) -> bool:
         """Whether the teacher's own losses teach it the task, rather than, say, keep its weights small."""
-        if has_own(self.problem, "default_teacher_losses"):
+        if overrides(self.problem, "default_teacher_losses"):
             return self.has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
 
@@ -671,7 +673,7 @@ class BilevelTrainer(Trainer):
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_batch")
+        own = overrides(self.problem, "outer_batch")
         batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
 
@@ -693,7 +695,7 @@ class BilevelTrainer(Trainer):
 
     def read_input(self, batch: Any) -> Any:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
+        own = overrides(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
 
     # ---------------------------------------------------------------------------------------- state
@@ -735,11 +737,13 @@ class BilevelTrainer(Trainer):
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
+        self.update.load_state_dict(
+            laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)
+        )
         if self.outer_optimizer is not None:
             refuse_state_of_another(state["outer"], self.outer_optimizer, "outer_optimizer")
             self.outer_optimizer.load_state_dict(
-                as_held(copy.deepcopy(state["outer"]), self.outer_optimizer)
+                laid_out_for(copy.deepcopy(state["outer"]), self.outer_optimizer)
             )
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])

@@ -10,9 +10,9 @@ from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
-from metapl.updates.muon import Muon, as_taken
+from metapl.updates.muon import Muon, rounded_options
 from metapl.updates.own_step import RULES, OwnStep
-from metapl.updates.several import Several, SeveralRules, as_one
+from metapl.updates.several import Several, SeveralRules, as_one_optimizer
 from metapl.updates.torch_optim import (
     SGD,
     Schedule,
@@ -38,8 +38,8 @@ __all__ = [
     "Schedule",
     "TorchUpdate",
     "Update",
-    "as_one",
-    "as_taken",
+    "as_one_optimizer",
+    "rounded_options",
 ]
 __all__ += [
     "entry_shape",
@@ -87,7 +87,10 @@ def update_of(
                 f"expected {RULES}."
             )
         return optimizer
-    optimizer, sharded = as_one(optimizer, name), any(is_sharded(p) for p in parameters.values())
+    optimizer, sharded = (
+        as_one_optimizer(optimizer, name),
+        any(is_sharded(p) for p in parameters.values()),
+    )
     if is_transform(optimizer) and not sharded:
         return TransformUpdate(optimizer, parameters, state)
     kinds = [*map(type, parts_of(optimizer))]

@@ -61,7 +61,7 @@ class Update(ABC):
         str, nn.Parameter
     ]  # the student's trainable ones, as last given to :meth:`follow`
     # whether the optimizer's own step rounds its products to a shorter type than the rule
-    rounded: bool = False
+    is_rounded: bool = False
 
     @property
     def options(self) -> Options:
@@ -104,7 +104,7 @@ class Update(ABC):
         """θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
         return self.update(params, grads, state)
 
-    def at(self, options: Options) -> Update:
+    def with_options(self, options: Options) -> Update:
         """The same update with these options of its param groups, such as the learning rates of a later step."""
         raise MetaplError(
             "schedule was given with a TorchOpt transform; expected torchopt.schedule in the "
@@ -158,7 +158,7 @@ class Update(ABC):
         """Of each param group, the settings of these names that it has, as they are."""
         return []
 
-    def in_settings(
+    def setting_cotangents(
         self,
         names: Sequence[str],
         params: Tree,
@@ -197,7 +197,7 @@ class Update(ABC):
         """
         self.write(parameters, *moved())
 
-    def exactly(self, parameters: Parameters, grads: Tree) -> None:
+    def take_differentiated_step(self, parameters: Parameters, grads: Tree) -> None:
         """Take the step that is differentiated.
 
         The optimizer's own, and the rule's where that one is rounded.
@@ -208,7 +208,7 @@ class Update(ABC):
             grads,
             self.read_state(),
         )
-        if self.rounded:
+        if self.is_rounded:
             self.write(parameters, *moved())
         else:
             self.commit(parameters, grads, moved)
@@ -245,7 +245,7 @@ class Clipped(Update):
     options, settings_in = _inner("options"), _inner("settings_in")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
     state_bytes = _inner("state_bytes")
-    rounded: bool = _inner("rounded")
+    is_rounded: bool = _inner("is_rounded")
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
@@ -259,8 +259,8 @@ class Clipped(Update):
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         return self.inner.stepped(params, self._clip(grads), state)
 
-    def at(self, options: Options) -> Clipped:
-        return Clipped(self.inner.at(options), self.max_norm, self.space)
+    def with_options(self, options: Options) -> Clipped:
+        return Clipped(self.inner.with_options(options), self.max_norm, self.space)
 
     def pullback(
         self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
@@ -275,7 +275,7 @@ class Clipped(Update):
         bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
         return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
 
-    def in_settings(
+    def setting_cotangents(
         self,
         names: Sequence[str],
         params: Tree,
@@ -284,7 +284,9 @@ class Clipped(Update):
         v: Tree,
         state_cotangent: Any = None,
     ) -> list[dict[str, Any]]:
-        return self.inner.in_settings(names, params, self._clip(grads), state, v, state_cotangent)
+        return self.inner.setting_cotangents(
+            names, params, self._clip(grads), state, v, state_cotangent
+        )
 
     def commit(
         self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]

@@ -49,7 +49,7 @@ class Muon(TorchUpdate):
     """
 
     numbers = ("lr", "momentum", "weight_decay", "eps")
-    rounded = True
+    is_rounded = True
 
     @staticmethod
     def rule(
@@ -75,6 +75,6 @@ class Muon(TorchUpdate):
         return {"momentum_buffer": torch.zeros_like(p), **state}
 
 
-def as_taken(options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rounded_options(options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Options of param groups by which a rule rounds as the optimizer's own step does."""
     return [{**group, "products": SHORT} for group in options]

@@ -66,7 +66,7 @@ class Several(torch.optim.Optimizer):
             one.load_state_dict({"state": held, "param_groups": own})
 
 
-def as_one(optimizer: Any, name: str = "inner_optimizer") -> Any:
+def as_one_optimizer(optimizer: Any, name: str = "inner_optimizer") -> Any:
     if not isinstance(optimizer, tuple | list) or is_transform(optimizer):
         return optimizer
     if not optimizer or not all(isinstance(one, torch.optim.Optimizer) for one in optimizer):
@@ -87,7 +87,7 @@ class SeveralRules(TorchUpdate):
     def follow(self, parameters: Parameters) -> None:
         super().follow(parameters)
         rules = [rule_of(group) for group in self.optimizer.param_groups]
-        self.rounded = any(rule.rounded for rule in rules)
+        self.is_rounded = any(rule.is_rounded for rule in rules)
         self.numbers = tuple(dict.fromkeys(number for rule in rules for number in rule.numbers))
         refuse_half(
             {

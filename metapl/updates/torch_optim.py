@@ -348,7 +348,7 @@ class TorchUpdate(Update):
         return new_params, new_state
 
     def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
-        if self.rounded:
+        if self.is_rounded:
             return self.update(params, grads, state)
         new_params, new_state = dict(params), dict(state)
         for group, names in self.groups(grads):
@@ -406,7 +406,7 @@ class TorchUpdate(Update):
         rule._held, rule._own = [], []
         return rule
 
-    def at(self, options: Options) -> TorchUpdate:
+    def with_options(self, options: Options) -> TorchUpdate:
         later = copy.copy(self)
         later._options = options
         return later
