@@ -345,13 +345,11 @@ def ablate(
 
     def student(batch: Any) -> None:
         with torch.no_grad(), replayed(RandomState.now(device)):
-            given: Any = (batch,)
+            arguments: list[Any] = [batch]
             if enters_input(problem):
-                given = (
-                    batch,
-                    problem.signal(copy.deepcopy(trainer.teacher), batch, None, generator=None),
-                )  # type: ignore[arg-type]
-            copy.deepcopy(trainer.student)(problem.student_input(*given))
+                teacher: Any = copy.deepcopy(trainer.teacher)
+                arguments.append(problem.signal(teacher, batch, None, generator=None))
+            copy.deepcopy(trainer.student)(problem.student_input(*arguments))
 
     points, stop = tuple(sorted({0, steps // 2, steps})), steps + 1
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead

@@ -68,7 +68,7 @@ CAUSES = (
 )
 
 
-def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
+def coarsest_dtype(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
     """The coarsest dtype that a pass is rounded to, by its dtypes and PyTorch's settings.
 
     A key of the tolerances.
@@ -83,7 +83,7 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
     )
 
 
-def same_outputs(
+def check_same_outputs(
     again: Tensor,
     first: Tensor,
     tolerance: float,
@@ -138,12 +138,12 @@ def slopes_differ(
 ) -> Tensor:
     """Return whether two derivatives along w are not the same, as a tensor.
 
-    NaN is not. See :func:`same_slopes`.
+    NaN is not. See :func:`check_same_slopes`.
     """
     return ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding)
 
 
-def same_slopes(
+def check_same_slopes(
     forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float
 ) -> None:
     """Flag a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that is not ``backward``, ⟨g, w⟩.

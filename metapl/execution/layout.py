@@ -97,17 +97,17 @@ class Layout:
         narrow = (
             any(p.dtype not in policies for p in self.network.parameters()) if policies else False
         )
-        self.how, self.offers = _KINDS[
+        self.description, self.capabilities = _KINDS[
             "products" if self.product_ranks > 1 else "narrow" if narrow else self.kind
         ]
         self.is_sharded = self.kind == "sharded"
         if (
             self.is_sharded
-            and CURVATURE in self.offers
+            and CURVATURE in self.capabilities
             and torch.__version__ < TorchVersion(DTENSOR_TWICE)
         ):
-            self.offers -= {CURVATURE}
-            self.how += (
+            self.capabilities -= {CURVATURE}
+            self.description += (
                 f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is "
                 f"{torch.__version__})"
             )
@@ -278,7 +278,7 @@ def layouts(
             of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies)
         )
     elif not together or of_teacher.product_ranks != of_student.product_ranks:
-        given = f"the teacher is {of_teacher.how}, the student {of_student.how}"
+        given = f"the teacher is {of_teacher.description}, the student {of_student.description}"
         raise MetaplError(
             f"{given}; expected both alike, or a teacher that is not cut: shard(teacher, "
             "Mesh(replicate=...))."

@@ -105,7 +105,7 @@ def gathered(tree: Any) -> Any:
     return pytree.tree_map(lambda t: whole(t).cpu() if is_sharded(t) else t, tree)
 
 
-def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+def laid_out_for(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """The whole ``state_dict()`` of an optimizer of ``torch.optim``, laid out as its parameters are."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return state

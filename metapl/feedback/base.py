@@ -35,7 +35,7 @@ from metapl.execution.compare import (
     EXACTLY,
     ROUNDINGS,
     SlopesDiffer,
-    same_slopes,
+    check_same_slopes,
     slopes_differ,
 )
 from metapl.execution.layout import ONE_PROCESS, Capability
@@ -45,7 +45,7 @@ from metapl.feedback.inner_step import Credited, Credits, InnerStep, credited, i
 from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.order import NotFiniteFeedback, Order
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Problem, Signal, field_of, kind_of
+from metapl.problems.base import Kind, Problem, Signal, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
@@ -144,7 +144,7 @@ class Feedback:
         if not isinstance(value, dict) or self.part is None:
             return by_field[self.part or ""]
         return {
-            key: by_field[name].detach() for key in value if (name := field_of(key)) in by_field
+            key: by_field[name].detach() for key in value if (name := field_name(key)) in by_field
         }
 
 
@@ -380,7 +380,7 @@ def feedback_by_losses(
     rounding = ROUNDINGS * eps * step.space.norm(step.gradient) * step.space.norm(w)
     rounding = rounding + ROUNDINGS * eps * step.student.ranks.sum(after.abs()) / move.width
     tolerance = BY_DIFFERENCE[step.passes[0].rounded_to].slope
-    same_slopes(slope, by_gradient, spread + slope.abs(), tolerance, rounding)
+    check_same_slopes(slope, by_gradient, spread + slope.abs(), tolerance, rounding)
     return feedback_from(step, differences, of)
 
 
@@ -389,13 +389,16 @@ def _loss_in_leaves(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Return this rank's share of the mean loss at outputs z and weights θ + factor·w, and its gradient in leaves."""
     theta: Tree = {}
-    if step.student.readable:
+    if step.student.has_whole_weights:
         theta = {
             name: wide(p) + factor * wide(w[name]) if name in w else p
             for name, p in step.params.items()
         }
     # A loss may read ``student.parameters()``, which are then these.
-    with step.student.holding(theta) if step.student.readable else NOTHING, torch.enable_grad():
+    with (
+        step.student.with_weights(theta) if step.student.has_whole_weights else NOTHING,
+        torch.enable_grad(),
+    ):
         mean = _mean_loss(step, leaves, z, theta)
         if not mean.requires_grad:
             return mean.detach(), [None] * len(leaves)
@@ -415,7 +418,9 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
     ):
         with part.drawing_as_loss():
             values.append(
-                inner_loss(step.problem, signal, x, step.student.readable, factor, z_part, theta)
+                inner_loss(
+                    step.problem, signal, x, step.student.has_whole_weights, factor, z_part, theta
+                )
             )
     # The ranks' shares add up to the mean.
     return mean_of(values) if ranks.alone else mean_of(values) / ranks.size
@@ -457,7 +462,7 @@ def _slope(
     # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these
     # leaves.
     weights: AbstractContextManager[Tree] = nullcontext({})
-    if step.student.readable:
+    if step.student.has_whole_weights:
         weights = step.student.with_leaves(step.params)
     is_choosing = of_z_dot is None and step.student.chooses_order
     with weights as theta, torch.enable_grad():
@@ -511,5 +516,5 @@ def _slope(
         if differ:
             step.student.compares_gradients = True
             raise SlopesDiffer
-    same_slopes(forward, by_gradient, spread, tolerance, rounding)
+    check_same_slopes(forward, by_gradient, spread, tolerance, rounding)
     return slope

@@ -66,10 +66,10 @@ def exact_orders(
         # The derivative in the input, or in the first weights, goes through the network, whatever
         # is asked.
         return ("double_backward",)
-    if not student.readable:
+    if not student.has_whole_weights:
         # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
         orders: tuple[Order, ...] = (
-            ("tangent", "double_backward") if CURVATURE in student.offers else ("tangent",)
+            ("tangent", "double_backward") if CURVATURE in student.capabilities else ("tangent",)
         )
         if by is not None and by not in orders:
             expected = " or ".join(f'by="{order}"' for order in orders)

@@ -37,7 +37,7 @@ from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.terminal import step_bar
-from metapl.updates import Clipped, Options, as_one, entry_shape, options_of, update_of
+from metapl.updates import Clipped, Options, as_one_optimizer, entry_shape, options_of, update_of
 from metapl.words import summary
 
 
@@ -182,7 +182,7 @@ class Differentiation:
         if has_feedback:
             refuse_gradients_of_batches(request.outer, request.inner)
         self.problem = prepare(request.problem, self.estimate)
-        self.inner_optimizer = as_one(request.inner_optimizer)
+        self.inner_optimizer = as_one_optimizer(request.inner_optimizer)
         check_teacher(request.teacher, self.problem, recompute_teacher=request.recompute_teacher)
         self.of_teacher, self.of_student, self.device = layouts(
             request.teacher, request.student, differentiated=has_feedback or compiles
@@ -289,7 +289,7 @@ class Differentiation:
             self._check_direct_term()
         student_type = ShardedStudent if self.of_student.is_sharded else LocalStudent
         self.student = student_type(self.of_student, double_backward=self.estimate.keep_graph)
-        self.student.slots.meet(self.problem)
+        self.student.slots.watch_losses_of(self.problem)
         if self.settings and self.estimate.keep_graph:
             self._make_settings_leaves()
         self._begin()
@@ -386,7 +386,7 @@ class Differentiation:
                     credits="example" if estimate.credits == "example" else "signal",
                     truncate=self.truncate,
                     keep=estimate.keeping,
-                    updates=[self.update.at(options) for options in self.options],
+                    updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],
                     outer=outer_losses,
                     replays=replays,

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import joined, leaves_of, map_tensors, micro_batches
-from metapl.execution.compare import EXACTLY, ROUNDINGS, same_slopes
+from metapl.execution.compare import EXACTLY, ROUNDINGS, check_same_slopes
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, reduced_float32, wide
 from metapl.feedback.order import Order
@@ -205,7 +205,7 @@ class InnerStep:
         if self.by_optimizer and not graph:
             return self.update.stepped(*given)
         updated = self.update.update(*given)
-        if not (self.student.half and graph):
+        if not (self.student.has_half_precision and graph):
             return updated
         # The values of the optimizer, the derivatives of the same update in float64: see
         # :meth:`vjp`.
@@ -247,13 +247,15 @@ class InnerStep:
     def in_full_precision(self) -> bool:
         """Whether the pass computed in float32 or wider throughout, by its weights and PyTorch's settings."""
         device = self.student.device
-        rounded = torch.float32 in self.student.formats and reduced_float32(device)
-        return not (rounded or self.student.half or torch.is_autocast_enabled(device.type))
+        rounded = torch.float32 in self.student.dtypes and reduced_float32(device)
+        return not (
+            rounded or self.student.has_half_precision or torch.is_autocast_enabled(device.type)
+        )
 
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
         given = self.params, self.gradient, self.state, v
-        if not self.student.half:
+        if not self.student.has_half_precision:
             return self.update.pullback(*given)
         return self._as_params(self.update.pullback(*_double(given)))
 
@@ -261,15 +263,17 @@ class InnerStep:
         """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half
         precision in float64, for its terms nearly cancel in the first steps of Adam."""
         given = self.params, self.gradient, self.state, v, state_cotangent
-        if not self.student.half:
+        if not self.student.has_half_precision:
             return self.update.vjp(*given)
         bar = self.update.vjp(*_double(given))
         return Cotangents(self._as_params(bar.gradient), self._as_params(bar.params), bar.state)
 
-    def in_settings(self, names: Sequence[str], v: Tree, state_cotangent: Any) -> Options:
+    def setting_cotangents(self, names: Sequence[str], v: Tree, state_cotangent: Any) -> Options:
         """The derivatives in settings of the optimizer, by param group, from the cotangents of θ′ and s′."""
         given = self.params, self.gradient, self.state, v, state_cotangent
-        return self.update.in_settings(names, *(_double(given) if self.student.half else given))
+        return self.update.setting_cotangents(
+            names, *(_double(given) if self.student.has_half_precision else given)
+        )
 
     def _as_params(self, tree: Tree) -> Tree:
         return {name: t.to(self.params[name].dtype) for name, t in tree.items()}
@@ -309,7 +313,7 @@ class InnerStep:
             )
             loss = self._loss(signal.having(named), x, named.get("factors"))
             leaves = [*named.values(), *entering]
-            if self.student.readable and not self.student.compares_gradients:
+            if self.student.has_whole_weights and not self.student.compares_gradients:
                 found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
                 continue
             # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the
@@ -332,7 +336,7 @@ class InnerStep:
             tolerance = EXACTLY[self.passes[0].rounded_to].slope
             eps = torch.finfo(self.shifted_dtype).eps
             rounding = ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w)
-            same_slopes(
+            check_same_slopes(
                 self.student.ranks.mean(mean_of(slopes)), by_gradient, spread, tolerance, rounding
             )
         hessian = (
@@ -358,7 +362,9 @@ class InnerStep:
         return {name: joined(pieces) if pieces else None for name, pieces in gradients.items()}
 
     def _loss(self, signal: Signal, batch: Any, factors: Tensor | None = None) -> Loss:
-        return partial(inner_loss, self.problem, signal, batch, self.student.readable, factors)
+        return partial(
+            inner_loss, self.problem, signal, batch, self.student.has_whole_weights, factors
+        )
 
     @property
     def batches(self) -> list[Any]:

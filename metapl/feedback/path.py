@@ -207,7 +207,7 @@ class Path:
             if self.rereads:
                 self.batch(number, step.batch)  # refuses a batch that has changed since
             if self.settings:
-                self.in_settings.append(step.in_settings(self.settings, v, state_bar))
+                self.in_settings.append(step.setting_cotangents(self.settings, v, state_bar))
             if number == first and "start" not in self.wrt:
                 yield (
                     step,
@@ -247,7 +247,7 @@ class Path:
             whole = batch
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
-        start, state = passes_before[-1].after.branch(), passes[0].state_before
+        start, state = passes_before[-1].random_state_after.branch(), passes[0].state_before
         params, signal = (
             {n: p.detach() for n, p in self.steps[number].params.items()},
             self.steps[number - 1].signal,
@@ -409,7 +409,7 @@ class Path:
             self.student.params,
             self.student.space.norm,
         )  # the student's own tensors, which will have moved
-        exact = self.params if self.update.rounded else {}
+        exact = self.params if self.update.is_rounded else {}
         length = norm({name: t - theta[name] for name, t in exact.items()}) if exact else None
         if not self.keeping.spacings:
             for step in self.steps:
@@ -433,13 +433,13 @@ class Path:
         Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
         backward pass.
         """
-        student, start = self.student, self.steps[-1].passes[-1].after.branch()
+        student, start = self.student, self.steps[-1].passes[-1].random_state_after.branch()
         weights = {
             name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()
         }
         outputs = list[Tensor]()
         sums, counts = list[Tensor](), list[Tensor | float]()
-        with student.at(weights, start, student.slots):
+        with student.at_weights(weights, start, student.slots):
             for part in self.labeled:
                 outputs.append(student.forward(outer_input(self.problem, part, signal)))
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
@@ -456,7 +456,7 @@ class Path:
 
     def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
-        start, signal = self.steps[-1].passes[-1].after.branch(), self.steps[-1].signal
+        start, signal = self.steps[-1].passes[-1].random_state_after.branch(), self.steps[-1].signal
         return self._outer_at(
             params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled
         )
@@ -563,7 +563,7 @@ def take_steps(
         """
         if ranks.alone and params is student.params:
             return teach(x, outputs).detached()
-        with NOTHING if params is student.params else student.holding(params), ranks.agreed():
+        with NOTHING if params is student.params else student.with_weights(params), ranks.agreed():
             return teach(x, outputs).detached()
 
     def learned(
@@ -575,7 +575,7 @@ def take_steps(
             leaves = as_leaves(credited(signal, credits))
             signal = signal.having(leaves)
         loss: Loss = partial(
-            inner_loss, problem, signal, x, student.readable, leaves.get("factors")
+            inner_loss, problem, signal, x, student.has_whole_weights, leaves.get("factors")
         )
         # Without a graph of the path, the second step is the first one at other weights than the
         # student's own. With one, the first step is at leaves already, and the second one's graph

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import micro_batches
-from metapl.execution.compare import EXACTLY, coarsest, same_outputs
+from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
 from metapl.execution.numerics import no_fast_path
@@ -96,7 +96,7 @@ class Teaching:
             else None
         )
         if self.recompute:
-            state = self.slots.now()
+            state = self.slots.snapshot()
             with torch.no_grad(), no_fast_path():
                 signal = self._ask(batch, outputs)
             taken = TeacherPass(None if self.rereads else batch, outputs, signal, before, state)
@@ -116,8 +116,8 @@ class Teaching:
             again = self._ask(batch, taken.student_outputs)
         fields = again.fields()
         for name, first in taken.signal.fields().items():
-            tolerance = EXACTLY[coarsest([first.dtype], first.device)].outputs
-            same_outputs(fields[name].detach(), first.detach(), tolerance, "teacher")
+            tolerance = EXACTLY[coarsest_dtype([first.dtype], first.device)].outputs
+            check_same_outputs(fields[name].detach(), first.detach(), tolerance, "teacher")
         return again
 
     def _ask(self, batch: Any, outputs: Tensor | None) -> Signal:

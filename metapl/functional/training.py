@@ -46,7 +46,7 @@ from metapl.functional.state import (
     tensors_of,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, has_own, sum_and_weight
+from metapl.problems.base import Problem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, entry_shape, is_nonzero, options_of, update_of
 
@@ -181,7 +181,7 @@ def why_not_compiled(
         return "several processes"
     if not isinstance(optimizer, torch.optim.Optimizer):
         return "a TorchOpt transform; expected torch.optim's"
-    if has_own(problem, "revised_signal"):
+    if overrides(problem, "revised_signal"):
         return "a problem that revises its signal"
     if any(p.dtype in HALF for p in student.parameters().values()):
         return "weights in half precision"
@@ -321,7 +321,7 @@ def first_state(options: Sequence[OptionsOfStep], update: TorchUpdate, wrt: Sequ
     for first_group, groups in zip(options[0], zip(*options, strict=True), strict=True):
         has_dampening = "dampening" in wrt or any(group.get("dampening") for group in groups)
         first_groups.append({**first_group, "dampening": has_dampening})
-    later: Any = update.at(first_groups)
+    later: Any = update.with_options(first_groups)
     return later.complete_state()
 
 

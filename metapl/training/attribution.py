@@ -37,7 +37,7 @@ from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Schedule, Update, as_one, options_by_step, update_of
+from metapl.updates import Schedule, Update, as_one_optimizer, options_by_step, update_of
 from metapl.words import summary
 
 # The metasmoothness of the first steps below which scores were unreliable
@@ -508,7 +508,7 @@ class WeightedTraining:
         _, self.layout, _ = layouts(None, student)
         self.data = examples_of(train, "train", first)
         judged = examples_of(outer, "outer", first)
-        self.optimizer: Any = as_one(optimizer, "optimizer")
+        self.optimizer: Any = as_one_optimizer(optimizer, "optimizer")
         self.problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
         self.clip_norm = clip_norm
         generator_of(generator, torch.device("cpu"), "the order of the examples is drawn on")
@@ -665,7 +665,7 @@ class WeightedTraining:
             params[name].grad = gradient
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
-        rule.exactly(params, gradients_of(params))
+        rule.take_differentiated_step(params, gradients_of(params))
 
     def _outer_losses(self, network: nn.Module, judges: Sequence[Problem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""

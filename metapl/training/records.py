@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
-from metapl.problems.base import Problem, Signal, field_of, has_rows
+from metapl.problems.base import Problem, Signal, field_name, has_rows
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def figures_of_feedback(
     for feedback in feedback_of_steps:
         named = {"value": feedback}
         if isinstance(feedback, dict):
-            named = {field_of(key): h for key, h in feedback.items()}
+            named = {field_name(key): h for key, h in feedback.items()}
         for name, h in named.items():
             # Of the feedback on a field without rows, such as a matrix, each rank has a share.
             shared = h if field_has_rows.get(name, True) else ranks.sum(h)

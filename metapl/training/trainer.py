@@ -16,7 +16,7 @@ from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
-from metapl.execution.shards import as_held, load_whole
+from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.advice import advice_on
@@ -44,8 +44,8 @@ from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
-    has_own,
     kind_of,
+    overrides,
     reads_signal_in_outer_input,
 )
 from metapl.problems.losses import TeacherLoss, check_losses
@@ -59,7 +59,7 @@ from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
     OwnStep,
-    as_one,
+    as_one_optimizer,
     parameters_of,
     refuse_missing,
     refuse_rates_by_entry,
@@ -254,7 +254,9 @@ class BilevelTrainer(Trainer):
             refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
         self.inner_optimizer = (
-            default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
+            default_optimizer(self.student)
+            if inner_optimizer is None
+            else as_one_optimizer(inner_optimizer)
         )
         gives_feedback = self.mode.credits != "nothing"
         update = update_of(
@@ -264,7 +266,7 @@ class BilevelTrainer(Trainer):
         # already.
         self._own_step = update if isinstance(update, OwnStep) else None
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
+        self.outer_optimizer = as_one_optimizer(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: LossTrainer | None = (
             None  # on its own losses, while the student waits
         )
@@ -473,9 +475,9 @@ class BilevelTrainer(Trainer):
         for layout in self.distributed:
             layout.begin_step()
         self._slots = slots = [
-            own if own.contents() == own.known else Slots(own.module) for own in self._slots
+            slots if slots.are_current() else Slots(slots.module) for slots in self._slots
         ]
-        slots[1].meet(self.problem)
+        slots[1].watch_losses_of(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
         if mark not in self._looked_at and self.mode.credits != "nothing":
@@ -510,12 +512,12 @@ class BilevelTrainer(Trainer):
     @property
     def _has_losses(self) -> bool:
         given = self.teacher_losses
-        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+        return overrides(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     @property
     def _teacher_learns_labels(self) -> bool:
         """Whether the teacher's own losses teach it the task, rather than, say, keep its weights small."""
-        if has_own(self.problem, "default_teacher_losses"):
+        if overrides(self.problem, "default_teacher_losses"):
             return self._has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
 
@@ -620,8 +622,9 @@ class BilevelTrainer(Trainer):
         :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps``
         says, or the option of that name. Of the teacher, its optimizer and the mode nothing changes
         but the buffers that its forward pass writes; ``steps_done`` increases by one. The step is
-        eager with ``compile`` too. It looks one step ahead, so that with ``lookahead`` above 1 the
-        mode is verified when the teacher begins.
+        eager with ``compile`` too, and the first of them compiles the later ones, so that what
+        cannot be compiled is refused before anything moves. It looks one step ahead, so that with
+        ``lookahead`` above 1 the mode is verified, and the step compiled, when the teacher begins.
 
         Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of
         the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`
@@ -630,6 +633,8 @@ class BilevelTrainer(Trainer):
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         if self.lookahead == 1:
             slots = self._begin_step(labeled, unlabeled).slots
+            if self.compile:
+                self.compiled_step.prepare(self, plain(labeled), [plain(unlabeled)])
         else:
             for layout in self.distributed:
                 layout.begin_step()
@@ -667,7 +672,7 @@ class BilevelTrainer(Trainer):
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_batch")
+        own = overrides(self.problem, "outer_batch")
         batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
 
@@ -689,7 +694,7 @@ class BilevelTrainer(Trainer):
 
     def read_input(self, batch: Any) -> Any:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
+        own = overrides(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
 
     # ---------------------------------------------------------------------------------------- state
@@ -731,11 +736,13 @@ class BilevelTrainer(Trainer):
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
+        self.update.load_state_dict(
+            laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)
+        )
         if self.outer_optimizer is not None:
             refuse_state_of_another(state["outer"], self.outer_optimizer, "outer_optimizer")
             self.outer_optimizer.load_state_dict(
-                as_held(copy.deepcopy(state["outer"]), self.outer_optimizer)
+                laid_out_for(copy.deepcopy(state["outer"]), self.outer_optimizer)
             )
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])

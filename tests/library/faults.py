@@ -24,7 +24,7 @@ from metapl.problems import pseudo_labels as module
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range
 from metapl.updates.base import Clipped
-from metapl.updates.torch_optim import SGD
+from metapl.updates.sgd import SGD
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -124,7 +124,9 @@ def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         SGD,
         "pullback",
-        lambda self, p, grads, state, v, _=None: {n: -self.learning_rate * v[n] for n in grads},
+        lambda self, p, grads, state, v, options=None: {
+            n: -self.learning_rate * v[n] for n in grads
+        },
     )
 
 
@@ -179,7 +181,7 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
     real = State.restore
 
     def restore(self: State) -> None:
-        self._tables, self._all = [], []
+        self._contents, self._buffer_tables = [], []
         real(self)
 
     patch.setattr(State, "restore", restore)
@@ -187,13 +189,13 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """ż is taken with masks of its own."""
-    real = LocalStudent.at
+    real = LocalStudent.at_weights
 
     def at(self: LocalStudent, params: Any, random: Any, state: Any, **options: Any) -> Any:
         random = RandomState.now(self.device) if isinstance(state, State) else random
         return real(self, params, random, state, **options)
 
-    patch.setattr(LocalStudent, "at", at)
+    patch.setattr(LocalStudent, "at_weights", at)
 
 
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
         self: LocalStudent, params: Any, batches: Any, judge: Any, start: Any, **others: Any
     ) -> Any:
         at = self.as_leaves(params)
-        with torch.enable_grad(), self.at(at, start, self.slots):
+        with torch.enable_grad(), self.at_weights(at, start, self.slots):
             value, _ = judge(self.forward(batches[0][0]), batches[0][1])
         return value.detach(), dict(
             zip(at, torch.autograd.grad(value, list(at.values())), strict=True)
@@ -225,12 +227,12 @@ def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Replays are believed to be the pass that they replay."""
     for user in ("execution.local", "feedback.teacher"):
-        patch.setattr(f"metapl.{user}.same_outputs", lambda *given, **named: None)
+        patch.setattr(f"metapl.{user}.check_same_outputs", lambda *given, **named: None)
 
 
 def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
     """The forward pass is believed to have the derivative that the backward pass has."""
-    patch.setattr("metapl.feedback.base.same_slopes", lambda *given: None)
+    patch.setattr("metapl.feedback.base.check_same_slopes", lambda *given: None)
 
 
 def excluded_end_taken(patch: pytest.MonkeyPatch) -> None:
@@ -244,7 +246,7 @@ def requirements_not_held(patch: pytest.MonkeyPatch) -> None:
 
     def init(self: Layout, *given: Any, **options: Any) -> None:
         real(self, *given, **options)
-        self.offers = frozenset(Capability)
+        self.capabilities = frozenset(Capability)
 
     patch.setattr(Layout, "__init__", init)
 

@@ -95,7 +95,12 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
 
 @cache
 def plain(
-    dataset: str, noise: Noise, seed: int, optimizer: Optimizer, on: Literal["trusted", "given"]
+    dataset: str,
+    noise: Noise,
+    seed: int,
+    optimizer: Optimizer,
+    on: Literal["trusted", "given"],
+    steps: int = STEPS,
 ) -> float:
     """Test accuracy in % of training on the trusted labels alone, or on all labels as they are."""
     rows = drawn(dataset, noise, seed)
@@ -106,7 +111,7 @@ def plain(
     torch.manual_seed(seed)
     student = network(rows)
     trainer = metapl.LossTrainer(student, optimizer=optimizer(student))
-    trainer.fit((x, y), None, steps=STEPS, batch_size=64, progress=False)
+    trainer.fit((x, y), None, steps=steps, batch_size=64, progress=False)
     return float(100 * trainer.evaluate(rows.test).accuracy)
 
 
@@ -151,7 +156,9 @@ def trained(
     elif name == "ExampleLabels":
         batch = (rows.given[0], index)
     trainer.fit(
-        rows.trusted, batch, **{"steps": STEPS, "batch_size": 64, "progress": False} | options
+        rows.trusted,
+        batch,
+        **{"steps": STEPS, "batch_size": 64, "progress": False} | options,
     )
     return float(100 * trainer.evaluate(rows.test).accuracy)
 
@@ -166,9 +173,10 @@ def compared(
 ) -> Any:
     """Mean accuracy of a problem, and what it is above plain training on the trusted and on all given labels."""
     control = sgd if optimizer is None else optimizer
+    steps = options.get("steps", STEPS)
     of_problem = fmean(trained(name, dataset, noise, seed, optimizer, **options) for seed in seeds)
-    of_trusted = fmean(plain(dataset, noise, seed, control, "trusted") for seed in seeds)
-    of_given = fmean(plain(dataset, noise, seed, control, "given") for seed in seeds)
+    of_trusted = fmean(plain(dataset, noise, seed, control, "trusted", steps) for seed in seeds)
+    of_given = fmean(plain(dataset, noise, seed, control, "given", steps) for seed in seeds)
     return of_problem, of_problem - of_trusted, of_problem - of_given
 
 
@@ -285,7 +293,11 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 def test_problems_are_not_behind_with_other_optimizers_of_the_student(
     name: str, optimizer: Optimizer
 ) -> None:
-    not_behind(compared(name, "digits", "asymmetric", optimizer))
+    # A table of labels learns for some 30 epochs beside a student that is this slow (its docstring
+    # has the numbers); 300 steps are 16 epochs.
+    is_slow = name == "ExampleLabels" and optimizer is plain_sgd
+    steps = 1000 if is_slow else STEPS
+    not_behind(compared(name, "digits", "asymmetric", optimizer, steps=steps))
 
 
 @pytest.mark.long

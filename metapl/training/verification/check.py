@@ -181,8 +181,10 @@ def check_gradient(
     estimate = estimator("forward" if mode is None else mode)
     gives_feedback = estimate.credits != "nothing"
     teacher_layout, student_layout, device = layouts(
-        teacher, student, differentiated=gives_feedback
-    )  # type: ignore[arg-type]
+        teacher,  # type: ignore[arg-type]
+        student,  # type: ignore[arg-type]
+        differentiated=gives_feedback,
+    )
     generator_of(generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
         raise MetaplError(

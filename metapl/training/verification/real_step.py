@@ -319,7 +319,7 @@ class Evaluation:
             nn.utils.clip_grad_norm_(self.theta.values(), copies.clip_norm)
         if takes_steps:
             # The optimizer's own step(); of a transform, and of Muon, the rule.
-            copies.update.exactly(self.theta, gradient)
+            copies.update.take_differentiated_step(self.theta, gradient)
         student.zero_grad()
         return random_after
 
