@@ -478,6 +478,7 @@ class CompiledPath:
     """A path of compiled steps, which is walked forward and back.
 
     Attributes:
+        judged: the outer batch as the problem reads it.
         book: what is known of the steps.
         replays: digests of states, by which it is seen whether steps that are computed again come
             out as they did. They are those of the states at the ends of blocks, and of every √K-th
@@ -492,6 +493,7 @@ class CompiledPath:
         self.plan = plan
         self.graphs = graphs
         self.states = states
+        self.judged = request.problem.outer_batch(request.outer)
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
         self.losses_before: dict[int, Tensor] = {}
@@ -562,10 +564,9 @@ class CompiledPath:
     def _turn_back(self, carry: Carry, ended: RandomState) -> WayBack:
         """Return the outer loss at the end of the path, and the cotangents that it has there."""
         request = self.request
-        judged = request.problem.outer_batch(request.outer)
         # As on the eager road, the outer loss draws from a stream apart from the path's.
         with replayed(ended.branch()):
-            L, pull = vjp(partial(self._outer_loss, carry.state, judged), carry.params)
+            L, pull = vjp(partial(self._outer_loss, carry.state, self.judged), carry.params)
             if request.judging:
                 (v,) = vmap(pull)(torch.eye(len(L)).to(L))
             else:
@@ -599,10 +600,8 @@ class CompiledPath:
                 self._take_adjoint(number, carry, back)
                 back.bars = self._with_loss_before(number, carry, start, back.bars)
                 advance()
-                if self.states.is_stored and number > plan.first:
-                    # At the beginning of each block that was held whole.
-                    if number % plan.spacings[-2] == 0:
-                        self._store_way_back(number, back)
+                if self.states.is_stored:
+                    self._store_way_back(number, back)
 
     def _take_adjoint(self, number: int, carry: Carry, back: WayBack) -> None:
         """Go back through one step, from the carry before it."""
@@ -788,7 +787,14 @@ class CompiledPath:
         self.states.store({**self.book.stored(), "replays": self.replays.digests, "back": way_back})
 
     def _store_way_back(self, number: int, back: WayBack) -> None:
-        """Store the way back to a step, and remove the states that it no longer needs."""
+        """Store the way back to a step, and remove the states that it no longer needs.
+
+        It is stored at the beginning of each of the finest blocks, but for the last one, at whose
+        beginning the path ends.
+        """
+        finest_block = self.plan.spacings[-2]
+        if number <= self.plan.first or number % finest_block != 0:
+            return
         end = back.end
         back.end = number
         self._store(way_back=back.stored())
