@@ -406,42 +406,17 @@ class CompiledStep:
         if self._live is None or self._compiled is None:
             self._compiled = self._find_or_compile(trainer, steps)
         compiled = self._compiled
-
-        eager: Outcome | None = None
-        if not compiled.is_compared:
-            eager = eager_step(trainer, labeled, batches, is_lookahead)
-            compiled.probs = eager.report.signal.probs
-        rates = [group["lr"] for group in unclipped(trainer.update).options]
-        if any(entry_shape(rate) for rate in rates):
-            raise MetaplError(
-                "compile= was given with a rate for each entry of a weight; leave compile out."
-            )
+        eager = self._eager_step(compiled, trainer, labeled, batches, is_lookahead)
 
         live = self._live
         if live is None:
             live = LiveState(trainer, compiled.updates)
         else:
             live.refresh(trainer)
+        moved, step_report = self._run(
+            compiled, live, trainer, labeled, batches, is_lookahead, eager=eager
+        )
 
-        start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
-        try:
-            inner, noise = inner_arguments(batches, compiled.probs, trainer.generator)
-            with torch.no_grad(), no_fast_path(), capturing():
-                if trainer.compile == "reduce-overhead":
-                    moved, report = run_in_cuda_graphs(compiled, live.state, labeled, inner, noise)
-                else:
-                    moved, report = compiled.run(live.state, labeled, inner, noise)
-                step_report = step_report_of(trainer, report, steps, is_lookahead=is_lookahead)
-                if eager is not None:
-                    refuse_other(live.state, Outcome(moved, step_report), eager)
-        except BaseException:
-            start.restore()
-            raise
-
-        # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
-        # compared again.
-        if eager is not None:
-            compiled.is_compared = any(rate != 0 for rate in rates)
         if self._live is None:
             live.adopt(trainer, moved, steps)
             self._cache[compiled.key] = compiled
@@ -450,6 +425,85 @@ class CompiledStep:
         trainer.mode_state = moved.mode
         trainer.steps_done += 1
         return step_report
+
+    def prepare(self, trainer: Any, labeled: Any, batches: Sequence[Any]) -> None:
+        """Compile the step and compare it with the eager one, once, and move nothing.
+
+        Steps before the first compiled one call this, so that a step that cannot be compiled is
+        refused before anything has moved.
+
+        Raises: :class:`metapl.MetaplError`.
+        """
+        if self._cache:
+            return
+        compiled = self._find_or_compile(trainer, len(batches))
+        eager = self._eager_step(compiled, trainer, labeled, batches, is_lookahead=False)
+        live = LiveState(trainer, compiled.updates)
+        start = RandomState.now(trainer.device, trainer.generator, outside=True)
+        try:
+            self._run(compiled, live, trainer, labeled, batches, is_lookahead=False, eager=eager)
+        finally:
+            start.restore()
+        self._cache[compiled.key] = compiled
+
+    def _eager_step(
+        self,
+        compiled: Compiled,
+        trainer: Any,
+        labeled: Any,
+        batches: Sequence[Any],
+        is_lookahead: bool,
+    ) -> Outcome | None:
+        """Take the step that a compiled one is compared with by a copy of the trainer.
+
+        Returns: None where it has been compared before.
+        """
+        eager: Outcome | None = None
+        if not compiled.is_compared:
+            eager = eager_step(trainer, labeled, batches, is_lookahead)
+            compiled.probs = eager.report.signal.probs
+        if any(entry_shape(rate) for rate in rates_of(trainer)):
+            raise MetaplError(
+                "compile= was given with a rate for each entry of a weight; leave compile out."
+            )
+        return eager
+
+    def _run(
+        self,
+        compiled: Compiled,
+        live: LiveState,
+        trainer: Any,
+        labeled: Any,
+        batches: Sequence[Any],
+        is_lookahead: bool,
+        *,
+        eager: Outcome | None,
+    ) -> tuple[State, StepReport]:
+        """Run the graph, compare what comes out with the eager step, and return it.
+
+        Only random numbers have moved then, and none where it raises.
+        """
+        start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
+        try:
+            inner, noise = inner_arguments(batches, compiled.probs, trainer.generator)
+            with torch.no_grad(), no_fast_path(), capturing():
+                if trainer.compile == "reduce-overhead":
+                    moved, report = run_in_cuda_graphs(compiled, live.state, labeled, inner, noise)
+                else:
+                    moved, report = compiled.run(live.state, labeled, inner, noise)
+                step_report = step_report_of(
+                    trainer, report, len(batches), is_lookahead=is_lookahead
+                )
+                if eager is not None:
+                    refuse_other(live.state, Outcome(moved, step_report), eager)
+        except BaseException:
+            start.restore()
+            raise
+        # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
+        # compared again.
+        if eager is not None:
+            compiled.is_compared = any(rate != 0 for rate in rates_of(trainer))
+        return moved, step_report
 
     def _find_or_compile(self, trainer: Any, steps: int) -> Compiled:
         """Return the graph for the trainer's step as it is now.
@@ -472,6 +526,11 @@ class CompiledStep:
         if key in self._cache:
             return self._cache[key]
         return compile_step(trainer, steps, key=key, alive=alive)
+
+
+def rates_of(trainer: Any) -> list[Any]:
+    """Return the learning rate of each param group of the student's optimizer."""
+    return [group["lr"] for group in unclipped(trainer.update).options]
 
 
 def networks_of(trainer: Any) -> list[nn.Module]:
