@@ -111,12 +111,23 @@ def program() -> str:
     return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
 
 
-def from_first(value: Any) -> Any:
-    """Return in every process what the first one has."""
+def from_first(value: Any, patience: timedelta | None = None) -> Any:
+    """Return in every process what the first one has.
+
+    Args:
+        patience: how long the others wait for it, where that may take longer than the steps of a
+            training; the same in every process.
+    """
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    if patience is None:
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+    untyped: Any = dist
+    patient_group = untyped.new_group(backend="gloo", timeout=patience)
+    dist.broadcast_object_list(values, src=0, group=patient_group)
+    dist.destroy_process_group(patient_group)
     return values[0]
 
 
