@@ -27,7 +27,7 @@ import tyro
 
 from metapl.apps.settings import flat
 from metapl.apps.words import exit_code, tell
-from metapl.errors import FieldError, MetaplError
+from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
 from metapl.words import did_you_mean, shown
@@ -113,13 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stoppable(for_good=arguments is None):
         try:
             try:
-                name, command = parsed(sys.argv[1:] if arguments is None else arguments)
-                count = os.environ.get("WORLD_SIZE", "1")
-                if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
-                    started = f"torchrun has started {count} processes of metapl {name}"
-                    raise MetaplError(f"{started}, which takes one; start it without.")
-                check_fields(command)
-                return int(command.run())
+                words = [*(sys.argv[1:] if arguments is None else arguments)]
+                # The command may be what needs a package that is not installed, or its flags.
+                with needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
+                    name, command = parsed(words)
+                    count = os.environ.get("WORLD_SIZE", "1")
+                    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
+                        started = f"torchrun has started {count} processes of metapl {name}"
+                        raise MetaplError(f"{started}, which takes one; start it without.")
+                    check_fields(command)
+                    return int(command.run())
             finally:
                 logger.removeHandler(messages)
                 sys.stdout.flush()

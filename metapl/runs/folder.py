@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, needed_for, reason_of
 
 PATIENCE = 10.0  # seconds: the workers of a process that was killed hold its lock until they notice
 
@@ -178,7 +178,9 @@ class Records:
             file.write(_line({"phase": self.phase, **plain}))
         try:
             if self.curves is not None and self.events is None:
-                from torch.utils.tensorboard import SummaryWriter  # takes a second
+                with needed_for("curves for TensorBoard"):
+                    # The import takes a second.
+                    from torch.utils.tensorboard import SummaryWriter
 
                 self.events = SummaryWriter(
                     self.curves, purge_step=self.start + 1 if self.start else None
