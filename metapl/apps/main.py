@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is
     printed; 2 wrong input; 128 + n stopped by signal n.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(
             stream, io.TextIOWrapper
@@ -155,6 +156,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name, reason = error.filename or "input or output", error.strerror or error
                 print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
             return 1
+
+
+def open_closed_streams() -> None:
+    """Open the null device in the place of each standard stream that is closed.
+
+    Some schedulers start a job without them, as a shell does by ``>&-``, and Python has None for
+    such a stream. What would be written there is not, and a file that the command opens does not
+    get the number of a standard stream, to which programs that it starts would write.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def parsed(given: Sequence[str]) -> tuple[str, Any]:
