@@ -627,7 +627,8 @@ class Pass:
             self._checked(outputs)
             if tangent is None:
                 return torch.zeros_like(self.outputs)
-            return tangent.clone()
+            output_tangent: Tensor = tangent.clone()
+            return output_tangent
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """Return S(x; θ + step·direction), (B, ...), in float32 or wider.

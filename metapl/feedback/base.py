@@ -414,7 +414,7 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
     of_part = factors.chunk(parts) if factors is not None else [None] * parts
     values = []
     for part, signal, x, factor, z_part in zip(
-        step.passes, signals, step.batches, of_part, chunks, strict=True
+        step.passes, signals, step.micro_batches, of_part, chunks, strict=True
     ):
         with part.drawing_as_loss():
             values.append(

@@ -109,7 +109,7 @@ class InnerStep:
     problem: Problem
     update: Update  # U
     passes: Sequence[Pass]  # S(x; θ) on each micro-batch
-    batch: Any  # x, or (weak, strong), ...
+    inner_batch: Any  # x, or (weak, strong), ...
     signal: Signal  # the teacher's, without its graph
     inner_loss: Tensor  # the mean of ℓ_i, a scalar
     grads: Tree  # g, with a graph if the path keeps it; empty if the step was forgotten
@@ -145,15 +145,19 @@ class InnerStep:
         batch_too = batch_too and not self.signal_inputs
         for part in self.passes:
             part.forget(batch_too)
-        return replace(self, grads={}, state=None, batch=None if batch_too else self.batch)
+        return replace(
+            self, grads={}, state=None, inner_batch=None if batch_too else self.inner_batch
+        )
 
-    def recomputed(self, params: Tree, state: Any, batch: Any = None) -> InnerStep:
+    def recomputed(self, params: Tree, state: Any, inner_batch: Any = None) -> InnerStep:
         """A forgotten step with θ, g, s and its batch.
 
         Cost: a forward and a backward pass of the student.
         """
-        step = self if batch is None else replace(self, batch=batch)
-        for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
+        step = self if inner_batch is None else replace(self, inner_batch=inner_batch)
+        for part, x in (
+            zip(step.passes, step.micro_batches, strict=True) if self.inner_batch is None else ()
+        ):
             part.inputs = step.problem.student_input(x)
         grads = [
             part.recompute_gradient(params, step._loss(signal, x))
@@ -290,7 +294,9 @@ class InnerStep:
 
     def parts(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
-        return zip(self.passes, self.signal.chunks(len(self.passes)), self.batches, strict=True)
+        return zip(
+            self.passes, self.signal.chunks(len(self.passes)), self.micro_batches, strict=True
+        )
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
@@ -367,8 +373,8 @@ class InnerStep:
         )
 
     @property
-    def batches(self) -> list[Any]:
-        return micro_batches(self.batch, len(self.passes), "unlabeled")
+    def micro_batches(self) -> list[Any]:
+        return micro_batches(self.inner_batch, len(self.passes), "unlabeled")
 
 
 def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
