@@ -224,7 +224,7 @@ class ShardedStudent(LocalStudent):
             put_contents(hooks)
 
     def _gathering_blocks(self) -> dict[Any, _GatheredWeights]:
-        """Return the weights that each outermost block gathers, and those of the root under None."""
+        """Return the weights that each outermost block gathers; None stands for the root."""
         block_of_table: dict[int, Any] = {}
         # As a pass would come to them: an outer block comes before those inside it.
         for block in self.layout.blocks:
