@@ -391,7 +391,9 @@ def differentiate(
     first_groups = [
         {**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)
     ]
-    start = carry = Carry(theta, update.with_options(first_groups).complete_state(), state, teacher_state)
+    start = carry = Carry(
+        theta, update.with_options(first_groups).complete_state(), state, teacher_state
+    )
 
     buffers = [
         b for network in (student, teacher) if network is not None for b in network.buffers()
