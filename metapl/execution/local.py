@@ -631,8 +631,8 @@ class Pass:
             self._checked(outputs)
             if tangent is None:
                 return torch.zeros_like(self.outputs)
-            tangent_copy: Tensor = tangent.clone()
-            return tangent_copy
+            output_tangent: Tensor = tangent.clone()
+            return output_tangent
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """Return S(x; θ + step·direction), (B, ...), in float32 or wider.

@@ -270,7 +270,7 @@ def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
 
 def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Believe the forward pass to have the derivative that the backward pass has."""
-    patch.setattr("metapl.feedback.base.check_same_slopes", ignored)
+    patch.setattr("metapl.feedback.inner_step.check_same_slopes", ignored)
 
 
 def excluded_end_taken(patch: pytest.MonkeyPatch) -> None:
