@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from metapl.feedback.base import Estimator, Feedback, Normalization, State
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
@@ -82,12 +83,14 @@ class Altered(Estimator):
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         call = int(state["altered"])
         base_state = {name: t for name, t in state.items() if name != "altered"}
         feedback_by_step, next_base_state = self.base.feedback(path, base_state)
+        # Without ``is_pure`` this runs on the eager road alone.
+        steps = cast(Path, path).steps
         altered = []
-        for feedback, step in zip(feedback_by_step, path.steps, strict=True):
+        for feedback, step in zip(feedback_by_step, steps, strict=True):
             altered.append(feedback.mapped(partial(self._alter, step, call)))
         return altered, {**next_base_state, "altered": torch.tensor(call + 1)}
 

@@ -33,7 +33,7 @@ from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
-from metapl.feedback.lookahead import inner_batches
+from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar
@@ -415,7 +415,7 @@ class Study:
             # A mode with the mean over the batch gives 1/B of the gradient.
             factor = 1
             if getattr(self.modes[name], "reduction", "sum") == "mean":
-                factor = length(inner_batches(batches[1])[0])
+                factor = length(InnerBatches.of_trainer(batches[1])[0])
             distance = _distance(factor * gradients, exact_gradient, factor=factor)
             self.distances.setdefault(name, []).append(distance)
 
@@ -467,7 +467,9 @@ class Study:
         The modes, which have run here before, take turns in the rounds of timing.
         """
         device = self.trainer.device
-        operations_of_pass = flops(partial(self._student_pass, inner_batches(batches[1])[0]))
+        operations_of_pass = flops(
+            partial(self._student_pass, InnerBatches.of_trainer(batches[1])[0])
+        )
         calls = {
             name: partial(_gradient, self.trainer, batches, mode)
             for name, mode in self.modes.items()

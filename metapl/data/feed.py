@@ -119,8 +119,9 @@ class Feed(ABC):
             return
         # torch stops workers when the iterator is collected, but a traceback may hold on to it
         # for long.
-        if hasattr(self._iterator, "_shutdown_workers"):
-            self._iterator._shutdown_workers()
+        shut_down_workers = getattr(self._iterator, "_shutdown_workers", None)
+        if shut_down_workers is not None:
+            shut_down_workers()
         self._iterator = None
 
 

@@ -22,6 +22,7 @@ from metapl.execution.state import named_parts
 from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_name
+from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Options, TorchUpdate, Update, options_of, rounded_options
 
 SIGNAL_FIELDS = tuple(field.name for field in dataclasses.fields(Signal))
@@ -127,7 +128,7 @@ def constants_of(update: Update | None) -> list[dict[str, Any]]:
     return [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
 
 
-def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
+def state_of(trainer: TwoLevelTrainer, updates: tuple[Update, Update | None]) -> State:
     """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
     device = trainer.device
 

@@ -28,6 +28,26 @@ Term = Callable[[Any, Any, Any], OuterLoss]
 """A loss of a network (or a function that stands in for it), its inputs and the batch."""
 
 
+class Judge(Protocol):
+    """What a metric reads of a trainer.
+
+    Attributes:
+        student: the network that is measured where no other is named.
+        device: where its batches are read.
+        classifies: whether the losses are known to be of classes.
+    """
+
+    student: nn.Module
+    device: torch.device
+    classifies: bool
+
+    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        """Return the student's inputs in a labeled batch, and the batch as its loss reads it."""
+
+    def outer_terms(self) -> Sequence[Term]:
+        """Return the losses whose sum is the trainer's loss."""
+
+
 class Updated(Protocol):
     """A metric that is updated batch by batch, such as those of torchmetrics."""
 
@@ -38,17 +58,6 @@ class Updated(Protocol):
 
 Asked = Literal["accuracy", "loss"] | Callable[[Tensor, Any], Any] | Updated
 """A metric as it is asked for."""
-
-
-class Judge(Protocol):
-    """What a metric asks of a trainer."""
-
-    student: nn.Module
-    device: torch.device
-    classifies: bool
-
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]: ...
-    def outer_terms(self) -> Sequence[Term]: ...
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class Comparison:
         for stride in STRIDES:
             first, n_first = self.loss_and_count(stride=stride, half=0)
             second, n_second = self.loss_and_count(stride=stride, half=1)
-            if not RandomState.now(self.random.device).is_as(self.random):
+            if not RandomState.now(self.random.device).equals(self.random):
                 return None
             total = 0.0
             # The mean of nothing is NaN, and counts for nothing.

@@ -184,7 +184,7 @@ def _unmet_by_sequence(value: Any, origin: Any, parts: tuple[Any, ...]) -> list[
     # tuple[float, ...] and list[float] are of any length, tuple[float, int] is of two.
     is_of_any_length = origin is list or parts[1:] == (...,)
     if isinstance(value, list | tuple):
-        hints = parts[:1] * len(value) if is_of_any_length else parts
+        hints = [parts[0]] * len(value) if is_of_any_length else [*parts]
         if len(value) == len(hints) and not any(map(unmet, value, hints)):
             return []
     names = [unmet(_NOTHING, part) or "anything" for part in parts if part is not ...]
