@@ -141,7 +141,7 @@ class Ranks:
 
     def norm(self, t: Tensor) -> Tensor:
         """Return the norm of a tensor of which each rank holds some rows, a scalar."""
-        own_norm = torch.linalg.vector_norm(t)
+        own_norm: Tensor = torch.linalg.vector_norm(t)
         if self.alone:
             return own_norm
         return self.sum(own_norm.square()).sqrt()

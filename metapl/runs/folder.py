@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, needed_for, reason_of
 
 # Seconds that a process waits for the lock. The workers of a process that was killed hold its lock
 # until they notice.
@@ -212,8 +212,9 @@ class Records:
         if self.curves_folder is None:
             return
         if self.events is None:
-            # The import takes a second.
-            from torch.utils.tensorboard import SummaryWriter
+            with needed_for("curves for TensorBoard"):
+                # The import takes a second.
+                from torch.utils.tensorboard import SummaryWriter
 
             purge_step = self.start + 1 if self.start else None
             self.events = SummaryWriter(self.curves_folder, purge_step=purge_step)

@@ -26,7 +26,7 @@ FLOORS = (
     ("functional", "protocols"),
     ("training",),
     ("ablation",),
-    ("apps.words", "apps.sklearn", "apps.machine", "apps.model_noise"),
+    ("apps.words", "apps.sklearn", "apps.machine", "apps.model_noise", "apps.progress"),
     ("apps.networks",),
     ("apps.pictures",),
     ("apps.labels", "apps.evaluation", "apps.settings", "apps.web"),
