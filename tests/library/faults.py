@@ -18,6 +18,7 @@ from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import base
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.feedback.size import FeedbackSize
 from metapl.feedback.teacher import Teaching
 from metapl.problems import Problem, PseudoLabels
 from metapl.problems import pseudo_labels as module
@@ -66,14 +67,10 @@ def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
 def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     real = Teaching.backward
 
-    def backward(self: Teaching, *given: Any, **options: Any) -> Any:
-        *others, size = given
-        return real(
-            self,
-            *others,
-            size if size.ratio is None else replace(size, ratio=1 / size.ratio),
-            **options,
-        )
+    def backward(self: Teaching, *given: Any, size: FeedbackSize, **options: Any) -> Any:
+        if size.ratio is not None:
+            size = replace(size, ratio=1 / size.ratio)
+        return real(self, *given, size=size, **options)
 
     patch.setattr(Teaching, "backward", backward)
 
