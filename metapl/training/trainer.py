@@ -323,7 +323,7 @@ class BilevelTrainer(Trainer):
             )
 
     def _take_outer_optimizer(self, outer_optimizer: Any) -> None:
-        """Take the teacher's optimizer, or make the default one, and refuse one that does not fit."""
+        """Take the teacher's optimizer, or make the default one; refuse one that does not fit."""
         assert self.teacher is not None, "an outer optimizer is of a teacher"
         assert self.teacher_layout is not None, "a teacher has a layout"
         if outer_optimizer is None:
@@ -564,7 +564,7 @@ class BilevelTrainer(Trainer):
             return report
 
     def _weights_of_outer_optimizer(self, teacher_slots: Slots) -> list[Tensor]:
-        """Return what the outer optimizer moves, and refuse one without a weight that is learned."""
+        """Return what the outer optimizer moves; refuse one without a weight that is learned."""
         if self.outer_optimizer is None:
             return []
         weights = parameters_of(self.outer_optimizer)
@@ -736,11 +736,11 @@ class BilevelTrainer(Trainer):
     ) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal``.
 
-        The signal is about the inner batch. :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps``
-        says, or the option of that name. Of the teacher, its optimizer and the mode nothing changes
-        but the buffers that its forward pass writes; ``steps_done`` increases by one. The step is
-        eager with ``compile`` too. It looks one step ahead, so that with ``lookahead`` above 1 the
-        mode is verified when the teacher begins.
+        The signal is about the inner batch. :meth:`fit` takes these before the teacher begins, as
+        many as the problem's ``first_steps`` says, or the option of that name. Of the teacher, its
+        optimizer and the mode nothing changes but the buffers that its forward pass writes;
+        ``steps_done`` increases by one. The step is eager with ``compile`` too. It looks one step
+        ahead, so that with ``lookahead`` above 1 the mode is verified when the teacher begins.
 
         Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of
         the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`
@@ -935,8 +935,8 @@ class BilevelTrainer(Trainer):
         """Return the teacher's gradient through the student's step, by this mode or another.
 
         Nothing moves. The student's clip and the micro-batches (``accumulate``) count, and the
-        baseline so far does not. The default generators stay as they are, so that every call sees the same dropout
-        masks.
+        baseline so far does not. The default generators stay as they are, so that every call sees
+        the same dropout masks.
 
         Args:
             labeled, unlabeled, outer, inner: as for :meth:`step`.
