@@ -22,6 +22,7 @@ from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.model_noise import model_noise
 from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.batches import record_files, replaced_files
+from metapl.apps.progress import FitLines
 from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
@@ -75,6 +76,7 @@ def train(
     resume: bool = False,
     progress: bool = False,
     say: Say = lambda text: None,
+    say_progress: Say | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
@@ -85,6 +87,9 @@ def train(
         method: one of :mod:`metapl.apps.methods`, or of what is trained on; with a value for every
             field.
         resume: go on with what the folder has; it ends bit for bit as without the interruption.
+        progress: show a bar on standard error, where that is a terminal.
+        say: where the lines about the data and the result go.
+        say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
         processes: those that train together; None: one.
 
     Returns: what ``result.json`` holds.
@@ -167,8 +172,12 @@ def train(
         looking: list[Callback] = [*callbacks]
         if truth is not None:
             looking.insert(0, Truth(truth))
+        fit_options = options | own
+        if say_progress is not None:
+            lines = FitLines(say_progress, steps=fit_options["steps"], phase=phase, resume=resume)
+            looking.append(lines)
         try:
-            return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
+            return trainer.fit(*shares, phase=phase, callbacks=looking, **fit_options)
         except (RuntimeError, ConnectionError, EOFError) as error:
             reason = str(error).partition(". ")[0].strip(" .")
             lost = isinstance(error, ConnectionError | EOFError) and fitting.num_workers

@@ -1,8 +1,14 @@
-"""The pure step of a trainer (:meth:`metapl.BilevelTrainer.functional`), and ``compile=True``, that step as one graph.
+"""The pure step of a trainer, and that step as one compiled graph.
 
-A compiled step reads the tensors where modules and optimizers hold them, runs its graph, and copies
-what comes out back. The first step of each kind is compared with the eager one, taken by a copy of
-the trainer; what cannot be captured is refused there.
+The pure step is :meth:`metapl.BilevelTrainer.functional`, the compiled one ``compile=True``. That
+one reads the tensors where modules and optimizers hold them, runs its graph, and copies what comes
+out back. The first step of each kind is compared with the eager one, taken by a copy of the
+trainer; what cannot be captured is refused there.
+
+Three parts share the work. :class:`Compiled` is a graph and what it was made for.
+:class:`LiveState` is the trainer's tensors as the state of a pure step. :func:`refuse_other`
+compares a step with the eager one. :class:`CompiledStep` has a cache of the first, and takes the
+steps.
 """
 
 from __future__ import annotations
@@ -10,13 +16,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
@@ -26,10 +33,11 @@ from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
-from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.state import (
     ImpureError,
+    Report,
     State,
     clipped,
     constants_of,
@@ -42,7 +50,16 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
-from metapl.updates import OwnStep, TorchUpdate, Update, as_taken, entry_shape, parts_of, update_of
+from metapl.protocols import TwoLevelTrainer
+from metapl.updates import (
+    OwnStep,
+    TorchUpdate,
+    Update,
+    entry_shape,
+    parts_of,
+    rounded_options,
+    update_of,
+)
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -51,103 +68,151 @@ LONGEST = 3  # steps that are unrolled in one function
 KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 
 
-def updates_of(trainer: Any) -> tuple[Update, Update | None]:
-    inner, outer = unclipped(trainer.update), None
-    if trainer.teacher is not None:
-        outer = update_of(
-            trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer"
-        )
-    return clipped(inner, trainer.clip_norm), outer and clipped(outer, trainer.clip_norm)
+class Updates(NamedTuple):
+    """The rules of the two optimizers of a trainer, each behind its clip, if there is one."""
+
+    inner: Update
+    outer: Update | None
 
 
-def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
-    """The pure step of a trainer that looks so many steps ahead."""
+def updates_of(trainer: TwoLevelTrainer) -> Updates:
+    """Return the rules of a trainer's optimizers for the parameters that are trained now."""
+    inner = clipped(unclipped(trainer.update), trainer.clip_norm)
+    if trainer.teacher is None:
+        return Updates(inner, None)
+    outer = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
+    return Updates(inner, clipped(outer, trainer.clip_norm))
+
+
+def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+    """Return the pure step of a trainer that looks so many steps ahead.
+
+    Raises: :class:`metapl.MetaplError` for what has no pure step.
+    """
     refuse_compiled("student", trainer.student)
     refuse_compiled("teacher", trainer.teacher)
-    mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
-    inner, composed, hides = unclipped(updates[0]), steps > 1 or enters_input(problem), False
-    if not isinstance(
-        inner, TorchUpdate
-    ):  # a second call with the same state gives the same update, or it hides some
-        theta = {name: p.detach() for name, p in inner.parameters.items()}
-        once, again = (inner.update(theta, theta, inner.read_state())[0] for _ in "ab")
-        hides = not all(torch.equal(t, again[name]) for name, t in once.items())
-    refused = {
-        "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon": isinstance(
-            inner, OwnStep
-        ),
-        f"mode {type(mode).__name__}; expected one of the library's, other than implicit": type(
-            mode
-        )
-        not in KNOWN,
-        f"accumulate={trainer.accumulate}; expected 1": trainer.accumulate > 1,
-        "networks of several processes; expected one process": trainer.layout.kind != "plain"
-        or not trainer.ranks.alone,
-        f"{steps} steps ahead; expected at most {LONGEST}": steps > LONGEST,
-        "a cosine over several steps; expected 'gradient'": composed
-        and getattr(mode, "normalization", "") == "cosine",
-        "a transform with hidden state; expected torch.optim's": hides,
-        'normalization="learning_rate" without a single learning rate; expected '
-        '"gradient"': inner.learning_rate is None
-        and getattr(mode, "normalization", "") == "learning_rate",
-    }
-    for what in (what for what, is_so in refused.items() if is_so):
-        raise MetaplError(f"compile= or functional() was given {what}.")
-    # Without the cache, which would keep casts of tensors inside a transform.
-    cast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
+    inner = unclipped(updates.inner)
+    if reason := why_not_pure(trainer, steps, inner):
+        raise MetaplError(f"compile= or functional() was given {reason}.")
+
+    losses_for: Callable[[Any], Sequence[Any]] = trainer.problem.default_teacher_losses
+    if trainer.teacher_losses is not None:
+        losses_for = for_every_batch(trainer.teacher_losses)
+    autocast: Any = nullcontext
+    if trainer.precision != "float32":
+        # Without the cache, which would keep casts of tensors inside a transform.
+        autocast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
     return make_step(
         trainer.teacher,
         trainer.student,
-        problem,
-        mode,
+        trainer.problem,
+        trainer.mode,
         *updates,
-        [constants_of(inner), as_taken(constants_of(unclipped(updates[1])))],
-        problem.default_teacher_losses if own is None else lambda batch: own,
+        [constants_of(inner), rounded_options(constants_of(unclipped(updates.outer)))],
+        losses_for,
         steps=steps,
         feedback_size=trainer.feedback_size,
-        autocast=nullcontext if trainer.precision == "float32" else cast,
+        autocast=autocast,
     )
 
 
-def functional(trainer: Any) -> tuple[Step, State]:
+def for_every_batch(losses: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
+    """Return a function of a batch that returns the same losses for all of them."""
+    return lambda batch: losses
+
+
+def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
+    """Return what of a trainer has no pure step, and what is expected instead; "" for nothing.
+
+    Args:
+        steps: how many the trainer looks ahead.
+        inner: the rule of the student's optimizer, without its clip.
+    """
+    mode = trainer.mode
+    normalization = getattr(mode, "normalization", "")
+    is_composed = steps > 1 or enters_input(trainer.problem)
+    is_alone = trainer.layout.kind == "plain" and trainer.ranks.alone
+    if isinstance(inner, OwnStep):
+        return "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon"
+    if type(mode) not in KNOWN:
+        return f"mode {type(mode).__name__}; expected one of the library's, other than implicit"
+    if trainer.accumulate > 1:
+        return f"accumulate={trainer.accumulate}; expected 1"
+    if not is_alone:
+        return "networks of several processes; expected one process"
+    if steps > LONGEST:
+        return f"{steps} steps ahead; expected at most {LONGEST}"
+    if is_composed and normalization == "cosine":
+        return "a cosine over several steps; expected 'gradient'"
+    if not isinstance(inner, TorchUpdate) and has_hidden_state(inner):
+        return "a transform with hidden state; expected torch.optim's"
+    if inner.learning_rate is None and normalization == "learning_rate":
+        return 'normalization="learning_rate" without a single learning rate; expected "gradient"'
+    return ""
+
+
+def has_hidden_state(update: Update) -> bool:
+    """Return whether a second call of an update with the same state gives another result."""
+    weights = {name: p.detach() for name, p in update.parameters.items()}
+    gradients = weights
+    first, _ = update.update(weights, gradients, update.read_state())
+    second, _ = update.update(weights, gradients, update.read_state())
+    return not all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+def functional(trainer: TwoLevelTrainer) -> tuple[Step, State]:
+    """Return the pure step of a trainer, and a copy of its state."""
     updates = updates_of(trainer)
-    step: Any = step_of(trainer, trainer.lookahead, updates)
-    step.__code__ = (
-        step.__code__.replace()
-    )  # Dynamo counts graphs by code object, which all steps would share
+    step = step_of(trainer, trainer.lookahead, updates)
+    give_own_code(step)
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
+
+
+def give_own_code(function: Any) -> None:
+    """Give a function a code object that no other function has.
+
+    Dynamo counts graphs by code object, up to a limit, and all functions that one ``def`` makes
+    share theirs.
+    """
+    function.__code__ = function.__code__.replace()
 
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
+# The names of guards that say that torch and metapl are what they are.
 LIBRARY = re.compile(r"__import_(torch|metapl)_|^__import__\('torch'\)")
-SLOPES, BY_DIFFERENCE = (
-    0.1,
-    0.5,
-)  # the greatest report.flag; by differences of outputs, whose curvature adds to it
-OFF = (
-    "the step is not finite, or the student's outputs do not follow its weights (the slopes "
-    "differ)."
-)
 
 
 def backend_of(device: torch.device) -> dict[str, Any]:
-    """``BACKEND`` for steps of a fraction of a millisecond, half of which would go into Python
-    around the kernels and into guards, of which those are dropped that torch and metapl are what
-    they are."""
-    lean = {"cpp_wrapper": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
-    keep = {"guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards]}
-    return {"options": BACKEND["options"] | lean | keep}
+    """Return the arguments of ``torch.compile`` for steps of a fraction of a millisecond.
+
+    Half of such a step would go into Python around the kernels, and into guards. Of these, the
+    ones that torch and metapl are what they are, are dropped.
+    """
+    options = {
+        **BACKEND["options"],
+        "cpp_wrapper": device.type == "cpu",
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards],
+    }
+    return {"options": options}
 
 
 def captured(function: Any, device: torch.device, **options: Any) -> Any:
-    """A function as one graph, once it is called."""
-    function.__code__ = function.__code__.replace()  # Dynamo counts graphs by code object
-    how = dict(backend_of(device))
-    how |= {"options": how.get("options", {}) | options} if options else {}
+    """Return a function as one graph, which is captured when it is called for the first time.
+
+    Args:
+        options: of Inductor, beside those of :func:`backend_of`.
+    """
+    give_own_code(function)
+    arguments = dict(backend_of(device))
+    if options:
+        arguments["options"] = {**arguments.get("options", {}), **options}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-        return torch.compile(function, fullgraph=True, dynamic=False, **how)
+        # Inductor warns while it is imported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.compile(function, fullgraph=True, dynamic=False, **arguments)
 
 
 @contextmanager
@@ -156,295 +221,562 @@ def capturing() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # which Dynamo leaves off where a transform fails
+        # Dynamo leaves these hooks disabled where a transform fails.
         torch._C._autograd._saved_tensors_hooks_enable()
-        from torch._dynamo.exc import TorchDynamoException
-
-        impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
-        if impure is not None:
-            said = impure.what
-        elif isinstance(error, TorchDynamoException):
-            said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
-        else:
+        reason = why_not_captured(error)
+        if not reason:
             raise
         raise MetaplError(
-            f"torch.compile cannot take this step: {said}; leave compile out."
+            f"torch.compile cannot take this step: {reason}; leave compile out."
         ) from error
+
+
+def why_not_captured(error: BaseException) -> str:
+    """Return what an error says about a step that cannot be captured; "" for any other error."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
+    if impure is not None:
+        return impure.what
+    if not isinstance(error, TorchDynamoException):
+        return ""
+    first_lines = " ".join(str(error).splitlines()[:2])
+    return " ".join(first_lines.split()) or type(error).__name__
+
+
+@dataclass
+class Compiled:
+    """A step as one graph, and what it was made for.
+
+    Attributes:
+        key: what the graph was made for, by which the cache finds it.
+        alive: the objects whose addresses are in the key. They are held here, so that no other
+            object can get one of these addresses.
+        updates: the rules of the optimizers.
+        run: the graph.
+        probs: class probabilities of the eager step, (B, C), which tell the type and the number of
+            classes of noise for drawn labels; None where the signal has none.
+        is_compared: whether a step that moves the student was compared with the eager one.
+    """
+
+    key: tuple[Any, ...]
+    alive: tuple[Any, ...]
+    updates: Updates
+    run: Callable[..., tuple[State, Report]]
+    probs: Tensor | None = None
+    is_compared: bool = False
+
+
+class LiveState:
+    """The tensors that a trainer's modules and optimizers hold, as the state of a pure step.
+
+    It is read from the modules once. Later steps go on with the same tensors, as long as
+    :meth:`is_of` says that they are still the trainer's.
+
+    Attributes:
+        state: what the next step is given.
+    """
+
+    def __init__(self, trainer: TwoLevelTrainer, updates: Updates) -> None:
+        self.updates = updates
+        self.state = state_of(trainer, updates)
+        # The settings of param groups that the tensors in the state were made of.
+        self._settings = [settings_by_group(update) for update in updates]
+        # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
+        # hold some of them, and what the trainer is recognized by.
+        self._tensors: list[Tensor] = []
+        self._tables: list[Mapping[Any, Any]] = []
+        self._weights: list[Tensor] = []
+        self._signature: list[Any] = []
+
+    def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
+        """Return whether the trainer still holds these tensors, and takes the same step."""
+        return self._signature_of(trainer, steps) == self._signature
+
+    def refresh(self, trainer: TwoLevelTrainer) -> None:
+        """Take over what changes between steps outside of the tensors that are held.
+
+        These are settings of optimizers, the state of the mode, and the number of the step.
+        """
+        settings = [settings_by_group(update) for update in self.updates]
+        if settings != self._settings:
+            optimizers = self.state.inner, self.state.outer
+            for optimizer, before, now in zip(optimizers, self._settings, settings, strict=True):
+                groups = zip(optimizer.settings, before, now, strict=True)
+                optimizer.settings[:] = [
+                    changed_settings(*group, device=trainer.device) for group in groups
+                ]
+            self._settings = settings
+        self.state = self.state._replace(
+            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
+            step=torch.tensor(trainer.steps_done, device=trainer.device),
+        )
+
+    def adopt(self, trainer: TwoLevelTrainer, moved: State, steps: int) -> None:
+        """Let the optimizers hold the tensors that a first step has made.
+
+        From then on :meth:`is_of` knows whose tensors these are.
+        """
+        tables: list[Mapping[Any, Any]] = []
+        for slots in trainer.slots:
+            tables += slots.buffers
+        pairs = (self.state.inner, moved.inner), (self.state.outer, moved.outer)
+        for update, (optimizer, optimizer_after) in zip(self.updates, pairs, strict=True):
+            rule = unclipped(update)
+            for name, tensors in optimizer.state.items():
+                for key, t in optimizer_after.state[name].items():
+                    if key not in tensors:
+                        tensors[key] = torch.empty_like(t)
+                rule.owner[name].state[rule.parameters[name]].update(tensors)
+            if rule is not None:
+                for part in parts_of(rule.optimizer):
+                    tables += [part.state, *part.state.values()]
+        self._tables = tables
+        self._tensors = leaves_of(self.state)
+        self._weights = tensors_of_networks(trainer)
+        self._signature = self._signature_of(trainer, steps)
+
+    def write(self, moved: State) -> None:
+        """Copy the state after a step into the tensors."""
+        torch._foreach_copy_(self._tensors, leaves_of(moved))
+
+    def _signature_of(self, trainer: TwoLevelTrainer, steps: int) -> list[Any]:
+        """Return a list that changes when the trainer's step is another, or its tensors are others.
+
+        Whatever is named by its address is held by the trainer or by this object.
+        """
+        optimizers = [part for optimizer in trainer.schedulable for part in parts_of(optimizer)]
+        objects: list[Any] = [trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers]
+        objects += [optimizer.state for optimizer in optimizers]
+        return [
+            *trainer.slots,
+            steps,
+            trainer.feedback_size,
+            *map(id, objects),
+            *[id(t) for table in self._tables for t in table.values()],
+            *[t.data_ptr() for t in self._weights],
+        ]
+
+
+def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
+    """Return the numbers in the param groups of an update's optimizer; none of no update."""
+    return [] if update is None else unclipped(update).settings()
+
+
+def changed_settings(
+    tensors: Mapping[str, Any],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the settings of a param group as tensors, the old ones where a number is the same."""
+    changed: dict[str, Any] = {}
+    for name, number in now.items():
+        is_same = before.get(name) == number
+        changed[name] = tensors[name] if is_same else settings_of(number, device)
+    return changed
 
 
 class CompiledStep:
     """The compiled steps of one trainer, which every call is given; a copy of it compiles anew."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}  # the compiled steps, by what they were compiled for
-        self.kind: Any = None  # that of the last step
-        self.weights: list[Tensor] = []  # the networks' parameters and buffers,
-        self.tables: list[dict[Any, Any]] = []  # where buffers and optimizers' tensors are held,
-        self.tensors: list[Tensor] = []  # all of these, as leaves_of has them,
-        self.state: Any = None  # and as a state,
-        self.numbers: list[Any] = []  # whose settings these are
-        self.marks: list[Any] = []  # with which all this was found
+        self._cache: dict[tuple[Any, ...], Compiled] = {}
+        # Those of the last step. Without live, the next step looks for both anew.
+        self._compiled: Compiled | None = None
+        self._live: LiveState | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledStep, ()
 
     def __call__(
-        self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool
+        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
     ) -> StepReport:
-        """One step on a labeled batch and the inner ones.
+        """Take one step on these batches, and return its report.
 
-        ``ahead``: they were given as a look-ahead.
+        Raises: :class:`metapl.MetaplError` before anything has moved.
         """
-        steps, draw, compared = len(batches), trainer.generator, False
-        in_graphs = trainer.compile == "reduce-overhead"
-        if anew := self.seen(trainer, steps) != self.marks:
-            self.marks, held = [], self.find(trainer, steps)
-        if self.kind in self.known:
-            compiled, updates, probs, held, compared = self.known[self.kind]
+        steps = len(inner_batches)
+        if self._live is not None and not self._live.is_of(trainer, steps):
+            self._live = None
+        if self._live is None or self._compiled is None:
+            self._compiled = self._find_or_compile(trainer, steps)
+        compiled = self._compiled
+        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
+
+        live = self._live
+        if live is None:
+            live = LiveState(trainer, compiled.updates)
         else:
-            compiled, updates = self.compile(trainer, steps, in_graphs)
-        if not compared:
-            eager = eager_step(trainer, labeled, batches, ahead)
-            probs = eager[1].signal.probs
-        if any(entry_shape(group["lr"]) for group in unclipped(trainer.update).options):
+            live.refresh(trainer)
+        moved, step_report = self._run(
+            compiled, live, trainer, outer_batch, inner_batches, eager=eager
+        )
+
+        if self._live is None:
+            live.adopt(trainer, moved, steps)
+            self._cache[compiled.key] = compiled
+        live.write(moved)
+        self._live = live
+        trainer.mode_state = moved.mode
+        trainer.steps_done += 1
+        return step_report
+
+    def prepare(
+        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
+    ) -> None:
+        """Compile the step and compare it with the eager one, once, and move nothing.
+
+        Steps before the first compiled one call this, so that a step that cannot be compiled is
+        refused before anything has moved.
+
+        Raises: :class:`metapl.MetaplError`.
+        """
+        if self._cache:
+            return
+        compiled = self._find_or_compile(trainer, len(inner_batches))
+        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
+        live = LiveState(trainer, compiled.updates)
+        start = RandomState.now(trainer.device, trainer.generator, outside=True)
+        try:
+            self._run(compiled, live, trainer, outer_batch, inner_batches, eager=eager)
+        finally:
+            start.restore()
+        self._cache[compiled.key] = compiled
+
+    def _eager_step(
+        self,
+        compiled: Compiled,
+        trainer: TwoLevelTrainer,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
+    ) -> Outcome | None:
+        """Take the step that a compiled one is compared with by a copy of the trainer.
+
+        Returns: None where it has been compared before.
+        """
+        eager: Outcome | None = None
+        if not compiled.is_compared:
+            eager = eager_step(trainer, outer_batch, inner_batches)
+            compiled.probs = eager.report.signal.probs
+        if any(entry_shape(rate) for rate in rates_of(trainer)):
             raise MetaplError(
                 "compile= was given with a rate for each entry of a weight; leave compile out."
             )
-        numbers = [[] if update is None else unclipped(update).settings() for update in updates]
-        if anew:
-            state = state_of(trainer, updates)
-        else:  # in the very tensors that modules and optimizers hold, but for settings that are others now
-            for number, optimizer in enumerate(
-                (self.state.inner, self.state.outer) if numbers != self.numbers else ()
-            ):
-                optimizer.settings[:] = [
-                    {
-                        n: group[n] if old.get(n) == v else settings_of(v, trainer.device)
-                        for n, v in new.items()
-                    }
-                    for group, old, new in zip(
-                        optimizer.settings, self.numbers[number], numbers[number], strict=True
-                    )
-                ]
-            step = torch.tensor(trainer.steps_done, device=trainer.device)
-            mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
-            state = self.state._replace(mode=mode, step=step)
-        self.numbers = numbers
-        start, noise = RandomState.now(trainer.device, draw, outside=not compared), None
-        if draw is not None and probs is not None:
-            noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
+        return eager
+
+    def _run(
+        self,
+        compiled: Compiled,
+        live: LiveState,
+        trainer: TwoLevelTrainer,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
+        *,
+        eager: Outcome | None,
+    ) -> tuple[State, StepReport]:
+        """Run the graph, compare what comes out with the eager step, and return it.
+
+        Only random numbers have moved then, and none where it raises.
+        """
+        start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
         try:
+            inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             with torch.no_grad(), no_fast_path(), capturing():
-                given = (batches[0], noise and noise[0]) if steps == 1 else (tuple(batches), noise)
-                if in_graphs:
-                    torch.compiler.cudagraph_mark_step_begin()
-                moved, report = compiled(state, labeled, *given)
-                if in_graphs:  # what outlives the next step, which writes to the same memory
-                    mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
-                    moved = moved._replace(mode=mode)
-                shown = {"inner_loss": report.inner_loss}
-                shown |= {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
-                shown |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
-                shown |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-                shown |= report.sizes
-                shown |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
-                by_difference = "difference" in (
-                    trainer.mode.name,
-                    getattr(trainer.mode, "tangent", ""),
-                )
-                fault = Fault(
-                    [(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)]
-                )
-                h = (
-                    tuple(report.feedback)
-                    if steps > 1
-                    else (report.feedback,)
-                    if ahead
-                    else report.feedback
-                )
-                signal = Signal(**(report.signal[-1] if steps > 1 else report.signal))
-                seen: Any = {
-                    "feedback": h,
-                    "signal": signal,
-                    "student_outputs": report.student_outputs,
-                }
-                wrapped = StepReport(
-                    trainer.steps_done, shown, fault, **seen, direct_term=trainer.direct_term
-                )
-                if not compared:
-                    refuse_other(state, (moved, wrapped), eager)
+                if trainer.compile == "reduce-overhead":
+                    moved, report = run_in_cuda_graphs(
+                        compiled, live.state, outer_batch, inner, noise
+                    )
+                else:
+                    moved, report = compiled.run(live.state, outer_batch, inner, noise)
+                step_report = step_report_of(trainer, report, inner_batches)
+                if eager is not None:
+                    refuse_other(live.state, Outcome(moved, step_report), eager)
         except BaseException:
             start.restore()
             raise
-        if not compared:  # again, while a warm-up has a rate of 0, by which h is 0
-            compared = any(group["lr"] != 0 for group in unclipped(trainer.update).options)
-            self.known[self.kind] = compiled, updates, probs, held, compared
-        if anew:
-            self.hold(trainer, state, moved, updates)
-        torch._foreach_copy_(self.tensors, leaves_of(moved))
-        if anew:
-            self.marks = self.seen(trainer, steps)
-        trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
-        return wrapped
+        # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
+        # compared again.
+        if eager is not None:
+            compiled.is_compared = any(rate != 0 for rate in rates_of(trainer))
+        return moved, step_report
 
-    def seen(self, trainer: Any, steps: int) -> list[Any]:
-        """What differs where another step is meant, or other tensors are held.
+    def _find_or_compile(self, trainer: TwoLevelTrainer, steps: int) -> Compiled:
+        """Return the graph for the trainer's step as it is now.
 
-        By now these are alive.
+        A new one comes into the cache when it has run without an error.
         """
-        optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
-        given = (
-            trainer.mode,
-            trainer.problem,
-            trainer.teacher_losses,
-            *optimizers,
-            *(o.state for o in optimizers),
-        )
-        held = [id(t) for table in self.tables for t in table.values()]
-        marks = steps, trainer.feedback_size, *map(id, given)
-        return [*trainer._slots, *marks, *held, *[t.data_ptr() for t in self.weights]]
-
-    def find(self, trainer: Any, steps: int) -> Any:
-        """Look for modules and parameters anew.
-
-        Returns what may not be freed while a kind of step is known by it.
-        """
-        networks = [
-            network for network in (trainer.student, trainer.teacher) if network is not None
-        ]
+        networks = networks_of(trainer)
+        modules = [part for network in networks for part in network.modules()]
         parameters = [p for network in networks for p in network.parameters()]
-        self.weights = [*parameters, *(b for network in networks for b in network.buffers())]
-        parts = [part for network in networks for part in network.modules()]
-        held = (
-            *parts,
+        alive = (
+            *modules,
             *parameters,
             trainer.mode,
             trainer.problem,
             trainer.teacher_losses,
             *trainer.schedulable,
         )
-        marks = (of_network.mark for of_network in trainer._slots)
-        self.kind = steps, trainer.feedback_size, *marks, *map(id, held)
-        return held
+        marks = [slots.mark for slots in trainer.slots]
+        key = (steps, trainer.feedback_size, *marks, *map(id, alive))
+        if key in self._cache:
+            return self._cache[key]
+        return compile_step(trainer, steps, key=key, alive=alive)
 
-    def compile(self, trainer: Any, steps: int, in_graphs: bool) -> tuple[Any, Any]:
-        """The trainer's step as one graph, once it is called; refused where none could be."""
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.weights):
+
+def rates_of(trainer: TwoLevelTrainer) -> list[Any]:
+    """Return the learning rate of each param group of the student's optimizer."""
+    return [group["lr"] for group in unclipped(trainer.update).options]
+
+
+def networks_of(trainer: Any) -> list[nn.Module]:
+    """Return the student and the teacher of a trainer, which may have no teacher."""
+    return [network for network in (trainer.student, trainer.teacher) if network is not None]
+
+
+def tensors_of_networks(trainer: TwoLevelTrainer) -> list[Tensor]:
+    """Return the parameters and buffers of a trainer's networks."""
+    networks = networks_of(trainer)
+    parameters = [p for network in networks for p in network.parameters()]
+    buffers = [b for network in networks for b in network.buffers()]
+    return [*parameters, *buffers]
+
+
+def compile_step(
+    trainer: TwoLevelTrainer, steps: int, *, key: tuple[Any, ...], alive: tuple[Any, ...]
+) -> Compiled:
+    """Return the trainer's step as one graph, for a key and the objects that are alive in it.
+
+    Raises: :class:`metapl.MetaplError` where no graph can be.
+    """
+    for t in tensors_of_networks(trainer):
+        if t._backward_hooks or t._post_accumulate_grad_hooks:
             raise MetaplError(
                 "a parameter of the networks has a hook, which no graph captures; leave compile "
                 "out."
             )
-        if not isinstance(unclipped(trainer.update), TorchUpdate):
-            raise MetaplError(
-                "inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False."
-            )
-        trainer.update.follow(trainable(trainer.student))
-        updates = updates_of(trainer)
-        # torch.compile's mode "reduce-overhead", beside our options.
-        options = {"triton.cudagraphs": True} if in_graphs else {}
-        return captured(step_of(trainer, steps, updates), trainer.device, **options), updates
-
-    def hold(self, trainer: Any, state: State, moved: State, updates: Any) -> None:
-        """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""
-        pairs = (state.inner, moved.inner), (state.outer, moved.outer)
-        tables = [table for of_network in trainer._slots for table in of_network.buffers]
-        for of, (optimizer, after) in zip(map(unclipped, updates), pairs, strict=True):
-            for name, own in optimizer.state.items():
-                held = of.owner[name].state[of.parameters[name]]
-                own |= {
-                    key: torch.empty_like(t)
-                    for key, t in after.state[name].items()
-                    if key not in own
-                }
-                held.update(own)
-            for one in () if of is None else parts_of(of.optimizer):
-                tables += [one.state, *one.state.values()]
-        self.state, self.tensors, self.tables = state, leaves_of(state), tables
-
-
-AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm
-Taken = tuple[State, Any]  # the state after a step, and the trainer's report
-
-
-def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> Taken:
-    """The step of a trainer, taken by a copy of it on the eager road. No generator moves."""
-    start, generator = RandomState.now(trainer.device), trainer.generator
-
-    def taken() -> Any:
-        twin = copy.deepcopy(
-            trainer, {} if generator is None else {id(generator): generator.clone_state()}
+    if not isinstance(unclipped(trainer.update), TorchUpdate):
+        raise MetaplError(
+            "inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False."
         )
-        vars(twin)["compile"] = False
-        # A loss may read the networks by a closure, which no copy changes.
-        pairs = (
-            (twin.problem, trainer.problem),
-            (twin.teacher, trainer.teacher),
-            (twin.student, trainer.student),
-        )
-        with all_with_contents_of(pairs):
-            return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
+    trainer.update.follow(trainable(trainer.student))
+    updates = updates_of(trainer)
+    options = {}
+    if trainer.compile == "reduce-overhead":
+        # What torch.compile's mode of that name sets, beside the options of backend_of.
+        options["triton.cudagraphs"] = True
+    run = captured(step_of(trainer, steps, updates), trainer.device, **options)
+    return Compiled(key=key, alive=alive, updates=updates, run=run)
 
-    twin, report = taken()
+
+def inner_arguments(
+    inner_batches: InnerBatches, probs: Tensor | None, generator: torch.Generator | None
+) -> tuple[Any, Any]:
+    """Return the inner batch and its Gumbel noise as a pure step takes them, K of each for K steps.
+
+    The noise is None where no labels are drawn, or where they are drawn from torch's default
+    generator.
+    """
+    noise = None
+    if generator is not None and probs is not None:
+        classes = probs.shape[1]
+        noise = tuple(
+            gumbel(length(batch), classes, like=probs, generator=generator)
+            for batch in inner_batches
+        )
+    if len(inner_batches) > 1:
+        return tuple(inner_batches), noise
+    return inner_batches[0], None if noise is None else noise[0]
+
+
+def run_in_cuda_graphs(
+    compiled: Compiled, state: State, outer_batch: Any, inner: Any, noise: Any
+) -> tuple[State, Report]:
+    """Return what a graph gives whose results lie in memory that the next step writes to."""
+    torch.compiler.cudagraph_mark_step_begin()
+    moved, report = compiled.run(state, outer_batch, inner, noise)
+    # The mode's state and the report outlive the next step. The other tensors are copied into those
+    # of modules and optimizers before it.
+    mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
+    return moved._replace(mode=mode), report
+
+
+# The greatest report.flag of a step that is right; by differences of the student's outputs, whose
+# curvature adds to it.
+GREATEST_GAP = 0.1
+GREATEST_GAP_BY_DIFFERENCE = 0.5
+STEP_IS_OFF = (
+    "the step is not finite, or the student's outputs do not follow its weights (the slopes "
+    "differ)."
+)
+
+
+def step_report_of(
+    trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
+) -> StepReport:
+    """Return the report of a pure step as the one that a trainer returns."""
+    mode = trainer.mode
+    scalars = {"inner_loss": report.inner_loss}
+    for name, loss in report.teacher_losses.items():
+        scalars[f"teacher_{name}"] = loss
+    if mode.name != "none":
+        scalars["outer_loss"] = report.outer_loss
+    if trainer.teacher is not None:
+        scalars["teacher_loss"] = report.teacher_loss
+    scalars |= report.sizes
+    if trainer.update.is_rounded:
+        scalars["step_rounding"] = report.step_rounding
+
+    greatest = GREATEST_GAP
+    if mode.name == "difference" or getattr(mode, "tangent", "") == "difference":
+        greatest = GREATEST_GAP_BY_DIFFERENCE
+    # A flag that is NaN is not below it either.
+    is_off = ~(report.flag < greatest)
+
+    feedback = report.feedback
+    signal = report.signal
+    if len(inner_batches) > 1:
+        feedback = tuple(report.feedback)
+        signal = report.signal[-1]
+    elif inner_batches.is_lookahead:
+        feedback = (report.feedback,)
+    return StepReport(
+        trainer.steps_done,
+        scalars,
+        fault=Fault([(is_off, STEP_IS_OFF)]),
+        feedback=feedback,
+        signal=Signal(**signal),
+        student_outputs=report.student_outputs,
+        direct_term=trainer.direct_term,
+    )
+
+
+class Outcome(NamedTuple):
+    """The state after a step, and the trainer's report of it."""
+
+    state: State
+    report: StepReport
+
+
+def eager_step(trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches) -> Outcome:
+    """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
+
+    Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network.
+    """
+    inner = inner_batches.as_argument()
+    start = RandomState.now(trainer.device)
+    twin, report = step_of_copy(trainer, outer_batch, inner)
     end = RandomState.now(trainer.device)
     start.restore()
-    # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream.
-    if not end.is_as(start):
+    # On the pure road L(θ′) draws from where the teacher's passes end; on the eager road, from a
+    # stream of its own. So a step that draws is taken again, with that stream begun where this one
+    # ended.
+    if not end.equals(start):
         with branching_to(end):
-            twin, report = taken()
+            twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
-    for net, other in ((trainer.student, twin.student), (trainer.teacher, twin.teacher)):
-        for (path, part), moved in (
-            zip(net.named_modules(), other.modules(), strict=True) if net is not None else ()
-        ):
-            for name, value in vars(moved).items():
-                if isinstance(value, int | float | str) and vars(part).get(name) != value:
-                    raise MetaplError(
-                        f"a network's {path}.{name} changes in a step, which no graph captures."
-                    )
-    return state_of(twin, updates_of(twin)), report
+    refuse_changed_attributes(trainer.student, twin.student)
+    refuse_changed_attributes(trainer.teacher, twin.teacher)
+    return Outcome(state_of(twin, updates_of(twin)), report)
 
 
-def refuse_other(before: State, found: Taken, expected: Taken) -> None:
+def step_of_copy(
+    trainer: TwoLevelTrainer, outer_batch: Any, inner: Any
+) -> tuple[TwoLevelTrainer, StepReport]:
+    """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
+    memo: dict[int, Any] = {}
+    if trainer.generator is not None:
+        memo[id(trainer.generator)] = trainer.generator.clone_state()
+    twin = copy.deepcopy(trainer, memo)
+    vars(twin)["compile"] = False
+    # A loss may read the networks by a closure, which no copy changes.
+    pairs = (
+        (twin.problem, trainer.problem),
+        (twin.teacher, trainer.teacher),
+        (twin.student, trainer.student),
+    )
+    with all_with_contents_of(pairs):
+        return twin, twin.step(outer_batch, inner)
+
+
+def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None) -> None:
+    """Refuse a network whose copy has another number or text in an attribute after a step."""
+    if network is None or moved is None:
+        return
+    pairs = zip(network.named_modules(), moved.modules(), strict=True)
+    for (path, part), part_moved in pairs:
+        for name, value in vars(part_moved).items():
+            if isinstance(value, int | float | str) and vars(part).get(name) != value:
+                raise MetaplError(
+                    f"a network's {path}.{name} changes in a step, which no graph captures."
+                )
+
+
+def refuse_other(before: State, compiled: Outcome, eager: Outcome) -> None:
     """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers."""
-
-    def seen(state: State, report: Any) -> dict[str, dict[Any, Tensor]]:
-        trees = {"h": dict(enumerate(pytree.tree_leaves(report.feedback)))}
-        for role, held in (("student", state.inner.state), ("teacher", state.outer.state)):
-            network, was = getattr(state, role), getattr(before, role).params
-            # By first moments, in which gradients are; of a fresh Adam, a weight's move is a sign.
-            params = network.params.items()
-            moved = {
-                n: held[n].get("exp_avg", held[n].get("momentum_buffer", t - was[n]))
-                for n, t in params
-            }
-            trees |= {f"the {role}'s gradient": moved, f"the {role}'s buffers": network.state}
-        return trees
-
     for role in ("student", "teacher"):
-        was, there, here = (
-            getattr(state, role).params for state in (before, expected[0], found[0])
+        params_before, params_eager, params_compiled = (
+            getattr(state, role).params for state in (before, eager.state, compiled.state)
         )
-        for name in (
-            n for n, p in was.items() if torch.equal(p, there[n]) and not torch.equal(p, here[n])
-        ):
-            raise MetaplError(
-                f"no loss reaches the {role}'s {name}, which would decay; expected "
-                "requires_grad=False."
-            )
-    ours, loss = seen(*found), expected[1].scalars["inner_loss"]
-    for name, tree in seen(*expected).items():
-        refuse_gap(name, ours[name], tree, loss, rounding=name == "h")
+        for name, p in params_before.items():
+            is_left = torch.equal(p, params_eager[name])
+            if is_left and not torch.equal(p, params_compiled[name]):
+                raise MetaplError(
+                    f"no loss reaches the {role}'s {name}, which would decay; expected "
+                    "requires_grad=False."
+                )
+    trees_compiled = compared_trees(before, compiled)
+    loss = eager.report.scalars["inner_loss"]
+    for name, tree in compared_trees(before, eager).items():
+        refuse_gap(name, trees_compiled[name], tree, loss, rounding=name == "h")
 
 
-def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool = False) -> None:
-    """Refuse a tree that is not the eager one's values, by norm.
+def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
+    """Return the trees of tensors by which steps from one state are compared, by their names."""
+    state = outcome.state
+    trees = {"h": dict(enumerate(pytree.tree_leaves(outcome.report.feedback)))}
+    for role, optimizer in (("student", state.inner), ("teacher", state.outer)):
+        network = getattr(state, role)
+        weights_before = getattr(before, role).params
+        # By first moments, in which gradients are: of a fresh Adam, a weight's move is a sign.
+        gradients = {}
+        for name, t in network.params.items():
+            moments = optimizer.state[name]
+            move = t - weights_before[name]
+            gradients[name] = moments.get("exp_avg", moments.get("momentum_buffer", move))
+        trees[f"the {role}'s gradient"] = gradients
+        trees[f"the {role}'s buffers"] = network.state
+    return trees
 
-    ``rounding``: of scalars that cancel.
+
+# The greatest difference of a compiled tree from the eager one, by norm and relative to its size.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+
+
+def refuse_gap(
+    name: str,
+    compiled: Mapping[Any, Tensor],
+    eager: Mapping[Any, Tensor],
+    loss: Tensor,
+    *,
+    rounding: bool = False,
+) -> None:
+    """Refuse a tree of tensors that is not the eager one, by norm.
+
+    Args:
+        name: what the tree is, for the error.
+        loss: a loss of the step, in the type in which it was computed.
+        rounding: whether the entries are sums that may cancel, which are then allowed the rounding
+            of the loss.
     """
-    off = {n: as_real(ours[n]).double() - as_real(t).double() for n, t in eager.items()}
-    gap, size = (norm(tree) if tree else 0.0 * loss for tree in (off, eager))
-    least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0
-    if not bool(gap <= AGREES[loss.dtype] * size + least):
+    gaps = {key: as_real(compiled[key]).double() - as_real(t).double() for key, t in eager.items()}
+    gap = norm(gaps) if gaps else 0.0 * loss
+    size = norm(dict(eager)) if eager else 0.0 * loss
+    allowed = TOLERANCE[loss.dtype] * size
+    if rounding:
+        allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
+    if not bool(gap <= allowed):
         raise MetaplError(
             f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out."
         )

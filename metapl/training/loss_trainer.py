@@ -16,7 +16,7 @@ from metapl.execution import checks
 from metapl.execution.batch import labeled_pair, micro_batches, plain
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
-from metapl.execution.shards import as_held, load_whole
+from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import Slots, restored
 from metapl.feedback.report import Report
 from metapl.feedback.teacher import NOT_FINITE, mean_scalars
@@ -28,7 +28,12 @@ from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
 from metapl.training.base import refuse_missing_entries
-from metapl.updates import as_one, parameters_of, refuse_rates_by_entry, refuse_state_of_another
+from metapl.updates import (
+    as_one_optimizer,
+    parameters_of,
+    refuse_rates_by_entry,
+    refuse_state_of_another,
+)
 from metapl.updates.own_step import refuse_closure
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
@@ -70,7 +75,8 @@ class LossTrainer(Trainer):
         self.as_given, self.layout = model, layout_of("network", model)
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
-        self.losses, self.optimizer = check_losses(losses, "losses"), as_one(optimizer, "optimizer")
+        self.losses: Sequence[TeacherLoss] = check_losses(losses, "losses")
+        self.optimizer = as_one_optimizer(optimizer, "optimizer")
         if isinstance(self.optimizer, torch.optim.Optimizer):
             refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
             refuse_rates_by_entry(self.optimizer, "optimizer")
@@ -192,5 +198,7 @@ class LossTrainer(Trainer):
         refuse_missing_entries(state, self.live_state())
         load_whole(self.student, state["student"])
         refuse_state_of_another(state["optimizer"], self.optimizer, "optimizer")
-        self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
+        self.optimizer.load_state_dict(
+            laid_out_for(copy.deepcopy(state["optimizer"]), self.optimizer)
+        )
         self.steps_done = state["steps_done"]

@@ -22,7 +22,7 @@ import metapl
 from metapl import Lookahead
 from metapl.execution.state import trainable
 from metapl.feedback import Forward
-from metapl.updates import as_taken, options_of, update_of
+from metapl.updates import options_of, rounded_options, update_of
 
 ADAMW = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.1}
 NESTEROV: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
@@ -171,7 +171,7 @@ def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
     params = {n: p.detach().clone() for n, p in given.student.named_parameters()}
     grads = {n: torch.randn_like(p) for n, p in params.items()}
     rounded, state = update.update(
-        params, grads, update.read_state(), as_taken(options_of(update.optimizer))
+        params, grads, update.read_state(), rounded_options(options_of(update.optimizer))
     )
     exact, _ = update.update(params, grads, update.read_state())
     stepped(real, given.student, grads)

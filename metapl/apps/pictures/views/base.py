@@ -118,15 +118,15 @@ class Chain:
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
         """Return the rows that the last view needs, and of these the rows that the one before needs."""
-        needed: Tensor | None = rows
         for position in reversed(range(len(self.views))):
             own_seed = draws.fold_in(seed, position)
             needed = rows_needed(
-                self.views[position], needed, seed=own_seed, step=step, examples=examples
+                self.views[position], rows, seed=own_seed, step=step, examples=examples
             )
             if needed is None:
                 return None
-        return needed
+            rows = needed
+        return rows
 
 
 @dataclass(frozen=True)
