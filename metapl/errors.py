@@ -107,7 +107,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
-    """The first few names, as an error gives them.
+    """Return the first few names, as an error gives them.
 
     Each cut where it is too long, and how many there are besides.
     """
