@@ -31,7 +31,7 @@ from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
-from metapl.feedback.lookahead import inner_batches
+from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar
@@ -323,7 +323,7 @@ def ablate(
                 continue
             drawing.update([name] * draws_any)
             examples = (
-                length(inner_batches(batches[1])[0])
+                length(InnerBatches.of_trainer(batches[1])[0])
                 if getattr(mode, "reduction", "sum") == "mean"
                 else 1
             )
@@ -390,7 +390,7 @@ def ablate(
                     trainer.step(*batches)
                 update()
         # What a call costs; the modes, which have run here before, take turns.
-        one = flops(partial(student, inner_batches(batches[1])[0]))
+        one = flops(partial(student, InnerBatches.of_trainer(batches[1])[0]))
         calls = {
             n: partial(_gradient, trainer, batches, m)
             for n, m in estimates.items()

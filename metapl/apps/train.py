@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.apps.backbone import Control
 from metapl.apps.label import stored_labels
 from metapl.apps.labels import DESCRIPTION
-from metapl.apps.launch import Processes
+from metapl.apps.launch import Processes, from_first
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.model_noise import model_noise
@@ -27,7 +28,7 @@ from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
-from metapl.execution.shards import load_whole
+from metapl.execution.shards import load_whole, weights_of
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
@@ -38,6 +39,9 @@ from metapl.training.selection import FAR_BEHIND
 SELECTED_ON = (
     50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 )
+
+# How long processes wait for the one that labels all pictures.
+LABELING = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -190,13 +194,27 @@ def train(
         processes.seed(student, fitting.seed)
         return network
 
+    def label(network: nn.Module | None) -> dict[str, Tensor]:
+        """Return stored labels: of several processes the first one labels, and all have its labels."""
+        if processes.mesh.size == 1 or network is None:
+            return stored_labels(network, config, method, folder.path, data, say)
+        # All processes gather the weights, which no pass of one process alone could do.
+        weights = weights_of(inside(network))
+        stored = None
+        if processes.first:
+            labeler = config.network().to(place)
+            labeler.load_state_dict(weights)
+            stored = stored_labels(labeler, config, method, folder.path, data, say)
+        labels: dict[str, Tensor] = from_first(stored, patience=LABELING)
+        return labels
+
     training = Training(
         config=config,
         data=data,
         teacher=teacher,
         student=student,
         fit=phase,
-        label=lambda network: stored_labels(network, config, method, folder.path, data, say),
+        label=label,
         lay_out=lay_out,
         folder=folder.path,
         progress=progress,
@@ -357,14 +375,10 @@ def device(asked: str) -> torch.device:
 
 
 def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
-    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in
-    each; and processes that would have to store labels, which one does."""
-    if mesh.size > 1 and isinstance(method, ReducedMpl) and not method.stores:
-        raise MetaplError(
-            f"--method {method.name} in several processes reads labels that are stored: expected "
-            "--labels STORE, which `metapl label RUN PICTURES --out STORE` writes; or leave "
-            "--mesh out."
-        )
+    """Refuse batches that do not fall into equal parts for the processes.
+
+    And in each process for --accumulate.
+    """
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flat(config).items():
         if name.endswith("_batch") and size % parts:

@@ -26,7 +26,7 @@ from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Problem, enters_input, has_own, kind_of
+from metapl.problems.base import BilevelProblem, Kind, Problem, enters_input, kind_of, overrides
 from metapl.words import did_you_mean
 
 __all__ = [
@@ -144,7 +144,7 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     """Refuse steps of the student that the mode or the problem cannot take, and what the layout does not offer."""
     kind, revising, entering = (
         kind_of(problem),
-        has_own(problem, "revised_signal"),
+        overrides(problem, "revised_signal"),
         enters_input(problem),
     )
     if steps > 1 and (revising or not mode.looks_ahead):

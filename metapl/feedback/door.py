@@ -23,7 +23,7 @@ from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
-from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.lookahead import InnerBatches, Lookahead
 from metapl.problems.base import Problem, kind_of, reads_signal_in_outer_input
 from metapl.updates import Clipped, Update, parts_of
 
@@ -37,20 +37,25 @@ class PastTheSignal(MetaplError):
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_gradients_of_batches(outer: Any, inner: Any) -> None:
-    """Refuse a tensor of a batch that requires a gradient, of which the feedback would know nothing.
+def refuse_gradients_of_batches(outer: Any, inner_batches: InnerBatches) -> None:
+    """Refuse a tensor of a batch that requires a gradient, which the feedback would leave out.
 
-    Of a :class:`metapl.Lookahead` whose batches a function returns, the batches are looked at by
-    the first look alone.
+    Batches that a function returns as they are taken are looked at by the first look alone.
+
+    Args:
+        outer: the outer batch, or a :class:`metapl.Lookahead` of several.
+        inner_batches: those of the student's steps.
     """
-    named = dict[str, Any]()
-    for role, given in (("outer", outer), ("inner", inner)):
-        if isinstance(given, Lookahead):
-            held = [] if callable(given.batches) else list(given.batches)
-            named |= {f"{role}[{k}]": batch for k, batch in enumerate(held)}
-        else:
-            named[role] = given
-    for name, batch in named.items():
+    batches_by_name = dict[str, Any]()
+    if isinstance(outer, Tensor) or not isinstance(outer, Lookahead):
+        batches_by_name["outer"] = outer
+    elif not callable(outer.batches):
+        for k, batch in enumerate(outer.batches):
+            batches_by_name[f"outer[{k}]"] = batch
+    for k, batch in enumerate(inner_batches.in_memory()):
+        name = f"inner[{k}]" if inner_batches.is_lookahead else "inner"
+        batches_by_name[name] = batch
+    for name, batch in batches_by_name.items():
         for place, t in named_leaves_of(batch):
             if isinstance(t, Tensor) and t.requires_grad:
                 raise MetaplError(
@@ -170,7 +175,8 @@ class FirstLook:
         teacher: None where the problem has none.
         student: the network that takes the step.
         problem: the two losses.
-        outer, inner: the batches of the step.
+        outer_batch: as it was given, before the problem's ``outer_batch`` reads it.
+        inner_batches: of which those in memory are looked at.
         blocks: of a sharded student, the submodules that gather their weights while they run.
         named_by: the original teacher, problem and student, where the step is taken by copies: a
             tensor that is called by its name may be theirs.
@@ -181,8 +187,8 @@ class FirstLook:
         teacher: nn.Module | None,
         student: nn.Module,
         problem: Problem,
-        outer: Any,
-        inner: Any,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
         *,
         blocks: Sequence[Any] = (),
         named_by: tuple[nn.Module | None, Problem, nn.Module] | None = None,
@@ -197,7 +203,7 @@ class FirstLook:
         # began with: its blocks gather them, and products take a part of each.
         self.keeps_weights = bool(blocks) or any(is_sharded(p) for p in student.parameters())
         self.outer_variables = ids(outer_variables(problem, teacher).values())
-        batches = [outer, *inner_batches_held(inner)]
+        batches = [outer_batch, *inner_batches.in_memory()]
         self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
         self.batches_before = [t.detach().clone() for t in self.batches]
         self.versions_before = list(map(version_of, self.batches))
@@ -323,16 +329,6 @@ def looking(look: FirstLook | None) -> Iterator[None]:
             look.at_batches()
     finally:
         _first_look.reset(token)
-
-
-def inner_batches_held(inner: Any) -> list[Any]:
-    """Return the inner batches that are in memory.
-
-    Those that a function returns are other ones in each call.
-    """
-    if not isinstance(inner, Lookahead):
-        return [inner]
-    return [] if callable(inner.batches) else list(inner.batches)
 
 
 def ids(tensors: Any) -> set[int]:

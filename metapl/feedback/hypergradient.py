@@ -30,7 +30,7 @@ from metapl.feedback.door import (
     refuse_gradients_of_batches,
     refuse_learned_settings,
 )
-from metapl.feedback.lookahead import Lookahead, outer_batches
+from metapl.feedback.lookahead import InnerBatches, Lookahead, outer_batches
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import OuterLosses, take_steps
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
@@ -179,8 +179,9 @@ class Differentiation:
         self.estimate = estimator(request.mode)
         self.compiles = compiles
         has_feedback = self.estimate.credits != "nothing"
+        self.inner_batches = InnerBatches.of_hypergradient(request.inner)
         if has_feedback:
-            refuse_gradients_of_batches(request.outer, request.inner)
+            refuse_gradients_of_batches(request.outer, self.inner_batches)
         self.problem = prepare(request.problem, self.estimate)
         self.inner_optimizer = as_one_optimizer(request.inner_optimizer)
         check_teacher(request.teacher, self.problem, recompute_teacher=request.recompute_teacher)
@@ -209,16 +210,12 @@ class Differentiation:
         Of a look-ahead in memory a list, those of a function as they are taken.
         """
         inner, outer = self.request.inner, self.request.outer
-        self.has_lookahead = isinstance(inner, Lookahead)
         self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
         keep_on = self.estimate.keep_on
         if keep_on not in (None, "cpu") and not self.compiles:
             raise MetaplError(
                 f"keep_on={keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'."
             )
-        self.batches: Sequence[Any] = (
-            self.ahead if callable(self.ahead.batches) else list(self.ahead)
-        )
         if self.ahead.weights is not None:
             raise MetaplError(
                 "inner=Lookahead(weights=) was given; weights are of outer batches, "
@@ -228,7 +225,7 @@ class Differentiation:
         if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
             self.outer_losses = OuterLosses(*outer_batches(outer, self.ahead))
         self.options: list[Any] = self.ahead.options(self.inner_optimizer)
-        check_mode(self.estimate, len(self.batches), self.problem, self.of_student)
+        check_mode(self.estimate, len(self.inner_batches), self.problem, self.of_student)
         if self.outer_losses is not None and self.estimate.name not in ("forward", "unrolled"):
             raise MetaplError(
                 f"an outer loss for each step was given with mode {self.estimate.name!r}; expected "
@@ -294,10 +291,12 @@ class Differentiation:
             self._make_settings_leaves()
         self._begin()
         others = [name for name in self.wrt if name != "teacher"]
-        candidates = self.estimate.orders(len(self.batches), self.problem, self.student, others)
+        candidates = self.estimate.orders(
+            len(self.inner_batches), self.problem, self.student, others
+        )
         is_alone = self.of_student.ranks.alone
         with advice_on(
-            self.estimate, len(self.batches), self._by_another_mode if is_alone else None
+            self.estimate, len(self.inner_batches), self._by_another_mode if is_alone else None
         ):
             return Orders().take(candidates, self._in_order, begin_again=self._begin)
 
@@ -313,7 +312,7 @@ class Differentiation:
 
     def _make_settings_leaves(self) -> None:
         """Let the graph of double backward end in leaves in the places of the settings."""
-        self.options = self.options or [options_of(self.inner_optimizer)] * len(self.batches)
+        self.options = self.options or [options_of(self.inner_optimizer)] * len(self.inner_batches)
         for number, groups in enumerate(self.options):
             with_leaves = []
             for group in groups:
@@ -348,7 +347,7 @@ class Differentiation:
             request.generator,
             ranks,
             self.device,
-            self.batches,
+            self.inner_batches,
             request.accumulate,
             request.recompute_teacher,
         )
@@ -356,7 +355,7 @@ class Differentiation:
         student.chooses_order = is_tried
         replays = ReplayCheck(request.replay_tolerance, ranks)
         is_shown = request.shows_progress and ranks.first
-        count = len(self.batches)
+        count = len(self.inner_batches)
         with ExitStack() as stack:
             stack.enter_context(
                 restored(
@@ -378,7 +377,7 @@ class Differentiation:
                     self.update,
                     self.problem,
                     judged,
-                    self.batches,
+                    self.inner_batches,
                     teaching,
                     parts=request.accumulate,
                     keep_graph=estimate.keep_graph,
@@ -410,12 +409,12 @@ class Differentiation:
             is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)
             return Hypergradient(
                 grads=grads,
-                feedback=h if self.has_lookahead else h[0],
+                feedback=h if self.inner_batches.is_lookahead else h[0],
                 inner_loss=path.inner_loss,
                 outer_loss=path.whole_outer_loss,
                 student_params=self.of_student.as_parameters(path.params),
                 inner_state=None if is_torch_optimizer else path.state,
-                kept=path.keeping.words(count) if self.has_lookahead else "",
+                kept=path.keeping.words(count) if self.inner_batches.is_lookahead else "",
                 start=self.of_student.as_parameters(start),
                 settings=settings,
                 order=order or "",
@@ -428,7 +427,7 @@ class Differentiation:
     def _by_another_mode(self, other: Estimator, one_step: bool) -> Hypergradient:
         """Return the gradient of the same steps, or of the first one, by another mode, which an error may propose."""
         self._begin()
-        inner = self.batches[0] if one_step else self.request.inner
+        inner = self.inner_batches[0] if one_step else self.request.inner
         with replayed(RandomState.now(self.device, self.request.generator)):
             return through_steps(
                 replace(

@@ -136,21 +136,74 @@ def refuse_outer_lookahead(outer: Any) -> None:
         )
 
 
-def inner_batches(unlabeled: Any, asked: int = 1) -> list[Any]:
-    """The batches of a look-ahead.
+@dataclass(frozen=True)
+class InnerBatches(Sequence[Any]):
+    """The inner batches of a step, one for each student step, as the door of the step reads them.
 
-    Any other batch is one of one step, refused where more were ``asked`` for.
+    Args:
+        batches: a list of those in memory, or a :class:`Lookahead` whose function returns a batch
+            whenever it is asked for it.
+        is_lookahead: whether they were given as a :class:`Lookahead`, which may have one batch;
+            what is returned for each student step is then a tuple.
     """
-    if not isinstance(unlabeled, Lookahead):
-        if asked > 1:
+
+    batches: list[Any] | Lookahead
+    is_lookahead: bool
+
+    @staticmethod
+    def of_one_step(inner: Any) -> InnerBatches:
+        """Return the one batch of one student step."""
+        return InnerBatches([plain(inner)], is_lookahead=False)
+
+    @staticmethod
+    def of_trainer(inner: Any, lookahead: int = 1) -> InnerBatches:
+        """Return the batches of a trainer's step, all of them in memory.
+
+        Args:
+            inner: a batch, or a :class:`Lookahead` of any length.
+            lookahead: the trainer's; above 1 a single batch is refused.
+        """
+        # A class that derives from Sequence answers isinstance slowly, and most batches are tensors.
+        if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
+            if lookahead > 1:
+                raise MetaplError(
+                    f"the trainer has lookahead={lookahead}; expected a metapl.Lookahead of "
+                    f"{lookahead} batches."
+                )
+            return InnerBatches.of_one_step(inner)
+        if inner.schedule is not None:
             raise MetaplError(
-                f"the trainer has lookahead={asked}; expected a metapl.Lookahead of {asked} "
-                "batches."
+                "Lookahead(schedule=) is for metapl.hypergradient; a trainer's optimizer has its "
+                "own rate."
             )
-        return [plain(unlabeled)]
-    if unlabeled.schedule is not None:
-        raise MetaplError(
-            "Lookahead(schedule=) is for metapl.hypergradient; a trainer's optimizer has its own "
-            "rate."
-        )
-    return list(unlabeled)
+        return InnerBatches(list(inner), is_lookahead=True)
+
+    @staticmethod
+    def of_hypergradient(inner: Any) -> InnerBatches:
+        """Return the batches of a hypergradient; those of a function are read as they are taken."""
+        if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
+            return InnerBatches.of_one_step(inner)
+        if callable(inner.batches):
+            return InnerBatches(inner, is_lookahead=True)
+        return InnerBatches(list(inner), is_lookahead=True)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.batches[number]
+
+    @property
+    def are_read_again(self) -> bool:
+        """Whether a batch that is needed once more is read once more, since none is kept."""
+        return not isinstance(self.batches, list)
+
+    def in_memory(self) -> list[Any]:
+        """Return the batches that are in memory; a function returns new ones in each call."""
+        return self.batches if isinstance(self.batches, list) else []
+
+    def as_argument(self) -> Any:
+        """Return what a step takes for these batches: a :class:`Lookahead`, or the one batch."""
+        if isinstance(self.batches, Lookahead):
+            return self.batches
+        return Lookahead(self.batches) if self.is_lookahead else self.batches[0]

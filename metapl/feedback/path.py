@@ -19,6 +19,7 @@ from metapl.execution.state import RandomState, State, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
+from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.order import Order
 from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
@@ -72,14 +73,11 @@ class Path:
     problem: Problem
     student: LocalStudent
     update: Update  # U
-    labeled: Sequence[Any]  # the outer batch, in micro-batches
-    batches: Sequence[
-        Any
-    ]  # the inner ones: a list, or a look-ahead whose batches a function returns again
+    outer_micro_batches: Sequence[Any]
+    inner_batches: InnerBatches
     steps: list[InnerStep] = field(default_factory=list)
-    whole_labeled: Any = (
-        None  # the outer batch as one, where the outer loss may be no mean over micro-batches
-    )
+    # The outer batch as one, where the outer loss may be no mean over micro-batches.
+    whole_outer_batch: Any = None
     keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
     replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
     states: States = field(init=False)  # of several steps, where some are computed again
@@ -89,18 +87,14 @@ class Path:
     ] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
     start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
     in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
-    outer: OuterLosses | None = None  # of each step; ``labeled`` is then the batch of the last
+    # Of each step; ``outer_micro_batches`` are then those of the last.
+    outer: OuterLosses | None = None
     losses_before: dict[int, Tensor] = field(
         default_factory=dict, init=False
     )  # L_k by k, of all steps but the last
     order: Order | None = None  # of differentiation
     is_tried: bool = False  # whether that is being chosen, by this path
     _outer_gradient: Tree | None = field(default=None, init=False)
-
-    @property
-    def rereads(self) -> bool:
-        """Whether a batch that is needed again is read again, and not held."""
-        return not isinstance(self.batches, list)
 
     @property
     def settings(self) -> list[str]:
@@ -204,8 +198,8 @@ class Path:
             ):
                 self.start = v = self._with_loss_before(number, v, gradient="start" in self.wrt)
                 continue
-            if self.rereads:
-                self.batch(number, step.batch)  # refuses a batch that has changed since
+            if self.inner_batches.are_read_again:
+                self.inner_batch(number, step.inner_batch)  # refuses a batch that has changed since
             if self.settings:
                 self.in_settings.append(step.setting_cotangents(self.settings, v, state_bar))
             if number == first and "start" not in self.wrt:
@@ -242,8 +236,8 @@ class Path:
         """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
         assert self.outer is not None, "each step has an outer loss"
         batch = self.outer.batches[number - 1]
-        judged, whole = micro_batches(batch, len(self.labeled), "labeled"), None
-        if self.whole_labeled is not None:
+        judged, whole = micro_batches(batch, len(self.outer_micro_batches), "labeled"), None
+        if self.whole_outer_batch is not None:
             whole = batch
         passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
@@ -287,7 +281,11 @@ class Path:
                 if finer and number % finer[0] == 0:
                     self.keep(number, params, state)
                 if not (step := self.steps[number]).grads:  # the last of all has its own
-                    batch = self.batch(number) if self.rereads else step.batch
+                    batch = (
+                        self.inner_batch(number)
+                        if self.inner_batches.are_read_again
+                        else step.inner_batch
+                    )
                     self.steps[number] = step.recomputed(params, state, batch)
             if finer:
                 self.forget(stop - 1)
@@ -317,17 +315,17 @@ class Path:
 
     def forget(self, number: int) -> None:
         """Drop what can be computed again, of all steps but the last."""
-        if number < len(self.batches) - 1:
-            self.steps[number] = self.steps[number].forgotten(self.rereads)
+        if number < len(self.inner_batches) - 1:
+            self.steps[number] = self.steps[number].forgotten(self.inner_batches.are_read_again)
 
-    def batch(self, number: int, held: Any = None) -> Any:
+    def inner_batch(self, number: int, held: Any = None) -> Any:
         """An inner batch once more, read again where it is not ``held``; another one is refused."""
         with self.student.ranks.agreed():
             if held is None:
                 with replayed(
                     RandomState.now(self.student.device)
                 ):  # a function may seed the default generator
-                    held = self.batches[number]
+                    held = self.inner_batches[number]
             expected = self.steps[number].digest
             assert expected is not None, "only batches that are read again are known by a digest"
             checks.refuse(digest(held) != expected, OTHER_BATCH.format(number))
@@ -440,15 +438,15 @@ class Path:
         outputs = list[Tensor]()
         sums, counts = list[Tensor](), list[Tensor | float]()
         with student.at_weights(weights, start, student.slots):
-            for part in self.labeled:
+            for part in self.outer_micro_batches:
                 outputs.append(student.forward(outer_input(self.problem, part, signal)))
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
                 sums.append(total)
                 counts.append(weight)
-            if self.whole_labeled is not None and not isinstance(counts[0], Tensor):
+            if self.whole_outer_batch is not None and not isinstance(counts[0], Tensor):
                 # A scalar may be any function of all rows.
                 total, weight = sum_and_weight(
-                    self.problem.outer_loss(joined(outputs), self.whole_labeled)
+                    self.problem.outer_loss(joined(outputs), self.whole_outer_batch)
                 )
                 return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
@@ -458,13 +456,18 @@ class Path:
         """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
         start, signal = self.steps[-1].passes[-1].random_state_after.branch(), self.steps[-1].signal
         return self._outer_at(
-            params, self.labeled, start, signal, gradient=gradient, whole=self.whole_labeled
+            params,
+            self.outer_micro_batches,
+            start,
+            signal,
+            gradient=gradient,
+            whole=self.whole_outer_batch,
         )
 
     def _outer_at(
         self,
         params: Tree,
-        labeled: Sequence[Any],  # micro-batches
+        outer_micro_batches: Sequence[Any],
         start: RandomState,
         signal: Signal,  # of the step that leads to these weights
         *,
@@ -478,7 +481,7 @@ class Path:
             # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the
             # direct term.
             signal = signal.detached()
-        judged = [(outer_input(problem, part, signal), part) for part in labeled]
+        judged = [(outer_input(problem, part, signal), part) for part in outer_micro_batches]
 
         def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, part))
@@ -500,8 +503,8 @@ def take_steps(
     student: LocalStudent,
     update: Update,
     problem: Problem,
-    labeled: Any,  # the outer batch
-    batches: Sequence[Any],  # the inner ones; those of a look-ahead are read as they are taken
+    outer_batch: Any,
+    inner_batches: InnerBatches,
     teach: Callable[
         [Any, Tensor | None], Signal
     ],  # of a batch and the student's outputs; before these, if it has to
@@ -519,35 +522,36 @@ def take_steps(
         Update
     ] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
     wrt: Sequence[str] = (),  # what the gradient is in besides the signals
-    outer: OuterLosses | None = None,  # of each step; ``labeled`` is then the batch of the last
+    # Of each step; ``outer_batch`` is then the batch of the last.
+    outer: OuterLosses | None = None,
     replays: ReplayCheck
     | None = None,  # whether steps that are computed again come out as they did; None: no look
     progress: Callable[[], object] | None = None,  # called after each step
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators
     advance as in training; the weights do not move."""
-    judged = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
+    judged = [outer_batch] if parts == 1 else micro_batches(outer_batch, parts, "labeled")
     path = Path(
         problem,
         student,
         update,
         judged,
-        batches,
+        inner_batches,
         wrt=wrt,
         order=order,
         outer=outer,
         replays=replays,
     )
     if parts > 1 and not is_mean_over_rows(problem):
-        path.whole_labeled = labeled
-    ranks, several = student.ranks, len(batches) > 1
-    enters, rereads = enters_input(problem), not isinstance(batches, list)
+        path.whole_outer_batch = outer_batch
+    ranks, several = student.ranks, len(inner_batches) > 1
+    enters, rereads = enters_input(problem), inner_batches.are_read_again
     if not ranks.alone:
-        for judged_batch in [labeled] if outer is None else outer.batches:
+        for judged_batch in [outer_batch] if outer is None else outer.batches:
             ranks.equal(length(judged_batch), "the outer batch")
     # The steps after the first one that is differentiated take a Hessian product, by a graph that
     # they make then.
-    first_differentiated = max(0, len(batches) - truncate) if truncate else 0
+    first_differentiated = max(0, len(inner_batches) - truncate) if truncate else 0
     # A graph of several steps begins at leaves, so that the student's own parameters are in none
     # but by mistake.
     params = (
@@ -588,7 +592,7 @@ def take_steps(
             )
         return inner_pass.gradient(loss, [*leaves.values()])
 
-    for number in range(len(batches)):
+    for number in range(len(inner_batches)):
         if number > 0:
             params, state = path.steps[-1].updated
             if path.keeping.spacings:
@@ -596,23 +600,23 @@ def take_steps(
                 if number % path.keeping.spacings[0] == 0:
                     path.keep(number, params, state)
         with ranks.agreed() if rereads else NOTHING:
-            batch = batches[number]
+            inner_batch = inner_batches[number]
         if number == 0 and several:  # what does not fit is refused before anything is computed
             # θ, g and s after the step, and a batch that the step alone holds.
-            held = [*params.values()] * 2 + (leaves_of(batch) if rereads else [])
+            held = [*params.values()] * 2 + (leaves_of(inner_batch) if rereads else [])
             size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
-            path.keeping = ALL if keep is None else keep(len(batches), size, student)
+            path.keeping = ALL if keep is None else keep(len(inner_batches), size, student)
             path.states = States(path.keeping.on)
             if path.keeping.spacings:
                 path.states.keep(0, (params, state))
-        pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
+        pieces = [inner_batch] if parts == 1 else micro_batches(inner_batch, parts, "unlabeled")
         if not ranks.alone:
-            ranks.equal(length(batch), "the inner batch")
+            ranks.equal(length(inner_batch), "the inner batch")
         keeps_graph = order == "graph" and number == first_differentiated
         passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
         results = list[tuple[Tensor, Tree]]()
         if before := enters or problem.signal_of_batch:
-            about = [batch] if problem.signal_of_batch else pieces
+            about = [inner_batch] if problem.signal_of_batch else pieces
             whole = joined_signals([asked(x, None) for x in about], leaves=keep_graph)
             signals = whole.chunks(parts)
         for i, x in enumerate(pieces):
@@ -641,14 +645,17 @@ def take_steps(
         if parts > 1:
             losses, gradients = zip(*results, strict=True)
             loss, g = mean_of(losses), mean_tree(gradients)
-        rule, known_by = updates[number] if updates else update, digest(batch) if rereads else None
-        given = problem, rule, passes, batch, whole, loss, g, state, signal_inputs
+        rule, known_by = (
+            updates[number] if updates else update,
+            digest(inner_batch) if rereads else None,
+        )
+        given = problem, rule, passes, inner_batch, whole, loss, g, state, signal_inputs
         path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by, order=order))
         if several:
             with NOTHING if ranks.alone else ranks.agreed():
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), path.steps[-1].inner_loss)
         if number == 0 and several and rereads:
-            path.batch(
+            path.inner_batch(
                 0
             )  # a function that always returns another batch is refused here, not after the path
         if progress is not None:

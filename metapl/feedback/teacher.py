@@ -25,6 +25,7 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
+from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.problems.base import (
@@ -48,7 +49,7 @@ NOT_FINITE = (
 class TeacherPass:
     """The teacher's pass on one inner batch, at θ_T from before the step."""
 
-    batch: Any
+    inner_batch: Any
     student_outputs: Tensor | None
     signal: Signal
     random: RandomState | None = (
@@ -70,16 +71,16 @@ class Teaching:
         generator: torch.Generator | None,  # of labels that are drawn
         ranks: Ranks,
         device: torch.device,
-        batches: Sequence[Any],  # those of a look-ahead are read as they are taken, and not held
+        inner_batches: InnerBatches,
         parts: int,  # micro-batches of each of them
         recompute: bool,  # signals without a graph first, and once more with one in ``with_graph``
         slots: Slots
         | None = None,  # the network's tables where they have been read in this step already
     ) -> None:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
-        self.ranks, self.device, self.steps = ranks, device, len(batches)
+        self.ranks, self.device, self.steps = ranks, device, len(inner_batches)
         self.parts = 1 if problem.signal_of_batch else parts
-        self.rereads = not isinstance(batches, list)
+        self.rereads = inner_batches.are_read_again
         self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
         self.network = nn.Module() if layout is None else layout.network
         self.slots, self.passes = slots or Slots(self.network), list[TeacherPass]()
@@ -132,7 +133,7 @@ class Teaching:
         taken = self.passes[-1]
         signal = taken.signal
         if reads_signal_in_outer_input(self.problem):
-            batch = path.batch(len(path.steps) - 1) if self.rereads else taken.batch
+            batch = path.inner_batch(len(path.steps) - 1) if self.rereads else taken.inner_batch
             signal = self.with_graph(taken, batch)
         loss = path.direct_loss(signal)
         reached = reached_gradient(self.layout, loss, retain=True)
@@ -152,9 +153,9 @@ class Teaching:
             return grads
         pieces = [piece for of_step in feedback for piece in of_step.chunks(self.parts)]
         for number, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            batch = taken.batch
+            batch = taken.inner_batch
             if self.rereads:
-                whole = path.batch(number // self.parts)
+                whole = path.inner_batch(number // self.parts)
                 batch = micro_batches(whole, self.parts, "unlabeled")[number % self.parts]
             loss = h.teacher_loss(self.with_graph(taken, batch))
             # The backward pass of a sharded network averages over the ranks; that of others stays
@@ -173,7 +174,7 @@ class Teaching:
         self,
         feedback: Sequence[Feedback],
         losses: Sequence[TeacherLoss],
-        labeled: Any,
+        outer_batch: Any,
         step: int,
         size: FeedbackSize,
         *,
@@ -189,7 +190,7 @@ class Teaching:
         Args:
             feedback: h of each student step.
             losses: L_k, the teacher's own; they read the last batch.
-            labeled: the outer batch, which they read too.
+            outer_batch: which they read too.
             step: the number of the step, for losses that depend on it.
             size: the rule that gives λ.
             measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
@@ -211,16 +212,18 @@ class Teaching:
             if parts == 1
             else [piece for of_step in feedback for piece in of_step.chunks(parts)]
         )
-        labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
+        outer_parts = [outer_batch]
+        if parts > 1:
+            outer_parts = micro_batches(outer_batch, parts, "labeled")
         first_of_last_batch = len(self.passes) - parts
-        unlabeled_parts = [taken.batch for taken in self.passes[first_of_last_batch:]]
+        inner_parts = [taken.inner_batch for taken in self.passes[first_of_last_batch:]]
         if parts > 1 and is_first:
             with rows_shared(self.ranks):
                 refuse_other_than_means(
                     self.network,
                     losses,
-                    labeled_parts,
-                    unlabeled_parts,
+                    outer_parts,
+                    inner_parts,
                     signals=[taken.signal for taken in self.passes[first_of_last_batch:]],
                     problem=self.problem,
                     step=step,
@@ -228,7 +231,7 @@ class Teaching:
                     device=self.device,
                     parts=parts,
                 )
-        shares = shares_of_losses(losses, labeled_parts, unlabeled_parts, self.ranks, self.device)
+        shares = shares_of_losses(losses, outer_parts, inner_parts, self.ranks, self.device)
         gives_feedback = self.mode.credits != "nothing"
         compares = size.compares and gives_feedback
         hooked = [name for name, p in layout.parameters().items() if p._backward_hooks]
@@ -245,7 +248,9 @@ class Teaching:
         of_feedback = dict[str, Tensor]()
         of_losses = dict[str, Tensor]()
         for i, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            signal = taken.signal if taken.random is None else self.with_graph(taken, taken.batch)
+            signal = (
+                taken.signal if taken.random is None else self.with_graph(taken, taken.inner_batch)
+            )
             from_feedback = h.teacher_loss(signal)
             if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
                 from_feedback = self.ranks.size * from_feedback
@@ -257,8 +262,8 @@ class Teaching:
                 part = i - first_of_last_batch
                 own, named = self._own_loss(
                     losses,
-                    labeled_parts[part],
-                    taken.batch,
+                    outer_parts[part],
+                    taken.inner_batch,
                     signal=signal,
                     step=step,
                     shares=shares[part],
@@ -317,8 +322,8 @@ class Teaching:
     def _own_loss(
         self,
         losses: Sequence[TeacherLoss],
-        labeled: Any,
-        unlabeled: Any,
+        outer_batch: Any,
+        inner_batch: Any,
         *,
         signal: Signal,
         step: int,
@@ -326,7 +331,7 @@ class Teaching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the teacher's own losses on a micro-batch, and the report's scalars of it."""
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
-            batches = {"labeled": labeled, "unlabeled": unlabeled, "signal": signal}
+            batches = {"labeled": outer_batch, "unlabeled": inner_batch, "signal": signal}
             terms = sum_of_terms(
                 self.network, losses, kind="teacher loss", shares=shares, step=step, **batches
             )

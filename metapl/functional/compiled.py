@@ -33,7 +33,7 @@ from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
 from metapl.feedback import MODES, Implicit, estimator
-from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.state import (
     ImpureError,
@@ -50,6 +50,7 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
+from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
     OwnStep,
     TorchUpdate,
@@ -74,7 +75,7 @@ class Updates(NamedTuple):
     outer: Update | None
 
 
-def updates_of(trainer: Any) -> Updates:
+def updates_of(trainer: TwoLevelTrainer) -> Updates:
     """Return the rules of a trainer's optimizers for the parameters that are trained now."""
     inner = clipped(unclipped(trainer.update), trainer.clip_norm)
     if trainer.teacher is None:
@@ -83,7 +84,7 @@ def updates_of(trainer: Any) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(trainer: Any, steps: int, updates: Updates) -> Step:
+def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
     """Return the pure step of a trainer that looks so many steps ahead.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
@@ -94,7 +95,7 @@ def step_of(trainer: Any, steps: int, updates: Updates) -> Step:
     if reason := why_not_pure(trainer, steps, inner):
         raise MetaplError(f"compile= or functional() was given {reason}.")
 
-    losses_for = trainer.problem.default_teacher_losses
+    losses_for: Callable[[Any], Sequence[Any]] = trainer.problem.default_teacher_losses
     if trainer.teacher_losses is not None:
         losses_for = for_every_batch(trainer.teacher_losses)
     autocast: Any = nullcontext
@@ -120,7 +121,7 @@ def for_every_batch(losses: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
     return lambda batch: losses
 
 
-def why_not_pure(trainer: Any, steps: int, inner: Update) -> str:
+def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
     """Return what of a trainer has no pure step, and what is expected instead; "" for nothing.
 
     Args:
@@ -159,7 +160,7 @@ def has_hidden_state(update: Update) -> bool:
     return not all(torch.equal(t, second[name]) for name, t in first.items())
 
 
-def functional(trainer: Any) -> tuple[Step, State]:
+def functional(trainer: TwoLevelTrainer) -> tuple[Step, State]:
     """Return the pure step of a trainer, and a copy of its state."""
     updates = updates_of(trainer)
     step = step_of(trainer, trainer.lookahead, updates)
@@ -276,7 +277,7 @@ class LiveState:
         state: what the next step is given.
     """
 
-    def __init__(self, trainer: Any, updates: Updates) -> None:
+    def __init__(self, trainer: TwoLevelTrainer, updates: Updates) -> None:
         self.updates = updates
         self.state = state_of(trainer, updates)
         # The settings of param groups that the tensors in the state were made of.
@@ -288,11 +289,11 @@ class LiveState:
         self._weights: list[Tensor] = []
         self._signature: list[Any] = []
 
-    def is_of(self, trainer: Any, steps: int) -> bool:
+    def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
         """Return whether the trainer still holds these tensors, and takes the same step."""
         return self._signature_of(trainer, steps) == self._signature
 
-    def refresh(self, trainer: Any) -> None:
+    def refresh(self, trainer: TwoLevelTrainer) -> None:
         """Take over what changes between steps outside of the tensors that are held.
 
         These are settings of optimizers, the state of the mode, and the number of the step.
@@ -311,13 +312,13 @@ class LiveState:
             step=torch.tensor(trainer.steps_done, device=trainer.device),
         )
 
-    def adopt(self, trainer: Any, moved: State, steps: int) -> None:
+    def adopt(self, trainer: TwoLevelTrainer, moved: State, steps: int) -> None:
         """Let the optimizers hold the tensors that a first step has made.
 
         From then on :meth:`is_of` knows whose tensors these are.
         """
         tables: list[Mapping[Any, Any]] = []
-        for slots in trainer._slots:
+        for slots in trainer.slots:
             tables += slots.buffers
         pairs = (self.state.inner, moved.inner), (self.state.outer, moved.outer)
         for update, (optimizer, optimizer_after) in zip(self.updates, pairs, strict=True):
@@ -339,16 +340,16 @@ class LiveState:
         """Copy the state after a step into the tensors."""
         torch._foreach_copy_(self._tensors, leaves_of(moved))
 
-    def _signature_of(self, trainer: Any, steps: int) -> list[Any]:
+    def _signature_of(self, trainer: TwoLevelTrainer, steps: int) -> list[Any]:
         """Return a list that changes when the trainer's step is another, or its tensors are others.
 
         Whatever is named by its address is held by the trainer or by this object.
         """
         optimizers = [part for optimizer in trainer.schedulable for part in parts_of(optimizer)]
-        objects = [trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers]
+        objects: list[Any] = [trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers]
         objects += [optimizer.state for optimizer in optimizers]
         return [
-            *trainer._slots,
+            *trainer.slots,
             steps,
             trainer.feedback_size,
             *map(id, objects),
@@ -390,58 +391,29 @@ class CompiledStep:
         return CompiledStep, ()
 
     def __call__(
-        self, trainer: Any, labeled: Any, batches: Sequence[Any], is_lookahead: bool
+        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
     ) -> StepReport:
-        """Take one step on a labeled batch and the inner ones, and return its report.
-
-        Args:
-            is_lookahead: whether the inner batches were given as a look-ahead, of which one may be
-                of one batch.
+        """Take one step on these batches, and return its report.
 
         Raises: :class:`metapl.MetaplError` before anything has moved.
         """
-        steps = len(batches)
+        steps = len(inner_batches)
         if self._live is not None and not self._live.is_of(trainer, steps):
             self._live = None
         if self._live is None or self._compiled is None:
             self._compiled = self._find_or_compile(trainer, steps)
         compiled = self._compiled
-
-        eager: Outcome | None = None
-        if not compiled.is_compared:
-            eager = eager_step(trainer, labeled, batches, is_lookahead)
-            compiled.probs = eager.report.signal.probs
-        rates = [group["lr"] for group in unclipped(trainer.update).options]
-        if any(entry_shape(rate) for rate in rates):
-            raise MetaplError(
-                "compile= was given with a rate for each entry of a weight; leave compile out."
-            )
+        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
 
         live = self._live
         if live is None:
             live = LiveState(trainer, compiled.updates)
         else:
             live.refresh(trainer)
+        moved, step_report = self._run(
+            compiled, live, trainer, outer_batch, inner_batches, eager=eager
+        )
 
-        start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
-        try:
-            inner, noise = inner_arguments(batches, compiled.probs, trainer.generator)
-            with torch.no_grad(), no_fast_path(), capturing():
-                if trainer.compile == "reduce-overhead":
-                    moved, report = run_in_cuda_graphs(compiled, live.state, labeled, inner, noise)
-                else:
-                    moved, report = compiled.run(live.state, labeled, inner, noise)
-                step_report = step_report_of(trainer, report, steps, is_lookahead=is_lookahead)
-                if eager is not None:
-                    refuse_other(live.state, Outcome(moved, step_report), eager)
-        except BaseException:
-            start.restore()
-            raise
-
-        # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
-        # compared again.
-        if eager is not None:
-            compiled.is_compared = any(rate != 0 for rate in rates)
         if self._live is None:
             live.adopt(trainer, moved, steps)
             self._cache[compiled.key] = compiled
@@ -451,7 +423,86 @@ class CompiledStep:
         trainer.steps_done += 1
         return step_report
 
-    def _find_or_compile(self, trainer: Any, steps: int) -> Compiled:
+    def prepare(
+        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
+    ) -> None:
+        """Compile the step and compare it with the eager one, once, and move nothing.
+
+        Steps before the first compiled one call this, so that a step that cannot be compiled is
+        refused before anything has moved.
+
+        Raises: :class:`metapl.MetaplError`.
+        """
+        if self._cache:
+            return
+        compiled = self._find_or_compile(trainer, len(inner_batches))
+        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
+        live = LiveState(trainer, compiled.updates)
+        start = RandomState.now(trainer.device, trainer.generator, outside=True)
+        try:
+            self._run(compiled, live, trainer, outer_batch, inner_batches, eager=eager)
+        finally:
+            start.restore()
+        self._cache[compiled.key] = compiled
+
+    def _eager_step(
+        self,
+        compiled: Compiled,
+        trainer: TwoLevelTrainer,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
+    ) -> Outcome | None:
+        """Take the step that a compiled one is compared with by a copy of the trainer.
+
+        Returns: None where it has been compared before.
+        """
+        eager: Outcome | None = None
+        if not compiled.is_compared:
+            eager = eager_step(trainer, outer_batch, inner_batches)
+            compiled.probs = eager.report.signal.probs
+        if any(entry_shape(rate) for rate in rates_of(trainer)):
+            raise MetaplError(
+                "compile= was given with a rate for each entry of a weight; leave compile out."
+            )
+        return eager
+
+    def _run(
+        self,
+        compiled: Compiled,
+        live: LiveState,
+        trainer: TwoLevelTrainer,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
+        *,
+        eager: Outcome | None,
+    ) -> tuple[State, StepReport]:
+        """Run the graph, compare what comes out with the eager step, and return it.
+
+        Only random numbers have moved then, and none where it raises.
+        """
+        start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
+        try:
+            inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
+            with torch.no_grad(), no_fast_path(), capturing():
+                if trainer.compile == "reduce-overhead":
+                    moved, report = run_in_cuda_graphs(
+                        compiled, live.state, outer_batch, inner, noise
+                    )
+                else:
+                    moved, report = compiled.run(live.state, outer_batch, inner, noise)
+                step_report = step_report_of(trainer, report, inner_batches)
+                if eager is not None:
+                    refuse_other(live.state, Outcome(moved, step_report), eager)
+        except BaseException:
+            start.restore()
+            raise
+        # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
+        # compared again.
+        if eager is not None:
+            compiled.is_compared = any(rate != 0 for rate in rates_of(trainer))
+        return moved, step_report
+
+    def _find_or_compile(self, trainer: TwoLevelTrainer, steps: int) -> Compiled:
         """Return the graph for the trainer's step as it is now.
 
         A new one comes into the cache when it has run without an error.
@@ -467,11 +518,16 @@ class CompiledStep:
             trainer.teacher_losses,
             *trainer.schedulable,
         )
-        marks = [slots.mark for slots in trainer._slots]
+        marks = [slots.mark for slots in trainer.slots]
         key = (steps, trainer.feedback_size, *marks, *map(id, alive))
         if key in self._cache:
             return self._cache[key]
         return compile_step(trainer, steps, key=key, alive=alive)
+
+
+def rates_of(trainer: TwoLevelTrainer) -> list[Any]:
+    """Return the learning rate of each param group of the student's optimizer."""
+    return [group["lr"] for group in unclipped(trainer.update).options]
 
 
 def networks_of(trainer: Any) -> list[nn.Module]:
@@ -479,7 +535,7 @@ def networks_of(trainer: Any) -> list[nn.Module]:
     return [network for network in (trainer.student, trainer.teacher) if network is not None]
 
 
-def tensors_of_networks(trainer: Any) -> list[Tensor]:
+def tensors_of_networks(trainer: TwoLevelTrainer) -> list[Tensor]:
     """Return the parameters and buffers of a trainer's networks."""
     networks = networks_of(trainer)
     parameters = [p for network in networks for p in network.parameters()]
@@ -488,7 +544,7 @@ def tensors_of_networks(trainer: Any) -> list[Tensor]:
 
 
 def compile_step(
-    trainer: Any, steps: int, *, key: tuple[Any, ...], alive: tuple[Any, ...]
+    trainer: TwoLevelTrainer, steps: int, *, key: tuple[Any, ...], alive: tuple[Any, ...]
 ) -> Compiled:
     """Return the trainer's step as one graph, for a key and the objects that are alive in it.
 
@@ -515,7 +571,7 @@ def compile_step(
 
 
 def inner_arguments(
-    batches: Sequence[Any], probs: Tensor | None, generator: torch.Generator | None
+    inner_batches: InnerBatches, probs: Tensor | None, generator: torch.Generator | None
 ) -> tuple[Any, Any]:
     """Return the inner batch and its Gumbel noise as a pure step takes them, K of each for K steps.
 
@@ -526,19 +582,20 @@ def inner_arguments(
     if generator is not None and probs is not None:
         classes = probs.shape[1]
         noise = tuple(
-            gumbel(length(batch), classes, like=probs, generator=generator) for batch in batches
+            gumbel(length(batch), classes, like=probs, generator=generator)
+            for batch in inner_batches
         )
-    if len(batches) > 1:
-        return tuple(batches), noise
-    return batches[0], None if noise is None else noise[0]
+    if len(inner_batches) > 1:
+        return tuple(inner_batches), noise
+    return inner_batches[0], None if noise is None else noise[0]
 
 
 def run_in_cuda_graphs(
-    compiled: Compiled, state: State, labeled: Any, inner: Any, noise: Any
+    compiled: Compiled, state: State, outer_batch: Any, inner: Any, noise: Any
 ) -> tuple[State, Report]:
     """Return what a graph gives whose results lie in memory that the next step writes to."""
     torch.compiler.cudagraph_mark_step_begin()
-    moved, report = compiled.run(state, labeled, inner, noise)
+    moved, report = compiled.run(state, outer_batch, inner, noise)
     # The mode's state and the report outlive the next step. The other tensors are copied into those
     # of modules and optimizers before it.
     mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
@@ -555,7 +612,9 @@ STEP_IS_OFF = (
 )
 
 
-def step_report_of(trainer: Any, report: Report, steps: int, *, is_lookahead: bool) -> StepReport:
+def step_report_of(
+    trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
+) -> StepReport:
     """Return the report of a pure step as the one that a trainer returns."""
     mode = trainer.mode
     scalars = {"inner_loss": report.inner_loss}
@@ -577,10 +636,10 @@ def step_report_of(trainer: Any, report: Report, steps: int, *, is_lookahead: bo
 
     feedback = report.feedback
     signal = report.signal
-    if steps > 1:
+    if len(inner_batches) > 1:
         feedback = tuple(report.feedback)
         signal = report.signal[-1]
-    elif is_lookahead:
+    elif inner_batches.is_lookahead:
         feedback = (report.feedback,)
     return StepReport(
         trainer.steps_done,
@@ -600,29 +659,31 @@ class Outcome(NamedTuple):
     report: StepReport
 
 
-def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], is_lookahead: bool) -> Outcome:
+def eager_step(trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches) -> Outcome:
     """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
 
     Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network.
     """
-    inner = Lookahead(list(batches)) if is_lookahead else batches[0]
+    inner = inner_batches.as_argument()
     start = RandomState.now(trainer.device)
-    twin, report = step_of_copy(trainer, labeled, inner)
+    twin, report = step_of_copy(trainer, outer_batch, inner)
     end = RandomState.now(trainer.device)
     start.restore()
     # On the pure road L(θ′) draws from where the teacher's passes end; on the eager road, from a
     # stream of its own. So a step that draws is taken again, with that stream begun where this one
     # ended.
-    if not end.is_as(start):
+    if not end.equals(start):
         with branching_to(end):
-            twin, report = step_of_copy(trainer, labeled, inner)
+            twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
     refuse_changed_attributes(trainer.student, twin.student)
     refuse_changed_attributes(trainer.teacher, twin.teacher)
     return Outcome(state_of(twin, updates_of(twin)), report)
 
 
-def step_of_copy(trainer: Any, labeled: Any, inner: Any) -> tuple[Any, StepReport]:
+def step_of_copy(
+    trainer: TwoLevelTrainer, outer_batch: Any, inner: Any
+) -> tuple[TwoLevelTrainer, StepReport]:
     """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
     memo: dict[int, Any] = {}
     if trainer.generator is not None:
@@ -636,7 +697,7 @@ def step_of_copy(trainer: Any, labeled: Any, inner: Any) -> tuple[Any, StepRepor
         (twin.student, trainer.student),
     )
     with all_with_contents_of(pairs):
-        return twin, twin.step(labeled, inner)
+        return twin, twin.step(outer_batch, inner)
 
 
 def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None) -> None:

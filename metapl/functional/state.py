@@ -21,7 +21,8 @@ from metapl.execution.numerics import Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
 from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.problems.base import Signal, field_of
+from metapl.problems.base import Signal, field_name
+from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Options, TorchUpdate, Update, options_of, rounded_options
 
 SIGNAL_FIELDS = tuple(field.name for field in dataclasses.fields(Signal))
@@ -105,7 +106,7 @@ def with_fields(value: Fields, **changed: Any) -> Fields:
 def on_value(h: Tree, value: Any) -> Any:
     """The feedback as the signal's value is: a tensor, or a dict of those that are numbers."""
     if isinstance(value, dict):
-        return {key: h[field_of(key)] for key in value if field_of(key) in h}
+        return {key: h[field_name(key)] for key in value if field_name(key) in h}
     return h["log_prob"] if "log_prob" in h else h["value"]
 
 
@@ -127,7 +128,7 @@ def constants_of(update: Update | None) -> list[dict[str, Any]]:
     return [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
 
 
-def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
+def state_of(trainer: TwoLevelTrainer, updates: tuple[Update, Update | None]) -> State:
     """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
     device = trainer.device
 

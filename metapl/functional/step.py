@@ -48,7 +48,7 @@ from metapl.problems.base import (
     Problem,
     Signal,
     enters_input,
-    has_own,
+    overrides,
     reads_signal_in_outer_input,
     sum_and_weight,
 )
@@ -97,7 +97,7 @@ def make_step(
     The modules' own tensors are not read, those of the state are.
     """
     T, S, kind = Function(teacher, "teacher"), Function(student), mode.name
-    enters, revises = enters_input(problem), has_own(problem, "revised_signal")
+    enters, revises = enters_input(problem), overrides(problem, "revised_signal")
     composed = kind == "unrolled" or steps > 1 or enters
     first = (
         steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)

@@ -182,6 +182,6 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
         progress=request.shows_progress,
         replay_tolerance=request.replay_tolerance,
     )
-    if differentiation.has_lookahead:
+    if differentiation.inner_batches.is_lookahead:
         return result
     return replace(result, feedback=result.feedback[0], kept="")

@@ -22,12 +22,12 @@ from metapl.execution.batch import as_tensors, length
 from metapl.execution.checks import Fault
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
-from metapl.feedback.report import Say
+from metapl.feedback.report import Report, Say, StepReport
 from metapl.metrics.metric import Metric, metric_for
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import progress, stop_requests
-from metapl.training.fittable import Fittable
+from metapl.training.fittable import Fittable, is_two_level
 from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
 from metapl.training.records import figures
@@ -253,7 +253,7 @@ class Fit:
         )
         # The optimizers are left with their base rates.
         stack.callback(self.rates.move, None)
-        if hasattr(trainer, "measures_feedback"):
+        if is_two_level(trainer):
             stack.callback(setattr, trainer, "measures_feedback", False)
 
     def begin(self) -> None:
@@ -302,13 +302,13 @@ class Fit:
 
     # --------------------------------------------------------------------------------------- a step
 
-    def take_step(self) -> tuple[Any, Any, bool]:
+    def take_step(self) -> tuple[Any, Report, bool]:
         """Draw the batches of a step and take it.
 
         Returns: the labeled batch, the report, and whether the student waits, for a teacher that
         learns alone.
         """
-        trainer: Any = self.trainer
+        trainer = self.trainer
         options = self.options
         student_waits = self.step < options.wait
         student_is_alone = options.wait <= self.step < self.teacher_begins
@@ -320,13 +320,13 @@ class Fit:
         self.rates.move(self.step)
         if options.warm_start and self.step == options.wait and trainer.teacher is not None:
             self.selection.start_student_from_teacher()
-        if hasattr(trainer, "measures_feedback"):
+        take_step: Callable[[Any, Any], Report] = trainer.step
+        if is_two_level(trainer):
             trainer.measures_feedback = options.due(options.log_every, self.step + 1)
-        take_step = trainer.step
-        if student_waits:
-            take_step = trainer.teacher_step
-        elif student_is_alone:
-            take_step = trainer.first_step
+            if student_waits:
+                take_step = trainer.teacher_step
+            elif student_is_alone:
+                take_step = trainer.first_step
         try:
             report = take_step(labeled, unlabeled)
         except MetaplError as error:
@@ -354,7 +354,7 @@ class Fit:
 
     # ------------------------------------------------------------------------------- what it showed
 
-    def observe(self, report: Any, labeled: Any, *, student_waits: bool) -> dict[str, float]:
+    def observe(self, report: Report, labeled: Any, *, student_waits: bool) -> dict[str, float]:
         """Log, validate and call the callbacks after a step, where that is due.
 
         Returns the row that is recorded.
@@ -384,14 +384,13 @@ class Fit:
             self.records.add(row)
         return row
 
-    def log(self, report: Any, labeled: Any, row: dict[str, float]) -> None:
+    def log(self, report: Report, labeled: Any, row: dict[str, float]) -> None:
         """Put the numbers of a step into its row."""
         row.update(report.as_dict())
         row.update(self.rates.now())
-        if not hasattr(report, "signal"):
+        if not isinstance(report, StepReport) or not is_two_level(self.trainer):
             return
-        trainer: Any = self.trainer
-        scalars = figures(report, trainer.problem, labeled, self.ranks)
+        scalars = figures(report, self.trainer.problem, labeled, self.ranks)
         # One copy from the device for all of them.
         values = torch.stack([t.double() for t in scalars.values()]).tolist()
         row.update(zip(scalars, values, strict=True))

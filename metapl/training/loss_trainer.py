@@ -75,10 +75,8 @@ class LossTrainer(Trainer):
         self.as_given, self.layout = model, layout_of("network", model)
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
-        self.losses, self.optimizer = (
-            check_losses(losses, "losses"),
-            as_one_optimizer(optimizer, "optimizer"),
-        )
+        self.losses: Sequence[TeacherLoss] = check_losses(losses, "losses")
+        self.optimizer = as_one_optimizer(optimizer, "optimizer")
         if isinstance(self.optimizer, torch.optim.Optimizer):
             refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
             refuse_rates_by_entry(self.optimizer, "optimizer")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution.layout import reshard
 from metapl.execution.shards import as_sharded, laid_out_like, local
+from metapl.protocols import AnyTrainer
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_fields
 from metapl.words import did_you_mean
 
@@ -167,7 +168,7 @@ def fit_options(steps: int, keywords: FitKeywords, others: Sequence[str]) -> Fit
 class Rates:
     """The base rates as the optimizers of a trainer came with them, and what the schedule makes of them."""
 
-    def __init__(self, trainer: Any, options: FitOptions) -> None:
+    def __init__(self, trainer: AnyTrainer, options: FitOptions) -> None:
         optimizers = trainer.schedulable
         names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
         self.options = options

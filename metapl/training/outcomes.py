@@ -17,6 +17,8 @@ from metapl.execution.shards import local
 from metapl.feedback.report import Say
 from metapl.feedback.size import DEFAULT_BOUND
 from metapl.metrics import Evaluation
+from metapl.protocols import AnyTrainer, TwoLevelTrainer
+from metapl.training.fittable import is_two_level
 from metapl.training.options import FitOptions
 
 # The feedback's gradient over that of the teacher's own losses from which on it decides alone where
@@ -60,7 +62,7 @@ class Outcomes:
         say: where a line goes.
     """
 
-    def __init__(self, trainer: Any, options: FitOptions, say: Say) -> None:
+    def __init__(self, trainer: AnyTrainer, options: FitOptions, say: Say) -> None:
         self.trainer, self.options, self._say = trainer, options, say
         # The kinds of warnings that have been said.
         self.said = list[str]()
@@ -151,7 +153,9 @@ class Outcomes:
         Nothing where it is small by its rule, or there is none.
         """
         trainer = self.trainer
-        if trainer.teacher is None or trainer.mode.credits == "nothing" or not trainer._has_losses:
+        if not is_two_level(trainer) or trainer.teacher is None:
+            return []
+        if trainer.mode.credits == "nothing" or not trainer.has_losses:
             return []
         bound = f"give feedback_bound={DEFAULT_BOUND:g}"
         if trainer.feedback_bound is not None:
@@ -218,7 +222,9 @@ class Outcomes:
         self.said.append("move")  # it is asked once, whatever the answer
         if now is None or now.shape != self.start.shape:  # layers were added, say
             return
-        if not is_taught(self.trainer) or row.get("teacher_lr") == 0:
+        if not is_two_level(self.trainer) or not is_taught(self.trainer):
+            return
+        if row.get("teacher_lr") == 0:
             return
         size = root_mean_square(self.start)
         move = root_mean_square(now - self.start)
@@ -244,13 +250,13 @@ def either(ways: Sequence[str]) -> str:
     return f"{', '.join(others)}, or {last}" if others else last
 
 
-def is_taught(trainer: Any) -> bool:
+def is_taught(trainer: TwoLevelTrainer) -> bool:
     """Whether anything is meant to move the teacher.
 
     Losses of its own, or a feedback that counts.
     """
     has_feedback = trainer.mode.credits != "nothing" and trainer.feedback_weight != 0
-    return bool(has_feedback or trainer._has_losses)
+    return bool(has_feedback or trainer.has_losses)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from metapl.feedback.door import (
     refuse_learned_settings,
 )
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.feedback.lookahead import Lookahead, inner_batches, refuse_outer_lookahead
+from metapl.feedback.lookahead import InnerBatches, refuse_outer_lookahead
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
@@ -44,8 +44,8 @@ from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
-    has_own,
     kind_of,
+    overrides,
     reads_signal_in_outer_input,
 )
 from metapl.problems.losses import TeacherLoss, check_losses
@@ -225,7 +225,9 @@ class BilevelTrainer(Trainer):
         refuse_hooks(self.student)
         # The fingerprints of networks whose first step was looked at.
         self._looked_at: set[int] = set()
-        self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
+        self.teacher_losses: Sequence[TeacherLoss] | None = None
+        if teacher_losses is not None:
+            self.teacher_losses = check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = (
             clip_norm,
             precision,
@@ -302,7 +304,7 @@ class BilevelTrainer(Trainer):
             )  # its ranks are counted as the student's, see layouts()
             alone.layouts, alone.ranks = [alone.layout], alone.layout.ranks
         self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
-        self._slots = [
+        self.slots = [
             Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)
         ]
         self._held: list[
@@ -333,33 +335,29 @@ class BilevelTrainer(Trainer):
         Returns: a :class:`metapl.StepReport`.
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        begun = self._begin_step(labeled, unlabeled)
+        outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
+        refuse_outer_lookahead(outer_batch)
+        inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
+        begun = self._begin_step(outer_batch, inner_batches)
         slots = begun.slots
-        ahead = not isinstance(unlabeled, Tensor) and isinstance(unlabeled, Lookahead)
-        batches = (
-            inner_batches(unlabeled, self.lookahead)
-            if ahead or self.lookahead > 1
-            else [plain(unlabeled)]
-        )
         if self.compile:
-            compiled_report = self.compiled_step(self, plain(labeled), batches, ahead)
+            compiled_report = self.compiled_step(self, plain(outer_batch), inner_batches)
             self._looked_at.add(begun.mark)
             return compiled_report
-        if len(batches) != self.lookahead:
-            check_mode(self.mode, len(batches), self.problem, self.layout)
+        if len(inner_batches) != self.lookahead:
+            check_mode(self.mode, len(inner_batches), self.problem, self.layout)
         student = self._student_type(self.layout, slots[1], double_backward=self.mode.keep_graph)
-        candidates = self.mode.orders(len(batches), self.problem, student)
+        candidates = self.mode.orders(len(inner_batches), self.problem, student)
 
         def attempt(order: Order | None, is_tried: bool) -> StepReport:
-            return self._step_in_order(order, is_tried, student, begun, labeled, batches, ahead)
+            return self._step_in_order(order, is_tried, student, begun, outer_batch, inner_batches)
 
         def by_another(mode: Estimator, one_step: bool) -> Hypergradient:
-            given = batches[0] if one_step or not ahead else unlabeled
-            return self.hypergradient(outer=labeled, inner=given, mode=mode)
+            inner = inner_batches[0] if one_step else inner_batches.as_argument()
+            return self.hypergradient(outer=outer_batch, inner=inner, mode=mode)
 
         run = by_another if self.ranks.alone else None
-        with advice_on(self.mode, len(batches), run):
+        with advice_on(self.mode, len(inner_batches), run):
             return self.orders.take(candidates, attempt, begin_again=self._reshard)
 
     def _reshard(self) -> None:
@@ -373,16 +371,16 @@ class BilevelTrainer(Trainer):
         is_tried: bool,  # whether the order is being chosen
         student: LocalStudent,
         begun: Begun,
-        labeled: Any,
-        batches: Sequence[Any],
-        ahead: bool,  # whether they were given as a look-ahead
+        outer_batch: Any,
+        inner_batches: InnerBatches,
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order.
 
         A step that fails has moved nothing.
         """
         slots = begun.slots
-        labeled, losses = self.problem.outer_batch(labeled), self._losses_for(batches[-1])
+        outer_batch = self.problem.outer_batch(outer_batch)
+        losses = self._losses_for(inner_batches[-1])
         mode, number, ranks, parts, generator = (
             self.mode,
             self.steps_done,
@@ -400,7 +398,7 @@ class BilevelTrainer(Trainer):
             if held != self._held:  # as ``follow``: layers may have been added, or thawed
                 refuse_missing("outer_optimizer", optimizer, slots[0].learned, "teacher")
                 self._held = held
-        where = ranks, self.device, batches, parts, self.recompute_teacher, slots[0]
+        where = ranks, self.device, inner_batches, parts, self.recompute_teacher, slots[0]
         teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
         # Fused attention has no second derivative, which a kept graph of g needs.
         kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
@@ -411,7 +409,7 @@ class BilevelTrainer(Trainer):
                 looking(begun.look),
             ):
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                    *(student, self.update, self.problem, labeled, batches, teach),
+                    *(student, self.update, self.problem, outer_batch, inner_batches, teach),
                     parts=parts,
                     keep_graph=mode.keep_graph,
                     order=order,
@@ -425,7 +423,7 @@ class BilevelTrainer(Trainer):
                 scalars = teach.backward(
                     feedback,
                     losses,
-                    labeled,
+                    outer_batch,
                     number,
                     self.feedback_size,
                     measure=self.measures_feedback,
@@ -444,7 +442,7 @@ class BilevelTrainer(Trainer):
                     number,
                     {"inner_loss": path.inner_loss, **judged, **scalars},
                     fault,
-                    feedback=tuple(h) if ahead else h[0],
+                    feedback=tuple(h) if inner_batches.is_lookahead else h[0],
                     signal=step.signal.detached() if mode.keep_graph else step.signal,
                     # they may be weights, which the step moves
                     student_outputs=step.outputs.clone(),
@@ -465,32 +463,36 @@ class BilevelTrainer(Trainer):
             self._looked_at.add(begun.mark)
             return report
 
-    def _begin_step(self, labeled: Any, unlabeled: Any) -> Begun:
+    def _begin_step(self, outer_batch: Any, inner_batches: InnerBatches) -> Begun:
         """Read the networks' tables as they are now, and verify them on these batches where that is due.
 
         Where networks are met for the first time, what may carry a gradient past the signal is
         refused.
         """
-        refuse_outer_lookahead(labeled)
         for layout in self.distributed:
             layout.begin_step()
-        self._slots = slots = [
-            slots if slots.are_current() else Slots(slots.module) for slots in self._slots
+        self.slots = slots = [
+            slots if slots.are_current() else Slots(slots.module) for slots in self.slots
         ]
         slots[1].watch_losses_of(self.problem)
         mark = hash((slots[0].mark, slots[1].mark))
         look = None
         if mark not in self._looked_at and self.mode.credits != "nothing":
-            refuse_gradients_of_batches(labeled, unlabeled)
+            refuse_gradients_of_batches(outer_batch, inner_batches)
             refuse_learned_settings(self.update)
             refuse_hooks(self.student)
             blocks = self.layout.blocks
             look = FirstLook(
-                self.teacher, self.student, self.problem, labeled, unlabeled, blocks=blocks
+                self.teacher,
+                self.student,
+                self.problem,
+                outer_batch=outer_batch,
+                inner_batches=inner_batches,
+                blocks=blocks,
             )
         verification = self.verification
         if verification.setting and (verification.every or mark not in verification.verified_marks):
-            has_looked = verification.before(self, labeled, unlabeled, mark)
+            has_looked = verification.before(self, outer_batch, inner_batches, mark=mark)
             look = None if has_looked else look
         return Begun(slots, mark, look)
 
@@ -505,20 +507,20 @@ class BilevelTrainer(Trainer):
             else "left out"
         )
 
-    def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
+    def _losses_for(self, inner_batch: Any) -> Sequence[TeacherLoss]:
         given = () if self.teacher is None else self.teacher_losses
-        return self.problem.default_teacher_losses(unlabeled) if given is None else given
+        return self.problem.default_teacher_losses(inner_batch) if given is None else given
 
     @property
-    def _has_losses(self) -> bool:
+    def has_losses(self) -> bool:
         given = self.teacher_losses
-        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+        return overrides(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     @property
     def _teacher_learns_labels(self) -> bool:
         """Whether the teacher's own losses teach it the task, rather than, say, keep its weights small."""
-        if has_own(self.problem, "default_teacher_losses"):
-            return self._has_losses
+        if overrides(self.problem, "default_teacher_losses"):
+            return self.has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
 
     def _set_feedback_size(
@@ -529,7 +531,7 @@ class BilevelTrainer(Trainer):
         Refuse what does not go together.
         """
         for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
-            if value is not None and not self._has_losses:
+            if value is not None and not self.has_losses:
                 raise MetaplError(
                     f"{name}={value:g} was given, and the teacher has no losses of its own to "
                     "measure by; expected feedback_weight=..., or another learning rate of "
@@ -591,7 +593,7 @@ class BilevelTrainer(Trainer):
             either(labeled=labeled, outer=outer),
             either(unlabeled=unlabeled, inner=inner),
         )
-        if self._teacher_trainer is None or not self._has_losses:
+        if self._teacher_trainer is None or not self.has_losses:
             raise MetaplError(
                 "the teacher has no losses of its own; expected teacher_losses=, or wait=0."
             )
@@ -622,21 +624,26 @@ class BilevelTrainer(Trainer):
         :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps``
         says, or the option of that name. Of the teacher, its optimizer and the mode nothing changes
         but the buffers that its forward pass writes; ``steps_done`` increases by one. The step is
-        eager with ``compile`` too. It looks one step ahead, so that with ``lookahead`` above 1 the
-        mode is verified when the teacher begins.
+        eager with ``compile`` too, and the first of them compiles the later ones, so that what
+        cannot be compiled is refused before anything moves. It looks one step ahead, so that with
+        ``lookahead`` above 1 the mode is verified, and the step compiled, when the teacher begins.
 
         Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of
         the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`
         before anything moves.
         """
-        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+        outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
+        refuse_outer_lookahead(outer_batch)
+        inner_batches = InnerBatches.of_one_step(inner)
         if self.lookahead == 1:
-            slots = self._begin_step(labeled, unlabeled).slots
+            slots = self._begin_step(outer_batch, inner_batches).slots
+            if self.compile:
+                self.compiled_step.prepare(self, plain(outer_batch), inner_batches)
         else:
             for layout in self.distributed:
                 layout.begin_step()
-            self._slots = slots = [Slots(slot.module) for slot in self._slots]
-        labeled = self.problem.outer_batch(labeled)
+            self.slots = slots = [Slots(slot.module) for slot in self.slots]
+        outer_batch = self.problem.outer_batch(outer_batch)
         student = self._student_type(self.layout, slots[1], double_backward=False)
         self.update.follow(student.parameters)
 
@@ -653,8 +660,8 @@ class BilevelTrainer(Trainer):
                         student,
                         self.update,
                         self.problem,
-                        labeled,
-                        [plain(unlabeled)],
+                        outer_batch,
+                        inner_batches,
                         first_signal,
                     ),
                     parts=self.accumulate,
@@ -669,7 +676,7 @@ class BilevelTrainer(Trainer):
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_batch")
+        own = overrides(self.problem, "outer_batch")
         batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
 
@@ -691,7 +698,7 @@ class BilevelTrainer(Trainer):
 
     def read_input(self, batch: Any) -> Any:
         self._refuse_input_of_signal()
-        own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
+        own = overrides(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
 
     # ---------------------------------------------------------------------------------------- state

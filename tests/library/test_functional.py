@@ -26,6 +26,7 @@ from metapl.feedback import (
     ReinforcePerExample,
     Unrolled,
 )
+from metapl.feedback.lookahead import InnerBatches
 from metapl.functional import stack, unstack
 from metapl.functional.compiled import eager_step
 from metapl.functional.state import State
@@ -193,10 +194,12 @@ def agree(
 ) -> None:
     """One step by both roads, from the same generator."""
     torch.manual_seed(3)
-    given = list(data[1]) if ahead else [data[1]]
-    expected, report = eager_step(trainer, data[0], given, ahead)
+    inner_batches = InnerBatches.of_one_step(data[1])
+    if ahead:
+        inner_batches = InnerBatches(list(data[1]), is_lookahead=True)
+    expected, report = eager_step(trainer, data[0], inner_batches)
     step, state = trainer.functional()
-    moved, found = step(state, data[0], tuple(given) if ahead else given[0])
+    moved, found = step(state, data[0], tuple(inner_batches) if ahead else inner_batches[0])
     assert error(found.feedback, report.feedback) < tolerance
     assert error(found.student_outputs, report.student_outputs) < 1e-12
     for name, t in trees(expected).items():

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import ast
 import re
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import metapl
 
@@ -20,7 +23,7 @@ FLOORS = (
     ("execution",),
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
-    ("functional",),
+    ("functional", "protocols"),
     ("training",),
     ("ablation",),
     ("apps.words", "apps.sklearn", "apps.machine", "apps.model_noise", "apps.progress"),
@@ -65,7 +68,40 @@ def imports(source: str, known: set[str]) -> set[str]:
             assert node.level == 0, "a relative import"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in known else str(node.module) for name in whole}
+        elif isinstance(node, ast.Call):
+            for name in imports_by_string(node):
+                if isinstance(name, ast.Constant):
+                    # "metapl.training:verify" names a part of a module.
+                    found.add(str(name.value).partition(":")[0])
     return found & known
+
+
+IMPORTERS = ("import_module", "__import__", "find_spec", "run_module", "resolve_name")
+"""Functions that import, or look for, the module that a string names."""
+
+
+def imports_by_string(call: ast.Call) -> Iterator[ast.expr]:
+    """Yield the name of the module that a call imports, as it is written; of other calls nothing."""
+    function = call.func
+    name = ""
+    if isinstance(function, ast.Name):
+        name = function.id
+    elif isinstance(function, ast.Attribute):
+        name = function.attr
+    if name in IMPORTERS:
+        yield from call.args[:1]
+        yield from (keyword.value for keyword in call.keywords if keyword.arg == "name")
+
+
+def computed_imports(source: str) -> list[int]:
+    """Return the lines of a file that import a module whose name is computed."""
+    return [
+        call.lineno
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call)
+        for module in imports_by_string(call)
+        if not isinstance(module, ast.Constant)
+    ]
 
 
 @cache
@@ -121,6 +157,32 @@ def test_no_room_goes_in_a_circle() -> None:
     assert circle({name: used - {name} for name, used in rooms.items()}) == []
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from importlib import import_module\nimport_module('metapl.training.loop')",
+        "import importlib\ndef later():\n    return importlib.import_module('metapl.training.loop')",
+        "loop = __import__('metapl.training.loop')",
+        "import importlib.util\nimportlib.util.find_spec(name='metapl.training.loop')",
+        "import pkgutil\npkgutil.resolve_name('metapl.training.loop:Fit')",
+    ],
+)
+def test_an_import_by_a_string_is_seen(source: str) -> None:
+    found = imports(source, {*modules()})
+    assert found == {"metapl.training.loop"}
+    assert upward({"metapl.feedback.door": found}) == [
+        "metapl.feedback.door -> metapl.training.loop"
+    ]
+
+
+def test_no_room_of_the_library_computes_the_name_of_an_import() -> None:
+    """The floors would not see it; the doors may, and the application."""
+    assert computed_imports("import importlib\nimportlib.import_module(f'metapl.{room}')") == [2]
+    for name, path in modules().items():
+        if name not in DOORS and not name.startswith("metapl.apps"):
+            assert computed_imports(path.read_text()) == [], name
+
+
 def test_the_library_imports_nothing_of_the_application() -> None:
     library = {name: used for name, used in graph().items() if not name.startswith("metapl.apps")}
     library.pop("metapl.sklearn")  # a name that has always been there
@@ -140,3 +202,14 @@ def test_the_page_on_the_architecture_has_the_floors_of_this_test() -> None:
     floors = [{room for room in rooms if not room.startswith("apps")} for rooms in FLOORS]
     expected = {number: rooms for number, rooms in enumerate(floors, 1) if rooms}
     assert {int(number): set(re.findall(r"`(\w+)`", rooms)) for number, rooms in rows} == expected
+
+
+def test_the_picture_of_the_architecture_has_the_floors_of_this_test() -> None:
+    picture = xml.etree.ElementTree.parse(PACKAGE.parent / "docs" / "architecture.svg")
+    floors: dict[float, set[str]] = {}
+    for text in picture.iter("{http://www.w3.org/2000/svg}text"):
+        label = str(text.text).partition(":")[0]
+        floors.setdefault(float(text.get("y", 0)), set()).add(label)
+    from_the_bottom = [floors[y] for y in sorted(floors, reverse=True)]
+    expected = [{room for room in rooms if not room.startswith("apps")} for rooms in FLOORS]
+    assert from_the_bottom == [*filter(None, expected), {"apps"}]

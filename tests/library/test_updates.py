@@ -17,6 +17,7 @@ import metapl
 from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent
 from metapl.execution.state import trainable
+from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.path import take_steps
 from metapl.updates import Clipped, Update, update_of
 
@@ -204,8 +205,8 @@ def reached(problem: Any, update: Any, keep_graph: bool = False) -> Any:
         LocalStudent(Layout(problem.student), double_backward=keep_graph),
         update,
         metapl.PseudoLabels(kind="soft"),
-        labeled=problem.labeled,
-        batches=[problem.unlabeled],
+        outer_batch=problem.labeled,
+        inner_batches=InnerBatches.of_one_step(problem.unlabeled),
         teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
         keep_graph=keep_graph,
     ).steps

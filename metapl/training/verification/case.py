@@ -15,7 +15,7 @@ from metapl.execution.state import trainable
 from metapl.feedback import Estimator, Implicit
 from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.problems.base import Signal, field_of
+from metapl.problems.base import Signal, field_name
 from metapl.training.verification.real_step import Evaluation, RealStep, Tree
 
 # The relative errors that modes may have beyond rounding; the second is that of modes by
@@ -83,7 +83,7 @@ class Case:
         for number, of_step in enumerate(by_mode.feedback):
             tensors = of_step if isinstance(of_step, dict) else {"": of_step}
             for key, t in tensors.items():
-                h[number, field_of(key) if key else field_of_h] = t
+                h[number, field_name(key) if key else field_of_h] = t
         case = Case(
             step=step,
             mode=mode,

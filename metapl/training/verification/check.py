@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -21,17 +21,18 @@ from torch import nn
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import both_batches, map_tensors, micro_batches, plain
 from metapl.execution.checks import generator_of
-from metapl.execution.layout import Layout, layouts
-from metapl.execution.ranks import Ranks
+from metapl.execution.layout import layouts
 from metapl.execution.state import RandomState
-from metapl.feedback import Estimator, Lookahead, Mode, estimator, prepare
+from metapl.feedback import Estimator, Mode, estimator, prepare
 from metapl.feedback.door import (
     PastTheSignal,
     refuse_gradients_of_batches,
     refuse_hooks,
     refuse_learned_settings,
 )
+from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem
+from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.training.verification.case import EPS, EPS32, Case, Errors
 from metapl.training.verification.causes import coarsest_rounding
@@ -100,25 +101,10 @@ class GradientCheck:
             warnings.warn(f"{self.status}: {self.verdict}", VerificationWarning, stacklevel=4)
 
 
-class Verified(Protocol):
-    """What verification reads of a :class:`metapl.BilevelTrainer`."""
+class Verified(TwoLevelTrainer, Protocol):
+    """A trainer whose steps are verified: a :class:`metapl.BilevelTrainer`."""
 
-    teacher: nn.Module | None
-    student: nn.Module
-    mode: Estimator
-    problem: BilevelProblem
-    update: Update
-    generator: torch.Generator | None
-    accumulate: int
-    clip_norm: float | None
-    steps_done: int
-    layouts: list[Layout]
-    ranks: Ranks
     verification: Verification
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        """The networks by role."""
 
 
 def check_gradient(
@@ -167,23 +153,68 @@ def check_gradient(
     >>> check_gradient(trainer, labeled=(torch.randn(5, 4), torch.arange(5) % 3), unlabeled=torch.randn(6, 4)).passed
     True
     """
-    labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-    is_alone = all(
-        part is None
-        for part in (student, inner_optimizer, problem, inner_state, generator, clip_norm)
+    outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
+    inner_batches = InnerBatches.of_hypergradient(inner)
+    others = (student, inner_optimizer, problem, inner_state, generator, clip_norm)
+    if is_trainer(teacher) and all(argument is None for argument in others):
+        return check_trainer(teacher, outer_batch, inner_batches, mode=mode)
+    return check_step(
+        teacher,  # type: ignore[arg-type]  # what is no module is refused
+        student,  # type: ignore[arg-type]
+        outer_batch=outer_batch,
+        inner_batches=inner_batches,
+        mode="forward" if mode is None else mode,
+        problem=problem,
+        inner_optimizer=inner_optimizer,
+        inner_state=inner_state,
+        generator=generator,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
     )
-    if is_alone and isinstance(getattr(teacher, "verification", None), Verification):
-        trainer: Any = teacher
-        mode = trainer.mode if mode is None else mode
-        problem, generator = trainer.problem, trainer.generator
-        accumulate, clip_norm = trainer.accumulate, trainer.clip_norm
-        teacher, student, inner_optimizer = trainer.teacher, trainer.student, trainer.update
-    estimate = estimator("forward" if mode is None else mode)
+
+
+def is_trainer(teacher: nn.Module | Verified | None) -> TypeGuard[Verified]:
+    """Return whether a trainer was given in the place of a teacher."""
+    return isinstance(getattr(teacher, "verification", None), Verification)
+
+
+def check_trainer(
+    trainer: Verified, outer_batch: Any, inner_batches: InnerBatches, *, mode: Mode | None = None
+) -> GradientCheck:
+    """Verify the step that a trainer would take, by its own mode or another."""
+    return check_step(
+        trainer.teacher,
+        trainer.student,
+        outer_batch=outer_batch,
+        inner_batches=inner_batches,
+        mode=trainer.mode if mode is None else mode,
+        problem=trainer.problem,
+        inner_optimizer=trainer.update,
+        generator=trainer.generator,
+        accumulate=trainer.accumulate,
+        clip_norm=trainer.clip_norm,
+    )
+
+
+def check_step(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    *,
+    outer_batch: Any,
+    inner_batches: InnerBatches,
+    mode: Mode,
+    problem: BilevelProblem | None,
+    inner_optimizer: Any,
+    inner_state: Any = None,
+    generator: torch.Generator | None,
+    accumulate: int,
+    clip_norm: float | None,
+) -> GradientCheck:
+    """Verify a step; for the arguments see :func:`check_gradient`."""
+    estimate = estimator(mode)
     gives_feedback = estimate.credits != "nothing"
     teacher_layout, student_layout, device = layouts(
-        teacher,  # type: ignore[arg-type]
-        student,  # type: ignore[arg-type]
-        differentiated=gives_feedback,
+        teacher, student, differentiated=gives_feedback
     )
     generator_of(generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
@@ -198,23 +229,20 @@ def check_gradient(
     update.follow(parameters)
     refuse_replaced_step(update)
     if gives_feedback:
-        refuse_gradients_of_batches(labeled, unlabeled)
+        refuse_gradients_of_batches(outer_batch, inner_batches)
         refuse_learned_settings(update)
         refuse_hooks(student_layout.network)
-    first_batches = [unlabeled]
-    if isinstance(unlabeled, Lookahead):
-        first_batches = [unlabeled[k] for k in range(min(len(unlabeled), STEPS))]
-    outer_batch, *inner_batches = [
-        detached_copy(micro_batches(plain(batch), accumulate, "given")[0])
-        for batch in (labeled, *first_batches)
-    ]
+    verified_steps = min(len(inner_batches), STEPS)
     step = RealStep(
         teacher=None if teacher_layout is None else teacher_layout.network,
         student=student_layout.network,
         problem=prepare(problem, estimate),
         update=update,
-        outer_batch=outer_batch,
-        inner_batches=inner_batches,
+        outer_batch=copy_of_first_part(outer_batch, accumulate),
+        inner_batches=[
+            copy_of_first_part(inner_batches[number], accumulate)
+            for number in range(verified_steps)
+        ],
         clip_norm=clip_norm,
         generator=generator,
         random=RandomState.now(device),
@@ -223,12 +251,13 @@ def check_gradient(
     return verify_step(step, estimate)
 
 
-def detached_copy(batch: Any) -> Any:
-    """Return a batch of tensors with memory of their own.
+def copy_of_first_part(batch: Any, parts: int) -> Any:
+    """Return the first of the micro-batches of a batch, of tensors with memory of their own.
 
     Deepcopy would copy the whole tensor of a slice.
     """
-    return map_tensors(lambda t: t.detach().clone(), batch)
+    first_part = micro_batches(plain(batch), parts, "given")[0]
+    return map_tensors(lambda t: t.detach().clone(), first_part)
 
 
 def refuse_replaced_step(update: Update) -> None:
@@ -256,7 +285,9 @@ class Verification:
         self.every = 0 if isinstance(setting, bool | str) else setting
         self.verified_marks: set[int] = set()
 
-    def before(self, trainer: Verified, labeled: Any, unlabeled: Any, mark: int) -> bool:
+    def before(
+        self, trainer: Verified, outer_batch: Any, inner_batches: InnerBatches, *, mark: int
+    ) -> bool:
         """Verify the networks, which have a fingerprint, where that is due.
 
         Returns: whether a step was taken on these batches, and its graphs were looked at.
@@ -280,7 +311,7 @@ class Verification:
                 )
             self.verified_marks.add(mark)
             return False
-        check = check_gradient(trainer, labeled=labeled, unlabeled=unlabeled)
+        check = check_trainer(trainer, outer_batch, inner_batches)
         self.verdict = f"{check.status}: {check.verdict}"
         check.refuse_or_warn(self.setting)
         self.verified_marks.add(mark)

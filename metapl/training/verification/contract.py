@@ -15,7 +15,7 @@ from metapl.errors import few
 from metapl.execution.batch import rows
 from metapl.execution.state import RandomState, trainable
 from metapl.feedback import LossDifference
-from metapl.problems.base import enters_input, has_own, has_rows, sum_and_weight
+from metapl.problems.base import enters_input, has_rows, overrides, sum_and_weight
 from metapl.training.verification.case import EXACT, Case, flat
 from metapl.training.verification.causes import likely_causes
 from metapl.training.verification.real_step import Evaluation
@@ -45,7 +45,7 @@ def writes_weights(case: Case) -> str:
 
 def has_another_outer_loss(case: Case) -> str:
     """Return both values of L(θ′) where the mode's is not that of the real step."""
-    if has_own(case.step.problem, "revised_signal"):
+    if overrides(case.step.problem, "revised_signal"):
         # The mode's value is that of a later step.
         return ""
     real, by_mode = float(case.real.loss), float(case.by_mode.outer_loss)
@@ -131,7 +131,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
             copies.student(problem.student_input(of_rows, *entering))
         before = RandomState.now(copies.random.device)
         losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
-        if not RandomState.now(copies.random.device).is_as(before):
+        if not RandomState.now(copies.random.device).equals(before):
             drawing.append("inner_loss")
         return losses.mean().detach()
 

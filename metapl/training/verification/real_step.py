@@ -20,6 +20,7 @@ from metapl.execution.state import RandomState, Slots, all_with_contents_of, swa
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
+from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import Problem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
@@ -185,8 +186,8 @@ class RealStep:
             step.teacher,
             step.student,
             step.problem,
-            outer=step.outer_batch,
-            inner=Lookahead(step.inner_batches),
+            outer_batch=step.outer_batch,
+            inner_batches=InnerBatches(step.inner_batches, is_lookahead=True),
             named_by=(originals.teacher, originals.problem, originals.student),
         )
         with step.in_the_originals(), looking(look):
