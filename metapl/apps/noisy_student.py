@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
-from metapl.apps.label import Read, ToLabel, called, refuse_other_pictures, write_labels
-from metapl.apps.labels import LabelStore, Values, check_interval, select, statistics
+from metapl.apps.label_store import LabelStore, Values, check_interval, select, statistics
+from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import Architecture, begin_as

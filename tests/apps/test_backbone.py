@@ -29,7 +29,7 @@ from metapl.apps.look import choose_settings
 from metapl.apps.networks import Normalized, Tuned, begin_as, create, merged
 from metapl.apps.pictures import MemoryImages
 from metapl.apps.report import summary
-from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.run_folder import WEIGHTS, EndedRun
 from metapl.apps.settings import Fitting
 from metapl.errors import MetaplError
 from metapl.training.trainer import BilevelTrainer

@@ -25,11 +25,12 @@ import torch
 import tyro
 from joblib import cpu_count
 
-from metapl.apps.comparison import ENOUGH_SEEDS, STUDENT, Comparison, spread
 from metapl.apps.inputs import plural
 from metapl.apps.machine import default_threads, read_sealed
+from metapl.apps.methods_over_seeds import ENOUGH_SEEDS, STUDENT, Comparison, spread
+from metapl.apps.printing import table, tell, wrapped
 from metapl.apps.report import SUSPECTS, linear_baseline, write_report
-from metapl.apps.run import (
+from metapl.apps.run_folder import (
     ANOTHER,
     NETWORK,
     READOUTS,
@@ -42,7 +43,6 @@ from metapl.apps.run import (
 )
 from metapl.apps.settings import replaced
 from metapl.apps.train import describe, device, train
-from metapl.apps.words import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
 

@@ -21,16 +21,23 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps.inputs import Factory, Network, Run
-from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, is_text, select, statistics
+from metapl.apps.label_store import (
+    DIGEST_BYTES,
+    LabelStore,
+    LabelWriter,
+    is_text,
+    select,
+    statistics,
+)
 from metapl.apps.machine import sha256_of, write_whole
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import FileImages
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import BATCH, Input
+from metapl.apps.printing import short, table, tell
 from metapl.apps.progress import count_bar, count_lines
-from metapl.apps.run import WEIGHTS, EndedRun
+from metapl.apps.run_folder import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
-from metapl.apps.words import short, table, tell
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
@@ -336,7 +343,7 @@ def write_labels(
         network: gives logits; it runs in eval mode, without gradients, in the precision of its
             weights, on the device of its first parameter. Afterwards it is in the mode that it was
             in.
-        place, classes, top_k, resume: as of :class:`~metapl.apps.labels.LabelWriter`.
+        place, classes, top_k, resume: as of :class:`~metapl.apps.label_store.LabelWriter`.
         leave_out: is told of each file that is left out, with the reason, or that was labeled and
             cannot be read now.
         about: what else the store says of its labels.
