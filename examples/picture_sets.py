@@ -21,7 +21,7 @@ from torchvision import datasets
 
 from metapl.apps.label_store import LabelStore
 from metapl.apps.labeling import called
-from metapl.apps.networks import Architecture, Normalized, create
+from metapl.apps.networks import Architecture, create
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
@@ -39,6 +39,7 @@ from metapl.apps.pictures import (
 from metapl.apps.pictures.batches import Images
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.run_folder import save
+from metapl.apps.tuned_networks import Normalized
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation

@@ -51,7 +51,7 @@ import metapl
 from metapl.apps.label_store import LabelStore
 from metapl.apps.launch import Processes, joined
 from metapl.apps.methods_over_seeds import parse_seeds
-from metapl.apps.networks import parameter_groups
+from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures import (
     EvaluationBatches,
     FileImages,

@@ -31,7 +31,7 @@ from metapl.apps.progress import is_watched
 from metapl.apps.report import summary
 from metapl.apps.run_folder import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
-from metapl.apps.several_runs import compare
+from metapl.apps.several_runs import train_and_compare
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
@@ -195,7 +195,7 @@ class Train:
                         chosen = {
                             name: one.scheduled(config.fitting.steps) for name, one in like.items()
                         }
-                        compare(
+                        train_and_compare(
                             config, chosen, seeds, folder, resume=options.resume, jobs=options.jobs
                         )
                         return 0

@@ -20,12 +20,12 @@ from metapl.apps.launch import Processes, from_first
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.model_noise import model_noise
-from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
 from metapl.apps.run_folder import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
+from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of

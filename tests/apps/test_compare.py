@@ -17,9 +17,10 @@ from test_resume import contents
 from tiny_runs import TINY, built_once
 
 from metapl.apps import several_runs
+from metapl.apps.compare_runs import Entry, verdict
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.methods_over_seeds import READOUTS, STUDENT, Comparison
-from metapl.apps.several_runs import Entry, Job, verdict
+from metapl.apps.several_runs import Job
 from metapl.errors import MetaplError
 
 NONE = [0.5, 0.52, 0.51, 0.52, 0.53]

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from metapl.apps import robustness as kinds
 from metapl.apps.evaluate import GROUPS, robustness_curves
 from metapl.apps.export import WEIGHTS, export
-from metapl.apps.networks import Architecture, Normalized
+from metapl.apps.networks import Architecture
 from metapl.apps.robustness import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
+from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 
