@@ -191,9 +191,10 @@ class Estimator(ABC):
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
     is_pure: ClassVar[bool] = False
-    """Whether :meth:`feedback` asks for nothing but the protocols of :mod:`metapl.feedback.roads`.
+    """Whether :meth:`feedback` is written in the terms of both roads.
 
-    And reads no number on the host. Then the pure road runs it too, and ``torch.compile`` traces it.
+    It then asks for nothing but the protocols of :mod:`metapl.feedback.roads`, and reads no number
+    on the host: the pure road runs it too, and ``torch.compile`` traces it.
     """
 
     def __post_init__(self) -> None:
@@ -203,11 +204,13 @@ class Estimator(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether the feedback on a differentiable signal is the whole gradient, but for rounding."""
+        """Whether the feedback on a differentiable signal is the whole gradient, to rounding."""
         return False
 
     def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
-        """Return which steps of a look-ahead keep their states; the adjoint computes the others again.
+        """Return which steps of a look-ahead keep their states.
+
+        The adjoint computes the others again.
 
         Args:
             size: of the state of a step, in bytes.
@@ -216,7 +219,7 @@ class Estimator(ABC):
 
     @property
     def requires(self) -> frozenset[Capability]:
-        """What the student has to offer, such as ``ONE_PROCESS`` of :mod:`metapl.execution.layout`."""
+        """What the student has to offer, by names of :mod:`metapl.execution.layout`."""
         return frozenset({ONE_PROCESS} if self.keep_graph else ())
 
     def init(self) -> State:

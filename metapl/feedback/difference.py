@@ -27,7 +27,7 @@ from metapl.problems.base import Kind, Problem
 from metapl.runs.fields import Range
 
 ROUNDINGS = 30.0
-"""A bound on the rounding error of outputs and of sums over them, in units of the machine epsilon."""
+"""A bound on the rounding error of outputs and of sums over them, in units of the epsilon."""
 
 RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
 """r by dtype.
@@ -52,7 +52,8 @@ class Difference(Estimator):
     signal is taken at both outputs:
 
     .. math:: h \approx -\frac{\|w\|}{2\delta} \big[
-              \nabla_{\mathrm{signal}} \ell(z_+, \mathrm{signal}) - \nabla_{\mathrm{signal}} \ell(z_-, \mathrm{signal}) \big], \quad
+              \nabla_{\mathrm{signal}} \ell(z_+, \mathrm{signal}) -
+              \nabla_{\mathrm{signal}} \ell(z_-, \mathrm{signal}) \big], \quad
               z_\pm = S(x_u; \theta \pm \delta\,\hat w)
 
     which of a weight of an example is the difference of its losses. The step's ``order`` says which

@@ -22,7 +22,7 @@ Later steps take the same one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from metapl.errors import MetaplError
 from metapl.execution.compare import SlopesDiffer
@@ -30,6 +30,7 @@ from metapl.execution.numerics import MissingDerivative
 
 Order = Literal["graph", "tangent", "double_backward", "outputs", "losses"]
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
 class NotFiniteFeedback(MetaplError):
@@ -37,6 +38,18 @@ class NotFiniteFeedback(MetaplError):
 
 
 Failure = MissingDerivative | NotFiniteFeedback | SlopesDiffer
+
+
+class Attempt(Protocol[Result_co]):
+    """A step in one order of differentiation, which moves nothing where it fails."""
+
+    def __call__(self, order: Order | None, is_tried: bool) -> Result_co:
+        """Return what the step returns.
+
+        Args:
+            order: None where there is nothing to choose.
+            is_tried: whether the order is being chosen.
+        """
 
 
 class Orders:
@@ -48,7 +61,7 @@ class Orders:
     def take(
         self,
         candidates: Sequence[Order],
-        attempt: Callable[[Order | None, bool], Result],
+        attempt: Attempt[Result],
         *,
         begin_again: Callable[[], object],
     ) -> Result:
@@ -57,21 +70,20 @@ class Orders:
         Args:
             candidates: the orders that the step may take, the preferred first; none, where there is
                 nothing to choose.
-            attempt: the step, of the order and of whether that is being chosen; it moves nothing
-                where it fails.
+            attempt: takes the step in an order.
             begin_again: is called between two attempts.
         """
         if not candidates:
-            return attempt(None, False)
+            return attempt(None, is_tried=False)
         key = _key(candidates)
         if key in self._chosen:
-            return attempt(self._chosen[key], False)
+            return attempt(self._chosen[key], is_tried=False)
         failures: list[Failure] = []
         for order in candidates:
             if failures:
                 begin_again()
             try:
-                result = attempt(order, True)
+                result = attempt(order, is_tried=True)
             except (MissingDerivative, NotFiniteFeedback, SlopesDiffer) as error:
                 failures.append(error)
                 continue

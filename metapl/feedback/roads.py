@@ -145,7 +145,7 @@ class StudentPath(Protocol):
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
     ) -> Iterable[tuple[StudentStep, Tree, Gradients | None]]:
-        """Return the last ``truncate`` steps, from the last to the first, with w and ∂⟨g, w⟩/∂(fields).
+        """Return the last ``truncate`` steps, the last first, with w and ∂⟨g, w⟩/∂(fields).
 
         None in the place of these derivatives: ask the step for them, by
         :meth:`StudentStep.derivatives_along`. Where they are there, w may be empty.
