@@ -61,8 +61,8 @@ from metapl.updates import (
     update_of,
 )
 
-LONGEST = 3  # steps that are unrolled in one function
-
+# How many steps are unrolled in one function at most.
+LONGEST = 3
 
 # An estimator of one's own, or a subclass, has its feedback on the eager road alone.
 KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
