@@ -63,6 +63,7 @@ from metapl.updates import (
 # How many steps are unrolled in one function at most.
 LONGEST = 3
 
+
 class Updates(NamedTuple):
     """The rules of the two optimizers of a trainer, each behind its clip, if there is one."""
 
