@@ -47,7 +47,10 @@ SHIFT = 0.1
 
 
 class Student(nn.Module):
-    """A part under two names, an activation, a setting in a dataclass, and what the class and its module hold."""
+    """A part under two names, an activation, and a setting in a dataclass.
+
+    The class and its module hold something too.
+    """
 
     power = 1.0
 
@@ -82,7 +85,7 @@ def student(seed: int = 0, kind: Any = Student, **options: Any) -> nn.Module:
 def gradient(
     network: nn.Module, problem: Any = None, rule: Any = torch.optim.SGD, compile: bool = True
 ) -> Tensor:
-    """The weights' scores in each step, as one tensor."""
+    """Return the weights' scores in each step, as one tensor."""
     optimizer = rule(network.parameters(), lr=0.3)
     found = metapl.hypergradient(
         None,
@@ -148,7 +151,7 @@ def tied(network: Any) -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a flag": lambda network: network.norm.eval(),
     "all flags": lambda network: network.eval(),
-    "a frozen part": lambda network: network.first.requires_grad_(False),
+    "a frozen part": lambda network: network.first.requires_grad_(requires_grad=False),
     "a hook": hooked,
     "a number": lambda network: setattr(network.norm, "eps", 0.5),
     "a number in a dataclass": lambda network: setattr(network.settings, "scale", 2.0),
@@ -229,7 +232,7 @@ def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.Monk
             None,
             lambda p, **given: torch.optim.SGD([{"params": [q]} for q in p], **given),
         ),
-        (student().train(False),),
+        (student().train(mode=False),),
     ]
     for case in cases:
         refuse_other(gradient(*case), *case)

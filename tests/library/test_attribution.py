@@ -113,7 +113,10 @@ def test_the_scores_are_the_derivatives(
 
 
 def test_of_each_outer_example() -> None:
-    """A batch norm in train mode has the statistics of all outer examples, as for the whole outer loss."""
+    """A batch norm in train mode has the statistics of all outer examples.
+
+    So it is in the outer loss of all of them.
+    """
     network = student("batch_norm")
     attribution = found(network, each=True)
     exact, losses = by_hand(copy.deepcopy(network), attribution.order, "sgd", lambda _: 1.0)
@@ -168,7 +171,7 @@ def test_the_scores_of_tokens_are_the_derivatives(
         return torch.cat([torch.zeros(len(x), 1).double(), of_token], 1)
 
     def judged_after(w: Tensor) -> Tensor:
-        """The outer losses after a training by SGD with momentum."""
+        """Return the outer losses after a training by SGD with momentum."""
         params, state = reference.weights(network), None
         for chosen in attribution.order:
             of_tokens = w[chosen] * losses(params, ids[chosen], labels[chosen])
@@ -186,16 +189,18 @@ def test_the_scores_of_tokens_are_the_derivatives(
     assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
     assert attribution.top(3)[0].tolist() == of_sequences.top(3)[0].tolist()
     assert error(attribution.predict([1, 3]), of_sequences.predict([1, 3])) < 1e-10
-    second = torch.zeros(6, 4, dtype=torch.bool).index_fill(
-        1, torch.tensor(2), True
-    )  # one token of each sequence
-    agreement = attribution.validate([[1, 3], [2], second])
+    third_tokens = torch.zeros(6, 4, dtype=torch.bool)
+    third_tokens[:, 2] = True
+    agreement = attribution.validate([[1, 3], [2], third_tokens])
     assert (
         error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2])
         < 1e-10
     )
     assert (
-        error(agreement.retrained[2], judged_after(1.0 - second.double()) - attribution.outer_loss)
+        error(
+            agreement.retrained[2],
+            judged_after(1.0 - third_tokens.double()) - attribution.outer_loss,
+        )
         < 1e-10
     )
     assert error(agreement.predicted[2], exact[..., 2].sum(-1)) < 1e-7
@@ -229,7 +234,7 @@ def trained(
     rate: Callable[[int], float],
     clip: float | None = None,
 ) -> tuple[nn.Module, Tensor]:
-    """The network and its outer loss after a plain loop on weighted examples."""
+    """Return the network and its outer loss after a plain loop on weighted examples."""
     plain = copy.deepcopy(network)
     optimizer = torch.optim.SGD(plain.parameters(), momentum=0.9)
     torch.manual_seed(3)
@@ -256,11 +261,14 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(
     sets = [[1, 2], [5], [7, 8, 9]]
     agreement = attribution.validate(sets)
     all_but: list[Any] = [[], *sets]
-    whole, *without = (
-        trained(network, attribution.order, ones.index_fill(0, torch.tensor(left_out, dtype=torch.long), 0.0),
-                lambda k: 0.1 * (1 - k / STEPS), clip)[1]
-        for left_out in all_but
-    )  # fmt: skip
+    losses = []
+    for left_out in all_but:
+        weights = ones.index_fill(0, torch.tensor(left_out, dtype=torch.long), 0.0)
+        _, loss = trained(
+            network, attribution.order, weights, lambda k: 0.1 * (1 - k / STEPS), clip
+        )
+        losses.append(loss)
+    whole, *without = losses
     assert error(attribution.outer_loss, whole) < 1e-12
     assert error(agreement.retrained, torch.stack(without) - whole) < 1e-10
     assert (

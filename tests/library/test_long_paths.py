@@ -149,7 +149,10 @@ def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None) -> N
 
 @pytest.mark.parametrize(("kind", "accumulate"), [("soft", 1), ("hard", 2)])
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
-    """With dropout, batch norm and drawn labels, on lazy batches of which most steps are computed again."""
+    """Dropout, batch norm and drawn labels, on lazy batches.
+
+    Most steps are computed again.
+    """
     found = []
     for ahead, mode in (
         (Lookahead([batch(k)[0] for k in range(STEPS)]), Forward(keep_every=1)),

@@ -96,7 +96,7 @@ def muon_and_adamw(
 
 
 def student_of_matrices() -> nn.Module:
-    """A tall one, a wide one, and biases."""
+    """Return weights: a tall one, a wide one, and biases."""
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, CLASSES))
 
 
@@ -114,7 +114,10 @@ def optimizers(network: nn.Module, settings: dict[str, Any] = NESTEROV) -> tuple
 
 
 def warmed(given: Toy, settings: dict[str, Any], steps: int) -> tuple[tuple[Any, Any], Any]:
-    """Optimizers that have taken steps, and the state of the rule by hand, which does not depend on the weights."""
+    """Return optimizers that have taken steps, and the state of the rule by hand.
+
+    The state does not depend on the weights.
+    """
     real, rule, state = optimizers(given.student, settings), muon_and_adamw(**settings), None
     draw = torch.Generator().manual_seed(7)
     for _ in range(steps):

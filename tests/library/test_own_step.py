@@ -93,7 +93,7 @@ class Counting(torch.optim.RMSprop):
 
 
 def test_several_steps_of_an_optimizer_of_ones_own_are_refused() -> None:
-    """They are taken by fresh ones of its type, which would lack what it has besides groups and states."""
+    """A copy by a fresh optimizer of the type would lack what it has besides groups and states."""
     case = toy("mlp")
     hooked = OTHERS["RMSprop"](case.student)
     hooked.register_step_pre_hook(lambda *given: None)

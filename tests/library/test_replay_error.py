@@ -1,5 +1,8 @@
-"""Steps of a path that are computed again: deterministic algorithms are asked for, and a state that
-comes out otherwise than it was kept stands in the result, or is refused."""
+"""Steps of a path that are computed again.
+
+Deterministic algorithms are asked for, and a state that comes out otherwise than it was kept stands
+in the result, or is refused.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ class Noisy(nn.Module):
 
 
 class NoisyGradient(Noisy):
-    """A layer whose outputs are a function and whose gradients are not, as those of sums by atomic additions."""
+    """A layer whose outputs are a function of its inputs and whose gradients are not.
+
+    So are those of sums by atomic additions.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         def changed(g: Tensor) -> Tensor:
@@ -102,7 +108,10 @@ def gradient(
 
 @pytest.fixture
 def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two graphs of a compiled path run as plain functions, and are not compared with the eager road."""
+    """Run the two graphs of a compiled path as plain functions.
+
+    They are not compared with the eager road.
+    """
     monkeypatch.setattr(graphs, "_CACHE", {})
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
@@ -229,7 +238,10 @@ def test_attribution_has_the_error_and_the_precision() -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
-    """Whether deterministic algorithms, and warnings alone, were asked for in each pass of a student."""
+    """Record whether deterministic algorithms were asked for in each pass of a student.
+
+    Warnings alone are told apart.
+    """
     seen: list[tuple[bool, bool]] = []
     forward = nn.Tanh.forward
 
@@ -240,7 +252,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
 
     monkeypatch.setattr(nn.Tanh, "forward", watched)
     yield seen
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(mode=False)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -257,7 +269,8 @@ def test_paths_ask_for_deterministic_algorithms(
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     asked.clear()
-    torch.use_deterministic_algorithms(True)  # by the caller, who wants errors
+    # The caller wants errors.
+    torch.use_deterministic_algorithms(mode=True)
     gradient(student_of(), Forward(keep_every=3), compile=compile)
     assert {*asked} == {(True, False)}
     assert torch.are_deterministic_algorithms_enabled()

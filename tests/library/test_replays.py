@@ -1,4 +1,6 @@
-"""Students and teachers whose passes are hard to run again: the gradient is that of plain double backward.
+"""Students and teachers whose passes are hard to run again.
+
+Their gradient is that of plain double backward.
 
 The reference is double backward on the module itself: its weights are exchanged by hand, and hooks,
 buffers and checkpoints act as they do in training.
@@ -74,21 +76,23 @@ def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A copy, of modules too whose weight is an attribute with a graph."""
+    """Return a copy, of modules too whose weight is an attribute with a graph."""
     held = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)]
     kept = {id(t): t.detach().clone() for t in held}
     return copy.deepcopy(module, kept)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of what a pass may move: buffers, and parameters that are not learned."""
+    """Return copies of what a pass may move: buffers, and parameters that are not learned."""
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     return {name: t.detach().clone() for name, t in [*module.named_buffers(), *frozen.items()]}
 
 
 @sdpa_kernel(SDPBackend.MATH)
 def plainly(problem: Toy, kind: str = "soft") -> tuple[reference.Tree, dict[str, Tensor]]:
-    """The teacher's gradient by double backward on the student itself, and the student's state after its inner pass.
+    """Return the teacher's gradient by double backward on the student itself.
+
+    Beside it is the student's state after its inner pass.
 
     ``kind`` is ``"soft"``, or ``"score"`` as in the reference.
     """
@@ -130,7 +134,10 @@ def found(problem: Toy, way: str) -> metapl.Hypergradient:
 
 
 def check_exact(problem: Toy, way: str) -> None:
-    """The gradient is right, a call moves nothing, and a step moves the state as the one inner pass does."""
+    """Assert that the gradient is right, and that a call moves nothing.
+
+    A step moves the state as the one inner pass does.
+    """
     bound = 1e-4 if way in BY_DIFFERENCE else 1e-9
     problem.draw_from_start()
     expected, state = plainly(problem, "score" if "per_example" in way else "soft")
@@ -255,7 +262,7 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
 
 
 def built(make: Callable[[], nn.Module], batches: int = 2) -> nn.Module:
-    """The network after some batches."""
+    """Return the network after some batches."""
     torch.manual_seed(5)
     net = make().double()
     for _ in range(batches):
@@ -353,8 +360,11 @@ def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_i
 
 @pytest.mark.parametrize("mode", ["unrolled", "tangent", "difference"])
 def test_masks_of_different_passes_are_independent(mode: str) -> None:
-    """Of the student's inner pass, its outer pass and the teacher's two, in this step and the next;
-    a replay has those of what it replays."""
+    """The passes of this step and the next have masks of their own.
+
+    These are the student's inner pass, its outer pass and the teacher's two. A replay has the masks
+    of what it replays.
+    """
     log: list[Tensor] = []
 
     class Masks(nn.Linear):
@@ -453,7 +463,10 @@ def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int)
 @pytest.mark.parametrize("mode", ["forward", "difference"])
 @pytest.mark.parametrize("seed", [39, 56, 61, 69, 84, 120])
 def test_slopes_that_cancel_to_rounding_are_no_disagreement(seed: int, mode: str) -> None:
-    """Batch normalization takes a bias away, and a first step of Adam makes its whole direction of such biases."""
+    """Batch normalization takes a bias away.
+
+    A first step of Adam makes its whole direction of such biases.
+    """
     torch.manual_seed(seed)
     networks = [
         nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
@@ -469,14 +482,14 @@ def test_a_partly_frozen_student_can_be_thawed() -> None:
     """With the default optimizer; what is frozen stays, even where a stale gradient lies on it."""
     problem = case(mlp())
     frozen, free = problem.student[1], problem.student[3]
-    frozen.requires_grad_(False)
+    frozen.requires_grad_(requires_grad=False)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
     frozen.weight.grad = torch.ones_like(frozen.weight)
     before = values(problem.student)
     trainer.step(**problem.data())
     assert torch.equal(frozen.weight, before["1.weight"])
     assert not torch.equal(free.weight, before["3.weight"])
-    frozen.requires_grad_(True)
+    frozen.requires_grad_(requires_grad=True)
     trainer.step(**problem.data())
     assert not torch.equal(frozen.weight, before["1.weight"])
 
@@ -499,7 +512,10 @@ def test_a_teacher_may_have_sparse_gradients() -> None:
 
 
 class TakesPlainLayouts(nn.Module):
-    """A layer whose rule of forward mode takes contiguous tensors alone, as that of group norm does on torch 2.12."""
+    """A layer whose rule of forward mode takes contiguous tensors alone.
+
+    So does that of group norm on torch 2.12.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.autograd.forward_ad._current_level >= 0:

@@ -33,7 +33,7 @@ Call = Callable[[str | None, Callable[[], None]], dict[str, Any]]
 
 
 def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict[str, Any]:
-    """The whole result of a path, and what it leaves behind."""
+    """Return the whole result of a path, and what it leaves behind."""
     student, teacher = network(given.pop("seed", 0)), given.pop("teacher", lambda: None)()
     torch.manual_seed(0)
     dtype, given_batch = given.pop("dtype", None), given.pop("batch", batch)
@@ -100,7 +100,7 @@ PLACES = {
 
 
 def killed(case: str, folder: str, kind: str, number: int) -> None:
-    """The call, in a process that kills itself at some place."""
+    """Make the call in a process that kills itself at some place."""
     count = itertools.count(1)
 
     def come() -> None:

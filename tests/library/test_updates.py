@@ -1,4 +1,7 @@
-"""The functional updates against the optimisers themselves, and their pullbacks against autograd and differences."""
+"""The functional updates against the optimisers, and their pullbacks against autograd.
+
+Differences are compared too.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ def test_the_pullback_is_the_updates_vjp(name: str, steps: int) -> None:
 @pytest.mark.parametrize("name", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_an_update_behind_a_clip_is_that_of_clipped_gradients(max_norm: float, name: str) -> None:
-    """The values of ``torch.nn.utils.clip_grad_norm_``, the optimiser's own step on them, and its derivative."""
+    """Return the values of ``torch.nn.utils.clip_grad_norm_``.
+
+    Beside them are the optimiser's own step on them, and its derivative.
+    """
     problem = toy("mlp")
     real, state, _ = warm(problem, OPTIMISERS[name], 2)
     student = problem.student
@@ -165,7 +171,10 @@ SGDS: list[dict[str, Any]] = [
 def test_an_adjoint_in_closed_form_is_autograds(
     kind: Any, options: dict[str, Any], steps: int
 ) -> None:
-    """From all cotangents, with groups of their own, a weight without a gradient, and entries that are exactly zero."""
+    """The pullback from all cotangents, with groups of their own.
+
+    There are a weight without a gradient, and entries that are exactly zero.
+    """
     student = toy("mlp").student
     first, *rest = student.parameters()
     optimizer = kind(
@@ -200,7 +209,7 @@ def test_an_adjoint_in_closed_form_is_autograds(
 
 
 def reached(problem: Any, update: Any, keep_graph: bool = False) -> Any:
-    """The step of a student on soft labels."""
+    """Return the step of a student on soft labels."""
     (step,) = take_steps(
         LocalStudent(Layout(problem.student), double_backward=keep_graph),
         update,
@@ -231,7 +240,7 @@ IN_HALF: dict[str, tuple[Any, reference.Rule]] = {
 
 
 def stored(real: Any, student: torch.nn.Module) -> Any:
-    """The state of a ``torch.optim`` optimizer in double, as the rules of the reference have it."""
+    """Return the state of a ``torch.optim`` optimizer in double, as the reference has it."""
     held = (
         {n: real.state[p] for n, p in student.named_parameters()} if hasattr(real, "state") else {}
     )

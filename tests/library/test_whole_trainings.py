@@ -144,7 +144,10 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def both(
     problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: Any
 ) -> list[metapl.Hypergradient]:
-    """The gradient by the eager road and by the two graphs, and the generators where each leaves them."""
+    """Return the gradient by the eager road and by the two graphs.
+
+    Beside it are the generators where each leaves them.
+    """
     inner, teacher, found = OPTIMIZERS[optimizer](student.parameters()), teacher_of(problem), []
     inputs = (
         (lambda pair: pair[0]) if isinstance(problem, metapl.PseudoLabels) else (lambda pair: pair)
@@ -392,9 +395,12 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a rate in truncated "
     "steps": ("wrt", lambda: {"wrt": "lr", "mode": Forward(truncate=2), "compile": False}),
     "a momentum of 0": (
-        "wrt", lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), "compile": False}),
+        "wrt",
+        lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), "compile": False}),
     "a momentum that rests": (
-        "wrt", lambda: {"wrt": "momentum", "mode": Unrolled(), "compile": False, **ahead(schedule=RESTED, steps=3)}),
+        "wrt", lambda: {
+            "wrt": "momentum", "mode": Unrolled(), "compile": False,
+            **ahead(schedule=RESTED, steps=3)}),
     "two graphs of no gradient": ("compile", lambda: {"mode": "none", "compile": True}),
     "two graphs of h that is shaped": (
         "compile", lambda: {"mode": Forward(normalization="learning_rate"), "compile": True}),
@@ -439,7 +445,7 @@ SETTINGS: dict[
 
 
 def rule_of(optimizer: str, of: list[dict[str, Tensor]]) -> reference.Rule:
-    """The rule, with its settings as tensors."""
+    """Return the rule, with its settings as tensors."""
     if optimizer != "muon":
         return (reference.adam if optimizer == "adam" else reference.sgd)(**of[0])
     muon, adamw = of[0], {name: t for name, t in of[1].items() if name != "momentum"}
