@@ -1,6 +1,7 @@
-"""The ``metapl`` command: the script of that name, ``python -m metapl``, and ``torchrun -m metapl``.
+"""The ``metapl`` command.
 
-Without the packages of the extra ``apps`` it is one line that names the extra, not a traceback.
+It is the script of that name, ``python -m metapl``, and ``torchrun -m metapl``. Without the
+packages of the extra ``apps`` it is one line that names the extra, not a traceback.
 """
 
 from __future__ import annotations
