@@ -1,7 +1,6 @@
-"""The ``metapl`` command.
+"""The ``metapl`` command: the script of that name, ``python -m metapl``, ``torchrun -m metapl``.
 
-It is the script of that name, ``python -m metapl``, and ``torchrun -m metapl``. Without the
-packages of the extra ``apps`` it is one line that names the extra, not a traceback.
+Without the packages of the extra ``apps`` it is one line that names the extra, not a traceback.
 """
 
 from __future__ import annotations

@@ -420,7 +420,7 @@ class Function:
                         table[name] = tensors[self.first_names[prefix + name]]
             with EagerMasks(in_memory_order=self.in_memory_order), by_formulas(self.formulas):
                 answer = ask(self.module)
-            left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
+            left: Any = {prefix + name: t for prefix, table in tables for name, t in table.items()}
             self.refuse_new_buffers(left)
         except RuntimeError as error:
             if torch.compiler.is_compiling():

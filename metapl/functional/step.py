@@ -610,12 +610,13 @@ class PurePath(PureTerms):
         theta = self.call.state.student.params
         weights = {name: torch.stack([t, carry.theta[name]]) for name, t in theta.items()}
         buffers = {name: torch.stack([t, t]) for name, t in carry.student_state.items()}
-        losses: tuple[Tensor, Tensor] = vmap(
+        losses = vmap(
             lambda theta, student_state: self.call.outer_loss(theta, student_state, signal),
             randomness="same",
         )(weights, buffers)
-        before, self._outer_loss = losses
-        return before
+        loss_before: Tensor = losses[0]
+        self._outer_loss = losses[1]
+        return loss_before
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′)."""
@@ -725,7 +726,8 @@ class PurePath(PureTerms):
             return with_fields(end, in_signals=[{}, *end.in_signals])
         loss, pull, end = vjp(onward, leaves, has_aux=True)
         (in_signal,) = pull(torch.ones_like(loss))
-        return with_fields(end, in_signals=[in_signal, *end.in_signals])
+        walked: End = with_fields(end, in_signals=[in_signal, *end.in_signals])
+        return walked
 
 
 class Outcome(NamedTuple):

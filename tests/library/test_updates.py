@@ -228,7 +228,7 @@ def step_on_soft_labels(problem: Any, update: Any, keep_graph: bool = False) -> 
     (step,) = take_steps(
         LocalStudent(Layout(problem.student), double_backward=keep_graph),
         update,
-        metapl.PseudoLabels(kind="soft"),
+        problem=metapl.PseudoLabels(kind="soft"),
         outer_batch=problem.labeled,
         inner_batches=InnerBatches.of_one_step(problem.unlabeled),
         teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
