@@ -349,7 +349,7 @@ def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
 
 
 def held(out: Path, begun: Any) -> None:
-    with folders.Folder(out).held():
+    with folders.Folder(out).locked():
         begun.set()
         time.sleep(60)
 
@@ -369,7 +369,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
     other.join()
     single().fit(batches(3)[0], steps=3, out=tmp_path)
     folder = folders.Folder(tmp_path)
-    with folder.held():  # which may be held again, as several phases in one folder do
+    with folder.locked():  # which may be locked again, as several phases in one folder do
         single().fit(batches(3)[0], steps=3, out=folder, phase="finetune")
     assert [row["step"] for row in rows(tmp_path, "finetune")] == [3]
 
