@@ -302,7 +302,7 @@ class FolderStates(States):
         Yields what :meth:`store` wrote last in a process that was killed; None where no path is
         here. The path of another call is refused.
         """
-        with OwnedFolder(self.folder).held():
+        with OwnedFolder(self.folder).locked():
             # Processes that were killed while they wrote have left these.
             for unfinished in self.folder.glob("*.tmp"):
                 unfinished.unlink(missing_ok=True)

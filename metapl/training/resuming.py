@@ -85,7 +85,7 @@ class Checkpoints:
     ) -> None:
         """Own the folder until the stack ends, and refuse one with checkpoints where the fit is not resumed."""
         if out is not None:
-            stack.enter_context(out.held())
+            stack.enter_context(out.locked())
             self.folder = CheckpointFolder(out.path / "checkpoints" / self.phase, keep)
         with self.ranks.agreed(waiting=True):
             if self.folder is not None and self.folder.paths() and not resumes:
