@@ -1,11 +1,13 @@
-"""Noisy Student on ImageNet and SVHN: a teacher labels, a student learns its labels with noise, and labels next.
+"""Noisy Student on ImageNet and SVHN: a teacher labels, and a noisy student learns its labels.
 
     python examples/noisy_student_imagenet.py b0 --root data/ --unlabeled pictures/ --out runs/b0
-    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 --root data/ --unlabeled pictures/ \\
-        --mesh.shard 8 --select-by runs/b0/selection/selected --out runs/l2
-    python examples/noisy_student_imagenet.py svhn --root data/ --out runs/svhn      # core and extra, as Table 17
-    python examples/noisy_student_imagenet.py l2 --dry-run                           # steps, rates and batches
-    python examples/noisy_student_imagenet.py --sources                              # who says which value
+    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 --root data/ \\
+        --unlabeled pictures/ --mesh.shard 8 --select-by runs/b0/selection/selected --out runs/l2
+    # SVHN's core and extra pictures, as Table 17
+    python examples/noisy_student_imagenet.py svhn --root data/ --out runs/svhn
+    # all that a run will do, and who says which value
+    python examples/noisy_student_imagenet.py l2 --dry-run
+    python examples/noisy_student_imagenet.py --sources
 
 Rows b0 to b7 are the study of model sizes (Figure 2, Table 9): teacher and student of one network.
 l2 is the chain of Table 7: B7, then three times L2 with ratios of 14, 14 and 28. resnet50 is Table
@@ -17,11 +19,13 @@ that another run made, and --select-by each lets every teacher select. The paper
 pictures are not public: --unlabeled is a folder such as YFCC100M; without it, --labels-per-class N
 leaves labels to so many pictures of ImageNet, and the others lose theirs.
 
-Every value is a flag, for all networks of a run, or one for each: --magnitudes 15 27. --sources
-prints of every value whether it is the paper's, the authors' published code's, or ours. --steps N
-shortens every phase. A run leaves weights, rounds/, metrics.jsonl and result.json, whose test
-accuracies were measured once a network; and in delivered/ a run that `metapl predict`, `evaluate`
-and `export` read. One that was stopped goes on with --resume.
+Every value is a flag, for all networks of a run, or one for each: --magnitudes 15 27 --epochs 700
+350. --dry-run says all that a run will do: who selects, each network's steps, noise, labels and
+stages of training. --sources prints of every value whether it is the paper's, the authors'
+published code's, or ours. --steps N shortens every phase. A run leaves weights, rounds/,
+metrics.jsonl and result.json, whose test accuracies were measured once a network; and in delivered/
+a run that `metapl predict`, `evaluate` and `export` read. One that was stopped goes on with
+--resume.
 """
 
 import dataclasses
@@ -109,28 +113,29 @@ class Settings:
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     seed: int = 0
     resume: bool = False
-    dry_run: bool = False  # say what would be trained, and read nothing
+    dry_run: bool = False  # say all that a run would do, and read nothing
 
     data: Literal["imagenet", "svhn"]
-    unlabeled: str | None = (
-        None  # a folder of other pictures: all of ImageNet then keeps its labels
-    )
-    labels_per_class: int | None = None  # without it, of ImageNet; the other pictures are unlabeled
+    # A folder of other pictures: all of ImageNet then keeps its labels.
+    unlabeled: str | None = None
+    # Of ImageNet, without --unlabeled; the other pictures of it are unlabeled.
+    labels_per_class: int | None = None
     validation: int  # labeled pictures that are selected on, and not trained on
 
-    networks: tuple[str, ...]  # of the first teacher, then of each student
-    image_sizes: tuple[int, ...]  # of each network; the last value serves on, here and below
-    ratios: tuple[int, ...]  # of each student: unlabeled pictures in a batch for each labeled one
+    # Of each network: the first teacher, then the student of each round. Where a tuple has fewer
+    # values than there are networks, its last value serves on.
+    networks: tuple[str, ...]
+    image_sizes: tuple[int, ...]
     dropouts: tuple[float, ...]
+    magnitudes: tuple[float, ...]  # of two operations of RandAugment, of 10; 0: none of them
+    epochs: tuple[float, ...]  # passes over the labeled pictures
+    ratios: tuple[int, ...]  # of each student: unlabeled pictures in a batch for each labeled one
     stochastic_depth: float  # of the last block
-    magnitudes: tuple[
-        float, ...
-    ]  # of two operations of RandAugment, of 10; 0: the standard augmentation alone
     translate: float  # greatest shift at magnitude 10, in pixels
     cutout: int  # side of the grey square, in pixels; 0: none
 
-    epochs: float  # of the labeled pictures
-    steps: int | None = None  # so many steps a network instead, finetuning and warmup in proportion
+    # So many steps a network instead of its epochs; finetuning and warmup shrink in proportion.
+    steps: int | None = None
     labeled_batch: int
     lr: float  # for 2,048 labeled pictures; it follows the labeled batch
     warmup_epochs: float
@@ -146,9 +151,8 @@ class Settings:
     per_class: int | None
     balance: tyro.conf.FlagConversionOff[bool] = True
     share: float | None = None  # a uniform share of the selected pictures (Table 10)
-    noisy_teacher: bool = (
-        False  # labels augmented pictures, with dropout and stochastic depth (Table 6)
-    )
+    # Labels are of augmented pictures, by a network with dropout and stochastic depth (Table 6).
+    noisy_teacher: bool = False
 
     labels: Literal["soft", "hard"] = "soft"
     loss: Literal["mean", "two_means"] = "mean"
@@ -159,18 +163,16 @@ class Settings:
     warm_start: bool = False  # students begin with the teacher's weights (Table 15)
     warm_epochs: float | None = None
 
-    finetune_size: (
-        int | None
-    )  # FixRes: side of the pictures that the last student is finetuned and tested on
+    # FixRes: side of the pictures that the last student is finetuned and tested on.
+    finetune_size: int | None
     finetune_epochs: float
     finetune_batch: int = 512
     finetune_lr: float = 1e-5
     frozen: float = 0.5  # share of the layers that are frozen then
 
     mesh: Mesh = field(default_factory=Mesh)  # the processes that torchrun has started
-    batch_norm_ranks: int | None = (
-        None  # of them, how many share the statistics of batch norms; None: all
-    )
+    # How many of them share the statistics of batch norms; None: all.
+    batch_norm_ranks: int | None = None
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
@@ -183,10 +185,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network of a run, with what build_network reads, and how its pictures are augmented."""
+    """A network of a run: how it is built, what noise its pictures get, and how long it trains."""
 
     name: str
     image_size: int
+    epochs: float
     dropout: float
     stochastic_depth: float
     magnitude: float
@@ -208,9 +211,11 @@ def networks_of(c: Settings) -> list[Network]:
 
 
 def network_of(c: Settings, name: str, number: int, ratio: int) -> Network:
+    """Return a network with the settings of the one of this number."""
     return Network(
         name=name,
         image_size=c.image_sizes[min(number, len(c.image_sizes) - 1)],
+        epochs=c.epochs[min(number, len(c.epochs) - 1)],
         dropout=c.dropouts[min(number, len(c.dropouts) - 1)],
         stochastic_depth=c.stochastic_depth,
         magnitude=c.magnitudes[min(number, len(c.magnitudes) - 1)],
@@ -225,6 +230,7 @@ def filter_of(c: Settings) -> Network | None:
     if c.select_by != "once" or c.filter_network in (None, c.networks[0]):
         return None
     network = network_of(c, str(c.filter_network), number=0, ratio=0)
+    network = dataclasses.replace(network, epochs=c.filter_epochs)
     if c.data == "svhn" or network.name not in AS_PUBLISHED:
         return network
     image_size, dropout, magnitude = AS_PUBLISHED[network.name]
@@ -308,7 +314,7 @@ class Row:
 
 
 def row(title: str, *layers: tuple[Source, Mapping[str, Any]]) -> Row:
-    """Return a row of what the paper and the code have in common for all, in which later layers replace values."""
+    """Return a row of the values that all rows share, some of which later layers replace."""
     values: dict[str, Any] = {}
     sources: dict[str, Source] = {}
     for source, layer in (("paper", IN_PAPER), ("code", IN_CODE), ("ours", OURS), *layers):
@@ -325,7 +331,7 @@ def of_one_network(name: str, epochs: int, ratio: int = 3) -> Row:
     sizes = {"image_sizes": (image_size,)}
     return row(
         f"ImageNet, {name} twice",
-        ("paper", {"networks": (name, name), "epochs": epochs, "ratios": (ratio,)}),
+        ("paper", {"networks": (name, name), "epochs": (epochs,), "ratios": (ratio,)}),
         ("paper" if name == "efficientnet_b7" else "code", sizes | {"stochastic_depth": 0.2}),
         (said_in, noise),
     )
@@ -358,7 +364,7 @@ ROWS: dict[str, Row] = {
                 "ratios": (14, 14, 28),
                 "dropouts": (0.5,),
                 "magnitudes": (27.0,),
-                "epochs": SHORT_SCHEDULE,
+                "epochs": (SHORT_SCHEDULE,),
                 "finetune_size": 800,
             },
         ),
@@ -368,7 +374,7 @@ ROWS: dict[str, Row] = {
         "ImageNet, ResNet-50 twice (Table 16)",
         ("paper", {"networks": ("resnet50", "resnet50"), "magnitudes": (9.0,)}),
         ("ours", {"image_sizes": (224,), "dropouts": (0.0,), "stochastic_depth": 0.0}),
-        ("ours", {"epochs": SHORT_SCHEDULE, "ratios": (1,)}),
+        ("ours", {"epochs": (SHORT_SCHEDULE,), "ratios": (1,)}),
     ),
     "svhn": row(
         "SVHN, core with labels and extra without, EfficientNet-B0 with two strides of 1 (Table "
@@ -393,7 +399,7 @@ ROWS: dict[str, Row] = {
         (
             "code",
             {
-                "epochs": 109_474 * 128 / 69_257,
+                "epochs": (109_474 * 128 / 69_257,),
                 "validation": 4_000,
                 "threshold": 0.3,
                 "per_class": 53_113,
@@ -405,7 +411,7 @@ ROWS: dict[str, Row] = {
 
 
 def sources_table() -> str:
-    """Return the values of all rows as a table, each with the letter of its source, and what all rows share."""
+    """Return the values of all rows with the letters of their sources, and what all rows share."""
     names = list(dict.fromkeys(name for row in ROWS.values() for name in row.values))
     lines = [
         f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |",
@@ -445,12 +451,12 @@ class Schedule:
     warmup: int
 
 
-def schedule_of(c: Settings, labeled: int, epochs: float) -> Schedule:
-    """Return the schedule of so many epochs of the labeled pictures.
+def schedule_of(c: Settings, network: Network, labeled: int) -> Schedule:
+    """Return the schedule of a network that trains for its epochs of the labeled pictures.
 
     Steps and rate follow the labeled batch.
     """
-    steps = max(1, round(epochs * labeled / c.labeled_batch))
+    steps = max(1, round(network.epochs * labeled / c.labeled_batch))
     warmup = round(c.warmup_epochs * labeled / c.labeled_batch)
     if c.steps is not None:
         # Warmup is as large a share of the steps as it would be.
@@ -459,51 +465,174 @@ def schedule_of(c: Settings, labeled: int, epochs: float) -> Schedule:
     return Schedule(steps=steps, lr=c.lr * c.labeled_batch / 2_048, warmup=min(warmup, steps - 1))
 
 
-def finetune_steps(c: Settings, labeled: int, epochs: float, batch: int) -> int:
-    """Return the steps of so many epochs, in the proportion of --steps where that is given."""
+def student_schedule(c: Settings, network: Network, labeled: int) -> Schedule:
+    """Return the schedule of a student.
+
+    With --warm-epochs it is shorter, and its first rate is such that it ends at the usual one.
+    """
+    usual = schedule_of(c, network, labeled)
+    if c.warm_epochs is None:
+        return usual
+    steps = max(1, round(c.warm_epochs / network.epochs * usual.steps))
+    return Schedule(
+        steps=steps,
+        lr=usual.lr * end_matched(steps, usual.steps),
+        warmup=min(usual.warmup, steps - 1),
+    )
+
+
+def finetune_steps(c: Settings, network: Network, labeled: int, epochs: float, batch: int) -> int:
+    """Return the steps of finetuning for so many epochs, in the proportion of --steps."""
     steps = epochs * labeled / batch
     if c.steps is not None:
-        steps *= c.steps / (c.epochs * labeled / c.labeled_batch)
+        steps *= c.steps / (network.epochs * labeled / c.labeled_batch)
     return max(1, round(steps))
 
 
+# ---------------------------------------------------------------------------- what a run will do
+
+
 def plan_of(c: Settings, labeled: int) -> str:
-    """Return what will be trained, a line a network."""
-    lines: list[str] = []
-    usual = schedule_of(c, labeled, c.epochs)
+    """Return all that a run will do: a line for each network, and indented how it is trained."""
+    networks = networks_of(c)
+    lines = [settings_of_all_phases(c)]
     selecting = filter_of(c)
     if selecting is not None:
-        schedule = schedule_of(c, labeled, c.filter_epochs)
-        lines.append(
-            f"filter: {selecting.name}, {selecting.image_size} pixels, {schedule.steps:,} steps; "
-            "it selects"
+        schedule = schedule_of(c, selecting, labeled)
+        lines.append(f"filter: {training_in_words(c, selecting, schedule)}")
+        lines.append(f"  {length_in_words(selecting.epochs, schedule)}")
+    lines.append(f"selection: {selection_in_words(c)}")
+    for number, network in enumerate(networks):
+        if number == 0:
+            schedule = schedule_of(c, network, labeled)
+        else:
+            schedule = student_schedule(c, network, labeled)
+        lines.append(f"round {number}: {training_in_words(c, network, schedule)}")
+        is_warm = number > 0 and c.warm_start
+        epochs = network.epochs
+        if is_warm and c.warm_epochs is not None:
+            epochs = c.warm_epochs
+        begins = (
+            "begins with the weights of its teacher" if is_warm else "begins with fresh weights"
         )
-    for number, network in enumerate(networks_of(c)):
-        batch = f"{c.labeled_batch:,} labeled"
+        lines.append(f"  {length_in_words(epochs, schedule)}; {begins}")
         if number > 0:
-            batch += f" and {network.ratio * c.labeled_batch:,} unlabeled"
-        noise = (
-            f"magnitude {network.magnitude:g}, dropout {network.dropout:g}, depth "
-            f"{network.stochastic_depth:g}"
-        )
-        lines.append(
-            f"round {number}: {network.name}, {network.image_size} pixels, {usual.steps:,} steps "
-            f"of {batch} at {usual.lr:g}; {noise}"
-        )
+            lines += [f"  {line}" for line in student_in_words(c, network, number, labeled)]
     if c.finetune_size is not None:
-        steps = finetune_steps(c, labeled, c.finetune_epochs, c.finetune_batch)
+        steps = finetune_steps(c, networks[-1], labeled, c.finetune_epochs, c.finetune_batch)
         lines.append(
             f"FixRes: {c.networks[-1]}, {c.finetune_size} pixels, {steps:,} steps of "
-            f"{c.finetune_batch:,}"
+            f"{c.finetune_batch:,} labeled, not augmented, at {c.finetune_lr:g}"
+        )
+        lines.append(
+            f"  {c.finetune_epochs:g} epochs by SGD at a constant rate; the first {c.frozen:g} of "
+            "the layers are frozen"
         )
     return "\n".join(lines)
+
+
+def settings_of_all_phases(c: Settings) -> str:
+    """Return what holds for every network of a run."""
+    parts = [
+        f"{c.data}, seed {c.seed}, {c.validation:,} labeled pictures held out",
+        f"RMSProp, weight decay {c.weight_decay:g}, label smoothing {c.label_smoothing:g}, an "
+        f"average of the weights by {c.ema_decay:g}",
+        f"RandAugment moves by up to {c.translate:g} pixels, a square of {c.cutout} pixels is cut",
+        f"{c.precision}, {'channels last' if c.channels_last else 'channels first'}, "
+        f"batches in {c.accumulate:,} part{'s' if c.accumulate > 1 else ''}",
+        f"validated every {c.validate_every:,} steps",
+        "the rate falls by 0.97 every 2.4 of 350 parts of the steps",
+    ]
+    if c.mesh.size > 1:
+        ranks = c.batch_norm_ranks or c.mesh.shares
+        parts.append(
+            f"{c.mesh.replicate:,} x {c.mesh.shard:,} processes, of which {ranks:,} share the "
+            "statistics of batch norms"
+        )
+    if c.unlabeled is not None:
+        parts.append(f"unlabeled pictures: {c.unlabeled}")
+    elif c.labels_per_class is not None:
+        parts.append(f"{c.labels_per_class:,} labels a class, the other pictures have none")
+    return "; ".join(parts)
+
+
+def training_in_words(c: Settings, network: Network, schedule: Schedule) -> str:
+    """Return what a network learns from, for how many steps, and with what noise."""
+    labeled = f"{c.labeled_batch:,} labeled"
+    unlabeled = f"{network.ratio * c.labeled_batch:,} unlabeled"
+    if network.ratio == 0:
+        batch = labeled
+    elif c.training == "joint":
+        batch = f"{labeled} and {unlabeled}"
+    else:
+        batch = unlabeled
+    return (
+        f"{network.name}, {network.image_size} pixels, {schedule.steps:,} steps of {batch} at "
+        f"{schedule.lr:.4g}; magnitude {network.magnitude:g}, dropout {network.dropout:g}, depth "
+        f"{network.stochastic_depth:g}"
+    )
+
+
+def length_in_words(epochs: float, schedule: Schedule) -> str:
+    return f"{epochs:g} epochs; warmup {schedule.warmup:,} steps"
+
+
+def selection_in_words(c: Settings) -> str:
+    """Return who selects the unlabeled pictures, when, and which are kept."""
+    if c.select_by not in ("once", "each"):
+        return f"that of {c.select_by}, for all rounds"
+    if c.select_by == "each":
+        who = "each round anew, by its teacher"
+    elif filter_of(c) is not None:
+        who = f"once, by the filter {c.filter_network}"
+    else:
+        who = f"once, by the first teacher {c.networks[0]}"
+    kept = f"confidence above {c.threshold:g}"
+    if c.at_most is not None:
+        kept += f" and at most {c.at_most:g}"
+    most = "all of a class" if c.per_class is None else f"the surest {c.per_class:,} of a class"
+    copies = "smaller classes repeated" if c.balance else "not balanced"
+    share = "" if c.share is None else f", a uniform share of {c.share:g} of these"
+    return f"{who}; {kept}, {most}, {copies}{share}"
+
+
+UNLABELED_NOISE = {
+    "all": "that of labeled pictures",
+    "standard": "the standard augmentation, dropout and stochastic depth",
+    "model": "dropout and stochastic depth, no augmentation",
+    "none": "none",
+}
+
+
+def student_in_words(c: Settings, network: Network, number: int, labeled: int) -> list[str]:
+    """Return how a student learns its teacher's labels, in lines."""
+    of_what = (
+        "of augmented pictures, with dropout and depth" if c.noisy_teacher else "without noise"
+    )
+    lines = [
+        f"{c.labels} labels by round {number - 1}, {of_what}; noise on unlabeled pictures: "
+        f"{UNLABELED_NOISE[c.unlabeled_noise]}"
+    ]
+    if c.training == "joint":
+        added = "the mean over the batch" if c.loss == "mean" else "the sum of two means"
+        lines.append(f"labeled and unlabeled together, by {added}")
+    else:
+        lines.append("pretrained on unlabeled pictures alone")
+    if c.training == "pretrain_finetune":
+        steps = finetune_steps(c, network, labeled, c.stage_epochs, c.labeled_batch)
+        lines.append(
+            f"then finetuned: {steps:,} steps of {c.labeled_batch:,} labeled at {c.stage_lr:g}, "
+            f"{c.stage_epochs:g} epochs by SGD, the rate falls as a cosine"
+        )
+    return lines
 
 
 class TensorFlowRMSProp(torch.optim.Optimizer):
     r"""RMSProp as the authors' code has it, which is TensorFlow's.
 
-    .. math:: v \leftarrow 0.9\, v + 0.1\, g^2, \quad m \leftarrow 0.9\, m + \eta\, g / \sqrt{v + \epsilon},
-              \quad \theta \leftarrow \theta - m, \quad v_0 = 1, \quad \epsilon = 10^{-3}
+    .. math:: v \leftarrow 0.9\, v + 0.1\, g^2, \quad
+              m \leftarrow 0.9\, m + \eta\, g / \sqrt{v + \epsilon}, \quad
+              \theta \leftarrow \theta - m, \quad v_0 = 1, \quad \epsilon = 10^{-3}
 
     torch's has v_0 = 0, adds ε behind the root, and multiplies the momentum by the rate of the step
     at hand.
@@ -562,7 +691,7 @@ FREE = (
 
 def check(c: Settings) -> None:
     """Refuse settings that do not go together, in one line, before anything is read or written."""
-    for name in ("networks", "image_sizes", "ratios", "dropouts", "magnitudes"):
+    for name in ("networks", "image_sizes", "ratios", "dropouts", "magnitudes", "epochs"):
         if not getattr(c, name):
             raise MetaplError(f"--{name.replace('_', '-')}: expected one value or more.")
     for network in networks_of(c):
@@ -849,7 +978,7 @@ def write_labels(
     processes: Processes,
     seed: int,
 ) -> LabelStore:
-    """Store a network's labels of the unlabeled pictures at some positions; what was stopped is gone on with.
+    """Store a network's labels of unlabeled pictures, and go on with a store that was begun.
 
     Each process labels a range of the passes and writes a store of its own, and the first process
     puts them together, into the store that one process would have written, to the byte.
@@ -913,7 +1042,7 @@ def label_range(
     about: Mapping[str, Any],
     seed: int,
 ) -> None:
-    """Label the pictures of some passes, in the order of their positions, without noise unless that is asked for."""
+    """Label the pictures of some passes in their order, without noise unless that is asked for."""
     network.eval()
     labeler = Noised(network, seed) if c.noisy_teacher else network
     view = noisy_view(c, spec) if c.noisy_teacher else Identity()
@@ -999,7 +1128,7 @@ def wait_for_all() -> None:
 
 
 def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
-    """Train the rounds, finetune the last student on larger pictures, and return what result.json holds."""
+    """Train the rounds, finetune the last student, and return what result.json holds."""
     processes = processes or Processes()
     out = Path(c.out)
     networks = networks_of(c)
@@ -1016,9 +1145,7 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
         selection = Selection.of(LabelStore(c.select_by))
     elif selecting is not None:
         pictures = pictures_at(c, selecting.image_size)
-        weights = train_supervised(
-            c, selecting, pictures, FILTER, "filter", c.filter_epochs, processes
-        )
+        weights = train_supervised(c, selecting, pictures, FILTER, "filter", processes)
         labels = label_all(
             c, weights, selecting, pictures, out / "selection" / "labels", FILTER, processes
         )
@@ -1027,7 +1154,7 @@ def train(c: Settings, processes: Processes | None = None) -> dict[str, Any]:
     # 2. The first teacher learns from labeled pictures alone.
     first = networks[0]
     pictures = pictures_at(c, first.image_size)
-    weights = train_supervised(c, first, pictures, 0, "round-0", c.epochs, processes)
+    weights = train_supervised(c, first, pictures, 0, "round-0", processes)
     rounds = [reached(c, first, weights, pictures)]
     if processes.first:
         save_weights(weights, out / "round-0.safetensors")
@@ -1140,7 +1267,6 @@ def train_supervised(
     pictures: Pictures,
     number: int,
     phase: str,
-    epochs: float,
     processes: Processes,
 ) -> dict[str, Tensor]:
     """Train a network on labeled pictures alone, with noise, and return its averaged weights."""
@@ -1148,7 +1274,7 @@ def train_supervised(
     torch.manual_seed(seed)
     network = build_network(spec, len(pictures.classes), spec.dropout, spec.name)
     network = laid_out(c, network, seed, processes)
-    schedule = schedule_of(c, len(pictures.labels), epochs)
+    schedule = schedule_of(c, spec, len(pictures.labels))
     trainer = metapl.LossTrainer(
         network,
         (CrossEntropy(c.label_smoothing),),
@@ -1177,18 +1303,14 @@ def train_student(
     number: int,
     processes: Processes,
 ) -> dict[str, Tensor]:
-    """Train a network on labeled pictures and on a teacher's labels, with noise, and return its averaged weights."""
+    """Train a network with noise on labels and on a teacher's, and return its averaged weights."""
     seed = fold_in(c.seed, number)
     torch.manual_seed(seed)
     network = build_network(spec, len(pictures.classes), spec.dropout, spec.name)
-    schedule = usual = schedule_of(c, len(pictures.labels), c.epochs)
+    usual = schedule_of(c, spec, len(pictures.labels))
+    schedule = student_schedule(c, spec, len(pictures.labels))
     if c.warm_start:
         network.load_state_dict(teacher_weights)
-        if c.warm_epochs is not None:
-            share = c.warm_epochs / c.epochs
-            steps = max(1, round(share * usual.steps))
-            warmup = min(usual.warmup, steps - 1)
-            schedule = Schedule(steps, usual.lr * end_matched(steps, usual.steps), warmup)
     network = laid_out(c, network, seed, processes)
     loss = NoisyStudentLoss(
         c.loss, c.labels == "hard", c.unlabeled_noise != "none", c.label_smoothing
@@ -1223,7 +1345,7 @@ def train_student(
     )
     fitted = trainer.fit(
         processes.share(labeled_batches(c, spec, pictures, fold_in(seed, 1))),
-        steps=finetune_steps(c, len(pictures.labels), c.stage_epochs, c.labeled_batch),
+        steps=finetune_steps(c, spec, len(pictures.labels), c.stage_epochs, c.labeled_batch),
         schedule="cosine",
         phase=f"round-{number}-finetune",
         **fit_options(c, pictures),
@@ -1238,7 +1360,7 @@ def finetune_larger(
     weights: Mapping[str, Tensor],
     processes: Processes,
 ) -> dict[str, Tensor]:
-    """Finetune a network on labeled pictures as they are, at a larger size, its first layers frozen."""
+    """Finetune a network on larger labeled pictures as they are, its first layers frozen."""
     seed = fold_in(c.seed, len(c.networks))
     network = whole_network(c, spec, weights, pictures).train()
     freeze_first_layers(network, c.frozen)
@@ -1254,7 +1376,7 @@ def finetune_larger(
     plain = LabeledBatches(pictures.labeled, pictures.labels, sampler, Identity(), seed)
     fitted = trainer.fit(
         processes.share(plain),
-        steps=finetune_steps(c, len(pictures.labels), c.finetune_epochs, c.finetune_batch),
+        steps=finetune_steps(c, spec, len(pictures.labels), c.finetune_epochs, c.finetune_batch),
         schedule="constant",
         phase="resolution",
         **fit_options(c, pictures),
@@ -1318,12 +1440,17 @@ def reached(
     return accuracies
 
 
+def settings_of(words: Sequence[str]) -> Settings:
+    """Return the settings that a command line asks for, before they are checked."""
+    rows = {name: (row.title, row.settings()) for name, row in ROWS.items()}
+    return tyro.extras.overridable_config_cli(rows, description=__doc__, args=list(words))
+
+
 def main(words: Sequence[str]) -> int:
     if "--sources" in words:
         print(sources_table())
         return 0
-    rows = {name: (row.title, row.settings()) for name, row in ROWS.items()}
-    c = tyro.extras.overridable_config_cli(rows, description=__doc__, args=list(words))
+    c = settings_of(words)
     try:
         check(c)
         if c.dry_run:

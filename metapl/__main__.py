@@ -1,5 +1,25 @@
-"""``python -m metapl``, and ``torchrun -m metapl``, are the ``metapl`` command."""
+"""The ``metapl`` command: the script of that name, ``python -m metapl``, and ``torchrun -m metapl``.
 
-from metapl.apps.main import main
+Without the packages of the extra ``apps`` it is one line that names the extra, not a traceback.
+"""
 
-raise SystemExit(main())
+from __future__ import annotations
+
+import sys
+
+from metapl.errors import MissingPackage, needed_for
+
+
+def main() -> int:
+    """Run the command line; return the exit code, as :func:`metapl.apps.main.main` does."""
+    try:
+        with needed_for("the command metapl"):
+            from metapl.apps import main as command
+    except MissingPackage as error:
+        print(f"metapl: {error}", file=sys.stderr)
+        return 2
+    return command.main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,10 +1,13 @@
-"""Laying networks out over processes: a mesh of them, and ``fully_shard``,
-``DistributedDataParallel`` or ``parallelize_module`` over it."""
+"""Laying networks out over processes.
+
+There is a mesh of processes, and ``fully_shard``, ``DistributedDataParallel`` or
+``parallelize_module`` over it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -74,8 +77,11 @@ class Mesh:
         return dist.get_rank() // self.tensor
 
     def batch_norm_group(self, shares: int) -> dist.ProcessGroup:
-        """The processes that share the statistics of batch norms with this one: those of so many
-        shares of a batch that follow one another; built once."""
+        """Return the processes that share the statistics of batch norms with this one.
+
+        These are those of so many shares of a batch that follow one another. The group is built
+        once.
+        """
         built: dict[int, dist.ProcessGroup] = self.__dict__.setdefault("_batch_norm_groups", {})
         if shares not in built:
             by_share_and_copy = torch.arange(self.size).view(-1, shares, self.tensor)
@@ -86,12 +92,16 @@ class Mesh:
         return built[shares]
 
     def devices(self, kind: str) -> Any:
-        """The mesh of the devices of all processes, ``"cpu"`` or ``"cuda"``, whose dimensions are
-        named as the fields here; built once, for every mesh has process groups of its own."""
+        """Return the mesh of the devices of all processes, ``"cpu"`` or ``"cuda"``.
+
+        Its dimensions are named as the fields here. It is built once, for every mesh has process
+        groups of its own.
+        """
         from torch.distributed.device_mesh import init_device_mesh
 
         built: dict[str, Any] = self.__dict__.setdefault("_meshes", {})
         if kind not in built:
+            # FSDP2 needs a dimension, also where there is one shard.
             sizes = {
                 name: size for name, size in asdict(self).items() if size > 1 or name == "shard"
             }
@@ -109,10 +119,10 @@ def shard(
     plan: Plan | None = None,
     batch_norm_ranks: Count = 1,
 ) -> nn.Module:
-    """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
+    """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`.
 
-    Call it before the optimizer is built, on equal weights in every process (the same seed, or a
-    loaded file).
+    It does what a user of PyTorch would do by hand. Call it before the optimizer is built, on equal
+    weights in every process (the same seed, or a loaded file).
 
     Args:
         module: the network; its parameters become sharded where they are. With ``mesh.shard == 1``
@@ -140,119 +150,181 @@ def shard(
     Returns: the network to train: ``module`` itself, or the wrapper around it.
     """
     check_arguments(shard, locals())
-    norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
-    names = dict(module.named_modules(remove_duplicate=False))
-    unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
-    chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
-    parameters = [
-        p for _, part in named_parts(module) for p in part._parameters.values() if p is not None
-    ]
-    whole, tied = (
-        parameters and not any(map(is_sharded, parameters)),
-        len(_untied(module, chosen)) < len(chosen),
+    chosen_blocks = _blocks_to_gather(module, blocks)
+    refusal = _refusal(
+        module,
+        mesh,
+        blocks=chosen_blocks,
+        precision=precision,
+        checkpoint=checkpoint,
+        plan=plan,
+        batch_norm_ranks=batch_norm_ranks,
     )
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
-    refusals = {
-        "precision='bfloat16' was given with mesh.shard=1; expected more.": precision == "bfloat16"
-        and mesh.shard == 1,
-        "the module has no parameters, or is sharded already; expected a network on one "
-        "device.": not whole,
-        "checkpoint=True would count each batch twice in batch norms; expected none.": checkpoint
-        and bool(norms),
-        f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1.": (mesh.tensor > 1)
-        != (plan is not None),
-        f"batch_norm_ranks={batch_norm_ranks}: expected a divisor of the {mesh.shares} shares of "
-        "a batch.": (mesh.shares % batch_norm_ranks != 0),
-        "batch_norm_ranks above 1 was given, and the network is a batch norm; expected one around "
-        "it.": (batch_norm_ranks > 1 and isinstance(module, _BatchNorm)),
-        f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
-        "blocks share a weight with others; expected all places of their weights.": mesh.shard > 1
-        and tied,
-        f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node.": world
-        != mesh.size,
-    }
-    for text, wrong in refusals.items():
-        if wrong:
-            raise MetaplError(text)
-    kind = next(module.parameters()).device.type
-    if batch_norm_ranks > 1 and norms:
+    if refusal is not None:
+        raise MetaplError(refusal)
+    device_kind = next(module.parameters()).device.type
+    if batch_norm_ranks > 1 and _batch_norms_in(module):
         share_batch_norms(module, mesh.batch_norm_group(batch_norm_ranks))
         # The batch norms are other modules now, and a block may be one of them.
-        norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
-        chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
+        chosen_blocks = _blocks_to_gather(module, blocks)
     if checkpoint:
         from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
 
-        for block in chosen:
+        for block in chosen_blocks:
             checkpointed(block)
     if plan is not None:
         from torch.distributed.tensor.parallel import parallelize_module
 
-        parallelize_module(module, mesh.devices(kind)["tensor"], dict(plan))
+        parallelize_module(module, mesh.devices(device_kind)["tensor"], dict(plan))
         if mesh.shares == 1:
             return module
     elif mesh.shard == 1:
         return nn.parallel.DistributedDataParallel(module)
+    devices = mesh.devices(device_kind)
+    if mesh.tensor > 1:
+        devices = devices[("replicate", "shard") if mesh.replicate > 1 else "shard"]
+    _fully_shard(module, chosen_blocks, devices, shards=mesh.shard, precision=precision)
+    return module
+
+
+def _refusal(
+    module: nn.Module,
+    mesh: Mesh,
+    *,
+    blocks: Sequence[nn.Module],
+    precision: str,
+    checkpoint: bool,
+    plan: Plan | None,
+    batch_norm_ranks: int,
+) -> str | None:
+    """Return why a network cannot be laid out so, or None where it can."""
+    if precision == "bfloat16" and mesh.shard == 1:
+        return "precision='bfloat16' was given with mesh.shard=1; expected more."
+    parameters = _parameters_in(module)
+    if not parameters or any(is_sharded(p) for p in parameters):
+        return (
+            "the module has no parameters, or is sharded already; expected a network on one device."
+        )
+    if checkpoint and _batch_norms_in(module):
+        return "checkpoint=True would count each batch twice in batch norms; expected none."
+    if (mesh.tensor > 1) != (plan is not None):
+        return f"mesh.tensor is {mesh.tensor}; expected plan= where it is above 1."
+    if mesh.shares % batch_norm_ranks != 0:
+        return (
+            f"batch_norm_ranks={batch_norm_ranks}: expected a divisor of the {mesh.shares} shares "
+            "of a batch."
+        )
+    if batch_norm_ranks > 1 and isinstance(module, _BatchNorm):
+        return (
+            "batch_norm_ranks above 1 was given, and the network is a batch norm; expected one "
+            "around it."
+        )
+    names = dict(module.named_modules(remove_duplicate=False))
+    unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
+    if unknown:
+        return f"plan names {few(unknown)}, and the network has no such layer."
+    if mesh.shard > 1 and len(_untied(module, blocks)) < len(blocks):
+        return "blocks share a weight with others; expected all places of their weights."
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+    if world != mesh.size:
+        return f"{mesh} is not of the {world} processes here; expected torchrun --nproc-per-node."
+    return None
+
+
+def _fully_shard(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    devices: Any,
+    *,
+    shards: int,
+    precision: Literal["float32", "bfloat16"],
+) -> None:
+    """Shard a network by FSDP2 over a mesh of devices, the blocks first and then the rest."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
     def placement(p: nn.Parameter) -> Shard:
-        """Along a dimension that the shards divide, so that nothing is padded."""
-        return Shard(
-            next((dim for dim, n in enumerate(local(p).shape) if n and n % mesh.shard == 0), 0)
-        )
+        """Cut along a dimension that the shards divide, so that nothing is padded."""
+        for dim, size in enumerate(local(p).shape):
+            if size and size % shards == 0:
+                return Shard(dim)
+        return Shard(0)
 
-    module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
-    half = precision == "bfloat16"
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-        if half
-        else MixedPrecisionPolicy()
-    )
-    devices = mesh.devices(kind)
-    if mesh.tensor > 1:
-        devices = devices[("replicate", "shard") if mesh.replicate > 1 else "shard"]
-    options = {"mesh": devices, "shard_placement_fn": placement}
-    for norm in norms if half else ():
-        if norm.affine and not any(norm is block for block in chosen):
-            fully_shard(
-                norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options
-            )
-    for block in dict.fromkeys([*chosen, module]):
-        fully_shard(block, mp_policy=policy, **options)
-    return module
+    # fully_shard takes no other memory format.
+    module.to(memory_format=torch.contiguous_format)
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        # Batch norms compute in float32, and give what the layers around them take.
+        norm_policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+        for norm in _batch_norms_in(module):
+            if norm.affine and not any(norm is block for block in blocks):
+                fully_shard(norm, mp_policy=norm_policy, mesh=devices, shard_placement_fn=placement)
+    # The network itself comes last; it may be a block, and is sharded once.
+    for block in dict.fromkeys([*blocks, module]):
+        fully_shard(block, mp_policy=policy, mesh=devices, shard_placement_fn=placement)
+
+
+def _batch_norms_in(module: nn.Module) -> list[_BatchNorm]:
+    return [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
+
+
+def _parameters_in(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a network, one that has several places once for each."""
+    parameters = []
+    for _, part in named_parts(module):
+        parameters += [p for p in part._parameters.values() if p is not None]
+    return parameters
+
+
+def _blocks_to_gather(module: nn.Module, blocks: Blocks | None) -> list[nn.Module]:
+    """Return the submodules that a user names, or those that :func:`shard` takes by default."""
+    if blocks is None:
+        return _untied(module, blocks_of(module))
+    return list(blocks(module))
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: of the modules that its ``Sequential``, ``ModuleList`` and
-    ``ModuleDict`` hold, the innermost ones that hold more than a layer, such as residual blocks; in
-    a network of plain layers, its layers."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    composite: list[nn.Module] = []
+    """Return the blocks of a network, or its layers in a network of plain layers.
+
+    Of the modules that its ``Sequential``, ``ModuleList`` and ``ModuleDict`` hold, the blocks are
+    the innermost ones that hold more than a layer, such as residual blocks.
+    """
+    blocks: list[nn.Module] = []
     layers: list[nn.Module] = []
+    _collect_blocks(module, blocks, layers)
+    return blocks or layers
 
-    def collect(part: nn.Module) -> None:
-        for child in part.children():
-            inside = list(child.children())
-            outer = isinstance(child, containers) and any(
-                list(inner.children()) for inner in inside
-            )
-            if isinstance(part, containers) and any(True for _ in child.parameters()) and not outer:
-                (composite if inside else layers).append(child)
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _collect_blocks(module: nn.Module, blocks: list[nn.Module], layers: list[nn.Module]) -> None:
+    """Add to ``blocks`` and ``layers`` what a module, or one inside of it, holds as a container."""
+    for child in module.children():
+        grandchildren = list(child.children())
+        holds_composites = any(list(grandchild.children()) for grandchild in grandchildren)
+        is_outer_container = isinstance(child, _CONTAINERS) and holds_composites
+        has_weights = any(True for _ in child.parameters())
+        if isinstance(module, _CONTAINERS) and has_weights and not is_outer_container:
+            if grandchildren:
+                blocks.append(child)
             else:
-                collect(child)
-
-    collect(module)
-    return composite or layers
+                layers.append(child)
+        else:
+            _collect_blocks(child, blocks, layers)
 
 
 def _untied(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks whose weights have no place outside of them."""
+    """Return the blocks whose weights have no place outside of them."""
+    places_in_network = _places(module)
+    untied = []
+    for block in blocks:
+        if all(places_in_network[p] == count for p, count in _places(block).items()):
+            untied.append(block)
+    return untied
 
-    def places(part: nn.Module) -> Counter[int]:
-        return Counter(
-            id(p) for _, own in named_parts(part) for p in own._parameters.values() if p is not None
-        )
 
-    everywhere = places(module).items()
-    return [block for block in blocks if places(block).items() <= everywhere]
+def _places(module: nn.Module) -> Counter[int]:
+    """Return how many places each weight has in a module, by its identity."""
+    return Counter(id(p) for p in _parameters_in(module))

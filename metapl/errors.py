@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from metapl.words import shown
+
+# The name that a package has in registries, and the extra of pyproject.toml that installs it, by
+# the name of its module. What the library itself needs is in no extra.
+OPTIONAL_PACKAGES = {
+    "PIL": ("pillow", "apps"),
+    "einops": ("einops", "apps"),
+    "joblib": ("joblib", "apps"),
+    "matplotlib": ("matplotlib", "apps"),
+    "sklearn": ("scikit-learn", "apps"),
+    "tensorboard": ("tensorboard", "apps"),
+    "torchvision": ("torchvision", "apps"),
+    "tyro": ("tyro", "apps"),
+    "pyarrow": ("pyarrow", "labels"),
+    "onnx": ("onnx", "onnx"),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
+    "huggingface_hub": ("huggingface_hub", "timm"),
+    "timm": ("timm", "timm"),
+    "torchopt": ("torchopt", "torchopt"),
+}
 
 
 class MetaplError(ValueError):
@@ -27,6 +49,51 @@ class FieldError(MetaplError):
     ) -> None:
         super().__init__(text)
         self.field, self.value, self.expected = field, value, expected
+
+
+class MissingPackage(MetaplError, ImportError):
+    """A package that is not installed, and the extra that installs it.
+
+    It is an ``ImportError`` too, so that a program that does without the package can catch it as
+    it catches the failed import of any other.
+
+    Args:
+        need: what needs the package, such as "a figure".
+        module: the name that the package is imported by.
+
+    >>> print(MissingPackage("a figure", "matplotlib"))
+    a figure: expected the package matplotlib, which `pip install 'metapl[apps]'` installs.
+    """
+
+    def __init__(self, need: str, module: str) -> None:
+        package, extra = OPTIONAL_PACKAGES[module]
+        super().__init__(
+            f"{need}: expected the package {package}, which `pip install 'metapl[{extra}]'` "
+            "installs."
+        )
+
+
+def require_packages(need: str, *modules: str) -> None:
+    """Refuse to go on without these optional packages, before anything has been done."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(need, module)
+
+
+@contextmanager
+def needed_for(need: str) -> Iterator[None]:
+    """Give the import of an optional package that fails in this block as :class:`MissingPackage`.
+
+    Args:
+        need: what needs the package, such as "a figure".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module, _, _ = (error.name or "").partition(".")
+        if module not in OPTIONAL_PACKAGES:
+            raise
+        raise MissingPackage(need, module) from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,6 +3,9 @@
 They live in the application (:mod:`metapl.apps.sklearn`).
 """
 
-from metapl.apps.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
+from metapl.errors import needed_for
+
+with needed_for("metapl.sklearn"):
+    from metapl.apps.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 
 __all__ = ["MetaPseudoLabelsClassifier", "MetaReweightedClassifier"]

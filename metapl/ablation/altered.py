@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from metapl.feedback.base import Estimator, Feedback, Normalization, State
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
@@ -76,12 +77,14 @@ class Altered(Estimator):
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         count = int(state["altered"])
         feedback, next_state = self.base.feedback(
             path, {k: v for k, v in state.items() if k != "altered"}
         )
-        pairs = zip(feedback, path.steps, strict=True)
+        # Without ``is_pure`` it runs on the eager road alone.
+        steps = cast(Path, path).steps
+        pairs = zip(feedback, steps, strict=True)
         altered = [found.mapped(partial(self._alter, step, count)) for found, step in pairs]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from metapl.ablation.mode_cost import ModeCost
-from metapl.errors import MetaplError
+from metapl.errors import needed_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +39,8 @@ def draw_modes(
 
     The controls come last.
     """
-    try:
+    with needed_for("the figure of an ablation"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MetaplError(
-            "a figure needs matplotlib, which is not installed; expected pip install matplotlib."
-        ) from error
 
     rows = {**modes, **altered}
     heights = ROW_OF_DISTANCES * len(rows), ROW_OF_COSTS * len(rows)

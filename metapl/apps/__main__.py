@@ -1,5 +1,6 @@
 """``python -m metapl.apps`` is the ``metapl`` command."""
 
-from metapl.apps.main import main
+from metapl.__main__ import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -21,8 +21,7 @@ from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches
 from metapl.apps.run import WEIGHTS, EndedRun, refuse_changed
-from metapl.apps.words import require_extra
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, eval_mode
 
 IMAGENET = (
@@ -135,6 +134,7 @@ def find(given: str, network: str | None) -> dict[str, Any]:
                 raise MetaplError(
                     f"--backbone {given}: timm knows no weights of it; expected a file."
                 )
+            require_packages(f"--backbone {given}", "huggingface_hub")
             from huggingface_hub import constants, try_to_load_from_cache
 
             usual = filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"))
@@ -179,7 +179,7 @@ def auto(network: str | None = None) -> dict[str, Any] | None:
 
 def _config(name: str) -> Any:
     """What timm says of a network's weights; None where it knows of none."""
-    require_extra("timm", f"{name} needs", "timm")
+    require_packages(f"--network {name}", "timm")
     import timm
 
     return timm.get_pretrained_cfg(name.removeprefix("timm:"))

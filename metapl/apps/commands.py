@@ -27,6 +27,7 @@ from metapl.apps.machine import default_threads
 from metapl.apps.methods import ReducedMpl, with_settings_of
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
+from metapl.apps.progress import is_watched
 from metapl.apps.report import summary
 from metapl.apps.run import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
@@ -211,8 +212,16 @@ class Train:
                                 f"{config.name} by {method.title}, seed {config.fitting.seed} -> "
                                 f"{folder.path}"
                             )
-                            own: Any = {"progress": True, "say": say, "processes": processes}
-                            result = train(config, method, folder, resume=options.resume, **own)
+                            result = train(
+                                config,
+                                method,
+                                folder,
+                                resume=options.resume,
+                                progress=True,
+                                say=say,
+                                say_progress=None if is_watched() else say,
+                                processes=processes,
+                            )
                     for line in summary(result):
                         say(line)
                     say(f"the networks, the report and the figures are in {folder.path}")

@@ -67,16 +67,26 @@ class Job:
         return f"{self.method.name}, seed {self.config.fitting.seed}"
 
     def run(self) -> dict[str, Any]:
-        """Run it here, in silence.
+        """Run it here, with a line every half minute, which names it, and no other.
 
         One that is finished only gives its result, if its networks are those it was of.
         """
+
+        def say_progress(text: str) -> None:
+            tell(f"{self.title}: {text}")
+
         folder = RunFolder(self.folder)
         torch.set_num_threads(self.config.threads or self.threads)
         try:
             with folder.claimed(describe(self.config, self.method), resume=self.resume):
                 if not folder.ended:
-                    return train(self.config, self.method, folder, resume=self.resume)
+                    return train(
+                        self.config,
+                        self.method,
+                        folder,
+                        resume=self.resume,
+                        say_progress=say_progress,
+                    )
                 result = stored_result(folder)
                 for name, sha256 in result["sha256"].items():
                     if (

@@ -12,7 +12,8 @@ from metapl.apps.differences import Judged, Opponent, check_comparable, differen
 from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
 from metapl.apps.label import refuse_infinite
-from metapl.apps.machine import count_bar, write_whole
+from metapl.apps.machine import write_whole
+from metapl.apps.progress import count_bar
 from metapl.apps.report import COLORS, LINES, png_of
 from metapl.apps.run import WEIGHTS, EndedRun, NetworkName
 from metapl.apps.settings import Switch, unset
@@ -112,7 +113,7 @@ class Evaluate:
                 **on.about,
                 "measured_on": on.part,
             }
-            with count_bar("pictures", shown=True) as update:
+            with count_bar("pictures", is_shown=True) as update:
                 logits, labels = predict_logits(network, on.batches())
                 if on.names:
                     refuse_infinite(logits, on.names)

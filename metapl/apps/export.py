@@ -33,8 +33,8 @@ from metapl.apps.networks import Architecture, Normalized
 from metapl.apps.report import spoken
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import require_extra, tell
-from metapl.errors import MetaplError, few, reason_of
+from metapl.apps.words import tell
+from metapl.errors import MetaplError, few, reason_of, require_packages
 from metapl.runs.folder import replacing
 from metapl.words import shown
 
@@ -330,7 +330,7 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
     Each is compared with the network, ONNX where onnxruntime is installed.
     """
     if onnx:
-        require_extra("onnx", "ONNX needs", "onnx", "onnxscript")
+        require_packages("--onnx", "onnx", "onnxscript")
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     by = "torch.export"

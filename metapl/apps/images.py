@@ -17,7 +17,6 @@ import tyro
 from torch import nn
 
 from metapl.apps import networks
-from metapl.apps.machine import count_bar
 from metapl.apps.methods import (
     TITLES,
     Data,
@@ -50,6 +49,7 @@ from metapl.apps.pictures.views.transforms import (
     ResizedCrop,
     Sometimes,
 )
+from metapl.apps.progress import count_bar
 from metapl.apps.settings import (
     Batch,
     Fitting,

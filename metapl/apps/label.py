@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from metapl.apps.inputs import Factory, Network, Run
 from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, is_text, select, statistics
-from metapl.apps.machine import count_bar, sha256_of, write_whole
+from metapl.apps.machine import sha256_of, write_whole
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import FileImages
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import BATCH, Input
+from metapl.apps.progress import count_bar, count_lines
 from metapl.apps.run import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.apps.words import short, table, tell
@@ -371,6 +372,8 @@ def write_labels(
                     writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check
                 )
         first, steps = (0, 0) if writer.complete else (done // labeled.batch_size, len(labeled))
+        lines = count_lines("batches labeled", is_shown=shows, total=steps, done=first)
+        batches_done = first
         with progress(shows, name="labels", start=first, steps=steps) as bar:
             for x, numbers, digests, left_out in loader(labeled, first, steps, num_workers):
                 for number, reason in left_out:
@@ -387,6 +390,8 @@ def write_labels(
                         names_of, logits_BC[new].softmax(dim=1), digests[-len(names_of) :] or None
                     )
                 bar.update()
+                batches_done += 1
+                lines(batches_done)
     return LabelStore(place)
 
 
@@ -407,7 +412,7 @@ def refuse_other_pictures(
         int
     )  # evenly over the store, in the order of the names
     others = []
-    with count_bar("comparing pictures with those that were labeled", shown=True) as update:
+    with count_bar("comparing pictures with those that were labeled", is_shown=True) as update:
         for where, some in store.taken(rows, ["id", "digest"]):
             for row in some.to_pylist():
                 path = file(row["id"])

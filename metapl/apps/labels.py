@@ -40,9 +40,8 @@ from metapl.apps.machine import (
     write_whole,
 )
 from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
-from metapl.apps.words import require_extra
 from metapl.data import draws
-from metapl.errors import FieldError, MetaplError, few, reason_of
+from metapl.errors import FieldError, MetaplError, few, reason_of, require_packages
 from metapl.execution.checks import described
 from metapl.runs.fields import Range, check_arguments
 
@@ -74,7 +73,7 @@ AGAIN = (
 Values = np.ndarray[Any, Any]
 Ids = Sequence[str] | Sequence[int] | Values | Tensor
 
-require = partial(require_extra, "labels", "stored labels need", "pyarrow")
+require = partial(require_packages, "stored labels", "pyarrow")
 
 
 @dataclass(frozen=True)

@@ -17,39 +17,62 @@ from torch import distributed as dist
 from torch import nn
 
 from metapl.apps.model_noise import model_noise
+from metapl.apps.pictures.batches import ExampleBatches
 from metapl.data import StepBatches
 from metapl.distributed import Mesh
-from metapl.execution.batch import length, micro_batches
+from metapl.execution.batch import length, map_tensors, micro_batches
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
 
 
 @dataclass(frozen=True, eq=False)
 class Share(StepBatches[Any]):
-    """This process's rows of the batches that every process has whole.
+    """This process's rows of batches that are the same in every process.
 
-    A run may go on in another number of them.
+    Pictures are read and changed for these rows alone, and for those that a view mixes with them,
+    as Sample Pairing does. Other sources are made whole, and this process takes its rows of them. A
+    run may go on in another number of processes.
     """
 
     whole: StepBatches[Any]
     number: int
     shares: int
+    own_rows: ExampleBatches[Any] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if hasattr(self.whole, "raw"):  # half of a batch is made on the device
-            object.__setattr__(self, "raw", self.whole.raw)
+        # What makes the rows of this process first, and little else; None: the whole batch is made.
+        own_rows = None
+        if isinstance(self.whole, ExampleBatches):
+            own_rows = self.whole.share(self.number, self.shares)
+        object.__setattr__(self, "own_rows", own_rows)
+        # Half of a batch is made on the device.
+        source = self.whole if own_rows is None else own_rows
+        if hasattr(source, "raw"):
+            object.__setattr__(self, "raw", source.raw)
 
     @property
     def steps(self) -> int | None:  # type: ignore[override]  # the whole batches'
         return self.whole.steps
 
     def batch(self, step: int) -> Any:
-        return self._own(self.whole[step])
+        if self.own_rows is not None:
+            return self._first_rows(self.own_rows[step])
+        return self._rows_of_whole(self.whole[step])
 
     def augment(self, step: int, fetched: Any) -> Any:
-        return self._own(self.whole.augment(step, fetched))  # type: ignore[attr-defined]  # of those that have raw()
+        """Return the batch of a step whose pictures ``raw`` has fetched."""
+        if self.own_rows is not None:
+            return self._first_rows(self.own_rows.augment(step, fetched))
+        # Whatever has raw() has augment() too.
+        whole: Any = self.whole
+        return self._rows_of_whole(whole.augment(step, fetched))
 
-    def _own(self, batch: Any) -> Any:
+    def _first_rows(self, batch: Any) -> Any:
+        assert self.own_rows is not None
+        own = self.own_rows.batch_size // self.shares
+        return map_tensors(lambda t: t[:own], batch)
+
+    def _rows_of_whole(self, batch: Any) -> Any:
         assert length(batch) % self.shares == 0, "check_shares has refused it"
         return micro_batches(batch, self.shares, "whole")[self.number]
 
@@ -65,7 +88,7 @@ class Processes:
         return self.mesh.size == 1 or dist.get_rank() == 0
 
     def share(self, source: Any) -> Any:
-        """The rows of this process."""
+        """Return a source of the rows of this process."""
         alone = self.mesh.size == 1 or source is None
         return source if alone else Share(source, self.mesh.share, self.mesh.shares)
 
@@ -80,7 +103,7 @@ class Processes:
 
 
 def program() -> str:
-    """What this command was started with, for a line that starts it again."""
+    """Return what this command was started with, for a line that starts it again."""
     count = os.environ.get("WORLD_SIZE", "1")
     if count == "1":
         return "metapl"
@@ -88,12 +111,23 @@ def program() -> str:
     return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
 
 
-def from_first(value: Any) -> Any:
-    """What the first process has, in every process."""
+def from_first(value: Any, patience: timedelta | None = None) -> Any:
+    """Return in every process what the first one has.
+
+    Args:
+        patience: how long the others wait for it, where that may take longer than the steps of a
+            training; the same in every process.
+    """
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    if patience is None:
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+    untyped: Any = dist
+    patient_group = untyped.new_group(backend="gloo", timeout=patience)
+    dist.broadcast_object_list(values, src=0, group=patient_group)
+    dist.destroy_process_group(patient_group)
     return values[0]
 
 

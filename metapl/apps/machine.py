@@ -14,8 +14,7 @@ import os
 import platform
 import re
 import stat
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from joblib import cpu_count
-from tqdm import tqdm
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.numerics import float32_products
@@ -31,7 +29,6 @@ from metapl.runs.folder import LOCK, Folder, replacing
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
-EVERY = 0.1  # seconds between two updates of a count
 
 
 def environment() -> dict[str, Any]:
@@ -69,23 +66,6 @@ def default_threads() -> int:
     )  # a list is for nested regions
     asked = first.strip()
     return int(asked) if asked.isdecimal() and int(asked) >= 1 else cpu_count()
-
-
-@contextmanager
-def count_bar(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Give a function that takes how many are done, and shows it on one line of the terminal while
-    the block lasts; nothing where ``shown`` is False or standard error is no terminal."""
-    often: dict[str, Any] = {
-        "delay": EVERY,
-        "mininterval": EVERY,
-        "miniters": 1,
-        "disable": None if shown else True,
-    }
-    text = "{desc}: {n:,}" + ("" if total is None else f" of {total:,}")
-    with tqdm(
-        total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often
-    ) as bar:
-        yield lambda done: bar.update(done - bar.n)
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -27,7 +27,7 @@ import tyro
 
 from metapl.apps.settings import flat
 from metapl.apps.words import exit_code, tell
-from metapl.errors import FieldError, MetaplError
+from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
 from metapl.words import did_you_mean, shown
@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is
     printed; 2 wrong input; 128 + n stopped by signal n.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(
             stream, io.TextIOWrapper
@@ -113,13 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stoppable(for_good=arguments is None):
         try:
             try:
-                name, command = parsed(sys.argv[1:] if arguments is None else arguments)
-                count = os.environ.get("WORLD_SIZE", "1")
-                if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
-                    started = f"torchrun has started {count} processes of metapl {name}"
-                    raise MetaplError(f"{started}, which takes one; start it without.")
-                check_fields(command)
-                return int(command.run())
+                words = [*(sys.argv[1:] if arguments is None else arguments)]
+                # The command may be what needs a package that is not installed, or its flags.
+                with needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
+                    name, command = parsed(words)
+                    count = os.environ.get("WORLD_SIZE", "1")
+                    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
+                        started = f"torchrun has started {count} processes of metapl {name}"
+                        raise MetaplError(f"{started}, which takes one; start it without.")
+                    check_fields(command)
+                    return int(command.run())
             finally:
                 logger.removeHandler(messages)
                 sys.stdout.flush()
@@ -152,6 +156,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name, reason = error.filename or "input or output", error.strerror or error
                 print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
             return 1
+
+
+def open_closed_streams() -> None:
+    """Open the null device in the place of each standard stream that is closed.
+
+    Some schedulers start a job without them, as a shell does by ``>&-``, and Python has None for
+    such a stream. What would be written there is not, and a file that the command opens does not
+    get the number of a standard stream, to which programs that it starts would write.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def parsed(given: Sequence[str]) -> tuple[str, Any]:

@@ -67,7 +67,7 @@ class NoisyStudentLoss:
             with with_model_noise(teacher, on=False):
                 logits = torch.cat([logits_with_noise, teacher(x_u)])
         logits_l, logits_u = wide(logits).split([len(x_l), len(x_u)])
-        check_stored(stored, logits_u, "unlabeled")
+        check_stored(stored, logits_u.shape, "unlabeled")
         y = checks.class_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
         on_unlabeled = self._on_stored(logits_u, stored)
@@ -80,7 +80,7 @@ class NoisyStudentLoss:
         x, stored = stored_pair(pairs)
         with nullcontext() if self.model_noise else with_model_noise(network, on=False):
             logits = wide(network(x))
-        check_stored(stored, logits, "unlabeled")
+        check_stored(stored, logits.shape, "unlabeled")
         return self._on_stored(logits, stored)
 
     def _on_stored(self, logits: Tensor, stored: Tensor) -> Tensor:

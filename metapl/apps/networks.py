@@ -25,8 +25,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metapl.apps.words import require_extra
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, few, reason_of, require_packages
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
@@ -174,7 +173,7 @@ class Architecture:
             sized = {"image_size": self.image_size} if self.name == "pooled_cnn" else {}
             module = OWN[self.name](in_channels=self.in_channels, **how, **sized)
         elif self.library == "timm":
-            require_extra("timm", f"{self.name} needs", "timm")
+            require_packages(f"the network {self.name}", "timm")
             import timm
 
             name = self.name.removeprefix("timm:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,19 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.apps.backbone import Control
 from metapl.apps.label import stored_labels
 from metapl.apps.labels import DESCRIPTION
-from metapl.apps.launch import Processes
+from metapl.apps.launch import Processes, from_first
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.model_noise import model_noise
 from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.batches import record_files, replaced_files
+from metapl.apps.progress import FitLines
 from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
 from metapl.apps.run import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
-from metapl.execution.shards import load_whole
+from metapl.execution.shards import load_whole, weights_of
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.training import FitResult, Say, Trainer
@@ -37,6 +39,9 @@ from metapl.training.selection import FAR_BEHIND
 SELECTED_ON = (
     50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 )
+
+# How long processes wait for the one that labels all pictures.
+LABELING = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def train(
     resume: bool = False,
     progress: bool = False,
     say: Say = lambda text: None,
+    say_progress: Say | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
@@ -81,6 +87,9 @@ def train(
         method: one of :mod:`metapl.apps.methods`, or of what is trained on; with a value for every
             field.
         resume: go on with what the folder has; it ends bit for bit as without the interruption.
+        progress: show a bar on standard error, where that is a terminal.
+        say: where the lines about the data and the result go.
+        say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
         processes: those that train together; None: one.
 
     Returns: what ``result.json`` holds.
@@ -163,8 +172,12 @@ def train(
         looking: list[Callback] = [*callbacks]
         if truth is not None:
             looking.insert(0, Truth(truth))
+        fit_options = options | own
+        if say_progress is not None:
+            lines = FitLines(say_progress, steps=fit_options["steps"], phase=phase, resume=resume)
+            looking.append(lines)
         try:
-            return trainer.fit(*shares, phase=phase, callbacks=looking, **options | own)
+            return trainer.fit(*shares, phase=phase, callbacks=looking, **fit_options)
         except (RuntimeError, ConnectionError, EOFError) as error:
             reason = str(error).partition(". ")[0].strip(" .")
             lost = isinstance(error, ConnectionError | EOFError) and fitting.num_workers
@@ -181,13 +194,27 @@ def train(
         processes.seed(student, fitting.seed)
         return network
 
+    def label(network: nn.Module | None) -> dict[str, Tensor]:
+        """Return stored labels: of several processes the first one labels, and all have its labels."""
+        if processes.mesh.size == 1 or network is None:
+            return stored_labels(network, config, method, folder.path, data, say)
+        # All processes gather the weights, which no pass of one process alone could do.
+        weights = weights_of(inside(network))
+        stored = None
+        if processes.first:
+            labeler = config.network().to(place)
+            labeler.load_state_dict(weights)
+            stored = stored_labels(labeler, config, method, folder.path, data, say)
+        labels: dict[str, Tensor] = from_first(stored, patience=LABELING)
+        return labels
+
     training = Training(
         config=config,
         data=data,
         teacher=teacher,
         student=student,
         fit=phase,
-        label=lambda network: stored_labels(network, config, method, folder.path, data, say),
+        label=label,
         lay_out=lay_out,
         folder=folder.path,
         progress=progress,
@@ -348,14 +375,10 @@ def device(asked: str) -> torch.device:
 
 
 def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
-    """Refuse batches that do not fall into equal parts for the processes, and for --accumulate in
-    each; and processes that would have to store labels, which one does."""
-    if mesh.size > 1 and isinstance(method, ReducedMpl) and not method.stores:
-        raise MetaplError(
-            f"--method {method.name} in several processes reads labels that are stored: expected "
-            "--labels STORE, which `metapl label RUN PICTURES --out STORE` writes; or leave "
-            "--mesh out."
-        )
+    """Refuse batches that do not fall into equal parts for the processes.
+
+    And in each process for --accumulate.
+    """
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flat(config).items():
         if name.endswith("_batch") and size % parts:

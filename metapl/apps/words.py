@@ -6,7 +6,6 @@ What a file is called must not move the cursor, or turn the line.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import itertools
 import re
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from metapl.errors import MetaplError
 from metapl.runs.folder import replacing
 from metapl.words import shown
 
@@ -136,18 +134,6 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def require_extra(extra: str, need: str, *packages: str) -> None:
-    """Refuse to go on without the packages of an extra.
-
-    ``need`` is what the message begins with, "ONNX needs" say.
-    """
-    missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
-    if missing:
-        raise MetaplError(
-            f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'"
-        )
 
 
 def exit_code(stopped: KeyboardInterrupt) -> int:

@@ -1,6 +1,6 @@
 """Data whose every draw is a pure function of (seed, step, example).
 
-A run resumes by position alone.
+So a run resumes by its position alone.
 """
 
 from metapl.data.feed import Feed, WithoutLabels, feed, without_labels

@@ -1,8 +1,9 @@
-"""Counter-based random numbers: a draw is a hash of (seed, stream, step, example, draw), and nothing has a state.
+"""Counter-based random numbers, which have no state.
 
-The hash is five rounds of ``fold_in``, each the output function of splitmix64 (Steele, Lea and
-Flood 2014) on 64 bits with wraparound. Whatever draws this way is the same on every device, in
-every worker, in every batch composition and after every restart.
+A draw is a hash of (seed, stream, step, example, draw). The hash is five rounds of ``fold_in``,
+each the output function of splitmix64 (Steele, Lea and Flood 2014) on 64 bits with wraparound.
+Whatever draws this way is the same on every device, in every worker, in every batch composition and
+after every restart.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _MASK = (1 << 64) - 1
 
 
 def fold_in(seed: int, data: int) -> int:
-    """An independent seed: mix(seed + (data + 1)·γ) mod 2⁶⁴, with splitmix64's mix and γ = 0x9E3779B97F4A7C15.
+    """Return an independent seed, mix(seed + (data + 1)·γ) mod 2⁶⁴.
+
+    The mix is that of splitmix64, and γ = 0x9E3779B97F4A7C15.
 
     >>> fold_in(0, 0) == 0xE220A8397B1DCDAF  # the first output of splitmix64 from 0
     True
@@ -28,25 +31,32 @@ def fold_in(seed: int, data: int) -> int:
 
 
 def _signed(x: int) -> int:
+    """Return the int64 that has the same 64 bits as x modulo 2⁶⁴."""
     x &= _MASK
-    return x - (1 << 64) if x >> 63 else x
+    is_negative = x >> 63
+    return x - (1 << 64) if is_negative else x
 
 
 def _shift_right(x: Tensor, places: int) -> Tensor:
+    """Shift the bits of int64 to the right, and fill up with zeros."""
     # torch shifts int64 arithmetically; the mask removes the copies of the sign bit.
     return (x >> places) & ((1 << (64 - places)) - 1)
 
 
 def _fold_in(seed: Tensor | int, data: Tensor) -> Tensor:
-    """``fold_in`` elementwise on int64, whose products and sums wrap modulo 2⁶⁴."""
-    x = (data + 1) * _signed(_GOLDEN) + (_signed(seed) if isinstance(seed, int) else seed)
+    """Compute ``fold_in`` elementwise on int64, whose products and sums wrap modulo 2⁶⁴."""
+    if isinstance(seed, int):
+        seed = _signed(seed)
+    x = (data + 1) * _signed(_GOLDEN) + seed
     x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIERS[0])
     x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIERS[1])
     return x ^ _shift_right(x, 31)
 
 
 def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Tensor:
-    """64 random bits, fold_in(fold_in(fold_in(fold_in(seed, stream), step), example), draw), (B, n) int64.
+    """Draw 64 random bits, (B, n) int64.
+
+    They are fold_in(fold_in(fold_in(fold_in(seed, stream), step), example), draw).
 
     Args:
         seed, step, stream: any integers; ``stream`` keeps uses with the same seed and step apart.
@@ -67,10 +77,11 @@ def uniform(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draws from [0, 1), (B, n): ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64,
-    the same on every device; for the arguments see :func:`bits`."""
+    """Draw from [0, 1), (B, n), the same on every device.
+
+    The draws are ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64. For the
+    arguments see :func:`bits`.
+    """
     precision = {torch.float32: 24, torch.float64: 53}[dtype]
-    return (
-        _shift_right(bits(seed, step, examples, n, stream), 64 - precision).to(dtype)
-        * 2.0**-precision
-    )
+    random_bits = bits(seed, step, examples, n=n, stream=stream)
+    return _shift_right(random_bits, 64 - precision).to(dtype) * 2.0**-precision

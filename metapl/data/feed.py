@@ -12,10 +12,9 @@ import copy
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,11 @@ from metapl.execution.batch import inputs_of, to_device
 from metapl.execution.checks import described
 from metapl.runs.checkpoint import plain_states
 
+# What ``next`` returns of an iterator that has no more batches.
 _END: Any = object()
 
 # Attributes of a source with parts that may hold generators or have ``set_epoch``.
-_PARTS = (
+_PART_NAMES = (
     "loader",
     "base_dataloader",
     "batch_sampler",
@@ -43,46 +43,66 @@ _PARTS = (
     "transform",
     "transforms",
 )
-_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+# Of these attributes the parts are the entries, where they are lists or tuples.
+_LIST_NAMES = ("datasets", "transforms")
+
+_GENERATOR_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 class Feed(ABC):
-    """An endless stream of batches that knows its position; :func:`feed` makes one."""
+    """An endless stream of batches that knows its position; :func:`feed` makes one.
+
+    Args:
+        source: what the batches are taken from.
+        name: what messages call the source.
+        stop: number of batches that the run needs.
+        device: where the batches are wanted; None: wherever the source has them.
+        keeps_labels: whether the labels stay in the batches.
+    """
 
     kind: str
-    _position = 0  # the batches so far, of an epoch where there are some
-    _iterator: Iterator[Any] | None = (
-        None  # it begins with the next batch that is asked for, at the position
-    )
+
+    # The number of batches so far; of a source with epochs, of those in this epoch.
+    _position = 0
+
+    # None: it begins with the next batch that is asked for, at the position.
+    _iterator: Iterator[Any] | None = None
 
     def __init__(
-        self, source: Any, name: str, stop: int, device: torch.device | None, labeled: bool
+        self, source: Any, *, name: str, stop: int, device: torch.device | None, keeps_labels: bool
     ) -> None:
-        self._source, self._name, self._stop, self._labeled = source, name, stop, labeled
-        self._device: Any = device
+        self._source = source
+        self._name = name
+        self._stop = stop
+        self._device = device
+        self._keeps_labels = keeps_labels
 
     def next(self) -> Any:
-        """The next batch; where an epoch is exhausted, the first of the next one."""
+        """Return the next batch; where an epoch is exhausted, the first of the next one."""
         try:
             batch = self._next()
-            batch = batch if self._device is None else to_device(batch, self._device)
+            if self._device is not None:
+                batch = to_device(batch, self._device)
         except BaseException:
             # An interrupted iterator may skip the batch that it was at; a new one begins with it.
             self.close()
             raise
         self._position += 1
-        return batch if self._labeled else inputs_of(batch)
+        return batch if self._keeps_labels else inputs_of(batch)
 
     @abstractmethod
-    def _next(self) -> Any: ...
+    def _next(self) -> Any:
+        """Return the batch at the position, as the source has it."""
 
     def state(self) -> dict[str, Any]:
-        """The position, as a tree of tensors and plain Python values that a checkpoint takes."""
+        """Return the position, as a tree of tensors and plain Python values for a checkpoint."""
         return {"kind": self.kind, "position": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state` was asked for."""
-        if (kind := state["kind"]) != self.kind:
+        kind = state["kind"]
+        if kind != self.kind:
             raise MetaplError(
                 f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same "
                 "kind"
@@ -91,12 +111,18 @@ class Feed(ABC):
         self._position = state["position"]
 
     def close(self) -> None:
-        """Stop the workers; ask for the state before."""
-        if self.kind != "iterator":  # which belongs to its owner, and may go on elsewhere
-            # torch stops workers when the iterator is collected, but a traceback may hold on to it
-            # for long.
-            getattr(self._iterator, "_shutdown_workers", lambda: None)()
-            self._iterator = None
+        """Stop the workers; ask for the state before.
+
+        An iterator that the user gave belongs to its owner, and may go on elsewhere.
+        """
+        if self.kind == "iterator":
+            return
+        # torch stops workers when the iterator is collected, but a traceback may hold on to it
+        # for long.
+        shut_down_workers = getattr(self._iterator, "_shutdown_workers", None)
+        if shut_down_workers is not None:
+            shut_down_workers()
+        self._iterator = None
 
 
 def feed(
@@ -121,16 +147,22 @@ def feed(
             - :func:`~metapl.data.without_labels` of one of these: its batches without their labels.
             - an iterator or generator: served once, and it cannot be restored.
         name: what messages call the source, such as "labeled"; feeds of different names draw
-        differently. stop: number of batches that the run needs, 0 or more. Batches beyond it are
-        not promised. num_workers: processes that prepare batches of a ``StepBatches`` ahead. A
-        ``DataLoader`` has its own number. seed: of what the source draws, any integer. device:
-        where the batches are wanted; None: wherever the source has them.
+            differently.
+        stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
+        num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has
+            its own number.
+        seed: of what the source draws, any integer.
+        device: where the batches are wanted; None: wherever the source has them.
 
-    Returns: a feed at batch 0. Workers start with the first batch. Cost: to restore a
-    ``DataLoader`` takes as long as the batches of the epoch so far; swapping generators takes about
-    0.2 ms a batch. ``StepBatches`` and lists do without both. Exactness: what is drawn on the CPU
-    while a batch is made comes from generators seeded by (seed, name), and from generators that the
-    loader, its samplers, its data set or their transforms hold as attributes (docs/runs.md).
+    Returns: a feed at batch 0. Workers start with the first batch.
+
+    Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; swapping
+    generators takes about 0.2 ms a batch. ``StepBatches`` and lists do without both.
+
+    Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed,
+    name), and from generators that the loader, its samplers, its data set or their transforms hold
+    as attributes (docs/runs.md).
+
     Raises: :class:`metapl.MetaplError` for a source that is none of these, or has no batch or fewer
     than ``stop``.
 
@@ -143,18 +175,30 @@ def feed(
     >>> torch.equal(first.next(), second.next())
     True
     """
-    target, labeled = None if device is None else torch.device(device), True
+    keeps_labels = True
     while isinstance(source, WithoutLabels):
-        source, labeled = source.source, False
-    no_batches = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
-    if no_batches or not isinstance(source, StepBatches | Iterable):
+        source = source.source
+        keeps_labels = False
+    # These are iterable, but what they iterate over is no batches.
+    is_no_source = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
+    if is_no_source or not isinstance(source, StepBatches | Iterable):
         raise MetaplError(
             f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of "
             "batches."
         )
+    target = None if device is None else torch.device(device)
     if isinstance(source, StepBatches | Sequence):
-        return _NumberedFeed(source, name, stop, target, labeled, num_workers)
-    return _EpochFeed(source, name, stop, target, labeled, seed)
+        return _NumberedFeed(
+            source,
+            name=name,
+            stop=stop,
+            device=target,
+            keeps_labels=keeps_labels,
+            num_workers=num_workers,
+        )
+    return _EpochFeed(
+        source, name=name, stop=stop, device=target, keeps_labels=keeps_labels, seed=seed
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,21 +235,32 @@ def without_labels(source: Any) -> WithoutLabels:
 
 
 class _NumberedFeed(Feed):
-    """The batches of a `StepBatches` by their step, or those of a list over and over. Of one with
-    ``raw()`` and ``augment(step, fetched)``, workers fetch the first half of a batch and the second
-    is made on the device."""
+    """The batches of a `StepBatches` by their step, or those of a list over and over.
+
+    Of a `StepBatches` with ``raw()`` and ``augment(step, fetched)``, workers fetch the first half
+    of a batch, and the second half is made on the device.
+    """
 
     def __init__(
-        self, source: Any, name: str, stop: int, device: Any, labeled: bool, workers: int
+        self,
+        source: Any,
+        *,
+        name: str,
+        stop: int,
+        device: torch.device | None,
+        keeps_labels: bool,
+        num_workers: int,
     ) -> None:
-        super().__init__(source, name, stop, device, labeled)
+        super().__init__(source, name=name, stop=stop, device=device, keeps_labels=keeps_labels)
         self.kind = "steps" if isinstance(source, StepBatches) else "sequence"
+        # A list is served over and over, so that one batch is enough.
         least = stop if self.kind == "steps" else min(stop, 1)
         if len(source) < least:
             raise MetaplError(f"{name} has {len(source)} batches; expected {least} or more.")
-        self._workers = workers
+        self._num_workers = num_workers
         # Where the device is a CPU, workers make the whole of a batch.
-        self._halves = device is not None and device.type != "cpu" and hasattr(source, "raw")
+        on_accelerator = device is not None and device.type != "cpu"
+        self._is_made_in_halves = on_accelerator and hasattr(source, "raw")
 
     def _next(self) -> Any:
         if self.kind == "sequence":
@@ -215,34 +270,55 @@ class _NumberedFeed(Feed):
                 f"{self._name} was made for {self._stop} batches; make a feed with a larger stop"
             )
         if self._iterator is None:
-            # Workers have their batches pinned in the background, for CUDA.
-            pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
-            source = self._source.raw() if self._halves else self._source
-            self._iterator = iter(
-                loader(source, self._position, self._stop, self._workers, pin_memory=pinned)
-            )
+            self._iterator = self._begin()
         batch = next(self._iterator)
-        if not self._halves:
+        if not self._is_made_in_halves:
             return batch
+        assert self._device is not None, "halves are for a device"
+        batch = self._source.augment(self._position, to_device(batch, self._device))
         # Converted as loaders do, which turn tuples into lists.
-        return default_convert(self._source.augment(self._position, to_device(batch, self._device)))
+        return default_convert(batch)
+
+    def _begin(self) -> Iterator[Any]:
+        """Return the batches from the position on."""
+        # Workers have their batches pinned in the background, for CUDA.
+        is_for_cuda = self._device is not None and self._device.type == "cuda"
+        return iter(
+            loader(
+                self._source.raw() if self._is_made_in_halves else self._source,
+                start=self._position,
+                stop=self._stop,
+                num_workers=self._num_workers,
+                pin_memory=self._num_workers > 0 and is_for_cuda,
+            )
+        )
 
 
 class _EpochFeed(Feed):
-    """The epochs of a `DataLoader`, or of anything else that begins anew each time, with generators of its own."""
+    """The epochs of a `DataLoader`, or of anything else that begins anew each time.
+
+    It draws from generators of its own.
+    """
 
     def __init__(
-        self, source: Any, name: str, stop: int, device: Any, labeled: bool, seed: int
+        self,
+        source: Any,
+        *,
+        name: str,
+        stop: int,
+        device: torch.device | None,
+        keeps_labels: bool,
+        seed: int,
     ) -> None:
-        super().__init__(source, name, stop, device, labeled)
+        super().__init__(source, name=name, stop=stop, device=device, keeps_labels=keeps_labels)
         self.kind = "iterator" if isinstance(source, Iterator) else "epochs"
         self._parts = parts_of(source)
         self._generators = Generators(seed, name, self._parts)
-        self._start = self._generators.states  # at the start of the epoch
+        # The states of the generators at the start of the epoch.
+        self._start = self._generators.states
         self._epoch = 0
-        if (
-            isinstance(source, DataLoader) and source.persistent_workers
-        ):  # else workers go on with their generators
+        # Workers that persist would go on with their generators, and not begin as the epoch did.
+        if isinstance(source, DataLoader) and source.persistent_workers:
             self._source = copy.copy(source)
             # A loader guards this attribute against being set; the user's own loader stays as it
             # is.
@@ -250,125 +326,153 @@ class _EpochFeed(Feed):
 
     def _next(self) -> Any:
         with self._generators.in_place():
-            while (
-                batch := next(self._begun() if self._iterator is None else self._iterator, _END)
-            ) is _END:
-                if self.kind == "iterator" or not self._position:
-                    # An iterator that is used up, an empty data set, or one smaller than a batch
-                    # with drop_last.
-                    where = f"{self._name} has no batch {self._position} in epoch {self._epoch}"
+            if self._iterator is None:
+                batch = next(self._begin(), _END)
+            else:
+                batch = next(self._iterator, _END)
+            while batch is _END:
+                # An iterator that is used up, an empty data set, or one smaller than a batch with
+                # drop_last.
+                if self.kind == "iterator" or self._position == 0:
                     raise MetaplError(
-                        f"{where}, and the run needs {self._stop}; expected a source that begins "
-                        "anew"
+                        f"{self._name} has no batch {self._position} in epoch {self._epoch}, and "
+                        f"the run needs {self._stop}; expected a source that begins anew"
                     )
-                self._epoch, self._position, self._iterator = self._epoch + 1, 0, None
+                self._epoch += 1
+                self._position = 0
                 self._start = self._generators.read()
+                batch = next(self._begin(), _END)
         return batch
 
-    def _begun(self) -> Iterator[Any]:
-        again = self.kind == "epochs"
-        if again:
+    def _begin(self) -> Iterator[Any]:
+        """Begin the epoch, as it began, and take the batches before the position."""
+        begins_anew = self.kind == "epochs"
+        if begins_anew:
             self._generators.write(self._start)
         for part in self._parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self._epoch)
+        self._iterator = None
         self._iterator = iter(self._source)
-        for taken in range(self._position if again else 0):
+        batches_to_skip = self._position if begins_anew else 0
+        for skipped in range(batches_to_skip):
             if next(self._iterator, _END) is _END:
-                given = (
-                    f"{self._name} has {taken} batches in an epoch, and the run to resume had "
-                    f"taken {self._position}"
+                raise MetaplError(
+                    f"{self._name} has {skipped} batches in an epoch, and the run to resume had "
+                    f"taken {self._position}; expected the same data as then"
                 )
-                raise MetaplError(f"{given}; expected the same data as then")
         return self._iterator
 
     def state(self) -> dict[str, Any]:
+        """Return the position, the epoch, and the generators' states at its start."""
         return super().state() | {"epoch": self._epoch, "stream": plain_states(self._start)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        in_order = getattr(self._source, "in_order", True) or self._source.num_workers < 2
-        if self.kind == "iterator" or (state["position"] and not in_order):
-            what = "an iterator" if self.kind == "iterator" else "a loader with in_order=False"
-            raise MetaplError(
-                f"{self._name} is {what}, which has no position; expected a DataLoader or a list"
-            )
+        """Draw the epoch again up to the position."""
+        if self.kind == "iterator":
+            raise self._has_no_position("an iterator")
+        is_in_order = getattr(self._source, "in_order", True) or self._source.num_workers < 2
+        if state["position"] and not is_in_order:
+            raise self._has_no_position("a loader with in_order=False")
         super().restore(state)
-        self._epoch, self._start = state["epoch"], state["stream"]
+        self._epoch = state["epoch"]
+        self._start = state["stream"]
         try:
             with self._generators.in_place():
-                self._begun()
+                self._begin()
         except BaseException:
             self.close()
             raise
 
+    def _has_no_position(self, description: str) -> MetaplError:
+        return MetaplError(
+            f"{self._name} is {description}, which has no position; expected a DataLoader or a list"
+        )
+
 
 class Generators:
-    """The default generators on the CPU (torch's, Python's, numpy's), seeded by a seed and a name,
-    and those that the parts of a source hold as attributes, which begin where they are."""
+    """The generators that a source may draw from, with states of this feed.
+
+    These are the default generators on the CPU (torch's, Python's, NumPy's), seeded by a seed and a
+    name, and those that the parts of a source hold as attributes, which begin where they are.
+    """
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
-        attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
-        own = {
-            id(v): v
-            for v in attributes
-            if isinstance(v, _KINDS) and v is not torch.default_generator
-        }
-        self._accesses = [
-            *map(_access, (torch.default_generator, random, np.random, *own.values()))
-        ]
-        key = draws.fold_in(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
-        first = (
+        held_by_parts: dict[int, Any] = {}
+        for part in parts:
+            for value in getattr(part, "__dict__", {}).values():
+                if isinstance(value, _GENERATOR_KINDS) and value is not torch.default_generator:
+                    held_by_parts[id(value)] = value
+        self._generators = [torch.default_generator, random, np.random, *held_by_parts.values()]
+        name_digest = hashlib.sha256(name.encode()).digest()
+        key = draws.fold_in(seed, int.from_bytes(name_digest[:8], "big"))
+        first_states_of = [
             torch.Generator().manual_seed(key),
             random.Random(key),
             np.random.RandomState(np.random.MT19937(key)),
-        )
-        self.states = [_access(generator)[0]() for generator in (*first, *own.values())]
+            *held_by_parts.values(),
+        ]
+        self.states = [read_state(generator) for generator in first_states_of]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Draw with the states kept here; afterwards the generators are as they were."""
-        outside = self.read()
+        """Draw with the states of this feed; afterwards the generators are as they were."""
+        outside_states = self.read()
         try:
             self.write(self.states)
             yield
         finally:
             self.states = self.read()
-            self.write(outside)
+            self.write(outside_states)
 
     def read(self) -> list[Any]:
-        return [get() for get, _ in self._accesses]
+        """Return the states that the generators are in now."""
+        return [read_state(generator) for generator in self._generators]
 
     def write(self, states: Sequence[Any]) -> None:
-        for (_, put), state in zip(self._accesses, states, strict=True):
-            put(state)
+        """Put the generators into these states."""
+        for generator, state in zip(self._generators, states, strict=True):
+            write_state(generator, state)
 
 
-def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """How the state of a generator is read, and how it is written."""
+def read_state(generator: Any) -> Any:
+    """Return the state of a generator of torch, Python or NumPy, or of one of their modules."""
     if isinstance(generator, np.random.Generator):
-        return lambda: generator.bit_generator.state, partial(
-            setattr, generator.bit_generator, "state"
-        )
-    if hasattr(generator, "getstate"):  # of Python
-        return generator.getstate, generator.setstate
-    if isinstance(
-        generator, torch.Generator
-    ):  # whose state a checkpoint that was loaded onto a device has moved there
-        return generator.get_state, lambda state: generator.set_state(state.cpu())
-    return partial(generator.get_state, legacy=False), generator.set_state
+        return generator.bit_generator.state
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.get_state(legacy=False)
+
+
+def write_state(generator: Any, state: Any) -> None:
+    """Put a generator into a state that :func:`read_state` returned."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif hasattr(generator, "setstate"):
+        generator.setstate(state)
+    elif isinstance(generator, torch.Generator):
+        # A checkpoint that was loaded onto a device has moved the state there.
+        generator.set_state(state.cpu())
+    else:
+        generator.set_state(state)
 
 
 def parts_of(source: Any) -> list[Any]:
+    """Return a source and its parts: loaders, samplers, data sets and transforms, each once."""
     parts: dict[int, Any] = {}
     waiting = [source]
     while waiting:
         part = waiting.pop()
-        if part is not None and id(part) not in parts:
-            parts[id(part)] = part
-            held = getattr(part, "__dict__", {})
-            for key in _PARTS:
-                several = key in ("datasets", "transforms") and isinstance(
-                    held.get(key), list | tuple
-                )
-                waiting.extend(held[key] if several else [held.get(key)])
+        if part is None or id(part) in parts:
+            continue
+        parts[id(part)] = part
+        attributes = getattr(part, "__dict__", {})
+        for name in _PART_NAMES:
+            value = attributes.get(name)
+            if name in _LIST_NAMES and isinstance(value, list | tuple):
+                waiting.extend(value)
+            else:
+                waiting.append(value)
     return list(parts.values())

@@ -1,5 +1,8 @@
-"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of
-t, so that a run that resumes at step t asks for item t and nothing is replayed."""
+"""Batches by position.
+
+Item t of a data set here is the whole batch of step t, a pure function of t, so that a run that
+resumes at step t asks for item t and nothing is replayed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FrameType, TracebackType
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -30,17 +34,22 @@ from metapl.runs.fields import Range, check_fields
 from metapl.runs.terminal import END, is_heard
 
 BatchT = TypeVar("BatchT")
-_SHUFFLE = 0x5A3F  # keeps the shuffles apart from every other use of the same seed
-PATIENCE = 30  # seconds that a worker lives on after it was asked to end, for the step under way
+
+# Keeps the shuffles apart from every other use of the same seed.
+_SHUFFLE = 0x5A3F
+
+# Seconds that a worker lives on after it was asked to end, for the step under way.
+PATIENCE = 30
 
 
 @lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, stream: int, epoch: int) -> Tensor:
-    """A random order of range(size).
+    """Return a random order of range(size).
 
-    Remembered, since the steps of an epoch share it; callers must not write to it.
+    It is remembered, since the steps of an epoch share it; callers must not write to it.
     """
-    keys = draws.bits(draws.fold_in(seed, _SHUFFLE), epoch, torch.arange(size), 1, stream)
+    shuffle_seed = draws.fold_in(seed, _SHUFFLE)
+    keys = draws.bits(shuffle_seed, epoch, torch.arange(size), n=1, stream=stream)
     return torch.argsort(keys[:, 0], stable=True)
 
 
@@ -75,21 +84,27 @@ class StepSampler:
         check_fields(self)
 
     def indices(self, step: int) -> Tensor:
-        """The examples of a step: (B,) int64 on the CPU, each in [0, size)."""
+        """Return the examples of a step: (B,) int64 on the CPU, each in [0, size)."""
         start, stop = self._span(step)
+        first_epoch = start // self.size
+        last_epoch = (stop - 1) // self.size
         parts = []
-        for epoch in range(start // self.size, (stop - 1) // self.size + 1):
-            begin = epoch * self.size
+        for epoch in range(first_epoch, last_epoch + 1):
+            epoch_start = epoch * self.size
             order = _permutation(self.size, self.seed, self.stream, epoch)
-            parts.append(order[max(start - begin, 0) : stop - begin])
-        return torch.cat(parts)  # a copy: the remembered orders stay as they are
+            parts.append(order[max(start - epoch_start, 0) : stop - epoch_start])
+        # This copies, so that the remembered orders stay as they are.
+        return torch.cat(parts)
 
     def epochs(self, step: int) -> Tensor:
-        """The epoch that each example of a step belongs to, (B,) int64, which tells apart the
-        copies of an example in a batch of more than ``size``."""
+        """Return the epoch that each example of a step belongs to, (B,) int64.
+
+        It tells apart the copies of an example in a batch of more than ``size``.
+        """
         return torch.arange(*self._span(step)) // self.size
 
     def _span(self, step: int) -> tuple[int, int]:
+        """Return where a step begins in the stream, and where the next one does."""
         if step < 0:
             raise MetaplError(
                 f"step is {step}; expected 0 or more: steps are counted from the start of the run"
@@ -109,10 +124,11 @@ class StepBatches(Dataset[BatchT], ABC):
 
     @abstractmethod
     def batch(self, step: int) -> BatchT:
-        """The batch of a step in [0, len(self))."""
+        """Return the batch of a step in [0, len(self))."""
 
     def __getitem__(self, step: int) -> BatchT:
-        if not 0 <= step < len(self):  # an IndexError ends a ``for`` loop over the data set
+        # An IndexError ends a ``for`` loop over the data set.
+        if not 0 <= step < len(self):
             raise IndexError(
                 f"step is {step}; expected 0 to {len(self) - 1}, counted from the start of the run"
             )
@@ -167,28 +183,44 @@ def loader(
 
 
 def _begin_worker(worker: int) -> None:
+    """Let a worker live through signals that the parent needs to survive its step under way."""
     # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for
     # the step under way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # However often it comes: the parent ends its workers when its step is saved. One that is asked
-    # to, and is not ended so, goes by itself.
-    for number in filter(is_heard, END):
-        signal.signal(number, lambda number, frame: signal.alarm(PATIENCE) and None)
-    # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing
-    # any more.
-    sys.excepthook = lambda kind, error, trace: None
+    # The parent ends its workers when its step is saved, however often it is asked to end. A worker
+    # that is asked to, and that the parent does not end, goes by itself when the alarm rings.
+    for number in END:
+        if is_heard(number):
+            signal.signal(number, _set_alarm)
+    # Errors travel to the parent. The only one that would be printed here is that a parent that
+    # failed fetched nothing any more.
+    sys.excepthook = _print_nothing
+
+
+def _set_alarm(number: int, frame: FrameType | None) -> None:
+    signal.alarm(PATIENCE)
+
+
+def _print_nothing(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Take the place of ``sys.excepthook``, and print nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayBatches(StepBatches[Any]):
     """Batches of the rows of tensors, in endless shuffled epochs.
 
-    Of fewer rows than ``batch_size``, all of them.
+    Args:
+        rows: tensors with a row for each example, in any nesting of dicts and tuples.
+        batch_size: the number of rows in a batch; where there are fewer, a batch is all of them.
+        stream: sources with different streams are shuffled differently.
+        steps: the number of steps, or None for an endless stream.
     """
 
-    rows: Any  # tensors with a row for each example, in any nesting of dicts and tuples
+    rows: Any
     batch_size: int
-    stream: int = 0  # sources with different ones are shuffled differently
+    stream: int = 0
     steps: int | None = None
 
     @property
@@ -196,32 +228,40 @@ class ArrayBatches(StepBatches[Any]):
         return length(self.rows)
 
     def batch(self, step: int) -> Any:
-        count = self.examples
-        chosen = StepSampler(
-            count, min(self.batch_size, count), seed=0, stream=self.stream
-        ).indices(step)
-        return map_tensors(lambda t: t[chosen.to(t.device)], self.rows)
+        """Return the rows of a step."""
+        sampler = StepSampler(
+            size=self.examples,
+            batch_size=min(self.batch_size, self.examples),
+            seed=0,
+            stream=self.stream,
+        )
+        indices = sampler.indices(step)
+        return map_tensors(lambda t: t[indices.to(t.device)], self.rows)
 
 
 def in_memory(
     source: Any, name: str, batch_size: int | None, dtype: torch.dtype, stream: int
 ) -> Any:
-    """Batches of examples in memory, a tensor, an array, a dict, tuple or dataclass of these.
+    """Return batches of examples in memory, or a source of another kind as it is.
 
-    Others as they are.
+    Examples in memory are a tensor, an array, or a dict, tuple or dataclass of these.
     """
-    held = isinstance(source, tuple) and any(map(is_array, source))
-    if not (held or is_array(source) or isinstance(source, Mapping) or is_record_of_rows(source)):
+    is_tuple_of_arrays = isinstance(source, tuple) and any(map(is_array, source))
+    is_single = is_array(source) or isinstance(source, Mapping) or is_record_of_rows(source)
+    if not is_tuple_of_arrays and not is_single:
         return source
     if batch_size is None or batch_size < 1:
         raise MetaplError(
             f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a "
             "list."
         )
-    rows = as_tensors(plain(source), dtype, f"{name} holds")
-    lengths = {len(t) if t.ndim else 0 for t in leaves_of(rows) if isinstance(t, Tensor)}
+    rows = as_tensors(plain(source), dtype, what=f"{name} holds")
+    lengths = set()
+    for t in leaves_of(rows):
+        if isinstance(t, Tensor):
+            lengths.add(len(t) if t.ndim else 0)
     if len(lengths) != 1 or 0 in lengths:
         raise MetaplError(
             f"{name} has tensors of {sorted(lengths)} rows; expected as many in each, at least one."
         )
-    return ArrayBatches(rows, batch_size, stream)
+    return ArrayBatches(rows, batch_size, stream=stream)

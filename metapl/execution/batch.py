@@ -27,49 +27,53 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 
-LABEL_KEYS = ("labels", "label")  # in a batch that is a dict
+# The names under which a batch that is a dict has its labels.
+LABEL_KEYS = ("labels", "label")
 
 
 def either(**spellings: object) -> Any:
-    """The value of an argument that has two spellings, of which None is one that was not given."""
-    given = {name: value for name, value in spellings.items() if value is not None}
-    if len(given) > 1:
+    """Return the value of an argument that has two spellings, None where neither was given.
+
+    A spelling that was not given is None.
+    """
+    values = {name: value for name, value in spellings.items() if value is not None}
+    if len(values) > 1:
         raise MetaplError(
-            f"{'= and '.join(given)}= were both given; they are two names of one argument: "
+            f"{'= and '.join(values)}= were both given; they are two names of one argument: "
             "expected one."
         )
-    return next(iter(given.values()), None)
+    return next(iter(values.values()), None)
 
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
-    """The outer and the inner batch, each by either of its names.
+    """Return the outer and the inner batch, each given by either of its names.
 
     One that is missing is refused.
     """
-    if outer is not None or inner is not None:
-        labeled, unlabeled = (
-            either(labeled=labeled, outer=outer),
-            either(unlabeled=unlabeled, inner=inner),
-        )
-    if labeled is None or unlabeled is None:
+    outer_batch = either(labeled=labeled, outer=outer)
+    inner_batch = either(unlabeled=unlabeled, inner=inner)
+    if outer_batch is None or inner_batch is None:
         raise MetaplError(
             "a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=)."
         )
-    return labeled, unlabeled
+    return outer_batch, inner_batch
 
 
 # --------------------------------------------------------------------- a batch as a tree of tensors
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value is an object of a dataclass that batches are made of."""
+    """Return whether a value is an object of a dataclass that batches are made of."""
     if isinstance(value, Tensor | Mapping | Sequence | nn.Module | type):
         return False
     return hasattr(value, "__dataclass_fields__")
 
 
 def is_record_of_rows(data: Any) -> bool:
-    """Whether data is an object of a dataclass with tensors or arrays, and no source that batches are taken from."""
+    """Return whether data is an object of a dataclass with tensors or arrays.
+
+    A source that batches are taken from is none.
+    """
     if not is_record(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__"):
         return False
     return any(map(is_array, leaves_of(data)))
@@ -84,38 +88,39 @@ def fields_of(record: Any, *, only_fields: bool = False) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(record)]
     if not only_fields:
         names += [name for name in getattr(record, "__dict__", ()) if name not in names]
-    kind = type(record)
-    held = [
-        name
-        for name in names
-        if not isinstance(getattr(kind, name, None), functools.cached_property)
-    ]
-    return {name: getattr(record, name) for name in held if hasattr(record, name)}
+    values: dict[str, Any] = {}
+    for name in names:
+        in_class = getattr(type(record), name, None)
+        if hasattr(record, name) and not isinstance(in_class, functools.cached_property):
+            values[name] = getattr(record, name)
+    return values
 
 
 def with_fields_of(record: Any, values: Mapping[str, Any]) -> Any:
-    """Return a copy of an object of a dataclass that holds other values; the object itself if they are all its own.
+    """Return a copy of an object of a dataclass that holds other values.
 
-    Its ``__init__`` and ``__post_init__`` are not called: they may have changed what they were
-    given, and would do so once more. Frozen classes and those with slots are copied alike.
+    The object itself if the values are all its own. Its ``__init__`` and ``__post_init__`` are not
+    called: they may have changed what they were given, and would do so once more. Frozen classes
+    and those with slots are copied alike.
     """
-    before = fields_of(record)
-    if all(values[name] is value for name, value in before.items()):
+    own_values = fields_of(record)
+    if all(values[name] is value for name, value in own_values.items()):
         return record
-    made = copy.copy(record)
-    for name in [*getattr(made, "__dict__", ())]:
-        if name not in before:
-            del made.__dict__[name]
+    copied = copy.copy(record)
+    # What a cached_property has kept is of the other values.
+    for name in [*getattr(copied, "__dict__", ())]:
+        if name not in own_values:
+            del copied.__dict__[name]
     for name, value in values.items():
-        object.__setattr__(made, name, value)
-    return made
+        object.__setattr__(copied, name, value)
+    return copied
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """Which dataclass an opened object is of, and what it holds.
+    """Which dataclass an opened object is of, and the names of what it holds.
 
-    Two objects that hold other values are alike.
+    Two kinds are equal where the objects differ in their values alone.
     """
 
     kind: type
@@ -127,86 +132,107 @@ class _Opened:
     """An object of a dataclass, as a node of a tree."""
 
     def __init__(self, kind: _Kind, values: Sequence[Any]) -> None:
-        self.kind, self.values = kind, values
+        self.kind = kind
+        self.values = values
 
 
-def _close(values: Any, kind: _Kind) -> Any:
-    return with_fields_of(kind.record, dict(zip(kind.names, values, strict=True)))
+def _taken_apart(node: _Opened) -> tuple[list[Any], _Kind]:
+    return [*node.values], node.kind
 
 
-def _with_keys(node: _Opened) -> tuple[list[tuple[Any, Any]], _Kind]:
+def _taken_apart_with_keys(node: _Opened) -> tuple[list[tuple[Any, Any]], _Kind]:
     keys = map(pytree.GetAttrKey, node.kind.names)
     return [*zip(keys, node.values, strict=True)], node.kind
 
 
+def _put_together(values: Any, kind: _Kind) -> Any:
+    """Return an object of the dataclass, which is no opened one any more."""
+    return with_fields_of(kind.record, dict(zip(kind.names, values, strict=True)))
+
+
 pytree.register_pytree_node(
-    _Opened, lambda node: ([*node.values], node.kind), _close, flatten_with_keys_fn=_with_keys
+    _Opened, _taken_apart, _put_together, flatten_with_keys_fn=_taken_apart_with_keys
 )
 
 
-def _opened(batch: Any, only_fields: bool) -> Any:
+def _opened(batch: Any, *, only_fields: bool) -> Any:
     """Return a batch in which objects of dataclasses are nodes of the tree, at any depth."""
 
     def open_leaf(leaf: Any) -> Any:
         if not is_record(leaf):
             return leaf
-        held = fields_of(leaf, only_fields=only_fields)
-        values = [_opened(value, only_fields) for value in held.values()]
-        return _Opened(_Kind(type(leaf), tuple(held), leaf), values)
+        fields = fields_of(leaf, only_fields=only_fields)
+        values = [_opened(value, only_fields=only_fields) for value in fields.values()]
+        return _Opened(_Kind(type(leaf), names=tuple(fields), record=leaf), values)
 
     return pytree.tree_map(open_leaf, batch)
 
 
 def flatten(batch: Any, *, only_fields: bool = False) -> tuple[list[Any], Any]:
-    """Return the leaves of a batch and its structure, for ``pytree.tree_unflatten``; dataclasses are nodes too.
+    """Return the leaves of a batch and its structure, for ``pytree.tree_unflatten``.
 
-    ``only_fields``: what an object of one holds besides its fields is no part of it.
+    Objects of dataclasses are nodes too.
+
+    Args:
+        only_fields: whether what such an object holds besides its fields is no part of it.
     """
     leaves, structure = pytree.tree_flatten(batch)
     if any(map(is_record, leaves)):
-        leaves, structure = pytree.tree_flatten(_opened(batch, only_fields))
+        leaves, structure = pytree.tree_flatten(_opened(batch, only_fields=only_fields))
     return leaves, structure
 
 
 def leaves_of(batch: Any) -> list[Any]:
-    return flatten(batch)[0]
+    """Return the leaves of a batch."""
+    leaves, _ = flatten(batch)
+    return leaves
 
 
 def named_leaves_of(batch: Any) -> list[tuple[str, Any]]:
-    """Return the leaves of a batch, each with its place, such as ``[0]``, ``['input_ids']`` or ``.x``."""
-    found, _ = pytree.tree_flatten_with_path(_opened(plain(batch), only_fields=False))
-    return [(pytree.keystr(path), leaf) for path, leaf in found]
+    """Return the leaves of a batch, each with its place.
+
+    A place is such as ``[0]``, ``['input_ids']`` or ``.x``.
+    """
+    opened = _opened(plain(batch), only_fields=False)
+    paths_and_leaves, _ = pytree.tree_flatten_with_path(opened)
+    return [(pytree.keystr(path), leaf) for path, leaf in paths_and_leaves]
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Return a batch with ``function`` of each of its tensors, whatever they are nested in."""
     leaves, structure = flatten(batch)
-    return pytree.tree_unflatten(
-        [function(t) if isinstance(t, Tensor) else t for t in leaves], structure
-    )
+    mapped = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(mapped, structure)
 
 
 def plain(batch: Any) -> Any:
-    """The batch with its dict-like parts, such as the output of a tokenizer, as dicts."""
+    """Return a batch with its dict-like parts, such as the output of a tokenizer, as dicts."""
     if isinstance(batch, Tensor):
         return batch
     if type(batch) in (tuple, list):
-        return type(batch)([part if isinstance(part, Tensor) else plain(part) for part in batch])
+        return type(batch)([plain(part) for part in batch])
     if isinstance(batch, Mapping):
         return {name: plain(value) for name, value in batch.items()}
     if is_record(batch):
-        return with_fields_of(
-            batch, {name: plain(value) for name, value in fields_of(batch).items()}
-        )
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        values = {name: plain(value) for name, value in fields_of(batch).items()}
+        return with_fields_of(batch, values)
+    if is_named_tuple(batch):
         parts = [plain(part) for part in batch]
-        same = all(part is before for part, before in zip(parts, batch, strict=True))
-        return batch if same else type(batch)(*parts)
+        if all(part is original for part, original in zip(parts, batch, strict=True)):
+            return batch
+        return type(batch)(*parts)
     return batch
 
 
+def is_named_tuple(value: Any) -> bool:
+    """Return whether a value is an object of a NamedTuple, which takes its parts one by one."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move every tensor of a batch, of any nesting, to a device; to CUDA, the copy is queued and not waited for.
+    """Move every tensor of a batch, of any nesting, to a device.
+
+    To CUDA, the copy is queued and not waited for.
 
     >>> batch = {"x": torch.ones(2), "names": ["a", "b"]}
     >>> to_device(batch, "meta")["x"].device, to_device(batch, "cpu")["x"] is batch["x"]
@@ -216,20 +242,28 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
     def moved(t: Tensor) -> Tensor:
         # Towards the CPU, a copy that is not waited for could be read before it is there.
-        queued = device.type == "cuda" and t.device.type == "cpu" and t.layout == torch.strided
-        if queued and not t.is_pinned():  # not Tensor.pin_memory, which refuses what expand() makes
+        is_to_cuda = device.type == "cuda" and t.device.type == "cpu"
+        is_queued = is_to_cuda and t.layout == torch.strided
+        if is_queued and not t.is_pinned():
+            # Not Tensor.pin_memory, which refuses what expand() makes.
             t = torch.empty_like(t, pin_memory=True).copy_(t)
-        return t.to(device, non_blocking=queued)
+        return t.to(device, non_blocking=is_queued)
 
     return map_tensors(moved, plain(batch))
 
 
 def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
-    """A labeled batch as (inputs, labels), or a longer tuple that begins with them."""
+    """Return a labeled batch as (inputs, labels), or as a longer tuple that begins with them.
+
+    Args:
+        name: of the batch, for the error.
+        mend: the end of the error.
+    """
     batch = plain(batch)
-    keys = [key for key in LABEL_KEYS if key in batch] if isinstance(batch, dict) else []
-    if len(keys) == 1 and holds_tensors(inputs_of(batch)):
-        return inputs_of(batch), batch[keys[0]]
+    if isinstance(batch, dict):
+        label_keys = [key for key in LABEL_KEYS if key in batch]
+        if len(label_keys) == 1 and holds_tensors(inputs_of(batch)):
+            return inputs_of(batch), batch[label_keys[0]]
     if isinstance(batch, tuple | list) and len(batch) > 1 and holds_tensors(batch[0]):
         return batch
     raise MetaplError(
@@ -239,7 +273,10 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
 
 
 def first_input(batch: Any) -> Any:
-    """A network's input in a batch: a tensor or a dict itself, the first element of a tuple."""
+    """Return a network's input in a batch.
+
+    A tensor or a dict itself, the first element of a tuple.
+    """
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
     if isinstance(batch, Tensor | Mapping):
@@ -252,45 +289,51 @@ def first_input(batch: Any) -> Any:
 
 
 def inputs_of(batch: Any) -> Any:
-    """The inputs of a batch, with its labels left out if it has any."""
+    """Return the inputs of a batch, with its labels left out if it has any."""
     batch = plain(batch)
     if isinstance(batch, dict):
         return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
-    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(batch, tuple | list) and batch:
+        return batch[0]
+    return batch
 
 
 def is_whole(data: Any) -> bool:
-    """Whether labeled data is a single pair (inputs, labels), dict or dataclass, not an iterable of such batches."""
-    pair = isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
-    return pair or isinstance(data, Mapping) or is_record_of_rows(data)
+    """Return whether labeled data is a single pair (inputs, labels), dict or dataclass.
+
+    Otherwise it is an iterable of such batches.
+    """
+    is_pair = isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
+    return is_pair or isinstance(data, Mapping) or is_record_of_rows(data)
 
 
 def is_array(data: Any) -> bool:
+    """Return whether data is a tensor, or an array of NumPy or of a library that it can read."""
     return isinstance(data, Tensor) or hasattr(data, "__array__")
 
 
 def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
-    """Data whose arrays are tensors: those of floating point of type ``dtype``, and one whole
-    number an example int64. What is no array stays as it is, or is refused in a text that begins
-    with ``what``."""
+    """Return data whose arrays are tensors.
+
+    Those of floating point have the type ``dtype``, and one whole number an example is int64.
+    Tensors stay as they are.
+
+    Args:
+        what: refuse what is no array in a text that begins with this; empty: leave it as it is.
+    """
     if type(data) is dict:
-        return {name: as_tensors(value, dtype, what) for name, value in data.items()}
+        return {name: as_tensors(value, dtype, what=what) for name, value in data.items()}
     if type(data) in (tuple, list):
-        return type(data)(as_tensors(value, dtype, what) for value in data)
+        return type(data)(as_tensors(value, dtype, what=what) for value in data)
     if is_record(data):
-        fields = fields_of(data)
-        return with_fields_of(
-            data, {name: as_tensors(value, dtype) for name, value in fields.items()}
-        )
-    if (
-        isinstance(data, tuple)
-        and hasattr(data, "_fields")
-        and not isinstance(data, PackedSequence)
-    ):
-        return type(data)(*(as_tensors(value, dtype, what) for value in data))
+        values = {name: as_tensors(value, dtype) for name, value in fields_of(data).items()}
+        return with_fields_of(data, values)
+    if is_named_tuple(data) and not isinstance(data, PackedSequence):
+        return type(data)(*(as_tensors(value, dtype, what=what) for value in data))
     if isinstance(data, Tensor) or not (what or is_array(data)):
         return data
     array = np.asarray(data)
+    # Booleans, whole numbers with a sign or without, and numbers of floating point.
     if array.dtype.kind not in "biuf":
         raise MetaplError(
             f"{what or 'the data hold'} of {type(data).__name__} ({array.dtype}); expected numbers."
@@ -299,84 +342,125 @@ def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():
         return tensor.to(dtype)
-    return tensor.long() if tensor.ndim == 1 and tensor.dtype != torch.bool else tensor
+    if tensor.ndim == 1 and tensor.dtype != torch.bool:
+        return tensor.long()
+    return tensor
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:
+    """Return the rows from ``start`` to before ``stop`` of every tensor of a batch."""
     return map_tensors(lambda t: t[start:stop] if t.ndim else t, batch)
 
 
 def length(batch: Any) -> int:
-    return max((len(t) for t in leaves_of(batch) if isinstance(t, Tensor) and t.ndim), default=0)
+    """Return the number of rows of a batch, which is that of its longest tensor."""
+    lengths = [len(t) for t in leaves_of(batch) if isinstance(t, Tensor) and t.ndim]
+    return max(lengths, default=0)
+
+
+# Whole numbers as wide as the entries of a tensor, by their bytes.
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Leaves of these types count in a digest by their values, others by their types.
+_PLAIN_TYPES = (bool, int, float, str, bytes, type(None))
 
 
 def digest(batch: Any) -> Tensor:
-    """A whole number by which a batch is known, bit for bit; the same in every process, computed
-    where the tensors are."""
+    """Return a whole number by which a batch is known, bit for bit, () int64.
+
+    It is the same in every process, and is computed where the tensors are: on a CPU by SHA-256,
+    elsewhere by a mix of the bits.
+    """
     # A pass may leave attributes in a batch, which one that is read again does not have.
     leaves, structure = flatten(batch, only_fields=True)
-    leaves = [
-        torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t
-        for t in leaves
-    ]
-    known = [
-        (t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t)
-        for t in leaves
-    ]
+    tensors: list[Tensor] = []
+    descriptions: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            leaf = torch.as_tensor(leaf)
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            descriptions.append((leaf.shape, leaf.dtype))
+        elif type(leaf) in _PLAIN_TYPES:
+            descriptions.append(repr(leaf))
+        else:
+            descriptions.append(type(leaf))
     # Not Python's hash, which is another one in every process.
-    named = hashlib.blake2b(repr((str(structure), *known)).encode(), digest_size=8).digest()
-    total = torch.tensor(int.from_bytes(named, "little", signed=True))
-    for number, t in enumerate(t for t in leaves if isinstance(t, Tensor)):
-        bits = t.detach().to_dense().contiguous().flatten().view(_BITS[min(t.element_size(), 8)])
-        if t.device.type == "cpu":  # in a quarter of the time
-            found = hashlib.sha256(number.to_bytes(8) + bits.numpy().tobytes()).digest()[:8]
-            total = total + int.from_bytes(found, "little", signed=True)
-            continue
-        bits = bits.to(torch.int64)
-        # Each place with its value is mixed into a number of its own: a sum of multiples would know
-        # small labels badly.
-        mixed = (
-            bits + (torch.arange(len(bits), device=t.device) + (number << 40)) * 0x1E3779B97F4A7C15
-        )
-        for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
-            mixed = (mixed ^ (mixed >> 30)) * factor
-        total = total.to(t.device) + (mixed ^ (mixed >> 31)).sum()
+    described_batch = repr((str(structure), *descriptions)).encode()
+    of_structure = hashlib.blake2b(described_batch, digest_size=8).digest()
+    total = torch.tensor(int.from_bytes(of_structure, "little", signed=True))
+    for number, t in enumerate(tensors):
+        bits = t.detach().to_dense().contiguous().flatten()
+        bits = bits.view(_WHOLE_NUMBERS[min(t.element_size(), 8)])
+        if t.device.type == "cpu":
+            # In a quarter of the time that the mix takes there.
+            of_tensor = hashlib.sha256(number.to_bytes(8) + bits.numpy().tobytes()).digest()
+            total = total + int.from_bytes(of_tensor[:8], "little", signed=True)
+        else:
+            total = total.to(t.device) + _mixed(bits, number).sum()
     return total
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PLAIN = (bool, int, float, str, bytes, type(None))
+def _mixed(bits: Tensor, number: int) -> Tensor:
+    """Return a number for each entry of a tensor, by its bits and its place, on its device.
+
+    Each place with its value is mixed into a number of its own: a sum of multiples would know small
+    labels badly.
+
+    Args:
+        number: which of a batch's tensors it is.
+    """
+    places = torch.arange(len(bits), device=bits.device) + (number << 40)
+    mixed = bits.to(torch.int64) + places * 0x1E3779B97F4A7C15
+    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        mixed = (mixed ^ (mixed >> 30)) * factor
+    return mixed ^ (mixed >> 31)
 
 
 def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
-    """A batch (any nesting of tensors with a row per example) split into ``parts`` of equal size;
-    what is no tensor, or one number, is in each of them."""
+    """Return a batch (any nesting of tensors with a row per example) in parts of equal size.
+
+    What is no tensor, or one number, is in each of them.
+
+    Args:
+        parts: how many.
+        name: of the batch, for errors.
+    """
     if parts == 1:
         return [batch]
     leaves, structure = flatten(plain(batch))
     refuse_hidden_tensors(leaves, name)
-    has_rows = [isinstance(t, Tensor) and t.ndim > 0 for t in leaves]
-    lengths = {len(t) for t, has in zip(leaves, has_rows, strict=True) if has}
-    if any(n % parts for n in lengths):
-        raise MetaplError(
-            f"the {name} batch has {max(lengths)} examples; expected a multiple of "
-            f"accumulate={parts}."
-        )
-    pieces = [
-        t.chunk(parts) if has else [t] * parts for t, has in zip(leaves, has_rows, strict=True)
+    pieces_of_leaves: list[Sequence[Any]] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            pieces_of_leaves.append([leaf] * parts)
+            continue
+        if len(leaf) % parts:
+            raise MetaplError(
+                f"the {name} batch has {length(leaves)} examples; expected a multiple of "
+                f"accumulate={parts}."
+            )
+        pieces_of_leaves.append(leaf.chunk(parts))
+    return [
+        pytree.tree_unflatten(list(pieces), structure)
+        for pieces in zip(*pieces_of_leaves, strict=True)
     ]
-    return [pytree.tree_unflatten(list(piece), structure) for piece in zip(*pieces, strict=True)]
 
 
 def refuse_hidden_tensors(leaves: Sequence[Any], name: str) -> None:
     """Refuse tensors in the attributes of an object that is no dataclass.
 
-    It would be in each micro-batch whole.
+    The object would be in each micro-batch whole.
+
+    Args:
+        leaves: of a batch.
+        name: of the batch, for the error.
     """
     for leaf in leaves:
         if isinstance(leaf, Tensor | nn.Module):
             continue
-        if any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
+        attributes = getattr(leaf, "__dict__", {})
+        if any(isinstance(value, Tensor) for value in attributes.values()):
             raise MetaplError(
                 f"the {name} batch holds tensors in an object of type {type(leaf).__name__}, which "
                 "cannot be split into micro-batches; expected a tuple, a dict or a dataclass of "
@@ -385,33 +469,29 @@ def refuse_hidden_tensors(leaves: Sequence[Any], name: str) -> None:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of micro-batches, concatenated; a single one is returned as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """Return the rows of micro-batches, concatenated; those of a single one as they are."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts))
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong).
+    """Return an unlabeled batch as (x,) or (weak, strong).
 
-    A tensor, a dict without labels, or two of one structure; no (inputs, labels).
+    A view is a tensor or a dict without labels; two views are of one structure. A pair (inputs,
+    labels) is refused.
     """
-    if isinstance(unlabeled, Tensor) or (
-        isinstance(unlabeled, Mapping) and not {*unlabeled} & {*LABEL_KEYS}
-    ):
+    has_label_key = isinstance(unlabeled, Mapping) and any(key in unlabeled for key in LABEL_KEYS)
+    if isinstance(unlabeled, Tensor | Mapping) and not has_label_key:
         return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
         return (first_input(unlabeled),)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and holds_tensors(unlabeled[0]):
-        (first, one), (second, other) = map(flatten, unlabeled)
-        kinds = (
-            [(t.dtype, t.ndim) if isinstance(t, Tensor) else type(t) for t in own]
-            for own in (first, second)
+        weak, strong = unlabeled
+        are_labels = (
+            isinstance(strong, Tensor) and strong.ndim == 1 and not strong.is_floating_point()
         )
-        labels = (
-            isinstance(unlabeled[1], Tensor)
-            and unlabeled[1].ndim == 1
-            and not unlabeled[1].is_floating_point()
-        )
-        if one == other and next(kinds) == next(kinds) and not labels:
+        if _kinds_of_leaves(weak) == _kinds_of_leaves(strong) and not are_labels:
             return tuple(unlabeled)
     raise MetaplError(
         f"unlabeled is {described(unlabeled)}; expected a tensor or a dict of tensors, (inputs,), "
@@ -420,5 +500,13 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
     )
 
 
+def _kinds_of_leaves(batch: Any) -> tuple[Any, list[Any]]:
+    """Return the structure of a batch, and the types and dimensions of its leaves."""
+    leaves, structure = flatten(batch)
+    kinds = [(t.dtype, t.ndim) if isinstance(t, Tensor) else type(t) for t in leaves]
+    return structure, kinds
+
+
 def holds_tensors(inputs: Any) -> bool:
+    """Return whether there is a tensor in the inputs of a batch."""
     return isinstance(inputs, Tensor) or any(isinstance(leaf, Tensor) for leaf in leaves_of(inputs))

@@ -1,8 +1,8 @@
-"""Batch norm whose statistics are of the rows of several processes, with derivatives of every order and kind.
+"""Batch norm whose statistics are of the rows of several processes.
 
-``torch.nn.SyncBatchNorm`` shares statistics too. Its backward pass has no derivative and it has no
-forward mode, which the exact gradients need, and it does not run on a CPU; so moments are gathered
-here.
+It has derivatives of every order and kind. ``torch.nn.SyncBatchNorm`` shares statistics too. Its
+backward pass has no derivative and it has no forward mode, which the exact gradients need, and it
+does not run on a CPU; so moments are gathered here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class SharedBatchNorm(_BatchNorm):
     r"""Batch norm over the rows of all ranks of a group, each of which has as many.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
-              \mu = \tfrac1R \sum_r \mu_r, \quad \sigma^2 = \tfrac1R \sum_r \big(\sigma_r^2 + (\mu_r - \mu)^2\big)
+              \mu = \tfrac1R \sum_r \mu_r, \quad
+              \sigma^2 = \tfrac1R \sum_r \big(\sigma_r^2 + (\mu_r - \mu)^2\big)
 
     In evaluation it is the batch norm that it was made of, and exchanges nothing.
 
@@ -86,16 +87,17 @@ class SharedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         own_var_C, own_mean_C = _moments(input)
         ranks = self.group.size()
+        # Each rank's moments are the only ones in their row, so that the sum gathers them.
         is_own_R = torch.zeros(ranks, 1, 1, dtype=own_mean_C.dtype, device=input.device)
         is_own_R[self.group.rank()] = 1
-        moments_R2C: Tensor = SumOverRanks.apply(
-            is_own_R * torch.stack([own_mean_C, own_var_C]), self.group
-        )
+        own_moments_R2C = is_own_R * torch.stack([own_mean_C, own_var_C])
+        moments_R2C: Tensor = SumOverRanks.apply(own_moments_R2C, self.group)
         means_RC, vars_RC = moments_R2C.unbind(1)
         mean_C = means_RC.mean(0)
         var_C = vars_RC.mean(0) + (means_RC - mean_C).square().mean(0)
         if self.training and self.running_mean is not None:
-            self._follow(mean_C.detach(), var_C.detach(), ranks * input.numel() // input.shape[1])
+            count = ranks * input.numel() // input.shape[1]
+            self._follow(mean_C.detach(), var_C.detach(), count=count)
         # As a scale and a shift of the input, so that nothing else of its size is kept.
         scale_C = (var_C + self.eps).rsqrt()
         if self.weight is not None:
@@ -108,7 +110,11 @@ class SharedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean_C: Tensor, var_C: Tensor, count: int) -> None:
-        """Move the running statistics, as torch does: the variance by its unbiased estimate."""
+        """Move the running statistics, as torch does: the variance by its unbiased estimate.
+
+        Args:
+            count: the numbers of which they are the moments, in each channel.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -119,7 +125,10 @@ class SharedBatchNorm(_BatchNorm):
 
 
 def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the variance and the mean of each channel, of the rows of this rank, (C,) each, in float32 or wider."""
+    """Return the variance and the mean of each channel, (C,) each, of this rank's rows.
+
+    In float32 or wider.
+    """
     dims = [dim for dim in range(input.ndim) if dim != 1]
     if input.dtype not in HALF:
         var_C, mean_C = torch.var_mean(input, dims, correction=0)
@@ -133,7 +142,10 @@ def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_batch_norms(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Put a :class:`SharedBatchNorm` in the place of each batch norm of a network, with its parameters and buffers."""
+    """Put a :class:`SharedBatchNorm` in the place of each batch norm of a network.
+
+    It has the parameters and buffers of the one that it replaces.
+    """
     for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, _BatchNorm):

@@ -28,10 +28,12 @@ class Fault:
     @property
     def flag(self) -> Tensor:
         """Whether any check has failed, a boolean scalar that is still on the device."""
-        found = [bad for bad, _ in self.findings]
-        return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)
+        if not self.findings:
+            return torch.zeros((), dtype=torch.bool)
+        return torch.stack([bad for bad, _ in self.findings]).any()
 
     def raise_if_found(self, where: str = "") -> None:
+        """Raise the first error that a check has found; ``where`` is the beginning of its text."""
         for bad, text in self.findings:
             if bool(bad):
                 raise MetaplError(
@@ -43,7 +45,7 @@ _interpreters = torch._C._functorch.peek_interpreter_stack
 
 
 def transformed() -> bool:
-    """Whether this runs inside a transform of ``torch.func``, or is being compiled.
+    """Return whether this runs inside a transform of ``torch.func``, or is being compiled.
 
     No value can be read then.
     """
@@ -56,16 +58,21 @@ READS_OTHER_WEIGHTS = (
     "dict, or tensors that it has kept; expected nn.ModuleList or nn.ModuleDict, whose weights "
     "are read in each pass."
 )
+
 # What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
 
 def waits(t: Tensor) -> bool:
+    """Return whether the host would have to wait for the values of a tensor."""
     return t.device.type != "cpu"
 
 
 def refuse(bad: Tensor, text: str) -> None:
-    """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
+    """Raise ``text`` where the boolean scalar ``bad`` holds.
+
+    Now, or on a device when the next report is read.
+    """
     if transformed():
         return
     fault = deferred.get()
@@ -76,27 +83,33 @@ def refuse(bad: Tensor, text: str) -> None:
 
 
 def refuse_not_finite(text: str, *numbers: Tensor) -> None:
-    """Raise ``text`` if one of these scalars is NaN or infinite, now or when the next report is read."""
+    """Raise ``text`` if one of these scalars is NaN or infinite.
+
+    Now, or when the next report is read.
+    """
     if waits(numbers[0]):
         refuse(~torch.stack(numbers).isfinite().all(), text)
-    elif not all(map(math.isfinite, numbers)):  # in a tenth of the time
+    # On a CPU, numbers of Python take a tenth of the time.
+    elif not all(map(math.isfinite, numbers)):
         raise MetaplError(text)
 
 
 def described(value: Any) -> str:
-    """A value in words: its type, and the shape, dtype and device of a tensor."""
+    """Return a value in words: its type, and the shape, dtype and device of a tensor."""
     if isinstance(value, Tensor) and not value.is_nested:
-        return (
-            f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, "
-            f"on {value.device}"
-        )
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a tensor of shape {tuple(value.shape)}, {dtype}, on {value.device}"
     if isinstance(value, dict | tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     return f"of type {type(value).__name__}"
 
 
 def generator_of(generator: torch.Generator | None, device: torch.device, what: str) -> None:
-    """Refuse a generator of another device than the one on which it is to draw, which ``what`` says."""
+    """Refuse a generator of another device than the one on which it is to draw.
+
+    Args:
+        what: whose device that is, for the error, such as "the networks are on".
+    """
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
@@ -104,10 +117,9 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
             f"generator is {described(generator)}; expected "
             f"torch.Generator({str(device)!r}).manual_seed(0), or none."
         )
-    same_number = (
-        None in (generator.device.index, device.index) or generator.device.index == device.index
-    )
-    if generator.device.type != device.type or not same_number:
+    # A device without a number is the current one, and may be any.
+    numbers = {generator.device.index, device.index} - {None}
+    if generator.device.type != device.type or len(numbers) > 1:
         raise MetaplError(
             f"generator is on {generator.device}, and {what} {device}; expected "
             f"torch.Generator({str(device)!r}), or none."
@@ -115,9 +127,11 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
 
 
 def tensor_in(outputs: Any) -> Tensor | None:
-    """Return the tensor in what a network returned, or None without one: the outputs themselves,
-    their ``logits`` (an entry or an attribute), or the first tensor of a tuple or list, such as
-    (prediction, hidden state)."""
+    """Return the tensor in what a network returned, or None without one.
+
+    It is the outputs themselves, their ``logits`` (an entry or an attribute), or the first tensor
+    of a tuple or list, such as (prediction, hidden state).
+    """
     if isinstance(outputs, Mapping) and "logits" in outputs:
         outputs = outputs["logits"]
     else:
@@ -128,15 +142,20 @@ def tensor_in(outputs: Any) -> Tensor | None:
 
 
 def logits(outputs: Any, who: str) -> Tensor:
-    """The outputs of a network, refused if they are not a plain tensor of real numbers."""
+    """Return the outputs of a network; refuse what is no plain tensor of real numbers.
+
+    Args:
+        who: whose outputs they are, for the error.
+    """
     is_sharded = hasattr(outputs, "device_mesh")
-    plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not is_sharded)
-    if plain and not outputs.is_complex():
-        found: Tensor = outputs
-        return found
+    # The type is asked first, since nearly all outputs are plain.
+    is_plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not is_sharded)
+    if is_plain and not outputs.is_complex():
+        plain_outputs: Tensor = outputs
+        return plain_outputs
     if is_sharded:
         mend = "use_local_output=True in the plan of parallelize_module"
-    elif plain:
+    elif is_plain:
         mend = "torch.view_as_real of it, or its abs()"
     elif tensor_in(outputs) is not None:
         mend = (
@@ -151,6 +170,7 @@ def logits(outputs: Any, who: str) -> Tensor:
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:
+    """Refuse outputs that are no logits of two or more classes."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
             f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), two "
@@ -159,36 +179,51 @@ def class_outputs(outputs: Tensor, who: str) -> None:
 
 
 def finite(logits_NC: Tensor) -> None:
+    """Refuse logits that are NaN or infinite; the host waits for the answer."""
     if not logits_NC.isfinite().all():
         raise MetaplError("the logits of some examples are not finite; the model diverged.")
 
 
 def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> Tensor:
-    """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`."""
+    """Return labels as :func:`safe_labels`; refuse what is not integers in [0, classes).
+
+    Args:
+        what: whose labels they are, for the error.
+        why: where the number of classes comes from, for the error.
+    """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
             f"{what} are {described(labels)}; expected int64, one class index per example, "
             "(batch,)."
         )
-    waiting = waits(labels)
     if labels.numel() and not transformed():
         low, high = labels.aminmax()
-        if waiting or int(low) < 0 or int(high) >= classes:
+        # On a device the two are not read here, and the check is kept for the report.
+        if waits(labels) or int(low) < 0 or int(high) >= classes:
             why = why or f"the networks have {classes} classes"
             text = f"{what} reach outside 0..{classes - 1}; {why}: expected 0..{classes - 1}."
             refuse((low < 0) | (high >= classes), text)
-    return labels.clamp(0, classes - 1) if waiting else labels
+    return safe_labels(labels, classes)
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
-    """Labels within the range of classes.
+    """Return labels within the range of classes.
 
-    On a device, a wrong label would abort the process before it is reported.
+    On a device, a wrong label would abort the process before it is reported. On a CPU they are
+    returned as they are.
     """
-    return labels.clamp(0, classes - 1) if waits(labels) else labels
+    if waits(labels):
+        return labels.clamp(0, classes - 1)
+    return labels
 
 
 def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
+    """Refuse a loss that is no real tensor without dimensions.
+
+    Args:
+        name: of the loss, for the error.
+        mend: what to do, for the error.
+    """
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
         raise MetaplError(
             f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}."

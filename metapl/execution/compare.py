@@ -1,6 +1,7 @@
-r"""The step's two comparisons: are the passes of the feedback passes of the function that the step was taken on?
+r"""The step's two comparisons, of the passes of the feedback with the inner pass.
 
-For every student that is the same differentiable function in all passes:
+They ask whether all are passes of the function on which the step was taken. For every student that
+is the same differentiable function in all passes:
 
 - a replay at θ has the same outputs as the inner pass;
 - the inner loss has the same derivative along w in forward and in reverse mode,
@@ -16,7 +17,7 @@ the report.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,16 @@ from metapl.execution.ranks import ALONE, Ranks
 
 
 class Tolerance(NamedTuple):
-    """How far apart two computations of the same quantity may be."""
+    """How far apart two computations of the same quantity may be.
 
-    outputs: float  # the norm of their difference, relative to their norms
-    slope: float  # relative to the size of the slopes and of the terms that they sum
+    Attributes:
+        outputs: the norm of their difference, relative to their norms.
+        slope: the difference of slopes, relative to the size of the slopes and of the terms that
+            they sum.
+    """
+
+    outputs: float
+    slope: float
 
 
 # By the coarsest dtype of a pass; TF32 counts as float16, which has the same ten bits. Measured on
@@ -49,7 +56,10 @@ EXACTLY = {
 # normalization over two rows. A gradient that is doubled differs by a third at most, one that is
 # reversed by more than 0.5 in most steps.
 BY_DIFFERENCE = {
-    t: Tolerance(most, 0.5) for t, most in zip(EXACTLY, (1e-4, 1e-2, 5e-2, 0.1), strict=True)
+    torch.float64: Tolerance(1e-4, 0.5),
+    torch.float32: Tolerance(1e-2, 0.5),
+    torch.float16: Tolerance(5e-2, 0.5),
+    torch.bfloat16: Tolerance(0.1, 0.5),
 }
 
 ROUNDINGS = 10.0
@@ -69,18 +79,19 @@ CAUSES = (
 
 
 def coarsest_dtype(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
-    """The coarsest dtype that a pass is rounded to, by its dtypes and PyTorch's settings.
+    """Return the coarsest dtype that a pass is rounded to, by its dtypes and PyTorch's settings.
 
     A key of the tolerances.
     """
-    formats = set(dtypes)
+    rounded_to = set(dtypes)
     if torch.is_autocast_enabled(device.type):
-        formats.add(torch.get_autocast_dtype(device.type))
-    if torch.float32 in formats and reduced_float32(device):
-        formats.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
-    return next(
-        (t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64
-    )
+        rounded_to.add(torch.get_autocast_dtype(device.type))
+    if torch.float32 in rounded_to and reduced_float32(device):
+        rounded_to.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype in rounded_to:
+            return dtype
+    return torch.float64
 
 
 def check_same_outputs(
@@ -89,10 +100,17 @@ def check_same_outputs(
     tolerance: float,
     who: str = "student",
     ranks: Ranks = ALONE,
-    moved: Any = None,
+    moved: Tensor | None = None,
 ) -> None:
-    """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it
-    replays; of a mean over passes at other weights, ``moved`` are the outputs of one of them."""
+    """Flag, on all ranks, a replay whose outputs are not those of the pass that it replays.
+
+    Args:
+        again: the outputs of the replay, (B, ...), or the labels that it has drawn.
+        first: those of the pass.
+        tolerance: the norm of their difference, relative to their norms.
+        who: whose pass it is, for errors.
+        moved: where ``again`` is a mean over passes at other weights, the outputs of one of these.
+    """
     if ranks.alone and not checks.waits(first) and torch.equal(again, first):
         return
     if not first.is_floating_point():
@@ -101,14 +119,15 @@ def check_same_outputs(
             f"the {who} drew other labels when its pass was repeated: {CAUSES}",
         )
         return
-    gap, size, other = (
-        ranks.norm(t) for t in (again - first, first, again if moved is None else moved)
-    )
+    gap = ranks.norm(again - first)
+    size = ranks.norm(first)
+    size_again = ranks.norm(again if moved is None else moved)
     checks.refuse(
         gap.isnan(), f"the {who}'s outputs are NaN or infinite: its inputs are, or it has diverged."
     )
+    # The negation of a comparison, so that NaN is flagged.
     checks.refuse(
-        ~(gap <= tolerance * (size + other)),  # so that NaN is flagged
+        ~(gap <= tolerance * (size + size_again)),
         f"the {who} returns other outputs when its pass is repeated with the same batch, weights, "
         f"buffers and random numbers, so the feedback would be wrong. Likely causes: {CAUSES}.",
     )
@@ -122,11 +141,11 @@ SLOPES_DIFFER = (
 
 
 class SlopesDiffer(MetaplError):
-    """The inner loss has another derivative along w by the student's outputs and weights than by its gradient.
+    """The inner loss has two derivatives along w.
 
-    Its gradient then goes through something else that the forward has left, such as an auxiliary
-    loss in an attribute, or is none of the function that the forward computes. Double backward
-    follows the first.
+    One is by the student's outputs and weights, the other by its gradient. The gradient then goes
+    through something else that the forward has left, such as an auxiliary loss in an attribute, or
+    is none of the function that the forward computes. Double backward follows the first.
     """
 
     def __init__(self) -> None:
@@ -138,17 +157,25 @@ def slopes_differ(
 ) -> Tensor:
     """Return whether two derivatives along w are not the same, as a tensor.
 
-    NaN is not. See :func:`check_same_slopes`.
+    NaN is not the same as anything. For the arguments see :func:`check_same_slopes`.
     """
-    return ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding)
+    gap = (forward - backward).abs()
+    return ~(gap <= tolerance * (spread + backward.abs()) + rounding)
 
 
 def check_same_slopes(
     forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float
 ) -> None:
-    """Flag a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that is not ``backward``, ⟨g, w⟩.
+    """Flag two derivatives along w that are not the same.
 
-    Their error is proportional to the ``spread``, the size of the terms of the two sums, and
-    bounded by ``rounding``.
+    Args:
+        forward: ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, a scalar.
+        backward: ⟨g, w⟩, a scalar.
+        spread: the size of the terms of the two sums, to which their error is proportional.
+        tolerance: the error in units of ``spread`` and of the slope.
+        rounding: a bound on the error by rounding, which is added.
     """
-    checks.refuse(slopes_differ(forward, backward, spread, tolerance, rounding), SLOPES_DIFFER)
+    checks.refuse(
+        slopes_differ(forward, backward, spread=spread, tolerance=tolerance, rounding=rounding),
+        SLOPES_DIFFER,
+    )

@@ -1,4 +1,4 @@
-"""What a graph of autograd shows about derivatives that PyTorch would leave out without an error."""
+"""What a graph shows about derivatives that PyTorch would leave out without an error."""
 
 from __future__ import annotations
 
@@ -15,35 +15,42 @@ from metapl.execution.numerics import MissingDerivative
 # where a second backward pass comes to it; but ``torch.autograd.grad`` runs only the nodes that
 # lead to its inputs, and never does.
 _NO_SECOND_DERIVATIVE = "torch::autograd::Error"
+
+# The code of the function that the decorator puts around a backward.
 _WRAPPER_CODE = once_differentiable(lambda ctx: None).__code__
 
 
 def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
     """Return the nodes of the graphs of tensors, once each."""
     nodes: list[Any] = []
-    known: set[Any] = set()
-    waiting = [t.grad_fn for t in tensors]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in known:
+    visited: set[Any] = set()
+    to_visit = [t.grad_fn for t in tensors]
+    while to_visit:
+        node = to_visit.pop()
+        if node is None or node in visited:
             continue
-        known.add(node)
+        visited.add(node)
         nodes.append(node)
-        waiting += [following for following, _ in node.next_functions]
+        to_visit += [next_node for next_node, _ in node.next_functions]
     return nodes
 
 
 def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> None:
-    """Refuse gradients of ``value`` whose graph ends at a backward that is marked once_differentiable.
+    """Refuse gradients of ``value`` whose graph ends at a once_differentiable backward.
 
     Cost: a walk over the graph of the gradients, which holds that of the value.
     Raises: :class:`MissingDerivative`, with the names of the operations.
     """
     if not any(node.name() == _NO_SECOND_DERIVATIVE for node in nodes_of(gradients)):
         return
-    functions = [getattr(node, "_forward_cls", None) for node in nodes_of([value])]
-    marked = {f.__name__ for f in functions if f is not None and _is_once_differentiable(f)}
-    name = few(sorted(marked), 3) if marked else "an operation of the student or of its loss"
+    marked: set[str] = set()
+    for node in nodes_of([value]):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and _is_once_differentiable(function):
+            marked.add(function.__name__)
+    name = "an operation of the student or of its loss"
+    if marked:
+        name = few(sorted(marked), 3)
     raise MissingDerivative(
         f"{name} lacks a derivative that this mode needs (its backward is marked "
         "once_differentiable, and PyTorch leaves the derivative of that out without an error)"
@@ -51,4 +58,5 @@ def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> No
 
 
 def _is_once_differentiable(function: Any) -> bool:
+    """Return whether the backward of an ``autograd.Function`` is marked."""
     return getattr(function.backward, "__code__", None) is _WRAPPER_CODE

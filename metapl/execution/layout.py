@@ -2,13 +2,14 @@
 
 plain       one process, or a part of a network that knows nothing of others
 replicated  in ``DistributedDataParallel``: every rank holds the whole network
-sharded     by ``fully_shard``: every rank holds a part of each weight, and gathers a block while it runs; or by
-            ``parallelize_module``: several ranks compute each product together, with or without ``fully_shard``
+sharded     by ``fully_shard``: every rank holds a part of each weight, and gathers a block while it
+            runs; or by ``parallelize_module``: several ranks compute each product together, with or
+            without ``fully_shard``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
@@ -39,22 +40,29 @@ class Capability(Enum):
 
 ONE_PROCESS, FORWARD_AD, CURVATURE, THROUGH_INPUT = Capability
 
+# torch.distributed, whose stubs lack what DistributedDataParallel broadcasts by.
+_DIST: Any = dist
 
-_DIST: Any = dist  # whose stubs lack what DistributedDataParallel broadcasts by
-# The kinds of layouts in words, and what estimators and problems may require of them.
-_KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
-    "plain": ("a plain module", frozenset(Capability)),
-    "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD, CURVATURE})),
-    "sharded": ("sharded", frozenset({FORWARD_AD, CURVATURE})),
-    "narrow": ("sharded with a mixed-precision policy", frozenset({FORWARD_AD})),
-    "products": (
-        "sharded by parallelize_module",
-        frozenset(),
-    ),  # PyTorch has no forward mode through these
-}
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of layout in words, and what estimators and problems may require of it."""
+
+    description: str
+    capabilities: frozenset[Capability]
+
+
+_PLAIN = _Kind("a plain module", frozenset(Capability))
+_REPLICATED = _Kind("in DistributedDataParallel", frozenset({FORWARD_AD, CURVATURE}))
+_SHARDED = _Kind("sharded", frozenset({FORWARD_AD, CURVATURE}))
+_SHARDED_IN_HALF = _Kind("sharded with a mixed-precision policy", frozenset({FORWARD_AD}))
+# PyTorch has no forward mode through the products of parallelize_module.
+_PRODUCTS = _Kind("sharded by parallelize_module", frozenset())
+
 # The first release in which the communication of a DTensor can be differentiated twice. Before it
 # the second derivative comes out wrong, without an error of torch.
 DTENSOR_TWICE = "2.12"
+
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
 _WRAPPERS = {
     "DistributedDataParallel",
@@ -63,6 +71,7 @@ _WRAPPERS = {
     "DataParallel",
     "ScriptModule",
 }
+
 # What switches a block's gradients to other than the mean over the ranks: an attribute, its usual
 # value, and the call.
 _SWITCHES = (
@@ -72,66 +81,77 @@ _SWITCHES = (
     ("_all_reduce_hook", None, "set_all_reduce_hook"),
 )
 
+# Buffers are broadcast in pieces of at most so many bytes.
+_BROADCAST_BYTES = 250 << 20
+
 
 @dataclass(eq=False)
 class Layout:
-    """A network, and how it is laid out."""
+    """A network, and how it is laid out.
 
-    network: nn.Module  # without a wrapper around it
+    Attributes:
+        network: without a wrapper around it.
+        ranks: the processes that share a batch.
+        space: in which products of its trees are taken.
+        processes: the ranks' numbers in the whole job.
+        product_ranks: how many processes compute each product together.
+        blocks: the submodules that gather their weights while they run, the network among them.
+        sharded: the parameters that a block exchanges, by name.
+        description: the layout in words, for errors.
+        capabilities: what estimators and problems may require of it.
+    """
+
+    network: nn.Module
     kind: Literal["plain", "replicated", "sharded"] = "plain"
     ranks: Ranks = ALONE
     space: Space = WHOLE
-    processes: tuple[int, ...] = ()  # the ranks' numbers in the whole job
-    product_ranks: int = 1  # how many processes compute each product together
-    blocks: tuple[
-        Any, ...
-    ] = ()  # the submodules that gather their weights while they run, itself among them
-    sharded: Mapping[str, nn.Parameter] = field(
-        default_factory=dict, repr=False
-    )  # which a block exchanges
+    processes: tuple[int, ...] = ()
+    product_ranks: int = 1
+    blocks: tuple[Any, ...] = ()
+    sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {
-            None
-        }
-        narrow = (
-            any(p.dtype not in policies for p in self.network.parameters()) if policies else False
-        )
-        self.description, self.capabilities = _KINDS[
-            "products" if self.product_ranks > 1 else "narrow" if narrow else self.kind
-        ]
         self.is_sharded = self.kind == "sharded"
-        if (
-            self.is_sharded
-            and CURVATURE in self.capabilities
-            and torch.__version__ < TorchVersion(DTENSOR_TWICE)
-        ):
+        kind = self._precise_kind()
+        self.description = kind.description
+        self.capabilities = kind.capabilities
+        is_too_old = torch.__version__ < TorchVersion(DTENSOR_TWICE)
+        if self.is_sharded and CURVATURE in self.capabilities and is_too_old:
             self.capabilities -= {CURVATURE}
             self.description += (
                 f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is "
                 f"{torch.__version__})"
             )
 
+    def _precise_kind(self) -> _Kind:
+        if self.product_ranks > 1:
+            return _PRODUCTS
+        policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks}
+        policies -= {None}
+        if policies and any(p.dtype not in policies for p in self.network.parameters()):
+            return _SHARDED_IN_HALF
+        return {"plain": _PLAIN, "replicated": _REPLICATED, "sharded": _SHARDED}[self.kind]
+
     def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the network learns, by name."""
         if self.is_sharded:
             return {name: p for name, p in self.sharded.items() if p.requires_grad}
         return trainable(self.network)
 
     def reshard(self) -> None:
-        states, groups = (
-            [block._get_fsdp_state() for block in self.blocks],
-            _param_groups(self.blocks),
-        )
-        if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
+        """Have every block give up the weights that it has gathered, after a failed pass too."""
+        states = [block._get_fsdp_state() for block in self.blocks]
+        groups = _param_groups(self.blocks)
+        parts = [*states, *groups]
+        if any(part._training_state.name != "IDLE" for part in parts):
             # A pass that failed: the next one would go on with its gathered weights and its
             # gradients.
-            for part in (*states, *groups):
+            for part in parts:
                 part._training_state = type(part._training_state).IDLE
             for state in states:
                 state._state_ctx.post_backward_final_callback_queued = False
-                state._state_ctx.iter_forward_root = (
-                    None  # or the next pass would not wait for copies into its weights
-                )
+                # Otherwise the next pass would not wait for copies into its weights.
+                state._state_ctx.iter_forward_root = None
                 state._comm_ctx.post_forward_order.clear()
             for group in groups:
                 group._post_forward_indices.clear()
@@ -143,7 +163,7 @@ class Layout:
             block.reshard()
 
     def begin_step(self) -> None:
-        """:meth:`reshard`, and refuse blocks whose gradients are not the mean over the ranks."""
+        """Refuse blocks whose gradients are not the mean over the ranks, and :meth:`reshard`."""
         with self.ranks.agreed():
             for group in _param_groups(self.blocks):
                 for attribute, usual, call in _SWITCHES:
@@ -154,9 +174,11 @@ class Layout:
         self.reshard()
 
     def agree_on_buffers(self) -> None:
-        """Give the buffers the same values on all ranks: the mean of running statistics (of
-        variances without the spread of the ranks' means), others the first rank's, as in
-        ``DistributedDataParallel``."""
+        """Give the buffers the same values on all ranks.
+
+        Running statistics get their mean (variances without the spread of the ranks' means), others
+        the first rank's values, as in ``DistributedDataParallel``.
+        """
         if self.ranks.alone:
             return
         norms = [
@@ -164,46 +186,58 @@ class Layout:
             for _, part in named_parts(self.network)
             if part.training and isinstance(part, _NormBase)
         ]
-        running = [
-            t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None
-        ]
-        tree = {str(i): t for i, t in enumerate(running)}
-        for name, mean in self.ranks.mean_tree(tree, tree).items():
-            tree[name].copy_(mean)
-        known = {id(t) for norm in norms for t in norm._buffers.values()}
-        others = [t for t in self.network.buffers() if id(t) not in known]
-        for group in self.ranks.groups if others else ():
-            _DIST._broadcast_coalesced(group, others, 250 << 20, 0)  # in pieces of so many bytes
+        statistics: Tree = {}
+        for number, norm in enumerate(norms):
+            for kind, t in (("mean", norm.running_mean), ("var", norm.running_var)):
+                if t is not None:
+                    statistics[f"{number}.{kind}"] = t
+        for name, mean in self.ranks.mean_tree(statistics, statistics).items():
+            statistics[name].copy_(mean)
+        of_norms = {id(t) for norm in norms for t in norm._buffers.values()}
+        others = [t for t in self.network.buffers() if id(t) not in of_norms]
+        if others:
+            first_rank = 0
+            for group in self.ranks.groups:
+                _DIST._broadcast_coalesced(group, others, _BROADCAST_BYTES, first_rank)
 
     def as_parameters(self, tree: Tree) -> Tree:
-        """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
+        """Return a tree of this rank's parts in the layout of the parameters.
+
+        DTensors where these are.
+        """
         return {name: as_sharded(part, self.sharded.get(name)) for name, part in tree.items()}
 
-    def mean_gradients(self, most: float | None) -> None:
-        """Average ``.grad`` over the ranks, which a sharded network's backward pass has done, and clip its norm."""
+    def mean_gradients(self, max_norm: float | None) -> None:
+        """Average ``.grad`` over the ranks, and clip its norm.
+
+        A sharded network's backward pass has averaged already.
+        """
         parameters = self.parameters()
         grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         if self.kind == "replicated":
-            for name, mean in self.ranks.mean_tree(
-                grads, {n: p.detach() for n, p in parameters.items()}
-            ).items():
+            weights = {name: p.detach() for name, p in parameters.items()}
+            for name, mean in self.ranks.mean_tree(grads, weights).items():
                 parameters[name].grad = mean
-        if most is None:
+        if max_norm is None:
             return
         if not self.is_sharded:
-            nn.utils.clip_grad_norm_(
-                parameters.values(), most
-            )  # a frozen one may have an old gradient
-        elif parts := {
-            name: local(g) for name, g in grads.items()
-        }:  # the same, which torch has for one mesh only
-            scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
+            # Of the learned parameters alone: a frozen one may have an old gradient.
+            nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+            return
+        # The same rule, which torch has for parameters of one mesh only.
+        parts = {name: local(g) for name, g in grads.items()}
+        if parts:
+            scale = (max_norm / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
             for part in parts.values():
                 part.mul_(scale.to(part.dtype))
 
 
 def wrapped(name: str, path: str, wrapper: str) -> str:
-    """Return why a network with a wrapper of torch at ``path`` is refused, and what to give instead."""
+    """Return why a network with a wrapper of torch is refused, and what to give instead.
+
+    Args:
+        path: of the wrapper, inside the network.
+    """
     where = f" at {path!r}" if path else ""
     given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
     if wrapper == "DataParallel":
@@ -222,7 +256,9 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
 def layouts(
     teacher: nn.Module | None, student: nn.Module, *, differentiated: bool = True
 ) -> tuple[Layout | None, Layout, torch.device]:
-    """Return the layouts of two networks and the student's device; refuse networks that cannot be trained together.
+    """Return the layouts of two networks and the student's device.
+
+    Networks that cannot be trained together are refused.
 
     Args:
         differentiated: whether a pass is differentiated other than once, by a plain backward pass,
@@ -233,144 +269,198 @@ def layouts(
         refuse_compiled("teacher", teacher)
     of_teacher = None if teacher is None else layout_of("teacher", teacher)
     of_student = layout_of("student", student)
-    known = (
-        {"student": of_student}
-        if of_teacher is None
-        else {"teacher": of_teacher, "student": of_student}
-    )
-    for name, layout in known.items():
-        for prefix, part in named_parts(layout.network):
-            for wrapper in _WRAPPERS & _of_torch(type(part)):
-                if not (layout.is_sharded and wrapper == "FSDPModule"):
-                    raise MetaplError(wrapped(name, prefix[:-1], wrapper))
-        for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
-            if nn.parameter.is_lazy(t):
-                raise MetaplError(
-                    f"the {name}'s {path} has no shape before a first batch; expected one that "
-                    f"has: run it once on a batch, {name}(x), before its optimizer is made."
-                )
-            if t.is_inference():
-                given = f"the {name}'s {path} is of inference_mode()"
-                raise MetaplError(f"{given}; expected one that a pass can be differentiated in.")
-        if not trainable(layout.network):
-            raise MetaplError(
-                f"the {name} has no parameter with requires_grad=True; expected one that can learn."
-            )
+    if of_teacher is not None:
+        _refuse_untrainable("teacher", of_teacher)
+    _refuse_untrainable("student", of_student)
     device = next(of_student.network.parameters()).device
-    if of_teacher is None:
-        return None, of_student, device
+    if of_teacher is not None:
+        of_teacher = _beside_student(of_teacher, of_student)
+    return of_teacher, of_student, device
+
+
+def _refuse_untrainable(name: str, layout: Layout) -> None:
+    """Refuse a network in which no pass runs at other weights, or that learns nothing.
+
+    Args:
+        name: its role.
+    """
+    for prefix, part in named_parts(layout.network):
+        for wrapper in _WRAPPERS & _of_torch(type(part)):
+            if not (layout.is_sharded and wrapper == "FSDPModule"):
+                raise MetaplError(wrapped(name, prefix[:-1], wrapper=wrapper))
+    for path, t in _named_tensors(layout.network):
+        if nn.parameter.is_lazy(t):
+            raise MetaplError(
+                f"the {name}'s {path} has no shape before a first batch; expected one that "
+                f"has: run it once on a batch, {name}(x), before its optimizer is made."
+            )
+        if t.is_inference():
+            given = f"the {name}'s {path} is of inference_mode()"
+            raise MetaplError(f"{given}; expected one that a pass can be differentiated in.")
+    if not trainable(layout.network):
+        raise MetaplError(
+            f"the {name} has no parameter with requires_grad=True; expected one that can learn."
+        )
+
+
+def _named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def _beside_student(of_teacher: Layout, of_student: Layout) -> Layout:
+    """Return the teacher's layout, fitted to the student's; refuse two that do not go together."""
     # A pass at other weights has others for the one network and not for the other.
-    taught, learned = (
-        {*map(id, layout.parameters().values())} for layout in (of_teacher, of_student)
-    )
-    if taught & {*map(id, of_student.network.parameters())} or learned & {
-        *map(id, of_teacher.network.parameters())
-    }:
+    taught = {id(p) for p in of_teacher.parameters().values()}
+    learned = {id(p) for p in of_student.parameters().values()}
+    in_teacher = {id(p) for p in of_teacher.network.parameters()}
+    in_student = {id(p) for p in of_student.network.parameters()}
+    if taught & in_student or learned & in_teacher:
         raise MetaplError(
             "teacher and student share weights that are trained; expected two, built separately."
         )
-    together, own = of_teacher.processes == of_student.processes, of_student.ranks
-    if together and own.copies > 1 and of_teacher.ranks.copies == 1:
+    have_same_processes = of_teacher.processes == of_student.processes
+    ranks = of_student.ranks
+    if have_same_processes and ranks.copies > 1 and of_teacher.ranks.copies == 1:
         # A teacher that is not cut computes the same in all processes that hold the same rows: its
         # gradient is the mean over all processes, in which each share of the rows counts as often
         # as there are copies of it.
-        of_teacher = replace(
-            of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies)
-        )
-    elif not together or of_teacher.product_ranks != of_student.product_ranks:
+        teacher_ranks = replace(of_teacher.ranks, rank=ranks.rank, copies=ranks.copies)
+        return replace(of_teacher, ranks=teacher_ranks)
+    if not have_same_processes or of_teacher.product_ranks != of_student.product_ranks:
         given = f"the teacher is {of_teacher.description}, the student {of_student.description}"
         raise MetaplError(
             f"{given}; expected both alike, or a teacher that is not cut: shard(teacher, "
             "Mesh(replicate=...))."
         )
-    return of_teacher, of_student, device
+    return of_teacher
 
 
 def layout_of(name: str, network: Any) -> Layout:
-    """The layout of a network as it was handed over; ``name`` is its role."""
+    """Return the layout of a network as it was handed over.
+
+    Args:
+        name: its role, for errors.
+    """
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
     if isinstance(network, DistributedDataParallel):
-        group, network = network.process_group, network.module
-        rank, processes = dist.get_rank(group), tuple(dist.get_process_group_ranks(group))
-        ranks = Ranks([group], rank, next(network.parameters()).device, first=rank == 0)
-        return Layout(network, "replicated", ranks, processes=processes)
-    if not any(
-        is_block(part) or any(map(is_sharded, part._parameters.values()))
-        for part in network.modules()
-    ):
-        return Layout(network)
+        return _replicated(network)
+    for part in network.modules():
+        if is_block(part) or any(map(is_sharded, part._parameters.values())):
+            return _sharded(name, network)
+    return Layout(network)
+
+
+def _replicated(wrapper: DistributedDataParallel) -> Layout:
+    group = wrapper.process_group
+    network = wrapper.module
+    rank = dist.get_rank(group)
+    device = next(network.parameters()).device
+    ranks = Ranks([group], rank=rank, device=device, first=rank == 0)
+    processes = tuple(dist.get_process_group_ranks(group))
+    return Layout(network, "replicated", ranks=ranks, processes=processes)
+
+
+def _sharded(name: str, network: nn.Module) -> Layout:
+    """Return the layout of a network by ``fully_shard``, ``parallelize_module`` or both."""
     blocks = reshard(network)
     if blocks and not is_block(network):
         raise MetaplError(
             f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) "
             "as well."
         )
-    parameters: dict[str, Any] = {
-        path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks
-    }
+    parameters: dict[str, Any] = {}
     for path, p in network.named_parameters():
-        if p.requires_grad and path not in parameters:
+        if is_sharded(p) or not blocks:
+            parameters[path] = p
+        elif p.requires_grad:
             given = f"the {name}'s {path} is left out of fully_shard (ignored_params)"
             raise MetaplError(
                 f"{given}; expected every parameter with requires_grad=True to be sharded."
             )
-    # The mesh of all processes, over which some parameters are laid out, and that of those that
-    # share the batch: fewer where several processes compute each product together.
+
+    # The mesh of all processes over which some parameters are laid out.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
-    mesh, rank = max(meshes, key=lambda mesh: int(mesh.size())), dist.get_rank()
-    members = [*map(int, mesh.mesh.flatten())]
-    own = [*map(int, _param_groups(blocks)[0].mesh_info.mesh.mesh.flatten())] if blocks else [rank]
-    together = len(members) // len(own)
-    if together == 1 and any(other != mesh for other in meshes):
+    mesh = max(meshes, key=lambda mesh: int(mesh.size()))
+    members = [int(number) for number in mesh.mesh.flatten()]
+    # The processes that share the batch: fewer where several compute each product together.
+    process = dist.get_rank()
+    sharers = [process]
+    if blocks:
+        first_group = _param_groups(blocks)[0]
+        sharers = [int(number) for number in first_group.mesh_info.mesh.mesh.flatten()]
+    product_ranks = len(members) // len(sharers)
+    if product_ranks == 1 and any(other != mesh for other in meshes):
         raise MetaplError(
             f"the {name}'s weights are sharded over several meshes; expected one for all."
         )
-    # One group where it is all processes.
-    everywhere = members == list(range(dist.get_world_size()))
-    groups: list[Any] = (
-        [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
-    )
+
+    groups: list[Any]
+    if members == list(range(dist.get_world_size())):
+        # One group where it is all processes.
+        groups = [dist.group.WORLD]
+    else:
+        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     device = local(next(network.parameters())).device
-    ranks = Ranks(groups, own.index(rank), device, together, first=members.index(rank) == 0)
-    space = ShardedSpace(parameters, groups, len(members))
-    return Layout(network, "sharded", ranks, space, tuple(members), together, blocks, parameters)
+    ranks = Ranks(
+        groups,
+        rank=sharers.index(process),
+        device=device,
+        copies=product_ranks,
+        first=members.index(process) == 0,
+    )
+    return Layout(
+        network,
+        "sharded",
+        ranks=ranks,
+        space=ShardedSpace(parameters, groups, processes=len(members)),
+        processes=tuple(members),
+        product_ranks=product_ranks,
+        blocks=blocks,
+        sharded=parameters,
+    )
 
 
 def refuse_compiled(name: str, network: nn.Module | None) -> None:
-    """Refuse a network that is under ``torch.compile``, or has a part that is; ``name`` is its role.
+    """Refuse a network that is under ``torch.compile``, or has a part that is.
 
     A compiled backward pass runs once, and cannot be differentiated. Some modes would get along
     with that, until a second step, another batch or a rule of the feedback's size asks for one pass
     more.
+
+    Args:
+        name: its role, for errors.
     """
     if not isinstance(network, nn.Module):
         return
     for prefix, part in named_parts(network):
-        # The first is what torch.compile(part) returns, the second what part.compile() leaves.
-        if "OptimizedModule" in _of_torch(type(part)) or part._compiled_call_impl is not None:
-            whole = "" if not prefix else f" in its part {prefix[:-1]!r}"
+        # torch.compile(part) returns a wrapper, and part.compile() leaves an attribute.
+        is_wrapper = "OptimizedModule" in _of_torch(type(part))
+        if is_wrapper or part._compiled_call_impl is not None:
+            where = f" in its part {prefix[:-1]!r}" if prefix else ""
             raise MetaplError(
-                f"the {name} is under torch.compile{whole}, whose backward pass cannot be "
+                f"the {name} is under torch.compile{where}, whose backward pass cannot be "
                 "differentiated; expected the plain module, and compile=True, which compiles the "
                 "whole step."
             )
 
 
 def is_block(part: nn.Module) -> bool:
-    """Whether ``fully_shard`` gathers the weights of a module while it runs."""
+    """Return whether ``fully_shard`` gathers the weights of a module while it runs."""
     return "FSDPModule" in _of_torch(type(part))
 
 
 def _of_torch(kind: type) -> frozenset[str]:
-    """The names of a class and its bases that are PyTorch's.
+    """Return the names of a class and its bases that are PyTorch's.
 
-    The classes that spread weights take seconds to import.
+    Names, since the classes that spread weights take seconds to import.
     """
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
+    """Have every block of a network give up its gathered weights, and return the blocks."""
     blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
     for block in blocks:
         block.reshard()
@@ -378,9 +468,13 @@ def reshard(network: nn.Module) -> tuple[Any, ...]:
 
 
 def _param_groups(blocks: Sequence[Any]) -> list[Any]:
-    """What blocks gather; nothing where all weights of a block belong to blocks inside it."""
-    states = [block._get_fsdp_state() for block in blocks]
-    groups = [
-        getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states
-    ]
-    return [group for own in groups for group in own if group is not None]
+    """Return the groups of weights that blocks gather.
+
+    A block has none where all its weights belong to blocks inside it.
+    """
+    groups: list[Any] = []
+    for block in blocks:
+        state = block._get_fsdp_state()
+        of_block = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        groups += [group for group in of_block if group is not None]
+    return groups

@@ -1,7 +1,11 @@
-"""A network on one device: its inner pass, passes at other weights that leave nothing behind, and replays.
+"""A network on one device: its inner pass, passes at other weights, and replays.
+
+Passes at other weights and replays leave nothing behind.
 
 Several processes may each hold the whole network and take a share of every batch: losses and
 gradients are then the means over these ranks, and outputs are those of this rank's rows.
+
+:class:`LocalStudent` is the network as it is in one step, and :class:`Pass` one inner pass of it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,23 +55,39 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
+
 # A function of w: (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
+
 # Looks at the graph of a loss, of which some leaves were made here, and which it may compute again.
 GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
-# A loss of outputs on a batch as a sum, and the weight that it is to be divided by: a number where
-# it is 1.
-WeightedLoss = Callable[[Tensor, Any], tuple[Tensor, Tensor | float]]
+
+# A loss as a sum over rows, and the weight that it is to be divided by: the number 1.0 for a loss
+# that is a mean already.
+Weighted = tuple[Tensor, Tensor | float]
+
+# A loss of outputs on a batch.
+WeightedLoss = Callable[[Tensor, Any], Weighted]
+
+# The inputs of each micro-batch, and the batch that the loss reads.
+MicroBatches = Sequence[tuple[Any, Any]]
 
 
 @dataclass
 class _AllRows:
-    """The outputs on a batch that came in micro-batches, and the derivatives of a loss of all of them."""
+    """The outputs on a batch that came in micro-batches, and the derivatives of a loss of them.
 
-    parts: Sequence[Tensor]  # the outputs on each micro-batch
-    outputs: Tensor  # of all rows, a leaf
-    cotangents: Sequence[Tensor] = ()  # the derivative in the outputs, of each micro-batch
-    direct: Tree = field(default_factory=dict)  # that in weights which the loss itself reads
+    Attributes:
+        parts: the outputs on each micro-batch.
+        outputs: those of all rows, a leaf.
+        cotangents: the derivative of the loss in the outputs, of each micro-batch.
+        direct: its derivative in weights which the loss itself reads.
+    """
+
+    parts: Sequence[Tensor]
+    outputs: Tensor
+    cotangents: Sequence[Tensor] = ()
+    direct: Tree = field(default_factory=dict)
 
 
 class LocalStudent:
@@ -76,42 +96,51 @@ class LocalStudent:
     Args:
         slots: the module's tables, if this step has read them already.
         double_backward: keep the gradients of its inner passes differentiable in the signal.
+
+    Attributes:
+        pass_type: the class of its passes.
+        has_whole_weights: whether this process holds whole weights, which a loss of the problem may
+            read.
+        parameters: the weights that are learned, as the module holds them, by name.
+        params: the same without their graph.
+        dtypes: the types of these weights.
+        inspects_graph: set at a first step. The next graph of a gradient is searched for
+            derivatives that PyTorch would leave out.
+        chooses_order: whether this step chooses the order of differentiation.
+        compares_gradients: whether ż was none that its gradient knows of, so that gradients which
+            are computed again are compared with the first ones.
     """
 
     pass_type: type[Pass]
-    has_whole_weights = (
-        True  # whether this process holds whole weights, which a loss of the problem may read
-    )
+    has_whole_weights = True
 
     def __init__(
         self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
     ) -> None:
-        self.module, self.ranks, self.space = layout.network, layout.ranks, layout.space
+        self.module = layout.network
+        self.ranks = layout.ranks
+        self.space = layout.space
         self.capabilities = layout.capabilities
-        # Set at a first step: the next graph of a gradient is searched for derivatives that PyTorch
-        # would leave out.
+        self.double_backward = double_backward
+        self.slots = slots or Slots(layout.network)
         self.inspects_graph = False
-        # Whether this step chooses the order of differentiation; and whether ż was none that its
-        # gradient knows of, so that gradients which are computed again are compared with the first
-        # ones.
         self.chooses_order = False
         self.compares_gradients = False
-        self.double_backward, self.slots = double_backward, slots or Slots(layout.network)
-        self.parameters: dict[str, nn.Parameter] = (
-            layout.parameters() if layout.is_sharded else self.slots.learned
-        )
-        own = self.parameters.values()
-        self.params: Tree = dict(zip(self.parameters, map(Tensor.detach, own), strict=True))
-        self.device = next(iter(own)).device
-        self.dtypes = set(map(DTYPE, own))
+
+        self.parameters: dict[str, nn.Parameter] = self.slots.learned
+        if layout.is_sharded:
+            self.parameters = layout.parameters()
+        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
+        self.device = next(iter(self.parameters.values())).device
+        self.dtypes = set(map(DTYPE, self.parameters.values()))
         self.has_half_precision = not HALF.isdisjoint(self.dtypes)
+
+    # ---------------------------------------------------------------- a loss at given weights
 
     def loss(
         self,
         params: Tree,
-        batches: Sequence[
-            tuple[Any, Any]
-        ],  # the inputs, and the batch that the loss reads, of each micro-batch
+        batches: MicroBatches,
         judge: WeightedLoss,
         start: RandomState,
         *,
@@ -120,23 +149,33 @@ class LocalStudent:
         look: GraphLook | None = None,
         whole: Any = None,
     ) -> tuple[Tensor, Tree]:
-        """Return Σ sum / Σ weight of a loss over batches, of all ranks, at ``params``, and the
-        ``gradient`` where it is asked for, with zeros for weights that no loss reaches. The buffers
-        are those of a ``state``; None: as now.
+        """Return Σ sum / Σ weight of a loss over batches, of all ranks, and its gradient.
 
-        ``whole`` is the batch that the micro-batches are of, where a scalar loss of it may be
-        another function of the rows than the mean over micro-batches. The loss is then taken once,
-        of all rows; cost: for a gradient one more forward pass on each micro-batch, and the outputs
-        of all rows in memory. A loss that returns (sum, weight) costs neither.
+        Args:
+            params: the weights at which it is taken.
+            judge: the loss.
+            start: where draws begin.
+            gradient: whether the gradient is asked for. It has zeros for weights that no loss
+                reaches. Without it the tree is empty.
+            state: whose buffers the student has; None: as now.
+            look: is shown the graph of the loss.
+            whole: the batch that the micro-batches are of, where a scalar loss of it may be another
+                function of the rows than the mean over micro-batches. The loss is then taken once,
+                of all rows.
+
+        Cost: one pass on each micro-batch, with its backward pass for the gradient. For ``whole``
+        and a gradient one more forward pass on each, and the outputs of all rows in memory. A loss
+        that returns (sum, weight) costs neither.
         """
         # The weights require a gradient also where none is taken: a forward may ask.
-        at = self.as_leaves(params)
-        values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
+        leaves = self.as_leaves(params)
+        values: list[Weighted] = []
+        gradients: list[Tree] = []
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with (
             NOTHING if gradient else no_fast_path(),
-            self.at_weights(at, start, state or self.slots),
+            self.at_weights(leaves, start, state=state or self.slots),
         ):
             # A loss that draws from Python's or NumPy's generators has the same draws in each of
             # its passes.
@@ -147,21 +186,30 @@ class LocalStudent:
                 if is_watched:
                     self.slots.watch(start, self.slots.random_state(self.device))
                 if look is not None and gradient:
-                    look(value, [*at.values()], partial(self._judged, judge, inputs, batch))
-                if whole is not None and not values and not isinstance(weight, Tensor):
-                    rows = self._all_rows(outputs.detach(), batches[1:])
+                    judged_again = partial(self._judged, judge, inputs, batch)
+                    look(value, [*leaves.values()], judged_again)
+                is_mean = not isinstance(weight, Tensor)
+                if whole is not None and is_mean and not values:
+                    rows = self._all_rows(outputs.detach(), others=batches[1:])
                     value, weight = judge(rows.outputs, whole)
                     values.append((value.detach(), weight))
                     if gradient and value.requires_grad:
-                        self._differentiate(value, rows, at)
+                        self._differentiate(value, rows, leaves=leaves)
                     break
                 if gradient:
-                    gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
+                    of_batch: Tree = {}
+                    if value.requires_grad:
+                        _, of_batch = self.gradient(value, leaves)
+                    gradients.append(of_batch)
                 values.append((value.detach(), weight))
         if rows is not None and gradient:
-            gradients = [self._pulled_back(at, batches, rows, start, state or self.slots)]
-        simple = len(values) == 1 and self.ranks.alone and not isinstance(weight, Tensor)
-        mean, weight = values[0] if simple else self.mean_of_all(values)
+            of_rows = self._pulled_back(
+                leaves, batches, rows=rows, start=start, state=state or self.slots
+            )
+            gradients = [of_rows]
+
+        is_one_mean = len(values) == 1 and is_plain_mean(values[0]) and self.ranks.alone
+        mean, weight = values[0] if is_one_mean else self.mean_of_all(values)
         if not gradient:
             return mean, {}
         if not any(gradients):
@@ -171,25 +219,28 @@ class LocalStudent:
                 "the outer loss has no gradient in the student; expected one of its undetached "
                 "outputs."
             )
-        v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
-        if len(v) < len(at):
-            v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
-        return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(
-            weight, Tensor
-        ) else v
+        v = mean_tree(gradients)
+        if len(v) < len(leaves):
+            v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
+        if isinstance(weight, Tensor):
+            # The gradients are of sums, and their mean was over micro-batches and ranks.
+            v = {name: len(values) / weight * t for name, t in v.items()}
+        return mean, v
 
-    def _all_rows(self, first: Tensor, others: Sequence[tuple[Any, Any]]) -> _AllRows:
-        """Return the outputs of all micro-batches, of which the first are known, without the graph of a pass.
+    def _all_rows(self, first: Tensor, others: MicroBatches) -> _AllRows:
+        """Return the outputs of all micro-batches without a graph, given those of the first.
 
         Each pass has a graph, for a forward that takes a gradient itself, and drops it.
         """
-        parts = [first, *(self.forward(inputs).detach() for inputs, _ in others)]
+        parts = [first]
+        for inputs, _ in others:
+            parts.append(self.forward(inputs).detach())
         return _AllRows(parts, joined(parts).requires_grad_())
 
-    def _differentiate(self, value: Tensor, rows: _AllRows, at: Tree) -> None:
-        """Find the derivatives of a loss of all rows.
+    def _differentiate(self, value: Tensor, rows: _AllRows, leaves: Tree) -> None:
+        """Find the derivatives of a loss of all rows, and keep them in ``rows``.
 
-        In their outputs, and in the weights that it reads itself.
+        They are those in their outputs, and in the weights that it reads itself.
         """
         (cotangent,) = torch.autograd.grad(
             value, [rows.outputs], retain_graph=True, allow_unused=True
@@ -197,48 +248,50 @@ class LocalStudent:
         if cotangent is not None:
             rows.cotangents = [*cotangent.split([len(part) for part in rows.parts])]
         if self.has_whole_weights:
-            rows.direct = self.gradient(value, at)[1]
+            _, rows.direct = self.gradient(value, leaves)
 
     def _pulled_back(
         self,
-        at: Tree,
-        batches: Sequence[tuple[Any, Any]],
+        leaves: Tree,
+        batches: MicroBatches,
         rows: _AllRows,
         start: RandomState,
         state: State | Slots,
     ) -> Tree:
-        """Return the gradient of a loss of all rows, by running each micro-batch again, on the same draws and state."""
+        """Return the gradient of a loss of all rows.
+
+        Each micro-batch is run again, on the same draws and state.
+        """
         if not rows.cotangents:
             return rows.direct
-        found = [rows.direct]
-        with self.at_weights(at, start, state):
+        gradients = [rows.direct]
+        with self.at_weights(leaves, start, state=state):
             for (inputs, _), first, cotangent in zip(
                 batches, rows.parts, rows.cotangents, strict=True
             ):
                 outputs = self.forward(inputs)
-                tolerance = EXACTLY[
-                    coarsest_dtype([outputs.dtype, *self.dtypes], self.device)
-                ].outputs
-                check_same_outputs(outputs.detach(), first, tolerance, ranks=self.ranks)
+                dtype = coarsest_dtype([outputs.dtype, *self.dtypes], self.device)
+                tolerance = EXACTLY[dtype].outputs
+                check_same_outputs(outputs.detach(), first, tolerance=tolerance, ranks=self.ranks)
                 if outputs.requires_grad:
-                    found.append(self.gradient((outputs * cotangent).sum(), at)[1])
-        return sum_tree(found)
+                    _, of_batch = self.gradient((outputs * cotangent).sum(), leaves)
+                    gradients.append(of_batch)
+        return sum_tree(gradients)
 
     def _judged(self, judge: WeightedLoss, inputs: Any, batch: Any) -> Tensor:
         value, _ = judge(self.forward(inputs), batch)
         return value
 
-    def mean_of_all(
-        self, values: Sequence[tuple[Tensor, Tensor | float]]
-    ) -> tuple[Tensor, Tensor | float]:
-        """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights.
+    def mean_of_all(self, values: Sequence[Weighted]) -> Weighted:
+        """Return Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights.
 
         Without a graph.
         """
         total = torch.stack([value for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
         if not self.ranks.alone:
-            weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)
+            if not isinstance(weight, Tensor):
+                weight = total.new_full((), weight)
             total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
         if isinstance(weight, Tensor):
             text = (
@@ -248,47 +301,61 @@ class LocalStudent:
             checks.refuse(~((weight > 0) & weight.isfinite()), text)
         return total / weight, weight
 
-    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> tuple[Tree, Tree]:
-        """The gradient of a scalar in the weights that it reaches.
+    def gradient(
+        self, value: Tensor, leaves: Tree, *, create_graph: bool = False
+    ) -> tuple[Tree, Tree]:
+        """Return the gradient of a scalar in the weights that it reaches.
 
-        On this rank's rows, and the mean over the ranks.
+        The first is of this rank's rows, the second the mean over the ranks.
         """
         tensors = torch.autograd.grad(
-            value, [*at.values()], create_graph=create_graph, allow_unused=True
+            value, [*leaves.values()], create_graph=create_graph, allow_unused=True
         )
-        own = {name: g for name, g in zip(at, tensors, strict=True) if g is not None}
-        return own, own if self.ranks.alone else self.ranks.mean_tree(own, at)
-
-    def forward(self, inputs: Any) -> Tensor:
-        return wide(checks.logits(self.module(inputs), "student"))
-
-    def as_leaves(self, params: Tree) -> Tree:
-        own, make = self.parameters, Tensor._make_subclass
-        if {*map(type, own.values())} == {nn.Parameter} and not any(
-            map(vars, own.values())
-        ):  # the usual ones
-            return {name: make(nn.Parameter, t, True) for name, t in params.items()}
-        return {name: stand_in(t.detach(), own[name]) for name, t in params.items()}
+        of_rank = {name: g for name, g in zip(leaves, tensors, strict=True) if g is not None}
+        if self.ranks.alone:
+            return of_rank, of_rank
+        return of_rank, self.ranks.mean_tree(of_rank, leaves)
 
     def over_ranks(self, tree: Tree) -> Tree:
-        """The mean over the ranks of second derivatives, which each has of its own rows."""
+        """Return the mean over the ranks of second derivatives, which each has of its own rows."""
         return self.ranks.mean_tree(tree, self.params)
 
     def inspect_graph(self, gradients: Tree, value: Tensor) -> None:
-        """Refuse, once, a gradient whose graph lacks derivatives that PyTorch would leave out without an error."""
+        """Refuse, once, a gradient whose graph lacks derivatives.
+
+        PyTorch would leave these out without an error.
+        """
         if self.inspects_graph:
             self.inspects_graph = False
             refuse_once_differentiable(gradients.values(), value)
 
-    def held_at(self, params: Tree) -> list[Slot]:
+    # --------------------------------------------------------------- the module at other weights
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Return the module's outputs, in float32 or wider."""
+        return wide(checks.logits(self.module(inputs), "student"))
+
+    def as_leaves(self, params: Tree) -> Tree:
+        """Return weights as leaves of the types that the module's own have, by name."""
+        originals = self.parameters.values()
+        are_plain = {*map(type, originals)} == {nn.Parameter} and not any(map(vars, originals))
+        if are_plain:
+            # The usual case, without a call for each weight that asks for its type.
+            make = Tensor._make_subclass
+            return {name: make(nn.Parameter, t, require_grad=True) for name, t in params.items()}
+        return {name: stand_in(t.detach(), self.parameters[name]) for name, t in params.items()}
+
+    def slots_of(self, params: Tree) -> list[Slot]:
+        """Return the places of these weights, with the weights."""
         return [
-            (table, name, params[first])
-            for table, name, first in self.slots.places
-            if first in params
+            (table, name, params[first_name])
+            for table, name, first_name in self.slots.places
+            if first_name in params
         ]
 
     def with_weights(self, params: Tree) -> AbstractContextManager[None]:
-        return swapped(self.held_at(self.as_leaves(params)))
+        """Hold these weights in a block, without a pass."""
+        return swapped(self.slots_of(self.as_leaves(params)))
 
     @contextmanager
     def with_leaves(self, params: Tree) -> Iterator[Tree]:
@@ -297,66 +364,97 @@ class LocalStudent:
         For a loss that is called without a pass.
         """
         leaves = self.as_leaves(params)
-        with swapped(self.held_at(leaves)):
+        with swapped(self.slots_of(leaves)):
             yield leaves
 
     def at_weights(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> AbstractContextManager[None]:
-        """The student at other weights, on copies of a state (``upcast``: in float32 or wider),
-        with draws from ``random`` on."""
-        held = [*self.held_at(params), *self.slots.in_formulas(), *self.slots.made()]
-        return replay(random, state, held, upcast=upcast)
+        """Run the student in a block at other weights, as if from a saved state.
+
+        Args:
+            random: where draws begin.
+            state: of which the student has fresh copies.
+            upcast: have these in float32 or wider.
+        """
+        slots = [
+            *self.slots_of(params),
+            *self.slots.in_formulas(),
+            *self.slots.made_by_hooks(),
+        ]
+        return replay(random, state, slots=slots, upcast=upcast)
 
     def along(
         self, params: Tree, w: Tree, random: RandomState, state: State
     ) -> AbstractContextManager[None]:
-        """As :meth:`at_weights`, with dual numbers for weights, whose tangent is w."""
-        duals = {
-            name: forward_ad.make_dual(p.clone(), w[name].to_dense())
-            for name, p in params.items()
-            if name in w
-        }
-        return self.at_weights(
-            {name: stand_in(dual, self.parameters[name]) for name, dual in duals.items()},
-            random,
-            state,
-        )
+        """Run the student as :meth:`at_weights`, with dual numbers for weights.
+
+        Their tangent is w.
+        """
+        duals: Tree = {}
+        for name, p in params.items():
+            if name in w:
+                dual = forward_ad.make_dual(p.clone(), w[name].to_dense())
+                duals[name] = stand_in(dual, self.parameters[name])
+        return self.at_weights(duals, random, state=state)
+
+
+class _KeptGraph(NamedTuple):
+    """The gradient of an inner loss, with its graph, and leaves in which it may be derived."""
+
+    gradient: Tree
+    leaves: list[Tensor]
 
 
 class Pass:
-    """One inner pass, z = S(x; θ), and its replays: on its draws, and from copies of the state that it began with.
+    """One inner pass, z = S(x; θ), and its replays.
 
-    Buffers and generators move as in training. ``outputs`` are z, (B, ...), float32 or wider,
-    without a graph; ``graph`` has it until :meth:`gradient` has used it.
+    A replay runs on the draws of the pass, and from copies of the state that it began with. The
+    pass itself moves buffers and generators as in training.
+
+    Attributes:
+        params: θ, until :meth:`forget`.
+        inputs: x.
+        outputs: z, (B, ...), float32 or wider, without a graph.
+        graph: the same with its graph, until :meth:`gradient` has used it.
+        random_state_after: the generators where the pass has ended.
     """
 
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
-        self.student, self.params, self.inputs = student, params, inputs
-        self._sample: Tensor | None = None  # of the outputs, where these are dropped
+        self.student = student
+        self.params = params
+        self.inputs = inputs
+        # A sample of the outputs, where the outputs themselves are dropped.
+        self._output_sample: Tensor | None = None
         # The generators as the loss begins, where it draws: other draws may lie between it and the
         # pass.
-        self._at_loss: RandomState | None = None
-        self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
+        self._random_state_of_loss: RandomState | None = None
+        self._kept_graph: _KeptGraph | None = None
+
+        slots = student.slots
         if params is student.params:
-            self._at: Tree = {**student.parameters}
-            self._held = student.slots.in_formulas()
+            # The module holds these weights already.
+            self._weights: Tree = {**student.parameters}
+            self._held_slots = slots.in_formulas()
         else:
-            own = student.parameters
-            graph = student.double_backward
-            self._at = (
-                {n: stand_in(p, own[n]) for n, p in params.items()}
-                if graph
-                else student.as_leaves(params)
-            )
-            self._held = [*student.held_at(self._at), *student.slots.in_formulas()]
-        self._before = student.slots.random_state(student.device)
-        self._state, student.slots.state = student.slots.state or student.slots.snapshot(), None
+            if student.double_backward:
+                self._weights = {
+                    name: stand_in(p, student.parameters[name]) for name, p in params.items()
+                }
+            else:
+                self._weights = student.as_leaves(params)
+            self._held_slots = [*student.slots_of(self._weights), *slots.in_formulas()]
+
+        self._random_state = slots.random_state(student.device)
+        # The first pass of a step takes over the snapshot that the step has made.
+        self._state = slots.state or slots.snapshot()
+        slots.state = None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.random_state_after = student.slots.random_state(student.device)
-        student.slots.watch(self._before, self.random_state_after)
-        self._dtype, self._half_types = outputs.dtype, student.slots.half_types(outputs)
+        self.random_state_after = slots.random_state(student.device)
+        slots.watch(self._random_state, self.random_state_after)
+        self._output_dtype = outputs.dtype
+        self._half_types = slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
@@ -366,9 +464,8 @@ class Pass:
 
         A key of the tolerances in :mod:`metapl.execution.compare`.
         """
-        return coarsest_dtype(
-            [self._dtype, *self.student.dtypes, *self._half_types], self.student.device
-        )
+        dtypes = [self._output_dtype, *self.student.dtypes, *self._half_types]
+        return coarsest_dtype(dtypes, self.student.device)
 
     @property
     def state_before(self) -> State:
@@ -376,37 +473,44 @@ class Pass:
         return self._state
 
     def _running(self) -> AbstractContextManager[None]:
-        return swapped(self._held) if self._held else NOTHING
+        """Hold the weights of this pass in a block, as its forward did."""
+        if self._held_slots:
+            return swapped(self._held_slots)
+        return NOTHING
+
+    # ------------------------------------------------------------------- the loss and its gradient
 
     def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
-        """A loss of this pass and its gradient g.
+        """Return a loss of this pass and its gradient g, the means over the ranks.
 
         The graph is kept for :meth:`in_leaves` where it has leaves.
         """
         assert self.graph is not None, "a pass learns once"
-        student, ranks = self.student, self.student.ranks
+        student = self.student
+        keeps_graph = student.double_backward or bool(leaves)
         # A loss may read ``student.parameters()``, which have to be those of this pass; and the
         # backward pass of a checkpoint runs the module again.
         with self._running():
             value = self._first_value(loss)
             if not value.requires_grad:
                 raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
-            own, grads = student.gradient(
-                value, self._at, create_graph=student.double_backward or bool(leaves)
-            )
-        if student.double_backward or leaves:
-            student.inspect_graph(own, value)
+            of_rank, mean = student.gradient(value, self._weights, create_graph=keeps_graph)
+        if keeps_graph:
+            student.inspect_graph(of_rank, value)
         if leaves:
-            self._graph_of_g = own, list(leaves)
-            grads = {name: g.detach() for name, g in grads.items()}
-        if not grads:
-            why = checks.READS_OTHER_WEIGHTS if self.graph.requires_grad else checks.NO_GRADIENT
-            raise MetaplError(f"the student's loss {why}")
+            self._kept_graph = _KeptGraph(of_rank, list(leaves))
+            mean = {name: g.detach() for name, g in mean.items()}
+        if not mean:
+            reason = checks.READS_OTHER_WEIGHTS if self.graph.requires_grad else checks.NO_GRADIENT
+            raise MetaplError(f"the student's loss {reason}")
         self.graph = None
-        if not student.double_backward and not leaves:
-            self._at, self._held = {}, []
+        if not keeps_graph:
+            self._weights = {}
+            self._held_slots = []
         value = value.detach()
-        return value if ranks.alone else ranks.mean(value), grads
+        if not student.ranks.alone:
+            value = student.ranks.mean(value)
+        return value, mean
 
     def _first_value(self, loss: Loss) -> Tensor:
         """Return the loss of this pass, and keep the state of the generators where it draws.
@@ -418,196 +522,269 @@ class Pass:
         slots = self.student.slots
         device = self.student.device
         if slots.findings.draws_in_loss is False:
-            return loss(self.graph, self._at)
+            return loss(self.graph, self._weights)
         before = slots.random_state(device)
-        value = loss(self.graph, self._at)
+        value = loss(self.graph, self._weights)
         after = slots.random_state(device)
         slots.watch(before, after)
-        if not after.is_as(before):
+        if not after.equals(before):
             slots.findings.draws_in_loss = True
-            self._at_loss = before
+            self._random_state_of_loss = before
         return value
 
     def drawing_as_loss(self) -> AbstractContextManager[None]:
         """Draw in this block as the loss of this pass drew."""
-        return NOTHING if self._at_loss is None else replayed(self._at_loss)
+        if self._random_state_of_loss is None:
+            return NOTHING
+        return replayed(self._random_state_of_loss)
 
     def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
-        """The derivatives of ⟨g, w⟩ in the leaves of a graph that was kept, on this rank's rows.
+        """Return the derivatives of ⟨g, w⟩ in the leaves of a graph that was kept.
 
-        None without one.
+        On this rank's rows; None without such a graph, which serves once.
         """
-        if self._graph_of_g is None:
+        if self._kept_graph is None:
             return None
-        (own, leaves), self._graph_of_g = self._graph_of_g, None
+        kept_graph = self._kept_graph
+        self._kept_graph = None
         with self._running():
-            return _derivatives(own, {}, leaves, w, free=True)[1]
+            _, in_leaves = _derivatives(
+                kept_graph.gradient, {}, leaves=kept_graph.leaves, w=w, free=True
+            )
+        return in_leaves
 
     def forget(self, inputs_too: bool) -> None:
         """Drop θ, and the inputs and most of the outputs, until :meth:`recompute_gradient`."""
         self.params = {}
         if inputs_too:
-            self.inputs, self._sample = None, _sampled(self.outputs)
-            self.outputs = self.outputs.new_zeros(()).expand(
-                self.outputs.shape
-            )  # which tells their shape alone
+            self.inputs = None
+            self._output_sample = _sample(self.outputs)
+            # A tensor that tells the outputs' shape, and takes the memory of one number.
+            self.outputs = self.outputs.new_zeros(()).expand(self.outputs.shape)
 
     def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
-        """The gradient of this pass's loss at its θ once more.
+        """Return the gradient of this pass's loss at its θ once more.
 
-        ``params`` is that θ, which was forgotten.
+        Args:
+            params: that θ, which was forgotten.
         """
         self.params = params
-        with self.once_more(self.inputs) as (at, outputs):
-            self.outputs, self._sample = outputs.detach(), None
-            return self.student.gradient(loss(outputs, at), at)[1]
+        with self.once_more(self.inputs) as (leaves, outputs):
+            self.outputs = outputs.detach()
+            self._output_sample = None
+            _, mean = self.student.gradient(loss(outputs, leaves), leaves)
+        return mean
+
+    # ------------------------------------------------------------------------------------- replays
 
     @contextmanager
     def once_more(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        """θ as leaves, and the outputs there, compared with this pass's.
+        """Run the pass again in this block; yield θ as leaves, and the outputs there.
 
-        A backward pass belongs into the block.
+        The outputs are compared with those of this pass. A backward pass belongs into the block.
         """
-        at = self.student.as_leaves(self.params)
-        with self.student.at_weights(at, self._before, self._state):
-            outputs = self._same_outputs(self.student.forward(inputs))
+        leaves = self.student.as_leaves(self.params)
+        with self.student.at_weights(leaves, self._random_state, state=self._state):
+            outputs = self._checked(self.student.forward(inputs))
             with self.drawing_as_loss():
-                yield at, outputs
+                yield leaves, outputs
 
-    def _same_outputs(self, outputs: Tensor) -> Tensor:
-        again, first = outputs.detach(), self.outputs
-        if self._sample is not None:
-            again, first = _sampled(again), self._sample
-        check_same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
+    def _twice_differentiable(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
+        """Run the pass again as :meth:`once_more`, with a graph that has second derivatives.
+
+        On one device every graph has.
+        """
+        return self.once_more(inputs)
+
+    def _checked(self, outputs: Tensor) -> Tensor:
+        """Return the outputs of a replay, which have to be those of this pass."""
+        again = outputs.detach()
+        first = self.outputs
+        if self._output_sample is not None:
+            again = _sample(again)
+            first = self._output_sample
+        tolerance = EXACTLY[self.rounded_to].outputs
+        check_same_outputs(again, first, tolerance=tolerance, ranks=self.student.ranks)
         return outputs
 
-    _replay_twice = once_more  # one that can be differentiated twice
-
     def tangent(self, w: Tree) -> Tensor:
-        """ż = d/dε S(x; θ + εw) by forward-mode AD.
+        """Return ż = d/dε S(x; θ + εw) by forward-mode AD.
 
         Exact, one pass of about three plain ones, no graph.
         """
         with forward_mode():
             try:
-                with self.student.along(self.params, w, self._before, self._state):
-                    outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
+                with self.student.along(
+                    self.params, w, random=self._random_state, state=self._state
+                ):
+                    dual = self.student.forward(self.inputs)
+                    outputs, tangent = forward_ad.unpack_dual(dual)
             except RuntimeError as error:
-                if asks_for_gradient(error):
-                    what = (
-                        "the student's forward takes a gradient, and a pass in forward mode has "
-                        "no graph"
-                    )
-                    raise MissingDerivative(what) from error
-                if is_layout_refused(error):
-                    # The plain pass took these tensors, so it is a rule of forward mode: group
-                    # norm's, on torch 2.12.
-                    what = (
-                        "the forward mode of an operation of the student takes contiguous tensors "
-                        "alone here"
-                    )
-                    raise MissingDerivative(
-                        f"{what} ({str(error).splitlines()[0].rstrip('.')})"
-                    ) from error
-                raise
-            self._same_outputs(outputs)
-            return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
+                reason = _why_no_tangent(error)
+                if reason is None:
+                    raise
+                raise MissingDerivative(reason) from error
+            self._checked(outputs)
+            if tangent is None:
+                return torch.zeros_like(self.outputs)
+            output_tangent: Tensor = tangent.clone()
+            return output_tangent
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
-        """S(x; θ + step·direction) in float32 or wider, without autocast, TF32 and a graph."""
+        """Return S(x; θ + step·direction), (B, ...), in float32 or wider.
+
+        Without autocast, TF32 and a graph.
+        """
         with torch.no_grad():
-            moved = self._moved(step, direction)
+            params = self._shifted_params(step, direction)
         slots = self.student.slots
         if not slots.takes_gradients:
             try:
                 with torch.no_grad():
-                    return self._at_weights(moved)
+                    return self._outputs_at(params)
             except RuntimeError as error:
                 if not asks_for_gradient(error):
                     raise
                 slots.takes_gradients = True
         with torch.enable_grad():
-            return self._at_weights(moved).detach()
+            return self._outputs_at(params).detach()
 
-    def _moved(self, step: Tensor, direction: Tree) -> Tree:
-        """θ + step·direction, in float32 or wider."""
-        return {
-            n: wide(p) + step * wide(direction[n]) if n in direction else wide(p)
-            for n, p in self.params.items()
-        }
+    def _shifted_params(self, step: Tensor, direction: Tree) -> Tree:
+        """Return θ + step·direction, in float32 or wider."""
+        params: Tree = {}
+        for name, p in self.params.items():
+            params[name] = wide(p)
+            if name in direction:
+                params[name] = params[name] + step * wide(direction[name])
+        return params
 
-    def _at_weights(self, params: Tree) -> Tensor:
-        """The outputs at other weights, in float32 or wider, without autocast and TF32."""
-        device = self.student.device
-        at = self.student.at_weights(
-            self.student.as_leaves(params), self._before, self._state, upcast=True
+    def _outputs_at(self, params: Tree) -> Tensor:
+        """Return the outputs at other weights, in float32 or wider, without autocast and TF32."""
+        student = self.student
+        at_weights = student.at_weights(
+            student.as_leaves(params), self._random_state, state=self._state, upcast=True
         )
-        with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
-            return self.student.forward(map_tensors(wide, self.inputs))
+        with (
+            torch.autocast(student.device.type, enabled=False),
+            full_float32(student.device),
+            no_fast_path(),
+            at_weights,
+        ):
+            return student.forward(map_tensors(wide, self.inputs))
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
-        """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
-        tolerance = BY_DIFFERENCE[self.rounded_to].outputs
+        """Flag outputs of shifted passes whose mean is not what this pass returned.
+
+        The mean is S(x; θ) to the second order of the shift.
+        """
         check_same_outputs(
-            (ahead + behind) / 2, self.outputs, tolerance, ranks=self.student.ranks, moved=ahead
+            (ahead + behind) / 2,
+            self.outputs,
+            tolerance=BY_DIFFERENCE[self.rounded_to].outputs,
+            ranks=self.student.ranks,
+            moved=ahead,
         )
+
+    # -------------------------------------------------------------------------- second derivatives
 
     @contextmanager
     def hessian(
         self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None
     ) -> Iterator[Product]:
-        """The derivatives of ⟨g, w⟩ as a function of w, on this rank's rows, by double backward:
-        (∂²ℓ/∂θ²) w, and those in leaves of the loss and of the ``inputs``. The last call may
-        ``free`` the graph."""
-        replayed = self._replay_twice(self.inputs if inputs is None else inputs)
-        with no_fast_path(math=True), replayed as (at, outputs):
-            value = loss(outputs, at)
+        """Yield the derivatives of ⟨g, w⟩ as a function of w, by double backward.
+
+        They are (∂²ℓ/∂θ²) w, and those in leaves of the loss and of the ``inputs``, on this rank's
+        rows. The last call may ``free`` the graph.
+        """
+        replayed_pass = self._twice_differentiable(self.inputs if inputs is None else inputs)
+        with no_fast_path(math=True), replayed_pass as (weights, outputs):
+            value = loss(outputs, weights)
             tensors = torch.autograd.grad(
-                value, [*at.values()], create_graph=True, allow_unused=True
+                value, [*weights.values()], create_graph=True, allow_unused=True
             )
-            g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
+            g = {name: t for name, t in zip(weights, tensors, strict=True) if t is not None}
             self.student.inspect_graph(g, value)
-            yield partial(_derivatives, g, at, leaves)
+            yield partial(_derivatives, g, weights, leaves)
 
     def second_derivatives(
         self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any, *, curved: bool
     ) -> tuple[Tree, list[Tensor | None]]:
-        """Of :meth:`hessian`, for one w. Not ``curved``: in the leaves alone."""
-        with self.hessian(loss, leaves, inputs) as product:
+        """Return what :meth:`hessian` yields, for one w.
+
+        Args:
+            curved: False: in the leaves alone.
+        """
+        with self.hessian(loss, leaves, inputs=inputs) as product:
             return product(w, free=True, curved=curved)
 
 
 LocalStudent.pass_type = Pass
 
 
-def _derivatives(
-    g: Tree, at: Tree, leaves: Sequence[Tensor], w: Tree, *, free: bool = False, curved: bool = True
-) -> tuple[Tree, list[Tensor | None]]:
-    """The derivatives of ⟨g, w⟩ in weights, if ``curved``, and in leaves.
+def is_plain_mean(value: Weighted) -> bool:
+    """Return whether a loss was returned as a mean, without a weight of its own."""
+    _, weight = value
+    return not isinstance(weight, Tensor)
 
-    ``free``: the graph is not needed again.
+
+def _derivatives(
+    g: Tree,
+    weights: Tree,
+    leaves: Sequence[Tensor],
+    w: Tree,
+    *,
+    free: bool = False,
+    curved: bool = True,
+) -> tuple[Tree, list[Tensor | None]]:
+    """Return the derivatives of ⟨g, w⟩ in weights, and in leaves.
+
+    Args:
+        free: whether the graph is not needed again.
+        curved: False: leave the weights out.
     """
-    at = at if curved else {}
+    if not curved:
+        weights = {}
     pairs = [(t, w[name]) for name, t in g.items() if name in w and t.requires_grad]
-    ends = [*at.values(), *leaves]
-    grads: Sequence[Tensor | None] = [None] * len(ends)
+    inputs = [*weights.values(), *leaves]
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
     if pairs:
-        tensors, given = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(tensors, ends, given, retain_graph=not free, allow_unused=True)
-    in_weights = {
-        n: torch.zeros_like(p) if t is None else t
-        for (n, p), t in zip(at.items(), grads, strict=False)
-    }
-    return in_weights, list(grads[len(at) :])
+        tensors, directions = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(
+            tensors, inputs, directions, retain_graph=not free, allow_unused=True
+        )
+    in_weights: Tree = {}
+    for (name, p), grad in zip(weights.items(), grads, strict=False):
+        in_weights[name] = torch.zeros_like(p) if grad is None else grad
+    return in_weights, list(grads[len(weights) :])
+
+
+def _why_no_tangent(error: RuntimeError) -> str | None:
+    """Return why a pass has no forward mode, or None where an error says something else."""
+    if asks_for_gradient(error):
+        return "the student's forward takes a gradient, and a pass in forward mode has no graph"
+    if is_layout_refused(error):
+        # The plain pass took these tensors, so it is a rule of forward mode: group norm's, on torch
+        # 2.12.
+        first_line = str(error).splitlines()[0].rstrip(".")
+        return (
+            "the forward mode of an operation of the student takes contiguous tensors alone here "
+            f"({first_line})"
+        )
+    return None
 
 
 def as_leaves(params: Tree) -> Tree:
+    """Return weights as leaves that require a gradient."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-def _sampled(t: Tensor) -> Tensor:
+def _sample(t: Tensor) -> Tensor:
+    """Return up to 4096 entries of a tensor, at equal distances."""
     return t.flatten()[:: t.numel() // 4096 + 1].clone()
 
 
 def mean_of(values: Sequence[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
+    """Return the mean of scalars."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(list(values)).mean(0)

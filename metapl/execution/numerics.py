@@ -1,5 +1,8 @@
-"""Products and norms over trees of parameters, never in half precision, and which kernels a pass
-uses, so that all passes compute the same function and have the derivatives they need."""
+"""Products and norms over trees of parameters, and the kernels that a pass uses.
+
+Products and norms are never taken in half precision. The kernels are chosen such that all passes
+compute the same function, and have the derivatives that they need.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +23,55 @@ from torch.torch_version import TorchVersion
 
 from metapl.errors import MetaplError
 
+# Weights, gradients or other tensors of the same shapes, by the parameters' names.
 Tree = dict[str, Tensor]
-HALF, DTYPE = {torch.float16, torch.bfloat16}, attrgetter("dtype")
+
+# The types of half precision.
+HALF = {torch.float16, torch.bfloat16}
+
+# Reads the type of a tensor; map() calls it without a frame of Python for each.
+DTYPE = attrgetter("dtype")
 
 
 def wide(t: Tensor) -> Tensor:
-    """float32 or wider: losses and products are not taken in half precision."""
+    """Return a tensor in float32 or wider.
+
+    Losses and products are not taken in half precision.
+    """
     return t.float() if t.dtype in HALF else t
 
 
 def as_real(t: Tensor) -> Tensor:
-    """Of complex numbers, their two parts: the weights over which autograd's gradients are."""
+    """Return complex numbers as their two parts, (..., 2); real ones as they are.
+
+    Autograd's gradients are over the two parts.
+    """
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Numbers to take products of: real ones, in float32 or wider."""
-    given = [*tensors]
-    if any(map(Tensor.is_complex, given)):
-        given = [as_real(t) for t in given]
-    return given if HALF.isdisjoint(map(DTYPE, given)) else [wide(t) for t in given]
+    """Return numbers to take products of: real ones, in float32 or wider."""
+    numbers = [*tensors]
+    if any(map(Tensor.is_complex, numbers)):
+        numbers = [as_real(t) for t in numbers]
+    if not HALF.isdisjoint(map(DTYPE, numbers)):
+        numbers = [wide(t) for t in numbers]
+    return numbers
 
 
 def in_type_of(network: nn.Module, t: Tensor) -> Tensor:
-    """A tensor in the type of a network's weights, which is that of the first.
+    """Return a tensor in the type of a network's first weight.
 
-    As it is where there is none.
+    As it is for a network without weights.
     """
-    weight = next((p for p in network.parameters() if p.is_floating_point()), None)
-    return t if weight is None else t.to(weight.dtype)
+    for p in network.parameters():
+        if p.is_floating_point():
+            return t.to(p.dtype)
+    return t
 
 
 def scaled(tree: Tree, factor: float | Tensor) -> Tree:
+    """Return the tree times a factor."""
     return {name: factor * t for name, t in tree.items()}
 
 
@@ -59,11 +79,11 @@ class Space:
     """Products of trees of weights, here of trees that this process holds whole."""
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
-        """⟨a, b⟩ over the parameters that both have, a scalar."""
-        return self._flat(a, b).sum()
+        """Return ⟨a, b⟩ over the parameters that both have, a scalar."""
+        return self._terms(a, b).sum()
 
     def norm(self, a: Tree) -> Tensor:
-        """‖a‖ over all parameters, a scalar."""
+        """Return ‖a‖ over all parameters, a scalar."""
         values = wide_list(a.values())
         if any(t.is_sparse for t in values):
             # torch 2.11 has no norm of a list with sparse gradients of embeddings.
@@ -72,40 +92,47 @@ class Space:
         return total
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
-        """⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
-        flat = self._flat(a, b)
-        return flat.sum(), torch.linalg.vector_norm(flat)
+        """Return ⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
+        terms = self._terms(a, b)
+        return terms.sum(), torch.linalg.vector_norm(terms)
 
-    def _flat(self, a: Tree, b: Tree) -> Tensor:
+    def _terms(self, a: Tree, b: Tree) -> Tensor:
+        """Return the products of the entries of two trees, as one vector."""
         if a.keys() != b.keys():
             a = {name: t for name, t in a.items() if name in b}
-        terms = torch._foreach_mul(wide_list(a.values()), wide_list(map(b.__getitem__, a)))
+        products = torch._foreach_mul(wide_list(a.values()), wide_list(b[name] for name in a))
         # Gradients of embeddings may be sparse.
-        return torch.cat([t.to_dense().flatten() if t.is_sparse else t.flatten() for t in terms])
+        dense = [t.to_dense() if t.is_sparse else t for t in products]
+        return torch.cat([t.flatten() for t in dense])
 
     def count(self, a: Tree) -> int:
+        """Return the number of entries over all parameters."""
         return sum(t.numel() for t in a.values())
 
 
-WHOLE = Space()  # trees that this process holds whole
+# The space of trees that this process holds whole.
+WHOLE = Space()
 
 
 def sum_tree(trees: Sequence[Tree]) -> Tree:
-    """The sum of trees, in which a parameter that is missing counts as zero."""
-    names = dict.fromkeys(name for tree in trees for name in tree)
-    return {
-        name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) for name in names
-    }
+    """Return the sum of trees, in which a parameter that is missing counts as zero."""
+    total: Tree = {}
+    for name in dict.fromkeys(name for tree in trees for name in tree):
+        total[name] = torch.stack([tree[name] for tree in trees if name in tree]).sum(0)
+    return total
 
 
 def mean_tree(trees: Sequence[Tree]) -> Tree:
-    """The mean of trees, in which a parameter that is missing counts as zero."""
+    """Return the mean of trees, in which a parameter that is missing counts as zero."""
     if len(trees) == 1:
         return trees[0]
     return {name: total / len(trees) for name, total in sum_tree(trees).items()}
 
 
-_BACKENDS: Any = torch.backends  # whose stubs lack some of these
+# torch.backends, whose stubs lack some of its attributes.
+_BACKENDS: Any = torch.backends
+
+# By type of device, what has a switch for the precision of float32 products.
 _SWITCHES: dict[str, list[Any]] = {
     "cuda": [_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn],
     "cpu": [_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn],
@@ -113,31 +140,43 @@ _SWITCHES: dict[str, list[Any]] = {
 
 
 def reduced_float32(device: torch.device) -> bool:
-    """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU)."""
-    return any(
-        switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ())
-    )
+    """Return whether PyTorch may round the factors of float32 products on ``device``.
+
+    To TF32 on CUDA, to bfloat16 on a CPU.
+    """
+    switches = _SWITCHES.get(device.type, ())
+    return any(switch.fp32_precision not in ("none", "ieee") for switch in switches)
 
 
 def float32_products(device: torch.device) -> dict[str, str]:
-    """Return in what precision products of float32 are taken on a device, for matrices and for convolutions.
+    """Return in what precision products of float32 are taken on a device.
 
-    ``"ieee"`` is float32; ``"tf32"`` and ``"bf16"`` round the factors. Cost: two reads of a switch.
+    By ``"matrix products"`` and ``"convolutions"``: ``"ieee"`` is float32; ``"tf32"`` and
+    ``"bf16"`` round the factors. Empty on a device without switches.
+
+    Cost: two reads of a switch.
     """
     # The older switches are not read: that raises once a caller has set these.
-    found: dict[str, str] = {}
-    for kind, switch in zip(
-        ("matrix products", "convolutions"), _SWITCHES.get(device.type, ()), strict=False
-    ):
-        asked = switch.fp32_precision
-        found[kind] = "ieee" if asked == "none" else asked
-    return found
+    if device.type not in _SWITCHES:
+        return {}
+    matmul, convolution, _ = _SWITCHES[device.type]
+    return {
+        "matrix products": _precision(matmul),
+        "convolutions": _precision(convolution),
+    }
+
+
+def _precision(switch: Any) -> str:
+    precision: str = switch.fp32_precision
+    return "ieee" if precision == "none" else precision
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """float32 products in float32; the settings are put back as they were."""
-    switches = _SWITCHES[device.type] if reduced_float32(device) else []
+    """Take float32 products in float32 in this block; the settings are put back as they were."""
+    switches: list[Any] = []
+    if reduced_float32(device):
+        switches = _SWITCHES[device.type]
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
@@ -148,35 +187,41 @@ def full_float32(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = precision
 
 
-_DETERMINISTIC: Any = torch.utils.deterministic  # whose setting is no attribute to a type checker
+# A module whose setting is no attribute to a type checker.
+_DETERMINISTIC: Any = torch.utils.deterministic
 
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Ask for deterministic algorithms, with a warning of torch's where an operation has none; the
-    settings are put back. A caller who asks for them already keeps his own settings, errors
-    included."""
+    """Ask for deterministic algorithms in this block; the settings are put back.
+
+    torch warns where an operation has none. A caller who asks for them already keeps his own
+    settings, errors included.
+    """
     if torch.are_deterministic_algorithms_enabled():
         yield
         return
-    filled = _DETERMINISTIC.fill_uninitialized_memory
-    with warnings.catch_warnings() if device.type == "cuda" else nullcontext():
-        if device.type == "cuda":
+    fills_memory = _DETERMINISTIC.fill_uninitialized_memory
+    is_cuda = device.type == "cuda"
+    with warnings.catch_warnings() if is_cuda else nullcontext():
+        if is_cuda:
             # cuBLAS repeats its bits on one stream, which is what a path runs on; torch warns for
             # the case of several.
             warnings.filterwarnings("ignore", message="(?s).*CuBLAS")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Else every new tensor is filled, which costs a write and changes no result.
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        # Otherwise every new tensor is filled, which costs a write and changes no result.
         _DETERMINISTIC.fill_uninitialized_memory = False
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(False)
-            _DETERMINISTIC.fill_uninitialized_memory = filled
+            torch.use_deterministic_algorithms(mode=False)
+            _DETERMINISTIC.fill_uninitialized_memory = fills_memory
 
 
 _CUDA: Any = torch.backends.cuda
-# kernels of attention, on every device, which have neither forward mode nor a second derivative
+
+# Kernels of attention, on every device, which have neither forward mode nor a second derivative:
+# what asks for each, and what switches it.
 _FUSED = (
     (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
     (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
@@ -188,40 +233,50 @@ _takes_formulas: ContextVar[bool] = ContextVar("takes_formulas", default=False)
 
 
 def takes_formulas() -> bool:
-    """Whether kernels without a second derivative or a forward mode are out of use, as in
-    ``no_fast_path(math=True)``; those of modules are exchanged where the modules run
-    (:mod:`metapl.execution.weight_norm`)."""
+    """Return whether kernels without a second derivative or a forward mode are out of use.
+
+    As in ``no_fast_path(math=True)``. Those of modules are exchanged where the modules run
+    (:mod:`metapl.execution.weight_norm`).
+    """
     return _takes_formulas.get()
 
 
 @contextmanager
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
-    """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a
-    graph, and which treats padded rows differently; ``math``: and the fused kernels, see also
-    :func:`takes_formulas`."""
+    """Disable the fused path of PyTorch's attention layers in this block.
+
+    PyTorch takes it in eval mode without a graph, and it treats padded rows differently.
+
+    Args:
+        math: disable the fused kernels of attention too, see also :func:`takes_formulas`.
+    """
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
-    path = torch.backends.mha
-    fast, plain = path.get_fastpath_enabled(), _CUDA.math_sdp_enabled()
-    fused = [enable for enabled, enable in _FUSED if enabled()] if math else []
-    path.set_fastpath_enabled(False)
+    layers = torch.backends.mha
+    had_fast_path = layers.get_fastpath_enabled()
+    had_math_kernel = _CUDA.math_sdp_enabled()
+    switched_off = [enable for is_enabled, enable in _FUSED if is_enabled()] if math else []
+    layers.set_fastpath_enabled(value=False)
     token = _takes_formulas.set(math or _takes_formulas.get())
     try:
-        for enable in fused:
-            enable(False)
+        for enable in switched_off:
+            enable(enabled=False)
         if math:
-            _CUDA.enable_math_sdp(True)
+            _CUDA.enable_math_sdp(enabled=True)
         yield
     finally:
         _takes_formulas.reset(token)
-        path.set_fastpath_enabled(fast)
-        for enable in fused:
-            enable(True)
-        _CUDA.enable_math_sdp(plain)
+        layers.set_fastpath_enabled(had_fast_path)
+        for enable in switched_off:
+            enable(enabled=True)
+        _CUDA.enable_math_sdp(had_math_kernel)
 
 
 @cache
 def load_forward_mode() -> None:
-    """Create the first dual number, for which PyTorch loads its rules with a deprecation warning, silenced here."""
+    """Create the first dual number, for which PyTorch loads its rules.
+
+    It warns of a deprecation then, which is silenced here.
+    """
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
@@ -229,21 +284,24 @@ def load_forward_mode() -> None:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """A pass in forward mode, on kernels that have it."""
+    """Run a pass in forward mode in this block, on kernels that have it."""
     load_forward_mode()
     with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True):
         yield
 
 
+# What autograd says where a derivative is missing.
 _LACKING = re.compile(
-    r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for|donated buffers"
+    r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for"
+    r"|donated buffers"
 )
+
+# Finds the operation in such a text.
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
-
+# Finds cuDNN's recurrent networks in such a text, and what they say in eval mode.
 _CUDNN_RNN = re.compile(r"(?i)cudnn[ _]rnn")
 _CUDNN_EVAL = "RNN backward can only be called in training mode"
-
 
 # Derivatives of a backward pass that older releases of PyTorch lack, with the first release that
 # has them.
@@ -263,29 +321,33 @@ class MissingDerivative(MetaplError):
 
 
 def asks_for_gradient(error: BaseException) -> bool:
-    """Whether a forward failed because it takes a gradient itself, in a pass that has no graph."""
-    return isinstance(
-        error, RuntimeError
-    ) and "does not require grad and does not have a grad_fn" in str(error)
+    """Return whether a forward failed because it takes a gradient, in a pass that has no graph."""
+    is_of_torch = isinstance(error, RuntimeError)
+    return is_of_torch and "does not require grad and does not have a grad_fn" in str(error)
 
 
 def is_layout_refused(error: BaseException) -> bool:
-    """Whether a view failed because of where the numbers of a tensor lie in memory."""
+    """Return whether a view failed because of where the numbers of a tensor lie in memory."""
     return isinstance(error, RuntimeError) and "view size is not compatible" in str(error)
 
 
 def explain(error: BaseException) -> None:
-    """Raise autograd's error about a missing derivative as one that names the operation."""
+    """Raise autograd's error about a missing derivative as one that names the operation.
+
+    Return without raising for any other error.
+    """
+    if not isinstance(error, RuntimeError):
+        return
     text = str(error)
-    is_lacking = bool(_LACKING.search(text)) or _CUDNN_EVAL in text
-    if isinstance(error, RuntimeError) and is_lacking and _CUDNN_RNN.search(text):
+    lacks_derivative = bool(_LACKING.search(text))
+    if _CUDNN_RNN.search(text) and (lacks_derivative or _CUDNN_EVAL in text):
         raise MetaplError(
             "cuDNN's recurrent networks have no second derivative, no forward mode, and in eval "
             "mode no derivative at all; expected the call in a block of "
             "torch.backends.cudnn.flags(enabled=False), which takes PyTorch's own."
         ) from error
-    if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
-        message = str(error).splitlines()[0].rstrip(".")
+    if lacks_derivative:
+        message = text.splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)
         what = operation[1] if operation else "an operation of the student"
         for backward, release in SINCE_RELEASE.items():

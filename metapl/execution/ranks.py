@@ -26,13 +26,21 @@ from metapl.execution.numerics import Tree
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """The ranks that share a batch."""
+    """The ranks that share a batch.
 
-    groups: Sequence[dist.ProcessGroup] = ()  # whose product they are, as the dimensions of a mesh
-    rank: int = 0  # the number of this process's share of the rows
-    device: torch.device = torch.device("cpu")  # where tensors can be exchanged
-    copies: int = 1  # how many processes hold the same rows, and compute parts of the same products
-    first: bool = True  # whether this process shows and writes
+    Attributes:
+        groups: the process groups whose product the ranks are, as the dimensions of a mesh.
+        rank: the number of this process's share of the rows.
+        device: where tensors can be exchanged.
+        copies: how many processes hold the same rows, and compute parts of the same products.
+        first: whether this process shows and writes.
+    """
+
+    groups: Sequence[dist.ProcessGroup] = ()
+    rank: int = 0
+    device: torch.device = torch.device("cpu")
+    copies: int = 1
+    first: bool = True
 
     @cached_property
     def size(self) -> int:
@@ -44,78 +52,107 @@ class Ranks:
 
     @cached_property
     def processes(self) -> int:
+        """How many processes there are."""
         return math.prod(group.size() for group in self.groups)
 
     @cached_property
     def alone(self) -> bool:
+        """Whether this process has the whole batch, so that nothing is exchanged."""
         return self.processes == 1
 
     def sum(self, t: Tensor) -> Tensor:
+        """Return the sum over the shares of rows, without a graph."""
         if self.alone:
             return t
-        total = self._reduced(t)
-        return total if self.copies == 1 else total / self.copies
+        total = self._reduced(t, operation=dist.ReduceOp.SUM)
+        if self.copies == 1:
+            return total
+        return total / self.copies
 
     def mean(self, t: Tensor) -> Tensor:
-        return t if self.alone else self.sum(t) / self.size
+        """Return the mean over the shares of rows, without a graph."""
+        if self.alone:
+            return t
+        return self.sum(t) / self.size
 
     def greatest(self, t: Tensor) -> Tensor:
-        return self._reduced(t, dist.ReduceOp.MAX)
+        """Return the greatest value over the processes, entry by entry."""
+        return self._reduced(t, operation=dist.ReduceOp.MAX)
 
-    def _reduced(self, t: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+    def _reduced(self, t: Tensor, operation: Any) -> Tensor:
         total = t.detach().clone(memory_format=torch.contiguous_format)
         for group in self.groups:
-            dist.all_reduce(total, how, group=group)
+            dist.all_reduce(total, operation, group=group)
         return total
 
     def mean_tree(self, tree: Tree, like: Tree) -> Tree:
-        """The mean of gradients of the parameters ``like``, or of scalars, in one exchange for each
-        type of number; one that some ranks lack counts as zero there, and one that all lack is
-        missing."""
+        """Return the mean of gradients of the parameters ``like``, or of scalars.
+
+        A parameter that some ranks lack counts as zero there, and one that all lack is missing.
+        Cost: one exchange for each type of number.
+        """
         if self.alone:
             return tree
-        means: Tree = {}
+        sums: Tree = {}
         for dtype in dict.fromkeys(t.dtype for t in like.values()):
             names = [name for name, t in like.items() if t.dtype == dtype]
-            pieces = [
-                tree[n].flatten() if n in tree else torch.zeros_like(like[n]).flatten()
-                for n in names
-            ]
-            present = torch.tensor(
-                [float(n in tree) for n in names], dtype=dtype, device=pieces[0].device
-            )
-            *found, held = self.sum(torch.cat([*pieces, present])).split(
-                [*map(len, pieces), len(names)]
-            )
+            sums |= self._sums(tree, like, names=names)
+        return {
+            name: (sums[name] / self.size).view_as(t) for name, t in like.items() if name in sums
+        }
+
+    def _sums(self, tree: Tree, like: Tree, names: Sequence[str]) -> Tree:
+        """Return the sums of tensors of one type, each as a vector, that any rank has.
+
+        They are exchanged as one vector, with a 1 for each tensor that this rank has at its end.
+        """
+        pieces = [(tree[n] if n in tree else torch.zeros_like(like[n])).flatten() for n in names]
+        is_present = torch.tensor(
+            [float(name in tree) for name in names],
+            dtype=like[names[0]].dtype,
+            device=pieces[0].device,
+        )
+        total = self.sum(torch.cat([*pieces, is_present]))
+        *sums, times_present = total.split([*map(len, pieces), len(names)])
+        if all(name in tree for name in names):
             # Where this rank lacks none, the others' need not be read, for which the host would
             # wait.
-            somewhere = (
-                [True] * len(names) if all(n in tree for n in names) else (held > 0).tolist()
-            )
-            means |= {n: t for n, t, known in zip(names, found, somewhere, strict=True) if known}
+            return dict(zip(names, sums, strict=True))
+        present_somewhere = (times_present > 0).tolist()
         return {
-            name: (means[name] / self.size).view_as(t) for name, t in like.items() if name in means
+            name: t
+            for name, t, is_somewhere in zip(names, sums, present_somewhere, strict=True)
+            if is_somewhere
         }
 
     def all_rows(self, t: Tensor) -> Tensor:
+        """Return the rows of all ranks, without a graph."""
         if self.alone:
             return t
-        every = t.new_zeros(self.size * len(t), *t.shape[1:])
-        self.own_rows(every).copy_(t)
-        return self.sum(every).to(t.dtype)
+        rows = t.new_zeros(self.size * len(t), *t.shape[1:])
+        self.own_rows(rows).copy_(t)
+        return self.sum(rows).to(t.dtype)
 
-    def own_rows(self, every: Tensor) -> Tensor:
-        return every if self.alone else every.chunk(self.size)[self.rank]
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """Return this rank's rows of those of all ranks."""
+        if self.alone:
+            return rows
+        return rows.chunk(self.size)[self.rank]
 
     def norm(self, t: Tensor) -> Tensor:
-        """The norm of a tensor of which each rank holds some rows, a scalar."""
-        own = torch.linalg.vector_norm(t)
-        return own if self.alone else self.sum(own.square()).sqrt()
+        """Return the norm of a tensor of which each rank holds some rows, a scalar."""
+        own_norm: Tensor = torch.linalg.vector_norm(t)
+        if self.alone:
+            return own_norm
+        return self.sum(own_norm.square()).sqrt()
 
     def equal(self, count: int, what: str) -> None:
         """Refuse, on every rank, numbers of rows that differ between ranks.
 
         Their exchanges would never end.
+
+        Args:
+            what: whose rows they are, for the error.
         """
         most, least = self.greatest(torch.tensor([count, -count], device=self.device))
         checks.refuse(
@@ -124,49 +161,66 @@ class Ranks:
         )
 
     def gathered(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in their order."""
         values = [value]
         for group in reversed(self.groups):
-            found: list[Any] = [None] * group.size()
-            dist.all_gather_object(found, values, group=group)
-            values = [v for part in found for v in part]
+            of_members: list[Any] = [None] * group.size()
+            dist.all_gather_object(of_members, values, group=group)
+            values = [value for of_member in of_members for value in of_member]
         return values
 
     def any(self, here: bool) -> bool:
-        """Whether something is so on any rank; the host waits for the answer."""
-        return (
-            here
-            if self.alone
-            else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
-        )
+        """Return whether something is so on any rank; the host waits for the answer."""
+        if self.alone:
+            return here
+        count = self.sum(torch.tensor(float(here), device=self.device))
+        return bool(count > 0)
 
     @contextmanager
     def agreed(self, *, waiting: bool = False) -> Iterator[None]:
-        """If this block fails on one rank, fail on all of them, with the message of the first that
-        failed; on an accelerator, where the host would wait for the answer, only if ``waiting``."""
+        """If this block fails on one rank, fail on all of them.
+
+        The message is that of the first rank that failed.
+
+        Args:
+            waiting: agree on an accelerator too, where the host has to wait for the answer.
+        """
         if self.alone or not (waiting or self.device.type == "cpu"):
             yield
             return
-        failed: Exception | None = None
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:
-            failed = error
-        if not self.any(failed is not None):
+            failure = error
+        if not self.any(failure is not None):
             return
-        texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
-        if failed is not None and not isinstance(failed, MetaplError):
-            raise failed
-        rank, text = next((i, text) for i, text in enumerate(texts) if text is not None)
-        raise MetaplError(text if len({*texts}) == 1 else f"rank {rank}: {text}") from failed
+        text = None
+        if failure is not None:
+            text = str(failure) or type(failure).__name__
+        texts = self.gathered(text)
+        if failure is not None and not isinstance(failure, MetaplError):
+            raise failure
+        rank, first_text = next((i, text) for i, text in enumerate(texts) if text is not None)
+        if len({*texts}) == 1:
+            # All ranks say the same.
+            raise MetaplError(first_text) from failure
+        raise MetaplError(f"rank {rank}: {first_text}") from failure
 
 
-ALONE = Ranks()  # this process alone
+# This process alone.
+ALONE = Ranks()
+
+# The ranks that share the batch about which a problem is asked.
 sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
 
 
 @contextmanager
 def rows_shared(ranks: Ranks) -> Iterator[None]:
-    """Let :func:`metapl.problems.base.draw_classes` in this block draw for the rows of all ranks."""
+    """Let a problem draw for the rows of all ranks in this block.
+
+    By :func:`metapl.problems.base.draw_classes`.
+    """
     token = sharing.set(ranks)
     try:
         yield
@@ -175,7 +229,10 @@ def rows_shared(ranks: Ranks) -> Iterator[None]:
 
 
 class _AllRows(torch.autograd.Function):
-    """The rows of all ranks; backward, each rank gets what all ranks found for its rows."""
+    """The rows of all ranks.
+
+    Backward, each rank gets the sum of what all ranks found for its rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, ranks: Ranks) -> Tensor:
@@ -188,12 +245,13 @@ class _AllRows(torch.autograd.Function):
 
 
 def rows_of_all(t: Tensor) -> tuple[Tensor, slice]:
-    """In a problem's ``signal``.
+    """Return the rows of all ranks, differentiably, and where this rank's are.
 
-    The rows of all ranks, differentiably, and where this rank's are.
+    To be called in a problem's ``signal``.
     """
     ranks = sharing.get()
     if ranks.alone:
         return t, slice(None)
-    every: Tensor = _AllRows.apply(t, ranks)
-    return every, slice(ranks.rank * len(t), (ranks.rank + 1) * len(t))
+    rows: Tensor = _AllRows.apply(t, ranks)
+    start = ranks.rank * len(t)
+    return rows, slice(start, start + len(t))

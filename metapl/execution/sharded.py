@@ -1,7 +1,8 @@
-"""A sharded network: ``fully_shard`` gathers the weights of a block while it runs, over one mesh or replicas of one.
+"""A sharded network, whose blocks gather their weights while they run.
 
-The trees of weights hold this rank's parts, plain tensors; what a pass returns is of this rank's
-rows. Five things would be silently wrong here and are kept in this file:
+``fully_shard`` shards them over one mesh, or over replicas of one. The trees of weights hold this
+rank's parts, plain tensors; what a pass returns is of this rank's rows. Five things would be
+silently wrong here and are kept in this file:
 
 - ``torch.func.functional_call`` has no effect on gathered weights, so other weights are written
   into the parts in place, and put back from copies bit for bit;
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +34,15 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import flatten
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING, LocalStudent, Pass, as_leaves
+from metapl.execution.local import (
+    NOTHING,
+    GraphLook,
+    LocalStudent,
+    MicroBatches,
+    Pass,
+    WeightedLoss,
+    as_leaves,
+)
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
 from metapl.execution.state import (
@@ -41,11 +50,16 @@ from metapl.execution.state import (
     Slot,
     Slots,
     State,
+    Table,
     named_parts,
+    put_contents,
     replay,
     stand_in,
     swapped,
 )
+
+# A module's forward, or what takes its place.
+ForwardMethod = Callable[..., Any]
 
 
 class ShardedStudent(LocalStudent):
@@ -63,179 +77,275 @@ class ShardedStudent(LocalStudent):
         super().__init__(layout, slots)
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
-        policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
-        self.dtypes |= {dtype for dtype in policies if dtype is not None}
+        for block in layout.blocks:
+            compute_dtype = block._get_fsdp_state()._mp_policy.param_dtype
+            if compute_dtype is not None:
+                self.dtypes.add(compute_dtype)
 
-    def loss(self, *given: Any, gradient: bool = False, **options: Any) -> tuple[Tensor, Tree]:
+    def loss(
+        self,
+        params: Tree,
+        batches: MicroBatches,
+        judge: WeightedLoss,
+        start: RandomState,
+        *,
+        gradient: bool = False,
+        state: State | None = None,
+        look: GraphLook | None = None,
+        whole: Any = None,
+    ) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
-            return super().loss(*given, gradient=gradient, **options)
+            return super().loss(
+                params,
+                batches,
+                judge=judge,
+                start=start,
+                gradient=gradient,
+                state=state,
+                look=look,
+                whole=whole,
+            )
 
-    def gradient(self, value: Tensor, at: Tree, **how: Any) -> tuple[Tree, Tree]:
+    def gradient(
+        self, value: Tensor, leaves: Tree, *, create_graph: bool = False
+    ) -> tuple[Tree, Tree]:
+        # A graph of it is neither asked for nor possible: the hooks average its values.
         mean = {name: local(g) for name, g in by_backward(value, self.parameters).items()}
         return mean, mean
 
+    def over_ranks(self, tree: Tree) -> Tree:
+        # Second derivatives are sums over the ranks already.
+        return {name: t / self.ranks.size for name, t in tree.items()}
+
+    # ------------------------------------------------------------------ the module at other weights
+
     def as_leaves(self, params: Tree) -> Tree:
         return params
+
+    def slots_of(self, params: Tree) -> list[Slot]:
+        """Return no places: other weights are written into the parameters."""
+        return []
 
     @contextmanager
     def at_weights(
         self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
     ) -> Iterator[None]:
-        if narrow := [t for t in self.dtypes if t in HALF and upcast]:
-            given = (
-                f"the student has weights or a policy of {narrow[0]}, in which a difference of "
-                "outputs is noise"
-            )
-            raise MetaplError(
-                f"{given}; expected mode='forward', or precision='bfloat16' without param_dtype."
-            )
-        with replay(random, state, self.slots.in_formulas(), upcast=upcast), self.moved_to(params):
+        if upcast:
+            narrow = [dtype for dtype in self.dtypes if dtype in HALF]
+            if narrow:
+                given = (
+                    f"the student has weights or a policy of {narrow[0]}, in which a difference of "
+                    "outputs is noise"
+                )
+                raise MetaplError(
+                    f"{given}; expected mode='forward', or precision='bfloat16' without "
+                    "param_dtype."
+                )
+        formulas = self.slots.in_formulas()
+        with replay(random, state, slots=formulas, upcast=upcast), self.moved_to(params):
             yield
 
     @contextmanager
     def moved_to(self, params: Mapping[str, Tensor]) -> Iterator[None]:
-        """The weights at these values in this block, and bit for bit as they were afterwards."""
-        kept = {} if params is self.params else {name: t.clone() for name, t in self.params.items()}
+        """Have the weights at these values in this block, and bit for bit as before afterwards."""
+        copies: Tree = {}
+        if params is not self.params:
+            copies = {name: t.clone() for name, t in self.params.items()}
         try:
-            if kept:
+            if copies:
                 self._write(params)
             yield
         finally:
-            self._write(kept)
+            self._write(copies)
 
     with_weights = moved_to
 
-    def held_at(self, params: Tree) -> list[Slot]:
-        """No slot: other weights are written into the parameters."""
-        return []
-
-    def over_ranks(self, tree: Tree) -> Tree:
-        return {name: t / self.ranks.size for name, t in tree.items()}  # sums over the ranks
-
-    @contextmanager
-    def in_blocks(self, params: Tree) -> Iterator[None]:
-        """In this block of code, the network has these parts of its weights, in a graph: a block
-        gathers its own in each of its passes; the root's stay gathered."""
-        self.layout.reshard()
-        names = {id(p): name for name, p in self.parameters.items()}
-        around: dict[int, Any] = {}  # the outermost block that holds a table of parameters
-        for block in self.layout.blocks:  # as a pass would come to them
-            for part in block.modules() if block is not self.module else ():
-                around.setdefault(id(part._parameters), block)
-        slots: dict[Any, list[Slot]] = {}
-        for slot in self.slots.parameters:
-            if is_sharded(slot[2]):
-                slots.setdefault(around.get(id(slot[0])), []).append(slot)
-        hooks = [
-            (t, dict(t))
-            for _, part in named_parts(self.module)
-            for t in (part._forward_pre_hooks, part._forward_hooks)
-        ]
-
-        def holding(own: list[Slot], learned: Sequence[Tensor]) -> AbstractContextManager[None]:
-            """These places with the weights of which the learned ones have such parts."""
-            likes, rest = {id(p): p for _, _, p in own}, iter(learned)  # tied weights once
-            parts = [next(rest) if key in names else local(p) for key, p in likes.items()]
-            found = dict(zip(likes, whole_together(parts, [*likes.values()]), strict=True))
-            return swapped([(table, name, found[id(p)]) for table, name, p in own])
-
-        def parts_of(own: list[Slot]) -> list[Tensor]:
-            return [
-                params[names[key]]
-                for key in dict.fromkeys(id(p) for _, _, p in own)
-                if key in names
-            ]
-
-        for table, before in hooks:
-            for number, hook in before.items():
-                # Of fully_shard, or of checkpoint for it, whose passes are run again once alone.
-                if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
-                    del table[number]
-        replaced = {
-            block: recomputed(
-                block, block.forward, self.device, parts_of(own), partial(holding, own)
-            )
-            for block, own in slots.items()
-            if block is not None
-        }
-        root = slots.get(None, [])
-        try:
-            with _running_as(replaced), holding(root, parts_of(root)) if root else NOTHING:
-                yield
-        finally:
-            for table, before in hooks:
-                table.clear()
-                table.update(before)
-
     def _write(self, params: Mapping[str, Tensor]) -> None:
+        """Write values into this rank's parts, when the blocks have given up what they gathered."""
         self.layout.reshard()
         torch.clear_autocast_cache()
         with torch.no_grad():
             for name, t in params.items():
                 self.params[name].copy_(t)
 
+    # ------------------------------------------------------------------------ passes block by block
+
     @contextmanager
     def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> Iterator[None]:
-        """The weights of each submodule are dual numbers with their part of w while it runs."""
+        """Run the student with dual numbers for the weights of each submodule while it runs.
+
+        Their tangent is the submodule's part of w.
+        """
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
-        held: dict[
-            Any, list[Slot]
-        ] = {}  # by the submodule that gathers them: the innermost block around
-        around: dict[nn.Module, Any] = {}
-        for _, part in named_parts(self.module):  # as a pass would come to them
-            block = part if part in self.layout.blocks else around.get(part, self.module)
-            around |= dict.fromkeys(part.children(), block)
+        places_of_block: dict[nn.Module, list[_WeightPlace]] = {}
+        # The submodule that gathers a part's weights is the innermost block around the part. The
+        # walk is as a pass would come to the parts.
+        block_around: dict[nn.Module, nn.Module] = {}
+        for _, part in named_parts(self.module):
+            block = part if part in self.layout.blocks else block_around.get(part, self.module)
+            for child in part.children():
+                block_around[child] = block
             for attribute, p in part._parameters.items():
                 if id(p) in names:
-                    held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        duals = {block: _with_duals(block.forward, slots, w) for block, slots in held.items()}
-        with self.at_weights(params, random, state), _running_as(duals):
+                    place = _WeightPlace(part._parameters, attribute, name=names[id(p)])
+                    places_of_block.setdefault(block, []).append(place)
+        forwards = {
+            block: _with_duals(block.forward, places, w=w)
+            for block, places in places_of_block.items()
+        }
+        with self.at_weights(params, random, state=state), _running_as(forwards):
             try:
                 yield
             finally:
                 self.layout.reshard()
 
+    @contextmanager
+    def in_blocks(self, params: Tree) -> Iterator[None]:
+        """Have these parts of the weights in this block of code, in a graph.
+
+        A block of the network gathers its own in each of its passes; the root's stay gathered.
+        """
+        self.layout.reshard()
+        gathering = self._gathering_blocks()
+        forwards: dict[Any, ForwardMethod] = {}
+        for block, weights in gathering.items():
+            if block is not None:
+                forwards[block] = RecomputedForward(block, self.device, weights, params=params)
+        root_weights: AbstractContextManager[None] = NOTHING
+        hooks = _without_hooks_of_torch(self.module)
+        try:
+            if None in gathering:
+                root = gathering[None]
+                root_weights = root.gathered(root.learned_parts(params))
+            with _running_as(forwards), root_weights:
+                yield
+        finally:
+            put_contents(hooks)
+
+    def _gathering_blocks(self) -> dict[Any, _GatheredWeights]:
+        """Return the weights that each outermost block gathers; None stands for the root."""
+        block_of_table: dict[int, Any] = {}
+        # As a pass would come to them: an outer block comes before those inside it.
+        for block in self.layout.blocks:
+            if block is self.module:
+                continue
+            for part in block.modules():
+                block_of_table.setdefault(id(part._parameters), block)
+        names = {id(p): name for name, p in self.parameters.items()}
+        gathering: dict[Any, _GatheredWeights] = {}
+        for table, name, p in self.slots.parameters:
+            if is_sharded(p):
+                block = block_of_table.get(id(table))
+                weights = gathering.setdefault(block, _GatheredWeights(names))
+                weights.slots.append((table, name, p))
+        return gathering
+
+
+@dataclass
+class _WeightPlace:
+    """A place of a weight, in a table of a module, and its name in the trees."""
+
+    table: Table
+    attribute: str
+    name: str
+
+
+@dataclass
+class _GatheredWeights:
+    """The sharded weights that one block gathers.
+
+    Attributes:
+        names: of the weights that are learned, by identity.
+        slots: the places of all of them, also of those that are not learned.
+    """
+
+    names: Mapping[int, str]
+    slots: list[Slot] = field(default_factory=list)
+
+    def unique(self) -> dict[int, Any]:
+        """Return the weights by identity, tied ones once."""
+        return {id(p): p for _, _, p in self.slots}
+
+    def learned_parts(self, params: Tree) -> list[Tensor]:
+        """Return this rank's parts of the learned weights, of those in ``params``."""
+        return [params[self.names[key]] for key in self.unique() if key in self.names]
+
+    def gathered(self, learned_parts: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Hold whole weights in their places in a block.
+
+        Args:
+            learned_parts: this rank's parts of those that are learned, in the order of
+                :meth:`learned_parts`.
+        """
+        weights = self.unique()
+        next_learned = iter(learned_parts)
+        parts: list[Tensor] = []
+        for key, p in weights.items():
+            parts.append(next(next_learned) if key in self.names else local(p))
+        gathered = whole_together(parts, [*weights.values()])
+        whole_weights = dict(zip(weights, gathered, strict=True))
+        return swapped([(table, name, whole_weights[id(p)]) for table, name, p in self.slots])
+
+
+def _without_hooks_of_torch(network: nn.Module) -> list[tuple[Table, Table]]:
+    """Remove the hooks of ``fully_shard``, and those of ``checkpoint`` for it, from a network.
+
+    The passes of checkpoints are run again once alone.
+
+    Returns:
+        All tables of hooks, with what they held.
+    """
+    tables: list[tuple[Table, Table]] = []
+    for _, part in named_parts(network):
+        hook_tables: tuple[Any, ...] = (part._forward_pre_hooks, part._forward_hooks)
+        for table in hook_tables:
+            tables.append((table, dict(table)))
+    for table, hooks in tables:
+        for number, hook in hooks.items():
+            if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
+                del table[number]
+    return tables
+
 
 @contextmanager
-def _running_as(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """The modules with these ``forward`` methods in this block, which run when a module has gathered its weights."""
+def _running_as(forwards: Mapping[Any, ForwardMethod]) -> Iterator[None]:
+    """Give the modules these ``forward`` methods in this block.
+
+    They run when a module has gathered its weights.
+    """
     before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, forward in before.items():
+        for module, forward_before in before.items():
             vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+            if forward_before is not None:
+                module.forward = forward_before
 
 
-def _with_duals(forward: Callable[..., Any], slots: list[Slot], w: Tree) -> Callable[..., Any]:
-    """A ``forward`` for which the gathered weights are dual numbers.
-
-    ``slots`` say where they are, and their names.
-    """
-    like = {
-        name: tensors[attribute] for tensors, attribute, name in slots if name in w
-    }  # the sharded parameters
+def _with_duals(forward: ForwardMethod, places: list[_WeightPlace], w: Tree) -> ForwardMethod:
+    """Return a ``forward`` for which the gathered weights are dual numbers, whose tangent is w."""
+    sharded = {place.name: place.table[place.attribute] for place in places if place.name in w}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        duals: dict[str, Tensor] = {}  # of tied weights, one
-        for tensors, attribute, name in slots:
-            if name in like and name not in duals:
-                weight, direction = tensors[attribute], whole(as_sharded(w[name], like[name]))
-                duals[name] = stand_in(
-                    forward_ad.make_dual(weight.detach(), direction.to(weight.dtype)), weight
-                )
-        with swapped(
-            [
-                (tensors, attribute, duals[name])
-                for tensors, attribute, name in slots
-                if name in duals
-            ]
-        ):
+        # Tied weights have one dual number.
+        duals: dict[str, Tensor] = {}
+        for place in places:
+            if place.name not in sharded or place.name in duals:
+                continue
+            weight = place.table[place.attribute]
+            direction = whole(as_sharded(w[place.name], sharded[place.name]))
+            dual = forward_ad.make_dual(weight.detach(), direction.to(weight.dtype))
+            duals[place.name] = stand_in(dual, weight)
+        slots = [
+            (place.table, place.attribute, duals[place.name])
+            for place in places
+            if place.name in duals
+        ]
+        with swapped(slots):
             return forward(*args, **kwargs)
 
     return run
@@ -249,25 +359,25 @@ class ShardedPass(Pass):
     @contextmanager
     def _running(self) -> Iterator[None]:
         torch.clear_autocast_cache()
+        has_own_weights = self.params is self.student.params
         try:
-            with (
-                NOTHING
-                if self.params is self.student.params
-                else self.student.moved_to(self.params)
-            ):
+            with NOTHING if has_own_weights else self.student.moved_to(self.params):
                 yield
         except BaseException:
             self.student.layout.reshard()
             raise
 
     @contextmanager
-    def _replay_twice(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        at = as_leaves(self.params)
+    def _twice_differentiable(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+        leaves = as_leaves(self.params)
         formulas = self.student.slots.in_formulas()
-        with replay(self._before, self._state, formulas), self.student.in_blocks(at):
-            outputs = self._same_outputs(self.student.forward(inputs))
+        with (
+            replay(self._random_state, self._state, slots=formulas),
+            self.student.in_blocks(leaves),
+        ):
+            outputs = self._checked(self.student.forward(inputs))
             with self.drawing_as_loss():
-                yield at, outputs
+                yield leaves, outputs
 
 
 ShardedStudent.pass_type = ShardedPass
@@ -276,31 +386,33 @@ ShardedStudent.pass_type = ShardedPass
 def by_backward(
     value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False
 ) -> dict[str, Any]:
-    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks.
+    """Return the gradient of a scalar by ``.backward()``, whose hooks average over the ranks.
 
     ``.grad`` stays as it is.
     """
-    kept = {name: p.grad for name, p in parameters.items()}
+    grads_before = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.grad = None
         value.backward(retain_graph=retain)
-        found: dict[str, Any] = {
+        gradient: dict[str, Any] = {
             name: p.grad for name, p in parameters.items() if p.grad is not None
         }
     finally:
         for name, p in parameters.items():
-            p.grad = kept[name]
-    for name, g in found.items():
+            p.grad = grads_before[name]
+    for name, g in gradient.items():
         like: Any = parameters[name]
-        if (
-            is_sharded(g) and g.placements != like.placements
-        ):  # sums that parallelize_module leaves to be taken
-            found[name] = g.redistribute(like.device_mesh, like.placements)
-    return found
+        if is_sharded(g) and g.placements != like.placements:
+            # parallelize_module leaves sums over processes that are still to be taken.
+            gradient[name] = g.redistribute(like.device_mesh, like.placements)
+    return gradient
 
 
-Run = Callable[..., Sequence[Tensor]]  # of tensors, the floating-point outputs
+# ----------------------------------------------------------- operations that are run again backward
+
+# A function of tensors; it returns the floating-point outputs.
+Run = Callable[..., Sequence[Tensor]]
 
 
 class Recomputed(torch.autograd.Function):
@@ -320,23 +432,32 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        again, count = ctx.again, len(cotangents)
+        again: Run = ctx.again
+        count = len(cotangents)
 
-        def pullback(*given: Tensor) -> list[Tensor]:
-            graph = torch.is_grad_enabled()  # where the pullback is run again, to be differentiated
+        def pullback(*cotangents_and_inputs: Tensor) -> list[Tensor]:
+            # Gradients are enabled where the pullback itself is run again, to be differentiated.
+            has_graph = torch.is_grad_enabled()
             with torch.enable_grad():
-                leaves = given if graph else [t.detach().requires_grad_() for t in given]
+                leaves: Sequence[Tensor] = cotangents_and_inputs
+                if not has_graph:
+                    leaves = [t.detach().requires_grad_() for t in cotangents_and_inputs]
+                cotangent_leaves = leaves[:count]
                 inputs = leaves[count:]
                 grads: Sequence[Tensor | None] = [None] * len(inputs)
                 pairs = [
                     (y, c)
-                    for y, c in zip(again(*inputs), leaves[:count], strict=True)
+                    for y, c in zip(again(*inputs), cotangent_leaves, strict=True)
                     if y.requires_grad
                 ]
                 if pairs:
-                    outputs, along = zip(*pairs, strict=True)
+                    outputs, output_cotangents = zip(*pairs, strict=True)
                     grads = torch.autograd.grad(
-                        outputs, inputs, along, create_graph=graph, allow_unused=True
+                        outputs,
+                        inputs,
+                        grad_outputs=output_cotangents,
+                        create_graph=has_graph,
+                        allow_unused=True,
                     )
             return [
                 torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)
@@ -345,47 +466,87 @@ class Recomputed(torch.autograd.Function):
         return None, None, *Recomputed.apply(pullback, pullback, *cotangents, *ctx.saved_tensors)
 
 
-def recomputed(
-    part: nn.Module,
-    forward: Callable[..., Any],
-    device: torch.device,
-    weights: list[Tensor],
-    using: Callable[..., Any],
-) -> Callable[..., Any]:
-    """The ``forward`` of a part that runs again in each backward pass, on the draws, state and
-    precision of its first run. The gradient is also in ``weights``, which the part has in a context
-    ``using(weights)``."""
+class RecomputedForward:
+    """A ``forward`` of a block that runs again in each backward pass.
 
-    def run_part(*args: Any, **kwargs: Any) -> Any:
-        values, given_as = flatten((args, kwargs))
-        entering = [i for i, t in enumerate(values) if isinstance(t, Tensor) and t.requires_grad]
-        random, state = RandomState.now(device), State(Slots(part))
-        precision = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        returned: list[Any] = []  # by the first run alone: what later ones return has a graph
+    It runs again on the draws, state and precision of its first run. The gradient is also in this
+    rank's parts of the block's weights, which the block gathers in each run.
+    """
 
-        def run(*tensors: Tensor, keep: bool = False) -> list[Tensor]:
-            replaced = {**dict(enumerate(values)), **dict(zip(entering, tensors, strict=False))}
-            own_args, own_kwargs = pytree.tree_unflatten([*replaced.values()], given_as)
-            with using(tensors[len(entering) :]):
-                results, returned_as = flatten(forward(*own_args, **own_kwargs))
-            places = [
-                i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()
-            ]
-            if keep:
-                returned[:] = results, returned_as, places
-            return [results[i] for i in places]
+    def __init__(
+        self, block: nn.Module, device: torch.device, weights: _GatheredWeights, params: Tree
+    ) -> None:
+        self.block = block
+        self.forward: ForwardMethod = block.forward
+        self.device = device
+        self.weights = weights
+        self.learned_parts = weights.learned_parts(params)
 
-        def again(*tensors: Tensor) -> list[Tensor]:
-            with replay(random, state), torch.autocast(device.type, *precision):
-                return run(*tensors)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = _BlockCall(self, args, kwargs)
+        entering = [call.values[i] for i in call.entering]
+        outputs = Recomputed.apply(call.first, call.again, *entering, *self.learned_parts)
+        return call.take_results(outputs)
 
-        outputs = Recomputed.apply(
-            partial(run, keep=True), again, *(values[i] for i in entering), *weights
+
+class _BlockCall:
+    """One call of a :class:`RecomputedForward`.
+
+    Attributes:
+        values: the leaves of the arguments.
+        entering: the places in ``values`` of tensors that require a gradient.
+    """
+
+    def __init__(
+        self, forward: RecomputedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        device_type = forward.device.type
+        self.forward = forward
+        self.values, self._arguments_structure = flatten((args, kwargs))
+        self.entering = [
+            i for i, t in enumerate(self.values) if isinstance(t, Tensor) and t.requires_grad
+        ]
+        self._random_state = RandomState.now(forward.device)
+        self._state = State(Slots(forward.block))
+        self._autocast_dtype = torch.get_autocast_dtype(device_type)
+        self._has_autocast = torch.is_autocast_enabled(device_type)
+        # Of the first run alone: what later ones return has a graph.
+        self._results: list[Any] = []
+        self._results_structure: Any = None
+
+    def first(self, *tensors: Tensor) -> list[Tensor]:
+        """Run the block, keep all that it returns, and return its floating-point tensors."""
+        self._results, self._results_structure = self._run(tensors)
+        return [self._results[i] for i in _float_places(self._results)]
+
+    def again(self, *tensors: Tensor) -> list[Tensor]:
+        """Run the block as the first time, and return its floating-point tensors."""
+        precision = torch.autocast(
+            self.forward.device.type, dtype=self._autocast_dtype, enabled=self._has_autocast
         )
-        results, returned_as, places = returned
-        returned.clear()
-        for i, t in zip(places, outputs, strict=True):
-            results[i] = t
-        return pytree.tree_unflatten(results, returned_as)
+        with replay(self._random_state, self._state), precision:
+            results, _ = self._run(tensors)
+        return [results[i] for i in _float_places(results)]
 
-    return run_part
+    def take_results(self, outputs: Sequence[Tensor]) -> Any:
+        """Return what the first run returned, with these floating-point tensors, and drop it."""
+        results = self._results
+        self._results = []
+        for i, t in zip(_float_places(results), outputs, strict=True):
+            results[i] = t
+        return pytree.tree_unflatten(results, self._results_structure)
+
+    def _run(self, tensors: Sequence[Tensor]) -> tuple[list[Any], Any]:
+        """Run the block on tensors in the place of those that entered, and of the learned parts."""
+        values = [*self.values]
+        for i, t in zip(self.entering, tensors, strict=False):
+            values[i] = t
+        learned_parts = tensors[len(self.entering) :]
+        args, kwargs = pytree.tree_unflatten(values, self._arguments_structure)
+        with self.forward.weights.gathered(learned_parts):
+            return flatten(self.forward.forward(*args, **kwargs))
+
+
+def _float_places(results: Sequence[Any]) -> list[int]:
+    """Return the places of floating-point tensors."""
+    return [i for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_floating_point()]

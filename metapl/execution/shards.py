@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from metapl.execution.numerics import Space, Tree, wide
 
 
 def is_sharded(t: Any) -> bool:
-    """Whether a tensor is a DTensor, of which this process holds a part."""
-    kind = type(t)  # asked of every parameter in every step, and nearly all are plain
+    """Return whether a tensor is a DTensor, of which this process holds a part."""
+    # This is asked of every parameter in every step, and nearly all are plain.
+    kind = type(t)
     return (
         kind is not nn.Parameter
         and kind is not Tensor
@@ -31,7 +32,7 @@ def is_sharded(t: Any) -> bool:
 
 
 def local(t: Any) -> Any:
-    """This process's part of a DTensor, sharing its memory, without a graph.
+    """Return this process's part of a DTensor, sharing its memory, without a graph.
 
     Anything else as it is.
     """
@@ -39,7 +40,10 @@ def local(t: Any) -> Any:
 
 
 def as_sharded(part: Tensor, like: Any) -> Tensor:
-    """The DTensor laid out like ``like`` of which this is this process's part."""
+    """Return the DTensor of which this is this process's part, laid out like ``like``.
+
+    A part as it is where ``like`` is no DTensor.
+    """
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -55,50 +59,83 @@ def as_sharded(part: Tensor, like: Any) -> Tensor:
 
 
 def whole(t: Any) -> Any:
-    """All of a DTensor, gathered from the processes that hold its parts; anything else as it is."""
+    """Return all of a DTensor, gathered from the processes that hold its parts.
+
+    Anything else as it is.
+    """
     return t.full_tensor() if is_sharded(t) else t
 
 
+class _Rows(NamedTuple):
+    """How a weight is cut into rows along one dimension, each process with as many.
+
+    Attributes:
+        dim: the dimension along which it is cut.
+        rows: the number of rows of each process. The last ones may hold fewer, or none, and are
+            filled up.
+        row_shape: the shape of one row.
+    """
+
+    dim: int
+    rows: int
+    row_shape: list[int]
+
+    def numel(self) -> int:
+        return self.rows * math.prod(self.row_shape)
+
+
 def whole_together(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor]:
-    """The whole tensors of which these are this process's parts, laid out like ``likes``, in one
-    exchange for each type, which can be differentiated twice. A cotangent is the sum of those of
-    all processes."""
+    """Return the whole tensors of which these are this process's parts, laid out like ``likes``.
+
+    There is one exchange for each type, which can be differentiated twice. A cotangent is the sum
+    of those of all processes.
+    """
+    wholes: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in parts):
+        numbers = [number for number, t in enumerate(parts) if t.dtype == dtype]
+        of_type = _gathered_of_type(
+            [parts[number] for number in numbers], [likes[number] for number in numbers]
+        )
+        wholes.update(zip(numbers, of_type, strict=True))
+    return [wholes[number] for number in range(len(parts))]
+
+
+def _gathered_of_type(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor]:
+    """Return what :func:`whole_together` returns, for parts of one type, by one exchange."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    found: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(t.dtype for t in parts):
-        numbers = [i for i, t in enumerate(parts) if t.dtype == dtype]
-        mesh, placements = likes[numbers[0]].device_mesh, likes[numbers[0]].placements
-        shards, over = mesh.shape[-1], [Replicate()] * mesh.ndim
-        pieces, shapes = list[Tensor](), list[tuple[int, int, Any]]()
-        for i in numbers:
-            dim = likes[i].placements[-1].dim
-            rows = parts[i].movedim(dim, 0)
-            most = -(-likes[i].shape[dim] // shards)  # the last processes may hold less, or nothing
-            rest = [
-                n for at, n in enumerate(likes[i].shape) if at != dim
-            ]  # an empty part may have lost its own
-            # Not by cat, whose backward pass drops the graph of an empty part, and with it the
-            # exchange.
-            pieces.append(F.pad(rows.flatten(), (0, most * math.prod(rest) - rows.numel())))
-            shapes.append((dim, most, rest))
-        flat = DTensor.from_local(
-            torch.cat(pieces), mesh, [*placements[:-1], Shard(0)], run_check=False
-        )
-        every = (
-            flat.redistribute(placements=over)
-            .to_local(grad_placements=[Partial()] * mesh.ndim)
-            .view(shards, -1)
-        )
-        sizes = [most * math.prod(rest) for _, most, rest in shapes]
-        for i, (dim, most, rest), piece in zip(numbers, shapes, every.split(sizes, 1), strict=True):
-            rows = piece.reshape(shards * most, *rest)[: likes[i].shape[dim]]
-            found[i] = rows.movedim(0, dim).contiguous()
-    return [found[i] for i in range(len(parts))]
+    mesh = likes[0].device_mesh
+    placements = likes[0].placements
+    shards = mesh.shape[-1]
+    cuts: list[_Rows] = []
+    pieces: list[Tensor] = []
+    for part, like in zip(parts, likes, strict=True):
+        dim = like.placements[-1].dim
+        # An empty part may have lost its other dimensions, so these are read from the whole.
+        row_shape = [size for number, size in enumerate(like.shape) if number != dim]
+        cut = _Rows(dim, math.ceil(like.shape[dim] / shards), row_shape=row_shape)
+        rows = part.movedim(dim, 0)
+        # Not by cat, whose backward pass drops the graph of an empty part, and with it the
+        # exchange.
+        pieces.append(F.pad(rows.flatten(), (0, cut.numel() - rows.numel())))
+        cuts.append(cut)
+
+    flat = DTensor.from_local(
+        torch.cat(pieces), mesh, [*placements[:-1], Shard(0)], run_check=False
+    )
+    everywhere = flat.redistribute(placements=[Replicate()] * mesh.ndim)
+    all_pieces = everywhere.to_local(grad_placements=[Partial()] * mesh.ndim).view(shards, -1)
+
+    wholes: list[Tensor] = []
+    of_each = all_pieces.split([cut.numel() for cut in cuts], 1)
+    for cut, like, piece in zip(cuts, likes, of_each, strict=True):
+        rows = piece.reshape(shards * cut.rows, *cut.row_shape)[: like.shape[cut.dim]]
+        wholes.append(rows.movedim(0, cut.dim).contiguous())
+    return wholes
 
 
 def gathered(tree: Any) -> Any:
-    """A tree whose DTensors are whole, on the host.
+    """Return a tree whose DTensors are whole, on the host.
 
     Every process has to call this, as each holds a part of them.
     """
@@ -106,28 +143,28 @@ def gathered(tree: Any) -> Any:
 
 
 def laid_out_for(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The whole ``state_dict()`` of an optimizer of ``torch.optim``, laid out as its parameters are."""
+    """Return a whole ``state_dict()`` of an optimizer, laid out as its parameters are.
+
+    As it is for what is no optimizer of ``torch.optim``.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return state
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    held = {
-        i: {n: laid_out_like(t, parameters[i]) for n, t in values.items()}
-        for i, values in state["state"].items()
-    }
-    return {**state, "state": held}
+    laid_out: dict[int, dict[str, Any]] = {}
+    for number, values in state["state"].items():
+        like = parameters[number]
+        laid_out[number] = {key: laid_out_like(t, like) for key, t in values.items()}
+    return {**state, "state": laid_out}
 
 
 def laid_out_like(value: Any, like: Any) -> Any:
-    """This process's part of what is laid out as a parameter is.
+    """Return this process's part of what is laid out as a parameter is.
 
-    A count of steps is whole everywhere.
+    A count of steps is whole everywhere, and stays as it is.
     """
-    if (
-        not isinstance(value, Tensor)
-        or not is_sharded(like)
-        or value.shape != like.shape
-        or is_sharded(value)
-    ):
+    if not isinstance(value, Tensor) or is_sharded(value):
+        return value
+    if not is_sharded(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -138,22 +175,36 @@ def laid_out_like(value: Any, like: Any) -> Any:
 
 
 def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    held = network.state_dict()
-    network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
+    """Load whole weights into a network, sharded or not."""
+    likes = network.state_dict()
+    network.load_state_dict(
+        {name: laid_out_like(t, likes.get(name)) for name, t in weights.items()}
+    )
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
-    """The weights and buffers of a network as they are now, whole and on the host."""
-    return {
-        name: whole(t).detach().cpu().clone() if isinstance(t, Tensor) else copy.deepcopy(t)
-        for name, t in model.state_dict().items()
-    }
+    """Return copies of the weights and buffers of a network, whole and on the host."""
+    weights: dict[str, Any] = {}
+    for name, t in model.state_dict().items():
+        if isinstance(t, Tensor):
+            weights[name] = whole(t).detach().cpu().clone()
+        else:
+            weights[name] = copy.deepcopy(t)
+    return weights
 
 
 class ShardedSpace(Space):
     """Products of trees that hold this process's parts, over the parts of all processes.
 
-    One exchange each.
+    Cost: one exchange each.
+
+    Args:
+        parameters: the weights, by name.
+        groups: of processes, whose product is all of them.
+        processes: how many there are.
+
+    Attributes:
+        copies: how many processes hold each part.
     """
 
     def __init__(
@@ -161,39 +212,43 @@ class ShardedSpace(Space):
     ) -> None:
         self.groups = tuple(groups)
         self.sizes = {name: p.numel() for name, p in parameters.items()}
-        self.copies = dict.fromkeys(parameters, processes)  # how many processes hold each part
+        self.copies: dict[str, int] = {}
         for name, p in parameters.items():
+            parts = 1
             if is_sharded(p):
-                cut = [
-                    n
-                    for n, how in zip(p.device_mesh.shape, p.placements, strict=True)
-                    if not how.is_replicate()
-                ]
-                self.copies[name] //= math.prod(cut)
+                for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+                    if not placement.is_replicate():
+                        parts *= size
+            self.copies[name] = processes // parts
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
-        return self._total([self._dot(a, b)])[0]
+        (total,) = self._total([self._dot(a, b)])
+        return total
 
     def norm(self, a: Tree) -> Tensor:
         return self.dot(a, a).sqrt()
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
         products = {name: wide(t) * wide(b[name]) for name, t in a.items() if name in b}
-        total = self._total([self._dot(a, b), self._dot(products, products)])
-        return total[0], total[1].sqrt()
+        dot, square_norm = self._total([self._dot(a, b), self._dot(products, products)])
+        return dot, square_norm.sqrt()
 
     def count(self, a: Tree) -> int:
         return sum(self.sizes[name] for name in a)
 
     def _dot(self, a: Tree, b: Tree) -> Tensor:
-        """This process's share of ⟨a, b⟩; a part that several processes hold counts once in all."""
+        """Return this process's share of ⟨a, b⟩.
+
+        A part that several processes hold counts once in all.
+        """
         terms = [
             (wide(a[name]) * wide(b[name])).sum() / self.copies[name] for name in a if name in b
         ]
         return torch.stack(terms).sum()
 
-    def _total(self, shares: list[Tensor]) -> Tensor:
+    def _total(self, shares: list[Tensor]) -> Sequence[Tensor]:
+        """Return the sums over processes, by one exchange."""
         total = torch.stack(shares)
         for group in self.groups:
             dist.all_reduce(total, group=group)
-        return total
+        return total.unbind()

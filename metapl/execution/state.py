@@ -1,8 +1,12 @@
-"""What the passes of a network move besides the weights that it learns: state and generators, saved and put back.
+"""What passes of a network move besides the weights that it learns: its state and the generators.
 
-State is the buffers and the parameters that are not learned, such as the average of a momentum
-encoder. What a network keeps elsewhere, in attributes or in Python objects, is not carried
-(docs/contract.md).
+The state of a network is its buffers and its parameters that are not learned, such as the average
+of a momentum encoder. What a network keeps elsewhere, in attributes or in Python objects, is not
+carried (docs/contract.md).
+
+From top to bottom: :class:`RandomState` is a saved state of the generators. :class:`Slots` are the
+places where a module holds its tensors, and :class:`State` a snapshot of what it holds there.
+:func:`replay` runs a network again from both. :func:`restored` guards a whole step.
 """
 
 from __future__ import annotations
@@ -31,8 +35,17 @@ from metapl.execution.shards import is_sharded
 from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
 from metapl.runs.checkpoint import plain_states
 
-Table = dict[str, Any]  # of a module: its parameters, or its buffers
-Slot = tuple[Table, Any, Any]  # a place in a table, and a tensor for it, or a part of the module
+# A table of a module: its parameters, its buffers or its parts, by name.
+Table = dict[str, Any]
+
+# A place in a table, as the table and a name, and what is to be held there: a tensor or a part.
+Slot = tuple[Table, Any, Any]
+
+# In the place of what a table did not hold.
+_ABSENT = object()
+
+
+# -------------------------------------------------------------------------------------- generators
 
 
 class RandomState(NamedTuple):
@@ -41,30 +54,52 @@ class RandomState(NamedTuple):
     Those of Python and NumPy are read where ``outside`` says so: to read them takes 40
     microseconds, a twentieth of a small network's step, and :attr:`Slots.draws_outside` tells for
     which networks it is needed.
+
+    Attributes:
+        cpu: the state of torch's default generator.
+        accelerator: that of the device's default generator; None on a CPU.
+        generator: the generator of labels, where they are drawn by one of their own.
+        generator_state: its state.
+        python: the state of Python's ``random``; None: not read.
+        numpy: that of NumPy's global generator; None: not read.
     """
 
     device: torch.device
     cpu: Tensor
     accelerator: Tensor | None = None
-    generator: torch.Generator | None = None  # of labels, where they are drawn by one of their own,
-    drawn: Tensor | None = None  # and its state
-    python: Any = None  # that of Python's random,
-    numpy: Any = None  # and that of NumPy's global generator; None: not read
+    generator: torch.Generator | None = None
+    generator_state: Tensor | None = None
+    python: Any = None
+    numpy: Any = None
 
     @staticmethod
     def now(
         device: torch.device, generator: torch.Generator | None = None, *, outside: bool = True
     ) -> RandomState:
-        """The current state; it is kept on the host."""
-        accelerator = (
-            None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        """Return the current state; it is kept on the host.
+
+        Args:
+            generator: that of labels.
+            outside: whether to read the generators of Python and NumPy too.
+        """
+        accelerator = None
+        if device.type != "cpu":
+            accelerator = torch.get_device_module(device).get_rng_state(device)
+        generator_state = None
+        if generator is not None:
+            generator_state = generator.get_state()
+        of_torch = RandomState(
+            device=device,
+            cpu=torch.default_generator.get_state(),
+            accelerator=accelerator,
+            generator=generator,
+            generator_state=generator_state,
         )
-        drawn = None if generator is None else generator.get_state()
-        cpu = torch.default_generator.get_state()
         if not outside:
-            return RandomState(device, cpu, accelerator, generator, drawn)
-        python, of_numpy = random.getstate(), numpy.random.get_state(legacy=False)  # noqa: NPY002 - the global one
-        return RandomState(device, cpu, accelerator, generator, drawn, python, of_numpy)
+            return of_torch
+        # NumPy's global generator is what a network draws from that calls numpy.random.
+        of_numpy = numpy.random.get_state(legacy=False)  # noqa: NPY002
+        return of_torch._replace(python=random.getstate(), numpy=of_numpy)
 
     @property
     def is_whole(self) -> bool:
@@ -72,60 +107,63 @@ class RandomState(NamedTuple):
         return self.python is not None
 
     def values(self) -> dict[str, Any]:
-        """The states by name, as they are stored; with the device they make the whole."""
-        found: dict[str, Any] = {"cpu": self.cpu, "accelerator": self.accelerator}
-        return (
-            {**found, "python": self.python, "numpy": plain_states(self.numpy)}
-            if self.is_whole
-            else found
-        )
+        """Return the states by name, as they are stored; the device is not among them."""
+        values: dict[str, Any] = {"cpu": self.cpu, "accelerator": self.accelerator}
+        if self.is_whole:
+            values["python"] = self.python
+            values["numpy"] = plain_states(self.numpy)
+        return values
 
     def restore(self) -> None:
+        """Set the generators to this state."""
         torch.default_generator.set_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-        if self.generator is not None and self.drawn is not None:
-            self.generator.set_state(self.drawn)
+        if self.generator is not None and self.generator_state is not None:
+            self.generator.set_state(self.generator_state)
         if self.is_whole:
             random.setstate(self.python)
-            numpy.random.set_state(self.numpy)  # noqa: NPY002 - the global one
+            numpy.random.set_state(self.numpy)  # noqa: NPY002
 
     def branch(self) -> RandomState:
-        """The start of a stream that is independent of the one that continues from here.
+        """Return the start of a stream that is independent of the one that continues from here.
 
-        A function of this state.
+        It is a function of this state. A feedback pass that drew from the caller's stream would
+        share its numbers with the caller's next draw.
         """
-        if (fixed := _branch.get()) is not None:
+        fixed = _branch.get()
+        if fixed is not None:
             return fixed
-        # A feedback pass that drew from the caller's stream would share its numbers with the
-        # caller's next draw.
         digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
         if self.accelerator is not None:
             digest.update(self.accelerator.numpy().data)
-        branched = _seeded(digest.digest(), self.device, self.accelerator is not None)
+        branched = _seeded(
+            digest.digest(), self.device, has_accelerator=self.accelerator is not None
+        )
         if not self.is_whole:
             return branched
-        # Torch's stream is the same where these are not read. Theirs depends on their own states
-        # too: torch's does not move where a network draws from them alone.
+        # Torch's stream is the same whether or not the states of Python and NumPy are read. Theirs
+        # depend on their own states too: torch's state does not move where a network draws from
+        # them alone.
         digest.update(repr(self._outside()).encode())
         seed = int.from_bytes(digest.digest(), "little")
-        kind = getattr(numpy.random, self.numpy["bit_generator"])
-        of_numpy = numpy.random.RandomState(kind(seed)).get_state(legacy=False)
+        bit_generator = getattr(numpy.random, self.numpy["bit_generator"])
+        of_numpy = numpy.random.RandomState(bit_generator(seed)).get_state(legacy=False)
         return branched._replace(python=random.Random(seed).getstate(), numpy=of_numpy)
 
-    def is_as(self, other: RandomState) -> bool:
-        """Whether two states of the same generators are the same, as far as both were read."""
+    def equals(self, other: RandomState) -> bool:
+        """Return whether two states of the same generators are equal, as far as both were read."""
         if self.is_whole and other.is_whole and self._outside() != other._outside():
             return False
         pairs = (
             (self.cpu, other.cpu),
             (self.accelerator, other.accelerator),
-            (self.drawn, other.drawn),
+            (self.generator_state, other.generator_state),
         )
         return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
 
     def has_drawn_outside(self, before: RandomState) -> bool:
-        """Whether Python's or NumPy's generator has moved since a state ``before``.
+        """Return whether Python's or NumPy's generator has moved since a state ``before``.
 
         Both have to be whole.
         """
@@ -135,13 +173,17 @@ class RandomState(NamedTuple):
         return self.python, plain_states(self.numpy)
 
 
-@lru_cache(maxsize=4)  # where nothing draws, every step begins in the same state
-def _seeded(digest: bytes, device: torch.device, on_device: bool) -> RandomState:
-    seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
-    start = torch.Generator().manual_seed(seed).get_state()
-    return RandomState(
-        device, start, torch.Generator(device).manual_seed(seed).get_state() if on_device else None
-    )
+# Where nothing draws, every step begins in the same state, and branches to the same stream.
+@lru_cache(maxsize=4)
+def _seeded(digest: bytes, device: torch.device, *, has_accelerator: bool) -> RandomState:
+    """Return the state of torch's generators that are seeded by 8 bytes."""
+    # Every generator takes a seed of 63 bits.
+    seed = int.from_bytes(digest, "little") >> 1
+    cpu = torch.Generator().manual_seed(seed).get_state()
+    accelerator = None
+    if has_accelerator:
+        accelerator = torch.Generator(device).manual_seed(seed).get_state()
+    return RandomState(device, cpu, accelerator=accelerator)
 
 
 _branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
@@ -149,7 +191,7 @@ _branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
 
 @contextmanager
 def branching_to(state: RandomState) -> Iterator[None]:
-    """Let every :meth:`RandomState.branch` in this block start at a given state."""
+    """Let every :meth:`RandomState.branch` in this block return this state."""
     token = _branch.set(state)
     try:
         yield
@@ -168,6 +210,9 @@ def replayed(state: RandomState) -> Iterator[None]:
         before.restore()
 
 
+# ------------------------------------------------------------------------------ tables and tensors
+
+
 class Slots:
     """The places where a module holds its tensors, as they are in one step.
 
@@ -181,7 +226,7 @@ class Slots:
             for each.
         mark: what verification holds for, as one number: modes, numbers of hooks, and which
             parameters are learned.
-        state: the snapshot that the step's first pass takes over.
+        state: the snapshot with which a step begins; None when its first pass has taken it over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every
             pass; found by trying.
         findings: what the first step with this network in these modes has found.
@@ -191,85 +236,107 @@ class Slots:
         self.module = module
         self.parameters: list[Slot] = []
         self.frozen: list[Slot] = []
-        self.state: State | None = None  # as a step begins, until its first pass has taken it
+        self.state: State | None = None
         self.takes_gradients = False
-        first: dict[int, tuple[str, nn.Parameter]] = {}
+
         named = named_parts(module)
+        # By identity: a parameter that several parts hold has the name of the first of them.
+        first_names: dict[int, str] = {}
+        self.learned: dict[str, nn.Parameter] = {}
         for prefix, part in named:
             for name, p in part._parameters.items():
                 if p is None:
                     continue
-                self.parameters.append((part._parameters, name, p))
+                slot = (part._parameters, name, p)
+                self.parameters.append(slot)
                 if p.requires_grad:
-                    first.setdefault(id(p), (prefix + name, p))
-                elif not is_sharded(p):  # a block exchanges those, whatever the table holds
-                    self.frozen.append((part._parameters, name, p))
-        self.learned = dict(first.values())
+                    if id(p) not in first_names:
+                        first_names[id(p)] = prefix + name
+                        self.learned[prefix + name] = p
+                elif not is_sharded(p):
+                    # A block exchanges sharded ones, whatever the table holds.
+                    self.frozen.append(slot)
         self.places = [
-            (table, name, first[id(p)][0]) for table, name, p in self.parameters if id(p) in first
+            (table, name, first_names[id(p)])
+            for table, name, p in self.parameters
+            if id(p) in first_names
         ]
-        self.buffers = [part._buffers for _, part in named]
-        self.formulas: list[Slot] = [
-            place.slot() for _, part in named for place in formulas_of(part)
-        ]
-        self._made = [
-            place
-            for _, part in named
-            if part._forward_pre_hooks
-            for place in weights_made_by_hooks(part)
-        ]
-        self._parts = [part for _, part in named]
-        self._tables: list[Any] = [
-            table for part in self._parts for table in (part._parameters, part._modules)
-        ]
-        self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
-        self._held = [p for _, _, p in self.parameters]
-        self._none: State | None = None
+
+        parts = [part for _, part in named]
+        self.buffers = [part._buffers for part in parts]
+        self.formulas: list[Slot] = []
+        # The places of weights that a hook of the module makes anew in each pass.
+        self._hook_weights: list[tuple[Table, str]] = []
+        for part in parts:
+            self.formulas += [formula.slot() for formula in formulas_of(part)]
+            if part._forward_pre_hooks:
+                self._hook_weights += weights_made_by_hooks(part)
+
+        # What :meth:`contents` reads, gathered once, as it is called in every step.
+        self._parts = parts
+        self._tables: list[Any] = []
+        self._hooks: list[Any] = []
+        for part in parts:
+            self._tables += [part._parameters, part._modules]
+            self._hooks += _hooks_of(part)
+        self._tensors = [p for _, _, p in self.parameters]
+
+        self._empty_state: State | None = None
         self._contents_when_read = self.contents()
-        self.mark = hash(tuple(self._contents_when_read[1]))
+        _, flags = self._contents_when_read
+        self.mark = hash(tuple(flags))
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def contents(self) -> tuple[list[Any], list[int]]:
-        """What the tables hold, by name and identity, and the modes, numbers of hooks and
-        ``requires_grad`` flags, with one more number where a parameter has hooks: the slots hold as
-        long as these are what they were."""
-        flags = [*map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, self._held)]
-        if any(map(_HOOKED, self._held)):
-            flags.append(-1)
-        held = [
-            *chain.from_iterable(self._tables),
-            *map(id, chain.from_iterable(map(dict.values, self._tables))),
+        """Return what the tables hold, by name and identity, and flags of the network.
+
+        The flags are modes, numbers of hooks and ``requires_grad``, with one more number where a
+        parameter has hooks. The slots are right as long as these are what they were.
+        """
+        flags = [
+            *map(_is_training, self._parts),
+            *map(len, self._hooks),
+            *map(_requires_grad, self._tensors),
         ]
-        return held, flags
+        if any(map(_hooks_of_parameter, self._tensors)):
+            flags.append(-1)
+        names = chain.from_iterable(self._tables)
+        values = chain.from_iterable(map(dict.values, self._tables))
+        return [*names, *map(id, values)], flags
 
     def are_current(self) -> bool:
         """Return whether the module holds what it held when these slots were read."""
         return self.contents() == self._contents_when_read
 
     def in_formulas(self) -> list[Slot]:
-        """What a pass holds beside its weights where it takes formulas for kernels.
+        """Return what a pass holds beside its weights where it takes formulas for kernels.
 
         Usually nothing.
         """
-        return self.formulas if self.formulas and takes_formulas() else []
+        if self.formulas and takes_formulas():
+            return self.formulas
+        return []
 
-    def made(self) -> list[Slot]:
-        """The weights that hooks have made in the last pass, in their places.
+    def made_by_hooks(self) -> list[Slot]:
+        """Return the weights that hooks have made in the last pass, in their places.
 
         A replay puts them back.
         """
-        return [(table, name, table[name]) for table, name in self._made if name in table]
+        return [(table, name, table[name]) for table, name in self._hook_weights if name in table]
 
     def random_state(
         self, device: torch.device, generator: torch.Generator | None = None
     ) -> RandomState:
-        """The state of the generators that a pass of this network may draw from."""
-        return RandomState.now(device, generator, outside=self.draws_outside is not False)
+        """Return the state of the generators that a pass of this network may draw from."""
+        may_draw_outside = self.draws_outside is not False
+        return RandomState.now(device, generator, outside=may_draw_outside)
 
     @property
     def draws_outside(self) -> bool | None:
-        """Whether passes, or inner losses, draw from Python's or NumPy's generators; None until a
-        step has been watched."""
+        """Whether passes, or inner losses, draw from Python's or NumPy's generators.
+
+        None until a step has been watched.
+        """
         return self.findings.draws_outside
 
     def watch_losses_of(self, problem: Any) -> None:
@@ -280,50 +347,64 @@ class Slots:
         if type(problem).__module__.startswith("metapl.problems"):
             return
         findings = self.findings
-        if findings.problem is None or findings.problem() is not problem:
-            findings.problem = weakref.ref(problem)
-            findings.draws_outside = findings.draws_outside or None
-            findings.draws_in_loss = findings.draws_in_loss or None
+        if findings.problem is not None and findings.problem() is problem:
+            return
+        findings.problem = weakref.ref(problem)
+        # A network that draws still does. For one that does not, the question is open again.
+        if findings.draws_outside is False:
+            findings.draws_outside = None
+        if findings.draws_in_loss is False:
+            findings.draws_in_loss = None
 
     def watch(self, before: RandomState, after: RandomState) -> None:
-        """Note whether Python's or NumPy's generators moved between two states, as long as that is open.
+        """Note whether Python's or NumPy's generators moved, as long as that is not known.
 
-        Between them a pass ran, or a loss of its outputs.
+        Between the two states a pass ran, or a loss of its outputs.
         """
         if self.draws_outside is None and after.has_drawn_outside(before):
             self.findings.draws_outside = True
 
     def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
-        """Return the types of half precision in which a part of the network computes, found by the
-        graph of its first outputs."""
+        """Return the types of half precision in which a part of the network computes.
+
+        They are found in the graph of its first outputs.
+        """
         if self.findings.half_types is None and outputs.grad_fn is not None:
-            results = [
-                result
-                for node in nodes_of([outputs])
-                for result in getattr(node, "_input_metadata", ())
-            ]
-            self.findings.half_types = frozenset(
-                HALF.intersection(result.dtype for result in results)
-            )
+            dtypes: set[torch.dtype] = set()
+            for node in nodes_of([outputs]):
+                dtypes.update(result.dtype for result in getattr(node, "_input_metadata", ()))
+            self.findings.half_types = frozenset(HALF.intersection(dtypes))
         return self.findings.half_types or frozenset()
 
     def snapshot(self, *, copies: bool = True) -> State:
-        """The network's state; of one that has none, the same each time."""
+        """Return the network's state as it is now.
+
+        A network that has none gets the same one each time.
+
+        Args:
+            copies: whether the values are copied, so that they outlast the next pass.
+        """
         if any(self.buffers) or self.frozen:
             return State(self, copies=copies)
-        if self._none is None:
-            self._none = State(self)
-        return self._none
+        if self._empty_state is None:
+            self._empty_state = State(self)
+        return self._empty_state
 
 
 @dataclass
 class Findings:
-    """What is found of a network in the first step with it, and holds until its modes or hooks change."""
+    """What the first step with a network finds, and what holds until its modes or hooks change.
+
+    Attributes:
+        draws_outside: see :attr:`Slots.draws_outside`.
+        draws_in_loss: whether inner losses draw from any generator; None until a step has been
+            watched.
+        problem: whose inner loss that was.
+        half_types: see :meth:`Slots.half_types`.
+    """
 
     draws_outside: bool | None = None
-    # Whether inner losses draw from any generator; None until a step has been watched.
     draws_in_loss: bool | None = None
-    # Whose inner loss drew, or did not.
     problem: weakref.ref[Any] | None = None
     half_types: frozenset[torch.dtype] | None = None
 
@@ -331,141 +412,181 @@ class Findings:
 # By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing
 # new.
 _FINDINGS: weakref.WeakKeyDictionary[nn.Module, dict[int, Findings]] = weakref.WeakKeyDictionary()
-_HOOKS = attrgetter(
+
+# Readers of attributes that map() calls without a frame of Python for each part.
+_hooks_of = attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
-_TRAINING, _LEARNS, _HOOKED = (
-    attrgetter("training"),
-    attrgetter("requires_grad"),
-    attrgetter("_backward_hooks"),
-)
+_is_training = attrgetter("training")
+_requires_grad = attrgetter("requires_grad")
+_hooks_of_parameter = attrgetter("_backward_hooks")
 
 
 class State:
     """A snapshot of a network's state.
 
-    The tensors that its tables hold, and their values, copied or not.
+    It has the tensors that the network's tables hold, and their values, copied or not.
     """
 
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
-        self._all, self._frozen = slots.buffers, slots.frozen
-        self._tables = [(table, dict(table)) for table in slots.buffers if table]
-        held = [
-            *chain.from_iterable(of.values() for _, of in self._tables),
-            *(p for _, _, p in slots.frozen),
-        ]
-        self._held: dict[int, Tensor] = {id(t): t for t in held if t is not None}
-        self._values = {
-            key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()
+        self._buffer_tables = slots.buffers
+        self._frozen = slots.frozen
+        # What the tables hold, of those that hold anything.
+        self._contents = [(table, dict(table)) for table in slots.buffers if table]
+        buffers = chain.from_iterable(contents.values() for _, contents in self._contents)
+        frozen = (p for _, _, p in slots.frozen)
+        # Tensors and their values by identity: one that is held in several places has one value.
+        self._tensors: dict[int, Tensor] = {
+            id(t): t for t in chain(buffers, frozen) if t is not None
         }
+        self._values: dict[int, Tensor] = {}
+        for key, t in self._tensors.items():
+            self._values[key] = t.detach().clone() if copies else t.detach()
+
+    def is_empty(self) -> bool:
+        """Return whether the network has no state, now either."""
+        return not (self._contents or self._frozen or any(self._buffer_tables))
 
     def tables(self) -> list[tuple[Table, Table]]:
-        """The tables of buffers, with what they held.
+        """Return the tables of buffers, each with a dict of what it held.
 
-        Of those that a pass has filled since, nothing.
+        A table that a pass has filled since then held nothing.
         """
-        known = {id(table) for table, _ in self._tables}
-        return [
-            *self._tables,
-            *[(table, {}) for table in self._all if table and id(table) not in known],
-        ]
+        held_something = {id(table) for table, _ in self._contents}
+        tables = [*self._contents]
+        for table in self._buffer_tables:
+            if table and id(table) not in held_something:
+                tables.append((table, {}))
+        return tables
+
+    def put_copies(self, *, upcast: bool) -> tuple[list[tuple[Table, Table]], list[Slot]]:
+        """Put copies of the buffers into their tables.
+
+        Args:
+            upcast: have the copies in float32 or wider.
+
+        Returns:
+            What the tables held before, and slots with copies of the frozen parameters.
+        """
+        tables = self.tables()
+        before = [(table, dict(table)) for table, _ in tables]
+        copies: dict[int, Any] = {}
+        for key, value in self._values.items():
+            copies[key] = wide(value.clone()) if upcast else value.clone()
+        for table, contents in tables:
+            table.clear()
+            for name, t in contents.items():
+                # A buffer without a value yet has no copy either.
+                table[name] = copies.get(id(t))
+        frozen = [(table, name, stand_in(copies[id(p)], p)) for table, name, p in self._frozen]
+        return before, frozen
 
     def restore(self) -> None:
         """Put the tensors back into the tables, and their values into them."""
-        for table, held in self.tables():
-            table.clear()
-            table.update(held)
+        put_contents(self.tables())
         for table, name, p in self._frozen:
             table[name] = p
-        for key, t in self._held.items():
-            before = self._values[key]
+        for key, t in self._tensors.items():
+            value = self._values[key]
             # Past the version counter: a graph that has saved a tensor finds what it has saved.
-            if t.shape != before.shape:
-                t.data = before
-            elif all(
-                n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)
-            ):  # nothing writes to expanded ones
-                t.data.copy_(before)
+            if t.shape != value.shape:
+                t.data = value
+            elif not _is_expanded(t):
+                t.data.copy_(value)
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Return whether several entries of a tensor share memory, so that nothing writes to it."""
+    return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+# ------------------------------------------------------------ blocks in which a module holds others
 
 
 @contextmanager
 def replay(
-    start: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
+    start: RandomState, state: State | Slots, slots: Sequence[Slot] = (), *, upcast: bool = False
 ) -> Iterator[None]:
-    """In this block, draws begin at ``start``, and a network holds the tensors ``held`` and fresh
-    copies of a ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards
-    all is as it was before."""
+    """Run a network in this block as if from a saved state; afterwards all is as it was before.
+
+    Args:
+        start: where draws begin.
+        state: a snapshot of which the network holds fresh copies; :class:`Slots`: of the state
+            that it has now.
+        slots: what else it holds, such as other weights.
+        upcast: have the copies in float32 or wider.
+    """
     drawn = RandomState.now(start.device, start.generator, outside=start.is_whole)
     start.restore()
     snapshot = state if isinstance(state, State) else state.snapshot(copies=False)
-    before = list[tuple[Table, Table]]()
-    if snapshot._tables or snapshot._frozen or any(snapshot._all):  # else the network has no state
-        tables = snapshot.tables()
-        before = [(table, dict(table)) for table, _ in tables]
-        fresh: dict[int, Any] = {
-            key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()
-        }
-        for table, tensors in tables:
-            table.clear()
-            table.update(
-                (name, fresh.get(id(t))) for name, t in tensors.items()
-            )  # None: a buffer without a value yet
-        held = [
-            *held,
-            *[(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen],
-        ]
-    own = [table.get(name, _NOTHING) for table, name, _ in held]
-    for table, name, t in held:
-        table[name] = t
+    contents: list[tuple[Table, Table]] = []
+    if not snapshot.is_empty():
+        contents, frozen = snapshot.put_copies(upcast=upcast)
+        slots = [*slots, *frozen]
+    before = put(slots)
     try:
         yield
     finally:
-        put_back(held, own)
-        for table, tensors in before:
-            table.clear()
-            table.update(tensors)
+        put_back(slots, before)
+        put_contents(contents)
         drawn.restore()
 
 
-def stand_in(t: Tensor, own: Tensor) -> Tensor:
-    """A tensor in the place of a network's own: of its type, with its attributes, and a gradient if
-    that needs one, for a forward that asks."""
-    if type(t) is type(own) and t.requires_grad == own.requires_grad and not own.__dict__:
+def stand_in(t: Tensor, original: Tensor) -> Tensor:
+    """Return a tensor for the place of a network's own one, the ``original``.
+
+    It is of the original's type, with its attributes, and requires a gradient if that does, for a
+    forward that asks.
+    """
+    is_alike = type(t) is type(original) and t.requires_grad == original.requires_grad
+    if is_alike and not original.__dict__:
         return t
-    if issubclass(
-        type(own), nn.Parameter
-    ):  # not that of a sharded one, whose type tells how it is held
-        t = t if isinstance(t, type(own)) else t.as_subclass(type(own))
-        if own.__dict__:
-            t.__dict__.update(own.__dict__)
-    return t.requires_grad_(own.requires_grad) if t.is_leaf else t
+    # The type of a sharded tensor tells how it is held, and is not taken over.
+    if issubclass(type(original), nn.Parameter):
+        if not isinstance(t, type(original)):
+            t = t.as_subclass(type(original))
+        if original.__dict__:
+            t.__dict__.update(original.__dict__)
+    if t.is_leaf:
+        t.requires_grad_(original.requires_grad)
+    return t
 
 
 @contextmanager
-def swapped(held: Sequence[Slot]) -> Iterator[None]:
-    """Put these tensors into their places in this block, a backward pass included.
+def swapped(slots: Sequence[Slot]) -> Iterator[None]:
+    """Hold these tensors in their places in this block.
 
-    Checkpoints run the module in it.
+    A backward pass belongs into the block, since checkpoints run the module in it.
     """
-    before = [table.get(name, _NOTHING) for table, name, _ in held]
-    for table, name, t in held:
-        table[name] = t
+    before = put(slots)
     try:
         yield
     finally:
-        put_back(held, before)
+        put_back(slots, before)
 
 
-def put_back(held: Sequence[Slot], before: Sequence[Any]) -> None:
-    """Put what the places of these slots held ``before`` back into them."""
-    for (table, name, _), t in zip(held, before, strict=True):
-        if t is _NOTHING:
+def put(slots: Sequence[Slot]) -> list[Any]:
+    """Put tensors into their places, and return what the places held."""
+    before = [table.get(name, _ABSENT) for table, name, _ in slots]
+    for table, name, t in slots:
+        table[name] = t
+    return before
+
+
+def put_back(slots: Sequence[Slot], before: Sequence[Any]) -> None:
+    """Put back what the places of these slots held, as :func:`put` returned it."""
+    for (table, name, _), t in zip(slots, before, strict=True):
+        if t is _ABSENT:
             del table[name]
         else:
             table[name] = t
 
 
-_NOTHING = object()  # in the place of what a table did not hold
+def put_contents(tables: Iterable[tuple[Table, Table]]) -> None:
+    """Let each table hold these contents, and nothing else."""
+    for table, contents in tables:
+        table.clear()
+        table.update(contents)
 
 
 @contextmanager
@@ -489,15 +610,17 @@ def with_contents_of(twin: Any, original: Any) -> Iterator[None]:
                 object.__setattr__(part, "__dict__", vars(part_of_twin))
         yield
     finally:
-        for part, held in contents:
-            object.__setattr__(part, "__dict__", held)
+        for part, attributes in contents:
+            object.__setattr__(part, "__dict__", attributes)
 
 
 @contextmanager
 def all_with_contents_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
-    """Let each original hold what its copy holds, in this block, for pairs of a copy and its original.
+    """Let each original hold what its copy holds, in this block.
 
-    Pairs without a copy, such as a teacher that a problem does not have, are left out.
+    Args:
+        pairs: of a copy and its original. Pairs without a copy, such as a teacher that a problem
+            does not have, are left out.
     """
     with ExitStack() as stack:
         for twin, original in pairs:
@@ -506,16 +629,23 @@ def all_with_contents_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
         yield
 
 
+# ------------------------------------------------------------------------------------- whole steps
+
+
 _LOCK = RLock()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def one_at_a_time(step: Function) -> Function:
-    """A step for which those of other threads wait: replays set PyTorch's default generators."""
+    """Return a step for which those of other threads wait.
+
+    Replays set PyTorch's default generators, which all threads share.
+    """
 
     @wraps(step)
     def locked(*args: Any, **options: Any) -> Any:
-        with _LOCK:  # a decorator of contextlib would take ten calls
+        # A decorator of contextlib would take ten calls.
+        with _LOCK:
             return step(*args, **options)
 
     return cast(Function, locked)
@@ -529,55 +659,69 @@ def restored(
     generator: torch.Generator | None = None,
     always: bool = False,
 ) -> Iterator[checks.Fault]:
-    """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients
-    and generators are bit for bit as they were. The gradients of the weights that are ``trained``
-    are cleared before and after. Yields the fault of the report, in which checks on a device wait;
-    with ``always`` they are read at once."""
-    fault, saved, learning = checks.Fault(), list[State](), torch.is_grad_enabled()
+    """Run a step in this block, and undo it if it fails.
+
+    Then buffers, frozen parameters, gradients and generators are bit for bit as they were.
+
+    Args:
+        trained: weights whose gradients are cleared before and after.
+        generator: that of labels.
+        always: put buffers and frozen parameters back after a success too, and read checks on a
+            device at once.
+
+    Yields:
+        The fault of the report, in which checks on a device wait.
+    """
+    fault = checks.Fault()
+    saved: list[State] = []
+    had_grad_enabled = torch.is_grad_enabled()
+    restores_state = always
     with _LOCK:
         for slots in networks:
             slots.state = slots.snapshot()
             saved.append(slots.state)
         may_draw_outside = any(slots.draws_outside is not False for slots in networks)
-        drawn = RandomState.now(device, generator, outside=may_draw_outside)
+        random_state = RandomState.now(device, generator, outside=may_draw_outside)
         grads = [p.grad for p in trained]
         for p in trained:
             p.grad = None
         token = checks.deferred.set(None if always else fault)
-        torch._C._set_grad_enabled(True)
+        torch._C._set_grad_enabled(enabled=True)
         try:
             yield fault
         except BaseException as error:
-            always = True
+            restores_state = True
             for p, grad in zip(trained, grads, strict=True):
                 p.grad = grad
-            drawn.restore()
+            random_state.restore()
             explain(error)
             raise
         else:
             for p in trained:
                 p.grad = None
+            # What has been watched in the whole step, and has not been seen, is not so.
             for slots in networks:
                 if slots.draws_outside is None:
                     slots.findings.draws_outside = False
                 if slots.findings.draws_in_loss is None:
                     slots.findings.draws_in_loss = False
         finally:
-            torch._C._set_grad_enabled(learning)
+            torch._C._set_grad_enabled(had_grad_enabled)
             checks.deferred.reset(token)
-            # of a caller's region: it holds casts of weights from before the step
+            # The caller's region of autocast holds casts of weights from before the step.
             torch.clear_autocast_cache()
-            for state in saved if always else ():
-                state.restore()
+            if restores_state:
+                for state in saved:
+                    state.restore()
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``named_modules`` with prefixes of the names of tensors."""
+    """Return ``named_modules()`` with the prefixes that names of their tensors have."""
     return [(f"{name}." if name else "", part) for name, part in module.named_modules()]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name.
+    """Return the parameters that a module learns, by name.
 
     One that is held in several places has its first name.
     """

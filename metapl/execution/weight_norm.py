@@ -45,63 +45,80 @@ class Composite(nn.Module):
 
 
 def computed_by_formula(hook: WeightNorm) -> Callable[[nn.Module], Tensor]:
-    """Return the formula in the place of ``compute_weight`` of the old weight norm's hook, which
-    puts a weight into its module before each pass."""
+    """Return the formula in the place of ``compute_weight`` of the old weight norm's hook.
+
+    The hook puts a weight into its module before each pass.
+    """
 
     def compute_weight(module: nn.Module) -> Tensor:
-        return by_formula(
-            getattr(module, f"{hook.name}_v"), getattr(module, f"{hook.name}_g"), hook.dim
-        )
+        v = getattr(module, f"{hook.name}_v")
+        g = getattr(module, f"{hook.name}_g")
+        return by_formula(v, g, dim=hook.dim)
 
     return compute_weight
 
 
 class Formula(NamedTuple):
-    """A place that leads to a weight norm, and what computes it by the formula there."""
+    """A place that leads to a weight norm, and what computes it by the formula there.
+
+    Attributes:
+        owner: a module, or a hook.
+        name: of a part of the module, or of a method of the hook.
+        stand_in: what computes the weight by the formula.
+    """
 
     owner: Any
     name: str
     stand_in: Any
 
     def slot(self) -> tuple[dict[str, Any], str, Any]:
-        """Return the place as a table and a name, which the table of a hook does not have."""
-        table = self.owner._modules if isinstance(self.owner, nn.Module) else vars(self.owner)
-        return table, self.name, self.stand_in
+        """Return the place as a table and a name, with the formula.
+
+        A hook's table is its attributes, among which a method of its class is not found.
+        """
+        if isinstance(self.owner, nn.Module):
+            return self.owner._modules, self.name, self.stand_in
+        return vars(self.owner), self.name, self.stand_in
 
 
 def formulas_of(part: nn.Module) -> list[Formula]:
     """Return the places in a part of a network, and in its hooks, that lead to a weight norm."""
-    own: list[Any] = [
-        (name, child) for name, child in part._modules.items() if type(child) is _Parametrization
-    ]
-    hooks = [hook for hook in part._forward_pre_hooks.values() if type(hook) is WeightNorm]
-    return [
-        *[Formula(part, name, Composite(child.dim)) for name, child in own],
-        *[Formula(hook, "compute_weight", computed_by_formula(hook)) for hook in hooks],
-    ]
+    formulas: list[Formula] = []
+    for name, child in part._modules.items():
+        if isinstance(child, _Parametrization):
+            formulas.append(Formula(part, name, stand_in=Composite(child.dim)))
+    for hook in part._forward_pre_hooks.values():
+        if type(hook) is WeightNorm:
+            compute_weight = computed_by_formula(hook)
+            formulas.append(Formula(hook, "compute_weight", stand_in=compute_weight))
+    return formulas
 
 
 @contextmanager
 def by_formulas(formulas: Sequence[Formula]) -> Iterator[None]:
     """Take the formulas in this block, by attributes.
 
-    Torch.compile does not see what is put into a table.
+    ``torch.compile`` does not see what is put into a table.
     """
-    before = [getattr(place.owner, place.name) for place in formulas]
-    for place in formulas:
-        setattr(place.owner, place.name, place.stand_in)
+    kernels = [getattr(formula.owner, formula.name) for formula in formulas]
+    for formula in formulas:
+        setattr(formula.owner, formula.name, formula.stand_in)
     try:
         yield
     finally:
-        for place, kernel in zip(formulas, before, strict=True):
-            if isinstance(place.owner, nn.Module):
-                setattr(place.owner, place.name, kernel)
-            else:  # a method of the hook's class is found again
-                delattr(place.owner, place.name)
+        for formula, kernel in zip(formulas, kernels, strict=True):
+            if isinstance(formula.owner, nn.Module):
+                setattr(formula.owner, formula.name, kernel)
+            else:
+                # Then the method of the hook's class is found again.
+                delattr(formula.owner, formula.name)
 
 
 def weights_made_by_hooks(part: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return the attributes into which the old weight norm of a part puts the weight of each pass."""
+    """Return the attributes into which the old weight norm puts the weight of each pass.
+
+    Each as the table of the part's attributes, and a name.
+    """
     return [
         (vars(part), hook.name)
         for hook in part._forward_pre_hooks.values()

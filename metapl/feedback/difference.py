@@ -15,16 +15,14 @@ from metapl.execution.numerics import Tree
 from metapl.feedback.base import (
     Estimator,
     Feedback,
-    Move,
     Normalization,
     State,
     divisor,
-    feedback_by_losses,
-    head_feedback,
+    feedback_by_move,
 )
-from metapl.feedback.inner_step import Credited, InnerStep
+from metapl.feedback.inner_step import Credited, Move
 from metapl.feedback.order import Order
-from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath, StudentStep
 from metapl.problems.base import Kind, Problem
 from metapl.runs.fields import Range
 
@@ -80,52 +78,52 @@ class Difference(Estimator):
 
     name: ClassVar[str] = "difference"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
+    is_pure: ClassVar[bool] = True
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        return [self.along(step, w).divided_by(divisor(self.normalization, step, w))], state
+        h = self.along(step, w)
+        return [h.divided_by(divisor(self.normalization, step, w))], state
 
     def orders(
         self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return "outputs", "losses"
 
-    def along(self, step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
+    def along(self, step: StudentStep, w: Tree, of: Credited = "signal") -> Feedback:
         """Return the feedback along w, by a difference in the step's order."""
-        move = self.moved(step, w)
-        if step.order == "losses":
-            return feedback_by_losses(step, w, move, of=of)
-        z_dot = (move.ahead - move.behind) / move.width
-        return head_feedback(step, w, z_dot, move.rounding / move.width, of=of)
+        return feedback_by_move(step, w, self.moved(step, w), of=of)
 
-    def tangent(self, step: InnerStep, w: Tree) -> tuple[Tensor, Tensor]:
-        """ż along w, by moves of length δ, and a bound on the norm of its rounding.
+    def tangent(self, step: StudentStep, w: Tree) -> tuple[Tensor, Tensor]:
+        """Return ż along w by moves of length δ, (B, ...), and a bound on the norm of its rounding.
 
         Exactly zero for w = 0.
         """
         move = self.moved(step, w)
         return (move.ahead - move.behind) / move.width, move.rounding / move.width
 
-    def moved(self, step: InnerStep, w: Tree) -> Move:
+    def moved(self, step: StudentStep, w: Tree) -> Move:
         """Return the outputs after moves of length δ along w, both of them those at θ for w = 0."""
-        length, r = step.space.norm(w), self.relative_step or RELATIVE_STEP[step.shifted_dtype]
+        relative_step = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
+        length = step.space.norm(w)
         typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
-        delta = r * typical_weight.clamp_min(1e-3)  # all weights may be zero
+        # All weights may be zero, and so may w.
+        delta = relative_step * typical_weight.clamp_min(1e-3)
         factor = delta / length.clamp_min(torch.finfo(length.dtype).tiny)
-        width, ahead = factor if self.one_sided else 2 * factor, step.shifted(factor, w)
+        ahead = step.shifted(factor, w)
         if not self.one_sided:
-            behind = step.shifted(-factor, w)
+            before = -factor
+            width = 2 * factor
+            behind = step.shifted(before, w)
+            # The mean of the two is z, to the second order of the move.
+            step.check_shifted(ahead, behind)
         else:
-            behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
-        parts = len(step.passes)
-        first = (
-            behind if self.one_sided else ahead
-        )  # the mean of the two is z to the second order of the move
-        for part, *moved in zip(step.passes, first.chunk(parts), behind.chunk(parts), strict=True):
-            part.check_shifted(*moved)
+            before = 0 * factor
+            width = factor
+            behind = step.outputs if step.in_full_precision else step.shifted(before, w)
+            step.check_shifted(behind, behind)
         # A small difference of large outputs loses digits: Adam's first w, for example, is
         # orthogonal to the gradient.
-        rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        return Move(
-            ahead, behind, factor, 0 * factor if self.one_sided else -factor, width, rounding
-        )
+        eps = torch.finfo(step.shifted_dtype).eps
+        rounding = ROUNDINGS * eps * torch.linalg.vector_norm(ahead)
+        return Move(ahead, behind, after=factor, before=before, width=width, rounding=rounding)

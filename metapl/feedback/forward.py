@@ -42,11 +42,12 @@ from metapl.feedback.base import (
 from metapl.feedback.inner_step import credited
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.order import Order
-from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind, Problem, enters_input
 
-SMALL = 2**15  # weights of a student, up to which the graph is kept: measured in benchmarks/step.py
-
+SMALL = 2**15
+"""The number of a student's weights up to which the graph of one step is kept (measured in
+benchmarks/step.py)."""
 
 By = Literal["graph", "tangent", "double_backward"]
 
@@ -68,9 +69,9 @@ def exact_orders(
         return ("double_backward",)
     if not student.has_whole_weights:
         # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
-        orders: tuple[Order, ...] = (
-            ("tangent", "double_backward") if CURVATURE in student.capabilities else ("tangent",)
-        )
+        orders: tuple[Order, ...] = ("tangent",)
+        if CURVATURE in student.capabilities:
+            orders = ("tangent", "double_backward")
         if by is not None and by not in orders:
             expected = " or ".join(f'by="{order}"' for order in orders)
             raise MetaplError(
@@ -83,7 +84,9 @@ def exact_orders(
     # The graph of one small step is kept; where its derivatives are missing, so are those of double
     # backward.
     is_small = sum(map(Tensor.numel, student.params.values())) <= SMALL
-    return ("graph", "tangent") if steps == 1 and is_small else ("tangent", "double_backward")
+    if steps == 1 and is_small:
+        return ("graph", "tangent")
+    return ("tangent", "double_backward")
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class Forward(Estimator):
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     looks_ahead: ClassVar[bool] = True
+    is_pure: ClassVar[bool] = True
     requires: ClassVar[frozenset[Capability]] = frozenset({FORWARD_AD})
 
     def __post_init__(self) -> None:
@@ -173,10 +177,14 @@ class Forward(Estimator):
             steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks
         )
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        # From the last step to the first.
         feedback = list[Feedback]()
         for step, w, gradients in path.adjoints(credited, self.truncate):
-            # The earliest step's Hessian product is not needed.
-            h = exact_feedback(step, w) if gradients is None else feedback_from(step, gradients)
+            if gradients is None:
+                # The earliest step has no Hessian product, with which they would have come.
+                h = exact_feedback(step, w)
+            else:
+                h = feedback_from(step, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
         return padded(feedback[::-1], path), state

@@ -12,9 +12,8 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -26,11 +25,14 @@ from metapl.execution.numerics import WHOLE, Tree, scaled
 from metapl.feedback.base import Estimator, Feedback, State, exact_feedback
 from metapl.feedback.order import Order
 from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind, Problem, enters_input
 from metapl.runs.fields import Range
 
-Product = Callable[[Tree], Tree]  # (H + damping) x = v is solved from products with H alone
-dot, norm = WHOLE.dot, WHOLE.norm
+Product = Callable[[Tree], Tree]
+"""Products with H, from which alone (H + damping) x = v is solved."""
+dot = WHOLE.dot
+norm = WHOLE.norm
 
 
 @dataclass(frozen=True)
@@ -78,61 +80,82 @@ class Implicit(Estimator):
     def orders(
         self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
-        return ("double_backward",) if enters_input(problem) else ("tangent", "double_backward")
+        if enters_input(problem):
+            return ("double_backward",)
+        return ("tangent", "double_backward")
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        assert isinstance(path, Path), "the solvers read numbers on the host, which no graph does"
         (step,) = path.steps
         v = path.outer_gradient_before()
-        with nullcontext() if self.solver == "identity" else step.hessian() as product:
-            x = self.solved(product, v, step.update.learning_rate)
+        rate = step.update.learning_rate
+        if self.solver == "identity":
+            x = self.solved(None, v, rate)
+        else:
+            with step.hessian() as product:
+                x = self.solved(product, v, rate)
         return [exact_feedback(step, scaled(x, -1.0))], state
 
-    def solved(self, product: Any, v: Tree, rate: float | None) -> Tree:
-        """About (H + damping)⁻¹ v, by products with H, for an inner optimizer of this learning rate."""
-        damping = float(self.damping)
+    def solved(self, product: Product | None, v: Tree, rate: float | None) -> Tree:
+        """Return about (H + damping)⁻¹ v.
+
+        Args:
+            product: of a tree with H; the identity needs none.
+            rate: the learning rate of the inner optimizer, for the series.
+        """
         if self.solver == "identity":
             return scaled(v, float(self.step_size or 1.0))
+        assert product is not None, "the other solvers read products with H"
+        damping = float(self.damping)
         if self.solver == "cg":
             return conjugate_gradient(product, v, self.iterations, damping)
-        if not (step_size := float(self.step_size or rate or 0.0)):
+        step_size = float(self.step_size or rate or 0.0)
+        if step_size == 0:
             raise MetaplError(
                 'Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate '
                 "above 0."
             )
+        is_default = self.step_size is None
         return neumann(
-            product, v, self.iterations, step_size, damping, is_default=self.step_size is None
+            product, v, self.iterations, step_size, damping=damping, is_default=is_default
         )
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
-    """Conjugate gradients.
+    """Return (H + damping)⁻¹ v by conjugate gradients.
 
     Exact to rounding after as many iterations as a positive H has distinct eigenvalues.
     """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
-    x, r, p = scaled(v, 0.0), v, v
-    rr = first = float(dot(r, r))
+    x = scaled(v, 0.0)
+    residual = v
+    direction = v
+    first = float(dot(residual, residual))
+    squared = first
+    # At most the greatest eigenvalue.
     largest = 0.0
     for number in range(iterations):
-        if rr <= rounding**2 * first:
+        if squared <= rounding**2 * first:
             break
-        q = _plus(product(p), p, damping)
-        curvature, p_norm, q_norm = torch.stack([dot(p, q), norm(p), norm(q)]).tolist()
-        largest = max(largest, q_norm / p_norm)  # at most the greatest eigenvalue
-        if curvature <= rounding * p_norm * q_norm:
-            if (
-                number == 0 or curvature < -rounding * largest * p_norm**2
-            ):  # v itself must be curved
-                given = "the inner loss curves downwards: the student is not near its optimum"
-                expected = "mode='forward', which needs no optimum, or a larger damping"
+        image = _plus(product(direction), direction, damping)
+        numbers = torch.stack([dot(direction, image), norm(direction), norm(image)])
+        curvature, direction_norm, image_norm = numbers.tolist()
+        largest = max(largest, image_norm / direction_norm)
+        if curvature <= rounding * direction_norm * image_norm:
+            # The first direction, v itself, must be curved; a later one may be flat to rounding.
+            if number == 0 or curvature < -rounding * largest * direction_norm**2:
                 raise MetaplError(
-                    f"{given}; expected {expected} (metapl.feedback.Implicit(damping=...))."
+                    "the inner loss curves downwards: the student is not near its optimum; "
+                    "expected mode='forward', which needs no optimum, or a larger damping "
+                    "(metapl.feedback.Implicit(damping=...))."
                 )
             break
-        alpha = rr / curvature
-        x, r = _plus(x, p, alpha), _plus(r, q, -alpha)
-        rr, before = float(dot(r, r)), rr
-        p = _plus(r, p, rr / before)
+        alpha = squared / curvature
+        x = _plus(x, direction, alpha)
+        residual = _plus(residual, image, -alpha)
+        previous = squared
+        squared = float(dot(residual, residual))
+        direction = _plus(residual, direction, squared / previous)
     return x
 
 
@@ -142,18 +165,24 @@ def neumann(
     iterations: int,
     step_size: float,
     damping: float,
+    *,
     is_default: bool = False,
 ) -> Tree:
-    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …,
-    iterations; ``is_default`` where the step size is the student's learning rate, which nobody
-    gave."""
-    x = term = scaled(v, step_size)
+    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations.
+
+    Args:
+        is_default: whether the step size is the student's learning rate, which nobody gave.
+    """
+    term = scaled(v, step_size)
+    x = term
     for _ in range(iterations):
         term = _plus(term, _plus(product(term), term, damping), -step_size)
         x = _plus(x, term, 1.0)
     source = ", the student's learning rate, since step_size was not given" if is_default else ""
+    # A series that overflows is NaN in the end, and NaN is refused too.
+    diverges = ~(norm(term) <= step_size * norm(v))
     checks.refuse(
-        ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
+        diverges,
         f"the Neumann series diverges with a step size of {step_size:.3g}{source}; expected "
         "step_size=... below 2 over the greatest eigenvalue of H + damping (damping is "
         f"{damping:g}), or, where the inner loss curves downwards, a larger damping.",
@@ -162,4 +191,5 @@ def neumann(
 
 
 def _plus(a: Tree, b: Tree, factor: float) -> Tree:
+    """Return a + factor·b."""
     return {name: t + factor * b[name] for name, t in a.items()}

@@ -22,22 +22,35 @@ A signal may depend on the student's outputs at θ_k; they are detached.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
 from metapl.execution.batch import joined, leaves_of, map_tensors, micro_batches
-from metapl.execution.compare import EXACTLY, ROUNDINGS, check_same_slopes
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
-from metapl.execution.numerics import Space, Tree, mean_tree, reduced_float32, wide
+from metapl.execution.compare import (
+    BY_DIFFERENCE,
+    EXACTLY,
+    ROUNDINGS,
+    SlopesDiffer,
+    check_same_slopes,
+    slopes_differ,
+)
+from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
+from metapl.execution.numerics import (
+    MissingDerivative,
+    Space,
+    Tree,
+    mean_tree,
+    reduced_float32,
+    wide,
+)
 from metapl.feedback.order import Order
 from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Options, Update
@@ -45,6 +58,27 @@ from metapl.updates import Cotangents, Options, Update
 Credits = Literal["signal", "example", "batch", "nothing"]
 Credited = Literal["signal", "example"]
 """What gets numbers of its own: each entry of the signal, or each example."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """The student's outputs after two moves of its weights along w, in the units of w.
+
+    Args:
+        ahead: S(x; θ + after·w), (B, ...).
+        behind: S(x; θ + before·w), (B, ...).
+        after: the factor of the first move.
+        before: the factor of the second one, negative or zero.
+        width: after − before.
+        rounding: a bound on the norm of the error of ahead − behind.
+    """
+
+    ahead: Tensor
+    behind: Tensor
+    after: Tensor
+    before: Tensor
+    width: Tensor
+    rounding: Tensor
 
 
 class SignalInput:
@@ -214,6 +248,16 @@ class InnerStep:
                 loss = self._loss(signal_of_part, batch)
                 losses.append(loss(inner_pass.outputs, self.params))
         return replace(step, inner_loss=mean_of(losses))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """η of the first param group; None where the optimizer has no single rate."""
+        return self.update.learning_rate
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that share the batch."""
+        return self.student.ranks.size
 
     @property
     def outputs(self) -> Tensor:
@@ -421,6 +465,64 @@ class InnerStep:
             ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w),
         )
 
+    def derivatives_along(self, w: Tree, of: Credited = "signal") -> dict[str, Tensor | None]:
+        """Return ∂⟨g, w⟩/∂(what is credited), exactly, in the order of this step.
+
+        From the graph of g where the pass has kept it; by ż; or by double backward, as always where
+        the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the whole network.
+        """
+        in_leaves = [part.in_leaves(w) for part in self.passes]
+        if in_leaves[0] is not None:
+            return self.in_signal(credited(self.signal, of), in_leaves)  # type: ignore[arg-type]
+        if self.signal_inputs:
+            _, gradients = self.second_derivatives(w, self.signal.differentiable(), curved=False)
+            return gradients
+        if self.order == "double_backward":
+            _, gradients = self.second_derivatives(w, credited(self.signal, of), curved=False)
+            return gradients
+        return self.derivatives_by_tangent(w, self.tangent(w), of=of)
+
+    def derivatives_by_tangent(
+        self, w: Tree, z_dot: Tensor, rounding: Tensor | None = None, of: Credited = "signal"
+    ) -> dict[str, Tensor | None]:
+        """Return ∂⟨g, w⟩/∂(what is credited) from ż, (B, ...), in the head alone.
+
+        For sampled labels ℓ is linear in its target, so −h_ik = (1/B) d/dε ℓ(z_i, class k) is the
+        derivative at the one-hot rows of the labels. And Σ_i u_i d/dε ℓ_i is linear in u, so its
+        gradient is d/dε ℓ itself: forward mode by two reverse passes.
+
+        Args:
+            rounding: a bound on the norm of the error of ż, where it is no exact derivative.
+        """
+        leaves = as_leaves(credited(self.signal, of))
+        slope = _slope(self, leaves, w, z_dot, rounding)
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if slope.requires_grad:
+            gradients = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
+        return dict(zip(leaves, gradients, strict=True))
+
+    def derivatives_by_move(
+        self, w: Tree, move: Move, of: Credited = "signal"
+    ) -> dict[str, Tensor | None]:
+        """Return ∂⟨g, w⟩/∂(what is credited) by a difference, of outputs or of losses.
+
+        Of losses where the step's order says so: the derivative of the loss in what is credited is
+        taken at both outputs, which needs first derivatives alone. Its error is O(δ²), of a
+        one-sided move O(δ), and the rounding of that derivative over the move's length.
+        """
+        if self.order == "losses":
+            return _derivatives_by_losses(self, as_leaves(credited(self.signal, of)), w, move)
+        z_dot = (move.ahead - move.behind) / move.width
+        return self.derivatives_by_tangent(w, z_dot, move.rounding / move.width, of=of)
+
+    def check_shifted(self, first: Tensor, second: Tensor) -> None:
+        """Flag shifted outputs whose mean, z to the second order of the shift, is not the pass's."""
+        parts = len(self.passes)
+        for part, one, other in zip(
+            self.passes, first.chunk(parts), second.chunk(parts), strict=True
+        ):
+            part.check_shifted(one, other)
+
     def in_signal(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
     ) -> dict[str, Tensor | None]:
@@ -485,7 +587,139 @@ def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
         raise MetaplError(
             "the sampled signal has no probs; expected Signal(value, log_prob, probs=...)."
         )
-    return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
+    # One-hot rows, by an operation that torch.func.vmap has a rule for.
+    one_hot = torch.zeros_like(signal.probs).scatter(-1, signal.value[..., None], 1.0)
+    return {"value": one_hot}
+
+
+def _derivatives_by_losses(
+    step: InnerStep, leaves: Tree, w: Tree, move: Move
+) -> dict[str, Tensor | None]:
+    """Return ∂⟨g, w⟩/∂(leaves) by a difference of the loss's derivative in the leaves."""
+    after, gradients = _loss_in_leaves(step, leaves, w, move.ahead, factor=move.after)
+    before, others = _loss_in_leaves(step, leaves, w, move.behind, factor=move.before)
+    differences: dict[str, Tensor | None] = {}
+    for name, gradient, other in zip(leaves, gradients, others, strict=True):
+        if gradient is None or other is None:
+            differences[name] = None
+        else:
+            differences[name] = (gradient - other) / move.width
+    by_gradient, spread = step.space.slope(step.gradient, w)
+    slope = step.student.ranks.sum(after - before) / move.width
+    eps = torch.finfo(step.shifted_dtype).eps
+    rounding = ROUNDINGS * eps * step.space.norm(step.gradient) * step.space.norm(w)
+    rounding = rounding + ROUNDINGS * eps * step.student.ranks.sum(after.abs()) / move.width
+    tolerance = BY_DIFFERENCE[step.passes[0].rounded_to].slope
+    check_same_slopes(slope, by_gradient, spread + slope.abs(), tolerance, rounding)
+    return differences
+
+
+def _loss_in_leaves(
+    step: InnerStep, leaves: Tree, w: Tree, z: Tensor, *, factor: Tensor
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return this rank's mean loss at outputs z and weights θ + factor·w, and its gradient in leaves."""
+    student = step.student
+    theta: Tree = {}
+    weights: AbstractContextManager[Any] = NOTHING
+    if student.has_whole_weights:
+        for name, p in step.params.items():
+            theta[name] = wide(p) + factor * wide(w[name]) if name in w else p
+        # A loss may read ``student.parameters()``, which are then these.
+        weights = student.with_weights(theta)
+    with weights, torch.enable_grad():
+        mean = _mean_loss(step, leaves, z, theta)
+        if not mean.requires_grad:
+            return mean.detach(), [None] * len(leaves)
+        return mean.detach(), torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
+
+
+def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
+    """Return this rank's share of (1/B) Σ_i factor_i ℓ_i(z, signal, θ), micro-batch by micro-batch."""
+    ranks = step.student.ranks
+    parts = len(step.passes)
+    # A loss may look at the batch as a whole, so it is given the micro-batches of the passes.
+    signals = step.signal.having(leaves).chunks(parts)
+    outputs = z.chunk(parts)
+    factors: Sequence[Tensor | None] = [None] * parts
+    if "factors" in leaves:
+        factors = leaves["factors"].chunk(parts)
+    losses = []
+    for i, (part, batch) in enumerate(zip(step.passes, step.micro_batches, strict=True)):
+        loss = step._loss(signals[i], batch, factors[i])
+        with part.drawing_as_loss():
+            losses.append(loss(outputs[i], theta))
+    # The ranks' shares add up to the mean.
+    return mean_of(losses) if ranks.alone else mean_of(losses) / ranks.size
+
+
+def _slope(
+    step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, rounding_of_z_dot: Tensor | None
+) -> Tensor:
+    """Return this rank's share of d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), with its graph.
+
+    It is flagged where it is not ⟨w, g⟩, to which it is equal by the chain rule.
+    """
+    student = step.student
+    ranks = student.ranks
+    z = step.outputs.detach().requires_grad_()
+    # A loss may read the weights as ``params``, or as ``student.parameters()``: both are these
+    # leaves.
+    weights: AbstractContextManager[Tree] = nullcontext({})
+    if student.has_whole_weights:
+        weights = student.with_leaves(step.params)
+    is_choosing = rounding_of_z_dot is None and student.chooses_order
+    with weights as theta, torch.enable_grad():
+        try:
+            mean = _mean_loss(step, leaves, z, theta)
+        except Exception as error:
+            if not is_choosing or isinstance(error, MetaplError):
+                raise
+            # It ran in the inner pass, so it needs the graph that was there, as a penalty on its
+            # own gradient does.
+            student.compares_gradients = True
+            what = "the inner loss does not run on the outputs without the graph of the forward"
+            raise MissingDerivative(f"{what} ({reason_of(error)})") from error
+        gradients = torch.autograd.grad(
+            mean, [z, *theta.values()], create_graph=True, allow_unused=True
+        )
+        directions = [z_dot]
+        for name, p in theta.items():
+            directions.append(w[name] if name in w else torch.zeros_like(p))
+        terms = []
+        for gradient, direction in zip(gradients, directions, strict=True):
+            if gradient is not None:
+                terms.append(gradient * direction)
+        if len(terms) == 1:
+            slope = terms[0].sum()
+        else:
+            slope = torch.stack([term.sum() for term in terms]).sum()
+
+    by_gradient, spread = step.space.slope(step.gradient, w)
+    forward = ranks.sum(slope.detach())
+    tolerances = EXACTLY if rounding_of_z_dot is None else BY_DIFFERENCE
+    tolerance = tolerances[step.passes[0].rounded_to].slope
+    for term in terms:
+        spread = spread + ranks.norm(term.detach())
+    # The usual case, by as few operations as possible.
+    is_read_at_once = ranks.alone and not checks.waits(slope)
+    if is_read_at_once and bool((forward - by_gradient).abs() <= tolerance * spread):
+        return slope
+    # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero
+    # but for rounding, a first step of Adam makes the whole direction.
+    eps = torch.finfo(step.shifted_dtype).eps
+    rounding = ROUNDINGS * eps * step.space.norm(step.gradient) * step.space.norm(w)
+    in_outputs = gradients[0]
+    if rounding_of_z_dot is not None and in_outputs is not None:
+        rounding = rounding + ranks.norm(in_outputs.detach()) * rounding_of_z_dot
+    if is_choosing:
+        # The host waits for a device here, once: another order may follow what the outputs do not
+        # carry.
+        differ = ranks.any(bool(slopes_differ(forward, by_gradient, spread, tolerance, rounding)))
+        if differ:
+            student.compares_gradients = True
+            raise SlopesDiffer
+    check_same_slopes(forward, by_gradient, spread, tolerance, rounding)
+    return slope
 
 
 def _double(trees: Any) -> Any:

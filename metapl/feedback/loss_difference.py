@@ -15,8 +15,8 @@ from metapl.feedback.base import (
     examples_of_mean,
 )
 from metapl.feedback.inner_step import Credits
-from metapl.feedback.path import Path
 from metapl.feedback.reinforce import init_baseline, subtract_baseline
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 
@@ -47,13 +47,14 @@ class LossDifference(Estimator):
     name: ClassVar[str] = "loss_difference"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "batch"
+    is_pure: ClassVar[bool] = True
 
     def init(self) -> State:
         return init_baseline(self.baseline)
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        h = (path.outer_loss_before - path.outer_loss) / divisor(self.normalization, path.steps[0])
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        step = path.steps[0]
+        h = (path.outer_loss_before - path.outer_loss) / divisor(self.normalization, step)
         h, state = subtract_baseline(h, self.baseline, state)
-        return [
-            Feedback(h, "log_prob", mean_over=examples_of_mean(self.reduction, path.steps[0]))
-        ], state
+        labels = examples_of_mean(self.reduction, step)
+        return [Feedback(h, "log_prob", mean_over=labels)], state

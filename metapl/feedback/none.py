@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from metapl.feedback.base import Estimator, Feedback, State
 from metapl.feedback.inner_step import Credits
-from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 
@@ -26,6 +26,7 @@ class NoFeedback(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     credits: ClassVar[Credits] = "nothing"
     looks_ahead: ClassVar[bool] = True
+    is_pure: ClassVar[bool] = True
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        return [Feedback(step.inner_loss.new_zeros(()), None) for step in path.steps], state
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        return [Feedback(step.inner_loss.new_zeros(()), part=None) for step in path.steps], state

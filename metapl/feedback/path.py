@@ -251,7 +251,7 @@ class Path:
         start = self.steps[-1].passes[-1].random_state_after.branch()
         weights = student.as_leaves(self.params)
         for t in weights.values():
-            t.requires_grad_(requires_grad=False)
+            t.requires_grad = False
         outputs: list[Tensor] = []
         sums: list[Tensor] = []
         counts: list[Tensor | float] = []

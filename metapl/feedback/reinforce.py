@@ -19,7 +19,7 @@ from metapl.feedback.base import (
     examples_of_mean,
 )
 from metapl.feedback.inner_step import Credits
-from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 
@@ -62,6 +62,7 @@ class Reinforce(Estimator):
     name: ClassVar[str] = "reinforce"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "batch"
+    is_pure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,23 +74,24 @@ class Reinforce(Estimator):
     def init(self) -> State:
         return init_baseline(self.baseline)
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        by = "cosine" if self.similarity == "cosine" else self.normalization
         h = -step.space.dot(w, step.gradient)
-        h = h if by == "gradient" else h / divisor(by, step, w)
-        if self.baseline is not None:
-            h, state = subtract_baseline(h, self.baseline, state)
-        return [Feedback(h, "log_prob", mean_over=examples_of_mean(self.reduction, step))], state
+        normalization = "cosine" if self.similarity == "cosine" else self.normalization
+        if normalization != "gradient":
+            h = h / divisor(normalization, step, w)
+        h, state = subtract_baseline(h, self.baseline, state)
+        labels = examples_of_mean(self.reduction, step)
+        return [Feedback(h, "log_prob", mean_over=labels)], state
 
 
 def init_baseline(decay: float | None) -> State:
-    """The moving average before the first step: 0."""
+    """Return the moving average before the first step: 0."""
     return {} if decay is None else {"baseline": torch.zeros(())}
 
 
 def subtract_baseline(h: Tensor, decay: float | None, state: State) -> tuple[Tensor, State]:
-    """h − b and b ← decay·b + (1 − decay)·h, with the b from before this step."""
+    """Return h − b, and b ← decay·b + (1 − decay)·h, with the b from before this step."""
     if decay is None:
         return h, state
     b = state["baseline"].to(h)

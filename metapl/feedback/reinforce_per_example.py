@@ -13,7 +13,7 @@ from metapl.feedback.difference import Difference
 from metapl.feedback.forward import exact_orders
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.order import Order
-from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind, Problem
 
 
@@ -43,6 +43,7 @@ class ReinforcePerExample(Estimator):
     name: ClassVar[str] = "reinforce_per_example"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "example"
+    is_pure: ClassVar[bool] = True
 
     @property
     def requires(self) -> frozenset[Capability]:
@@ -55,10 +56,10 @@ class ReinforcePerExample(Estimator):
             return Difference().orders(steps, problem, student, wrt)
         return exact_orders(steps, problem, student, wrt)
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         if self.tangent == "forward":
-            feedback = exact_feedback(step, w, "example")
+            h = exact_feedback(step, w, of="example")
         else:
-            feedback = Difference().along(step, w, of="example")
-        return [feedback.divided_by(divisor(self.normalization, step, w))], state
+            h = Difference().along(step, w, of="example")
+        return [h.divided_by(divisor(self.normalization, step, w))], state

@@ -1,6 +1,7 @@
-r"""Whether the steps of a path that are computed again come out as they did: each time a replay
-reaches a state that was kept, a digest of it is compared with the one that was taken when it was
-kept.
+r"""A look at the steps of a path that are computed again: whether they come out as they did.
+
+Each time a replay reaches a state that was kept, a digest of it is compared with the one that was
+taken when it was kept.
 
 The digest of a tree of tensors x is a linear sketch in float64: its entries, in rows of 256, are
 added with random signs,
@@ -29,23 +30,29 @@ from metapl.execution.shards import local
 from metapl.runs.fields import Range
 
 Tolerance = Annotated[float, Range(0)]
-REPLAY_TOLERANCE = 1e-6  # of a state's size; a replay that rounds otherwise in float32 is below it
+# Relative to a state's size. A replay that rounds otherwise in float32 is below it.
+REPLAY_TOLERANCE = 1e-6
 
 COLUMNS = 256
-PIECE = 2**20  # entries that are in float64 at a time, 8 MB
+# How many entries are in float64 at a time: 8 MB.
+PIECE = 2**20
 
 
 class ReplayCheck:
-    """Digests of the kept states of a path, by the number of the step before which they are, and
-    the largest relative difference that a replay has shown.
+    """Digests of the kept states of a path, with which replays are compared.
 
     Args:
         tolerance: the difference above which :meth:`compare` refuses.
         ranks: the processes that share the path; all of them refuse, or none.
+
+    Attributes:
+        digests: by the number of the step before which the states are.
+        error: the largest relative difference that a replay has shown.
     """
 
     def __init__(self, tolerance: float = REPLAY_TOLERANCE, ranks: Ranks = ALONE) -> None:
-        self.tolerance, self.ranks = tolerance, ranks
+        self.tolerance = tolerance
+        self.ranks = ranks
         self.error = 0.0
         self.digests: dict[int, Tensor] = {}
 
@@ -60,7 +67,8 @@ class ReplayCheck:
         """
         if number not in self.digests:
             return
-        noted, reached = self.digests[number], state_digest(params, optimizer_state)
+        noted = self.digests[number]
+        reached = state_digest(params, optimizer_state)
         differences = torch.linalg.vector_norm(reached - noted, dim=1)
         sizes = torch.linalg.vector_norm(noted, dim=1)
         # Of a momentum that is 0, as before the first step, the difference itself.
@@ -93,7 +101,7 @@ def state_digest(params: Tree, optimizer_state: Any) -> Tensor:
 
 @torch.no_grad()
 def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return the signed sums of the rows of all tensors, which follow one another in rows of 256, (256,)."""
+    """Return the signed sums, (256,), of the entries of all tensors in rows of 256."""
     total = torch.zeros(COLUMNS, dtype=torch.float64, device=device)
     for number, piece in enumerate(_pieces(tensors)):
         values = torch.cat(piece).to(device, torch.float64)
@@ -107,14 +115,18 @@ def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Yield the entries of tensors in lists that hold ``PIECE`` entries at most, so that small tensors are one call."""
+    """Yield the entries of tensors in lists of ``PIECE`` entries at most.
+
+    So small tensors go together into one call.
+    """
     piece: list[Tensor] = []
     count = 0
     for tensor in tensors:
         for part in as_real(local(tensor).detach()).flatten().split(PIECE):
             if piece and count + len(part) > PIECE:
                 yield piece
-                piece, count = [], 0
+                piece = []
+                count = 0
             piece.append(part)
             count += len(part)
     if piece:

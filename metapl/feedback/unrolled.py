@@ -9,7 +9,7 @@ from typing import ClassVar
 from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Feedback, State, Truncation, feedback_from, padded
 from metapl.feedback.order import Order
-from metapl.feedback.path import Path
+from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind, Problem
 
 
@@ -37,6 +37,7 @@ class Unrolled(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
     keep_graph: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
+    is_pure: ClassVar[bool] = True
 
     @property
     def exact(self) -> bool:
@@ -47,6 +48,8 @@ class Unrolled(Estimator):
     ) -> tuple[Order, ...]:
         return ("double_backward",)
 
-    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        gradients = path.gradients_in_signals(self.truncate)
-        return padded([feedback_from(step, fields) for step, fields in gradients], path), state
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        feedback = []
+        for step, gradients in path.gradients_in_signals(self.truncate):
+            feedback.append(feedback_from(step, gradients))
+        return padded(feedback, path), state

@@ -1,5 +1,6 @@
-"""The pure road: a step as one function of tensors, for ``torch.compile``, ``torch.func.vmap`` and readers.
+"""The pure road: a step as one function of tensors.
 
+It is for ``torch.compile``, ``torch.func.vmap`` and readers.
 :meth:`metapl.BilevelTrainer.functional` returns such a step, and the state that it begins with.
 """
 

@@ -1,4 +1,4 @@
-"""What a graph is known again by: what was compiled, whoever asks for it.
+"""What a graph is found again by: what was compiled, whoever asks for it.
 
 A network computes a function of its tensors. Which function that is depends on its modules, their
 classes and plain attributes, and on which places hold the same tensor: its *description*. Networks
@@ -7,7 +7,7 @@ compiled of a *bare copy*, which nobody else can change, and which holds no memo
 on the device ``meta``.
 
 What cannot be described, such as a hook, a closure, a tensor in an attribute or a method that reads
-a module by its name, raises :class:`Undescribed`; its graph is known by identity.
+a module by its name, raises :class:`Undescribed`; its graph is found by identity.
 """
 
 from __future__ import annotations
@@ -61,23 +61,25 @@ class Undescribed(Exception):
 
 
 def description_of(value: Any) -> Hashable:
-    """Return what tells a plain value from all others; equal for values that are equal and of the same types.
+    """Return what tells a plain value from all others.
+
+    Descriptions are equal for values that are equal and of the same types.
 
     Raises: :class:`Undescribed`.
     """
     kind = type(value)
     if kind in NUMBERS:
-        return kind, repr(value)  # 1, 1.0 and True are equal, and so are 0.0 and -0.0
+        # 1, 1.0 and True are equal, and so are 0.0 and -0.0; their words are not.
+        return kind, repr(value)
     if kind in OF_TORCH or isinstance(value, Enum):
         return kind, value
     if kind in (tuple, list, torch.Size):
-        return kind, tuple(description_of(each) for each in value)
+        return kind, tuple(map(description_of, value))
     if kind in (set, frozenset):
-        return kind, frozenset(description_of(each) for each in value)
+        return kind, frozenset(map(description_of, value))
     if kind in (dict, OrderedDict):
-        return kind, tuple(
-            (description_of(key), description_of(each)) for key, each in value.items()
-        )
+        entries = [(description_of(key), description_of(entry)) for key, entry in value.items()]
+        return kind, tuple(entries)
     if isinstance(value, type):
         return kind, value
     if kind is FunctionType and value.__closure__ is None and not reads_a_module(value):
@@ -100,9 +102,11 @@ def description_of_object(value: Any) -> Hashable:
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
     """Return a class, and what it and its bases outside of torch hold now.
 
-    Methods and values may be replaced.
+    Methods and values may have been replaced.
+
+    Raises: :class:`Undescribed`.
     """
-    found: list[Hashable] = [kind]
+    contents: list[Hashable] = [kind]
     for base in kind.__mro__:
         if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
             continue
@@ -112,42 +116,43 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
             if isinstance(method, FunctionType) and reads_a_module(method):
                 raise Undescribed
             if isinstance(value, NUMBERS) and not name.startswith("__"):
-                found.append((name, description_of(value)))
+                contents.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.
             elif isinstance(value, FunctionType) or not name.startswith("__"):
-                found.append((name, id(value)))
-    return tuple(found)
+                contents.append((name, id(value)))
+    return tuple(contents)
 
 
 def reads_a_module(function: FunctionType) -> bool:
-    """Whether a function reads a module by a closure or a global, itself or in functions that it calls by such names.
+    """Return whether a function reads a module by a closure or a global.
 
-    A loss with a penalty on the weights of a student reads the student that it names, and not a
-    bare copy.
+    Functions that it calls by such names count too. A loss with a penalty on the weights of a
+    student reads the student that it names, and not a bare copy.
     """
-    waiting, known = [function], {function}
-    while waiting:
-        reader = waiting.pop()
+    to_visit = [function]
+    met = {function}
+    while to_visit:
+        reader = to_visit.pop()
         for value in read_by(reader):
             if isinstance(value, nn.Module):
                 return True
-            is_new = isinstance(value, FunctionType) and value not in known
+            is_new = isinstance(value, FunctionType) and value not in met
             if is_new and not is_of_libraries(value.__module__):
-                known.add(value)
-                waiting.append(value)
+                met.add(value)
+                to_visit.append(value)
     return False
 
 
 def is_of_libraries(module: str | None) -> bool:
-    """Whether a module, by its name, was written before any network of the user's."""
+    """Return whether a module of Python was written before any network of the user's."""
     return module is not None and module.split(".")[0] in ("torch", "metapl", "builtins", "abc")
 
 
 def read_by(function: FunctionType) -> list[Any]:
-    """Return what a function, and the code inside of it, reads from its closure and from globals."""
+    """Return what a function, and code inside of it, reads from its closure and from globals."""
     values: list[Any] = []
     for cell in function.__closure__ or ():
-        # A cell is empty until the name that it is of is bound.
+        # A cell is empty until its name is bound.
         with contextlib.suppress(ValueError):
             values.append(cell.cell_contents)
     codes = [function.__code__]
@@ -169,85 +174,94 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
     """
     if any(EVERYWHERE):
         raise Undescribed
-    numbers: dict[
-        int, int
-    ] = {}  # of modules and tensors, by identity, in the order in which they are met
+    describer = Describer()
+    return tuple(describer.module(network) for network in networks)
 
-    def number_of(part: Any) -> tuple[int, bool]:
-        is_new = id(part) not in numbers
-        return numbers.setdefault(id(part), len(numbers)), is_new
 
-    def description_of_tensor(t: Tensor | None) -> Hashable:
-        if t is None:
-            return None
-        if (
-            type(t) not in (Tensor, nn.Parameter)
-            or t.layout != torch.strided
-            or not vars(t).keys() <= BUFFER_MARKS
-        ):
-            raise Undescribed
-        return number_of(t)[0], type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
+class Describer:
+    """Descriptions of networks in which the same part, or the same tensor, has the same number."""
 
-    def description_of_module(part: nn.Module | None) -> Hashable:
+    def __init__(self) -> None:
+        # By the addresses of modules and tensors, in the order in which they are met.
+        self._numbers: dict[int, int] = {}
+
+    def module(self, part: nn.Module | None) -> Hashable:
+        """Return the description of a module; of one that was met before, its number alone."""
         if part is None:
             return None
-        number, is_new = number_of(part)
+        is_new = id(part) not in self._numbers
+        number = self._number_of(part)
         if not is_new:
             return number
         attributes = object.__getstate__(part)
         if not isinstance(attributes, dict) or any(attributes.get(name) for name in PASS_HOOKS):
             raise Undescribed
-        tensors = [
-            (name, description_of_tensor(t))
-            for name, t in (*part._parameters.items(), *part._buffers.items())
-        ]
-        parts = [(name, description_of_module(inner)) for name, inner in part._modules.items()]
-        others = {
-            name: t
-            for name, t in attributes.items()
-            if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS)
-        }
+        named_tensors = (*part._parameters.items(), *part._buffers.items())
+        tensors = [(name, self._tensor(t)) for name, t in named_tensors]
+        modules = [(name, self.module(inner)) for name, inner in part._modules.items()]
+        plain = []
+        for name, value in attributes.items():
+            if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS):
+                plain.append((name, description_of(value)))
         # Attributes may have been set in any order.
-        plain = frozenset((name, description_of(value)) for name, value in others.items())
-        return number, description_of_class(type(part)), tuple(tensors), tuple(parts), plain
+        return (
+            number,
+            description_of_class(type(part)),
+            tuple(tensors),
+            tuple(modules),
+            frozenset(plain),
+        )
 
-    return tuple(description_of_module(network) for network in networks)
+    def _tensor(self, t: Tensor | None) -> Hashable:
+        if t is None:
+            return None
+        is_plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
+        if not is_plain or not vars(t).keys() <= BUFFER_MARKS:
+            raise Undescribed
+        return self._number_of(t), type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
+
+    def _number_of(self, part: nn.Module | Tensor) -> int:
+        return self._numbers.setdefault(id(part), len(self._numbers))
 
 
 def bare_copies(networks: Sequence[nn.Module | None]) -> list[Any]:
     """Return copies of networks that have a description, with tensors that hold no memory."""
-    made: dict[
-        int, Any
-    ] = {}  # the copies of modules and tensors, by the identity of what was copied
+    copier = BareCopier()
+    return [copier.module(network) for network in networks]
 
-    def copy_of_tensor(t: Tensor | None) -> Any:
-        if t is None:
-            return None
-        if id(t) not in made:
-            bare: Tensor = torch.empty_like(t.detach(), device="meta")
-            made[id(t)] = (
-                nn.Parameter(bare, t.requires_grad) if isinstance(t, nn.Parameter) else bare
-            )
-        return made[id(t)]
 
-    def copy_of_module(part: nn.Module | None) -> Any:
+class BareCopier:
+    """Copies of networks in which what was one part, or one tensor, is one again."""
+
+    def __init__(self) -> None:
+        # The copies of modules and tensors, by the addresses of the originals.
+        self._copies: dict[int, Any] = {}
+
+    def module(self, part: nn.Module | None) -> Any:
+        """Return a bare copy of a module; of one that was met before, the same."""
         if part is None:
             return None
-        if id(part) in made:
-            return made[id(part)]
-        bare = made[id(part)] = object.__new__(type(part))
+        if id(part) in self._copies:
+            return self._copies[id(part)]
+        bare = object.__new__(type(part))
+        self._copies[id(part)] = bare
+        attributes = vars(bare)
         for name, value in vars(part).items():
             if name in (*PASS_HOOKS, *STATE_HOOKS):
-                vars(bare)[name] = OrderedDict()
+                attributes[name] = OrderedDict()
             elif name not in TABLES:
-                vars(bare)[name] = copy.deepcopy(value)
-        vars(bare)["_parameters"] = {
-            name: copy_of_tensor(t) for name, t in part._parameters.items()
-        }
-        vars(bare)["_buffers"] = {name: copy_of_tensor(t) for name, t in part._buffers.items()}
-        vars(bare)["_modules"] = {
-            name: copy_of_module(inner) for name, inner in part._modules.items()
-        }
+                attributes[name] = copy.deepcopy(value)
+        attributes["_parameters"] = {n: self._tensor(t) for n, t in part._parameters.items()}
+        attributes["_buffers"] = {n: self._tensor(t) for n, t in part._buffers.items()}
+        attributes["_modules"] = {n: self.module(inner) for n, inner in part._modules.items()}
         return bare
 
-    return [copy_of_module(network) for network in networks]
+    def _tensor(self, t: Tensor | None) -> Any:
+        if t is None:
+            return None
+        if id(t) not in self._copies:
+            bare: Tensor = torch.empty_like(t.detach(), device="meta")
+            if isinstance(t, nn.Parameter):
+                bare = nn.Parameter(bare, t.requires_grad)
+            self._copies[id(t)] = bare
+        return self._copies[id(t)]

@@ -403,23 +403,83 @@ class CompiledStep:
         if self._live is None or self._compiled is None:
             self._compiled = self._find_or_compile(trainer, steps)
         compiled = self._compiled
-
-        eager: Outcome | None = None
-        if not compiled.is_compared:
-            eager = eager_step(trainer, outer_batch, inner_batches)
-            compiled.probs = eager.report.signal.probs
-        rates = [group["lr"] for group in unclipped(trainer.update).options]
-        if any(entry_shape(rate) for rate in rates):
-            raise MetaplError(
-                "compile= was given with a rate for each entry of a weight; leave compile out."
-            )
+        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
 
         live = self._live
         if live is None:
             live = LiveState(trainer, compiled.updates)
         else:
             live.refresh(trainer)
+        moved, step_report = self._run(
+            compiled, live, trainer, outer_batch, inner_batches, eager=eager
+        )
 
+        if self._live is None:
+            live.adopt(trainer, moved, steps)
+            self._cache[compiled.key] = compiled
+        live.write(moved)
+        self._live = live
+        trainer.mode_state = moved.mode
+        trainer.steps_done += 1
+        return step_report
+
+    def prepare(
+        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
+    ) -> None:
+        """Compile the step and compare it with the eager one, once, and move nothing.
+
+        Steps before the first compiled one call this, so that a step that cannot be compiled is
+        refused before anything has moved.
+
+        Raises: :class:`metapl.MetaplError`.
+        """
+        if self._cache:
+            return
+        compiled = self._find_or_compile(trainer, len(inner_batches))
+        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
+        live = LiveState(trainer, compiled.updates)
+        start = RandomState.now(trainer.device, trainer.generator, outside=True)
+        try:
+            self._run(compiled, live, trainer, outer_batch, inner_batches, eager=eager)
+        finally:
+            start.restore()
+        self._cache[compiled.key] = compiled
+
+    def _eager_step(
+        self,
+        compiled: Compiled,
+        trainer: TwoLevelTrainer,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
+    ) -> Outcome | None:
+        """Take the step that a compiled one is compared with by a copy of the trainer.
+
+        Returns: None where it has been compared before.
+        """
+        eager: Outcome | None = None
+        if not compiled.is_compared:
+            eager = eager_step(trainer, outer_batch, inner_batches)
+            compiled.probs = eager.report.signal.probs
+        if any(entry_shape(rate) for rate in rates_of(trainer)):
+            raise MetaplError(
+                "compile= was given with a rate for each entry of a weight; leave compile out."
+            )
+        return eager
+
+    def _run(
+        self,
+        compiled: Compiled,
+        live: LiveState,
+        trainer: TwoLevelTrainer,
+        outer_batch: Any,
+        inner_batches: InnerBatches,
+        *,
+        eager: Outcome | None,
+    ) -> tuple[State, StepReport]:
+        """Run the graph, compare what comes out with the eager step, and return it.
+
+        Only random numbers have moved then, and none where it raises.
+        """
         start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
@@ -436,19 +496,11 @@ class CompiledStep:
         except BaseException:
             start.restore()
             raise
-
         # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
         # compared again.
         if eager is not None:
-            compiled.is_compared = any(rate != 0 for rate in rates)
-        if self._live is None:
-            live.adopt(trainer, moved, steps)
-            self._cache[compiled.key] = compiled
-        live.write(moved)
-        self._live = live
-        trainer.mode_state = moved.mode
-        trainer.steps_done += 1
-        return step_report
+            compiled.is_compared = any(rate != 0 for rate in rates_of(trainer))
+        return moved, step_report
 
     def _find_or_compile(self, trainer: TwoLevelTrainer, steps: int) -> Compiled:
         """Return the graph for the trainer's step as it is now.
@@ -473,7 +525,12 @@ class CompiledStep:
         return compile_step(trainer, steps, key=key, alive=alive)
 
 
-def networks_of(trainer: TwoLevelTrainer) -> list[nn.Module]:
+def rates_of(trainer: TwoLevelTrainer) -> list[Any]:
+    """Return the learning rate of each param group of the student's optimizer."""
+    return [group["lr"] for group in unclipped(trainer.update).options]
+
+
+def networks_of(trainer: Any) -> list[nn.Module]:
     """Return the student and the teacher of a trainer, which may have no teacher."""
     return [network for network in (trainer.student, trainer.teacher) if network is not None]
 
@@ -615,7 +672,7 @@ def eager_step(trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerB
     # On the pure road L(θ′) draws from where the teacher's passes end; on the eager road, from a
     # stream of its own. So a step that draws is taken again, with that stream begun where this one
     # ended.
-    if not end.is_as(start):
+    if not end.equals(start):
         with branching_to(end):
             twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()

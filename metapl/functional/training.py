@@ -1,322 +1,82 @@
-r"""A whole training, and its gradient, as two pure functions in a loop: one step, and that step's adjoint.
+"""A whole training, and its gradient, as two pure functions in a loop: a step and its adjoint.
 
-With the carry c_k = (θ_k, s_k, buffers), the settings η_k of the optimizer and the teacher's
-weights φ, a step is
+:mod:`metapl.functional.adjoint` has the two functions and their mathematics. Each is compiled once
+(:mod:`metapl.functional.graphs`); the loop is Python's, and the number of steps K is in no graph.
+The adjoint of a step runs it again from the state before it, under the same dropout masks. That
+state was kept, or is computed again (:mod:`metapl.feedback.keeping`).
 
-.. math:: c_{k+1} = f(c_k, \mathrm{signal}_k(\phi), \eta_k), \qquad k = 0, ..., K-1
-
-and the adjoint takes the cotangents of c_{k+1} to those of c_k, signal_k, η_k and φ, from v =
-∇L(θ_K) on. It is *one* pullback of f, in which the Hessian product, the feedback h_k =
-−dL/d(signal_k) and the gradient in the settings are found together. Each of the two is compiled
-once; the loop is Python's, and K is in no graph. The adjoint runs its step again from c_k, under
-the same dropout masks; c_k was kept, or is computed again (:mod:`metapl.feedback.keeping`). As on
-the eager road, a signal reads the student's outputs as constants.
+:func:`differentiate` makes a :class:`PathPlan`, which does not change, walks the steps forward and
+back (:class:`CompiledPath`), and writes what it learns of them into a :class:`StepBook`.
 
 Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and Engstrom, 2025).
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import digest, flatten
-from metapl.execution.layout import layouts
+from metapl.execution.batch import digest
+from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
-from metapl.feedback.keeping import FolderStates, States, folder_of, keeping, known_by
+from metapl.feedback.keeping import FolderStates, Keeping, States, folder_of, keeping, path_number
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
-from metapl.functional.architecture import (
-    EVERYWHERE,
-    PASS_HOOKS,
-    Undescribed,
-    bare_copies,
-    description_of,
-    description_of_networks,
-    description_of_object,
-)
-from metapl.functional.compiled import captured, capturing, refuse_gap
+from metapl.functional.adjoint import Carry, Cotangents, Settings
+from metapl.functional.compiled import capturing, refuse_gap
+from metapl.functional.graphs import Graphs, Shapes, graphs_of, shapes_of
 from metapl.functional.state import (
     Function,
-    as_dict,
-    clipped,
-    constants_of,
     norm,
     on_value,
     settings_of,
     tensors_of,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, enters_input, overrides, sum_and_weight
+from metapl.problems.base import Problem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
-from metapl.updates import Update, entry_shape, is_nonzero, options_of, parts_of, update_of
+from metapl.updates import TorchUpdate, entry_shape, is_nonzero, options_of, update_of
 
 vjp: Any = torch.func.vjp
-grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
-Settings = list[dict[str, Any]]  # of each param group, as 0-D tensors
+vmap = torch.func.vmap
+OptionsOfStep = Sequence[Mapping[str, Any]]
 
 
-class Carry(NamedTuple):
-    """What a step hands to the next."""
+@dataclass(frozen=True, kw_only=True)
+class PathRequest:
+    """What :func:`differentiate` is asked for; see there."""
 
-    params: Tree  # θ
-    optimizer: Any  # s
-    state: Tree  # the student's buffers and frozen parameters
-    teacher_state: Tree
+    teacher: nn.Module | None
+    student: nn.Module
+    problem: Problem
+    optimizer: torch.optim.Optimizer
+    mode: Any
+    outer: Any
+    ahead: Lookahead
+    clip_norm: float | None
+    wrt: Sequence[str]
+    judging: Sequence[Problem]
+    outer_losses: OuterLosses | None
+    shows_progress: bool
+    replay_tolerance: float
 
-
-class Cotangents(NamedTuple):
-    """dL/dθ and dL/ds of a carry, and dL/dφ by the steps from there on.
-
-    Of M outer losses, with a first dimension M.
-    """
-
-    params: Tree
-    optimizer: Any
-    teacher: Tree
-
-
-def make_training(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    problem: Problem,
-    update: Update,  # U of the student, perhaps behind a clip
-    constants: Sequence[dict[str, Any]],  # what its param groups hold besides the settings
-    *,
-    in_settings: bool = False,  # whether the gradient in these is asked for
-    several: bool = False,  # whether the cotangents are of M outer losses
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch,
-    settings, bars, nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``; ``nudge`` has zeros,
-    as the signal's fields."""
-    T, S, enters = Function(teacher, "teacher"), Function(student), enters_input(problem)
-
-    def moved(
-        carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
-    ) -> tuple[tuple[Tree, Any], Any]:
-        """(θ′, s′) as a function of all that a gradient may be in.
-
-        And the buffers, the loss and the signal.
-        """
-
-        def run(theta: Tree, *entering: Signal) -> tuple[Tensor, Tree]:
-            return S.outputs(theta, carry.state, problem.student_input(batch, *entering))
-
-        def asked(z: Tensor | None) -> tuple[Signal, Tree]:
-            found: tuple[Signal, Tree] = T.at(
-                phi,
-                carry.teacher_state,
-                lambda network: problem.signal(network, batch, z, generator=None),
-            )
-            fields = {
-                name: t + nudge[name]
-                for name, t in found[0].differentiable().items()
-                if name in nudge
-            }
-            return found[0].having(fields), found[1]
-
-        def mean_loss(z: Tensor, theta: Tree) -> Tensor:
-            # A loss may read ``student.parameters()``, so it is called while these weights are in
-            # the student.
-            losses, _ = S.at(
-                theta, left, lambda network: problem.inner_loss(z, signal, batch, theta)
-            )
-            mean: Tensor = losses.mean()  # of (B,)
-            return mean
-
-        if enters:
-            signal, teacher_left = asked(None)
-            z, pull, left = vjp(lambda theta: run(theta, signal), theta, has_aux=True)
-        else:
-            z, pull, left = vjp(run, theta, has_aux=True)
-            signal, teacher_left = asked(z.detach())
-        (c, direct), loss = grad_and_value(mean_loss, (0, 1))(z, theta)
-        g = {name: t + direct[name] for name, t in pull(c)[0].items()}  # ∇_θ (1/B) Σ ℓ_i
-        rates = [{**group, **now} for group, now in zip(constants, settings, strict=True)]
-        return update.update(theta, g, s, rates), (
-            left,
-            teacher_left,
-            loss.detach(),
-            as_dict(signal.detached()),
-        )
-
-    def step(
-        phi: Tree, carry: Carry, batch: Any, settings: Settings
-    ) -> tuple[Carry, Tensor, dict[str, Any]]:
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            after, seen = moved(carry, batch, carry.params, carry.optimizer, phi, {}, settings)
-        left, teacher_left, loss, signal = seen
-        return Carry(*after, left, teacher_left), loss, signal
-
-    def adjoint(
-        phi: Tree, carry: Carry, batch: Any, settings: Settings, bars: Cotangents, nudge: Tree
-    ) -> Any:
-        given: Any = carry.params, carry.optimizer, phi, nudge, *([settings] if in_settings else [])
-        constant = () if in_settings else (settings,)
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            _, pull, _ = vjp(lambda *at: moved(carry, batch, *at, *constant), *given, has_aux=True)
-            theta, s, of_phi, h, *of_settings = (vmap(pull) if several else pull)(
-                (bars.params, bars.optimizer)
-            )
-        before = Cotangents(theta, s, {name: t + of_phi[name] for name, t in bars.teacher.items()})
-        return before, h, of_settings[0] if in_settings else None, norm(theta)
-
-    return step, adjoint
-
-
-def check(
-    mode: Any, problem: Problem, student: Any, teacher: Any, optimizer: Any, accumulate: int
-) -> None:
-    """Refuse what the two graphs do not take, in one line.
-
-    The networks are given as their layouts.
-    """
-    own = (
-        mode.name not in ("forward", "unrolled")
-        or getattr(mode, "normalization", "gradient") != "gradient"
-    )
-    spread = [role for role in (student, teacher) if role is not None and role.kind != "plain"]
-    short = [t.dtype for t in student.parameters().values() if t.dtype in HALF]
-    refused = {
-        f"{mode!r}; expected Forward() or Unrolled(), in the gradient's own units": own,
-        "accumulate": accumulate > 1,
-        "several processes": spread or not student.ranks.alone,
-        "a TorchOpt transform; expected torch.optim's": not isinstance(
-            optimizer, torch.optim.Optimizer
-        ),
-        "a problem that revises its signal": overrides(problem, "revised_signal"),
-        "weights in half precision": short,
-    }
-    for what in (what for what, is_so in refused.items() if is_so):
-        raise MetaplError(f"compile=True was given with {what}; leave compile out.")
-
-
-@dataclass(eq=False)
-class Compiled:
-    """The two functions of one training.
-
-    Attributes:
-        held: what they are known by, where that is identities: it may not be freed.
-        compared: the kinds of batches for which they were compared with the eager step, each with
-            the weights that its losses do not reach.
-        asked_by: the networks for which they were compared.
-    """
-
-    step: Callable[..., Any]
-    adjoint: Callable[..., Any]
-    held: tuple[Any, ...]
-    compared: dict[Any, Any] = field(default_factory=dict)
-    asked_by: list[Any] = field(default_factory=list)
-
-    def serve(self, *networks: nn.Module | None) -> None:
-        """Forget what was compared where other networks ask.
-
-        A graph is compared once for each that it serves.
-        """
-        asking = [None if network is None else weakref.ref(network) for network in networks]
-        if asking != self.asked_by:
-            self.compared = {}
-            self.asked_by = asking
-
-
-# The functions of the last trainings, by what was compiled: a call for another network of the same
-# description, as metapl.functional.architecture has it, compiles nothing.
-_KNOWN: dict[Any, Compiled] = {}
-MOST_KNOWN = 4
-
-
-def compiled_training(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    problem: Problem,
-    update: Any,  # of torch.optim
-    clip_norm: float | None,
-    in_settings: bool,
-    several: bool,
-) -> Compiled:
-    """Return the functions of :func:`make_training`, compiled where none are known for what is asked."""
-    device = next(student.parameters()).device
-    dtype = (
-        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    )
-    constants = constants_of(update)
-    # A scheduler's note, which no rule reads.
-    noted = [
-        {name: value for name, value in group.items() if name != "initial_lr"}
-        for group in constants
-    ]
-    kinds = [type(update), *map(type, parts_of(update.optimizer))]
-    held: tuple[Any, ...] = ()
-    try:
-        rule = description_of(
-            (kinds, noted, update.group_of, clip_norm, in_settings, several, dtype)
-        )
-        key: Any = rule, description_of_object(problem), description_of_networks([teacher, student])
-        teacher, student, problem = *bare_copies([teacher, student]), copy.deepcopy(problem)
-    except Undescribed:
-        modules = [
-            part
-            for network in (teacher, student)
-            if network is not None
-            for part in network.modules()
-        ]
-        weights = [
-            p for network in (teacher, student) if network is not None for p in network.parameters()
-        ]
-        hooks = [
-            hook for part in modules for name in PASS_HOOKS for hook in vars(part)[name].values()
-        ]
-        hooks += [hook for table in EVERYWHERE for hook in table.values()]
-        held = teacher, student, problem, *modules, *weights, *hooks
-        flags = [part.training for part in modules], [p.requires_grad for p in weights]
-        key = (
-            *map(id, held),
-            str((flags, kinds, noted, update.group_of, clip_norm, in_settings, several, dtype)),
-        )
-    if key in _KNOWN:
-        _KNOWN[key] = _KNOWN.pop(key)  # the last one that was asked for
-        return _KNOWN[key]
-    # Without the cache, which would keep casts of tensors inside a transform.
-    cast = (
-        nullcontext
-        if dtype is None
-        else partial(torch.autocast, device.type, dtype, cache_enabled=False)
-    )
-    rule_alone = clipped(update.without_optimizer(), clip_norm)
-    step, adjoint = make_training(
-        teacher,
-        student,
-        problem,
-        rule_alone,
-        constants,
-        in_settings=in_settings,
-        several=several,
-        autocast=cast,
-    )
-    # Of those that are known by identity, which hold networks of the user's, the last one is kept.
-    dropped = [known for known, one in _KNOWN.items() if one.held] or [*_KNOWN][: 1 - MOST_KNOWN]
-    for known in dropped:
-        del _KNOWN[known]
-    _KNOWN[key] = Compiled(captured(step, device), captured(adjoint, device), held)
-    return _KNOWN[key]
+    @property
+    def settings(self) -> list[str]:
+        """The names of the optimizer's settings in which the gradient is asked for."""
+        return [name for name in self.wrt if name not in ("teacher", "start")]
 
 
 def differentiate(
@@ -324,434 +84,834 @@ def differentiate(
     student: nn.Module,
     problem: Problem,
     optimizer: torch.optim.Optimizer,
-    mode: Any,  # Forward or Unrolled
+    mode: Any,
     outer: Any,
     ahead: Lookahead,
     *,
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
-    judging: Sequence[
-        Problem
-    ] = (),  # for the outer losses of M examples, in the place of the problem's
-    outer_losses: OuterLosses
-    | None = None,  # of each step; ``outer`` is then the batch of the last
+    judging: Sequence[Problem] = (),
+    outer_losses: OuterLosses | None = None,
     accumulate: int = 1,
     progress: bool = False,
     replay_tolerance: float = REPLAY_TOLERANCE,
 ) -> Hypergradient:
-    """:func:`metapl.hypergradient` through K compiled steps, which move nothing but generators; of
-    M outer losses, with a first dimension M. The first call compares both graphs with the eager
-    road, over one step."""
+    """Return :func:`metapl.hypergradient` through K compiled steps.
+
+    Nothing moves but generators. The first call compares both graphs with the eager road, over one
+    step.
+
+    Args:
+        mode: ``Forward`` or ``Unrolled``.
+        outer: the outer batch; where each step has an outer loss, that of the last step.
+        judging: for the outer losses of M examples, in the place of the problem's; the results then
+            have a first dimension M.
+        outer_losses: of each step.
+        progress: whether to show how far it is.
+    """
     of_teacher, of_student, device = layouts(teacher, student)
-    check(mode, problem, of_student, of_teacher, optimizer, accumulate)
+    if reason := why_not_compiled(mode, problem, of_student, of_teacher, optimizer, accumulate):
+        raise MetaplError(f"compile=True was given with {reason}; leave compile out.")
     if outer_losses is not None and folder_of(mode.keep_on):
         raise MetaplError(
             f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one "
             "outer batch."
         )
-    steps, judged, settings = (
-        len(ahead),
-        problem.outer_batch(outer),
-        [n for n in wrt if n not in ("teacher", "start")],
+    request = PathRequest(
+        teacher=teacher,
+        student=student,
+        problem=problem,
+        optimizer=optimizer,
+        mode=mode,
+        outer=outer,
+        ahead=ahead,
+        clip_norm=clip_norm,
+        wrt=wrt,
+        judging=judging,
+        outer_losses=outer_losses,
+        shows_progress=progress,
+        replay_tolerance=replay_tolerance,
     )
     update: Any = update_of(optimizer, trainable(student))
-    made = compiled_training(
-        teacher, student, problem, update, clip_norm, bool(settings), bool(judging)
-    )
-    made.serve(teacher, student)
-    first = max(0, steps - (steps if mode.truncate is None else mode.truncate))
-    # Where each step has an outer loss, those of the steps that are left out count too.
-    first_seen = first if outer_losses is None else 0
-    options = ahead.options(optimizer) or [options_of(optimizer)] * steps
-    by_group = [*zip(*options, strict=True)]  # of each, step by step
-    # The settings that are tensors in the graphs. A number that is 0 in all steps leaves a part of
-    # the rule out, and a momentum of 0 leaves the buffer as it is.
-    names = [
-        [
-            n
-            for n in update.numbers
-            if n in groups[0] and (n in wrt or any(is_nonzero(now[n]) for now in groups))
-        ]
-        for groups in by_group
-    ]
-    pairs = [
-        zip(names, groups, strict=True) for groups in (options if ahead.schedule else options[:1])
-    ]
-    kept = [
-        [{n: now[n] for n in own if n in wrt or n != "momentum" or now[n]} for own, now in of]
-        for of in pairs
-    ]
-    rates = settings_of(kept, device)
-    (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
-    # A first step with dampening is not the one from a buffer of zeros, nor is its derivative in
-    # the dampening.
-    dampened = [
-        "dampening" in wrt or any(now.get("dampening") for now in groups) for groups in by_group
-    ]
-    first_groups = [
-        {**group, "dampening": is_so} for group, is_so in zip(options[0], dampened, strict=True)
-    ]
-    start = carry = Carry(theta, update.at(first_groups).complete_state(), state, teacher_state)
-
-    buffers = [
-        b for network in (student, teacher) if network is not None for b in network.buffers()
-    ]
-    size = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
-    how = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
-    chosen = keeping(steps, size, device, how, mode.keep_on)
-
-    # What is compared is the first step that moves, for a schedule may begin with a rate of 0; with
-    # all of the decay that there will be, which moves what no loss reaches.
-    moves = next(
-        (k for k, groups in enumerate(options) if any(is_nonzero(now["lr"]) for now in groups)), 0
-    )
-    empty, row = dict.fromkeys(update.numbers, 0.0) | {"betas": (0.0, 0.0)}, dict[str, Any]()
-    for name in update.numbers if ahead.schedule else ():
-        own = [now.get(name, empty[name]) for now in options[moves]]
-        own = (
-            [max(now[name] for now in groups) for groups in by_group]
-            if name == "weight_decay"
-            else own
-        )
-        if any(entry_shape(number) for number in own):
-            row[name] = [settings_of(number, device)[None] for number in own]
-        else:
-            row[name] = torch.tensor([own], dtype=torch.float64)
-    given: dict[str, Any] = {"clip_norm": clip_norm, "wrt": ("teacher", *settings)}
-    graphs = partial(
-        differentiate,
+    graphs = graphs_of(
         teacher,
         student,
         problem,
-        optimizer,
-        Forward(),
-        outer,
-        judging=judging,
-        **given,
+        update,
+        clip_norm=clip_norm,
+        in_settings=bool(request.settings),
+        several=bool(judging),
     )
+    graphs.serve(teacher, student)
+    plan = plan_of(request, update, device)
+    refuse_other_gradient(request, plan, graphs, ahead[plan.compared_step])
 
-    def eager(one_step: Lookahead) -> Hypergradient:
-        """Return the gradient of one step on the eager road."""
-        request = Request(
-            teacher=teacher,
-            student=student,
-            outer=outer,
-            inner=one_step,
-            mode="forward",
-            problem=judging[0] if judging else problem,
-            inner_optimizer=optimizer,
-            clip_norm=clip_norm,
+    states = States(mode.keep_on)
+    if folder := folder_of(mode.keep_on):
+        number = path_number(
+            student,
+            teacher or nn.Module(),
+            problem,
+            mode,
+            update,
+            optimizer,
+            (plan.options, wrt, clip_norm, outer, ahead[0], plan.steps),
         )
-        return through_steps(request)
+        states = FolderStates(folder, number, device)
+    return CompiledPath(request, plan, graphs, states).find()
 
-    compare = partial(refuse_other, made, theta, graphs, eager, row or None)
-    compare(ahead[moves])
 
-    folder, states, spacings = folder_of(mode.keep_on), States(mode.keep_on), (*chosen.spacings, 1)
-    going_on: AbstractContextManager[Any] = nullcontext()
-    if folder is not None:
-        asked = student, teacher or nn.Module(), problem, mode, update, optimizer
-        states = FolderStates(
-            folder, known_by(*asked, options, wrt, clip_norm, outer, ahead[0], steps), device
-        )
-        going_on = states.opened()
+def why_not_compiled(
+    mode: Any,
+    problem: Problem,
+    student: Layout,
+    teacher: Layout | None,
+    optimizer: Any,
+    accumulate: int,
+) -> str:
+    """Return what the two graphs do not take, and what is expected instead; "" for nothing."""
+    is_in_own_units = getattr(mode, "normalization", "gradient") == "gradient"
+    networks = [network for network in (student, teacher) if network is not None]
+    is_alone = student.ranks.alone and all(network.kind == "plain" for network in networks)
+    if mode.name not in ("forward", "unrolled") or not is_in_own_units:
+        return f"{mode!r}; expected Forward() or Unrolled(), in the gradient's own units"
+    if accumulate > 1:
+        return "accumulate"
+    if not is_alone:
+        return "several processes"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return "a TorchOpt transform; expected torch.optim's"
+    if overrides(problem, "revised_signal"):
+        return "a problem that revises its signal"
+    if any(p.dtype in HALF for p in student.parameters().values()):
+        return "weights in half precision"
+    return ""
 
-    # Digests of the states at the ends of blocks, which replays reach, and of every √K-th state
-    # where all are kept.
-    replays = ReplayCheck(replay_tolerance)
-    noted_every = spacings[0] if spacings[0] > 1 else math.isqrt(steps)
 
-    # What is known of the steps: the losses, the digests of batches that are read again, and which
-    # shapes each has; by those of a batch, zeros in the shapes of its signal, and a value of that.
-    losses, digests, kinds, signals = (
-        list[Tensor](),
-        list[Tensor](),
-        list[int](),
-        dict[Any, tuple[Tree, Any]](),
+# ---------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathPlan:
+    """How the steps of a path are taken, and which states are kept; fixed before the first one.
+
+    Attributes:
+        steps: K.
+        device: where the networks are.
+        options: of the optimizer's param groups, in each step.
+        rates: the settings that are tensors in the graphs, in each step, or once for all of them.
+        start: the carry before the first step.
+        phi: φ, the teacher's weights.
+        first: the first step that is differentiated.
+        first_seen: the first step that the walk back comes to. Where each step has an outer loss,
+            those of the steps that are not differentiated count too.
+        keeping: which steps keep their states.
+        spacings: as at the head of :mod:`metapl.feedback.keeping`, down to 1.
+        compared_step: the first step that moves the student, for a schedule may begin with a rate
+            of 0. The graphs are compared with the eager road in it.
+        compared_schedule: the settings in that step, as the schedule of one step; None where there
+            is no schedule.
+    """
+
+    steps: int
+    device: torch.device
+    options: Sequence[OptionsOfStep]
+    rates: Sequence[Settings]
+    start: Carry
+    phi: Tree
+    first: int
+    first_seen: int
+    keeping: Keeping
+    spacings: tuple[int, ...]
+    compared_step: int
+    compared_schedule: dict[str, Any] | None
+
+    def rates_of(self, number: int) -> Settings:
+        """Return the settings in a step, as tensors."""
+        return self.rates[number % len(self.rates)]
+
+
+def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> PathPlan:
+    """Return the plan of a path, which is refused where memory does not hold its states."""
+    ahead = request.ahead
+    mode = request.mode
+    steps = len(ahead)
+    options = ahead.options(request.optimizer) or [options_of(request.optimizer)] * steps
+
+    theta, state = tensors_of(request.student)
+    phi, teacher_state = tensors_of(request.teacher)
+    optimizer_state = first_state(options, update, request.wrt)
+    networks = [network for network in (request.student, request.teacher) if network is not None]
+    buffers = [b for network in networks for b in network.buffers()]
+    state_bytes = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
+    spacing = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
+    kept = keeping(steps, state_bytes, device, spacing, mode.keep_on)
+
+    first = 0
+    if mode.truncate is not None:
+        first = max(0, steps - mode.truncate)
+    compared_step = first_moving_step(options)
+    return PathPlan(
+        steps=steps,
+        device=device,
+        options=options,
+        rates=tensor_settings(
+            options, update, request.wrt, is_scheduled=bool(ahead.schedule), device=device
+        ),
+        start=Carry(theta, optimizer_state, state, teacher_state),
+        phi=phi,
+        first=first,
+        first_seen=first if request.outer_losses is None else 0,
+        keeping=kept,
+        spacings=(*kept.spacings, 1),
+        compared_step=compared_step,
+        compared_schedule=(
+            schedule_of_step(options, compared_step, update, device) if ahead.schedule else None
+        ),
     )
-    feedback, in_settings, end = list[Any](), list[Any](), steps
-    draws_outside = (
-        True  # from Python's or NumPy's generators, as far as is known before the first step
-    )
 
-    def signal_of(number: int) -> tuple[Tree, Any]:
-        return [*signals.values()][kinds[number]]
 
-    def store(**back: Any) -> None:
-        """In a folder, store what is known of the steps so far, and of the way ``back``."""
-        if isinstance(states, FolderStates):
-            known = {"losses": torch.stack(losses), "digests": torch.stack(digests), "kinds": kinds}
-            states.came_to(**known, signals=signals, replays=replays.digests, back=back)
+def tensor_settings(
+    options: Sequence[OptionsOfStep],
+    update: TorchUpdate,
+    wrt: Sequence[str],
+    *,
+    is_scheduled: bool,
+    device: torch.device,
+) -> list[Settings]:
+    """Return the settings that are tensors in the graphs, in each step, or once where none changes.
 
-    def keep(number: int, carry: Carry, finest: bool = False) -> None:
-        is_inside = finest or (spacings[0] == 1 and number % noted_every)
-        if steps > 1 and not is_inside:
-            replays.note(number, carry.params, carry.optimizer)
-        pairs = zip(
-            carry[2:], start[2:], strict=True
-        )  # what has not moved, such as frozen weights, is held once
-        moved = [
-            {n: t for n, t in now.items() if not torch.equal(t, before[n])} for now, before in pairs
-        ]
-        drawn = RandomState.now(device, outside=draws_outside).values()
-        states.keep(number, [carry.params, carry.optimizer, *moved, drawn], finest)
-        if number == len(losses) > 0:
-            store()
+    A number that is 0 in all steps leaves a part of the rule out, and a momentum of 0 leaves the
+    buffer as it is; but for those in which the gradient is asked for.
+    """
+    names_by_group: list[list[str]] = []
+    for groups in zip(*options, strict=True):
+        names: list[str] = []
+        for name in update.numbers:
+            if name not in groups[0]:
+                continue
+            if name in wrt or any(is_nonzero(group[name]) for group in groups):
+                names.append(name)
+        names_by_group.append(names)
 
-    def taken(number: int) -> Carry:
-        """The state before a step, which is no longer kept, with the generators as they were then."""
-        params, state, *moved, random = states.take(number)
-        RandomState(device, **random).restore()
-        return Carry(params, state, *(was | now for was, now in zip(start[2:], moved, strict=True)))
+    numbers: list[list[dict[str, Any]]] = []
+    for groups_of_step in options if is_scheduled else options[:1]:
+        in_step: list[dict[str, Any]] = []
+        for names, group in zip(names_by_group, groups_of_step, strict=True):
+            in_step.append(
+                {
+                    name: group[name]
+                    for name in names
+                    if name in wrt or name != "momentum" or group[name]
+                }
+            )
+        numbers.append(in_step)
+    settings: list[Settings] = settings_of(numbers, device)
+    return settings
 
-    def read(number: int) -> Any:
-        """A batch; one that a function returns is refused where it is not the same when it is read again."""
-        if folder is None and not callable(ahead.batches):
-            return ahead[number]
-        with replayed(RandomState.now(device)):  # a function may seed the default generator
-            batch = ahead[number]
+
+def first_state(options: Sequence[OptionsOfStep], update: TorchUpdate, wrt: Sequence[str]) -> Any:
+    """Return the optimizer's state before the first step, with all tensors that later ones have.
+
+    A first step with dampening is not the one from a buffer of zeros, nor is its derivative in the
+    dampening: so whether a buffer is there from the beginning depends on the dampening of all
+    steps.
+    """
+    first_groups: list[dict[str, Any]] = []
+    for first_group, groups in zip(options[0], zip(*options, strict=True), strict=True):
+        has_dampening = "dampening" in wrt or any(group.get("dampening") for group in groups)
+        first_groups.append({**first_group, "dampening": has_dampening})
+    later: Any = update.with_options(first_groups)
+    return later.complete_state()
+
+
+def first_moving_step(options: Sequence[OptionsOfStep]) -> int:
+    """Return the number of the first step with a rate that is not 0; 0 where there is none."""
+    for number, groups in enumerate(options):
+        if any(is_nonzero(group["lr"]) for group in groups):
+            return number
+    return 0
+
+
+def schedule_of_step(
+    options: Sequence[OptionsOfStep], number: int, update: TorchUpdate, device: torch.device
+) -> dict[str, Any] | None:
+    """Return the settings in one step as a schedule of one step, for :class:`metapl.Lookahead`.
+
+    The weight decay is the greatest of all steps, which moves what no loss reaches.
+    """
+    schedule: dict[str, Any] = {}
+    for name in update.numbers:
+        missing = (0.0, 0.0) if name == "betas" else 0.0
+        values = [group.get(name, missing) for group in options[number]]
+        if name == "weight_decay":
+            by_group = zip(*options, strict=True)
+            values = [max(group[name] for group in groups) for groups in by_group]
+        if any(entry_shape(value) for value in values):
+            schedule[name] = [settings_of(value, device)[None] for value in values]
+        else:
+            schedule[name] = torch.tensor([values], dtype=torch.float64)
+    return schedule or None
+
+
+# ---------------------------------------------------------------------------------------- the book
+
+
+class SignalKind(NamedTuple):
+    """What the signals about batches of the same shapes have in common.
+
+    Attributes:
+        zeros: by the names of a signal's differentiable fields.
+        value: of one of them, which tells the form of the feedback.
+    """
+
+    zeros: Tree
+    value: Any
+
+
+@dataclass
+class StepBook:
+    """What is known of the steps that a path has taken; in a folder it is stored.
+
+    Attributes:
+        losses: the inner loss of each step, scalars.
+        digests: of the batch of each step, where it is read again: whole numbers.
+        kind_numbers: of each step, the place of its batch's shapes among ``kinds``.
+        kinds: by the shapes of a batch.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    digests: list[Tensor] = field(default_factory=list)
+    kind_numbers: list[int] = field(default_factory=list)
+    kinds: dict[Shapes, SignalKind] = field(default_factory=dict)
+
+    def note_batch(self, number: int, batch: Any) -> None:
+        """Note a batch that was read; refuse one that is another than when it was read before."""
         found = digest(batch)
-        if number == len(digests):
-            digests.append(found)
-        if bool(digests[number] != found):
+        if number == len(self.digests):
+            self.digests.append(found)
+        if bool(self.digests[number] != found):
             raise MetaplError(OTHER_BATCH.format(number))
-        return batch
 
-    def take_step(number: int, carry: Carry) -> tuple[Carry, Tensor]:
-        compare(batch := read(number))
-        after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
-        if (shapes := shapes_of(batch)) not in signals:
+    def note_signal(self, number: int, batch: Any, signal: Mapping[str, Any]) -> None:
+        """Note what the signal about a batch is like; refuse one that is drawn."""
+        shapes = shapes_of(batch)
+        if shapes not in self.kinds:
             if "log_prob" in signal:
                 raise MetaplError(
                     "compile=True was given with a signal that is drawn; leave compile out."
                 )
-            zeros = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
-            signals[shapes] = zeros, signal["value"]
-        if number == len(kinds):
-            kinds.append([*signals].index(shapes))
+            fields = Signal(**signal).differentiable()
+            zeros = {name: torch.zeros_like(t) for name, t in fields.items()}
+            self.kinds[shapes] = SignalKind(zeros, signal["value"])
+        if number == len(self.kind_numbers):
+            self.kind_numbers.append([*self.kinds].index(shapes))
+
+    def kind_of(self, number: int) -> SignalKind:
+        """Return what the signal of a step was like."""
+        return [*self.kinds.values()][self.kind_numbers[number]]
+
+    def stored(self) -> dict[str, Any]:
+        """Return the book as plain values, for a file."""
+        return {
+            "losses": torch.stack(self.losses),
+            "digests": torch.stack(self.digests),
+            "kinds": self.kind_numbers,
+            "signals": {shapes: (kind.zeros, kind.value) for shapes, kind in self.kinds.items()},
+        }
+
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> StepBook:
+        """Return a book that was stored."""
+        return StepBook(
+            losses=[*stored["losses"].unbind()],
+            digests=[*stored["digests"].unbind()],
+            kind_numbers=stored["kinds"],
+            kinds={shapes: SignalKind(*kind) for shapes, kind in stored["signals"].items()},
+        )
+
+
+@dataclass
+class WayBack:
+    """How far the walk back has come, and what it has found.
+
+    Attributes:
+        end: the number of the step before which the cotangents are.
+        outer_loss: L(θ_K), a scalar, or (M,) of M outer losses.
+        bars: the cotangents of the carry before that step.
+        feedback: h of the steps from there on, from the last one to the first.
+        in_settings: the gradients in the settings of these steps, in the same order.
+    """
+
+    end: int
+    outer_loss: Tensor
+    bars: Cotangents
+    feedback: list[Any] = field(default_factory=list)
+    in_settings: list[Any] = field(default_factory=list)
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain values, for a file."""
+        return {
+            "at": self.end,
+            "L": self.outer_loss,
+            "feedback": self.feedback,
+            "in_settings": self.in_settings,
+            "bars": [*self.bars],
+        }
+
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> WayBack:
+        """Return a way back that was stored."""
+        return WayBack(
+            end=stored["at"],
+            outer_loss=stored["L"],
+            bars=Cotangents(*stored["bars"]),
+            feedback=stored["feedback"],
+            in_settings=stored["in_settings"],
+        )
+
+
+# ---------------------------------------------------------------------------------------- the walk
+
+
+class CompiledPath:
+    """A path of compiled steps, which is walked forward and back.
+
+    Attributes:
+        judged: the outer batch as the problem reads it.
+        book: what is known of the steps.
+        replays: digests of states, by which it is seen whether steps that are computed again come
+            out as they did. They are those of the states at the ends of blocks, and of every √K-th
+            state where all are kept.
+        losses_before: L_k(θ_k) by k, of all steps but the last, where each has an outer loss.
+    """
+
+    def __init__(
+        self, request: PathRequest, plan: PathPlan, graphs: Graphs, states: States
+    ) -> None:
+        self.request = request
+        self.plan = plan
+        self.graphs = graphs
+        self.states = states
+        self.judged = request.problem.outer_batch(request.outer)
+        self.book = StepBook()
+        self.replays = ReplayCheck(request.replay_tolerance)
+        self.losses_before: dict[int, Tensor] = {}
+        # Whether steps draw from Python's or NumPy's generators, which is seen in the first one.
+        self._draws_outside = True
+
+    def find(self) -> Hypergradient:
+        """Walk forward and back, and return the gradient; after an error no generator has moved."""
+        begun = RandomState.now(self.plan.device)
+        try:
+            with (
+                torch.no_grad(),
+                no_fast_path(math=True),
+                deterministic(self.plan.device),
+                capturing(),
+                self.states.opened() as stored,
+            ):
+                carry = self._begin(stored)
+                carry = self._walk_forward(carry)
+                ended = RandomState.now(self.plan.device)
+                if stored is not None and stored["back"]:
+                    back = WayBack.of(stored["back"])
+                else:
+                    back = self._turn_back(carry, ended)
+                self._walk_back(back)
+        except BaseException:
+            begun.restore()
+            raise
+        ended.restore()
+        return self._result(carry, back)
+
+    def _begin(self, stored: Mapping[str, Any] | None) -> Carry:
+        """Return the carry to begin with: the start, or that to which a killed process came."""
+        if stored is None:
+            # A function that always returns another batch is refused here, not after the path.
+            self._read_batch(0)
+            return self.plan.start
+        self.book = StepBook.of(stored)
+        self.replays.digests = stored.get("replays", {})
+        done = len(self.book.losses)
+        carry = self._take_kept(done)
+        # Of a path that is truncated, no other batch is read again.
+        self._read_batch(done - 1)
+        return carry
+
+    def _walk_forward(self, carry: Carry) -> Carry:
+        """Take the steps that are not in the book, and return the carry after the last one."""
+        plan = self.plan
+        done = len(self.book.losses)
+        with step_bar(self.request.shows_progress, plan.steps, "steps", done) as advance:
+            for number in range(done, plan.steps):
+                if number % plan.spacings[0] == 0:
+                    self._keep(number, carry)
+                start = RandomState.now(plan.device) if number == done else None
+                carry, loss = self._take_step(number, carry)
+                if start is not None:
+                    self._draws_outside = RandomState.now(plan.device).has_drawn_outside(start)
+                self.book.losses.append(loss)
+                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
+                advance()
+        if done < plan.steps:
+            if self.states.is_stored:
+                self._keep(plan.steps, carry)
+            elif plan.steps > 1:
+                self.replays.note(plan.steps, carry.params, carry.optimizer)
+        return carry
+
+    def _turn_back(self, carry: Carry, ended: RandomState) -> WayBack:
+        """Return the outer loss at the end of the path, and the cotangents that it has there."""
+        request = self.request
+        # As on the eager road, the outer loss draws from a stream apart from the path's.
+        with replayed(ended.branch()):
+            L, pull = vjp(partial(self._outer_loss, carry.state, self.judged), carry.params)
+            if request.judging:
+                (v,) = vmap(pull)(torch.eye(len(L)).to(L))
+            else:
+                (v,) = pull(torch.ones_like(L))
+        if request.outer_losses is not None:
+            v = {name: request.outer_losses.weights[-1] * t for name, t in v.items()}
+        in_optimizer, in_teacher = pytree.tree_map(
+            lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, self.plan.phi)
+        )
+        return WayBack(
+            end=self.plan.steps, outer_loss=L, bars=Cotangents(v, in_optimizer, in_teacher)
+        )
+
+    def _walk_back(self, back: WayBack) -> None:
+        """Take the adjoints of the steps from the last to the first one that is differentiated."""
+        plan = self.plan
+        to_go = plan.steps - plan.first
+        done = plan.steps - back.end
+        with step_bar(self.request.shows_progress, to_go, "steps back", done) as advance:
+            for number, carry in self._backwards(0, back.end, plan.spacings):
+                start = None
+                if self.request.outer_losses is not None:
+                    # To read it takes a while, in steps of a fraction of a millisecond.
+                    start = RandomState.now(plan.device)
+                if number < plan.first_seen:
+                    break
+                if number < plan.first:
+                    back.bars = self._with_loss_before(number, carry, start, back.bars)
+                    continue
+                self._compare_replay(number, carry)
+                self._take_adjoint(number, carry, back)
+                back.bars = self._with_loss_before(number, carry, start, back.bars)
+                advance()
+                if self.states.is_stored:
+                    self._store_way_back(number, back)
+
+    def _take_adjoint(self, number: int, carry: Carry, back: WayBack) -> None:
+        """Go back through one step, from the carry before it."""
+        kind = self.book.kind_of(number)
+        batch = self._read_batch(number)
+        back.bars, in_signal, in_settings, size = self.graphs.adjoint(
+            self.plan.phi, carry, batch, self.plan.rates_of(number), back.bars, kind.zeros
+        )
+        checks.refuse_not_finite(NOT_FINITE.format(number), size)
+        # h is minus the derivative.
+        h = {name: -t for name, t in in_signal.items()}
+        back.feedback.append(on_value(h, kind.value))
+        back.in_settings.append(in_settings)
+
+    def _result(self, carry: Carry, back: WayBack) -> Hypergradient:
+        request = self.request
+        plan = self.plan
+        L = back.outer_loss
+        feedback = [*back.feedback]
+        # The steps that are not differentiated have a feedback of 0.
+        for number in reversed(range(plan.first)):
+            kind = self.book.kind_of(number)
+            zeros = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in kind.zeros.items()}
+            feedback.append(on_value(zeros, kind.value))
+        outer_loss = L
+        outer_losses = None
+        if request.outer_losses is not None:
+            before = [self.losses_before[number] for number in range(1, plan.steps)]
+            outer_losses = torch.stack([*before, L])
+            outer_loss = request.outer_losses.total(outer_losses)
+        return Hypergradient(
+            grads=back.bars.teacher if "teacher" in request.wrt else {},
+            feedback=tuple(feedback[::-1]),
+            inner_loss=torch.stack(self.book.losses).mean(),
+            outer_loss=outer_loss,
+            student_params=carry.params,
+            inner_state=None,
+            kept=plan.keeping.words(plan.steps),
+            start=back.bars.params if "start" in request.wrt else {},
+            settings=stacked_settings(back.in_settings[::-1], request.settings, plan.options[0]),
+            outer_losses=outer_losses,
+            replay_error=self.replays.error,
+            float32_products=float32_products(plan.device),
+        )
+
+    # ----------------------------------------------------------------------------------- one step
+
+    def _read_batch(self, number: int) -> Any:
+        """Return a batch; one that a function returns is refused if it is another than before."""
+        ahead = self.request.ahead
+        if not self.states.is_stored and not callable(ahead.batches):
+            return ahead[number]
+        # A function may seed the default generator.
+        with replayed(RandomState.now(self.plan.device)):
+            batch = ahead[number]
+        self.book.note_batch(number, batch)
+        return batch
+
+    def _take_step(self, number: int, carry: Carry) -> tuple[Carry, Tensor]:
+        """Return the carry after a step, and its inner loss."""
+        batch = self._read_batch(number)
+        refuse_other_gradient(self.request, self.plan, self.graphs, batch)
+        after, loss, signal = self.graphs.step(
+            self.plan.phi, carry, batch, self.plan.rates_of(number)
+        )
+        self.book.note_signal(number, batch, signal)
         return after, loss
 
-    def backward(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry]]:
-        """The steps from the last to the ``first``, with their carries, each under the draws that
-        it had: a block between kept ones is walked again."""
-        for begun_at in reversed(range(begin, end, spacing)):
-            stop = min(begun_at + spacing, end)
-            if stop <= first_seen:
-                return
-            carry = taken(begun_at)
-            if not finer:
-                yield begun_at, carry
-                continue
-            for number in range(begun_at, stop):
-                if number % finer[0] == 0:
-                    keep(number, carry, finest=finer[0] == 1)
-                if number < stop - 1:
-                    carry, _ = take_step(number, carry)
-            yield from backward(begun_at, stop, *finer)
+    def _compare_replay(self, number: int, carry: Carry) -> None:
+        """Take a step again whose end was noted, and compare.
 
-    def compare_replay(number: int, held: Carry) -> None:
-        """Take a step again whose end was noted, and compare; it is taken by the graph that took it
-        first, for the adjoint may round otherwise."""
-        if number + 1 in replays.digests:
-            before = RandomState.now(device)
-            after, _ = take_step(number, held)
-            replays.compare(number + 1, after.params, after.optimizer)
-            before.restore()
+        It is taken by the graph that took it first, for the adjoint may round otherwise.
+        """
+        if number + 1 not in self.replays.digests:
+            return
+        start = RandomState.now(self.plan.device)
+        after, _ = self._take_step(number, carry)
+        self.replays.compare(number + 1, after.params, after.optimizer)
+        start.restore()
 
-    def losses_at(state: Tree, judged: Any, theta: Tree) -> Tensor:
-        S = Function(student)
-        z, left = S.outputs(theta, state, problem.outer_input(judged))
+    # --------------------------------------------------------------------------------- outer losses
+
+    def _outer_loss(self, state: Tree, judged: Any, theta: Tree) -> Tensor:
+        """Return L at these weights, a scalar, or (M,) by the problems that judge."""
+        problem = self.request.problem
+        judges = self.request.judging or [problem]
+        S = Function(self.request.student)
+        z, state_after = S.outputs(theta, state, problem.outer_input(judged))
 
         def ask(network: Any) -> list[tuple[Tensor, Tensor | float]]:
-            return [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+            return [sum_and_weight(judge.outer_loss(z, judged)) for judge in judges]
 
         # As the inner loss, they are called while these weights are in the student.
-        found, _ = S.at(theta, left, ask)
-        L = torch.stack([total / weight for total, weight in found])
-        return L if judging else L[0]
+        sums, _ = S.at(theta, state_after, ask)
+        losses = torch.stack([total / weight for total, weight in sums])
+        return losses if self.request.judging else losses[0]
 
-    losses_before = dict[int, Tensor]()  # L_k(θ_k) by k, of all steps but the last
-
-    def with_loss_before(
-        number: int, held: Carry, start: RandomState | None, bars: Cotangents
+    def _with_loss_before(
+        self, number: int, carry: Carry, start: RandomState | None, bars: Cotangents
     ) -> Cotangents:
-        """Return the cotangents before a step with the gradient of the outer loss that the step before it has."""
+        """Return the cotangents before a step, and in them the outer loss of the step before it.
+
+        Args:
+            start: the generators before the step; None where the steps have no outer losses.
+        """
+        outer_losses = self.request.outer_losses
         if outer_losses is None or start is None or number == 0:
             return bars
-        judged_then = problem.outer_batch(outer_losses.batches[number - 1])
+        judged = self.request.problem.outer_batch(outer_losses.batches[number - 1])
         with replayed(start.branch()):
-            L, pull = vjp(partial(losses_at, held.state, judged_then), held.params)
+            L, pull = vjp(partial(self._outer_loss, carry.state, judged), carry.params)
             (gradient,) = pull(torch.ones_like(L))
-        losses_before[number] = L
+        self.losses_before[number] = L
         weight = outer_losses.weights[number - 1]
-        return with_fields(
-            bars, params={name: t + weight * gradient[name] for name, t in bars.params.items()}
+        params = {name: t + weight * gradient[name] for name, t in bars.params.items()}
+        return with_fields(bars, params=params)
+
+    # --------------------------------------------------------------------------------- kept states
+
+    def _backwards(
+        self, begin: int, end: int, spacings: Sequence[int]
+    ) -> Iterator[tuple[int, Carry]]:
+        """Yield the steps from ``end`` back to ``begin``, each with the carry before it.
+
+        Each is yielded under the draws that it had. A block between two multiples of
+        ``spacings[0]``, which were kept, is walked again and keeps its multiples of the next
+        spacing.
+        """
+        spacing, *finer = spacings
+        for block in reversed(range(begin, end, spacing)):
+            block_end = min(block + spacing, end)
+            if block_end <= self.plan.first_seen:
+                return
+            carry = self._take_kept(block)
+            if not finer:
+                yield block, carry
+                continue
+            for number in range(block, block_end):
+                if number % finer[0] == 0:
+                    self._keep(number, carry, is_held=finer[0] == 1)
+                if number < block_end - 1:
+                    carry, _ = self._take_step(number, carry)
+            yield from self._backwards(block, block_end, finer)
+
+    def _keep(self, number: int, carry: Carry, *, is_held: bool = False) -> None:
+        """Keep the carry before a step, and the generators.
+
+        Args:
+            is_held: whether it is in a block all of whose states are held in memory.
+        """
+        plan = self.plan
+        is_noted = plan.steps > 1 and not is_held
+        if plan.spacings[0] == 1 and number % math.isqrt(plan.steps):
+            is_noted = False
+        if is_noted:
+            self.replays.note(number, carry.params, carry.optimizer)
+        random = RandomState.now(plan.device, outside=self._draws_outside)
+        kept = [
+            carry.params,
+            carry.optimizer,
+            moved_since(plan.start.state, carry.state),
+            moved_since(plan.start.teacher_state, carry.teacher_state),
+            random.values(),
+        ]
+        self.states.keep(number, kept, is_held)
+        if self.states.is_stored and number == len(self.book.losses) > 0:
+            self._store(way_back={})
+
+    def _take_kept(self, number: int) -> Carry:
+        """Return the carry before a step, which is no longer kept, and set the generators back."""
+        start = self.plan.start
+        params, optimizer, moved, teacher_moved, random = self.states.take(number)
+        RandomState(self.plan.device, **random).restore()
+        return Carry(
+            params,
+            optimizer,
+            state={**start.state, **moved},
+            teacher_state={**start.teacher_state, **teacher_moved},
         )
 
-    begun = RandomState.now(device)
+    def _store(self, way_back: Mapping[str, Any]) -> None:
+        """Store what is known of the steps so far, and of the way back."""
+        self.states.store({**self.book.stored(), "replays": self.replays.digests, "back": way_back})
+
+    def _store_way_back(self, number: int, back: WayBack) -> None:
+        """Store the way back to a step, and remove the states that it no longer needs.
+
+        It is stored at the beginning of each of the finest blocks, but for the last one, at whose
+        beginning the path ends.
+        """
+        finest_block = self.plan.spacings[-2]
+        if number <= self.plan.first or number % finest_block != 0:
+            return
+        end = back.end
+        back.end = number
+        self._store(way_back=back.stored())
+        self.states.forget(number, end)
+
+
+def moved_since(start: Tree, now: Tree) -> Tree:
+    """Return the tensors that are no longer what they were at the start.
+
+    Those that do not move, such as frozen weights, are held once.
+    """
+    return {name: t for name, t in now.items() if not torch.equal(t, start[name])}
+
+
+# ---------------------------------------------------------------------------------- the comparison
+
+
+def refuse_other_gradient(request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Any) -> None:
+    """Refuse graphs whose gradient through one step on such a batch is not the eager one.
+
+    Batches of shapes that were compared before are let through.
+    """
+    shapes = shapes_of(batch)
+    if shapes in graphs.compared:
+        return
+    one_step = Lookahead([batch], schedule=plan.compared_schedule)
+    begun = RandomState.now(plan.device)
+    # The step by which they are compared is a step by these graphs too, and not compared.
+    graphs.compared[shapes] = None
     try:
-        with (
-            torch.no_grad(),
-            no_fast_path(math=True),
-            deterministic(device),
-            capturing(),
-            going_on as known,
-        ):
-            if known is None:
-                read(
-                    0
-                )  # a function that always returns another batch is refused here, not after the path
-            else:  # of a process that was killed
-                losses, digests = ([*known[name].unbind()] for name in ("losses", "digests"))
-                kinds, signals, replays.digests = (
-                    known["kinds"],
-                    known["signals"],
-                    known.get("replays", {}),
-                )
-                carry = taken(len(losses))
-                read(len(losses) - 1)  # of a path that is truncated, no other is read again
-            with step_bar(progress, steps, "steps", done := len(losses)) as tell:
-                for number in range(done, steps):
-                    if number % spacings[0] == 0:
-                        keep(number, carry)
-                    before = RandomState.now(device) if number == done else None
-                    carry, loss = take_step(number, carry)
-                    if before is not None:
-                        draws_outside = RandomState.now(device).has_drawn_outside(before)
-                    losses.append(loss)
-                    checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
-                    tell()
-            if done < steps and folder is not None:
-                keep(steps, carry)
-            elif done < steps and steps > 1:
-                replays.note(steps, carry.params, carry.optimizer)
-            ended = RandomState.now(device)
-            if known and known["back"]:
-                end, L, feedback, in_settings, found = known["back"].values()
-                bars = Cotangents(*found)
-            else:
-                with replayed(ended.branch()):
-                    L, pull = vjp(partial(losses_at, carry.state, judged), carry.params)
-                    v = (
-                        vmap(pull)(torch.eye(len(L)).to(L))[0]
-                        if judging
-                        else pull(torch.ones_like(L))[0]
-                    )
-                nothing = pytree.tree_map(
-                    lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi)
-                )
-                if outer_losses is not None:
-                    v = {name: outer_losses.weights[-1] * t for name, t in v.items()}
-                bars = Cotangents(v, *nothing)
-            with step_bar(progress, steps - first, "steps back", steps - end) as tell:
-                for number, held in backward(0, end, *spacings):
-                    # It takes a while to read, in steps of a fraction of a millisecond.
-                    before_step = None if outer_losses is None else RandomState.now(device)
-                    if number < first_seen:
-                        break
-                    if number < first:
-                        bars = with_loss_before(number, held, before_step, bars)
-                        continue
-                    compare_replay(number, held)
-                    (zeros, value), of_step = (
-                        signal_of(number),
-                        (read(number), rates[number % len(rates)]),
-                    )
-                    bars, of_signal, of_rates, size = made.adjoint(phi, held, *of_step, bars, zeros)
-                    checks.refuse_not_finite(NOT_FINITE.format(number), size)
-                    feedback.append(on_value({name: -t for name, t in of_signal.items()}, value))
-                    in_settings.append(of_rates)
-                    bars = with_loss_before(number, held, before_step, bars)
-                    tell()
-                    if (
-                        isinstance(states, FolderStates)
-                        and number > first
-                        and number % spacings[-2] == 0
-                    ):
-                        store(
-                            at=number, L=L, feedback=feedback, in_settings=in_settings, bars=[*bars]
-                        )
-                        states.forget(number, end)
-                        end = number
+        with replayed(begun):
+            by_graphs = differentiate(
+                request.teacher,
+                request.student,
+                request.problem,
+                request.optimizer,
+                Forward(),
+                request.outer,
+                one_step,
+                clip_norm=request.clip_norm,
+                wrt=("teacher", *request.settings),
+                judging=request.judging,
+            )
+            after = RandomState.now(plan.device)
+        with replayed(begun), branching_to(after.branch()):
+            eager = eager_gradient(request, one_step)
+        unreached = refuse_moved_without_loss(plan.start.params, by_graphs, eager)
+        refuse_other_reach(unreached, graphs)
+        refuse_gaps(by_graphs, eager)
     except BaseException:
-        begun.restore()
+        del graphs.compared[shapes]
         raise
-    ended.restore()
-    for zeros, value in map(signal_of, reversed(range(first))):
-        feedback.append(
-            on_value({name: t.new_zeros((*L.shape, *t.shape)) for name, t in zeros.items()}, value)
+    graphs.compared[shapes] = unreached
+
+
+def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:
+    """Return the gradient of one step on the eager road."""
+    problem: Any = request.judging[0] if request.judging else request.problem
+    return through_steps(
+        Request(
+            teacher=request.teacher,
+            student=request.student,
+            outer=request.outer,
+            inner=one_step,
+            mode="forward",
+            problem=problem,
+            inner_optimizer=request.optimizer,
+            clip_norm=request.clip_norm,
         )
-    all_losses = None
-    if outer_losses is not None:
-        all_losses = torch.stack([*(losses_before[number] for number in range(1, steps)), L])
-    return Hypergradient(
-        grads=bars.teacher if "teacher" in wrt else {},
-        feedback=tuple(feedback[::-1]),
-        inner_loss=torch.stack(losses).mean(),
-        outer_loss=L
-        if outer_losses is None or all_losses is None
-        else outer_losses.total(all_losses),
-        student_params=carry.params,
-        inner_state=None,
-        kept=chosen.words(steps),
-        start=bars.params if "start" in wrt else {},
-        settings=stacked_settings(in_settings[::-1], settings, options[0]),
-        outer_losses=all_losses,
-        replay_error=replays.error,
-        float32_products=float32_products(device),
     )
 
 
-def refuse_other(
-    made: Compiled,
-    theta: Tree,
-    graphs: Callable[..., Hypergradient],  # of a look-ahead
-    eager: Callable[[Lookahead], Hypergradient],
-    schedule: dict[str, Any] | None,
-    batch: Any,
-) -> None:
-    """Refuse graphs whose gradient through one step on such a batch is not that of the eager road."""
-    if (kind := shapes_of(batch)) in made.compared:
-        return
-    device = next(iter(theta.values())).device
-    one, begun = Lookahead([batch], schedule=schedule), RandomState.now(device)
-    made.compared[kind] = None  # the step that is compared is none to compare
-    try:
-        with replayed(begun):
-            ours = graphs(one)
-            after = RandomState.now(device)
-        with replayed(begun), branching_to(after.branch()):
-            expected = eager(one)
-        moved = {n: t - theta[n] for n, t in expected.student_params.items()}
-        least, eps = 1e3 * float(norm(moved)), torch.finfo(expected.inner_loss.dtype).eps
-        rounding = {
-            n: eps * (least + 8 * float(t.norm())) for n, t in theta.items()
-        }  # as of a bias before a norm
-        still = frozenset(n for n, t in moved.items() if float(t.norm()) <= rounding[n])
-        for name in (
-            n for n in still if float((ours.student_params[n] - theta[n]).norm()) > rounding[n]
-        ):
+def refuse_moved_without_loss(
+    theta: Tree, by_graphs: Hypergradient, eager: Hypergradient
+) -> frozenset[str]:
+    """Return the names of the weights that no loss reaches; refuse graphs that move one."""
+    moves = {name: t - theta[name] for name, t in eager.student_params.items()}
+    eps = torch.finfo(eager.inner_loss.dtype).eps
+    # Such as the gradient of a bias before a norm, which is 0 but for rounding.
+    least = 1e3 * float(norm(moves))
+    rounding = {name: eps * (least + 8 * float(t.norm())) for name, t in theta.items()}
+    unreached = [name for name, t in moves.items() if float(t.norm()) <= rounding[name]]
+    for name in unreached:
+        if float((by_graphs.student_params[name] - theta[name]).norm()) > rounding[name]:
             raise MetaplError(
                 f"no loss reaches the student's {name}; expected requires_grad=False."
             )
-        for other in (own for own in made.compared.values() if own is not None and own != still):
-            names = few(sorted(other ^ still), 3)
+    return frozenset(unreached)
+
+
+def refuse_other_reach(unreached: frozenset[str], graphs: Graphs) -> None:
+    """Refuse batches whose losses reach other weights than those of batches of other shapes."""
+    for other in graphs.compared.values():
+        if other is not None and other != unreached:
+            names = few(sorted(other ^ unreached), 3)
             raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
-        h, L = ours.feedback[0], ours.outer_loss
-        if L.ndim:  # of several outer losses, by the first
-            h, L = pytree.tree_map(lambda t: t[0], (h, L))
-        pairs = {"h": (h, expected.feedback[0]), "the outer loss": (L, expected.outer_loss)}
-        for name, pair in (
-            pairs | {"the teacher's gradient": (ours.grads, expected.grads)}
-        ).items():
-            a, b = (dict(enumerate(pytree.tree_leaves(tree))) for tree in pair)
-            refuse_gap(name, a, b, expected.inner_loss, rounding=name == "h")
-    except BaseException:
-        del made.compared[kind]
-        raise
-    made.compared[kind] = still
 
 
-def shapes_of(batch: Any) -> tuple[Any, ...]:
-    leaves, structure = flatten(batch)
-    return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
+def refuse_gaps(by_graphs: Hypergradient, eager: Hypergradient) -> None:
+    """Refuse graphs whose feedback, outer loss or gradient is not the eager one.
+
+    Of several outer losses the first is compared.
+    """
+    h = by_graphs.feedback[0]
+    L = by_graphs.outer_loss
+    if L.ndim:
+        h, L = pytree.tree_map(lambda t: t[0], (h, L))
+    pairs = {
+        "h": (h, eager.feedback[0]),
+        "the outer loss": (L, eager.outer_loss),
+        "the teacher's gradient": (by_graphs.grads, eager.grads),
+    }
+    for name, (by_graph, by_eager) in pairs.items():
+        refuse_gap(
+            name,
+            dict(enumerate(pytree.tree_leaves(by_graph))),
+            dict(enumerate(pytree.tree_leaves(by_eager))),
+            eager.inner_loss,
+            rounding=name == "h",
+        )

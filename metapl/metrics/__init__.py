@@ -16,6 +16,7 @@ __all__ = [
     "chance_level",
     "evaluate_logits",
     "interval",
+    "paired_test",
+    "predict_logits",
 ]
-__all__ += ["paired_test", "predict_logits"]
 __dir__ = __all__.copy

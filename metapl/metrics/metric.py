@@ -1,7 +1,4 @@
-"""What a network is measured by on labeled batches.
-
-Its accuracy, its problem's loss, or a metric of the user's.
-"""
+"""Measures of a network on labeled batches: accuracy, its problem's loss, or a user's metric."""
 
 from __future__ import annotations
 
@@ -23,7 +20,10 @@ from metapl.metrics.predictions import logits_of, outer_batches, passes, predict
 from metapl.problems.base import OuterLoss, sum_and_weight
 
 Better = Literal["min", "max"]
-Batches = Iterable[tuple[Any, Any]]  # a network's inputs, and the batch as its loss reads it
+
+# Pairs of a network's inputs, and the batch as its loss reads it.
+Batches = Iterable[tuple[Any, Any]]
+
 Term = Callable[[Any, Any, Any], OuterLoss]
 """A loss of a network (or a function that stands in for it), its inputs and the batch."""
 
@@ -71,83 +71,110 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good a network is on labeled batches."""
+    """A number that says how good a network is on labeled batches.
 
-    name: str  # in rows and messages
-    better: (
-        Better | None
-    )  # whether the smallest value is the best one, or the greatest; None: it is not known
-    given: Any  # the metric as it was asked for
+    Args:
+        name: its name in rows and messages.
+        better: whether the smallest value is the best one, or the greatest; None: it is not known.
+        asked: the metric as it was asked for.
+    """
 
-    def over(self, trainer: Judge, network: nn.Module, batches: Batches) -> Measured | Evaluation:
-        """Its value over all batches, which the ``trainer`` reads and judges.
+    name: str
+    better: Better | None
+    asked: Any
 
-        NaN where there is no example.
+    def over(self, judge: Judge, network: nn.Module, batches: Batches) -> Measured | Evaluation:
+        """Return the value over all batches, by the losses of the trainer that judges.
+
+        It is NaN where there is no example.
         """
         if self is ACCURACY:
-            return evaluate_logits(
-                *predict_logits(network, ((x, self._labels(batch)) for x, batch in batches))
-            )
-        updated, n = _is_updated(self.given), 0
-        # A second parameter of this name is given the batch, and any other one its labels.
-        whole = updated and [*inspect.signature(self.given.update).parameters][1:2] == ["batch"]
+            labeled = ((inputs, self._labels(batch)) for inputs, batch in batches)
+            return evaluate_logits(*predict_logits(network, labeled))
         try:
             with passes(network) as outputs_of:
-
-                def mean(network: Any, inputs: Any, batch: Any) -> Tensor:
-                    return torch.tensor(
-                        float(self.given(outputs_of(inputs), batch)), dtype=torch.float64
-                    )
-
-                terms = trainer.outer_terms() if self is LOSS else [] if updated else [mean]
-                sums = [[0.0, 0.0] for _ in terms]  # of each: of its values, and of their weights
-                if updated:
-                    self.given.reset()
-                for inputs, batch in batches:
-                    # Other tensors of a batch, such as weights of classes, may be longer than it
-                    # has examples.
-                    own = next(
-                        (t for t in (inputs, labels_of(batch)) if isinstance(t, Tensor) and t.ndim),
-                        None,
-                    )
-                    n += (count := length(batch) if own is None else len(own))
-                    for held, term in zip(sums, terms, strict=True):
-                        total, weight = sum_and_weight(term(network, inputs, batch))
-                        of_rows = isinstance(weight, float)  # a mean over examples
-                        held[0] += float(total) * (count if of_rows else 1)
-                        held[1] += count if of_rows else float(weight)
-                    if updated:
-                        given = outputs_of(inputs), batch if whole else self._labels(batch)
-                        self.given.update(
-                            *to_device(given, getattr(self.given, "device", trainer.device))
-                        )
-            if updated:
-                return Measured(self.name, float(self.given.compute()) if n else math.nan, n)
+                if _is_updated(self.asked):
+                    return self._measured_by_updates(judge.device, batches, outputs_of)
+                terms = [self._term(outputs_of)] if self is not LOSS else judge.outer_terms()
+                return self._measured_by_terms(network, batches, terms)
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MetaplError):
                 raise
-            why = f"the metric {self.name!r} failed ({reason_of(error)})"
             raise MetaplError(
-                f"{why}; expected f(outputs, batch) -> number, or update(outputs, labels)."
+                f"the metric {self.name!r} failed ({reason_of(error)}); expected f(outputs, batch) "
+                "-> number, or update(outputs, labels)."
             ) from error
-        return Measured(
-            self.name, sum(total / weight if weight else math.nan for total, weight in sums), n
-        )
+
+    def _measured_by_updates(
+        self, device: torch.device, batches: Batches, outputs_of: Callable[[Any], Tensor]
+    ) -> Measured:
+        """Update a metric such as those of torchmetrics by each batch, and ask it for its value."""
+        # A second parameter of this name is given the batch, and any other one its labels.
+        second_parameters = [*inspect.signature(self.asked.update).parameters][1:2]
+        reads_batch = second_parameters == ["batch"]
+        self.asked.reset()
+        n = 0
+        for inputs, batch in batches:
+            n += _examples_in(inputs, batch)
+            arguments = (outputs_of(inputs), batch if reads_batch else self._labels(batch))
+            self.asked.update(*to_device(arguments, getattr(self.asked, "device", device)))
+        value = float(self.asked.compute()) if n else math.nan
+        return Measured(self.name, value, n)
+
+    def _measured_by_terms(
+        self, network: nn.Module, batches: Batches, terms: Sequence[Term]
+    ) -> Measured:
+        """Return the sum of the terms, each a mean over all batches."""
+        sums = [0.0 for _ in terms]
+        weights = [0.0 for _ in terms]
+        n = 0
+        for inputs, batch in batches:
+            count = _examples_in(inputs, batch)
+            n += count
+            for place, term in enumerate(terms):
+                total, weight = sum_and_weight(term(network, inputs, batch))
+                if isinstance(weight, Tensor):
+                    sums[place] += float(total)
+                    weights[place] += float(weight)
+                else:
+                    # A scalar is a mean over the examples of the batch.
+                    sums[place] += float(total) * count
+                    weights[place] += count
+        means = [
+            total / weight if weight else math.nan
+            for total, weight in zip(sums, weights, strict=True)
+        ]
+        return Measured(self.name, sum(means), n)
+
+    def _term(self, outputs_of: Callable[[Any], Tensor]) -> Term:
+        """Return the function that was asked for as a term of a loss."""
+
+        def term(network: Any, inputs: Any, batch: Any) -> Tensor:
+            value = float(self.asked(outputs_of(inputs), batch))
+            return torch.tensor(value, dtype=torch.float64)
+
+        return term
 
     def measured(
-        self, trainer: Judge, network: nn.Module, batches: Batches, of: str
+        self, judge: Judge, network: nn.Module, batches: Batches, description: str
     ) -> Measured | Evaluation:
-        """The same, refused where it is not finite; ``of`` says of which network and data."""
-        found = self.over(trainer, network, batches)
-        if not math.isfinite(found.value):
+        """Return the value :meth:`over` all batches, refused where it is not finite.
+
+        The description says of which network and data it is.
+        """
+        measurement = self.over(judge, network, batches)
+        if not math.isfinite(measurement.value):
             raise MetaplError(
-                f"the metric {self.name!r} of {of} is {found.value}; expected a finite number."
+                f"the metric {self.name!r} of {description} is {measurement.value}; expected a "
+                "finite number."
             )
-        return found
+        return measurement
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Whether a value is as good as the best so far, or better."""
-        return best is None or (value <= best if self.better == "min" else value >= best)
+        """Return whether a value is as good as the best so far, or better."""
+        if best is None:
+            return True
+        return value <= best if self.better == "min" else value >= best
 
     def _labels(self, batch: Any) -> Tensor:
         labels = labels_of(batch)
@@ -159,37 +186,46 @@ class Metric:
         return labels
 
 
-ACCURACY, LOSS = Metric("accuracy", "max", "accuracy"), Metric("loss", "min", "loss")
+ACCURACY = Metric("accuracy", "max", asked="accuracy")
+LOSS = Metric("loss", "min", asked="loss")
 
 
-def _is_updated(given: Any) -> bool:
-    return all(hasattr(given, part) for part in ("update", "compute", "reset"))
+def _examples_in(inputs: Any, batch: Any) -> int:
+    """Return the number of examples in a batch: the rows of the inputs, or else of the labels.
 
-
-def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
-    """The metric that a user asks for, whose best value is the one that ``mode`` says.
-
-    None: the default one.
+    Other tensors of a batch, such as weights of classes, may be longer than it has examples.
     """
-    if mode not in (None, "min", "max") or (given is None and mode is not None):
+    for t in (inputs, labels_of(batch)):
+        if isinstance(t, Tensor) and t.ndim:
+            return len(t)
+    return length(batch)
+
+
+def _is_updated(asked: Any) -> bool:
+    """Return whether a metric is updated batch by batch (:class:`Updated`)."""
+    return all(hasattr(asked, method) for method in ("update", "compute", "reset"))
+
+
+def metric_of(asked: Any, mode: Better | None = None) -> Metric | None:
+    """Return the metric that a user asks for, or None for the default one.
+
+    ``mode`` says which of its values is the best.
+    """
+    if mode not in (None, "min", "max") or (asked is None and mode is not None):
         raise MetaplError(
-            f"mode={mode!r} was given with metric={given!r}; expected 'min' or 'max', and a metric."
+            f"mode={mode!r} was given with metric={asked!r}; expected 'min' or 'max', and a metric."
         )
-    if given is None:
+    if asked is None:
         return None
-    if isinstance(given, str) and given in ("accuracy", "loss"):
-        metric = ACCURACY if given == "accuracy" else LOSS
-    elif (_is_updated(given) or callable(given)) and not isinstance(given, type):
-        named = getattr(given, "func", given)  # of a partial
-        name = getattr(named, "name", None) or getattr(named, "__name__", type(named).__name__)
-        higher = getattr(given, "higher_is_better", None)
-        known: Better | None = None if higher is None else "max" if higher else "min"
-        metric = Metric("metric" if name == "<lambda>" else str(name), known or mode, given)
+    if isinstance(asked, str) and asked in ("accuracy", "loss"):
+        metric = ACCURACY if asked == "accuracy" else LOSS
+    elif (_is_updated(asked) or callable(asked)) and not isinstance(asked, type):
+        metric = Metric(_name_of(asked), _better_of(asked) or mode, asked=asked)
     else:
-        expected = (
-            "'accuracy', 'loss', a function (outputs, batch) -> number, or one of torchmetrics"
+        raise MetaplError(
+            f"metric is {described(asked)}; expected 'accuracy', 'loss', a function (outputs, "
+            "batch) -> number, or one of torchmetrics."
         )
-        raise MetaplError(f"metric is {described(given)}; expected {expected}.")
     if mode not in (None, metric.better):
         raise MetaplError(
             f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is "
@@ -198,12 +234,29 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
     return metric
 
 
-def metric_for(
-    trainer: Judge, validation: Any, metric: Metric | None, select: bool
-) -> Metric | None:
-    """The metric of the networks on validation data, None without these.
+def _name_of(asked: Any) -> str:
+    """Return the name of a function or of a metric that is updated."""
+    # A functools.partial has the function in it.
+    function = getattr(asked, "func", asked)
+    name = getattr(function, "name", None) or getattr(function, "__name__", None)
+    if name == "<lambda>":
+        return "metric"
+    return str(name or type(function).__name__)
 
-    The student is measured on the first batch.
+
+def _better_of(asked: Any) -> Better | None:
+    """Return which of its values is the best, as metrics of torchmetrics say, or None."""
+    is_higher_better = getattr(asked, "higher_is_better", None)
+    if is_higher_better is None:
+        return None
+    return "max" if is_higher_better else "min"
+
+
+def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+    """Return the metric of the networks on validation data, None without these.
+
+    It is tried by measuring the student on the first batch. ``select``: whether the best network is
+    to be kept.
     """
     if validation is None:
         if metric is not None:
@@ -215,53 +268,54 @@ def metric_for(
         raise MetaplError(
             "validation is an iterator, which is read once; expected a list or a DataLoader."
         )
-    with replayed(RandomState.now(trainer.device)):
-        first = next(
-            outer_batches(validation, trainer.read_outer, trainer.device, "validation"), None
-        )
+    with replayed(RandomState.now(judge.device)):
+        batches = outer_batches(validation, judge.read_outer, judge.device, "validation")
+        first = next(batches, None)
         if first is None:
             raise MetaplError("validation has no batches; expected at least one example, or None.")
-        metric = metric or default_metric(
-            trainer, first[1], logits_of(trainer.student, [rows(first[0], 0, 2)])
-        )
+        if metric is None:
+            inputs, batch = first
+            outputs = logits_of(judge.student, [rows(inputs, 0, 2)])
+            metric = default_metric(judge, batch, outputs)
         if select and metric.better is None:
             raise MetaplError(
                 f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside "
                 "it."
             )
-        metric.over(trainer, trainer.student, [first])
+        metric.over(judge, judge.student, [first])
     return metric
 
 
 def default_metric(judge: Judge, batch: Any, outputs: Tensor) -> Metric:
-    """Accuracy where the problem is one of classes (:func:`of_classes`), and else its loss."""
+    """Return accuracy where the problem is one of classes (:func:`of_classes`), else its loss."""
     return ACCURACY if of_classes(judge, batch, outputs) else LOSS
 
 
 def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
-    """Whether outputs (B, C) are class logits: where the labels of the batch are the indices of
-    classes, integers (B,) from 0 to C − 1; without labels, where the trainer's problem or losses
-    say so."""
+    """Return whether outputs (B, C) are class logits.
+
+    They are where the labels of the batch are the indices of classes, integers (B,) from 0 to C −
+    1; without labels, where the trainer's problem or losses say so.
+    """
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         return False
     labels = labels_of(batch)
     if labels is None:
         return bool(judge.classifies)
-    if (
-        not isinstance(labels, Tensor)
-        or labels.ndim != 1
-        or labels.is_floating_point()
-        or labels.dtype == torch.bool
-    ):
+    if not isinstance(labels, Tensor) or labels.ndim != 1:
+        return False
+    if labels.is_floating_point() or labels.dtype == torch.bool:
         return False
     return judge.classifies or bool(((labels >= 0) & (labels < outputs.shape[1])).all())
 
 
 def labels_of(batch: Any) -> Any:
-    """The second element of a tuple, or what a dict has under ``labels``.
+    """Return the second element of a tuple, or what a dict has under ``labels``.
 
     None where there is neither.
     """
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return batch[1]
+    return None

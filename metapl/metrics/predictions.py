@@ -25,13 +25,14 @@ from metapl.execution.batch import (
 )
 from metapl.execution.layout import reshard
 
-ROWS = 1024  # examples in a pass, where data comes as a whole
+# The number of examples in a pass, where data comes as one batch.
+ROWS = 1024
 
 
 def predict_logits(
     model: nn.Module, batches: Iterable[tuple[Any, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Runs a classifier over labeled batches in eval mode and without gradients.
+    """Run a classifier over labeled batches in eval mode and without gradients.
 
     Args:
         model: gives logits (B, C); the batches are moved to the device of its first parameter.
@@ -41,7 +42,8 @@ def predict_logits(
     eval) that it had. Cost: one forward pass per example; the logits of all examples in memory.
 
     >>> model = torch.nn.Linear(3, 2)
-    >>> logits, labels = predict_logits(model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))])
+    >>> batch = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    >>> logits, labels = predict_logits(model, [batch])
     >>> logits.shape, labels.shape, model.training
     (torch.Size([4, 2]), torch.Size([4]), True)
     """
@@ -56,7 +58,7 @@ def predict_logits(
 
 
 def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
-    """The logits (N, C) of batches of inputs, on the CPU.
+    """Return the logits (N, C) of batches of inputs, on the CPU.
 
     The rest is as in :func:`predict_logits`.
     """
@@ -72,16 +74,18 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 
 @contextmanager
 def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
-    """A function from inputs to the network's outputs on them, in eval mode and without gradients."""
-    first = next(model.parameters(), None)
+    """Give a function from inputs to the network's outputs, in eval mode and without gradients."""
+    first_parameter = next(model.parameters(), None)
+
+    def outputs_of(inputs: Any) -> Tensor:
+        if first_parameter is not None:
+            inputs = to_device(inputs, first_parameter.device)
+        return checks.logits(model(inputs), "network")
+
     try:
-        with (
-            eval_mode(model),
-            torch.no_grad(),
-        ):  # what a module keeps of inference mode has no gradient
-            yield lambda x: checks.logits(
-                model(x if first is None else to_device(x, first.device)), "network"
-            )
+        # Not inference mode: what a module keeps of it can have no gradient later.
+        with eval_mode(model), torch.no_grad():
+            yield outputs_of
     finally:
         reshard(model)
 
@@ -89,56 +93,75 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
 def outer_batches(
     data: Any, read: Callable[[Any, str], tuple[Any, Any]], device: torch.device, name: str
 ) -> Iterator[tuple[Any, Any]]:
-    """The inputs of a network and the batch as its loss reads it, on the device, of a labeled batch
-    or an iterable of such; ``read`` makes them of a batch and its name."""
-    whole = is_whole(data) or isinstance(data, Tensor)
-    for batch in _batches(data, whole):
-        yield read(to_device(batch, device), name if whole else f"a batch of {name}")
+    """Yield the inputs of a network and the batch as its loss reads it, on the device.
+
+    ``data`` is a labeled batch or an iterable of such. ``read`` makes the inputs and the batch of a
+    batch and its name.
+    """
+    is_one_batch = is_whole(data) or isinstance(data, Tensor)
+    name_of_batch = name if is_one_batch else f"a batch of {name}"
+    for batch in _batches(data, is_one_batch=is_one_batch):
+        yield read(to_device(batch, device), name_of_batch)
 
 
 def batches_of(
     data: Any, device: torch.device, name: str = "the labeled data"
 ) -> Iterator[tuple[Any, Tensor]]:
-    """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such."""
-    return outer_batches(data, lambda batch, of: labeled_pair(batch, of)[:2], device, name)
+    """Yield (inputs, labels) on the device, from one labeled batch or an iterable of such."""
+
+    def read(batch: Any, name_of_batch: str) -> tuple[Any, Tensor]:
+        inputs, labels, *_ = labeled_pair(batch, name_of_batch)
+        return inputs, labels
+
+    return outer_batches(data, read, device, name)
 
 
 def input_batches(
     data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of
 ) -> Iterator[Any]:
-    """The inputs of data in batches, labels left out by ``read``.
+    """Yield the inputs of data in batches, labels left out by ``read``.
 
     Arrays of floating point become ``dtype``.
     """
-    whole = is_array(data) or isinstance(plain(data), dict | tuple) or is_record_of_rows(data)
-    for batch in _batches(as_tensors(data, dtype) if whole else data, whole):
-        yield as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")
+    is_mapping_or_tuple = isinstance(plain(data), dict | tuple)
+    is_one_batch = is_array(data) or is_mapping_or_tuple or is_record_of_rows(data)
+    if is_one_batch:
+        data = as_tensors(data, dtype)
+    for batch in _batches(data, is_one_batch=is_one_batch):
+        inputs = read(as_tensors(batch, dtype))
+        yield as_tensors(inputs, dtype, what="the inputs to predict are")
 
 
-def _batches(data: Any, whole: bool) -> Iterator[Any]:
-    """The batches of an iterable, or of data that comes as a ``whole``, in batches of at most ``ROWS`` examples."""
-    for batch in [plain(data)] if whole else data:
-        count = length(batch) if whole else 0
-        if count <= ROWS:
-            yield batch
-        else:
-            yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
+def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:
+    """Yield the batches of an iterable as they are, or one batch in pieces of ``ROWS`` examples."""
+    if not is_one_batch:
+        yield from data
+        return
+    batch = plain(data)
+    count = length(batch)
+    if count <= ROWS:
+        yield batch
+        return
+    for start in range(0, count, ROWS):
+        yield rows(batch, start, start + ROWS)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards every submodule is in the mode that it had."""
-    before = [(module, module.training) for module in model.modules()]
+    """Put a network into evaluation mode in this block.
+
+    Afterwards every submodule is in the mode that it had.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in before:
-            if (
-                type(module).train is not nn.Module.train
-            ):  # which may do more, such as merge weights
+        for module, training in modes:
+            # A `train` of its own may do more, such as merge weights.
+            if type(module).train is not nn.Module.train:
                 module.train(training)
         # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen
         # in eval mode.
-        for module, training in before:
+        for module, training in modes:
             module.training = training

@@ -1,4 +1,4 @@
-"""What an accuracy says beside guessing and chance, and whether one method beats another over paired runs."""
+"""Accuracy beside guessing and chance, and tests of one method against another in paired runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import numpy as np
 
 from metapl.errors import MetaplError
 
+# The exact test costs 2ⁿ sums, and is left out above this n.
 LARGEST_EXACT = 16
 
 
 def chance_level(counts: Sequence[int]) -> float:
-    """The accuracy of guessing: 1 in C, or that of always naming the largest class where that is
-    more; of C numbers of examples, of each class.
+    """Return the accuracy of guessing.
+
+    It is 1 in C, or that of always naming the largest class where that is more; ``counts`` are the
+    C numbers of examples of each class.
 
     >>> chance_level([50, 50, 50, 50]), chance_level([90, 10])
     (0.25, 0.9)
@@ -24,7 +27,9 @@ def chance_level(counts: Sequence[int]) -> float:
 
 
 def interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of an accuracy, fractions between 0 and 1, by Wilson's score.
+    """Return the 95 % confidence interval of an accuracy, by Wilson's score.
+
+    Its ends are fractions between 0 and 1.
 
     Args:
         correct: number of examples that are right, from 0 to n.
@@ -42,8 +47,8 @@ def interval(correct: int, n: int) -> tuple[float, float]:
         )
     from scipy.stats import binomtest
 
-    found = binomtest(correct, n).proportion_ci(0.95, "wilson")
-    return float(found.low), float(found.high)
+    bounds = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,10 @@ class PairedTest:
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
-    """Tests whether two methods differ in the mean over paired runs.
+    """Test whether two methods differ in the mean over paired runs.
 
-        d_i = a_i − b_i,   t = d̄ / (s / √n),   p = P(|T_{n−1}| ≥ |t|),   interval = d̄ ± t_{0.975, n−1} s / √n
+        d_i = a_i − b_i,   t = d̄ / (s / √n),   p = P(|T_{n−1}| ≥ |t|)
+        interval = d̄ ± t_{0.975, n−1} s / √n
         p_permutation = share of the 2ⁿ choices of signs σ with |Σ σ_i d_i| ≥ |Σ d_i|
 
     Args:
@@ -86,16 +92,23 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     from scipy.stats import permutation_test, ttest_rel
 
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    n, mean = len(d), math.fsum(d) / len(d)
+    n = len(d)
+    mean = math.fsum(d) / n
     if n == 1:
-        return PairedTest(mean, None, 1, None, None, None)
-    std, ends, p, p_permutation = float(d.std(ddof=1)), None, None, None
+        return PairedTest(mean, std=None, n=1, interval=None, p=None, p_permutation=None)
+    std = float(d.std(ddof=1))
+    ends: tuple[float, float] | None = None
+    p = None
     # 0.3 − 0.2 and 0.2 − 0.1 differ by rounding alone; a spread of that size is none.
     if std > 4e-16 * np.abs([*a, *b]).max():
         test = ttest_rel(a, b)
-        interval, p = test.confidence_interval(0.95), float(test.pvalue)
-        ends = float(interval.low), float(interval.high)
+        bounds = test.confidence_interval(0.95)
+        ends = (float(bounds.low), float(bounds.high))
+        p = float(test.pvalue)
+    p_permutation = None
     if n <= LARGEST_EXACT:
-        how = {"permutation_type": "samples", "n_resamples": np.inf, "vectorized": True}
-        p_permutation = float(permutation_test((d,), np.mean, **how).pvalue)
-    return PairedTest(mean, std, n, ends, p, p_permutation)
+        exact_test = permutation_test(
+            (d,), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=True
+        )
+        p_permutation = float(exact_test.pvalue)
+    return PairedTest(mean, std=std, n=n, interval=ends, p=p, p_permutation=p_permutation)

@@ -22,14 +22,16 @@ __all__ = [
     "ExampleLabels",
     "ExampleWeights",
     "LabelCorrection",
-]
-__all__ += [
     "LearningToReweight",
     "MetaWeightNet",
     "NextToken",
     "NoiseTransition",
     "Problem",
     "PseudoLabels",
+    "ReducedLabels",
+    "Signal",
+    "StoredCrossEntropy",
+    "Table",
+    "WeightNet",
 ]
-__all__ += ["ReducedLabels", "Signal", "StoredCrossEntropy", "Table", "WeightNet"]
 __dir__ = __all__.copy

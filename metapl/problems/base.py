@@ -19,14 +19,20 @@ from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, sharing
 
 Params = Mapping[str, Tensor]
-Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
-Random = (
-    torch.Generator | Tensor | None
-)  # what labels are drawn by; a tensor is the noise itself, on the pure road
-OuterLoss = (
-    Tensor | tuple[Tensor, Tensor | float]
-)  # a loss of all rows; or a sum, and the weight to divide it by
+
+# The kind of a signal: differentiable, or sampled.
+Kind = Literal["soft", "hard"]
+
+# What labels are drawn with. A tensor is the noise itself, as the pure road has it.
+Random = torch.Generator | Tensor | None
+
+# A loss of all rows; or a sum, and the weight to divide it by.
+OuterLoss = Tensor | tuple[Tensor, Tensor | float]
+
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+# The fields of a signal beside those of its value.
+FIELDS_BESIDE_VALUE = ("log_prob", "probs", "outputs")
 
 
 @dataclass(frozen=True)
@@ -46,26 +52,24 @@ class Signal:
             that need them.
     """
 
-    value: Tensor | Any  # a tensor, or a dict of tensors
+    value: Tensor | Any
     log_prob: Tensor | None = None
     probs: Tensor | None = None
     outputs: Tensor | None = None
 
     def __getitem__(self, key: str) -> Tensor:
-        """A tensor of a dict of several."""
-        found: Tensor = self.value[key]  # type: ignore[index]
-        return found
+        """Return a tensor of a value that is a dict of several."""
+        tensor: Tensor = self.value[key]  # type: ignore[index]
+        return tensor
 
     def differentiable(self) -> dict[str, Tensor]:
-        """The fields that an inner loss may be differentiated with respect to.
+        """Return the fields that an inner loss may be differentiated with respect to.
 
-        None if ``value`` was sampled.
+        There are none if ``value`` was sampled.
         """
-        return (
-            {}
-            if self.sampled
-            else {name: t for name, t in self.fields().items() if t.is_floating_point()}
-        )
+        if self.sampled:
+            return {}
+        return {name: t for name, t in self.fields().items() if t.is_floating_point()}
 
     @property
     def sampled(self) -> bool:
@@ -73,73 +77,82 @@ class Signal:
         return self.log_prob is not None
 
     def fields(self) -> dict[str, Tensor]:
-        """Its tensors by name.
+        """Return the tensors of the signal by name.
 
         Those of a dict are called ``value['weight']``, say, and come first.
         """
-        found = {"value": self.value}
+        tensors = {"value": self.value}
         if isinstance(self.value, dict):
-            found = {field_name(key): t for key, t in self.value.items()}
+            tensors = {field_name(key): t for key, t in self.value.items()}
         if self.log_prob is not None:
-            found["log_prob"] = self.log_prob
+            tensors["log_prob"] = self.log_prob
         if self.probs is not None:
-            found["probs"] = self.probs
+            tensors["probs"] = self.probs
         if self.outputs is not None:
-            found["outputs"] = self.outputs
-        return found
+            tensors["outputs"] = self.outputs
+        return tensors
 
     def having(self, fields: Mapping[str, Tensor]) -> Signal:
-        """The same with other tensors in some of its :meth:`fields`."""
+        """Return a signal with other tensors in some of its :meth:`fields`."""
         value = fields.get("value", self.value)
         if isinstance(self.value, dict):
             value = {key: fields.get(field_name(key), t) for key, t in self.value.items()}
-        log_prob, probs = fields.get("log_prob", self.log_prob), fields.get("probs", self.probs)
-        return type(self)(value, log_prob, probs, fields.get("outputs", self.outputs))
+        return type(self)(
+            value,
+            log_prob=fields.get("log_prob", self.log_prob),
+            probs=fields.get("probs", self.probs),
+            outputs=fields.get("outputs", self.outputs),
+        )
 
     def chunks(self, parts: int) -> list[Signal]:
-        """The signal about each of ``parts`` micro-batches."""
+        """Return the signal about each of ``parts`` micro-batches."""
         if parts == 1:
             return [self]
-        columns = {name: t.chunk(parts) for name, t in self.fields().items()}
-        return [self.having({name: t[i] for name, t in columns.items()}) for i in range(parts)]
+        chunks_by_field = {name: t.chunk(parts) for name, t in self.fields().items()}
+        signals = []
+        for part in range(parts):
+            fields = {name: chunks[part] for name, chunks in chunks_by_field.items()}
+            signals.append(self.having(fields))
+        return signals
 
     def detached(self) -> Signal:
-        """A copy without the teacher's graph.
+        """Return a copy without the teacher's graph.
 
-        A signal may be weights, such as a table of labels, which move.
+        The tensors are copied, since a signal may be weights that move, such as a table of labels.
         """
-        value: Any = self.value
-        several, others = isinstance(value, dict), (self.log_prob, self.probs, self.outputs)
-        copied = (
-            {key: t.detach().clone() for key, t in value.items()}
-            if several
-            else value.detach().clone()
-        )
-        return type(self)(copied, *[None if t is None else t.detach().clone() for t in others])
+        return self.having({name: t.detach().clone() for name, t in self.fields().items()})
+
+
+def field_name(key: object) -> str:
+    """Return the name, in :meth:`Signal.fields`, of an entry of a value that is a dict."""
+    return f"value[{key!r}]"
 
 
 def uniform(
     rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Uniform noise, (rows, classes).
+    """Draw uniform noise, (rows, classes), in the type and on the device of ``like``.
 
-    Drawn in float32 whatever the type, so that a seed draws the same labels.
+    It is drawn in float32 whatever the type, so that a seed draws the same labels.
     """
-    u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
-    return u.double() if like.dtype == torch.float64 else u
+    noise = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
+    return noise.double() if like.dtype == torch.float64 else noise
 
 
 def gumbel(
     rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p."""
-    return -(-uniform(rows, classes, like, generator).log()).log()
+    """Draw standard Gumbel noise, (rows, classes).
+
+    The sum of log p and this noise is greatest at a class that is drawn from p.
+    """
+    return -(-uniform(rows, classes, like=like, generator=generator).log()).log()
 
 
-def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
-    """A class for each row of probabilities (B, C), as a column (B, 1).
+def draw_classes(probabilities: Tensor, generator: Random) -> Tensor:
+    """Draw a class for each row of probabilities (B, C), as a column (B, 1).
 
-    In the place of a generator, Gumbel noise.
+    A tensor in the place of the generator is the Gumbel noise itself, (B, C).
     """
     if isinstance(generator, Tensor):
         return (probabilities.log() + generator).argmax(-1, keepdim=True)
@@ -147,38 +160,38 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | No
     # would draw.
     ranks = ALONE if transformed() else sharing.get()
     rows, classes = probabilities.shape
-    every = uniform(ranks.size * rows, classes, probabilities, generator)
+    noise = uniform(ranks.size * rows, classes, like=probabilities, generator=generator)
+    if not ranks.alone:
+        noise = ranks.own_rows(noise)
     # log u / p is greatest where log p and the Gumbel noise −log(−log u) are, in half of the
     # operations.
-    own = every if ranks.alone else ranks.own_rows(every)
-    return (own.log() / probabilities).argmax(-1, keepdim=True)
-
-
-def field_name(key: object) -> str:
-    return f"value[{key!r}]"
+    return (noise.log() / probabilities).argmax(-1, keepdim=True)
 
 
 def joined_signals(signals: Sequence[Signal], leaves: bool = False) -> Signal:
-    """The signal about the union of micro-batches, or the only one.
+    """Return the signal about the union of micro-batches, or the only one.
 
-    As ``leaves``, a graph begins at its fields.
+    With ``leaves``, a new graph begins at its differentiable fields.
     """
-    whole = signals[0]
+    union = signals[0]
     if len(signals) > 1:
-        fields = [signal.fields() for signal in signals]
-        whole = whole.having(
-            {name: joined([found[name] for found in fields]) for name in fields[0]}
-        )
-    for t in whole.differentiable().values() if leaves else ():
-        t.requires_grad_()
-    return whole
+        fields_by_part = [signal.fields() for signal in signals]
+        union_fields = {}
+        for name in fields_by_part[0]:
+            union_fields[name] = joined([fields[name] for fields in fields_by_part])
+        union = union.having(union_fields)
+    if leaves:
+        for t in union.differentiable().values():
+            t.requires_grad_()
+    return union
 
 
 class BilevelProblem(ABC):
     r"""Teach a student with a signal, and judge the signal by the student's loss afterwards.
 
     .. math:: \min_{\theta_T} L(\theta'), \quad
-              \theta' = U(\theta, \nabla_\theta \tfrac1B \sum_i \ell_i(S(x_u; \theta), \mathrm{signal}(\theta_T)))
+              \theta' = U\big(\theta, \nabla_\theta \tfrac1B
+              \sum_i \ell_i(S(x_u; \theta), \mathrm{signal}(\theta_T))\big)
 
     A problem is a subclass with the three abstract methods; the others have defaults.
     docs/write-a-problem.md has one.
@@ -187,16 +200,21 @@ class BilevelProblem(ABC):
     classifies: ClassVar[bool] = False
     """Whether the student's outputs are class logits (B, C), of which
     :meth:`metapl.BilevelTrainer.predict` gives the probabilities."""
+
     teacher_classifies: ClassVar[bool] = False
-    """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
+    """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be
+    measured."""
+
     signal_has_rows: ClassVar[bool | Mapping[str, bool] | None] = None
     """Whether a signal has a row for each example of the inner batch, or is one for all of them,
     such as a matrix; of a dict of tensors, by their names. None, or a name that is left out: where
     its length is that of the batch."""
+
     signal_of_batch: ClassVar[bool] = False
     """Whether :meth:`signal` speaks of the inner batch as a whole, such as by weights that sum to
     one over it: it is then asked once, before the student runs, also where the batch is taken in
     micro-batches (``accumulate``)."""
+
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns
     from the feedback but :meth:`revised_signal`."""
@@ -205,23 +223,28 @@ class BilevelProblem(ABC):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
     ) -> Signal:
-        """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None
-        where the signal is asked for before the student runs (see :meth:`student_input` and
-        :attr:`signal_of_batch`)."""
+        """Return the teacher's signal about ``batch``.
+
+        ``student_outputs`` (B, ...) are detached, and None where the signal is asked for before the
+        student runs (see :meth:`student_input` and :attr:`signal_of_batch`).
+        """
 
     @abstractmethod
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        """ℓ_i, shape (B,), without the mean over the batch, which metapl takes. ``params`` are the
-        student's weights by name, to be read and not to be written to."""
+        """Return ℓ_i, shape (B,), without the mean over the batch, which metapl takes.
+
+        ``params`` are the student's weights by name, to be read and not to be written to.
+        """
 
     @abstractmethod
     def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
-        """L of the student's outputs on the labeled ``batch``: a scalar, any function of its rows,
-        or a pair (sum, weight) of scalars for a mean, such as one over tokens or over labels that
-        are not ignored. L is Σ sum / Σ weight over the micro-batches and processes that share the
-        batch; the weight carries no gradient.
+        """Return L of the student's outputs on the labeled ``batch``.
+
+        L is a scalar, any function of the rows, or a pair (sum, weight) of scalars for a mean, such
+        as one over tokens or over labels that are not ignored. Of pairs, L is Σ sum / Σ weight over
+        the micro-batches and processes that share the batch; the weight carries no gradient.
 
         In micro-batches (``accumulate``) a scalar is taken once, of the outputs of all rows of this
         process: one more forward pass on the labeled batch where L is differentiated, and all of
@@ -230,7 +253,9 @@ class BilevelProblem(ABC):
         """
 
     def student_input(self, batch: Any) -> Any:
-        """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple.
+        """Return the student's input in an inner batch.
+
+        That is a tensor or a dict itself, or the first element of a tuple.
 
         With a second parameter, ``student_input(self, batch, signal)``, it is made from the
         teacher's signal too. The signal is then asked for before the student runs, so that
@@ -239,15 +264,19 @@ class BilevelProblem(ABC):
         return first_input(batch)
 
     def outer_batch(self, batch: Any) -> Any:
-        """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is
-        refused. To read other batches, any nesting of tensors with a row for each example, return
-        ``batch`` itself."""
+        """Return the outer batch as :meth:`outer_loss` reads it.
+
+        By default that is (inputs, labels), and any other batch is refused. To read other batches,
+        any nesting of tensors with a row for each example, return ``batch`` itself.
+        """
         return labeled_pair(
             batch, mend=" For other batches, give the problem a method outer_batch(batch)."
         )
 
     def outer_input(self, batch: Any) -> Any:
-        """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple.
+        """Return the student's input in an outer batch.
+
+        That is a tensor or a dict itself, or the first element of a tuple.
 
         With a second parameter, ``outer_input(self, batch, signal)``, it is made from the signal of
         the last student step too, such as architecture weights. The teacher then learns from both
@@ -259,34 +288,46 @@ class BilevelProblem(ABC):
         return first_input(batch)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
-        """The problem with a kind of signal that the mode takes.
+        """Return the problem with a kind of signal that the mode takes.
 
         ``labels`` are the mode's kinds, by preference.
         """
         return self
 
     def exact(self) -> Problem | None:
-        """The same problem with a differentiable signal, whose exact gradient other modes are
-        compared with; None: no such comparison."""
+        """Return the same problem with a differentiable signal, or None where there is none.
+
+        Its exact gradient is what other modes are compared with.
+        """
         return None
 
     def revised_signal(self, signal: Signal, h: Any) -> Signal | None:
-        """The signal of the student's real step, made from the feedback h on the signal that was
-        looked ahead with (a tensor, or a dict of them), which has no graph; None: that step is the
-        real one. Costs a forward and a backward pass more; one step only."""
+        """Return the signal of the student's real step, or None where no step was looked ahead.
+
+        It is made from the feedback h (a tensor, or a dict of them) on the signal of the step that
+        was looked ahead, and has no graph. With None, that step is the real one. Costs a forward
+        and a backward pass more; possible with one step only.
+        """
         return None
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027  # nothing to refuse
-        """Refuse, with a :class:`metapl.MetaplError`, batches that do not fit the student's
-        outputs; called before anything moves."""
+    # By default there is nothing to refuse.
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027
+        """Refuse batches that do not fit the student's outputs, before anything moves.
+
+        Raises: :class:`metapl.MetaplError`.
+        """
 
     def default_teacher_losses(self, batch: Any) -> tuple[Any, ...]:
-        """The teacher's own losses for an inner batch, used if the trainer was built without ``teacher_losses``."""
+        """Return the teacher's own losses for an inner batch.
+
+        They are used if the trainer was built without ``teacher_losses``.
+        """
         return ()
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer | None:
-        """Return the optimizer of the teacher for a trainer that was built without
-        ``outer_optimizer``, or None for the trainer's own default, SGD at 0.05.
+        """Return the teacher's optimizer, or None for the trainer's own default, SGD at 0.05.
+
+        It is used if the trainer was built without ``outer_optimizer``.
 
         Where the feedback is the teacher's only gradient, choose a rule whose step does not depend
         on the gradient's size, such as Adam: the feedback on one example of a batch is of the order
@@ -295,8 +336,10 @@ class BilevelProblem(ABC):
         return None
 
     def first_steps(self, steps: int) -> int:
-        """Return how many of the ``steps`` of a :meth:`metapl.BilevelTrainer.fit` the student takes
-        alone, by :meth:`first_signal`, before the teacher begins; by default none.
+        """Return how many steps of a fit the student takes alone, before the teacher begins.
+
+        ``steps`` is the number of all steps of the :meth:`metapl.BilevelTrainer.fit`. The first
+        ones are by :meth:`first_signal`; by default there are none.
 
         For a signal that is made from what the student knows, such as its losses, which say nothing
         about a label before it has learned anything. :meth:`metapl.BilevelTrainer.step` and its
@@ -315,81 +358,96 @@ Problem = BilevelProblem
 
 
 def kind_of(problem: Any) -> str:
+    """Return the name of a problem's class."""
     return type(problem).__name__
 
 
 def overrides(problem: Problem, method: str) -> bool:
+    """Return whether a problem has a method of its own in the place of the default one."""
     return getattr(type(problem), method) is not getattr(BilevelProblem, method)
 
 
 def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
-    """Whether each field of a signal's value has a row for each of so many examples."""
-    said: Any = problem.signal_has_rows
-    values = {
-        name: t
-        for name, t in signal.fields().items()
-        if name not in ("log_prob", "probs", "outputs")
-    }
-    several = isinstance(said, Mapping)
-    own = (
-        {field_name(key): has for key, has in said.items()}
-        if several
-        else dict.fromkeys(values, said)
-    )
-    return {
-        n: t.ndim > 0 and (len(t) == rows if own.get(n) is None else own[n])
-        for n, t in values.items()
-    }
+    """Return whether each field of a signal's value has a row for each of so many examples.
+
+    Where the problem does not say so, a field has rows if its length is that of the batch.
+    """
+    fields = signal.fields()
+    declaration = problem.signal_has_rows
+    declared: dict[str, bool | None]
+    if isinstance(declaration, Mapping):
+        declared = {field_name(key): has for key, has in declaration.items()}
+    else:
+        declared = dict.fromkeys(fields, declaration)
+    has_rows_by_field = {}
+    for name, t in fields.items():
+        if name in FIELDS_BESIDE_VALUE:
+            continue
+        has_rows_here = declared.get(name)
+        if has_rows_here is None:
+            has_rows_here = t.ndim > 0 and len(t) == rows
+        has_rows_by_field[name] = t.ndim > 0 and has_rows_here
+    return has_rows_by_field
 
 
-@cache  # asked in every step
-def _parameters(method: Any) -> int:
+# The signature of a method is asked for in every step, and does not change.
+@cache
+def _parameter_count(method: Callable[..., Any]) -> int:
     return len(inspect.signature(method).parameters)
 
 
 def enters_input(problem: Problem) -> bool:
-    """Whether the signal enters the student's input: ``student_input(self, batch, signal)``."""
-    return _parameters(type(problem).student_input) > 2
+    """Return whether the signal enters the student's input in the inner batch.
 
-
-def mean_over_rows(outer_loss: Method) -> Method:
-    """Mark an ``outer_loss`` whose scalar is the mean over the rows of a batch, whatever the batch:
-    in micro-batches it is then the mean of theirs. A method that takes its place is not marked."""
-    vars(outer_loss)["is_mean_over_rows"] = True
-    return outer_loss
-
-
-def is_mean_over_rows(problem: Problem) -> bool:
-    """Whether a problem's ``outer_loss`` is one that :func:`mean_over_rows` has marked."""
-    return getattr(problem.outer_loss, "is_mean_over_rows", False)
+    It does if the method is ``student_input(self, batch, signal)``.
+    """
+    return _parameter_count(type(problem).student_input) > 2
 
 
 def reads_signal_in_outer_input(problem: Problem) -> bool:
-    """Whether the signal enters the student's input in the outer batch.
+    """Return whether the signal enters the student's input in the outer batch.
 
-    ``outer_input(self, batch, signal)``.
+    It does if the method is ``outer_input(self, batch, signal)``.
     """
-    return _parameters(type(problem).outer_input) > 2
+    return _parameter_count(type(problem).outer_input) > 2
 
 
 def outer_input(problem: Problem, batch: Any, signal: Signal) -> Any:
-    """The student's input in an outer batch, made with the signal where the problem's ``outer_input`` takes it."""
+    """Return the student's input in an outer batch, made with the signal where it enters it."""
     if reads_signal_in_outer_input(problem):
         return problem.outer_input(batch, signal)  # type: ignore[call-arg]
     return problem.outer_input(batch)
 
 
-def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
-    """What a problem's ``outer_loss`` returned as (sum, weight).
+def mean_over_rows(outer_loss: Method) -> Method:
+    """Mark an ``outer_loss`` whose scalar is the mean over the rows of a batch, whatever the batch.
 
-    A scalar is a sum of weight 1.0, a number.
+    In micro-batches it is then the mean of theirs. A method that takes its place is not marked.
     """
-    if not isinstance(given, tuple | list):
-        scalar_loss(given, "the problem's outer_loss", "take the mean, or return (sum, weight)")
-        return given, 1.0
-    total: Any = given[0] if len(given) == 2 else given
+    vars(outer_loss)["is_mean_over_rows"] = True
+    return outer_loss
+
+
+def is_mean_over_rows(problem: Problem) -> bool:
+    """Return whether a problem's ``outer_loss`` is one that :func:`mean_over_rows` has marked."""
+    return getattr(problem.outer_loss, "is_mean_over_rows", False)
+
+
+def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:
+    """Return as (sum, weight) what a problem's ``outer_loss`` returned.
+
+    A scalar is a sum with the weight 1.0, a number. Anything else is refused.
+    """
+    if not isinstance(outer_loss, tuple | list):
+        scalar_loss(
+            outer_loss, "the problem's outer_loss", "take the mean, or return (sum, weight)"
+        )
+        return outer_loss, 1.0
+    total: Any = outer_loss[0] if len(outer_loss) == 2 else outer_loss
     scalar_loss(total, "the sum that the problem's outer_loss returned", "return (sum, weight)")
-    weight = given[1] if isinstance(given[1], Tensor) else total.new_full((), given[1])
+    weight = outer_loss[1]
+    if not isinstance(weight, Tensor):
+        weight = total.new_full((), weight)
     if weight.ndim or weight.requires_grad:
         raise MetaplError(
             f"the weight of the problem's outer_loss is {described(weight)}; expected mask.sum(), "

@@ -1,6 +1,7 @@
-r"""Training on doubtful labels: some labels of the inner batch are wrong, and those of the outer one are trusted.
+r"""Training on doubtful labels.
 
-The signal is a weight a_i of each example or its corrected label q_i. For a weight,
+Some labels of the inner batch are wrong, and those of the outer one are trusted. The signal is a
+weight a_i of each example or its corrected label q_i. For a weight,
 
 .. math:: \ell_i = a_i\, \mathrm{CE}(y_i, S(x_i;\theta)), \qquad
           h_i = -\frac{\partial L(\theta')}{\partial a_i}
@@ -29,15 +30,19 @@ from metapl.runs.fields import AtLeastOne, check_arguments
 
 
 def optimizer_of_network(teacher: nn.Module, rate: float = 1e-3) -> torch.optim.Optimizer:
-    """Return Adam over a teacher that is a network, whose step does not depend on the size of the feedback."""
+    """Return Adam over a teacher that is a network.
+
+    Its step does not depend on the size of the feedback.
+    """
     return torch.optim.Adam(teacher.parameters(), lr=rate)
 
 
 def optimizer_of_rows(teacher: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Return Adam over a table of which each batch reads some rows, or over a network in its place at 1e-3.
+    """Return Adam over a table of which each batch reads some rows.
 
-    Without momentum, since a row would go on by it in the batches that do not read it, and with a
-    short memory of squares (0.9): the feedback on a row grows and falls as the student learns.
+    It has no momentum, since a row would go on by it in the batches that do not read it, and a
+    short memory of squares (0.9): the feedback on a row grows and falls as the student learns. A
+    network in the place of the table gets :func:`optimizer_of_network`, at 1e-3.
     """
     if not isinstance(teacher, Table):
         return optimizer_of_network(teacher)
@@ -48,32 +53,32 @@ class Classification(Problem):
     """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
     classifies: ClassVar[bool] = True
-    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
+    """The parts of an inner batch, in their order."""
 
     def student_input(self, batch: Any) -> Any:
-        if (
-            not isinstance(batch, tuple | list)
-            or len(batch) != len(self.inner_batch)
-            or not holds_tensors(batch[0])
-        ):
-            given = f"the inner batch of {type(self).__name__} is {checks.described(batch)}"
-            raise MetaplError(f"{given}; expected ({', '.join(self.inner_batch)}) as unlabeled=.")
+        """Return the inputs, the first part of an inner batch, or refuse the batch."""
+        has_parts = isinstance(batch, tuple | list) and len(batch) == len(self.inner_batch)
+        if not has_parts or not holds_tensors(batch[0]):
+            raise MetaplError(
+                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
+                f"({', '.join(self.inner_batch)}) as unlabeled=."
+            )
         return batch[0]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
-        # A problem with a student_input of its own reads inner batches of another form.
-        is_tuple = isinstance(unlabeled, tuple | list)
-        for labels in (
-            labeled[1],
-            *(unlabeled[1 : 1 + ("labels" in self.inner_batch)] if is_tuple else ()),
-        ):
-            checks.class_labels(labels, outputs.shape[1])
+        classes = outputs.shape[1]
+        checks.class_labels(labeled[1], classes)
+        # A problem with a student_input of its own may read inner batches of another form.
+        has_labels = "labels" in self.inner_batch and isinstance(unlabeled, tuple | list)
+        if has_labels and len(unlabeled) > 1:
+            checks.class_labels(unlabeled[1], classes)
 
     @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
-        """Mean cross-entropy on the trusted labels."""
+        """Return the mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 
@@ -84,69 +89,72 @@ class Weighted(Classification):
     def first_signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """a = 1, (B,): the given labels as they are."""
+        """Return a = 1, (B,), by which the given labels count as they are."""
         return Signal(wide(student_outputs).new_ones(len(student_outputs)))
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        """a_i CE_i, (B,)."""
-        return signal.value * F.cross_entropy(
-            outputs, checks.safe_labels(batch[1], outputs.shape[1]), reduction="none"
-        )
+        """Return a_i CE_i, (B,)."""
+        labels = checks.safe_labels(batch[1], outputs.shape[1])
+        return signal.value * F.cross_entropy(outputs, labels, reduction="none")
 
 
 class EqualWeights(Weighted):
-    """Cross-entropy of examples whose weights are 1: what :func:`metapl.attribute` differentiates in these.
+    """Cross-entropy of examples whose weights are 1.
 
-    For other losses, a subclass gives ``inner_loss``, one loss for each example times
-    ``signal.value``, and ``outer_loss``; for weights of parts of each example, such as its tokens,
-    also ``weight_shape``.
+    :func:`metapl.attribute` differentiates in these weights. For other losses, a subclass gives
+    ``inner_loss``, one loss for each example times ``signal.value``, and ``outer_loss``; for
+    weights of parts of each example, such as its tokens, also ``weight_shape``.
     """
 
     has_teacher: ClassVar[bool] = False
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
-        """(B,), or the shape of weights of parts of each example, (B, T).
+        """Return the shape of the weights that the inner loss multiplies by.
 
-        Those that the inner loss then multiplies.
+        That is (B,), or (B, T) for weights of parts of each example.
         """
         return (len(outputs),)
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """a = 1, in the shape of the weights."""
+        """Return a = 1, in the shape of the weights."""
         return Signal(student_outputs.new_ones(self.weight_shape(student_outputs)))
 
     def first_signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """a = 1, in the shape of the weights."""
+        """Return a = 1, in the shape of the weights."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """As for any classification, unless a subclass has an outer loss of other outputs."""
+        """Refuse wrong labels, unless a subclass has an outer loss of its own.
+
+        Its outputs need not be class logits.
+        """
         if type(self).outer_loss is Classification.outer_loss:
             super().check(outputs, labeled, unlabeled)
 
 
 class Relabeled(Classification):
-    """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""
+    """Problems whose signal is the teacher's distribution q_i over the classes, (B, C)."""
 
-    teacher_reads: ClassVar[int] = -1  # the parts of a batch from this one on
+    teacher_reads: ClassVar[int] = -1
+    """The first part of an inner batch that the teacher reads; it reads all from there on."""
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """q = softmax(t), (B, C), of the teacher's answer t to all of the batch that it reads."""
+        """Return q = softmax(t), (B, C), of the teacher's logits t."""
         logits = checks.logits(teacher(*batch[self.teacher_reads :]), "teacher")
         return Signal(wide(logits).softmax(-1), outputs=logits)
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        """CE against q, (B,)."""
+        """Return CE against q, (B,)."""
         return F.cross_entropy(outputs, signal.value, reduction="none")
 
 
@@ -176,7 +184,8 @@ class MetaWeightNet(Weighted):
     Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
     >>> import metapl
-    >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
+    >>> student = torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(WeightNet(), student, "forward", problem=MetaWeightNet())
     >>> batch = torch.randn(6, 4), torch.arange(6) % 3
     >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
     torch.Size([6])
@@ -185,29 +194,33 @@ class MetaWeightNet(Weighted):
     """
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 0.003; a greater rate has followed the first feedback, by which all weights rise with the loss."""
+        """Return Adam at 0.003.
+
+        A greater rate has followed the first feedback, by which all weights rise with the loss.
+        """
         return optimizer_of_network(teacher, 0.003)
 
     def first_steps(self, steps: int) -> int:
-        """30 % of the steps."""
+        """Return 30 % of the steps."""
         return round(0.3 * steps)
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        losses = F.cross_entropy(
-            student_outputs,
-            checks.safe_labels(batch[1], student_outputs.shape[1]),
-            reduction="none",
-        )
+        """Return the weights V(CE_i), (B,), of losses that carry no gradient."""
+        labels = checks.safe_labels(batch[1], student_outputs.shape[1])
+        losses = F.cross_entropy(student_outputs, labels, reduction="none")
         return Signal(wide(teacher(in_type_of(teacher, losses))))
 
 
 @dataclass(frozen=True)
 class LearningToReweight(Weighted):
-    r"""The weights of a batch are what one gradient step on them makes of zero; there is no teacher.
+    r"""The weights of a batch are what one gradient step makes of weights of zero.
 
-    .. math:: \hat\theta = U(\theta, \nabla_\theta \tfrac1B \textstyle\sum_i \varepsilon_i \mathrm{CE}_i)
+    There is no teacher.
+
+    .. math:: \hat\theta = U\big(\theta, \nabla_\theta \tfrac1B
+              \textstyle\sum_i \varepsilon_i \mathrm{CE}_i\big)
               \text{ at } \varepsilon = 0, \qquad
               h_i = -\frac{\partial L(\hat\theta)}{\partial \varepsilon_i}, \qquad
               w_i = \frac{\max(h_i, 0)}{\sum_j \max(h_j, 0)}, \qquad
@@ -250,7 +263,7 @@ class LearningToReweight(Weighted):
     has_teacher: ClassVar[bool] = False
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> LearningToReweight:
-        """This problem; refuse modes without feedback on each example."""
+        """Return this problem, or refuse a mode without feedback on each example."""
         if "soft" not in labels or mode == "none":
             raise MetaplError(
                 f"mode '{mode}' was given; expected feedback on each example: 'forward', or "
@@ -261,12 +274,15 @@ class LearningToReweight(Weighted):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
+        """Return ε = 0, (B,), with which the student looks ahead."""
         return Signal(student_outputs.new_zeros(len(student_outputs)))
 
     def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
-        helpful = h.clamp_min(0)
-        total = helpful.sum()
-        return Signal(len(h) * helpful / torch.where(total > 0, total, torch.ones_like(total)))
+        """Return a = B·w, (B,), for the student's real step; all 0 where no example helps."""
+        helpful_B = h.clamp_min(0)
+        total = helpful_B.sum()
+        divisor = torch.where(total > 0, total, torch.ones_like(total))
+        return Signal(len(h) * helpful_B / divisor)
 
 
 @dataclass(frozen=True)
@@ -286,24 +302,27 @@ class ExampleWeights(Weighted):
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 0.5 without momentum for a :class:`Table`, Adam at 1e-3 for a network in its place."""
+        """Return Adam at 0.5 without momentum for a :class:`Table`, else Adam at 1e-3."""
         return optimizer_of_rows(teacher, 0.5)
 
     def first_steps(self, steps: int) -> int:
-        """A tenth of the steps."""
+        """Return a tenth of the steps."""
         return round(0.1 * steps)
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        return Signal(wide(teacher(batch[2])).sigmoid())
+        """Return the weights σ(t), (B,), of the examples with these indices."""
+        indices = batch[2]
+        return Signal(wide(teacher(indices)).sigmoid())
 
 
 @dataclass(frozen=True)
 class ExampleLabels(Relabeled):
     r"""Each training example has a soft label of its own.
 
-    .. math:: q_i = \mathrm{softmax}(t_{\mathrm{index}_i}), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
+    .. math:: q_i = \mathrm{softmax}(t_{\mathrm{index}_i}), \qquad
+              \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
     An inner batch is (x, index), the outer one (x, y) with trusted labels. The teacher maps indices
     (B,) to logits (B, C), such as ``Table(2 * one_hot(given_labels))``.
@@ -319,11 +338,11 @@ class ExampleLabels(Relabeled):
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 0.1 without momentum for a :class:`Table`, Adam at 1e-3 for a network in its place."""
+        """Return Adam at 0.1 without momentum for a :class:`Table`, else Adam at 1e-3."""
         return optimizer_of_rows(teacher, 0.1)
 
     def first_steps(self, steps: int) -> int:
-        """A tenth of the steps, by the labels as they are."""
+        """Return a tenth of the steps, which go by the labels as they are."""
         return round(0.1 * steps)
 
 
@@ -350,11 +369,11 @@ class LabelCorrection(Relabeled):
     teacher_reads: ClassVar[int] = 0
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 0.003."""
+        """Return Adam at 0.003."""
         return optimizer_of_network(teacher, 0.003)
 
     def first_steps(self, steps: int) -> int:
-        """A tenth of the steps, by the corrector as it is."""
+        """Return a tenth of the steps, which go by the corrector as it is."""
         return round(0.1 * steps)
 
 
@@ -381,27 +400,31 @@ class NoiseTransition(Classification):
     signal_has_rows: ClassVar[bool | None] = False
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 0.03 for a :class:`Table`, at 1e-3 for a network in its place."""
-        return optimizer_of_network(teacher, 0.03 if isinstance(teacher, Table) else 1e-3)
+        """Return Adam at 0.03 for a :class:`Table`, at 1e-3 for a network in its place."""
+        rate = 0.03 if isinstance(teacher, Table) else 1e-3
+        return optimizer_of_network(teacher, rate)
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
+        """Return M, (C, C), one matrix for the whole batch."""
         return Signal(wide(teacher()).softmax(-1))
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        """−log of the probability of the given label, (B,)."""
-        # Column y_i of the matrix, in logarithms: (B, C).
-        log_M = (
-            signal.value.T[checks.safe_labels(batch[1], outputs.shape[1])].clamp_min(1e-30).log()
-        )
-        return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
+        """Return −log of the probability of the given label, (B,)."""
+        labels_B = checks.safe_labels(batch[1], outputs.shape[1])
+        # Row i is column y_i of the matrix, which has P(given y_i | true j) for each true label j.
+        columns_BC = signal.value.T[labels_B]
+        log_columns_BC = columns_BC.clamp_min(1e-30).log()
+        return -(outputs.log_softmax(-1) + log_columns_BC).logsumexp(-1)
 
 
 class Table(nn.Module):
-    """Learned numbers, at first ``initial`` (n, ...): the rows of indices of any shape, or all without an argument.
+    """Learned numbers, at first ``initial`` (n, ...).
+
+    It returns the rows of indices of any shape, or all rows without an argument.
 
     Raises: :class:`metapl.MetaplError` for indices outside 0..n − 1.
 
@@ -414,17 +437,19 @@ class Table(nn.Module):
         self.values = nn.Parameter(initial.detach().clone())
 
     def forward(self, index: Tensor | None = None) -> Tensor:
-        rows = len(self.values)
         if index is None:
             return self.values
-        known = checks.class_labels(
+        rows = len(self.values)
+        checked_index = checks.class_labels(
             index.flatten(), rows, "the indices of Table", f"it has {rows:,} rows"
         )
-        return self.values[known.view(index.shape)]
+        return self.values[checked_index.view(index.shape)]
 
 
 class WeightNet(nn.Module):
-    """Losses (B,) to weights (B,) in (0, 1): the network of Meta-Weight-Net, with one hidden layer.
+    """The network of Meta-Weight-Net, from losses (B,) to weights (B,) in (0, 1).
+
+    It has one hidden layer.
 
     >>> WeightNet()(torch.tensor([0.1, 2.0])).shape
     torch.Size([2])

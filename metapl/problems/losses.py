@@ -21,13 +21,15 @@ from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Signal
-from metapl.problems.means import Shares, scaled
+from metapl.problems.means import Shares, times_share
 from metapl.runs.fields import Range, check_fields
 
 
 @runtime_checkable
 class TeacherLoss(Protocol):
-    """One term of the teacher's objective. Each view of a batch goes through the teacher in a pass of its own.
+    """One term of the teacher's objective.
+
+    Each view of a batch goes through the teacher in a pass of its own.
 
     A loss whose gradient does not pass through the signal may say so by an attribute
     ``detaches_signal = True``, which saves the compiled step a backward pass of the teacher.
@@ -40,8 +42,9 @@ class TeacherLoss(Protocol):
     def __call__(
         self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
     ) -> Tensor:
-        """A scalar with the teacher's graph, a mean over the rows. ``step`` counts from 0; on the
-        pure road it is an int64 tensor without dimensions.
+        """Return a scalar with the teacher's graph, a mean over the rows.
+
+        ``step`` counts from 0; on the pure road it is an int64 tensor without dimensions.
 
         A mean over something else, such as the tokens that have a label, is right in micro-batches
         and processes with a method ``mean_over(*, labeled, unlabeled)`` beside it, which returns
@@ -54,12 +57,13 @@ class TeacherLoss(Protocol):
         ...
 
 
-def only_where_declared(loss: type) -> None:
-    """Let a subclass of a loss say anew that it detaches the signal.
+def only_where_declared(subclass: type) -> None:
+    """Let a subclass of a loss say for itself whether it detaches the signal.
 
-    What it adds may have a gradient through it.
+    It does not inherit the attribute, since what it adds may have a gradient through the signal.
     """
-    loss.detaches_signal = vars(loss).get("detaches_signal", False)  # type: ignore[attr-defined]
+    declared = vars(subclass).get("detaches_signal", False)
+    subclass.detaches_signal = declared  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class CrossEntropy:
 
     name: ClassVar[str] = "cross_entropy"
     detaches_signal: ClassVar[bool] = True
-    of_classes: ClassVar[bool] = True  # its network's outputs are class logits
+    of_classes: ClassVar[bool] = True
+    """Whether the outputs of the network are class logits."""
 
     def __init_subclass__(cls) -> None:
         only_where_declared(cls)
@@ -93,8 +98,10 @@ class CrossEntropy:
     def __call__(
         self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
     ) -> Tensor:
-        logits, labels = wide(checks.logits(self.outputs(teacher, labeled), "network")), labeled[1]
-        if logits.ndim == 2 and labels.shape != logits.shape:  # else they are distributions
+        logits = wide(checks.logits(self.outputs(teacher, labeled), "network"))
+        labels = labeled[1]
+        # Labels of the logits' shape are distributions.
+        if logits.ndim == 2 and labels.shape != logits.shape:
             labels = checks.class_labels(labels, logits.shape[1])
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
@@ -110,15 +117,20 @@ class CrossEntropy:
         return (labels != -100).sum()
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
+        """Return what the teacher makes of the labeled batch."""
         return teacher(labeled[0])
 
 
 @dataclass(frozen=True)
 class UDA:
-    r"""Consistency: the prediction on the strong view should equal the (sharpened, confident) one on the weak view.
+    r"""Consistency: the teacher should predict on the strong view what it does on the weak one.
+
+    The prediction on the weak view is a target without a gradient. It may be sharpened, and
+    examples of which it is not confident are left out.
 
     .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\;
-              \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\ T(x_i^{strong})\big), \quad
+              \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\
+              T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 
     With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power
@@ -170,12 +182,12 @@ class UDA:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.prior is not None and not (
-            all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)
-        ):
-            raise MetaplError(
-                f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1."
-            )
+        if self.prior is not None:
+            are_shares = all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)
+            if not are_shares:
+                raise MetaplError(
+                    f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1."
+                )
         if self.threshold_on == "sharpened" and self.temperature == 0:
             raise MetaplError(
                 "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the "
@@ -185,35 +197,48 @@ class UDA:
 
     @property
     def of_micro_batches(self) -> bool:
-        """Whether a micro-batch is aligned by its own mean, so that its loss is no share of the batch's."""
+        """Whether a micro-batch is aligned by its own mean.
+
+        Its loss is then no share of the loss of the batch.
+        """
         return self.align > 0
 
     def target(self, logits: Tensor) -> Tensor:
-        """The target of the strong view, from the logits (B, C) of the weak one: class
-        probabilities (B, C), zeros for examples that are left out."""
-        log_p = F.log_softmax(logits, -1)
+        """Return the target of the strong view, from the logits (B, C) of the weak one.
+
+        These are class probabilities (B, C), with zeros for examples that are left out.
+        """
+        log_p_BC = F.log_softmax(logits, -1)
         if self.align:
-            classes = log_p.shape[-1]
-            if self.prior is not None and len(self.prior) != classes:
-                raise MetaplError(
-                    f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class."
-                )
-            # In logarithms, because the mean of an improbable class would be rounded to 0. The mean
-            # of an impossible class is 0; such a class is not aligned.
-            every, _ = rows_of_all(log_p)  # of all ranks
-            log_mean_C = every.logsumexp(0) - math.log(max(1, len(every)))
-            log_prior_C = 0 if self.prior is None else _log(self.prior, log_p.dtype, log_p.device)
-            log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
-            log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
-        p = log_p.exp()
+            log_p_BC = self._aligned(log_p_BC)
+        p_BC = log_p_BC.exp()
         if self.threshold_on == "sharpened":
-            sharpened = F.softmax(log_p / self.temperature, -1)
-            return sharpened * (sharpened.amax(-1, keepdim=True) >= self.threshold)
-        confident = p.amax(-1, keepdim=True) > self.threshold
+            sharpened_BC = F.softmax(log_p_BC / self.temperature, -1)
+            return sharpened_BC * (sharpened_BC.amax(-1, keepdim=True) >= self.threshold)
+        is_confident_B1 = p_BC.amax(-1, keepdim=True) > self.threshold
         if self.temperature:
-            return F.softmax(log_p / self.temperature, -1) * confident
+            return F.softmax(log_p_BC / self.temperature, -1) * is_confident_B1
         # Not F.one_hot, which no vmap takes within a derivative.
-        return torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0) * confident
+        one_hot_BC = torch.zeros_like(p_BC).scatter(-1, p_BC.argmax(-1, keepdim=True), 1.0)
+        return one_hot_BC * is_confident_B1
+
+    def _aligned(self, log_p_BC: Tensor) -> Tensor:
+        """Return log-probabilities whose mean over the rows of all ranks is nearer to the prior."""
+        classes = log_p_BC.shape[-1]
+        if self.prior is not None and len(self.prior) != classes:
+            raise MetaplError(
+                f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class."
+            )
+        # In logarithms, because the mean of an improbable class would be rounded to 0. The mean
+        # of an impossible class is 0; such a class is not aligned.
+        log_p_of_all_ranks, _ = rows_of_all(log_p_BC)
+        rows = max(1, len(log_p_of_all_ranks))
+        log_mean_C = log_p_of_all_ranks.logsumexp(0) - math.log(rows)
+        log_prior_C: Tensor | int = 0
+        if self.prior is not None:
+            log_prior_C = _log(self.prior, log_p_BC.dtype, log_p_BC.device)
+        log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
+        return F.log_softmax(log_p_BC + self.align * log_ratio_C, -1)
 
     def __call__(
         self,
@@ -229,68 +254,84 @@ class UDA:
             raise MetaplError(
                 "UDA was given an unlabeled batch of one view; expected unlabeled=(weak, strong)."
             )
+        weak, strong = pair
         if not isinstance(step, Tensor) and step < self.start:
-            return torch.zeros((), device=next(iter(signal.fields().values())).device)
-        weak = signal.outputs
-        if weak is None:
+            some_tensor = next(iter(signal.fields().values()))
+            return torch.zeros((), device=some_tensor.device)
+        weak_logits = signal.outputs
+        if weak_logits is None:
             with torch.no_grad():
-                weak = checks.logits(teacher(pair[0]), "network")
-        target = self.target(wide(weak.detach()))
-        log_strong = F.log_softmax(wide(teacher(pair[1])), -1)
+                weak_logits = checks.logits(teacher(weak), "network")
+        target_BC = self.target(wide(weak_logits.detach()))
+        log_strong_BC = F.log_softmax(wide(teacher(strong)), -1)
         # 0 log 0, of a class of probability 0 in target and prediction, would be NaN.
-        losses = -(
-            target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)
-        ).sum(-1)
-        if isinstance(step, Tensor):  # on the pure road, where one function holds every step
-            late = step.to(losses.dtype) - self.start
-            share = (late / self.ramp).clamp(0, 1) if self.ramp else (late >= 0).to(late.dtype)
-            return self.weight * share * losses.mean()
-        ramped = (
-            self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
-        )
-        return ramped * losses.mean()
+        is_zero_in_both = (target_BC == 0) & (log_strong_BC == -math.inf)
+        losses_B = -(target_BC * log_strong_BC.masked_fill(is_zero_in_both, 0)).sum(-1)
+        if isinstance(step, Tensor):
+            # On the pure road one function serves every step, so that it has no branch on the step.
+            steps_since_start = step.to(losses_B.dtype) - self.start
+            if self.ramp:
+                share_of_weight = (steps_since_start / self.ramp).clamp(0, 1)
+            else:
+                share_of_weight = (steps_since_start >= 0).to(steps_since_start.dtype)
+            return self.weight * share_of_weight * losses_B.mean()
+        weight = self.weight
+        if self.ramp:
+            weight = self.weight * min(1.0, (step - self.start) / self.ramp)
+        return weight * losses_B.mean()
 
 
 def sum_of_terms(
     network: nn.Module,
     losses: Sequence[TeacherLoss],
     *,
+    labeled: Any,
+    unlabeled: Any,
+    signal: Signal,
+    step: Any,
     kind: str = "loss",
     shares: Shares | None = None,
-    **batches: Any,
 ) -> dict[str, Tensor]:
-    """Return the losses by name, each a scalar with the network's graph; losses with the same name are added.
+    """Return the losses by name, each a scalar with the network's graph.
+
+    Losses with the same name are added.
 
     Args:
         network: the network of the losses.
         losses: the terms.
+        labeled, unlabeled, signal, step: what a loss reads, see :class:`TeacherLoss`.
         kind: what an error calls them.
         shares: the factors of this micro-batch, by :func:`metapl.problems.means.shares_of_losses`.
-        batches: what a loss reads: ``labeled``, ``unlabeled``, ``signal`` and ``step``.
     """
     terms: dict[str, Tensor] = {}
     for place, loss in enumerate(losses):
-        value = loss(network, **batches)
+        value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
         checks.scalar_loss(value, f"the {kind} {loss.name!r}")
         if shares is not None and place in shares:
-            value = scaled(value, shares[place])
-        terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
+            value = times_share(value, shares[place])
+        if loss.name in terms:
+            value = terms[loss.name] + value
+        terms[loss.name] = value
     return terms
 
 
-def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
-    """The losses as a tuple.
+def check_losses(losses: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
+    """Return the losses as a tuple, and refuse anything other than a sequence of losses.
 
-    Anything other than a sequence of losses is refused. ``name`` is that of the argument.
+    ``name`` is that of the argument.
     """
-    losses = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (None,)
-    if not all(isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses):
+    are_losses = isinstance(losses, Sequence) and not isinstance(losses, str)
+    are_losses = are_losses and all(
+        isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses
+    )
+    if not are_losses:
         raise MetaplError(
-            f"{name} is {given!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA())."
+            f"{name} is {losses!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA())."
         )
-    return losses
+    return tuple(losses)
 
 
-@lru_cache(maxsize=16)  # because a copy to a device makes the host wait
+# Remembered, because a copy to a device makes the host wait.
+@lru_cache(maxsize=16)
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(shares, dtype=dtype, device=device).log()

@@ -1,10 +1,11 @@
-"""What a network's own losses are means over, where a batch comes in micro-batches or in shares of processes.
+r"""What a network's own losses are means over, where a batch comes in parts.
 
-A loss that is a mean over the rows of its batch is the mean of its micro-batches' losses, which
-have equal sizes. One that is a mean over something else, such as the labels that are not ignored,
-says so by a method ``mean_over``:
+The parts are micro-batches, or the shares of processes. A loss that is a mean over the rows of its
+batch is the mean of its micro-batches' losses, which have equal sizes. One that is a mean over
+something else, such as the labels that are not ignored, says so by a method ``mean_over``:
 
-.. math:: L = \\frac{\\sum_i n_i L_i}{\\sum_i n_i} = \\frac1M \\sum_{i=1}^M s_i L_i, \\qquad s_i = n_i / \\bar n
+.. math:: L = \frac{\sum_i n_i L_i}{\sum_i n_i} = \frac1M \sum_{i=1}^M s_i L_i,
+          \qquad s_i = n_i / \bar n
 
 A loss that says nothing and is no mean over rows is refused at the first step, by
 :func:`refuse_other_than_means`.
@@ -75,26 +76,27 @@ def shares_of_losses(
         mean_over = getattr(loss, "mean_over", None)
         if mean_over is None:
             continue
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
         counts = list[Tensor]()
         for labeled_part, unlabeled_part in zip(labeled, unlabeled, strict=True):
             count = mean_over(labeled=labeled_part, unlabeled=unlabeled_part)
             if count is not None:
-                counts.append(
-                    torch.as_tensor(
-                        count, dtype=torch.float64 if device.type == "cpu" else torch.float32
-                    )
-                )
+                counts.append(torch.as_tensor(count, dtype=dtype))
         if not counts:
             continue
         n = torch.stack([count.to(device) for count in counts])
-        of_parts = n / ranks.mean(n.mean())
-        for part, share in enumerate(of_parts.unbind()):
+        shares_of_loss = n / ranks.mean(n.mean())
+        for part, share in enumerate(shares_of_loss.unbind()):
             shares[part][place] = share
     return list(shares)
 
 
-def scaled(loss: Tensor, share: Tensor) -> Tensor:
-    """Return s·L; of a micro-batch without rows that count, 0 and no gradient, where the mean of nothing is NaN."""
+def times_share(loss: Tensor, share: Tensor) -> Tensor:
+    """Return s·L.
+
+    Of a micro-batch without rows that count, that is 0 with no gradient, where L, the mean of
+    nothing, is NaN.
+    """
     return torch.where(share > 0, share.to(loss.dtype) * loss, torch.zeros_like(loss))
 
 
@@ -111,7 +113,7 @@ def refuse_other_than_means(
     device: torch.device,
     parts: int,
 ) -> None:
-    """Refuse a loss of micro-batches that is no mean over rows and does not say what it is a mean over.
+    """Refuse a loss that is no mean over rows and does not say what it is a mean over.
 
     It is compared on the rows of the first two micro-batches, and on two halves of them, with the
     network in evaluation mode, where no row depends on the others: at its weights, and at others.
@@ -140,19 +142,20 @@ def refuse_other_than_means(
     with torch.no_grad(), no_fast_path(), evaluation_mode(network):
         slots = Slots(network)
         for loss in compared:
+            comparison = Comparison(
+                network=network, loss=loss, rows=rows, step=step, tolerance=tolerance, random=random
+            )
             with replay(random, slots):
-                difference = rows.difference(network, loss, step, tolerance, random)
+                difference = comparison.difference()
             for size in NOISE:
                 if difference is None:
-                    difference = rows.difference_at(
-                        weights_moved(slots, size), network, loss, step, tolerance, random
-                    )
+                    difference = comparison.difference_at(weights_moved(slots, size))
             if difference is not None and not refusal:
-                whole, by_halves = difference
+                loss_of_all, loss_by_halves = difference
                 refusal = (
-                    f"the loss {loss.name!r} is {whole:.6g} on {length(rows.labeled)} rows, and "
-                    f"{by_halves:.6g} by two halves of them, with accumulate={parts}: it is no "
-                    "mean over rows. Give it a method mean_over(*, labeled, unlabeled) that "
+                    f"the loss {loss.name!r} is {loss_of_all:.6g} on {length(rows.labeled)} rows, "
+                    f"and {loss_by_halves:.6g} by two halves of them, with accumulate={parts}: it "
+                    "is no mean over rows. Give it a method mean_over(*, labeled, unlabeled) that "
                     "returns what it divides by, such as the number of labels that are not "
                     "ignored; or take accumulate=1; or say of_micro_batches = True, if each "
                     "micro-batch is meant to have a loss of its own."
@@ -165,23 +168,44 @@ def refuse_other_than_means(
 
 @dataclass(frozen=True)
 class RowsOfTwo:
-    """The rows of two micro-batches, of which a loss is taken as a whole and by halves."""
+    """The rows of two micro-batches, of which a loss is taken of all and by halves."""
 
     labeled: Any
     unlabeled: Any
     signal: Signal
     problem: Problem | None
 
-    def difference(
-        self, network: nn.Module, loss: Any, step: int, tolerance: float, random: RandomState
-    ) -> tuple[float, float] | None:
-        """Return the loss of all rows, and the mean of two halves, where these differ; None where
-        they do not, or where it cannot be told because something draws."""
-        whole, _ = self.of_rows(network, loss, step, stride=1, half=None)
+
+@dataclass(frozen=True)
+class Comparison:
+    """A loss of a network on all rows, compared with the mean of its values on two halves.
+
+    Args:
+        network: the network, in evaluation mode.
+        loss: a term of its objective.
+        rows: the rows.
+        step: the step that the loss is told.
+        tolerance: how far the two may differ, relative to them.
+        random: the state of the generators before a pass, which no pass may move.
+    """
+
+    network: nn.Module
+    loss: Any
+    rows: RowsOfTwo
+    step: int
+    tolerance: float
+    random: RandomState
+
+    def difference(self) -> tuple[float, float] | None:
+        """Return the loss of all rows, and the mean of two halves, where these differ.
+
+        None where they do not, or where it cannot be told because something draws.
+        """
+        loss_of_all, _ = self.loss_and_count(stride=1, half=None)
         for stride in STRIDES:
-            first, n_first = self.of_rows(network, loss, step, stride=stride, half=0)
-            second, n_second = self.of_rows(network, loss, step, stride=stride, half=1)
-            if not RandomState.now(random.device).is_as(random):
+            first, n_first = self.loss_and_count(stride=stride, half=0)
+            second, n_second = self.loss_and_count(stride=stride, half=1)
+            if not RandomState.now(self.random.device).equals(self.random):
                 return None
             total = 0.0
             # The mean of nothing is NaN, and counts for nothing.
@@ -189,68 +213,75 @@ class RowsOfTwo:
                 total += n_first * first
             if n_second:
                 total += n_second * second
-            by_halves = total / (n_first + n_second) if n_first + n_second else math.nan
-            size = max(abs(whole), abs(first), abs(second))
-            if math.isfinite(whole) and not abs(whole - by_halves) <= tolerance * size:
-                return whole, by_halves
+            loss_by_halves = math.nan
+            if n_first + n_second:
+                loss_by_halves = total / (n_first + n_second)
+            size = max(abs(loss_of_all), abs(first), abs(second))
+            # Written so that a mean of NaN differs too.
+            is_close = abs(loss_of_all - loss_by_halves) <= self.tolerance * size
+            if math.isfinite(loss_of_all) and not is_close:
+                return loss_of_all, loss_by_halves
         return None
 
-    def difference_at(
-        self,
-        weights: Sequence[Slot],
-        network: nn.Module,
-        loss: Any,
-        step: int,
-        tolerance: float,
-        random: RandomState,
-    ) -> tuple[float, float] | None:
-        """Return the :meth:`difference` at other weights than the network's own; None where there are none.
+    def difference_at(self, weights: Sequence[Slot]) -> tuple[float, float] | None:
+        """Return the :meth:`difference` at other weights than the network's own.
 
-        A loss that runs at the network's own weights may fail at others, as a Cholesky factor does.
-        That is no fault of the user's program, and tells nothing. Nor does a network that is
-        chaotic there, such as a long recurrence: two halves are rounded otherwise than the whole.
-        So the difference has to be far above what rounding makes of it.
+        None where there are no other weights. A loss that runs at the network's own weights may
+        fail at others, as a Cholesky factor does. That is no fault of the user's program, and tells
+        nothing. Nor does a network that is chaotic there, such as a long recurrence: two halves are
+        rounded otherwise than all rows together. So the difference has to be far above what
+        rounding makes of it.
         """
         if not weights:
             return None
-        slots = Slots(network)
+        slots = Slots(self.network)
         try:
-            with replay(random, slots, weights):
-                difference = self.difference(network, loss, step, tolerance, random)
+            with replay(self.random, slots, weights):
+                difference = self.difference()
                 if difference is None:
                     return None
-                whole, by_halves = difference
-                by_rounding = 0.0
+                loss_of_all, loss_by_halves = difference
+                change_by_rounding = 0.0
                 for seed in range(2):
-                    with replay(random, slots, rounded(weights, seed)):
-                        whole_again, _ = self.of_rows(network, loss, step, stride=1, half=None)
-                    by_rounding = max(by_rounding, abs(whole_again - whole))
+                    with replay(self.random, slots, rounded(weights, seed)):
+                        loss_at_rounded, _ = self.loss_and_count(stride=1, half=None)
+                    change = abs(loss_at_rounded - loss_of_all)
+                    change_by_rounding = max(change_by_rounding, change)
         except Exception:
             return None
-        return difference if abs(whole - by_halves) > FAR_ABOVE * by_rounding else None
+        if abs(loss_of_all - loss_by_halves) > FAR_ABOVE * change_by_rounding:
+            return difference
+        return None
 
-    def of_rows(
-        self, network: nn.Module, loss: Any, step: int, *, stride: int, half: int | None
-    ) -> tuple[float, float]:
-        """Return a loss of one half of the rows, or of all, and what it is a mean over."""
-        batches = {
-            "labeled": in_order(self.labeled, stride, half),
-            "unlabeled": in_order(self.unlabeled, stride, half),
-        }
-        signal = signal_in_order(self.signal, self.problem, length(self.unlabeled), stride, half)
+    def loss_and_count(self, *, stride: int, half: int | None) -> tuple[float, float]:
+        """Return the loss of one half of the rows, or of all, and how many it is a mean over.
+
+        A loss that does not say how many is a mean over rows, of which both halves have as many: 1.
+        """
+        labeled = in_order(self.rows.labeled, stride, half)
+        unlabeled = in_order(self.rows.unlabeled, stride, half)
+        signal = signal_in_order(
+            self.rows.signal,
+            self.rows.problem,
+            rows=length(self.rows.unlabeled),
+            stride=stride,
+            half=half,
+        )
         count = None
-        if hasattr(loss, "mean_over"):
-            count = loss.mean_over(**batches)
-        value = loss(network, **batches, signal=signal, step=step)
+        if hasattr(self.loss, "mean_over"):
+            count = self.loss.mean_over(labeled=labeled, unlabeled=unlabeled)
+        value = self.loss(
+            self.network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=self.step
+        )
         return float(value), 1.0 if count is None else float(count)
 
 
 def weights_moved(slots: Slots, size: float) -> list[Slot]:
-    """Return other weights of a network, by their places: its own plus noise by which outputs differ between rows.
+    """Return other weights of a network, by their places: its own plus noise.
 
-    The noise has a ``size`` in units of 1/sqrt(inputs), with which layers are usually begun, also
-    where weights are 0. It draws from a generator of its own. Sharded networks have no other
-    weights.
+    At such weights the outputs differ between rows. The noise has a ``size`` in units of
+    1/sqrt(inputs), with which layers are usually begun, also where weights are 0. It draws from a
+    generator of its own. Of a sharded network there are none.
     """
     moved: dict[str, Tensor] = {}
     for name, p in slots.learned.items():
@@ -260,7 +291,8 @@ def weights_moved(slots: Slots, size: float) -> list[Slot]:
         inputs = max(1, p[0].numel()) if p.ndim > 1 and len(p) else 1
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
         moved[name] = stand_in(p.detach() + size / math.sqrt(inputs) * noise, p)
-    return [(table, name, moved[first]) for table, name, first in slots.places]
+    # A weight may have several places, and is learned by the name of its first one.
+    return [(table, name, moved[first_name]) for table, name, first_name in slots.places]
 
 
 def rounded(weights: Sequence[Slot], seed: int) -> list[Slot]:
@@ -276,46 +308,50 @@ def rounded(weights: Sequence[Slot], seed: int) -> list[Slot]:
 
 def has_norms_without_statistics(network: nn.Module) -> bool:
     """Return whether a batch norm takes the statistics of its batch in evaluation mode too."""
-    norms = (
-        part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
-    )
-    return any(norm.running_mean is None for norm in norms)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            return True
+    return False
 
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Put a network into evaluation mode in this block.
 
-    Afterwards each part is in the mode that it was in.
+    Afterwards each of its modules is in the mode that it was in.
     """
-    modes = [(part, part.training) for part in network.modules()]
+    modes = [(module, module.training) for module in network.modules()]
     try:
-        for part, _ in modes:
-            part.training = False
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for module, mode in modes:
+            module.training = mode
 
 
 def joined_batches(parts: Sequence[Any]) -> Any:
     """Return the rows of micro-batches as one batch; what has no rows is that of the first."""
-    columns: list[list[Tensor]] = []
+    tensors_of_parts: list[list[Tensor]] = []
     for part in parts:
         tensors = list[Tensor]()
         map_tensors(tensors.append, part)
-        columns.append(tensors)
-    joined = iter(
-        [
-            torch.cat(list(column)) if column[0].ndim else column[0]
-            for column in zip(*columns, strict=True)
-        ]
-    )
-    return map_tensors(lambda _: next(joined), parts[0])
+        tensors_of_parts.append(tensors)
+    joined = []
+    for same_tensor_of_parts in zip(*tensors_of_parts, strict=True):
+        has_rows = same_tensor_of_parts[0].ndim > 0
+        joined.append(
+            torch.cat(list(same_tensor_of_parts)) if has_rows else same_tensor_of_parts[0]
+        )
+    # The tensors are visited in the same order as above.
+    remaining = iter(joined)
+    return map_tensors(lambda _: next(remaining), parts[0])
 
 
 def index_of_rows(count: int, stride: int, half: int | None) -> list[int]:
-    """Return which of ``count`` rows are in a half, or all rows, where those with the same remainder come first.
+    """Return which of ``count`` rows are in a half, or all rows, sorted by their remainder.
+
+    The remainder is that of their number divided by ``stride``.
 
     >>> index_of_rows(6, stride=2, half=0), index_of_rows(6, stride=2, half=1)
     ([0, 2, 4], [1, 3, 5])
@@ -323,12 +359,20 @@ def index_of_rows(count: int, stride: int, half: int | None) -> list[int]:
     order = sorted(range(count), key=lambda row: row % stride)
     if half is None:
         return order
-    return order[: count // 2] if half == 0 else order[count // 2 :]
+    if half == 0:
+        return order[: count // 2]
+    return order[count // 2 :]
 
 
 def in_order(batch: Any, stride: int, half: int | None) -> Any:
-    """Return a half of the rows of a batch, or all of them, in the order of :func:`index_of_rows`."""
-    return map_tensors(lambda t: t[index_of_rows(len(t), stride, half)] if t.ndim else t, batch)
+    """Return a half of the rows of a batch, or all, in the order of :func:`index_of_rows`."""
+
+    def taken(t: Tensor) -> Tensor:
+        if t.ndim == 0:
+            return t
+        return t[index_of_rows(len(t), stride, half)]
+
+    return map_tensors(taken, batch)
 
 
 def signal_in_order(
@@ -336,12 +380,12 @@ def signal_in_order(
 ) -> Signal:
     """Return the signal about a half of the rows, or about all.
 
-    A field without rows, such as a matrix, stays whole.
+    A field without rows, such as a matrix, stays as it is.
     """
     has_rows_by_field = {} if problem is None else has_rows(problem, signal, rows)
     index = index_of_rows(rows, stride, half)
     fields = {}
     for name, t in signal.fields().items():
-        is_by_row = has_rows_by_field.get(name, t.ndim > 0 and len(t) == rows)
-        fields[name] = t[index] if is_by_row else t
+        field_has_rows = has_rows_by_field.get(name, t.ndim > 0 and len(t) == rows)
+        fields[name] = t[index] if field_has_rows else t
     return signal.having(fields)

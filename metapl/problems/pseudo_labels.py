@@ -21,7 +21,9 @@ from metapl.runs.fields import Range, check_fields
 
 @dataclass(frozen=True)
 class PseudoLabels(Problem):
-    r"""The teacher labels the unlabeled batch; the student learns the labels and is judged on the labeled batch.
+    r"""The teacher labels the unlabeled batch, and the student learns these labels.
+
+    The student is then judged on the labeled batch.
 
     .. math:: q = \mathrm{softmax}(T(x_u)/\tau), \quad
               \ell_i = \mathrm{CE}\big((1-\alpha)\,t_i + \alpha/C,\ S(x_u)_i\big), \quad
@@ -57,30 +59,32 @@ class PseudoLabels(Problem):
         check_fields(self)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> PseudoLabels:
-        """The problem with a kind of labels that a mode takes.
+        """Return the problem with a kind of labels that a mode takes.
 
-        ``kind``, or the mode's first choice.
+        That is ``kind``, or the mode's first choice where ``kind`` is None.
         """
         if self.kind is None:
-            return self._of(labels[0])
+            return self._with_kind(labels[0])
         if self.kind not in labels:
-            given = (
-                f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes "
-                f"{' or '.join(labels)} labels"
-            )
             raise MetaplError(
-                f"{given}; expected kind=None, or another mode (metapl.feedback.modes_for)."
+                f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes "
+                f"{' or '.join(labels)} labels; expected kind=None, or another mode "
+                "(metapl.feedback.modes_for)."
             )
         return self
 
     def exact(self) -> PseudoLabels:
-        return self._of("soft")
+        return self._with_kind("soft")
 
-    def _of(self, kind: Kind) -> PseudoLabels:
-        """A copy with this kind of labels, and with what a subclass, or a caller, has put on this instance."""
-        other = copy.copy(self)
-        object.__setattr__(other, "kind", kind)
-        return other
+    def _with_kind(self, kind: Kind) -> PseudoLabels:
+        """Return a copy with this kind of labels.
+
+        It has every attribute that a subclass, or a caller, has put on this instance, which
+        ``dataclasses.replace`` would lose.
+        """
+        problem = copy.copy(self)
+        object.__setattr__(problem, "kind", kind)
+        return problem
 
     def teacher_input(self, batch: Any) -> Any:
         return views(batch)[0]
@@ -89,7 +93,10 @@ class PseudoLabels(Problem):
         return views(batch)[-1]
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
-        """Cross-entropy, and UDA where the inner batch has two views: Algorithm 1, lines 6-7."""
+        """Return cross-entropy, and UDA where the inner batch has two views.
+
+        Source: Algorithm 1, lines 6-7.
+        """
         return LOSSES if len(views(batch)) == 2 else LOSSES[:1]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
@@ -99,27 +106,33 @@ class PseudoLabels(Problem):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
+        """Return q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
         logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
-        if (
-            student_outputs is not None and logits.shape != student_outputs.shape
-        ):  # None where it enters the input
-            shape, own = tuple(logits.shape), tuple(student_outputs.shape)
+        # There are no outputs yet where a subclass lets the signal enter the student's input.
+        if student_outputs is not None and logits.shape != student_outputs.shape:
             raise MetaplError(
-                f"the teacher's outputs have shape {shape}; expected that of the student's, {own}."
+                f"the teacher's outputs have shape {tuple(logits.shape)}; expected that of the "
+                f"student's, {tuple(student_outputs.shape)}."
             )
-        z = wide(logits) if self.temperature == 1.0 else wide(logits) / self.temperature
+        z = wide(logits)
+        if self.temperature != 1.0:
+            z = z / self.temperature
         log_q = F.log_softmax(z, -1)
         q = log_q.exp()
         if self.kind != "hard":
             return Signal(q, outputs=logits)
-        drawn = draw_classes(q.detach(), generator)
-        return Signal(drawn.squeeze(-1), log_q.gather(-1, drawn).squeeze(-1), q, logits)
+        labels_B1 = draw_classes(q.detach(), generator)
+        return Signal(
+            labels_B1.squeeze(-1),
+            log_prob=log_q.gather(-1, labels_B1).squeeze(-1),
+            probs=q,
+            outputs=logits,
+        )
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        """CE of the student's outputs against the (smoothed) label, (B,)."""
+        """Return CE of the student's outputs against the (smoothed) label, (B,)."""
         return F.cross_entropy(
             outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing
         )
@@ -141,7 +154,8 @@ class ReducedLabels(PseudoLabels):
     stored. Then a small network T plays the teacher's part in Algorithm 1, and only the student and
     T are in memory.
 
-    .. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
+    .. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad
+              \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
               h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
               = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
 
@@ -180,21 +194,24 @@ class ReducedLabels(PseudoLabels):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
+        """Return the signal of :class:`metapl.PseudoLabels`, made from the stored distributions.
+
+        These are read in the type of the teacher's weights.
+        """
         inputs, stored = stored_pair(batch)
-        return super().signal(
-            teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator
-        )
+        batch_in_type = inputs, in_type_of(teacher, stored)
+        return super().signal(teacher, batch_in_type, student_outputs, generator=generator)
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
         return (StoredCrossEntropy(label_smoothing=0.1),)
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels that are not classes of the student's outputs, and stored values that are not distributions."""
+        """Refuse labels that are no classes of the student's, and stored values that do not fit."""
         super().check(outputs, labeled, unlabeled)
-        check_stored(stored_pair(unlabeled)[1], outputs, "unlabeled")
+        _, stored = stored_pair(unlabeled)
+        check_stored(stored, outputs.shape, "unlabeled")
         if len(labeled) > 2:
-            check_stored(labeled[2], labeled[1][:, None].expand(-1, outputs.shape[1]), "labeled")
+            check_stored(labeled[2], (len(labeled[1]), outputs.shape[1]), "labeled")
 
 
 @dataclass(frozen=True)
@@ -205,27 +222,30 @@ class StoredCrossEntropy(CrossEntropy):
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         if len(labeled) < 3:
-            given = f"labeled is {checks.described(labeled)}"
-            raise MetaplError(f"{given}; expected (inputs, labels, stored), or teacher_losses=().")
+            raise MetaplError(
+                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), or "
+                "teacher_losses=()."
+            )
         return teacher(in_type_of(teacher, labeled[2]))
 
 
-def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
-    """Refuse stored values that are not one class distribution for each of the student's outputs (B, C)."""
+def check_stored(stored: Tensor, shape: Sequence[int], name: str) -> None:
+    """Refuse stored values that are not class distributions of this shape, (B, C).
+
+    A row may sum to 0.98 or to 1.02, as distributions do that were stored in half precision.
+    """
     text = (
         f"the stored labels of the {name} batch are {checks.described(stored)}; expected class "
-        f"distributions {tuple(outputs.shape)}, which sum to 1 in every row: the softmax of logits."
+        f"distributions {tuple(shape)}, which sum to 1 in every row: the softmax of logits."
     )
-    if stored.shape != outputs.shape or not stored.is_floating_point():
+    if tuple(stored.shape) != tuple(shape) or not stored.is_floating_point():
         raise MetaplError(text)
-    checks.refuse(((wide(stored).sum(1) - 1).abs().amax() > 0.02) | (stored.amin() < 0), text)
+    sums_are_off = (wide(stored).sum(1) - 1).abs().amax() > 0.02
+    checks.refuse(sums_are_off | (stored.amin() < 0), text)
 
 
 def stored_pair(batch: Any) -> tuple[Any, Tensor]:
-    """The inputs and the stored distributions of a batch.
-
-    One that is not a pair of these is refused.
-    """
+    """Return the inputs and the stored distributions of a batch, or refuse the batch."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise MetaplError(
             f"unlabeled is {checks.described(batch)}; expected (inputs, stored class "

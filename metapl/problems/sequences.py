@@ -1,4 +1,4 @@
-r"""Training a language model on sequences that a teacher rates, or whose weights are 1."""
+"""Training a language model on sequences that a teacher rates, or whose weights are 1."""
 
 from __future__ import annotations
 
@@ -71,24 +71,29 @@ class DataRater(Problem):
     signal_of_batch: ClassVar[bool] = True
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
-        """Adam at 1e-3."""
+        """Return Adam at 1e-3."""
         return torch.optim.Adam(teacher.parameters(), lr=1e-3)
 
     def student_input(self, batch: Any) -> Any:
-        return _read(batch)[0]
+        inputs, _ = inputs_and_labels(batch)
+        return inputs
 
     def outer_batch(self, batch: Any) -> Any:
-        _read(batch)
+        """Return the batch with dicts in the place of its dict-like parts, or refuse it."""
+        inputs_and_labels(batch)
         return plain(batch)
 
     def outer_input(self, batch: Any) -> Any:
-        return _read(batch)[0]
+        inputs, _ = inputs_and_labels(batch)
+        return inputs
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse outputs that are not logits of each token, other labels, and nothing to predict."""
-        _check_words(outputs, _read(unlabeled)[1], _read(labeled)[1])
+        """Refuse outputs that are no logits of each token, wrong labels, and nothing to predict."""
+        _, inner_labels = inputs_and_labels(unlabeled)
+        _, outer_labels = inputs_and_labels(labeled)
+        check_words(outputs, inner_labels=inner_labels, outer_labels=outer_labels)
         checks.refuse(
-            (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
+            (inner_labels[:, 1:] == IGNORED).all(),
             f"the inner batch of DataRater has no token to predict: all are {IGNORED}, or "
             "padding; expected one.",
         )
@@ -96,30 +101,36 @@ class DataRater(Problem):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        """a, (B,), over the sequences of all processes."""
-        inputs, labels = _read(batch)
+        """Return a, (B,), by a softmax over the sequences of all processes."""
+        inputs, labels = inputs_and_labels(batch)
+        rows = len(labels)
         scores = teacher(inputs)
-        if not isinstance(scores, Tensor) or scores.shape not in ((len(labels),), (len(labels), 1)):
+        if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
             raise MetaplError(
                 f"the rater returned {checks.described(scores)}; expected scores (B,)."
             )
-        every, own = rows_of_all(wide(scores).reshape(len(labels)))
-        if len(every) < 2:
+        scores_of_all_ranks, rows_of_this_rank = rows_of_all(wide(scores).reshape(rows))
+        if len(scores_of_all_ranks) < 2:
             raise MetaplError(
                 "the inner batch of DataRater has one sequence, whose weight is 1; expected two "
                 "or more."
             )
-        return Signal(len(every) * every.softmax(0)[own])
+        softmax = scores_of_all_ranks.softmax(0)
+        return Signal(len(scores_of_all_ranks) * softmax[rows_of_this_rank])
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        losses, counts = _losses(outputs, _read(batch)[1])
-        return signal.value * losses.sum(1) / counts.sum(1).clamp_min(1)
+        """Return a_i times the mean cross-entropy of the sequence's tokens, (B,)."""
+        _, labels = inputs_and_labels(batch)
+        losses_BT, is_predicted_BT = next_token_losses(outputs, labels)
+        return signal.value * losses_BT.sum(1) / is_predicted_BT.sum(1).clamp_min(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        losses, counts = _losses(outputs, _read(batch)[1])
-        return losses.sum(), counts.sum()
+        """Return the sum of the cross-entropy over all tokens, and their number."""
+        _, labels = inputs_and_labels(batch)
+        losses_BT, is_predicted_BT = next_token_losses(outputs, labels)
+        return losses_BT.sum(), is_predicted_BT.sum()
 
 
 @dataclass(frozen=True)
@@ -141,8 +152,16 @@ class NextToken(EqualWeights):
     >>> import metapl
     >>> student = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
     >>> train, outer = torch.randint(20, (12, 7)), torch.randint(20, (4, 7))
-    >>> how = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "steps": 5, "batch_size": 6}
-    >>> metapl.attribute(student, (train, train), (outer, outer), problem=NextToken(per="token"), **how).scores.shape
+    >>> attribution = metapl.attribute(
+    ...     student,
+    ...     (train, train),
+    ...     (outer, outer),
+    ...     problem=NextToken(per="token"),
+    ...     optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+    ...     steps=5,
+    ...     batch_size=6,
+    ... )
+    >>> attribution.scores.shape
     torch.Size([12, 7])
     """
 
@@ -153,76 +172,96 @@ class NextToken(EqualWeights):
         check_fields(self)
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
-        return tuple(outputs.shape[: 1 if self.per == "sequence" else 2])
+        dimensions = 1 if self.per == "sequence" else 2
+        return tuple(outputs.shape[:dimensions])
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        _check_words(outputs, unlabeled[1], labeled[1])
+        check_words(outputs, inner_labels=unlabeled[1], outer_labels=labeled[1])
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
     ) -> Tensor:
-        losses, counts = _losses(outputs, batch[1])
-        of_token = F.pad(losses[:, :-1], (1, 0))  # at the token, not where it is predicted from
-        weights = signal.value.reshape(len(losses), -1)  # (B, 1), or (B, T)
-        return (weights * of_token).sum(1) / counts.sum(1).clamp_min(1)
+        """Return the weighted mean cross-entropy of each sequence's tokens, (B,)."""
+        losses_BT, is_predicted_BT = next_token_losses(outputs, batch[1])
+        # A loss stands where its token is predicted from, and its weight stands at the token.
+        losses_at_tokens_BT = F.pad(losses_BT[:, :-1], (1, 0))
+        # (B, 1) by sequence, and (B, T) by token.
+        weights = signal.value.reshape(len(losses_BT), -1)
+        sums_B = (weights * losses_at_tokens_BT).sum(1)
+        return sums_B / is_predicted_BT.sum(1).clamp_min(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        losses, counts = _losses(outputs, batch[1])
-        return losses.sum(), counts.sum()
+        """Return the sum of the cross-entropy over all tokens, and their number."""
+        losses_BT, is_predicted_BT = next_token_losses(outputs, batch[1])
+        return losses_BT.sum(), is_predicted_BT.sum()
 
 
-def _check_words(outputs: Tensor, inner: Tensor, outer: Tensor) -> None:
-    """Refuse outputs that are not logits of each token of the inner labels, and labels that are none of its words."""
-    if outputs.ndim != 3 or outputs.shape[:2] != inner.shape:
+def check_words(outputs: Tensor, *, inner_labels: Tensor, outer_labels: Tensor) -> None:
+    """Refuse outputs that are no logits of each token of the inner batch, and labels beyond them.
+
+    The labels of either batch have to be words of the student, or ignored.
+    """
+    if outputs.ndim != 3 or outputs.shape[:2] != inner_labels.shape:
         raise MetaplError(
             f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words)."
         )
-    for labels in (outer, inner):
-        ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
+    words = outputs.shape[2]
+    for labels in (outer_labels, inner_labels):
+        ids = labels.masked_fill(labels == IGNORED, 0).flatten()
         checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
 
 
-def _read(batch: Any) -> tuple[Any, Tensor]:
-    """The networks' input, and the labels (B, T)."""
-    given = plain(batch)
-    if (
-        isinstance(given, tuple | list) and len(given) == 1
-    ):  # as a DataLoader has it of a TensorDataset
-        (given,) = given
-    parts = given if isinstance(given, dict) else {"input_ids": given}
-    ids, mask = parts.get("input_ids"), parts.get("attention_mask")
-    labels: Any = parts.get("labels", ids)
-    tensors = [ids, labels] + [mask] * (mask is not None)
-    shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
-    if (
-        len(shapes) > 1
-        or None in shapes
-        or labels.ndim != 2
-        or labels.shape[1] < 2
-        or labels.dtype != torch.int64
-    ):
+def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+    """Return the networks' input and the labels (B, T) of a batch, or refuse the batch."""
+    contents = plain(batch)
+    # A DataLoader of a TensorDataset has lists of one tensor.
+    if isinstance(contents, tuple | list) and len(contents) == 1:
+        contents = contents[0]
+    entries = contents if isinstance(contents, dict) else {"input_ids": contents}
+    ids = entries.get("input_ids")
+    mask = entries.get("attention_mask")
+    labels: Any = entries.get("labels", ids)
+    if not are_tokens(ids, labels, mask):
         raise MetaplError(
             f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), "
             "int64, two or more, or a dict of input_ids, attention_mask and labels."
         )
-    if mask is not None and "labels" not in parts:
+    if mask is not None and "labels" not in entries:
         is_token = mask != 0
         # Padded on the left, the first token has nothing before it to be predicted from, as at a
         # row's beginning.
-        labels = labels.masked_fill(
-            ~is_token | ~F.pad(is_token[:, :-1], (1, 0), value=True), IGNORED
-        )
-    return inputs_of(given), labels
+        follows_token = F.pad(is_token[:, :-1], (1, 0), value=True)
+        labels = labels.masked_fill(~is_token | ~follows_token, IGNORED)
+    return inputs_of(contents), labels
 
 
-def _losses(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of the following token at each place, (B, T), 0 where none is to be
-    predicted, and 1 where one is."""
-    # The labels move, not the outputs, of which a part would be a copy.
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    counts = following != IGNORED
-    safe = torch.where(counts, checks.safe_labels(following, outputs.shape[2]), IGNORED)
-    losses = F.cross_entropy(
-        outputs.flatten(0, 1), safe.flatten(), ignore_index=IGNORED, reduction="none"
+def are_tokens(ids: Any, labels: Any, mask: Any) -> bool:
+    """Return whether ids, labels and mask (or None) are tensors of one shape (B, T), T ≥ 2.
+
+    The labels have to be int64.
+    """
+    tensors = [ids, labels]
+    if mask is not None:
+        tensors.append(mask)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    have_one_shape = all(t.shape == labels.shape for t in tensors)
+    return (
+        have_one_shape and labels.ndim == 2 and labels.shape[1] >= 2 and labels.dtype == torch.int64
     )
-    return losses.view_as(following), counts
+
+
+def next_token_losses(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of the following token at each place, and whether there is one.
+
+    Both are (B, T). The loss is 0 where no token is to be predicted.
+    """
+    # The labels move, not the outputs, of which a part would be a copy.
+    following_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    is_predicted_BT = following_BT != IGNORED
+    words = outputs.shape[2]
+    targets_BT = torch.where(is_predicted_BT, checks.safe_labels(following_BT, words), IGNORED)
+    losses = F.cross_entropy(
+        outputs.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(following_BT), is_predicted_BT

@@ -24,6 +24,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,13 @@ from metapl.runs.folder import replacing, sync_folder
 
 _LOG = logging.getLogger(__name__)
 
-FORMAT, REST = "3", "rest.ckpt"
-LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
+FORMAT = "3"
+
+# The file with all that is not sharded, in the folder of a checkpoint in parts.
+REST = "rest.ckpt"
+
+# Seconds that a fit which ends waits for the parts under way.
+LEAVES_WITHIN = 60.0
 
 
 class CheckpointError(MetaplError):
@@ -66,11 +72,11 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t)
         for name, t in tensors.items()
     }
-    about = {"metapl": FORMAT, "tree": tree, "sha256": _digest(FORMAT, tree, tensors)}
+    metadata = {"metapl": FORMAT, "tree": tree, "sha256": _digest(FORMAT, tree, tensors)}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as file:
-            safetensors.torch.save_file(tensors, file.name, about)
+            safetensors.torch.save_file(tensors, file.name, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}; what was there is as it was"
@@ -78,7 +84,9 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
+    """Read what :func:`save` wrote, its tensors on the host.
+
+    Every byte is checked to be as it was written.
 
     Raises: :class:`DamagedError` where the file is another than was written,
     :class:`CheckpointError` where it may be whole: of another format, or without the right to read
@@ -86,12 +94,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = Path(path).read_bytes()
+        # Files of the old format 2 begin with a line of text.
         version = "2, which metapl 0.2 reads"
         if not content.startswith(b"metapl-checkpoint "):
-            size = int.from_bytes(content[:8], "little")
-            about = json.loads(content[8 : 8 + size])["__metadata__"]
-            version, tree, tensors = about["metapl"], about["tree"], safetensors.torch.load(content)
-            if _digest(version, tree, tensors) != about["sha256"]:
+            header_size = int.from_bytes(content[:8], "little")
+            metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
+            version = metadata["metapl"]
+            tree = metadata["tree"]
+            tensors = safetensors.torch.load(content)
+            if _digest(version, tree, tensors) != metadata["sha256"]:
                 raise ValueError("it has another checksum than when it was written")
             if version == FORMAT:
                 state: dict[str, Any] = decoded(tree, tensors)
@@ -113,6 +124,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a tree and its tensors, in hexadecimal."""
     digest = hashlib.sha256(f"metapl {version}\n{tree}".encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"\n{name} {t.dtype} {list(t.shape)}\n".encode())
@@ -125,61 +137,63 @@ def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def encoded(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
-    """A tree as JSON, in which a dict says of which kind a value is.
+    """Return a tree as JSON, in which a dict says of which kind a value is.
 
-    ``tensors`` takes the tensors by their places.
+    ``tensors`` takes the tensors by their places. ``place`` is that of the value in the tree.
     """
-    kind = type(value)  # exact types: numpy.float64 is a float too, and a named tuple a tuple
+    # Exact types, since numpy.float64 is a float too, and a named tuple is a tuple.
+    kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
     if isinstance(value, Tensor) and value.layout == torch.strided:
-        while place in tensors:  # of a key 1 beside a key "1"
+        # A key 1 beside a key "1" would have the same place.
+        while place in tensors:
             place += "~"
         tensors[place] = value.detach()
         return {"tensor": place}
     if kind in (list, tuple, torch.Size):
-        entries = [encoded(entry, tensors, f"{place}/{i}") for i, entry in enumerate(value)]
+        entries = []
+        for number, entry in enumerate(value):
+            entries.append(encoded(entry, tensors, place=f"{place}/{number}"))
         return entries if kind is list else {"tuple": entries}
     if kind in (dict, OrderedDict):
-        below = f"{place}/" if place else ""
-        pairs = [
-            [encoded(key, tensors), encoded(entry, tensors, f"{below}{key}")]
-            for key, entry in value.items()
-        ]
+        prefix = f"{place}/" if place else ""
+        pairs = []
+        for key, entry in value.items():
+            pairs.append([encoded(key, tensors), encoded(entry, tensors, place=f"{prefix}{key}")])
         # The versions of a module's parts, by which load_state_dict knows what an old state lacks.
         metadata = getattr(value, "_metadata", None)
-        return (
-            {"dict": pairs}
-            if metadata is None
-            else {"dict": pairs, "metadata": encoded(metadata, tensors)}
-        )
-    given = f"{place or 'the state'} is a {kind.__qualname__}"
+        if metadata is None:
+            return {"dict": pairs}
+        return {"dict": pairs, "metadata": encoded(metadata, tensors)}
     raise CheckpointError(
-        f"{given}; expected tensors, numbers, strings and None in dicts, lists and tuples"
+        f"{place or 'the state'} is a {kind.__qualname__}; expected tensors, numbers, strings and "
+        "None in dicts, lists and tuples"
     )
 
 
 def decoded(tree: str, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that :func:`encoded` encoded, of JSON."""
+    """Return the tree that :func:`encoded` has encoded."""
 
-    def value(found: dict[str, Any]) -> Any:  # from the leaves up
-        if "tensor" in found:
-            return tensors[found["tensor"]]
-        if "tuple" in found:
-            return tuple(found["tuple"])
-        if "metadata" not in found:
-            return dict(found["dict"])
-        module: Any = OrderedDict(found["dict"])
-        module._metadata = found["metadata"]
-        return module
+    def value_of(description: dict[str, Any]) -> Any:
+        """Return what a dict of the JSON describes; json calls this from the leaves up."""
+        if "tensor" in description:
+            return tensors[description["tensor"]]
+        if "tuple" in description:
+            return tuple(description["tuple"])
+        if "metadata" not in description:
+            return dict(description["dict"])
+        module_state: Any = OrderedDict(description["dict"])
+        module_state._metadata = description["metadata"]
+        return module_state
 
-    return json.loads(tree, object_hook=value)
+    return json.loads(tree, object_hook=value_of)
 
 
 # ------------------------------------------------------------------------------------------ folders
 
 
-class Found(NamedTuple):
+class WholeCheckpoint(NamedTuple):
     """The newest whole checkpoint, and the state in it where it is one file."""
 
     path: Path
@@ -193,8 +207,10 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
-        self.folder, self.keep = Path(folder), keep
-        self.last: Path | None = None  # that was written, or gone on from
+        self.folder = Path(folder)
+        self.keep = keep
+        # The last checkpoint that was written, or that the fit went on from.
+        self.last: Path | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``.
@@ -202,58 +218,80 @@ class CheckpointFolder:
         Raises as :func:`save`.
         """
         path = self.folder / f"step-{step:08d}.ckpt"
-        _remove(self.folder.glob("step-[0-9]*.tmp"))  # what killed processes had begun to write
+        self.remove_unfinished()
         save(path, state)
         self.remove_oldest(step)
         self.last = path
 
     def finish(self) -> None:
-        """Wait for what is under way, of :class:`PartsFolder`."""
+        """Wait for a checkpoint that is being written beside the training.
 
-    def newest(self) -> Found | None:
-        """The checkpoint of the latest step that is whole; None where there is none at all. Where
-        none can be used, or one that cannot be read may be whole, :class:`CheckpointError`. Within
-        parts, flipped bits are not seen."""
+        Only a :class:`PartsFolder` writes so.
+        """
+
+    def newest(self) -> WholeCheckpoint | None:
+        """Return the checkpoint of the latest step that is whole, or None where there is none.
+
+        Within parts, flipped bits are not seen. Raises: :class:`CheckpointError` where there are
+        checkpoints and none can be used, or where one that cannot be read may be whole.
+        """
         reasons = []
         for path in self.paths():
             try:
                 if not path.is_dir():
-                    return Found(path, load(path))
+                    return WholeCheckpoint(path, load(path))
                 for name, size in load(path / REST)["sizes"].items():
                     if not (path / name).is_file() or (path / name).stat().st_size != size:
                         raise DamagedError(f"{path} is damaged: its {name} is missing, or was cut")
-                return Found(path, None)
+                return WholeCheckpoint(path, None)
             except DamagedError as error:
                 _LOG.warning("passed over %s: %s", path.name, error)
                 reasons.append(str(error))
         if not reasons:
             return None
-        text = (
+        raise CheckpointError(
             f"none of the {len(reasons)} checkpoints in {self.folder} can be used; to start anew, "
-            "move them away"
+            f"move them away: {'; '.join(reasons)}"
         )
-        raise CheckpointError(f"{text}: {'; '.join(reasons)}")
 
     def paths(self) -> list[Path]:
-        """Of all checkpoints, newest first."""
-        found = [path for path in self.folder.glob("step-*") if path.suffix in (".ckpt", ".parts")]
-        return sorted(
-            (path for path in found if path.stem[5:].isdecimal()), key=_step, reverse=True
-        )
+        """Return the paths of all checkpoints, newest first."""
+        checkpoints = []
+        for path in self.folder.glob("step-*"):
+            if path.suffix in (".ckpt", ".parts") and _step_text(path).isdecimal():
+                checkpoints.append(path)
+        return sorted(checkpoints, key=_step, reverse=True)
 
     def remove_oldest(self, step: int) -> None:
-        """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
-        _remove([path for path in self.paths() if _step(path) < step][self.keep - 1 :])
+        """Delete the oldest checkpoints, so that that of ``step`` and the last before it stay.
+
+        These are ``keep`` together.
+        """
+        earlier = [path for path in self.paths() if _step(path) < step]
+        _remove(earlier[self.keep - 1 :])
+
+    def remove_unfinished(self) -> None:
+        """Delete what processes that were killed had begun to write."""
+        _remove(self.folder.glob("step-[0-9]*.tmp"))
+
+
+def _step_text(path: Path) -> str:
+    """Return what follows "step-" in the name of a checkpoint."""
+    return path.stem.removeprefix("step-")
 
 
 def _step(path: Path) -> int:
-    return int(path.stem[5:])
+    return int(_step_text(path))
 
 
 def _remove(paths: Iterable[Path]) -> None:
+    """Delete files and folders; one that cannot be deleted is said in the log."""
     for path in paths:
         try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         except OSError as error:
             # The new checkpoint is whole, so this must not end a training; it must not stay unseen
             # either.
@@ -273,85 +311,111 @@ class PartsFolder(CheckpointFolder):
         self._under_way: tuple[Path, Any] | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write a state as it is now; of what is not sharded, the first process writes its
-        own. On every process :class:`CheckpointError` where the checkpoint before this one could
-        not be written."""
+        """Begin to write a state as it is now; every process writes its part.
+
+        Of what is not sharded, the first process writes its own. Raises on every process
+        :class:`CheckpointError` where the checkpoint before this one could not be written.
+        """
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.finish()
-        path, first, tensors = (
-            self.folder / f"step-{step:08d}.parts",
-            dist.get_rank() == 0,
-            dict[str, Any](),
-        )
-        begun, remove_oldest = path.with_suffix(".parts.tmp"), self.remove_oldest
+        path = self.folder / f"step-{step:08d}.parts"
+        unfinished = _unfinished(path)
+        is_first_process = dist.get_rank() == 0
+        tensors = dict[str, Any]()
         tree = json.dumps(encoded(state, tensors))
-        sharded = {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
-        plain = {
-            place: t.to("cpu", copy=True)
-            for place, t in tensors.items()
-            if first and place not in sharded
-        }
+        sharded_tensors = {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
+        plain_tensors = {}
+        if is_first_process:
+            for place, t in tensors.items():
+                if place not in sharded_tensors:
+                    plain_tensors[place] = t.to("cpu", copy=True)
+        complete = partial(self._complete, path, step, {"tree": tree, "tensors": plain_tensors})
 
         class Writer(FileSystemWriter):
             def finish(self, metadata: Any, results: Any) -> None:
-                """On the first process, when all have written theirs.
+                """Complete the checkpoint, on the first process, when all have written their parts.
 
-                What fails here fails in all.
+                What fails here fails in all processes.
                 """
                 super().finish(metadata, results)
-                sizes = {file.name: file.stat().st_size for file in begun.iterdir()}
-                save(begun / REST, {"tree": tree, "tensors": plain, "sizes": sizes})
-                # One of the same step was damaged, and passed over when the run was resumed.
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(begun, path)
-                sync_folder(path.parent)
-                remove_oldest(step)
+                complete()
 
-        if first:
-            _remove(self.folder.glob("step-[0-9]*.tmp"))
-        # The parts are copied before it returns.
-        self._under_way = (
-            path,
-            async_save(sharded, storage_writer=Writer(begun), process_group=self.group),
+        if is_first_process:
+            self.remove_unfinished()
+        # The parts are copied before async_save returns.
+        saving = async_save(
+            sharded_tensors, storage_writer=Writer(unfinished), process_group=self.group
         )
+        self._under_way = (path, saving)
+
+    def _complete(self, path: Path, step: int, rest: dict[str, Any]) -> None:
+        """Write the rest beside the parts, give the folder its name, and delete the oldest."""
+        unfinished = _unfinished(path)
+        sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
+        save(unfinished / REST, {**rest, "sizes": sizes})
+        # One of the same step was damaged, and passed over when the run was resumed.
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+        self.remove_oldest(step)
 
     def finish(self) -> None:
         """Wait for the checkpoint under way; raises as :meth:`write`."""
         if self._under_way is None:
             return
-        (path, saved), self._under_way = self._under_way, None
-        if error := saved.exception():
+        path, saving = self._under_way
+        self._under_way = None
+        error = saving.exception()
+        if error is not None:
             if dist.get_rank() == 0:
-                shutil.rmtree(path.with_suffix(".parts.tmp"), ignore_errors=True)
-            why = str(error).strip().rpartition("\n")[2] or type(error).__name__
-            raise CheckpointError(f"{path} could not be written: {why}") from error
+                shutil.rmtree(_unfinished(path), ignore_errors=True)
+            last_line = str(error).strip().rpartition("\n")[2]
+            reason = last_line or type(error).__name__
+            raise CheckpointError(f"{path} could not be written: {reason}") from error
         self.last = path
 
     def close(self) -> None:
         """Let the checkpoint under way come to its end, whatever ended the fit."""
-        if self._under_way is None or wait([self._under_way[1]], LEAVES_WITHIN).done:
-            dist.destroy_process_group(self.group)
+        if self._under_way is not None:
+            _, saving = self._under_way
+            if not wait([saving], LEAVES_WITHIN).done:
+                return
+        dist.destroy_process_group(self.group)
+
+
+def _unfinished(path: Path) -> Path:
+    """Return the name that the folder of a checkpoint has until it is complete."""
+    return path.with_suffix(".parts.tmp")
 
 
 def load_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a folder that :meth:`CheckpointFolder.newest` has found whole. A sharded tensor
-    is read as the DTensor ``like`` it is laid out, by its place or that of the dict it is in, and
-    the shape; or whole, on the host."""
+    """Return the state in a folder that :meth:`CheckpointFolder.newest` has found whole.
+
+    Args:
+        path: the folder.
+        like: DTensors by their places, or by the places of the dicts they are in. A sharded tensor
+            is laid out as the one of the same shape here; without one it is read as one tensor, on
+            the host.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-    rest, tensors = load(path / REST), dict[str, Any]()
-    about: Any = FileSystemReader(path).read_metadata().state_dict_metadata
-    for name, said in about.items():
-        layout, dtype = like.get(name, like.get(name.rpartition("/")[0])), said.properties.dtype
-        known = layout is not None and layout.shape == said.size
-        tensors[name] = (
-            torch.empty_like(layout, dtype=dtype) if known else torch.empty(said.size, dtype=dtype)
-        )
+    rest = load(path / REST)
+    stored: Any = FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = dict[str, Any]()
+    for place, description in stored.items():
+        place_of_dict, _, _ = place.rpartition("/")
+        layout = like.get(place, like.get(place_of_dict))
+        dtype = description.properties.dtype
+        if layout is not None and layout.shape == description.size:
+            tensors[place] = torch.empty_like(layout, dtype=dtype)
+        else:
+            tensors[place] = torch.empty(description.size, dtype=dtype)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that each process reads for itself is meant
+        # It warns that each process reads for itself, which is meant.
+        warnings.simplefilter("ignore")
         load_tensors(tensors, checkpoint_id=path, no_dist=True)
     state: dict[str, Any] = decoded(rest["tree"], rest["tensors"] | tensors)
     return state
@@ -361,10 +425,14 @@ def load_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it."""
+    """Return the state of Python's, NumPy's and torch's default random number generators.
+
+    It is a tree that a checkpoint takes.
+    """
     return {
         "python": random.getstate(),
-        "numpy": plain_states(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
+        # The global generator of NumPy is meant.
+        "numpy": plain_states(numpy.random.get_state(legacy=False)),  # noqa: NPY002
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -376,19 +444,25 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     A warning says where the number of CUDA devices has changed.
     """
     random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
+    # The global generator of NumPy is meant.
+    numpy.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    saved, present = state["cuda"], torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(saved) != present:
-        text = (
+    cuda_states = state["cuda"]
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(cuda_states) != devices:
+        _LOG.warning(
             "the generators of %d CUDA devices were saved and %d are present: what runs on CUDA "
-            "draws other numbers"
+            "draws other numbers",
+            len(cuda_states),
+            devices,
         )
-        _LOG.warning(text, len(saved), present)
-    for device, generator in enumerate(saved[:present]):
-        torch.cuda.set_rng_state(generator, device)
+    for device, cuda_state in enumerate(cuda_states[:devices]):
+        torch.cuda.set_rng_state(cuda_state, device)
 
 
 def plain_states(value: Any) -> Any:
-    """The same with lists and numbers in the place of NumPy's arrays, which a checkpoint does not take."""
+    """Return a tree with lists and numbers in the place of NumPy's arrays.
+
+    A checkpoint does not take arrays.
+    """
     return pytree.tree_map_only((numpy.ndarray, numpy.generic), lambda array: array.tolist(), value)

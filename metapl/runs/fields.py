@@ -1,4 +1,4 @@
-"""Ranges and choices as types: what a caller gave, held against annotations."""
+"""Ranges and choices as types: values are checked against annotations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -18,7 +18,9 @@ from metapl.errors import FieldError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may be, for ``Annotated[float, Range(above=0)]``; never NaN or infinite ones.
+    """The numbers that a field may be, for ``Annotated[float, Range(above=0)]``.
+
+    NaN and infinite numbers are in no range.
 
     Args:
         least, most: the smallest, the greatest.
@@ -33,20 +35,26 @@ class Range:
     of: str = ""
 
     def holds(self, value: Any) -> bool:
-        low = value >= self.least if self.above is None else value > self.above
+        """Return whether a finite number is in the range."""
+        if self.above is None:
+            is_above_limit = value >= self.least
+        else:
+            is_above_limit = value > self.above
         return (
-            low
+            is_above_limit
             and (self.below is None or value < self.below)
             and (self.most is None or value <= self.most)
         )
 
-    def __repr__(self) -> str:  # as the errors of tyro show it too
+    def __repr__(self) -> str:
+        # The errors of tyro show a range so too.
         limits = {">=": self.least, ">": self.above, "<": self.below, "<=": self.most}
         return " and ".join(
             f"{sign} {limit:,}" for sign, limit in limits.items() if limit is not None
         )
 
     def words(self, kind: Any) -> str:
+        """Return the range in words, of numbers that are ``int`` or ``float``."""
         return f"{self.of or _NAMES[kind]} {self!r}"
 
 
@@ -63,55 +71,67 @@ def check_fields(value: Any) -> None:
     unions and tuples. A field that has only another default than in a class above keeps its range.
     """
     kind: Any = type(value)
-    given = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
-    _refuse(given, _hints(kind), f"{kind.__name__}({{}})")
+    values = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
+    _refuse_unmet(values, _limiting_hints(kind), template=f"{kind.__name__}({{}})")
 
 
-def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not as annotated, among those that :func:`check_fields` looks at."""
-    _refuse(given, _hints(function), "{}")
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not as annotated.
+
+    Looked at are those that :func:`check_fields` looks at.
+    """
+    _refuse_unmet(arguments, _limiting_hints(function), template="{}")
 
 
-def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> None:
+def _refuse_unmet(values: Mapping[str, Any], hints: Mapping[str, Any], *, template: str) -> None:
+    """Refuse the first value that is not as annotated; the template shows its name and value."""
     for name, hint in hints.items():
-        if name in given and (expected := unmet(value := given[name], hint)):
-            if isinstance(value, float) and not math.isfinite(value):
-                expected = expected.replace("a number", "a finite number")
-            raise FieldError(
-                f"{shown.format(f'{name}={value!r}')}: expected {expected}.", name, value, expected
-            )
+        if name not in values:
+            continue
+        value = values[name]
+        expected = unmet(value, hint)
+        if not expected:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            expected = expected.replace("a number", "a finite number")
+        shown = template.format(f"{name}={value!r}")
+        raise FieldError(f"{shown}: expected {expected}.", name, value=value, expected=expected)
 
 
 @cache
-def _hints(of: Any) -> dict[str, Any]:
-    """The annotations of a function or a class that limit a value."""
+def _limiting_hints(function_or_class: Any) -> dict[str, Any]:
+    """Return the annotations of a function or a class that limit a value, by name."""
+    hints: dict[str, Any] = {}
+    # From the class furthest above down, so that the annotation of a subclass wins.
+    for owner in reversed(getattr(function_or_class, "__mro__", [function_or_class])):
+        for name, hint in typing.get_type_hints(owner, include_extras=True).items():
+            # A plain number in a subclass keeps the range of a class above.
+            if hint not in (int, float) or name not in hints:
+                hints[name] = hint
+    return {name: hint for name, hint in hints.items() if name != "return" and _limits(hint)}
 
-    def limits(hint: Any) -> bool:
-        parts = get_args(hint)
-        plain = hint in (bool, int, float) or get_origin(hint) is Literal
-        return plain or any(isinstance(part, Range) or limits(part) for part in parts)
 
-    found: dict[str, Any] = {}
-    for one in reversed(getattr(of, "__mro__", [of])):
-        hints = typing.get_type_hints(one, include_extras=True)
-        found |= {
-            name: hint
-            for name, hint in hints.items()
-            if hint not in (int, float) or name not in found
-        }
-    return {name: hint for name, hint in found.items() if name != "return" and limits(hint)}
+def _limits(hint: Any) -> bool:
+    """Return whether an annotation is one that is checked."""
+    if hint in (bool, int, float) or get_origin(hint) is Literal:
+        return True
+    return any(isinstance(part, Range) or _limits(part) for part in get_args(hint))
 
 
 def unmet(value: Any, hint: Any) -> str:
-    """What an annotation expects, in words, where a value is not so.
+    """Return what an annotation expects, in words, or nothing where the value is so.
 
     A whole number is a float too, a list a tuple.
     """
-    *first, last = _unmet(value, hint, []) or [""]
-    return f"{', '.join(first)} or {last}" if first else last
+    alternatives = _unmet_alternatives(value, hint, ranges=())
+    if len(alternatives) < 2:
+        return "".join(alternatives)
+    return f"{', '.join(alternatives[:-1])} or {alternatives[-1]}"
 
 
+# A value that meets no annotation but Any and object.
 _NOTHING = object()
+
 _NAMES = {
     int: "a whole number",
     float: "a number",
@@ -121,42 +141,78 @@ _NAMES = {
 }
 
 
-def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
-    """The alternatives of which none is met.
+def _unmet_alternatives(value: Any, hint: Any, *, ranges: Sequence[Range]) -> list[str]:
+    """Return the alternatives that a value may be, in words, or none where it is one of them.
 
     ``ranges`` are those around a union, and hold for its numbers.
     """
-    kind, *said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    ranges = ranges + [one for one in said if isinstance(one, Range)]
-    origin, parts = get_origin(kind), get_args(kind)
+    kind = hint
+    if get_origin(hint) is Annotated:
+        kind, *metadata = get_args(hint)
+        ranges = [*ranges, *(entry for entry in metadata if isinstance(entry, Range))]
+    origin = get_origin(kind)
+    parts = get_args(kind)
     if origin in (Union, types.UnionType):
-        each = [_unmet(value, part, ranges) for part in parts]
-        return [text for texts in each for text in texts] if all(each) else []
+        return _unmet_by_union(value, parts, ranges)
     if origin is Literal:
-        return (
-            []
-            if any(type(value) is type(one) and value == one for one in parts)
-            else [repr(one) for one in parts]
-        )
+        return _unmet_by_choices(value, parts)
     if origin in (tuple, list):
-        several, alike = isinstance(value, list | tuple), origin is list or parts[1:] == (...,)
-        hints = parts[:1] * len(value) if several and alike else parts
-        if several and len(value) == len(hints) and not any(map(unmet, value, hints)):
-            return []
-        names = [unmet(_NOTHING, part) or "anything" for part in parts if part is not ...]
-        return [f"several, each {names[0]}" if alike else f"({', '.join(names)})"]
+        return _unmet_by_sequence(value, origin, parts)
     if kind in (int, float):
-        number = isinstance(value, Integral if kind is int else Real) and not isinstance(
-            value, bool
-        )
-        finite = number and (kind is int or abs(value) <= sys.float_info.max)  # which NaN is not
-        met = finite and all(one.holds(value) for one in ranges)
-        return [] if met else [" and ".join(one.words(kind) for one in ranges) or _NAMES[kind]]
-    plain = type(None) if kind is None else origin or kind
+        return _unmet_by_number(value, kind, ranges)
+    return _unmet_by_class(value, kind)
+
+
+def _unmet_by_union(value: Any, parts: Sequence[Any], ranges: Sequence[Range]) -> list[str]:
+    alternatives = []
+    for part in parts:
+        alternatives_of_part = _unmet_alternatives(value, part, ranges=ranges)
+        if not alternatives_of_part:
+            return []
+        alternatives += alternatives_of_part
+    return alternatives
+
+
+def _unmet_by_choices(value: Any, choices: Sequence[Any]) -> list[str]:
+    # Types are compared too, since True == 1.
+    if any(type(value) is type(choice) and value == choice for choice in choices):
+        return []
+    return [repr(choice) for choice in choices]
+
+
+def _unmet_by_sequence(value: Any, origin: Any, parts: tuple[Any, ...]) -> list[str]:
+    # tuple[float, ...] and list[float] are of any length, tuple[float, int] is of two.
+    is_of_any_length = origin is list or parts[1:] == (...,)
+    if isinstance(value, list | tuple):
+        hints = [parts[0]] * len(value) if is_of_any_length else [*parts]
+        if len(value) == len(hints) and not any(map(unmet, value, hints)):
+            return []
+    names = [unmet(_NOTHING, part) or "anything" for part in parts if part is not ...]
+    if is_of_any_length:
+        return [f"several, each {names[0]}"]
+    return [f"({', '.join(names)})"]
+
+
+def _unmet_by_number(value: Any, kind: Any, ranges: Sequence[Range]) -> list[str]:
+    is_number = isinstance(value, Integral if kind is int else Real)
+    is_number = is_number and not isinstance(value, bool)
+    # NaN is not less than or equal to anything.
+    is_finite = is_number and (kind is int or abs(value) <= sys.float_info.max)
+    if is_finite and all(limit.holds(value) for limit in ranges):
+        return []
+    return [" and ".join(limit.words(kind) for limit in ranges) or _NAMES[kind]]
+
+
+def _unmet_by_class(value: Any, kind: Any) -> list[str]:
+    plain = type(None) if kind is None else get_origin(kind) or kind
+    if plain is Any:
+        return []
     if plain in (str, bool):
-        met = type(value) is plain
-    else:  # of a dict, a file's reader looks at the entries
-        met = plain is Any or (
-            isinstance(plain, type) and plain is not dict and isinstance(value, plain)
-        )
-    return [] if met else [_NAMES.get(plain, getattr(kind, "__name__", str(kind)))]
+        is_met = type(value) is plain
+    else:
+        # A dict is never met: who reads it from a file looks at its entries.
+        is_class = isinstance(plain, type) and plain is not dict
+        is_met = is_class and isinstance(value, plain)
+    if is_met:
+        return []
+    return [_NAMES.get(plain, getattr(kind, "__name__", str(kind)))]

@@ -1,6 +1,8 @@
-"""The folder of a fit, to which one process at a time writes: files that are the old one or the
-whole new one whatever interrupts the writing, and ``metrics.jsonl`` with a row for each logged step
-of a phase."""
+"""The folder of a fit, to which one process at a time writes.
+
+A file in it is the old one or the whole new one, whatever interrupts the writing. ``metrics.jsonl``
+has a row for each logged step of a phase.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, needed_for, reason_of
 
-PATIENCE = 10.0  # seconds: the workers of a process that was killed hold its lock until they notice
+# Seconds that a process waits for the lock. The workers of a process that was killed hold its lock
+# until they notice.
+PATIENCE = 10.0
 
-LOCK = ".lock"  # stays in the folder when it is let go
+# The name of the lock, which stays in the folder when it is let go.
+LOCK = ".lock"
 
 
 class Folder:
-    """The folder of a fit.
+    """The folder of a fit, with checkpoints of its phases and the rows that it records.
 
-    Checkpoints of its phases, and the rows that it records. It is made when it is held.
+    It is made when a process first owns it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,7 +50,8 @@ class Folder:
             raise MetaplError(
                 f"{self.path} cannot be made ({error.strerror}); expected a folder for out."
             ) from error
-        self._lock = self._lock or FileLock(self.path / LOCK, timeout=PATIENCE)
+        if self._lock is None:
+            self._lock = FileLock(self.path / LOCK, timeout=PATIENCE)
         try:
             self._lock.acquire()
         except Timeout as error:
@@ -60,15 +66,15 @@ class Folder:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a new file that takes the name ``path`` only when the block ends well and its bytes are on disk.
+    """Give a new file that takes the name ``path`` when the block ends.
 
-    Else it is removed, and ``path`` is as it was. Of a link, the file that it leads to is replaced;
-    ``OSError`` where something that is no plain file has that name.
+    It does so only if the block ends well and the bytes are on disk. Else the new file is removed,
+    and ``path`` is as it was. Of a link, the file that it leads to is replaced. Raises: ``OSError``
+    where something that is no plain file has that name.
     """
     path = Path(os.path.realpath(path))
-    if (
-        path.exists() and not path.is_file()
-    ):  # to rename a file to the name of a device would take that away
+    # To rename a file to the name of a device would take the device away.
+    if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result
     # folders.
@@ -102,50 +108,66 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_rows(file: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run so far, of one phase or of all.
+    """Return the rows of a run so far, of one phase or of all.
 
     Damaged lines and a torn last one are left out.
     """
     try:
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        if not file.exists():
+            return []
+        content = file.read_bytes()
     except OSError as error:
         raise MetaplError(f"{file} cannot be read: {error.strerror}.") from error
+    # What follows the last end of a line is empty, or a line that was torn.
+    *lines, _ = content.split(b"\n")
     rows = []
     for line in lines:
-        with suppress(
-            ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError
-        ):
-            row = json.loads(line)
-            _ = [
-                value + 0.0 for name, value in row.items() if name != "phase" and value is not None
-            ]
-            if (
-                isinstance(row["phase"], str)
-                and isinstance(row["step"], int)
-                and phase in (None, row["phase"])
-            ):
-                rows.append(row)
+        row = _read_row(line)
+        if row is not None and phase in (None, row["phase"]):
+            rows.append(row)
     return rows
 
 
-class Records:
-    """The rows of one phase, in ``metrics.jsonl`` and a copy for TensorBoard where there is a folder ``out``.
+def _read_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a line, or None where the line is damaged."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            return None
+        for name, value in row.items():
+            if name != "phase" and value is not None:
+                # This fails of what is no number, and of a whole number too large for a float.
+                _ = value + 0.0
+    except (ValueError, RecursionError, TypeError, OverflowError):
+        return None
+    is_named = isinstance(row.get("phase"), str) and isinstance(row.get("step"), int)
+    return row if is_named else None
 
-    Rows and events after step ``start`` belong to work that was lost, and are removed: the file of
-    a resumed run equals that of an uninterrupted one. A copy that fails is said once and ends.
-    ``history`` has the rows so far.
+
+class Records:
+    """The rows of one phase, in ``metrics.jsonl`` and in a copy for TensorBoard.
+
+    These are written where there is a folder ``out``. Rows and events after step ``start`` belong
+    to work that was lost, and are removed: the file of a resumed run equals that of an
+    uninterrupted one. A copy that fails is said once and ends. ``history`` has the rows so far.
     """
 
     def __init__(
         self, out: Path | None, phase: str, start: int, say: Callable[[str], object]
     ) -> None:
-        self.phase, self.start, self.say = phase, start, say
+        self.phase = phase
+        self.start = start
+        self.say = say
         self.history: list[dict[str, float]] = []
-        self.file = None if out is None else out / "metrics.jsonl"
-        self.curves = None if out is None else str(out / "tensorboard" / phase)
+        # None: without a folder, or after a copy that failed.
+        self.curves_folder: str | None = None
+        # The writer of TensorBoard's files, made with the first row.
         self.events: Any = None
-        if self.file is None:
+        self.file: Path | None = None
+        if out is None:
             return
+        self.file = out / "metrics.jsonl"
+        self.curves_folder = str(out / "tensorboard" / phase)
         if start and not self.file.exists():
             say(
                 f"{self.file} is missing: it begins again after step {start:,}, without earlier "
@@ -156,41 +178,48 @@ class Records:
             raise MetaplError(
                 f"{self.file} has no rows of a run, and is another's; expected another folder."
             )
-        own = [row for row in rows if row["phase"] == phase and row["step"] <= start]
+        other_phases = [row for row in rows if row["phase"] != phase]
+        this_phase = [row for row in rows if row["phase"] == phase and row["step"] <= start]
         with _writing(), replacing(self.file) as file:
-            file.writelines(
-                _line(row) for row in [*(row for row in rows if row["phase"] != phase), *own]
-            )
-        for row in own:  # JSON knows no NaN, which is null there
-            values = {
-                name: math.nan if value is None else value
-                for name, value in row.items()
-                if name != "phase"
-            }
-            self.history.append(values)
+            file.writelines(_line(row) for row in [*other_phases, *this_phase])
+        for row in this_phase:
+            numbers = {}
+            for name, value in row.items():
+                if name != "phase":
+                    # JSON knows no NaN, which is null there.
+                    numbers[name] = math.nan if value is None else value
+            self.history.append(numbers)
 
     def add(self, row: dict[str, float]) -> None:
+        """Write a row, with null in the place of what is not finite."""
         self.history.append(row)
         if self.file is None:
             return
-        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with _writing(), self.file.open("ab") as file:
-            file.write(_line({"phase": self.phase, **plain}))
+            file.write(_line({"phase": self.phase, **values}))
         try:
-            if self.curves is not None and self.events is None:
-                from torch.utils.tensorboard import SummaryWriter  # takes a second
-
-                self.events = SummaryWriter(
-                    self.curves, purge_step=self.start + 1 if self.start else None
-                )
-            for name in row.keys() - {"step"} if self.events is not None else ():
-                self.events.add_scalar(name, row[name], int(row["step"]))
+            self._add_to_curves(row)
         except Exception as error:
-            self.curves = self.events = None
+            self.curves_folder = None
+            self.events = None
             self.say(
                 f"note: no more curves for TensorBoard ({type(error).__name__}: {error}); "
                 "metrics.jsonl goes on"
             )
+
+    def _add_to_curves(self, row: dict[str, float]) -> None:
+        if self.curves_folder is None:
+            return
+        if self.events is None:
+            with needed_for("curves for TensorBoard"):
+                # The import takes a second.
+                from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = self.start + 1 if self.start else None
+            self.events = SummaryWriter(self.curves_folder, purge_step=purge_step)
+        for name in row.keys() - {"step"}:
+            self.events.add_scalar(name, row[name], int(row["step"]))
 
     def flush(self) -> None:
         """Bring the rows to the disk: those before a checkpoint are not written again."""
@@ -199,7 +228,8 @@ class Records:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        with suppress(Exception):  # of a full disk
+        """End the copy for TensorBoard, if the disk has room for what it has not written yet."""
+        with suppress(Exception):
             if self.events is not None:
                 self.events.close()
 
@@ -210,6 +240,7 @@ def _line(row: dict[str, Any]) -> bytes:
 
 @contextmanager
 def _writing() -> Iterator[None]:
+    """Turn an error of the system in this block into one that says what was being written."""
     try:
         yield
     except OSError as error:

@@ -26,7 +26,7 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
-from metapl.feedback.keeping import SHARE, folder_of, free_bytes, generators_at_start
+from metapl.feedback.keeping import SHARE_OF_MEMORY, folder_of, free_bytes, generators_at_start
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
@@ -37,17 +37,23 @@ from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Schedule, as_one_optimizer, options_by_step, update_of
+from metapl.updates import Schedule, Update, as_one_optimizer, options_by_step, update_of
 from metapl.words import summary
 
-# metasmoothness of the first steps, below which scores were unreliable: docs/whole-trainings.md
+# The metasmoothness of the first steps below which scores were unreliable
+# (docs/whole-trainings.md).
 SMOOTH = 0.95
-EQUAL_WEIGHTS = EqualWeights()  # one, by which compiled graphs are known again
+# The problem where none is given: always the same object.
+EQUAL_WEIGHTS = EqualWeights()
 
 
 class DatamodelingScore(NamedTuple):
-    """How a prediction agrees with trainings without the examples: correlations, and the changes of
-    the outer loss of R removals, (R,), or (R, M)."""
+    """How predictions agree with trainings without the examples.
+
+    Attributes:
+        spearman, pearson: the correlations; of M outer losses, the means of theirs.
+        predicted, retrained: the changes of the outer loss of R removals, (R,), or (R, M).
+    """
 
     spearman: float
     pearson: float
@@ -95,20 +101,22 @@ class Attribution:
         )
 
     def predict(self, removed: Any) -> Tensor:
-        """The predicted change of the outer loss, to first order, when ``removed`` examples have weight 0: Σ score_i.
+        """Return Σ score_i, the change of the outer loss, to first order, without some examples.
 
         Args:
-            removed: their numbers, as torch takes them for an index, or N booleans; of scores of
-                tokens also (N, T) booleans, which remove these tokens.
+            removed: the examples that get the weight 0: their numbers, as torch takes them for an
+                index, or N booleans; of scores of tokens also (N, T) booleans, which remove these
+                tokens.
 
         Returns: a scalar, or (M,), in units of the outer loss.
         """
         return self.scores[..., self._removed(removed)].sum(-1)
 
     def validate(self, removals: Iterable[Any], *, progress: bool = True) -> DatamodelingScore:
-        """Train without each of some sets of examples, on the same batches, initial weights and
-        dropout masks, and compare: the linear datamodeling score is ``spearman``, of M outer losses
-        the mean of theirs.
+        """Train without each of some sets of examples, and compare with what was predicted.
+
+        The trainings have the same batches, initial weights and dropout masks. The linear
+        datamodeling score is ``spearman``, of M outer losses the mean of theirs.
 
         Cost: a plain training for each removal.
 
@@ -123,25 +131,33 @@ class Attribution:
             raise MetaplError(
                 "validate was given no sets of examples; expected three or more, for a correlation."
             )
-        changes = []
-        with step_bar(progress, len(sets), "trainings without examples", 0) as tell:
-            for gone in sets:
-                changes.append(self._losses_with(1.0 - gone.float()) - self.outer_loss)
-                tell()
-        retrained = torch.stack(changes).double().cpu()  # (R,) or (R, M)
-        predicted = torch.stack([self.predict(gone) for gone in sets]).double().cpu()
-        columns = list(
-            zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True)
+        changes = list[Tensor]()
+        with step_bar(progress, len(sets), "trainings without examples", 0) as advance:
+            for is_removed in sets:
+                changes.append(self._losses_with(1.0 - is_removed.float()) - self.outer_loss)
+                advance()
+        # (R,) or (R, M)
+        retrained = torch.stack(changes).double().cpu()
+        predicted = torch.stack([self.predict(is_removed) for is_removed in sets]).double().cpu()
+
+        correlations = list[list[float]]()
+        predicted_MR = predicted.reshape(len(sets), -1).T
+        retrained_MR = retrained.reshape(len(sets), -1).T
+        for predicted_R, retrained_R in zip(predicted_MR, retrained_MR, strict=True):
+            columns = predicted_R.numpy(), retrained_R.numpy()
+            spearman = float(stats.spearmanr(*columns)[0])
+            pearson = float(stats.pearsonr(*columns)[0])
+            correlations.append([spearman, pearson])
+        mean_spearman, mean_pearson = (
+            torch.tensor(correlations, dtype=torch.float64).mean(0).tolist()
         )
-        pairs = [
-            [float(by(p.numpy(), r.numpy())[0]) for by in (stats.spearmanr, stats.pearsonr)]
-            for p, r in columns
-        ]
-        spearman, pearson = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
-        return DatamodelingScore(spearman, pearson, predicted, retrained)
+        return DatamodelingScore(mean_spearman, mean_pearson, predicted, retrained)
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
-        """The numbers of the most helpful examples and of the most harmful ones, by means over outer losses."""
+        """Return the numbers of the most helpful examples and of the most harmful ones.
+
+        Of M outer losses, by the means of their scores.
+        """
         examples = self.scores.shape[self.outer_loss.ndim]
         mean = self.scores.reshape(self.outer_loss.numel(), examples, -1).sum(2).mean(0)
         ranked = mean.argsort(descending=True)
@@ -158,10 +174,11 @@ class Attribution:
             torch.save(gathered({name: getattr(self, name) for name in names}), out)
 
     def _removed(self, removed: Any) -> Tensor:
+        """Return which scores of one outer loss are removed, as booleans of their shape."""
         shape = self.scores.shape[self.outer_loss.ndim :]
-        found = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
-        found[torch.as_tensor(removed, device=found.device)] = True
-        return found
+        is_removed = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
+        is_removed[torch.as_tensor(removed, device=is_removed.device)] = True
+        return is_removed
 
 
 def attribute(
@@ -182,12 +199,13 @@ def attribute(
     progress: bool = True,
     replay_tolerance: Tolerance = REPLAY_TOLERANCE,
 ) -> Attribution:
-    r"""What each training example does to the outer loss, through a whole training.
+    r"""Return what each training example does to the outer loss, through a whole training.
 
     Of a training on weighted examples, with the batches I_0, ..., I_{K-1} and w = 1,
 
-    .. math:: (\theta_{k+1}, s_{k+1}) = U\Big(\theta_k,\ \nabla_\theta \frac1B \sum_{i \in I_k} w_i\,
-              \ell_i(\theta_k),\ s_k\Big), \qquad \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i}
+    .. math:: (\theta_{k+1}, s_{k+1}) = U\Big(\theta_k,\ \nabla_\theta \frac1B
+              \sum_{i \in I_k} w_i\, \ell_i(\theta_k),\ s_k\Big), \qquad
+              \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i}
               = \sum_{k :\ i \in I_k} h_{k,i}
 
     with the feedback h of :func:`metapl.hypergradient` on the weight of i in step k: positive means
@@ -243,23 +261,31 @@ def attribute(
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)
-    >>> found = attribute(student, (x, y), (x, y), optimizer=torch.optim.SGD(student.parameters(), 0.1), steps=5,
-    ...                   batch_size=6)
+    >>> optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    >>> found = attribute(student, (x, y), (x, y), optimizer=optimizer, steps=5, batch_size=6)
     >>> found.scores.shape, found.order.shape, bool(found.predict([3]) == found.scores[3])
     (torch.Size([12]), torch.Size([5, 6]), True)
 
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
-    check_arguments(attribute, arguments := locals())
-    mode, device = mode or Forward(), next(student.parameters()).device
+    check_arguments(attribute, locals())
+    mode = mode or Forward()
+    device = next(student.parameters()).device
     start = generators_at_start(mode.keep_on, device)
-    training = _Training(arguments, start)
-    problem, one, order, ranks = (
-        training.problem,
-        training.optimizer,
-        training.order,
-        training.layout.ranks,
+    training = WeightedTraining(
+        student,
+        train,
+        outer,
+        optimizer=optimizer,
+        steps=steps,
+        batch_size=batch_size,
+        schedule=schedule,
+        generator=generator,
+        problem=problem,
+        clip_norm=clip_norm,
+        start=start,
     )
+    ranks = training.layout.ranks
     if getattr(mode, "truncate", None) == 0:
         raise MetaplError(
             "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
@@ -269,85 +295,106 @@ def attribute(
         raise MetaplError(
             f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it."
         )
-    if (
-        steps >= 100 and training.begun is not None
-    ):  # a sharded student's training cannot be repeated
-        few = min(steps // 10, 50)
-        agreement = training.smoothness(0.1, None, few, progress=False)[0].agreement
-        if agreement < SMOOTH:
-            warnings.warn(
-                f"the metasmoothness of the first {few} of {steps:,} steps is {agreement:.2f}, "
-                f"below {SMOOTH}: scores may not say what removals do. Try float32 weights, a "
-                "lower learning rate, or a larger eps of Adam.",
-                stacklevel=2,
-            )
-    # This rank's rows of them.
+    if steps >= 100 and training.can_be_repeated:
+        warn_of_roughness(training, steps)
+
+    # Each rank has its rows of the batches.
     ahead = Lookahead(
-        lambda number: training.batch(ranks.own_rows(order[number])), steps=steps, schedule=schedule
+        lambda number: training.batch(ranks.own_rows(training.order[number])),
+        steps=steps,
+        schedule=schedule,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
-    judging = (
-        [_of_example(problem, number, ranks) for number in range(training.judged)]
-        if each
-        else [problem]
-    )
-    given: dict[str, Any] = {
-        "clip_norm": clip_norm,
-        "progress": progress,
-        "replay_tolerance": replay_tolerance,
-    }
-    scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
+    judges: list[Problem] = [training.problem]
+    if each:
+        judges = [
+            judged_by_example(training.problem, number, ranks)
+            for number in range(training.outer_examples)
+        ]
+    at_once = 1
+    if compile and each:
+        at_once = judges_at_once(student, len(judges))
+
+    scores = list[Tensor]()
+    losses = list[Tensor]()
     replay_error = 0.0
-    at_once = len(judging) if compile else 1
-    if compile and each:  # as many as half of the memory that is free holds the cotangents of
-        size = 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
-        at_once = max(1, min(at_once, int(SHARE * (free_bytes(device) or math.inf) / size)))
-    for begin in range(0, len(judging), at_once):
+    for begin in range(0, len(judges), at_once):
+        judging = judges[begin : begin + at_once]
         if scores:
-            start.restore()  # the dropout masks of the same training
-        own = judging[begin : begin + at_once]
+            # The same training has the same dropout masks.
+            start.restore()
         if compile:
-            judged_by: dict[str, Any] = {"judging": own} if each else {}
-            found = differentiate(
-                None, student, problem, one, mode, outer_batch, ahead, **judged_by, **given
+            result = differentiate(
+                None,
+                student,
+                training.problem,
+                training.optimizer,
+                mode,
+                outer_batch,
+                ahead,
+                judging=judging if each else (),
+                clip_norm=clip_norm,
+                progress=progress,
+                replay_tolerance=replay_tolerance,
             )
         else:
-            how: dict[str, Any] = {
-                "outer": outer_batch,
-                "inner": ahead,
-                "mode": mode,
-                "inner_optimizer": one,
-            }
-            found = hypergradient(None, student, problem=own[0], **how, **given)
-        parts = found.feedback[0].shape[
-            2 if compile and each else 1 :
-        ]  # h is (B, ...), or (M, B, ...)
-        summed = wide(
-            local(next(student.parameters())).new_zeros(len(own), len(training.data), *parts)
-        )
-        for chosen, h in zip(map(ranks.own_rows, order.to(device)), found.feedback, strict=True):
-            summed.index_add_(1, chosen, h.reshape(len(own), len(chosen), *parts).to(summed))
-        scores += ranks.sum(summed).unbind()
-        losses += found.outer_loss.flatten().unbind()
-        replay_error = max(replay_error, found.replay_error)
+            result = hypergradient(
+                None,
+                student,
+                outer=outer_batch,
+                inner=ahead,
+                mode=mode,
+                problem=judging[0],
+                inner_optimizer=training.optimizer,
+                clip_norm=clip_norm,
+                progress=progress,
+                replay_tolerance=replay_tolerance,
+            )
+        has_first_dimension = compile and each
+        scores += training.summed(result.feedback, len(judging), has_first_dimension).unbind()
+        losses += result.outer_loss.flatten().unbind()
+        replay_error = max(replay_error, result.replay_error)
 
-    by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
+    L = torch.stack(losses) if each else losses[0]
     return Attribution(
-        scores=by_loss,
-        order=order,
+        scores=torch.stack(scores) if each else scores[0],
+        order=training.order,
         outer_loss=L,
-        student_params=found.student_params,
-        kept=found.kept,
-        _losses_with=lambda w: training.repeated(w, judging)[1].reshape(L.shape),
+        student_params=result.student_params,
+        kept=result.kept,
+        _losses_with=lambda weights: training.repeated(weights, judges)[1].reshape(L.shape),
         replay_error=replay_error,
-        float32_products=found.float32_products,
+        float32_products=result.float32_products,
     )
+
+
+def warn_of_roughness(training: WeightedTraining, steps: int) -> None:
+    """Warn where the first steps of a training are not smooth in the weights of its examples."""
+    few = min(steps // 10, 50)
+    smoothness, _ = training.smoothness(0.1, None, few, progress=False)
+    if smoothness.agreement < SMOOTH:
+        warnings.warn(
+            f"the metasmoothness of the first {few} of {steps:,} steps is "
+            f"{smoothness.agreement:.2f}, below {SMOOTH}: scores may not say what removals do. Try "
+            "float32 weights, a lower learning rate, or a larger eps of Adam.",
+            stacklevel=3,
+        )
+
+
+def judges_at_once(student: nn.Module, judges: int) -> int:
+    """Return how many outer losses have cotangents that half of the free memory holds."""
+    # Those of the weights, and of the optimizer's state, which is at most twice as large.
+    bytes_of_one = 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    free = free_bytes(next(student.parameters()).device) or math.inf
+    return max(1, int(min(judges, SHARE_OF_MEMORY * free / bytes_of_one)))
 
 
 class Metasmoothness(NamedTuple):
     """The result of :func:`metasmoothness`.
 
-    The agreement, in [-1, 1], and the outer loss of each training, (3,).
+    Attributes:
+        agreement: Ŝ, in [-1, 1].
+        outer_loss: of each training, (3,).
     """
 
     agreement: float
@@ -370,7 +417,9 @@ def metasmoothness(
     direction: Tensor | None = None,
     progress: bool = True,
 ) -> Metasmoothness:
-    r"""Whether derivatives through a training say what other weights of its examples do: three plain trainings.
+    r"""Return whether derivatives through a training say what other weights of its examples do.
+
+    It is seen in three plain trainings.
 
     .. math:: \hat S = \sum_j \frac{|\theta_{2h} - \theta_0|_j}{\|\theta_{2h} - \theta_0\|_1}\,
               \mathrm{sign}(\theta_h - \theta_0)_j\, \mathrm{sign}(\theta_{2h} - \theta_h)_j,
@@ -402,73 +451,97 @@ def metasmoothness(
     Source: definition 2 of metagradient descent (Engstrom et al., 2025), whose metaparameters are
     here the weights.
     """
-    check_arguments(metasmoothness, given := locals())
-    found, moved = _Training(given).smoothness(step, direction, steps, progress)
+    check_arguments(metasmoothness, locals())
+    training = WeightedTraining(
+        student,
+        train,
+        outer,
+        optimizer=optimizer,
+        steps=steps,
+        batch_size=batch_size,
+        schedule=schedule,
+        generator=generator,
+        problem=problem,
+        clip_norm=clip_norm,
+    )
+    smoothness, moved = training.smoothness(step, direction, steps, progress=progress)
     if not 0 < moved < math.inf:
         raise MetaplError(
             f"the direction moves the student's weights by {moved:g} in all; expected a finite "
             "number."
         )
-    return found
+    return smoothness
 
 
-class _Training:
-    """A training on weighted examples, as ``given`` to :func:`attribute`, which can be repeated."""
+class WeightedTraining:
+    """A training on weighted examples, which can be repeated with other weights.
 
-    def __init__(self, given: Mapping[str, Any], start: RandomState | None = None) -> None:
-        student, steps, batch_size = given["student"], given["steps"], given["batch_size"]
+    Args:
+        start: the generators at its beginning; None: as they are now.
+        student, ..., clip_norm: as for :func:`attribute`.
+
+    Attributes:
+        order: the examples of each step, (K, B), in shuffled passes.
+        outer_batch: all outer examples, as one batch.
+        outer_examples: M.
+        can_be_repeated: whether the student can be copied, which a sharded one cannot.
+
+    Raises: :class:`metapl.MetaplError` for other data, problems and numbers.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        train: Any,
+        outer: Any,
+        *,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        steps: int,
+        batch_size: int,
+        schedule: Schedule | None,
+        generator: torch.Generator | None,
+        problem: Problem | None,
+        clip_norm: float | None,
+        start: RandomState | None = None,
+    ) -> None:
         first = next(student.parameters())
         _, self.layout, _ = layouts(None, student)
-        self.data, judged = (examples_of(given[name], name, first) for name in ("train", "outer"))
-        problem, self.optimizer = (
-            given["problem"] or EQUAL_WEIGHTS,
-            as_one_optimizer(given["optimizer"], "optimizer"),
+        self.data = examples_of(train, "train", first)
+        judged = examples_of(outer, "outer", first)
+        self.optimizer: Any = as_one_optimizer(optimizer, "optimizer")
+        self.problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
+        self.clip_norm = clip_norm
+        generator_of(generator, torch.device("cpu"), "the order of the examples is drawn on")
+        self.order = shuffled_batches(
+            len(self.data), steps, batch_size, generator or torch.Generator().manual_seed(0)
         )
-        # A score is a derivative in weights that are 1.
-        if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
+        self.outer_examples = len(judged)
+        self.outer_batch = judged[torch.arange(len(judged))]
+        self._refuse_unequal_shares("batch_size", batch_size)
+        self._refuse_unequal_shares("the number of outer examples", self.outer_examples)
+        self._begun: Any = None
+        self.can_be_repeated = not self.layout.is_sharded
+        if self.can_be_repeated:
+            self._begun = copied_without_graphs(self.layout.network, self.optimizer)
+        self._start = start or RandomState.now(first.device)
+        self._options: Any = [[]] * steps
+        if schedule is not None:
+            self._options = options_by_step(self.optimizer, schedule, steps)
+        # Repeated in the precision of the scores, wherever it is called.
+        device_type = first.device.type
+        self._autocast = partial(
+            torch.autocast,
+            device_type,
+            dtype=torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+        )
+
+    def _refuse_unequal_shares(self, name: str, count: int) -> None:
+        ranks = self.layout.ranks.size
+        if count % ranks:
             raise MetaplError(
-                f"problem is {type(problem).__name__}; expected an EqualWeights with its signal."
+                f"{name} is {count}; expected a multiple of {ranks}, the ranks that share a batch."
             )
-        self.problem, self.clip_norm, schedule = problem, given["clip_norm"], given["schedule"]
-        # (K, B) examples, in shuffled passes.
-        generator_of(
-            given["generator"], torch.device("cpu"), "the order of the examples is drawn on"
-        )
-        draw, rows = given["generator"] or torch.Generator().manual_seed(0), len(self.data)
-        passes = [
-            torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))
-        ]
-        self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
-        self.judged, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
-        for what, count in {
-            "batch_size": batch_size,
-            "the number of outer examples": self.judged,
-        }.items():
-            if count % (shares := self.layout.ranks.size):
-                raise MetaplError(
-                    f"{what} is {count}; expected a multiple of {shares}, the ranks that share a "
-                    "batch."
-                )
-        # What a hook or a forward has left in a module, such as a weight that weight_norm made, may
-        # have a graph.
-        left = [
-            t
-            for part in student.modules()
-            for t in vars(part).values()
-            if isinstance(t, Tensor) and not t.is_leaf
-        ]
-        self.begun: Any = None  # a sharded network cannot be copied
-        if not self.layout.is_sharded:
-            self.begun = copy.deepcopy(
-                (self.layout.network, self.optimizer), {id(t): t.detach() for t in left}
-            )
-        self.start = start or RandomState.now(first.device)
-        self.options: Any = (
-            [[]] * steps if schedule is None else options_by_step(self.optimizer, schedule, steps)
-        )
-        kind = first.device.type  # in the precision of the scores, wherever it is called
-        cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        self.autocast = partial(torch.autocast, kind, *cast)
 
     def batch(self, numbers: Tensor) -> Any:
         """Return a batch of training examples as the problem reads it.
@@ -482,104 +555,192 @@ class _Training:
             batch, "train", " For other batches, give the problem a method student_input(batch)."
         )
 
+    def summed(self, feedback: Sequence[Tensor], judges: int, has_first_dimension: bool) -> Tensor:
+        """Return the sum of each example's feedback over the steps, (M, N, ...).
+
+        Args:
+            feedback: h of each step, on the weights of this rank's rows, (B, ...) or (M, B, ...).
+            judges: M, the number of outer losses.
+            has_first_dimension: whether the feedback has the dimension of these.
+        """
+        ranks = self.layout.ranks
+        weight = local(next(self.layout.network.parameters()))
+        parts_of_example = feedback[0].shape[2 if has_first_dimension else 1 :]
+        scores = wide(weight.new_zeros(judges, len(self.data), *parts_of_example))
+        numbers_by_step = map(ranks.own_rows, self.order.to(self._start.device))
+        for numbers, h in zip(numbers_by_step, feedback, strict=True):
+            rows = h.reshape(judges, len(numbers), *parts_of_example)
+            scores.index_add_(1, numbers, rows.to(scores))
+        return ranks.sum(scores)
+
     def smoothness(
-        self, h: float, v: Tensor | None, steps: int, progress: bool
+        self, h: float, v: Tensor | None, steps: int, *, progress: bool
     ) -> tuple[Metasmoothness, float]:
-        """That of the first ``steps`` steps, and by how much all trained weights move along v, in sum."""
-        v = (
-            torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
-            if v is None
-            else v
-        )
-        trained, losses = list[Tensor](), list[Tensor]()
-        with step_bar(progress, 3, "trainings", 0) as tell:
+        """Return the metasmoothness of the first steps, and how far all weights move along v.
+
+        Args:
+            v: as ``direction`` of :func:`metasmoothness`.
+        """
+        if v is None:
+            v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
+        trained = list[Tensor]()
+        losses = list[Tensor]()
+        with step_bar(progress, 3, "trainings", 0) as advance:
             for number in range(3):
                 params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
                 trained.append(torch.cat([t.flatten() for t in params.values()]))
                 losses.append(loss)
-                tell()
-        t0, t1, t2 = trained
-        moved = (t2 - t0).abs().double()
-        total, same = float(moved.sum()), float((moved * (t1 - t0).sign() * (t2 - t1).sign()).sum())
-        return Metasmoothness(same / total if total else math.nan, torch.stack(losses)), total
+                advance()
+        theta_0, theta_h, theta_2h = trained
+        moved = (theta_2h - theta_0).abs().double()
+        total = float(moved.sum())
+        signs = (theta_h - theta_0).sign() * (theta_2h - theta_h).sign()
+        in_same_direction = float((moved * signs).sum())
+        agreement = in_same_direction / total if total else math.nan
+        return Metasmoothness(agreement, torch.stack(losses)), total
 
     def repeated(
-        self, weights: Tensor, judging: Sequence[Problem], steps: int | None = None
+        self, weights: Tensor, judges: Sequence[Problem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The training, or its first ``steps``, with weights of the examples, (N,) or as the
-        problem's, by a plain loop: the trained weights by name, and the outer losses."""
-        if self.begun is None:
+        """Train again with weights of the examples, by a plain loop.
+
+        Args:
+            weights: (N,), or as the problem's.
+            judges: the problems whose outer losses are taken.
+            steps: how many of the steps; None: all.
+
+        Returns: the trained weights by name, and the outer losses, (M,).
+        """
+        if not self.can_be_repeated:
             raise MetaplError(
                 "the student is sharded, and is trained again on a copy; expected one that is not."
             )
-        network, again = copy.deepcopy(self.begun)
-        weights_of, problem, ranks = trainable(network), self.problem, self.layout.ranks
-        rule, device = update_of(again, weights_of), self.start.device
-        # A loss may read ``student.parameters()`` by a closure, which has to find those of this
-        # training.
-        whose = with_contents_of(network, self.layout.network)
+        network, optimizer = copy.deepcopy(self._begun)
+        params = trainable(network)
+        rule = update_of(optimizer, params)
         with (
-            whose,
-            replayed(self.start),
+            # A loss may read ``student.parameters()`` by a closure, which has to find those of this
+            # training.
+            with_contents_of(network, self.layout.network),
+            replayed(self._start),
             torch.enable_grad(),
-            self.autocast(),
-            deterministic(device),
+            self._autocast(),
+            deterministic(self._start.device),
         ):
-            for chosen, of_step in zip(
-                map(ranks.own_rows, self.order[:steps]), self.options[:steps], strict=True
-            ):
-                batch = self.batch(chosen)
-                for group, own in zip(again.param_groups, of_step, strict=False):
+            for numbers, options in zip(self.order[:steps], self._options[:steps], strict=True):
+                for group, own in zip(optimizer.param_groups, options, strict=False):
                     group.update(own)
-                again.zero_grad()
-                torch.clear_autocast_cache()  # of weights before the step
-                outputs = wide(network(problem.student_input(batch)))
-                own, shape = weights.to(outputs)[chosen], problem.weight_shape(outputs)
-                signal = Signal(
-                    own.reshape(*own.shape, *[1] * (len(shape) - own.ndim)).expand(shape)
-                )
-                problem.inner_loss(
-                    outputs, signal, batch, dict(network.named_parameters())
-                ).mean().backward()
-                own_grads = {name: p.grad for name, p in weights_of.items() if p.grad is not None}
-                for name, g in ranks.mean_tree(own_grads, {**weights_of}).items():
-                    weights_of[name].grad = g
-                if self.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
-                rule.take_differentiated_step(
-                    weights_of,
-                    {name: p.grad for name, p in weights_of.items() if p.grad is not None},
-                )
+                self._take_step(network, optimizer, rule, weights, numbers)
+            # Of weights before the last step.
             torch.clear_autocast_cache()
-            given = problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
-            # With the dropout masks of the outer loss that was differentiated.
-            with torch.no_grad(), replayed(RandomState.now(device).branch()):
-                outputs = wide(network(problem.outer_input(given)))
-                pairs = [sum_and_weight(own.outer_loss(outputs, given)) for own in judging]
-                both = [
-                    torch.stack([total, torch.as_tensor(weight).to(total)])
-                    for total, weight in pairs
-                ]
-                totals, counts = ranks.mean(torch.stack(both)).unbind(1)
-        params = {name: p.detach() for name, p in weights_of.items()}
-        return params, totals / counts
+            losses = self._outer_losses(network, judges)
+        return {name: p.detach() for name, p in params.items()}, losses
+
+    def _take_step(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rule: Update,
+        weights: Tensor,
+        numbers: Tensor,
+    ) -> None:
+        """Take one step of a repeated training, on the examples with these numbers."""
+        problem = self.problem
+        ranks = self.layout.ranks
+        params = rule.parameters
+        own_numbers = ranks.own_rows(numbers)
+        batch = self.batch(own_numbers)
+        optimizer.zero_grad()
+        # Of weights before the step.
+        torch.clear_autocast_cache()
+        outputs = wide(network(problem.student_input(batch)))
+        own_weights = weights.to(outputs)[own_numbers]
+        # Weights of examples are those of all their parts.
+        shape = problem.weight_shape(outputs)
+        further_dimensions = [1] * (len(shape) - own_weights.ndim)
+        signal = Signal(own_weights.reshape(*own_weights.shape, *further_dimensions).expand(shape))
+        losses = problem.inner_loss(outputs, signal, batch, dict(network.named_parameters()))
+        losses.mean().backward()
+        for name, gradient in ranks.mean_tree(gradients_of(params), {**params}).items():
+            params[name].grad = gradient
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
+        rule.take_differentiated_step(params, gradients_of(params))
+
+    def _outer_losses(self, network: nn.Module, judges: Sequence[Problem]) -> Tensor:
+        """Return the outer losses of a trained network by these problems, (M,)."""
+        ranks = self.layout.ranks
+        batch = self.problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
+        # With the dropout masks of the outer loss that was differentiated.
+        with torch.no_grad(), replayed(RandomState.now(self._start.device).branch()):
+            outputs = wide(network(self.problem.outer_input(batch)))
+            sums_and_weights = list[Tensor]()
+            for judge in judges:
+                total, weight = sum_and_weight(judge.outer_loss(outputs, batch))
+                sums_and_weights.append(torch.stack([total, torch.as_tensor(weight).to(total)]))
+            totals, counts = ranks.mean(torch.stack(sums_and_weights)).unbind(1)
+        return totals / counts
 
 
-def _of_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
-    """The problem as it is judged by one outer example.
+def with_weights_of_one(problem: Problem) -> EqualWeights:
+    """Return a problem whose signal is weights of 1, and refuse any other.
+
+    A score is a derivative in weights that are 1.
+    """
+    if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
+        raise MetaplError(
+            f"problem is {type(problem).__name__}; expected an EqualWeights with its signal."
+        )
+    return problem
+
+
+def shuffled_batches(
+    examples: int, steps: int, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """Return the numbers of the examples of each step, (K, B), in shuffled passes over all."""
+    count = steps * batch_size
+    passes = math.ceil(count / examples)
+    numbers = [torch.randperm(examples, generator=generator) for _ in range(passes)]
+    return torch.cat(numbers)[:count].view(steps, batch_size)
+
+
+def copied_without_graphs(
+    network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a network and its optimizer, copied together.
+
+    What a hook or a forward has left in a module, such as a weight that weight_norm made, may have
+    a graph, which the copy has not.
+    """
+    with_graphs: list[Tensor] = []
+    for part in network.modules():
+        attributes = vars(part).values()
+        with_graphs += [t for t in attributes if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy((network, optimizer), {id(t): t.detach() for t in with_graphs})
+
+
+def gradients_of(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the gradients of the parameters that have one, by name."""
+    return {name: p.grad for name, p in params.items() if p.grad is not None}
+
+
+def judged_by_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
+    """Return a problem as it is judged by one outer example.
 
     The network sees them all, as for the whole outer loss.
     """
-    own = copy.copy(problem)
+    judge = copy.copy(problem)
 
     def outer_loss(outputs: Tensor, batch: Any) -> Any:
-        at = number - ranks.rank * len(outputs)
-        if not 0 <= at < len(outputs):  # another rank has it
+        place = number - ranks.rank * len(outputs)
+        if not 0 <= place < len(outputs):
+            # Another rank has it.
             return 0 * outputs.sum(), 0.0
-        row = slice(at, at + 1)
+        row = slice(place, place + 1)
         return problem.outer_loss(
             outputs[row], map_tensors(lambda t: t[row] if t.ndim else t, batch)
         )
 
-    object.__setattr__(own, "outer_loss", outer_loss)
-    return own
+    # Problems are frozen values.
+    object.__setattr__(judge, "outer_loss", outer_loss)
+    return judge

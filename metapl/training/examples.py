@@ -1,7 +1,4 @@
-"""Training examples by number, whatever they are held in.
-
-Columns, a data set, or the data set of a DataLoader.
-"""
+"""Training examples by number: of columns, of a data set, or of the data set of a DataLoader."""
 
 from __future__ import annotations
 
@@ -68,10 +65,9 @@ class Columns(Examples):
                 counts[place] = len(leaf) if leaf.ndim else 0
         if len({*counts.values()}) == 1 and 0 not in counts.values():
             return
-        listed = (
-            ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items())
-            or "no tensor"
-        )
+        listed = "no tensor"
+        if counts:
+            listed = ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items())
         raise MetaplError(
             f"{name} has columns of different numbers of rows, or of none ({listed}); expected a "
             "row for each example in each. Of one whole, such as a graph, the weights inside it "
@@ -119,7 +115,12 @@ class Numbered(Examples):
 
 
 def examples_of(data: Any, name: str, like: Tensor) -> Examples:
-    """Return what a call was given as ``name`` as examples by number, on the device of a weight and in its type."""
+    """Return data as examples by number.
+
+    Args:
+        data: what a call was given as the argument ``name``.
+        like: a weight, on whose device and in whose type the examples are.
+    """
     columns = columns_of(data)
     if columns is not None:
         refuse_lists(columns, name)
@@ -127,23 +128,18 @@ def examples_of(data: Any, name: str, like: Tensor) -> Examples:
     collate: Callable[[list[Any]], Any] = default_collate
     if isinstance(data, DataLoader):
         refuse_loader(data, name)
-        data, collate = data.dataset, data.collate_fn
+        collate = data.collate_fn
+        data = data.dataset
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        is_read_in_order = isinstance(data, Iterable)
-        mend = (
-            f"; {name}=list(...) of an iterable of examples is such a data set"
-            if is_read_in_order
-            else ""
-        )
+        mend = ""
+        if isinstance(data, Iterable):
+            mend = f"; {name}=list(...) of an iterable of examples is such a data set"
         raise MetaplError(f"{name} is {described(data)}; {EXPECTED}{mend}.")
     return Numbered(data, name, like.device, collate)
 
 
 def columns_of(data: Any) -> Any:
-    """Return data that are columns, dict-like ones as dicts.
-
-    None for a data set of examples by number.
-    """
+    """Return data that are columns, dict-like ones as dicts; None for examples by number."""
     if is_array(data):
         return data
     if isinstance(data, Mapping) or is_record_of_rows(data):
@@ -154,9 +150,8 @@ def columns_of(data: Any) -> Any:
         return plain(data)
     if len(data) == 2:
         # Two dicts or two pairs in a list are two examples.
-        are_examples = (
-            isinstance(data, list) and not is_array(data[1]) and type(data[0]) is type(data[1])
-        )
+        are_alike = type(data[0]) is type(data[1])
+        are_examples = isinstance(data, list) and are_alike and not is_array(data[1])
         return None if are_examples else plain(tuple(data))
     if isinstance(data, tuple) and len(data) > 2 and all(map(is_array, data)):
         return data
@@ -176,7 +171,7 @@ def refuse_lists(columns: Any, name: str) -> None:
 
 
 def refuse_loader(loader: DataLoader[Any], name: str) -> None:
-    """Refuse a DataLoader whose examples have no numbers, or which does not take each of them once."""
+    """Refuse a DataLoader whose examples have no numbers, or which does not take each once."""
     if isinstance(loader.dataset, IterableDataset):
         raise MetaplError(
             f"{name} is a DataLoader over an IterableDataset, whose examples have no numbers; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
-from metapl.problems.base import Problem, field_name, has_rows
+from metapl.problems.base import Problem, Signal, field_name, has_rows
 
 
 @torch.no_grad()
 def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mapping[str, Tensor]:
-    r"""Scalars of a :class:`metapl.StepReport`, means over the ranks.
+    r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
     ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its
     entries; where the signal has a row for each example, ``feedback_snr``, the signal to noise of
@@ -35,75 +35,137 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
     of the classes, ``pseudo_label_class_entropy`` of the labels, ``student_class_entropy`` of the
     student's probabilities, and ``labeled_class_entropy`` of the labels of this batch.
     """
-    signal, outputs = report.signal, report.student_outputs
-    steps = report.feedback if isinstance(report.feedback, tuple) else (report.feedback,)
-    rows, entries = has_rows(problem, signal, len(outputs)), []
-    for found in steps:
-        named = (
-            {field_name(key): h for key, h in found.items()}
-            if isinstance(found, dict)
-            else {"value": found}
-        )
-        # Of the feedback on a field without rows, such as a matrix, each rank has a share.
-        entries += [
-            (h if rows.get(name, True) else ranks.sum(h)).double().flatten()
-            for name, h in named.items()
-        ]
-    h = torch.cat(entries)
-    mean = ranks.mean(h.mean())
-    found = {"feedback_mean": mean, "feedback_std": ranks.mean((h - mean).square().mean()).sqrt()}
-    found["feedback_rms"] = ranks.mean(h.square().mean()).sqrt()
-    h, q = steps[-1], signal.probs if signal.sampled else signal.value
-    if isinstance(h, Tensor) and h.shape[:1] == outputs.shape[:1] and rows.get("value", True):
-        g = h[
-            :, None
-        ]  # of each example, in the teacher's logits; in the signal itself where it has none
-        if (
-            problem.teacher_classifies
-            and isinstance(q, Tensor)
-            and q.ndim == 2
-            and q.is_floating_point()
-        ):
-            p = wide(q)  # (B, C)
-            if signal.sampled:  # h_i ∇ log q_i(y_i)
-                g = h[:, None] * (F.one_hot(signal.value, p.shape[1]) - p)
-            elif h.shape == p.shape:
-                g = p * (h - (p * h).sum(1, keepdim=True))
-        g = g.flatten(1)
-        count = len(g) * ranks.size
-        m, s = ranks.mean(g.mean(0)).square().sum(), ranks.mean(g.square().sum(1).mean())
-        found["feedback_snr"] = (count * m - s) / (s - m).clamp_min(torch.finfo(s.dtype).tiny)
-    labels: Any = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
-    class_indices = None
-    if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
-        class_indices = labels
+    signal = report.signal
+    outputs = report.student_outputs
+    feedback_of_steps = report.feedback
+    if not isinstance(feedback_of_steps, tuple):
+        feedback_of_steps = (feedback_of_steps,)
+    field_has_rows = has_rows(problem, signal, len(outputs))
+
+    found = figures_of_feedback(feedback_of_steps, field_has_rows, ranks)
+    h = feedback_of_steps[-1]
+    if (
+        isinstance(h, Tensor)
+        and h.shape[:1] == outputs.shape[:1]
+        and field_has_rows.get("value", True)
+    ):
+        g = in_teacher_outputs(h, signal, problem).flatten(1)
+        found["feedback_snr"] = signal_to_noise(g, ranks)
+
+    labels = class_indices_in(labeled)
     if problem.classifies and outputs.ndim == 2:
-        probabilities = wide(outputs).softmax(-1)
-        found["student_class_entropy"] = entropy_of_mean(probabilities, ranks)
-        if class_indices is not None:
-            found["labeled_class_entropy"] = entropy_of_mean(
-                is_class(class_indices, probabilities), ranks
-            )
+        student_probs = wide(outputs).softmax(-1)
+        found["student_class_entropy"] = entropy_of_mean(student_probs, ranks)
+        if labels is not None:
+            found["labeled_class_entropy"] = entropy_of_mean(is_class(labels, student_probs), ranks)
     if signal.outputs is None or signal.outputs.shape != outputs.shape:
         return found
-    q = wide(q if isinstance(q, Tensor) and q.is_floating_point() else signal.outputs.softmax(-1))
-    of_labels = {
+    return found | figures_of_labels(signal, outputs, problem, labels, ranks)
+
+
+def figures_of_feedback(
+    feedback_of_steps: Sequence[Any], field_has_rows: Mapping[str, bool], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return mean, standard deviation and root mean square of h over its entries.
+
+    Args:
+        feedback_of_steps: h of each step, a tensor or a dict of them.
+        field_has_rows: whether each field of the signal has a row for each example.
+    """
+    entries: list[Tensor] = []
+    for feedback in feedback_of_steps:
+        named = {"value": feedback}
+        if isinstance(feedback, dict):
+            named = {field_name(key): h for key, h in feedback.items()}
+        for name, h in named.items():
+            # Of the feedback on a field without rows, such as a matrix, each rank has a share.
+            shared = h if field_has_rows.get(name, True) else ranks.sum(h)
+            entries.append(shared.double().flatten())
+    h = torch.cat(entries)
+    mean = ranks.mean(h.mean())
+    return {
+        "feedback_mean": mean,
+        "feedback_std": ranks.mean((h - mean).square().mean()).sqrt(),
+        "feedback_rms": ranks.mean(h.square().mean()).sqrt(),
+    }
+
+
+def in_teacher_outputs(h: Tensor, signal: Signal, problem: Problem) -> Tensor:
+    """Return the gradient g_i of each example in the teacher's logits, (B, C).
+
+    In the signal itself, (B, 1, ...), where the teacher gives no logits of classes.
+
+    Args:
+        h: (B,) of sampled labels; as the signal elsewhere.
+    """
+    probs: Any = signal.probs if signal.sampled else signal.value
+    is_distribution = isinstance(probs, Tensor) and probs.ndim == 2 and probs.is_floating_point()
+    if not problem.teacher_classifies or not is_distribution:
+        return h[:, None]
+    q_BC = wide(probs)
+    if signal.sampled:
+        # h_i ∇ log q_i(y_i)
+        labels: Any = signal.value
+        return h[:, None] * (F.one_hot(labels, q_BC.shape[1]) - q_BC)
+    if h.shape == q_BC.shape:
+        return q_BC * (h - (q_BC * h).sum(1, keepdim=True))
+    return h[:, None]
+
+
+def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
+    """Return ``feedback_snr`` of :func:`figures` from the gradients of the examples, (B, n)."""
+    count = len(g) * ranks.size
+    m_squared = ranks.mean(g.mean(0)).square().sum()
+    s = ranks.mean(g.square().sum(1).mean())
+    return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
+
+
+def class_indices_in(labeled: Any) -> Tensor | None:
+    """Return the labels of a labeled batch, (B,), where they are whole numbers."""
+    if not isinstance(labeled, tuple | list) or len(labeled) < 2:
+        return None
+    labels = labeled[1]
+    if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+        return labels
+    return None
+
+
+def figures_of_labels(
+    signal: Signal, outputs: Tensor, problem: Problem, labels: Tensor | None, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return what pseudo-labels are like.
+
+    Args:
+        outputs: the student's, of the shape of the teacher's.
+        labels: of the labeled batch, where they are classes.
+    """
+    teacher_outputs: Any = signal.outputs
+    probs: Any = signal.probs if signal.sampled else signal.value
+    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+        probs = teacher_outputs.softmax(-1)
+    q = wide(probs)
+    found: dict[str, Tensor] = {}
+    agrees = teacher_outputs.argmax(-1) == outputs.argmax(-1)
+    of_examples = {
         "pseudo_label_confidence": q.amax(-1).mean(),
         "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
-        "agreement": (signal.outputs.argmax(-1) == outputs.argmax(-1)).double().mean(),
+        "agreement": agrees.double().mean(),
     }
     if problem.teacher_classifies and q.ndim == 2:
         found["pseudo_label_class_entropy"] = entropy_of_mean(q, ranks)
-        if class_indices is not None:
-            shares = ranks.mean(torch.stack([q.mean(0), is_class(class_indices, q).mean(0)]))
-            found["class_shares_vs_labeled"] = (
-                shares[0] - shares[1] / shares[1].sum()
-            ).abs().sum() / 2
-    return found | (of_labels if ranks.alone else ranks.mean_tree(of_labels, of_labels))
+        if labels is not None:
+            means = torch.stack([q.mean(0), is_class(labels, q).mean(0)])
+            mean_probs, mean_labels = ranks.mean(means)
+            # Ignored labels are of no class.
+            shares = mean_labels / mean_labels.sum()
+            found["class_shares_vs_labeled"] = (mean_probs - shares).abs().sum() / 2
+    if not ranks.alone:
+        of_examples = ranks.mean_tree(of_examples, of_examples)
+    return found | of_examples
 
 
 def is_class(labels: Tensor, like: Tensor) -> Tensor:
-    """Whether each of B labels is each of C classes, (B, C) as numbers.
+    """Return whether each of B labels is each of C classes, (B, C) as numbers.
 
     Ignored labels, such as −100, are none.
     """
@@ -112,8 +174,10 @@ def is_class(labels: Tensor, like: Tensor) -> Tensor:
 
 
 def entropy_of_mean(probabilities: Tensor, ranks: Ranks) -> Tensor:
-    """The entropy of the mean of distributions (B, C) over the rows of all ranks, in nats; of 0/1
-    rows too, some of which may be empty."""
+    """Return the entropy of the mean of distributions (B, C) over the rows of all ranks, in nats.
+
+    Rows may be of 0 and 1 too, and some of them empty.
+    """
     mean = ranks.mean(probabilities.mean(0))
     shares = mean / mean.sum().clamp_min(torch.finfo(mean.dtype).tiny)
     entropy: Tensor = torch.special.entr(shares).sum()

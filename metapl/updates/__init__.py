@@ -11,15 +11,9 @@ from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
 from metapl.updates.muon import Muon, rounded_options
-from metapl.updates.own_step import RULES, OwnStep
-from metapl.updates.several import Several, SeveralRules, as_one_optimizer
-from metapl.updates.torch_optim import (
-    SGD,
-    Schedule,
-    TorchUpdate,
+from metapl.updates.optimizers import (
     entry_shape,
     is_nonzero,
-    options_by_step,
     options_of,
     parameters_of,
     parts_of,
@@ -27,6 +21,11 @@ from metapl.updates.torch_optim import (
     refuse_rates_by_entry,
     refuse_state_of_another,
 )
+from metapl.updates.own_step import RULES, OwnStep
+from metapl.updates.schedules import Schedule, options_by_step
+from metapl.updates.several import Several, SeveralRules, as_one_optimizer
+from metapl.updates.sgd import SGD
+from metapl.updates.torch_optim import TorchUpdate
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
 __all__ = [
@@ -40,8 +39,6 @@ __all__ = [
     "Update",
     "as_one_optimizer",
     "rounded_options",
-]
-__all__ += [
     "entry_shape",
     "is_nonzero",
     "options_by_step",
@@ -80,29 +77,33 @@ def update_of(
             of ``torch.optim`` is taken.
     """
     if isinstance(optimizer, Update):
-        inside = optimizer.inner if isinstance(optimizer, Clipped) else optimizer
-        if is_differentiated and isinstance(inside, OwnStep):
+        update = optimizer.inner if isinstance(optimizer, Clipped) else optimizer
+        if is_differentiated and isinstance(update, OwnStep):
             raise MetaplError(
-                f"{name} is {type(inside.optimizer).__name__}, which has no derivative here; "
+                f"{name} is {type(update.optimizer).__name__}, which has no derivative here; "
                 f"expected {RULES}."
             )
         return optimizer
-    optimizer, sharded = (
-        as_one_optimizer(optimizer, name),
-        any(is_sharded(p) for p in parameters.values()),
-    )
-    if is_transform(optimizer) and not sharded:
-        return TransformUpdate(optimizer, parameters, state)
-    kinds = [*map(type, parts_of(optimizer))]
-    if state is not None or not all(kind in _UPDATES for kind in kinds):
-        if not is_differentiated and state is None and isinstance(optimizer, torch.optim.Optimizer):
+
+    optimizer = as_one_optimizer(optimizer, name)
+    has_sharded_weights = any(is_sharded(p) for p in parameters.values())
+    if is_transform(optimizer) and not has_sharded_weights:
+        return TransformUpdate(optimizer, parameters, state=state)
+
+    kinds = [type(part) for part in parts_of(optimizer)]
+    has_rules = all(kind in _UPDATES for kind in kinds)
+    if state is not None or not has_rules:
+        is_of_torch = isinstance(optimizer, torch.optim.Optimizer)
+        if not is_differentiated and state is None and is_of_torch:
             return OwnStep(optimizer, parameters)
-        given = f"{' and '.join(kind.__name__ for kind in kinds)}{'' if state is None else ', with a state'}"
+        given = " and ".join(kind.__name__ for kind in kinds)
+        if state is not None:
+            given += ", with a state"
         raise MetaplError(f"{name} is {given}; expected {RULES}.")
-    if sharded and torch.optim.Muon in kinds:
+    if has_sharded_weights and torch.optim.Muon in kinds:
         raise MetaplError(
             f"{name} has Muon, whose products are of whole matrices; the network is sharded."
         )
-    return (SeveralRules if isinstance(optimizer, Several) else _UPDATES[kinds[0]])(
-        optimizer, parameters
-    )
+    if isinstance(optimizer, Several):
+        return SeveralRules(optimizer, parameters)
+    return _UPDATES[kinds[0]](optimizer, parameters)

@@ -12,23 +12,15 @@ from metapl.errors import MetaplError
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents, Options, Parameters, cotangents_of
-from metapl.updates.torch_optim import (
-    State,
-    States,
-    Tensors,
-    TorchUpdate,
-    add,
-    div,
-    is_set,
-    mul,
-    plus,
-    sub,
-)
+from metapl.updates.lists import Tensors, add, div, mul, plus, sub
+from metapl.updates.optimizers import is_set
+from metapl.updates.torch_optim import State, States, TorchUpdate
 
 
 class Adam(TorchUpdate):
-    r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
+    r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε).
 
+    d = ±g, or ±g + λθ where λ is coupled, and then without the factor 1−ηλ.
     m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0
     the update is smooth in d, and the square root is not: there n̂ counts as the smallest normal
     number, a constant. In float16 that is above many a real n̂, and such weights are refused.
@@ -58,7 +50,7 @@ class Adam(TorchUpdate):
     def pullback(
         self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None
     ) -> Tree:
-        r"""In closed form, with a few fused operations instead of autograd's many:
+        r"""Return w in closed form, with a few fused operations instead of autograd's many.
 
         .. math:: \frac{\partial\theta'}{\partial d} = \frac{-\eta}{\sqrt{\hat n} + \epsilon} \Big[
                   \frac{1-\beta_1}{1-\beta_1^t} - \frac{\hat m}{\sqrt{\hat n} + \epsilon}
@@ -71,7 +63,8 @@ class Adam(TorchUpdate):
             d, m_hat, root, steps, new = _moments(*given, group)
             size = plus(root, group["eps"])
             of_root = mul(div(d, root), [(1 - beta2) / (1 - beta2**t) for t in steps])
-            if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
+            if group["amsgrad"]:
+                # Where an older maximum rules, n̂ does not depend on d.
                 pairs = [(s["exp_avg_sq"], s["max_exp_avg_sq"]) for s in new]
                 of_root = [
                     torch.where(n >= top, t, 0.0)
@@ -86,10 +79,13 @@ class Adam(TorchUpdate):
     def vjp(
         self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None
     ) -> Cotangents:
-        r"""In closed form too, but with ``amsgrad``; with :math:`\bar\theta` for v, :math:`\rho = \sqrt{\hat n}`:
+        r"""Return the adjoint in closed form, but with ``amsgrad``.
+
+        With :math:`\bar\theta` for v, and :math:`\rho = \sqrt{\hat n}`:
 
         .. math:: \bar m' \mathrel{+}= \frac{-\eta\bar\theta}{(1-\beta_1^t)(\rho + \epsilon)}, \quad
-                  \bar n' \mathrel{+}= \frac{\eta\bar\theta\,\hat m}{2 (1-\beta_2^t)\rho (\rho + \epsilon)^2}, \quad
+                  \bar n' \mathrel{+}= \frac{\eta\bar\theta\,\hat m}
+                  {2 (1-\beta_2^t)\rho (\rho + \epsilon)^2}, \quad
                   \bar d = (1-\beta_1)\bar m' + 2(1-\beta_2)\, d\, \bar n'
         """
         if any(group["amsgrad"] for group, _ in self.groups(grads)):
@@ -107,9 +103,8 @@ class Adam(TorchUpdate):
             of_n = mul(of_n, [-0.5 / (1 - beta2**t) for t in steps])
             of_m = div(of_m, [1 - beta1**t for t in steps])
             for bar, r in zip(of_n, root, strict=True):
-                bar.masked_fill_(
-                    r * r <= torch.finfo(r.dtype).tiny, 0.0
-                )  # where n̂ counts as a constant
+                # There n̂ counts as a constant.
+                bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)
             for key, of_moment in zip(moments, (of_m, of_n), strict=True):
                 for n, bar in zip(names, of_moment, strict=True):
                     if (later := given[n].get(key)) is not None:
@@ -146,9 +141,8 @@ def _moments(
     d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
     if is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):
         d = add(d, params, group["weight_decay"])
-    counts = [
-        torch.as_tensor(state.get("step", 0.0)) for state in states
-    ]  # on the eager road on the host
+    # On the eager road the counts of steps are on the host.
+    counts = [torch.as_tensor(state.get("step", 0.0)) for state in states]
     steps: list[Any] = [
         n.double() + 1.0 if transformed() else float(n.detach()) + 1.0 for n in counts
     ]
@@ -159,7 +153,8 @@ def _moments(
         for state, t, count, m_i, n_i in zip(states, steps, counts, m, n, strict=True)
     ]
     if group["amsgrad"]:
-        for state in new:  # where they are equal, the derivative is that of n
+        for state in new:
+            # Where they are equal, the derivative is that of n.
             n_i, top = state["exp_avg_sq"], state.get("max_exp_avg_sq")
             state["max_exp_avg_sq"] = n_i if top is None else torch.where(n_i >= top, n_i, top)
         n = [state["max_exp_avg_sq"] for state in new]

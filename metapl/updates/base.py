@@ -1,10 +1,11 @@
-r"""The student's update θ′ = U(θ, g, s) as a pure function of weights, gradient and optimizer state.
+r"""The student's update θ′ = U(θ, g, s): a pure function of weights, gradient, optimizer state.
 
 Estimators need an update that can be differentiated, and computed without moving the weights;
 optimizers offer neither. The adjoint of one step maps the cotangents of θ′ and s′ to the cotangents
 of g, θ and s:
 
-.. math:: (w, \bar\theta, \bar s) = \Big(\frac{\partial (U, s')}{\partial (g, \theta, s)}\Big)^{\!\top}
+.. math:: (w, \bar\theta, \bar s)
+          = \Big(\frac{\partial (U, s')}{\partial (g, \theta, s)}\Big)^{\!\top}
           (\bar\theta', \bar s')
 
 For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enough.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,39 +28,56 @@ from metapl.errors import MetaplError
 from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
-Options = Sequence[Mapping[str, Any]]  # of each param group
+
+# The options of every param group, in the optimizer's order, without the parameters.
+Options = Sequence[Mapping[str, Any]]
 
 
 class Cotangents(NamedTuple):
-    """The result of :meth:`Update.vjp`."""
+    """The result of :meth:`Update.vjp`.
 
-    gradient: Tree  # w, that of g, for the parameters that have one
-    params: Tree  # that of θ
-    state: Any  # that of s, as s is; None in the place of what has none
+    Attributes:
+        gradient: w, the cotangent of g, for the parameters that have a gradient.
+        params: the cotangent of θ.
+        state: the cotangent of s, in the structure of s, with None for entries that have none.
+    """
+
+    gradient: Tree
+    params: Tree
+    state: Any
 
 
 def cotangents_of(state: Mapping[str, Mapping[str, Any]], of_next: Any) -> tuple[Any, Any]:
-    """Of a state by parameters, as ``torch.optim`` has it: the cotangents of the next one, and of
-    this one where no step changes it; None where there is none."""
-    given = of_next or {name: {} for name in state}
-    return given, {
-        name: {key: given[name].get(key) for key in held} for name, held in state.items()
-    }
+    """Return the cotangents of the next state, and those of this state before the step's own terms.
+
+    Both are by parameter and entry, as the state of ``torch.optim`` is, with None for missing ones.
+    The second is right as it is for every entry that the step leaves unchanged.
+
+    Args:
+        of_next: the cotangents of the next state; None where there are none at all.
+    """
+    next_cotangents = of_next or {name: {} for name in state}
+    cotangents: dict[str, dict[str, Any]] = {}
+    for name, entries in state.items():
+        cotangents[name] = {key: next_cotangents[name].get(key) for key in entries}
+    return next_cotangents, cotangents
 
 
 class Update(ABC):
     """The update of one optimizer; trees are dictionaries by parameter name.
 
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
+
+    Attributes:
+        numbers: names of the options of a param group that are numbers. The pure road takes these
+            as tensors.
+        parameters: the student's trainable parameters, as :meth:`follow` was last given them.
+        is_rounded: whether the optimizer's own step rounds its products to a shorter type than the
+            rule, which is what is differentiated.
     """
 
-    numbers: tuple[
-        str, ...
-    ] = ()  # the options of a param group that are numbers, which the pure road takes as tensors
-    parameters: dict[
-        str, nn.Parameter
-    ]  # the student's trainable ones, as last given to :meth:`follow`
-    # whether the optimizer's own step rounds its products to a shorter type than the rule
+    numbers: tuple[str, ...] = ()
+    parameters: dict[str, nn.Parameter]
     is_rounded: bool = False
 
     @property
@@ -85,27 +102,29 @@ class Update(ABC):
 
     @abstractmethod
     def read_state(self) -> Any:
-        """The current state, for :meth:`update`; reading it changes nothing."""
+        """Return the current state, for :meth:`update`; reading it changes nothing."""
 
     def state_bytes(self) -> int:
-        """The memory of the state after a step."""
-        return sum(t.nbytes for t in pytree.tree_leaves(self.read_state()) if isinstance(t, Tensor))
+        """Return the memory in bytes that the state takes after a step."""
+        leaves = pytree.tree_leaves(self.read_state())
+        return sum(t.nbytes for t in leaves if isinstance(t, Tensor))
 
     @abstractmethod
     def update(
         self, params: Tree, grads: Tree, state: Any, options: Options | None = None
     ) -> tuple[Tree, Any]:
-        """θ′ and s′, differentiable in all arguments.
+        """Return θ′ and s′, differentiable in all arguments.
 
-        ``options`` take the place of those of the param groups.
+        Args:
+            options: take the place of the options of the param groups.
         """
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        """θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
-        return self.update(params, grads, state)
+        """Return θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
+        return self.update(params, grads, state=state)
 
     def with_options(self, options: Options) -> Update:
-        """The same update with these options of its param groups, such as the learning rates of a later step."""
+        """Return the same update with other options, such as the learning rates of a later step."""
         raise MetaplError(
             "schedule was given with a TorchOpt transform; expected torchopt.schedule in the "
             "transform."
@@ -114,48 +133,64 @@ class Update(ABC):
     def pullback(
         self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
     ) -> Tree:
-        """w = (∂U/∂g)ᵀ v. Cost: the update and its backward pass, a few operations per weight."""
+        """Return w = (∂U/∂g)ᵀ v.
 
-        def moved(grads: Tree) -> Tree:
-            theta, _ = self.update(params, grads, state, options)
+        Cost: the update and its backward pass, a few operations per weight.
+        """
+
+        def stepped_along_v(gradients: Tree) -> Tree:
+            theta, _ = self.update(params, gradients, state=state, options=options)
             return {name: theta[name] for name in v}
 
         vjp: Any = torch.func.vjp
-        _, pull = vjp(moved, {name: g.detach() for name, g in grads.items()})
+        detached = {name: g.detach() for name, g in grads.items()}
+        _, pull = vjp(stepped_along_v, detached)
         w: Tree = pull(v)[0]
         return w
 
     def vjp(
         self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
     ) -> Cotangents:
-        """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
+        """Return the adjoint of the whole step, by autograd.
+
+        Args:
+            v: the cotangent of θ′.
+            state_cotangent: the cotangent of s′; None: zero.
+        """
         leaves, structure = pytree.tree_flatten(state)
-        numbers = {
-            i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()
-        }
-        given: tuple[dict[Any, Tensor], ...] = grads, params, numbers
-        trees = [{name: t.detach().requires_grad_() for name, t in tree.items()} for tree in given]
-        at_grads, at_params, at_state = trees
+        float_leaves: dict[int, Tensor] = {}
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                float_leaves[index] = leaf
+
+        grads_in = _with_graph(grads)
+        params_in = _with_graph(params)
+        floats_in = _with_graph(float_leaves)
         with torch.enable_grad():
-            before = pytree.tree_unflatten(
-                [at_state.get(i, t) for i, t in enumerate(leaves)], structure
-            )
-            moved, new_state = self.update(at_params, at_grads, before)
-        pairs: list[Any] = [(moved[name], bar) for name, bar in v.items()]
+            state_leaves = [floats_in.get(index, leaf) for index, leaf in enumerate(leaves)]
+            state_in = pytree.tree_unflatten(state_leaves, structure)
+            new_params, new_state = self.update(params_in, grads_in, state=state_in)
+
+        # What the step returns, each with its cotangent. Only what depends on an input counts.
+        results: list[Any] = [(new_params[name], cotangent) for name, cotangent in v.items()]
         if state_cotangent is not None:
-            pairs += zip(
-                pytree.tree_leaves(new_state), pytree.tree_leaves(state_cotangent), strict=True
-            )
-        reached = [(t, bar) for t, bar in pairs if bar is not None and t.requires_grad]
-        flat = [t for tree in trees for t in tree.values()]
-        ends, bars = zip(*reached, strict=True)
-        cotangents = iter(torch.autograd.grad(ends, flat, bars, materialize_grads=True))
-        of_grads, of_params, found = ({name: next(cotangents) for name in tree} for tree in trees)
-        of_state = pytree.tree_unflatten([found.get(i) for i in range(len(leaves))], structure)
-        return Cotangents(of_grads, of_params, of_state)
+            new_leaves = pytree.tree_leaves(new_state)
+            results += zip(new_leaves, pytree.tree_leaves(state_cotangent), strict=True)
+        results = [(t, bar) for t, bar in results if bar is not None and t.requires_grad]
+        outputs, output_cotangents = zip(*results, strict=True)
+
+        inputs = [*grads_in.values(), *params_in.values(), *floats_in.values()]
+        cotangents = iter(
+            torch.autograd.grad(outputs, inputs, output_cotangents, materialize_grads=True)
+        )
+        of_grads = {name: next(cotangents) for name in grads_in}
+        of_params = {name: next(cotangents) for name in params_in}
+        of_floats = {index: next(cotangents) for index in floats_in}
+        of_leaves = [of_floats.get(index) for index in range(len(leaves))]
+        return Cotangents(of_grads, of_params, state=pytree.tree_unflatten(of_leaves, structure))
 
     def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Of each param group, the settings of these names that it has, as they are."""
+        """Return the settings of these names that each param group has, as they are."""
         return []
 
     def setting_cotangents(
@@ -167,113 +202,146 @@ class Update(ABC):
         v: Tree,
         state_cotangent: Any = None,
     ) -> list[dict[str, Any]]:
-        """The cotangents of settings, by param group, from those of θ′ and s′, as :meth:`vjp` takes them."""
+        """Return the cotangents of settings, by param group, from those of θ′ and s′.
 
-        def double(number: Any) -> Tensor:
-            return torch.as_tensor(
-                number, dtype=torch.float64, device=next(iter(params.values())).device
-            )
+        Args:
+            names: of the settings, such as ``"lr"``.
+            v: the cotangent of θ′.
+            state_cotangent: the cotangent of s′; None: zero.
+        """
+        groups = self.options
+        state_bars: dict[int, Any] = {}
+        if state_cotangent is not None:
+            for index, bar in enumerate(pytree.tree_leaves(state_cotangent)):
+                if bar is not None:
+                    state_bars[index] = bar
+        device = next(iter(params.values())).device
 
-        def moved(own: Any) -> Any:
-            theta, after = self.update(
-                params, grads, state, [{**a, **b} for a, b in zip(groups, own, strict=True)]
+        def as_double(number: Any) -> Tensor:
+            return torch.as_tensor(number, dtype=torch.float64, device=device)
+
+        def step_by_settings(settings: Any) -> tuple[Tree, dict[int, Any]]:
+            options = [{**group, **new} for group, new in zip(groups, settings, strict=True)]
+            theta, new_state = self.update(params, grads, state=state, options=options)
+            state_leaves = pytree.tree_leaves(new_state)
+            return (
+                {name: theta[name] for name in v},
+                {index: state_leaves[index] for index in state_bars},
             )
-            leaves = pytree.tree_leaves(after)
-            return {name: theta[name] for name in v}, {number: leaves[number] for number in bars}
 
         vjp: Any = torch.func.vjp
-        of_state = [] if state_cotangent is None else pytree.tree_leaves(state_cotangent)
-        bars, groups = {i: bar for i, bar in enumerate(of_state) if bar is not None}, self.options
-        _, pull = vjp(moved, pytree.tree_map(double, self.settings_in(names)))
-        found: list[dict[str, Any]] = pull((v, bars))[0]
-        return found
+        _, pull = vjp(step_by_settings, pytree.tree_map(as_double, self.settings_in(names)))
+        cotangents: list[dict[str, Any]] = pull((v, state_bars))[0]
+        return cotangents
 
     def commit(
-        self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]
+        self,
+        parameters: Parameters,
+        grads: Tree,
+        compute_step: Callable[[], tuple[Tree, Any]],
     ) -> None:
         """Move parameters and state.
 
-        By the optimizer's own step on g, or to the θ′ and s′ that ``moved`` returns.
+        By the optimizer's own step on g, or to the θ′ and s′ that ``compute_step`` returns.
         """
-        self.write(parameters, *moved())
+        params, state = compute_step()
+        self.write(parameters, params, state=state)
 
     def take_differentiated_step(self, parameters: Parameters, grads: Tree) -> None:
-        """Take the step that is differentiated.
+        """Move parameters and state by the step that is differentiated.
 
-        The optimizer's own, and the rule's where that one is rounded.
+        That is the optimizer's own step, and the rule's where the optimizer's is rounded.
         """
-        moved = partial(
-            self.update,
-            {name: p.detach() for name, p in parameters.items()},
-            grads,
-            self.read_state(),
-        )
+        theta = {name: p.detach() for name, p in parameters.items()}
+        state_before = self.read_state()
+
+        def compute_step() -> tuple[Tree, Any]:
+            return self.update(theta, grads, state=state_before)
+
         if self.is_rounded:
-            self.write(parameters, *moved())
+            params, state = compute_step()
+            self.write(parameters, params, state=state)
         else:
-            self.commit(parameters, grads, moved)
+            self.commit(parameters, grads, compute_step)
 
     @abstractmethod
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
-        """Set the parameters and the optimizer's state to these values, such as those after several steps."""
+        """Set parameters and the optimizer's state to values, such as those after several steps."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, as plain values and tensors."""
+        """Return the optimizer's state, as plain values and tensors."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _inner(name: str) -> Any:
+def _with_graph(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Return the tensors as new leaves that require a gradient."""
+    return {key: t.detach().requires_grad_() for key, t in tensors.items()}
+
+
+def _of_inner(name: str) -> Any:
+    """Return a property that reads an attribute, or a method, of :attr:`Clipped.inner`."""
     return property(lambda self: getattr(self.inner, name))
 
 
 class Clipped(Update):
-    r"""θ′ = U(θ, c(g)·g), c = min(1, m/(‖g‖ + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``.
+    r"""θ′ = U(θ, c(g)·g), c = min(1, m/(‖g‖ + 1e-6)): ``torch.nn.utils.clip_grad_norm_``'s rule.
 
-    .. math:: w = c\,\tilde w - [c < 1]\, \frac{c}{\|g\| + 10^{-6}} \Big\langle \tilde w, \tfrac{g}{\|g\|} \Big\rangle g
-              , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
+    .. math:: w = c\,\tilde w - [c < 1]\, \frac{c}{\|g\| + 10^{-6}}
+              \Big\langle \tilde w, \tfrac{g}{\|g\|} \Big\rangle g, \qquad
+              \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
+
+    Args:
+        inner: U, the update that takes the clipped gradient.
+        max_norm: m.
+        space: in which the norm is taken, over the parts of all processes where g is sharded.
     """
 
-    parameters, learning_rate, group_of = (
-        _inner("parameters"),
-        _inner("learning_rate"),
-        _inner("group_of"),
-    )
-    numbers: Any = _inner("numbers")
-    options, settings_in = _inner("options"), _inner("settings_in")
-    follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
-    state_bytes = _inner("state_bytes")
-    is_rounded: bool = _inner("is_rounded")
-    state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
+    parameters = _of_inner("parameters")
+    group_of = _of_inner("group_of")
+    numbers: Any = _of_inner("numbers")
+    is_rounded: bool = _of_inner("is_rounded")
+    options = _of_inner("options")
+    learning_rate = _of_inner("learning_rate")
+    settings_in = _of_inner("settings_in")
+    follow = _of_inner("follow")
+    read_state = _of_inner("read_state")
+    state_bytes = _of_inner("state_bytes")
+    write = _of_inner("write")
+    state_dict = _of_inner("state_dict")
+    load_state_dict = _of_inner("load_state_dict")
 
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
-        self.inner, self.max_norm, self.space = inner, max_norm, space
+        self.inner = inner
+        self.max_norm = max_norm
+        self.space = space
 
     def update(
         self, params: Tree, grads: Tree, state: Any, options: Options | None = None
     ) -> tuple[Tree, Any]:
-        return self.inner.update(params, self._clip(grads), state, options)
+        return self.inner.update(params, self._clip(grads), state=state, options=options)
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        return self.inner.stepped(params, self._clip(grads), state)
+        return self.inner.stepped(params, self._clip(grads), state=state)
 
     def with_options(self, options: Options) -> Clipped:
-        return Clipped(self.inner.with_options(options), self.max_norm, self.space)
+        return Clipped(self.inner.with_options(options), self.max_norm, space=self.space)
 
     def pullback(
         self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
     ) -> Tree:
-        return self._through_clip(
-            self.inner.pullback(params, self._clip(grads), state, v, options), grads
-        )
+        clipped = self._clip(grads)
+        w = self.inner.pullback(params, clipped, state=state, v=v, options=options)
+        return self._through_clip(w, grads)
 
     def vjp(
         self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
     ) -> Cotangents:
-        bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
-        return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
+        clipped = self._clip(grads)
+        bar = self.inner.vjp(params, clipped, state=state, v=v, state_cotangent=state_cotangent)
+        return Cotangents(self._through_clip(bar.gradient, grads), bar.params, state=bar.state)
 
     def setting_cotangents(
         self,
@@ -285,28 +353,41 @@ class Clipped(Update):
         state_cotangent: Any = None,
     ) -> list[dict[str, Any]]:
         return self.inner.setting_cotangents(
-            names, params, self._clip(grads), state, v, state_cotangent
+            names,
+            params,
+            grads=self._clip(grads),
+            state=state,
+            v=v,
+            state_cotangent=state_cotangent,
         )
 
     def commit(
-        self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]
+        self,
+        parameters: Parameters,
+        grads: Tree,
+        compute_step: Callable[[], tuple[Tree, Any]],
     ) -> None:
-        self.inner.commit(parameters, self._clip(grads), moved)
+        self.inner.commit(parameters, self._clip(grads), compute_step=compute_step)
 
     def _scale(self, grads: Tree) -> tuple[Tensor, Tensor]:
+        """Return c and ‖g‖, both 0-D tensors."""
         length = self.space.norm(grads)
-        return (self.max_norm / (length + 1e-6)).clamp(max=1.0), length
+        scale = (self.max_norm / (length + 1e-6)).clamp(max=1.0)
+        return scale, length
 
     def _clip(self, grads: Tree) -> Tree:
+        """Return c·g."""
         scale, _ = self._scale(grads)
         return {name: g * scale.to(g.dtype) for name, g in grads.items()}
 
     def _through_clip(self, w: Tree, grads: Tree) -> Tree:
+        """Return the cotangent of g from w̃, the cotangent of c·g."""
         scale, length = self._scale(grads)
-        along = torch.where(
-            scale < 1, scale / (length + 1e-6) * self.space.dot(w, grads) / length, 0.0
-        )
-        clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
-        return {
-            n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()
-        }
+        along_g = scale / (length + 1e-6) * self.space.dot(w, grads) / length
+        along_g = torch.where(scale < 1, along_g, 0.0)
+        pulled: Tree = {}
+        for name, t in w.items():
+            pulled[name] = scale.to(t.dtype) * t
+            if name in grads:
+                pulled[name] = pulled[name] - along_g.to(t.dtype) * grads[name]
+        return pulled

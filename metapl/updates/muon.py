@@ -9,41 +9,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.updates.torch_optim import State, Tensors, TorchUpdate
+from metapl.updates.lists import Tensors
+from metapl.updates.torch_optim import State, TorchUpdate
 
-# What torch.optim.Muon computes its products in, whatever the type of the weights.
-SHORT = torch.bfloat16
+# torch.optim.Muon computes its products in this type, whatever the type of the weights.
+PRODUCT_DTYPE = torch.bfloat16
 
 
 def orthogonalized(matrix: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    r"""Near UVᵀ of matrix = USVᵀ, (A, B), by the iteration of Newton and Schulz, with its products in a type.
+    r"""Return a matrix near UVᵀ for matrix = USVᵀ, (A, B), by the iteration of Newton and Schulz.
 
-    .. math:: X_0 = M / \max(\|M\|, \epsilon), \qquad X_{k+1} = a X_k + (b G_k + c G_k^2) X_k, \quad G_k = X_k X_k^\top
+    .. math:: X_0 = M / \max(\|M\|, \epsilon), \qquad
+              X_{k+1} = a X_k + (b G_k + c G_k^2) X_k, \quad G_k = X_k X_k^\top
+
+    Args:
+        group: has (a, b, c) as ``ns_coefficients``, ``ns_steps``, and ``eps``.
+        dtype: in which the products are taken, and returned.
     """
-    (a, b, c), tall = group["ns_coefficients"], matrix.shape[0] > matrix.shape[1]
+    a, b, c = group["ns_coefficients"]
+    is_tall = matrix.shape[0] > matrix.shape[1]
     with torch.autocast(matrix.device.type, enabled=False):
-        x = matrix.to(dtype).mT if tall else matrix.to(dtype)  # (least, most) of A and B
+        x = matrix.to(dtype)
+        if is_tall:
+            # The products X Xᵀ are then of the shorter side.
+            x = x.mT
         x = x / x.norm().clamp(min=group["eps"])
         for _ in range(group["ns_steps"]):
             gram = x @ x.mT
             x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x.mT if is_tall else x
 
 
-def factor(shape: torch.Size, how: str | None) -> float:
-    """What the rate of a matrix of this shape is multiplied by."""
+def rate_factor(shape: torch.Size, rule: str | None) -> float:
+    """Return what the rate of a matrix of this shape is multiplied by.
+
+    Args:
+        rule: the ``adjust_lr_fn`` of torch.optim.Muon; None: ``"original"``.
+    """
     rows, columns = shape
-    if how == "match_rms_adamw":
+    if rule == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(rows / columns if how == "spectral_unclamped" else max(1.0, rows / columns))
+    if rule == "spectral_unclamped":
+        return math.sqrt(rows / columns)
+    return math.sqrt(max(1.0, rows / columns))
 
 
 class Muon(TorchUpdate):
-    r"""b′ = μb + (1−μ)g; θ′ = θ(1−ηλ) − η·factor·NS(g + μ(b′−g) | b′), with Nesterov momentum or without.
+    r"""b′ = μb + (1−μ)g; θ′ = θ(1−ηλ) − η·factor·NS(d), with d = g + μ(b′−g) or d = b′.
 
-    NS is :func:`orthogonalized`. ``torch.optim.Muon`` has its products in bfloat16, whose rounding
-    has no derivative; the rule, which is differentiated and verified, in the type of the weights.
-    The adjoint is autograd's.
+    The first d is with Nesterov momentum, the second without. NS is :func:`orthogonalized`, and the
+    factor :func:`rate_factor`. ``torch.optim.Muon`` has its products in bfloat16, whose rounding
+    has no derivative; the rule, which is differentiated and verified, has them in the type of the
+    weights. The adjoint is autograd's.
 
     Source: Jordan et al., 2024; ``torch.optim.Muon``, whose b is an average of gradients.
     """
@@ -55,20 +72,23 @@ class Muon(TorchUpdate):
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
-        mu, eta = group["momentum"], group["lr"]
-        moved: list[Tensor] = []
-        new: list[State] = []
+        mu = group["momentum"]
+        rate = group["lr"]
+        new_params: list[Tensor] = []
+        new_states: list[State] = []
         for p, g, state in zip(params, grads, states, strict=True):
-            old = state.get("momentum_buffer")
-            buffer = (1 - mu) * g if old is None else old + (1 - mu) * (g - old)
+            old_buffer = state.get("momentum_buffer")
+            if old_buffer is None:
+                buffer = (1 - mu) * g
+            else:
+                buffer = old_buffer + (1 - mu) * (g - old_buffer)
             direction = g + mu * (buffer - g) if group["nesterov"] else buffer
-            step = orthogonalized(direction, group, group.get("products", p.dtype)).to(p.dtype)
-            moved.append(
-                p * (1 - eta * group["weight_decay"])
-                - eta * factor(p.shape, group["adjust_lr_fn"]) * step
-            )
-            new.append({**state, "momentum_buffer": buffer})
-        return moved, new
+            product_dtype = group.get("products", p.dtype)
+            step = orthogonalized(direction, group, dtype=product_dtype).to(p.dtype)
+            factor = rate_factor(p.shape, group["adjust_lr_fn"])
+            new_params.append(p * (1 - rate * group["weight_decay"]) - rate * factor * step)
+            new_states.append({**state, "momentum_buffer": buffer})
+        return new_params, new_states
 
     @staticmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
@@ -76,5 +96,5 @@ class Muon(TorchUpdate):
 
 
 def rounded_options(options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Options of param groups by which a rule rounds as the optimizer's own step does."""
-    return [{**group, "products": SHORT} for group in options]
+    """Return options of param groups by which a rule rounds as the optimizer's own step does."""
+    return [{**group, "products": PRODUCT_DTYPE} for group in options]

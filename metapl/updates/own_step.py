@@ -14,7 +14,9 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution.numerics import Tree
 from metapl.updates.base import Parameters
-from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate, parameters_of, parts_of
+from metapl.updates.lists import Tensors
+from metapl.updates.optimizers import parameters_of, parts_of
+from metapl.updates.torch_optim import State, States, TorchUpdate
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 RULES = (
@@ -29,10 +31,10 @@ def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -
         name: of the argument, for errors.
         expected: the way out.
     """
-    for one in parts_of(optimizer):
-        closure = inspect.signature(type(one).step).parameters.get("closure")
+    for part in parts_of(optimizer):
+        closure = inspect.signature(type(part).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            given = f"{name} is {type(one).__name__}, whose step() evaluates the loss by a closure"
+            given = f"{name} is {type(part).__name__}, whose step() evaluates the loss by a closure"
             raise MetaplError(f"{given}; expected {expected}.")
 
 
@@ -44,7 +46,9 @@ class OwnStep(TorchUpdate):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
-        refuse_closure(optimizer, "inner_optimizer", "an optimizer that steps on a gradient")
+        refuse_closure(
+            optimizer, "inner_optimizer", expected="an optimizer that steps on a gradient"
+        )
         super().__init__(optimizer, parameters)
 
     @staticmethod
@@ -57,23 +61,23 @@ class OwnStep(TorchUpdate):
         )
 
     def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
-        """Return θ′ and s′ of one of several steps, by a fresh optimizer of the same type with this state.
+        """Return θ′ and s′ of one of several steps.
 
-        Refused for what such an optimizer would not have: attributes of a class that is not
-        torch's, and hooks.
+        The step is that of a fresh optimizer of the same type with this state. It is refused for
+        what such an optimizer would not have: attributes of a class that is not torch's, and hooks.
         """
-        for one in parts_of(self.optimizer):
-            if not type(one).__module__.startswith("torch.optim") or any(
-                vars(one)[name] for name in HOOKS
-            ):
+        for part in parts_of(self.optimizer):
+            is_of_torch = type(part).__module__.startswith("torch.optim")
+            has_hooks = any(vars(part)[name] for name in HOOKS)
+            if not is_of_torch or has_hooks:
                 given = (
-                    f"several student steps with {type(one).__name__}, of a class that is not "
+                    f"several student steps with {type(part).__name__}, of a class that is not "
                     "torch's or with hooks"
                 )
                 raise MetaplError(
                     f"{given}; expected one step, or an optimizer of torch.optim without hooks."
                 )
-        return super().stepped(params, grads, state)
+        return super().stepped(params, grads, state=state)
 
     @staticmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
@@ -82,8 +86,9 @@ class OwnStep(TorchUpdate):
 
 @contextmanager
 def undone(*optimizers: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Take steps of these optimizers in this block; after an error weights and states are bit for bit as before.
+    """Undo the steps that these optimizers take in this block, if it ends in an error.
 
+    Weights and states are then bit for bit as before.
     Cost: a copy of weights and states.
     """
     present = [optimizer for optimizer in optimizers if optimizer is not None]

@@ -15,43 +15,46 @@ from metapl.updates.base import Options, Parameters, Update
 
 
 def is_transform(optimizer: Any) -> bool:
-    """Whether an optimizer is a TorchOpt transform: a named pair of ``init`` and ``update``."""
-    return isinstance(optimizer, tuple) and all(
-        callable(getattr(optimizer, n, None)) for n in ("init", "update")
-    )
+    """Return whether an optimizer is a TorchOpt transform: a named pair ``init`` and ``update``."""
+    if not isinstance(optimizer, tuple):
+        return False
+    has_init = callable(getattr(optimizer, "init", None))
+    has_update = callable(getattr(optimizer, "update", None))
+    return has_init and has_update
 
 
 class TransformUpdate(Update):
-    """The update of a TorchOpt transform: its state goes in and comes out, its adjoint is autograd's.
+    """The update of a TorchOpt transform: its state goes in and comes out.
 
-    ``is_learned`` says whether what the transform returns requires a gradient, because it reads a
-    learned tensor.
+    The adjoint is autograd's. Two defects of TorchOpt are corrected here. ``trace`` ignores the
+    momentum of a given state on its first call, by a hidden flag that a dummy call clears; so with
+    ``dampening`` the first step is damped too. The VJP of ``adam`` is NaN where a gradient entry is
+    exactly zero: it is taken at a negligible entry. Other wrong VJPs, such as that of
+    ``clip_grad_norm``, are found by the verification of the first step.
 
-    Two defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on
-    its first call, by a hidden flag that a dummy call clears; so with ``dampening`` the first step
-    is damped too. The VJP of ``adam`` is NaN where a gradient entry is exactly zero: it is taken at
-    a negligible entry. Other wrong VJPs, such as that of ``clip_grad_norm``, are found by the
-    verification of the first step.
+    Attributes:
+        is_learned: whether what the transform returns requires a gradient, because it reads a
+            learned tensor.
+        state: the transform's.
     """
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
-        self.transform, self.parameters = transform, dict(parameters)
+        self.transform = transform
+        self.parameters = dict(parameters)
         theta = {name: p.detach() for name, p in parameters.items()}
-        fresh = transform.init(theta)
+        initial_state = transform.init(theta)
         zeros = {name: torch.zeros_like(t) for name, t in theta.items()}
-        result = transform.update(zeros, fresh, params=theta, inplace=False)
-        self.is_learned = any(
-            isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(result)
-        )
-        self.state = fresh if state is None else state
+        # The dummy call.
+        result = transform.update(zeros, initial_state, params=theta, inplace=False)
+        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        self.is_learned = any(t.requires_grad for t in tensors)
+        self.state = initial_state if state is None else state
 
     def follow(self, parameters: Parameters) -> None:
-        before = self.parameters
-        changed = [
-            name
-            for name in {**before, **parameters}
-            if before.get(name) is not parameters.get(name)
-        ]
+        changed: list[str] = []
+        for name in {**self.parameters, **parameters}:
+            if self.parameters.get(name) is not parameters.get(name):
+                changed.append(name)
         if changed:
             raise MetaplError(
                 f"the student's {few(changed, 3)} changed; expected a new trainer for TorchOpt."
@@ -63,19 +66,17 @@ class TransformUpdate(Update):
     def update(
         self, params: Tree, grads: Tree, state: Any, options: Options | None = None
     ) -> tuple[Tree, Any]:
-        grads = {
-            name: grads[name] if name in grads else torch.zeros_like(p)
-            for name, p in params.items()
-        }
-        if transformed() or any(g.requires_grad for g in grads.values()):
+        all_grads: Tree = {}
+        for name, p in params.items():
+            all_grads[name] = grads[name] if name in grads else torch.zeros_like(p)
+        if transformed() or any(g.requires_grad for g in all_grads.values()):
             # For autograd, sqrt(g²) has no derivative at 0; of an update that is smooth there, such
             # as Adam's with its ε, the derivative differs by O(1e-15/ε).
-            least = {torch.float64: 1e-60}
-            grads = {
-                n: torch.where(g == 0, g + least.get(g.dtype, 1e-15), g) for n, g in grads.items()
-            }
-        updates, state = self.transform.update(grads, state, params=params, inplace=False)
-        return {name: p + updates[name] for name, p in params.items()}, state
+            for name, g in all_grads.items():
+                negligible = 1e-60 if g.dtype == torch.float64 else 1e-15
+                all_grads[name] = torch.where(g == 0, g + negligible, g)
+        updates, new_state = self.transform.update(all_grads, state, params=params, inplace=False)
+        return {name: p + updates[name] for name, p in params.items()}, new_state
 
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
@@ -90,6 +91,7 @@ class TransformUpdate(Update):
         # Only the leaves are stored, and the structure comes from the transform, so that no code is
         # loaded from a file.
         leaves, structure = pytree.tree_flatten(self.state)
-        pairs = zip(leaves, state["leaves"], strict=True)
-        placed = [new.to(old.device) if isinstance(old, Tensor) else new for old, new in pairs]
-        self.state = pytree.tree_unflatten(placed, structure)
+        new_leaves: list[Any] = []
+        for leaf, stored in zip(leaves, state["leaves"], strict=True):
+            new_leaves.append(stored.to(leaf.device) if isinstance(leaf, Tensor) else stored)
+        self.state = pytree.tree_unflatten(new_leaves, structure)

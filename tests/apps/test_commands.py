@@ -124,8 +124,6 @@ REFUSED = {
     f"WORLD_SIZE=2 {DIGITS} --mesh.shard 2 --labeled-batch 9": "--labeled-batch 9",
     f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --accumulate 8 --labeled-batch 24": "multiple of 16",
     f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --compare": "--compare",
-    f"WORLD_SIZE=2 {DIGITS} --mesh.replicate 2 --method "
-    "reduced_mpl": "reads labels that are stored",
     f"{DIGITS} --device cuda": "GPU",
     f"{DIGITS} --compare --methods plain": "plain",
     f"{DIGITS} --seeds 0-1": "--compare",

@@ -420,7 +420,7 @@ def test_a_terminal_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("metapl.apps.machine.EVERY", 0)
+    monkeypatch.setattr("metapl.apps.progress.BAR_EVERY", 0)
     with contextlib.redirect_stderr(Terminal()) as shown, contextlib.redirect_stdout(io.StringIO()):
         assert main(images_command(color_folders(tmp_path), "--out", str(tmp_path / "run"))) == 0
     for words in ("looking at labeled files: 12 of 12", "comparing files: ", "fit: "):

@@ -107,17 +107,37 @@ def test_every_row_takes_twenty_steps_in_miniature_and_stays_finite(
 
 def test_steps_and_rate_follow_the_labeled_batch_and_the_number_of_labeled_pictures() -> None:
     c = script.ROWS["b7"].settings()
+    network = script.networks_of(c)[1]
     for batch in (512, 1_024, 2_048):
         schedule = script.schedule_of(
-            dataclasses.replace(c, labeled_batch=batch), 1_281_167, c.epochs
+            dataclasses.replace(c, labeled_batch=batch), network, 1_281_167
         )
         assert schedule.steps == round(350 * 1_281_167 / batch)
         assert schedule.lr == pytest.approx(0.128 * batch / 2_048)
         assert schedule.warmup == round(5 * 1_281_167 / batch)
-    assert script.schedule_of(c, 128_000, c.epochs).steps == 21_875
-    assert script.finetune_steps(c, 1_281_167, c.finetune_epochs, 512) == 3_753
-    shortened = script.schedule_of(dataclasses.replace(c, steps=100), 1_281_167, c.epochs)
+    assert script.schedule_of(c, network, 128_000).steps == 21_875
+    assert script.finetune_steps(c, network, 1_281_167, c.finetune_epochs, 512) == 3_753
+    shortened = script.schedule_of(dataclasses.replace(c, steps=100), network, 1_281_167)
     assert (shortened.steps, shortened.warmup, shortened.lr) == (100, 1, 0.128)
+
+
+def test_each_network_has_epochs_of_its_own() -> None:
+    """A chain of study 1: 350 epochs of B7 and L2, 700 of the small student at its end."""
+    names = ("efficientnet_b7", "efficientnet_l2", "efficientnet_b0")
+    row = script.ROWS["b0"].settings()
+    c = dataclasses.replace(row, networks=names, epochs=(350.0, 350.0, 700.0))
+    steps = [script.schedule_of(c, one, 1_281_167).steps for one in script.networks_of(c)]
+    assert steps == [218_949, 218_949, 437_899]
+    served_on = dataclasses.replace(c, epochs=(350.0,))
+    assert [one.epochs for one in script.networks_of(served_on)] == [350.0] * 3
+    # A student of 700 epochs that is warm-started for 140 takes a fifth of its steps.
+    warm = dataclasses.replace(row, warm_start=True, warm_epochs=140.0)
+    schedule = script.student_schedule(warm, script.networks_of(warm)[1], 1_281_167)
+    assert schedule.steps == round(437_899 / 5)
+    # With --steps, finetuning is in the proportion of the epochs of the network that it is of.
+    short = dataclasses.replace(c, steps=700)
+    last = script.networks_of(short)[-1]
+    assert script.finetune_steps(short, last, 1_281_167, 7.0, c.labeled_batch) == 7
 
 
 def test_the_chain_of_table_7_is_one_row() -> None:
@@ -336,16 +356,20 @@ def test_a_run_or_a_store_of_something_else_is_refused(
     script.check(dataclasses.replace(c, resume=True, num_workers=2))
 
 
+def plan(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert script.main([*words, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
 def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert script.main(["l2", "--dry-run"]) == 0
-    plan = capsys.readouterr().out
+    chain = plan("l2", capsys=capsys)
     assert (
         "round 3: efficientnet_l2, 475 pixels, 218,949 steps of 2,048 labeled and 57,344 "
-        "unlabeled at 0.128" in plan
+        "unlabeled at 0.128" in chain
     )
-    assert "FixRes: efficientnet_l2, 800 pixels, 3,753 steps of 512" in plan
+    assert "FixRes: efficientnet_l2, 800 pixels, 3,753 steps of 512" in chain
     assert script.main(["--sources"]) == 0
     table = capsys.readouterr().out
     assert all(f"| `{name}` |" in table for name in ("ratios", "magnitudes", "ema_decay"))
@@ -355,11 +379,104 @@ def test_a_plan_and_the_sources_are_printed_and_a_refusal_ends_with_2(
     assert "the interval of confidence is empty" in capsys.readouterr().err
 
 
+def test_a_plan_says_how_students_are_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    warm = plan(
+        *("b0", "--epochs", "350", "--warm-start", "--warm-epochs", "140", "--noisy-teacher"),
+        capsys=capsys,
+    )
+    # By hand: 140 / 350 of 218,949 steps, at the rate with which study 8 begins.
+    assert "87,580 steps of 2,048 labeled and 2,048 unlabeled at 0.008907" in warm
+    assert "140 epochs; warmup 3,128 steps; begins with the weights of its teacher" in warm
+    assert "soft labels by round 0, of augmented pictures, with dropout and depth" in warm
+    stages = plan("b0", "--training", "pretrain_finetune", "--ratios", "3", capsys=capsys)
+    assert "steps of 6,144 unlabeled at 0.128" in stages
+    assert "then finetuned: 6,256 steps of 2,048 labeled at 0.01, 10 epochs" in stages
+    alone = plan("b0", "--training", "pretrain", capsys=capsys)
+    assert "pretrained on unlabeled pictures alone" in alone
+    assert "then finetuned" not in alone
+    plans = {noise: plan("b5", "--unlabeled-noise", noise, capsys=capsys) for noise in NOISES}
+    assert len(set(plans.values())) == len(NOISES)
+    assert "noise on unlabeled pictures: none" in plans["none"]
+
+
+NOISES = ("all", "standard", "model", "none")
+
+# Another value of every setting that decides something of a result.
+OTHERS: dict[str, Any] = {
+    "seed": 1,
+    "data": "svhn",
+    "unlabeled": "others/",
+    "labels_per_class": 7,
+    "validation": 11,
+    "networks": ("efficientnet_b7", "efficientnet_b6"),
+    "image_sizes": (96,),
+    "dropouts": (0.11,),
+    "magnitudes": (2.5,),
+    "epochs": (350.0, 351.0),
+    "ratios": (5,),
+    "stochastic_depth": 0.3,
+    "translate": 7.0,
+    "cutout": 3,
+    "steps": 1_234,
+    "labeled_batch": 1_024,
+    "lr": 0.2,
+    "warmup_epochs": 6.0,
+    "weight_decay": 0.5,
+    "label_smoothing": 0.2,
+    "ema_decay": 0.9,
+    "select_by": "each",
+    "filter_network": None,
+    "filter_epochs": 33.0,
+    "threshold": 0.2,
+    "at_most": 0.4,
+    "per_class": 12,
+    "balance": False,
+    "share": 0.5,
+    "noisy_teacher": True,
+    "labels": "hard",
+    "loss": "two_means",
+    "unlabeled_noise": "model",
+    "training": "pretrain",
+    "stage_epochs": 12.0,
+    "stage_lr": 0.3,
+    "warm_start": True,
+    "warm_epochs": 100.0,
+    "finetune_size": 900,
+    "finetune_epochs": 2.0,
+    "finetune_batch": 256,
+    "finetune_lr": 0.5,
+    "frozen": 0.25,
+    "mesh": script.Mesh(replicate=4),
+    "batch_norm_ranks": 2,
+    "accumulate": 2,
+    "precision": "bfloat16",
+    "channels_last": False,
+    "validate_every": 77,
+}
+
+
+@pytest.mark.parametrize("name", [one.name for one in dataclasses.fields(script.Settings)])
+def test_a_plan_shows_every_setting_that_decides_something(name: str) -> None:
+    """All but those of FREE, which change nothing of a result."""
+    if name in script.FREE and name != "mesh":
+        assert name not in OTHERS
+        return
+    c = dataclasses.replace(script.ROWS["b7"].settings(), finetune_size=800)
+    if name.startswith("stage_"):
+        c = dataclasses.replace(c, training="pretrain_finetune")
+    if name == "warm_epochs":
+        c = dataclasses.replace(c, warm_start=True)
+    if name == "batch_norm_ranks":
+        c = dataclasses.replace(c, mesh=script.Mesh(replicate=4))
+    changed = dataclasses.replace(c, **{name: OTHERS[name]})
+    assert script.plan_of(changed, 1_281_167) != script.plan_of(c, 1_281_167)
+
+
 # -------------------------------------------------------------------------------- several processes
 
 
 def rank_main(words: list[str]) -> int:
-    """The script on this rank, which reads SVHN from small files."""
+    """Run the script on this rank, which reads SVHN from small files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchvision.datasets.svhn.check_integrity", lambda *given: True)
         return script.main(words)

@@ -11,48 +11,129 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from command import metapl
+
+from metapl.errors import OPTIONAL_PACKAGES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
-"""Of modules that are called otherwise."""
+EXTRAS = PROJECT["optional-dependencies"]
+
+OF_USERS = ("apps", "labels", "onnx", "timm", "torchopt")
+"""The extras of what the package can do; the others are for those who work on it."""
+
+DISTRIBUTIONS = {module: package for module, (package, _) in OPTIONAL_PACKAGES.items()}
+"""By their modules, some of which are called otherwise."""
 
 INDIRECT = {"onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
 """Declared for torch.onnx and torch.utils.tensorboard, which import them themselves, for programs
 that run in another process, and for users, who hand over TorchOpt's transforms."""
 
+AT_THE_TOP = {"numpy", "safetensors", "torch", "tqdm"}
+"""What a module of the library may import as it is loaded. The rest of the core, scipy and
+filelock, is loaded where it is used."""
 
-def imported(wherever: bool = True) -> set[str]:
-    """The distributions that the package's files import, wherever in a file, or as they are loaded."""
+
+def statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements that run as a module is loaded, without those for a type checker."""
+    for statement in tree.body:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+            continue
+        yield statement
+
+
+def imported(files: Iterable[Path], *, anywhere: bool = True) -> set[str]:
+    """The distributions that files import, anywhere in them, or as they are loaded."""
     modules: set[str] = set()
-    for file in (ROOT / "metapl").rglob("*.py"):
+    for file in files:
         tree = ast.parse(file.read_text())
-        for node in ast.walk(tree) if wherever else tree.body:
+        nodes: Iterable[ast.AST] = ast.walk(tree) if anywhere else statements(tree)
+        for node in nodes:
             if isinstance(node, ast.Import):
                 modules.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.partition(".")[0])
-    return {DISTRIBUTIONS.get(name, name) for name in modules - {"metapl"}}
+    outside = modules - {"metapl"} - sys.stdlib_module_names
+    return {DISTRIBUTIONS.get(name, name) for name in outside}
+
+
+def files_of(*, application: bool) -> list[Path]:
+    """The files of the application, or those of the library."""
+    apps = ROOT / "metapl" / "apps"
+    files = sorted((ROOT / "metapl").rglob("*.py"))
+    return [file for file in files if file.is_relative_to(apps) == application]
 
 
 def declared(requirements: list[str]) -> set[str]:
-    """The names in a list of requirements."""
-    return {re.split(r"[^\w-]", one, maxsplit=1)[0] for one in requirements}
+    """The names in a list of requirements, those of metapl's own extras aside."""
+    return {re.split(r"[^\w-]", one, maxsplit=1)[0] for one in requirements} - {"metapl"}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
-    extras = PROJECT["optional-dependencies"]
-    optional = declared(extras["labels"] + extras["onnx"] + extras["timm"])
-    needed = (declared(PROJECT["dependencies"]) | optional) - INDIRECT
-    assert imported() - sys.stdlib_module_names == needed
-    # matplotlib is slow to load, and Windows has no fcntl.
-    assert imported(wherever=False).isdisjoint({"matplotlib", "fcntl", *optional})
+    core = declared(PROJECT["dependencies"])
+    optional = set().union(*(declared(EXTRAS[extra]) for extra in OF_USERS))
+    library = files_of(application=False)
+    application = files_of(application=True)
+    assert imported([*library, *application]) == (core | optional) - INDIRECT
+    # In the library, matplotlib is for a figure alone.
+    assert imported(library) == core | {"matplotlib"}
+    assert imported(library, anywhere=False) == AT_THE_TOP
+    # matplotlib is slow to load.
+    late = {"matplotlib"}.union(*(declared(EXTRAS[extra]) for extra in OF_USERS if extra != "apps"))
+    assert imported(application, anywhere=False).isdisjoint(late)
+
+
+def test_each_optional_package_is_named_with_the_extra_that_installs_it() -> None:
+    extra_of = dict(OPTIONAL_PACKAGES.values())
+    for extra in OF_USERS:
+        names = {package for package, its_extra in extra_of.items() if its_extra == extra}
+        assert names == declared(EXTRAS[extra])
+    # Whoever installs stored labels, say, gets the command that writes them.
+    for extra in ("labels", "onnx", "timm"):
+        assert "metapl[apps]" in EXTRAS[extra]
+
+
+WITHOUT_APPS = """
+import sys
+for name in ("tyro", "sklearn"):
+    sys.modules[name] = None
+from metapl.__main__ import main
+assert main() == 2
+try:
+    import metapl.sklearn
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra_of_the_command_a_line_names_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_APPS], capture_output=True, text=True, check=True
+    )
+    command = "the command metapl: expected the package tyro"
+    classifiers = "metapl.sklearn: expected the package scikit-learn"
+    end = "which `pip install 'metapl[apps]'` installs.\n"
+    assert done.stderr == f"metapl: {command}, {end}"
+    assert done.stdout == f"{classifiers}, {end}"
+
+
+def test_a_package_that_a_command_imports_late_is_named_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    refused = metapl("train", "digits", "--steps", "2", "--out", tmp_path / "run", code=2)
+    assert refused.stderr == (
+        "metapl: metapl train: expected the package scikit-learn, which "
+        "`pip install 'metapl[apps]'` installs.\n"
+    )
 
 
 BUILD = (
@@ -106,7 +187,7 @@ def test_the_distributions_have_the_package_and_its_license(
         )
     assert {name for name in names if not name.startswith(f"{info}/")} == package
     assert f"{info}/licenses/LICENSE" in names
-    assert "metapl = metapl.apps.main:main\n" in commands
+    assert "metapl = metapl.__main__:main\n" in commands
     assert f"Version: {PROJECT['version']}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
     with tarfile.open(source) as archive:
@@ -160,6 +241,71 @@ def test_the_wheel_alone_trains(distributions: tuple[Path, Path], tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0
+
+
+LIBRARY = """
+import sys, torch, metapl
+
+x, y, u = torch.randn(12, 6), torch.arange(12) % 3, torch.randn(24, 6)
+networks = [metapl.models.mlp([6, 8, 3]) for _ in range(2)]
+trainer = metapl.BilevelTrainer(*networks, mode="forward")
+result = trainer.fit((x, y), u, steps=4, batch_size=4, validation=(x, y), out="fit", save_every=2)
+print(f"{result.validation_accuracy:.2f}")
+metapl.ablate(trainer, (x, y), u, ["forward", "none"])
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert loaded.isdisjoint({"tyro", "sklearn", "torchvision", "matplotlib", "PIL"}), loaded
+"""
+
+CLASSIFIER = """
+import numpy
+from metapl.sklearn import MetaPseudoLabelsClassifier
+
+x = numpy.random.default_rng(0).normal(size=(60, 4))
+y = numpy.where(numpy.arange(60) < 20, (x[:, 0] > 0).astype(int), -1)
+print(MetaPseudoLabelsClassifier(steps=5, random_state=0).fit(x, y).predict(x).shape)
+"""
+
+
+@pytest.mark.long
+def test_the_wheel_installs_into_an_empty_environment_and_runs(
+    distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The core alone, then the command. pip takes packages from where it always does.
+
+    Minutes, and gigabytes, where torch is the one for CUDA; the environment is removed at the end.
+    """
+    _, wheel = distributions
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(sys.executable, "-m", "venv", folder)
+        python = Path(folder) / "bin" / "python"
+        command = python.with_name("metapl")
+        pip = (python, "-m", "pip", "install", "--quiet")
+
+        run(*pip, wheel)
+        installed = {
+            row["name"] for row in json.loads(run(*pip[:3], "list", "--format=json").stdout)
+        }
+        assert declared(PROJECT["dependencies"]) <= installed
+        assert installed.isdisjoint(declared(EXTRAS["apps"]) | {"torchopt"})
+        assert 0 <= float(run(python, "-c", LIBRARY).stdout) <= 1
+        assert "pip install 'metapl[apps]'" in run(command, "--version", code=2).stderr
+
+        run(*pip, f"metapl[apps] @ {wheel.as_uri()}")
+        assert run(command, "--version").stdout == f"metapl {PROJECT['version']}\n"
+        run(command, "train", "digits", "--steps", "2", "--out", "run")
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0
+        assert run(python, "-c", CLASSIFIER).stdout == "(60,)\n"
+        labels = run(command, "label", "run", "digits", "--out", "labels", code=2)
+        assert "pip install 'metapl[labels]'" in labels.stderr
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -137,6 +137,40 @@ def test_every_row_of_both_scripts_is_in_a_table() -> None:
             assert any(f"examples/{script}.py {row} --" in command for command in COMMANDS), row
 
 
+def settings_on_the_page(paper: str) -> list[noisy_student_imagenet.Settings]:
+    """Return what Noisy Student's script is asked for in the row that begins with these words."""
+    (claim,) = [one for one in CLAIMS["Noisy Student"] if one.paper.startswith(paper)]
+    words = [shlex.split(command) for command in claim.commands]
+    script = "examples/noisy_student_imagenet.py"
+    return [noisy_student_imagenet.settings_of(one[2:]) for one in words if one[1] == script]
+
+
+def test_the_row_of_1_3_million_pictures_draws_them_from_the_130_million() -> None:
+    (small,) = settings_on_the_page("Table 6: 1.3 million")
+    classes = 1_000
+    assert small.balance
+    assert small.share is not None
+    assert small.share * classes * small.per_class == pytest.approx(1_300_000)
+    for whole in settings_on_the_page("Table 6: the noise on unlabeled"):
+        assert whole.unlabeled == small.unlabeled
+        assert classes * whole.per_class == 130_000_000
+        assert (whole.share, whole.networks) == (None, small.networks)
+    assert small.magnitudes == (0.0,), "the standard augmentation, for teacher and student"
+    assert small.ratios == (1,)
+
+
+def test_the_chain_of_study_1_ends_with_a_small_student_of_twice_the_epochs() -> None:
+    """350 epochs for networks larger than B4, 700 for smaller ones; L2 as Table 7 has it."""
+    (chain,) = settings_on_the_page("study 1")
+    table_7 = noisy_student_imagenet.networks_of(noisy_student_imagenet.ROWS["l2"].settings())
+    *teachers, student = noisy_student_imagenet.networks_of(chain)
+    assert teachers == table_7
+    own = noisy_student_imagenet.networks_of(noisy_student_imagenet.ROWS["b0"].settings())[1]
+    asked = (student.name, student.epochs, student.ratio, student.magnitude, student.dropout)
+    assert asked == (own.name, 700.0, own.ratio, own.magnitude, own.dropout)
+    assert chain.finetune_size is None
+
+
 # ----------------------------------------------------------------------------------------- the data
 
 # Folders and files of data that the page names, and that no command there leaves.

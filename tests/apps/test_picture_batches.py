@@ -22,7 +22,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.apps.launch import Share
 from metapl.apps.pictures import (
+    CIFAR_OPERATIONS,
+    SVHN_OPERATIONS,
     Chain,
     EvaluationBatches,
     FileImages,
@@ -32,6 +35,7 @@ from metapl.apps.pictures import (
     RandAugment,
     ResizedCrop,
     ShiftNoiseCutout,
+    Sometimes,
     UnlabeledBatches,
     Weak,
     load_digits_split,
@@ -63,6 +67,92 @@ def paths(tmp_path: Path) -> list[Path]:
         if number in BROKEN:
             path.write_bytes(path.read_bytes()[:-30])
     return found
+
+
+def batches_of_files(paths: list[Path], view: Any, crop: ResizedCrop | None) -> list[Any]:
+    """Return batches of eight rows of each kind that several processes share, of files that can be read."""
+    files = FileImages([paths[number] for number in SOUND], size=(6, 6))
+    count = len(SOUND)
+    labels = torch.arange(count)
+    stored = torch.rand(count, 3, generator=torch.Generator().manual_seed(0))
+    labeled = LabeledBatches(
+        files, labels, StepSampler(count, 8, seed=1), view, seed=2, crop=crop, stored=stored
+    )
+    sampler = StepSampler(count, 8, seed=3, stream=1)
+    weak: Any = Identity() if crop is not None else Weak(pad=1)
+    unlabeled = UnlabeledBatches(files, sampler, weak, view, seed=4, crop=crop)
+    return [labeled, unlabeled]
+
+
+PAIRED_ALWAYS = RandAugment(
+    n=1, operations=("Sample Pairing",), probability=(1.0, 1.0), cutout=0, magnitude=5
+)
+SHARED_VIEWS: dict[str, Any] = {
+    "no others": RandAugment(operations=SVHN_OPERATIONS, cutout=2),
+    "moved and noisy": Chain((Weak(pad=1), ShiftNoiseCutout())),
+    "Sample Pairing": RandAugment(operations=CIFAR_OPERATIONS, cutout=2),
+    "in a chain": Chain((Weak(pad=1), RandAugment(n=3, cutout=2), Weak(pad=1))),
+    "sometimes": Sometimes(RandAugment(n=3, cutout=2), 0.5),
+    "twice": Chain((PAIRED_ALWAYS, PAIRED_ALWAYS)),
+}
+
+
+@pytest.mark.parametrize("crop", [None, ResizedCrop(6)], ids=["whole", "crop"])
+@pytest.mark.parametrize("name", SHARED_VIEWS)
+def test_a_process_makes_the_rows_of_its_share_with_the_bits_that_they_have_in_the_batch(
+    name: str, crop: ResizedCrop | None, paths: list[Path]
+) -> None:
+    shares = 4
+    for batches in batches_of_files(paths, SHARED_VIEWS[name], crop):
+        for step in range(6):
+            parts = [Share(batches, number, shares)[step] for number in range(shares)]
+            assert all(len(t) == 2 for part in parts for t in part)
+            together = tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+            assert same(together, batches[step])
+            # In two halves, as where pictures are changed on the device.
+            share = Share(batches, 1, shares)
+            assert same(share.augment(step, share.raw()[step]), parts[1])
+
+
+def test_a_process_reads_the_pictures_of_its_share_and_what_is_mixed_with_them(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Counter[str]()
+    views = FileImages._views
+
+    def counted(self: FileImages, index: int, crops: Any = ()) -> Any:
+        read[str(self.path(index))] += 1
+        return views(self, index, crops)
+
+    monkeypatch.setattr(FileImages, "_views", counted)
+
+    def files_read(view: Any, step: int) -> int:
+        labeled, _ = batches_of_files(paths, view, None)
+        share = Share(labeled, 1, 4)
+        read.clear()
+        share[step]
+        return read.total()
+
+    assert [files_read(SHARED_VIEWS["no others"], step) for step in range(5)] == [2] * 5
+    assert [files_read(Identity(), step) for step in range(5)] == [2] * 5
+    # Each of two pictures is mixed with another one, which may be the other of the two.
+    paired = [files_read(PAIRED_ALWAYS, step) for step in range(8)]
+    assert set(paired) <= {2, 3, 4}
+    assert max(paired) > 2
+
+    def of_a_user(images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        return images - images.mean(dim=0)
+
+    assert files_read(of_a_user, 0) == 8, "it may look at the whole batch"
+    (labeled, _) = batches_of_files(paths, of_a_user, None)
+    assert same(Share(labeled, 1, 4)[0], tuple(t[2:4] for t in labeled[0]))
+
+
+def test_a_share_can_be_sent_to_a_process_that_reads_for_it(paths: list[Path]) -> None:
+    """A worker of a loader that is started anew, and not forked, gets a copy."""
+    labeled, _ = batches_of_files(paths, SHARED_VIEWS["in a chain"], None)
+    share = Share(labeled, 2, 4)
+    assert same(pickle.loads(pickle.dumps(share))[3], share[3])
 
 
 def numbers(images: Tensor) -> list[int]:

@@ -18,7 +18,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.labels import LabelWriter
+from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.machine import default_threads
 from metapl.apps.pictures import scan_unlabeled
 from metapl.apps.run import WEIGHTS
@@ -122,6 +122,22 @@ def test_stored_labels_in_two_processes(mesh: str, two: Ranks, tmp_path: Path) -
     metapl(*words, "--accumulate", "2", "--out", tmp_path / "one")
     trained(two, [*words, f"--mesh.{mesh}", "2"], tmp_path / "two")
     same_numbers(tmp_path / "two", tmp_path / "one", 2e-3)
+
+
+@pytest.mark.parametrize("mesh", ["replicate", pytest.param("shard", marks=pytest.mark.long)])
+def test_reduced_mpl_whose_teacher_is_trained_first_in_two_processes(
+    mesh: str, two: Ranks, tmp_path: Path
+) -> None:
+    """The first process stores the labels of the teacher that both trained, and both learn them."""
+    words = [*TINY, "--method", "reduced_mpl"]
+    metapl(*words, "--out", tmp_path / "one")
+    trained(two, [*words, f"--mesh.{mesh}", "2"], tmp_path / "two")
+    same_numbers(tmp_path / "two", tmp_path / "one", 1e-5)
+    for part in ("labeled", "unlabeled"):
+        one, both = (LabelStore(tmp_path / run / "labels" / part) for run in ("one", "two"))
+        assert [*one] == [*both]
+        every = torch.arange(len(one))
+        torch.testing.assert_close(both.at(every), one.at(every), rtol=0, atol=1e-5)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from metapl.execution import sharded
 from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_of_all
-from metapl.feedback import Forward, base
+from metapl.feedback import Forward, inner_step
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
 
@@ -453,9 +453,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
-    real, through = base._slope, InnerStep.in_signal
+    real, through = inner_step._slope, InnerStep.in_signal
     patch.setattr(
-        base, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size
+        inner_step, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size
     )
 
     def in_signal(self: InnerStep, *given: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead
-from metapl.functional import compiled, training
+from metapl.functional import compiled, graphs
 from metapl.functional.architecture import (
     Undescribed,
     bare_copies,
@@ -33,7 +33,7 @@ from metapl.problems import EqualWeights
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """By Dynamo, without Inductor, and with graphs of the test alone."""
-    monkeypatch.setattr(training, "_KNOWN", {})
+    monkeypatch.setattr(graphs, "_CACHE", {})
     monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
 
 
@@ -103,9 +103,10 @@ def refuse_other(found: Tensor, network: nn.Module, *given: Any) -> None:
     assert error({"h": found}, {"h": expected}) < 1e-9
 
 
-def graphs() -> int:
-    found: int = counters["stats"]["unique_graphs"]
-    return found
+def graphs_compiled() -> int:
+    """Return how many graphs Dynamo has made in this process."""
+    count: int = counters["stats"]["unique_graphs"]
+    return count
 
 
 SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -118,14 +119,14 @@ SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_another_student_of_the_architecture_compiles_nothing() -> None:
     first = student()
     gradient(first)
-    before = graphs()
+    before = graphs_compiled()
     for make in SAME.values():
         network = make(first)
         weights = {name: t.clone() for name, t in network.state_dict().items()}
         refuse_other(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
-    assert graphs() == before
-    assert len(training._KNOWN) == 1
+    assert graphs_compiled() == before
+    assert len(graphs._CACHE) == 1
 
 
 def hooked(network: Any) -> None:
@@ -173,17 +174,17 @@ def test_what_computes_something_else_is_never_taken_for_it(
 ) -> None:
     """Without Dynamo, whose guards would find many of these too."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(training, "MOST_KNOWN", 100)
+    monkeypatch.setattr(graphs, "MOST_CACHED", 100)
     gradient(student())
     for what, change in CHANGES.items():
-        network, known = student(), {*training._KNOWN}
+        network, known = student(), {*graphs._CACHE}
         change(network)
         refuse_other(gradient(network), network)
-        assert {*training._KNOWN} - known, what
+        assert {*graphs._CACHE} - known, what
     again = student(1)
-    known = {*training._KNOWN}
+    known = {*graphs._CACHE}
     refuse_other(gradient(again), again)  # not by what was made for a changed one
-    assert {*training._KNOWN} == known
+    assert {*graphs._CACHE} == known
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.Monk
     gradient(student())
     changed = EqualWeights()
     gradient(student(), changed)
-    assert len(training._KNOWN) == 1
+    assert len(graphs._CACHE) == 1
     changed.temperature = 3.0  # a problem that a graph was made of, changed afterwards
     cases: list[tuple[Any, ...]] = [
         (student(kind=Other),),

@@ -334,6 +334,25 @@ def test_a_wrong_gradient_is_refused_before_the_first_steps() -> None:
     assert same(copied(trainer.student), before)
 
 
+class ReadsItsInput(nn.Module):
+    """A layer that asks for the value of its input, which no graph captures."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum().item() < 1e9 else 2 * x
+
+
+def test_what_cannot_be_compiled_is_refused_before_the_first_steps() -> None:
+    student = nn.Sequential(nn.Linear(5, 8), ReadsItsInput(), nn.Tanh(), nn.Linear(8, 3))
+    trainer = weight_trainer_of(student, compiled=True)
+    before = copied(student)
+    generator = torch.get_rng_state()
+    with pytest.raises(MetaplError, match="leave compile out"):
+        fit(trainer)
+    assert same(copied(student), before)
+    assert trainer.steps_done == 0
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
 @pytest.mark.long
 def test_a_compiled_fit_has_the_first_steps_of_an_eager_one() -> None:
     ends = []

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.functional import compiled, stack, training, unstack
+from metapl.functional import compiled, graphs, stack, unstack
 from metapl.problems import EqualWeights, ExampleWeights, Table
 
 ROWS, RATE = 6, 0.3
@@ -27,7 +27,7 @@ ROWS, RATE = 6, 0.3
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As plain functions, or without Inductor where a test's name says that it is captured."""
-    monkeypatch.setattr(training, "_KNOWN", {})
+    monkeypatch.setattr(graphs, "_CACHE", {})
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     else:

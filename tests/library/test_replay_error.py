@@ -18,7 +18,7 @@ from metapl import Lookahead, MetaplError
 from metapl.execution.numerics import deterministic
 from metapl.feedback import Forward, replays
 from metapl.feedback.replays import ReplayCheck, state_digest
-from metapl.functional import training
+from metapl.functional import graphs, training
 from metapl.problems import EqualWeights
 
 STEPS = 12
@@ -103,7 +103,7 @@ def gradient(
 @pytest.fixture
 def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two graphs of a compiled path run as plain functions, and are not compared with the eager road."""
-    monkeypatch.setattr(training, "_KNOWN", {})
+    monkeypatch.setattr(graphs, "_CACHE", {})
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
 
@@ -171,7 +171,7 @@ def test_compiled_paths_look_too(
     way: str, as_functions: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        training, "refuse_other", lambda *given: None
+        training, "refuse_other_gradient", lambda *given: None
     )  # which would refuse the student first
     mode = WAYS.get(way, Forward(keep_every=1))
     found = gradient(student_of(Noisy(1e-9)), mode, compile=True)
@@ -250,7 +250,7 @@ def test_paths_ask_for_deterministic_algorithms(
     monkeypatch: pytest.MonkeyPatch,
     asked: list[tuple[bool, bool]],
 ) -> None:
-    monkeypatch.setattr(training, "refuse_other", lambda *given: None)
+    monkeypatch.setattr(training, "refuse_other_gradient", lambda *given: None)
     gradient(student_of(), Forward(keep_every=3), compile=compile)
     assert asked
     assert {*asked} == {(True, True)}

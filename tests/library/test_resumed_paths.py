@@ -23,7 +23,7 @@ from torch import nn
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward
-from metapl.feedback.keeping import known_by
+from metapl.feedback.keeping import path_number
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import folder as folders
 from metapl.updates import update_of
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert next(reads) < plain()[1]
 
 
-def test_a_path_is_known_by_the_whole_tensors_of_its_problem() -> None:
+def test_a_path_is_path_number_the_whole_tensors_of_its_problem() -> None:
     """Of two that read alike in four digits too."""
     student, numbers = network(), set()
     rule = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -205,5 +205,5 @@ def test_a_path_is_known_by_the_whole_tensors_of_its_problem() -> None:
     for weight in (1.00001, 1.00003):
         problem = EqualWeights()
         object.__setattr__(problem, "weights", torch.tensor([weight]))
-        numbers.add(known_by(student, nn.Module(), problem, Forward(), update, rule, []))
+        numbers.add(path_number(student, nn.Module(), problem, Forward(), update, rule, []))
     assert len(numbers) == 2

@@ -23,7 +23,7 @@ import metapl
 from metapl import Lookahead, MetaplError
 from metapl.execution.state import trainable
 from metapl.feedback import Forward, Unrolled
-from metapl.functional import compiled, training
+from metapl.functional import compiled, graphs
 from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 from metapl.updates import update_of
 
@@ -134,7 +134,7 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
     Captured, or by Inductor, where a test's name says so.
     """
-    monkeypatch.setattr(training, "_KNOWN", {})
+    monkeypatch.setattr(graphs, "_CACHE", {})
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     elif "inductor" not in request.node.name:
@@ -245,7 +245,7 @@ def test_truncation_leaves_zeros_in_the_shape_of_each_batch() -> None:
 
 def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up begins with a rate of 0, by which h is 0 on both roads."""
-    real = training.make_training
+    real = graphs.make_training
 
     def doubled(*given: Any, **how: Any) -> Any:
         step, adjoint = real(*given, **how)
@@ -256,7 +256,7 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
 
         return step, twice
 
-    monkeypatch.setattr(training, "make_training", doubled)
+    monkeypatch.setattr(graphs, "make_training", doubled)
     ahead, inner = (
         Lookahead(batch, steps=3, schedule=lambda k: k / 3),
         SGD(STUDENT.parameters(), lr=0.1),
@@ -314,7 +314,8 @@ def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
 def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     problem, student = EqualWeights(), network()
     compared(*both(problem, "momentum", Forward(keep_every=2), student), 1e-9)
-    (graphs,) = training._KNOWN.values()
+    cached = [*graphs._CACHE.values()]
+    assert len(cached) == 1
     optimizer = OPTIMIZERS["momentum"](student.parameters())
     for steps in (3, 5):  # of another length, by the same graphs
         ahead = Lookahead(batch, steps=steps)
@@ -325,7 +326,7 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
             "problem": problem,
         }
         metapl.hypergradient(None, student, compile=True, **given)
-    assert [*training._KNOWN.values()] == [graphs]
+    assert [*graphs._CACHE.values()] == cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +339,9 @@ def test_graphs_are_known_again_by_the_numbers_of_a_problem() -> None:
     update = update_of(SGD(student.parameters(), lr=0.1), trainable(student))
 
     def of(problem: Any) -> Any:
-        return training.compiled_training(None, student, problem, update, None, False, False)
+        return graphs.graphs_of(
+            None, student, problem, update, clip_norm=None, in_settings=False, several=False
+        )
 
     assert of(EqualWeights()) is of(EqualWeights())
     other.temperature = 2.0

@@ -1,4 +1,4 @@
-"""Pictures by number, as bytes in memory or decoded from files, and batches of them that are seen through views.
+"""Pictures by number, in memory or in files, and batches of them that are seen through views.
 
 Item t is the batch of step t. A batch is made in two halves. What is fetched (bytes of images,
 where there are files or images in memory) can come from worker processes; the views can be applied
@@ -9,16 +9,17 @@ to the network, which sees the same numbers whatever the data came from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from metapl.apps.machine import read_plain
 from metapl.apps.pictures.reader import Box, Crop, UnreadableImage, read_crops, read_image
-from metapl.apps.pictures.views.base import View
+from metapl.apps.pictures.views.base import View, rows_needed
 from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
 from metapl.data.steps import BatchT, StepBatches, StepSampler
@@ -267,6 +268,30 @@ Fetched = tuple[Tensor, ...]
 ROLES = ("view", "weak", "strong")
 
 
+@dataclass(frozen=True)
+class SomeOfSampler(StepSampler):
+    """A sampler of some examples of each batch, whose rows a function of the step says.
+
+    ``batch_size`` is that of the whole batch.
+
+    >>> sampler = SomeOfSampler(8, 4, seed=0, rows=lambda step: torch.tensor([3, 1]))
+    >>> bool((sampler.indices(5) == StepSampler(8, 4, seed=0).indices(5)[[3, 1]]).all())
+    True
+    """
+
+    rows: Callable[[int], Tensor] = field(kw_only=True)
+
+    @property
+    def whole(self) -> StepSampler:
+        return StepSampler(self.size, self.batch_size, self.seed, self.stream)
+
+    def indices(self, step: int) -> Tensor:
+        return self.whole.indices(step)[self.rows(step)]
+
+    def epochs(self, step: int) -> Tensor:
+        return self.whole.epochs(step)[self.rows(step)]
+
+
 class ExampleBatches(StepBatches[BatchT]):
     """Batches of sampled examples.
 
@@ -310,6 +335,37 @@ class ExampleBatches(StepBatches[BatchT]):
     def batch_size(self) -> int:
         return self.sampler.batch_size
 
+    def share(self, number: int, shares: int) -> Self | None:
+        """Return batches whose first rows are one of several equal parts of the rows of these.
+
+        They have the bits that they have here. Behind them are those that a view mixes with
+        them; nothing else is read or changed. None where a view does not say what it mixes.
+        """
+        rows = RowsOfShare(self, number, shares)
+        if self.rows_needed(0, rows.own) is None:
+            return None
+        whole = self.sampler
+        sampler = SomeOfSampler(whole.size, whole.batch_size, whole.seed, whole.stream, rows=rows)
+        # Every class of such batches is a dataclass.
+        part: Any = self
+        shared: Self = dataclasses.replace(part, sampler=sampler)
+        return shared
+
+    def rows_needed(self, step: int, rows: Tensor) -> Tensor | None:
+        """Return rows of a step's batch, and behind them the others that their views are made of.
+
+        None where a view does not say which these are.
+        """
+        examples = _examples_of(self.sampler, step)
+        is_needed = torch.zeros(self.batch_size, dtype=torch.bool)
+        for view, seed in zip(self.views.values(), self._seeds(), strict=True):
+            of_view = rows_needed(view, rows, seed=seed, step=step, examples=examples)
+            if of_view is None:
+                return None
+            is_needed[of_view] = True
+        is_needed[rows] = False
+        return torch.cat([rows, is_needed.nonzero()[:, 0]])
+
     def batch(self, step: int) -> BatchT:
         return self.augment(step, self.fetch(step))
 
@@ -326,7 +382,7 @@ class ExampleBatches(StepBatches[BatchT]):
             images = [whole]
         else:
             assert isinstance(self.images, FileImages)  # checked when the batches were made
-            examples, seeds = self._examples(step), self._seeds()
+            examples, seeds = _examples_of(self.sampler, step), self._seeds()
             mirrored = torch.zeros(len(seeds), len(indices), dtype=torch.bool)
 
             def box(view: int, row: int, height: int, width: int) -> Box:
@@ -356,7 +412,9 @@ class ExampleBatches(StepBatches[BatchT]):
         )
         if self.crop is None:
             images = images * len(self.views)
-        how: Any = {"step": step, "examples": self._examples(step)}
+        how: Any = {"step": step, "examples": _examples_of(self.sampler, step)}
+        if isinstance(self.sampler, SomeOfSampler):
+            how["batch"] = _examples_of(self.sampler.whole, step)
         each = zip(self.views.values(), images, self._seeds(), strict=True)
         items: Any = (*(view(x, seed=seed, **how) for view, x, seed in each), *fetched[count:])
         return items if len(items) > 1 else items[0]  # type: ignore[no-any-return]  # what BatchT stands for
@@ -364,11 +422,31 @@ class ExampleBatches(StepBatches[BatchT]):
     def _seeds(self) -> list[int]:
         return [draws.fold_in(self.seed, ROLES.index(role)) for role in self.views]
 
-    def _examples(self, step: int) -> Tensor:
-        # With B > n a batch holds copies of an example; counting the epoch in keeps their
-        # augmentations apart. On the CPU, wherever the images are: a view that plans there would
-        # otherwise wait for the device.
-        return self.sampler.epochs(step) * self.sampler.size + self.sampler.indices(step)
+
+def _examples_of(sampler: StepSampler, step: int) -> Tensor:
+    """Return the numbers by which the views of a step know its examples, none of them twice."""
+    # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations
+    # apart. On the CPU, wherever the images are: a view that plans there would otherwise wait for
+    # the device.
+    return sampler.epochs(step) * sampler.size + sampler.indices(step)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsOfShare:
+    """The rows that a share of batches reads in a step: those of its part, and those mixed with them."""
+
+    batches: ExampleBatches[Any]
+    number: int
+    shares: int
+
+    @property
+    def own(self) -> Tensor:
+        return torch.arange(self.batches.batch_size).chunk(self.shares)[self.number]
+
+    def __call__(self, step: int) -> Tensor:
+        needed = self.batches.rows_needed(step, self.own)
+        assert needed is not None, "share() has asked"
+        return needed
 
 
 @dataclass(frozen=True, eq=False)

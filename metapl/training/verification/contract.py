@@ -131,7 +131,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
             copies.student(problem.student_input(of_rows, *entering))
         before = RandomState.now(copies.random.device)
         losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
-        if not RandomState.now(copies.random.device).is_as(before):
+        if not RandomState.now(copies.random.device).equals(before):
             drawing.append("inner_loss")
         return losses.mean().detach()
 

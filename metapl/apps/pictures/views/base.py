@@ -58,12 +58,40 @@ class View(Protocol):
         ...
 
 
+def rows_needed(
+    view: View, rows: Tensor, *, seed: int, step: int, examples: Tensor
+) -> Tensor | None:
+    """Return the rows of a batch that a view of some of its rows is made of.
+
+    A view that says so, by a method of this name, can be taken of these rows alone: it is called
+    with the examples of the whole batch as ``batch``, and gives the bits that ``rows`` have in the
+    view of the whole batch.
+
+    Args:
+        rows: int64 (n,), numbers of rows, none twice.
+        examples: int64 (B,), those of the whole batch.
+
+    Returns: ``rows``, and behind them the others; None of a view that does not say so, such as one
+    of a user's own, which may look at the whole batch.
+    """
+    needed = getattr(view, "rows_needed", None)
+    if needed is None:
+        return None
+    found: Tensor = needed(rows, seed=seed, step=step, examples=examples)
+    return found
+
+
 @dataclass(frozen=True)
 class Identity:
     """The images as they are."""
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
+    ) -> Tensor:
         return images
+
+    def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        return rows
 
 
 @dataclass(frozen=True)
@@ -78,10 +106,27 @@ class Chain:
 
     views: tuple[View, ...]
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
+    ) -> Tensor:
+        # A view of a user's own takes whole batches alone, and no ``batch``.
+        of_batch: dict[str, Tensor] = {} if batch is None else {"batch": batch}
         for position, view in enumerate(self.views):
-            images = view(images, seed=draws.fold_in(seed, position), step=step, examples=examples)
+            own_seed = draws.fold_in(seed, position)
+            images = view(images, seed=own_seed, step=step, examples=examples, **of_batch)
         return images
+
+    def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
+        """Return the rows that the last view needs, and of these the rows that the one before needs."""
+        for position in reversed(range(len(self.views))):
+            own_seed = draws.fold_in(seed, position)
+            needed = rows_needed(
+                self.views[position], rows, seed=own_seed, step=step, examples=examples
+            )
+            if needed is None:
+                return None
+            rows = needed
+        return rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +147,9 @@ class PictureView(ABC):
             if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float | int):
                 self.require(value[0] <= value[1], name, "smallest <= largest")
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
+    ) -> Tensor:
         fault, takes_bytes = "", torch.uint8 in self.takes
         if images.ndim != 4 or images.dtype not in self.takes:
             kinds = " or ".join(map(str, self.takes))
@@ -131,7 +178,17 @@ class PictureView(ABC):
                 )
         if fault:
             raise MetaplError(f"{type(self).__name__} got {fault}.")
+        return self.see_in(batch, images, seed, step, examples)
+
+    def see_in(
+        self, batch: Tensor | None, images: Tensor, seed: int, step: int, examples: Tensor
+    ) -> Tensor:
+        """Return the view of images that passed, of a batch with these examples."""
         return self.see(images, seed, step, examples)
+
+    def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
+        """Return the rows of a batch that the view of some of them is made of: here these alone."""
+        return rows
 
     @abstractmethod
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:

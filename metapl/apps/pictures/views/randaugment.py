@@ -103,7 +103,38 @@ class RandAugment(PictureView):
         known = bool(self.operations) and {*self.operations} <= {*CIFAR_OPERATIONS}
         self.require(known, "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}")
 
+    def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        """Return the rows, and behind them those that Sample Pairing mixes into one of them."""
+        if _PAIRED not in self.operations:
+            return rows
+        examples = examples.cpu()
+        pairing = self.operations.index(_PAIRED)
+        u = self._draws(seed, step, examples[rows])
+        p = self._probability(u)
+        is_needed = torch.zeros(len(examples), dtype=torch.bool)
+        for u_choice, u_place, _, u_other in u[:, 1:].T.split(4):
+            is_paired = (below(u_choice, len(self.operations)) == pairing) & (u_place < p)
+            others = _others(examples, examples[rows][is_paired], u_other[is_paired])
+            is_needed[others] = True
+        is_needed[rows] = False
+        return torch.cat([rows, is_needed.nonzero()[:, 0]])
+
+    def _draws(self, seed: int, step: int, examples: Tensor) -> Tensor:
+        """Return the draws of each image: of its probability, and four of each operation."""
+        return draws.uniform(
+            seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64
+        )
+
+    def _probability(self, u: Tensor) -> Tensor:
+        low, high = self.probability
+        return low + (high - low) * u[:, 0]
+
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        return self.see_in(None, images, seed, step, examples)
+
+    def see_in(
+        self, batch: Tensor | None, images: Tensor, seed: int, step: int, examples: Tensor
+    ) -> Tensor:
         is_float, device, level = (
             images.is_floating_point(),
             images.device,
@@ -126,11 +157,8 @@ class RandAugment(PictureView):
         group_of = torch.tensor(
             [groups.index(_MOVED if name in _MOVES else name) for name in self.operations]
         )
-        u = draws.uniform(
-            seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64
-        )
-        low, high = self.probability
-        p_B = low + (high - low) * u[:, 0]
+        u = self._draws(seed, step, examples)
+        p_B = self._probability(u)
         signed, size = (level, -level), (self.translate, height, width)
         stay: Affine = (1, 0, 0, 0, 1, 0)
         moves = (
@@ -138,17 +166,16 @@ class RandAugment(PictureView):
             for op in self.operations
         )
         maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
-        counts, plan, place_B, batch = [], [], torch.arange(len(examples)), max(len(examples), 1)
-        in_order_B = examples.argsort(stable=True)
-        rank_B = in_order_B.argsort()
+        counts, plan, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
             group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
             order_B = group_B.argsort(stable=True)
             matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
-            # Another image, uniform on the rest of the batch and blind to its order; of one that is
-            # alone, itself.
-            others_B = in_order_B[(rank_B + 1 + below(u_other_B, max(batch - 1, 1))) % batch]
+            if batch is None:
+                others_B = _others(examples, examples, u_other_B)
+            else:
+                others_B = _among(examples, batch[_others(batch, examples, u_other_B)])
             plan += [place_B[order_B], others_B[order_B], *matrices_B6[order_B].T]
             counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
             place_B = order_B.argsort()
@@ -183,6 +210,28 @@ class RandAugment(PictureView):
         return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=device)).to(
             images.dtype
         )
+
+
+def _others(batch: Tensor, examples: Tensor, u: Tensor) -> Tensor:
+    """Return the rows of a batch to pair examples with: uniform on the rest of it, blind to its order.
+
+    Of a batch of one, itself.
+    """
+    in_order = batch.argsort(stable=True)
+    if batch is examples:
+        rank = in_order.argsort()
+    else:
+        rank = torch.searchsorted(batch[in_order], examples)
+    size = max(len(batch), 1)
+    return in_order[(rank + 1 + below(u, max(size - 1, 1))) % size]
+
+
+def _among(examples: Tensor, wanted: Tensor) -> Tensor:
+    """Return where examples stand, and 0 for one that is not there, which nothing is mixed with."""
+    in_order = examples.argsort(stable=True)
+    place = torch.searchsorted(examples[in_order], wanted).clamp(max=len(examples) - 1)
+    found = in_order[place]
+    return torch.where(examples[found] == wanted, found, 0)
 
 
 _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"

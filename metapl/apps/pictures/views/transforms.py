@@ -364,11 +364,19 @@ class Sometimes(PictureView):
     share: Probability
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        return self.see_in(None, images, seed, step, examples)
+
+    def see_in(
+        self, batch: Tensor | None, images: Tensor, seed: int, step: int, examples: Tensor
+    ) -> Tensor:
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
-        return torch.where(
-            changed_B, self.view(images, seed=seed, step=step, examples=examples), images
-        )
+        of_batch: dict[str, Tensor] = {} if batch is None else {"batch": batch}
+        seen = self.view(images, seed=seed, step=step, examples=examples, **of_batch)
+        return torch.where(changed_B, seen, images)
+
+    def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
+        return base.rows_needed(self.view, rows, seed=seed, step=step, examples=examples)
 
 
 def _centered(side: int, like: Tensor) -> Tensor:

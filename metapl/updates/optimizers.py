@@ -1,0 +1,175 @@
+"""What is read from an optimizer of ``torch.optim`` and its param groups, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError, few
+from metapl.updates.base import Parameters
+
+# Entries of a param group that are no settings of an optimizer. Schedulers add the first.
+_NO_SETTINGS = {"initial_lr", "params", "param_names"}
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the parameters of all param groups, in their order."""
+    return [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+
+
+def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers of :class:`metapl.updates.several.Several`; any other one alone."""
+    parts: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "optimizers", (optimizer,))
+    return parts
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return copies of the options of the param groups.
+
+    They are copied since a scheduler writes into a learning rate that is a tensor.
+    """
+    options: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        without_parameters = {name: value for name, value in group.items() if name != "params"}
+        options.append(copy.deepcopy(without_parameters))
+    return options
+
+
+def entry_shape(setting: Any) -> tuple[int, ...]:
+    """Return the shape of a setting with a value for each entry of a weight.
+
+    () for a number, also one in a tensor.
+    """
+    if isinstance(setting, Tensor):
+        return tuple(setting.shape)
+    return ()
+
+
+def has_entries(group: Mapping[str, Any]) -> bool:
+    """Return whether a param group's learning rate has several values.
+
+    torch does not read such a one as a number.
+    """
+    return math.prod(entry_shape(group["lr"])) > 1
+
+
+def is_nonzero(setting: Any) -> bool:
+    """Return whether a setting, or any entry of it, is not 0."""
+    if entry_shape(setting):
+        return bool(setting.ne(0).any())
+    return bool(setting != 0)
+
+
+def is_set(setting: Any) -> bool:
+    """Return whether a number of a param group counts as another than 0.
+
+    A number in a tensor always does: its value may be differentiated, or unknown to a compiler.
+    """
+    return isinstance(setting, Tensor) or setting != 0
+
+
+def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group by which ``torch.optim.SGD`` steps flat weights with a rate by entry.
+
+    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over
+    single tensors; it reads any other tensor as a number. It drops dimensions of size 1 of the
+    rate, but not of the weight.
+    """
+    # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would
+    # need none then.
+    rate = group["lr"].detach().flatten().clone().requires_grad_()
+    return {**group, "lr": rate, "foreach": False, "fused": False}
+
+
+def refuse_missing(
+    name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str
+) -> None:
+    """Refuse an optimizer that does not hold all trainable parameters of a network.
+
+    Args:
+        name: of the argument that the optimizer was given as, for errors.
+        parameters: the trainable ones, by name.
+        network: its role, ``"student"`` or ``"teacher"``.
+    """
+    optimized = {id(p) for p in parameters_of(optimizer)}
+    missing = [path for path, p in parameters.items() if id(p) not in optimized]
+    if missing or not parameters:
+        expected = f"{network}.parameters(), and new ones by add_param_group"
+        if network == "student" and missing:
+            expected += as_group_at_rest(name, optimizer)
+        raise MetaplError(
+            f"{name} holds {len(optimized)} tensors, without {few(missing, 3) or 'any'} of the "
+            f"{len(parameters)} trainable parameters of the {network}; expected {expected}."
+        )
+    for group in optimizer.param_groups:
+        # torch may see such a tensor in a step only.
+        is_of_muon = "ns_steps" in group
+        if is_of_muon and any(p.ndim != 2 or p.is_complex() for p in group["params"]):
+            raise MetaplError(
+                f"{name} has Muon over tensors that are no real matrices; give them to another "
+                "optimizer."
+            )
+
+
+def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
+    """Return the end of an error: how weights are left out of the inner steps.
+
+    They stay as they are, as in ANIL, and have a gradient of the outer loss.
+    """
+    parts = parts_of(optimizer)
+    takers = [number for number, part in enumerate(parts) if not isinstance(part, torch.optim.Muon)]
+    if not takers:
+        return ""
+    groups = f"{name}.param_groups"
+    owner = name
+    was_given_as_tuple = hasattr(optimizer, "optimizers")
+    if was_given_as_tuple:
+        groups = f"[g for one in {name} for g in one.param_groups]"
+        owner = f"{name}[{takers[0]}]"
+    rest = (
+        '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
+    )
+    return (
+        "; those that the inner steps leave as they are go into a group with lr=0: groups = "
+        f"{groups}; "
+        f'{owner}.add_param_group({{"params": {rest}, "lr": 0.0}})'
+    )
+
+
+def refuse_rates_by_entry(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse an optimizer whose own ``step()`` fails on a rate for each entry of a weight.
+
+    PyTorch's SGD takes one that requires a gradient, and reads any other as a number.
+    """
+    for group in optimizer.param_groups:
+        if has_entries(group) and not group["lr"].requires_grad:
+            raise MetaplError(
+                f"{name} has 'lr' of shape {tuple(group['lr'].shape)} in a param group, and "
+                "torch.optim takes no such step; expected a number. A rate for each entry is for "
+                "the inner optimizer, torch.optim.SGD."
+            )
+
+
+def refuse_state_of_another(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse the state of an optimizer of another kind.
+
+    torch would take over its settings in part, or miss them. A state of another version of torch
+    may lack settings, or have more; one of another kind does both.
+    """
+    if not isinstance(state, Mapping) or "param_groups" not in state:
+        raise MetaplError(f"its {name} has no param_groups: it is no state of torch.optim")
+    own_settings = {key for group in optimizer.param_groups for key in group}
+    saved_settings = {key for group in state["param_groups"] for key in group}
+    only_saved = sorted(saved_settings - own_settings - _NO_SETTINGS)
+    only_own = sorted(own_settings - saved_settings - _NO_SETTINGS)
+    if only_saved and only_own:
+        raise MetaplError(
+            f"its {name} has {', '.join(only_saved)}, and the trainer's {type(optimizer).__name__} "
+            f"has {', '.join(only_own)}"
+        )

@@ -1,0 +1,207 @@
+"""What a long run says of how far it is: lines in a pipe, a bar on a terminal, nothing in a stream
+that is closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from command import metapl
+from tiny_runs import TINY, images_command
+
+from metapl.apps import progress
+from metapl.apps.main import main
+from metapl.apps.progress import CountLines, FitLines, count_bar
+
+# The command with a line at every row that is recorded, for a test has no half minute.
+AT_EVERY_ROW = """
+import sys
+from metapl.apps import progress
+from metapl.__main__ import main
+progress.LINE_EVERY = 0.0
+if __name__ == "__main__":
+    raise SystemExit(main())
+"""
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def program(tmp_path: Path) -> list[str]:
+    """The words that start :data:`AT_EVERY_ROW`, as a file, which workers can import."""
+    file = tmp_path / "at_every_row.py"
+    file.write_text(AT_EVERY_ROW)
+    return [sys.executable, str(file)]
+
+
+def test_a_line_every_half_minute_says_step_loss_validation_and_time_left() -> None:
+    clock = Clock()
+    said: list[str] = []
+    lines = FitLines(said.append, steps=1000, clock=clock)
+    for step in range(20, 220, 20):
+        clock.now += 10.0
+        row = {"step": step, "inner_loss": 1 / step}
+        if step == 40:
+            row |= {"teacher_validation_accuracy": 0.25, "student_validation_accuracy": 0.5}
+        lines(step, row, None)
+    assert said == [
+        "step 60 of 1,000, loss 0.0167, validation 50.0%, 8 min left",
+        "step 120 of 1,000, loss 0.00833, validation 50.0%, 7 min left",
+        "step 180 of 1,000, loss 0.00556, validation 50.0%, 7 min left",
+    ]
+
+
+def test_a_fit_that_goes_on_is_timed_from_its_own_first_row() -> None:
+    """The steps before the interruption took no time of this process."""
+    clock = Clock()
+    said: list[str] = []
+    lines = FitLines(said.append, steps=1000, phase="finetune", resume=True, clock=clock)
+    for step in (900, 920):
+        clock.now += 40.0
+        lines(step, {"loss": 2.0}, None)
+    assert said == [
+        "finetune, step 900 of 1,000, loss 2",
+        "finetune, step 920 of 1,000, loss 2, 3 min left",
+    ]
+
+
+def test_a_count_is_said_every_half_minute() -> None:
+    clock = Clock()
+    said: list[str] = []
+    lines = CountLines(said.append, "looking at files", total=300, done=100, clock=clock)
+    open_end = CountLines(said.append, "pictures", clock=clock)
+    for done in (110, 150, 200):
+        clock.now += 20.0
+        lines.update(done)
+        open_end.update(done)
+    assert said == ["looking at files: 150 of 300, 2 min left", "pictures: 150"]
+
+
+def test_a_count_is_not_shown_unless_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    for is_shown in (False, True):
+        with count_bar("files", is_shown, total=2) as count:
+            count(1)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "files: 1 of 2, 1 s left\n"
+
+
+def test_a_run_and_each_run_of_a_comparison_speak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    alone = metapl(*TINY, "--out", tmp_path / "run").stdout
+    line = r"step 2 of 6, loss [\d.]+, validation [\d.]+%(, \d+ s left)?\n"
+    assert re.search(f"^{line}", alone, re.MULTILINE), alone
+    assert re.search(r"^finetune, step 4 of 4, loss [\d.]+", alone, re.MULTILINE), alone
+    compared = [*TINY, "--compare", "--methods", "supervised", "uda", "--jobs", "1"]
+    text = metapl(*compared, "--out", tmp_path / "compared").stdout
+    for method in ("supervised", "uda"):
+        assert re.search(f"^{method}, seed 0: {line}", text, re.MULTILINE), text
+
+
+def test_labels_are_counted(tmp_path: Path, colors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    words = ["label", colors / "run", colors / "unlabeled", "--out", tmp_path / "labels"]
+    told = metapl(*words, "--batch", "8")
+    assert "batches labeled: 1 of 3" in told.stderr
+    assert "batches" not in told.stdout
+
+
+def test_closed_streams_are_nothing() -> None:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as opened:
+        for name in ("stdin", "stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        assert main(["--version"]) == 0
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            opened.enter_context(stream)
+        assert main(["predict"]) == 2
+        assert main(["trian"]) == 2
+
+
+@pytest.mark.long
+def test_a_pipe_gets_lines(tmp_path: Path) -> None:
+    command = [*program(tmp_path), *TINY, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^step 4 of 6, loss [\d.]+, validation [\d.]+%", done.stdout, re.MULTILINE)
+    assert done.stderr == ""
+
+
+@pytest.mark.long
+def test_workers_of_a_comparison_speak_into_the_pipe(tmp_path: Path) -> None:
+    words = [*TINY, "--compare", "--methods", "supervised", "uda", "--jobs", "2"]
+    command = [*program(tmp_path), *words, "--out", str(tmp_path / "compared")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for method in ("supervised", "uda"):
+        assert re.search(f"^{method}, seed 0: step 4 of 6, loss", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_a_terminal_shows_a_bar_and_no_lines(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="the system has no pseudo-terminals")
+    termios = pytest.importorskip("termios")
+    command = [*program(tmp_path), *TINY, "--out", str(tmp_path / "run")]
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                part = os.read(reader, 4096)
+            except OSError:
+                # Linux ends a terminal that nobody writes to any more by an error.
+                break
+            if not part:
+                break
+            shown += part
+    os.close(reader)
+    text = shown.decode()
+    assert process.returncode == 0, text
+    assert re.search(r"\rfit: .*\|.*\| \d/6", text), text
+    assert "step 4 of 6" not in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("closed", "words", "code"),
+    [
+        (">&-", "--version", 0),
+        (">&-", "train digits --help", 0),
+        (">&-", "train digits --steps 0", 2),
+        (">&-", "predict {run} {pictures}", 0),
+        (">&-", "{train}", 0),
+        ("<&- >&- 2>&-", "{train} --num-workers 1", 0),
+    ],
+)
+def test_closed_streams_leave_the_exit_code_to_the_work(
+    closed: str, words: str, code: int, tmp_path: Path, colors: Path
+) -> None:
+    train = shlex.join(images_command(colors, "--out", str(tmp_path / "run")))
+    words = words.format(run=colors / "run", pictures=colors / "test", train=train)
+    shell = f"exec {sys.executable} -m metapl {words} {closed}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if "train images" in words:
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] >= 0
