@@ -349,7 +349,7 @@ class Path:
             gradient=gradient,
             state=state,
             look=None if look is None else look.at_outer_loss,
-            whole=whole,
+            whole_batch=whole,
         )
 
     # ------------------------------------------------------------------------------- the adjoint
