@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Another torch than the newest, in a new .venv, for example: make tests TORCH="torch==2.11.*"
+TORCH ?=
 # Further arguments, for example: make demo DEMO_ARGS="--seed 3"
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -16,21 +18,29 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long versions docs bench gpu endurance clean
+.PHONY: help demo test lint types tests test-long versions docs bench gpu endurance clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Train on the digits beside the controls, five seeds; results go to runs/demo (more arguments: DEMO_ARGS).
 	rm -rf runs/demo
 	$(BIN)/metapl train digits --compare --seeds 0-4 --steps 2000 --out runs/demo $(DEMO_ARGS)
 
-test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
 	$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
 	  $(PYTEST) -m "not long and not docs" $(TEST_ARGS); \
 	  tests=$$?; wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests || types))
+
+lint: $(STAMP) ## Lint and format check alone.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Types alone.
+	$(BIN)/mypy
+
+tests: $(STAMP) ## Tests and doctests alone.
+	$(PYTEST) -m "not long and not docs" $(TEST_ARGS)
 
 test-long: $(STAMP) ## The tests that take many seconds, which make test leaves out.
 	$(PYTEST) -m long $(TEST_ARGS)
@@ -55,12 +65,13 @@ clean: ## Remove the environments, caches, site/ and runs/demo; other runs stay.
 	rm -rf $(VENV) .nox runs/demo build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch and torchvision are resolved together, so that pip picks builds that match.
-$(STAMP): pyproject.toml
+# torch and torchvision are resolved together, so that pip picks builds that match. Tools that check
+# the code are those of constraints.txt.
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "metapl needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH),'$(TORCH)') --editable '.[dev]'
 	@touch $@

@@ -26,7 +26,9 @@ LIBRARY = ("tests/library", "metapl", "--ignore=metapl/apps")  # its tests and i
 def library(session: nox.Session, torch: str) -> None:
     """Install one torch, and the torchvision that belongs to it, and run the tests that make test runs."""
     # Resolved in one call: a torchvision is built for one release of torch.
-    session.install("--upgrade", torch, "torchvision", "--editable", ".[dev]")
+    session.install(
+        "--upgrade", "--constraint", "constraints.txt", torch, "torchvision", "--editable", ".[dev]"
+    )
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
     workers = os.environ.get("TEST_WORKERS", "2")
     options = (

@@ -1,4 +1,4 @@
-"""The ``metapl`` command: the script of that name, ``python -m metapl``, and ``torchrun -m metapl``.
+"""The ``metapl`` command: the script of that name, ``python -m metapl``, ``torchrun -m metapl``.
 
 Without the packages of the extra ``apps`` it is one line that names the extra, not a traceback.
 """

@@ -43,7 +43,7 @@ filelock, is loaded where it is used."""
 
 
 def statements(tree: ast.Module) -> Iterator[ast.stmt]:
-    """The statements that run as a module is loaded, without those for a type checker."""
+    """Give the statements that run as a module is loaded, without those for a type checker."""
     for statement in tree.body:
         if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
             continue
@@ -51,7 +51,7 @@ def statements(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def imported(files: Iterable[Path], *, anywhere: bool = True) -> set[str]:
-    """The distributions that files import, anywhere in them, or as they are loaded."""
+    """Return the distributions that files import, anywhere in them, or as they are loaded."""
     modules: set[str] = set()
     for file in files:
         tree = ast.parse(file.read_text())
@@ -66,14 +66,14 @@ def imported(files: Iterable[Path], *, anywhere: bool = True) -> set[str]:
 
 
 def files_of(*, application: bool) -> list[Path]:
-    """The files of the application, or those of the library."""
+    """Return the files of the application, or those of the library."""
     apps = ROOT / "metapl" / "apps"
     files = sorted((ROOT / "metapl").rglob("*.py"))
     return [file for file in files if file.is_relative_to(apps) == application]
 
 
 def declared(requirements: list[str]) -> set[str]:
-    """The names in a list of requirements, those of metapl's own extras aside."""
+    """Return the names in a list of requirements, those of metapl's own extras aside."""
     return {re.split(r"[^\w-]", one, maxsplit=1)[0] for one in requirements} - {"metapl"}
 
 
@@ -143,7 +143,7 @@ BUILD = (
 
 
 def built(kind: str, source: Path, out: Path) -> Path:
-    """The file that the build backend makes of a source tree, as ``pip`` and ``build`` call it."""
+    """Return what the build backend makes of a source tree, as ``pip`` and ``build`` call it."""
     command = [sys.executable, "-c", BUILD, f"build_{kind}", str(out)]
     return (
         out
@@ -155,7 +155,7 @@ def built(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The source distribution of a copy of the checkout, and the wheel that is built from it alone."""
+    """Build the source distribution of a copy of the checkout, and from it alone the wheel."""
     folder = tmp_path_factory.mktemp("distributions")
     copy, passed_over = folder / "copy", shutil.ignore_patterns(".*", "__pycache__")
     copy.mkdir()
@@ -296,7 +296,12 @@ def test_the_wheel_installs_into_an_empty_environment_and_runs(
         }
         assert declared(PROJECT["dependencies"]) <= installed
         assert installed.isdisjoint(declared(EXTRAS["apps"]) | {"torchopt"})
-        assert 0 <= float(run(python, "-c", LIBRARY).stdout) <= 1
+        *notes, accuracy = run(python, "-c", LIBRARY).stdout.splitlines()
+        assert 0 <= float(accuracy) <= 1
+        # The only thing that a fit does without, and says.
+        assert ["tensorboard, which `pip install 'metapl[apps]'`" in note for note in notes] == [
+            True
+        ]
         assert "pip install 'metapl[apps]'" in run(command, "--version", code=2).stderr
 
         run(*pip, f"metapl[apps] @ {wheel.as_uri()}")

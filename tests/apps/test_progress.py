@@ -1,5 +1,7 @@
-"""What a long run says of how far it is: lines in a pipe, a bar on a terminal, nothing in a stream
-that is closed."""
+"""What a long run says of how far it is.
+
+Lines in a pipe, a bar on a terminal, nothing in a stream that is closed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ if __name__ == "__main__":
 
 
 class Clock:
-    """Seconds that a test sets."""
+    """Give the seconds that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -42,7 +44,7 @@ class Clock:
 
 
 def program(tmp_path: Path) -> list[str]:
-    """The words that start :data:`AT_EVERY_ROW`, as a file, which workers can import."""
+    """Return the words that start :data:`AT_EVERY_ROW`, as a file, which workers can import."""
     file = tmp_path / "at_every_row.py"
     file.write_text(AT_EVERY_ROW)
     return [sys.executable, str(file)]
