@@ -234,6 +234,31 @@ ARMS: tuple[Arm, ...] = tuple(
     dict.fromkeys(arm for arms in STUDIES.values() for arm, _ in arms.values())
 )
 
+# Differences between two arms of which neither is what the study's arms are compared with, by study
+# and by question: those that the paper's text draws its findings from. p is also printed times the
+# number of differences that answer the same question (Bonferroni).
+FURTHER: dict[str, dict[str, list[tuple[str, str]]]] = {
+    "1": {
+        "the best teacher, minus a teacher of the student's width": [
+            (f"width {width}: best teacher", f"width {width}: same teacher") for width in WIDTHS
+        ]
+    },
+    "3": {
+        "soft labels, minus hard ones": [
+            (f"soft, fifth {number}", f"hard, fifth {number}") for number in range(1, 6)
+        ]
+    },
+    "4": {
+        "the larger student, minus the equal one": [
+            (f"teacher {width}, student {2 * width}", f"teacher {width}, student {width}")
+            for width in SMALL
+        ],
+        "the larger student, minus a supervised network of its width": [
+            (f"teacher {width}, student {2 * width}", f"supervised {2 * width}") for width in SMALL
+        ],
+    },
+}
+
 
 # ----------------------------------------------------------------------------------------- the runs
 
@@ -502,6 +527,21 @@ def verdicts(rows: Sequence[Row]) -> Counter[str]:
     return Counter(each.verdict for each in every if each.paper)
 
 
+def further(arms: dict[str, Compared], pairs: Sequence[tuple[str, str]]) -> str:
+    """Return the differences that answer one question as a table, as far as their arms have rows."""
+    pairs = [pair for pair in pairs if set(pair) <= arms.keys()]
+    lines = []
+    for first, second in pairs:
+        values, others = arms[first].first, arms[second].first
+        gain, p = harness.difference(values, others)
+        exact = paired_test(values, others).p
+        corrected = NONE if exact is None else f"{min(1.0, len(pairs) * exact):.2g}"
+        interval = harness.between(values, others)
+        lines.append([first, second, gain, interval, p, corrected])
+    head = ["arm", "minus", "difference", "95 %", "p", f"p, {len(pairs)} times"]
+    return harness.grid(head, lines, names=2)
+
+
 def block(rows: Sequence[Row]) -> str:
     """All tables, and what they were made with."""
     counts = verdicts(rows)
@@ -537,6 +577,8 @@ def block(rows: Sequence[Row]) -> str:
                 [*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict]
             )
         parts.append(f"**{HEADINGS[study]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
+        for question, pairs in FURTHER.get(study, {}).items():
+            parts.append(f"Study {study}, {question}:\n\n{further(arms, pairs)}")
     return "\n\n".join(parts)
 
 

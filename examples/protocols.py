@@ -14,7 +14,8 @@ checkpoint; its neighbor has the exact gradient. --sources prints of every value
 paper's text, of the table in its appendix (noted without it at hand: SVHN's and ImageNet's columns
 are to be checked), of the authors' published code, or ours. Every value is a flag: --steps 1000.
 --method none trains without feedback, uda one network with the teacher's losses, supervised on the
-labeled pictures alone, headroom on the true labels of all, and reduced_mpl on stored labels.
+labeled pictures alone, headroom on the true labels of all, and reduced_mpl on stored labels. Of
+uda, supervised and headroom, --teacher-lr and --teacher-dropout are the rate and the dropout.
 
 A run leaves weights, metrics.jsonl, split.json, and result.json, whose test accuracies were
 measured once, at the end; and in delivered/ a run that `metapl predict`, `evaluate` and `export`
@@ -116,7 +117,7 @@ class Protocol:
     network: str
     image_size: int
     dropout: float
-    teacher_dropout: float
+    teacher_dropout: float  # likewise
     stochastic_depth: float
     operations: Literal[
         "cifar10", "svhn"
@@ -134,7 +135,7 @@ class Protocol:
     labeled_batch: int
     unlabeled_batch: int
     student_lr: float
-    teacher_lr: float
+    teacher_lr: float  # also of the one network of --method uda, supervised and headroom
     weight_decay: float
     clip_norm: float | None
     ema_decay: float
@@ -438,6 +439,8 @@ ALWAYS: Mapping[str, Source] = {
     "no weight decay on vectors: biases, and scales and shifts of norms": "ours",
     "in finetuning no momentum, no decay, and the labeled pictures' weak view": "ours",
     "pictures are normalized by a mean of 0.5 and a deviation of 0.25": "ours",
+    "a network that trains alone (--method uda, supervised, headroom) has the teacher's rate and "
+    "dropout (--teacher-lr, --teacher-dropout), for nobody says which": "ours",
 }
 
 

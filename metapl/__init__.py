@@ -33,8 +33,6 @@ __all__ = [
     "CrossEntropy",
     "Hypergradient",
     "Lookahead",
-]
-__all__ += [
     "LossTrainer",
     "MetaplError",
     "PseudoLabels",
@@ -43,28 +41,35 @@ __all__ += [
     "StopFit",
     "ablate",
     "attribute",
+    "check_gradient",
+    "feedback",
+    "hypergradient",
+    "metasmoothness",
+    "models",
+    "problems",
 ]
-__all__ += ["check_gradient", "feedback", "hypergradient", "metasmoothness", "models", "problems"]
 
-# Loaded when they are first used, so that ``import metapl`` loads little beside torch.
-_LATER = {"ablate": "metapl.ablation"} | dict.fromkeys(
-    ("attribute", "metasmoothness"), "metapl.training.attribution"
-)
-_ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
+# Modules, and the modules of functions, that are loaded when they are first used, so that
+# ``import metapl`` loads little beside torch.
+_LAZY_MODULES = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
+_MODULES_OF_LAZY_FUNCTIONS = {
+    "ablate": "metapl.ablation",
+    "attribute": "metapl.training.attribution",
+    "metasmoothness": "metapl.training.attribution",
+}
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_ON_FIRST_USE, "__version__"]
+    return [*__all__, *_LAZY_MODULES, "__version__"]
 
 
-if not TYPE_CHECKING:  # which would take it for a module that has every name
+# A type checker would take it for a module that has every name.
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name in _LATER:
-            return getattr(import_module(_LATER[name]), name)
-        if name in _ON_FIRST_USE:
+        if name in _MODULES_OF_LAZY_FUNCTIONS:
+            return getattr(import_module(_MODULES_OF_LAZY_FUNCTIONS[name]), name)
+        if name in _LAZY_MODULES:
             return import_module(f"metapl.{name}")
-        raise AttributeError(
-            "module 'metapl' has no attribute "
-            f"{name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}"
-        )
+        question = did_you_mean(name, [*__all__, *_LAZY_MODULES])
+        raise AttributeError(f"module 'metapl' has no attribute {name!r}{question}")

@@ -40,14 +40,16 @@ class MetaplError(ValueError):
 class FieldError(MetaplError):
     """A field that is not as expected.
 
-    Its name, its value and what was expected are kept for a command's flag.
+    A command's flag reads the field's name, its value and what was expected.
     """
 
     def __init__(
         self, text: str, field: str = "", value: object = None, expected: str = ""
     ) -> None:
         super().__init__(text)
-        self.field, self.value, self.expected = field, value, expected
+        self.field = field
+        self.value = value
+        self.expected = expected
 
 
 class MissingPackage(MetaplError, ImportError):
@@ -89,20 +91,28 @@ def needed_for(need: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something failed, in a line without its period.
+    """Return why something failed, in a line without its period.
 
-    The system's words, or what the message begins with.
+    These are the system's words, or the first line of the message that is not empty.
     """
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    first = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
-    return shown(f"{first:.300}".rstrip("."))
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror
+    lines = [line.strip() for line in message.splitlines()]
+    first_line = next((line for line in lines if line), type(error).__name__)
+    return shown(f"{first_line:.300}".rstrip("."))
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
-    """Return the first few names, as an error gives them.
+    """Return the first few names, as an error gives them, and how many more there are.
 
-    Each cut where it is too long, and how many there are besides.
+    A name that is too long is cut.
     """
     texts = [shown(name) for name in names]
-    first = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts[:most]]
-    return ", ".join(first) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+    listed = []
+    for text in texts[:most]:
+        listed.append(text if len(text) <= longest else f"{text[: longest - 3]}...")
+    enumeration = ", ".join(listed)
+    if len(texts) > most:
+        enumeration += f" and {len(texts) - most:,} more"
+    return enumeration

@@ -23,21 +23,31 @@ from metapl.execution.checks import class_labels, described, tensor_in
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
-__all__ = ["Corrector", "LabelAdjuster", "Logits", "label_adjuster", "mlp", "small_cnn"]
-__all__ += ["wide_resnet", "wide_resnet28_2", "wide_resnet28_10"]
+__all__ = [
+    "Corrector",
+    "LabelAdjuster",
+    "Logits",
+    "label_adjuster",
+    "mlp",
+    "small_cnn",
+    "wide_resnet",
+    "wide_resnet28_2",
+    "wide_resnet28_10",
+]
 __dir__ = __all__.copy
 
 AtLeastTwo = Annotated[int, Range(2)]
 Dropout = Annotated[float, Range(0, 1, of="a probability")]
-# a stored probability below this counts as this: what was stored as impossible may become possible
-# again
+
+# A stored probability below this counts as this: what was stored as impossible may become possible
+# again.
 LEAST = 1e-8
 
 
 def mlp(
     sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dropout: Dropout = 0.0
 ) -> nn.Sequential:
-    """A multi-layer perceptron that flattens its input.
+    """Return a multi-layer perceptron that flattens its input.
 
     x₀ = flatten(x), x_{i+1} = dropout(activation(W_i x_i + b_i)), and the last layer is linear.
 
@@ -58,14 +68,14 @@ def mlp(
         )
     check_arguments(mlp, locals())
     layers: list[nn.Module] = [nn.Flatten()]
-    *hidden, last = pairwise(sizes)
-    for fan_in, fan_out in hidden:
-        layers += [
-            nn.Linear(fan_in, fan_out),
-            activation(),
-            *([nn.Dropout(dropout)] if dropout > 0 else []),
-        ]
-    return nn.Sequential(*layers, nn.Linear(*last))
+    *hidden_widths, last_widths = pairwise(sizes)
+    for fan_in, fan_out in hidden_widths:
+        layers.append(nn.Linear(fan_in, fan_out))
+        layers.append(activation())
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+    layers.append(nn.Linear(*last_widths))
+    return nn.Sequential(*layers)
 
 
 class PooledFeatures(nn.Module):
@@ -88,11 +98,11 @@ class PooledFeatures(nn.Module):
 def small_cnn(
     num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout: Dropout = 0.0
 ) -> nn.Module:
-    """A network of four 3x3 convolutions for pictures of about 16x16.
+    """Return a network of four 3x3 convolutions for pictures of about 16x16.
 
-    They have 32, 48, 64 and 64 channels, each with group norm, which keeps the examples of a batch
-    apart, and ReLU; the second and third halve the resolution; then the mean over positions,
-    dropout and a linear layer.
+    The convolutions have 32, 48, 64 and 64 channels, each with group norm, which keeps the examples
+    of a batch apart, and ReLU; the second and third halve the resolution; then the mean over
+    positions, dropout and a linear layer.
 
     Args:
         num_classes, in_channels: from images (B, ``in_channels``, H, W) to logits (B,
@@ -105,16 +115,17 @@ def small_cnn(
     torch.Size([2, 7])
     """
     check_arguments(small_cnn, locals())
+    channels = pairwise((in_channels, 32, 48, 64, 64))
+    strides = (1, 2, 2, 1)
     features = nn.Sequential()
-    for (fan_in, fan_out), stride in zip(
-        pairwise((in_channels, 32, 48, 64, 64)), (1, 2, 2, 1), strict=True
-    ):
-        conv, norm = (
-            nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False),
-            nn.GroupNorm(8, fan_out),
+    for (channels_in, channels_out), stride in zip(channels, strides, strict=True):
+        layers = OrderedDict(
+            conv=nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+            norm=nn.GroupNorm(8, channels_out),
+            relu=nn.ReLU(),
         )
-        features.append(nn.Sequential(OrderedDict(conv=conv, norm=norm, relu=nn.ReLU())))
-    network = PooledFeatures(features, 64, num_classes, dropout)
+        features.append(nn.Sequential(layers))
+    network = PooledFeatures(features, 64, num_classes=num_classes, dropout=dropout)
     for module in features.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -131,12 +142,10 @@ class _Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        same_shape = channels_in == channels_out and stride == 1
-        self.shortcut = (
-            None
-            if same_shape
-            else nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
-        )
+        self.shortcut = None
+        keeps_shape = channels_in == channels_out and stride == 1
+        if not keeps_shape:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.norm1(x))
@@ -149,21 +158,27 @@ class _Block(nn.Module):
 
 
 class _WideResNet(nn.Module):
+    """The network of :func:`wide_resnet`."""
+
     def __init__(
         self, depth: int, widen: int, num_classes: int, dropout: float, in_channels: int
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        channels, blocks = 16, []
+        blocks_in_group = (depth - 4) // 6
+        channels = 16
+        blocks = []
         for width, first_stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
-            for i in range((depth - 4) // 6):
-                blocks.append(_Block(channels, width, first_stride if i == 0 else 1, dropout))
+            for number in range(blocks_in_group):
+                stride = first_stride if number == 0 else 1
+                blocks.append(_Block(channels, width, stride=stride, dropout=dropout))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, num_classes)
-        for module in self.modules():  # batch norm starts at scale 1 and shift 0 by itself
+        # A batch norm starts at scale 1 and shift 0 by itself.
+        for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
@@ -183,11 +198,11 @@ def wide_resnet(
     dropout: Dropout = 0.0,
     in_channels: AtLeastOne = 3,
 ) -> nn.Module:
-    """A pre-activation wide residual network WRN-depth-widen.
+    """Return a pre-activation wide residual network WRN-depth-widen.
 
-    Three groups of n = (depth − 4) / 6 blocks with 16, 32 and 64 times ``widen`` channels; the
-    second and third group halve the resolution; then batch norm, ReLU, the mean over positions and
-    a linear layer.
+    It has three groups of n = (depth − 4) / 6 blocks with 16, 32 and 64 times ``widen`` channels;
+    the second and third group halve the resolution; then batch norm, ReLU, the mean over positions
+    and a linear layer.
 
     Args:
         depth: number of convolutions counted as in the paper: 10, 16, 22, 28, 34, 40, ...
@@ -208,21 +223,31 @@ def wide_resnet(
             "28, say"
         )
     check_arguments(wide_resnet, locals())
-    return _WideResNet(depth, widen, num_classes, dropout, in_channels)
+    return _WideResNet(
+        depth, widen, num_classes=num_classes, dropout=dropout, in_channels=in_channels
+    )
 
 
 def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
-    """WRN-28-2, the network of the CIFAR-10 and SVHN experiments; see :func:`wide_resnet`."""
-    return wide_resnet(28, 2, num_classes, dropout)
+    """Return WRN-28-2, the network of the CIFAR-10 and SVHN experiments.
+
+    See :func:`wide_resnet`.
+    """
+    return wide_resnet(28, 2, num_classes=num_classes, dropout=dropout)
 
 
 def wide_resnet28_10(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
-    """WRN-28-10, the widest network in common use on 32x32 images; see :func:`wide_resnet`."""
-    return wide_resnet(28, 10, num_classes, dropout)
+    """Return WRN-28-10, the widest network in common use on 32x32 images.
+
+    See :func:`wide_resnet`.
+    """
+    return wide_resnet(28, 10, num_classes=num_classes, dropout=dropout)
 
 
 class LabelAdjuster(nn.Module):
-    r"""The small teacher of Reduced Meta Pseudo Labels: adjusted logits (B, C) of stored class distributions (B, C).
+    r"""The small teacher of Reduced Meta Pseudo Labels.
+
+    It maps stored class distributions (B, C) to adjusted logits (B, C).
 
     .. math:: T(q) = \log q + f\big(q, \log q / \log(1/\epsilon)\big)
 
@@ -246,20 +271,23 @@ class LabelAdjuster(nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(LabelAdjuster.__init__, locals())
-        _, *linear = mlp([2 * num_classes, *[hidden] * (layers - 1), num_classes])
-        for weight in linear[-1].parameters():
+        hidden_widths = [hidden] * (layers - 1)
+        # The input is flat already, so that the first module of the perceptron is left out.
+        _, *correction = mlp([2 * num_classes, *hidden_widths, num_classes])
+        for weight in correction[-1].parameters():
             nn.init.zeros_(weight)
-        self.correction = nn.Sequential(*linear)
+        self.correction = nn.Sequential(*correction)
 
     def forward(self, stored_BC: Tensor) -> Tensor:
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()
-        read = torch.cat([q, log_q / -math.log(LEAST)], dim=1)
-        correction: Tensor = self.correction(in_type_of(self.correction, read))
+        features = torch.cat([q, log_q / -math.log(LEAST)], dim=1)
+        correction: Tensor = self.correction(in_type_of(self.correction, features))
         return log_q + correction
 
 
-label_adjuster = LabelAdjuster  # the name beside those of the other networks
+# The name beside those of the other networks, which are functions.
+label_adjuster = LabelAdjuster
 
 
 class Corrector(nn.Module):
@@ -285,15 +313,13 @@ class Corrector(nn.Module):
         self.of_given = nn.Parameter(trusted * torch.eye(classes))
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        logits: Tensor = (
-            self.network(x)
-            + self.of_given[class_labels(given, len(self.of_given), "the given labels")]
-        )
+        labels = class_labels(given, len(self.of_given), "the given labels")
+        logits: Tensor = self.network(x) + self.of_given[labels]
         return logits
 
 
 class Logits(nn.Module):
-    """A network, such as those of Hugging Face, as a module from the inputs of a batch to one tensor.
+    """A network, such as those of Hugging Face, as a module from a batch's inputs to one tensor.
 
     A dict goes in as keyword arguments, a tuple or list as positional ones, a tensor or a
     ``PackedSequence`` alone; where the network's forward takes one argument, which cannot be such a
@@ -305,10 +331,11 @@ class Logits(nn.Module):
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):
     ...         return {"logits": torch.ones(len(input_ids), 3) * attention_mask[:, :1]}
-    >>> batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5)}
-    >>> Logits(Scorer())(batch).shape
+    >>> ids = torch.ones(2, 5, dtype=torch.int64)
+    >>> Logits(Scorer())({"input_ids": ids, "attention_mask": torch.ones(2, 5)}).shape
     torch.Size([2, 3])
-    >>> Logits(nn.LSTM(4, 3, batch_first=True))(torch.zeros(2, 5, 4)).shape  # which returns its states too
+    >>> recurrent = nn.LSTM(4, 3, batch_first=True)  # which returns its states too
+    >>> Logits(recurrent)(torch.zeros(2, 5, 4)).shape
     torch.Size([2, 5, 3])
     """
 
@@ -336,18 +363,26 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class _Arguments:
-    """What the forward of a network takes."""
+    """What the forward of a network takes.
+
+    Args:
+        names: the names of its arguments.
+        required: how many have no default.
+        positions: how many may be passed without their names.
+        has_any_keyword: whether it takes keywords of any name.
+    """
 
     names: tuple[str, ...] = ()
     required: int = 0
-    positions: float = math.inf  # how many without their names
+    positions: float = math.inf
     has_any_keyword: bool = True
 
     @staticmethod
     def of(network: nn.Module) -> _Arguments:
+        """Read the signature of a network; a forward that is not Python's takes anything."""
         try:
             parameters = inspect.signature(network.forward).parameters.values()
-        except (TypeError, ValueError):  # of a forward that is not Python's
+        except (TypeError, ValueError):
             return _Arguments()
         kinds = {parameter.kind for parameter in parameters}
         named = [
@@ -363,13 +398,12 @@ class _Arguments:
         )
 
     def take_keywords(self, inputs: Mapping[Any, Any]) -> bool:
-        """Whether a dict goes in by its names, and not as the one argument that is required."""
-        return (
-            self.has_any_keyword or self.required != 1 or any(name in inputs for name in self.names)
-        )
+        """Return whether a dict goes in by its names, not as the one required argument."""
+        has_a_name = any(name in inputs for name in self.names)
+        return self.has_any_keyword or self.required != 1 or has_a_name
 
     def take_positions(self, inputs: Sequence[Any]) -> bool:
-        """Whether a tuple goes in by its elements, and not as the one argument that is required."""
+        """Return whether a tuple goes in by its elements, not as the one required argument."""
         if isinstance(inputs, PackedSequence):
             return False
         return self.required != 1 or len(inputs) <= self.positions

@@ -7,6 +7,9 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
+# As many as a summary names of what it cannot list.
+MOST_NAMED = 3
+
 TURNS = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff"
 )
@@ -14,46 +17,60 @@ TURNS = frozenset(
 
 
 def shown(text: object, keep: str = "") -> str:
-    """A name or a message with control characters, turns of direction and bytes that are not UTF-8
-    escaped, but for those to ``keep``."""
+    """Return a name or a message in which what a terminal would not show is escaped.
+
+    That is control characters, turns of direction and bytes that are not UTF-8, but for those to
+    ``keep``.
+    """
     letters = []
     for letter in str(text):
-        if letter in keep or (
-            letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs")
-        ):
+        is_visible = letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs")
+        if letter in keep or is_visible:
             letters.append(letter)
-        elif (
-            0xDC80 <= ord(letter) <= 0xDCFF
-        ):  # a byte that is not UTF-8, as Python has it in names of files
+        elif 0xDC80 <= ord(letter) <= 0xDCFF:
+            # Python has a byte that is not UTF-8 so, in names of files.
             letters.append(f"\\x{ord(letter) - 0xDC00:02x}")
         else:
             letters.append(letter.encode("unicode_escape", "surrogatepass").decode("ascii"))
     return "".join(letters)
 
 
-def did_you_mean(given: str, known: Sequence[str], *, likeness: float = 0.75) -> str:
-    """A question to append to a refusal, or nothing where nothing known is like what was given."""
-    close = difflib.get_close_matches(given, known, n=3, cutoff=likeness)
+def did_you_mean(word: str, names: Sequence[str], *, likeness: float = 0.75) -> str:
+    """Return a question to append to a refusal, or nothing where no name is like the word."""
+    close = difflib.get_close_matches(word, names, n=3, cutoff=likeness)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def summary(name: str, **parts: object) -> str:
-    """A short ``repr``.
+    """Return a short ``repr``.
 
-    Numbers to four digits, tensors of more by their shape, dicts by their names.
+    It has numbers to four digits, tensors of more than one by their shape, dicts by their names.
     """
-
-    def brief(part: object) -> str:
-        if getattr(part, "shape", None) == ():  # a tensor of one number
-            part = float(part)  # type: ignore[arg-type]
-        if isinstance(part, float):
-            return f"{part:.4g}"
-        if isinstance(part, dict | tuple):
-            few = [str(key) if isinstance(part, dict) else brief(key) for key in [*part][:3]]
-            more = f" and {len(part) - 3:,} more" if len(part) > 3 else ""
-            return ("{{{}}}" if isinstance(part, dict) else "({})").format(", ".join(few) + more)
-        shape = getattr(part, "shape", None)
-        return str(part) if shape is None else f"tensor{[*shape]}".replace(" ", "")
-
-    text = f"{name}({', '.join(f'{key}={brief(part)}' for key, part in parts.items())})"
+    shown_parts = ", ".join(f"{key}={_brief(part)}" for key, part in parts.items())
+    text = f"{name}({shown_parts})"
     return textwrap.fill(text, 80, break_on_hyphens=False, break_long_words=False)
+
+
+def _brief(part: object) -> str:
+    """Return a value as :func:`summary` shows it."""
+    if getattr(part, "shape", None) == ():
+        # A tensor of one number.
+        part = float(part)  # type: ignore[arg-type]
+    if isinstance(part, float):
+        return f"{part:.4g}"
+    if isinstance(part, dict):
+        return f"{{{_first_of([str(key) for key in part])}}}"
+    if isinstance(part, tuple):
+        return f"({_first_of([_brief(entry) for entry in part])})"
+    shape = getattr(part, "shape", None)
+    if shape is None:
+        return str(part)
+    return f"tensor{[*shape]}".replace(" ", "")
+
+
+def _first_of(texts: Sequence[str]) -> str:
+    """Return the first few texts, and how many more there are."""
+    enumeration = ", ".join(texts[:MOST_NAMED])
+    if len(texts) > MOST_NAMED:
+        enumeration += f" and {len(texts) - MOST_NAMED:,} more"
+    return enumeration

@@ -1,5 +1,8 @@
-"""Which mode for a model: how far each is from the exact gradient, how noisy it is, and what it
-costs; and altered feedback, as a control."""
+"""Which mode to take for a model.
+
+Here is how far each mode is from the exact gradient, how noisy it is, and what it costs; and
+altered feedback, as a control.
+"""
 
 from metapl.ablation.altered import Altered
 from metapl.ablation.mode_cost import ModeCost, ModeDistance

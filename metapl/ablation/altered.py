@@ -20,6 +20,21 @@ from metapl.problems.base import Kind
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
 
+# What an altered estimator has from its base: it asks for the same passes of the same step.
+OF_THE_BASE = (
+    "labels",
+    "credits",
+    "keep_graph",
+    "keep_on",
+    "looks_ahead",
+    "keeping",
+    "requires",
+    "orders",
+)
+
+# Keeps the generators of two seeds apart, whatever the number of calls.
+SEED_STRIDE = 1_000_003
+
 
 @dataclass(frozen=True)
 class Altered(Estimator):
@@ -60,55 +75,47 @@ class Altered(Estimator):
                 f"Altered(base={self.base!r}): expected feedback on each example, such as "
                 "Forward()."
             )
-        own = (
-            "labels",
-            "credits",
-            "keep_graph",
-            "keep_on",
-            "looks_ahead",
-            "keeping",
-            "requires",
-            "orders",
-        )
-        for name in (*own, "normalization"):
-            object.__setattr__(self, name, getattr(self.base, name, "gradient"))
+        for name in OF_THE_BASE:
+            object.__setattr__(self, name, getattr(self.base, name))
+        object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")
 
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}
 
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
-        count = int(state["altered"])
-        feedback, next_state = self.base.feedback(
-            path, {k: v for k, v in state.items() if k != "altered"}
-        )
-        # Without ``is_pure`` it runs on the eager road alone.
+        call = int(state["altered"])
+        base_state = {name: t for name, t in state.items() if name != "altered"}
+        feedback_by_step, next_base_state = self.base.feedback(path, base_state)
+        # Without ``is_pure`` this runs on the eager road alone.
         steps = cast(Path, path).steps
-        pairs = zip(feedback, steps, strict=True)
-        altered = [found.mapped(partial(self._alter, step, count)) for found, step in pairs]
-        return altered, {**next_state, "altered": torch.tensor(count + 1)}
+        altered = []
+        for feedback, step in zip(feedback_by_step, steps, strict=True):
+            altered.append(feedback.mapped(partial(self._alter, step, call)))
+        return altered, {**next_base_state, "altered": torch.tensor(call + 1)}
 
-    def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
-        if not step.has_rows(
-            name
-        ):  # every rank and micro-batch has a share of the feedback on all of a matrix
-            return torch.cat(
-                [self._altered(share, None, count) for share in h.chunk(len(step.passes))]
-            )
+    def _alter(self, step: InnerStep, call: int, name: str, h: Tensor) -> Tensor:
+        """Return the feedback on a field of the signal, altered over the batch of all ranks."""
+        if not step.has_rows(name):
+            # Every rank and micro-batch has a share of the feedback on all of a matrix.
+            shares = h.chunk(len(step.passes))
+            return torch.cat([self._altered(share, None, call) for share in shares])
         ranks = step.student.ranks
-        drawn = ranks.all_rows(step.signal.value) if step.signal.sampled else None
-        return ranks.own_rows(self._altered(ranks.all_rows(h), drawn, count))
+        classes = ranks.all_rows(step.signal.value) if step.signal.sampled else None
+        return ranks.own_rows(self._altered(ranks.all_rows(h), classes, call))
 
-    def _altered(self, h: Tensor, drawn: Tensor | None, count: int) -> Tensor:
+    def _altered(self, h: Tensor, classes: Tensor | None, call: int) -> Tensor:
+        """Return altered rows of h; ``classes`` are those that were sampled, if any were."""
         if self.alteration == "class_means":
-            if (
-                h.ndim > 1 or drawn is None or drawn.is_floating_point()
-            ):  # values that are not classes
+            # Sampled values of floating point are no classes.
+            if h.ndim > 1 or classes is None or classes.is_floating_point():
                 return h.mean(0, keepdim=True).expand_as(h)
-            same = (drawn[:, None] == drawn[None, :]).to(h)
-            return (same @ h) / same.sum(1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
+            is_same_class = (classes[:, None] == classes[None, :]).to(h)
+            return (is_same_class @ h) / is_same_class.sum(1)
+        generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + call)
         if self.alteration == "permuted":
             return h[torch.randperm(len(h), generator=generator).to(h.device)]
-        coins = torch.randint(0, 2, (len(h),), generator=generator).to(h) * 2 - 1
-        return h * coins.reshape(-1, *[1] * (h.ndim - 1))
+        signs = torch.randint(0, 2, (len(h),), generator=generator).to(h) * 2 - 1
+        # One sign for each row, whatever the dimensions of a row.
+        other_dimensions = [1] * (h.ndim - 1)
+        return h * signs.reshape(-1, *other_dimensions)

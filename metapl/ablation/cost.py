@@ -12,51 +12,58 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
-def _convolution_backward(*given: Any, **shapes: Any) -> int:
-    """Either gradient takes as many as the pass forward.
+def _convolution_backward(*arguments: Any, **shapes: Any) -> int:
+    """Count the operations of a convolution's gradients, each as many as the pass forward.
 
     PyTorch's own formula does not divide by the groups.
     """
-    grad_out, x, weight, *_, transposed, _padding, _groups, wanted = given
-    return int(sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed))
+    gradient, inputs, weight, *_, transposed, _padding, _groups, output_mask = arguments
+    wants_inputs, wants_weight, *_ = output_mask
+    one_gradient = conv_flop_count(inputs, weight, gradient, transposed)
+    return int((wants_inputs + wants_weight) * one_gradient)
 
 
 FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, of products and convolutions.
-
-    The rest is not counted.
-    """
+    """Return the floating-point operations of a call, of products and convolutions alone."""
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return int(counter.get_total_flops())
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What a call takes.
+    """Return how long a call takes.
 
-    On a CPU the processor's time where that is less than the time that passes.
+    On a CPU that is the processor's time, where it is less than the time that passes.
     """
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    wait(device)
-    start, computed = time.perf_counter(), time.process_time()
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    processor_start = time.process_time()
     run()
-    wait(device)
+    if is_cuda:
+        torch.cuda.synchronize(device)
     passed = time.perf_counter() - start
-    return passed if device.type == "cuda" else min(passed, time.process_time() - computed)
+    if is_cuda:
+        return passed
+    return min(passed, time.process_time() - processor_start)
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call holds at its fullest, beyond what was held before it, by the allocator's own account."""
+    """Return the bytes that a call holds at its fullest, by the allocator's own account.
+
+    What was held before it does not count.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        bytes_before = torch.cuda.memory_allocated(device)
         run()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    # Or the profiler's library writes of its own start and end, past Python, on standard error.
+        return int(torch.cuda.max_memory_allocated(device) - bytes_before)
+    # Else the profiler's library writes of its own start and end, past Python, on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # acc_events: without it torch 2.11 warns that events of an earlier cycle are dropped, of which
     # there is none.
@@ -66,8 +73,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         run()
     results: Any = profile.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = 0
+    peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        # What is freed has a negative number of bytes.
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak

@@ -18,18 +18,29 @@ Modes = Mapping[str, ModeCost | str]
 # Inches. At 4 inches and 100 dots an inch the figure is 400 pixels wide, and its smallest letters
 # are 11 pixels high.
 WIDTH = 4.0
-ROW_OF_DISTANCES, ROW_OF_COSTS, MARGINS = 0.30, 0.27, 1.55
-LETTERS = 8.0  # points
+ROW_OF_DISTANCES = 0.30
+ROW_OF_COSTS = 0.27
+MARGINS = 1.55
+
+# The size of letters, in points.
+LETTERS = 8.0
 
 # Points of the training have colors that the color-blind can tell apart (Okabe and Ito), and marks
 # of their own.
-POINT_COLORS, POINT_MARKS = ("#0072b2", "#e69f00", "#009e73"), ("o", "s", "^")
-RECOMMENDED, OTHER, CONTROL, QUIET = "#0072b2", "#9db8cc", "#d0d0d0", "#666666"
+POINT_COLORS = ("#0072b2", "#e69f00", "#009e73")
+POINT_MARKS = ("o", "s", "^")
 
-LINEAR_BELOW = (
-    1e-4  # errors are drawn on a logarithmic scale that is linear below this, so that 0 has a place
-)
-LONGEST_LINE = 12  # letters of a mode's name in one line
+# The colors of bars, and that of what is said in passing.
+RECOMMENDED = "#0072b2"
+OTHER = "#9db8cc"
+CONTROL = "#d0d0d0"
+QUIET = "#666666"
+
+# Errors are drawn on a logarithmic scale that is linear below this, so that 0 has a place.
+LINEAR_BELOW = 1e-4
+
+# The letters of a mode's name in one line.
+LONGEST_LINE = 12
 
 
 def draw_modes(
@@ -43,7 +54,7 @@ def draw_modes(
         from matplotlib.figure import Figure
 
     rows = {**modes, **altered}
-    heights = ROW_OF_DISTANCES * len(rows), ROW_OF_COSTS * len(rows)
+    heights = (ROW_OF_DISTANCES * len(rows), ROW_OF_COSTS * len(rows))
     figure = Figure((WIDTH, sum(heights) + MARGINS), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=heights)
 
@@ -53,15 +64,16 @@ def draw_modes(
     distances.set_title("error, over the exact gradient's length", fontsize=LETTERS + 1, loc="left")
     distances.set_xlabel("lines reach to the error of one draw", fontsize=LETTERS, color=QUIET)
 
-    costs = _costs(rows)
-    first = figure.add_subplot(grid[1, 0])
-    _name_rows(first, rows, altered, recommended)
-    panels = [first, *(figure.add_subplot(grid[1, column], sharey=first) for column in (1, 2))]
+    first_panel = figure.add_subplot(grid[1, 0])
+    _name_rows(first_panel, rows, altered, recommended)
+    other_panels = [figure.add_subplot(grid[1, column], sharey=first_panel) for column in (1, 2)]
     colors = {name: _color(name, altered, recommended) for name in rows}
-    for axes, (title, values) in zip(panels, costs.items(), strict=True):
+    costs_by_title = _costs(rows)
+    panels = [first_panel, *other_panels]
+    for axes, (title, values) in zip(panels, costs_by_title.items(), strict=True):
         _draw_costs(axes, rows, values, colors)
         axes.set_title(title, fontsize=LETTERS + 1, loc="left")
-    for axes in panels[1:]:
+    for axes in other_panels:
         axes.tick_params(left=False, labelleft=False)
     return figure
 
@@ -70,34 +82,31 @@ def _draw_distances(axes: Axes, rows: Modes, points: Sequence[int]) -> None:
     """Draw a mark for each mode and point, the points of a mode below one another."""
     offsets = [0.26 * (number - (len(points) - 1) / 2) for number in range(len(points))]
     for number, (point, offset) in enumerate(zip(points, offsets, strict=True)):
-        color, mark = (
-            POINT_COLORS[number % len(POINT_COLORS)],
-            POINT_MARKS[number % len(POINT_MARKS)],
-        )
+        color = POINT_COLORS[number % len(POINT_COLORS)]
+        mark = POINT_MARKS[number % len(POINT_MARKS)]
         places: list[float] = []
         errors: list[float] = []
-        of_one_draw: list[float] = []
-        for place, found in enumerate(rows.values()):
-            if isinstance(found, ModeCost) and number < len(found.by_point):
-                distance = found.by_point[number]
+        errors_of_one_draw: list[float] = []
+        for place, mode in enumerate(rows.values()):
+            if isinstance(mode, ModeCost) and number < len(mode.by_point):
+                distance = mode.by_point[number]
                 places.append(place + offset)
                 errors.append(distance.relative_error)
-                of_one_draw.append(distance.of_one_draw)
-        axes.hlines(places, errors, of_one_draw, color=color, linewidth=1.2)
+                errors_of_one_draw.append(distance.of_one_draw)
+        axes.hlines(places, errors, errors_of_one_draw, color=color, linewidth=1.2)
         axes.plot(errors, places, mark, color=color, markersize=4, label=f"step {point:,}")
     axes.set_xscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
-    largest = max([1.0, *_finite(found.of_one_draw for found in _that_ran(rows).values())])
-    decades = range(round(math.log10(LINEAR_BELOW)), math.ceil(math.log10(largest)) + 1)
-    axes.set_xticks(
-        [0.0, *(10.0**decade for decade in decades)],
-        ["0", *(f"{10.0**decade:g}" for decade in decades)],
-    )
+    largest = max([1.0, *_finite(mode.of_one_draw for mode in _that_ran(rows).values())])
+    first_decade = round(math.log10(LINEAR_BELOW))
+    last_decade = math.ceil(math.log10(largest))
+    ticks = [0.0, *(10.0**decade for decade in range(first_decade, last_decade + 1))]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlim(-LINEAR_BELOW / 3, 2 * largest)
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="0.9")
-    for place, found in enumerate(rows.values()):
-        if isinstance(found, str):
+    for place, mode in enumerate(rows.values()):
+        if isinstance(mode, str):
             axes.text(
                 0.0, place, "cannot run on this model", va="center", fontsize=LETTERS, color=QUIET
             )
@@ -114,22 +123,25 @@ def _draw_distances(axes: Axes, rows: Modes, points: Sequence[int]) -> None:
 
 
 def _costs(rows: Modes) -> dict[str, dict[str, float]]:
-    """Return what is drawn of each cost, by the title of its panel.
+    """Return what is drawn of each cost by mode, by the title of its panel.
 
-    Passes, seconds and memory in units that fit.
+    These are passes, seconds and memory, in units that fit.
     """
     ran = _that_ran(rows)
-    longest = max(_finite(found.seconds for found in ran.values()), default=0.0)
-    largest = max(_finite(found.peak_bytes for found in ran.values()), default=0.0)
+    longest = max(_finite(mode.seconds for mode in ran.values()), default=0.0)
+    largest = max(_finite(mode.peak_bytes for mode in ran.values()), default=0.0)
     time_unit, time_scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
-    memory_unit, memory_scale = (
-        ("GB", 1e-9) if largest >= 1e9 else ("MB", 1e-6) if largest >= 1e6 else ("KB", 1e-3)
-    )
+    if largest >= 1e9:
+        memory_unit, memory_scale = ("GB", 1e-9)
+    elif largest >= 1e6:
+        memory_unit, memory_scale = ("MB", 1e-6)
+    else:
+        memory_unit, memory_scale = ("KB", 1e-3)
     return {
-        "passes a call": {name: found.passes for name, found in ran.items()},
-        f"time, {time_unit}": {name: time_scale * found.seconds for name, found in ran.items()},
+        "passes a call": {name: mode.passes for name, mode in ran.items()},
+        f"time, {time_unit}": {name: time_scale * mode.seconds for name, mode in ran.items()},
         f"peak, {memory_unit}": {
-            name: memory_scale * found.peak_bytes for name, found in ran.items()
+            name: memory_scale * mode.peak_bytes for name, mode in ran.items()
         },
     }
 
@@ -145,7 +157,8 @@ def _draw_costs(
             axes.barh(places[name], value, color=colors[name], height=0.7)
             number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
             axes.text(value + 0.04 * largest, places[name], number, va="center", fontsize=LETTERS)
-    axes.set_xlim(0, 1.6 * largest)  # numbers stand behind the bars
+    # The numbers stand behind the bars, and need room.
+    axes.set_xlim(0, 1.6 * largest)
     axes.tick_params(bottom=False, labelbottom=False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
@@ -167,7 +180,9 @@ def _name_rows(axes: Axes, rows: Modes, altered: Modes, recommended: str | None)
 
 
 def _in_lines(name: str) -> str:
-    """Return a mode's name in two lines, broken at the underscore that is nearest to its middle, if it is long.
+    """Return a mode's name, in two lines if it is long.
+
+    It is broken at the underscore that is nearest to its middle.
 
     >>> _in_lines("reinforce_per_example"), _in_lines("unrolled")
     ('reinforce_\\nper_example', 'unrolled')
@@ -186,7 +201,7 @@ def _color(name: str, altered: Modes, recommended: str | None) -> str:
 
 
 def _that_ran(rows: Modes) -> dict[str, ModeCost]:
-    return {name: found for name, found in rows.items() if isinstance(found, ModeCost)}
+    return {name: mode for name, mode in rows.items() if isinstance(mode, ModeCost)}
 
 
 def _finite(values: Iterable[float]) -> list[float]:

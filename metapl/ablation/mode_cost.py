@@ -1,7 +1,4 @@
-"""The figures of a mode.
-
-How far its gradient is from the exact one at each point of a training, and what it costs.
-"""
+"""The figures of a mode: how far its gradient is from the exact one, and what it costs."""
 
 from __future__ import annotations
 
@@ -26,9 +23,9 @@ class ModeDistance:
 
     @property
     def of_one_draw(self) -> float:
-        """Error and noise together, the distance of one draw.
+        """Error and noise together, the distance of one draw from the exact gradient.
 
-        At most √(1 + 1/n) times too large.
+        It is at most √(1 + 1/n) times too large.
         """
         return math.hypot(self.relative_error, self.noise_to_signal)
 
@@ -64,8 +61,8 @@ class ModeCost:
 
     @property
     def of_one_draw(self) -> float:
-        """Error and noise together, the distance of one draw.
+        """Error and noise together, the distance of one draw from the exact gradient.
 
-        At most √(1 + 1/n) times too large.
+        It is at most √(1 + 1/n) times too large.
         """
         return math.hypot(self.relative_error, self.noise_to_signal)

@@ -1,6 +1,8 @@
-"""Every mode on a model: `ablate` compares their gradients with the exact one and measures what a
-call costs; what it finds is figures as values, as JSON and in lines of a terminal, and the mode
-that they recommend."""
+"""Every mode on a model.
+
+`ablate` compares their gradients with the exact one and measures what a call costs. What it returns
+is figures as values, as JSON and in lines of a terminal, and the mode that they recommend.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import json
 import math
 import textwrap
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -41,22 +43,42 @@ from metapl.words import summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
+# Of one draw no noise can be seen.
+Draws = Annotated[int, Range(2)]
 
 # Rounds of timing where none are asked for: at least 5, and more for short calls, until a second
 # has passed.
-LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
-CANNOT_RUN = MetaplError, RuntimeError, MemoryError  # what a mode raises that cannot run on a model
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 50
+SECONDS_OF_ROUNDS = 1.0
+
+# The errors of a mode that cannot run on a model.
+CANNOT_RUN = (MetaplError, RuntimeError, MemoryError)
+
+# The outer batch, and the inner batch or a look-ahead of several.
+Batches = tuple[Any, Any]
 
 # A mode that should be exact is taken for it up to this distance: in bfloat16, and where the
 # gradient itself is nearly zero, as in the first steps of Adam, two exact modes differ by as much
 # as some hundredths.
 TRUSTED = 0.1
-NEAR = 0.01  # distance, noise included, up to which a gradient is near the exact one
-# times, and bytes, that differ by no more than this fraction count as equal: timings are noisy
+
+# A gradient is near the exact one up to this distance, noise included.
+NEAR = 0.01
+
+# Times, and bytes, that differ by no more than this fraction count as equal: timings are noisy.
 EQUAL = 0.1
-# between modes that are equal otherwise: exact, without a second backward pass and its memory
+
+# The mode that is taken between modes that are equal otherwise. It is exact, without a second
+# backward pass and its memory.
 PREFERRED = "forward"
+
+
+# The first line of the table.
+HEADER = (
+    f"{'mode':<22}{'cosine':>7}{'length':>8}{'error':>8}{'noise':>8}{'passes':>8}{'time, ms':>9}"
+    f"{'peak, KB':>9}"
+)
 
 
 @dataclass(frozen=True)
@@ -82,14 +104,16 @@ class Ablation:
     float32_products: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The fields as text: a reason in the place of figures is ``{"reason": ...}``, a number
-        that is not finite null."""
-        plain = asdict(self)
+        """Return the fields as text.
+
+        A reason in the place of figures is ``{"reason": ...}``, a number that is not finite null.
+        """
+        values = asdict(self)
         for part in ("modes", "altered"):
-            plain[part] = {
-                n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()
-            }
-        finite = json.loads(json.dumps(plain), parse_constant=lambda name: None)
+            for name, figures in values[part].items():
+                if isinstance(figures, str):
+                    values[part][name] = {"reason": figures}
+        finite = json.loads(json.dumps(values), parse_constant=lambda constant: None)
         return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -99,10 +123,11 @@ class Ablation:
         Raises: :class:`metapl.MetaplError` for other text.
         """
         try:
-            plain = json.loads(text)
+            values = json.loads(text)
             for part in ("modes", "altered"):
-                plain[part] = {name: _mode_of(figures) for name, figures in plain[part].items()}
-            return cls(**plain | {"points": tuple(plain["points"])})
+                values[part] = {name: _mode_of(figures) for name, figures in values[part].items()}
+            values["points"] = tuple(values["points"])
+            return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise MetaplError(
                 f"the text is no ablation ({type(error).__name__}: {error}); expected what "
@@ -116,11 +141,11 @@ class Ablation:
         return f"{self.table()}\n\n{textwrap.fill(self.recommendation, 80)}"
 
     def plot(self) -> Figure:
-        """Draw the figures: above, how far each mode is from the exact gradient at each point of
-        the training; below, what a call costs in passes, seconds and memory.
+        """Draw the figures.
 
-        A mark is the error of the mean over the draws, and the line behind it reaches to the
-        distance of one draw.
+        Above is how far each mode is from the exact gradient at each point of the training, and
+        below, what a call costs in passes, seconds and memory. A mark is the error of the mean over
+        the draws, and the line behind it reaches to the distance of one draw.
 
         Returns: a figure of matplotlib, 4 inches wide: ``found.plot().savefig("modes.png",
         dpi=200)``. Raises: :class:`metapl.MetaplError` where matplotlib is not installed.
@@ -128,105 +153,113 @@ class Ablation:
         return draw_modes(self.modes, self.altered, self.points, self.recommended)
 
     def table(self) -> str:
-        """The figures in lines of a terminal of 80 columns.
+        """Return the figures in lines of a terminal of 80 columns.
 
         The reasons for what is missing stand below.
         """
-        lines = [
-            f"{'mode':<22}{'cosine':>7}{'length':>8}{'error':>8}{'noise':>8}{'passes':>8}{'time, ms':>9}{'peak, KB':>9}"
-        ]
+        lines = [HEADER]
         reasons: list[str] = []
-        for modes in (self.modes, self.altered):
-            if modes is self.altered and modes:
-                lines.append("altered feedback, as a control:")
-            for name, found in modes.items():
-                if isinstance(found, str):
-                    reasons += [found] * (found not in reasons)
-                    lines.append(
-                        f"{name:<22}  cannot run on this model [{reasons.index(found) + 1}]"
-                    )
-                else:
-                    direction = f"{found.cosine:>7.3f}{found.length:>8.2g}"
-                    distance = f"{found.relative_error:>8.2g}{found.noise_to_signal:>8.2g}"
-                    cost = f"{found.passes:>8.1f}{found.seconds * 1e3:>9.3g}{found.peak_bytes / 1e3:>9.0f}"
-                    lines.append(f"{name:<22}{direction}{distance}{cost}")
-        texts = (
-            f"[{number}] {' '.join(reason.split())}" for number, reason in enumerate(reasons, 1)
-        )
-        return "\n\n".join(
-            [
-                "\n".join(lines),
-                *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts),
-            ]
-        )
+        _add_lines(self.modes, lines, reasons)
+        if self.altered:
+            lines.append("altered feedback, as a control:")
+            _add_lines(self.altered, lines, reasons)
+        paragraphs = ["\n".join(lines)]
+        for number, reason in enumerate(reasons, 1):
+            text = f"[{number}] {' '.join(reason.split())}"
+            paragraphs.append(textwrap.fill(text, 80, subsequent_indent="    "))
+        return "\n\n".join(paragraphs)
+
+
+def _add_lines(modes: Mapping[str, ModeCost | str], lines: list[str], reasons: list[str]) -> None:
+    """Add a line for each mode, and the reasons that are not there yet."""
+    for name, mode in modes.items():
+        if isinstance(mode, str):
+            if mode not in reasons:
+                reasons.append(mode)
+            lines.append(f"{name:<22}  cannot run on this model [{reasons.index(mode) + 1}]")
+        else:
+            direction = f"{mode.cosine:>7.3f}{mode.length:>8.2g}"
+            distance = f"{mode.relative_error:>8.2g}{mode.noise_to_signal:>8.2g}"
+            time_and_memory = f"{mode.seconds * 1e3:>9.3g}{mode.peak_bytes / 1e3:>9.0f}"
+            lines.append(f"{name:<22}{direction}{distance}{mode.passes:>8.1f}{time_and_memory}")
 
 
 def recommendation(
     modes: Mapping[str, ModeCost | str], exact_modes: Collection[str], never: Collection[str]
 ) -> tuple[str | None, str]:
-    """The name of the mode to take, and the sentences that say so and what decided.
+    """Return the name of the mode to take, and the sentences that say so and what decided.
 
     Of the modes that are exact to rounding (``exact_modes``), and without noise, the fastest is
     taken; where times are within 10 % the one with the least memory; where that is too,
     ``forward``. Where none is, the same holds for those within 1 %; else the nearest in one draw is
     taken. Those in ``never`` are not recommended; None where no mode ran.
     """
-    ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
+    ran: dict[str, ModeCost] = {}
+    for name, mode in modes.items():
+        if isinstance(mode, ModeCost) and name not in never:
+            ran[name] = mode
     if not ran:
         return (
             None,
             "No mode that gives feedback can run on this model; the reasons stand beside the "
             "modes.",
         )
-    sure = {
-        n: m
-        for n, m in ran.items()
-        if n in exact_modes and m.noise_to_signal == 0 and m.relative_error <= TRUSTED
-    }
-    near = {n: m for n, m in ran.items() if m.of_one_draw <= NEAR}
-    name = min(ran, key=lambda n: ran[n].of_one_draw)
-    why = (
-        "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to "
-        "the exact one"
-    )
-    if among := sure or near:
-
-        def least(values: Mapping[str, float]) -> list[str]:
-            return [
-                name
-                for name, value in values.items()
-                if value <= min(values.values()) * (1 + EQUAL)
-            ]
-
-        fastest = least({n: m.seconds for n, m in among.items()})
-        smallest = least({n: among[n].peak_bytes for n in fastest})
-        name = (
-            PREFERRED
-            if PREFERRED in smallest
-            else min(smallest, key=lambda n: among[n].of_one_draw)
+    exact: dict[str, ModeCost] = {}
+    near: dict[str, ModeCost] = {}
+    for name, mode in ran.items():
+        is_without_noise = mode.noise_to_signal == 0
+        if name in exact_modes and is_without_noise and mode.relative_error <= TRUSTED:
+            exact[name] = mode
+        if mode.of_one_draw <= NEAR:
+            near[name] = mode
+    if exact:
+        recommended, decision = _cheapest(exact)
+        reason = f"its gradient is the exact one to rounding{decision}"
+    elif near:
+        recommended, decision = _cheapest(near)
+        reason = f"its gradient is within {NEAR:.0%} of the exact one{decision}"
+    else:
+        recommended = min(ran, key=lambda name: ran[name].of_one_draw)
+        reason = (
+            "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to "
+            "the exact one"
         )
-        why = "its gradient is " + (
-            "the exact one to rounding" if sure else f"within {NEAR:.0%} of the exact one"
-        )
-        if len(among) > 1:
-            decided = (
-                "is the fastest" if len(fastest) == 1 else "takes the least memory of the fastest"
-            )
-            why += (
-                f", and of {', '.join(among)} it "
-                f"{decided if len(smallest) == 1 else 'is as fast and small as any'}"
-            )
-    found = ran[name]
+    cost = ran[recommended]
     text = (
-        f"Take {name}: {why}. A call takes {found.seconds * 1e3:.3g} ms and "
-        f"{found.peak_bytes / 1e3:,.0f} KB."
+        f"Take {recommended}: {reason}. A call takes {cost.seconds * 1e3:.3g} ms and "
+        f"{cost.peak_bytes / 1e3:,.0f} KB."
     )
-    if "reinforce" in ran and name != "reinforce":
+    if "reinforce" in ran and recommended != "reinforce":
         text += (
             f" Algorithm 1's scalar (reinforce) takes {ran['reinforce'].seconds * 1e3:.3g} ms, and "
             f"error and noise of one draw are {ran['reinforce'].of_one_draw:.2g} times the signal."
         )
-    return name, text
+    return recommended, text
+
+
+def _cheapest(modes: Mapping[str, ModeCost]) -> tuple[str, str]:
+    """Return the name of the cheapest mode, and what decided, to follow a sentence."""
+    fastest = _least({name: mode.seconds for name, mode in modes.items()})
+    smallest = _least({name: modes[name].peak_bytes for name in fastest})
+    if PREFERRED in smallest:
+        cheapest = PREFERRED
+    else:
+        cheapest = min(smallest, key=lambda name: modes[name].of_one_draw)
+    if len(modes) == 1:
+        return cheapest, ""
+    if len(smallest) > 1:
+        decision = "is as fast and small as any"
+    elif len(fastest) > 1:
+        decision = "takes the least memory of the fastest"
+    else:
+        decision = "is the fastest"
+    return cheapest, f", and of {', '.join(modes)} it {decision}"
+
+
+def _least(values: Mapping[str, float]) -> list[str]:
+    """Return the names of the least values, of which those that differ by little are equal."""
+    limit = min(values.values()) * (1 + EQUAL)
+    return [name for name, value in values.items() if value <= limit]
 
 
 def ablate(
@@ -275,9 +308,10 @@ def ablate(
 
     >>> import metapl, torch
     >>> trainer = metapl.BilevelTrainer(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), "reinforce")
-    >>> labeled, unlabeled = (torch.randn(6, 4), torch.arange(6) % 3), torch.randn(8, 4)
-    >>> found = ablate(trainer, labeled, unlabeled, ["forward", "reinforce"], draws=2, rounds=1)
-    >>> round(found.modes["forward"].cosine, 3), found.recommended
+    >>> labeled = torch.randn(6, 4), torch.arange(6) % 3
+    >>> unlabeled = torch.randn(8, 4)
+    >>> ablation = ablate(trainer, labeled, unlabeled, ["forward", "reinforce"], draws=2, rounds=1)
+    >>> round(ablation.modes["forward"].cosine, 3), ablation.recommended
     (1.0, 'forward')
     """
     if not isinstance(trainer, BilevelTrainer):
@@ -286,176 +320,258 @@ def ablate(
             "metapl.BilevelTrainer."
         )
     check_arguments(ablate, locals())
-    given = (
-        [estimator(mode) for mode in (MODES if modes is None else modes)]
-        if not isinstance(modes, str)
-        else []
-    )
-    estimates = {mode.name: mode for mode in given}
-    if not given or len(estimates) < len(given):
+    # A text is a sequence too, of letters.
+    estimators = []
+    if not isinstance(modes, str):
+        estimators = [estimator(mode) for mode in (MODES if modes is None else modes)]
+    by_name = {mode.name: mode for mode in estimators}
+    if not estimators or len(by_name) < len(estimators):
         raise MetaplError(
             f"ablate was given modes={modes!r}; expected a list of one or more, each name once."
         )
-    problem, device = trainer.problem, trainer.device
-    distances: dict[str, list[ModeDistance]] = {}  # by mode, at each point
-    reasons: dict[str, str] = {}  # why the others do not run
-    drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
-
-    def measure(names: Iterable[str], batches: tuple[Any, Any], exact: Tensor) -> None:
-        for name in [name for name in names if name not in reasons]:
-            mode, found = estimates[name], list[Tensor]()
-            draws_any = isinstance(mode, Altered) and mode.alteration != "class_means"
-            try:
-                for seed in range(draws):
-                    generator = torch.Generator(device).manual_seed(seed)
-                    start = generator.get_state()
-                    drawn = (
-                        replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
-                    )
-                    found.append(_gradient(trainer, batches, drawn, generator))
-                    # Seen by the generator's state, for draws of a confident teacher may be equal.
-                    if not (
-                        draws_any := draws_any or not torch.equal(start, generator.get_state())
-                    ):
-                        break
-            except CANNOT_RUN as error:
-                reasons[name] = _reason(error)
-                continue
-            drawing.update([name] * draws_any)
-            examples = (
-                length(InnerBatches.of_trainer(batches[1])[0])
-                if getattr(mode, "reduction", "sum") == "mean"
-                else 1
-            )
-            g = examples * torch.stack(found)  # (draws, weights)
-            mean = g.mean(0)
-            exact_norm = exact.norm().clamp_min(1e-300)
-            # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short
-            # of.
-            noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / exact_norm
-            cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
-            off = (mean - exact).norm() / exact_norm
-            distance = ModeDistance(
-                cosine=float(cosine),
-                relative_error=float(off),
-                noise_to_signal=float(noise),
-                length=float(mean.norm() / examples / exact_norm),
-            )
-            distances.setdefault(name, []).append(distance)
-
-    def student(batch: Any) -> None:
-        with torch.no_grad(), replayed(RandomState.now(device)):
-            arguments: list[Any] = [batch]
-            if enters_input(problem):
-                teacher: Any = copy.deepcopy(trainer.teacher)
-                arguments.append(problem.signal(teacher, batch, None, generator=None))
-            copy.deepcopy(trainer.student)(problem.student_input(*arguments))
-
-    points, stop = tuple(sorted({0, steps // 2, steps})), steps + 1
-    several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
-    one_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
-    outer = feed(
-        [labeled] if is_whole(labeled) else labeled, name="labeled", stop=stop, device=device
-    )
-    inner = feed(
-        [unlabeled] if one_batch else unlabeled,
-        name="unlabeled",
-        stop=stop * several,
-        device=device,
-    )
-    state, random = trainer.state_dict(), RandomState.now(device)
+    study = Study(trainer, by_name, draws=draws)
+    points = tuple(sorted({0, steps // 2, steps}))
+    state = trainer.state_dict()
+    random = RandomState.now(trainer.device)
     try:
-        with closing(outer), closing(inner), step_bar(progress, stop, "steps", 0) as update:
-            for t in range(stop):
-                ahead = [inner.next() for _ in range(several)]
-                batches = outer.next(), ahead[0] if several == 1 else Lookahead(ahead)
-                if t in points:
-                    exact = _exact(trainer, batches)
-                    measure(estimates, batches, exact)
-                    if (
-                        altered and t == 0
-                    ):  # of the preferred mode, or else of the first that runs and can be altered
-                        fit = [m for m in estimates.values() if m.credits in ("signal", "example")]
-                        fit = [
-                            m for m in fit if m.name not in reasons and not isinstance(m, Altered)
-                        ]
-                        base = min(fit, key=lambda mode: mode.name != PREFERRED, default=None)
-                        controls = (
-                            [Altered(base, kind) for kind in get_args(Alteration)] if base else []
-                        )
-                        added = {mode.name: mode for mode in controls if mode.name not in estimates}
-                        estimates |= added
-                        measure(added, batches, exact)
-                if t < steps:
+        with (
+            closing(_batches(trainer, labeled, unlabeled, stop=steps + 1)) as batches_by_step,
+            step_bar(progress, steps + 1, name="steps", start=0) as advance,
+        ):
+            for step, batches in enumerate(batches_by_step):
+                if step in points:
+                    exact_gradient = _exact_gradient(trainer, batches)
+                    study.measure(list(study.modes), batches, exact_gradient)
+                    if altered and step == 0:
+                        study.measure(study.add_controls(), batches, exact_gradient)
+                if step < steps:
                     trainer.step(*batches)
-                update()
-        # What a call costs; the modes, which have run here before, take turns.
-        one = flops(partial(student, InnerBatches.of_trainer(batches[1])[0]))
-        calls = {
-            n: partial(_gradient, trainer, batches, m)
-            for n, m in estimates.items()
-            if n not in reasons
-        }
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        start = time.perf_counter()
-        for done in range(rounds or MOST_ROUNDS):
-            if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - start > TIMED:
-                break
-            for name, run in calls.items():
-                times[name].append(seconds(run, device))
-        ran = {}
-        for name, run in calls.items():
-            by_point = distances[name]
-            ran[name] = ModeCost(
-                cosine=fmean(distance.cosine for distance in by_point),
-                relative_error=_root_mean_square(
-                    [distance.relative_error for distance in by_point]
-                ),
-                noise_to_signal=_root_mean_square(
-                    [distance.noise_to_signal for distance in by_point]
-                ),
-                passes=flops(run) / one if one else math.nan,
-                seconds=min(times[name]),
-                peak_bytes=peak_bytes(run, device),
-                length=fmean(distance.length for distance in by_point),
-                by_point=tuple(by_point),
-            )
+                advance()
+        costs = study.costs(batches, rounds)
     finally:
         trainer.load_state_dict(state)
         random.restore()
-    compared: tuple[dict[str, ModeCost | str], ...] = {}, {}  # the modes, and the controls
-    for name, mode in estimates.items():
-        compared[isinstance(mode, Altered)][name] = reasons[name] if name in reasons else ran[name]
-    sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
-    # No feedback; and at the optimum, a gradient that is not through a step, with which it is
-    # compared.
-    never = [
-        n
-        for n in compared[0]
-        if estimates[n].credits == "nothing" or isinstance(estimates[n], Implicit)
+    compared: dict[str, ModeCost | str] = {}
+    controls: dict[str, ModeCost | str] = {}
+    for name, mode in study.modes.items():
+        part = controls if isinstance(mode, Altered) else compared
+        part[name] = study.reasons[name] if name in study.reasons else costs[name]
+    exact_modes = [
+        name for name in compared if study.modes[name].exact and name not in study.drawing
     ]
-    taken, text = recommendation(compared[0], sure, never)
+    # A mode without feedback is not recommended, nor one at the optimum: its gradient is not
+    # through a step, as that is with which it is compared.
+    never = []
+    for name in compared:
+        mode = study.modes[name]
+        if mode.credits == "nothing" or isinstance(mode, Implicit):
+            never.append(name)
+    recommended, text = recommendation(compared, exact_modes, never)
     return Ablation(
-        modes=compared[0],
+        modes=compared,
         recommendation=text,
         points=points,
-        altered=compared[1],
-        recommended=taken,
-        float32_products=float32_products(device),
+        altered=controls,
+        recommended=recommended,
+        float32_products=float32_products(trainer.device),
+    )
+
+
+class Study:
+    """The measurements of one ablation.
+
+    Args:
+        trainer: the networks and the problem, whose state moves between the points.
+        modes: the modes by name; the controls are added to them.
+        draws: of labels, and of alterations.
+    """
+
+    def __init__(self, trainer: BilevelTrainer, modes: Mapping[str, Estimator], draws: int) -> None:
+        self.trainer = trainer
+        self.modes = dict(modes)
+        self.draws = draws
+        # By mode, one at each point.
+        self.distances: dict[str, list[ModeDistance]] = {}
+        # Why the other modes do not run.
+        self.reasons: dict[str, str] = {}
+        # The names of modes whose gradient has drawn labels in it.
+        self.drawing: set[str] = set()
+
+    def measure(self, names: Iterable[str], batches: Batches, exact_gradient: Tensor) -> None:
+        """Measure how far these modes are from the exact gradient at the trainer's state.
+
+        Modes that have failed before are left out.
+        """
+        for name in names:
+            if name in self.reasons:
+                continue
+            try:
+                gradients, draws_labels = self._gradients(self.modes[name], batches)
+            except CANNOT_RUN as error:
+                self.reasons[name] = _reason(error)
+                continue
+            if draws_labels:
+                self.drawing.add(name)
+            # A mode with the mean over the batch gives 1/B of the gradient.
+            factor = 1
+            if getattr(self.modes[name], "reduction", "sum") == "mean":
+                factor = length(InnerBatches.of_trainer(batches[1])[0])
+            distance = _distance(factor * gradients, exact_gradient, factor=factor)
+            self.distances.setdefault(name, []).append(distance)
+
+    def _gradients(self, mode: Estimator, batches: Batches) -> tuple[Tensor, bool]:
+        """Return the gradients of several draws, (draws, weights), and whether the mode draws.
+
+        A mode that draws nothing has the same gradient in each draw, and is asked once.
+        """
+        draws_anything = isinstance(mode, Altered) and mode.alteration != "class_means"
+        gradients = []
+        for seed in range(self.draws):
+            generator = torch.Generator(self.trainer.device).manual_seed(seed)
+            start = generator.get_state()
+            drawn_mode = mode
+            if isinstance(mode, Altered):
+                drawn_mode = replace(mode, seed=mode.seed + seed)
+            gradients.append(_gradient(self.trainer, batches, drawn_mode, generator=generator))
+            # Seen by the generator's state, for draws of a confident teacher may be equal.
+            if not torch.equal(start, generator.get_state()):
+                draws_anything = True
+            if not draws_anything:
+                break
+        return torch.stack(gradients), draws_anything
+
+    def add_controls(self) -> list[str]:
+        """Add the altered feedback of a mode that runs, and return the names of the controls.
+
+        It is that of the preferred mode, or else of the first with feedback on each example.
+        """
+        candidates = []
+        for name, mode in self.modes.items():
+            has_rows = mode.credits in ("signal", "example")
+            if has_rows and name not in self.reasons and not isinstance(mode, Altered):
+                candidates.append(mode)
+        if not candidates:
+            return []
+        base = next((mode for mode in candidates if mode.name == PREFERRED), candidates[0])
+        added = []
+        for alteration in get_args(Alteration):
+            control = Altered(base, alteration)
+            if control.name not in self.modes:
+                self.modes[control.name] = control
+                added.append(control.name)
+        return added
+
+    def costs(self, batches: Batches, rounds: int | None) -> dict[str, ModeCost]:
+        """Measure what a call of each mode costs, and return that with its distances.
+
+        The modes, which have run here before, take turns in the rounds of timing.
+        """
+        device = self.trainer.device
+        operations_of_pass = flops(
+            partial(self._student_pass, InnerBatches.of_trainer(batches[1])[0])
+        )
+        calls = {
+            name: partial(_gradient, self.trainer, batches, mode)
+            for name, mode in self.modes.items()
+            if name not in self.reasons
+        }
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        start = time.perf_counter()
+        for number in range(rounds or MOST_ROUNDS):
+            is_long_enough = time.perf_counter() - start > SECONDS_OF_ROUNDS
+            if rounds is None and number >= LEAST_ROUNDS and is_long_enough:
+                break
+            for name, call in calls.items():
+                times[name].append(seconds(call, device))
+        costs = {}
+        for name, call in calls.items():
+            distances = self.distances[name]
+            passes = math.nan
+            if operations_of_pass:
+                passes = flops(call) / operations_of_pass
+            costs[name] = ModeCost(
+                cosine=fmean(distance.cosine for distance in distances),
+                relative_error=_root_mean_square([d.relative_error for d in distances]),
+                noise_to_signal=_root_mean_square([d.noise_to_signal for d in distances]),
+                passes=passes,
+                seconds=min(times[name]),
+                peak_bytes=peak_bytes(call, device),
+                length=fmean(distance.length for distance in distances),
+                by_point=tuple(distances),
+            )
+        return costs
+
+    def _student_pass(self, batch: Any) -> None:
+        """Take one forward pass of a copy of the student on an inner batch."""
+        problem = self.trainer.problem
+        with torch.no_grad(), replayed(RandomState.now(self.trainer.device)):
+            if enters_input(problem):
+                teacher: Any = copy.deepcopy(self.trainer.teacher)
+                signal = problem.signal(teacher, batch, None, generator=None)
+                inputs = problem.student_input(batch, signal)  # type: ignore[call-arg]
+            else:
+                inputs = problem.student_input(batch)
+            copy.deepcopy(self.trainer.student)(inputs)
+
+
+def _batches(
+    trainer: BilevelTrainer, labeled: Any, unlabeled: Any, *, stop: int
+) -> Generator[Batches, None, None]:
+    """Yield the outer and the inner batch of each step; several inner ones are a look-ahead."""
+    is_one_outer_batch = is_whole(labeled)
+    is_one_inner_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
+    inner_in_step = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
+    outer_feed = feed(
+        [labeled] if is_one_outer_batch else labeled,
+        name="labeled",
+        stop=stop,
+        device=trainer.device,
+    )
+    inner_feed = feed(
+        [unlabeled] if is_one_inner_batch else unlabeled,
+        name="unlabeled",
+        stop=stop * inner_in_step,
+        device=trainer.device,
+    )
+    with closing(outer_feed), closing(inner_feed):
+        for _ in range(stop):
+            inner = [inner_feed.next() for _ in range(inner_in_step)]
+            yield outer_feed.next(), inner[0] if inner_in_step == 1 else Lookahead(inner)
+
+
+def _distance(gradients: Tensor, exact_gradient: Tensor, *, factor: int) -> ModeDistance:
+    """Return how far gradients (draws, weights) are from the exact one.
+
+    ``factor`` is what they were multiplied by; the length is that of the gradients without it.
+    """
+    mean = gradients.mean(0)
+    exact_norm = exact_gradient.norm().clamp_min(1e-300)
+    # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
+    degrees_of_freedom = max(1, len(gradients) - 1)
+    spread = ((gradients - mean).square().sum() / degrees_of_freedom).sqrt()
+    cosine = torch.nn.functional.cosine_similarity(mean, exact_gradient, dim=0)
+    return ModeDistance(
+        cosine=float(cosine),
+        relative_error=float((mean - exact_gradient).norm() / exact_norm),
+        noise_to_signal=float(spread / exact_norm),
+        length=float(mean.norm() / factor / exact_norm),
     )
 
 
 def _mode_of(figures: dict[str, Any]) -> ModeCost | str:
-    """Return a mode as :class:`Ablation` holds it, from what its JSON holds."""
+    """Return a mode as an :class:`Ablation` has it, from what its JSON has."""
     if "reason" in figures:
         return str(figures["reason"])
-    by_point = tuple(
-        ModeDistance(**_with_nan(distance)) for distance in figures.get("by_point", ())
-    )
-    return ModeCost(**_with_nan(figures) | {"by_point": by_point})
+    distances = []
+    for distance in figures.get("by_point", ()):
+        distances.append(ModeDistance(**_with_nan(distance)))
+    values = _with_nan(figures)
+    values["by_point"] = tuple(distances)
+    return ModeCost(**values)
 
 
 def _with_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return figures with nan in the place of null, as which JSON has it."""
     return {name: math.nan if value is None else value for name, value in figures.items()}
 
 
@@ -464,20 +580,19 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """A refusal in full.
+    """Return a refusal in full, or the first line of another error.
 
-    Of torch's errors, which may run over many lines, the first one, which says what is wrong.
+    The errors of torch may run over many lines, and the first one says what is wrong.
     """
-    return (
-        str(error)
-        if isinstance(error, MetaplError)
-        else f"{type(error).__name__}: {reason_of(error)}"
-    )
+    if isinstance(error, MetaplError):
+        return str(error)
+    return f"{type(error).__name__}: {reason_of(error)}"
 
 
-def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
+def _exact_gradient(trainer: BilevelTrainer, batches: Batches) -> Tensor:
+    """Return the gradient of the soft step, by double backward or else by forward mode."""
     reasons = []
-    for mode in map(estimator, ("unrolled", "forward")):
+    for mode in (estimator("unrolled"), estimator("forward")):
         try:
             return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
         except CANNOT_RUN as error:
@@ -490,20 +605,22 @@ def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
 
 def _gradient(
     trainer: BilevelTrainer,
-    batches: tuple[Any, Any],
+    batches: Batches,
     mode: Estimator,
+    *,
     generator: torch.Generator | None = None,
     problem: BilevelProblem | None = None,
 ) -> Tensor:
-    """The teacher's gradient as one vector, float64.
+    """Return the teacher's gradient as one vector, float64.
 
-    Of a problem without a teacher, the gradient in its signal.
+    Without a teacher, that is the gradient in the signal.
     """
-    generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
-    found = trainer.hypergradient(*batches, mode, problem=problem, generator=generator)
-    parts = (
-        found.grads.values()
-        if trainer.teacher is not None
-        else [-h for h in pytree.tree_leaves(found.feedback)]
-    )
+    if generator is None:
+        generator = torch.Generator(trainer.device).manual_seed(0)
+    hypergradient = trainer.hypergradient(*batches, mode, problem=problem, generator=generator)
+    if trainer.teacher is not None:
+        parts = list(hypergradient.grads.values())
+    else:
+        # The feedback is minus the gradient.
+        parts = [-h for h in pytree.tree_leaves(hypergradient.feedback)]
     return torch.cat([part.flatten().double() for part in parts])

@@ -255,7 +255,7 @@ def in_memory(
             f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a "
             "list."
         )
-    rows = as_tensors(plain(source), dtype, what=f"{name} holds")
+    rows = as_tensors(plain(source), dtype, subject=f"{name} holds")
     lengths = set()
     for t in leaves_of(rows):
         if isinstance(t, Tensor):

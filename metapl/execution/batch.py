@@ -312,32 +312,31 @@ def is_array(data: Any) -> bool:
     return isinstance(data, Tensor) or hasattr(data, "__array__")
 
 
-def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
+def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
     """Return data whose arrays are tensors.
 
     Those of floating point have the type ``dtype``, and one whole number an example is int64.
     Tensors stay as they are.
 
     Args:
-        what: refuse what is no array in a text that begins with this; empty: leave it as it is.
+        subject: refuse what is no array in a text that begins with this; empty: leave it as it is.
     """
     if type(data) is dict:
-        return {name: as_tensors(value, dtype, what=what) for name, value in data.items()}
+        return {name: as_tensors(value, dtype, subject=subject) for name, value in data.items()}
     if type(data) in (tuple, list):
-        return type(data)(as_tensors(value, dtype, what=what) for value in data)
+        return type(data)(as_tensors(value, dtype, subject=subject) for value in data)
     if is_record(data):
         values = {name: as_tensors(value, dtype) for name, value in fields_of(data).items()}
         return with_fields_of(data, values)
     if is_named_tuple(data) and not isinstance(data, PackedSequence):
-        return type(data)(*(as_tensors(value, dtype, what=what) for value in data))
-    if isinstance(data, Tensor) or not (what or is_array(data)):
+        return type(data)(*(as_tensors(value, dtype, subject=subject) for value in data))
+    if isinstance(data, Tensor) or not (subject or is_array(data)):
         return data
     array = np.asarray(data)
     # Booleans, whole numbers with a sign or without, and numbers of floating point.
     if array.dtype.kind not in "biuf":
-        raise MetaplError(
-            f"{what or 'the data hold'} of {type(data).__name__} ({array.dtype}); expected numbers."
-        )
+        subject = subject or "the data hold"
+        raise MetaplError(f"{subject} of {type(data).__name__} ({array.dtype}); expected numbers.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():

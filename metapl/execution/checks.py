@@ -104,11 +104,11 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def generator_of(generator: torch.Generator | None, device: torch.device, what: str) -> None:
+def generator_of(generator: torch.Generator | None, device: torch.device, subject: str) -> None:
     """Refuse a generator of another device than the one on which it is to draw.
 
     Args:
-        what: whose device that is, for the error, such as "the networks are on".
+        subject: whose device that is, for the error, such as "the networks are on".
     """
     if generator is None:
         return
@@ -121,7 +121,7 @@ def generator_of(generator: torch.Generator | None, device: torch.device, what: 
     numbers = {generator.device.index, device.index} - {None}
     if generator.device.type != device.type or len(numbers) > 1:
         raise MetaplError(
-            f"generator is on {generator.device}, and {what} {device}; expected "
+            f"generator is on {generator.device}, and {subject} {device}; expected "
             f"torch.Generator({str(device)!r}), or none."
         )
 
@@ -141,11 +141,11 @@ def tensor_in(outputs: Any) -> Tensor | None:
     return outputs if isinstance(outputs, Tensor) else None
 
 
-def logits(outputs: Any, who: str) -> Tensor:
+def logits(outputs: Any, role: str) -> Tensor:
     """Return the outputs of a network; refuse what is no plain tensor of real numbers.
 
     Args:
-        who: whose outputs they are, for the error.
+        role: of the network, for the error.
     """
     is_sharded = hasattr(outputs, "device_mesh")
     # The type is asked first, since nearly all outputs are plain.
@@ -159,21 +159,21 @@ def logits(outputs: Any, who: str) -> Tensor:
         mend = "torch.view_as_real of it, or its abs()"
     elif tensor_in(outputs) is not None:
         mend = (
-            f"give metapl.models.Logits({who}), which takes the first tensor in it, or its logits"
+            f"give metapl.models.Logits({role}), which takes the first tensor in it, or its logits"
         )
     else:
-        mend = f"return one from the {who}'s forward"
-    given = described(outputs)
+        mend = f"return one from the {role}'s forward"
     raise MetaplError(
-        f"the {who} returned {given}; expected a plain tensor of real numbers: {mend}."
+        f"the {role} returned {described(outputs)}; expected a plain tensor of real numbers: "
+        f"{mend}."
     )
 
 
-def class_outputs(outputs: Tensor, who: str) -> None:
+def class_outputs(outputs: Tensor, role: str) -> None:
     """Refuse outputs that are no logits of two or more classes."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
-            f"the {who}'s outputs are {described(outputs)}; expected logits (batch, classes), two "
+            f"the {role}'s outputs are {described(outputs)}; expected logits (batch, classes), two "
             "or more."
         )
 
@@ -184,24 +184,26 @@ def finite(logits_NC: Tensor) -> None:
         raise MetaplError("the logits of some examples are not finite; the model diverged.")
 
 
-def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> Tensor:
+def class_labels(
+    labels: Any, classes: int, subject: str = "the labels", reason: str = ""
+) -> Tensor:
     """Return labels as :func:`safe_labels`; refuse what is not integers in [0, classes).
 
     Args:
-        what: whose labels they are, for the error.
-        why: where the number of classes comes from, for the error.
+        subject: whose labels they are, for the error.
+        reason: where the number of classes comes from, for the error.
     """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
-            f"{what} are {described(labels)}; expected int64, one class index per example, "
+            f"{subject} are {described(labels)}; expected int64, one class index per example, "
             "(batch,)."
         )
     if labels.numel() and not transformed():
         low, high = labels.aminmax()
         # On a device the two are not read here, and the check is kept for the report.
         if waits(labels) or int(low) < 0 or int(high) >= classes:
-            why = why or f"the networks have {classes} classes"
-            text = f"{what} reach outside 0..{classes - 1}; {why}: expected 0..{classes - 1}."
+            reason = reason or f"the networks have {classes} classes"
+            text = f"{subject} reach outside 0..{classes - 1}; {reason}: expected 0..{classes - 1}."
             refuse((low < 0) | (high >= classes), text)
     return safe_labels(labels, classes)
 
@@ -230,7 +232,7 @@ def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
         )
 
 
-def learns(loss: Tensor, who: str) -> None:
+def learns(loss: Tensor, role: str) -> None:
     """Refuse a loss without a gradient, except a constant 0, such as UDA before its start."""
     if not loss.requires_grad:
-        refuse(loss != 0, f"the {who}'s loss {NO_GRADIENT}")
+        refuse(loss != 0, f"the {role}'s loss {NO_GRADIENT}")

@@ -95,40 +95,41 @@ def coarsest_dtype(dtypes: Iterable[torch.dtype], device: torch.device) -> torch
 
 
 def check_same_outputs(
-    again: Tensor,
+    outputs: Tensor,
     first: Tensor,
     tolerance: float,
-    who: str = "student",
+    role: str = "student",
     ranks: Ranks = ALONE,
     moved: Tensor | None = None,
 ) -> None:
     """Flag, on all ranks, a replay whose outputs are not those of the pass that it replays.
 
     Args:
-        again: the outputs of the replay, (B, ...), or the labels that it has drawn.
-        first: those of the pass.
+        outputs: those of the replay, (B, ...), or the labels that it has drawn.
+        first: the outputs of the pass.
         tolerance: the norm of their difference, relative to their norms.
-        who: whose pass it is, for errors.
-        moved: where ``again`` is a mean over passes at other weights, the outputs of one of these.
+        role: of the network, for errors.
+        moved: where ``outputs`` are a mean over passes at other weights, those of one of these.
     """
-    if ranks.alone and not checks.waits(first) and torch.equal(again, first):
+    if ranks.alone and not checks.waits(first) and torch.equal(outputs, first):
         return
     if not first.is_floating_point():
         checks.refuse(
-            (again != first).any(),
-            f"the {who} drew other labels when its pass was repeated: {CAUSES}",
+            (outputs != first).any(),
+            f"the {role} drew other labels when its pass was repeated: {CAUSES}",
         )
         return
-    gap = ranks.norm(again - first)
+    gap = ranks.norm(outputs - first)
     size = ranks.norm(first)
-    size_again = ranks.norm(again if moved is None else moved)
+    other_size = ranks.norm(outputs if moved is None else moved)
     checks.refuse(
-        gap.isnan(), f"the {who}'s outputs are NaN or infinite: its inputs are, or it has diverged."
+        gap.isnan(),
+        f"the {role}'s outputs are NaN or infinite: its inputs are, or it has diverged.",
     )
     # The negation of a comparison, so that NaN is flagged.
     checks.refuse(
-        ~(gap <= tolerance * (size + size_again)),
-        f"the {who} returns other outputs when its pass is repeated with the same batch, weights, "
+        ~(gap <= tolerance * (size + other_size)),
+        f"the {role} returns other outputs when its pass is repeated with the same batch, weights, "
         f"buffers and random numbers, so the feedback would be wrong. Likely causes: {CAUSES}.",
     )
 

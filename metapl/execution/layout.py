@@ -193,7 +193,9 @@ class Layout:
                     statistics[f"{number}.{kind}"] = t
         for name, mean in self.ranks.mean_tree(statistics, statistics).items():
             statistics[name].copy_(mean)
-        of_norms = {id(t) for norm in norms for t in norm._buffers.values()}
+        of_norms: set[int] = set()
+        for norm in norms:
+            of_norms.update(map(id, norm._buffers.values()))
         others = [t for t in self.network.buffers() if id(t) not in of_norms]
         if others:
             first_rank = 0
@@ -239,18 +241,18 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
         path: of the wrapper, inside the network.
     """
     where = f" at {path!r}" if path else ""
-    given = f"the {name} has a {wrapper}{where}, in which no pass runs at other weights"
     if wrapper == "DataParallel":
-        return (
-            f"{given}; expected the plain module inside, .module, or DistributedDataParallel "
-            "around the whole network."
+        expected = (
+            "the plain module inside, .module, or DistributedDataParallel around the whole network"
         )
-    if wrapper == "ScriptModule":
-        return (
-            f"{given}; expected the module that it was made from, before torch.jit.script or "
-            "torch.jit.trace."
-        )
-    return f"{given}; expected it around the whole network, or none."
+    elif wrapper == "ScriptModule":
+        expected = "the module that it was made from, before torch.jit.script or torch.jit.trace"
+    else:
+        expected = "it around the whole network, or none"
+    return (
+        f"the {name} has a {wrapper}{where}, in which no pass runs at other weights; expected "
+        f"{expected}."
+    )
 
 
 def layouts(
@@ -295,8 +297,10 @@ def _refuse_untrainable(name: str, layout: Layout) -> None:
                 f"has: run it once on a batch, {name}(x), before its optimizer is made."
             )
         if t.is_inference():
-            given = f"the {name}'s {path} is of inference_mode()"
-            raise MetaplError(f"{given}; expected one that a pass can be differentiated in.")
+            raise MetaplError(
+                f"the {name}'s {path} is of inference_mode(); expected one that a pass can be "
+                "differentiated in."
+            )
     if not trainable(layout.network):
         raise MetaplError(
             f"the {name} has no parameter with requires_grad=True; expected one that can learn."
@@ -328,9 +332,9 @@ def _beside_student(of_teacher: Layout, of_student: Layout) -> Layout:
         teacher_ranks = replace(of_teacher.ranks, rank=ranks.rank, copies=ranks.copies)
         return replace(of_teacher, ranks=teacher_ranks)
     if not have_same_processes or of_teacher.product_ranks != of_student.product_ranks:
-        given = f"the teacher is {of_teacher.description}, the student {of_student.description}"
         raise MetaplError(
-            f"{given}; expected both alike, or a teacher that is not cut: shard(teacher, "
+            f"the teacher is {of_teacher.description}, the student {of_student.description}; "
+            "expected both alike, or a teacher that is not cut: shard(teacher, "
             "Mesh(replicate=...))."
         )
     return of_teacher
@@ -375,9 +379,9 @@ def _sharded(name: str, network: nn.Module) -> Layout:
         if is_sharded(p) or not blocks:
             parameters[path] = p
         elif p.requires_grad:
-            given = f"the {name}'s {path} is left out of fully_shard (ignored_params)"
             raise MetaplError(
-                f"{given}; expected every parameter with requires_grad=True to be sharded."
+                f"the {name}'s {path} is left out of fully_shard (ignored_params); expected every "
+                "parameter with requires_grad=True to be sharded."
             )
 
     # The mesh of all processes over which some parameters are laid out.

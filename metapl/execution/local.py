@@ -147,7 +147,7 @@ class LocalStudent:
         gradient: bool = False,
         state: State | None = None,
         look: GraphLook | None = None,
-        whole: Any = None,
+        whole_batch: Any = None,
     ) -> tuple[Tensor, Tree]:
         """Return Σ sum / Σ weight of a loss over batches, of all ranks, and its gradient.
 
@@ -159,13 +159,13 @@ class LocalStudent:
                 reaches. Without it the tree is empty.
             state: whose buffers the student has; None: as now.
             look: is shown the graph of the loss.
-            whole: the batch that the micro-batches are of, where a scalar loss of it may be another
-                function of the rows than the mean over micro-batches. The loss is then taken once,
-                of all rows.
+            whole_batch: the batch that the micro-batches are of, where a scalar loss of it may be
+                another function of the rows than the mean over micro-batches. The loss is then
+                taken once, of all rows.
 
-        Cost: one pass on each micro-batch, with its backward pass for the gradient. For ``whole``
-        and a gradient one more forward pass on each, and the outputs of all rows in memory. A loss
-        that returns (sum, weight) costs neither.
+        Cost: one pass on each micro-batch, with its backward pass for the gradient. For a
+        ``whole_batch`` and a gradient one more forward pass on each, and the outputs of all rows in
+        memory. A loss that returns (sum, weight) costs neither.
         """
         # The weights require a gradient also where none is taken: a forward may ask.
         leaves = self.as_leaves(params)
@@ -189,9 +189,9 @@ class LocalStudent:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
                 is_mean = not isinstance(weight, Tensor)
-                if whole is not None and is_mean and not values:
+                if whole_batch is not None and is_mean and not values:
                     rows = self._all_rows(outputs.detach(), others=batches[1:])
-                    value, weight = judge(rows.outputs, whole)
+                    value, weight = judge(rows.outputs, whole_batch)
                     values.append((value.detach(), weight))
                     if gradient and value.requires_grad:
                         self._differentiate(value, rows, leaves=leaves)
@@ -598,13 +598,17 @@ class Pass:
 
     def _checked(self, outputs: Tensor) -> Tensor:
         """Return the outputs of a replay, which have to be those of this pass."""
-        again = outputs.detach()
-        first = self.outputs
+        new_outputs = outputs.detach()
+        first_outputs = self.outputs
         if self._output_sample is not None:
-            again = _sample(again)
-            first = self._output_sample
-        tolerance = EXACTLY[self.rounded_to].outputs
-        check_same_outputs(again, first, tolerance=tolerance, ranks=self.student.ranks)
+            new_outputs = _sample(new_outputs)
+            first_outputs = self._output_sample
+        check_same_outputs(
+            new_outputs,
+            first_outputs,
+            tolerance=EXACTLY[self.rounded_to].outputs,
+            ranks=self.student.ranks,
+        )
         return outputs
 
     def tangent(self, w: Tree) -> Tensor:

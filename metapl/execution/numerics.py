@@ -177,13 +177,13 @@ def full_float32(device: torch.device) -> Iterator[None]:
     switches: list[Any] = []
     if reduced_float32(device):
         switches = _SWITCHES[device.type]
-    before = [switch.fp32_precision for switch in switches]
+    precisions = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
         yield
     finally:
-        for switch, precision in zip(switches, before, strict=True):
+        for switch, precision in zip(switches, precisions, strict=True):
             switch.fp32_precision = precision
 
 

@@ -137,7 +137,8 @@ class Ranks:
         """Return this rank's rows of those of all ranks."""
         if self.alone:
             return rows
-        return rows.chunk(self.size)[self.rank]
+        shares: tuple[Tensor, ...] = rows.chunk(self.size)
+        return shares[self.rank]
 
     def norm(self, t: Tensor) -> Tensor:
         """Return the norm of a tensor of which each rank holds some rows, a scalar."""
@@ -146,18 +147,18 @@ class Ranks:
             return own_norm
         return self.sum(own_norm.square()).sqrt()
 
-    def equal(self, count: int, what: str) -> None:
+    def equal(self, count: int, subject: str) -> None:
         """Refuse, on every rank, numbers of rows that differ between ranks.
 
         Their exchanges would never end.
 
         Args:
-            what: whose rows they are, for the error.
+            subject: whose rows they are, for the error.
         """
         most, least = self.greatest(torch.tensor([count, -count], device=self.device))
         checks.refuse(
             most != -least,
-            f"the shares of {what} are unequal; expected as many rows on every rank.",
+            f"the shares of {subject} are unequal; expected as many rows on every rank.",
         )
 
     def gathered(self, value: Any) -> list[Any]:
@@ -169,11 +170,11 @@ class Ranks:
             values = [value for of_member in of_members for value in of_member]
         return values
 
-    def any(self, here: bool) -> bool:
+    def any(self, is_so: bool) -> bool:
         """Return whether something is so on any rank; the host waits for the answer."""
         if self.alone:
-            return here
-        count = self.sum(torch.tensor(float(here), device=self.device))
+            return is_so
+        count = self.sum(torch.tensor(float(is_so), device=self.device))
         return bool(count > 0)
 
     @contextmanager

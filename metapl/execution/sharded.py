@@ -92,7 +92,7 @@ class ShardedStudent(LocalStudent):
         gradient: bool = False,
         state: State | None = None,
         look: GraphLook | None = None,
-        whole: Any = None,
+        whole_batch: Any = None,
     ) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
             return super().loss(
@@ -103,7 +103,7 @@ class ShardedStudent(LocalStudent):
                 gradient=gradient,
                 state=state,
                 look=look,
-                whole=whole,
+                whole_batch=whole_batch,
             )
 
     def gradient(
@@ -133,12 +133,9 @@ class ShardedStudent(LocalStudent):
         if upcast:
             narrow = [dtype for dtype in self.dtypes if dtype in HALF]
             if narrow:
-                given = (
-                    f"the student has weights or a policy of {narrow[0]}, in which a difference of "
-                    "outputs is noise"
-                )
                 raise MetaplError(
-                    f"{given}; expected mode='forward', or precision='bfloat16' without "
+                    f"the student has weights or a policy of {narrow[0]}, in which a difference of "
+                    "outputs is noise; expected mode='forward', or precision='bfloat16' without "
                     "param_dtype."
                 )
         formulas = self.slots.in_formulas()
@@ -314,16 +311,16 @@ def _running_as(forwards: Mapping[Any, ForwardMethod]) -> Iterator[None]:
 
     They run when a module has gathered its weights.
     """
-    before = {module: vars(module).get("forward") for module in forwards}
+    own_forwards = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, forward_before in before.items():
+        for module, own_forward in own_forwards.items():
             vars(module).pop("forward", None)
-            if forward_before is not None:
-                module.forward = forward_before
+            if own_forward is not None:
+                module.forward = own_forward
 
 
 def _with_duals(forward: ForwardMethod, places: list[_WeightPlace], w: Tree) -> ForwardMethod:

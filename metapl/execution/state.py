@@ -202,12 +202,12 @@ def branching_to(state: RandomState) -> Iterator[None]:
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:
     """Draw from ``state`` in this block; afterwards the generators are as they were before."""
-    before = RandomState.now(state.device, state.generator, outside=state.is_whole)
+    caller_state = RandomState.now(state.device, state.generator, outside=state.is_whole)
     state.restore()
     try:
         yield
     finally:
-        before.restore()
+        caller_state.restore()
 
 
 # ------------------------------------------------------------------------------ tables and tensors
@@ -469,7 +469,7 @@ class State:
             What the tables held before, and slots with copies of the frozen parameters.
         """
         tables = self.tables()
-        before = [(table, dict(table)) for table, _ in tables]
+        contents_before = [(table, dict(table)) for table, _ in tables]
         copies: dict[int, Any] = {}
         for key, value in self._values.items():
             copies[key] = wide(value.clone()) if upcast else value.clone()
@@ -479,7 +479,7 @@ class State:
                 # A buffer without a value yet has no copy either.
                 table[name] = copies.get(id(t))
         frozen = [(table, name, stand_in(copies[id(p)], p)) for table, name, p in self._frozen]
-        return before, frozen
+        return contents_before, frozen
 
     def restore(self) -> None:
         """Put the tensors back into the tables, and their values into them."""
@@ -516,20 +516,20 @@ def replay(
         slots: what else it holds, such as other weights.
         upcast: have the copies in float32 or wider.
     """
-    drawn = RandomState.now(start.device, start.generator, outside=start.is_whole)
+    caller_state = RandomState.now(start.device, start.generator, outside=start.is_whole)
     start.restore()
     snapshot = state if isinstance(state, State) else state.snapshot(copies=False)
-    contents: list[tuple[Table, Table]] = []
+    contents_before: list[tuple[Table, Table]] = []
     if not snapshot.is_empty():
-        contents, frozen = snapshot.put_copies(upcast=upcast)
+        contents_before, frozen = snapshot.put_copies(upcast=upcast)
         slots = [*slots, *frozen]
-    before = put(slots)
+    held_before = put(slots)
     try:
         yield
     finally:
-        put_back(slots, before)
-        put_contents(contents)
-        drawn.restore()
+        put_back(slots, held_before)
+        put_contents(contents_before)
+        caller_state.restore()
 
 
 def stand_in(t: Tensor, original: Tensor) -> Tensor:
@@ -558,24 +558,24 @@ def swapped(slots: Sequence[Slot]) -> Iterator[None]:
 
     A backward pass belongs into the block, since checkpoints run the module in it.
     """
-    before = put(slots)
+    held_before = put(slots)
     try:
         yield
     finally:
-        put_back(slots, before)
+        put_back(slots, held_before)
 
 
 def put(slots: Sequence[Slot]) -> list[Any]:
     """Put tensors into their places, and return what the places held."""
-    before = [table.get(name, _ABSENT) for table, name, _ in slots]
+    held_before = [table.get(name, _ABSENT) for table, name, _ in slots]
     for table, name, t in slots:
         table[name] = t
-    return before
+    return held_before
 
 
-def put_back(slots: Sequence[Slot], before: Sequence[Any]) -> None:
+def put_back(slots: Sequence[Slot], held_before: Sequence[Any]) -> None:
     """Put back what the places of these slots held, as :func:`put` returned it."""
-    for (table, name, _), t in zip(slots, before, strict=True):
+    for (table, name, _), t in zip(slots, held_before, strict=True):
         if t is _ABSENT:
             del table[name]
         else:

@@ -84,8 +84,9 @@ class Formula(NamedTuple):
 def formulas_of(part: nn.Module) -> list[Formula]:
     """Return the places in a part of a network, and in its hooks, that lead to a weight norm."""
     formulas: list[Formula] = []
-    for name, child in part._modules.items():
-        if isinstance(child, _Parametrization):
+    children: dict[str, Any] = part._modules
+    for name, child in children.items():
+        if type(child) is _Parametrization:
             formulas.append(Formula(part, name, stand_in=Composite(child.dim)))
     for hook in part._forward_pre_hooks.values():
         if type(hook) is WeightNorm:

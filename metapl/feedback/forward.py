@@ -179,7 +179,7 @@ class Forward(Estimator):
 
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         # From the last step to the first.
-        feedback = list[Feedback]()
+        feedback: list[Feedback] = []
         for step, w, gradients in path.adjoints(credited, self.truncate):
             if gradients is None:
                 # The earliest step has no Hessian product, with which they would have come.

@@ -343,13 +343,13 @@ class Differentiation:
         teaching = Teaching(
             self.of_teacher,
             self.problem,
-            estimate,
-            request.generator,
-            ranks,
-            self.device,
-            self.inner_batches,
-            request.accumulate,
-            request.recompute_teacher,
+            mode=estimate,
+            generator=request.generator,
+            ranks=ranks,
+            device=self.device,
+            inner_batches=self.inner_batches,
+            accumulate=request.accumulate,
+            recompute=request.recompute_teacher,
         )
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
@@ -375,11 +375,11 @@ class Differentiation:
                 path = take_steps(
                     student,
                     self.update,
-                    self.problem,
-                    judged,
-                    self.inner_batches,
-                    teaching,
-                    parts=request.accumulate,
+                    problem=self.problem,
+                    outer_batch=judged,
+                    inner_batches=self.inner_batches,
+                    teach=teaching,
+                    accumulate=request.accumulate,
                     keep_graph=estimate.keep_graph,
                     order=order,
                     credits="example" if estimate.credits == "example" else "signal",
@@ -387,7 +387,7 @@ class Differentiation:
                     keep=estimate.keeping,
                     updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],
-                    outer=outer_losses,
+                    step_losses=outer_losses,
                     replays=replays,
                     progress=tell,
                 )
@@ -400,7 +400,9 @@ class Differentiation:
             grads = teaching.gradient(path, feedback) if "teacher" in self.wrt else {}
             if direct:
                 grads = {name: g + direct[name] for name, g in grads.items()}
-            settings = stacked_settings(path.in_settings[::-1], self.settings, self.update.options)
+            settings = stacked_settings(
+                path.setting_gradients[::-1], self.settings, self.update.options
+            )
             h = tuple(
                 of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)
             )

@@ -9,8 +9,8 @@ signal about it:
 and is then judged by L(θ_{K+1}). The adjoint runs backwards, from v = ∇L and no cotangent of the
 state:
 
-.. math:: (w_k, \bar\theta_k, \bar s_k) = \Big(\frac{\partial U}{\partial (g, \theta, s)}\Big)^{\!\top}
-          (\lambda_{k+1}, \bar s_{k+1}), \qquad
+.. math:: (w_k, \bar\theta_k, \bar s_k) =
+          \Big(\frac{\partial U}{\partial (g, \theta, s)}\Big)^{\!\top} (\lambda_{k+1}, \bar s_{k+1}), \qquad
           \lambda_k = \bar\theta_k + \frac{\partial^2 \ell_k}{\partial\theta^2} w_k
 
 The feedback on signal_k needs only w_k (see :mod:`metapl.feedback.forward`). With K = 1 it is
@@ -82,34 +82,57 @@ class Move:
 
 
 class SignalInput:
-    """The student's input in a micro-batch where the signal enters it, and the graph from the
-    signal to the input, by which a derivative in the input goes on to the signal; so the input is
-    computed once, and may draw noise. ``in_graph``: it is computed from the signal's own tensors;
-    else from leaves in their places."""
+    """The student's input in a micro-batch where the signal enters it.
 
-    def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
-        floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
-        self.fields = floating if in_graph else as_leaves(floating)
-        self.graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
+    It keeps the graph from the signal to the input, by which a derivative in the input goes on to
+    the signal. So the input is computed once, and may draw noise.
+
+    Args:
+        in_graph: compute the input from the signal's own tensors; else from leaves in their places.
+
+    Attributes:
+        fields: the floating-point fields of the signal that the input is computed from.
+        inputs: the student's input; without a graph unless ``in_graph``.
+    """
+
+    def __init__(self, problem: Problem, batch: Any, signal: Signal, *, in_graph: bool) -> None:
+        fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
+        self.fields = fields if in_graph else as_leaves(fields)
+        self._input_with_graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
         self._entering = [
-            t for t in leaves_of(self.graph) if isinstance(t, Tensor) and t.requires_grad
+            t
+            for t in leaves_of(self._input_with_graph)
+            if isinstance(t, Tensor) and t.requires_grad
         ]
-        self.inputs = self.graph if in_graph else map_tensors(Tensor.detach, self.graph)
+        self.inputs = self._input_with_graph
+        if not in_graph:
+            self.inputs = map_tensors(Tensor.detach, self._input_with_graph)
 
     def as_leaves(self) -> tuple[list[Tensor], Any]:
-        """The tensors of the input that depend on the signal, as leaves, and the input with these in their places."""
+        """Return the tensors of the input that depend on the signal, as leaves.
+
+        And the input with these leaves in their places.
+        """
         leaves = [t.detach().requires_grad_() for t in self._entering]
-        places = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
-        return leaves, map_tensors(lambda t: places.get(id(t), t), self.graph)
+        leaf_of = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
+        return leaves, map_tensors(lambda t: leaf_of.get(id(t), t), self._input_with_graph)
 
     def in_fields(self, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-        """Derivatives in the leaves of :meth:`as_leaves`, as derivatives in the fields."""
-        pairs = [(t, c) for t, c in zip(self._entering, cotangents, strict=True) if c is not None]
-        if not pairs:
+        """Return derivatives in the leaves of :meth:`as_leaves` as derivatives in the fields."""
+        reached: list[Tensor] = []
+        cotangents_of_reached: list[Tensor] = []
+        for t, cotangent in zip(self._entering, cotangents, strict=True):
+            if cotangent is not None:
+                reached.append(t)
+                cotangents_of_reached.append(cotangent)
+        if not reached:
             return dict.fromkeys(self.fields)
-        tensors, given = zip(*pairs, strict=True)
         grads = torch.autograd.grad(
-            tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True
+            reached,
+            list(self.fields.values()),
+            cotangents_of_reached,
+            retain_graph=True,
+            allow_unused=True,
         )
         return dict(zip(self.fields, grads, strict=True))
 
@@ -123,89 +146,107 @@ def inner_loss(
     outputs: Tensor,
     params: Tree,
 ) -> Tensor:
-    """The mean of factor_i ℓ_i, (B,).
+    """Return the mean of factor_i ℓ_i, where ℓ is (B,), a scalar.
 
-    ``readable``: this process holds the weights whole, and a loss may read them.
+    Args:
+        readable: whether this process holds the weights whole, so that a loss may read them.
+        factors: (B,); None: 1 each.
     """
     losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
     if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-        given = checks.described(losses)
         raise MetaplError(
-            f"inner_loss returned {given}; expected one loss per example, ({len(outputs)},)."
+            f"inner_loss returned {checks.described(losses)}; expected one loss per example, "
+            f"({len(outputs)},)."
         )
     return losses.mean() if factors is None else (factors * losses).mean()
 
 
 @dataclass(eq=False)
 class InnerStep:
-    """One step of the student, with the operations that estimators need."""
+    """One step of the student, with the operations that estimators need.
+
+    Args:
+        problem: the inner loss.
+        update: U.
+        passes: S(x; θ) on each micro-batch.
+        inner_batch: x, or (weak, strong), ...
+        signal: the teacher's, without its graph.
+        inner_loss: the mean of ℓ_i, a scalar.
+        grads: g, with a graph if the path keeps it; empty if the step was forgotten.
+        state: the optimizer's, before the step.
+        signal_inputs: of each micro-batch, where the signal enters the student's input.
+        by_optimizer: whether θ′ is that of the optimizer's own step, since the roundings of several
+            steps grow.
+        digest: of the batch, where it may be dropped and read again.
+        order: how ⟨g, w⟩ is differentiated where no Hessian product is needed; None: by tangent.
+
+    Attributes:
+        student: whose step it is.
+        params: θ.
+        space: products and norms over all processes that hold parts of the weights.
+    """
 
     problem: Problem
-    update: Update  # U
-    passes: Sequence[Pass]  # S(x; θ) on each micro-batch
-    inner_batch: Any  # x, or (weak, strong), ...
-    signal: Signal  # the teacher's, without its graph
-    inner_loss: Tensor  # the mean of ℓ_i, a scalar
-    grads: Tree  # g, with a graph if the path keeps it; empty if the step was forgotten
-    state: Any  # the optimizer's, before the step
-    signal_inputs: Sequence[
-        SignalInput
-    ] = ()  # of each micro-batch, where the signal enters the student's input
-    by_optimizer: bool = (
-        False  # whether θ′ is that of the optimizer's own step: the roundings of several steps grow
-    )
-    digest: Tensor | None = None  # of the batch, where it may be dropped and read again
-    order: Order | None = (
-        None  # how ⟨g, w⟩ is differentiated where no Hessian product is needed; None: by tangent
-    )
+    update: Update
+    passes: Sequence[Pass]
+    inner_batch: Any
+    signal: Signal
+    inner_loss: Tensor
+    grads: Tree
+    state: Any
+    signal_inputs: Sequence[SignalInput] = ()
+    by_optimizer: bool = False
+    digest: Tensor | None = None
+    order: Order | None = None
     student: LocalStudent = field(init=False)
     params: Tree = field(init=False)
     space: Space = field(init=False)
 
     def __post_init__(self) -> None:
-        self.student, self.params = (
-            self.passes[0].student,
-            self.passes[0].params,
-        )  # whose step, and θ
-        self.space = (
-            self.student.space
-        )  # products and norms over all processes that hold parts of the weights
+        self.student = self.passes[0].student
+        self.params = self.passes[0].params
+        self.space = self.student.space
 
-    def forgotten(self, batch_too: bool = False) -> InnerStep:
-        """The step without what :meth:`recomputed` has again.
+    def forgotten(self, *, batch_too: bool = False) -> InnerStep:
+        """Return the step without what :meth:`recomputed` has again.
 
-        θ, g, s and, unless the signal enters it, the batch.
+        That is θ, g, s and, with ``batch_too`` and unless the signal enters it, the batch.
         """
         batch_too = batch_too and not self.signal_inputs
-        for part in self.passes:
-            part.forget(batch_too)
-        return replace(
-            self, grads={}, state=None, inner_batch=None if batch_too else self.inner_batch
-        )
+        for inner_pass in self.passes:
+            inner_pass.forget(batch_too)
+        inner_batch = None if batch_too else self.inner_batch
+        return replace(self, grads={}, state=None, inner_batch=inner_batch)
 
     def recomputed(self, params: Tree, state: Any, inner_batch: Any = None) -> InnerStep:
-        """A forgotten step with θ, g, s and its batch.
+        """Return a forgotten step with θ, g, s and its batch.
+
+        Args:
+            inner_batch: the batch; None: it was not forgotten.
 
         Cost: a forward and a backward pass of the student.
         """
         step = self if inner_batch is None else replace(self, inner_batch=inner_batch)
-        for part, x in (
-            zip(step.passes, step.micro_batches, strict=True) if self.inner_batch is None else ()
-        ):
-            part.inputs = step.problem.student_input(x)
-        grads = [
-            part.recompute_gradient(params, step._loss(signal, x))
-            for part, signal, x in step.parts()
-        ]
-        return replace(step, grads=mean_tree(grads), state=state)
+        if self.inner_batch is None:
+            for inner_pass, batch in zip(step.passes, step.micro_batches, strict=True):
+                inner_pass.inputs = step.problem.student_input(batch)
+        gradients = []
+        for inner_pass, signal, batch in step.parts():
+            loss = step._loss(signal, batch)
+            gradients.append(inner_pass.recompute_gradient(params, loss))
+        return replace(step, grads=mean_tree(gradients), state=state)
 
     def with_signal(self, signal: Signal) -> InnerStep:
-        """The same step on another signal; cost: a forward and a backward pass of the student."""
+        """Return the same step on another signal.
+
+        Cost: a forward and a backward pass of the student.
+        """
         step = replace(self, signal=signal, grads={}).recomputed(self.params, self.state)
         losses = []
-        for part, of_part, x in step.parts():
-            with part.drawing_as_loss():
-                losses.append(self._loss(of_part, x)(part.outputs, self.params))
+        for inner_pass, signal_of_part, batch in step.parts():
+            with inner_pass.drawing_as_loss():
+                loss = self._loss(signal_of_part, batch)
+                losses.append(loss(inner_pass.outputs, self.params))
         return replace(step, inner_loss=mean_of(losses))
 
     @property
@@ -221,178 +262,208 @@ class InnerStep:
     @property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
-        return (
-            self.passes[0].outputs
-            if len(self.passes) == 1
-            else joined([part.outputs for part in self.passes])
-        )
+        if len(self.passes) == 1:
+            return self.passes[0].outputs
+        return joined([inner_pass.outputs for inner_pass in self.passes])
 
     def has_rows(self, name: str) -> bool:
-        """Whether a field of the signal has a row for each example.
+        """Return whether a field of the signal has a row for each example.
 
-        Log_prob has where all of the value has.
+        The field ``log_prob`` has, where all of the value has.
         """
-        by_field = has_rows(
-            self.problem, self.signal, sum(len(part.outputs) for part in self.passes)
-        )
+        rows = sum(len(inner_pass.outputs) for inner_pass in self.passes)
+        by_field = has_rows(self.problem, self.signal, rows)
         return by_field.get(name, all(by_field.values()))
 
     @property
     def gradient(self) -> Tree:
         """g, without a graph."""
-        return (
-            {name: g.detach() for name, g in self.grads.items()}
-            if self.student.double_backward
-            else self.grads
-        )
+        if not self.student.double_backward:
+            return self.grads
+        return {name: g.detach() for name, g in self.grads.items()}
 
     @cached_property
     def updated(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
-        given, graph = (self.params, self.grads, self.state), self.student.double_backward
-        if self.by_optimizer and not graph:
-            return self.update.stepped(*given)
-        updated = self.update.update(*given)
-        if not (self.student.has_half_precision and graph):
+        has_graph = self.student.double_backward
+        if self.by_optimizer and not has_graph:
+            return self.update.stepped(self.params, self.grads, self.state)
+        updated = self.update.update(self.params, self.grads, self.state)
+        if not (self.student.has_half_precision and has_graph):
             return updated
-        # The values of the optimizer, the derivatives of the same update in float64: see
-        # :meth:`vjp`.
-        wider = self.update.update(*_double(given))
+        # The values are the optimizer's, and the derivatives those of the same update in float64:
+        # see :meth:`vjp`.
+        in_float64 = self.update.update(*_double((self.params, self.grads, self.state)))
 
         def with_graph(value: Any, exact: Any) -> Any:
             if not isinstance(exact, Tensor) or not exact.requires_grad:
                 return value
             return value.detach() + (exact - exact.detach()).to(value.dtype)
 
-        both: tuple[Tree, Any] = pytree.tree_map(with_graph, updated, wider)
-        return both
+        with_graphs: tuple[Tree, Any] = pytree.tree_map(with_graph, updated, in_float64)
+        return with_graphs
 
     @cached_property
     def new_params(self) -> Tree:
         """θ′, without a graph, and without s′, which one step of the student never reads."""
-        graph = self.student.double_backward
-        if self.by_optimizer or graph:
+        has_graph = self.student.double_backward
+        if self.by_optimizer or has_graph:
             params, _ = self.updated
         else:
             params, _ = self.update.update(self.params, self.grads, self.state)
-        return {name: p.detach() for name, p in params.items()} if graph else params
+        if not has_graph:
+            return params
+        return {name: p.detach() for name, p in params.items()}
 
     def tangent(self, w: Tree) -> Tensor:
-        """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
-        return joined([part.tangent(w) for part in self.passes])
+        """Return ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
+        return joined([inner_pass.tangent(w) for inner_pass in self.passes])
 
     def shifted(self, factor: Tensor, w: Tree) -> Tensor:
-        """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
-        return joined([part.shifted(factor, w) for part in self.passes])
+        """Return S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
+        return joined([inner_pass.shifted(factor, w) for inner_pass in self.passes])
 
     @property
     def shifted_dtype(self) -> torch.dtype:
-        """The narrowest dtype in a shifted pass, such as that of a float32 body, or cast, in a float64 student."""
-        formats = {wide(t).dtype for t in (*self.params.values(), self.outputs)}
-        return torch.float32 if torch.float32 in formats else torch.float64
+        """The narrowest dtype in a shifted pass.
+
+        It may be that of a float32 body, or cast, in a float64 student.
+        """
+        dtypes = {wide(t).dtype for t in (*self.params.values(), self.outputs)}
+        return torch.float32 if torch.float32 in dtypes else torch.float64
 
     @property
     def in_full_precision(self) -> bool:
-        """Whether the pass computed in float32 or wider throughout, by its weights and PyTorch's settings."""
-        device = self.student.device
-        rounded = torch.float32 in self.student.dtypes and reduced_float32(device)
-        return not (
-            rounded or self.student.has_half_precision or torch.is_autocast_enabled(device.type)
-        )
+        """Whether the pass computed in float32 or wider throughout.
+
+        That depends on its weights and on PyTorch's settings.
+        """
+        student = self.student
+        is_rounded = torch.float32 in student.dtypes and reduced_float32(student.device)
+        has_autocast = torch.is_autocast_enabled(student.device.type)
+        return not (is_rounded or student.has_half_precision or has_autocast)
 
     def pullback(self, v: Tree) -> Tree:
-        """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
-        given = self.params, self.gradient, self.state, v
+        """Return w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
+        arguments = (self.params, self.gradient, self.state, v)
         if not self.student.has_half_precision:
-            return self.update.pullback(*given)
-        return self._as_params(self.update.pullback(*_double(given)))
+            return self.update.pullback(*arguments)
+        return self._as_params(self.update.pullback(*_double(arguments)))
 
     def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
-        """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half
-        precision in float64, for its terms nearly cancel in the first steps of Adam."""
-        given = self.params, self.gradient, self.state, v, state_cotangent
+        """Return the adjoint of U at this step, from the cotangents of θ′ and s′.
+
+        Of weights in half precision it is computed in float64, for its terms nearly cancel in the
+        first steps of Adam.
+        """
+        arguments = (self.params, self.gradient, self.state, v, state_cotangent)
         if not self.student.has_half_precision:
-            return self.update.vjp(*given)
-        bar = self.update.vjp(*_double(given))
-        return Cotangents(self._as_params(bar.gradient), self._as_params(bar.params), bar.state)
+            return self.update.vjp(*arguments)
+        cotangents = self.update.vjp(*_double(arguments))
+        return Cotangents(
+            gradient=self._as_params(cotangents.gradient),
+            params=self._as_params(cotangents.params),
+            state=cotangents.state,
+        )
 
     def setting_cotangents(self, names: Sequence[str], v: Tree, state_cotangent: Any) -> Options:
-        """The derivatives in settings of the optimizer, by param group, from the cotangents of θ′ and s′."""
-        given = self.params, self.gradient, self.state, v, state_cotangent
-        return self.update.setting_cotangents(
-            names, *(_double(given) if self.student.has_half_precision else given)
-        )
+        """Return the derivatives in settings of the optimizer, by param group.
+
+        Args:
+            names: of the settings.
+            v, state_cotangent: the cotangents of θ′ and s′.
+        """
+        arguments = (self.params, self.gradient, self.state, v, state_cotangent)
+        if self.student.has_half_precision:
+            arguments = _double(arguments)
+        return self.update.setting_cotangents(names, *arguments)
 
     def _as_params(self, tree: Tree) -> Tree:
         return {name: t.to(self.params[name].dtype) for name, t in tree.items()}
 
     @contextmanager
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
-        """A function for products with ∂²ℓ/∂θ², valid inside the block."""
+        """Yield a function that returns products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
-            products = [
-                stack.enter_context(part.hessian(self._loss(signal, x)))
-                for part, signal, x in self.parts()
-            ]
-            yield lambda w: mean_tree([product(w)[0] for product in products])
+            products = []
+            for inner_pass, signal, batch in self.parts():
+                block = inner_pass.hessian(self._loss(signal, batch))
+                products.append(stack.enter_context(block))
+
+            def hessian_product(w: Tree) -> Tree:
+                in_weights = []
+                for product in products:
+                    product_of_part, _ = product(w)
+                    in_weights.append(product_of_part)
+                return mean_tree(in_weights)
+
+            yield hessian_product
 
     def parts(self) -> Iterator[tuple[Pass, Signal, Any]]:
-        """The micro-batches, each as its pass, signal and batch."""
-        return zip(
-            self.passes, self.signal.chunks(len(self.passes)), self.micro_batches, strict=True
-        )
+        """Return the micro-batches, each as its pass, signal and batch."""
+        signals = self.signal.chunks(len(self.passes))
+        return zip(self.passes, signals, self.micro_batches, strict=True)
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, dict[str, Tensor | None]]:
-        """The derivatives of ⟨g, w⟩.
+        """Return the derivatives of ⟨g, w⟩ in the weights, and in fields of the signal.
 
-        (∂²ℓ/∂θ²) w, if ``curved``, and in fields of the signal; None: no dependence.
+        Args:
+            fields: what of the signal to differentiate in.
+            curved: whether the Hessian product (∂²ℓ/∂θ²) w is asked for; else it is empty.
+
+        Returns: the product, and the derivative in each field; None where nothing depends on it.
         """
-        found, slopes, parts = (
-            list[tuple[Tree, list[Tensor | None]]](),
-            list[Tensor](),
-            len(self.passes),
-        )
-        for i, (part, signal, x) in enumerate(self.parts()):
-            named = as_leaves(
-                {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
-            )
-            entering, inputs = (
-                self.signal_inputs[i].as_leaves() if self.signal_inputs else ([], part.inputs)
-            )
-            loss = self._loss(signal.having(named), x, named.get("factors"))
-            leaves = [*named.values(), *entering]
+        count = len(self.passes)
+        products: list[Tree] = []
+        in_leaves_by_part: list[list[Tensor | None]] = []
+        slopes: list[Tensor] = []
+        for i, (inner_pass, signal, batch) in enumerate(self.parts()):
+            fields_of_part = dict(fields)
+            if count > 1:
+                fields_of_part = {name: t.chunk(count)[i] for name, t in fields.items()}
+            field_leaves = as_leaves(fields_of_part)
+            input_leaves: list[Tensor] = []
+            inputs = inner_pass.inputs
+            if self.signal_inputs:
+                input_leaves, inputs = self.signal_inputs[i].as_leaves()
+            loss = self._loss(signal.having(field_leaves), batch, field_leaves.get("factors"))
+            leaves = [*field_leaves.values(), *input_leaves]
             if self.student.has_whole_weights and not self.student.compares_gradients:
-                found.append(part.second_derivatives(w, loss, leaves, inputs, curved=curved))
-                continue
-            # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the
-            # loss, tells whether anything reaches them past their arguments. And where ż was none
-            # that g knows of, whether this g is.
-            factor = torch.ones_like(self.inner_loss, requires_grad=True)
-
-            def scaled(
-                outputs: Tensor, params: Tree, factor: Tensor = factor, loss: Loss = loss
-            ) -> Tensor:
-                return factor * loss(outputs, params)
-
-            product, (*in_leaves, slope) = part.second_derivatives(
-                w, scaled, [*leaves, factor], inputs, curved=curved
-            )
-            found.append((product, in_leaves))
-            slopes += [] if slope is None else [slope]
+                product, in_leaves = inner_pass.second_derivatives(
+                    w, loss, leaves, inputs, curved=curved
+                )
+            else:
+                # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of
+                # the loss, tells whether anything reaches them past their arguments. And where ż
+                # was none that g knows of, it tells whether this g is the first one.
+                factor = torch.ones_like(self.inner_loss, requires_grad=True)
+                product, (*in_leaves, slope) = inner_pass.second_derivatives(
+                    w, scaled(loss, factor), [*leaves, factor], inputs, curved=curved
+                )
+                if slope is not None:
+                    slopes.append(slope)
+            products.append(product)
+            in_leaves_by_part.append(in_leaves)
         if slopes:
-            by_gradient, spread = self.space.slope(self.gradient, w)
-            tolerance = EXACTLY[self.passes[0].rounded_to].slope
-            eps = torch.finfo(self.shifted_dtype).eps
-            rounding = ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w)
-            check_same_slopes(
-                self.student.ranks.mean(mean_of(slopes)), by_gradient, spread, tolerance, rounding
-            )
-        hessian = (
-            self.student.over_ranks(mean_tree([product for product, _ in found])) if curved else {}
+            self._check_slopes(slopes, w)
+        hessian: Tree = {}
+        if curved:
+            hessian = self.student.over_ranks(mean_tree(products))
+        return hessian, self.in_signal(fields, in_leaves_by_part)
+
+    def _check_slopes(self, slopes: Sequence[Tensor], w: Tree) -> None:
+        """Compare ⟨g, w⟩ of gradients that were computed again with that of g."""
+        by_gradient, spread = self.space.slope(self.gradient, w)
+        eps = torch.finfo(self.shifted_dtype).eps
+        check_same_slopes(
+            self.student.ranks.mean(mean_of(slopes)),
+            by_gradient,
+            spread,
+            EXACTLY[self.passes[0].rounded_to].slope,
+            ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w),
         )
-        return hessian, self.in_signal(fields, [in_leaves for _, in_leaves in found])
 
     def derivatives_along(self, w: Tree, of: Credited = "signal") -> dict[str, Tensor | None]:
         """Return ∂⟨g, w⟩/∂(what is credited), exactly, in the order of this step.
@@ -455,35 +526,60 @@ class InnerStep:
     def in_signal(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
     ) -> dict[str, Tensor | None]:
-        """Derivatives in the leaves of each micro-batch, as those of the ranks' mean in the signal's fields."""
+        """Return derivatives in leaves of each micro-batch as those in the signal's fields.
+
+        Args:
+            in_leaves: of each micro-batch, the derivatives in its part of the fields, and then in
+                the leaves of its input. They are of the mean over its rows.
+
+        Returns: the derivatives of the mean over all rows, of all ranks.
+        """
         parts = len(self.passes) * self.student.ranks.size
         if len(self.passes) == 1 and parts == 1 and not self.signal_inputs:
             return dict(zip(fields, in_leaves[0], strict=True))
-        gradients: dict[str, list[Tensor]] = {name: [] for name in fields}
+        pieces: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
-            through = (
-                self.signal_inputs[i].in_fields(leaves[len(fields) :]) if self.signal_inputs else {}
-            )
+            through_input: dict[str, Tensor | None] = {}
+            if self.signal_inputs:
+                through_input = self.signal_inputs[i].in_fields(leaves[len(fields) :])
             for name, direct in zip(fields, leaves, strict=False):
-                terms = [t for t in (direct, through.get(name)) if t is not None]
-                gradients[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
-        return {name: joined(pieces) if pieces else None for name, pieces in gradients.items()}
+                terms = [t for t in (direct, through_input.get(name)) if t is not None]
+                if terms:
+                    pieces[name].append(sum(terms[1:], terms[0]) / parts)
+        return {
+            name: joined(pieces_of_field) if pieces_of_field else None
+            for name, pieces_of_field in pieces.items()
+        }
 
     def _loss(self, signal: Signal, batch: Any, factors: Tensor | None = None) -> Loss:
-        return partial(
-            inner_loss, self.problem, signal, batch, self.student.has_whole_weights, factors
-        )
+        """Return the inner loss of a micro-batch, as a function of outputs and weights."""
+        readable = self.student.has_whole_weights
+        return partial(inner_loss, self.problem, signal, batch, readable, factors)
 
     @property
     def micro_batches(self) -> list[Any]:
         return micro_batches(self.inner_batch, len(self.passes), "unlabeled")
 
 
+def scaled(loss: Loss, factor: Tensor) -> Loss:
+    """Return a loss times a number."""
+
+    def scaled_loss(outputs: Tensor, params: Tree) -> Tensor:
+        return factor * loss(outputs, params)
+
+    return scaled_loss
+
+
 def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
-    """What gets the feedback, with its values: the differentiable fields of the signal, the one-hot
-    rows of sampled labels in place of their distribution, or a factor of each example's loss."""
+    """Return what gets the feedback, with its values, by name.
+
+    Args:
+        of: ``"example"``: the factor of each example's loss. ``"signal"``: the differentiable
+            fields of the signal, or of sampled labels their one-hot rows, in the place of their
+            distribution.
+    """
     if of == "example":
-        assert signal.log_prob is not None  # the mode takes sampled labels
+        assert signal.log_prob is not None, "the mode takes sampled labels"
         return {"factors": torch.ones_like(signal.log_prob)}
     if not signal.sampled:
         return signal.differentiable()

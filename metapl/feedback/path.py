@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,10 +47,22 @@ NOT_FINITE = (
     "the student's learning rate, or differentiate fewer of the last steps, Forward(truncate=...)."
 )
 
+# Returns the signal about an inner batch, given the student's outputs on it; None: the student has
+# not run yet.
+Teach = Callable[[Any, Tensor | None], Signal]
+
+# Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
+Keep = Callable[[int, int, LocalStudent], Keeping]
+
+# The derivatives in the fields of a signal, by name; None where nothing depends on a field.
+InFields = dict[str, Tensor | None]
+
 
 @dataclass(frozen=True)
 class OuterLosses:
-    r"""One outer loss for each step k = 1, …, K, at the θ_k that it leads to; in the place of L(θ_K) alone.
+    r"""One outer loss for each step k = 1, …, K, at the θ_k that it leads to.
+
+    They are in the place of L(θ_K) alone:
 
     .. math:: L = \sum_k \mathrm{weight}_k L_k(\theta_k)
     """
@@ -63,41 +75,75 @@ class OuterLosses:
         return (losses * torch.tensor(self.weights, dtype=torch.float64).to(losses)).sum()
 
 
+class _OuterCotangents(NamedTuple):
+    """Where outer losses are taken, and their gradients there.
+
+    Attributes:
+        ends: entries of the weights θ_k, with the graph of the path.
+        cotangents: the gradient of the outer loss in each of them.
+        before: gradients at weights from before the first step that is differentiated.
+    """
+
+    ends: list[Tensor]
+    cotangents: list[Tensor]
+    before: list[Tree]
+
+
 @dataclass
 class Path:
     """The student's steps from θ to θ′, where the outer loss is taken.
 
     No weight moves before :meth:`commit`.
+
+    Args:
+        problem: the two losses and the signal.
+        student: the network that takes the steps.
+        update: U.
+        outer_micro_batches: of the outer batch, which is the last step's where each step has one.
+        inner_batches: one for each step.
+        whole_outer_batch: the outer batch as one, where the outer loss may be no mean over
+            micro-batches; else None.
+        order: of differentiation; None: there is nothing to choose.
+        wrt: what the gradient is in besides the signals: settings of the optimizer, and
+            ``"start"``.
+        step_losses: an outer loss for each step; None: L(θ′) alone.
+        replays: compares steps that are computed again with the first time; None: nothing does.
+
+    Attributes:
+        steps: the steps so far.
+        keeping: which steps keep their states; the adjoint computes the others again.
+        states: those that are kept, of several steps of which some are computed again.
+        is_tried: whether the order of differentiation is being chosen, by this path.
+        progress: is called after each step of the adjoint.
+        start: dL/dθ by name, where it is asked for, once the path is differentiated.
+        setting_gradients: dL in the settings of each step, the last step first.
+        earlier_outer_losses: L_k by k, of all steps but the last.
     """
 
     problem: Problem
     student: LocalStudent
-    update: Update  # U
+    update: Update
     outer_micro_batches: Sequence[Any]
     inner_batches: InnerBatches
-    steps: list[InnerStep] = field(default_factory=list)
-    # The outer batch as one, where the outer loss may be no mean over micro-batches.
     whole_outer_batch: Any = None
-    keeping: Keeping = ALL  # which steps keep their states; the adjoint computes the others again
-    replays: ReplayCheck | None = None  # whether these come out as they did; None: nothing looks
-    states: States = field(init=False)  # of several steps, where some are computed again
-    progress: Callable[[], object] | None = None  # called after each step of the adjoint
-    wrt: Sequence[
-        str
-    ] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
-    start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
-    in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
-    # Of each step; ``outer_micro_batches`` are then those of the last.
-    outer: OuterLosses | None = None
-    losses_before: dict[int, Tensor] = field(
-        default_factory=dict, init=False
-    )  # L_k by k, of all steps but the last
-    order: Order | None = None  # of differentiation
-    is_tried: bool = False  # whether that is being chosen, by this path
+    order: Order | None = None
+    wrt: Sequence[str] = ()
+    step_losses: OuterLosses | None = None
+    replays: ReplayCheck | None = None
+
+    steps: list[InnerStep] = field(default_factory=list)
+    keeping: Keeping = ALL
+    states: States = field(init=False)
+    is_tried: bool = False
+    progress: Callable[[], object] | None = None
+    start: Tree = field(default_factory=dict, init=False)
+    setting_gradients: list[Options] = field(default_factory=list, init=False)
+    earlier_outer_losses: dict[int, Tensor] = field(default_factory=dict, init=False)
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
     def settings(self) -> list[str]:
+        """The settings of the optimizer that the gradient is in."""
         return [name for name in self.wrt if name != "start"]
 
     @property
@@ -108,15 +154,17 @@ class Path:
     @property
     def state(self) -> Any:
         """The optimizer's state after the last step, without a graph."""
-        return pytree.tree_map_only(Tensor, Tensor.detach, self.steps[-1].updated[1])
+        _, state = self.steps[-1].updated
+        return pytree.tree_map_only(Tensor, Tensor.detach, state)
 
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps."""
-        steps = self.steps
-        return (
-            steps[0].inner_loss if len(steps) == 1 else mean_of([step.inner_loss for step in steps])
-        )
+        if len(self.steps) == 1:
+            return self.steps[0].inner_loss
+        return mean_of([step.inner_loss for step in self.steps])
+
+    # ----------------------------------------------------------------------------- the outer loss
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -124,7 +172,19 @@ class Path:
 
         Cost: one labeled forward pass, unless its gradient has been computed.
         """
-        return self._outer(self.params)[0]
+        loss, _ = self._outer_loss_at(self.params)
+        return loss
+
+    @cached_property
+    def outer_loss_before(self) -> Tensor:
+        """L(θ), with the dropout masks of L(θ′); one forward pass."""
+        loss, _ = self._outer_loss_at(self.student.params)
+        return loss
+
+    @property
+    def knows_outer_loss(self) -> bool:
+        """Whether L(θ′) has been taken."""
+        return "outer_loss" in vars(self)
 
     @property
     def outer_losses(self) -> Tensor | None:
@@ -132,16 +192,18 @@ class Path:
 
         Known once the path has been differentiated.
         """
-        if self.outer is None:
+        if self.step_losses is None:
             return None
-        before = [self.losses_before[number] for number in range(1, len(self.steps))]
-        return torch.stack([*before, self.outer_loss])
+        earlier = [self.earlier_outer_losses[number] for number in range(1, len(self.steps))]
+        return torch.stack([*earlier, self.outer_loss])
 
     @property
     def whole_outer_loss(self) -> Tensor:
         """L(θ′), or the sum over the steps where each has an outer loss."""
         losses = self.outer_losses
-        return self.outer_loss if losses is None or self.outer is None else self.outer.total(losses)
+        if self.step_losses is None or losses is None:
+            return self.outer_loss
+        return self.step_losses.total(losses)
 
     @property
     def known_outer_losses(self) -> list[Tensor]:
@@ -149,115 +211,231 @@ class Path:
 
         L(θ′), L(θ), and L_k after the steps before the last.
         """
-        cached = [
-            vars(self)[name] for name in ("outer_loss", "outer_loss_before") if name in vars(self)
+        taken = [vars(self).get(name) for name in ("outer_loss", "outer_loss_before")]
+        return [
+            *(loss for loss in taken if loss is not None),
+            *self.earlier_outer_losses.values(),
         ]
-        return [*cached, *self.losses_before.values()]
-
-    @cached_property
-    def outer_loss_before(self) -> Tensor:
-        """L(θ), with the dropout masks of L(θ′); one forward pass."""
-        return self._outer(self.student.params)[0]
 
     def outer_gradient(self) -> Tree:
-        """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
+        """Return v = ∇L(θ′).
+
+        Cost: one forward and backward pass on the labeled batch, with its own batch statistics.
+        """
         if self._outer_gradient is None:
+            loss, gradient = self._outer_loss_at(self.steps[-1].new_params, gradient=True)
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            self.__dict__["outer_loss"], self._outer_gradient = self._outer(
-                self.steps[-1].new_params, gradient=True
-            )
+            vars(self)["outer_loss"] = loss
+            self._outer_gradient = gradient
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
-        """∇L(θ), one forward and backward pass on the labeled batch."""
-        self.__dict__["outer_loss_before"], v = self._outer(self.student.params, gradient=True)
-        return v
+        """Return ∇L(θ), by one forward and backward pass on the labeled batch."""
+        loss, gradient = self._outer_loss_at(self.student.params, gradient=True)
+        vars(self)["outer_loss_before"] = loss
+        return gradient
+
+    def direct_loss(self, signal: Signal) -> Tensor:
+        """Return L(θ′; φ) with θ′ as a constant, and a graph in what it reads of the teacher, φ.
+
+        It has no graph where it reads nothing.
+
+        Args:
+            signal: the last step's, with the teacher's graph, for a problem with
+                ``outer_input(batch, signal)``.
+
+        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
+        backward pass.
+        """
+        student = self.student
+        start = self.steps[-1].passes[-1].random_state_after.branch()
+        weights = student.as_leaves(self.params)
+        for t in weights.values():
+            t.requires_grad = False
+        outputs: list[Tensor] = []
+        sums: list[Tensor] = []
+        counts: list[Tensor | float] = []
+        with student.at_weights(weights, start, student.slots):
+            for batch in self.outer_micro_batches:
+                outputs.append(student.forward(outer_input(self.problem, batch, signal)))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], batch))
+                sums.append(total)
+                counts.append(weight)
+            is_scalar = not isinstance(counts[0], Tensor)
+            if self.whole_outer_batch is not None and is_scalar:
+                # A scalar may be any function of all rows.
+                total, weight = sum_and_weight(
+                    self.problem.outer_loss(joined(outputs), self.whole_outer_batch)
+                )
+                return total / weight
+        loss: Tensor = torch.stack(sums).sum() / sum(counts)
+        return loss
+
+    def _outer_loss_at(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
+        """Return the outer loss of the path at these weights and, if it is asked for, its gradient.
+
+        The pass draws from a stream apart from the teacher's.
+        """
+        last_step = self.steps[-1]
+        return self._loss_and_gradient(
+            params,
+            self.outer_micro_batches,
+            start=last_step.passes[-1].random_state_after.branch(),
+            signal=last_step.signal,
+            gradient=gradient,
+            whole=self.whole_outer_batch,
+        )
+
+    def _outer_loss_after(self, number: int, *, gradient: bool) -> Tree:
+        """Return ∇L_k(θ_k) after the first k = ``number`` steps, and keep L_k.
+
+        Without ``gradient`` an empty tree.
+        """
+        assert self.step_losses is not None, "each step has an outer loss"
+        batch = self.step_losses.batches[number - 1]
+        step_before = self.steps[number - 1]
+        step = self.steps[number]
+        # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
+        loss, loss_gradient = self._loss_and_gradient(
+            {name: p.detach() for name, p in step.params.items()},
+            micro_batches(batch, len(self.outer_micro_batches), "labeled"),
+            start=step_before.passes[-1].random_state_after.branch(),
+            signal=step_before.signal,
+            gradient=gradient,
+            state=step.passes[0].state_before,
+            whole=None if self.whole_outer_batch is None else batch,
+        )
+        self.earlier_outer_losses[number] = loss
+        return loss_gradient
+
+    def _loss_and_gradient(
+        self,
+        params: Tree,
+        outer_micro_batches: Sequence[Any],
+        *,
+        start: RandomState,
+        signal: Signal,
+        gradient: bool,
+        state: State | None = None,
+        whole: Any = None,
+    ) -> tuple[Tensor, Tree]:
+        """Return an outer loss and, where it is asked for, its gradient.
+
+        Args:
+            params: the weights at which it is taken.
+            start: where its passes begin to draw.
+            signal: of the step that leads to these weights.
+            state: of the buffers; None: as they are now.
+            whole: the batch as one, where the loss may be no mean over micro-batches.
+        """
+        problem = self.problem
+        if reads_signal_in_outer_input(problem):
+            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the
+            # direct term.
+            signal = signal.detached()
+        inputs_and_batches = [
+            (outer_input(problem, batch, signal), batch) for batch in outer_micro_batches
+        ]
+
+        def judge(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:
+            return sum_and_weight(problem.outer_loss(outputs, batch))
+
+        look = current_look()
+        return self.student.loss(
+            params,
+            inputs_and_batches,
+            judge,
+            start,
+            gradient=gradient,
+            state=state,
+            look=None if look is None else look.at_outer_loss,
+            whole_batch=whole,
+        )
+
+    # ------------------------------------------------------------------------------- the adjoint
 
     def pullback(self) -> tuple[InnerStep, Tree]:
-        """The step of a path with one step, and its w = (∂U/∂g)ᵀ v."""
+        """Return the step of a path with one step, and its w = (∂U/∂g)ᵀ v."""
         (step,) = self.steps
         return step, step.pullback(self.outer_gradient())
 
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
-    ) -> Iterator[tuple[InnerStep, Tree, dict[str, Tensor | None] | None]]:
-        """The steps from the last to the first, of the last ``truncate``, each with its w and the
-        derivatives of ⟨g, w⟩ in ``fields(signal)``, which are computed together with the step's
-        Hessian product; None of the first step, which needs none."""
-        end, spacings = len(self.steps), self.keeping.spacings
+    ) -> Iterator[tuple[InnerStep, Tree, InFields | None]]:
+        r"""Yield the steps that are differentiated, from the last to the first.
+
+        .. math:: \lambda_k = \bar\theta_k + \frac{\partial^2 \ell_k}{\partial\theta^2} w_k
+
+        Args:
+            fields: of a signal, what ⟨g, w⟩ is differentiated in.
+            truncate: how many of the last steps are differentiated; None: all.
+
+        Yields: the step, its w, and the derivatives of ⟨g, w⟩ in ``fields(signal)``, which are
+        computed together with the step's Hessian product. They are None for the first step, whose λ
+        only a gradient in the start needs.
+        """
+        end = len(self.steps)
         first = 0 if truncate is None else max(0, end - truncate)
-        v, state_bar = {name: t.to_dense() for name, t in self.outer_gradient().items()}, None
-        if self.outer is not None:
-            v = {name: self.outer.weights[-1] * t for name, t in v.items()}
-        self.start = v  # of no step that is differentiated
-        for number, step in self._backwards(first if self.outer is None else 0, 0, end, *spacings):
-            if (
-                number < first
-                # a step that is left out: its derivative counts as the identity, its outer loss
-                # counts
-            ):
-                self.start = v = self._with_loss_before(number, v, gradient="start" in self.wrt)
+        takes_start = "start" in self.wrt
+        v = {name: t.to_dense() for name, t in self.outer_gradient().items()}
+        if self.step_losses is not None:
+            v = {name: self.step_losses.weights[-1] * t for name, t in v.items()}
+        state_cotangent = None
+        # This is dL/dθ where no step is differentiated.
+        self.start = v
+        # Steps that are left out have outer losses too, where each step has one.
+        first_visited = first if self.step_losses is None else 0
+        for number, step in self._backwards(first_visited, 0, end, *self.keeping.spacings):
+            if number < first:
+                # The derivative of a step that is left out counts as the identity.
+                v = self._with_loss_before(number, v, gradient=takes_start)
+                self.start = v
                 continue
             if self.inner_batches.are_read_again:
-                self.inner_batch(number, step.inner_batch)  # refuses a batch that has changed since
+                # A batch that has changed since is refused.
+                self.inner_batch(number, step.inner_batch)
             if self.settings:
-                self.in_settings.append(step.setting_cotangents(self.settings, v, state_bar))
-            if number == first and "start" not in self.wrt:
-                yield (
-                    step,
-                    step.pullback(v) if state_bar is None else step.vjp(v, state_bar).gradient,
-                    None,
+                self.setting_gradients.append(
+                    step.setting_cotangents(self.settings, v, state_cotangent)
                 )
+            if number == first and not takes_start:
+                if state_cotangent is None:
+                    w = step.pullback(v)
+                else:
+                    w = step.vjp(v, state_cotangent).gradient
+                yield step, w, None
             else:
-                w, theta_bar, state_bar = step.vjp(v, state_bar)
+                w, theta_bar, state_cotangent = step.vjp(v, state_cotangent)
                 hessian, in_signal = step.second_derivatives(w, fields(step.signal))
-                v = {
-                    name: t + hessian[name] for name, t in theta_bar.items()
-                }  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
+                v = {name: t + hessian[name] for name, t in theta_bar.items()}
                 checks.refuse_not_finite(NOT_FINITE.format(number), self.student.space.norm(v))
                 yield step, w, in_signal
-            self.start = v = self._with_loss_before(
-                number, v, gradient=number > first or "start" in self.wrt
-            )
+            v = self._with_loss_before(number, v, gradient=number > first or takes_start)
+            self.start = v
             if self.progress is not None:
                 self.progress()
 
     def _with_loss_before(self, number: int, v: Tree, *, gradient: bool) -> Tree:
-        """Return v plus the ``gradient`` of the outer loss of the step before this one, where each step has one."""
-        if self.outer is None or number == 0:
-            return v
-        weight = self.outer.weights[number - 1]
-        of_loss = self._outer_after(number, gradient=gradient and weight != 0)
-        return (
-            {name: t + weight * of_loss[name].to_dense() for name, t in v.items()} if of_loss else v
-        )
+        """Return v plus the gradient of the outer loss before a step, where each step has one.
 
-    def _outer_after(self, number: int, *, gradient: bool) -> Tree:
-        """Return ∇L_k(θ_k) after the first k = ``number`` steps, or nothing without ``gradient``, and keep L_k."""
-        assert self.outer is not None, "each step has an outer loss"
-        batch = self.outer.batches[number - 1]
-        judged, whole = micro_batches(batch, len(self.outer_micro_batches), "labeled"), None
-        if self.whole_outer_batch is not None:
-            whole = batch
-        passes_before, passes = self.steps[number - 1].passes, self.steps[number].passes
-        # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
-        start, state = passes_before[-1].random_state_after.branch(), passes[0].state_before
-        params, signal = (
-            {n: p.detach() for n, p in self.steps[number].params.items()},
-            self.steps[number - 1].signal,
-        )
-        loss, of_loss = self._outer_at(
-            params, judged, start, signal, gradient=gradient, state=state, whole=whole
-        )
-        self.losses_before[number] = loss
-        return of_loss
+        Without ``gradient`` the loss is taken, and v returned.
+        """
+        if self.step_losses is None or number == 0:
+            return v
+        weight = self.step_losses.weights[number - 1]
+        loss_gradient = self._outer_loss_after(number, gradient=gradient and weight != 0)
+        if not loss_gradient:
+            return v
+        return {name: t + weight * loss_gradient[name].to_dense() for name, t in v.items()}
 
     def _backwards(
         self, first: int, begin: int, end: int, *spacings: int
     ) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and
-        s. Each block between two multiples of ``spacings[0]``, which were kept, is computed again
-        and keeps its multiples of the next."""
+        """Yield the steps from ``end`` back to ``begin``, none before ``first``.
+
+        Each has its θ, g and s. Each block between two multiples of ``spacings[0]``, which were
+        kept, is computed again, and keeps its multiples of the next spacing.
+        """
         if not spacings:
             if self.keeping.spacings:
                 self._compare_replay(begin, end)
@@ -272,24 +450,31 @@ class Path:
             stop = min(start + spacing, end)
             if stop <= first:
                 return
-            params, state = self.states.take(start)
-            for number in range(start, stop):
-                if number > start:
-                    params, state = self.steps[number - 1].updated
-                    if finer:
-                        self.forget(number - 1)
-                if finer and number % finer[0] == 0:
-                    self.keep(number, params, state)
-                if not (step := self.steps[number]).grads:  # the last of all has its own
-                    batch = (
-                        self.inner_batch(number)
-                        if self.inner_batches.are_read_again
-                        else step.inner_batch
-                    )
-                    self.steps[number] = step.recomputed(params, state, batch)
-            if finer:
-                self.forget(stop - 1)
+            self._compute_again(start, stop, *finer)
             yield from self._backwards(first, start, stop, *finer)
+
+    def _compute_again(self, start: int, stop: int, *spacings: int) -> None:
+        """Compute a block of steps from the state that was kept at its start.
+
+        Its multiples of ``spacings[0]`` are kept, and then its other steps forgotten once more.
+        """
+        params, state = self.states.take(start)
+        for number in range(start, stop):
+            if number > start:
+                params, state = self.steps[number - 1].updated
+                if spacings:
+                    self.forget(number - 1)
+            if spacings and number % spacings[0] == 0:
+                self.keep(number, params, state)
+            step = self.steps[number]
+            # The last step of all has not been forgotten.
+            if not step.grads:
+                batch = step.inner_batch
+                if self.inner_batches.are_read_again:
+                    batch = self.inner_batch(number)
+                self.steps[number] = step.recomputed(params, state, batch)
+        if spacings:
+            self.forget(stop - 1)
 
     def keep(self, number: int, params: Tree, state: Any) -> None:
         """Keep the state before a step, and its digest."""
@@ -298,17 +483,18 @@ class Path:
             self.replays.note(number, params, state)
 
     def _compare_replay(self, begin: int, end: int) -> None:
-        """Compare the end of a block that was computed again with what was kept there. The last
-        step of all is not computed again: its own state is the end of the last block."""
+        """Compare the end of a block that was computed again with what was kept there.
+
+        The last step of all is not computed again: its own state is the end of the last block.
+        """
         if self.replays is None:
             return
         last = len(self.steps) - 1
         if end <= last:
             step = self.steps[end - 1]
             self.replays.compare(end, *step.updated)
-            vars(step).pop(
-                "updated"
-            )  # which nothing else needs, and which would be held as long as the block
+            # Nothing else needs it, and it would be held as long as the block.
+            vars(step).pop("updated")
         elif begin < last:
             self.replays.note(last, self.steps[last].params, self.steps[last].state)
             self.replays.compare(last, *self.steps[last - 1].updated)
@@ -316,375 +502,455 @@ class Path:
     def forget(self, number: int) -> None:
         """Drop what can be computed again, of all steps but the last."""
         if number < len(self.inner_batches) - 1:
-            self.steps[number] = self.steps[number].forgotten(self.inner_batches.are_read_again)
+            self.steps[number] = self.steps[number].forgotten(
+                batch_too=self.inner_batches.are_read_again
+            )
 
-    def inner_batch(self, number: int, held: Any = None) -> Any:
-        """An inner batch once more, read again where it is not ``held``; another one is refused."""
-        with self.student.ranks.agreed():
-            if held is None:
-                with replayed(
-                    RandomState.now(self.student.device)
-                ):  # a function may seed the default generator
-                    held = self.inner_batches[number]
-            expected = self.steps[number].digest
-            assert expected is not None, "only batches that are read again are known by a digest"
-            checks.refuse(digest(held) != expected, OTHER_BATCH.format(number))
-        return held
-
-    def gradients_in_signals(
-        self, truncate: int | None = None
-    ) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
-        """The last ``truncate`` steps, each with dL(θ′)/d(field) for the fields of its signal, by double backward."""
-        end = len(self.steps)
-        first = 0 if truncate is None else max(0, end - truncate)
-        counted, (ends, cotangents, at_start) = self.steps[first:], self._outer_cotangents(first)
-        signals = [step.signal.differentiable() for step in counted]
-        leaves = [t for fields in signals for t in fields.values()]
-        if self.wrt:
-            # The derivative of the steps that are left out counts as the identity.
-            begun = counted[0].params if counted else self.steps[-1].updated[0]
-            self.start = begun if "start" in self.wrt else {}
-            settings = [step.update.settings_in(self.settings) for step in counted]
-            others, structure = pytree.tree_flatten((self.start, settings))
-            leaves += others
-        gradients: Sequence[Tensor | None] = [None] * len(leaves)
-        if ends and leaves:
-            slots = self.student.slots
-            with replay(
-                slots.random_state(self.student.device), slots
-            ):  # checkpoints run again here, at θ
-                gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
-        found = iter(gradients)
-        in_signals = [{name: next(found) for name in fields} for fields in signals]
-        if self.wrt:
-            rest = [
-                torch.zeros_like(t) if g is None else g for g, t in zip(found, others, strict=True)
-            ]
-            self.start, back = pytree.tree_unflatten(rest, structure)
-            for of_loss in at_start:
-                self.start = {name: t + of_loss[name] for name, t in self.start.items()}
-            self.in_settings = back[::-1]
-        return [*zip(counted, in_signals, strict=True)]
-
-    def _outer_cotangents(self, first: int) -> tuple[list[Tensor], list[Tensor], list[Tree]]:
-        """Return the weights θ_k where outer losses are taken, the gradients of these there, and
-        the gradients of those that come before the ``first`` step that is differentiated."""
-        ends, cotangents, before = list[Tensor](), list[Tensor](), list[Tree]()
-
-        def add(params: Tree, gradient: Tree) -> None:
-            reached = [name for name, p in params.items() if p.requires_grad and name in gradient]
-            ends.extend(params[name] for name in reached)
-            cotangents.extend(gradient[name] for name in reached)
-
-        last = self.outer_gradient()
-        if self.outer is not None:
-            for number, weight in enumerate(self.outer.weights[:-1], start=1):
-                is_needed = weight != 0 and (number > first or "start" in self.wrt)
-                gradient = {
-                    n: weight * t for n, t in self._outer_after(number, gradient=is_needed).items()
-                }
-                if number >= first:
-                    add(self.steps[number].params, gradient)
-                elif gradient:
-                    before.append(gradient)
-            last = {name: self.outer.weights[-1] * t for name, t in last.items()}
-        add(self.steps[-1].updated[0], last)  # θ′
-        return ends, cotangents, before
-
-    def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
-        """The path of the real step, on the signal that the problem makes of the feedback, or this one."""
-        step = self.steps[-1]
-        signal = self.problem.revised_signal(step.signal, h)
-        return (
-            self if signal is None else replace(self, steps=[step.with_signal(signal.detached())])
-        )
-
-    def commit(self) -> dict[str, Tensor]:
-        """Move the student to θ′, with its optimizer. Where its own steps are rounded otherwise
-        than U, returns ``step_rounding``, the distance of the weights that they lead to from θ′,
-        relative to that of θ from θ′."""
-        theta, norm = (
-            self.student.params,
-            self.student.space.norm,
-        )  # the student's own tensors, which will have moved
-        exact = self.params if self.update.is_rounded else {}
-        length = norm({name: t - theta[name] for name, t in exact.items()}) if exact else None
-        if not self.keeping.spacings:
-            for step in self.steps:
-                self.update.commit(
-                    self.student.parameters, step.gradient, partial(getattr, step, "updated")
-                )
-        else:  # gradients were dropped
-            self.update.write(self.student.parameters, self.params, self.state)
-        if length is None:
-            return {}
-        gap = norm({name: t - theta[name] for name, t in exact.items()})
-        return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
-
-    def direct_loss(self, signal: Signal) -> Tensor:
-        """Return L(θ′; φ) at θ′ as a constant, with a graph in φ, what it reads of the teacher, if it reads anything.
+    def inner_batch(self, number: int, batch: Any = None) -> Any:
+        """Return an inner batch once more, and refuse another than the first time.
 
         Args:
-            signal: the last step's, with the teacher's graph, for a problem with
-                ``outer_input(batch, signal)``.
-
-        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
-        backward pass.
+            batch: of that number; None: it is read again.
         """
-        student, start = self.student, self.steps[-1].passes[-1].random_state_after.branch()
-        weights = {
-            name: t.requires_grad_(False) for name, t in student.as_leaves(self.params).items()
-        }
-        outputs = list[Tensor]()
-        sums, counts = list[Tensor](), list[Tensor | float]()
-        with student.at_weights(weights, start, student.slots):
-            for part in self.outer_micro_batches:
-                outputs.append(student.forward(outer_input(self.problem, part, signal)))
-                total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], part))
-                sums.append(total)
-                counts.append(weight)
-            if self.whole_outer_batch is not None and not isinstance(counts[0], Tensor):
-                # A scalar may be any function of all rows.
-                total, weight = sum_and_weight(
-                    self.problem.outer_loss(joined(outputs), self.whole_outer_batch)
+        with self.student.ranks.agreed():
+            if batch is None:
+                # A function may seed the default generator.
+                with replayed(RandomState.now(self.student.device)):
+                    batch = self.inner_batches[number]
+            expected = self.steps[number].digest
+            assert expected is not None, "only batches that are read again are known by a digest"
+            checks.refuse(digest(batch) != expected, OTHER_BATCH.format(number))
+        return batch
+
+    def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, InFields]]:
+        """Return the differentiated steps, each with dL(θ′)/d(field) of its signal.
+
+        By double backward: the path keeps its graph.
+
+        Args:
+            truncate: how many of the last steps are differentiated; None: all.
+        """
+        first = 0 if truncate is None else max(0, len(self.steps) - truncate)
+        steps = self.steps[first:]
+        outer = self._outer_cotangents(first)
+        fields_by_step = [step.signal.differentiable() for step in steps]
+        leaves = [t for fields in fields_by_step for t in fields.values()]
+        others: list[Tensor] = []
+        structure = None
+        if self.wrt:
+            start: Tree = {}
+            if "start" in self.wrt:
+                # The derivative of the steps that are left out counts as the identity.
+                start = steps[0].params if steps else self.steps[-1].updated[0]
+            settings = [step.update.settings_in(self.settings) for step in steps]
+            others, structure = pytree.tree_flatten((start, settings))
+        gradients: Sequence[Tensor | None] = [None] * (len(leaves) + len(others))
+        if outer.ends and gradients:
+            slots = self.student.slots
+            # Checkpoints run again here, at θ.
+            with replay(slots.random_state(self.student.device), slots):
+                gradients = torch.autograd.grad(
+                    outer.ends, [*leaves, *others], outer.cotangents, allow_unused=True
                 )
-                return total / weight
-        loss: Tensor = torch.stack(sums).sum() / sum(counts)
-        return loss
+        gradients_of_fields = iter(gradients[: len(leaves)])
+        in_signals: list[InFields] = []
+        for fields in fields_by_step:
+            in_signals.append({name: next(gradients_of_fields) for name in fields})
+        if structure is not None:
+            gradients_of_others = []
+            for t, gradient in zip(others, gradients[len(leaves) :], strict=True):
+                gradients_of_others.append(torch.zeros_like(t) if gradient is None else gradient)
+            self.start, of_settings = pytree.tree_unflatten(gradients_of_others, structure)
+            for loss_gradient in outer.before:
+                self.start = {name: t + loss_gradient[name] for name, t in self.start.items()}
+            self.setting_gradients = of_settings[::-1]
+        return list(zip(steps, in_signals, strict=True))
 
-    def _outer(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
-        """L, and its ``gradient``, at these weights, by a pass that draws from a stream apart from the teacher's."""
-        start, signal = self.steps[-1].passes[-1].random_state_after.branch(), self.steps[-1].signal
-        return self._outer_at(
-            params,
-            self.outer_micro_batches,
-            start,
-            signal,
-            gradient=gradient,
-            whole=self.whole_outer_batch,
-        )
+    def _outer_cotangents(self, first: int) -> _OuterCotangents:
+        """Return where outer losses are taken, and their gradients.
 
-    def _outer_at(
-        self,
-        params: Tree,
-        outer_micro_batches: Sequence[Any],
-        start: RandomState,
-        signal: Signal,  # of the step that leads to these weights
-        *,
-        gradient: bool,
-        state: State | None = None,  # of the buffers; None: as they are now
-        # the batch as one, where the outer loss may be no mean over micro-batches
-        whole: Any = None,
-    ) -> tuple[Tensor, Tree]:
-        problem = self.problem
-        if reads_signal_in_outer_input(problem):
-            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the
-            # direct term.
-            signal = signal.detached()
-        judged = [(outer_input(problem, part, signal), part) for part in outer_micro_batches]
+        Args:
+            first: the number of the first step that is differentiated.
+        """
+        outer = _OuterCotangents([], [], [])
 
-        def judge(outputs: Tensor, part: Any) -> tuple[Tensor, Tensor | float]:
-            return sum_and_weight(problem.outer_loss(outputs, part))
+        def add(params: Tree, gradient: Tree) -> None:
+            for name, p in params.items():
+                if p.requires_grad and name in gradient:
+                    outer.ends.append(p)
+                    outer.cotangents.append(gradient[name])
 
-        look = current_look()
-        return self.student.loss(
-            params,
-            judged,
-            judge,
-            start,
-            gradient=gradient,
-            state=state,
-            look=None if look is None else look.at_outer_loss,
-            whole=whole,
-        )
+        last_gradient = self.outer_gradient()
+        if self.step_losses is not None:
+            for number, weight in enumerate(self.step_losses.weights[:-1], start=1):
+                is_needed = weight != 0 and (number > first or "start" in self.wrt)
+                loss_gradient = self._outer_loss_after(number, gradient=is_needed)
+                loss_gradient = {name: weight * t for name, t in loss_gradient.items()}
+                if number >= first:
+                    add(self.steps[number].params, loss_gradient)
+                elif loss_gradient:
+                    outer.before.append(loss_gradient)
+            last_weight = self.step_losses.weights[-1]
+            last_gradient = {name: last_weight * t for name, t in last_gradient.items()}
+        theta_prime, _ = self.steps[-1].updated
+        add(theta_prime, last_gradient)
+        return outer
+
+    # ------------------------------------------------------------------------- the student moves
+
+    def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
+        """Return the path of the real step, on the signal that the problem makes of the feedback.
+
+        It is this path, where the problem makes none.
+        """
+        step = self.steps[-1]
+        signal = self.problem.revised_signal(step.signal, h)
+        if signal is None:
+            return self
+        return replace(self, steps=[step.with_signal(signal.detached())])
+
+    def commit(self) -> dict[str, Tensor]:
+        """Move the student to θ′, with its optimizer.
+
+        Returns: where the optimizer's own steps are rounded otherwise than U, ``step_rounding``:
+        the distance of the weights that they lead to from θ′, relative to that of θ from θ′.
+        """
+        if not self.update.is_rounded:
+            self._move_student()
+            return {}
+        norm = self.student.space.norm
+        exact = self.params
+        # These are the student's own tensors, which move.
+        weights = self.student.params
+        length = norm({name: t - weights[name] for name, t in exact.items()})
+        self._move_student()
+        gap = norm({name: t - weights[name] for name, t in exact.items()})
+        return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
+
+    def _move_student(self) -> None:
+        parameters = self.student.parameters
+        if self.keeping.spacings:
+            # Gradients were dropped.
+            self.update.write(parameters, self.params, self.state)
+            return
+        for step in self.steps:
+            # The rule may step by itself, and does then not ask for θ′.
+            self.update.commit(parameters, step.gradient, partial(getattr, step, "updated"))
 
 
 def take_steps(
     student: LocalStudent,
     update: Update,
+    *,
     problem: Problem,
     outer_batch: Any,
     inner_batches: InnerBatches,
-    teach: Callable[
-        [Any, Tensor | None], Signal
-    ],  # of a batch and the student's outputs; before these, if it has to
-    *,
-    parts: int = 1,  # micro-batches
-    # keep the path differentiable in the signals, for ``gradients_in_signals``
+    teach: Teach,
+    accumulate: int = 1,
     keep_graph: bool = False,
-    order: Order
-    | None = None,  # of differentiation; "graph": g keeps one, in what gets the feedback
-    credits: Credited = "signal",  # what that is
-    truncate: int | None = None,  # the last steps that are differentiated; None: all
-    keep: Callable[[int, int, LocalStudent], Keeping]
-    | None = None,  # by the number of steps and the size of one
-    updates: Sequence[
-        Update
-    ] = (),  # of each step, where they differ by a schedule, or have settings that are leaves
-    wrt: Sequence[str] = (),  # what the gradient is in besides the signals
-    # Of each step; ``outer_batch`` is then the batch of the last.
-    outer: OuterLosses | None = None,
-    replays: ReplayCheck
-    | None = None,  # whether steps that are computed again come out as they did; None: no look
-    progress: Callable[[], object] | None = None,  # called after each step
+    order: Order | None = None,
+    credits: Credited = "signal",
+    truncate: int | None = None,
+    keep: Keep | None = None,
+    updates: Sequence[Update] = (),
+    wrt: Sequence[str] = (),
+    step_losses: OuterLosses | None = None,
+    replays: ReplayCheck | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Path:
-    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3. Buffers and generators
-    advance as in training; the weights do not move."""
-    judged = [outer_batch] if parts == 1 else micro_batches(outer_batch, parts, "labeled")
+    """Take the student's steps on the inner batches: Algorithm 1, lines 2 and 3.
+
+    Buffers and generators advance as in training; the weights do not move.
+
+    Args:
+        student: the network.
+        update: U.
+        problem: the two losses.
+        outer_batch: as the outer loss reads it; where each step has an outer loss, the last one's.
+        inner_batches: one for each step; those of a function are read as they are taken.
+        teach: returns the signal about a batch.
+        accumulate: micro-batches that each batch is split into.
+        keep_graph: keep the path differentiable in the signals, for
+            :meth:`Path.gradients_in_signals`.
+        order: of differentiation; ``"graph"``: g keeps a graph in what gets the feedback.
+        credits: what gets the feedback.
+        truncate: how many of the last steps are differentiated; None: all.
+        keep: chooses which steps keep their states; None: all do.
+        updates: U of each step, where they differ by a schedule, or have settings that are leaves.
+        wrt: what the gradient is in besides the signals.
+        step_losses: an outer loss for each step.
+        replays: compares steps that are computed again with the first time.
+        progress: is called after each step.
+    """
+    outer_micro_batches = [outer_batch]
+    if accumulate > 1:
+        outer_micro_batches = micro_batches(outer_batch, accumulate, "labeled")
     path = Path(
-        problem,
-        student,
-        update,
-        judged,
-        inner_batches,
-        wrt=wrt,
+        problem=problem,
+        student=student,
+        update=update,
+        outer_micro_batches=outer_micro_batches,
+        inner_batches=inner_batches,
         order=order,
-        outer=outer,
+        wrt=wrt,
+        step_losses=step_losses,
         replays=replays,
     )
-    if parts > 1 and not is_mean_over_rows(problem):
+    if accumulate > 1 and not is_mean_over_rows(problem):
         path.whole_outer_batch = outer_batch
-    ranks, several = student.ranks, len(inner_batches) > 1
-    enters, rereads = enters_input(problem), inner_batches.are_read_again
-    if not ranks.alone:
-        for judged_batch in [outer_batch] if outer is None else outer.batches:
-            ranks.equal(length(judged_batch), "the outer batch")
-    # The steps after the first one that is differentiated take a Hessian product, by a graph that
-    # they make then.
-    first_differentiated = max(0, len(inner_batches) - truncate) if truncate else 0
-    # A graph of several steps begins at leaves, so that the student's own parameters are in none
-    # but by mistake.
-    params = (
-        as_leaves(student.params) if (several or "start" in wrt) and keep_graph else student.params
+    if not student.ranks.alone:
+        for batch in [outer_batch] if step_losses is None else step_losses.batches:
+            student.ranks.equal(length(batch), "the outer batch")
+    walk = _Walk(
+        path,
+        teach=teach,
+        accumulate=accumulate,
+        keep_graph=keep_graph,
+        credits=credits,
+        truncate=truncate,
+        keep=keep,
+        updates=updates,
     )
-    state = update.read_state()
-    look = current_look()
-
-    def asked(x: Any, outputs: Tensor | None) -> Signal:
-        """Line 2: ŷ ~ T(x), or the soft label.
-
-        A problem may read the student as it is in this step.
-        """
-        if ranks.alone and params is student.params:
-            return teach(x, outputs).detached()
-        with NOTHING if params is student.params else student.with_weights(params), ranks.agreed():
-            return teach(x, outputs).detached()
-
-    def learned(
-        inner_pass: Pass, x: Any, signal: Signal, keeps_graph: bool = False
-    ) -> tuple[Tensor, Tree]:
-        """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
-        leaves: Tree = {}
-        if keeps_graph:
-            leaves = as_leaves(credited(signal, credits))
-            signal = signal.having(leaves)
-        loss: Loss = partial(
-            inner_loss, problem, signal, x, student.has_whole_weights, leaves.get("factors")
-        )
-        # Without a graph of the path, the second step is the first one at other weights than the
-        # student's own. With one, the first step is at leaves already, and the second one's graph
-        # ends in those of the first.
-        looks_at = (0,) if keep_graph else (0, 1)
-        if look is not None and number in looks_at:
-            made_here = [*params.values(), *signal.fields().values(), *leaves.values()]
-            loss = looked_at(
-                loss, inner_pass, made_here, look, at_own_weights=params is student.params
-            )
-        return inner_pass.gradient(loss, [*leaves.values()])
-
     for number in range(len(inner_batches)):
-        if number > 0:
-            params, state = path.steps[-1].updated
-            if path.keeping.spacings:
-                path.forget(number - 1)
-                if number % path.keeping.spacings[0] == 0:
-                    path.keep(number, params, state)
-        with ranks.agreed() if rereads else NOTHING:
-            inner_batch = inner_batches[number]
-        if number == 0 and several:  # what does not fit is refused before anything is computed
-            # θ, g and s after the step, and a batch that the step alone holds.
-            held = [*params.values()] * 2 + (leaves_of(inner_batch) if rereads else [])
-            size = update.state_bytes() + sum(t.nbytes for t in held if isinstance(t, Tensor))
-            path.keeping = ALL if keep is None else keep(len(inner_batches), size, student)
-            path.states = States(path.keeping.on)
-            if path.keeping.spacings:
-                path.states.keep(0, (params, state))
-        pieces = [inner_batch] if parts == 1 else micro_batches(inner_batch, parts, "unlabeled")
-        if not ranks.alone:
-            ranks.equal(length(inner_batch), "the inner batch")
-        keeps_graph = order == "graph" and number == first_differentiated
-        passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
-        results = list[tuple[Tensor, Tree]]()
-        if before := enters or problem.signal_of_batch:
-            about = [inner_batch] if problem.signal_of_batch else pieces
-            whole = joined_signals([asked(x, None) for x in about], leaves=keep_graph)
-            signals = whole.chunks(parts)
-        for i, x in enumerate(pieces):
-            if enters:
-                signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
-            inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
-            passes.append(inner_pass := student.pass_type(student, params, inputs))  # z = S(x; θ)
-            judged_now = (
-                judged if outer is None else micro_batches(outer.batches[number], parts, "labeled")
-            )
-            with NOTHING if ranks.alone else ranks.agreed():
-                problem.check(inner_pass.outputs, judged_now[i], x)
-            if not before:
-                signals.append(asked(x, inner_pass.outputs))
-            if not keep_graph:  # one graph at a time
-                results.append(learned(inner_pass, x, signals[i], keeps_graph))
-        if not before:
-            whole = (
-                joined_signals(signals, leaves=keep_graph)
-                if keep_graph or parts > 1
-                else signals[0]
-            )
-        if keep_graph:  # by parts of the leaf that the path is differentiated in
-            results = [*map(learned, passes, pieces, whole.chunks(parts))]
-        loss, g = results[0]
-        if parts > 1:
-            losses, gradients = zip(*results, strict=True)
-            loss, g = mean_of(losses), mean_tree(gradients)
-        rule, known_by = (
-            updates[number] if updates else update,
-            digest(inner_batch) if rereads else None,
-        )
-        given = problem, rule, passes, inner_batch, whole, loss, g, state, signal_inputs
-        path.steps.append(InnerStep(*given, by_optimizer=several, digest=known_by, order=order))
-        if several:
-            with NOTHING if ranks.alone else ranks.agreed():
-                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), path.steps[-1].inner_loss)
-        if number == 0 and several and rereads:
-            path.inner_batch(
-                0
-            )  # a function that always returns another batch is refused here, not after the path
+        walk.take_step(number)
         if progress is not None:
             progress()
     return path
 
 
+class _Walk:
+    """A student on its way along a path.
+
+    For the arguments see :func:`take_steps`.
+
+    Attributes:
+        params: the weights θ_k before the next step.
+        state: the optimizer's state before it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        teach: Teach,
+        accumulate: int,
+        keep_graph: bool,
+        credits: Credited,
+        truncate: int | None,
+        keep: Keep | None,
+        updates: Sequence[Update],
+    ) -> None:
+        self.path = path
+        self.problem = path.problem
+        self.student = path.student
+        self.ranks = path.student.ranks
+        self.inner_batches = path.inner_batches
+        self.teach = teach
+        self.accumulate = accumulate
+        self.keep_graph = keep_graph
+        self.credits = credits
+        self.keep = keep
+        self.updates = updates
+        self.is_alone_step = len(self.inner_batches) == 1
+        # The steps after the first one that is differentiated take a Hessian product, by a graph
+        # that they make then.
+        self.first_differentiated = 0
+        if truncate:
+            self.first_differentiated = max(0, len(self.inner_batches) - truncate)
+        self.params = self.student.params
+        if keep_graph and (not self.is_alone_step or "start" in path.wrt):
+            # A graph of several steps begins at leaves, so that the student's own parameters are in
+            # none but by mistake.
+            self.params = as_leaves(self.student.params)
+        self.state = path.update.read_state()
+        self.look = current_look()
+
+    @property
+    def is_at_own_weights(self) -> bool:
+        """Whether the student is at the weights that its module holds."""
+        return self.params is self.student.params
+
+    def take_step(self, number: int) -> None:
+        """Take the step of this number, which the path then has."""
+        problem = self.problem
+        if number > 0:
+            self._go_on_to(number)
+        with self.ranks.agreed() if self.inner_batches.are_read_again else NOTHING:
+            inner_batch = self.inner_batches[number]
+        if number == 0 and not self.is_alone_step:
+            # What does not fit is refused before anything is computed.
+            self._choose_keeping(inner_batch)
+        parts = [inner_batch]
+        if self.accumulate > 1:
+            parts = micro_batches(inner_batch, self.accumulate, "unlabeled")
+        if not self.ranks.alone:
+            self.ranks.equal(length(inner_batch), "the inner batch")
+        outer_parts = self.path.outer_micro_batches
+        if self.path.step_losses is not None:
+            outer_batch = self.path.step_losses.batches[number]
+            outer_parts = micro_batches(outer_batch, self.accumulate, "labeled")
+
+        # Line 2: ŷ ~ T(x), or the soft label. Most problems make it from the student's outputs on
+        # each micro-batch.
+        has_signal_in_input = enters_input(problem)
+        asks_first = has_signal_in_input or problem.signal_of_batch
+        signals: list[Signal] = []
+        if asks_first:
+            asked_about = [inner_batch] if problem.signal_of_batch else parts
+            signals_asked = [self._ask_teacher(batch, None) for batch in asked_about]
+            signal = joined_signals(signals_asked, leaves=self.keep_graph)
+            signals = signal.chunks(self.accumulate)
+        passes: list[Pass] = []
+        signal_inputs: list[SignalInput] = []
+        results: list[tuple[Tensor, Tree]] = []
+        for i, batch in enumerate(parts):
+            if has_signal_in_input:
+                signal_inputs.append(
+                    SignalInput(problem, batch, signals[i], in_graph=self.keep_graph)
+                )
+                inputs = signal_inputs[i].inputs
+            else:
+                inputs = problem.student_input(batch)
+            # z = S(x; θ)
+            inner_pass = self.student.pass_type(self.student, self.params, inputs)
+            passes.append(inner_pass)
+            with NOTHING if self.ranks.alone else self.ranks.agreed():
+                problem.check(inner_pass.outputs, outer_parts[i], batch)
+            if not asks_first:
+                signals.append(self._ask_teacher(batch, inner_pass.outputs))
+            if not self.keep_graph:
+                # At once, so that there is one graph at a time.
+                results.append(self._loss_and_gradient(number, inner_pass, batch, signals[i]))
+        if not asks_first:
+            signal = signals[0]
+            if self.keep_graph or self.accumulate > 1:
+                signal = joined_signals(signals, leaves=self.keep_graph)
+        if self.keep_graph:
+            # By parts of the leaf that the path is differentiated in.
+            signals = signal.chunks(self.accumulate)
+            for inner_pass, batch, signal_of_part in zip(passes, parts, signals, strict=True):
+                results.append(self._loss_and_gradient(number, inner_pass, batch, signal_of_part))
+
+        loss, gradient = results[0]
+        if self.accumulate > 1:
+            loss = mean_of([loss_of_part for loss_of_part, _ in results])
+            gradient = mean_tree([gradient_of_part for _, gradient_of_part in results])
+        step = InnerStep(
+            problem=problem,
+            update=self.updates[number] if self.updates else self.path.update,
+            passes=passes,
+            inner_batch=inner_batch,
+            signal=signal,
+            inner_loss=loss,
+            grads=gradient,
+            state=self.state,
+            signal_inputs=signal_inputs,
+            by_optimizer=not self.is_alone_step,
+            digest=digest(inner_batch) if self.inner_batches.are_read_again else None,
+            order=self.path.order,
+        )
+        self.path.steps.append(step)
+        if not self.is_alone_step:
+            with NOTHING if self.ranks.alone else self.ranks.agreed():
+                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), step.inner_loss)
+            if number == 0 and self.inner_batches.are_read_again:
+                # A function that always returns another batch is refused here, not after the path.
+                self.path.inner_batch(0)
+
+    def _go_on_to(self, number: int) -> None:
+        """Take the weights and the state that the step before leads to."""
+        path = self.path
+        self.params, self.state = path.steps[-1].updated
+        spacings = path.keeping.spacings
+        if spacings:
+            path.forget(number - 1)
+            if number % spacings[0] == 0:
+                path.keep(number, self.params, self.state)
+
+    def _choose_keeping(self, inner_batch: Any) -> None:
+        """Choose which steps keep their states, by the bytes that a step holds."""
+        path = self.path
+        # θ and g have the same size; a batch that is read again is held by the step alone.
+        weights_size = sum(t.nbytes for t in self.params.values())
+        size = 2 * weights_size + path.update.state_bytes()
+        if self.inner_batches.are_read_again:
+            size += sum(t.nbytes for t in leaves_of(inner_batch) if isinstance(t, Tensor))
+        if self.keep is not None:
+            path.keeping = self.keep(len(self.inner_batches), size, self.student)
+        path.states = States(path.keeping.on)
+        if path.keeping.spacings:
+            path.states.keep(0, (self.params, self.state))
+
+    def _ask_teacher(self, batch: Any, outputs: Tensor | None) -> Signal:
+        """Return the signal about a batch, without its graph.
+
+        A problem may read the student as it is in this step.
+        """
+        if self.is_at_own_weights and self.ranks.alone:
+            return self.teach(batch, outputs).detached()
+        weights = NOTHING if self.is_at_own_weights else self.student.with_weights(self.params)
+        with weights, self.ranks.agreed():
+            return self.teach(batch, outputs).detached()
+
+    def _loss_and_gradient(
+        self, number: int, inner_pass: Pass, batch: Any, signal: Signal
+    ) -> tuple[Tensor, Tree]:
+        """Return the value and the gradient of the inner loss of a micro-batch.
+
+        Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
+        """
+        leaves: Tree = {}
+        is_first_differentiated = number == self.first_differentiated
+        if self.path.order == "graph" and is_first_differentiated and not self.keep_graph:
+            leaves = as_leaves(credited(signal, self.credits))
+            signal = signal.having(leaves)
+        loss: Loss = partial(
+            inner_loss,
+            self.problem,
+            signal,
+            batch,
+            self.student.has_whole_weights,
+            leaves.get("factors"),
+        )
+        # Without a graph of the path, the second step is the first one at other weights than the
+        # student's own. With one, the first step is at leaves already, and the second one's graph
+        # ends in those of the first.
+        steps_to_look_at = (0,) if self.keep_graph else (0, 1)
+        if self.look is not None and number in steps_to_look_at:
+            loss = looked_at(
+                loss,
+                inner_pass,
+                made_here=[*self.params.values(), *signal.fields().values(), *leaves.values()],
+                look=self.look,
+                at_own_weights=self.is_at_own_weights,
+            )
+        return inner_pass.gradient(loss, [*leaves.values()])
+
+
 def looked_at(
     loss: Loss,
     inner_pass: Pass,
+    *,
     made_here: Sequence[Tensor],
     look: FirstLook,
-    *,
     at_own_weights: bool,
 ) -> Loss:
     """Return an inner loss whose graph is looked at when it is taken.
 
-    ``made_here`` are leaves besides its weights.
+    Args:
+        made_here: leaves besides its weights.
+        at_own_weights: whether the pass ran at the student's own parameters.
     """
 
-    def taken(outputs: Tensor, params: Tree) -> Tensor:
-        def again() -> Tensor:
-            with inner_pass.once_more(inner_pass.inputs) as (at, outputs_again):
-                return loss(outputs_again, at)
+    def loss_with_look(outputs: Tensor, params: Tree) -> Tensor:
+        def loss_again() -> Tensor:
+            with inner_pass.once_more(inner_pass.inputs) as (params_again, outputs_again):
+                return loss(outputs_again, params_again)
 
         value = loss(outputs, params)
         look.at_inner_loss(
-            value, [*params.values(), *made_here], again, at_own_weights=at_own_weights
+            value, [*params.values(), *made_here], loss_again, at_own_weights=at_own_weights
         )
         return value
 
-    return taken
+    return loss_with_look

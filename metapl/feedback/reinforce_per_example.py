@@ -16,6 +16,9 @@ from metapl.feedback.order import Order
 from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind, Problem
 
+# Made once, since checking its fields is nothing that a compiled step could trace.
+BY_DIFFERENCE = Difference()
+
 
 @dataclass(frozen=True)
 class ReinforcePerExample(Estimator):
@@ -53,7 +56,7 @@ class ReinforcePerExample(Estimator):
         self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         if self.tangent == "difference":
-            return Difference().orders(steps, problem, student, wrt)
+            return BY_DIFFERENCE.orders(steps, problem, student, wrt)
         return exact_orders(steps, problem, student, wrt)
 
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
@@ -61,5 +64,5 @@ class ReinforcePerExample(Estimator):
         if self.tangent == "forward":
             h = exact_feedback(step, w, of="example")
         else:
-            h = Difference().along(step, w, of="example")
+            h = BY_DIFFERENCE.along(step, w, of="example")
         return [h.divided_by(divisor(self.normalization, step, w))], state

@@ -1,13 +1,10 @@
-"""The teacher's half of a step.
-
-Its passes on the inner batches, and the gradient that it learns from.
-"""
+"""The teacher's half of a step: its passes on the inner batches, and the gradient that it gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,144 +44,187 @@ NOT_FINITE = (
 
 @dataclass
 class TeacherPass:
-    """The teacher's pass on one inner batch, at θ_T from before the step."""
+    """The teacher's pass on one inner batch, or micro-batch, at θ_T from before the step.
+
+    Args:
+        inner_batch: None, where it is read again.
+        student_outputs: what the teacher was given; None: the student had not run.
+        signal: what it said.
+        random: the state of the generators before a pass that is computed again.
+        state: of the network, before such a pass.
+    """
 
     inner_batch: Any
     student_outputs: Tensor | None
     signal: Signal
-    random: RandomState | None = (
-        None  # what a pass that is computed again began with: the generators,
-    )
-    state: State | None = None  # and the network's state
+    random: RandomState | None = None
+    state: State | None = None
 
 
 class Teaching:
-    """The teacher's passes on the inner batches of a path, in their order: one for each
-    micro-batch, or one for the whole batch where the problem says so (``signal_of_batch``)."""
+    """The teacher's passes on the inner batches of a path, in their order.
+
+    There is one for each micro-batch, or one for the whole batch where the problem says so
+    (``signal_of_batch``).
+
+    Args:
+        layout: of the teacher; None: the problem has none, and is given an empty module.
+        problem: makes the signal.
+        mode: the estimator, which takes some kinds of signals.
+        generator: of labels that are drawn; None: the default one.
+        ranks: the processes that share the batches.
+        device: where the networks are.
+        inner_batches: those of the student's steps.
+        accumulate: micro-batches that each of them is split into.
+        recompute: make signals without a graph first, and once more with one at the end.
+        slots: the network's tables, where they have been read in this step already.
+    """
 
     def __init__(
         self,
-        layout: Layout
-        | None,  # of the teacher; None: the problem has none, and is given an empty module
+        layout: Layout | None,
         problem: Problem,
+        *,
         mode: Estimator,
-        generator: torch.Generator | None,  # of labels that are drawn
+        generator: torch.Generator | None,
         ranks: Ranks,
         device: torch.device,
         inner_batches: InnerBatches,
-        parts: int,  # micro-batches of each of them
-        recompute: bool,  # signals without a graph first, and once more with one in ``with_graph``
-        slots: Slots
-        | None = None,  # the network's tables where they have been read in this step already
+        accumulate: int,
+        recompute: bool,
+        slots: Slots | None = None,
     ) -> None:
-        self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
-        self.ranks, self.device, self.steps = ranks, device, len(inner_batches)
-        self.parts = 1 if problem.signal_of_batch else parts
-        self.rereads = inner_batches.are_read_again
-        self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
+        self.layout = layout
+        self.problem = problem
+        self.mode = mode
+        self.generator = generator
+        self.ranks = ranks
+        self.device = device
+        self.student_steps = len(inner_batches)
+        self.passes_per_batch = 1 if problem.signal_of_batch else accumulate
+        self.batches_are_read_again = inner_batches.are_read_again
+        self.recompute = layout is not None and (
+            recompute or accumulate > 1 or self.batches_are_read_again
+        )
         self.network = nn.Module() if layout is None else layout.network
-        self.slots, self.passes = slots or Slots(self.network), list[TeacherPass]()
+        self.slots = slots or Slots(self.network)
+        self.passes: list[TeacherPass] = []
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
-        """Algorithm 1, line 2, ŷ_u ~ T(x_u).
+        """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
 
-        The signal about a micro-batch, given the student's outputs on it.
+        Args:
+            outputs: the student's on it; None: it has not run.
         """
+        # Whether the network draws from the generators of Python or NumPy is found in its first
+        # pass.
         is_watched = self.slots.draws_outside is None
-        before = (
-            self.slots.random_state(self.device, self.generator)
-            if self.recompute or is_watched
-            else None
-        )
+        random = None
+        if self.recompute or is_watched:
+            random = self.slots.random_state(self.device, self.generator)
         if self.recompute:
             state = self.slots.snapshot()
             with torch.no_grad(), no_fast_path():
                 signal = self._ask(batch, outputs)
-            taken = TeacherPass(None if self.rereads else batch, outputs, signal, before, state)
+            kept_batch = None if self.batches_are_read_again else batch
+            teacher_pass = TeacherPass(kept_batch, outputs, signal, random=random, state=state)
         else:
-            taken = TeacherPass(batch, outputs, self._ask(batch, outputs))
-        if is_watched and before is not None:
-            self.slots.watch(before, self.slots.random_state(self.device))
+            teacher_pass = TeacherPass(batch, outputs, self._ask(batch, outputs))
+        if is_watched and random is not None:
+            self.slots.watch(random, self.slots.random_state(self.device))
         if self.layout is not None:
-            self.passes.append(taken)
-        return taken.signal
+            self.passes.append(teacher_pass)
+        return teacher_pass.signal
 
-    def with_graph(self, taken: TeacherPass, batch: Any) -> Signal:
-        """The signal of a pass with the teacher's graph, computed again if it was computed without."""
-        if taken.random is None or taken.state is None:
-            return taken.signal
-        with replay(taken.random, taken.state):
-            again = self._ask(batch, taken.student_outputs)
-        fields = again.fields()
-        for name, first in taken.signal.fields().items():
+    def with_graph(self, teacher_pass: TeacherPass, batch: Any) -> Signal:
+        """Return the signal of a pass with the teacher's graph.
+
+        It is computed again if it was computed without one, and refused where it comes out
+        otherwise.
+        """
+        if teacher_pass.random is None or teacher_pass.state is None:
+            return teacher_pass.signal
+        with replay(teacher_pass.random, teacher_pass.state):
+            signal = self._ask(batch, teacher_pass.student_outputs)
+        fields = signal.fields()
+        for name, first in teacher_pass.signal.fields().items():
             tolerance = EXACTLY[coarsest_dtype([first.dtype], first.device)].outputs
             check_same_outputs(fields[name].detach(), first.detach(), tolerance, "teacher")
-        return again
+        return signal
 
     def _ask(self, batch: Any, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
-        check_signal(signal, self.mode, self.problem, self.steps)
+        check_signal(signal, self.mode, self.problem, student_steps=self.student_steps)
         return signal
 
     def direct_gradient(self, path: Path) -> dict[str, Tensor]:
-        """The direct term ∂L(θ′; φ)/∂φ at fixed θ′, by the teacher's parameters, with zeros where it reads none."""
+        """Return the direct term ∂L(θ′; φ)/∂φ at fixed θ′, by the teacher's parameters.
+
+        It is zero in those that the outer loss does not read.
+        """
         assert self.layout is not None, "a direct term is of a teacher"
-        taken = self.passes[-1]
-        signal = taken.signal
+        last_pass = self.passes[-1]
+        signal = last_pass.signal
         if reads_signal_in_outer_input(self.problem):
-            batch = path.inner_batch(len(path.steps) - 1) if self.rereads else taken.inner_batch
-            signal = self.with_graph(taken, batch)
-        loss = path.direct_loss(signal)
-        reached = reached_gradient(self.layout, loss, retain=True)
-        parameters = self.layout.parameters()
-        return {
-            name: reached[name] if name in reached else torch.zeros_like(p)
-            for name, p in parameters.items()
-        }
+            batch = last_pass.inner_batch
+            if self.batches_are_read_again:
+                batch = path.inner_batch(len(path.steps) - 1)
+            signal = self.with_graph(last_pass, batch)
+        reached = reached_gradient(self.layout, path.direct_loss(signal), retain=True)
+        return with_zeros(reached, self.layout)
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
-        """The gradient of −Σ h·signal in the teacher's weights, over all passes.
+        """Return the gradient of −Σ h·signal in the teacher's weights, over all passes.
 
         Empty without a teacher.
         """
-        grads: dict[str, Tensor] = {}
         if self.layout is None:
-            return grads
-        pieces = [piece for of_step in feedback for piece in of_step.chunks(self.parts)]
-        for number, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            batch = taken.inner_batch
-            if self.rereads:
-                whole = path.inner_batch(number // self.parts)
-                batch = micro_batches(whole, self.parts, "unlabeled")[number % self.parts]
-            loss = h.teacher_loss(self.with_graph(taken, batch))
-            # The backward pass of a sharded network averages over the ranks; that of others stays
-            # with this rank.
-            new = gradient_of(
-                self.layout, self.ranks.size * loss if self.layout.is_sharded else loss
-            )
-            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
-        return (
-            grads
-            if self.layout.is_sharded
-            else {name: self.ranks.sum(g) for name, g in grads.items()}
-        )
+            return {}
+        gradient: dict[str, Tensor] = {}
+        feedback_by_pass = self._by_pass(feedback)
+        for number, (teacher_pass, h) in enumerate(zip(self.passes, feedback_by_pass, strict=True)):
+            batch = teacher_pass.inner_batch
+            if self.batches_are_read_again:
+                step, part = divmod(number, self.passes_per_batch)
+                whole_batch = path.inner_batch(step)
+                batch = micro_batches(whole_batch, self.passes_per_batch, "unlabeled")[part]
+            loss = h.teacher_loss(self.with_graph(teacher_pass, batch))
+            if self.layout.is_sharded:
+                # The backward pass of a sharded network averages over the ranks.
+                loss = self.ranks.size * loss
+            gradient_of_pass = gradient_of(self.layout, loss)
+            if gradient:
+                gradient = {name: gradient[name] + g for name, g in gradient_of_pass.items()}
+            else:
+                gradient = gradient_of_pass
+        if self.layout.is_sharded:
+            return gradient
+        # The backward pass of any other network stays with this rank.
+        return {name: self.ranks.sum(g) for name, g in gradient.items()}
+
+    def _by_pass(self, feedback: Sequence[Feedback]) -> list[Feedback]:
+        """Return the feedback on the signal of each pass, from that of each student step."""
+        if self.passes_per_batch == 1:
+            return list(feedback)
+        return [part for of_step in feedback for part in of_step.chunks(self.passes_per_batch)]
 
     def backward(
         self,
         feedback: Sequence[Feedback],
         losses: Sequence[TeacherLoss],
+        *,
         outer_batch: Any,
         step: int,
         size: FeedbackSize,
-        *,
         measure: bool = False,
         is_first: bool = False,
         direct_loss: Callable[[Signal], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
 
-        .. math:: G = \lambda\, G_h + G_{own}, \qquad G_h = -\nabla \textstyle\sum h \cdot \mathrm{signal}, \qquad
+        .. math:: G = \lambda\, G_h + G_{own}, \qquad
+                  G_h = -\nabla \textstyle\sum h \cdot \mathrm{signal}, \qquad
                   G_{own} = \nabla \textstyle\sum_k L_k
 
         Args:
@@ -204,19 +244,16 @@ class Teaching:
         Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio``
         where both gradients were found.
         """
-        layout, parts, alone = self.layout, self.parts, self.ranks.alone
+        layout = self.layout
         if layout is None:
             return {}
-        pieces = (
-            feedback
-            if parts == 1
-            else [piece for of_step in feedback for piece in of_step.chunks(parts)]
-        )
+        parts = self.passes_per_batch
         outer_parts = [outer_batch]
         if parts > 1:
             outer_parts = micro_batches(outer_batch, parts, "labeled")
         first_of_last_batch = len(self.passes) - parts
-        inner_parts = [taken.inner_batch for taken in self.passes[first_of_last_batch:]]
+        last_passes = self.passes[first_of_last_batch:]
+        inner_parts = [teacher_pass.inner_batch for teacher_pass in last_passes]
         if parts > 1 and is_first:
             with rows_shared(self.ranks):
                 refuse_other_than_means(
@@ -224,7 +261,7 @@ class Teaching:
                     losses,
                     outer_parts,
                     inner_parts,
-                    signals=[taken.signal for taken in self.passes[first_of_last_batch:]],
+                    signals=[teacher_pass.signal for teacher_pass in last_passes],
                     problem=self.problem,
                     step=step,
                     ranks=self.ranks,
@@ -232,118 +269,163 @@ class Teaching:
                     parts=parts,
                 )
         shares = shares_of_losses(losses, outer_parts, inner_parts, self.ranks, self.device)
-        gives_feedback = self.mode.credits != "nothing"
-        compares = size.compares and gives_feedback
+        has_feedback = self.mode.credits != "nothing"
+        compares = size.compares and has_feedback
         hooked = [name for name, p in layout.parameters().items() if p._backward_hooks]
         # A hook that changes gradients would be called with each of them, and twice where the size
         # is measured.
-        measures = measure and gives_feedback and bool(losses) and not hooked
+        measures = measure and has_feedback and bool(losses) and not hooked
         if compares and hooked:
             raise MetaplError(
                 f"the teacher's parameters {few(hooked, 3)} have hooks, which would change the "
                 "gradients of the feedback and of the own losses one by one; expected "
                 "feedback_weight=1.0, or clip_norm without hooks."
             )
-        scalars = list[dict[str, Tensor]]()
-        of_feedback = dict[str, Tensor]()
-        of_losses = dict[str, Tensor]()
-        for i, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            signal = (
-                taken.signal if taken.random is None else self.with_graph(taken, taken.inner_batch)
-            )
-            from_feedback = h.teacher_loss(signal)
-            if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
-                from_feedback = self.ranks.size * from_feedback
+
+        scalars: list[dict[str, Tensor]] = []
+        feedback_gradient: dict[str, Tensor] = {}
+        own_gradient: dict[str, Tensor] = {}
+        feedback_by_pass = self._by_pass(feedback)
+        for i, (teacher_pass, h) in enumerate(zip(self.passes, feedback_by_pass, strict=True)):
+            signal = teacher_pass.signal
+            if teacher_pass.random is not None:
+                signal = self.with_graph(teacher_pass, teacher_pass.inner_batch)
+            feedback_loss = h.teacher_loss(signal)
+            if not self.ranks.alone:
+                # It is a sum over all rows, and its gradient is averaged over the ranks.
+                feedback_loss = self.ranks.size * feedback_loss
             if direct_loss is not None and i == len(self.passes) - 1:
                 # Without a graph it adds nothing to a gradient.
-                from_feedback = from_feedback + direct_loss(signal)
-            own = None
+                feedback_loss = feedback_loss + direct_loss(signal)
+            own_loss = None
             if i >= first_of_last_batch:
                 part = i - first_of_last_batch
-                own, named = self._own_loss(
+                own_loss, scalars_of_part = self._own_loss(
                     losses,
-                    outer_parts[part],
-                    taken.inner_batch,
+                    outer_batch=outer_parts[part],
+                    inner_batch=teacher_pass.inner_batch,
                     signal=signal,
                     step=step,
                     shares=shares[part],
                 )
-                scalars.append(named)
-                own = own / parts if parts > 1 else own
-            learns = own is not None and own.requires_grad
+                scalars.append(scalars_of_part)
+                if parts > 1:
+                    own_loss = own_loss / parts
+                if not own_loss.requires_grad:
+                    own_loss = None
             if compares:
                 # The teacher's pass belongs to both graphs.
-                add_to(of_feedback, reached_gradient(layout, from_feedback, retain=learns))
-                if own is not None and learns:
-                    add_to(of_losses, reached_gradient(layout, own))
+                retain = own_loss is not None
+                add_to(feedback_gradient, reached_gradient(layout, feedback_loss, retain=retain))
+                if own_loss is not None:
+                    add_to(own_gradient, reached_gradient(layout, own_loss))
                 continue
-            total = from_feedback if size.weight == 1.0 else size.weight * from_feedback
-            if measures and total.requires_grad:
-                add_to(of_feedback, reached_gradient(layout, total, retain=True))
-            if own is not None and learns:
-                total = total + own
-            if total.requires_grad:
-                total.backward()
-        parameters = layout.parameters()
+            loss = feedback_loss
+            if size.weight != 1.0:
+                loss = size.weight * feedback_loss
+            if measures and loss.requires_grad:
+                add_to(feedback_gradient, reached_gradient(layout, loss, retain=True))
+            if own_loss is not None:
+                loss = loss + own_loss
+            if loss.requires_grad:
+                loss.backward()
         if compares:
-            of_feedback, of_losses = self._over_ranks(of_feedback), self._over_ranks(of_losses)
-            feedback_norm, own_norm = self._norm(of_feedback), self._norm(of_losses)
-            weight = size.weight_for(feedback_norm, own_norm)
-            scalars[-1] |= {
-                "feedback_weight": weight,
-                "feedback_ratio": ratio_of(weight, feedback_norm, own_norm),
-            }
-            add_to(of_losses, {name: weight.to(g.dtype) * g for name, g in of_feedback.items()})
-            for name, p in parameters.items():
-                p.grad = of_losses.get(name)
-                # A backward pass would have called these on the whole gradient.
-                if p.grad is not None:
-                    for hook in (p._post_accumulate_grad_hooks or {}).values():
-                        hook(p)
+            scalars[-1] |= self._leave_sum(feedback_gradient, own_gradient, size)
         elif measures:
-            whole = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-            of_losses = {
-                name: plus(g, -of_feedback[name]) if name in of_feedback else g
-                for name, g in whole.items()
-            }
-            feedback_norm, own_norm = (
-                self._norm(self._over_ranks(tree)) for tree in (of_feedback, of_losses)
-            )
-            scalars[-1] |= {
-                "feedback_weight": torch.full_like(own_norm, size.weight),
-                "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
-            }
+            scalars[-1] |= self._measured_size(feedback_gradient, size)
         means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
-        means = means if alone else self.ranks.mean_tree(means, means)
+        if not self.ranks.alone:
+            means = self.ranks.mean_tree(means, means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
         checks.refuse_not_finite(NOT_FINITE, means["teacher_loss"])
         return means
 
+    def _leave_sum(
+        self,
+        feedback_gradient: dict[str, Tensor],
+        own_gradient: dict[str, Tensor],
+        size: FeedbackSize,
+    ) -> dict[str, Tensor]:
+        """Leave λ G_h + G_own in ``.grad``, with the λ of a rule that compares the two.
+
+        Returns: λ and the size of the feedback, for the report.
+        """
+        assert self.layout is not None, "there is a teacher"
+        feedback_gradient = self._over_ranks(feedback_gradient)
+        own_gradient = self._over_ranks(own_gradient)
+        feedback_norm = self._norm(feedback_gradient)
+        own_norm = self._norm(own_gradient)
+        weight = size.weight_for(feedback_norm, own_norm)
+        weighted = {name: weight.to(g.dtype) * g for name, g in feedback_gradient.items()}
+        whole_gradient = own_gradient
+        add_to(whole_gradient, weighted)
+        for name, p in self.layout.parameters().items():
+            p.grad = whole_gradient.get(name)
+            # A backward pass would have called these on the whole gradient.
+            if p.grad is not None:
+                for hook in (p._post_accumulate_grad_hooks or {}).values():
+                    hook(p)
+        return {
+            "feedback_weight": weight,
+            "feedback_ratio": ratio_of(weight, feedback_norm, own_norm),
+        }
+
+    def _measured_size(
+        self, feedback_gradient: dict[str, Tensor], size: FeedbackSize
+    ) -> dict[str, Tensor]:
+        """Return λ and the size of the feedback, for the report.
+
+        Args:
+            feedback_gradient: λ G_h; G_own is what is in ``.grad`` besides it.
+        """
+        assert self.layout is not None, "there is a teacher"
+        own_gradient: dict[str, Tensor] = {}
+        for name, p in self.layout.parameters().items():
+            if p.grad is None:
+                continue
+            own_gradient[name] = p.grad
+            if name in feedback_gradient:
+                own_gradient[name] = plus(p.grad, -feedback_gradient[name])
+        feedback_norm = self._norm(self._over_ranks(feedback_gradient))
+        own_norm = self._norm(self._over_ranks(own_gradient))
+        return {
+            "feedback_weight": torch.full_like(own_norm, size.weight),
+            "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
+        }
+
     def _own_loss(
         self,
         losses: Sequence[TeacherLoss],
+        *,
         outer_batch: Any,
         inner_batch: Any,
-        *,
         signal: Signal,
         step: int,
         shares: Shares,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of the teacher's own losses on a micro-batch, and the report's scalars of it."""
+        """Return the sum of the teacher's own losses on a micro-batch, and its report's scalars."""
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
-            batches = {"labeled": outer_batch, "unlabeled": inner_batch, "signal": signal}
             terms = sum_of_terms(
-                self.network, losses, kind="teacher loss", shares=shares, step=step, **batches
+                self.network,
+                losses,
+                kind="teacher loss",
+                shares=shares,
+                step=step,
+                labeled=outer_batch,
+                unlabeled=inner_batch,
+                signal=signal,
             )
         values = [*terms.values()] or [torch.zeros((), device=self.device)]
-        own = values[0] if len(values) == 1 else torch.stack(values).sum()
-        if not own.requires_grad:
-            checks.learns(own, "teacher")
-        named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
-        return own, {"teacher_loss": own.detach(), **named}
+        loss = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if not loss.requires_grad:
+            checks.learns(loss, "teacher")
+        scalars = {"teacher_loss": loss.detach()}
+        for name, term in terms.items():
+            scalars[f"teacher_{name}"] = term.detach()
+        return loss, scalars
 
     def _over_ranks(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a gradient as the mean over the ranks, which that of a sharded network is already."""
+        """Return a gradient as the mean over the ranks, which a sharded network's is already."""
         if self.layout is None or self.layout.kind != "replicated":
             return gradient
         like: dict[str, Tensor] = dict(self.layout.parameters())
@@ -357,6 +439,14 @@ class Teaching:
         if self.layout is None or not gradient:
             return torch.zeros((), device=self.device)
         return self.layout.space.norm({name: local(g) for name, g in gradient.items()})
+
+
+def with_zeros(gradient: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Return a gradient in all of a network's weights, with zeros where it has no entry."""
+    whole: dict[str, Tensor] = {}
+    for name, p in layout.parameters().items():
+        whole[name] = gradient[name] if name in gradient else torch.zeros_like(p)
+    return whole
 
 
 def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
@@ -373,45 +463,54 @@ def plus(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse else a + b
 
 
-def check_signal(signal: Any, mode: Estimator, problem: Problem, steps: int) -> None:
-    """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in so many student steps."""
-    value, drawn = (signal.value, signal.log_prob) if isinstance(signal, Signal) else (None, None)
-    fits = isinstance(value, Tensor) and (drawn is None or drawn.shape == value.shape[:1])
+def check_signal(signal: Any, mode: Estimator, problem: Problem, *, student_steps: int) -> None:
+    """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in.
+
+    Args:
+        student_steps: how many the mode differentiates.
+    """
+    if not isinstance(signal, Signal):
+        refuse_signal(problem, given=checks.described(signal))
+    value, log_prob = signal.value, signal.log_prob
     if isinstance(value, dict):
-        fits = drawn is None and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+        has_tensors = bool(value) and all(isinstance(t, Tensor) for t in value.values())
+        fits = log_prob is None and has_tensors
+    else:
+        fits = isinstance(value, Tensor)
+        if fits and log_prob is not None:
+            fits = log_prob.shape == value.shape[:1]
     if not fits:
-        given = (
-            f"a Signal of {checks.described(value)}"
-            if isinstance(signal, Signal)
-            else checks.described(signal)
-        )
-        raise MetaplError(
-            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
-            "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
-        )
-    kind: Kind = "soft" if drawn is None else "hard"
+        refuse_signal(problem, given=f"a Signal of {checks.described(value)}")
+    kind: Kind = "soft" if log_prob is None else "hard"
     if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
-        given = (
+        raise MetaplError(
             f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the "
-            "student's input"
+            "student's input; expected a differentiable signal, or 'reinforce', "
+            "'loss_difference' or 'none'."
         )
+    is_constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
+    if is_constant or kind not in mode.labels:
+        with_or_without = "without" if log_prob is None else "with"
+        fitting_modes = ", ".join(modes_for(kind, looks_ahead=student_steps > 1))
         raise MetaplError(
-            f"{given}; expected a differentiable signal, or 'reinforce', 'loss_difference' or "
-            "'none'."
+            f"the problem's signal is {checks.described(value)} {with_or_without} a log_prob, "
+            f"which mode '{mode.name}' does not differentiate; expected {fitting_modes}, or a "
+            "signal of floating point, or with log_prob."
         )
-    constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
-    if constant or kind not in mode.labels:
-        own = f"{checks.described(value)} with{'out' if drawn is None else ''} a log_prob"
-        fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
-        given = f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate"
-        raise MetaplError(
-            f"{given}; expected {fitting}, or a signal of floating point, or with log_prob."
-        )
+
+
+def refuse_signal(problem: Problem, *, given: str) -> NoReturn:
+    raise MetaplError(
+        f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
+        "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
+    )
 
 
 def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
-    """Return the gradient of a loss in the weights that it reaches: of this rank's rows, or the
-    mean over the ranks of a sharded network, whose own backward pass averages.
+    """Return the gradient of a loss in the weights that it reaches.
+
+    It is that of this rank's rows, or the mean over the ranks of a sharded network, whose own
+    backward pass averages.
 
     By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way;
     ``.grad`` stays as it is. Where the weights have hooks that a backward pass would call with a
@@ -431,26 +530,27 @@ def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> d
 
 
 def gradient_of(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of a loss in a network's weights, with zeros for those that it does not
-    reach; no other leaf of the graph gets a gradient."""
+    """Return the gradient of a loss in a network's weights, with zeros where it reaches none.
+
+    No other leaf of the graph gets a gradient.
+    """
     parameters = layout.parameters()
     if not loss.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     if layout.is_sharded:
-        reached = by_backward(loss, parameters)
-        return {
-            name: reached[name] if name in reached else torch.zeros_like(p)
-            for name, p in parameters.items()
-        }
+        return with_zeros(by_backward(loss, parameters), layout)
     grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     return dict(zip(parameters, grads, strict=True))
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The means over micro-batches; what only some report, such as a weight, as it is."""
+    """Return the means over micro-batches.
+
+    What only some report, such as a weight, is as they report it.
+    """
     if len(scalars) == 1:
         return dict(scalars[0])
-    names = dict.fromkeys(name for part in scalars for name in part)
-    return {
-        name: torch.stack([part[name] for part in scalars if name in part]).mean() for name in names
-    }
+    means: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for part in scalars for name in part):
+        means[name] = torch.stack([part[name] for part in scalars if name in part]).mean()
+    return means

@@ -32,7 +32,6 @@ from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
-from metapl.feedback import MODES, Implicit, estimator
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.state import (
@@ -62,10 +61,6 @@ from metapl.updates import (
 )
 
 LONGEST = 3  # steps that are unrolled in one function
-
-
-# An estimator of one's own, or a subclass, has its feedback on the eager road alone.
-KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 
 
 class Updates(NamedTuple):
@@ -134,8 +129,12 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
     is_alone = trainer.layout.kind == "plain" and trainer.ranks.alone
     if isinstance(inner, OwnStep):
         return "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon"
-    if type(mode) not in KNOWN:
-        return f"mode {type(mode).__name__}; expected one of the library's, other than implicit"
+    if not mode.is_pure:
+        return (
+            f"mode {type(mode).__name__}, which runs on the eager road alone; expected one of the "
+            "library's, other than implicit, or is_pure = True in an estimator that asks for "
+            "nothing but metapl.feedback.roads"
+        )
     if trainer.accumulate > 1:
         return f"accumulate={trainer.accumulate}; expected 1"
     if not is_alone:

@@ -1,12 +1,13 @@
-"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and
-nothing else; and a module as a function of its tensors."""
+"""What a pure step takes and returns besides the batches, and a module as a function.
+
+A step takes and returns tensors in NamedTuples and dicts, and nothing else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,10 +18,9 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import logits
-from metapl.execution.numerics import Tree, as_real, asks_for_gradient, wide
+from metapl.execution.numerics import Space, Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
 from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
-from metapl.feedback.difference import RELATIVE_STEP
 from metapl.problems.base import Signal, field_name
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Options, TorchUpdate, Update, options_of, rounded_options
@@ -32,7 +32,9 @@ Fields = TypeVar("Fields", bound=NamedTuple)
 class Network(NamedTuple):
     """The tensors of a network by name.
 
-    Its trainable parameters, and its state, the buffers and frozen parameters.
+    Attributes:
+        params: its trainable parameters.
+        state: its buffers and frozen parameters.
     """
 
     params: Tree
@@ -40,50 +42,74 @@ class Network(NamedTuple):
 
 
 def tensors_of(module: nn.Module | None) -> Network:
-    """The tensors that a module holds, without a graph; of none, none."""
-    named = {} if module is None else dict(module.named_parameters())
-    params = {name: p.detach() for name, p in named.items() if p.requires_grad}
-    state = {} if module is None else {**named, **dict(module.named_buffers())}
-    return Network(params, {name: t.detach() for name, t in state.items() if name not in params})
+    """Return the tensors that a module holds, without a graph; none without a module."""
+    if module is None:
+        return Network({}, {})
+    parameters = dict(module.named_parameters())
+    params = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
+    others = {**parameters, **dict(module.named_buffers())}
+    state = {name: t.detach() for name, t in others.items() if name not in params}
+    return Network(params, state)
 
 
 class Optimizer(NamedTuple):
-    """The state of ``torch.optim`` by parameter, and the settings of its param groups as 0-D tensors, for schedules."""
+    """An optimizer's tensors.
+
+    Attributes:
+        state: that of ``torch.optim``, by parameter, or that of a transform.
+        settings: the numbers of each param group by name, as 0-D tensors, for schedules.
+    """
 
     state: Any
     settings: list[dict[str, Any]]
 
 
 class State(NamedTuple):
-    """Everything that one step hands to the next."""
+    """Everything that one step hands to the next.
+
+    Attributes:
+        mode: the state of the estimator, such as a baseline.
+        step: the number of the step, int64, from 0.
+    """
 
     teacher: Network
     student: Network
     inner: Optimizer
     outer: Optimizer
-    mode: Tree  # of the estimator, such as a baseline
-    step: Tensor  # int64, from 0
+    mode: Tree
+    step: Tensor
 
 
 class Report(NamedTuple):
     """The numbers of a step; of K steps looked ahead, ``feedback`` and ``signal`` are lists of K.
 
     A step is right where ``flag`` is below 0.1, or 0.5 in ``difference``; NaN is not.
+
+    Attributes:
+        feedback: h = −dL(θ′)/d(signal), as the signal's value is: a tensor or a dict of them.
+        signal: the fields of the signal by name.
+        student_outputs: S(x_u; θ) on the last batch, (B, ...).
+        inner_loss: the mean of ℓ_i, and over the steps.
+        outer_loss: L(θ′); NaN in a mode that does not compute it, such as ``none``.
+        teacher_loss: the sum of the teacher's own losses.
+        flag: |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not
+            finite.
+        teacher_losses: these by name.
+        step_rounding: ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is;
+            else 0.
+        sizes: ``feedback_weight`` and ``feedback_ratio``, where the rule of the feedback's size
+            compares gradients.
     """
 
-    feedback: Any  # h = −dL(θ′)/d(signal), as the signal's value is: a tensor or a dict of them
-    signal: Any  # the fields of the signal by name
-    student_outputs: Tensor  # (B, ...), S(x_u; θ) on the last batch
-    inner_loss: Tensor  # the mean of ℓ_i, and over the steps
-    outer_loss: Tensor  # L(θ′); NaN in the mode "none", which does not compute it
-    teacher_loss: Tensor  # the sum of the teacher's own losses
-    # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
+    feedback: Any
+    signal: Any
+    student_outputs: Tensor
+    inner_loss: Tensor
+    outer_loss: Tensor
+    teacher_loss: Tensor
     flag: Tensor
-    teacher_losses: Tree  # by name
-    step_rounding: (
-        Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
-    )
-    # feedback_weight and feedback_ratio, where the rule of the feedback's size compares gradients
+    teacher_losses: Tree
+    step_rounding: Tensor
     sizes: Tree
 
 
@@ -104,50 +130,60 @@ def with_fields(value: Fields, **changed: Any) -> Fields:
 
 
 def on_value(h: Tree, value: Any) -> Any:
-    """The feedback as the signal's value is: a tensor, or a dict of those that are numbers."""
+    """Return the feedback as the signal's value is: a tensor, or a dict of its floating ones."""
     if isinstance(value, dict):
         return {key: h[field_name(key)] for key in value if field_name(key) in h}
     return h["log_prob"] if "log_prob" in h else h["value"]
 
 
 def unclipped(update: Update | None) -> Any:
+    """Return the rule of an optimizer without its clip."""
     return update.inner if isinstance(update, Clipped) else update
 
 
 def clipped(update: Update, clip_norm: float | None) -> Update:
-    space: Any = SimpleNamespace(
-        dot=dot, norm=norm
-    )  # by operations that every transform has rules for
-    return update if clip_norm is None else Clipped(update, clip_norm, space)
+    """Return the rule of an optimizer behind a clip, where there is a norm to clip to."""
+    return update if clip_norm is None else Clipped(update, clip_norm, SPACE)
 
 
 def constants_of(update: Update | None) -> list[dict[str, Any]]:
-    """What param groups hold besides the settings, and 0 for a number that is no setting."""
+    """Return what param groups hold besides the settings, and 0 for a number that is no setting."""
     if not isinstance(update, TorchUpdate):
         return []
     return [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
 
 
 def state_of(trainer: TwoLevelTrainer, updates: tuple[Update, Update | None]) -> State:
-    """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
+    """Return the tensors of a trainer's networks and optimizers.
+
+    An optimizer that has not stepped has the tensors that its first step would make.
+    """
     device = trainer.device
-
-    def optimizer(update: Update | None) -> Optimizer:
-        of = unclipped(update)
-        if isinstance(of, TorchUpdate):
-            return Optimizer(of.complete_state(), settings_of(of.settings(), device))
-        return Optimizer({} if of is None else of.read_state(), [])
-
+    inner, outer = updates
     student = tensors_of(trainer.student)
-    kind = wide(next(iter(student.params.values()))).dtype
-    mode = {name: t.to(device, kind) for name, t in trainer.mode_state.items()}
-    inner, outer = map(optimizer, updates)
-    step = torch.tensor(trainer.steps_done, device=device)
-    return State(tensors_of(trainer.teacher), student, inner, outer, mode, step)
+    weight = next(iter(student.params.values()))
+    return State(
+        teacher=tensors_of(trainer.teacher),
+        student=student,
+        inner=optimizer_of(inner, device),
+        outer=optimizer_of(outer, device),
+        mode={name: t.to(device, wide(weight).dtype) for name, t in trainer.mode_state.items()},
+        step=torch.tensor(trainer.steps_done, device=device),
+    )
+
+
+def optimizer_of(update: Update | None, device: torch.device) -> Optimizer:
+    """Return the tensors of the optimizer behind a rule; none without a rule."""
+    rule = unclipped(update)
+    if rule is None:
+        return Optimizer({}, [])
+    if isinstance(rule, TorchUpdate):
+        return Optimizer(rule.complete_state(), settings_of(rule.settings(), device))
+    return Optimizer(rule.read_state(), [])
 
 
 def settings_of(numbers: Any, device: torch.device) -> Any:
-    """The numbers of param groups as tensors, as precise as a number of Python is."""
+    """Return the numbers of param groups as tensors, as precise as a number of Python is."""
 
     def as_tensor(number: Any) -> Tensor:
         if isinstance(number, Tensor):
@@ -158,12 +194,13 @@ def settings_of(numbers: Any, device: torch.device) -> Any:
 
 
 def leaves_of(state: State) -> list[Tensor]:
-    found: list[Tensor] = []
+    """Return the tensors of networks and optimizers that a step moves, the student's first."""
+    leaves: list[Tensor] = []
     for network, optimizer in ((state.student, state.inner), (state.teacher, state.outer)):
-        found += [*network.params.values(), *network.state.values()]
-        for held in optimizer.state.values():
-            found += held.values()
-    return found
+        leaves += [*network.params.values(), *network.state.values()]
+        for of_parameter in optimizer.state.values():
+            leaves += of_parameter.values()
+    return leaves
 
 
 def stack(states: Sequence[Any]) -> Any:
@@ -172,75 +209,102 @@ def stack(states: Sequence[Any]) -> Any:
 
 
 def unstack(state: Any) -> list[Any]:
-    """The states of a stack as a list: the inverse of :func:`stack`."""
+    """Return the states of a stack as a list: the inverse of :func:`stack`."""
     leaves, structure = pytree.tree_flatten(state)
-    return [
-        pytree.tree_unflatten(list(row), structure)
-        for row in zip(*(t.unbind() for t in leaves), strict=True)
-    ]
+    rows = zip(*(t.unbind() for t in leaves), strict=True)
+    return [pytree.tree_unflatten(list(row), structure) for row in rows]
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
-    """⟨a, b⟩ over trees of tensors."""
-    return torch.stack(
-        [(wide(as_real(a[name])) * wide(as_real(b[name]))).sum() for name in a]
-    ).sum()
+    """Return ⟨a, b⟩ over the parameters that both trees have, a scalar."""
+    terms = []
+    for name, t in a.items():
+        if name in b:
+            terms.append((wide(as_real(t)) * wide(as_real(b[name]))).sum())
+    return torch.stack(terms).sum()
 
 
 def norm(a: Tree) -> Tensor:
+    """Return ‖a‖ over a tree of tensors, a scalar."""
     return dot(a, a).sqrt()
 
 
-def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
-    """θ + δŵ, θ − δŵ (or θ), and their distance in units of w.
+class PureSpace(Space):
+    """Products and norms of trees, by operations that every transform of torch.func has a rule for."""
 
-    See :class:`metapl.feedback.Difference`.
-    """
-    at = {name: wide(t) for name, t in theta.items()}
-    dtype, count = as_real(next(iter(at.values()))).dtype, sum(t.numel() for t in at.values())
-    r = getattr(mode, "relative_step", None) or RELATIVE_STEP[dtype]
-    factor = (
-        r
-        * (norm(at) / math.sqrt(count)).clamp_min(1e-3)
-        / norm(w).clamp_min(torch.finfo(dtype).tiny)
-    )
-    ahead = {name: t + factor * w[name] for name, t in at.items()}
-    if getattr(mode, "one_sided", False):
-        return ahead, at, factor
-    return ahead, {name: t - factor * w[name] for name, t in at.items()}, 2 * factor
+    def dot(self, a: Tree, b: Tree) -> Tensor:
+        """Return ⟨a, b⟩ over the parameters that both have, a scalar."""
+        return dot(a, b)
+
+    def norm(self, a: Tree) -> Tensor:
+        """Return ‖a‖ over all parameters, a scalar."""
+        return norm(a)
+
+
+SPACE = PureSpace()
 
 
 def rounded_steps(
-    update: Update, theta: Tree, end: Any, s: Any, options: Options
+    update: Update,
+    theta: Tree,
+    optimizer_state: Any,
+    options: Options,
+    *,
+    gradients: Sequence[Tree],
+    exact: Tree,
 ) -> tuple[Tree, Any, Tensor]:
-    """θ′ and s′ by the optimizer's own steps on these gradients, and their distance from the
-    differentiated θ′, over its length; where nothing is rounded, the differentiated ones."""
-    if not update.is_rounded:
-        return end.theta, end.s, 0 * end.losses[0]
-    at = theta
-    for g in end.g:
-        at, s = update.update(at, g, s, rounded_options(options))
-    gap, length = (norm({n: t - end.theta[n] for n, t in tree.items()}) for tree in (at, theta))
-    return at, s, gap / length.clamp_min(torch.finfo(length.dtype).tiny)
+    """Return θ′ and s′ by steps that are rounded as the optimizer's own are, and how far they lead.
+
+    Args:
+        theta: θ, before the first step.
+        gradients: g of each step.
+        exact: the θ′ that is differentiated.
+
+    Returns: θ′, s′, and ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, a scalar.
+    """
+    taken = theta
+    for g in gradients:
+        taken, optimizer_state = update.update(taken, g, optimizer_state, rounded_options(options))
+    gap = norm({name: t - exact[name] for name, t in taken.items()})
+    length = norm({name: t - exact[name] for name, t in theta.items()})
+    smallest = torch.finfo(length.dtype).tiny
+    return taken, optimizer_state, gap / length.clamp_min(smallest)
 
 
-# Whether PyTorch draws a transposed tensor in the order of its memory; with MKL, it does not.
-_drawn = [
-    t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
-    for t in (torch.empty(8, 8), torch.empty(8, 8).t())
-]
-IN_MEMORY_ORDER = torch.equal(_drawn[0], _drawn[1].t())
+@cache
+def draws_in_memory_order() -> bool:
+    """Return whether PyTorch draws a transposed tensor in the order of its memory.
+
+    With MKL it does not.
+    """
+    drawn = []
+    for t in (torch.empty(8, 8), torch.empty(8, 8).t()):
+        drawn.append(t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)))
+    return torch.equal(drawn[0], drawn[1].t())
 
 
 class EagerMasks(TorchFunctionMode):
-    """Dropout with the masks that it has without a transform, within which PyTorch draws them by dimensions."""
+    """Dropout with the masks that it has without a transform.
+
+    Within a transform PyTorch draws the mask of a transposed tensor by its dimensions, and without
+    one, on some builds, in the order of the tensor's memory.
+
+    Args:
+        in_memory_order: whether this build does (:func:`draws_in_memory_order`).
+    """
+
+    def __init__(self, *, in_memory_order: bool) -> None:
+        super().__init__()
+        self.in_memory_order = in_memory_order
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.dropout or not IN_MEMORY_ORDER or args[0].device.type != "cpu":
-            return func(*args, **(kwargs or {}))
-        order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
-        masked = func(args[0].permute(order), *args[1:], **(kwargs or {}))
-        return masked.permute([order.index(i) for i in range(args[0].dim())])
+        options = kwargs or {}
+        if func is not F.dropout or not self.in_memory_order or args[0].device.type != "cpu":
+            return func(*args, **options)
+        x, *others = args
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        masked = func(x.permute(order), *others, **options)
+        return masked.permute([order.index(i) for i in range(x.dim())])
 
 
 class ImpureError(MetaplError):
@@ -259,7 +323,9 @@ class ImpureError(MetaplError):
 
 
 def impurity(error: BaseException, who: str) -> ImpureError | None:
-    """Return what to say of torch.func's error about a forward that it cannot transform; None of any other error.
+    """Return what to say of torch.func's error about a forward that it cannot transform.
+
+    None of any other error.
 
     Args:
         who: whose forward it is, such as ``"the student"``.
@@ -293,94 +359,108 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
 
 
 class Function:
-    """A network as a function of the tensors that it holds, so that its parts and methods have values at other tensors.
+    """A network as a function of the tensors that it holds.
 
-    Each place of a tensor is exchanged once, and put back, however many names lead to it: a part
-    that is held under two names is one part. ``torch.func.functional_call`` goes by names, takes
-    such a place twice, and puts back what it put there itself.
+    So its parts and methods have values at other tensors. Each place of a tensor is exchanged once,
+    and put back, however many names lead to it: a part that stands under two names is one part.
+    ``torch.func.functional_call`` goes by names, takes such a place twice, and puts back what it
+    put there itself.
+
+    Args:
+        module: the network; None is a function without tensors.
+        role: what errors call it.
     """
 
     def __init__(self, module: nn.Module | None, role: str = "student") -> None:
         self.module: Any = module
         self.role = role
+        self.in_memory_order = draws_in_memory_order()
         # The first name of the tensor in each place, which has the place's name as its key. Tensors
         # are compared here, for within a graph or a transform none has an identity.
         self.first_names: dict[str, str] = {}
-        first_of: dict[int, str] = {}
-        for prefix, part in [] if module is None else named_parts(module):
-            for table in (part._parameters, part._buffers):
-                for name, t in table.items():
-                    if t is not None:
-                        self.first_names[prefix + name] = first_of.setdefault(id(t), prefix + name)
-        parts = [] if module is None else [*module.modules()]
-        # The places of parts whose kernel has no second derivative, with one that has it for each;
-        # and the attributes into which hooks put a weight, which would be that of a transform
+        # The places of parts whose kernel has no second derivative, with one that has it for each.
+        self.formulas: list[Any] = []
+        # The attributes into which hooks put a weight, which would be that of a transform
         # afterwards.
-        self.formulas = [place for part in parts for place in formulas_of(part)]
-        self.made = [(part, name) for part in parts for _, name in weights_made_by_hooks(part)]
+        self.weights_by_hooks: list[tuple[nn.Module, str]] = []
+        if module is None:
+            return
+        name_of: dict[int, str] = {}
+        for prefix, table in self.tables():
+            for name, t in table.items():
+                if t is not None:
+                    place = prefix + name
+                    self.first_names[place] = name_of.setdefault(id(t), place)
+        for part in module.modules():
+            self.formulas += formulas_of(part)
+            for _, name in weights_made_by_hooks(part):
+                self.weights_by_hooks.append((part, name))
+
+    def tables(self) -> list[tuple[str, dict[str, Tensor | None]]]:
+        """Return the tables of parameters and of buffers of each part, each with a prefix of names."""
+        tables: list[tuple[str, Any]] = []
+        for prefix, part in named_parts(self.module):
+            tables += [(prefix, part._parameters), (prefix, part._buffers)]
+        return tables
 
     def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
-        """Return what ``ask(module)`` returns with these tensors in the module, and the state that it leaves."""
+        """Return what ``ask(module)`` returns with these tensors, and the state that it leaves."""
         if self.module is None:
             return ask(None), state
-        tensors = params | {
-            name: t.clone() for name, t in state.items()
-        }  # a pass moves its state in place
-        parts = named_parts(self.module)
-        tables: list[tuple[str, Any]] = [
-            (prefix, table) for prefix, part in parts for table in (part._parameters, part._buffers)
-        ]
-        before = [dict(table) for _, table in tables]
-        made = [getattr(part, name) for part, name in self.made]
+        # A pass moves its state in place.
+        tensors = params | {name: t.clone() for name, t in state.items()}
+        tables = self.tables()
         self.refuse_other_places(tables)
+        own_tables = [dict(table) for _, table in tables]
+        own_weights = [getattr(part, name) for part, name in self.weights_by_hooks]
         try:
             for prefix, table in tables:
                 for name in [*table]:
                     if table[name] is not None:
                         table[name] = tensors[self.first_names[prefix + name]]
-            with EagerMasks(), by_formulas(self.formulas):
+            with EagerMasks(in_memory_order=self.in_memory_order), by_formulas(self.formulas):
                 answer = ask(self.module)
-            left = {prefix + name: t for prefix, table in tables for name, t in table.items()}
-            self.refuse_made(left)
+            left: Any = {prefix + name: t for prefix, table in tables for name, t in table.items()}
+            self.refuse_new_buffers(left)
         except RuntimeError as error:
-            if not torch.compiler.is_compiling() and (
-                impure := impurity(error, f"the {self.role}")
-            ):
-                raise impure from error
-            raise
+            if torch.compiler.is_compiling():
+                raise
+            impure = impurity(error, f"the {self.role}")
+            if impure is None:
+                raise
+            raise impure from error
         finally:
-            for (part, name), weight in zip(self.made, made, strict=True):
+            for (part, name), weight in zip(self.weights_by_hooks, own_weights, strict=True):
                 setattr(part, name, weight)
-            for (_, table), own in zip(tables, before, strict=True):
-                for name in [
-                    name for name in table if name not in own
-                ]:  # a buffer that the pass has made
+            for (_, table), own_table in zip(tables, own_tables, strict=True):
+                # A buffer that the pass has made goes.
+                for name in [name for name in table if name not in own_table]:
                     del table[name]
-                for name, t in own.items():
+                for name, t in own_table.items():
                     table[name] = t
         return answer, {name: left[name].detach() for name in state}
 
     def outputs(self, params: Tree, state: Tree, x: Any) -> tuple[Tensor, Tree]:
-        """A student's outputs, (B, ...), and the state that it leaves."""
+        """Return a student's outputs, (B, ...), and the state that it leaves."""
         z, left = self.at(params, state, lambda network: network(x))
         return wide(logits(z, "student")), left
 
-    def refuse_made(self, left: Mapping[str, Tensor | None]) -> None:
+    def refuse_new_buffers(self, left: Mapping[str, Tensor | None]) -> None:
         """Refuse a pass that has made a buffer, which the state would not carry on."""
-        made = [name for name, t in left.items() if t is not None and name not in self.first_names]
-        if made and not torch.compiler.is_compiling():
+        new = [name for name, t in left.items() if t is not None and name not in self.first_names]
+        if new and not torch.compiler.is_compiling():
             raise ImpureError(
-                f"the {self.role} makes a buffer in its pass ({few(made, 3)}), and the state of a "
+                f"the {self.role} makes a buffer in its pass ({few(new, 3)}), and the state of a "
                 "step has none",
                 "one that is there before: run the network once on a batch",
             )
 
-    def refuse_other_places(self, tables: Sequence[tuple[str, Any]]) -> None:
+    def refuse_other_places(self, tables: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Refuse a network that has other tensors than it had when this function was made."""
-        found = [
-            prefix + name for prefix, table in tables for name, t in table.items() if t is not None
-        ]
-        if found != [*self.first_names]:
+        places = []
+        for prefix, table in tables:
+            places += [prefix + name for name, t in table.items() if t is not None]
+        if places != [*self.first_names]:
             raise MetaplError(
                 "the network has other parameters or buffers than when its step was made; "
                 "expected functional() again."

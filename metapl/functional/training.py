@@ -29,7 +29,7 @@ from metapl.execution.batch import digest
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
-from metapl.feedback import Forward
+from metapl.feedback import Estimator, Forward
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.feedback.keeping import FolderStates, Keeping, States, folder_of, keeping, path_number
 from metapl.feedback.lookahead import Lookahead
@@ -63,7 +63,7 @@ class PathRequest:
     student: nn.Module
     problem: Problem
     optimizer: torch.optim.Optimizer
-    mode: Any
+    mode: Estimator
     outer: Any
     ahead: Lookahead
     clip_norm: float | None
@@ -75,7 +75,7 @@ class PathRequest:
 
     @property
     def settings(self) -> list[str]:
-        """The names of the optimizer's settings in which the gradient is asked for."""
+        """Return the names of the optimizer's settings in which the gradient is asked for."""
         return [name for name in self.wrt if name not in ("teacher", "start")]
 
 
@@ -84,7 +84,7 @@ def differentiate(
     student: nn.Module,
     problem: Problem,
     optimizer: torch.optim.Optimizer,
-    mode: Any,
+    mode: Estimator,
     outer: Any,
     ahead: Lookahead,
     *,
@@ -162,7 +162,7 @@ def differentiate(
 
 
 def why_not_compiled(
-    mode: Any,
+    mode: Estimator,
     problem: Problem,
     student: Layout,
     teacher: Layout | None,
@@ -247,9 +247,10 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
     spacing = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
     kept = keeping(steps, state_bytes, device, spacing, mode.keep_on)
 
+    truncate: int | None = getattr(mode, "truncate", None)
     first = 0
-    if mode.truncate is not None:
-        first = max(0, steps - mode.truncate)
+    if truncate is not None:
+        first = max(0, steps - truncate)
     compared_step = first_moving_step(options)
     return PathPlan(
         steps=steps,

@@ -56,8 +56,8 @@ class Updated(Protocol):
     def reset(self) -> Any: ...
 
 
-Asked = Literal["accuracy", "loss"] | Callable[[Tensor, Any], Any] | Updated
-"""A metric as it is asked for."""
+MetricLike = Literal["accuracy", "loss"] | Callable[[Tensor, Any], Any] | Updated
+"""What a user may name a metric by: its name, a function, or a metric of torchmetrics."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Metric:
     Args:
         name: its name in rows and messages.
         better: whether the smallest value is the best one, or the greatest; None: it is not known.
-        asked: the metric as it was asked for.
+        definition: its name, its function, or the metric of torchmetrics, as a user gave it.
     """
 
     name: str
     better: Better | None
-    asked: Any
+    definition: Any
 
     def over(self, judge: Judge, network: nn.Module, batches: Batches) -> Measured | Evaluation:
         """Return the value over all batches, by the losses of the trainer that judges.
@@ -93,10 +93,11 @@ class Metric:
             return evaluate_logits(*predict_logits(network, labeled))
         try:
             with passes(network) as outputs_of:
-                if _is_updated(self.asked):
+                if _is_updated(self.definition):
                     return self._measured_by_updates(judge.device, batches, outputs_of)
-                terms = [self._term(outputs_of)] if self is not LOSS else judge.outer_terms()
-                return self._measured_by_terms(network, batches, terms)
+                if self is LOSS:
+                    return self._measured_by_terms(network, batches, judge.outer_terms())
+                return self._measured_by_terms(network, batches, [self._term(outputs_of)])
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MetaplError):
                 raise
@@ -110,15 +111,16 @@ class Metric:
     ) -> Measured:
         """Update a metric such as those of torchmetrics by each batch, and ask it for its value."""
         # A second parameter of this name is given the batch, and any other one its labels.
-        second_parameters = [*inspect.signature(self.asked.update).parameters][1:2]
+        second_parameters = [*inspect.signature(self.definition.update).parameters][1:2]
         reads_batch = second_parameters == ["batch"]
-        self.asked.reset()
+        self.definition.reset()
         n = 0
         for inputs, batch in batches:
             n += _examples_in(inputs, batch)
             arguments = (outputs_of(inputs), batch if reads_batch else self._labels(batch))
-            self.asked.update(*to_device(arguments, getattr(self.asked, "device", device)))
-        value = float(self.asked.compute()) if n else math.nan
+            metric_device = getattr(self.definition, "device", device)
+            self.definition.update(*to_device(arguments, metric_device))
+        value = float(self.definition.compute()) if n else math.nan
         return Measured(self.name, value, n)
 
     def _measured_by_terms(
@@ -147,10 +149,10 @@ class Metric:
         return Measured(self.name, sum(means), n)
 
     def _term(self, outputs_of: Callable[[Any], Tensor]) -> Term:
-        """Return the function that was asked for as a term of a loss."""
+        """Return the user's function as a term of a loss."""
 
         def term(network: Any, inputs: Any, batch: Any) -> Tensor:
-            value = float(self.asked(outputs_of(inputs), batch))
+            value = float(self.definition(outputs_of(inputs), batch))
             return torch.tensor(value, dtype=torch.float64)
 
         return term
@@ -186,8 +188,8 @@ class Metric:
         return labels
 
 
-ACCURACY = Metric("accuracy", "max", asked="accuracy")
-LOSS = Metric("loss", "min", asked="loss")
+ACCURACY = Metric("accuracy", "max", definition="accuracy")
+LOSS = Metric("loss", "min", definition="loss")
 
 
 def _examples_in(inputs: Any, batch: Any) -> int:
@@ -201,29 +203,33 @@ def _examples_in(inputs: Any, batch: Any) -> int:
     return length(batch)
 
 
-def _is_updated(asked: Any) -> bool:
+def _is_updated(definition: Any) -> bool:
     """Return whether a metric is updated batch by batch (:class:`Updated`)."""
-    return all(hasattr(asked, method) for method in ("update", "compute", "reset"))
+    return all(hasattr(definition, method) for method in ("update", "compute", "reset"))
 
 
-def metric_of(asked: Any, mode: Better | None = None) -> Metric | None:
+def metric_of(definition: Any, mode: Better | None = None) -> Metric | None:
     """Return the metric that a user asks for, or None for the default one.
 
     ``mode`` says which of its values is the best.
     """
-    if mode not in (None, "min", "max") or (asked is None and mode is not None):
+    if mode not in (None, "min", "max") or (definition is None and mode is not None):
         raise MetaplError(
-            f"mode={mode!r} was given with metric={asked!r}; expected 'min' or 'max', and a metric."
+            f"mode={mode!r} was given with metric={definition!r}; expected 'min' or 'max', and a "
+            "metric."
         )
-    if asked is None:
+    if definition is None:
         return None
-    if isinstance(asked, str) and asked in ("accuracy", "loss"):
-        metric = ACCURACY if asked == "accuracy" else LOSS
-    elif (_is_updated(asked) or callable(asked)) and not isinstance(asked, type):
-        metric = Metric(_name_of(asked), _better_of(asked) or mode, asked=asked)
+    if isinstance(definition, str) and definition in ("accuracy", "loss"):
+        metric = ACCURACY if definition == "accuracy" else LOSS
+    elif (_is_updated(definition) or callable(definition)) and not isinstance(definition, type):
+        better = _better_of(definition)
+        if better is None:
+            better = mode
+        metric = Metric(_name_of(definition), better, definition=definition)
     else:
         raise MetaplError(
-            f"metric is {described(asked)}; expected 'accuracy', 'loss', a function (outputs, "
+            f"metric is {described(definition)}; expected 'accuracy', 'loss', a function (outputs, "
             "batch) -> number, or one of torchmetrics."
         )
     if mode not in (None, metric.better):
@@ -234,19 +240,19 @@ def metric_of(asked: Any, mode: Better | None = None) -> Metric | None:
     return metric
 
 
-def _name_of(asked: Any) -> str:
+def _name_of(definition: Any) -> str:
     """Return the name of a function or of a metric that is updated."""
     # A functools.partial has the function in it.
-    function = getattr(asked, "func", asked)
+    function = getattr(definition, "func", definition)
     name = getattr(function, "name", None) or getattr(function, "__name__", None)
     if name == "<lambda>":
         return "metric"
     return str(name or type(function).__name__)
 
 
-def _better_of(asked: Any) -> Better | None:
+def _better_of(definition: Any) -> Better | None:
     """Return which of its values is the best, as metrics of torchmetrics say, or None."""
-    is_higher_better = getattr(asked, "higher_is_better", None)
+    is_higher_better = getattr(definition, "higher_is_better", None)
     if is_higher_better is None:
         return None
     return "max" if is_higher_better else "min"

@@ -129,7 +129,7 @@ def input_batches(
         data = as_tensors(data, dtype)
     for batch in _batches(data, is_one_batch=is_one_batch):
         inputs = read(as_tensors(batch, dtype))
-        yield as_tensors(inputs, dtype, what="the inputs to predict are")
+        yield as_tensors(inputs, dtype, subject="the inputs to predict are")
 
 
 def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:

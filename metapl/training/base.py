@@ -25,7 +25,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.feedback.report import Report, Say
-from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of, of_classes
+from metapl.metrics.metric import Better, MetricLike, Term, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
@@ -38,7 +38,7 @@ class FinetuneKeywords(FitKeywords, total=False):
 
     batch_size: int | None
     validation: Any
-    metric: Asked | None
+    metric: MetricLike | None
     mode: Better | None
     out: str | Path | Folder | None
     resume: bool | Literal["anyway"]
@@ -138,7 +138,7 @@ class Trainer(ABC):
         steps: int,
         batch_size: int | None = None,
         validation: Any = None,
-        metric: Asked | None = None,
+        metric: MetricLike | None = None,
         mode: Better | None = None,
         out: str | Path | Folder | None = None,
         resume: bool | Literal["anyway"] = False,
@@ -233,7 +233,7 @@ class Trainer(ABC):
         return Fit(self, request).run()
 
     def evaluate(
-        self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None
+        self, data: Any, *, classes: list[str] | None = None, metric: MetricLike | None = None
     ) -> Any:
         """How good the student is on labeled data.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Unpack
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import both_batches, either, labeled_pair, plain
-from metapl.execution.layout import Layout, layouts
+from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
@@ -43,6 +46,7 @@ from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
+    OuterLoss,
     Signal,
     kind_of,
     overrides,
@@ -59,6 +63,7 @@ from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
     OwnStep,
+    Update,
     as_one_optimizer,
     parameters_of,
     refuse_missing,
@@ -79,19 +84,31 @@ CLOSURE_OUTSIDE = (
 )
 
 
-class Begun(NamedTuple):
-    """What a step begins with.
+@dataclass(frozen=True)
+class OpenedStep:
+    """A step whose batches have passed the door.
 
-    The networks' tables, their fingerprint, and a look at it where it is the first.
+    Args:
+        outer_batch: as it was given, before the problem reads it.
+        inner_batches: one for each step of the student.
+        teacher_slots, student_slots: the tables of the networks, as they are now.
+        fingerprint: of the networks: it changes with their modes, frozen parts and hooks.
+        look: looks at the graphs of both losses; None: networks with this fingerprint were looked
+            at before.
     """
 
-    slots: list[Slots]
-    mark: int
+    outer_batch: Any
+    inner_batches: InnerBatches
+    teacher_slots: Slots
+    student_slots: Slots
+    fingerprint: int
     look: FirstLook | None
 
 
 class BilevelTrainer(Trainer):
-    r"""Train a teacher and a student, by Meta Pseudo Labels or another bilevel problem, with a choice of gradient.
+    r"""Train a teacher and a student, by Meta Pseudo Labels or another bilevel problem.
+
+    Which gradient the teacher learns from is a choice, the mode.
 
     .. math:: \theta_S' = U(\theta_S, \nabla_{\theta_S} \ell(S(x_u), \mathrm{signal})), \qquad
               \theta_T \leftarrow \theta_T - \eta_T \nabla_{\theta_T}
@@ -161,7 +178,8 @@ class BilevelTrainer(Trainer):
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, mode="reinforce")
-    >>> report = trainer.step(labeled=(torch.randn(5, 4), torch.arange(5) % 3), unlabeled=torch.randn(6, 4))
+    >>> labeled = torch.randn(5, 4), torch.arange(5) % 3
+    >>> report = trainer.step(labeled=labeled, unlabeled=torch.randn(6, 4))
     >>> report.feedback.shape, report.step
     (torch.Size([]), 0)
 
@@ -193,135 +211,168 @@ class BilevelTrainer(Trainer):
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
         verify: bool | AtLeastZero | Literal["warn"] = True,
     ) -> None:
-        self.mode, self.verification = estimator(mode), Verification(verify)
+        self.mode = estimator(mode)
+        self.verification = Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
-        self.given_problem, self.problem = problem, prepare(problem, self.mode)
-        self.classifies, self.teacher_classifies = (
-            self.problem.classifies,
-            self.problem.teacher_classifies,
+        self.given_problem = problem
+        self.problem = prepare(problem, self.mode)
+        self.classifies = self.problem.classifies
+        self.teacher_classifies = self.problem.teacher_classifies
+        check_teacher(
+            teacher,
+            self.problem,
+            outer_optimizer=outer_optimizer is not None,
+            teacher_losses=bool(teacher_losses),
+            feedback_weight=feedback_weight is not None,
+            feedback_ratio=feedback_ratio is not None,
+            feedback_bound=feedback_bound is not None,
+            recompute_teacher=recompute_teacher,
         )
-        of_teacher = {
-            "outer_optimizer": outer_optimizer is not None,
-            "teacher_losses": bool(teacher_losses),
-        }
-        of_teacher |= {
-            "feedback_weight": feedback_weight is not None,
-            "feedback_ratio": feedback_ratio is not None,
-        }
-        of_teacher |= {"feedback_bound": feedback_bound is not None}
-        check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
-        self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
-        differentiates = self.mode.credits != "nothing" or bool(compile)
+
+        # The networks: as they were given, perhaps in DistributedDataParallel, and inside of that.
+        self.pair = (teacher, student)
+        self.as_given = student
+        gives_feedback = self.mode.credits != "nothing"
         self.teacher_layout, self.layout, self.device = layouts(
-            teacher, student, differentiated=differentiates
+            teacher, student, differentiated=gives_feedback or bool(compile)
         )
         checks.generator_of(generator, self.device, "the networks are on")
-        self.layouts: list[Layout] = [
-            one for one in (self.teacher_layout, self.layout) if one is not None
-        ]
+        self.layouts = [self.layout]
+        self.teacher = None
+        if self.teacher_layout is not None:
+            self.layouts = [self.teacher_layout, self.layout]
+            self.teacher = self.teacher_layout.network
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
-        self.ranks, self.student = self.layout.ranks, self.layout.network
-        self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
+        self.ranks = self.layout.ranks
+        self.student = self.layout.network
         refuse_hooks(self.student)
-        # The fingerprints of networks whose first step was looked at.
-        self._looked_at: set[int] = set()
+        self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
+
+        # How a step is taken.
         self.teacher_losses: Sequence[TeacherLoss] | None = None
         if teacher_losses is not None:
             self.teacher_losses = check_losses(teacher_losses)
-        self.clip_norm, self.precision, self.accumulate, self.lookahead = (
-            clip_norm,
-            precision,
-            accumulate,
-            lookahead,
-        )
-        self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
-        if self.mode.keep_on not in (None, "cpu"):
-            raise MetaplError(
-                f"keep_on={self.mode.keep_on!r} is for hypergradient(compile=True); expected "
-                '"cpu" or None.'
-            )
-        if self.mode.keep_graph and accumulate > 1:
-            raise MetaplError(
-                f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode "
-                "'forward'."
-            )
-        if getattr(self.mode, "truncate", None) == 0:
-            raise MetaplError(
-                "truncate=0 differentiates no step, so the teacher would learn nothing; expected "
-                "1 or more, or metapl.hypergradient(wrt='start')."
-            )
-        self._set_feedback_size(feedback_weight, feedback_ratio, feedback_bound)
+        self.recompute_teacher = recompute_teacher
+        self.generator = generator
+        self.clip_norm = clip_norm
+        self.precision = precision
+        self.accumulate = accumulate
+        self.lookahead = lookahead
+        self.compile = compile
+        self._refuse_mode_that_does_not_fit()
+        self._set_feedback_size(feedback_weight, ratio=feedback_ratio, bound=feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
         if self.direct_term:
             refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
-        self.inner_optimizer = (
-            default_optimizer(self.student)
-            if inner_optimizer is None
-            else as_one_optimizer(inner_optimizer)
-        )
-        gives_feedback = self.mode.credits != "nothing"
+        # The optimizers.
+        if inner_optimizer is None:
+            self.inner_optimizer = default_optimizer(self.student)
+        else:
+            self.inner_optimizer = as_one_optimizer(inner_optimizer)
         update = update_of(
             self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback
         )
         # An optimizer without a rule here may fail in its own step, when the teacher has moved
         # already.
         self._own_step = update if isinstance(update, OwnStep) else None
-        self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
+        self.update: Update = update
+        if clip_norm is not None:
+            self.update = Clipped(update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one_optimizer(outer_optimizer, "outer_optimizer")
-        self._teacher_trainer: LossTrainer | None = (
-            None  # on its own losses, while the student waits
-        )
-        if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
-            if outer_optimizer is None:
-                named = self.problem.default_outer_optimizer(self.teacher)
-                self.outer_optimizer = default_optimizer(self.teacher) if named is None else named
-            if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
-                given = checks.described(outer_optimizer)
-                raise MetaplError(
-                    f"outer_optimizer is {given}; expected one of torch.optim over "
-                    "teacher.parameters()."
-                )
-            refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
-            refuse_rates_by_entry(self.outer_optimizer, "outer_optimizer")
-            refuse_missing(
-                "outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher"
-            )
-            if {*map(id, parameters_of(self.outer_optimizer))} - {
-                *map(id, self.teacher.parameters())
-            }:
-                raise MetaplError(
-                    "outer_optimizer holds tensors that are not the teacher's; expected its "
-                    "parameters."
-                )
-            options = {name: getattr(self, name) for name in SETTINGS}
-            alone = self._teacher_trainer = LossTrainer(
-                teacher, optimizer=self.outer_optimizer, **options
-            )
-            alone.total, alone.prefix = "teacher_loss", "teacher"
-            alone.layout = (
-                self.teacher_layout
-            )  # its ranks are counted as the student's, see layouts()
-            alone.layouts, alone.ranks = [alone.layout], alone.layout.ranks
-        self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
-        self.slots = [
-            Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)
-        ]
-        self._held: list[
-            Any
-        ] = []  # the weights that the outer optimizer moves, and those that the teacher learns
-        self.mode_state, self.orders = self.mode.init(), Orders()
+        # Trains the teacher on its own losses, while the student waits.
+        self._teacher_trainer: LossTrainer | None = None
+        if teacher is not None:
+            self._take_outer_optimizer(outer_optimizer)
+            self._teacher_trainer = self._trainer_of(teacher)
+
+        # What changes from step to step.
+        teacher_module = nn.Module() if self.teacher is None else self.teacher
+        self.slots = [Slots(teacher_module), Slots(self.student)]
+        self.mode_state = self.mode.init()
+        self.orders = Orders()
+        self.steps_done = 0
+        self.compiled_step = CompiledStep()
         # Whether the next step finds the feedback's size also where its rule does not need it; a
         # fit says so before the steps that it records. Without effect on weights, and in compiled
         # steps.
         self.measures_feedback = False
-        self.steps_done, self.compiled_step = 0, CompiledStep()
+        # The fingerprints of networks whose first step was looked at.
+        self._looked_at: set[int] = set()
+        # The addresses of the weights that the outer optimizer moves, and of those that the teacher
+        # learns, when they were last compared.
+        self._compared_weights: tuple[list[int], list[int]] = ([], [])
+
+    def _refuse_mode_that_does_not_fit(self) -> None:
+        """Refuse options of the mode that a trainer's step, or its options, cannot have."""
+        mode = self.mode
+        if mode.keep_on not in (None, "cpu"):
+            raise MetaplError(
+                f"keep_on={mode.keep_on!r} is for hypergradient(compile=True); expected "
+                '"cpu" or None.'
+            )
+        if mode.keep_graph and self.accumulate > 1:
+            raise MetaplError(
+                f"accumulate={self.accumulate} was given with mode 'unrolled'; expected 1, or mode "
+                "'forward'."
+            )
+        if getattr(mode, "truncate", None) == 0:
+            raise MetaplError(
+                "truncate=0 differentiates no step, so the teacher would learn nothing; expected "
+                "1 or more, or metapl.hypergradient(wrt='start')."
+            )
+
+    def _take_outer_optimizer(self, outer_optimizer: Any) -> None:
+        """Take the teacher's optimizer, or make the default one; refuse one that does not fit."""
+        assert self.teacher is not None, "an outer optimizer is of a teacher"
+        assert self.teacher_layout is not None, "a teacher has a layout"
+        if outer_optimizer is None:
+            self.outer_optimizer = self.problem.default_outer_optimizer(self.teacher)
+            if self.outer_optimizer is None:
+                self.outer_optimizer = default_optimizer(self.teacher)
+        if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
+            raise MetaplError(
+                f"outer_optimizer is {checks.described(outer_optimizer)}; expected one of "
+                "torch.optim over teacher.parameters()."
+            )
+        refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
+        refuse_rates_by_entry(self.outer_optimizer, "outer_optimizer")
+        refuse_missing(
+            "outer_optimizer",
+            self.outer_optimizer,
+            self.teacher_layout.parameters(),
+            network="teacher",
+        )
+        ids_of_teacher = {id(p) for p in self.teacher.parameters()}
+        if any(id(p) not in ids_of_teacher for p in parameters_of(self.outer_optimizer)):
+            raise MetaplError(
+                "outer_optimizer holds tensors that are not the teacher's; expected its parameters."
+            )
+
+    def _trainer_of(self, teacher: nn.Module) -> LossTrainer:
+        """Return a trainer of the teacher, as it was given, on its own losses alone."""
+        assert self.teacher_layout is not None, "a teacher has a layout"
+        assert self.outer_optimizer is not None, "a teacher has an optimizer"
+        trainer = LossTrainer(
+            teacher,
+            optimizer=self.outer_optimizer,
+            clip_norm=self.clip_norm,
+            precision=self.precision,
+            accumulate=self.accumulate,
+        )
+        trainer.total = "teacher_loss"
+        trainer.prefix = "teacher"
+        # The layout of a pair counts the teacher's ranks as the student's: see layouts().
+        trainer.layout = self.teacher_layout
+        trainer.layouts = [self.teacher_layout]
+        trainer.ranks = self.teacher_layout.ranks
+        return trainer
 
     @one_at_a_time
     def step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
     ) -> StepReport:
-        """One step of Algorithm 1 on a labeled batch and an unlabeled one.
+        """Take one step of Algorithm 1 on a labeled batch and an unlabeled one.
 
         Args:
             labeled: (x_l, y_l), or a dict that also holds the labels, under ``labels``. The inputs
@@ -338,79 +389,120 @@ class BilevelTrainer(Trainer):
         outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
         refuse_outer_lookahead(outer_batch)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
-        begun = self._begin_step(outer_batch, inner_batches)
-        slots = begun.slots
+        opened = self._open_step(outer_batch, inner_batches)
         if self.compile:
-            compiled_report = self.compiled_step(self, plain(outer_batch), inner_batches)
-            self._looked_at.add(begun.mark)
-            return compiled_report
-        if len(inner_batches) != self.lookahead:
-            check_mode(self.mode, len(inner_batches), self.problem, self.layout)
-        student = self._student_type(self.layout, slots[1], double_backward=self.mode.keep_graph)
-        candidates = self.mode.orders(len(inner_batches), self.problem, student)
+            report = self.compiled_step(self, plain(outer_batch), inner_batches)
+            self._looked_at.add(opened.fingerprint)
+            return report
+        steps = len(inner_batches)
+        if steps != self.lookahead:
+            check_mode(self.mode, steps, self.problem, self.layout)
+        student = self._student_type(
+            self.layout, opened.student_slots, double_backward=self.mode.keep_graph
+        )
+        candidates = self.mode.orders(steps, self.problem, student)
+        take_in_order = partial(self._step_in_order, opened=opened, student=student)
+        # Only one process can try another mode: the others would not take part.
+        by_another_mode = partial(self._gradient_by, opened) if self.ranks.alone else None
+        with advice_on(self.mode, steps, by_another_mode):
+            return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
 
-        def attempt(order: Order | None, is_tried: bool) -> StepReport:
-            return self._step_in_order(order, is_tried, student, begun, outer_batch, inner_batches)
+    def _open_step(self, outer_batch: Any, inner_batches: InnerBatches) -> OpenedStep:
+        """Read the networks' tables as they are now, and let the batches in.
 
-        def by_another(mode: Estimator, one_step: bool) -> Hypergradient:
-            inner = inner_batches[0] if one_step else inner_batches.as_argument()
-            return self.hypergradient(outer=outer_batch, inner=inner, mode=mode)
-
-        run = by_another if self.ranks.alone else None
-        with advice_on(self.mode, len(inner_batches), run):
-            return self.orders.take(candidates, attempt, begin_again=self._reshard)
-
-    def _reshard(self) -> None:
-        """Let the blocks of sharded networks give up what a pass that failed has gathered."""
-        for layout in self.layouts:
-            layout.reshard()
+        Networks are verified on these batches where that is due. Where they are met for the first
+        time, what may carry a gradient past the signal is refused.
+        """
+        for layout in self.distributed:
+            layout.begin_step()
+        self.slots = [slots if slots.are_current() else Slots(slots.module) for slots in self.slots]
+        teacher_slots, student_slots = self.slots
+        student_slots.watch_losses_of(self.problem)
+        fingerprint = hash((teacher_slots.mark, student_slots.mark))
+        look = None
+        if fingerprint not in self._looked_at and self.mode.credits != "nothing":
+            refuse_gradients_of_batches(outer_batch, inner_batches)
+            refuse_learned_settings(self.update)
+            refuse_hooks(self.student)
+            look = FirstLook(
+                self.teacher,
+                self.student,
+                self.problem,
+                outer_batch=outer_batch,
+                inner_batches=inner_batches,
+                blocks=self.layout.blocks,
+            )
+        verification = self.verification
+        is_verified = fingerprint in verification.verified_marks
+        if verification.setting and (verification.every or not is_verified):
+            has_looked = verification.before(self, outer_batch, inner_batches, mark=fingerprint)
+            if has_looked:
+                look = None
+        return OpenedStep(
+            outer_batch=outer_batch,
+            inner_batches=inner_batches,
+            teacher_slots=teacher_slots,
+            student_slots=student_slots,
+            fingerprint=fingerprint,
+            look=look,
+        )
 
     def _step_in_order(
         self,
         order: Order | None,
-        is_tried: bool,  # whether the order is being chosen
+        is_tried: bool,
+        *,
+        opened: OpenedStep,
         student: LocalStudent,
-        begun: Begun,
-        outer_batch: Any,
-        inner_batches: InnerBatches,
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order.
 
         A step that fails has moved nothing.
+
+        Args:
+            order: None, where there is nothing to choose.
+            is_tried: whether the order is being chosen, by whether this step runs in it.
+            opened: the step.
+            student: its network, as the passes of the step see it.
         """
-        slots = begun.slots
-        outer_batch = self.problem.outer_batch(outer_batch)
-        losses = self._losses_for(inner_batches[-1])
-        mode, number, ranks, parts, generator = (
-            self.mode,
-            self.steps_done,
-            self.ranks,
-            self.accumulate,
-            self.generator,
-        )
+        mode = self.mode
+        inner_batches = opened.inner_batches
+        outer_batch = self.problem.outer_batch(opened.outer_batch)
+        teacher_losses = self._losses_for(inner_batches[-1])
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
         self.update.follow(student.parameters)
-        taught = list[Tensor]()
-        if (optimizer := self.outer_optimizer) is not None:
-            taught = parameters_of(optimizer)
-            held = [*map(id, taught), None, *map(id, slots[0].learned.values())]
-            if held != self._held:  # as ``follow``: layers may have been added, or thawed
-                refuse_missing("outer_optimizer", optimizer, slots[0].learned, "teacher")
-                self._held = held
-        where = ranks, self.device, inner_batches, parts, self.recompute_teacher, slots[0]
-        teach = Teaching(self.teacher_layout, self.problem, mode, generator, *where)
+        teaching = Teaching(
+            layout=self.teacher_layout,
+            problem=self.problem,
+            mode=mode,
+            generator=self.generator,
+            ranks=self.ranks,
+            device=self.device,
+            inner_batches=inner_batches,
+            accumulate=self.accumulate,
+            recompute=self.recompute_teacher,
+            slots=opened.teacher_slots,
+        )
         # Fused attention has no second derivative, which a kept graph of g needs.
-        kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
-        with restored(*slots, device=self.device, trained=taught, generator=generator) as fault:
-            with (
-                self._autocast() if self.precision != "float32" else NOTHING,
-                kernels,
-                looking(begun.look),
-            ):
-                path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                    *(student, self.update, self.problem, outer_batch, inner_batches, teach),
-                    parts=parts,
+        needs_second_derivatives = mode.keep_graph or order == "graph"
+        kernels = no_fast_path(math=True) if needs_second_derivatives else NOTHING
+        with restored(
+            *self.slots,
+            device=self.device,
+            trained=self._weights_of_outer_optimizer(opened.teacher_slots),
+            generator=self.generator,
+        ) as fault:
+            with self._autocast(), kernels, looking(opened.look):
+                # Lines 2 and 3 of Algorithm 1: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
+                path = take_steps(
+                    student,
+                    self.update,
+                    problem=self.problem,
+                    outer_batch=outer_batch,
+                    inner_batches=inner_batches,
+                    teach=teaching,
+                    accumulate=self.accumulate,
                     keep_graph=mode.keep_graph,
                     order=order,
                     credits="example" if mode.credits == "example" else "signal",
@@ -418,107 +510,124 @@ class BilevelTrainer(Trainer):
                     keep=mode.keeping,
                 )
                 path.is_tried = is_tried
-                feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
-                # Lines 5-7: −Σ h·signal + losses
-                scalars = teach.backward(
+                # Line 4: h.
+                feedback, mode_state = mode.checked_feedback(path, self.mode_state)
+                # Lines 5 to 7: the gradient of −Σ h·signal and of the teacher's own losses.
+                teacher_scalars = teaching.backward(
                     feedback,
-                    losses,
-                    outer_batch,
-                    number,
-                    self.feedback_size,
+                    teacher_losses,
+                    outer_batch=outer_batch,
+                    step=self.steps_done,
+                    size=self.feedback_size,
                     measure=self.measures_feedback,
-                    is_first=begun.mark not in self._looked_at,
+                    is_first=opened.fingerprint not in self._looked_at,
                     direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [
-                    of_step.of_batch(step)
-                    for step, of_step in zip(path.steps, feedback, strict=True)
+                    feedback_of_step.of_batch(step)
+                    for step, feedback_of_step in zip(path.steps, feedback, strict=True)
                 ]
+                scalars: dict[str, Tensor] = {}
                 # The modes that take v have L(θ′); for others it would be one more pass.
-                judged = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
+                if path.knows_outer_loss:
+                    scalars["outer_loss"] = path.outer_loss
                 path = path.revised(h[-1])
-                step = path.steps[-1]
+                scalars = {"inner_loss": path.inner_loss, **scalars, **teacher_scalars}
+                last_step = path.steps[-1]
                 report = StepReport(
-                    number,
-                    {"inner_loss": path.inner_loss, **judged, **scalars},
-                    fault,
+                    self.steps_done,
+                    scalars,
+                    fault=fault,
                     feedback=tuple(h) if inner_batches.is_lookahead else h[0],
-                    signal=step.signal.detached() if mode.keep_graph else step.signal,
-                    # they may be weights, which the step moves
-                    student_outputs=step.outputs.clone(),
+                    signal=last_step.signal.detached() if mode.keep_graph else last_step.signal,
+                    # A copy: the outputs may be weights, which the step moves.
+                    student_outputs=last_step.outputs.clone(),
                     order=order or "",
                     direct_term=self.direct_term,
                 )
-            if self.teacher_layout is not None and (self.clip_norm is not None or not ranks.alone):
+            averages_gradients = self.clip_norm is not None or not self.ranks.alone
+            if self.teacher_layout is not None and averages_gradients:
                 self.teacher_layout.mean_gradients(self.clip_norm)
-            # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the
+            # Nothing has moved so far. The teacher's optimizer may be any, and may fail; so the
             # student moves last.
-            with NOTHING if self._own_step is None else undone(optimizer, self._own_step.optimizer):
-                if optimizer is not None:
-                    optimizer.step()  # line 8: θ_T′
-                report.scalars.update(path.commit())  # line 3: θ_S′
+            with self._undone_together():
+                if self.outer_optimizer is not None:
+                    # Line 8: θ_T′.
+                    self.outer_optimizer.step()
+                # Line 3: θ_S′.
+                report.scalars.update(path.commit())
             for layout in self.distributed:
                 layout.agree_on_buffers()
-            self.mode_state, self.steps_done = mode_state, number + 1
-            self._looked_at.add(begun.mark)
+            self.mode_state = mode_state
+            self.steps_done += 1
+            self._looked_at.add(opened.fingerprint)
             return report
 
-    def _begin_step(self, outer_batch: Any, inner_batches: InnerBatches) -> Begun:
-        """Read the networks' tables as they are now, and verify them on these batches where that is due.
-
-        Where networks are met for the first time, what may carry a gradient past the signal is
-        refused.
-        """
-        for layout in self.distributed:
-            layout.begin_step()
-        self.slots = slots = [
-            slots if slots.are_current() else Slots(slots.module) for slots in self.slots
-        ]
-        slots[1].watch_losses_of(self.problem)
-        mark = hash((slots[0].mark, slots[1].mark))
-        look = None
-        if mark not in self._looked_at and self.mode.credits != "nothing":
-            refuse_gradients_of_batches(outer_batch, inner_batches)
-            refuse_learned_settings(self.update)
-            refuse_hooks(self.student)
-            blocks = self.layout.blocks
-            look = FirstLook(
-                self.teacher,
-                self.student,
-                self.problem,
-                outer_batch=outer_batch,
-                inner_batches=inner_batches,
-                blocks=blocks,
+    def _weights_of_outer_optimizer(self, teacher_slots: Slots) -> list[Tensor]:
+        """Return what the outer optimizer moves; refuse one without a weight that is learned."""
+        if self.outer_optimizer is None:
+            return []
+        weights = parameters_of(self.outer_optimizer)
+        compared = (list(map(id, weights)), list(map(id, teacher_slots.learned.values())))
+        # Layers may have been added since, or thawed. To compare names takes longer than this look.
+        if compared != self._compared_weights:
+            refuse_missing(
+                "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
             )
-        verification = self.verification
-        if verification.setting and (verification.every or mark not in verification.verified_marks):
-            has_looked = verification.before(self, outer_batch, inner_batches, mark=mark)
-            look = None if has_looked else look
-        return Begun(slots, mark, look)
+            self._compared_weights = compared
+        return weights
+
+    def _undone_together(self) -> AbstractContextManager[None]:
+        """Return a block in which both optimizers step, or neither, if the student's may fail."""
+        if self._own_step is None:
+            return nullcontext()
+        return undone(self.outer_optimizer, self._own_step.optimizer)
+
+    def _gradient_by(self, opened: OpenedStep, mode: Estimator, one_step: bool) -> Hypergradient:
+        """Return the gradient of a step, or of its first student step, by another mode."""
+        inner = opened.inner_batches.as_argument()
+        if one_step:
+            inner = opened.inner_batches[0]
+        return self.hypergradient(outer=opened.outer_batch, inner=inner, mode=mode)
+
+    def _reshard(self) -> None:
+        """Let the blocks of sharded networks give up what a pass that failed has gathered."""
+        for layout in self.layouts:
+            layout.reshard()
 
     @property
     def direct_term(self) -> Literal["", "included", "left out"]:
-        """Whether the teacher's gradient has a direct term, of an outer loss that reads the teacher; "" without one."""
+        """Return whether the teacher's gradient has the direct term of an outer loss that reads it.
+
+        "" where the outer loss reads the student alone.
+        """
         if not outer_loss_reads_more(self.problem, self.teacher):
             return ""
-        return (
-            "included"
-            if has_direct_term(self.mode.name, self.problem, self.teacher)
-            else "left out"
-        )
+        if has_direct_term(self.mode.name, self.problem, self.teacher):
+            return "included"
+        return "left out"
 
     def _losses_for(self, inner_batch: Any) -> Sequence[TeacherLoss]:
-        given = () if self.teacher is None else self.teacher_losses
-        return self.problem.default_teacher_losses(inner_batch) if given is None else given
+        """Return the teacher's own losses in a step, whose last inner batch they may depend on."""
+        if self.teacher is None:
+            return ()
+        if self.teacher_losses is None:
+            return self.problem.default_teacher_losses(inner_batch)
+        return self.teacher_losses
 
     @property
     def has_losses(self) -> bool:
-        given = self.teacher_losses
-        return overrides(self.problem, "default_teacher_losses") if given is None else bool(given)
+        """Whether the teacher has losses of its own."""
+        if self.teacher_losses is None:
+            return overrides(self.problem, "default_teacher_losses")
+        return bool(self.teacher_losses)
 
     @property
     def _teacher_learns_labels(self) -> bool:
-        """Whether the teacher's own losses teach it the task, rather than, say, keep its weights small."""
+        """Whether the teacher's own losses teach it the task.
+
+        Others may, say, keep its weights small.
+        """
         if overrides(self.problem, "default_teacher_losses"):
             return self.has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
@@ -526,9 +635,9 @@ class BilevelTrainer(Trainer):
     def _set_feedback_size(
         self, weight: float | None, ratio: float | None, bound: float | None
     ) -> None:
-        """Take the rule of the feedback's size, by default the bound.
+        """Take the rule of the feedback's size, and refuse what does not go together.
 
-        Refuse what does not go together.
+        Where nothing is given, it is the bound if the teacher learns labels, else a weight of 1.
         """
         for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
             if value is not None and not self.has_losses:
@@ -542,35 +651,40 @@ class BilevelTrainer(Trainer):
             raise MetaplError(
                 f"feedback_ratio={ratio:g} and {beside} were given; expected one of them."
             )
-        is_open = weight is None and ratio is None and bound is None
         self.feedback_weight = 1.0 if weight is None else weight
         self.feedback_ratio = ratio
-        self.feedback_bound = DEFAULT_BOUND if is_open and self._teacher_learns_labels else bound
+        self.feedback_bound = bound
+        nothing_is_given = weight is None and ratio is None and bound is None
+        if nothing_is_given and self._teacher_learns_labels:
+            self.feedback_bound = DEFAULT_BOUND
 
     @property
     def feedback_size(self) -> FeedbackSize:
-        """The rule that gives λ in a step."""
+        """Return the rule that gives λ in a step."""
         return FeedbackSize(
             weight=self.feedback_weight, ratio=self.feedback_ratio, bound=self.feedback_bound
         )
 
     def functional(self) -> tuple[Step, State]:
-        """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
+        """Return the trainer's step as one pure function, and a copy of its state.
 
         ``state, report = step(state, outer, inner, noise=None)``, which can be compiled, stacked
         (``torch.func.vmap``) and differentiated. With ``lookahead=K`` (at most 3) ``inner`` is a
-        tuple of K batches. ``noise`` is Gumbel noise of the shape of the class probabilities, a
-        tuple of K; None: drawn from torch's default generator, from which dropout draws too. A
-        parameter that no loss reaches decays there; freeze it. It is not verified: take an eager
-        step first, or :func:`metapl.check_gradient`. ``torch.func`` leaves out the second
+        tuple of K batches. The step is that of :mod:`metapl.functional.step`. ``noise`` is Gumbel
+        noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's
+        default generator, from which dropout draws too.
+
+        A parameter that no loss reaches decays there; freeze it. The step is not verified: take an
+        eager step first, or :func:`metapl.check_gradient`. ``torch.func`` leaves out the second
         derivative of an ``autograd.Function`` that is marked ``once_differentiable``, and
         ``torch.compile`` that of any, in silence; ``compile=True`` compares.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
         >>> step, state = metapl.BilevelTrainer(teacher, student, mode="forward").functional()
+        >>> labeled = torch.randn(5, 4), torch.arange(5) % 3
         >>> for _ in range(3):
-        ...     state, report = step(state, (torch.randn(5, 4), torch.arange(5) % 3), torch.randn(6, 4))
+        ...     state, report = step(state, labeled, torch.randn(6, 4))
         >>> int(state.step), report.feedback.shape
         (3, torch.Size([6, 3]))
 
@@ -583,35 +697,36 @@ class BilevelTrainer(Trainer):
     def teacher_step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
     ) -> Report:
-        """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
+        """Take one step of the teacher alone, while the student waits.
 
-        Its losses get no signal; ``steps_done`` increases by one, and of the student nothing
-        changes. Returns a report with ``teacher_loss`` and a ``teacher_<name>`` per term. Raises
-        :class:`metapl.MetaplError` before anything moves.
+        These are lines 6 to 8 of Algorithm 1, on the batches of a step. Its losses get no signal;
+        ``steps_done`` increases by one, and of the student nothing changes.
+
+        Returns: a report with ``teacher_loss`` and a ``teacher_<name>`` per term.
+        Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        labeled, unlabeled = (
-            either(labeled=labeled, outer=outer),
-            either(unlabeled=unlabeled, inner=inner),
-        )
+        outer_batch = either(labeled=labeled, outer=outer)
+        inner_batch = either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None or not self.has_losses:
             raise MetaplError(
                 "the teacher has no losses of its own; expected teacher_losses=, or wait=0."
             )
-        alone, alone.losses = self._teacher_trainer, self._losses_for(plain(unlabeled))
-        alone.steps_done = self.steps_done
-        report = alone.step(labeled, unlabeled)
+        self._teacher_trainer.losses = self._losses_for(plain(inner_batch))
+        self._teacher_trainer.steps_done = self.steps_done
+        report = self._teacher_trainer.step(outer_batch, inner_batch)
         self.steps_done += 1
         return report
 
     def first_steps(self, options: FitOptions) -> int:
-        most = options.steps - options.wait
-        steps = (
-            self.problem.first_steps(most) if options.first_steps is None else options.first_steps
-        )
-        if not isinstance(steps, int) or not 0 <= steps < most:
+        steps_after_wait = options.steps - options.wait
+        if options.first_steps is None:
+            steps = self.problem.first_steps(steps_after_wait)
+        else:
+            steps = options.first_steps
+        if not isinstance(steps, int) or not 0 <= steps < steps_after_wait:
             raise MetaplError(
-                f"{kind_of(self.problem)}.first_steps({most}) returned {steps!r}; expected a "
-                f"whole number below {most}."
+                f"{kind_of(self.problem)}.first_steps({steps_after_wait}) returned {steps!r}; "
+                f"expected a whole number below {steps_after_wait}."
             )
         return steps
 
@@ -619,14 +734,15 @@ class BilevelTrainer(Trainer):
     def first_step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
     ) -> Report:
-        """Take one step of the student alone, on the problem's ``first_signal`` about the inner batch.
+        """Take one step of the student alone, on the problem's ``first_signal``.
 
-        :meth:`fit` takes these before the teacher begins, as many as the problem's ``first_steps``
-        says, or the option of that name. Of the teacher, its optimizer and the mode nothing changes
-        but the buffers that its forward pass writes; ``steps_done`` increases by one. The step is
-        eager with ``compile`` too, and the first of them compiles the later ones, so that what
-        cannot be compiled is refused before anything moves. It looks one step ahead, so that with
-        ``lookahead`` above 1 the mode is verified, and the step compiled, when the teacher begins.
+        The signal is about the inner batch. :meth:`fit` takes these before the teacher begins, as
+        many as the problem's ``first_steps`` says, or the option of that name. Of the teacher, its
+        optimizer and the mode nothing changes but the buffers that its forward pass writes;
+        ``steps_done`` increases by one. The step is eager with ``compile`` too, and the first of
+        them compiles the later ones, so that what cannot be compiled is refused before anything
+        moves. It looks one step ahead, so that with ``lookahead`` above 1 the mode is verified, and
+        the step compiled, when the teacher begins.
 
         Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of
         the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`
@@ -636,58 +752,67 @@ class BilevelTrainer(Trainer):
         refuse_outer_lookahead(outer_batch)
         inner_batches = InnerBatches.of_one_step(inner)
         if self.lookahead == 1:
-            slots = self._begin_step(outer_batch, inner_batches).slots
+            opened = self._open_step(outer_batch, inner_batches)
+            teacher_slots = opened.teacher_slots
+            student_slots = opened.student_slots
             if self.compile:
                 self.compiled_step.prepare(self, plain(outer_batch), inner_batches)
         else:
+            # The mode is not verified, since it takes several steps.
             for layout in self.distributed:
                 layout.begin_step()
-            self.slots = slots = [Slots(slot.module) for slot in self.slots]
+            self.slots = [Slots(slots.module) for slots in self.slots]
+            teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer_batch)
-        student = self._student_type(self.layout, slots[1], double_backward=False)
+        student = self._student_type(self.layout, student_slots, double_backward=False)
         self.update.follow(student.parameters)
 
         def first_signal(batch: Any, outputs: Tensor | None) -> Signal:
             with torch.no_grad():
                 return self.problem.first_signal(
-                    slots[0].module, batch, outputs, generator=self.generator
+                    teacher_slots.module, batch, outputs, generator=self.generator
                 )
 
-        with restored(*slots, device=self.device, trained=[], generator=self.generator) as fault:
-            with self._autocast() if self.precision != "float32" else NOTHING:
+        with restored(
+            teacher_slots, student_slots, device=self.device, trained=[], generator=self.generator
+        ) as fault:
+            with self._autocast():
                 path = take_steps(
-                    *(
-                        student,
-                        self.update,
-                        self.problem,
-                        outer_batch,
-                        inner_batches,
-                        first_signal,
-                    ),
-                    parts=self.accumulate,
+                    student,
+                    self.update,
+                    problem=self.problem,
+                    outer_batch=outer_batch,
+                    inner_batches=inner_batches,
+                    teach=first_signal,
+                    accumulate=self.accumulate,
                 )
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
-            with NOTHING if self._own_step is None else undone(self._own_step.optimizer):
-                scalars = {"inner_loss": path.inner_loss} | path.commit()
+            scalars = {"inner_loss": path.inner_loss}
+            with nullcontext() if self._own_step is None else undone(self._own_step.optimizer):
+                scalars |= path.commit()
             for layout in self.distributed:
                 layout.agree_on_buffers()
+            report = Report(self.steps_done, scalars, fault)
             self.steps_done += 1
-            return Report(self.steps_done - 1, scalars, fault)
+            return report
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
-        own = overrides(self.problem, "outer_batch")
-        batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
+        if overrides(self.problem, "outer_batch"):
+            batch = self.problem.outer_batch(batch)
+        else:
+            batch = labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
 
     def outer_terms(self) -> list[Term]:
-        judge = self.problem.outer_loss
-        return [
-            lambda network, inputs, batch: judge(checks.logits(network(inputs), "student"), batch)
-        ]
+        def outer_loss(network: Any, inputs: Any, batch: Any) -> OuterLoss:
+            outputs = checks.logits(network(inputs), "student")
+            return self.problem.outer_loss(outputs, batch)
+
+        return [outer_loss]
 
     def _refuse_input_of_signal(self) -> None:
-        """Refuse a problem that makes the student's input from a signal, where there is no step that has one."""
+        """Refuse a problem that makes the student's input from a signal, outside of a step."""
         if reads_signal_in_outer_input(self.problem):
             raise MetaplError(
                 f"{kind_of(self.problem)} has outer_input(batch, signal), and outside of a step "
@@ -698,19 +823,29 @@ class BilevelTrainer(Trainer):
 
     def read_input(self, batch: Any) -> Any:
         self._refuse_input_of_signal()
-        own = overrides(self.problem, "outer_input") and not isinstance(batch, Tensor)
-        return self.problem.outer_input(batch) if own else super().read_input(batch)
+        if overrides(self.problem, "outer_input") and not isinstance(batch, Tensor):
+            return self.problem.outer_input(batch)
+        return super().read_input(batch)
 
     # ---------------------------------------------------------------------------------------- state
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        both = self.inner_optimizer, self.outer_optimizer
-        return [optimizer for optimizer in both if isinstance(optimizer, torch.optim.Optimizer)]
+        optimizers = (self.inner_optimizer, self.outer_optimizer)
+        # A transform of TorchOpt has no param groups.
+        return [one for one in optimizers if isinstance(one, torch.optim.Optimizer)]
 
     def settings(self) -> dict[str, Any]:
-        of_feedback = ("feedback_weight", "feedback_ratio", "feedback_bound")
-        names = ("mode", "lookahead", "problem", "teacher_losses", *of_feedback, *SETTINGS)
+        names = (
+            "mode",
+            "lookahead",
+            "problem",
+            "teacher_losses",
+            "feedback_weight",
+            "feedback_ratio",
+            "feedback_bound",
+            *SETTINGS,
+        )
         return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
@@ -748,7 +883,8 @@ class BilevelTrainer(Trainer):
             self.outer_optimizer.load_state_dict(
                 laid_out_for(copy.deepcopy(state["outer"]), self.outer_optimizer)
             )
-        self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
+        self.mode_state = dict(state["mode_state"])
+        self.steps_done = state["steps_done"]
         self.verification.load_state_dict(state["verification"])
         self.orders.load_state_dict(state["orders"])
 
@@ -762,7 +898,9 @@ class BilevelTrainer(Trainer):
         optimizer: torch.optim.Optimizer | None = None,
         **options: Unpack[FinetuneKeywords],
     ) -> FitResult:
-        """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
+        """Train the student, as it is now, on labeled batches alone.
+
+        Meta Pseudo Labels ends with this.
 
         Args:
             labeled: as for :meth:`fit`.
@@ -774,11 +912,16 @@ class BilevelTrainer(Trainer):
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in
         the recipes.
         """
-        own = {name: getattr(self, name) for name in SETTINGS}
-        optimizer = (
-            torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
+        if optimizer is None:
+            optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3)
+        trainer = LossTrainer(
+            self.as_given,
+            optimizer=optimizer,
+            clip_norm=self.clip_norm,
+            precision=self.precision,
+            accumulate=self.accumulate,
+            compile=bool(self.compile),
         )
-        trainer = LossTrainer(self.as_given, optimizer=optimizer, compile=bool(self.compile), **own)
         options.setdefault("phase", "finetune")
         return trainer.fit(labeled, steps=steps, **options)
 
@@ -793,35 +936,38 @@ class BilevelTrainer(Trainer):
         problem: BilevelProblem | None = None,
         generator: torch.Generator | None = None,
     ) -> Hypergradient:
-        """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
+        """Return the teacher's gradient through the student's step, by this mode or another.
 
-        The student's clip and the micro-batches (``accumulate``) count, and the baseline so far
-        does not. The default generators stay as they are, so that every call sees the same dropout
-        masks.
+        Nothing moves. The student's clip and the micro-batches (``accumulate``) count, and the
+        baseline so far does not. The default generators stay as they are, so that every call sees
+        the same dropout masks.
 
         Args:
             labeled, unlabeled, outer, inner: as for :meth:`step`.
             mode, problem: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
-        given: Any = {"labeled": labeled, "unlabeled": unlabeled, "outer": outer, "inner": inner}
-        given |= {
-            "mode": self.mode if mode is None else mode,
-            "inner_optimizer": self.update,
-            "generator": generator,
-        }
-        given |= {
-            "problem": self.given_problem if problem is None else problem,
-            "accumulate": self.accumulate,
-        }
         self._reshard()
         self.update.follow(self.layout.parameters())
+        teacher, student = self.pair
         with replayed(RandomState.now(self.device)), self._autocast():
-            return hypergradient(*self.pair, **given)
+            return hypergradient(
+                teacher,
+                student,
+                labeled=labeled,
+                unlabeled=unlabeled,
+                outer=outer,
+                inner=inner,
+                mode=self.mode if mode is None else mode,
+                problem=self.given_problem if problem is None else problem,
+                inner_optimizer=self.update,
+                generator=generator,
+                accumulate=self.accumulate,
+            )
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.05."""
+    """Return SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.05."""
     return torch.optim.SGD(
         module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
     )

@@ -96,10 +96,10 @@ def update_of(
         is_of_torch = isinstance(optimizer, torch.optim.Optimizer)
         if not is_differentiated and state is None and is_of_torch:
             return OwnStep(optimizer, parameters)
-        given = " and ".join(kind.__name__ for kind in kinds)
+        kind_names = " and ".join(kind.__name__ for kind in kinds)
         if state is not None:
-            given += ", with a state"
-        raise MetaplError(f"{name} is {given}; expected {RULES}.")
+            kind_names += ", with a state"
+        raise MetaplError(f"{name} is {kind_names}; expected {RULES}.")
     if has_sharded_weights and torch.optim.Muon in kinds:
         raise MetaplError(
             f"{name} has Muon, whose products are of whole matrices; the network is sharded."

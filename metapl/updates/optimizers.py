@@ -132,13 +132,13 @@ def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
     if was_given_as_tuple:
         groups = f"[g for one in {name} for g in one.param_groups]"
         owner = f"{name}[{takers[0]}]"
-    rest = (
+    other_weights = (
         '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
     )
     return (
         "; those that the inner steps leave as they are go into a group with lr=0: groups = "
         f"{groups}; "
-        f'{owner}.add_param_group({{"params": {rest}, "lr": 0.0}})'
+        f'{owner}.add_param_group({{"params": {other_weights}, "lr": 0.0}})'
     )
 
 

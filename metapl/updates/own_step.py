@@ -34,8 +34,10 @@ def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -
     for part in parts_of(optimizer):
         closure = inspect.signature(type(part).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            given = f"{name} is {type(part).__name__}, whose step() evaluates the loss by a closure"
-            raise MetaplError(f"{given}; expected {expected}.")
+            raise MetaplError(
+                f"{name} is {type(part).__name__}, whose step() evaluates the loss by a closure; "
+                f"expected {expected}."
+            )
 
 
 class OwnStep(TorchUpdate):
@@ -70,12 +72,10 @@ class OwnStep(TorchUpdate):
             is_of_torch = type(part).__module__.startswith("torch.optim")
             has_hooks = any(vars(part)[name] for name in HOOKS)
             if not is_of_torch or has_hooks:
-                given = (
-                    f"several student steps with {type(part).__name__}, of a class that is not "
-                    "torch's or with hooks"
-                )
                 raise MetaplError(
-                    f"{given}; expected one step, or an optimizer of torch.optim without hooks."
+                    f"several student steps with {type(part).__name__}, of a class that is not "
+                    "torch's or with hooks; expected one step, or an optimizer of torch.optim "
+                    "without hooks."
                 )
         return super().stepped(params, grads, state=state)
 

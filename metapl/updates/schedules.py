@@ -113,8 +113,10 @@ def _rows_of_tensor(
         shape = (steps, len(groups), 2)
     is_known = any(name in group for group in groups)
     if values.shape[1:] != shape[1:] or len(values) < steps or not is_known:
-        given = f"schedule has {name!r} of shape {tuple(values.shape)}"
-        raise MetaplError(f"{given}; expected settings of inner_optimizer, {shape}.")
+        raise MetaplError(
+            f"schedule has {name!r} of shape {tuple(values.shape)}; expected settings of "
+            f"inner_optimizer, {shape}."
+        )
     return [list(row) for row in zip(*values.tolist(), strict=True)]
 
 
@@ -130,10 +132,10 @@ def _rows_of_groups(
     shapes = [(steps, *t.shape[1:]) for t in values]
     is_known = any(name in group for group in groups)
     if shapes != expected_shapes or min(map(len, values)) < steps or not is_known:
-        given = f"schedule has {name!r} of shapes {few([str(tuple(t.shape)) for t in values], 3)}"
+        given_shapes = few([str(tuple(t.shape)) for t in values], 3)
         raise MetaplError(
-            f"{given}; expected settings of inner_optimizer, for each param group "
-            f"{few(map(str, expected_shapes), 3)}."
+            f"schedule has {name!r} of shapes {given_shapes}; expected settings of "
+            f"inner_optimizer, for each param group {few(map(str, expected_shapes), 3)}."
         )
     rows: list[list[Any]] = []
     for t in values:

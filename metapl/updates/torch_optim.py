@@ -115,10 +115,10 @@ class TorchUpdate(Update):
         for name, value in group.items():
             if name == "params" or not entry_shape(value):
                 continue
-            given = f"inner_optimizer has {name!r} of shape {tuple(value.shape)} in a param group"
+            setting = f"inner_optimizer has {name!r} of shape {tuple(value.shape)} in a param group"
             if name != "lr" or not self.takes_entries(group):
                 raise MetaplError(
-                    f"{given}, and torch.optim takes no such step; expected a number, or lr of "
+                    f"{setting}, and torch.optim takes no such step; expected a number, or lr of "
                     "torch.optim.SGD, whose shape may be that of a weight."
                 )
             for p in group["params"]:
@@ -127,7 +127,7 @@ class TorchUpdate(Update):
                 has_type = value.dtype == p.dtype and value.device == p.device
                 if not has_shape or not has_type or is_sharded(p) or p.is_complex():
                     raise MetaplError(
-                        f"{given} with a weight of shape {tuple(p.shape)}, {p.dtype}, on "
+                        f"{setting} with a weight of shape {tuple(p.shape)}, {p.dtype}, on "
                         f"{p.device}; expected a group "
                         'for each weight, {"params": [p], "lr": torch.full_like(p, 0.1)}, of real '
                         "numbers, not sharded."

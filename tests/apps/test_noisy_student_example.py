@@ -23,6 +23,7 @@ from metapl.apps import networks
 from metapl.apps.labels import LabelStore, LabelWriter, select
 from metapl.apps.pictures import Identity, scan_unlabeled
 from metapl.apps.run import EndedRun
+from metapl.training import FitOptions
 
 pytestmark = pytest.mark.docs
 
@@ -138,6 +139,19 @@ def test_each_network_has_epochs_of_its_own() -> None:
     short = dataclasses.replace(c, steps=700)
     last = script.networks_of(short)[-1]
     assert script.finetune_steps(short, last, 1_281_167, 7.0, c.labeled_batch) == 7
+
+
+def test_svhn_ends_at_the_rate_that_the_sources_say() -> None:
+    c = script.ROWS["svhn"].settings()
+    network = script.networks_of(c)[1]
+    schedule = script.student_schedule(c, network, script.SVHN_PICTURES - c.validation)
+    fit = FitOptions(steps=schedule.steps, schedule="exponential")
+    at_the_end = schedule.lr * fit.rate(schedule.steps)
+    assert f"{at_the_end:.6f}" == "0.000094"
+    assert f"{at_the_end * 256 / c.labeled_batch:.6f}" == "0.000188"
+    table = script.sources_table()
+    assert "0.000188 for a batch of 256, and 0.000094 for this one of 128" in table
+    assert "ends at 0.0002 for 256" in table
 
 
 def test_the_chain_of_table_7_is_one_row() -> None:

@@ -171,6 +171,32 @@ def test_the_chain_of_study_1_ends_with_a_small_student_of_twice_the_epochs() ->
     assert chain.finetune_size is None
 
 
+def numbers_of(text: str) -> list[str]:
+    """Return the differences and the p-values of a text, as they are written.
+
+    >>> numbers_of("+1.1 (p = 0.067), corrected 0.27; 12 seeds")
+    ['+1.1', '0.067', '0.27']
+    """
+    return re.findall(r"(?:(?<=p = )|(?<=corrected )|(?=[+-]\d))[+-]?\d[\d.]*(?:e-\d+)?", text)
+
+
+@pytest.mark.parametrize("study", ["1", "3", "4"])
+def test_the_numbers_of_a_study_are_those_that_its_command_prints(study: str) -> None:
+    """The tests of the benchmarks hold that the page of results is what the command prints."""
+    page = (ROOT / "benchmarks" / "results" / "noisy_student.md").read_text()
+    (printed,) = [
+        part
+        for part in re.split(r"^\*\*", page, flags=re.MULTILINE)
+        if part.startswith(f"Study {study}")
+    ]
+    cells = {cell.strip() for line in printed.splitlines() for cell in line.split("|")}
+    (claim,) = [one for one in CLAIMS["Noisy Student"] if one.paper.startswith(f"study {study},")]
+    assert "python benchmarks/noisy_student.py" in claim.commands
+    found = numbers_of(claim.result)
+    assert len(found) >= 3
+    assert not [number for number in found if number not in cells]
+
+
 # ----------------------------------------------------------------------------------------- the data
 
 # Folders and files of data that the page names, and that no command there leaves.

@@ -283,6 +283,31 @@ def test_the_rows_of_the_paper_are_algorithm_1() -> None:
         assert (c.feedback, c.uda_threshold_on) == ("exact", "sharpened")
 
 
+@pytest.mark.parametrize("method", ["uda", "supervised", "headroom"])
+def test_a_network_that_trains_alone_has_the_teacher_s_rate_and_dropout(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As --help, --sources and the page say."""
+    own = {"method": method, "teacher_lr": 0.31, "student_lr": 0.17}
+    noise = {"teacher_dropout": 0.41, "dropout": 0.23}
+    c = tiny("cifar10-4k", tmp_path, monkeypatch, **own, **noise)
+    trainer_of = protocols.trainer_of
+    found: list[float] = []
+
+    def seen(*arguments: Any) -> Any:
+        trainer = trainer_of(*arguments)
+        # As it is made: the schedule of the fit changes the rates.
+        found.extend(group["lr"] for group in trainer.optimizer.param_groups)
+        drops = [part for part in trainer.student.modules() if isinstance(part, torch.nn.Dropout)]
+        found.extend(part.p for part in drops)
+        return trainer
+
+    monkeypatch.setattr(protocols, "trainer_of", seen)
+    protocols.train(c)
+    assert set(found) == {0.31, 0.41}
+    assert any("has the teacher's rate" in text for text in protocols.ALWAYS)
+
+
 @pytest.mark.parametrize("feedback", ["dot-sum", "cosine", "loss-difference", "per-example"])
 def test_the_other_forms_of_feedback_run(
     feedback: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import base
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.feedback.size import FeedbackSize
 from metapl.feedback.teacher import Teaching
 from metapl.problems import Problem, PseudoLabels, pseudo_labels
 from metapl.problems.base import Signal
@@ -80,11 +81,10 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     """Take the ratio of the two gradients' norms for its inverse."""
     real = Teaching.backward
 
-    def backward(self: Teaching, *args: Any, **options: Any) -> Any:
-        *others, size = args
+    def backward(self: Teaching, *given: Any, size: FeedbackSize, **options: Any) -> Any:
         if size.ratio is not None:
             size = replace(size, ratio=1 / size.ratio)
-        return real(self, *others, size, **options)
+        return real(self, *given, size=size, **options)
 
     patch.setattr(Teaching, "backward", backward)
 

@@ -1,12 +1,12 @@
-"""A compiled training is known again by what was compiled.
+"""A compiled training is found again by what was compiled.
 
-It serves what is equal, and nothing that computes else.
+It serves what is equal, and nothing that computes something else.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from metapl.problems import EqualWeights
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Dynamo, without Inductor, and with graphs of the test alone."""
+    """Compile by Dynamo, without Inductor, and with graphs of the test alone."""
     monkeypatch.setattr(graphs, "_CACHE", {})
     monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
 
@@ -47,14 +47,20 @@ SHIFT = 0.1
 
 
 class Student(nn.Module):
-    """A part under two names, an activation, a setting in a dataclass, and what the class and its module hold."""
+    """A network with all that a description has to tell apart.
+
+    It has a part under two names, an activation, a setting in a dataclass, a number of the class,
+    and reads one of its module.
+    """
 
     power = 1.0
 
     def __init__(self, scale: float = 0.5) -> None:
         super().__init__()
-        self.settings, self.activation = Settings(scale), partial(F.gelu, approximate="tanh")
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.settings = Settings(scale)
+        self.activation = partial(F.gelu, approximate="tanh")
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(6, 3)
         self.norm = nn.BatchNorm1d(6)
         self.parts = nn.ModuleList([self.last, self.last])
 
@@ -75,16 +81,16 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 def student(seed: int = 0, kind: Any = Student, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    made: nn.Module = kind(**options).double()
-    return made
+    network: nn.Module = kind(**options).double()
+    return network
 
 
 def gradient(
     network: nn.Module, problem: Any = None, rule: Any = torch.optim.SGD, compile: bool = True
 ) -> Tensor:
-    """The weights' scores in each step, as one tensor."""
+    """Return the feedback of two steps and the gradient in the start, as one tensor."""
     optimizer = rule(network.parameters(), lr=0.3)
-    found = metapl.hypergradient(
+    result = metapl.hypergradient(
         None,
         network,
         outer=batch(-1),
@@ -94,13 +100,14 @@ def gradient(
         wrt="start",
         compile=compile,
     )
-    return torch.cat([*map(torch.flatten, (*found.feedback, *found.start.values()))])
+    tensors = (*result.feedback, *result.start.values())
+    return torch.cat([t.flatten() for t in tensors])
 
 
-def refuse_other(found: Tensor, network: nn.Module, *given: Any) -> None:
-    """Compare with double backward."""
-    expected = gradient(network, *given, compile=False)
-    assert error({"h": found}, {"h": expected}) < 1e-9
+def assert_is_eager(compiled: Tensor, network: nn.Module, *arguments: Any) -> None:
+    """Compare a gradient with the one of the eager road."""
+    expected = gradient(network, *arguments, compile=False)
+    assert error({"h": compiled}, {"h": expected}) < 1e-9
 
 
 def graphs_compiled() -> int:
@@ -123,7 +130,7 @@ def test_another_student_of_the_architecture_compiles_nothing() -> None:
     for make in SAME.values():
         network = make(first)
         weights = {name: t.clone() for name, t in network.state_dict().items()}
-        refuse_other(gradient(network), network)
+        assert_is_eager(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
     assert graphs_compiled() == before
     assert len(graphs._CACHE) == 1
@@ -148,7 +155,7 @@ def tied(network: Any) -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a flag": lambda network: network.norm.eval(),
     "all flags": lambda network: network.eval(),
-    "a frozen part": lambda network: network.first.requires_grad_(False),
+    "a frozen part": lambda network: network.first.requires_grad_(requires_grad=False),
     "a hook": hooked,
     "a number": lambda network: setattr(network.norm, "eps", 0.5),
     "a number in a dataclass": lambda network: setattr(network.settings, "scale", 2.0),
@@ -177,14 +184,16 @@ def test_what_computes_something_else_is_never_taken_for_it(
     monkeypatch.setattr(graphs, "MOST_CACHED", 100)
     gradient(student())
     for what, change in CHANGES.items():
-        network, known = student(), {*graphs._CACHE}
+        network = student()
+        keys_before = {*graphs._CACHE}
         change(network)
-        refuse_other(gradient(network), network)
-        assert {*graphs._CACHE} - known, what
-    again = student(1)
-    known = {*graphs._CACHE}
-    refuse_other(gradient(again), again)  # not by what was made for a changed one
-    assert {*graphs._CACHE} == known
+        assert_is_eager(gradient(network), network)
+        assert {*graphs._CACHE} - keys_before, what
+    # One that is not changed is served by what was made for the first, not for a changed one.
+    unchanged = student(1)
+    keys_before = {*graphs._CACHE}
+    assert_is_eager(gradient(unchanged), unchanged)
+    assert {*graphs._CACHE} == keys_before
 
 
 @pytest.mark.parametrize(
@@ -206,9 +215,9 @@ def test_what_a_class_and_its_module_hold_counts(
         monkeypatch.setitem(globals(), "SHIFT", torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64))
     else:
         monkeypatch.setattr(Student, "forward", lambda self, x: self.last(self.first(x).sin()))
-    found = gradient(network)
-    assert error({"h": found}, {"h": before}) > 1e-3
-    refuse_other(found, network)
+    after = gradient(network)
+    assert error({"h": after}, {"h": before}) > 1e-3
+    assert_is_eager(after, network)
 
 
 def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,28 +226,31 @@ def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.Monk
     changed = EqualWeights()
     gradient(student(), changed)
     assert len(graphs._CACHE) == 1
-    changed.temperature = 3.0  # a problem that a graph was made of, changed afterwards
+    # A graph was made of this problem before it is changed.
+    changed.temperature = 3.0
     cases: list[tuple[Any, ...]] = [
         (student(kind=Other),),
         (student(), changed),
         (student(), EqualWeights()),
         (student(), None, partial(torch.optim.SGD, momentum=0.9)),
         (student(), None, partial(torch.optim.Adam, eps=1e-2)),
-        (
-            student(),
-            None,
-            lambda p, **given: torch.optim.SGD([{"params": [q]} for q in p], **given),
-        ),
-        (student().train(False),),
+        (student(), None, sgd_in_groups),
+        (student().eval(),),
     ]
-    for case in cases:
-        refuse_other(gradient(*case), *case)
+    for arguments in cases:
+        assert_is_eager(gradient(*arguments), *arguments)
+
+
+def sgd_in_groups(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Return SGD with a param group for each parameter."""
+    return torch.optim.SGD([{"params": [p]} for p in params], lr=lr)
 
 
 READ = student()
 
 
 def penalty() -> Any:
+    """Return the squared weights of a student that is read by its name."""
     return sum(p.square().sum() for p in READ.parameters())
 
 
@@ -252,22 +264,22 @@ def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(
 ) -> None:
     """A bare copy in its place would leave the weights of the start in the loss."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    refuse_other(gradient(READ, ReadsByName()), READ, ReadsByName())
+    assert_is_eager(gradient(READ, ReadsByName()), READ, ReadsByName())
 
-    def enclosing(held: nn.Module) -> Any:
+    def problem_with_penalty_on(network: nn.Module) -> Any:
         class ReadsByClosure(EqualWeights):
             def inner_loss(
                 self, outputs: Tensor, signal: Any, batch: Any, params: Any = None
             ) -> Tensor:
-                decay: Any = sum(p.square().sum() for p in held.parameters())
+                decay: Any = sum(p.square().sum() for p in network.parameters())
                 return super().inner_loss(outputs, signal, batch, params) + 0.1 * decay
 
         return ReadsByClosure()
 
     for seed in (0, 1):
         network = student(seed)
-        problem = enclosing(network)
-        refuse_other(gradient(network, problem), network, problem)
+        problem = problem_with_penalty_on(network)
+        assert_is_eager(gradient(network, problem), network, problem)
 
 
 def test_a_bare_copy_holds_nothing_and_shares_what_was_shared() -> None:
@@ -309,16 +321,20 @@ def test_descriptions_tell_values_apart(number: int) -> None:
     "value", [torch.ones(2), nn.Linear(1, 1), object(), student, [torch.Generator()]]
 )
 def test_what_has_no_description_says_so(value: Any) -> None:
-    closure = (lambda held: lambda x: x + held)(value)
+    def closure(x: Any) -> Any:
+        return x + value
+
     with pytest.raises(Undescribed):
         description_of(closure)
-    if value is not student:  # a function without a closure has one
+    # A function without a closure has a description.
+    if value is not student:
         with pytest.raises(Undescribed):
             description_of(value)
 
 
 def test_parts_that_networks_share_are_told_from_parts_of_their_own() -> None:
-    shared, own = nn.Linear(3, 3), nn.Linear(3, 3)
+    shared = nn.Linear(3, 3)
+    another = nn.Linear(3, 3)
     together = description_of_networks([nn.Sequential(shared), nn.Sequential(shared)])
-    apart = description_of_networks([nn.Sequential(shared), nn.Sequential(own)])
+    apart = description_of_networks([nn.Sequential(shared), nn.Sequential(another)])
     assert together != apart

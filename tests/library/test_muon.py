@@ -46,10 +46,13 @@ def require_setting(settings: str) -> None:
 
 
 def polar(matrix: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
-    """Of the wide one of a matrix and its transpose, without a thought of roundings."""
+    """Return the iteration of Newton and Schulz, written without a thought of roundings.
+
+    From either side of the matrix it is the same.
+    """
     x = matrix / torch.linalg.matrix_norm(matrix)
     for _ in range(steps):
-        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x  # from either side it is the same
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
     return x
 
 
@@ -63,76 +66,94 @@ def muon_and_adamw(
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     adamw: dict[str, Any] = ADAMW,
 ) -> Rule:
-    of_others = reference.adamw(**adamw)
+    """Return the rule by hand: Muon for matrices, AdamW for other weights."""
+    adamw_rule = reference.adamw(**adamw)
+
+    def factor(rows: int, columns: int) -> float:
+        if adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        if adjust_lr_fn == "spectral_unclamped":
+            return math.sqrt(rows / columns)
+        return math.sqrt(max(1.0, rows / columns))
 
     def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         others = {name: p for name, p in params.items() if p.ndim != 2}
-        moved, of_adamw = of_others(
-            others, {name: grads[name] for name in others}, state and state["adamw"]
-        )
+        grads_of_others = {name: grads[name] for name in others}
+        new_params, adamw_state = adamw_rule(others, grads_of_others, state and state["adamw"])
         buffers = {}
         for name, p in params.items():
             if name in others:
                 continue
-            old = state["muon"][name] if state else torch.zeros_like(p)
-            buffers[name] = momentum * old + (1 - momentum) * grads[name]
-            step = (
-                (1 - momentum) * grads[name] + momentum * buffers[name]
-                if nesterov
-                else buffers[name]
-            )
-            rows, columns = p.shape
-            by = {
-                "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
-                "spectral_unclamped": (rows / columns) ** 0.5,
-            }
-            rate = lr * by.get(str(adjust_lr_fn), max(1.0, rows / columns) ** 0.5)
-            moved[name] = (1 - lr * weight_decay) * p - rate * polar(
-                step, *ns_coefficients, ns_steps
-            )
-        return {name: moved[name] for name in params}, {"muon": buffers, "adamw": of_adamw}
+            old_buffer = state["muon"][name] if state else torch.zeros_like(p)
+            buffers[name] = momentum * old_buffer + (1 - momentum) * grads[name]
+            direction = buffers[name]
+            if nesterov:
+                direction = (1 - momentum) * grads[name] + momentum * buffers[name]
+            rate = lr * factor(*p.shape)
+            step = polar(direction, *ns_coefficients, ns_steps)
+            new_params[name] = (1 - lr * weight_decay) * p - rate * step
+        ordered = {name: new_params[name] for name in params}
+        return ordered, {"muon": buffers, "adamw": adamw_state}
 
     return rule
 
 
 def student_of_matrices() -> nn.Module:
-    """A tall one, a wide one, and biases."""
+    """Return a network of a tall matrix, a wide one, and biases."""
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, CLASSES))
 
 
-def problem() -> Toy:
-    found = toy("mlp")
+def toy_of_matrices() -> Toy:
+    case = toy("mlp")
     torch.manual_seed(5)
-    return replace(found, student=student_of_matrices().double())
+    return replace(case, student=student_of_matrices().double())
 
 
 def optimizers(network: nn.Module, settings: dict[str, Any] = NESTEROV) -> tuple[Any, Any]:
-    matrices, others = (
-        [p for p in network.parameters() if (p.ndim == 2) == which] for which in (True, False)
-    )
+    matrices = [p for p in network.parameters() if p.ndim == 2]
+    others = [p for p in network.parameters() if p.ndim != 2]
     return torch.optim.Muon(matrices, **settings), torch.optim.AdamW(others, **ADAMW)
 
 
-def warmed(given: Toy, settings: dict[str, Any], steps: int) -> tuple[tuple[Any, Any], Any]:
-    """Optimizers that have taken steps, and the state of the rule by hand, which does not depend on the weights."""
-    real, rule, state = optimizers(given.student, settings), muon_and_adamw(**settings), None
-    draw = torch.Generator().manual_seed(7)
+def weights_of(network: nn.Module) -> Tree:
+    """Return copies of the weights, by name."""
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def warmed(case: Toy, settings: dict[str, Any], steps: int) -> tuple[tuple[Any, Any], Any]:
+    """Return optimizers that have taken steps, and the state of the rule by hand.
+
+    The state does not depend on the weights.
+    """
+    pair = optimizers(case.student, settings)
+    rule = muon_and_adamw(**settings)
+    state = None
+    generator = torch.Generator().manual_seed(7)
     for _ in range(steps):
-        params = {name: p.detach().clone() for name, p in given.student.named_parameters()}
+        params = weights_of(case.student)
         grads = {
-            n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()
+            name: 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            for name, p in params.items()
         }
         _, state = rule(params, grads, state)
-        stepped(real, given.student, grads)
-    return real, state
+        take_step(pair, case.student, grads)
+    return pair, state
 
 
-def stepped(real: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
+def take_step(pair: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
+    """Let both optimizers take a step on these gradients."""
     for name, p in student.named_parameters():
         p.grad = grads[name].clone()
-    for one in real:
-        one.step()
-        one.zero_grad()
+    for optimizer in pair:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def relative_distance(theta: Tree, exact: Tree, taken: Tree) -> float:
+    """Return ‖exact − taken‖ / ‖exact − theta‖: how far a step is from the exact one."""
+    gap = {name: exact[name] - taken[name] for name in taken}
+    moved = {name: exact[name] - theta[name] for name in taken}
+    return float(reference.flat(gap).norm() / reference.flat(moved).norm())
 
 
 @pytest.mark.parametrize(
@@ -146,117 +167,122 @@ def test_the_gradient_is_that_of_double_backward_by_hand(
     mode: Any, settings: str, steps: int, warm: int
 ) -> None:
     require_setting(settings)
-    given = problem()
-    ahead = batches(steps, given)
-    real, state = warmed(given, SETTINGS[settings], warm)
+    case = toy_of_matrices()
+    inner_batches = batches(steps, case)
+    pair, state = warmed(case, SETTINGS[settings], warm)
     rule = muon_and_adamw(**SETTINGS[settings])
     expected = reference.several_steps(
-        **given.networks(), labeled=given.labeled, batches=ahead, rule=rule, state=state
+        **case.networks(), labeled=case.labeled, batches=inner_batches, rule=rule, state=state
     )
-    before = everything(given, *real)
-    found = gradient(given, mode, ahead, inner_optimizer=real)
-    assert same(before, everything(given, *real))
-    for h, g in zip(found.feedback, expected.signal_grads, strict=True):
+    before = everything(case, *pair)
+    result = gradient(case, mode, inner_batches, inner_optimizer=pair)
+    assert same(before, everything(case, *pair))
+    for h, g in zip(result.feedback, expected.signal_grads, strict=True):
         assert error(h, -g) < 1e-9
-    assert error(found.grads, expected.grads) < 1e-9
-    assert error(found.student_params, expected.student_params) < 1e-12
+    assert error(result.grads, expected.grads) < 1e-9
+    assert error(result.student_params, expected.student_params) < 1e-12
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
     require_setting(settings)
-    given = problem()
-    real, _ = warmed(given, SETTINGS[settings], 2)
-    update = update_of(real, trainable(given.student))
-    params = {n: p.detach().clone() for n, p in given.student.named_parameters()}
-    grads = {n: torch.randn_like(p) for n, p in params.items()}
-    rounded, state = update.update(
-        params, grads, update.read_state(), rounded_options(options_of(update.optimizer))
-    )
+    case = toy_of_matrices()
+    pair, _ = warmed(case, SETTINGS[settings], 2)
+    update = update_of(pair, trainable(case.student))
+    params = weights_of(case.student)
+    grads = {name: torch.randn_like(p) for name, p in params.items()}
+    options = rounded_options(options_of(update.optimizer))
+    rounded, rounded_state = update.update(params, grads, update.read_state(), options)
     exact, _ = update.update(params, grads, update.read_state())
-    stepped(real, given.student, grads)
-    own = {n: p.detach() for n, p in given.student.named_parameters()}
-    assert error(rounded, own) < 1e-12
-    assert all(error(state[n]["momentum_buffer"], held["momentum_buffer"]) < 1e-12
-               for n, held in update.read_state().items() if "momentum_buffer" in held)  # fmt: skip
-    moved, gap = ({n: exact[n] - other[n] for n in own} for other in (params, own))
-    assert 1e-4 < reference.flat(gap).norm() / reference.flat(moved).norm() < 3e-2
+    take_step(pair, case.student, grads)
+    taken = weights_of(case.student)
+    assert error(rounded, taken) < 1e-12
+    for name, state in update.read_state().items():
+        if "momentum_buffer" in state:
+            buffer = rounded_state[name]["momentum_buffer"]
+            assert error(buffer, state["momentum_buffer"]) < 1e-12
+    assert 1e-4 < relative_distance(params, exact, taken) < 3e-2
 
 
-def trainer_of(given: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
-    made = {
-        "inner_optimizer": optimizers(given.student),
-        "outer_optimizer": optimizers(given.teacher),
-    }
-    return metapl.BilevelTrainer(**given.networks(), mode=mode, **made, **options)
+def trainer_of(case: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
+    return metapl.BilevelTrainer(
+        **case.networks(),
+        mode=mode,
+        inner_optimizer=optimizers(case.student),
+        outer_optimizer=optimizers(case.teacher),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce", "none"])
 def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) -> None:
-    given, twin = problem(), problem()
-    trainer, real = trainer_of(given, mode, teacher_losses=()), optimizers(twin.student)
-    data = given.data()
+    case = toy_of_matrices()
+    trainer = trainer_of(case, mode, teacher_losses=())
+    twin = toy_of_matrices().student
+    pair = optimizers(twin)
+    data = case.data()
     for _ in range(2):
-        update = update_of(real, trainable(twin.student))
-        theta = {n: p.detach().clone() for n, p in twin.student.named_parameters()}
+        update = update_of(pair, trainable(twin))
+        theta = weights_of(twin)
         report = trainer.step(**data)
-        loss = nn.functional.cross_entropy(twin.student(data["unlabeled"]), report.signal.value)
-        names = [n for n, _ in twin.student.named_parameters()]
-        grads = dict(
-            zip(names, torch.autograd.grad(loss, [*twin.student.parameters()]), strict=True)
-        )
+        loss = nn.functional.cross_entropy(twin(data["unlabeled"]), report.signal.value)
+        by_autograd = torch.autograd.grad(loss, [*twin.parameters()])
+        grads = dict(zip(theta, by_autograd, strict=True))
         exact, _ = update.update(theta, grads, update.read_state())
-        stepped(real, twin.student, grads)
-        taken = dict(twin.student.named_parameters())
-        assert error(dict(given.student.named_parameters()), taken) < 1e-9
-        moved, gap = ({n: exact[n] - other[n] for n in taken} for other in (theta, taken))
-        assert report.step_rounding == pytest.approx(
-            float(reference.flat(gap).norm() / reference.flat(moved).norm())
-        )
-        assert (
-            1e-4 < report.step_rounding < 1.0
-        )  # of a few examples the momentum has few directions; the rest is noise
+        take_step(pair, twin, grads)
+        taken = weights_of(twin)
+        assert error(dict(case.student.named_parameters()), taken) < 1e-9
+        distance = relative_distance(theta, exact, taken)
+        assert report.step_rounding == pytest.approx(distance)
+        # The momentum of a few examples has few directions; the rest is noise.
+        assert 1e-4 < report.step_rounding < 1.0
 
 
 @pytest.mark.parametrize("lookahead", [1, 2])
 def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
-    given = problem()
-    trainer = trainer_of(given, lookahead=lookahead)
-    unlabeled = Lookahead(batches(lookahead, given)) if lookahead > 1 else given.unlabeled
-    found = metapl.check_gradient(trainer, labeled=given.labeled, unlabeled=unlabeled)
-    assert found.passed, str(found)
-    assert found.status == "right"
-    trainer.step(given.labeled, unlabeled)  # verified once more
-    result = gradient(given, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True)
+    case = toy_of_matrices()
+    trainer = trainer_of(case, lookahead=lookahead)
+    unlabeled: Any = case.unlabeled
+    if lookahead > 1:
+        unlabeled = Lookahead(batches(lookahead, case))
+    check = metapl.check_gradient(trainer, labeled=case.labeled, unlabeled=unlabeled)
+    assert check.passed, str(check)
+    assert check.status == "right"
+    # The first step verifies once more.
+    trainer.step(case.labeled, unlabeled)
+    result = gradient(case, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True)
     assert all(g.isfinite().all() for g in result.grads.values())
 
 
 def test_the_rates_of_both_follow_schedules() -> None:
-    given = problem()
-    ahead = batches(3, given)
-    real = optimizers(given.student)
-    rates = torch.optim.lr_scheduler.StepLR(real[0], 1, 0.5), lambda step: 1.0 - 0.2 * step
-    rules = [
-        muon_and_adamw(
-            **{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number},
-            adamw={**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)},
-        )
-        for number in range(3)
-    ]
-    expected = reference.several_steps(
-        **given.networks(), labeled=given.labeled, batches=ahead, rule=rules
-    )
-    how = {"labeled": given.labeled, "mode": "forward", "inner_optimizer": real}
-    found = metapl.hypergradient(
-        **given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how
-    )
-    assert error(found.grads, expected.grads) < 1e-9
-    assert [one.param_groups[0]["lr"] for one in real] == [NESTEROV["lr"], ADAMW["lr"]]
-    # One factor is of all of them.
-    together, apart = (
-        metapl.hypergradient(
-            **given.networks(), unlabeled=Lookahead(ahead, schedule=one), **how
+    case = toy_of_matrices()
+    inner_batches = batches(3, case)
+    pair = optimizers(case.student)
+    muon, _ = pair
+
+    def falling(step: int) -> float:
+        return 1.0 - 0.2 * step
+
+    def gradient_by(schedule: Any) -> Tree:
+        return metapl.hypergradient(
+            **case.networks(),
+            labeled=case.labeled,
+            unlabeled=Lookahead(inner_batches, schedule=schedule),
+            inner_optimizer=pair,
+            mode="forward",
         ).grads
-        for one in (rates[1], (rates[1], rates[1]))
+
+    rules = []
+    for step in range(3):
+        muon_settings = {**NESTEROV, "lr": NESTEROV["lr"] * 0.5**step}
+        adamw_settings = {**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * step)}
+        rules.append(muon_and_adamw(**muon_settings, adamw=adamw_settings))
+    expected = reference.several_steps(
+        **case.networks(), labeled=case.labeled, batches=inner_batches, rule=rules
     )
-    assert error(together, apart) == 0.0
+    halving = torch.optim.lr_scheduler.StepLR(muon, 1, 0.5)
+    assert error(gradient_by((halving, falling)), expected.grads) < 1e-9
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in pair]
+    assert rates == [NESTEROV["lr"], ADAMW["lr"]]
+    # One factor is for all of them.
+    assert error(gradient_by(falling), gradient_by((falling, falling))) == 0.0

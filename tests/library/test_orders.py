@@ -431,9 +431,9 @@ def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(
     trainer, tries = trainer_of(case), list[bool]()
     in_order = metapl.BilevelTrainer._step_in_order
 
-    def counted(self: Any, order: Any, is_tried: bool, *given: Any) -> Any:
+    def counted(self: Any, order: Any, is_tried: bool, **options: Any) -> Any:
         tries.append(is_tried)
-        return in_order(self, order, is_tried, *given)
+        return in_order(self, order, is_tried, **options)
 
     monkeypatch.setattr(metapl.BilevelTrainer, "_step_in_order", counted)
     expected = case.reference(1)

@@ -27,7 +27,10 @@ OTHERS: dict[str, Build] = {
 @pytest.mark.parametrize("ahead", [1, 2])
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_students_steps_are_the_optimizers_own(name: str, ahead: int) -> None:
-    """Beside a loop by hand: the teacher stays as it is, and the student learns its soft labels."""
+    """They are compared with a loop by hand.
+
+    The teacher stays as it is, and the student learns its soft labels.
+    """
     case = toy("mlp")
     twin = copy.deepcopy(case.student)
     trainer = metapl.BilevelTrainer(
@@ -39,9 +42,11 @@ def test_the_students_steps_are_the_optimizers_own(name: str, ahead: int) -> Non
     )
     optimizer = OTHERS[name](twin)
     labels = case.teacher(case.unlabeled).softmax(-1).detach()
+    unlabeled: Any = case.unlabeled
+    if ahead > 1:
+        unlabeled = metapl.Lookahead([case.unlabeled] * ahead)
     for _ in range(3):
-        batches: Any = metapl.Lookahead([case.unlabeled] * ahead) if ahead > 1 else case.unlabeled
-        trainer.step(case.labeled, batches)
+        trainer.step(case.labeled, unlabeled)
         for _ in range(ahead):
             optimizer.zero_grad()
             F.cross_entropy(twin(case.unlabeled), labels).backward()
@@ -93,10 +98,13 @@ class Counting(torch.optim.RMSprop):
 
 
 def test_several_steps_of_an_optimizer_of_ones_own_are_refused() -> None:
-    """They are taken by fresh ones of its type, which would lack what it has besides groups and states."""
+    """They are taken by fresh ones of its type.
+
+    These would lack what it has besides groups and states.
+    """
     case = toy("mlp")
     hooked = OTHERS["RMSprop"](case.student)
-    hooked.register_step_pre_hook(lambda *given: None)
+    hooked.register_step_pre_hook(lambda *args: None)
     for optimizer in (Counting(case.student.parameters(), lr=0.01), hooked):
         trainer = metapl.BilevelTrainer(
             **case.networks(), mode="none", inner_optimizer=optimizer, lookahead=2
@@ -105,9 +113,8 @@ def test_several_steps_of_an_optimizer_of_ones_own_are_refused() -> None:
             MetaplError, match=r"expected one step, or an optimizer of torch.optim without hooks"
         ):
             trainer.step(case.labeled, metapl.Lookahead([case.unlabeled] * 2))
-        metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=optimizer).step(
-            case.labeled, case.unlabeled
-        )
+        one_step = metapl.BilevelTrainer(**case.networks(), mode="none", inner_optimizer=optimizer)
+        one_step.step(case.labeled, case.unlabeled)
 
 
 def test_where_the_students_optimizer_fails_nothing_has_moved() -> None:

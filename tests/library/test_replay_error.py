@@ -1,5 +1,8 @@
-"""Steps of a path that are computed again: deterministic algorithms are asked for, and a state that
-comes out otherwise than it was kept stands in the result, or is refused."""
+"""Steps of a path that are computed again.
+
+Deterministic algorithms are asked for. A state that comes out otherwise than it was kept stands in
+the result, or is refused.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class Noisy(nn.Module):
 
     def __init__(self, size: float) -> None:
         super().__init__()
-        self.layer, self.size = nn.Linear(6, 6), size
+        self.layer = nn.Linear(6, 6)
+        self.size = size
         self.own = torch.Generator().manual_seed(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,15 +53,18 @@ class Noisy(nn.Module):
 
 
 class NoisyGradient(Noisy):
-    """A layer whose outputs are a function and whose gradients are not, as those of sums by atomic additions."""
+    """A layer whose outputs are a function and whose gradients are not.
+
+    Such are the gradients of sums by atomic additions.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        def changed(g: Tensor) -> Tensor:
+        def with_noise(g: Tensor) -> Tensor:
             return g * (1 + self.size * torch.randn(g.shape, generator=self.own, dtype=g.dtype))
 
         y: Tensor = self.layer(x)
         if y.requires_grad:
-            y.register_hook(changed)
+            y.register_hook(with_noise)
         return y
 
 
@@ -66,7 +73,8 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.calls = nn.Linear(6, 6), 0
+        self.layer = nn.Linear(6, 6)
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -89,22 +97,23 @@ def gradient(
         return x.to(dtype), y
 
     torch.manual_seed(5)
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
-    ahead = Lookahead(batch, steps=steps)
-    given: dict[str, Any] = {
-        "outer": batch(-1),
-        "inner": ahead,
-        "problem": EqualWeights(),
-        "mode": mode,
-    }
-    return metapl.hypergradient(None, student, inner_optimizer=optimizer, **given, **options)
+    return metapl.hypergradient(
+        None,
+        student,
+        outer=batch(-1),
+        inner=Lookahead(batch, steps=steps),
+        inner_optimizer=torch.optim.Adam(student.parameters(), lr=0.01),
+        problem=EqualWeights(),
+        mode=mode,
+        **options,
+    )
 
 
 @pytest.fixture
 def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two graphs of a compiled path run as plain functions, and are not compared with the eager road."""
+    """Run the two graphs of a compiled path as plain functions."""
     monkeypatch.setattr(graphs, "_CACHE", {})
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @BLOCKS
@@ -112,14 +121,15 @@ def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_student_that_is_a_function_replays_bit_for_bit(
     way: str, compile: bool, as_functions: None
 ) -> None:
-    student = network().double()  # with dropout and batch norm
+    # With dropout and batch norm.
+    student = network().double()
     assert gradient(student, WAYS[way], compile=compile).replay_error == 0.0
 
 
 @BLOCKS
 def test_small_noise_stands_in_the_result(way: str) -> None:
-    found = gradient(student_of(Noisy(1e-9)), WAYS[way])
-    assert 1e-13 < found.replay_error < 1e-8
+    result = gradient(student_of(Noisy(1e-9)), WAYS[way])
+    assert 1e-13 < result.replay_error < 1e-8
 
 
 PLANTED = pytest.mark.parametrize(
@@ -170,12 +180,11 @@ def test_where_all_states_are_kept_nothing_is_computed_again() -> None:
 def test_compiled_paths_look_too(
     way: str, as_functions: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        training, "refuse_other_gradient", lambda *given: None
-    )  # which would refuse the student first
+    # The comparison with the eager road would refuse the student first.
+    monkeypatch.setattr(training, "refuse_other_gradient", lambda *arguments: None)
     mode = WAYS.get(way, Forward(keep_every=1))
-    found = gradient(student_of(Noisy(1e-9)), mode, compile=True)
-    assert 1e-13 < found.replay_error < 1e-8
+    result = gradient(student_of(Noisy(1e-9)), mode, compile=True)
+    assert 1e-13 < result.replay_error < 1e-8
     with pytest.raises(MetaplError, match="computed again"):
         gradient(student_of(Counting()), mode, compile=True)
 
@@ -191,11 +200,8 @@ def test_every_end_of_a_block_is_compared_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(ReplayCheck, "compare", watched)
     gradient(student_of(), Forward(keep_every=5))
-    assert reached == [
-        11,
-        10,
-        5,
-    ]  # of twelve steps the last is not computed again: its own state is an end
+    # Of twelve steps the last is not computed again: its own state is an end.
+    assert reached == [11, 10, 5]
     reached.clear()
     gradient(student_of(), Forward(keep="tree"), steps=23)
     assert reached == [22, 20, 10]
@@ -203,18 +209,22 @@ def test_every_end_of_a_block_is_compared_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_attribution_has_the_error_and_the_precision() -> None:
     torch.manual_seed(0)
-    rows, y = torch.randn(12, 6), torch.arange(12) % 3
+    rows = torch.randn(12, 6)
+    labels = torch.arange(12) % 3
 
     def scores(student: nn.Module, **options: Any) -> metapl.training.Attribution:
-        x = rows.to(next(student.parameters()).dtype)
-        optimizer = torch.optim.SGD(student.parameters(), 0.1)
-        given: dict[str, Any] = {
-            "optimizer": optimizer,
-            "steps": 6,
-            "batch_size": 6,
-            "mode": Forward(keep_every=2),
-        }
-        return metapl.attribute(student, (x, y), (x, y), **given, progress=False, **options)
+        examples = rows.to(next(student.parameters()).dtype), labels
+        return metapl.attribute(
+            student,
+            examples,
+            examples,
+            optimizer=torch.optim.SGD(student.parameters(), 0.1),
+            steps=6,
+            batch_size=6,
+            mode=Forward(keep_every=2),
+            progress=False,
+            **options,
+        )
 
     assert scores(student_of()).replay_error == 0.0
     assert scores(student_of()).float32_products == {
@@ -229,7 +239,7 @@ def test_attribution_has_the_error_and_the_precision() -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
-    """Whether deterministic algorithms, and warnings alone, were asked for in each pass of a student."""
+    """Yield whether deterministic algorithms, or warnings alone, were asked for in each pass."""
     seen: list[tuple[bool, bool]] = []
     forward = nn.Tanh.forward
 
@@ -240,7 +250,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
 
     monkeypatch.setattr(nn.Tanh, "forward", watched)
     yield seen
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(mode=False)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -250,14 +260,15 @@ def test_paths_ask_for_deterministic_algorithms(
     monkeypatch: pytest.MonkeyPatch,
     asked: list[tuple[bool, bool]],
 ) -> None:
-    monkeypatch.setattr(training, "refuse_other_gradient", lambda *given: None)
+    monkeypatch.setattr(training, "refuse_other_gradient", lambda *arguments: None)
     gradient(student_of(), Forward(keep_every=3), compile=compile)
     assert asked
     assert {*asked} == {(True, True)}
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     asked.clear()
-    torch.use_deterministic_algorithms(True)  # by the caller, who wants errors
+    # The caller wants errors.
+    torch.use_deterministic_algorithms(mode=True)
     gradient(student_of(), Forward(keep_every=3), compile=compile)
     assert {*asked} == {(True, False)}
     assert torch.are_deterministic_algorithms_enabled()
@@ -284,7 +295,8 @@ def test_a_digest_says_how_far_apart_two_states_are(
     sizes = {"weight": (300, 500), "bias": (500,), "scale": ()}
     weights = {name: torch.randn(size) for name, size in sizes.items()}
     momentum = [{"momentum": torch.randn(700)}, {"step": torch.tensor(3.0)}, None]
-    for change in (torch.randn(300, 500), torch.ones(300, 500)):  # of no sign, and of one
+    # Changes of either sign, and of one.
+    for change in (torch.randn(300, 500), torch.ones(300, 500)):
         moved = {**weights, "weight": weights["weight"] + 1e-4 * change}
         difference = torch.cat(
             [(moved[n] - t).double().flatten() for n, t in weights.items()]

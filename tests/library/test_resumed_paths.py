@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_long_paths
 import torch
 from feed_sources import same
 from test_long_paths import batch, network
@@ -29,43 +30,76 @@ from metapl.runs import folder as folders
 from metapl.updates import update_of
 
 STEPS = 30
-Call = Callable[[str | None, Callable[[], None]], dict[str, Any]]
+# Of a folder, and of what is called before a batch is read.
+Call = Callable[[str | None, Callable[[], object]], dict[str, Any]]
 
 
-def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict[str, Any]:
-    """The whole result of a path, and what it leaves behind."""
-    student, teacher = network(given.pop("seed", 0)), given.pop("teacher", lambda: None)()
+def gradient(
+    folder: str | None,
+    on_read: Callable[[], object],
+    *,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    problem: Any = None,
+    batch: Callable[[int], Any] = batch,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    schedule: Any = None,
+    clip_norm: float | None = None,
+    mode: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = True,
+    is_captured: bool = False,
+) -> dict[str, Any]:
+    """Return the whole result of a path, and the state of the generator that it leaves.
+
+    Args:
+        folder: where it keeps states; None: in memory.
+        on_read: called before a batch is read.
+        seed: of the student's weights.
+        mode: options of ``Forward``.
+        dtype: of autocast; None: without.
+        is_captured: whether the graphs are compiled; else they run as plain functions.
+    """
+    student = network(seed)
     torch.manual_seed(0)
-    dtype, given_batch = given.pop("dtype", None), given.pop("batch", batch)
 
-    def made(number: int) -> Any:
-        read()
-        return given_batch(number)
+    def read(number: int) -> Any:
+        on_read()
+        return batch(number)
 
     with (
         torch.autocast("cpu", dtype, enabled=dtype is not None),
         pytest.MonkeyPatch.context() as patch,
     ):
-        if not given.pop("captured", False):
-            patch.setattr(torch, "compile", lambda function, **how: function)
-        found = metapl.hypergradient(
+        if not is_captured:
+            patch.setattr(torch, "compile", lambda function, **options: function)
+        result = metapl.hypergradient(
             teacher,
             student,
-            outer=batch(-1),
-            inner=Lookahead(made, steps=STEPS, schedule=given.pop("schedule", None)),
-            mode=Forward(**{"keep_every": 7, **given.pop("mode", {})}, keep_on=folder),
-            inner_optimizer=given.pop("optimizer", adam)(student),
-            **{"problem": EqualWeights(), "compile": True, **given},
+            outer=test_long_paths.batch(-1),
+            inner=Lookahead(read, steps=STEPS, schedule=schedule),
+            mode=Forward(**{"keep_every": 7, **(mode or {})}, keep_on=folder),
+            inner_optimizer=(optimizer or adam)(student),
+            problem=problem or EqualWeights(),
+            clip_norm=clip_norm,
+            compile=compile,
         )
-    fields = ("grads", "feedback", "inner_loss", "outer_loss", "student_params")
-    return {name: getattr(found, name) for name in fields} | {"left": torch.random.get_rng_state()}
+    return {
+        "grads": result.grads,
+        "feedback": result.feedback,
+        "inner_loss": result.inner_loss,
+        "outer_loss": result.outer_loss,
+        "student_params": result.student_params,
+        "generator": torch.random.get_rng_state(),
+    }
 
 
 @cache
 def plain() -> tuple[dict[str, Any], int]:
-    """In one go, without a folder; and how many batches it reads."""
+    """Return the path in one go, without a folder, and how many batches it reads."""
     reads = itertools.count()
-    return gradient(None, lambda: next(reads)), next(reads)  # type: ignore[arg-type, return-value]
+    result = gradient(None, lambda: next(reads))
+    return result, next(reads)
 
 
 def adam(student: nn.Module, first: int = 3) -> torch.optim.Optimizer:
@@ -80,12 +114,12 @@ CALLS: dict[str, Call] = {
     "truncated": lambda *a: gradient(*a, mode={"truncate": 20}),
     "teacher": lambda *a: gradient(
         *a,
-        teacher=lambda: Table(torch.linspace(-1, 1, 8)),
+        teacher=Table(torch.linspace(-1, 1, 8)),
         problem=ExampleWeights(),
         batch=lambda k: (*batch(k), torch.arange(8)),
     ),
     "clipped": lambda *a: gradient(*a, clip_norm=0.1),
-    "by Inductor": lambda *a: gradient(*a, captured=True),
+    "by Inductor": lambda *a: gradient(*a, is_captured=True),
 }
 # The number of a batch that is read, or of a file that is about to get its name, at which the
 # process is killed.
@@ -100,17 +134,25 @@ PLACES = {
 
 
 def killed(case: str, folder: str, kind: str, number: int) -> None:
-    """The call, in a process that kills itself at some place."""
+    """Call in a process that kills itself at some place."""
     count = itertools.count(1)
+    replace = os.replace
 
-    def come() -> None:
+    def pass_place() -> None:
         if next(count) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    replace = os.replace
+    def replace_or_die(source: str, target: str) -> None:
+        pass_place()
+        replace(source, target)
+
     if kind == "file":
-        folders.os.replace = lambda *names: (come(), replace(*names))[1]  # type: ignore[attr-defined, func-returns-value]
-    CALLS[case](folder, come if kind == "read" else lambda: None)
+        folders.os.replace = replace_or_die  # type: ignore[attr-defined, assignment]
+    CALLS[case](folder, pass_place if kind == "read" else nothing)
+
+
+def nothing() -> None:
+    """Do nothing before a batch is read."""
 
 
 @pytest.mark.parametrize(
@@ -126,27 +168,29 @@ def killed(case: str, folder: str, kind: str, number: int) -> None:
     ],
 )
 def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path) -> None:
-    whole, reads = itertools.count(), itertools.count()
-    expected = CALLS[case](None, lambda: next(whole))  # type: ignore[arg-type, return-value]
+    reads_in_one_go = itertools.count()
+    reads = itertools.count()
+    expected = CALLS[case](None, lambda: next(reads_in_one_go))
     # Inductor has workers of its own.
     processes = multiprocessing.get_context("spawn" if case == "by Inductor" else "fork")
     process = processes.Process(target=killed, args=(case, str(tmp_path), *PLACES[place]))
     process.start()
     process.join(600)
     assert process.exitcode == -signal.SIGKILL, f"{place} was not reached"
-    found = CALLS[case](str(tmp_path), lambda: next(reads))  # type: ignore[arg-type, return-value]
+    result = CALLS[case](str(tmp_path), lambda: next(reads))
     for name, value in expected.items():
-        assert same(found[name], value), name
-    assert {file.name for file in tmp_path.iterdir()} <= {".lock"}  # to remove a lock would race
+        assert same(result[name], value), name
+    # To remove a lock would race.
+    assert {file.name for file in tmp_path.iterdir()} <= {".lock"}
     if place == "in the way back":
-        assert next(reads) < next(whole) - STEPS // 2, "steps were taken again"
+        assert next(reads) < next(reads_in_one_go) - STEPS // 2, "steps were taken again"
 
 
 def test_a_path_that_is_stopped_twice_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for reads in (20, 14, 60):
         with pytest.raises(ZeroDivisionError):
             gradient(str(tmp_path), stopped_at(reads))
-    assert same(gradient(str(tmp_path), lambda: None), plain()[0])
+    assert same(gradient(str(tmp_path), nothing), plain()[0])
 
 
 # What the call was given that was killed, where that is not the plain one.
@@ -166,40 +210,42 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_the_folder_of_another_path_is_refused_and_left(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         gradient(str(tmp_path), stopped_at(20))
-    there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    for case, other in OTHERS.items():
+    files_before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for case, options in OTHERS.items():
         with pytest.raises(MetaplError):
-            gradient(str(tmp_path), lambda: None, **other)
-        assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}, case
-    assert same(gradient(str(tmp_path), lambda: None), plain()[0])
+            gradient(str(tmp_path), nothing, **options)
+        assert files_before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}, case
+    assert same(gradient(str(tmp_path), nothing), plain()[0])
 
 
-def stopped_at(number: int) -> Callable[[], None]:
+def stopped_at(number: int) -> Callable[[], object]:
+    """Return what fails before the batch of this number is read, counted from 1."""
     count = itertools.count(1)
-    return lambda: 1 / (number - next(count)) and None  # type: ignore[func-returns-value]
+    return lambda: 1 / (number - next(count))
 
 
 def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = itertools.count(1)
     sync = os.fsync
 
-    def full(descriptor: int) -> None:
+    def sync_on_full_disk(descriptor: int) -> None:
         if next(files) == 12:
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(folders.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", sync_on_full_disk)
     with pytest.raises(MetaplError):
-        gradient(str(tmp_path), lambda: None)
+        gradient(str(tmp_path), nothing)
     monkeypatch.undo()
     reads = itertools.count()
-    assert same(gradient(str(tmp_path), lambda: next(reads)), plain()[0])  # type: ignore[arg-type, return-value]
+    assert same(gradient(str(tmp_path), lambda: next(reads)), plain()[0])
     assert next(reads) < plain()[1]
 
 
 def test_a_path_is_path_number_the_whole_tensors_of_its_problem() -> None:
-    """Of two that read alike in four digits too."""
-    student, numbers = network(), set()
+    """Two that read alike in four digits have two numbers."""
+    student = network()
+    numbers = set()
     rule = torch.optim.SGD(student.parameters(), lr=0.1)
     update = update_of(rule, dict(student.named_parameters()))
     for weight in (1.00001, 1.00003):

@@ -6,7 +6,7 @@ import copy
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -28,16 +28,28 @@ from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 from metapl.updates import update_of
 
 STEPS = 7
-RESTED = {
-    "momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])
-}  # torch.optim keeps the buffer where it is 0
-SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+# torch.optim keeps the buffer as it is in a step whose momentum is 0.
+RESTED = {"momentum": torch.tensor([[0.0], [0.9], [0.0], [0.8]])}
+SGD = torch.optim.SGD
+ADAMW = torch.optim.AdamW
 
 
-def of_kinds(params: list[Any]) -> Any:
-    """Muon for the matrices, AdamW for the rest."""
-    matrices, others = ([p for p in params if (p.ndim == 2) == which] for which in (True, False))
+def muon_beside_adamw(params: list[Any]) -> Any:
+    """Return Muon for the matrices, and AdamW for the rest."""
+    matrices = [p for p in params if p.ndim == 2]
+    others = [p for p in params if p.ndim != 2]
     return torch.optim.Muon(matrices, lr=0.02), ADAMW(others, lr=0.01, eps=1e-3)
+
+
+def sgd_in_groups(params: Any) -> torch.optim.Optimizer:
+    """Return SGD with a param group for each parameter, and another rate for matrices."""
+    groups: list[dict[str, Any]] = []
+    for p in params:
+        group: dict[str, Any] = {"params": [p]}
+        if p.ndim > 1:
+            group["lr"] = 0.02
+        groups.append(group)
+    return SGD(groups, lr=0.1, momentum=0.5)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
@@ -47,10 +59,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "dampened": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, weight_decay=1e-2),
     "adamw": lambda p: ADAMW(p, lr=0.01, eps=1e-3),
-    "muon": lambda p: of_kinds([*p]),
-    "groups": lambda p: SGD(
-        [{"params": [q]} | ({"lr": 0.02} if q.ndim > 1 else {}) for q in p], lr=0.1, momentum=0.5
-    ),
+    "muon": lambda p: muon_beside_adamw([*p]),
+    "groups": sgd_in_groups,
 }
 
 
@@ -64,11 +74,10 @@ class Mixed(Judged):
 
     def student_input(self, batch: Any, signal: Any = None) -> Tensor:
         x: Tensor = batch[0]
-        return (
-            x
-            if signal is None
-            else x * signal.value.sum(-1, keepdim=True) + 0.1 * signal.value.repeat(1, 2)
-        )
+        if signal is None:
+            return x
+        mixed: Tensor = x * signal.value.sum(-1, keepdim=True)
+        return mixed + 0.1 * signal.value.repeat(1, 2)
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
         return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
@@ -85,18 +94,19 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 def network(*, drops: bool = True, frozen: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2 * drops), nn.Linear(16, 3)
-    )
-    made[0].weight.requires_grad_(not frozen)
-    return made.double()
+    first = nn.Linear(6, 16)
+    first.weight.requires_grad_(not frozen)
+    dropout = nn.Dropout(0.2 if drops else 0.0)
+    layers = [first, nn.BatchNorm1d(16), nn.Tanh(), dropout, nn.Linear(16, 3)]
+    return nn.Sequential(*layers).double()
 
 
 def teacher_of(problem: Any) -> nn.Module | None:
     torch.manual_seed(1)
-    if problem is not None and not problem.has_teacher:
+    if not problem.has_teacher:
         return None
-    return (WeightNet() if isinstance(problem, MetaWeightNet) else nn.Linear(6, 3)).double()
+    teacher = WeightNet() if isinstance(problem, MetaWeightNet) else nn.Linear(6, 3)
+    return teacher.double()
 
 
 PROBLEMS: dict[str, Callable[[], Any]] = {
@@ -130,9 +140,9 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As plain functions, where what they compute matters.
+    """Take the graphs as plain functions, where what they compute matters.
 
-    Captured, or by Inductor, where a test's name says so.
+    A test whose name says so has them captured, or compiled by Inductor.
     """
     monkeypatch.setattr(graphs, "_CACHE", {})
     if "captured" in request.node.name:
@@ -142,46 +152,63 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def both(
-    problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: Any
+    problem: Any,
+    optimizer: str,
+    mode: Any,
+    student: nn.Module,
+    *,
+    clip_norm: float | None = None,
+    is_scheduled: bool = False,
 ) -> list[metapl.Hypergradient]:
-    """The gradient by the eager road and by the two graphs, and the generators where each leaves them."""
-    inner, teacher, found = OPTIMIZERS[optimizer](student.parameters()), teacher_of(problem), []
-    inputs = (
-        (lambda pair: pair[0]) if isinstance(problem, metapl.PseudoLabels) else (lambda pair: pair)
-    )
-    scheduled = (
-        torch.optim.lr_scheduler.ExponentialLR(inner, 0.8) if given.pop("schedule", False) else None
-    )
+    """Return the gradient by the eager road and by the two graphs.
+
+    Both have to leave the generators in the same state.
+    """
+    teacher = teacher_of(problem)
+    inner_optimizer = OPTIMIZERS[optimizer](student.parameters())
+    schedule = None
+    if is_scheduled:
+        schedule = torch.optim.lr_scheduler.ExponentialLR(inner_optimizer, 0.8)
+
+    def inner_batch(number: int) -> Any:
+        x, y = batch(number)
+        return x if isinstance(problem, metapl.PseudoLabels) else (x, y)
+
+    results: list[metapl.Hypergradient] = []
+    generator_states: list[Tensor] = []
     for compile in (False, True):
         torch.manual_seed(5)
-        ahead = Lookahead(
-            lambda k: inputs(batch(k)), steps=given.get("steps", STEPS), schedule=scheduled
+        result = metapl.hypergradient(
+            teacher,
+            student,
+            outer=batch(-1),
+            inner=Lookahead(inner_batch, steps=STEPS, schedule=schedule),
+            inner_optimizer=inner_optimizer,
+            problem=problem,
+            mode=mode,
+            clip_norm=clip_norm,
+            compile=compile,
         )
-        more: Any = {
-            "clip_norm": given.get("clip_norm"),
-            "mode": mode,
-            "problem": problem,
-            "compile": compile,
-        }
-        more |= {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner}
-        found.append((metapl.hypergradient(teacher, student, **more), torch.get_rng_state()))
-    assert torch.equal(found[0][1], found[1][1])
-    return [result for result, _ in found]
+        results.append(result)
+        generator_states.append(torch.get_rng_state())
+    assert torch.equal(generator_states[0], generator_states[1])
+    return results
 
 
-def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: float) -> None:
-    assert (
-        error(
-            {"L": pure.outer_loss, "l": pure.inner_loss},
-            {"L": eager.outer_loss, "l": eager.inner_loss},
-        )
-        < most
-    )
-    assert error(pure.student_params, eager.student_params) < most
-    assert error(dict(enumerate(pure.feedback)), dict(enumerate(eager.feedback))) < most
-    assert pure.grads.keys() == eager.grads.keys()
-    assert not eager.grads or error(pure.grads, eager.grads) < most
-    assert pure.kept == eager.kept
+def assert_alike(
+    eager: metapl.Hypergradient, compiled: metapl.Hypergradient, tolerance: float
+) -> None:
+    """Compare two gradients, with their losses and weights."""
+    losses_eager = {"outer": eager.outer_loss, "inner": eager.inner_loss}
+    losses_compiled = {"outer": compiled.outer_loss, "inner": compiled.inner_loss}
+    assert error(losses_compiled, losses_eager) < tolerance
+    assert error(compiled.student_params, eager.student_params) < tolerance
+    feedback_eager = dict(enumerate(eager.feedback))
+    feedback_compiled = dict(enumerate(compiled.feedback))
+    assert error(feedback_compiled, feedback_eager) < tolerance
+    assert compiled.grads.keys() == eager.grads.keys()
+    assert not eager.grads or error(compiled.grads, eager.grads) < tolerance
+    assert compiled.kept == eager.kept
 
 
 @pytest.mark.parametrize(("optimizer", "problem", "keep", "clip", "schedule", "frozen"), ROWS)
@@ -198,11 +225,17 @@ def test_two_graphs_give_the_eager_gradient(
     student = network(drops=problem != "enters_the_input", frozen=frozen)
     before = copy.deepcopy(student.state_dict())
     eager, pure = both(
-        PROBLEMS[problem](), optimizer, KEEPS[keep], student, clip_norm=clip, schedule=schedule
+        PROBLEMS[problem](),
+        optimizer,
+        KEEPS[keep],
+        student,
+        clip_norm=clip,
+        is_scheduled=schedule,
     )
     if keep == "unrolled":
-        pure = metapl.Hypergradient(**{**vars(pure), "kept": eager.kept})
-    compared(eager, pure, 1e-9)
+        # On the eager road, double backward keeps its graph.
+        pure = replace(pure, kept=eager.kept)
+    assert_alike(eager, pure, 1e-9)
     assert error(before, student.state_dict()) == 0
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
 
@@ -214,61 +247,65 @@ def test_two_graphs_give_the_eager_gradient(
 def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor) -> None:
     """A momentum of 0 leaves it as it is, and the first step has no dampening."""
     schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
-    ahead, inner = Lookahead(batch, steps=4, schedule=schedule), SGD(STUDENT.parameters(), lr=0.1)
-    given: Any = {
-        "outer": batch(-1),
-        "inner": ahead,
-        "inner_optimizer": inner,
-        "wrt": ("lr", "dampening"),
-    }
-    both = [
-        metapl.hypergradient(None, STUDENT, problem=PROBLEM, compile=on, **given)
-        for on in (False, True)
-    ]
-    compared(*both, 1e-9)
-    assert error(both[1].settings, both[0].settings) < 1e-9
+    eager, pure = (
+        metapl.hypergradient(
+            None,
+            STUDENT,
+            outer=batch(-1),
+            inner=Lookahead(batch, steps=4, schedule=schedule),
+            inner_optimizer=SGD(STUDENT.parameters(), lr=0.1),
+            problem=PROBLEM,
+            wrt=("lr", "dampening"),
+            compile=compile,
+        )
+        for compile in (False, True)
+    )
+    assert_alike(eager, pure, 1e-9)
+    assert error(pure.settings, eager.settings) < 1e-9
 
 
 def test_truncation_leaves_zeros_in_the_shape_of_each_batch() -> None:
     batches = [tuple(t[:rows] for t in batch(rows)) for rows in (4, 6, 5, 8)]
-    given: Any = {
-        "outer": batch(-1),
-        "inner": Lookahead(batches),
-        "inner_optimizer": PLAIN,
-        "problem": PROBLEM,
-    }
-    given |= {"mode": Forward(truncate=2)}
-    compared(
-        *(metapl.hypergradient(None, STUDENT, compile=on, **given) for on in (False, True)), 1e-9
+    eager, pure = (
+        metapl.hypergradient(
+            None,
+            STUDENT,
+            outer=batch(-1),
+            inner=Lookahead(batches),
+            inner_optimizer=PLAIN,
+            problem=PROBLEM,
+            mode=Forward(truncate=2),
+            compile=compile,
+        )
+        for compile in (False, True)
     )
+    assert_alike(eager, pure, 1e-9)
 
 
 def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up begins with a rate of 0, by which h is 0 on both roads."""
-    real = graphs.make_training
+    make_training = graphs.make_training
 
-    def doubled(*given: Any, **how: Any) -> Any:
-        step, adjoint = real(*given, **how)
+    def make_wrong_training(*arguments: Any, **options: Any) -> Any:
+        step, adjoint = make_training(*arguments, **options)
 
-        def twice(*given: Any) -> Any:
-            bars, h, *rest = adjoint(*given)
-            return bars, {name: 2 * t for name, t in h.items()}, *rest
+        def adjoint_with_twice_h(*arguments: Any) -> Any:
+            bars, h, *others = adjoint(*arguments)
+            return bars, {name: 2 * t for name, t in h.items()}, *others
 
-        return step, twice
+        return step, adjoint_with_twice_h
 
-    monkeypatch.setattr(graphs, "make_training", doubled)
-    ahead, inner = (
-        Lookahead(batch, steps=3, schedule=lambda k: k / 3),
-        SGD(STUDENT.parameters(), lr=0.1),
-    )
-    given: Any = {
-        "outer": batch(-1),
-        "inner": ahead,
-        "inner_optimizer": inner,
-        "problem": EqualWeights(),
-    }
+    monkeypatch.setattr(graphs, "make_training", make_wrong_training)
     with pytest.raises(MetaplError, match="off"):
-        metapl.hypergradient(None, STUDENT, compile=True, **given)
+        metapl.hypergradient(
+            None,
+            STUDENT,
+            outer=batch(-1),
+            inner=Lookahead(batch, steps=3, schedule=lambda k: k / 3),
+            inner_optimizer=SGD(STUDENT.parameters(), lr=0.1),
+            problem=EqualWeights(),
+            compile=True,
+        )
 
 
 class Tasks(nn.Module):
@@ -295,37 +332,41 @@ def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
 
     In a graph their gradient is 0, by which momentum and decay move them.
     """
-    student, (x, y) = Tasks(), batch(0)
-    ahead = Lookahead([({task: x}, y) for task in tasks], schedule=schedule)
-    inner = SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
-    given: Any = {
-        "outer": ({"a": x, "b": x}, y),
-        "inner": ahead,
-        "inner_optimizer": inner,
-        "problem": PROBLEM,
-    }
+    student = Tasks()
+    x, y = batch(0)
     for _ in range(2):
         with pytest.raises(MetaplError, match="reach"):
-            metapl.hypergradient(None, student, compile=True, **given)
+            metapl.hypergradient(
+                None,
+                student,
+                outer=({"a": x, "b": x}, y),
+                inner=Lookahead([({task: x}, y) for task in tasks], schedule=schedule),
+                inner_optimizer=SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay),
+                problem=PROBLEM,
+                compile=True,
+            )
 
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
-    problem, student = EqualWeights(), network()
-    compared(*both(problem, "momentum", Forward(keep_every=2), student), 1e-9)
+    problem = EqualWeights()
+    student = network()
+    eager, compiled = both(problem, "momentum", Forward(keep_every=2), student)
+    assert_alike(eager, compiled, 1e-9)
     cached = [*graphs._CACHE.values()]
     assert len(cached) == 1
-    optimizer = OPTIMIZERS["momentum"](student.parameters())
-    for steps in (3, 5):  # of another length, by the same graphs
-        ahead = Lookahead(batch, steps=steps)
-        given: Any = {
-            "outer": batch(-1),
-            "inner": ahead,
-            "inner_optimizer": optimizer,
-            "problem": problem,
-        }
-        metapl.hypergradient(None, student, compile=True, **given)
+    # Paths of other lengths are taken by the same graphs.
+    for steps in (3, 5):
+        metapl.hypergradient(
+            None,
+            student,
+            outer=batch(-1),
+            inner=Lookahead(batch, steps=steps),
+            inner_optimizer=OPTIMIZERS["momentum"](student.parameters()),
+            problem=problem,
+            compile=True,
+        )
     assert [*graphs._CACHE.values()] == cached
 
 
@@ -334,74 +375,100 @@ class Slotted(EqualWeights):
     power: float = 0.0
 
 
-def test_graphs_are_known_again_by_the_numbers_of_a_problem() -> None:
-    student, other = network(), EqualWeights()
-    update = update_of(SGD(student.parameters(), lr=0.1), trainable(student))
+def test_graphs_are_found_again_by_the_numbers_of_a_problem() -> None:
+    student = network()
+    update: Any = update_of(SGD(student.parameters(), lr=0.1), trainable(student))
 
-    def of(problem: Any) -> Any:
+    def graphs_for(problem: Any) -> Any:
         return graphs.graphs_of(
             None, student, problem, update, clip_norm=None, in_settings=False, several=False
         )
 
-    assert of(EqualWeights()) is of(EqualWeights())
-    other.temperature = 2.0
-    found = of(other)
-    other.temperature = 3.0
-    assert of(other) is not found
-    assert of(Slotted(2.0)) is not of(Slotted(3.0))  # which vars() does not show
+    assert graphs_for(EqualWeights()) is graphs_for(EqualWeights())
+    warm = EqualWeights()
+    warm.temperature = 2.0
+    graphs_of_warm = graphs_for(warm)
+    warm.temperature = 3.0
+    assert graphs_for(warm) is not graphs_of_warm
+    # vars() does not show what has slots.
+    assert graphs_for(Slotted(2.0)) is not graphs_for(Slotted(3.0))
 
 
-STUDENT, PROBLEM = network(drops=False), EqualWeights()  # of one compilation
-WEIGHTS, RATES = [*STUDENT.parameters()], torch.full((STEPS, 1), 0.1)
+# One student and one problem, so that tests share a compilation.
+STUDENT = network(drops=False)
+PROBLEM = EqualWeights()
+WEIGHTS = [*STUDENT.parameters()]
+RATES = torch.full((STEPS, 1), 0.1)
 PLAIN = SGD(WEIGHTS, lr=0.1, momentum=0.9)
 
 
 def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches of which some are another one each time, or not finite."""
+    """Return a function of batches of which some are another one each time, or not finite."""
     calls = itertools.count(1)
 
-    def made(number: int) -> tuple[Tensor, Tensor]:
+    def odd_batch(number: int) -> tuple[Tensor, Tensor]:
         x, y = batch(number)
-        return (x + (bad or next(calls)) if number in steps else x), y
+        if number in steps:
+            x = x + (bad or next(calls))
+        return x, y
 
-    return made
+    return odd_batch
 
 
 def ahead(batches: Any = batch, schedule: Any = None, steps: int | None = STEPS) -> dict[str, Any]:
     return {"inner": Lookahead(batches, steps=steps, schedule=schedule)}
 
 
+EAGER: dict[str, Any] = {"compile": False}
+COMPILED: dict[str, Any] = {"compile": True}
+SHAPED = Forward(normalization="learning_rate")
+RATES_OF_TWO_GROUPS = {"lr": RATES.expand(-1, 2)}
+BETAS = {"betas": RATES[..., None].expand(-1, -1, 2)}
+NAN = torch.nan
+# By what is wrong: a word of the error, and the arguments.
 WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "unknown name": ("expected", lambda: {"wrt": "lrr"}),
     "no such setting": ("betas", lambda: {"wrt": ["start", "betas"]}),
     "a setting of a transform": ("lr", lambda: {"wrt": "lr", "inner_optimizer": torchopt.sgd(0.1)}),
     "an unknown schedule": ("lrr", lambda: ahead(schedule={"lrr": RATES})),
     "a schedule that ends": ("shape", lambda: ahead(schedule={"lr": RATES[1:]})),
-    "rates of two groups": ("schedule", lambda: ahead(schedule={"lr": RATES.expand(-1, 2)})),
-    "betas of "
-    "SGD": ("schedule", lambda: ahead(schedule={"betas": RATES[..., None].expand(-1, -1, 2)})),
+    "rates of two groups": ("schedule", lambda: ahead(schedule=RATES_OF_TWO_GROUPS)),
+    "betas of SGD": ("schedule", lambda: ahead(schedule=BETAS)),
     "another batch": ("for step 2", lambda: ahead(odd())),
     "always another batch": ("for step 0", lambda: ahead(odd(steps=range(STEPS)))),
-    "NaN": ("step 2", lambda: ahead(odd(torch.nan))),
-    "NaN in the first step": ("step 0", lambda: ahead([odd(torch.nan)(2)] * STEPS)),
-    "a rate of NaN": ("step 1", lambda: ahead(schedule=lambda k: torch.nan)),
-    "NaN in the outer "
-    "batch": ("step 6|the outer loss is NaN or infinite", lambda: {"outer": odd(torch.nan)(2)}),
-    "a start without a "
-    "gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", "compile": False}),
-    "a rate in truncated "
-    "steps": ("wrt", lambda: {"wrt": "lr", "mode": Forward(truncate=2), "compile": False}),
+    "NaN": ("step 2", lambda: ahead(odd(NAN))),
+    "NaN in the first step": ("step 0", lambda: ahead([odd(NAN)(2)] * STEPS)),
+    "a rate of NaN": ("step 1", lambda: ahead(schedule=lambda k: NAN)),
+    "NaN in the outer batch": (
+        "step 6|the outer loss is NaN or infinite",
+        lambda: {"outer": odd(NAN)(2)},
+    ),
+    "a start without a gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", **EAGER}),
+    "a rate in truncated steps": (
+        "wrt",
+        lambda: {"wrt": "lr", "mode": Forward(truncate=2), **EAGER},
+    ),
     "a momentum of 0": (
-        "wrt", lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), "compile": False}),
+        "wrt",
+        lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), **EAGER},
+    ),
     "a momentum that rests": (
-        "wrt", lambda: {"wrt": "momentum", "mode": Unrolled(), "compile": False, **ahead(schedule=RESTED, steps=3)}),
-    "two graphs of no gradient": ("compile", lambda: {"mode": "none", "compile": True}),
-    "two graphs of h that is shaped": (
-        "compile", lambda: {"mode": Forward(normalization="learning_rate"), "compile": True}),
-    "two graphs of micro-batches": ("compile", lambda: {"accumulate": 2, "compile": True}),
-    "two graphs of a "
-    "transform": ("compile", lambda: {"inner_optimizer": torchopt.sgd(0.1), "compile": True}),
-}  # fmt: skip
+        "wrt",
+        lambda: {
+            "wrt": "momentum",
+            "mode": Unrolled(),
+            **ahead(schedule=RESTED, steps=3),
+            **EAGER,
+        },
+    ),
+    "two graphs of no gradient": ("compile", lambda: {"mode": "none", **COMPILED}),
+    "two graphs of h that is shaped": ("compile", lambda: {"mode": SHAPED, **COMPILED}),
+    "two graphs of micro-batches": ("compile", lambda: {"accumulate": 2, **COMPILED}),
+    "two graphs of a transform": (
+        "compile",
+        lambda: {"inner_optimizer": torchopt.sgd(0.1), **COMPILED},
+    ),
+}
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -409,23 +476,27 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 def test_what_is_wrong_is_said_in_one_line_and_nothing_moves(case: str, compile: bool) -> None:
     word, change = WRONG[case]
     right: Any = {"outer": batch(-1), "problem": PROBLEM, "inner_optimizer": PLAIN}
-    if (
-        compile
-    ):  # so that the graphs have been compared, which would meet a NaN before the path does
+    if compile:
+        # The graphs are compared before: the comparison would meet a NaN before the path does.
         metapl.hypergradient(None, STUDENT, inner=Lookahead(batch, steps=1), compile=True, **right)
-    before, state = copy.deepcopy(STUDENT.state_dict()), torch.get_rng_state()
-    given: Any = right | {"inner": Lookahead(batch, steps=STEPS)}
-    given |= {"mode": Forward(keep_every=3), "compile": compile} | change()
-    with pytest.raises(MetaplError, match=word) as said:
-        metapl.hypergradient(None, STUDENT, **given)
-    assert "\n" not in str(said.value)
-    assert error(before, STUDENT.state_dict()) == 0
-    assert torch.equal(state, torch.get_rng_state())
+    weights_before = copy.deepcopy(STUDENT.state_dict())
+    generator_before = torch.get_rng_state()
+    arguments: Any = {
+        **right,
+        "inner": Lookahead(batch, steps=STEPS),
+        "mode": Forward(keep_every=3),
+        "compile": compile,
+        **change(),
+    }
+    with pytest.raises(MetaplError, match=word) as raised:
+        metapl.hypergradient(None, STUDENT, **arguments)
+    assert "\n" not in str(raised.value)
+    assert error(weights_before, STUDENT.state_dict()) == 0
+    assert torch.equal(generator_before, torch.get_rng_state())
 
 
-SETTINGS: dict[
-    str, dict[str, list[Any]]
-] = {  # of each param group; a group does not read those that it has not
+# Of each param group; a group does not read those that it has not.
+SETTINGS: dict[str, dict[str, list[Any]]] = {
     "momentum": {"lr": [0.1], "momentum": [0.9], "weight_decay": [0.0]},
     "adam": {"lr": [0.01], "betas": [(0.9, 0.99)], "eps": [1e-3], "weight_decay": [0.0]},
     "muon": {
@@ -438,11 +509,14 @@ SETTINGS: dict[
 }
 
 
-def rule_of(optimizer: str, of: list[dict[str, Tensor]]) -> reference.Rule:
-    """The rule, with its settings as tensors."""
+def rule_of(optimizer: str, settings: list[dict[str, Tensor]]) -> reference.Rule:
+    """Return the rule with the settings of its param groups as tensors."""
+    if optimizer == "adam":
+        return reference.adam(**settings[0])
     if optimizer != "muon":
-        return (reference.adam if optimizer == "adam" else reference.sgd)(**of[0])
-    muon, adamw = of[0], {name: t for name, t in of[1].items() if name != "momentum"}
+        return reference.sgd(**settings[0])
+    muon = settings[0]
+    adamw = {name: t for name, t in settings[1].items() if name != "momentum"}
     return muon_and_adamw(
         muon["lr"], muon["momentum"], muon["weight_decay"], nesterov=True, adamw=adamw
     )
@@ -451,19 +525,19 @@ def rule_of(optimizer: str, of: list[dict[str, Tensor]]) -> reference.Rule:
 def by_hand(
     student: nn.Module, optimizer: str, settings: dict[str, Tensor], steps: int
 ) -> tuple[Tensor, Any]:
-    """L(θ_K) of steps on cross-entropy, and θ_0, both in the graph."""
-    start = theta = reference.weights(student)
+    """Return L(θ_K) of steps on cross-entropy, and θ_0, both in the graph."""
+    start = reference.weights(student)
+    theta = start
     state = None
 
     def loss(number: int) -> Tensor:
         x, y = batch(number)
         return nn.functional.cross_entropy(reference.at(student, theta, x), y)
 
+    groups = range(settings["lr"].shape[1])
     for k in range(steps):
-        of = [
-            {n: t[k, group] for n, t in settings.items()} for group in range(len(settings["lr"][k]))
-        ]
-        theta, state = reference.stepped(loss(k), theta, rule_of(optimizer, of), state)
+        in_step = [{name: t[k, group] for name, t in settings.items()} for group in groups]
+        theta, state = reference.stepped(loss(k), theta, rule_of(optimizer, in_step), state)
     return loss(-1), start
 
 
@@ -478,30 +552,31 @@ MODES = [Forward(keep_every=2), Forward(), Unrolled()]
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     optimizer: str, mode: Any, steps: int, how: str
 ) -> None:
-    student, settings = network(drops=False), dict[str, Tensor]()
+    student = network(drops=False)
+    settings: dict[str, Tensor] = {}
     for name, values in SETTINGS[optimizer].items():
-        t = torch.tensor(values, dtype=torch.float64)  # (groups,) or (groups, 2)
+        # (groups,) or (groups, 2)
+        t = torch.tensor(values, dtype=torch.float64)
         falling = torch.linspace(1.0, 0.8, steps, dtype=torch.float64).view(-1, *[1] * t.ndim)
         settings[name] = (falling * t).requires_grad_()
     L, start = by_hand(student, optimizer, settings, steps)
     expected = torch.autograd.grad(
         L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True
     )
-    inner = OPTIMIZERS[optimizer](student.parameters())
-    ahead = Lookahead(batch, steps=steps, schedule=settings)
-    given: Any = {
-        "outer": batch(-1),
-        "inner": ahead,
-        "inner_optimizer": inner,
-        "problem": EqualWeights(),
-    }
-    found = metapl.hypergradient(
-        None, student, mode=mode, compile=how != "eager", wrt=["start", *settings], **given
+    result = metapl.hypergradient(
+        None,
+        student,
+        outer=batch(-1),
+        inner=Lookahead(batch, steps=steps, schedule=settings),
+        inner_optimizer=OPTIMIZERS[optimizer](student.parameters()),
+        problem=EqualWeights(),
+        mode=mode,
+        compile=how != "eager",
+        wrt=["start", *settings],
     )
-    trees = dict(zip([*start, *settings], expected, strict=True))
-    assert found.settings["lr"].shape == settings["lr"].shape
-    assert error(found.start, {name: trees[name] for name in start}) < 1e-7
+    by_name = dict(zip([*start, *settings], expected, strict=True))
+    assert result.settings["lr"].shape == settings["lr"].shape
+    assert error(result.start, {name: by_name[name] for name in start}) < 1e-7
     for name in settings:
-        assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[
-            name
-        ].abs().max() + 1e-12, name
+        gap = (result.settings[name] - by_name[name]).abs().max()
+        assert gap <= 1e-7 * by_name[name].abs().max() + 1e-12, name
