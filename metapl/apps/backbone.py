@@ -21,7 +21,8 @@ from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture, Tuned
 from metapl.apps.pictures.batches import EvaluationBatches
 from metapl.apps.run import WEIGHTS, EndedRun, refuse_changed
-from metapl.errors import MetaplError, require_packages
+from metapl.apps.words import require_packages
+from metapl.errors import MetaplError
 from metapl.metrics.predictions import batches_of, eval_mode
 
 IMAGENET = (

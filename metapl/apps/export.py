@@ -33,8 +33,8 @@ from metapl.apps.networks import Architecture, Normalized
 from metapl.apps.report import spoken
 from metapl.apps.run import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import tell
-from metapl.errors import MetaplError, few, reason_of, require_packages
+from metapl.apps.words import require_packages, tell
+from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
 from metapl.words import shown
 

@@ -40,8 +40,9 @@ from metapl.apps.machine import (
     write_whole,
 )
 from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
+from metapl.apps.words import require_packages
 from metapl.data import draws
-from metapl.errors import FieldError, MetaplError, few, reason_of, require_packages
+from metapl.errors import FieldError, MetaplError, few, reason_of
 from metapl.execution.checks import described
 from metapl.runs.fields import Range, check_arguments
 

@@ -151,7 +151,10 @@ def choose_settings(
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
-    method = filled(method, {"uda_prior": seen.shares, "student_lr": config.pictures.rate})
+    usual = {"uda_prior": seen.shares, "student_lr": config.pictures.rate}
+    # Of Noisy Student; other trainings have none.
+    usual["ratio"] = getattr(config, "usual_ratio", None)
+    method = filled(method, usual)
     # 4. The steps; and what was chosen, in a line, and what pictures lose by it; each has a flag.
     steps = config.fitting.steps
     config, method = with_steps(config, method)

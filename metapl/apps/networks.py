@@ -25,7 +25,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metapl.errors import MetaplError, few, reason_of, require_packages
+from metapl.apps.words import require_packages
+from metapl.errors import MetaplError, few, reason_of
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean

@@ -168,8 +168,8 @@ def room_for(
         # Their parts of a state differ in size, and every process has to choose the same.
         if place.type == "cpu":
             memory /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes))
-        own = torch.tensor([state_bytes, -memory], dtype=torch.float64, device=ranks.device)
-        most, least = ranks.greatest(own).tolist()
+        of_rank = torch.tensor([state_bytes, -memory], dtype=torch.float64, device=ranks.device)
+        most, least = ranks.greatest(of_rank).tolist()
         state_bytes = int(most)
         memory = -least
     return Room(steps, state_bytes, memory=memory, disk=disk, has_folder=folder is not None)
