@@ -54,7 +54,8 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import metapl
-from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, check_interval, select
+from metapl.apps.label_selection import check_interval, select
+from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter
 from metapl.apps.launch import Processes, joined
 from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.networks import Architecture

@@ -19,10 +19,11 @@ from metapl.apps import backbone
 from metapl.apps.backbone import IMAGENET
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
-from metapl.apps.networks import begin_as, fetch_imagenet_weights
+from metapl.apps.network_weights import fetch_imagenet_weights
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.apps.settings import filled, flat, replaced
 from metapl.apps.train import SELECTED_ON, device
+from metapl.apps.tuned_networks import begin_as
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
-from metapl.apps.label import Read, ToLabel, called, refuse_other_pictures, write_labels
-from metapl.apps.labels import LabelStore, Values, check_interval, select, statistics
+from metapl.apps.label_selection import check_interval, select, statistics
+from metapl.apps.label_store import LabelStore, Values
+from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
-from metapl.apps.networks import Architecture, begin_as
+from metapl.apps.networks import Architecture
 from metapl.apps.pictures import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.views.base import Identity, View
@@ -47,6 +48,7 @@ from metapl.apps.settings import (
     unset,
 )
 from metapl.apps.train import evaluated, measured
+from metapl.apps.tuned_networks import begin_as
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
@@ -800,7 +802,7 @@ def freeze_first_layers(network: nn.Module, share: float) -> None:
     for layer in layers[: int(share * len(layers))]:
         layer.eval()
         for p in layer.parameters(recurse=False):
-            p.requires_grad_(requires_grad=False)
+            p.requires_grad = False
 
 
 # ------------------------------------------------------------------------------------------ batches

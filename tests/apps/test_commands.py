@@ -23,11 +23,11 @@ from tiny_runs import TINY, color_folders
 
 from metapl.apps import look
 from metapl.apps.digits import Digits
-from metapl.apps.evaluation import CORRUPTIONS
-from metapl.apps.labels import LabelStore
+from metapl.apps.label_store import LabelStore
 from metapl.apps.main import COMMANDS, parsed
 from metapl.apps.pictures import load_digits_split
-from metapl.apps.run import EndedRun, RunFolder
+from metapl.apps.robustness import CORRUPTIONS
+from metapl.apps.run_folder import EndedRun, RunFolder
 from metapl.apps.settings import flat
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits

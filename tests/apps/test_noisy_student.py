@@ -24,7 +24,8 @@ from metapl import MetaplError
 from metapl.apps import digits, noisy_student
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.labels import LabelStore, LabelWriter, select
+from metapl.apps.label_selection import select
+from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.look import choose_settings
 from metapl.apps.model_noise import NoisyStudentLoss, model_noise
 from metapl.apps.networks import Architecture

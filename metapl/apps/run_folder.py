@@ -486,7 +486,7 @@ def save(
         path: the folder; made if need be, and refused where it holds anything.
         network: from (B, C, H, W) as the card's input says to logits (B, K), built as the card
             says: by :func:`metapl.apps.networks.create`, then
-            :func:`metapl.apps.networks.Normalized`, say; or any other.
+            :func:`metapl.apps.tuned_networks.Normalized`, say; or any other.
         classes: names of the K outputs.
         name: what trained it, such as the name of the script.
         config: with what settings, as plain values: ``seed`` and ``steps`` among them; and
