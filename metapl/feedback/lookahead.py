@@ -1,4 +1,4 @@
-"""The inner batches of student steps, and the outer batches of losses after each of them."""
+"""The inner batches of several student steps, and the outer batches of losses after each."""
 
 from __future__ import annotations
 
@@ -55,26 +55,28 @@ class Lookahead(Sequence[Any]):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        batches: Any = self.batches
-        if isinstance(batches, Sequence) and not isinstance(batches, str | bytes):
-            has_a_batch_for_each_step = len(batches) >= (self.steps or 1)
-        else:
-            has_a_batch_for_each_step = callable(batches) and self.steps is not None
-        if not has_a_batch_for_each_step:
+        if not self._has_batch_for_each_step():
             raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(batches)} and "
+                f"Lookahead was given batches that are {checks.described(self.batches)} and "
                 f"steps={self.steps}; expected a batch for each step, or a function of its number "
                 "with steps=."
             )
         if self.weights is not None:
-            self._refuse_wrong_weights()
+            self._check_weights(self.weights)
 
-    def _refuse_wrong_weights(self) -> None:
+    def _has_batch_for_each_step(self) -> bool:
+        """Return whether the batches are a long enough sequence, or a function with steps."""
+        if isinstance(self.batches, Sequence) and not isinstance(self.batches, str | bytes):
+            return len(self.batches) >= (self.steps or 1)
+        return callable(self.batches) and self.steps is not None
+
+    def _check_weights(self, given_weights: Sequence[float] | Tensor) -> None:
+        """Refuse weights that are not a finite number for each outer batch."""
         try:
-            weights = torch.as_tensor(self.weights, dtype=torch.float64)
+            weights = torch.as_tensor(given_weights, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise MetaplError(
-                f"Lookahead was given weights that are {checks.described(self.weights)}; expected "
+                f"Lookahead was given weights that are {checks.described(given_weights)}; expected "
                 f"{len(self)} numbers, one for each outer batch."
             ) from error
         if weights.shape != (len(self),) or not weights.isfinite().all():
@@ -86,18 +88,20 @@ class Lookahead(Sequence[Any]):
     def __len__(self) -> int:
         if self.steps is not None:
             return self.steps
-        assert isinstance(self.batches, Sequence), "of a function, steps is given"
-        return len(self.batches)
+        # Without a number of steps the batches are a sequence.
+        return len(self.batches)  # type: ignore[arg-type]
 
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        if callable(self.batches):
-            return plain(self.batches(number))
-        return plain(self.batches[number])
+        batch = self.batches(number) if callable(self.batches) else self.batches[number]
+        return plain(batch)
 
     def options(self, optimizer: Any) -> list[list[dict[str, Any]]]:
-        """Return the options of the inner optimizer in each step, where a schedule changes them."""
+        """Return the options of the inner optimizer in each step, by param group.
+
+        Empty without a schedule: they are the same in all steps.
+        """
         if self.schedule is None:
             return []
         if not isinstance(optimizer, Optimizer):
@@ -124,10 +128,9 @@ def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[f
             f"outer is a Lookahead of {len(outer)}, and the student takes {len(inner)} {steps}; "
             "expected an outer batch for each step, or one batch."
         )
-    weights = [1.0] * len(outer)
-    if outer.weights is not None:
-        weights = torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
-    return list(outer), weights
+    if outer.weights is None:
+        return list(outer), [1.0] * len(outer)
+    return list(outer), torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
 
 
 def refuse_outer_lookahead(outer: Any) -> None:
@@ -166,8 +169,7 @@ class InnerBatches(Sequence[Any]):
             inner: a batch, or a :class:`Lookahead` of any length.
             lookahead: the trainer's; above 1 a single batch is refused.
         """
-        # Whether an object is of a class that derives from Sequence takes long to find, and most
-        # batches are tensors.
+        # A class that derives from Sequence answers isinstance slowly; most batches are tensors.
         if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
             if lookahead > 1:
                 raise MetaplError(

@@ -145,10 +145,14 @@ class StudentPath(Protocol):
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
     ) -> Iterable[tuple[StudentStep, Tree, Gradients | None]]:
-        """Return the last ``truncate`` steps from the last to the first, each with its w, and ∂⟨g, w⟩/∂(fields).
+        """Return the last ``truncate`` steps, the last first, with w and ∂⟨g, w⟩/∂(fields).
 
         None in the place of these derivatives: ask the step for them, by
         :meth:`StudentStep.derivatives_along`. Where they are there, w may be empty.
+
+        Args:
+            fields: what the derivatives are in, by name, as a function of a step's signal.
+            truncate: None: all steps.
         """
 
     def gradients_in_signals(

@@ -285,11 +285,11 @@ class StepCall:
     def ask_teacher(
         self, theta_T: Tree, teacher_state: Tree, number: int, student_outputs: Tensor | None
     ) -> Answer:
-        """Return line 2, ŷ ~ T(x_u) or the soft label; with the last batch lines 6-7, its own losses.
+        """Return line 2, ŷ ~ T(x_u) or the soft label; with the last batch the own losses too.
 
-        Losses that read no graph of the signal are differentiated by themselves, where the rule of
-        the feedback's size needs their gradient alone: a pullback of both would run through all
-        passes of the teacher once more.
+        Losses that read no graph of the signal are taken by themselves, where the rule of the
+        feedback's size needs their gradient alone: a pullback of both would run through all passes
+        of the teacher once more.
         """
         rules = self.rules
         batch = self.batches[number]
@@ -299,38 +299,45 @@ class StepCall:
         compares = rules.feedback_size.compares and rules.has_feedback
         are_apart = compares and all(getattr(loss, "detaches_signal", False) for loss in losses)
 
-        def own_losses(network: Any, signal: Signal) -> Tree:
-            return sum_of_terms(
-                network,
-                losses,
-                labeled=self.outer_batch,
-                unlabeled=batch,
-                signal=signal,
-                step=self.state.step,
-            )
-
         def ask(network: Any) -> tuple[Signal, Tree]:
             signal = rules.problem.signal(
                 network, batch, student_outputs, generator=self.noises[number]
             )
-            return signal, {} if are_apart else own_losses(network, signal)
+            return signal, {} if are_apart else self.own_losses(network, losses, signal, number)
 
-        (signal, named), left = rules.teacher.at(theta_T, teacher_state, ask)
-        if not losses or not are_apart:
-            return Answer(signal, named, {}, left)
+        (signal, own_losses), left = rules.teacher.at(theta_T, teacher_state, ask)
+        answer = Answer(signal, own_losses, {}, left)
+        if losses and are_apart:
+            return self.with_losses_apart(answer, losses, number)
+        return answer
 
-        constant = signal.detached()
+    def own_losses(self, network: Any, losses: Sequence[Any], signal: Signal, number: int) -> Tree:
+        """Return lines 6-7, the teacher's own losses by name."""
+        return sum_of_terms(
+            network,
+            losses,
+            labeled=self.outer_batch,
+            unlabeled=self.batches[number],
+            signal=signal,
+            step=self.state.step,
+        )
+
+    def with_losses_apart(self, answer: Answer, losses: Sequence[Any], number: int) -> Answer:
+        """Return an answer with the teacher's own losses, and with the gradient of their sum."""
+        signal = answer.signal.detached()
 
         def sum_of_losses(theta_T: Tree) -> tuple[Tensor, tuple[Tree, Tree]]:
-            named, left_by_losses = rules.teacher.at(
-                theta_T, left, lambda network: own_losses(network, constant)
+            own_losses, left = self.rules.teacher.at(
+                theta_T,
+                answer.teacher_state,
+                lambda network: self.own_losses(network, losses, signal, number),
             )
-            return torch.stack([*named.values()]).sum(), (named, left_by_losses)
+            return torch.stack([*own_losses.values()]).sum(), (own_losses, left)
 
-        gradient, (_, (named, left)) = grad_and_value(sum_of_losses, has_aux=True)(
+        gradient, (_, (own_losses, left)) = grad_and_value(sum_of_losses, has_aux=True)(
             self.state.teacher.params
         )
-        return Answer(signal, named, gradient, left)
+        return Answer(answer.signal, own_losses, gradient, left)
 
 
 def with_settings(constants: Options, settings: Options) -> Options:
@@ -610,13 +617,13 @@ class PurePath(PureTerms):
         theta = self.call.state.student.params
         weights = {name: torch.stack([t, carry.theta[name]]) for name, t in theta.items()}
         buffers = {name: torch.stack([t, t]) for name, t in carry.student_state.items()}
-        losses = vmap(
-            lambda theta, student_state: self.call.outer_loss(theta, student_state, signal),
-            randomness="same",
-        )(weights, buffers)
-        loss_before: Tensor = losses[0]
-        self._outer_loss = losses[1]
-        return loss_before
+
+        def judge(theta: Tree, student_state: Tree) -> Tensor:
+            return self.call.outer_loss(theta, student_state, signal)
+
+        before: Tensor
+        before, self._outer_loss = vmap(judge, randomness="same")(weights, buffers)
+        return before
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′)."""
@@ -651,7 +658,7 @@ class PurePath(PureTerms):
     def gradients_in_signals(
         self, truncate: int | None = None
     ) -> list[tuple[StudentStep, Gradients]]:
-        """Return the last ``truncate`` steps, from the first to the last, each with dL(θ′)/d(field)."""
+        """Return the last ``truncate`` steps, the first first, each with dL(θ′)/d(field)."""
         return self._differentiate(Signal.differentiable, truncate)
 
     def _take_steps(self) -> None:
@@ -720,14 +727,14 @@ class PurePath(PureTerms):
             loss = self.call.outer_loss(carry.theta, carry.student_state, begun.signal)
             return loss, begun.end(descent, carry, outer_loss=loss)
 
+        end: End
         leaves = dict(fields(begun.signal))
         if begun.number < first:
             _, end = onward(leaves)
             return with_fields(end, in_signals=[{}, *end.in_signals])
         loss, pull, end = vjp(onward, leaves, has_aux=True)
         (in_signal,) = pull(torch.ones_like(loss))
-        walked: End = with_fields(end, in_signals=[in_signal, *end.in_signals])
-        return walked
+        return with_fields(end, in_signals=[in_signal, *end.in_signals])
 
 
 class Outcome(NamedTuple):

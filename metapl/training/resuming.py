@@ -90,7 +90,7 @@ class Checkpoints:
         One that has checkpoints is refused where the fit is not resumed.
         """
         if out is not None:
-            stack.enter_context(out.held())
+            stack.enter_context(out.locked())
             self.folder = CheckpointFolder(out.path / "checkpoints" / self.phase, keep)
         with self.ranks.agreed(waiting=True):
             if self.folder is not None and self.folder.paths() and not resumes:
