@@ -802,7 +802,7 @@ def freeze_first_layers(network: nn.Module, share: float) -> None:
     for layer in layers[: int(share * len(layers))]:
         layer.eval()
         for p in layer.parameters(recurse=False):
-            p.requires_grad_(False)
+            p.requires_grad = False
 
 
 # ------------------------------------------------------------------------------------------ batches
