@@ -37,7 +37,8 @@ from harness import NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
 
 from metapl.apps.digits import Digits, fitting
-from metapl.apps.labels import LabelStore, LabelWriter, select
+from metapl.apps.label_selection import select
+from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.methods import Data
 from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (

@@ -44,7 +44,8 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.images import Pictures
-from metapl.apps.labels import LabelStore, LabelWriter, select
+from metapl.apps.label_selection import select
+from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (
     STOCHASTIC_DEPTH,

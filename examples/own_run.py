@@ -20,7 +20,7 @@ from metapl.apps.pictures.folders import check_folders, scan_labeled, scan_unlab
 from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.pictures.views.base import Chain
 from metapl.apps.pictures.views.transforms import Affine, Color, Hole
-from metapl.apps.run import save
+from metapl.apps.run_folder import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.problems.losses import UDA, CrossEntropy

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import datasets
 
-from metapl.apps.label import called
-from metapl.apps.labels import LabelStore
-from metapl.apps.networks import Architecture, Normalized, create
+from metapl.apps.label_store import LabelStore
+from metapl.apps.labeling import called
+from metapl.apps.networks import Architecture, create
 from metapl.apps.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
@@ -38,7 +38,8 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.batches import Images
 from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.run import save
+from metapl.apps.run_folder import save
+from metapl.apps.tuned_networks import Normalized
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation

@@ -48,10 +48,10 @@ from picture_sets import (
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.comparison import parse_seeds
-from metapl.apps.labels import LabelStore
+from metapl.apps.label_store import LabelStore
 from metapl.apps.launch import Processes, joined
-from metapl.apps.networks import parameter_groups
+from metapl.apps.methods_over_seeds import parse_seeds
+from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures import (
     EvaluationBatches,
     FileImages,
@@ -59,9 +59,9 @@ from metapl.apps.pictures import (
     UnlabeledBatches,
     scan_unlabeled,
 )
+from metapl.apps.printing import exit_code
 from metapl.apps.train import Truth
 from metapl.apps.train import device as device_of
-from metapl.apps.words import exit_code
 from metapl.data import StepSampler
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError

@@ -25,10 +25,10 @@ import torch
 from benchmarks.harness import RESULTS, Row, environment, go_on
 from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import half, make, named
-from metapl.apps.compare import Job
 from metapl.apps.images import METHODS, Images
 from metapl.apps.look import REHEARSED, choose_settings, steps_within
 from metapl.apps.settings import flat, replaced
+from metapl.apps.several_runs import Job
 
 
 def run(problem: str | Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:

@@ -21,11 +21,11 @@ from metapl.apps.inputs import ROOM, Folder, held
 from metapl.apps.look import choose_settings
 from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training
-from metapl.apps.networks import begin_as
+from metapl.apps.printing import tell, wrapped
 from metapl.apps.report import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
-from metapl.apps.words import tell, wrapped
+from metapl.apps.tuned_networks import begin_as
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range

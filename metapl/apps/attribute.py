@@ -24,9 +24,9 @@ from metapl.apps.inputs import ROOM, Folder, Run, check_out, files_of, held, plu
 from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
-from metapl.apps.run import EndedRun
+from metapl.apps.printing import short, table, tell, wrapped, written_csv
+from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
-from metapl.apps.words import short, table, tell, wrapped, written_csv
 from metapl.errors import MetaplError, few
 from metapl.metrics import predict_logits
 from metapl.runs.fields import Range

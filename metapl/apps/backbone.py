@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
-from metapl.apps.networks import Architecture, Tuned
+from metapl.apps.networks import Architecture
 from metapl.apps.pictures.batches import EvaluationBatches
-from metapl.apps.run import WEIGHTS, EndedRun, refuse_changed
-from metapl.errors import MetaplError, require_packages
+from metapl.apps.printing import require_packages
+from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
+from metapl.apps.tuned_networks import Tuned
+from metapl.errors import MetaplError
 from metapl.metrics.predictions import batches_of, eval_mode
 
 IMAGENET = (

@@ -15,24 +15,24 @@ import torch
 import tyro
 
 from metapl.apps import digits, images, noisy_labels, noisy_student
-from metapl.apps.compare import compare
-from metapl.apps.comparison import parse_seeds
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import Folder, check_out, run_folder
-from metapl.apps.label import check_labels_given
+from metapl.apps.inputs import Folder, check_out, open_run_folder
+from metapl.apps.labeling import check_labels_given
 from metapl.apps.launch import from_first, joined, program
 from metapl.apps.look import choose_settings
 from metapl.apps.machine import default_threads
 from metapl.apps.methods import ReducedMpl, with_settings_of
+from metapl.apps.methods_over_seeds import parse_seeds
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
+from metapl.apps.printing import as_flags, exit_code, tell, wrapped
 from metapl.apps.progress import is_watched
 from metapl.apps.report import summary
-from metapl.apps.run import RunFolder, stored_result
+from metapl.apps.run_folder import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
+from metapl.apps.several_runs import train_and_compare
 from metapl.apps.train import check_shares, describe, device, train
-from metapl.apps.words import as_flags, exit_code, tell, wrapped
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
@@ -167,7 +167,7 @@ class Train:
                 2  # what the other processes leave with, unless they are told to train
             )
             try:
-                with run_folder(options.out, config.name, options.resume) as folder:
+                with open_run_folder(options.out, config.name, options.resume) as folder:
                     path = folder.path
                     if sys.argv[1:2] in (
                         ["train"],
@@ -195,7 +195,7 @@ class Train:
                         chosen = {
                             name: one.scheduled(config.fitting.steps) for name, one in like.items()
                         }
-                        compare(
+                        train_and_compare(
                             config, chosen, seeds, folder, resume=options.resume, jobs=options.jobs
                         )
                         return 0

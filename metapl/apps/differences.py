@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from metapl.apps.inputs import UNTESTED, HeldOut
-from metapl.apps.label import refuse_infinite
+from metapl.apps.labeling import refuse_infinite
+from metapl.apps.printing import short, table
 from metapl.apps.report import png_of
-from metapl.apps.run import EndedRun, NetworkName, stored_data
-from metapl.apps.words import short, table
+from metapl.apps.run_folder import EndedRun, NetworkName, stored_data
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import predict_logits
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps import methods
-from metapl.apps.networks import parameter_groups
+from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures import (
     Identity,
     LabeledBatches,

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from metapl.apps.differences import Judged, Opponent, check_comparable, differences, sheet
-from metapl.apps.evaluation import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
-from metapl.apps.label import refuse_infinite
+from metapl.apps.labeling import refuse_infinite
 from metapl.apps.machine import write_whole
+from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
 from metapl.apps.report import COLORS, LINES, png_of
-from metapl.apps.run import WEIGHTS, EndedRun, NetworkName
+from metapl.apps.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
+from metapl.apps.run_folder import WEIGHTS, EndedRun, NetworkName
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.runs.fields import Range

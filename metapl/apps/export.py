@@ -29,12 +29,13 @@ from safetensors.torch import save
 from torch import nn
 
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
-from metapl.apps.networks import Architecture, Normalized
+from metapl.apps.networks import Architecture
+from metapl.apps.printing import require_packages, tell
 from metapl.apps.report import spoken
-from metapl.apps.run import EndedRun, counts_of, stored_data
+from metapl.apps.run_folder import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import tell
-from metapl.errors import MetaplError, few, reason_of, require_packages
+from metapl.apps.tuned_networks import Normalized
+from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
 from metapl.words import shown
 
@@ -196,7 +197,7 @@ def export(
     """Write a network's weights, the network as a program, and their model card into a folder.
 
     The weights go under the network's own names: wrappers by
-    :func:`metapl.apps.networks.Normalized` and ``torch.compile`` are taken off, so
+    :func:`metapl.apps.tuned_networks.Normalized` and ``torch.compile`` are taken off, so
     ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and std of a
     normalized network, the classes and the architecture stand in the file's metadata and on the
     card. The programs normalize themselves, and are compared with the network before anything is

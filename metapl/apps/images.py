@@ -29,6 +29,7 @@ from metapl.apps.methods import (
     Uda,
 )
 from metapl.apps.methods import Feedback as Fed
+from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
 from metapl.apps.pictures.batches import (
     EvaluationBatches,
@@ -62,6 +63,7 @@ from metapl.apps.settings import (
     require,
     unset,
 )
+from metapl.apps.tuned_networks import Normalized, Tuned
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
@@ -232,12 +234,10 @@ class Pictures:
         architecture = self.architecture(classes)
         module = architecture.create(self.weights)
         if self.tuning is None or self.weights is None:
-            network = networks.Normalized(module, self.mean, self.std)
+            network = Normalized(module, self.mean, self.std)
         else:
             how: Any = {"tuning": self.tuning, "rank": self.lora_rank}
-            network = networks.Tuned(
-                module, self.mean, self.std, heads=architecture.heads(module), **how
-            )
+            network = Tuned(module, self.mean, self.std, heads=architecture.heads(module), **how)
         return network.to(memory_format=torch.channels_last)
 
     @property
@@ -362,13 +362,13 @@ class OfPictures:
     def optimizer(
         self, role: Role, module: nn.Module, lr: float | None = None
     ) -> torch.optim.Optimizer:
-        groups = networks.parameter_groups(module, WEIGHT_DECAY)
+        groups = parameter_groups(module, WEIGHT_DECAY)
         return torch.optim.AdamW(
             groups, lr=(self.fitting.lr if role == "teacher" else lr) or self.pictures.rate
         )
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(networks.parameter_groups(module, 0.0), lr=FINETUNED_AT)
+        return torch.optim.SGD(parameter_groups(module, 0.0), lr=FINETUNED_AT)
 
     def trainer_options(self) -> dict[str, Any]:
         clip = (

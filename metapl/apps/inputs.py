@@ -20,9 +20,9 @@ from metapl.apps.machine import owned
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import BATCH, Inputs
-from metapl.apps.run import PLACES, EndedRun, NetworkName, RunFolder, stored_data
+from metapl.apps.printing import tell
+from metapl.apps.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.apps.settings import unset
-from metapl.apps.words import tell
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 
@@ -86,7 +86,7 @@ def check_file(file: Path | None, suffix: str) -> None:
 
 
 @contextmanager
-def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
+def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
     """The folder of a run, which nobody else writes to until the block ends.
 
     Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
@@ -112,7 +112,7 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
     folder = RunFolder(path)
     try:
         folder.check(resume)  # where that is clear already, nobody is waited for
-        with folder.held():
+        with folder.locked():
             folder.check(resume)  # before anything is measured
             yield folder
     except Exception:

@@ -19,10 +19,11 @@ from metapl.apps import backbone
 from metapl.apps.backbone import IMAGENET
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
-from metapl.apps.networks import begin_as, fetch_imagenet_weights
+from metapl.apps.network_weights import fetch_imagenet_weights
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.apps.settings import filled, flat, replaced
 from metapl.apps.train import SELECTED_ON, device
+from metapl.apps.tuned_networks import begin_as
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
@@ -151,7 +152,10 @@ def choose_settings(
     aside = round(SET_ASIDE * count) if not config.val else 0
     # Too few to select on train better.
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
-    method = filled(method, {"uda_prior": seen.shares, "student_lr": config.pictures.rate})
+    usual = {"uda_prior": seen.shares, "student_lr": config.pictures.rate}
+    # Of Noisy Student; other trainings have none.
+    usual["ratio"] = getattr(config, "usual_ratio", None)
+    method = filled(method, usual)
     # 4. The steps; and what was chosen, in a line, and what pictures lose by it; each has a flag.
     steps = config.fitting.steps
     config, method = with_steps(config, method)

@@ -25,8 +25,8 @@ from typing import Annotated, Any, Union
 import torch
 import tyro
 
+from metapl.apps.printing import exit_code, tell
 from metapl.apps.settings import flat
-from metapl.apps.words import exit_code, tell
 from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
@@ -42,13 +42,13 @@ COMMANDS = {
     "predict": "predict.Predict",
     "evaluate": "evaluate.Evaluate",
     "report": "report.Report",
-    "runs": "runs.Runs",
-    "compare": "compare.Compare",
+    "runs": "list_runs.Runs",
+    "compare": "compare_runs.Compare",
     "attribute": "attribute.Attribute",
     "export": "export.Export",
-    "label": "label.Label",
-    "labels stats": "label.Stats",
-    "labels select": "label.Select",
+    "label": "label_commands.Label",
+    "labels stats": "label_commands.Stats",
+    "labels select": "label_commands.Select",
     "ablate": "ablate.AblateFactory",
     "ablate images": "ablate.AblateImages",
     "ablate digits": "ablate.AblateDigits",

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from metapl import feedback
 from metapl.ablation import Altered
-from metapl.apps import networks
 from metapl.apps.images import (
     EVALUATED_AT_ONCE,
     Folder,
@@ -27,9 +26,11 @@ from metapl.apps.images import (
     refuse_errors,
 )
 from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
+from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
 from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
+from metapl.apps.tuned_networks import begin_as
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
@@ -140,7 +141,7 @@ class Learned(Method):
             problem, learned = MetaWeightNet(), WeightNet()
         elif self.kind == "label_correction":
             network = t.config.network().to(t.place)
-            networks.begin_as(t.student, network)
+            begin_as(t.student, network)
             problem, learned = LabelCorrection(), Corrector(network, classes, TRUSTED)
         else:
             problem, learned = NoiseTransition(), Table(TRUSTED * torch.eye(classes))
@@ -158,7 +159,7 @@ class Learned(Method):
         mode: Any = feedback.estimator(self.mode)
         if self.feedback != "whole":
             mode = Altered(mode, self.feedback, seed=fitting.seed)
-        groups = networks.parameter_groups(teacher, 0.0)
+        groups = parameter_groups(teacher, 0.0)
         own = torch.optim.AdamW(groups, lr=RATES[self.kind])
         options = {"outer_optimizer": own, "student_lr": fitting.lr}
         trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)

@@ -14,11 +14,11 @@ import tyro
 from torch import nn
 
 from metapl.apps.inputs import Factory, File, Network, Run, check_file, plural
-from metapl.apps.label import refuse_infinite
+from metapl.apps.labeling import refuse_infinite
 from metapl.apps.pictures.input import Inputs
-from metapl.apps.run import EndedRun
+from metapl.apps.printing import CsvRows, tell, written_csv
+from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import CsvRows, tell, written_csv
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
 from metapl.words import shown

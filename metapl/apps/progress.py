@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metapl.apps.words import tell
+from metapl.apps.printing import tell
 from metapl.training import Say
 
 # Seconds between two lines: a log of a day has some 3,000.

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps import web
-from metapl.apps.comparison import Comparison
 from metapl.apps.inputs import HeldOut, Run, check_file, plural
+from metapl.apps.list_runs import state_of
 from metapl.apps.machine import read_plain, write_whole
 from metapl.apps.methods import Doubtful
+from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.pictures.input import Input
-from metapl.apps.run import (
+from metapl.apps.printing import short, tell, written_csv
+from metapl.apps.run_folder import (
     EndedRun,
     RunFolder,
     counts_of,
@@ -33,9 +35,7 @@ from metapl.apps.run import (
     stored_data,
     stored_result,
 )
-from metapl.apps.runs import state_of
 from metapl.apps.settings import unset
-from metapl.apps.words import short, tell, written_csv
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
-from metapl.apps.label import stored_labels
-from metapl.apps.labels import DESCRIPTION
+from metapl.apps.label_store import DESCRIPTION
+from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, from_first
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, ReducedMpl, Training
 from metapl.apps.model_noise import model_noise
-from metapl.apps.networks import Tuned, begin_as, merged
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
-from metapl.apps.run import EndedRun, RunFolder, seal
+from metapl.apps.run_folder import EndedRun, RunFolder, seal
 from metapl.apps.settings import flat
+from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of

@@ -49,7 +49,9 @@ SPEED_SETTINGS = (
 
 
 class Checkpoints:
-    """The checkpoints of a fit on all its processes: the first one writes them, or each its part of sharded networks.
+    """The checkpoints of a fit on all its processes.
+
+    The first process writes them, or each its part of sharded networks.
 
     Args:
         ranks: the processes.
@@ -83,9 +85,12 @@ class Checkpoints:
         saves: bool,
         resumes: bool,
     ) -> None:
-        """Own the folder until the stack ends, and refuse one with checkpoints where the fit is not resumed."""
+        """Own the folder until the stack ends.
+
+        One that has checkpoints is refused where the fit is not resumed.
+        """
         if out is not None:
-            stack.enter_context(out.held())
+            stack.enter_context(out.locked())
             self.folder = CheckpointFolder(out.path / "checkpoints" / self.phase, keep)
         with self.ranks.agreed(waiting=True):
             if self.folder is not None and self.folder.paths() and not resumes:
@@ -105,7 +110,7 @@ class Checkpoints:
             stack.callback(parts.close)
 
     def newest(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """Return the path of the newest whole checkpoint, and its state where this process has read it.
+        """Return the path of the newest whole checkpoint, and its state if this process read it.
 
         The first process looks for it, and all get its path.
         """
@@ -177,7 +182,7 @@ def settings_of(
     for name, optimizer in rates.optimizers.items():
         role = name.removesuffix("_lr")
         for number, (group, rate) in enumerate(
-            zip(optimizer.param_groups, rates.base[name], strict=False)
+            zip(optimizer.param_groups, rates.base_rates[name], strict=False)
         ):
             group_settings = {
                 key: value for key, value in group.items() if key not in SPEED_SETTINGS

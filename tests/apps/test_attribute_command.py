@@ -22,7 +22,7 @@ from torch.func import functional_call
 import metapl
 from metapl.apps import attribute as command
 from metapl.apps.pictures.folders import scan_labeled
-from metapl.apps.run import EndedRun
+from metapl.apps.run_folder import EndedRun
 from metapl.errors import MetaplError
 
 SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "8", "--seed", "3")

@@ -23,11 +23,11 @@ from tiny_runs import TINY, color_folders
 
 from metapl.apps import look
 from metapl.apps.digits import Digits
-from metapl.apps.evaluation import CORRUPTIONS
-from metapl.apps.labels import LabelStore
+from metapl.apps.label_store import LabelStore
 from metapl.apps.main import COMMANDS, parsed
 from metapl.apps.pictures import load_digits_split
-from metapl.apps.run import EndedRun, RunFolder
+from metapl.apps.robustness import CORRUPTIONS
+from metapl.apps.run_folder import EndedRun, RunFolder
 from metapl.apps.settings import flat
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
@@ -366,7 +366,7 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "link").symlink_to(tiny)
     (tmp_path / "loop").symlink_to(tmp_path)
-    with RunFolder(tmp_path / "held").held():
+    with RunFolder(tmp_path / "held").locked():
         entries = {
             entry["run"]: entry for entry in json.loads(metapl("runs", tmp_path, "--json").stdout)
         }

@@ -16,10 +16,11 @@ from command import edited, metapl, reseal, result
 from test_resume import contents
 from tiny_runs import TINY, built_once
 
-from metapl.apps import compare
-from metapl.apps.compare import Entry, Job, verdict
-from metapl.apps.comparison import READOUTS, STUDENT, Comparison
+from metapl.apps import several_runs
+from metapl.apps.compare_runs import Entry, verdict
 from metapl.apps.digits import METHODS, Digits, fitting
+from metapl.apps.methods_over_seeds import READOUTS, STUDENT, Comparison
+from metapl.apps.several_runs import Job
 from metapl.errors import MetaplError
 
 NONE = [0.5, 0.52, 0.51, 0.52, 0.53]
@@ -170,13 +171,13 @@ def _killed(job: Job) -> None:
 def test_a_worker_that_is_killed_is_reported_and_the_others_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "_run_apart", _killed)
+    monkeypatch.setattr(several_runs, "_run_apart", _killed)
     two = [
         Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1)
         for s in (0, 1)
     ]
     with pytest.raises(MetaplError, match="killed"):
-        list(compare.run_all(two, workers=2))
+        list(several_runs.run_all(two, workers=2))
     assert multiprocessing.active_children() == []
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from metapl.apps.networks import read_weights
+from metapl.apps.network_weights import read_weights
 from metapl.errors import MetaplError
 
 ROOT = Path(__file__).parents[2]

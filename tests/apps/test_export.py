@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metapl.apps.export import CARD, ONNX, PROGRAM, WEIGHTS, export, programs
-from metapl.apps.networks import Architecture, Normalized, create
+from metapl.apps.networks import Architecture, create
+from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -41,8 +41,8 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.folders import hash_files, without_copies
 from metapl.apps.pictures.reader import open_picture
+from metapl.apps.printing import CsvRows
 from metapl.apps.settings import Fitting
-from metapl.apps.words import CsvRows
 from metapl.errors import MetaplError, few
 from metapl.words import TURNS, shown
 

@@ -18,14 +18,14 @@ from torchvision.models import ResNet18_Weights
 from torchvision.ops import StochasticDepth
 
 from metapl.apps import networks
-from metapl.apps.networks import (
-    Architecture,
-    Normalized,
-    create,
+from metapl.apps.network_weights import (
+    fetch_imagenet_weights,
     load_weights,
     parameter_groups,
     read_weights,
 )
+from metapl.apps.networks import Architecture, create
+from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.models import mlp, wide_resnet
 from metapl.training.hypergradient import hypergradient
@@ -360,7 +360,7 @@ def test_imagenet_weights_are_downloaded_once_and_checked(
         with pytest.raises(
             MetaplError, match=FILE
         ) as caught:  # what to download and how to give it
-            networks.fetch_imagenet_weights("resnet18")
+            fetch_imagenet_weights("resnet18")
         assert URL in str(caught.value)
     asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -369,10 +369,10 @@ def test_imagenet_weights_are_downloaded_once_and_checked(
         (Path(folder) / FILE).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    assert [networks.fetch_imagenet_weights("resnet18") for _ in range(2)] == [
+    assert [fetch_imagenet_weights("resnet18") for _ in range(2)] == [
         tmp_path / "checkpoints" / FILE
     ] * 2
     assert asked == [(URL, {"check_hash": True, "weights_only": True})]
     for name in ("pooled_cnn", "timm:resnet18", "resnet_18"):
         with pytest.raises(MetaplError, match="resnet18"):
-            networks.fetch_imagenet_weights(name)
+            fetch_imagenet_weights(name)

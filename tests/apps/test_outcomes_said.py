@@ -19,7 +19,7 @@ from metapl.apps.digits import METHODS
 from metapl.apps.methods import with_settings_of
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.report import linear_baseline, panels_of, summary
-from metapl.apps.run import guessing
+from metapl.apps.run_folder import guessing
 from metapl.apps.settings import replaced
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare

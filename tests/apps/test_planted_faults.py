@@ -16,7 +16,7 @@ from command import metapl, result
 from test_goldens import of_run
 from tiny_runs import TINY, colored_pictures
 
-from metapl.apps import images, label, train
+from metapl.apps import images, labeling, train
 from metapl.apps.images import Pictures
 from metapl.apps.launch import Processes
 from metapl.apps.methods import Training
@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     ),
     "resume skips a phase": (Trainer, "fit", skipping, resumed("images pseudo labels")),
     "labels of other pictures taken": (
-        *(label, "refuse_other_pictures", lambda *given, **named: None),
+        *(labeling, "refuse_other_pictures", lambda *given, **named: None),
         replaced_pictures_are_noticed,
     ),
     "average not kept": (

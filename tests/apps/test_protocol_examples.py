@@ -27,9 +27,9 @@ from tiny_runs import color_folders
 from torchvision import datasets
 from torchvision.datasets import imagenet
 
-from metapl.apps.labels import LabelWriter
+from metapl.apps.label_store import LabelWriter
 from metapl.apps.pictures import EvaluationBatches, scan_unlabeled
-from metapl.apps.run import EndedRun
+from metapl.apps.run_folder import EndedRun
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.feedback import Reinforce

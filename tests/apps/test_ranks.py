@@ -18,10 +18,10 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.machine import default_threads
 from metapl.apps.pictures import scan_unlabeled
-from metapl.apps.run import WEIGHTS
+from metapl.apps.run_folder import WEIGHTS
 
 SECONDS = 240.0
 

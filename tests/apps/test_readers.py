@@ -28,7 +28,7 @@ from torch import Tensor
 from metapl.apps.digits import Digits
 from metapl.apps.pictures import UnreadableImage, read_image, reader, scan_unlabeled, verify_files
 from metapl.apps.pictures.reader import gray_image, read_crops
-from metapl.apps.run import RunFolder
+from metapl.apps.run_folder import RunFolder
 from metapl.errors import MetaplError
 
 READERS: dict[str, Callable[[Path], Tensor]] = {

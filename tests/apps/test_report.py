@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.report import mistakes, write_report
-from metapl.apps.run import EndedRun
+from metapl.apps.run_folder import EndedRun
 from metapl.execution.numerics import float32_products
 from metapl.metrics import Evaluation
 

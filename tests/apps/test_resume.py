@@ -20,7 +20,7 @@ from test_bits import one_thread
 from test_goldens import words_of
 from tiny_runs import TINY, built_once
 
-from metapl.apps.run import WEIGHTS, RunFolder
+from metapl.apps.run_folder import WEIGHTS, RunFolder
 from metapl.errors import MetaplError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,13 +40,13 @@ POINTS = (
     ("metapl.training.trainer:BilevelTrainer", "teacher_step"),
     ("metapl.training.loss_trainer:LossTrainer", "step"),
     ("metapl.runs.checkpoint:CheckpointFolder", "write"),
-    ("metapl.apps.labels:LabelWriter", "add"),
-    ("metapl.apps.labels:LabelWriter", "_describe"),
+    ("metapl.apps.label_store:LabelWriter", "add"),
+    ("metapl.apps.label_store:LabelWriter", "_describe"),
     ("metapl.apps.noisy_student", "select"),  # between two phases
     ("metapl.apps.train", "evaluated"),
     ("metapl.apps.train", "measured"),
-    ("metapl.apps.run:RunFolder", "write_weights"),
-    ("metapl.apps.run:RunFolder", "write_json"),
+    ("metapl.apps.run_folder:RunFolder", "write_weights"),
+    ("metapl.apps.run_folder:RunFolder", "write_json"),
     ("metapl.apps.train", "write_report"),
 )
 
@@ -353,12 +353,12 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(
 def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metapl.runs.folder.PATIENCE", 0.1)
     (run / "result.json").unlink()
-    with RunFolder(run).held():
+    with RunFolder(run).locked():
         before = files(run)
         for more in ((), ("--resume",)):
             assert "metapl: " in metapl(*TINY, "--out", run, *more, code=2).stderr
         assert files(run) == before
-        with pytest.raises(MetaplError, match="another process"), RunFolder(run).held():
+        with pytest.raises(MetaplError, match="another process"), RunFolder(run).locked():
             pass
     metapl(*TINY, "--out", run, "--resume")
 

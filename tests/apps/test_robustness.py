@@ -32,11 +32,12 @@ from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from metapl.apps import evaluation as kinds
+from metapl.apps import robustness as kinds
 from metapl.apps.evaluate import GROUPS, robustness_curves
-from metapl.apps.evaluation import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
 from metapl.apps.export import WEIGHTS, export
-from metapl.apps.networks import Architecture, Normalized
+from metapl.apps.networks import Architecture
+from metapl.apps.robustness import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
+from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 

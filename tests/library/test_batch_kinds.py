@@ -1,4 +1,7 @@
-"""Batches whose inputs are dicts or tuples, networks that return objects, and labels beside unlabelled inputs."""
+"""Batches whose inputs are dicts or tuples, and networks that return objects.
+
+Labels stand beside unlabelled inputs.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def networks(kind: str, how: str = "object") -> tuple[nn.Module, nn.Module]:
 
 
 def data(kind: str, views: bool) -> dict[str, Any]:
-    """The same examples in every kind."""
+    """Return the same examples in every kind."""
     draw, form = torch.Generator().manual_seed(1), KINDS[kind]
     labeled = form(joined(ROWS, draw)), torch.arange(ROWS) % CLASSES
     weak, strong = (form(joined(ROWS + 2, draw)) for _ in range(2))

@@ -39,7 +39,10 @@ def test_exact_modes_are_those_that_say_so() -> None:
 
 
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
-    """What a layout offers follows from its kind and from the version of torch, without the processes."""
+    """A layout offers what follows from its kind and from the version of torch.
+
+    The processes are not needed.
+    """
 
     def refused(steps: int = 1, **laid_out: Any) -> set[str]:
         student, found = Layout(nn.Linear(2, 2), **laid_out), set()

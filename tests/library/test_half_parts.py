@@ -44,7 +44,7 @@ class PartlyHalf(nn.Module):
 
 
 def case(kind: str, width: int, dtype: torch.dtype) -> tuple[Toy, Toy]:
-    """A student, and the same without the part in half precision."""
+    """Return a student, and the same without the part in half precision."""
     base = toy("mlp", rows=12, dtype=dtype)
     torch.manual_seed(5)
     student = PartlyHalf(kind, width).to(dtype)

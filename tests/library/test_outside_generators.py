@@ -115,7 +115,7 @@ WAYS: dict[str, tuple[Any, int]] = {
     ("way", "draw"), product(WAYS, DRAWS, usual=("both", "tangent", "forward, recomputed"))
 )
 def test_the_gradient_is_that_of_double_backward(way: str, draw: str) -> None:
-    """At the first call, and at the second, for which the library knows whether the student draws from them."""
+    """The first call and the second, at which the library knows whether the student draws."""
     problem, (mode, steps) = case(DRAWS[draw]), WAYS[way]
     expected, after = by_hand(problem, steps)
     ahead = None if steps == 1 else [problem.unlabeled] * steps

@@ -82,7 +82,10 @@ class Nested:
 
 @dataclass
 class Derived(Plain):
-    """A subclass whose ``__post_init__`` changes what it is given, and keeps more than its fields."""
+    """A subclass whose ``__post_init__`` changes what it is given.
+
+    It keeps more than its fields.
+    """
 
     doubled: Tensor = field(init=False)
 

@@ -46,7 +46,7 @@ def four() -> Iterator[Ranks]:
 
 @cache
 def alone(**case: Any) -> dict[str, Any]:
-    """The same in this process, with the whole batch."""
+    """Return the same in this process, with the whole batch."""
     return sharded_cases.train(**case)
 
 
@@ -57,7 +57,10 @@ def tolerance(mode: Any) -> float:
 def compare(
     found: list[dict[str, Any]], expected: dict[str, Any], limit: float, alike: int = 1
 ) -> None:
-    """What every rank found, with what one process found; ``alike`` ranks have the same rows."""
+    """Compare what every rank found with what one process found.
+
+    ``alike`` ranks have the same rows.
+    """
     steps = len(expected["scalars"])
     for rank, own in enumerate(found):
         for name in ("teacher", "student"):
@@ -149,16 +152,20 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
     ]),
     "orders, ddp": (2, 1, [
         *each([Forward(by="tangent")], layout="ddp"),
-        *each([Forward(by="double_backward"), "reinforce_per_example"], layout="ddp", inside="distances"),
+        *each(
+            [Forward(by="double_backward"), "reinforce_per_example"],
+            layout="ddp", inside="distances"),
     ]),
     "altered "
-    "feedback": (2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
+    "feedback": (
+        2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
     "a replicated "
     "teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
     "metapl's own function": (2, 1, each(["forward", "difference"], layout="shard")),
     "its checkpoints": (2, 1, each(["forward", "difference"], layout="shard_checkpoint")),
     "its checkpoints, several steps": (
-        2, 1, each(["forward"], layout="shard_checkpoint", lookahead=3, recompute_teacher=True, steps=1)),
+        2, 1,
+        each(["forward"], layout="shard_checkpoint", lookahead=3, recompute_teacher=True, steps=1)),
     "products, AdamW": (2, 2, each(["reinforce"], optimizer="adamw", **CUT)),
     "products": (2, 2, each(PLAIN_PASSES, **CUT) + each(["none"], clip_norm=0.05, **CUT)),
     # and nothing to cut
@@ -168,7 +175,8 @@ CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
     "shards, products, a "
     "clip": (4, 2, each(["difference"], layout="tensor_by_shard", hidden=8, clip_norm=0.05)),
     "replicas and "
-    "products": (4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
+    "products": (
+        4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
     "replicas of shards of one": (2, 1, each(["reinforce"], layout="hsdp", optimizer="adamw")),
     "replicas of shards": (4, 1, each(["reinforce", "difference"], layout="hsdp")),
     "replicas of shards, AdamW": (4, 1, each(["forward"], layout="hsdp", optimizer="adamw")),
@@ -268,7 +276,10 @@ def test_replicas_repeat_a_training_with_their_own_masks_and_statistics(
     "layout", ["fsdp", pytest.param("shard_checkpoint", marks=pytest.mark.long)]
 )
 def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
-    """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
+    """A fault in a forward pass, and where a block is run again in the backward pass.
+
+    The weights are then those of a later step.
+    """
     require_torch("2.12", DIFFERENTIABLE_TWICE)
     for at in (2, 3, 4, 5):
         assert max(two.run("interrupted", layout=layout, at=at)) < 1e-12, at
@@ -362,7 +373,10 @@ def test_bfloat16_by_autocast(two: Ranks) -> None:
     ],
 )
 def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: Any) -> None:
-    """By the comparison with one process, or by the library's own checks, and by all ranks alike."""
+    """A fault is seen by the comparison with one process, or by the checks of the library.
+
+    All ranks see it alike.
+    """
     plain: dict[str, Any] = {"mode": mode, "optimizer": "sgd", "steps": 1}
     if fault == "rows_of_others_forgotten":
         plain["problem"] = sharded_cases.OF_ALL_ROWS
@@ -459,7 +473,9 @@ def test_layouts_that_cannot_be_are_refused() -> None:
         lambda: shard(multilayer([4, 3]), Mesh(shard=2), precision="half"),
         lambda: shard(multilayer([4, 3]), Mesh(shard=2), blocks=lambda n: [n]),
         lambda: shard(nn.Flatten(), Mesh(shard=2)),
-        lambda: shard(sharded_cases.Moving(False), Mesh(shard=2), blocks=lambda n: [n.layers[0]]),
+        lambda: shard(
+            sharded_cases.Moving(scale=False), Mesh(shard=2), blocks=lambda n: [n.layers[0]]
+        ),
         lambda: shard(nn.Sequential(nn.BatchNorm1d(3)), Mesh(shard=2), checkpoint=True),
     ):
         with pytest.raises(MetaplError):

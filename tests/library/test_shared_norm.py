@@ -48,7 +48,7 @@ def pictures(seed: int, rows: int = ROWS) -> Tensor:
 
 
 def own_rows(t: Tensor, ranks: int) -> Tensor:
-    """The rows of this process where several share them."""
+    """Return the rows of this process where several share them."""
     return t if ranks == 1 else t.chunk(ranks)[dist.get_rank()]
 
 
@@ -56,7 +56,10 @@ def own_rows(t: Tensor, ranks: int) -> Tensor:
 
 
 def derivatives(ranks: int) -> dict[str, Tensor]:
-    """Outputs, the gradient, its derivative along a direction, and a tangent, of all processes together."""
+    """Return derivatives of all processes together.
+
+    These are outputs, the gradient, its derivative along a direction, and a tangent.
+    """
     norm: Any = nn.BatchNorm2d(2).double()
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.7, 1.3]))
@@ -183,7 +186,10 @@ def test_shards_with_shared_statistics_are_one_process(
 
 
 def test_a_group_of_two_sees_what_a_micro_batch_sees(four: Ranks) -> None:
-    """Two groups of two processes take statistics as one process does that takes each batch in two parts."""
+    """Two groups of two processes take statistics as one process with two parts does.
+
+    It takes each batch in two parts.
+    """
     found = four.run("trained", mesh={"replicate": NUMBER}, mode="forward", group=2)
     expected = trained({}, "forward", accumulate=2)
     learned = [name for name in expected if "running" not in name and "batches" not in name]

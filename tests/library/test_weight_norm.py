@@ -60,7 +60,7 @@ def normed(kind: str, layer: nn.Module, dim: int | None = 0) -> nn.Module:
 
 
 def student(kind: str, width: int = 6) -> nn.Module:
-    """A norm for each row, for each column, and for a whole matrix."""
+    """Return a norm for each row, for each column, and for a whole matrix."""
     torch.manual_seed(4)
     first = normed(kind, nn.Linear(16, width))
     second = normed(kind, nn.Linear(width, 5), dim=1)
@@ -69,7 +69,7 @@ def student(kind: str, width: int = 6) -> nn.Module:
 
 
 def written_out(kind: str, theta: Tree, x: Tensor) -> Tensor:
-    """The same function of its parameters, with norms of its own."""
+    """Return the same function of its parameters, with norms of its own."""
     h = x.flatten(1)
     for layer, dims in ((1, (1,)), (3, (0,)), (5, (0, 1))):
         g, v = (theta[f"{layer}.{name}"] for name in NAMES[kind])
@@ -127,7 +127,10 @@ def test_it_is_right_above_the_size_up_to_which_a_graph_is_kept(kind: str) -> No
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_the_network_is_as_it_was(kind: str) -> None:
-    """Its parts, its hooks, and the weights that hooks have made, which are those of no replay and no transform."""
+    """Its parts, its hooks, and the weights that hooks have made.
+
+    These are those of no replay and no transform.
+    """
     problem = case(kind)
     network = problem.student
     before, parts = values(network), [*network.modules()]

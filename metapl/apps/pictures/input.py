@@ -14,11 +14,12 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.networks import Architecture, Normalized
+from metapl.apps.networks import Architecture
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import scan_unlabeled
 from metapl.apps.pictures.reader import gray_image, read_image
-from metapl.apps.words import tell
+from metapl.apps.printing import tell
+from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.models import mlp
 from metapl.runs.fields import AtLeastOne, Range, check_fields

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from metapl.apps.inputs import plural
-from metapl.apps.run import READOUTS
+from metapl.apps.run_folder import READOUTS
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, paired_test
 

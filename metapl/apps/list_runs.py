@@ -13,9 +13,9 @@ import tyro
 
 from metapl.apps.machine import is_owned
 from metapl.apps.pictures.folders import walk
-from metapl.apps.run import HASHED, RunFolder, guessing, refuse_changed, stored_result
+from metapl.apps.printing import short, table, tell
+from metapl.apps.run_folder import HASHED, RunFolder, guessing, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
-from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
 from metapl.runs.folder import read_rows

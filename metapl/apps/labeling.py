@@ -1,50 +1,33 @@
-"""``metapl label RUN PICTURES``, and ``metapl labels stats`` and ``select``, of what it stores.
-
-Pictures are labeled as they are, in eval mode. Reduced MPL takes the labels of the run's own
-teacher, or of stores that a user gives.
-"""
+"""Labels of many pictures by a network, and the stored labels that Reduced MPL trains on."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import relpath
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
-from metapl.apps.inputs import Factory, Network, Run
-from metapl.apps.labels import DIGEST_BYTES, LabelStore, LabelWriter, is_text, select, statistics
-from metapl.apps.machine import sha256_of, write_whole
+from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
 from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.pictures.batches import FileImages
 from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import BATCH, Input
 from metapl.apps.progress import count_bar, count_lines
-from metapl.apps.run import WEIGHTS, EndedRun
-from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
-from metapl.apps.words import short, table, tell
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
 from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import logits_of
-from metapl.runs.fields import Range
 from metapl.runs.terminal import progress
 from metapl.training import Say
-from metapl.training.options import MOST_WORKERS
 from metapl.words import shown
 
-Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
-
-LIST = "list.txt"  # in a selection's folder: the paths of its pictures
 FOLDER = "labels"  # where a run keeps the stored labels, in its folder
 
 # The most parts of a store, unless that would make them too large; rows of a part; and pictures
@@ -54,219 +37,6 @@ PARTS, FEWEST_ROWS, MOST_ROWS, COMPARED = 1000, 1024, 16_384, 1000
 # Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files,
 # where they have any; and the numbers of files that are left out, each with the reason.
 Read = tuple[Tensor, Tensor, list[bytes], list[tuple[int, str]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Label:
-    """Store the class probabilities that a run's network gives many pictures, to train other networks on.
-
-    The network runs in eval mode on pictures as they are. The labels go to a folder of Arrow files,
-    part by part. What is stopped goes on with --resume, and ends with the same files. In the store,
-    a picture is called by its path in PICTURES, and a digit by its number. A file that cannot be
-    read is left out, with the reason on standard error; the exit code is then 1. Needs pip install
-    'metapl[labels]'.
-
-    Args:
-        folder: the run folder; of a comparison, the run that it delivers.
-        pictures: a folder of pictures, or digits.
-        out: the folder of the store; made if need be.
-        temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
-        top_k: keep this many of the greatest probabilities of a picture, with their classes; by
-            default all are kept. When the store is read, the rest is spread evenly over the other
-            classes.
-        batch: pictures in a pass of the network.
-        num_workers: number of processes that read pictures; it only changes the speed.
-        resume: go on with the store that is there.
-        check: compare all pictures that are labeled already with what they were, not 1,000 of them.
-    """
-
-    folder: Run
-    pictures: Annotated[str, tyro.conf.Positional, unset("PICTURES")]
-    out: Annotated[Path, tyro.conf.arg(metavar="STORE")]
-    temperature: Annotated[float, Range(above=0)] = 1.0
-    top_k: Annotated[int | None, unset("K")] = None
-    network: Network = "delivered"
-    factory: Factory = None
-    batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
-    num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
-    resume: Switch = False
-    check: Switch = False
-
-    def run(self) -> int:
-        run = EndedRun.load(self.folder)
-        name = run.name(self.network)
-        network = run.network(name, self.factory).to(run.device)
-        given = run.cards[name].input
-        if self.pictures == "digits" and given.kind == "digit":
-            from sklearn.datasets import load_digits
-
-            images: Any = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
-            ids: Any = range(len(images))
-        else:
-            images = scan_unlabeled(self.pictures)
-            ids = images.names
-        labeled = ToLabel(
-            images=images, ids=ids, name=self.pictures, input=given, batch_size=self.batch
-        )
-        model = {key: run.result[key] for key in ("recipe", "method", "seed")}
-        model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
-        left_out: list[str] = []
-
-        def leave_out(reason: str) -> None:
-            left_out.append(reason)
-            tell(f"metapl: left out {reason}", file=sys.stderr)
-
-        how = {
-            name: getattr(self, name)
-            for name in ("temperature", "top_k", "num_workers", "resume", "check")
-        }
-        about = {"run": str(self.folder), "model": model}
-        try:
-            store = write_labels(
-                network, labeled, self.out, run.classes, leave_out, about=about, **how, shows=True
-            )
-        except KeyboardInterrupt:
-            tell(
-                f"\nmetapl: what is labeled is in {self.out}; go on with --resume.", file=sys.stderr
-            )
-            raise
-        missing = len(labeled.ids) - len(store)
-        tell(
-            f"{self.out}: labels of {len(store):,} pictures; what is in it: metapl labels stats "
-            f"{self.out}"
-        )
-        if missing:
-            tell(f"metapl: {missing:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
-        return 1 if missing or left_out else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Say what is in a store of labels: examples of each class, how confident the labels are, and their entropy.
-
-    The class of an example is its most probable one, and the confidence is the probability of that.
-
-    Args:
-        store: its folder.
-    """
-
-    store: Store
-
-    def run(self) -> int:
-        store = LabelStore(self.store)
-        found, about = statistics(store), store.provenance
-        lines = [
-            f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, "
-            f"{len(store.classes):,} classes"
-        ]
-        if "model" in about:
-            what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
-            lines.append(
-                f"by {about['run']} ({what}) of {about['pictures']}, {about['begun'][:10]}"
-            )
-        for asked in about.get("selected", []):
-            given = [
-                f"{name} {value}"
-                for name, value in asked.items()
-                if value and not name.startswith("of_")
-            ]
-            lines.append(f"selected from {asked['of_rows']:,}: {', '.join(given)}")
-        rows = [("class", "examples", "with copies", "share", "mean confidence")]
-        of_classes = found.classes, found.counts, found.class_copies, found.class_confidence
-        for name, count, copies, mean in zip(*of_classes, strict=True):
-            confidence = "-" if mean is None else f"{mean:.1%}"
-            rows.append(
-                (
-                    short(name),
-                    f"{count:,}",
-                    f"{copies:,}",
-                    f"{copies / found.copies:.1%}",
-                    confidence,
-                )
-            )
-        lines += ["", table(rows), ""]
-        lines.append(
-            f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} "
-            "nats"
-        )
-        tell("\n".join(lines))
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Select:
-    """Write a store of some of the examples of another one, as the papers select and balance their pictures.
-
-    In this order: pictures that stand in a folder are dropped; those with a confidence above a
-    threshold are kept, and not above an upper bound; of each class, the most confident, of equals
-    those whose names come first; classes that have fewer are filled up by counting pictures more
-    than once; and a uniform share of all these is drawn. Beside a selection of files stands
-    list.txt with their paths, which --unlabeled of metapl train images takes in the place of a
-    folder.
-
-    Args:
-        store: its folder.
-        out: folder of the new store; made if need be.
-        threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
-        at_most: and drop what it gave a probability above this: --threshold 0.2 --at-most 0.3 is an
-            interval of Noisy Student's Figure 5.
-        per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy
-            Student.
-        any_class: of each class, keep the --per-class examples with the greatest probability of it,
-            whatever their most probable class is; with 12800, the filter of Meta Pseudo Labels'
-            ResNet-50.
-        balance: duplicate examples of classes that have fewer than --per-class, or without it than
-            the largest class.
-        share: keep a uniform share of what is left, copies counted, as Noisy Student's Table 10
-            does.
-        seed: of the share.
-        drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as
-            your test pictures.
-    """
-
-    store: Store
-    out: Annotated[Path, tyro.conf.arg(metavar="STORE2")]
-    threshold: Annotated[float | None, unset()] = None
-    at_most: Annotated[float | None, unset()] = None
-    per_class: Annotated[int | None, unset("N")] = None
-    any_class: Switch = False
-    balance: Switch = False
-    share: Annotated[float | None, unset()] = None
-    seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
-    drop_overlap: Annotated[Path | None, unset("FOLDER")] = None
-
-    def run(self) -> int:
-        found = select(**{**vars(self), "store": LabelStore(self.store)})
-        whose = "of any class" if self.any_class else "of its class"
-        lines = [
-            (found.rows, "examples in the store"),
-            (found.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
-            (found.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
-            (found.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
-            (found.too_sure, f"dropped: confidence above {self.at_most or 0:g}"),
-            (found.beyond, f"dropped: not among the {self.per_class or 0:,} {whose}"),
-            (found.not_drawn, f"dropped: not drawn in a share of {self.share or 0:g}"),
-            (found.kept, "kept"),
-            (found.copies, "with copies"),
-        ]
-        width = len(f"{max(found.rows, found.copies):,}")
-        tell("\n".join(f"{number:>{width},}  {text}" for number, text in lines if number))
-        chosen = LabelStore(self.out)
-        pictures = Path(str(chosen.provenance.get("pictures")))
-        if pictures.is_dir():
-            paths = "".join(f"{relpath(pictures / str(name), self.out)}\n" for name in chosen)
-            write_whole(
-                self.out / LIST,
-                paths.encode("utf-8", "surrogateescape"),
-                "make room, and select again.",
-            )
-        if found.missing:
-            tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
-        tell(f"what is in it: metapl labels stats {self.out}")
-        return 0
-
-
-# -------------------------------------------------------------------------- labels of many pictures
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -336,7 +106,7 @@ def write_labels(
         network: gives logits; it runs in eval mode, without gradients, in the precision of its
             weights, on the device of its first parameter. Afterwards it is in the mode that it was
             in.
-        place, classes, top_k, resume: as of :class:`~metapl.apps.labels.LabelWriter`.
+        place, classes, top_k, resume: as of :class:`~metapl.apps.label_store.LabelWriter`.
         leave_out: is told of each file that is left out, with the reason, or that was labeled and
             cannot be read now.
         about: what else the store says of its labels.
