@@ -303,9 +303,9 @@ ALWAYS: Mapping[str, Source] = {
 
 # What single rows do as they stand, where that differs from the authors' code.
 OF_ROWS: Mapping[str, Source] = {
-    "`svhn`: the rate ends at 0.0118 of the first by the paper's rule, which is 0.000188 for a batch "
-    "of 256, and 0.000094 for this one of 128; the code's script for SVHN ends at 0.0002 for 256 "
-    "(--final_base_lr)": "paper",
+    "`svhn`: the rate ends at 0.0118 of the first by the paper's rule, which is 0.000188 for a "
+    "batch of 256, and 0.000094 for this one of 128; the code's script for SVHN ends at 0.0002 "
+    "for 256 (--final_base_lr)": "paper",
 }
 
 

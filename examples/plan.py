@@ -43,7 +43,7 @@ from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState
-from metapl.feedback import base, keeping
+from metapl.feedback import base, inner_step, keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
@@ -142,7 +142,7 @@ def rehearse(
                 (Path, "commit", "update", None),
             ]
             seams += [
-                (Path, "_outer", "labeled gradient", None),
+                (Path, "_outer_loss_at", "labeled gradient", None),
                 (Teaching, "backward", "teacher step", None),
             ]
             seams += [(type(trainer.mode), "feedback", "feedback", "for feedback")]
@@ -210,10 +210,10 @@ def stage(mesh: Mesh):
         (RandomState, "now", staticmethod(outside(RandomState.now))),
         *(
             (RandomState, name, outside(getattr(RandomState, name)))
-            for name in ("restore", "branch", "is_as")
+            for name in ("restore", "branch", "equals")
         ),
         # Derivatives without values cannot be compared, or be found to be infinite.
-        (base, "slopes_differ", lambda *_: False),
+        (inner_step, "slopes_differ", lambda *_: False),
         (base, "refuse_not_finite_feedback", lambda *_: None),
         (keeping, "free_bytes", lambda _: None),  # of another machine
         (Ranks, "agreed", lambda _ranks, **_: nullcontext()),

@@ -219,8 +219,7 @@ def _refusal(
             "batch_norm_ranks above 1 was given, and the network is a batch norm; expected one "
             "around it."
         )
-    names = dict(module.named_modules(remove_duplicate=False))
-    unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
+    unknown = [] if plan is None else _without_layer(plan, module)
     if unknown:
         return f"plan names {few(unknown)}, and the network has no such layer."
     if mesh.shard > 1 and len(_untied(module, blocks)) < len(blocks):
@@ -263,6 +262,16 @@ def _fully_shard(
     # The network itself comes last; it may be a block, and is sharded once.
     for block in dict.fromkeys([*blocks, module]):
         fully_shard(block, mp_policy=policy, mesh=devices, shard_placement_fn=placement)
+
+
+def _without_layer(plan: Plan, module: nn.Module) -> list[str]:
+    """Return the names of a plan, which may be patterns, that no layer of the network has."""
+    layers = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    unknown = []
+    for pattern in plan:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            unknown.append(pattern)
+    return unknown
 
 
 def _batch_norms_in(module: nn.Module) -> list[_BatchNorm]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -73,13 +72,6 @@ class MissingPackage(MetaplError, ImportError):
             f"{need}: expected the package {package}, which `pip install 'metapl[{extra}]'` "
             "installs."
         )
-
-
-def require_packages(need: str, *modules: str) -> None:
-    """Refuse to go on without these optional packages, before anything has been done."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise MissingPackage(need, module)
 
 
 @contextmanager

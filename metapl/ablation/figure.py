@@ -60,18 +60,18 @@ def draw_modes(
 
     distances = figure.add_subplot(grid[0, :])
     _draw_distances(distances, rows, points)
-    _name_rows(distances, rows, altered, recommended)
+    _name_rows(distances, rows, altered=altered, recommended=recommended)
     distances.set_title("error, over the exact gradient's length", fontsize=LETTERS + 1, loc="left")
     distances.set_xlabel("lines reach to the error of one draw", fontsize=LETTERS, color=QUIET)
 
     first_panel = figure.add_subplot(grid[1, 0])
-    _name_rows(first_panel, rows, altered, recommended)
+    _name_rows(first_panel, rows, altered=altered, recommended=recommended)
     other_panels = [figure.add_subplot(grid[1, column], sharey=first_panel) for column in (1, 2)]
     colors = {name: _color(name, altered, recommended) for name in rows}
     costs_by_title = _costs(rows)
     panels = [first_panel, *other_panels]
     for axes, (title, values) in zip(panels, costs_by_title.items(), strict=True):
-        _draw_costs(axes, rows, values, colors)
+        _draw_costs(axes, rows, values=values, colors=colors)
         axes.set_title(title, fontsize=LETTERS + 1, loc="left")
     for axes in other_panels:
         axes.tick_params(left=False, labelleft=False)
@@ -132,11 +132,14 @@ def _costs(rows: Modes) -> dict[str, dict[str, float]]:
     largest = max(_finite(mode.peak_bytes for mode in ran.values()), default=0.0)
     time_unit, time_scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
     if largest >= 1e9:
-        memory_unit, memory_scale = ("GB", 1e-9)
+        memory_unit = "GB"
+        memory_scale = 1e-9
     elif largest >= 1e6:
-        memory_unit, memory_scale = ("MB", 1e-6)
+        memory_unit = "MB"
+        memory_scale = 1e-6
     else:
-        memory_unit, memory_scale = ("KB", 1e-3)
+        memory_unit = "KB"
+        memory_scale = 1e-3
     return {
         "passes a call": {name: mode.passes for name, mode in ran.items()},
         f"time, {time_unit}": {name: time_scale * mode.seconds for name, mode in ran.items()},

@@ -150,7 +150,9 @@ class Ablation:
         Returns: a figure of matplotlib, 4 inches wide: ``found.plot().savefig("modes.png",
         dpi=200)``. Raises: :class:`metapl.MetaplError` where matplotlib is not installed.
         """
-        return draw_modes(self.modes, self.altered, self.points, self.recommended)
+        return draw_modes(
+            self.modes, self.altered, points=self.points, recommended=self.recommended
+        )
 
     def table(self) -> str:
         """Return the figures in lines of a terminal of 80 columns.
@@ -355,7 +357,10 @@ def ablate(
     controls: dict[str, ModeCost | str] = {}
     for name, mode in study.modes.items():
         part = controls if isinstance(mode, Altered) else compared
-        part[name] = study.reasons[name] if name in study.reasons else costs[name]
+        if name in study.reasons:
+            part[name] = study.reasons[name]
+        else:
+            part[name] = costs[name]
     exact_modes = [
         name for name in compared if study.modes[name].exact and name not in study.drawing
     ]

@@ -17,9 +17,10 @@ from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.batches import EvaluationBatches
+from metapl.apps.printing import require_packages
 from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
 from metapl.apps.tuned_networks import Tuned
-from metapl.errors import MetaplError, require_packages
+from metapl.errors import MetaplError
 from metapl.metrics.predictions import batches_of, eval_mode
 
 # The mean and the standard deviation of each channel that pretrained weights expect.

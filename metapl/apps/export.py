@@ -30,12 +30,12 @@ from torch import nn
 
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.networks import Architecture
-from metapl.apps.printing import tell
+from metapl.apps.printing import require_packages, tell
 from metapl.apps.report import spoken
 from metapl.apps.run_folder import EndedRun, counts_of, stored_data
 from metapl.apps.settings import Switch, unset
 from metapl.apps.tuned_networks import Normalized
-from metapl.errors import MetaplError, few, reason_of, require_packages
+from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
 from metapl.words import shown
 

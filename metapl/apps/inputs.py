@@ -112,7 +112,7 @@ def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[Run
     folder = RunFolder(path)
     try:
         folder.check(resume)  # where that is clear already, nobody is waited for
-        with folder.held():
+        with folder.locked():
             folder.check(resume)  # before anything is measured
             yield folder
     except Exception:

@@ -38,7 +38,8 @@ from metapl.apps.machine import (
     sha256_of,
     write_whole,
 )
-from metapl.errors import FieldError, MetaplError, few, reason_of, require_packages
+from metapl.apps.printing import require_packages
+from metapl.errors import FieldError, MetaplError, few, reason_of
 from metapl.execution.checks import described
 
 if TYPE_CHECKING:

@@ -182,7 +182,7 @@ def owned(
     except OSError as error:
         raise MetaplError(f"the folder {folder} cannot be made: {error.strerror}.") from error
     try:
-        with Folder(folder).held():
+        with Folder(folder).locked():
             try:
                 yield
             except (

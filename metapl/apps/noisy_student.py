@@ -1,4 +1,4 @@
-"""Noisy Student: a teacher labels, students learn from its labels with noise, and each labels for the next one.
+"""Noisy Student: a teacher labels, and noisy students learn and label one after another.
 
 The phases are fits of their own, ``round-0``, ``round-1``, ..., and between them the run stores
 labels and selects. Each is a function of what was before it and of the seed, and each goes on where
@@ -75,9 +75,30 @@ MOST_ROUNDS, MOST_RATIO = 1000, 2**12
 EACH, ONCE = "each", "once"
 THRESHOLD = 0.3
 
-# The paper's model noise, for networks that have it: the rate of dropout before the head, and the
-# probability of dropping the last block.
-DROPOUT, STOCHASTIC_DEPTH = 0.5, 0.2
+# Model noise, for networks that have it. The rate of dropout before the head is that of the
+# authors' published code for EfficientNets; the paper names that of B7 and L2 alone. All other
+# networks have that of the smallest one: with 0.5 a small network that trains for minutes learns
+# less (docs/images.md has the measurement).
+DROPOUTS = {
+    "efficientnet_b2": 0.3,
+    "efficientnet_b3": 0.3,
+    "efficientnet_b4": 0.4,
+    "efficientnet_b5": 0.4,
+    "efficientnet_b6": 0.5,
+    "efficientnet_b6_wide": 0.5,
+    "efficientnet_b7": 0.5,
+    "efficientnet_l2": 0.5,
+}
+USUAL_DROPOUT = 0.2
+
+# The paper's probability of dropping the last block.
+STOCHASTIC_DEPTH = 0.2
+
+# Unlabeled examples in a batch for each labeled one: the paper's for most networks, and for the
+# smallest, which a training on pictures begins with. Small networks lose by more: in study 7 on the
+# digits, and on pictures (docs/images.md).
+USUAL_RATIO = 3
+RATIO_OF_PICTURES = 1
 
 # How many examples of each kind the losses with and without noise are measured on, and how many in
 # a pass.
@@ -86,7 +107,7 @@ MEASURED_ON, MEASURED_AT_ONCE = 128, 64
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyStudent(Method):
-    """Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
+    """Noisy Student: a teacher labels, a noisy student learns its labels, and labels next.
 
     Args:
         networks: one a round; the last serves on.
@@ -99,7 +120,7 @@ class NoisyStudent(Method):
         balance: repeat examples of smaller classes.
         per_class: the most examples of a class.
         share: a uniform share of those selected.
-        ratio: unlabeled examples for each labeled one.
+        ratio: unlabeled by labeled; 1, of digits 3.
         loss: mean over the batch, or two_means added.
         training: joint, pretrain_finetune or pretrain.
         warm_start: begin with the teacher's weights.
@@ -124,7 +145,7 @@ class NoisyStudent(Method):
     balance: tyro.conf.FlagConversionOff[bool] = True
     per_class: Annotated[Steps | None, unset()] = None
     share: Annotated[Annotated[float, Range(above=0, most=1)] | None, unset()] = None
-    ratio: Annotated[int, Range(1, most=MOST_RATIO)] = 3
+    ratio: Annotated[Annotated[int, Range(1, most=MOST_RATIO)] | None, unset()] = None
     loss: Annotated[Literal["mean", "two_means"], tyro.conf.arg(metavar="KIND")] = "mean"
     training: Annotated[
         Literal["joint", "pretrain_finetune", "pretrain"], tyro.conf.arg(metavar="HOW")
@@ -171,7 +192,7 @@ class NoisyStudent(Method):
 
     @property
     def stored_selection(self) -> Path | None:
-        """The folder of a store that another network has selected, where --select-by names one."""
+        """Return the store that another network has selected, where --select-by names one."""
         return None if self.select_by in (EACH, ONCE) else Path(self.select_by)
 
     def scheduled(self, steps: int) -> Self:
@@ -179,7 +200,7 @@ class NoisyStudent(Method):
             raise MetaplError(
                 f"--warm-steps {self.warm_steps:,}: expected 1 to {steps:,}, or more --steps."
             )
-        return self
+        return dataclasses.replace(self, ratio=self.ratio or USUAL_RATIO)
 
     def train(self, t: Training) -> Trained:
         rounds = Rounds(self, t)
@@ -208,14 +229,17 @@ class DigitsOfRounds(Digits):
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesOfRounds(Pictures):
-    """What a picture becomes, how it is changed, and the network. What is None is chosen by looking at some pictures.
+    """What a picture becomes, how it is changed, and the network.
+
+    What is None is chosen by looking at some pictures.
 
     Args:
-        dropout: 0.5 unless given, where it has one.
+        dropout: where it has one; 0.2, B2 to L2 more.
         stochastic_depth: of the last block; 0.2, likewise.
     """
 
-    # Without a number, the paper's, for each network that has such noise and is trained whole.
+    # Without a number, what its size asks for, of each network that has such noise and is trained
+    # whole.
     dropout: Annotated[Share | None, unset()] = None  # type: ignore[assignment]
     stochastic_depth: Annotated[Share | None, unset()] = None  # type: ignore[assignment]
 
@@ -224,7 +248,7 @@ class PicturesOfRounds(Pictures):
         dropout = self.dropout
         stochastic_depth = self.stochastic_depth
         if dropout is None:
-            dropout = DROPOUT if is_whole else 0.0
+            dropout = DROPOUTS.get(architecture.name, USUAL_DROPOUT) if is_whole else 0.0
         if stochastic_depth is None:
             stochastic_depth = (
                 STOCHASTIC_DEPTH if is_whole and architecture.has_stochastic_depth else 0.0
@@ -236,18 +260,20 @@ class PicturesOfRounds(Pictures):
 class ImagesOfRounds(Images):
     """Pictures, likewise."""
 
+    usual_ratio: ClassVar[int] = RATIO_OF_PICTURES
+
     unlabeled_batch: Hidden[Batch] = 32
     pictures: Flat[PicturesOfRounds] = field(default_factory=PicturesOfRounds)
-    fitting: Flat[Fitting] = field(
-        default_factory=lambda: Fitting(ema_decay=0.99, schedule="exponential")
-    )
+    # The rate falls as a cosine. The paper's exponential spends half as many steps at a high rate,
+    # which costs a training of minutes more than it costs one of 350 epochs.
+    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
 
 
 # --------------------------------------------------------------------------------------- the rounds
 
 
 class Rounds:
-    """The rounds of a training: the last network, what it reached, and what is recorded of each round.
+    """The rounds of a training: the last network, what it reached, and the record of each round.
 
     Args:
         settings: of the method.
@@ -276,7 +302,7 @@ class Rounds:
     # -- the phases
 
     def train_first_teacher(self) -> None:
-        """Round 0: on labeled examples alone, with noise."""
+        """Train round 0: on labeled examples alone, with noise."""
         first = self.configs[0]
         torch.manual_seed(fold_in(self.seed, 0))
         network = first.network().to(self.training.place)
@@ -292,7 +318,7 @@ class Rounds:
         self.reached = self.measure(self.teacher)
 
     def train_student(self, number: int) -> None:
-        """One round: the last network labels, and a new one learns from its labels and from the labeled examples."""
+        """Train one round, on labels of the last network and on labeled examples."""
         settings = self.settings
         config = self.configs[number]
         chosen, record = self.choose(number)
@@ -350,9 +376,9 @@ class Rounds:
             self.records.append(record)
 
     def ended(self) -> Trained:
-        """What the run keeps.
+        """Return what the run keeps.
 
-        The last student and its teacher, and the student finetuned on larger pictures.
+        That is the last student and its teacher, and the student finetuned on larger pictures.
         """
         assert self.trainer is not None
         assert self.result is not None
@@ -409,7 +435,7 @@ class Rounds:
         return fold_in(self.seed, number)
 
     def schedule(self, steps: int) -> dict[str, Any]:
-        """Options of a fit of so many steps; the rate falls as fast in a shorter one."""
+        """Return options of a fit of so many steps; the rate falls as fast in a shorter one."""
         options: dict[str, Any] = {
             "steps": steps,
             "warmup": min(self.config.fitting.warmup or 0, steps),
@@ -419,7 +445,7 @@ class Rounds:
         return options
 
     def labeled(self, number: int) -> LabeledBatches:
-        """Labeled batches with noise, as a round draws them: each its own."""
+        """Return the labeled batches of a round, with noise; each round draws its own."""
         source = self.data.labeled
         sampler = dataclasses.replace(source.sampler, seed=fold_in(source.sampler.seed, number))
         batches: LabeledBatches = dataclasses.replace(
@@ -428,7 +454,7 @@ class Rounds:
         return batches
 
     def pairs(self, number: int, chosen: Chosen) -> PseudoLabeledBatches:
-        """Batches of the chosen examples with their labels, with the noise that unlabeled examples get."""
+        """Return batches of chosen examples with their labels, and the noise of unlabeled ones."""
         source = self.data.unlabeled
         noise = self.settings.unlabeled_noise
         view: View = Identity()
@@ -440,7 +466,7 @@ class Rounds:
             images=picked(source.images, chosen.positions),
             sampler=StepSampler(
                 len(chosen.positions),
-                self.settings.ratio * self.config.fitting.labeled_batch,
+                (self.settings.ratio or USUAL_RATIO) * self.config.fitting.labeled_batch,
                 seed=self.seed_of(number),
                 stream=1,
             ),
@@ -452,7 +478,7 @@ class Rounds:
         )
 
     def measure(self, network: nn.Module) -> dict[str, Any]:
-        """The weights of the network of a round, and what it reaches.
+        """Return the digest of the weights of a round's network, and what it reaches.
 
         Nothing is measured where a step is timed.
         """
@@ -467,10 +493,7 @@ class Rounds:
     # -- labels and selections
 
     def choose(self, number: int) -> tuple[Chosen, dict[str, Any]]:
-        """Let the last network label, and select as the settings say.
-
-        And what is recorded of it.
-        """
+        """Let the last network label, select as the settings say, and return a record of it."""
         if self.training.folder is None:
             return self.evenly_labeled(), {}
         stored = self.settings.stored_selection
@@ -526,7 +549,7 @@ class Rounds:
         return Chosen(positions, rows, selected_labels.at), record
 
     def relabel(self, number: int, selected: Selected) -> tuple[Chosen, dict[str, Any]]:
-        """Let the last network label the examples that were selected before it, each as often as it counted then."""
+        """Let the last network label what was selected before, each as often as it counted then."""
         labels = self.write_labels(number, selected.positions)
         positions = labels.column("id")
         # A file that became unreadable has no label; the others are in the order of the selection.
@@ -547,7 +570,7 @@ class Rounds:
         return Chosen(torch.from_numpy(positions)[rows], rows, labels.at), record
 
     def write_labels(self, number: int, positions: Values | None) -> LabelStore:
-        """The store of the last network's labels of these unlabeled examples, or of all of them."""
+        """Return the store of the last network's labels of these unlabeled examples, or of all."""
         images: Any = self.data.unlabeled.images
         ids: Any = range(len(images))
         if positions is not None:
@@ -585,7 +608,7 @@ class Rounds:
         copies_per_class: Sequence[int],
         copies: int,
     ) -> dict[str, Any]:
-        """What result.json says of a round's labels, which is said in a line too."""
+        """Return what result.json says of a round's labels, and say it in a line."""
         classes = self.data.classes
         folder = self.training.folder
         changed_labels = None
@@ -625,7 +648,7 @@ class Rounds:
         }
 
     def read_selection(self, store: LabelStore) -> Selected:
-        """The unlabeled examples that a store of another network's labels has, each as often as it counts there."""
+        """Return the unlabeled examples that a store of another network's labels has."""
         images: Any = self.data.unlabeled.images
         numbers = np.arange(len(images))
         root = self.config.scan("unlabeled").root
@@ -652,7 +675,7 @@ class Rounds:
         )
 
     def evenly_labeled(self) -> Chosen:
-        """All unlabeled examples with even labels, where a step is timed before there are any networks."""
+        """Return all unlabeled examples with even labels, for timing a step without networks."""
         every = torch.arange(len(self.data.unlabeled.images))
         classes = len(self.data.classes)
         return Chosen(every, every, lambda rows: torch.ones(len(rows), classes) / classes)
@@ -671,7 +694,7 @@ class Selected:
 
 
 def picked(images: Any, positions: Tensor) -> Any:
-    """The examples at these positions, of numbers in memory or of files."""
+    """Return the examples at these positions, of numbers in memory or of files."""
     return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
@@ -679,9 +702,9 @@ def picked(images: Any, positions: Tensor) -> Any:
 
 
 def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
-    """The settings with the network of each round, the first teacher's first.
+    """Return the settings with the network of each round, the first teacher's first.
 
-    Refused if they do not go on.
+    Networks that do not go on from one another are refused.
     """
     # Without names it is the usual one; the last of several serves on.
     asked = settings.networks or (None,)
@@ -699,11 +722,14 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
                 f"parameters, and its teacher {teacher} {sizes[teacher]:,}; expected equal or "
                 "larger ones, or --allow-smaller."
             )
-    if settings.warm_start and (len(set(names)) > 1 or config.fitting.schedule != "exponential"):
-        # It begins with the teacher's weights, and ends at the rate where a student from scratch
-        # ends.
+    if settings.warm_start and len(set(names)) > 1:
         raise MetaplError(
-            "--warm-start: expected one network in --networks, and --schedule exponential."
+            "--warm-start: expected one network in --networks, whose weights students begin with."
+        )
+    if settings.warm_steps is not None and config.fitting.schedule != "exponential":
+        raise MetaplError(
+            f"--warm-steps {settings.warm_steps:,}: expected --schedule exponential beside it, by "
+            "which a shorter training ends at the usual rate."
         )
     if settings.finetune_size is not None:
         configs[-1].at_size(settings.finetune_size)
@@ -750,7 +776,7 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
 
 
 def optimizer(config: Any, network: nn.Module, rate: float = 1.0) -> torch.optim.Optimizer:
-    """The optimizer of the network of a round, with ``rate`` times the usual learning rate."""
+    """Return the optimizer of a round's network, with ``rate`` times the usual learning rate."""
     usual: torch.optim.Optimizer = config.optimizer("teacher", network)
     for group in usual.param_groups:
         group["lr"] *= rate
@@ -758,9 +784,9 @@ def optimizer(config: Any, network: nn.Module, rate: float = 1.0) -> torch.optim
 
 
 def end_matched(steps: int, usual: int) -> float:
-    """The factor of the first learning rate with which ``steps`` end at the rate where ``usual`` steps end.
+    """Return the factor of the first rate with which fewer steps end at the usual rate.
 
-    Both follow the exponential schedule of the usual number.
+    Both ``steps`` and ``usual`` ones follow the exponential schedule of the usual number.
 
     >>> [f"{0.128 * end_matched(epochs, 350):.3g}" for epochs in (35, 70, 140, 280, 350)]  # study 8
     ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']
@@ -769,14 +795,14 @@ def end_matched(steps: int, usual: int) -> float:
 
 
 def freeze_first_layers(network: nn.Module, share: float) -> None:
-    """Freeze the first share of the layers that have weights, with the statistics of their norms."""
+    """Freeze the first share of the layers with weights, and the statistics of their norms."""
     layers = [
         part for part in network.modules() if any(True for _ in part.parameters(recurse=False))
     ]
     for layer in layers[: int(share * len(layers))]:
         layer.eval()
         for p in layer.parameters(recurse=False):
-            p.requires_grad_(False)
+            p.requires_grad = False
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -817,17 +843,17 @@ class PseudoLabeledBatches(UnlabeledBatches):
 
 
 def noisy_view(data: Data) -> View:
-    """The strong view, which labeled and unlabeled examples are learned with."""
+    """Return the strong view, which labeled and unlabeled examples are learned with."""
     view: View = data.unlabeled.weak if data.unlabeled.strong is None else data.unlabeled.strong
     return view
 
 
 def standard_view(data: Data) -> View:
-    """The augmentation that the paper calls standard: pictures are moved, and mirrored where that is asked for.
+    """Return the augmentation that the paper calls standard.
 
-    The teacher of the digits sees them as they are; for them it is the move by a pixel alone. Where
-    random parts of pictures are learned from, that is the standard augmentation, and the view
-    leaves them as they are.
+    Pictures are moved, and mirrored where that is asked for. The teacher of the digits sees them as
+    they are; for them it is the move by a pixel alone. Where random parts of pictures are learned
+    from, that is the standard augmentation, and the view leaves them as they are.
     """
     view: View = data.unlabeled.weak
     if isinstance(view, Identity) and data.unlabeled.crop is None:
@@ -880,7 +906,7 @@ class LossesApart:
 
     @torch.no_grad()
     def loss(self, network: nn.Module, source: Any) -> float:
-        """The mean cross-entropy over the first examples of a source."""
+        """Return the mean cross-entropy over the first examples of a source."""
         device = next(network.parameters()).device
         total = 0.0
         count = 0
@@ -911,7 +937,7 @@ class Augmented(ToLabel):
 
 
 class Noised(nn.Module):
-    """A network with dropout and stochastic depth even in eval mode; each batch has masks of its own.
+    """A network with dropout and stochastic depth in eval mode; each batch has its own masks.
 
     The masks follow from the batch, so labels are the same when they are gone on with.
     """
@@ -931,7 +957,7 @@ class Noised(nn.Module):
 
 
 def threshold_of(labels: LabelStore, asked: float) -> float:
-    """The confidence above which examples are kept: the one that was asked for, or 0 where no example reaches it.
+    """Return the confidence above which examples are kept: 0 where none reaches what was asked for.
 
     It is compared in float32, as confidences are stored and select compares them: there, 0.1 is
     more than in float64.

@@ -88,17 +88,17 @@ class RunFolder(Folder):
     # Files that are written before anything was trained.
     undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl")
     command: str | None = None  # what starts the run, for the record
-    _is_held = False
+    _is_locked = False
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """:func:`owned`; within it, this value may be held again, which changes nothing."""
-        with nullcontext() if self._is_held else owned(self.path, self.undone):
-            before, self._is_held = self._is_held, True
+    def locked(self) -> Iterator[None]:
+        """:func:`owned`; within it, this value may be locked again, which changes nothing."""
+        with nullcontext() if self._is_locked else owned(self.path, self.undone):
+            before, self._is_locked = self._is_locked, True
             try:
                 yield
             finally:
-                self._is_held = before
+                self._is_locked = before
 
     @property
     def exists(self) -> bool:
@@ -110,11 +110,11 @@ class RunFolder(Folder):
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`held`, by a run of this recipe.
+        """:meth:`locked`, by a run of this recipe.
 
         A new one, or with ``resume`` the one that is there, of the same.
         """
-        with self.held():
+        with self.locked():
             self.check(resume)
             if not self.exists:
                 content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}

@@ -283,9 +283,10 @@ class _NumberedFeed(Feed):
         """Return the batches from the position on."""
         # Workers have their batches pinned in the background, for CUDA.
         is_for_cuda = self._device is not None and self._device.type == "cuda"
+        source = self._source.raw() if self._is_made_in_halves else self._source
         return iter(
             loader(
-                self._source.raw() if self._is_made_in_halves else self._source,
+                source,
                 start=self._position,
                 stop=self._stop,
                 num_workers=self._num_workers,

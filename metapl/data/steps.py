@@ -91,7 +91,7 @@ class StepSampler:
         parts = []
         for epoch in range(first_epoch, last_epoch + 1):
             epoch_start = epoch * self.size
-            order = _permutation(self.size, self.seed, self.stream, epoch)
+            order = _permutation(self.size, self.seed, stream=self.stream, epoch=epoch)
             parts.append(order[max(start - epoch_start, 0) : stop - epoch_start])
         # This copies, so that the remembered orders stay as they are.
         return torch.cat(parts)

@@ -325,6 +325,7 @@ def _running_as(forwards: Mapping[Any, ForwardMethod]) -> Iterator[None]:
 
 def _with_duals(forward: ForwardMethod, places: list[_WeightPlace], w: Tree) -> ForwardMethod:
     """Return a ``forward`` for which the gathered weights are dual numbers, whose tangent is w."""
+    # Read now: while the block runs, its tables hold gathered weights.
     sharded = {place.name: place.table[place.attribute] for place in places if place.name in w}
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Estimators of the teacher's gradient, one a file; a mode is a name from :data:`MODES` or an estimator value.
+"""Estimators of the teacher's gradient, one a file.
 
-Here too: whether a mode, a problem and networks go together, refused at the door in one line.
+A mode is a name from :data:`MODES` or an estimator value. Here too: whether a mode, a problem and
+networks go together, refused at the door in one line.
 
 The default is ``forward``; ``reinforce`` is the paper's Algorithm 1.
 """
@@ -39,8 +40,13 @@ __all__ = [
     "Lookahead",
     "LossDifference",
     "Mode",
+    "NoFeedback",
+    "Reinforce",
+    "ReinforcePerExample",
+    "Unrolled",
+    "estimator",
+    "modes_for",
 ]
-__all__ += ["NoFeedback", "Reinforce", "ReinforcePerExample", "Unrolled", "estimator", "modes_for"]
 __dir__ = __all__.copy
 
 ModeName = Literal[
@@ -66,7 +72,7 @@ _REGISTRY: dict[ModeName, Estimator] = {
     "implicit": Implicit(),
     "none": NoFeedback(),
 }
-"""The modes, with their defaults.
+"""The modes by name, with their defaults.
 
 A new one is a file and a line here, and its name above for type checkers.
 """
@@ -76,17 +82,21 @@ MODES: tuple[ModeName, ...] = tuple(_REGISTRY)
 
 
 def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[ModeName, ...]:
-    """The names of the modes that take a kind of signal, or that take more than one student step.
+    """Return the names of the modes that take a kind of signal, or several student steps.
 
     >>> modes_for(looks_ahead=True)
     ('unrolled', 'forward', 'none')
     """
-    fits = [name for name, e in _REGISTRY.items() if kind is None or kind in e.labels]
-    return tuple(name for name in fits if _REGISTRY[name].looks_ahead or not looks_ahead)
+    names: list[ModeName] = []
+    for name, mode in _REGISTRY.items():
+        takes_signal = kind is None or kind in mode.labels
+        if takes_signal and (mode.looks_ahead or not looks_ahead):
+            names.append(name)
+    return tuple(names)
 
 
 def estimator(mode: str | Estimator) -> Estimator:
-    """The estimator that ``mode`` names or is.
+    """Return the estimator that ``mode`` names or is.
 
     >>> estimator("reinforce")
     Reinforce(similarity='dot', baseline=None, normalization='gradient', reduction='mean')
@@ -104,83 +114,94 @@ def estimator(mode: str | Estimator) -> Estimator:
     )
 
 
-@cache  # compiled graphs are known by their problem
+# Compiled graphs are known by their problem, so that all trainers without one share it.
+@cache
 def default_problem(labels: tuple[Kind, ...], mode: str) -> Problem:
+    """Return pseudo-labels of a kind that the mode takes; in each call the same value."""
     return PseudoLabels().for_modes(labels, mode)
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
-    """The problem (default: pseudo-labels) with a kind of signal that the mode takes."""
+    """Return the problem (default: pseudo-labels) with a kind of signal that the mode takes."""
     if problem is None:
         return default_problem(mode.labels, mode.name)
+    if isinstance(problem, type):
+        described = f"the class {problem.__name__}"
+    else:
+        described = checks.described(problem)
     if isinstance(problem, type) or not isinstance(problem, BilevelProblem):
-        given = (
-            f"the class {problem.__name__}"
-            if isinstance(problem, type)
-            else checks.described(problem)
-        )
         raise MetaplError(
-            f"problem is {given}; expected a metapl.BilevelProblem, such as metapl.PseudoLabels()."
+            f"problem is {described}; expected a metapl.BilevelProblem, such as "
+            "metapl.PseudoLabels()."
         )
     return problem.for_modes(mode.labels, mode.name)
 
 
-def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
-    """Refuse a missing teacher, one that is not used, and options that are ``given`` for one where there is none."""
+def check_teacher(teacher: nn.Module | None, problem: Problem, **is_given: bool) -> None:
+    """Refuse a missing teacher, one that is not used, and options for one that is not there.
+
+    Args:
+        is_given: whether an option of the teacher was given, by the option's name.
+    """
     if (teacher is not None) != problem.has_teacher:
-        expected = (
-            "a torch.nn.Module, which makes its signal" if problem.has_teacher else "teacher=None"
-        )
+        expected = "teacher=None"
+        if problem.has_teacher:
+            expected = "a torch.nn.Module, which makes its signal"
         raise MetaplError(
             f"teacher is of type {type(teacher).__name__}; {kind_of(problem)} expects {expected}."
         )
-    for name in (name for name, is_given in given.items() if is_given and teacher is None):
-        raise MetaplError(
-            f"{name} was given with teacher=None, and there is no teacher to use it; leave it out."
-        )
+    if teacher is not None:
+        return
+    for name, was_given in is_given.items():
+        if was_given:
+            raise MetaplError(
+                f"{name} was given with teacher=None, and there is no teacher to use it; leave it "
+                "out."
+            )
 
 
 def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
-    """Refuse steps of the student that the mode or the problem cannot take, and what the layout does not offer."""
-    kind, revising, entering = (
-        kind_of(problem),
-        overrides(problem, "revised_signal"),
-        enters_input(problem),
-    )
-    if steps > 1 and (revising or not mode.looks_ahead):
-        who, several = (
-            kind if revising else f"mode '{mode.name}'",
-            ", ".join(modes_for(looks_ahead=True)),
-        )
+    """Refuse what the mode, the problem and the student's layout cannot do together.
+
+    Args:
+        steps: of the student.
+    """
+    kind = kind_of(problem)
+    revises_signal = overrides(problem, "revised_signal")
+    signal_enters_input = enters_input(problem)
+    # That of an altered estimator is the one that it alters.
+    base = getattr(mode, "base", mode)
+    if steps > 1 and (revises_signal or not mode.looks_ahead):
+        who = kind if revises_signal else f"mode '{mode.name}'"
         raise MetaplError(
             f"{who} takes one student step, and {steps} were given; expected one, or one of "
-            f"{several}."
+            f"{', '.join(modes_for(looks_ahead=True))}."
         )
-    if entering and getattr(mode, "base", mode).name == "difference":
+    if signal_enters_input and base.name == "difference":
         raise MetaplError(
             f"{kind} has student_input(batch, signal); expected mode 'forward' or 'unrolled'."
         )
-    if entering and revising:
+    if signal_enters_input and revises_signal:
         raise MetaplError(
             f"{kind} has revised_signal and student_input(batch, signal); expected one of the two."
         )
-    if revising and getattr(mode, "normalization", None) == "cosine":
+    if revises_signal and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by a gradient that is zero here; expected "gradient".'
         )
-    required = {
-        *mode.requires,
-        *[CURVATURE] * (steps > 1),
-        *[THROUGH_INPUT] * (entering and mode.credits == "signal"),
-    }
-    required |= {ONE_PROCESS} if revising else set()
-    if lacking := sorted(need.value for need in required - student.capabilities):
-        given = f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps})"
-        expected = (
-            "one process, 'difference' or 'reinforce'"
-            if steps == 1
-            else "one process, or one student step"
-        )
+    required = set(mode.requires)
+    if steps > 1:
+        required.add(CURVATURE)
+    if signal_enters_input and mode.credits == "signal":
+        required.add(THROUGH_INPUT)
+    if revises_signal:
+        required.add(ONE_PROCESS)
+    lacking = sorted(capability.value for capability in required - student.capabilities)
+    if lacking:
+        expected = "one process, or one student step"
+        if steps == 1:
+            expected = "one process, 'difference' or 'reinforce'"
         raise MetaplError(
-            f"{given}, and the student is {student.description}; expected {expected}."
+            f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps}), and "
+            f"the student is {student.description}; expected {expected}."
         )

@@ -175,10 +175,15 @@ class Estimator(ABC):
     name: ClassVar[str]
     """The mode's name."""
     labels: ClassVar[tuple[Kind, ...]]
-    """The kinds of signal that it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled), by preference."""
+    """The kinds of signal that it takes, by preference.
+
+    ``"soft"`` is a differentiable signal, ``"hard"`` a sampled one.
+    """
     credits: ClassVar[Credits] = "signal"
-    """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the
-    ``"batch"``, or ``"nothing"``."""
+    """What gets a number of its own.
+
+    Each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or ``"nothing"``.
+    """
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     keep_on: str | None = None
@@ -186,9 +191,11 @@ class Estimator(ABC):
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
     is_pure: ClassVar[bool] = False
-    """Whether :meth:`feedback` asks for nothing but the protocols of :mod:`metapl.feedback.roads`,
-    and reads no number on the host: then the pure road runs it too, and ``torch.compile`` traces
-    it."""
+    """Whether :meth:`feedback` is written in the terms of both roads.
+
+    It then asks for nothing but the protocols of :mod:`metapl.feedback.roads`, and reads no number
+    on the host: the pure road runs it too, and ``torch.compile`` traces it.
+    """
 
     def __post_init__(self) -> None:
         # Annotations under TYPE_CHECKING cannot be read, and are not checked.
@@ -197,16 +204,22 @@ class Estimator(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether the feedback on a differentiable signal is the whole gradient, but for rounding."""
+        """Whether the feedback on a differentiable signal is the whole gradient, to rounding."""
         return False
 
     def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
-        """Return which of so many steps of a look-ahead, of ``size`` bytes each, keep their states."""
+        """Return which steps of a look-ahead keep their states.
+
+        The adjoint computes the others again.
+
+        Args:
+            size: of the state of a step, in bytes.
+        """
         return ALL
 
     @property
     def requires(self) -> frozenset[Capability]:
-        """What the student has to offer, such as :data:`~metapl.execution.layout.ONE_PROCESS`."""
+        """What the student has to offer, by names of :mod:`metapl.execution.layout`."""
         return frozenset({ONE_PROCESS} if self.keep_graph else ())
 
     def init(self) -> State:
@@ -220,11 +233,14 @@ class Estimator(ABC):
     def orders(
         self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
-        """Return the orders of differentiation that a path of so many steps may take, the preferred first.
+        """Return the orders of differentiation that a path may take, the preferred first.
 
         The first step takes the first of them that runs, later ones the same
-        (:mod:`metapl.feedback.order`). ``wrt`` is what :func:`metapl.hypergradient` differentiates
-        in besides the signals. Empty: there is nothing to choose.
+        (:mod:`metapl.feedback.order`). Empty: there is nothing to choose.
+
+        Args:
+            steps: of the student.
+            wrt: what :func:`metapl.hypergradient` differentiates in besides the signals.
         """
         return ()
 
@@ -263,9 +279,9 @@ class Estimator(ABC):
 
 
 def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None:
-    """Refuse, on all ranks and at once, feedback that another order of differentiation may give in finite numbers.
+    """Refuse feedback that another order of differentiation may give in finite numbers.
 
-    Cost: the host waits once for the device.
+    All ranks refuse it, at once. Cost: the host waits once for the device.
     """
     sums = []
     for of_step in feedback:

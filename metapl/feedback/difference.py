@@ -27,28 +27,32 @@ from metapl.problems.base import Kind, Problem
 from metapl.runs.fields import Range
 
 ROUNDINGS = 30.0
-"""A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
+"""A bound on the rounding error of outputs and of sums over them, in units of the epsilon."""
 
 RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
-"""r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical
+"""r by dtype.
+
+A move along the gradient changes the outputs in inverse proportion to a typical
 weight, whatever the number of weights, so r determines the change of the outputs: large beside
 their rounding, and small enough that few ReLUs switch (these, not curvature, cause the error of
-longer moves). Measured by benchmarks/difference_step.py at d3aeafaa."""
+longer moves). Measured by benchmarks/difference_step.py at d3aeafaa.
+"""
 
 
 @dataclass(frozen=True)
 class Difference(Estimator):
-    r"""As ``forward``, with the outputs' derivative along w taken as a difference of forward passes.
+    r"""Take the outputs' derivative along w by a difference of passes, and the rest as ``forward``.
 
     .. math:: \dot z \approx \frac{\|w\|}{2\delta}
-              \big[ S(x_u; \theta + \delta\,\hat w) - S(x_u; \theta - \delta\,\hat w) \big], \quad
-              \delta = r\,\frac{\|\theta\|}{\sqrt n}, \quad \hat w = w / \|w\|
+              \big[ S(x_u; \theta + \delta\,\hat w) - S(x_u; \theta - \delta\,\hat w) \big],
+              \quad \delta = r\,\frac{\|\theta\|}{\sqrt n}, \quad \hat w = w / \|w\|
 
     The passes run in float32 or wider, outside autocast and TF32 (in bf16 and TF32 the difference
     is noise). Where the inner loss has no second derivative, such as CTC, its derivative in the
     signal is taken at both outputs:
 
-    .. math:: h \approx -\frac{\|w\|}{2\delta} \big[ \nabla_{\mathrm{signal}} \ell(z_+, \mathrm{signal}) -
+    .. math:: h \approx -\frac{\|w\|}{2\delta} \big[
+              \nabla_{\mathrm{signal}} \ell(z_+, \mathrm{signal}) -
               \nabla_{\mathrm{signal}} \ell(z_-, \mathrm{signal}) \big], \quad
               z_\pm = S(x_u; \theta \pm \delta\,\hat w)
 

@@ -1,7 +1,7 @@
-"""The door of the first step: what can carry a gradient past the signal is refused by name, before anything moves.
+"""The door of the first step, where what can carry a gradient past the signal is refused by name.
 
-The feedback knows of one way from the teacher to the inner loss, the signal. Another way would be
-left out without a word, so it is looked for once: in what is given
+Nothing has moved by then. The feedback knows of one way from the teacher to the inner loss, the
+signal. Another way would be left out without a word, so it is looked for once: in what is given
 (:func:`refuse_gradients_of_batches`, :func:`refuse_learned_settings`, :func:`refuse_hooks`), and in
 the graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so that
 networks of any size, and sharded ones, are looked at. Later steps are not.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ MODES_WITH_DIRECT_TERM = ("forward", "unrolled", "difference", "implicit")
 
 
 class PastTheSignal(MetaplError):
-    """A loss depends on something that the feedback does not know of, or a batch changes under it."""
+    """A loss depends on what the feedback does not know of, or a batch changes under it."""
 
 
 # ------------------------------------------------------------------------------------ what is given
@@ -66,7 +66,10 @@ def refuse_gradients_of_batches(outer: Any, inner_batches: InnerBatches) -> None
 
 
 def refuse_learned_settings(update: Update) -> None:
-    """Refuse an inner optimizer with a setting that requires a gradient, or a transform whose result does."""
+    """Refuse an inner optimizer with a setting that requires a gradient.
+
+    Refuse a transform whose result requires one, too.
+    """
     if isinstance(update, Clipped):
         update = update.inner
     if getattr(update, "is_learned", False):
@@ -77,22 +80,30 @@ def refuse_learned_settings(update: Update) -> None:
             "metapl.hypergradient(wrt='lr')."
         )
     optimizer = vars(update).get("optimizer")
-    for one in () if optimizer is None else parts_of(optimizer):
-        for group in one.param_groups:
+    if optimizer is None:
+        return
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
             for name, value in group.items():
-                if name == "params":
-                    continue
-                if any(
-                    isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(value)
-                ):
-                    expected = f"a number ({name}.item())"
-                    if isinstance(value, Tensor) and value.numel() > 1:
-                        expected = f"values alone ({name}.detach())"
-                    raise MetaplError(
-                        f"{name} of the inner optimizer requires a gradient, of which the feedback "
-                        f"would know nothing; expected {expected}, whose gradient "
-                        f"metapl.hypergradient(wrt={name!r}) gives."
-                    )
+                if name != "params" and requires_gradient(value):
+                    refuse_learned_setting(name, value)
+
+
+def requires_gradient(setting: Any) -> bool:
+    """Return whether a setting of an optimizer, such as two betas, requires a gradient."""
+    leaves = pytree.tree_leaves(setting)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
+
+
+def refuse_learned_setting(name: str, setting: Any) -> NoReturn:
+    expected = f"a number ({name}.item())"
+    if isinstance(setting, Tensor) and setting.numel() > 1:
+        expected = f"values alone ({name}.detach())"
+    raise MetaplError(
+        f"{name} of the inner optimizer requires a gradient, of which the feedback "
+        f"would know nothing; expected {expected}, whose gradient "
+        f"metapl.hypergradient(wrt={name!r}) gives."
+    )
 
 
 def refuse_hooks(student: nn.Module) -> None:
@@ -100,11 +111,10 @@ def refuse_hooks(student: nn.Module) -> None:
 
     They change its gradients, and copies do not have them.
     """
-    hooked = [
-        n
-        for n, p in student.named_parameters()
-        if p._backward_hooks or p._post_accumulate_grad_hooks
-    ]
+    hooked = []
+    for name, p in student.named_parameters():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            hooked.append(name)
     if hooked:
         raise MetaplError(
             f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm)."
@@ -123,12 +133,16 @@ def outer_variables(problem: Problem, teacher: nn.Module | None) -> dict[str, nn
     """
     if teacher is None:
         return {}
-    held: set[int] = set()
+    ids_in_problem: set[int] = set()
     for value in vars(problem).values():
         for module in pytree.tree_leaves(value):
             if isinstance(module, nn.Module):
-                held |= {id(p) for p in module.parameters()}
-    return {name: p for name, p in teacher.named_parameters() if id(p) in held and p.requires_grad}
+                ids_in_problem |= ids(module.parameters())
+    variables = {}
+    for name, p in teacher.named_parameters():
+        if id(p) in ids_in_problem and p.requires_grad:
+            variables[name] = p
+    return variables
 
 
 def outer_loss_reads_more(problem: Problem, teacher: nn.Module | None) -> bool:
@@ -139,10 +153,10 @@ def outer_loss_reads_more(problem: Problem, teacher: nn.Module | None) -> bool:
 
 
 def has_direct_term(mode_name: str, problem: Problem, teacher: nn.Module | None) -> bool:
-    """Return whether the teacher's gradient has a direct term, ∂L(θ′; φ)/∂φ at fixed θ′, beside that of the feedback.
+    """Return whether the teacher's gradient has a direct term besides that of the feedback.
 
-    It is left out in ``none``, which has no feedback, and in the sampled modes, whose scalars it
-    does not belong to.
+    That is ∂L(θ′; φ)/∂φ at fixed θ′. It is left out in ``none``, which has no feedback, and in the
+    sampled modes, whose scalars it does not belong to.
     """
     return mode_name in MODES_WITH_DIRECT_TERM and outer_loss_reads_more(problem, teacher)
 
@@ -365,7 +379,8 @@ def same_values(t: Tensor, before: Tensor) -> bool:
     """Return whether a tensor is as it was; NaN counts as a value."""
     if t.shape != before.shape:
         return False
-    values, values_before = t.detach().to_dense(), before.to_dense()
+    values = t.detach().to_dense()
+    values_before = before.to_dense()
     if values.equal(values_before):
         return True
     has_nan = values.is_floating_point() or values.is_complex()
@@ -373,7 +388,7 @@ def same_values(t: Tensor, before: Tensor) -> bool:
 
 
 def gathered_weights(student: nn.Module, blocks: Sequence[Any]) -> set[int]:
-    """Return the ids of the whole weights that a sharded student gathers in a pass, block by block."""
+    """Return the ids of the whole weights that a sharded student gathers, block by block."""
     weights = set[int]()
     for block in blocks:
         block.unshard()
@@ -383,7 +398,10 @@ def gathered_weights(student: nn.Module, blocks: Sequence[Any]) -> set[int]:
 
 
 def name_in(owner: Any, leaf: Tensor) -> str:
-    """Return what a tensor is called in a module or an object, in attributes and in lists and dicts of them, or ""."""
+    """Return what a tensor is called in a module or an object; "" where it is not found.
+
+    It is looked for in attributes, and in lists and dicts in these.
+    """
     if isinstance(owner, nn.Module):
         for name, p in owner.named_parameters(remove_duplicate=False):
             if p is leaf:

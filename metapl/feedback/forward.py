@@ -59,7 +59,9 @@ def exact_orders(
     wrt: Sequence[str] = (),
     by: By | None = None,
 ) -> tuple[Order, ...]:
-    """Return the orders in which an exact derivative may be taken, the preferred first; or ``by`` alone.
+    """Return the orders in which an exact derivative may be taken, the preferred first.
+
+    Or ``by`` alone.
 
     Raises: :class:`metapl.MetaplError` for a ``by`` that a sharded student does not have.
     """
@@ -91,10 +93,10 @@ def exact_orders(
 
 @dataclass(frozen=True)
 class Forward(Estimator):
-    r"""The whole gradient, exactly, at about the price of Algorithm 1's scalar.
+    r"""Give the whole gradient, exactly, at about the price of Algorithm 1's scalar.
 
-    .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}}
-                  \Big\langle \frac{\partial\ell}{\partial z}(z, \mathrm{signal}),\ \dot z \Big\rangle, \quad
+    .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}} \Big\langle
+                  \frac{\partial\ell}{\partial z}(z, \mathrm{signal}),\ \dot z \Big\rangle, \quad
               \dot z = \frac{d}{d\varepsilon} S(x_u; \theta + \varepsilon w)\Big|_0
 
     For cross-entropy: h_ik = (1/B) d/dε log S_ik(θ + εw), shape (B, C), in units of the labeled

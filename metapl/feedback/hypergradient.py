@@ -102,26 +102,39 @@ class Hypergradient:
 
 
 def stacked_settings(
-    found: Sequence[Any], names: Sequence[str], options: Options
+    gradients: Sequence[Any], names: Sequence[str], options: Options
 ) -> dict[str, Any]:
-    """Gradients in settings by name, (K, groups, ...); 0 where a group has no such setting. Of a
-    setting with a value for each entry of a weight in one of the groups' ``options``, a list by
-    group, (K, ...)."""
+    """Return gradients in settings by name, (K, groups, ...).
 
-    def of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
-        held = [group.get(name) for group in groups]
-        values = [torch.stack([*t]) if isinstance(t, tuple | list) else t for t in held]  # betas
-        nothing = torch.zeros_like(min((t for t in values if t is not None), key=Tensor.numel))
-        return [nothing if t is None else t for t in values]
+    They are 0 where a group has no such setting. Of a setting that has, in one of the groups, a
+    value for each entry of a weight, it is a list by group, (K, ...).
 
-    stacked = dict[str, Any]()
+    Args:
+        gradients: by step and param group, a dict by name.
+        names: of the settings.
+        options: of the param groups.
+    """
+    stacked: dict[str, Any] = {}
     for name in names:
-        by_step = [of_groups(groups, name) for groups in found]
+        by_step = [gradients_of_groups(groups, name) for groups in gradients]
         if any(entry_shape(group.get(name)) for group in options):
             stacked[name] = [torch.stack(of_group) for of_group in zip(*by_step, strict=True)]
         else:
             stacked[name] = torch.stack([torch.stack(of_step) for of_step in by_step])
     return stacked
+
+
+def gradients_of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
+    """Return the gradient in a setting of each param group in one step, 0 where it has none."""
+    gradients: list[Tensor | None] = []
+    for group in groups:
+        gradient = group.get(name)
+        if isinstance(gradient, tuple | list):
+            # Betas are two.
+            gradient = torch.stack([*gradient])
+        gradients.append(gradient)
+    smallest = min((t for t in gradients if t is not None), key=Tensor.numel)
+    return [torch.zeros_like(smallest) if t is None else t for t in gradients]
 
 
 def as_leaf(setting: Any) -> Tensor:
@@ -167,9 +180,10 @@ class Differentiation:
         estimate: the mode, as an estimator.
         problem: the problem with a kind of signal that the mode takes.
         inner_optimizer: one optimizer, also where several were given.
-        ahead: the inner batches, as a look-ahead also where one was given.
+        inner_batches: one for each step of the student.
+        ahead: the same as a look-ahead, with its schedule, also where one batch was given.
         wrt: the names of what the gradient is in.
-        outer_losses: one for each step, where the outer batch is a look-ahead.
+        step_losses: an outer loss for each step, where the outer batch is a look-ahead.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
@@ -205,11 +219,9 @@ class Differentiation:
         )
 
     def _read_batches(self) -> None:
-        """Read the batches.
-
-        Of a look-ahead in memory a list, those of a function as they are taken.
-        """
-        inner, outer = self.request.inner, self.request.outer
+        """Read the look-ahead and the outer losses, and refuse what does not go together."""
+        inner = self.request.inner
+        outer = self.request.outer
         self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
         keep_on = self.estimate.keep_on
         if keep_on not in (None, "cpu") and not self.compiles:
@@ -221,12 +233,13 @@ class Differentiation:
                 "inner=Lookahead(weights=) was given; weights are of outer batches, "
                 "outer=Lookahead(weights=)."
             )
-        self.outer_losses: OuterLosses | None = None
+        self.step_losses: OuterLosses | None = None
         if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
-            self.outer_losses = OuterLosses(*outer_batches(outer, self.ahead))
+            batches, weights = outer_batches(outer, self.ahead)
+            self.step_losses = OuterLosses(batches, weights)
         self.options: list[Any] = self.ahead.options(self.inner_optimizer)
         check_mode(self.estimate, len(self.inner_batches), self.problem, self.of_student)
-        if self.outer_losses is not None and self.estimate.name not in ("forward", "unrolled"):
+        if self.step_losses is not None and self.estimate.name not in ("forward", "unrolled"):
             raise MetaplError(
                 f"an outer loss for each step was given with mode {self.estimate.name!r}; expected "
                 "'forward' or 'unrolled', or one outer batch."
@@ -304,7 +317,7 @@ class Differentiation:
         refuse_direct_term_in_parts(
             self.problem, parts=self.request.accumulate, is_alone=self.of_student.ranks.alone
         )
-        if self.outer_losses is not None:
+        if self.step_losses is not None:
             raise MetaplError(
                 f"an outer loss for each step was given, and that of {kind_of(self.problem)} may "
                 "read the teacher; expected one outer batch."
@@ -329,17 +342,11 @@ class Differentiation:
 
     def _in_order(self, order: Order | None, is_tried: bool) -> Hypergradient:
         """Return the result with the feedback's second derivative in one order."""
-        request, estimate, student = self.request, self.estimate, self.student
+        request = self.request
+        estimate = self.estimate
+        student = self.student
         ranks = self.of_student.ranks
-        outer_losses = None
-        if self.outer_losses is None:
-            judged = self.problem.outer_batch(request.outer)
-        else:
-            judged_batches = [
-                self.problem.outer_batch(batch) for batch in self.outer_losses.batches
-            ]
-            outer_losses = OuterLosses(judged_batches, self.outer_losses.weights)
-            judged = judged_batches[-1]
+        outer_batch, step_losses = self._read_outer_batches()
         teaching = Teaching(
             self.of_teacher,
             self.problem,
@@ -355,7 +362,7 @@ class Differentiation:
         student.chooses_order = is_tried
         replays = ReplayCheck(request.replay_tolerance, ranks)
         is_shown = request.shows_progress and ranks.first
-        count = len(self.inner_batches)
+        steps = len(self.inner_batches)
         with ExitStack() as stack:
             stack.enter_context(
                 restored(
@@ -368,15 +375,15 @@ class Differentiation:
             )
             if estimate.keep_graph or order == "graph":
                 stack.enter_context(no_fast_path(math=True))
-            if count > 1:
+            if steps > 1:
                 stack.enter_context(deterministic(self.device))
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            with step_bar(is_shown, count, "steps", 0) as tell:
+            with step_bar(is_shown, steps, "steps", 0) as show_step:
                 path = take_steps(
                     student,
                     self.update,
                     problem=self.problem,
-                    outer_batch=judged,
+                    outer_batch=outer_batch,
                     inner_batches=self.inner_batches,
                     teach=teaching,
                     accumulate=request.accumulate,
@@ -387,36 +394,39 @@ class Differentiation:
                     keep=estimate.keeping,
                     updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],
-                    step_losses=outer_losses,
+                    step_losses=step_losses,
                     replays=replays,
-                    progress=tell,
+                    progress=show_step,
                 )
             path.is_tried = is_tried
             # h = −dL(θ′)/d(signal)
-            with step_bar(is_shown, count, "steps back", 0) as path.progress:
+            with step_bar(is_shown, steps, "steps back", 0) as path.progress:
                 feedback, _ = estimate.checked_feedback(path, estimate.init())
             direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
-            # The gradient of −Σ h·signal(θ_T), and of the outer loss that reads the teacher.
-            grads = teaching.gradient(path, feedback) if "teacher" in self.wrt else {}
+            grads: dict[str, Tensor] = {}
+            if "teacher" in self.wrt:
+                # The gradient of −Σ h·signal(θ_T), and of an outer loss that reads the teacher.
+                grads = teaching.gradient(path, feedback)
             if direct:
                 grads = {name: g + direct[name] for name, g in grads.items()}
-            settings = stacked_settings(
-                path.setting_gradients[::-1], self.settings, self.update.options
-            )
+            gradients_in_order = path.setting_gradients[::-1]
+            settings = stacked_settings(gradients_in_order, self.settings, self.update.options)
             h = tuple(
-                of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)
+                feedback_of_step.of_batch(step)
+                for step, feedback_of_step in zip(path.steps, feedback, strict=True)
             )
             start = path.start if "start" in self.wrt else {}
             path = path.revised(h[-1])
             is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)
+            is_lookahead = self.inner_batches.is_lookahead
             return Hypergradient(
                 grads=grads,
-                feedback=h if self.inner_batches.is_lookahead else h[0],
+                feedback=h if is_lookahead else h[0],
                 inner_loss=path.inner_loss,
                 outer_loss=path.whole_outer_loss,
                 student_params=self.of_student.as_parameters(path.params),
                 inner_state=None if is_torch_optimizer else path.state,
-                kept=path.keeping.words(count) if self.inner_batches.is_lookahead else "",
+                kept=path.keeping.words(steps) if is_lookahead else "",
                 start=self.of_student.as_parameters(start),
                 settings=settings,
                 order=order or "",
@@ -426,8 +436,18 @@ class Differentiation:
                 float32_products=float32_products(self.device),
             )
 
+    def _read_outer_batches(self) -> tuple[Any, OuterLosses | None]:
+        """Return the last outer batch, and those of each step, as the problem reads them."""
+        if self.step_losses is None:
+            return self.problem.outer_batch(self.request.outer), None
+        batches = [self.problem.outer_batch(batch) for batch in self.step_losses.batches]
+        return batches[-1], OuterLosses(batches, self.step_losses.weights)
+
     def _by_another_mode(self, other: Estimator, one_step: bool) -> Hypergradient:
-        """Return the gradient of the same steps, or of the first one, by another mode, which an error may propose."""
+        """Return the gradient of the same steps, or of the first one, by another mode.
+
+        An error may propose it.
+        """
         self._begin()
         inner = self.inner_batches[0] if one_step else self.request.inner
         with replayed(RandomState.now(self.device, self.request.generator)):

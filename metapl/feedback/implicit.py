@@ -168,9 +168,10 @@ def neumann(
     *,
     is_default: bool = False,
 ) -> Tree:
-    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations.
+    """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, 1, ...
 
     Args:
+        iterations: the greatest i.
         is_default: whether the step size is the student's learning rate, which nobody gave.
     """
     term = scaled(v, step_size)

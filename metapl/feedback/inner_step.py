@@ -10,7 +10,8 @@ and is then judged by L(θ_{K+1}). The adjoint runs backwards, from v = ∇L and
 state:
 
 .. math:: (w_k, \bar\theta_k, \bar s_k) =
-          \Big(\frac{\partial U}{\partial (g, \theta, s)}\Big)^{\!\top} (\lambda_{k+1}, \bar s_{k+1}), \qquad
+          \Big(\frac{\partial U}{\partial (g, \theta, s)}\Big)^{\!\top}
+          (\lambda_{k+1}, \bar s_{k+1}), \qquad
           \lambda_k = \bar\theta_k + \frac{\partial^2 \ell_k}{\partial\theta^2} w_k
 
 The feedback on signal_k needs only w_k (see :mod:`metapl.feedback.forward`). With K = 1 it is
@@ -516,7 +517,7 @@ class InnerStep:
         return self.derivatives_by_tangent(w, z_dot, move.rounding / move.width, of=of)
 
     def check_shifted(self, first: Tensor, second: Tensor) -> None:
-        """Flag shifted outputs whose mean, z to the second order of the shift, is not the pass's."""
+        """Flag shifted outputs whose mean, z to second order of the shift, is not the pass's."""
         parts = len(self.passes)
         for part, one, other in zip(
             self.passes, first.chunk(parts), second.chunk(parts), strict=True
@@ -617,7 +618,7 @@ def _derivatives_by_losses(
 def _loss_in_leaves(
     step: InnerStep, leaves: Tree, w: Tree, z: Tensor, *, factor: Tensor
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Return this rank's mean loss at outputs z and weights θ + factor·w, and its gradient in leaves."""
+    """Return this rank's mean loss at z and weights θ + factor·w, and its gradient in leaves."""
     student = step.student
     theta: Tree = {}
     weights: AbstractContextManager[Any] = NOTHING
@@ -634,7 +635,7 @@ def _loss_in_leaves(
 
 
 def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
-    """Return this rank's share of (1/B) Σ_i factor_i ℓ_i(z, signal, θ), micro-batch by micro-batch."""
+    """Return this rank's share of (1/B) Σ_i factor_i ℓ_i(z, signal, θ), by micro-batches."""
     ranks = step.student.ranks
     parts = len(step.passes)
     # A loss may look at the batch as a whole, so it is given the micro-batches of the passes.
@@ -655,7 +656,7 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
 def _slope(
     step: InnerStep, leaves: Tree, w: Tree, z_dot: Tensor, rounding_of_z_dot: Tensor | None
 ) -> Tensor:
-    """Return this rank's share of d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), with its graph.
+    """Return this rank's share of d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw).
 
     It is flagged where it is not ⟨w, g⟩, to which it is equal by the chain rule.
     """

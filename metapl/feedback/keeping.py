@@ -168,8 +168,8 @@ def room_for(
         # Their parts of a state differ in size, and every process has to choose the same.
         if place.type == "cpu":
             memory /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes))
-        own = torch.tensor([state_bytes, -memory], dtype=torch.float64, device=ranks.device)
-        most, least = ranks.greatest(own).tolist()
+        of_rank = torch.tensor([state_bytes, -memory], dtype=torch.float64, device=ranks.device)
+        most, least = ranks.greatest(of_rank).tolist()
         state_bytes = int(most)
         memory = -least
     return Room(steps, state_bytes, memory=memory, disk=disk, has_folder=folder is not None)
@@ -302,7 +302,7 @@ class FolderStates(States):
         Yields what :meth:`store` wrote last in a process that was killed; None where no path is
         here. The path of another call is refused.
         """
-        with OwnedFolder(self.folder).held():
+        with OwnedFolder(self.folder).locked():
             # Processes that were killed while they wrote have left these.
             for unfinished in self.folder.glob("*.tmp"):
                 unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The inner batches of several student steps, and the outer batches of losses after each of them."""
+"""The inner batches of several student steps, and the outer batches of losses after each."""
 
 from __future__ import annotations
 
@@ -55,44 +55,53 @@ class Lookahead(Sequence[Any]):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        given: Any = self.batches
-        held = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-        if (
-            (len(given) < (self.steps or 1))
-            if held
-            else (self.steps is None or not callable(given))
-        ):
-            given = (
-                f"Lookahead was given batches that are {checks.described(given)} and "
-                f"steps={self.steps}"
-            )
+        if not self._has_batch_for_each_step():
             raise MetaplError(
-                f"{given}; expected a batch for each step, or a function of its number with steps=."
+                f"Lookahead was given batches that are {checks.described(self.batches)} and "
+                f"steps={self.steps}; expected a batch for each step, or a function of its number "
+                "with steps=."
             )
         if self.weights is not None:
-            try:
-                weights = torch.as_tensor(self.weights, dtype=torch.float64)
-            except (TypeError, ValueError, RuntimeError) as error:
-                given = f"Lookahead was given weights that are {checks.described(self.weights)}"
-                raise MetaplError(
-                    f"{given}; expected {len(self)} numbers, one for each outer batch."
-                ) from error
-            if weights.shape != (len(self),) or not weights.isfinite().all():
-                given = f"Lookahead was given weights of shape {tuple(weights.shape)}"
-                raise MetaplError(
-                    f"{given}; expected {len(self)} finite numbers, one for each outer batch."
-                )
+            self._check_weights(self.weights)
+
+    def _has_batch_for_each_step(self) -> bool:
+        """Return whether the batches are a long enough sequence, or a function with steps."""
+        if isinstance(self.batches, Sequence) and not isinstance(self.batches, str | bytes):
+            return len(self.batches) >= (self.steps or 1)
+        return callable(self.batches) and self.steps is not None
+
+    def _check_weights(self, given_weights: Sequence[float] | Tensor) -> None:
+        """Refuse weights that are not a finite number for each outer batch."""
+        try:
+            weights = torch.as_tensor(given_weights, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MetaplError(
+                f"Lookahead was given weights that are {checks.described(given_weights)}; expected "
+                f"{len(self)} numbers, one for each outer batch."
+            ) from error
+        if weights.shape != (len(self),) or not weights.isfinite().all():
+            raise MetaplError(
+                f"Lookahead was given weights of shape {tuple(weights.shape)}; expected "
+                f"{len(self)} finite numbers, one for each outer batch."
+            )
 
     def __len__(self) -> int:
-        return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given
+        if self.steps is not None:
+            return self.steps
+        # Without a number of steps the batches are a sequence.
+        return len(self.batches)  # type: ignore[arg-type]
 
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        return plain(self.batches(number) if callable(self.batches) else self.batches[number])
+        batch = self.batches(number) if callable(self.batches) else self.batches[number]
+        return plain(batch)
 
     def options(self, optimizer: Any) -> list[list[dict[str, Any]]]:
-        """The options of the inner optimizer in each step, where a schedule makes them differ."""
+        """Return the options of the inner optimizer in each step, by param group.
+
+        Empty without a schedule: they are the same in all steps.
+        """
         if self.schedule is None:
             return []
         if not isinstance(optimizer, Optimizer):
@@ -114,17 +123,14 @@ def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[f
             "expected weights=."
         )
     if len(outer) != len(inner):
-        given = f"outer is a Lookahead of {len(outer)}, and the student takes {len(inner)}"
+        steps = "step" if len(inner) == 1 else "steps"
         raise MetaplError(
-            f"{given} step{'s' * (len(inner) > 1)}; expected an outer batch for each step, or one "
-            "batch."
+            f"outer is a Lookahead of {len(outer)}, and the student takes {len(inner)} {steps}; "
+            "expected an outer batch for each step, or one batch."
         )
-    weights = (
-        [1.0] * len(outer)
-        if outer.weights is None
-        else torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
-    )
-    return list(outer), weights
+    if outer.weights is None:
+        return list(outer), [1.0] * len(outer)
+    return list(outer), torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
 
 
 def refuse_outer_lookahead(outer: Any) -> None:
@@ -163,7 +169,7 @@ class InnerBatches(Sequence[Any]):
             inner: a batch, or a :class:`Lookahead` of any length.
             lookahead: the trainer's; above 1 a single batch is refused.
         """
-        # A class that derives from Sequence answers isinstance slowly, and most batches are tensors.
+        # A class that derives from Sequence answers isinstance slowly; most batches are tensors.
         if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
             if lookahead > 1:
                 raise MetaplError(

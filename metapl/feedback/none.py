@@ -13,7 +13,9 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class NoFeedback(Estimator):
-    """Give no feedback, h = 0: the teacher learns from its own losses alone, and with none of these it stays as it is.
+    """Give no feedback, h = 0: the teacher learns from its own losses alone.
+
+    With none of these it stays as it is.
 
     Takes: soft and hard labels, and any inner optimizer of ``torch.optim``. The control of a mode
     that draws labels draws them too: ``problem=metapl.PseudoLabels(kind="hard")``. Left to itself

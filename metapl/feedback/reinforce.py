@@ -25,10 +25,11 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class Reinforce(Estimator):
-    r"""Ask by one scalar for the batch: does the step on the sampled labels follow the labeled gradient?
+    r"""Say by one scalar whether the step on the sampled labels follows the labeled gradient.
 
-    .. math:: h = -\langle w, g \rangle \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}),
-              \qquad \text{teacher: } h \cdot \tfrac1B \sum_i \mathrm{CE}(\hat y_i, T(x_i))
+    .. math:: h = -\langle w, g \rangle
+              \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}), \qquad
+              \text{teacher: } h \cdot \tfrac1B \sum_i \mathrm{CE}(\hat y_i, T(x_i))
 
     Args:
         similarity: ``"dot"`` (Algorithm 1) or ``"cosine"``, −⟨w, g⟩/(‖w‖‖g‖), in [−1, 1]: another

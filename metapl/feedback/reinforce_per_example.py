@@ -22,10 +22,12 @@ BY_DIFFERENCE = Difference()
 
 @dataclass(frozen=True)
 class ReinforcePerExample(Estimator):
-    r"""One number per label: the effect of this label's part of the step on the labeled loss.
+    r"""Give one number per label: the effect of its part of the step on the labeled loss.
 
-    .. math:: h_i = -\tfrac1B \Big\langle \frac{\partial \ell_i}{\partial z_i}(z_i, \hat y_i), \dot z_i \Big\rangle,
-              \quad \text{teacher: } \sum_i h_i \mathrm{CE}(\hat y_i, T(x_i)), \quad \sum_i h_i = -\langle w, g \rangle
+    .. math:: h_i = -\tfrac1B \Big\langle
+                  \frac{\partial \ell_i}{\partial z_i}(z_i, \hat y_i), \dot z_i \Big\rangle, \quad
+              \text{teacher: } \sum_i h_i \mathrm{CE}(\hat y_i, T(x_i)), \quad
+              \sum_i h_i = -\langle w, g \rangle
 
     Args:
         tangent: how ż is computed: ``"forward"`` (exact) or ``"difference"`` (any operation).

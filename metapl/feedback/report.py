@@ -20,7 +20,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Report:
-    """The numbers of a step. They stay on the device until they are read: ``as_dict``, or an attribute, gives floats.
+    """The numbers of a step.
+
+    They stay on the device until they are read: ``as_dict``, or an attribute, gives floats.
 
     Args:
         step: the step's number, from 0.
@@ -33,6 +35,7 @@ class Report:
     fault: checks.Fault = field(default_factory=checks.Fault)
 
     def __repr__(self) -> str:
+        # A report of a step without a teacher has no feedback.
         feedback = {"feedback": self.feedback} if "feedback" in vars(self) else {}
         return summary(type(self).__name__, step=self.step, **self.scalars, **feedback)
 
@@ -45,20 +48,25 @@ class Report:
         return self.fault.flag
 
     def as_dict(self) -> dict[str, float]:
-        """Every scalar, in one transfer from the device."""
+        """Return every scalar, in one transfer from the device."""
         self.fault.raise_if_found()
-        found = self._columns()
-        values = torch.stack([t.detach().double().reshape(()) for t in found.values()]).tolist()
-        return dict(zip(found, values, strict=True))
+        columns = self._columns()
+        scalars = [t.detach().double().reshape(()) for t in columns.values()]
+        values = torch.stack(scalars).tolist()
+        return dict(zip(columns, values, strict=True))
 
     def _columns(self) -> dict[str, Tensor]:
+        """Return the scalars that are read as floats, by name."""
         return self.scalars
 
     def __getattr__(self, name: str) -> float:
-        known = self._columns() if "scalars" in self.__dict__ and not name.startswith("_") else {}
-        if name not in known:
+        # A report that is being copied has no scalars yet.
+        columns: dict[str, Tensor] = {}
+        if "scalars" in self.__dict__ and not name.startswith("_"):
+            columns = self._columns()
+        if name not in columns:
             raise AttributeError(
-                f"{type(self).__name__} has no {name!r}; it has {', '.join(known)}"
+                f"{type(self).__name__} has no {name!r}; it has {', '.join(columns)}"
             )
         return self.as_dict()[name]
 
@@ -97,11 +105,14 @@ class StepReport(Report):
 
     @property
     def float32_products(self) -> dict[str, str]:
-        """In what precision matrix products and convolutions of float32 are taken on the step's
-        device, as torch's switches stand when this is read: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by
-        name."""
+        """In what precision products of float32 are taken on the step's device.
+
+        Of matrices and of convolutions, by these names: ``"ieee"``, ``"tf32"`` or ``"bf16"``, as
+        torch's switches stand when this is read.
+        """
         return float32_products(self.student_outputs.device)
 
     def _columns(self) -> dict[str, Tensor]:
-        h = torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(self.feedback)])
+        entries = [t.detach().double().flatten() for t in pytree.tree_leaves(self.feedback)]
+        h = torch.cat(entries)
         return {**self.scalars, "feedback_mean": h.mean(), "feedback_std": h.std(correction=0)}

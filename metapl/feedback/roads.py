@@ -6,7 +6,7 @@ r"""What a road hands to an estimator: the student's steps, in terms that both r
   :class:`~metapl.feedback.inner_step.InnerStep`, with ``torch.autograd`` and forward mode, on the
   modules themselves, in micro-batches and over processes;
 - on the *pure road*, which ``compile=True`` and ``functional()`` take, by ``PurePath`` and
-  ``PureStep`` of :mod:`metapl.functional.step`, with ``torch.func``.
+  ``PureStep`` of :mod:`metapl.functional.path`, with ``torch.func``.
 
 An estimator that asks for nothing but the protocols of this file runs on both, and says so by
 ``is_pure = True``.
@@ -145,10 +145,14 @@ class StudentPath(Protocol):
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
     ) -> Iterable[tuple[StudentStep, Tree, Gradients | None]]:
-        """Return the last ``truncate`` steps from the last to the first, each with its w, and ∂⟨g, w⟩/∂(fields).
+        """Return the last ``truncate`` steps, the last first, with w and ∂⟨g, w⟩/∂(fields).
 
         None in the place of these derivatives: ask the step for them, by
         :meth:`StudentStep.derivatives_along`. Where they are there, w may be empty.
+
+        Args:
+            fields: what the derivatives are in, by name, as a function of a step's signal.
+            truncate: None: all steps.
         """
 
     def gradients_in_signals(

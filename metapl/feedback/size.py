@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 DEFAULT_BOUND = 0.1
-"""The bound of a trainer whose teacher learns labels by losses of its own, where nothing else is
-given: of the rules that were tried the most cautious one. docs/modes.md has what
-``benchmarks/feedback_size.py`` measured with it."""
+"""The bound of a trainer whose teacher learns labels by losses of its own, by default.
+
+Of the rules that were tried it is the most cautious one. docs/modes.md has what
+``benchmarks/feedback_size.py`` measured with it.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class FeedbackSize:
 
     .. math:: \lambda = \mathrm{weight}, \qquad
               \lambda = \mathrm{ratio}\, \frac{\|G_{own}\|}{\|G_h\|}, \qquad
-              |\lambda| = \min\Big(|\mathrm{weight}|,\ \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
+              |\lambda| = \min\Big(|\mathrm{weight}|,
+              \ \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
 
     Args:
         weight: λ itself, or with a bound the greatest λ; λ has its sign.
@@ -62,7 +65,9 @@ class FeedbackSize:
 
 
 def ratio_of(weight: Tensor, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
-    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states; where the teacher's own gradient is
-    zero it is infinite, and 0 if the feedback's is zero too."""
+    """Return ‖λ G_h‖ / ‖G_own‖, the size that a report states.
+
+    Where the teacher's own gradient is zero it is infinite, and 0 if the feedback's is zero too.
+    """
     size = (weight * feedback_norm).abs()
     return torch.where(size > 0, size / own_norm, 0.0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,17 +62,35 @@ class Cotangents(NamedTuple):
     teacher: Tree
 
 
-# (φ, carry, batch, settings) -> (carry after the step, loss, the fields of the signal)
-StepFunction = Callable[
-    [Tree, Carry, Any, Settings],
-    tuple[Carry, Tensor, dict[str, Any]],
-]
-# (φ, carry, batch, settings, bars, nudge) -> (the carry's cotangents, dL/d(signal), dL/d(settings)
-# or None, ‖dL/dθ‖). Nudge has zeros, by the names of the signal's differentiable fields.
-AdjointFunction = Callable[
-    [Tree, Carry, Any, Settings, Cotangents, Tree],
-    tuple[Cotangents, Tree, Settings | None, Tensor],
-]
+class StepFunction(Protocol):
+    """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k)."""
+
+    def __call__(
+        self, phi: Tree, carry: Carry, batch: Any, settings: Settings, /
+    ) -> tuple[Carry, Tensor, dict[str, Any]]:
+        """Return the carry after the step, the mean loss, and the fields of the signal by name."""
+
+
+class AdjointFunction(Protocol):
+    """The adjoint of a step."""
+
+    def __call__(
+        self,
+        phi: Tree,
+        carry: Carry,
+        batch: Any,
+        settings: Settings,
+        bars: Cotangents,
+        nudge: Tree,
+        /,
+    ) -> tuple[Cotangents, Tree, Settings | None, Tensor]:
+        """Return the cotangents before the step, dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
+
+        Args:
+            carry: before the step.
+            bars: the cotangents after it.
+            nudge: zeros, by the names of the signal's differentiable fields.
+        """
 
 
 def make_training(
@@ -120,16 +138,21 @@ def make_training(
             return mean
 
         if signal_enters_input:
-            signal, teacher_state = signal_of(T, problem, phi, carry, batch, None, nudge)
+            signal, teacher_state = signal_of(
+                T, problem, phi=phi, carry=carry, batch=batch, z=None, nudge=nudge
+            )
             z, pull, state = vjp(lambda theta: student_outputs(theta, signal), theta, has_aux=True)
         else:
             z, pull, state = vjp(student_outputs, theta, has_aux=True)
-            signal, teacher_state = signal_of(T, problem, phi, carry, batch, z.detach(), nudge)
+            signal, teacher_state = signal_of(
+                T, problem, phi=phi, carry=carry, batch=batch, z=z.detach(), nudge=nudge
+            )
         # g = ∇_θ (1/B) Σ ℓ_i, through the outputs and in what the loss reads of θ itself.
         (in_outputs, in_weights), loss = grad_and_value(mean_loss, (0, 1))(z, theta)
         (through_outputs,) = pull(in_outputs)
         g = {name: t + in_weights[name] for name, t in through_outputs.items()}
-        options = [{**group, **own} for group, own in zip(constants, settings, strict=True)]
+        pairs = zip(constants, settings, strict=True)
+        options = [{**constant_options, **numbers} for constant_options, numbers in pairs]
         after = update.update(theta, g, s, options)
         return after, (state, teacher_state, loss.detach(), as_dict(signal.detached()))
 
@@ -163,8 +186,8 @@ def make_training(
                 (bars.params, bars.optimizer)
             )
         teacher_bar = {name: t + phi_bar[name] for name, t in bars.teacher.items()}
-        before = Cotangents(theta_bar, s_bar, teacher_bar)
-        return before, signal_bar, settings_bar[0] if in_settings else None, norm(theta_bar)
+        cotangents = Cotangents(theta_bar, s_bar, teacher=teacher_bar)
+        return cotangents, signal_bar, settings_bar[0] if in_settings else None, norm(theta_bar)
 
     return step, adjoint
 
@@ -172,6 +195,7 @@ def make_training(
 def signal_of(
     T: Function,
     problem: Problem,
+    *,
     phi: Tree,
     carry: Carry,
     batch: Any,

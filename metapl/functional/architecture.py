@@ -51,7 +51,8 @@ EVERYWHERE = (
     torch_modules._global_backward_hooks,
     torch_modules._global_backward_pre_hooks,
 )
-BUFFER_MARKS = {"persistent", "_is_buffer"}  # the attributes of an nn.Buffer
+# The attributes of an nn.Buffer.
+BUFFER_MARKS = {"persistent", "_is_buffer"}
 NUMBERS = (type(None), bool, int, float, complex, str, bytes)
 OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 

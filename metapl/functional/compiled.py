@@ -60,7 +60,8 @@ from metapl.updates import (
     update_of,
 )
 
-LONGEST = 3  # steps that are unrolled in one function
+# How many steps are unrolled in one function at most.
+LONGEST = 3
 
 
 class Updates(NamedTuple):
@@ -300,8 +301,9 @@ class LiveState:
         settings = [settings_by_group(update) for update in self.updates]
         if settings != self._settings:
             optimizers = self.state.inner, self.state.outer
-            for optimizer, before, now in zip(optimizers, self._settings, settings, strict=True):
-                groups = zip(optimizer.settings, before, now, strict=True)
+            pairs = zip(optimizers, self._settings, settings, strict=True)
+            for optimizer, old_settings, new_settings in pairs:
+                groups = zip(optimizer.settings, old_settings, new_settings, strict=True)
                 optimizer.settings[:] = [
                     changed_settings(*group, device=trainer.device) for group in groups
                 ]
@@ -364,15 +366,15 @@ def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
 
 def changed_settings(
     tensors: Mapping[str, Any],
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
     *,
     device: torch.device,
 ) -> dict[str, Any]:
     """Return the settings of a param group as tensors, the old ones where a number is the same."""
     changed: dict[str, Any] = {}
-    for name, number in now.items():
-        is_same = before.get(name) == number
+    for name, number in new.items():
+        is_same = old.get(name) == number
         changed[name] = tensors[name] if is_same else settings_of(number, device)
     return changed
 

@@ -230,7 +230,7 @@ def norm(a: Tree) -> Tensor:
 
 
 class PureSpace(Space):
-    """Products and norms of trees, by operations that every transform of torch.func has a rule for."""
+    """Products and norms of trees, by operations that all transforms of torch.func have."""
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         """Return ⟨a, b⟩ over the parameters that both have, a scalar."""
@@ -397,7 +397,7 @@ class Function:
                 self.weights_by_hooks.append((part, name))
 
     def tables(self) -> list[tuple[str, dict[str, Tensor | None]]]:
-        """Return the tables of parameters and of buffers of each part, each with a prefix of names."""
+        """Return each part's tables of parameters and of buffers, with the prefix of its names."""
         tables: list[tuple[str, Any]] = []
         for prefix, part in named_parts(self.module):
             tables += [(prefix, part._parameters), (prefix, part._buffers)]
@@ -420,7 +420,9 @@ class Function:
                         table[name] = tensors[self.first_names[prefix + name]]
             with EagerMasks(in_memory_order=self.in_memory_order), by_formulas(self.formulas):
                 answer = ask(self.module)
-            left: Any = {prefix + name: t for prefix, table in tables for name, t in table.items()}
+            left: dict[str, Any] = {}
+            for prefix, table in tables:
+                left |= {prefix + name: t for name, t in table.items()}
             self.refuse_new_buffers(left)
         except RuntimeError as error:
             if torch.compiler.is_compiling():

@@ -110,7 +110,14 @@ def differentiate(
         progress: whether to show how far it is.
     """
     of_teacher, of_student, device = layouts(teacher, student)
-    if reason := why_not_compiled(mode, problem, of_student, of_teacher, optimizer, accumulate):
+    if reason := why_not_compiled(
+        mode,
+        problem,
+        student=of_student,
+        teacher=of_teacher,
+        optimizer=optimizer,
+        accumulate=accumulate,
+    ):
         raise MetaplError(f"compile=True was given with {reason}; leave compile out.")
     if outer_losses is not None and folder_of(mode.keep_on):
         raise MetaplError(
@@ -164,6 +171,7 @@ def differentiate(
 def why_not_compiled(
     mode: Estimator,
     problem: Problem,
+    *,
     student: Layout,
     teacher: Layout | None,
     optimizer: Any,
@@ -245,7 +253,7 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
     buffers = [b for network in networks for b in network.buffers()]
     state_bytes = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
     spacing = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
-    kept = keeping(steps, state_bytes, device, spacing, mode.keep_on)
+    way_of_keeping = keeping(steps, state_bytes, device=device, spacing=spacing, on=mode.keep_on)
 
     truncate: int | None = getattr(mode, "truncate", None)
     first = 0
@@ -263,8 +271,8 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
         phi=phi,
         first=first,
         first_seen=first if request.outer_losses is None else 0,
-        keeping=kept,
-        spacings=(*kept.spacings, 1),
+        keeping=way_of_keeping,
+        spacings=(*way_of_keeping.spacings, 1),
         compared_step=compared_step,
         compared_schedule=(
             schedule_of_step(options, compared_step, update, device) if ahead.schedule else None
@@ -388,10 +396,10 @@ class StepBook:
 
     def note_batch(self, number: int, batch: Any) -> None:
         """Note a batch that was read; refuse one that is another than when it was read before."""
-        found = digest(batch)
+        batch_digest = digest(batch)
         if number == len(self.digests):
-            self.digests.append(found)
-        if bool(self.digests[number] != found):
+            self.digests.append(batch_digest)
+        if bool(self.digests[number] != batch_digest):
             raise MetaplError(OTHER_BATCH.format(number))
 
     def note_signal(self, number: int, batch: Any, signal: Mapping[str, Any]) -> None:
@@ -630,8 +638,8 @@ class CompiledPath:
         outer_loss = L
         outer_losses = None
         if request.outer_losses is not None:
-            before = [self.losses_before[number] for number in range(1, plan.steps)]
-            outer_losses = torch.stack([*before, L])
+            of_others = [self.losses_before[number] for number in range(1, plan.steps)]
+            outer_losses = torch.stack([*of_others, L])
             outer_loss = request.outer_losses.total(outer_losses)
         return Hypergradient(
             grads=back.bars.teacher if "teacher" in request.wrt else {},
@@ -760,14 +768,14 @@ class CompiledPath:
         if is_noted:
             self.replays.note(number, carry.params, carry.optimizer)
         random = RandomState.now(plan.device, outside=self._draws_outside)
-        kept = [
+        kept_state = [
             carry.params,
             carry.optimizer,
             moved_since(plan.start.state, carry.state),
             moved_since(plan.start.teacher_state, carry.teacher_state),
             random.values(),
         ]
-        self.states.keep(number, kept, is_held)
+        self.states.keep(number, kept_state, is_held=is_held)
         if self.states.is_stored and number == len(self.book.losses) > 0:
             self._store(way_back={})
 

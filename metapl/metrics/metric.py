@@ -275,7 +275,9 @@ def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: boo
             "validation is an iterator, which is read once; expected a list or a DataLoader."
         )
     with replayed(RandomState.now(judge.device)):
-        batches = outer_batches(validation, judge.read_outer, judge.device, "validation")
+        batches = outer_batches(
+            validation, judge.read_outer, device=judge.device, name="validation"
+        )
         first = next(batches, None)
         if first is None:
             raise MetaplError("validation has no batches; expected at least one example, or None.")

@@ -113,7 +113,7 @@ def batches_of(
         inputs, labels, *_ = labeled_pair(batch, name_of_batch)
         return inputs, labels
 
-    return outer_batches(data, read, device, name)
+    return outer_batches(data, read, device=device, name=name)
 
 
 def input_batches(

@@ -441,7 +441,7 @@ class Table(nn.Module):
             return self.values
         rows = len(self.values)
         checked_index = checks.class_labels(
-            index.flatten(), rows, "the indices of Table", f"it has {rows:,} rows"
+            index.flatten(), rows, subject="the indices of Table", reason=f"it has {rows:,} rows"
         )
         return self.values[checked_index.view(index.shape)]
 

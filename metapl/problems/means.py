@@ -339,10 +339,11 @@ def joined_batches(parts: Sequence[Any]) -> Any:
         tensors_of_parts.append(tensors)
     joined = []
     for same_tensor_of_parts in zip(*tensors_of_parts, strict=True):
-        has_rows = same_tensor_of_parts[0].ndim > 0
-        joined.append(
-            torch.cat(list(same_tensor_of_parts)) if has_rows else same_tensor_of_parts[0]
-        )
+        first = same_tensor_of_parts[0]
+        if first.ndim > 0:
+            joined.append(torch.cat(list(same_tensor_of_parts)))
+        else:
+            joined.append(first)
     # The tensors are visited in the same order as above.
     remaining = iter(joined)
     return map_tensors(lambda _: next(remaining), parts[0])

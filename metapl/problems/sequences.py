@@ -208,7 +208,9 @@ def check_words(outputs: Tensor, *, inner_labels: Tensor, outer_labels: Tensor) 
     words = outputs.shape[2]
     for labels in (outer_labels, inner_labels):
         ids = labels.masked_fill(labels == IGNORED, 0).flatten()
-        checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
+        checks.class_labels(
+            ids, words, subject="the token ids", reason=f"the student has {words:,} words"
+        )
 
 
 def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
@@ -217,7 +219,9 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
     # A DataLoader of a TensorDataset has lists of one tensor.
     if isinstance(contents, tuple | list) and len(contents) == 1:
         contents = contents[0]
-    entries = contents if isinstance(contents, dict) else {"input_ids": contents}
+    entries = contents
+    if not isinstance(contents, dict):
+        entries = {"input_ids": contents}
     ids = entries.get("input_ids")
     mask = entries.get("attention_mask")
     labels: Any = entries.get("labels", ids)

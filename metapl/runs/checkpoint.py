@@ -331,7 +331,8 @@ class PartsFolder(CheckpointFolder):
             for place, t in tensors.items():
                 if place not in sharded_tensors:
                     plain_tensors[place] = t.to("cpu", copy=True)
-        complete = partial(self._complete, path, step, {"tree": tree, "tensors": plain_tensors})
+        rest = {"tree": tree, "tensors": plain_tensors}
+        complete = partial(self._complete, path, step=step, rest=rest)
 
         class Writer(FileSystemWriter):
             def finish(self, metadata: Any, results: Any) -> None:

@@ -29,7 +29,7 @@ LOCK = ".lock"
 class Folder:
     """The folder of a fit, with checkpoints of its phases and the rows that it records.
 
-    It is made when a process first owns it.
+    It is made when a process first locks it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -37,10 +37,10 @@ class Folder:
         self._lock: Any = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Own the folder against other processes until the block ends.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder against other processes until the block ends.
 
-        Within it, this value may be held again.
+        Within it, this value may be locked again.
         """
         from filelock import FileLock, Timeout
 

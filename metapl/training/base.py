@@ -7,7 +7,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from metapl.execution import checks
 from metapl.execution.batch import as_tensors, either, inputs_of, rows
 from metapl.execution.checks import described
 from metapl.execution.layout import Layout
+from metapl.execution.local import NOTHING
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.feedback.report import Report, Say
@@ -51,25 +52,39 @@ def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
     """Refuse a state without the entries of a trainer's own."""
     if not isinstance(state, Mapping):
         raise MetaplError(f"it is {described(state)}")
-    if missing := sorted({*expected} - {*state}):
+    missing = sorted({*expected} - {*state})
+    if missing:
         raise MetaplError(f"it has no {', '.join(missing)}")
 
 
 class Trainer(ABC):
-    """A trainer that goes step by step, whose state can be saved between any two."""
+    """A trainer that goes step by step, whose state can be saved between any two.
 
-    student: nn.Module  # the network that is trained, evaluated and kept
-    teacher: nn.Module | None = None  # that makes the labels, where there is one
-    as_given: nn.Module  # the student as it was handed over, perhaps in ``DistributedDataParallel``
+    Attributes:
+        student: the network that is trained, evaluated and kept.
+        teacher: the network that makes the labels; None: there is none.
+        as_given: the student as it was handed over, perhaps in ``DistributedDataParallel``.
+        device: where the networks are.
+        ranks: the processes that share its batches.
+        layouts: where the weights of each network lie.
+        lookahead: how many unlabeled batches the loop draws for a step; several are a
+            :class:`metapl.Lookahead`.
+        classifies: whether the losses are known to be of classes.
+        teacher_classifies: whether the teacher gives class logits, so that its accuracy can be
+            measured.
+        precision: of the networks' passes.
+        steps_done: the number of steps so far.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+    as_given: nn.Module
     device: torch.device
-    ranks: Ranks = ALONE  # the processes that share its batches
+    ranks: Ranks = ALONE
     layouts: list[Layout]
-    # unlabeled batches that the loop draws for a step; several are a :class:`metapl.Lookahead`
     lookahead: int = 1
-    classifies: bool = False  # whether the losses are known to be of classes
-    teacher_classifies: bool = (
-        False  # whether the teacher gives class logits, so that its accuracy can be measured
-    )
+    classifies: bool = False
+    teacher_classifies: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
 
@@ -83,15 +98,19 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step."""
+        """Take one step."""
 
     @abstractmethod
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
-        """The student's inputs in a labeled batch, called ``name``, and the batch as its loss reads it."""
+        """Return the student's inputs in a labeled batch, and the batch as its loss reads it.
+
+        Args:
+            name: of the batch, in an error.
+        """
 
     @abstractmethod
     def outer_terms(self) -> Sequence[Term]:
-        """What the student is validated by, where its metric is the loss: the sum of these."""
+        """Return the losses by whose sum the student is validated, where its metric is the loss."""
 
     def settings(self) -> dict[str, Any]:
         """Return what decides a step; a fit that is resumed has the same."""
@@ -99,7 +118,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:
-        """:meth:`state_dict` without the copies: the next step changes its tensors."""
+        """Return :meth:`state_dict` without the copies: the next step changes its tensors."""
 
     @abstractmethod
     def _load(self, state: dict[str, Any]) -> None:
@@ -116,15 +135,18 @@ class Trainer(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the student's weights, which arrays of floating point are given."""
-        return next(
-            (p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32
-        )
+        for p in self.student.parameters():
+            if p.is_floating_point():
+                return p.dtype
+        return torch.float32
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student} | (
-            {} if self.teacher is None else {"teacher": self.teacher}
-        )
+        """The networks by role, the student first."""
+        networks = {"student": self.student}
+        if self.teacher is not None:
+            networks["teacher"] = self.teacher
+        return networks
 
     # -------------------------------------------------------------------------------------- fitting
 
@@ -175,20 +197,24 @@ class Trainer(ABC):
                   torchmetrics: updated by ``update(outputs, labels)``, or ``update(outputs,
                   batch)`` where its second parameter has that name.
 
-                Rows call it by its ``name``, else by that of the function or class: ``student_validation_f1``.
-            mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric is the best; for
-                functions, and objects without ``higher_is_better``. Not the trainer's mode.
+                Rows call it by its ``name``, else by that of the function or class:
+                ``student_validation_f1``.
+            mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric
+                is the best; for functions, and objects without ``higher_is_better``. Not the
+                trainer's mode.
             out: a folder for metrics, TensorBoard events and checkpoints.
-            resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
-                phase is refused. So are, by name, other options, losses, settings of the optimizers, and data of
-                another size or with another first batch; ``"anyway"`` compares nothing.
+            resume: go on from the newest whole checkpoint in ``out``; without it, a folder with
+                checkpoints of this phase is refused. So are, by name, other options, losses,
+                settings of the optimizers, and data of another size or with another first batch;
+                ``"anyway"`` compares nothing.
             progress: show on standard error how far it is, where that is a terminal.
             say: where messages go; default: standard error.
-            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded; numbers that
-                it returns by their names join the row. It may raise :class:`metapl.StopFit`; what it draws from torch's
-                default generators is undone. One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
-            options: the other fields of :class:`metapl.training.options.FitOptions`, as keywords: ``schedule``,
-                ``warmup``, ``validate_every``, ``ema_decay``, ...
+            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is
+                recorded; numbers that it returns by their names join the row. It may raise
+                :class:`metapl.StopFit`; what it draws from torch's default generators is undone.
+                One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
+            options: the other fields of :class:`metapl.training.options.FitOptions`, as keywords:
+                ``schedule``, ``warmup``, ``validate_every``, ``ema_decay``, ...
 
         Returns: a :class:`FitResult`.
 
@@ -200,17 +226,16 @@ class Trainer(ABC):
 
         >>> import metapl
         >>> x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-        >>> trainer = metapl.LossTrainer(model := torch.nn.Linear(4, 2), optimizer=torch.optim.SGD(model.parameters()))
+        >>> model = torch.nn.Linear(4, 2)
+        >>> trainer = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters()))
         >>> steps = []
-        >>> found = trainer.fit([(x, (x[:, 0] > 0).long())], steps=6, log_every=2,
+        >>> result = trainer.fit([(x, (x[:, 0] > 0).long())], steps=6, log_every=2,
         ...                     callbacks=[lambda step, row, trainer: steps.append(step)])
-        >>> steps, sorted(found.history[-1])
+        >>> steps, sorted(result.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
-        labeled, unlabeled = (
-            either(labeled=labeled, outer=outer),
-            either(unlabeled=unlabeled, inner=inner),
-        )
+        labeled = either(labeled=labeled, outer=outer)
+        unlabeled = either(unlabeled=unlabeled, inner=inner)
         if labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
@@ -235,7 +260,7 @@ class Trainer(ABC):
     def evaluate(
         self, data: Any, *, classes: list[str] | None = None, metric: MetricLike | None = None
     ) -> Any:
-        """How good the student is on labeled data.
+        """Return how good the student is on labeled data.
 
         Args:
             data: as ``validation`` of :meth:`fit`; also an iterator, which is read once.
@@ -266,26 +291,28 @@ class Trainer(ABC):
                     "the labeled data have no batches; expected at least one, and a fresh iterator."
                 )
             batches = chain([first], batches)
-            measure = default_metric(
-                self, first[1], logits_of(self.student, [rows(first[0], 0, 2)])
-            )
-        found: Any = measure.measured(self, self.student, batches, "the student")
+            first_inputs, first_batch = first
+            # Two rows tell whether the outputs are class logits.
+            outputs = logits_of(self.student, [rows(first_inputs, 0, 2)])
+            measure = default_metric(self, first_batch, outputs)
+        result: Any = measure.measured(self, self.student, batches, "the student")
         if classes is None:
-            return found
-        if len(classes) != len(getattr(found, "confusion", ())):
+            return result
+        if len(classes) != len(getattr(result, "confusion", ())):
             raise MetaplError(
-                f"{len(classes)} names of classes for the metric {found.metric!r}; expected one a "
+                f"{len(classes)} names of classes for the metric {result.metric!r}; expected one a "
                 "class."
             )
-        return replace(found, classes=tuple(classes))
+        return replace(result, classes=tuple(classes))
 
     def read_input(self, batch: Any) -> Any:
-        """The student's input in what :meth:`predict` is given."""
+        """Return the student's input in what :meth:`predict` is given."""
         return inputs_of(batch)
 
     def predict(self, data: Any) -> Tensor:
-        """The student's outputs, in eval mode and without gradients; class probabilities,
-        softmax(S(x)), where the problem is one of classes
+        """Return the student's outputs, in eval mode and without gradients.
+
+        They are class probabilities, softmax(S(x)), where the problem is one of classes
         (:func:`metapl.metrics.metric.of_classes`).
 
         Args:
@@ -308,18 +335,18 @@ class Trainer(ABC):
         torch.Size([5, 3])
         """
         outputs = logits_of(self.student, input_batches(data, self.dtype, self.read_input))
-        classes = of_classes(self, None, outputs)
-        if classes:
-            checks.finite(outputs)
-        return wide(outputs).softmax(-1) if classes else wide(outputs)
+        if not of_classes(self, None, outputs):
+            return wide(outputs)
+        checks.finite(outputs)
+        return wide(outputs).softmax(-1)
 
     # ---------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, except the data and the default generators.
+        """Return what decides the next step, except the data and the default generators.
 
-        A snapshot, which later steps do not change. Cost: a copy of weights and optimizers' states
-        on their device.
+        It is a snapshot, which later steps do not change. Cost: a copy of weights and optimizers'
+        states on their device.
         """
         return copy.deepcopy(self.live_state())
 
@@ -329,37 +356,41 @@ class Trainer(ABC):
         Raises: :class:`metapl.MetaplError` where it cannot be loaded; what had been is then loaded
         back.
         """
-        before = self.state_dict()
+        state_before = self.state_dict()
         try:
             self._load(state)
         except Exception as error:
-            self._load(before)
-            what = (
-                str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {error}"
-            )
+            self._load(state_before)
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, MetaplError):
+                reason = str(error)
             raise MetaplError(
-                f"this is no state for this trainer ({what}); expected that of a "
+                f"this is no state for this trainer ({reason}); expected that of a "
                 f"{type(self).__name__} with the same networks, optimizers and mode."
             ) from error
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all.
 
-        Not of sharded ones.
+        A state of sharded networks is not written so.
         """
         checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:
+        """Go on from a file that :meth:`save` has written."""
         state = checkpoint.load(path)
         self.load_state_dict(state["trainer"])
-        checkpoint.set_rng_state(state["rng"])  # last, for loading may draw
+        # Last, for loading may draw.
+        checkpoint.set_rng_state(state["rng"])
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        """Return a block in which the networks run in the trainer's precision."""
         if self.precision == "float32":
-            return nullcontext()
-        # Kept casts would be of weights that a sharded network has gathered, and given up since.
-        kept = not any(layout.is_sharded for layout in self.layouts)
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=kept)
+            return NOTHING
+        # Casts in a cache would be of weights that a sharded network has gathered, and given up
+        # since.
+        is_sharded = any(layout.is_sharded for layout in self.layouts)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=not is_sharded)
 
 
 # The arguments of a fit by name, but for those that are gathered in ``options``.

@@ -48,7 +48,7 @@ def hypergradient(
     verify: bool | Literal["warn"] = False,
     replay_tolerance: Tolerance = REPLAY_TOLERANCE,
 ) -> Hypergradient:
-    r"""The gradient of the labeled loss after the student's step or steps, with respect to the teacher's weights.
+    r"""Return the gradient, in the teacher's weights, of the labeled loss after student steps.
 
     .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
@@ -136,7 +136,7 @@ def hypergradient(
         replay_tolerance=replay_tolerance,
     )
     differentiation = Differentiation(request, compiles=compile)
-    if verify and differentiation.outer_losses is not None:
+    if verify and differentiation.step_losses is not None:
         raise MetaplError(
             f"verify={verify!r} was given with an outer loss for each step; expected verify=False."
         )
@@ -166,18 +166,18 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
             f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected "
             "compile=False."
         )
-    outer_losses = differentiation.outer_losses
+    step_losses = differentiation.step_losses
     result = differentiate(
         request.teacher,
         request.student,
         differentiation.problem,
         differentiation.inner_optimizer,
         differentiation.estimate,
-        request.outer if outer_losses is None else outer_losses.batches[-1],
+        request.outer if step_losses is None else step_losses.batches[-1],
         differentiation.ahead,
         clip_norm=request.clip_norm,
         wrt=differentiation.wrt,
-        outer_losses=outer_losses,
+        outer_losses=step_losses,
         accumulate=request.accumulate,
         progress=request.shows_progress,
         replay_tolerance=request.replay_tolerance,

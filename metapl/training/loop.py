@@ -24,6 +24,7 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Report, Say, StepReport
 from metapl.metrics.metric import Metric, metric_for
+from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import progress, stop_requests
@@ -70,7 +71,9 @@ class StopFit(Exception):
     ...     def __call__(self, step, row, trainer):
     ...         if "student_validation_accuracy" in row:
     ...             value = row["student_validation_accuracy"]
-    ...             self.best, self.since = (value, 0) if value > self.best else (self.best, self.since + 1)
+    ...             self.since += 1
+    ...             if value > self.best:
+    ...                 self.best, self.since = value, 0
     ...             if self.since == 5:
     ...                 raise metapl.StopFit("five validations without a better one")
     ...     def state_dict(self):
@@ -89,7 +92,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, step: int, signal_number: int, saved: Path | None) -> None:
         where = f"saved to {saved}" if saved else "nothing saved: fit was given no out"
         super().__init__(f"stopped after step {step}; {where}")
-        self.step, self.signal_number, self.saved = step, signal_number, saved
+        self.step = step
+        self.signal_number = signal_number
+        self.saved = saved
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,11 @@ class Fit:
         # The optimizers are left with their base rates.
         stack.callback(self.rates.move, None)
         if is_two_level(trainer):
-            stack.callback(setattr, trainer, "measures_feedback", False)
+            stack.callback(self.stop_measuring_feedback, trainer)
+
+    def stop_measuring_feedback(self, trainer: TwoLevelTrainer) -> None:
+        """Leave a trainer as a step outside of a fit has it."""
+        trainer.measures_feedback = False
 
     def begin(self) -> None:
         """Begin at the first step, or where the newest whole checkpoint is."""
@@ -400,7 +409,7 @@ class Fit:
         )
 
     def validate(self) -> dict[str, float]:
-        """Measure the networks that have an accuracy, or whatever the metric is, as they are now."""
+        """Measure the networks that have an accuracy, or another metric, as they are now."""
         roles = []
         for role in self.trainer.networks:
             # A teacher that weighs examples, say, has no accuracy; a student that waits has not
@@ -458,7 +467,7 @@ class Fit:
         )
 
     def live_state(self) -> dict[str, Any]:
-        """Return the state of the trainer and of the averages, whose tensors the next step changes."""
+        """Return the state of trainer and averages, whose tensors the next step changes."""
         return {"trainer": self.trainer.live_state(), "averages": self.selection.live_averages()}
 
     def save(self) -> None:

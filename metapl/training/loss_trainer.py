@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,25 @@ from metapl.updates import (
 )
 from metapl.updates.own_step import refuse_closure
 
-SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
+# What decides a step beside the losses.
+SETTINGS = ("clip_norm", "precision", "accumulate")
+
+
+class LossArguments(TypedDict):
+    """The arguments of a :class:`metapl.problems.losses.TeacherLoss` besides the network."""
+
+    labeled: Any
+    unlabeled: Any
+    signal: Signal
+    step: int
 
 
 class LossTrainer(Trainer):
-    """Train one network on a sum of losses, with the same loop, checkpoints and selection as the bilevel trainer.
+    """Train one network on a sum of losses.
 
-    The losses are those of the teacher's objective: ``(CrossEntropy(),)`` is supervised learning
-    and, at a small learning rate, finetuning; ``(CrossEntropy(), UDA())`` is UDA.
+    The loop, the checkpoints and the selection are the bilevel trainer's, and the losses those of
+    the teacher's objective: ``(CrossEntropy(),)`` is supervised learning and, at a small learning
+    rate, finetuning; ``(CrossEntropy(), UDA())`` is UDA.
 
     Args:
         model: the network; in several processes in ``DistributedDataParallel`` or sharded, as for
@@ -55,10 +66,15 @@ class LossTrainer(Trainer):
         compile: run the network through ``torch.compile``, with the same dropout masks; it stays a
             plain module.
 
+    Attributes:
+        total: the name of the sum of the losses, in reports.
+        prefix: what begins the name of each of them there.
+
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
 
-    total, prefix = "loss", "loss"  # in reports: the sum of the losses, and each of them
+    total = "loss"
+    prefix = "loss"
 
     def __init__(
         self,
@@ -72,9 +88,11 @@ class LossTrainer(Trainer):
         compile: bool = False,
     ) -> None:
         check_arguments(LossTrainer.__init__, locals())
-        self.as_given, self.layout = model, layout_of("network", model)
+        self.as_given = model
+        self.layout = layout_of("network", model)
         self.layouts = [self.layout]
-        self.ranks, self.student = self.layout.ranks, self.layout.network
+        self.ranks = self.layout.ranks
+        self.student = self.layout.network
         self.losses: Sequence[TeacherLoss] = check_losses(losses, "losses")
         self.optimizer = as_one_optimizer(optimizer, "optimizer")
         if isinstance(self.optimizer, torch.optim.Optimizer):
@@ -86,12 +104,15 @@ class LossTrainer(Trainer):
             )
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)
         self.device = next(self.student.parameters()).device
-        self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
+        self.clip_norm = clip_norm
+        self.precision = precision
+        self.accumulate = accumulate
         self._has_compared_halves = False
         self.network: Any = self.student
         if compile:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
+                # Inductor warns while it is imported.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 self.network = torch.compile(self.student, dynamic=False, **compiled.BACKEND)
 
     @property
@@ -99,47 +120,53 @@ class LossTrainer(Trainer):
         return [self.optimizer]
 
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step on a labeled batch and, for losses that read one, an unlabeled batch.
+        """Take a step on a labeled batch and, for losses that read one, an unlabeled batch.
 
         Args:
             labeled, unlabeled: as in :meth:`metapl.BilevelTrainer.step`.
 
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
-        labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
+        labeled = labeled_pair(labeled)
+        unlabeled = plain(unlabeled)
         self.layout.begin_step()
-        trained = map(id, self.layout.parameters().values())
-        if not self.steps_done and {*map(id, parameters_of(self.optimizer))}.isdisjoint(trained):
+        if self.steps_done == 0 and not self._optimizer_holds_any_weight():
             raise MetaplError(
                 "the optimizer holds none of the network's trainable parameters; expected those."
             )
         with restored(
             Slots(self.student), trained=parameters_of(self.optimizer), device=self.device
         ) as fault:
-            of_labeled = micro_batches(labeled, self.accumulate, "labeled")
-            of_unlabeled = micro_batches(unlabeled, self.accumulate, "unlabeled")
-            kind = self.total.replace("_", " ")
-            parts = list[dict[str, Tensor]]()
+            labeled_parts = micro_batches(labeled, self.accumulate, "labeled")
+            unlabeled_parts = micro_batches(unlabeled, self.accumulate, "unlabeled")
             if self.accumulate > 1 and not self._has_compared_halves:
-                self._refuse_other_than_means(of_labeled, of_unlabeled)
+                self._refuse_other_than_means(labeled_parts, unlabeled_parts)
             shares = shares_of_losses(
-                self.losses, of_labeled, of_unlabeled, self.ranks, self.device
+                self.losses, labeled_parts, unlabeled_parts, self.ranks, self.device
             )
+            scalars: list[dict[str, Tensor]] = []
             with self._autocast(), rows_shared(self.ranks):
-                for x_l, x_u, shares_of_part in zip(of_labeled, of_unlabeled, shares, strict=True):
-                    batches = self._read(x_l, x_u)
+                for labeled_part, unlabeled_part, shares_of_part in zip(
+                    labeled_parts, unlabeled_parts, shares, strict=True
+                ):
                     terms = sum_of_terms(
-                        self.network, self.losses, kind=kind, shares=shares_of_part, **batches
+                        self.network,
+                        self.losses,
+                        kind=self.total.replace("_", " "),
+                        shares=shares_of_part,
+                        **self._arguments_of_losses(labeled_part, unlabeled_part),
                     )
                     loss = torch.stack(list(terms.values())).sum()
                     checks.learns(loss, "network")
-                    if loss.requires_grad:  # UDA alone is a plain 0 before its start
-                        (
-                            loss / self.accumulate
-                        ).backward()  # the micro-batches' shares add up in ``.grad``
-                    named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
-                    parts.append({self.total: loss.detach(), **named})
-            means = mean_scalars(parts)
+                    # UDA alone is a plain 0 before its start.
+                    if loss.requires_grad:
+                        # The micro-batches' shares add up in ``.grad``.
+                        (loss / self.accumulate).backward()
+                    scalars_of_part = {self.total: loss.detach()}
+                    for name, term in terms.items():
+                        scalars_of_part[f"{self.prefix}_{name}"] = term.detach()
+                    scalars.append(scalars_of_part)
+            means = mean_scalars(scalars)
             means = self.ranks.mean_tree(means, means)
             checks.refuse_not_finite(NOT_FINITE, means[self.total])
             self.layout.mean_gradients(self.clip_norm)
@@ -148,16 +175,22 @@ class LossTrainer(Trainer):
             self.steps_done += 1
             return Report(self.steps_done - 1, means, fault)
 
+    def _optimizer_holds_any_weight(self) -> bool:
+        ids_in_optimizer = {id(p) for p in parameters_of(self.optimizer)}
+        return any(id(p) in ids_in_optimizer for p in self.layout.parameters().values())
+
     def _refuse_other_than_means(self, labeled: Sequence[Any], unlabeled: Sequence[Any]) -> None:
-        """Refuse, in the first step with micro-batches, losses that are no means over rows and do not say so."""
-        nothing = self._read(None, None)["signal"]
+        """Refuse losses of micro-batches that are no means over rows and do not say so.
+
+        They are looked at in the first step.
+        """
         with rows_shared(self.ranks):
             refuse_other_than_means(
                 self.student,
                 self.losses,
                 labeled,
                 unlabeled,
-                signals=[nothing],
+                signals=[self._no_signal()],
                 problem=None,
                 step=self.steps_done,
                 ranks=self.ranks,
@@ -172,27 +205,31 @@ class LossTrainer(Trainer):
 
     def outer_terms(self) -> list[Term]:
         def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
-            return loss(network, **self._read(batch, None))
+            return loss(network, **self._arguments_of_losses(batch, None))
 
         return [partial(term, loss) for loss in self.losses]
 
-    def _read(self, labeled: Any, unlabeled: Any) -> dict[str, Any]:
-        """The arguments of a loss besides the network, whose outputs it computes where it needs them."""
-        nothing = Signal(torch.empty(0, device=self.device))
+    def _arguments_of_losses(self, labeled: Any, unlabeled: Any) -> LossArguments:
+        """Return the arguments of a loss besides the network, whose outputs it computes itself."""
         return {
             "labeled": labeled,
             "unlabeled": unlabeled,
-            "signal": nothing,
+            "signal": self._no_signal(),
             "step": self.steps_done,
         }
 
+    def _no_signal(self) -> Signal:
+        return Signal(torch.empty(0, device=self.device))
+
     def settings(self) -> dict[str, Any]:
-        """What decides a step. A resumed fit has the same."""
         return {name: getattr(self, name) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
-        held = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**held, "steps_done": self.steps_done}
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps_done": self.steps_done,
+        }
 
     def _load(self, state: dict[str, Any]) -> None:
         refuse_missing_entries(state, self.live_state())

@@ -1,4 +1,4 @@
-"""How a fit runs, the learning rates that its schedule moves, and the averages of weights that it keeps."""
+"""How a fit runs, the rates that its schedule moves, and the averages of weights that it keeps."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from metapl.protocols import AnyTrainer
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_fields
 from metapl.words import did_you_mean
 
-MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
+# Processes that prepare batches; some machines end when more are started.
+MOST_WORKERS = 256
 
 # Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy
 # Student; its smaller models take twice as many of both).
-DECAY, DECAY_EPOCHS, EPOCHS = 0.97, 2.4, 350
+DECAY = 0.97
+DECAY_EPOCHS = 2.4
+EPOCHS = 350
 
 
 def decay_interval(steps: int) -> float:
-    """Steps after which the exponential schedule multiplies the rate by 0.97, where that is not given.
+    """Return the steps after which the exponential schedule multiplies the rate by 0.97.
+
+    It is so where nothing is given.
 
     >>> decay_interval(700)
     4.8
@@ -86,9 +91,9 @@ class FitOptions:
         if self.wait >= self.steps:
             raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
         if self.first_steps is not None and self.first_steps >= self.steps - self.wait:
-            given = f"first_steps={self.first_steps}"
             raise MetaplError(
-                f"{given}: expected fewer than the steps after wait, {self.steps - self.wait}."
+                f"first_steps={self.first_steps}: expected fewer than the steps after wait, "
+                f"{self.steps - self.wait}."
             )
         if self.warmup > self.steps - self.wait:
             raise MetaplError(
@@ -106,14 +111,21 @@ class FitOptions:
             )
 
     def rate(self, step: int, wait: int = 0) -> float:
-        """The factor of a base learning rate at ``step``; with ``wait`` the student's, which is 0 for so long.
+        """Return the factor of a base learning rate at ``step``.
+
+        Args:
+            wait: the student's, whose factor is 0 for so many steps.
 
         >>> [round(FitOptions(steps=4, warmup=1).rate(t), 2) for t in range(5)]
         [1.0, 1.0, 0.75, 0.25, 0.0]
-        >>> round(0.128 * FitOptions(steps=350, schedule="exponential").rate(350), 6)  # what Noisy Student ends with
+
+        Noisy Student ends with this rate:
+
+        >>> round(0.128 * FitOptions(steps=350, schedule="exponential").rate(350), 6)
         0.001507
         """
-        step, steps = step - wait, self.steps - wait
+        step = step - wait
+        steps = self.steps - wait
         if step < 0:
             return 0.0
         if step < self.warmup:
@@ -122,19 +134,19 @@ class FitOptions:
             return 1.0
         if self.schedule == "exponential":
             return float(DECAY ** (step / (self.decay_every or decay_interval(steps))))
-        done = (step - self.warmup) / max(1, steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * done))
+        share = (step - self.warmup) / max(1, steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * share))
 
     def due(self, every: int, done: int) -> bool:
-        """Whether what is done ``every`` so many steps is done when so many are.
+        """Return whether what is done ``every`` so many steps is due when so many are ``done``.
 
-        The last one counts.
+        After the last step everything is.
         """
         return done % every == 0 or done == self.steps
 
 
 class FitKeywords(TypedDict, total=False):
-    """The fields of :class:`FitOptions` besides ``steps``, as the keywords of a call that a type checker reads."""
+    """The fields of :class:`FitOptions` besides ``steps``, as keywords for a type checker."""
 
     schedule: Literal["cosine", "constant", "exponential"]
     decay_every: float | None
@@ -153,56 +165,62 @@ class FitKeywords(TypedDict, total=False):
 
 
 def fit_options(steps: int, keywords: FitKeywords, others: Sequence[str]) -> FitOptions:
-    """Return the options of a fit, or refuse a keyword that is none of them and none of the fit's ``others``."""
+    """Return the options of a fit, and refuse a keyword that is none of them.
+
+    Args:
+        others: the fit's other keywords, which may have been meant.
+    """
     options = [*FitKeywords.__annotations__]
     for name in keywords:
         if name not in options:
             names = [*others, *options]
-            nearest = (
-                did_you_mean(name, names, likeness=0.5) or f"; expected one of {', '.join(names)}."
-            )
-            raise MetaplError(f"fit has no option {name!r}{nearest}")
+            expected = did_you_mean(name, names, likeness=0.5)
+            if not expected:
+                expected = f"; expected one of {', '.join(names)}."
+            raise MetaplError(f"fit has no option {name!r}{expected}")
     return FitOptions(steps=steps, **keywords)
 
 
 class Rates:
-    """The base rates as the optimizers of a trainer came with them, and what the schedule makes of them."""
+    """The rates that the optimizers of a trainer came with, and what the schedule makes of them."""
 
     def __init__(self, trainer: AnyTrainer, options: FitOptions) -> None:
         optimizers = trainer.schedulable
         names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
+        # A transform of TorchOpt, which has no rate to move, is left out; it is the student's.
+        names = names[len(names) - len(optimizers) :]
         self.options = options
-        self.optimizers = dict(zip(names[len(names) - len(optimizers) :], optimizers, strict=True))
-        self.base = {
-            name: [group["lr"] for group in one.param_groups]
-            for name, one in self.optimizers.items()
-        }
+        self.optimizers = dict(zip(names, optimizers, strict=True))
+        self.base_rates: dict[str, list[Any]] = {}
+        for name, optimizer in self.optimizers.items():
+            self.base_rates[name] = [group["lr"] for group in optimizer.param_groups]
 
     def move(self, step: int | None) -> None:
         """Set the rates of a step; None: the base rates."""
         for name, optimizer in self.optimizers.items():
-            groups, base, wait = (
-                optimizer.param_groups,
-                self.base[name],
-                self.options.wait * (name == "student_lr"),
-            )
+            wait = self.options.wait if name == "student_lr" else 0
             factor = 1.0 if step is None else self.options.rate(step, wait)
-            base.extend(
-                group["lr"] for group in groups[len(base) :]
-            )  # added since, such as layers that were unfrozen
-            for group, rate in zip(groups, base, strict=True):
+            groups = optimizer.param_groups
+            base_rates = self.base_rates[name]
+            # Groups may have been added since, such as those of layers that were unfrozen.
+            for group in groups[len(base_rates) :]:
+                base_rates.append(group["lr"])
+            for group, rate in zip(groups, base_rates, strict=True):
                 group["lr"] = rate * factor
 
     def now(self) -> dict[str, float]:
-        return {
-            name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()
-        }
+        """Return the rates of the first param groups, by column of a row."""
+        rates = {}
+        for name, optimizer in self.optimizers.items():
+            rates[name] = optimizer.param_groups[0]["lr"]
+        return rates
 
 
 class Average:
-    r"""The average that follows a network's weights, \theta̅ \leftarrow d_t \theta̅ + (1 - d_t) \theta.
+    r"""The average θ̅ that follows a network's weights θ.
 
-    .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
+    .. math:: \bar\theta \leftarrow d_t \bar\theta + (1 - d_t)\, \theta, \qquad
+              d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
 
     so early in training the average is over the last few steps only. Buffers (running statistics)
     are copied. ``torch.optim.swa_utils.AveragedModel`` counts on the device, so that each step
@@ -215,63 +233,71 @@ class Average:
             raise MetaplError(
                 "ema_decay of 16-bit weights does not move; expected 32-bit ones with precision=."
             )
-        self.network, self.decay, self.steps = network, decay, 0
-        self._kept = {name: local(t).detach().clone() for name, t in self._tensors().items()}
+        self.network = network
+        self.decay = decay
+        self.steps = 0
+        self._averages = self._copies()
 
     @torch.no_grad()
     def update(self) -> None:
+        """Follow the network by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         parts = {name: local(t) for name, t in self._tensors().items()}
-        moving = {
-            name
-            for name, p in self.network.named_parameters()
-            if p.is_floating_point() or p.is_complex()
-        }
+        moving = set()
+        for name, p in self.network.named_parameters():
+            if p.is_floating_point() or p.is_complex():
+                moving.add(name)
         torch._foreach_lerp_(
-            [self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay
+            [self._averages[name] for name in moving], [parts[name] for name in moving], 1 - decay
         )
         # A pass may have made buffers, or given them another shape.
-        self._kept = {
-            name: self._kept[name] if name in moving else t.clone() for name, t in parts.items()
+        self._averages = {
+            name: self._averages[name] if name in moving else t.clone() for name, t in parts.items()
         }
         self.steps += 1
 
     @contextmanager
-    def held(self) -> Iterator[nn.Module]:
-        """The network with the averaged weights in this block, and bit for bit its own afterwards."""
-        own = {name: local(t).detach().clone() for name, t in self._tensors().items()}
+    def applied(self) -> Iterator[nn.Module]:
+        """Yield the network with the averaged weights.
+
+        After the block it is bit for bit as it was.
+        """
+        weights = self._copies()
         try:
-            self._write(self._kept)
+            self._write(self._averages)
             yield self.network
         finally:
-            self._write(own)
+            self._write(weights)
+
+    def _copies(self) -> dict[str, Tensor]:
+        """Return copies of this process's parts of the network's tensors."""
+        return {name: local(t).detach().clone() for name, t in self._tensors().items()}
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, t in self._tensors().items():
-            part, value = local(t), values.get(name)
-            if (
-                value is not None and value.shape == part.shape
-            ):  # others are caches that grew with a longer input
+            part = local(t)
+            value = values.get(name)
+            # What has another shape is a cache that grew with a longer input.
+            if value is not None and value.shape == part.shape:
                 part.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights, laid out as the network's, and how many steps they have followed."""
-        held = {
-            name: as_sharded(self._kept[name], t)
-            for name, t in self._tensors().items()
-            if name in self._kept
-        }
-        return {"module": held, "steps": self.steps}
+        """Return the averaged weights, laid out as the network's, and their number of steps."""
+        averages = {}
+        for name, t in self._tensors().items():
+            if name in self._averages:
+                averages[name] = as_sharded(self._averages[name], t)
+        return {"module": averages, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, whole or laid out as the network is."""
         for name, t in self._tensors().items():
-            self._kept[name] = local(laid_out_like(state["module"][name], t)).to(
-                t.device, copy=True
-            )
+            part = local(laid_out_like(state["module"][name], t))
+            self._averages[name] = part.to(t.device, copy=True)
         self.steps = state["steps"]
 
     def _tensors(self) -> dict[str, Any]:
-        reshard(self.network)  # else a sharded network holds other tensors
+        # Else a sharded network holds other tensors.
+        reshard(self.network)
         return dict(self.network.named_parameters()) | dict(self.network.named_buffers())

@@ -1,4 +1,4 @@
-"""What a fit says of itself where it goes wrong: one line for each kind, with the remedy that helps.
+"""What a fit says of itself where it goes wrong: a line for each kind, with a remedy that helps.
 
 It is looked at with the rows that are recorded and at validations, and never in a step: nothing
 waits for the device that would not wait anyway.
@@ -21,26 +21,35 @@ from metapl.protocols import AnyTrainer, TwoLevelTrainer
 from metapl.training.fittable import is_two_level
 from metapl.training.options import FitOptions
 
-# The feedback's gradient over that of the teacher's own losses from which on it decides alone where
-# the teacher goes, and rows in a row before anything is said: a single batch may be odd.
-TOO_LARGE, ROWS = 10.0, 3
+# From this ratio on of the feedback's gradient to that of the teacher's own losses, the feedback
+# decides alone where the teacher goes.
+TOO_LARGE = 10.0
 
-# The entropy of the mean prediction over that of the labels' classes below which predictions have
-# collapsed, and the fewest examples whose mean says anything of classes.
-COLLAPSED, FEWEST = 0.1, 16
+# A single batch may be odd: so many rows in a row show it before anything is said.
+ROWS = 3
+
+# Predictions have collapsed where the entropy of their mean is below this part of that of the
+# labels' classes. The mean of fewer examples says nothing of classes.
+COLLAPSED = 0.1
+FEWEST_EXAMPLES = 16
 
 # Parts of the steps, after warm-up, by which what is learned has moved, and by which a network is
 # better than guessing: an MLP on digits that is trained for 40 steps in all guesses for the first
 # 20. Of fewer steps nothing is expected.
-MOVED_BY, KNOWS_BY, FEWEST_STEPS = 0.1, 0.5, 20
+MOVED_BY = 0.1
+KNOWS_BY = 0.5
+FEWEST_STEPS = 20
 
 # What counts as no move by then: a part of the size that the parameters began with; of those that
 # began at zero, such as logits of weights, whose natural size is 1, a root mean square. Training a
 # network by AdamW at 1e-5 for 300 steps has moved it by 3e-3 of its size by then; a table of
 # weights under SGD at 0.05, by 3e-5, and by 4e-4 in 1,500 steps.
-STILL_OF_SIZE, STILL_FROM_ZERO, ZERO = 3e-4, 1e-3, 1e-3
-SAMPLED = 4096  # entries of the parameters that are compared
+STILL_OF_SIZE = 3e-4
+STILL_FROM_ZERO = 1e-3
+ZERO = 1e-3
 
+# Entries of the parameters that are compared.
+SAMPLED = 4096
 
 # Entropies of the mean prediction among the columns of a row, and by whom and of what they are.
 PREDICTIONS = {
@@ -63,13 +72,15 @@ class Outcomes:
     """
 
     def __init__(self, trainer: AnyTrainer, options: FitOptions, say: Say) -> None:
-        self.trainer, self.options, self._say = trainer, options, say
+        self.trainer = trainer
+        self.options = options
+        self._say = say
         # The kinds of warnings that have been said.
-        self.said = list[str]()
+        self.said: list[str] = []
         # How many recorded rows in a row have shown a kind, of those that are said after several.
-        self.rows_in_a_row = dict[str, int]()
+        self.rows_in_a_row: dict[str, int] = {}
         # The first entropy of each prediction, and the least one of the labeled examples' classes.
-        self.entropies = dict[str, float]()
+        self.entropies: dict[str, float] = {}
         # Roughly the first step in which the outer variables are taught.
         self.first_step: int | None = None
         self.start = sample_of(trainer.teacher)
@@ -94,27 +105,23 @@ class Outcomes:
             examples, labeled: in the inner and the outer batch, of all ranks.
         """
         self._look_at_size(step, row)
-        if examples >= FEWEST:
-            self._look_for_collapse(step, row, of_labels=labeled >= FEWEST)
+        if examples >= FEWEST_EXAMPLES:
+            self._look_for_collapse(step, row, counts_labels=labeled >= FEWEST_EXAMPLES)
         self._look_at_move(step, row)
 
     def validated(self, step: int, role: str, measured: Any) -> None:
         """Look at what a network reaches on the validation data."""
         if not isinstance(measured, Evaluation):
             return
-        chance, accuracy = measured.chance, measured.accuracy
-        error = (chance * (1 - chance) / measured.n) ** 0.5
         # A network that tells classes of different sizes apart may be right less often than one
         # that always names the largest class, if it has learned from labels of other shares.
         recalls = [recall for recall in measured.per_class if recall is not None]
         mean_recall = sum(recalls) / len(recalls)
-        guessed = 1 / len(recalls)
-        guesses = (
-            accuracy <= chance + error
-            and mean_recall <= guessed + (guessed * (1 - guessed) / measured.n) ** 0.5
+        guesses = is_at_chance(measured.accuracy, measured.chance, measured.n) and is_at_chance(
+            mean_recall, 1 / len(recalls), measured.n
         )
-        begun = self.options.wait if role == "student" else 0
-        if step < self.due_after(begun, KNOWS_BY):
+        first_step = self.options.wait if role == "student" else 0
+        if step < self.due_after(first_step, KNOWS_BY):
             return
         rows = self._count(f"{role} at chance", guesses)
         # Where the classes are of different sizes, naming the largest one is a stage that a
@@ -127,30 +134,36 @@ class Outcomes:
             self.say_once(
                 f"{role} at chance",
                 f"the {network} is at chance on the validation data after step {step:,}, with "
-                f"{accuracy:.1%} where guessing has {chance:.1%}: {either(remedies)}",
+                f"{measured.accuracy:.1%} where guessing has {measured.chance:.1%}: "
+                f"{listed(remedies)}",
             )
 
-    def due_after(self, begun: int, part: float) -> float:
-        """The step by which what began to learn at ``begun`` has learned for a part of its steps, after warm-up."""
-        begun += self.options.warmup
-        return begun + max(part * (self.options.steps - begun), FEWEST_STEPS)
+    def due_after(self, first_step: int, part: float) -> float:
+        """Return the step by which a network has learned for a part of its steps, after warm-up.
+
+        Args:
+            first_step: when it begins to learn.
+        """
+        first_step += self.options.warmup
+        return first_step + max(part * (self.options.steps - first_step), FEWEST_STEPS)
 
     def say_once(self, kind: str, text: str) -> None:
+        """Say something, unless something of its kind has been said."""
         if kind not in self.said:
             self.said.append(kind)
             self._say(f"warning: {text}")
 
     def _remedies(self, role: str) -> list[str]:
-        """What to do about a network that has learned nothing, or has forgotten it."""
+        """Return what to do about a network that has learned nothing, or has forgotten it."""
         if role == "student" and "pseudo_label_class_entropy" in self.said:
             return ["mend the teacher's labels first, which it learns"]
         less_feedback = self._less_feedback() if role == "teacher" else []
         return [*less_feedback, "lower its learning rate"]
 
     def _less_feedback(self) -> list[str]:
-        """How to make the feedback smaller.
+        """Return ways to make the feedback smaller.
 
-        Nothing where it is small by its rule, or there is none.
+        There are none where it is small by its rule, or there is no feedback.
         """
         trainer = self.trainer
         if not is_two_level(trainer) or trainer.teacher is None:
@@ -160,13 +173,16 @@ class Outcomes:
         bound = f"give feedback_bound={DEFAULT_BOUND:g}"
         if trainer.feedback_bound is not None:
             return [bound] if trainer.feedback_bound > DEFAULT_BOUND else []
-        given = "feedback_weight" if trainer.feedback_ratio is None else "feedback_ratio"
-        return [f"leave out {given}", bound]
+        option = "feedback_weight" if trainer.feedback_ratio is None else "feedback_ratio"
+        return [f"leave out {option}", bound]
 
     def _count(self, kind: str, is_so: bool) -> int:
-        """How often a kind has been so, without a break up to now."""
-        self.rows_in_a_row[kind] = self.rows_in_a_row.get(kind, 0) + 1 if is_so else 0
-        return self.rows_in_a_row[kind]
+        """Return how many rows in a row have shown a kind, up to this one."""
+        rows = 0
+        if is_so:
+            rows = self.rows_in_a_row.get(kind, 0) + 1
+        self.rows_in_a_row[kind] = rows
+        return rows
 
     def _look_at_size(self, step: int, row: Mapping[str, float]) -> None:
         ratio = row.get("feedback_ratio")
@@ -174,39 +190,45 @@ class Outcomes:
             return
         # It is infinite where the own losses say nothing, such as before they begin.
         if self._count("feedback", TOO_LARGE <= ratio < math.inf) >= ROWS:
+            remedies = self._less_feedback() or ["lower its learning rate"]
             self.say_once(
                 "feedback",
                 f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses "
                 f"at step {step:,}, and was {TOO_LARGE:.0f} times or more in {ROWS} rows running, "
                 "so the teacher may forget its labels: "
-                f"{either(self._less_feedback() or ['lower its learning rate'])}",
+                f"{listed(remedies)}",
             )
 
-    def _look_for_collapse(self, step: int, row: Mapping[str, float], of_labels: bool) -> None:
-        known = self.entropies
+    def _look_for_collapse(
+        self, step: int, row: Mapping[str, float], *, counts_labels: bool
+    ) -> None:
+        """Look at the entropies of the mean predictions.
+
+        Args:
+            counts_labels: whether the outer batch has enough rows to say something of its classes.
+        """
+        entropies = self.entropies
         labeled = row.get("labeled_class_entropy")
-        if labeled is not None and of_labels:
+        if labeled is not None and counts_labels:
             # Of classes of very different sizes the least is 0: naming the largest alone is then a
             # stage of a training.
-            known["labeled"] = min(labeled, known.get("labeled", labeled))
+            entropies["labeled"] = min(labeled, entropies.get("labeled", labeled))
         for column, (role, whose) in PREDICTIONS.items():
             entropy = row.get(column)
             if entropy is None:
                 continue
-            first = known.setdefault(column, entropy)
+            first = entropies.setdefault(column, entropy)
             # A network that has collapsed before the first row would be compared with itself.
-            usual = known.get("labeled", first)
+            usual = entropies.get("labeled", first)
             if self._count(column, entropy < COLLAPSED * usual) >= ROWS:
-                of = (
-                    "the classes of the labeled examples have"
-                    if "labeled" in known
-                    else "they had at first"
-                )
+                compared = "they had at first"
+                if "labeled" in entropies:
+                    compared = "the classes of the labeled examples have"
                 self.say_once(
                     column,
                     f"{whose} have collapsed onto few classes: their mean has an entropy of "
-                    f"{entropy:.2g} nats at step {step:,}, where {of} {usual:.2g}; "
-                    f"{either(self._remedies(role))}",
+                    f"{entropy:.2g} nats at step {step:,}, where {compared} {usual:.2g}; "
+                    f"{listed(self._remedies(role))}",
                 )
 
     def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
@@ -218,21 +240,28 @@ class Outcomes:
             or step < self.due_after(self.first_step, MOVED_BY)
         ):
             return
-        now = sample_of(self.trainer.teacher)
-        self.said.append("move")  # it is asked once, whatever the answer
-        if now is None or now.shape != self.start.shape:  # layers were added, say
+        sample = sample_of(self.trainer.teacher)
+        # It is looked at once, whatever is seen.
+        self.said.append("move")
+        # Of another shape it is where layers were added, say.
+        if sample is None or sample.shape != self.start.shape:
             return
         if not is_two_level(self.trainer) or not is_taught(self.trainer):
             return
         if row.get("teacher_lr") == 0:
             return
         size = root_mean_square(self.start)
-        move = root_mean_square(now - self.start)
+        move = root_mean_square(sample - self.start)
         is_from_zero = size <= ZERO
-        if move >= (STILL_FROM_ZERO if is_from_zero else STILL_OF_SIZE * size):
+        least_move = STILL_OF_SIZE * size
+        compared = f"of a size of {size:.2g}"
+        rate = "1e-3"
+        if is_from_zero:
+            least_move = STILL_FROM_ZERO
+            compared = "from zero"
+            rate = "0.1"
+        if move >= least_move:
             return
-        compared = "from zero" if is_from_zero else f"of a size of {size:.2g}"
-        rate = "0.1" if is_from_zero else "1e-3"
         self._say(
             f"warning: the teacher's parameters have hardly moved after {step:,} steps, by "
             f"{move:.1g} each {compared}; give it a greater rate, as by "
@@ -240,10 +269,16 @@ class Outcomes:
         )
 
 
-def either(ways: Sequence[str]) -> str:
+def is_at_chance(value: float, chance: float, n: int) -> bool:
+    """Return whether a share of n examples is that of guessing, to a standard error."""
+    standard_error = math.sqrt(chance * (1 - chance) / n)
+    return value <= chance + standard_error
+
+
+def listed(ways: Sequence[str]) -> str:
     """Join several ways out.
 
-    >>> either(["wait"]), either(["wait", "go"]), either(["wait", "go", "stop"])
+    >>> listed(["wait"]), listed(["wait", "go"]), listed(["wait", "go", "stop"])
     ('wait', 'wait, or go', 'wait, go, or stop')
     """
     *others, last = ways
@@ -251,9 +286,9 @@ def either(ways: Sequence[str]) -> str:
 
 
 def is_taught(trainer: TwoLevelTrainer) -> bool:
-    """Whether anything is meant to move the teacher.
+    """Return whether anything is meant to move the teacher.
 
-    Losses of its own, or a feedback that counts.
+    That are losses of its own, or a feedback that counts.
     """
     has_feedback = trainer.mode.credits != "nothing" and trainer.feedback_weight != 0
     return bool(has_feedback or trainer.has_losses)
@@ -261,19 +296,17 @@ def is_taught(trainer: TwoLevelTrainer) -> bool:
 
 @torch.no_grad()
 def sample_of(teacher: torch.nn.Module | None) -> Tensor | None:
-    """Evenly chosen entries of what a teacher learns, of this process's part of it, on the host.
+    """Return evenly chosen entries of what a teacher learns, on the host.
 
-    None without any.
+    They are of this process's part of it; None without any.
     """
-    learned = (
-        []
-        if teacher is None
-        else [local(p.detach()) for p in teacher.parameters() if p.requires_grad]
-    )
+    if teacher is None:
+        return None
+    learned = [local(p.detach()) for p in teacher.parameters() if p.requires_grad]
     total = sum(p.numel() for p in learned)
     if total == 0:
         return None
-    stride = -(-total // SAMPLED)
+    stride = math.ceil(total / SAMPLED)
     return torch.cat([p.reshape(-1)[::stride] for p in learned]).to("cpu", torch.float32, copy=True)
 
 

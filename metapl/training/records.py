@@ -42,25 +42,26 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
         feedback_of_steps = (feedback_of_steps,)
     field_has_rows = has_rows(problem, signal, len(outputs))
 
-    found = figures_of_feedback(feedback_of_steps, field_has_rows, ranks)
+    scalars = figures_of_feedback(feedback_of_steps, field_has_rows, ranks=ranks)
     h = feedback_of_steps[-1]
     if (
         isinstance(h, Tensor)
         and h.shape[:1] == outputs.shape[:1]
         and field_has_rows.get("value", True)
     ):
-        g = in_teacher_outputs(h, signal, problem).flatten(1)
-        found["feedback_snr"] = signal_to_noise(g, ranks)
+        g = in_teacher_outputs(h, signal, problem=problem).flatten(1)
+        scalars["feedback_snr"] = signal_to_noise(g, ranks)
 
     labels = class_indices_in(labeled)
     if problem.classifies and outputs.ndim == 2:
         student_probs = wide(outputs).softmax(-1)
-        found["student_class_entropy"] = entropy_of_mean(student_probs, ranks)
+        scalars["student_class_entropy"] = entropy_of_mean(student_probs, ranks)
         if labels is not None:
-            found["labeled_class_entropy"] = entropy_of_mean(is_class(labels, student_probs), ranks)
+            is_label = is_class(labels, student_probs)
+            scalars["labeled_class_entropy"] = entropy_of_mean(is_label, ranks)
     if signal.outputs is None or signal.outputs.shape != outputs.shape:
-        return found
-    return found | figures_of_labels(signal, outputs, problem, labels, ranks)
+        return scalars
+    return scalars | figures_of_labels(signal, outputs, problem=problem, labels=labels, ranks=ranks)
 
 
 def figures_of_feedback(
@@ -131,7 +132,7 @@ def class_indices_in(labeled: Any) -> Tensor | None:
 
 
 def figures_of_labels(
-    signal: Signal, outputs: Tensor, problem: Problem, labels: Tensor | None, ranks: Ranks
+    signal: Signal, outputs: Tensor, *, problem: Problem, labels: Tensor | None, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Return what pseudo-labels are like.
 
@@ -144,7 +145,7 @@ def figures_of_labels(
     if not isinstance(probs, Tensor) or not probs.is_floating_point():
         probs = teacher_outputs.softmax(-1)
     q = wide(probs)
-    found: dict[str, Tensor] = {}
+    of_classes: dict[str, Tensor] = {}
     agrees = teacher_outputs.argmax(-1) == outputs.argmax(-1)
     of_examples = {
         "pseudo_label_confidence": q.amax(-1).mean(),
@@ -152,16 +153,16 @@ def figures_of_labels(
         "agreement": agrees.double().mean(),
     }
     if problem.teacher_classifies and q.ndim == 2:
-        found["pseudo_label_class_entropy"] = entropy_of_mean(q, ranks)
+        of_classes["pseudo_label_class_entropy"] = entropy_of_mean(q, ranks)
         if labels is not None:
             means = torch.stack([q.mean(0), is_class(labels, q).mean(0)])
             mean_probs, mean_labels = ranks.mean(means)
             # Ignored labels are of no class.
             shares = mean_labels / mean_labels.sum()
-            found["class_shares_vs_labeled"] = (mean_probs - shares).abs().sum() / 2
+            of_classes["class_shares_vs_labeled"] = (mean_probs - shares).abs().sum() / 2
     if not ranks.alone:
         of_examples = ranks.mean_tree(of_examples, of_examples)
-    return found | of_examples
+    return of_classes | of_examples
 
 
 def is_class(labels: Tensor, like: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Best:
 
 
 class Selection:
-    """The averages of a trainer's networks, what they reach on validation data, and the best of them.
+    """The averages of a trainer's networks, what these reach on validation data, and the best.
 
     Args:
         trainer: whose networks they are.
@@ -84,7 +84,7 @@ class Selection:
         With averaged weights, where there are any.
         """
         if role in self.averages:
-            return self.averages[role].held()
+            return self.averages[role].applied()
         return nullcontext(self.trainer.networks[role])
 
     def update_averages(self, roles: Iterable[str]) -> None:
@@ -94,14 +94,20 @@ class Selection:
                 self.averages[role].update()
 
     def start_student_from_teacher(self) -> None:
-        """Give the student the teacher's weights, the average's where there is one, and begin its average anew."""
+        """Give the student the teacher's weights, and begin its average anew.
+
+        The weights are those of the teacher's average, where there is one.
+        """
         with self.network_to_keep("teacher") as teacher:
             load_whole(self.trainer.student, weights_of(teacher))
         if self.options.ema_decay is not None:
             self.averages["student"] = Average(self.trainer.student, self.options.ema_decay)
 
     def validate(self, step: int, roles: Iterable[str]) -> dict[str, float]:
-        """Measure these networks as they are after a step, and remember the best of each, the latest of equals."""
+        """Measure these networks as they are after a step, and remember the best of each.
+
+        Of equals that is the latest.
+        """
         self.latest = {}
         for role in roles:
             if self.metric is None:
@@ -154,7 +160,7 @@ class Selection:
         return student, teacher_weights
 
     def _teacher_weights(self, say: Say) -> dict[str, Tensor]:
-        """Return the weights of the last teacher, or of the best one where the last is far behind it."""
+        """Return the last teacher's weights, or the best one's where the last is far behind it."""
         last_value = self.latest.get("teacher_validation_accuracy")
         best_value = self.best_teacher.value
         if (

@@ -16,7 +16,9 @@ from metapl.feedback.lookahead import Lookahead
 
 
 class Sources:
-    """The labeled and the unlabeled source of a fit, which is drawn from between :meth:`open` and the end of its stack.
+    """The labeled and the unlabeled source of a fit.
+
+    They are drawn from between :meth:`open` and the end of its stack.
 
     Args:
         sources: by the names of the arguments of ``fit``; None where there is none.
@@ -70,7 +72,7 @@ class Sources:
     def next_batches(self, lookahead: int) -> tuple[Any, Any]:
         """Return the labeled batch of a step and its unlabeled one.
 
-        Several in a :class:`Lookahead`, None of none.
+        Of several, the second is a :class:`Lookahead`; without an unlabeled source it is None.
         """
         labeled = self.draw("labeled")
         if "unlabeled" not in self._feeds:
@@ -103,7 +105,10 @@ class Sources:
 
 
 def facts_of(source: Any, batch: Any) -> dict[str, Any]:
-    """Return how many examples a source has and a batch, where that is known, and the digest of its first batch."""
+    """Return how many examples a source has, and a batch, and the digest of its first batch.
+
+    The numbers are None where they are not known.
+    """
     if hasattr(source, "whole"):
         # A process draws its share; the facts are of the whole.
         source = source.whole

@@ -739,10 +739,12 @@ class BilevelTrainer(Trainer):
         The signal is about the inner batch. :meth:`fit` takes these before the teacher begins, as
         many as the problem's ``first_steps`` says, or the option of that name. Of the teacher, its
         optimizer and the mode nothing changes but the buffers that its forward pass writes;
-        ``steps_done`` increases by one. The step is eager with ``compile`` too, and the first of
-        them compiles the later ones, so that what cannot be compiled is refused before anything
-        moves. It looks one step ahead, so that with ``lookahead`` above 1 the mode is verified, and
-        the step compiled, when the teacher begins.
+        ``steps_done`` increases by one.
+
+        The step is eager with ``compile`` too, and the first of them compiles the later ones, so
+        that what cannot be compiled is refused before anything moves. It looks one step ahead, so
+        that with ``lookahead`` above 1 the mode is verified, and the step compiled, when the
+        teacher begins.
 
         Cost: one forward and one backward pass of the student, and what ``first_signal`` asks of
         the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`

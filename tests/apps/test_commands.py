@@ -366,7 +366,7 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "link").symlink_to(tiny)
     (tmp_path / "loop").symlink_to(tmp_path)
-    with RunFolder(tmp_path / "held").held():
+    with RunFolder(tmp_path / "held").locked():
         entries = {
             entry["run"]: entry for entry in json.loads(metapl("runs", tmp_path, "--json").stdout)
         }

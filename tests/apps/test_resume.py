@@ -353,12 +353,12 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(
 def test_two_writers_in_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metapl.runs.folder.PATIENCE", 0.1)
     (run / "result.json").unlink()
-    with RunFolder(run).held():
+    with RunFolder(run).locked():
         before = files(run)
         for more in ((), ("--resume",)):
             assert "metapl: " in metapl(*TINY, "--out", run, *more, code=2).stderr
         assert files(run) == before
-        with pytest.raises(MetaplError, match="another process"), RunFolder(run).held():
+        with pytest.raises(MetaplError, match="another process"), RunFolder(run).locked():
             pass
     metapl(*TINY, "--out", run, "--resume")
 

@@ -81,10 +81,10 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     """Take the ratio of the two gradients' norms for its inverse."""
     real = Teaching.backward
 
-    def backward(self: Teaching, *given: Any, size: FeedbackSize, **options: Any) -> Any:
+    def backward(self: Teaching, *args: Any, size: FeedbackSize, **options: Any) -> Any:
         if size.ratio is not None:
             size = replace(size, ratio=1 / size.ratio)
-        return real(self, *given, size=size, **options)
+        return real(self, *args, size=size, **options)
 
     patch.setattr(Teaching, "backward", backward)
 

@@ -62,8 +62,8 @@ class Stream(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         worker = get_worker_info()
-        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for index in range(first, 10, every):
+        worker_number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(worker_number, 10, workers):
             yield torch.tensor([index, torch.rand(()), random.random()], dtype=torch.float64)
 
 
@@ -90,9 +90,10 @@ class Rows(StepBatches[Tensor]):
 
 
 def nested() -> DataLoader[Tensor]:
-    own: Subset[Tensor] = Subset(ConcatDataset([OwnGenerators(), Noisy(3)]), list(range(2, 12)))
+    subset: Subset[Tensor] = Subset(ConcatDataset([OwnGenerators(), Noisy(3)]), list(range(2, 12)))
     return DataLoader(
-        own, batch_sampler=BatchSampler(RandomSampler(own, generator=seeded(7)), 3, drop_last=True)
+        subset,
+        batch_sampler=BatchSampler(RandomSampler(subset, generator=seeded(7)), 3, drop_last=True),
     )
 
 

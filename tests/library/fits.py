@@ -117,7 +117,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Rounding depends on the number of threads."""
+    """Set one thread, since rounding depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

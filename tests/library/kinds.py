@@ -1,4 +1,7 @@
-"""Students and problems of unusual kinds, and what verification says of each, in the columns of test_verify.py."""
+"""Students and problems of unusual kinds, and what verification says of each.
+
+The verdicts stand in the columns of test_verify.py.
+"""
 
 from __future__ import annotations
 
@@ -159,26 +162,34 @@ def doubled(module: Any, inputs: Any, outputs: Any) -> Any:
 norms, old = nn.utils.parametrizations, nn.utils
 KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pure road
     "plain": ("RRRRR RR", plain),
-    "a frozen layer": ("RRRRR RR", plain, lambda s: s.a.requires_grad_(False)),
+    "a frozen layer": ("RRRRR RR", plain, lambda s: s.a.requires_grad_(requires_grad=False)),
     "a shared layer": ("RRRRR RR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
     "a hook that scales outputs": ("RRRRR RR", plain, lambda s: s.a.register_forward_hook(scaled)),
     "a buffer that counts": ("RRRRR RR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
     # On the pure road it has to be there before: the state of a step has no place for it.
     "a buffer made by the first pass": ("RRRRR XX", lazy),
     "a gradient in its input": ("RRRRR XX", slopes),
-    "a checkpoint": ("RRRRX XX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
+    "a checkpoint": (
+        "RRRRX XX",
+        lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
     "a reentrant checkpoint": (
-        "XXXXX XX", lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
+        "XXXXX XX",
+        lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
     "a reentrant checkpoint of a function": (  # whose weights autograd.grad does not see
         "XXXXX XX",
-        lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x.clone().requires_grad_(), use_reentrant=True))),
+        lambda s, x: s.b(
+            checkpoint(lambda t: s.a(t).tanh(), x.clone().requires_grad_(), use_reentrant=True))),
     "masks in a checkpoint": (
-        "RRRRX XX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
+        "RRRRX XX",
+        lambda s, x: s.b(
+            checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
     "an embedding within max_norm": (
         "RRRRR XX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=50))),
     "float32 within": ("RRRRR RR", lambda s, x: s.b(s.a(x).float().tanh().to(x.dtype))),
     "an attribute of a weight": (
-        "RRRRR XX", lambda s, x: s.plain(x) * s.a.weight.scale, lambda s: setattr(s.a.weight, "scale", 0.5)),
+        "RRRRR XX",
+        lambda s, x: s.plain(x) * s.a.weight.scale,
+        lambda s: setattr(s.a.weight, "scale", 0.5)),
     "float32 alone": ("RRRRR XX", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
     "weight norm": ("RRRRR RR", plain, put("a", lambda s: norms.weight_norm(s.a))),
     "the old weight norm": ("RRRRR RR", plain, put("a", lambda s: old.weight_norm(s.a))),
@@ -188,13 +199,16 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "a detached average": ("AAAAA AA", lambda s, x: s.plain(x) - s.plain(x).mean(0).detach()),
     "a detached branch": ("AAAAA AA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
     "a doubled backward": ("AAAAA AA", lambda s, x: Function.apply(s.plain(x), 2.0, 2.0)),
-    "a codebook": ("AAAAA AA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
+    "a codebook": (
+        "AAAAA AA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
     "an average in a "
     "buffer": ("XAAAA AA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
     "an average of earlier "
     "passes": ("RRRRA RA", lagging, lambda s: s.register_buffer("mean", torch.zeros(6))),
     "a momentum "
-    "encoder": ("XAAAA AA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
+    "encoder": (
+        "XAAAA AA", momentum_encoder,
+        put("slow", lambda s: nn.Linear(4, 6).requires_grad_(requires_grad=False))),
     "a hook on an activation": ("XAAAA AA", hooked),
     "a hook on a backward "
     "pass": ("XAAAA XX", plain, lambda s: s.b.register_full_backward_hook(doubled)),
@@ -205,7 +219,8 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "an input in place": ("XXXXX XX", lambda s, x: s.plain(x.mul_(1.1))),
     "a generator of its own": (
         "XRRRR RR",
-        lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
+        lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x),
+        put("g", lambda s: torch.Generator())),
     # The pure step draws for L(θ′) where the passes before it end, and not from a stream apart.
     "python's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
     "numpy's random "
@@ -217,7 +232,9 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pur
     "an embedding beyond max_norm": (
         "XXXXX XX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
     "a tensor in a weight's memory": (
-        "XXXXX XX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
+        "XXXXX XX",
+        lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C],
+        put("held", lambda s: [s.a.weight.detach()])),
 }  # fmt: skip
 
 
@@ -278,9 +295,11 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a clip": ("RRRRR RR", {}, {"clip_norm": 0.1}),
     "micro-batches": ("RRRRR RR", {}, {"accumulate": 2}),
     "a pair in "
-    "micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "micro-batches": (
+        "RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
     "a sum in "
-    "micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "micro-batches": (
+        "RRRRR RR", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
     "a pair that is no "
     "mean": ("XXXXX XX", {"outer": lambda self, loss, z, b: (loss, len(z))}, {"accumulate": 2}),
     "a loss of the batch": ("RRRRR RR", batchwise, {}),
@@ -290,10 +309,14 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "RRRRR RR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
     "a parameter in a loss": (
         "XXXXX XX",
-        {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
+        {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1),
+         **learned},
+        {}),
     "an inner loss of the teacher": ("XXXXX XX", with_teacher, {}),
     "an outer loss of the teacher": (
-        "RRRRR XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+        "RRRRR XX",
+        {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()},
+        {}),
     "a loss that writes weights": ("XXXXX XX", {"inner": writes}, {}),
     "half a signal": ("AARAA AA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
     "a layer's "

@@ -17,7 +17,10 @@ TOLERANCE = 0.05
 
 
 def code(page: Path) -> str:
-    """All blocks of a page, each in the lines where it stands there, so that a traceback points into the page."""
+    """Return all blocks of a page, each in the lines where it stands there.
+
+    So a traceback points into the page.
+    """
     text = page.read_text()
     lines = [""] * text.count("\n")
     for block in FENCED.finditer(text):
@@ -39,7 +42,10 @@ def check_printed(source: str, printed: str) -> None:
 
 
 def check_alike(printed: Sequence[str], expected: Sequence[str]) -> None:
-    """Assert that lines are those that a page promises, where decimal numbers may differ a little."""
+    """Assert that lines are those that a page promises.
+
+    Decimal numbers may differ a little.
+    """
     assert [NUMBER.sub("#", line) for line in printed] == [
         NUMBER.sub("#", line) for line in expected
     ]

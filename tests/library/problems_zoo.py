@@ -119,7 +119,7 @@ def toy(
     views: bool = False,
     teacher: Callable[[], nn.Module] = mlp,
 ) -> Toy:
-    """A problem that is the same whenever it is built from the same arguments."""
+    """Build a problem that is the same whenever it is built from the same arguments."""
     torch.manual_seed(seed)
     networks = [net().to(dtype).train() for net in (teacher, STUDENTS[kind])]
     x_l, x_u, x_s = (torch.randn(n, 1, 4, 4, dtype=dtype) for n in (rows + 1, rows, rows))
@@ -251,7 +251,9 @@ OPTIMISERS: dict[str, Optimiser] = {
 
 
 def warm(problem: Toy, optimiser: Optimiser, steps: int = 3) -> tuple[Any, Any, Any]:
-    """Take real steps on given gradients: (the optimiser, its inner_state for the library, the reference's state).
+    """Take real steps on given gradients.
+
+    Return the optimiser, its inner_state for the library, and the reference's state.
 
     The reference's state comes from its own rule, never from the optimiser that it is compared
     with.
@@ -282,8 +284,11 @@ def warm(problem: Toy, optimiser: Optimiser, steps: int = 3) -> tuple[Any, Any, 
 def everything(
     problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True, counts: bool = True
 ) -> list[Tensor]:
-    """Copies of all that a call must leave as it is: weights, buffers, gradients, optimiser states
-    (with their step ``counts``), the generator."""
+    """Return copies of all that a call must leave as it is.
+
+    These are weights, buffers, gradients, optimiser states (with their step ``counts``) and the
+    generator.
+    """
     found = [t for net in (problem.teacher, problem.student) for t in net.state_dict().values()]
     found += [torch.ones(()) if p.grad is None else p.grad for p in problem.student.parameters()]
     found += [torch.ones(()) if p.grad is None else p.grad for p in problem.teacher.parameters()]
@@ -308,7 +313,10 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def unmoved(
     problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True
 ) -> Iterator[None]:
-    """Assert that the block leaves everything bit for bit as it was (but for the ``generator``, if it may move)."""
+    """Assert that the block leaves everything bit for bit as it was.
+
+    The ``generator`` may move, if the argument says so.
+    """
     before = everything(problem, *optimizers, generator=generator)
     slots = [
         [id(t) for t in net.state_dict(keep_vars=True).values()]
@@ -326,9 +334,9 @@ def unmoved(
 def gradient(
     case: Toy, mode: Any = "forward", ahead: Iterable[Any] | None = None, **options: Any
 ) -> Any:
-    """What ``metapl.hypergradient`` finds on a case, or over the batches ``ahead``.
+    """Return the hypergradient of a case, or over the batches ``ahead``.
 
-    By SGD, where nothing is said.
+    The inner optimizer is SGD, if no other is named.
     """
     batches = case.unlabeled if ahead is None else metapl.Lookahead([*ahead])
     given = {"labeled": case.labeled, "unlabeled": batches, "mode": mode, **options}

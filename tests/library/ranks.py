@@ -1,4 +1,6 @@
-"""Fresh processes that stand for the ranks of a distributed run: they run one function after another.
+"""Fresh processes that stand for the ranks of a distributed run.
+
+They run one function after another.
 
 If one of them dies or hangs, the test that it was asked for fails, and the next one begins with new
 ones.
@@ -57,7 +59,7 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, name: str, **arguments: Any) -> list[Any]:
-        """What a function of that module returns on every rank."""
+        """Return what a function of that module returns on every rank."""
         if not self.pipes:
             self.start()
         # Of processes that meet anew each time, one might find the meeting place of the last time
@@ -101,7 +103,7 @@ def _free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module: str) -> None:
-    """What a process does: join the group, and run what it is sent.
+    """Join the group, and run what is sent, in a process of its own.
 
     Args:
         pipe, rank, number: to whom it answers, and which of how many it is.

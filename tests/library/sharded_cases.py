@@ -1,4 +1,4 @@
-"""What the ranks of the sharded tests run, and what one process with the whole batch runs beside them."""
+"""What the ranks of the sharded tests run, beside one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ class Network(nn.Module):
 
 
 class Moving(nn.Module):
-    """Tied weights, a parameter without dimensions, running statistics and a buffer that moves with the rows."""
+    """Tied weights, a parameter without dimensions, and running statistics.
+
+    A buffer moves with the rows.
+    """
 
     def __init__(self, scale: bool) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ def batches(
 
 
 def share(batch: Any, together: int = 1) -> Any:
-    """This rank's rows of a batch, which ``together`` ranks have in common."""
+    """Return this rank's rows of a batch, which ``together`` ranks have in common."""
     if not dist.is_initialized():
         return batch
     if isinstance(batch, tuple):
@@ -151,7 +154,7 @@ def share(batch: Any, together: int = 1) -> Any:
 
 
 def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
-    """A network as a user lays it out, by hand or with metapl's own function.
+    """Lay a network out as a user does, by hand or with metapl's own function.
 
     Products are shared by two processes.
     """
@@ -228,7 +231,10 @@ def train(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> dict[str, Any]:
-    """Some steps, on this rank's share of each batch; one process alone has all of it."""
+    """Take some steps on the share of each batch of this rank.
+
+    One process alone has all of a batch.
+    """
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
     ahead = trainer.lookahead
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
@@ -309,7 +315,7 @@ def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def refused(how: str) -> str:
-    """The text with which something is refused on this rank, before anything moved."""
+    """Return the text with which something is refused on this rank, before anything moved."""
     try:
         REFUSED[how]()
     except MetaplError as error:
@@ -331,7 +337,10 @@ def _unequal() -> None:
 
 
 def interrupted(layout: str, at: int) -> float:
-    """How far a plain gradient is from that of before, after a look-ahead whose student failed in one of its calls."""
+    """Return how far a plain gradient is from that before a failed look-ahead.
+
+    The student failed in one of its calls.
+    """
     teacher, student = networks()
     plain = student.state_dict()
     student = laid_out(student, layout)
@@ -363,7 +372,7 @@ def interrupted(layout: str, at: int) -> float:
 
 
 def _another_batch_on_one() -> None:
-    """The second time that it is asked for, of batches that are made as they are read."""
+    """Give another batch the second time, from batches that are made as they are read."""
     teacher, student = (laid_out(network, "ddp") for network in networks())
     labeled, unlabeled = share(batches(1)[0])
     asked: list[int] = []
@@ -384,10 +393,10 @@ def _root_forgotten() -> None:
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
 
 
-def _not_means(role: int, how: str, *arguments: Any) -> None:
-    """A switch of the gradients of one of the networks."""
+def _not_means(role: int, switch: str, **arguments: Any) -> None:
+    """Set a switch of the gradients of one of the networks, and take a step."""
     trainer = built("forward", "hsdp")
-    getattr((trainer.teacher, trainer.student)[role], how)(*arguments)
+    getattr((trainer.teacher, trainer.student)[role], switch)(**arguments)
     trainer.step(*share(batches(1)[0]))
 
 
@@ -442,10 +451,12 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "unequal": _unequal,
     "not_finite_on_one": _not_finite_on_one,
     "root_forgotten": _root_forgotten,
-    "divided_otherwise": lambda: _not_means(1, "set_gradient_divide_factor", 1.0),
-    "not_synchronized": lambda: _not_means(0, "set_requires_gradient_sync", False),
-    "not_reduced": lambda: _not_means(1, "set_requires_all_reduce", False),
-    "hooked": lambda: _not_means(0, "set_all_reduce_hook", Tensor.zero_),
+    "divided_otherwise": lambda: _not_means(1, "set_gradient_divide_factor", factor=1.0),
+    "not_synchronized": lambda: _not_means(
+        0, "set_requires_gradient_sync", requires_gradient_sync=False
+    ),
+    "not_reduced": lambda: _not_means(1, "set_requires_all_reduce", requires_all_reduce=False),
+    "hooked": lambda: _not_means(0, "set_all_reduce_hook", hook=Tensor.zero_),
     "part_left_out": _part_left_out,
     "outputs_in_parts": _outputs_in_parts,
     "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
@@ -488,7 +499,10 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def faulty(fault: str, case: dict[str, Any]) -> dict[str, Any] | str:
-    """A case with a planted fault: what it finds, or the error that it ends with."""
+    """Run a case with a planted fault, and return what it ends with.
+
+    That is its result, or the error.
+    """
     with pytest.MonkeyPatch.context() as patch:
         FAULTS[fault](patch)
         try:
@@ -518,9 +532,9 @@ class Both(Judged):
 def without_rows(
     mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any
 ) -> dict[str, float]:
-    """The report of a step on a signal that is a matrix, or has a number about all examples.
+    """Return the report of a step on a signal without rows, and the teacher then.
 
-    And the teacher then.
+    The signal is a matrix, or has a number about all examples.
     """
     start = (
         4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + CLASSES).double()
@@ -545,9 +559,9 @@ def without_rows(
 
 
 def in_bfloat16(inside: str) -> dict[str, Any]:
-    """The teacher's gradient with weights gathered in bfloat16, and in float32.
+    """Return the teacher's gradient with weights gathered in bfloat16, and in float32.
 
-    And what ``difference`` says to it.
+    Beside it is what ``difference`` says.
     """
     found: dict[str, Any] = {}
     labeled, unlabeled = share(batches(1, dtype=torch.float32)[0])
@@ -584,8 +598,10 @@ class Share(list[Any]):
 def whole_training(
     layout: str | None, optimizer: str = "sgd", inside: str = "plain", **options: Any
 ) -> dict[str, Any]:
-    """Scores of examples through four steps, and the derivative in the start through two; every
-    rank is given all rows of the first, and its share of the second."""
+    """Return scores of examples through four steps, and the derivative in the start through two.
+
+    Every rank is given all rows of the first, and its share of the second.
+    """
     network = networks(inside)[1]
     student = laid_out(network, layout)
     inner = OPTIMIZERS[optimizer](student.parameters())
@@ -627,9 +643,10 @@ def whole_training(
 
 
 def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
-    """A whole training.
+    """Take a training, and count the weights that are gathered at once.
 
-    The most weights that were whole at once in it, and those of a block and the root.
+    Return the training, the most weights that were gathered at once, and those of a block and the
+    root.
     """
     alive: list[tuple[int, Any]] = []  # numbers of weights, and whether they are still there
     most = 0
@@ -719,7 +736,10 @@ def fitted(
     inside: str = "plain",
     ema_decay: float | None = None,
 ) -> dict[str, Any]:
-    """A short fit on the same whole batches everywhere, from the beginning or on from where it was stopped; tuned."""
+    """Take a short, tuned fit on the same batches everywhere.
+
+    It begins at the start, or goes on from where it was stopped.
+    """
     trainer = built("reinforce", layout, "adamw", inside=inside)
     torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
     labeled, unlabeled = (Share([*part], trainer.ranks) for part in zip(*batches(4), strict=True))
@@ -751,7 +771,7 @@ def fitted(
 
 
 def said(layout: str | None) -> list[str]:
-    """What a fit says whose teacher hardly moves."""
+    """Return what a fit says whose teacher hardly moves."""
     trainer, lines = built("forward", layout), list[str]()
     optimizer: Any = trainer.outer_optimizer
     optimizer.param_groups[0]["lr"] = 1e-9
@@ -768,7 +788,10 @@ def said(layout: str | None) -> list[str]:
 
 
 def unwritten(folder: str) -> list[str]:
-    """What each rank hears of two checkpoints that fail on the first alone, in its part and at the end."""
+    """Return what each rank hears of two checkpoints that fail on the first rank alone.
+
+    One fails in its part, the other at the end.
+    """
     from torch.distributed.checkpoint import FileSystemWriter
 
     from metapl.runs import checkpoint

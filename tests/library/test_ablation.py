@@ -56,7 +56,8 @@ def test_nothing_moves_though_it_trains_in_between() -> None:
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
     for _ in range(2):
         trainer.step(problem.labeled, problem.unlabeled)
-    before, state = everything(problem), trainer.state_dict()
+    everything_before = everything(problem)
+    state = trainer.state_dict()
     result = ablate(
         trainer,
         [problem.labeled] * 2,
@@ -66,27 +67,27 @@ def test_nothing_moves_though_it_trains_in_between() -> None:
         rounds=1,
     )
     assert result.points == (0, 2, 4)
-    assert same(before, everything(problem))
-    now = trainer.state_dict()
-    assert now["steps_done"] == state["steps_done"] == 2
+    assert same(everything_before, everything(problem))
+    state_after = trainer.state_dict()
+    assert state_after["steps_done"] == state["steps_done"] == 2
+    moments_after = state_after["inner"]["state"]
     for name, moments in state["inner"]["state"].items():
-        assert torch.equal(
-            now["inner"]["state"][name]["momentum_buffer"], moments["momentum_buffer"]
-        )
+        assert torch.equal(moments_after[name]["momentum_buffer"], moments["momentum_buffer"])
 
 
 def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
-    own = found("mlp", ["none", "difference", "unrolled"], draws=20)
-    assert [*own.altered] == [
+    ablation = found("mlp", ["none", "difference", "unrolled"], draws=20)
+    assert [*ablation.altered] == [
         "difference_permuted",
         "difference_class_means",
         "difference_random_sign",
     ]
-    figures = {name: mode for name, mode in own.altered.items() if isinstance(mode, ModeCost)}
+    figures = {name: mode for name, mode in ablation.altered.items() if isinstance(mode, ModeCost)}
     assert figures["difference_class_means"].noise_to_signal == 0
     assert figures["difference_class_means"].relative_error > 0.01
     signs = figures["difference_random_sign"]
-    assert signs.noise_to_signal > 0.3  # drawn anew for every draw
+    # Signs are drawn anew for every draw.
+    assert signs.noise_to_signal > 0.3
     assert abs(signs.cosine) < 0.9
     assert not found("mlp", ["reinforce"]).altered
     assert not found("mlp", ["forward"], altered=False).altered
@@ -119,7 +120,7 @@ def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
 
 
 def trained() -> Ablation:
-    """An ablation at three points of a training, with a mode that cannot run and with controls."""
+    """Return an ablation at three points, with a mode that cannot run and with controls."""
     problem = toy("mlp", dtype=torch.float32, rows=8)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
     sources: Any = [problem.labeled] * 3, [problem.unlabeled] * 3
@@ -249,23 +250,25 @@ NONE = {"none": cost(0.001, 10_000, 1.0)}
         ({"unrolled": cost(0.0290, 300_000), "forward": cost(0.0310, 150_000)}, "forward"),
         ({"unrolled": cost(0.0310, 100_000), "forward": cost(0.0290, 150_000)}, "unrolled"),
         ({"unrolled": cost(0.0290, 100_000), "forward": cost(0.0310, 105_000)}, "forward"),
-        (
-            {"unrolled": cost(0.0290), "forward": cost(0.0320)},
-            "unrolled",
-        ),  # just beyond the tolerance
+        # Just beyond the tolerance.
+        ({"unrolled": cost(0.0290), "forward": cost(0.0320)}, "unrolled"),
+        # A gradient near zero.
         (
             {"unrolled": "no second derivative", "forward": cost(0.03, error=0.024)},
             "forward",
-        ),  # a gradient near zero
+        ),
+        # A mode that is not exact here.
         (
             {"forward": cost(0.03, error=0.5), "difference": cost(0.04, error=1e-4)},
             "difference",
-        ),  # not exact here
+        ),
+        # A mode with noise.
         (
             {"forward": cost(0.03, error=1e-5, noise=2e-3), "unrolled": cost(0.05)},
             "unrolled",
-        ),  # with noise
-        ({"forward": "it cannot"}, "reinforce_per_example"),  # the nearest
+        ),
+        # The nearest in one draw.
+        ({"forward": "it cannot"}, "reinforce_per_example"),
     ],
 )
 def test_of_exact_modes_time_decides_then_memory_then_forward(
@@ -290,19 +293,28 @@ def test_no_feedback_and_the_gradient_at_an_optimum_are_never_recommended() -> N
 class Steps(Estimator):
     """An estimator whose feedback is known."""
 
-    name, labels = "known", ("soft",)
+    name = "known"
+    labels = ("soft",)
 
     def __init__(self, h: Tensor, part: Any = "value") -> None:
-        self.h, self.part = h, part
+        self.h = h
+        self.part = part
 
     def feedback(self, path: Any, state: Any) -> Any:
         return [metapl.feedback.base.Feedback(self.h, self.part)], state
 
 
 def altered(
-    h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None, weights: Tensor | None = None
+    h: Tensor,
+    alteration: Any,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
-    """h as it is altered in four steps, on sampled labels or on a differentiable signal."""
+    """Return h as it is altered in four steps.
+
+    The signal is of sampled labels, or differentiable.
+    """
     soft = torch.zeros(len(h)) if weights is None else weights
     signal = (
         metapl.Signal(soft)
@@ -315,42 +327,46 @@ def altered(
         "student": type("Student", (), {"ranks": ALONE}),
     }
     step = type("Step", (), fields)
-    estimator = Altered(Steps(h), how, seed)
-    state, found = estimator.init(), []
+    estimator = Altered(Steps(h), alteration, seed)
+    state = estimator.init()
+    feedback_by_step = []
     for _ in range(4):
         (feedback,), state = estimator.feedback(type("Path", (), {"steps": [step]}), state)  # type: ignore[arg-type]
-        found.append(feedback.h)
-    return found
+        feedback_by_step.append(feedback.h)
+    return feedback_by_step
 
 
 H = torch.tensor([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [6.0, -6.0]])
 
 
 def test_permuted_gives_the_rows_to_others() -> None:
-    found = altered(H, "permuted")
-    for one in found:
-        assert sorted(one[:, 0].tolist()) == [1, 2, 3, 6]
-        assert torch.equal(one[:, 1], -one[:, 0])
-    assert len({tuple(one[:, 0].tolist()) for one in found}) > 1
-    assert all(torch.equal(a, b) for a, b in zip(found, altered(H, "permuted"), strict=True))
+    altered_by_step = altered(H, "permuted")
+    for altered_h in altered_by_step:
+        assert sorted(altered_h[:, 0].tolist()) == [1, 2, 3, 6]
+        assert torch.equal(altered_h[:, 1], -altered_h[:, 0])
+    assert len({tuple(altered_h[:, 0].tolist()) for altered_h in altered_by_step}) > 1
+    assert all(
+        torch.equal(a, b) for a, b in zip(altered_by_step, altered(H, "permuted"), strict=True)
+    )
     others = altered(H, "permuted", seed=1)
-    assert any(not torch.equal(a, b) for a, b in zip(found, others, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(altered_by_step, others, strict=True))
 
 
 def test_class_means_leave_nothing_of_the_single_example() -> None:
-    for one in altered(H, "class_means"):
-        assert torch.equal(one, torch.tensor([[3.0, -3.0]] * 4))
+    for altered_h in altered(H, "class_means"):
+        assert torch.equal(altered_h, torch.tensor([[3.0, -3.0]] * 4))
     labels = torch.tensor([0, 1, 0, 1])
-    for one in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", labels=labels):
-        assert one.tolist() == [3, 5, 3, 5]
-    weights = torch.tensor([0.1, 0.2, 0.3, 0.3])  # equal weights are no class
-    for one in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", weights=weights):
-        assert one.tolist() == [4, 4, 4, 4]
+    for altered_h in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", labels=labels):
+        assert altered_h.tolist() == [3, 5, 3, 5]
+    # Equal weights are no class.
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.3])
+    for altered_h in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", weights=weights):
+        assert altered_h.tolist() == [4, 4, 4, 4]
 
 
 def test_random_sign_flips_whole_rows() -> None:
-    found = torch.stack(altered(H, "random_sign"))
-    signs = found[..., 0] / H[:, 0]
-    assert torch.equal(found, H * signs[..., None])
+    altered_by_step = torch.stack(altered(H, "random_sign"))
+    signs = altered_by_step[..., 0] / H[:, 0]
+    assert torch.equal(altered_by_step, H * signs[..., None])
     assert set(signs.flatten().tolist()) == {-1, 1}
-    assert len({tuple(one.tolist()) for one in signs}) > 1
+    assert len({tuple(sign.tolist()) for sign in signs}) > 1

@@ -198,7 +198,10 @@ def as_pair(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Judged(metapl.problems.ExampleWeights):
-    """Example weights, judged by a loss of all outer outputs, and perhaps a penalty on the student's weights."""
+    """Example weights, judged by a loss of all outer outputs.
+
+    There may be a penalty on the student's weights.
+    """
 
     def __init__(self, loss: Any, penalized: nn.Module | None = None) -> None:
         self.loss, self.penalized = loss, penalized
@@ -539,7 +542,10 @@ class Tagger(nn.Module):
 
 
 class OwnMean:
-    """A user's cross-entropy, whose mean is over the labels that are not ignored, and which does not say so."""
+    """A user's cross-entropy, whose mean is over the labels that are not ignored.
+
+    It does not say so.
+    """
 
     name = "own"
 
@@ -576,7 +582,10 @@ def tagged_batch() -> tuple[Tensor, Tensor]:
 
 
 def trained_tagger(loss: Any, accumulate: int, dropout: float = 0.0) -> tuple[Tensor, float]:
-    """Return the weights after two steps on the tagged batch, and the loss that the second report says."""
+    """Return the weights after two steps on the tagged batch, and the loss of the second.
+
+    The loss is that of the report.
+    """
     torch.manual_seed(0)
     model = Tagger(dropout).double()
     trainer = LossTrainer(

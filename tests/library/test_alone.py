@@ -1,5 +1,7 @@
-"""The library runs where nothing but torch, numpy, safetensors and tqdm is installed, and the
-application is not there."""
+"""The library runs with torch, numpy, safetensors and tqdm alone.
+
+The application is not there.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ import sys
 
 gc.disable()
 OTHERS = (
-    "tyro", "matplotlib", "tensorboard", "sklearn", "joblib", "torchvision", "PIL", "torchopt", "einops", "scipy",
-    "timm", "pyarrow", "pandas", "metapl.apps",
+    "tyro", "matplotlib", "tensorboard", "sklearn", "joblib", "torchvision", "PIL", "torchopt",
+    "einops", "scipy", "timm", "pyarrow", "pandas", "metapl.apps",
 )
 
 
@@ -45,7 +47,8 @@ import metapl
 torch.manual_seed(0)
 x, y, u = torch.randn(12, 6), torch.arange(12) % 3, torch.randn(24, 6)
 # Of a network that is not near an optimum, "implicit" takes no other solver.
-MODES = [metapl.feedback.Implicit(solver="identity") if mode == "implicit" else mode for mode in metapl.MODES]
+IMPLICIT = metapl.feedback.Implicit(solver="identity")
+MODES = [IMPLICIT if mode == "implicit" else mode for mode in metapl.MODES]
 
 
 def networks():
@@ -68,8 +71,8 @@ said = []
 for resume, steps in ((False, 4), (True, 4)):
     trainer = metapl.BilevelTrainer(**networks(), mode="forward")
     trainer.fit(
-        labeled, unlabeled, steps=steps, validation=(x, y), validate_every=2, save_every=2, out=sys.argv[1],
-        resume=resume, say=said.append,
+        labeled, unlabeled, steps=steps, validation=(x, y), validate_every=2, save_every=2,
+        out=sys.argv[1], resume=resume, say=said.append,
     )
 assert any("TensorBoard" in text for text in said), said
 assert 0 <= trainer.evaluate((x, y)).accuracy <= 1
@@ -77,7 +80,8 @@ assert trainer.predict(x).shape == (12, 3)
 trainer.save(sys.argv[1] + "/trainer.ckpt")
 trainer.load(sys.argv[1] + "/trainer.ckpt")
 student = networks()["student"]
-losses = metapl.LossTrainer(student, [metapl.CrossEntropy()], optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
+optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+losses = metapl.LossTrainer(student, [metapl.CrossEntropy()], optimizer=optimizer)
 losses.fit(labeled, steps=2, progress=False)
 metapl.ablate(metapl.BilevelTrainer(**networks()), (x, y), u, ["forward", "none"])
 """,

@@ -6,7 +6,6 @@ Against double backward by hand, and against trainings without the examples.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,19 @@ import metapl
 from metapl import MetaplError, attribute, metasmoothness
 from metapl.execution.state import RandomState, replayed
 from metapl.problems import EqualWeights, NextToken
-from metapl.training.attribution import Attribution
+from metapl.training.attribution import Attribution, Metasmoothness
 
 N, STEPS = 24, 9
 
 
 def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=draw).double(), torch.randint(
-        0, 3, (rows,), generator=draw
-    )
+    inputs = torch.randn(rows, 6, generator=draw).double()
+    return inputs, torch.randint(0, 3, (rows,), generator=draw)
 
 
-TRAIN, OUTER = data(0), data(1, 5)
+TRAIN = data(0)
+OUTER = data(1, 5)
 
 
 def student(kind: str = "mlp") -> nn.Module:
@@ -46,13 +45,24 @@ def student(kind: str = "mlp") -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), middle, nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def found(network: nn.Module, by: str = "sgd", **options: Any) -> Attribution:
+def optimizer_of(network: nn.Module, rule: str) -> torch.optim.Optimizer:
+    if rule == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(network.parameters(), lr=0.1, eps=1e-3)
+
+
+def scored(network: nn.Module, rule: str = "sgd", **options: Any) -> Attribution:
+    """Return the attribution of a training of nine steps, but for what the options say."""
     torch.manual_seed(3)
-    make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[by]
-    how = {"momentum": 0.9} if by == "sgd" else {"eps": 1e-3}
-    inner = make(network.parameters(), lr=0.1, **how)
-    given = {"train": TRAIN, "outer": OUTER, "steps": STEPS, "batch_size": 8, **options}
-    return attribute(network, **{"optimizer": inner, **given})
+    arguments: dict[str, Any] = {
+        "train": TRAIN,
+        "outer": OUTER,
+        "optimizer": optimizer_of(network, rule),
+        "steps": STEPS,
+        "batch_size": 8,
+        **options,
+    }
+    return attribute(network, **arguments)
 
 
 def by_hand(
@@ -62,24 +72,21 @@ def by_hand(
     factor: Callable[[int], float],
     clip: float = 1e9,
 ) -> tuple[Tensor, Tensor]:
-    """−dL/dw by double backward through the training, and the losses L_j.
+    """Return −dL/dw by double backward through the training, and the losses L_j.
 
-    Dropout from the same masks.
+    Dropout has the masks of the training that is scored.
     """
-    w, theta, state = (
-        torch.ones(N, dtype=torch.float64, requires_grad=True),
-        reference.weights(network),
-        None,
-    )
+    w = torch.ones(N, dtype=torch.float64, requires_grad=True)
+    theta = reference.weights(network)
+    state = None
     torch.manual_seed(3)
     for step, chosen in enumerate(order):
-        z, lr = reference.at(network, theta, TRAIN[0][chosen]), 0.1 * factor(step)
+        z = reference.at(network, theta, TRAIN[0][chosen])
         loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
-        rule = (
-            reference.sgd(lr, 0.9)
-            if optimizer == "sgd"
-            else reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
-        )
+        lr = 0.1 * factor(step)
+        rule = reference.sgd(lr, 0.9)
+        if optimizer == "adamw":
+            rule = reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
         theta, state = reference.stepped(loss, theta, reference.clipped(clip, rule), state)
     losses = F.cross_entropy(reference.at(network, theta, OUTER[0]), OUTER[1], reduction="none")
     rows = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
@@ -102,7 +109,7 @@ def test_the_scores_are_the_derivatives(
     network = student(kind)
     before = copy.deepcopy(network.state_dict())
     schedule = (lambda k: 1 - k / STEPS) if scheduled else None
-    attribution = found(network, optimizer, schedule=schedule, clip_norm=clip)
+    attribution = scored(network, optimizer, schedule=schedule, clip_norm=clip)
     factor = schedule or (lambda _: 1.0)
     exact, losses = by_hand(
         copy.deepcopy(network), attribution.order, optimizer, factor, clip or 1e9
@@ -112,15 +119,15 @@ def test_the_scores_are_the_derivatives(
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
 
 
-def test_of_each_outer_example() -> None:
-    """A batch norm in train mode has the statistics of all outer examples, as for the whole outer loss."""
+def test_the_scores_of_each_outer_example_are_the_derivatives() -> None:
+    """A batch norm in train mode has the statistics of all outer examples, as for their mean."""
     network = student("batch_norm")
-    attribution = found(network, each=True)
+    attribution = scored(network, each=True)
     exact, losses = by_hand(copy.deepcopy(network), attribution.order, "sgd", lambda _: 1.0)
     assert error(attribution.scores, exact) < 1e-7
     assert error(attribution.outer_loss, losses) < 1e-10
     sets = [[1, 2], [5], [7, 8, 9]]
-    of_all = found(network).validate(sets).retrained
+    of_all = scored(network).validate(sets).retrained
     assert error(attribution.validate(sets).retrained.mean(1), of_all) < 1e-10
 
 
@@ -130,7 +137,8 @@ class Causal(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.words, self.last = nn.Embedding(5, 6).double(), nn.Linear(6, 5).double()
+        self.words = nn.Embedding(5, 6).double()
+        self.last = nn.Linear(6, 5).double()
 
     def forward(self, ids: Tensor) -> Tensor:
         counts = torch.arange(1, ids.shape[1] + 1, dtype=torch.float64)[:, None]
@@ -148,28 +156,33 @@ def test_the_scores_of_tokens_are_the_derivatives(
     if how == "by two graphs":
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     draw = torch.Generator().manual_seed(0)
-    ids, judged = (torch.randint(0, 5, (rows, 4), generator=draw) for rows in (6, 3))
+    ids = torch.randint(0, 5, (6, 4), generator=draw)
+    judged = torch.randint(0, 5, (3, 4), generator=draw)
     labels = ids.clone()
-    labels[0, 2:] = labels[4] = -100  # padded, and empty
+    # One sequence is padded, and one is empty.
+    labels[0, 2:] = -100
+    labels[4] = -100
     network = Causal()
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "train": (ids, labels),
         "outer": (judged, judged),
         "steps": 5,
         "batch_size": 4,
+        "each": each,
+        "compile": how != "eager",
     }
-    given |= {"each": each, "compile": how != "eager"}
-    attribution = found(network, problem=NextToken(per="token"), **given)
+    attribution = scored(network, problem=NextToken(per="token"), **options)
 
     def losses(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """(B, T): of each token after the first."""
+        """Return the losses of tokens, (B, T), with 0 for the first of each sequence."""
         z = functional_call(network, params, (x,))
         of_token = F.cross_entropy(z[:, :-1].mT, y[:, 1:], reduction="none", ignore_index=-100)
         return torch.cat([torch.zeros(len(x), 1).double(), of_token], 1)
 
     def judged_after(w: Tensor) -> Tensor:
-        """The outer losses after a training by SGD with momentum."""
-        params, state = reference.weights(network), None
+        """Return the outer losses after a training by SGD with momentum."""
+        params = reference.weights(network)
+        state = None
         for chosen in attribution.order:
             of_tokens = w[chosen] * losses(params, ids[chosen], labels[chosen])
             loss = (of_tokens.sum(1) / (labels[chosen, 1:] != -100).sum(1).clamp_min(1)).mean()
@@ -182,43 +195,43 @@ def test_the_scores_of_tokens_are_the_derivatives(
     assert error(attribution.scores, exact) < 1e-7
     if how != "eager":
         return
-    of_sequences = found(Causal(), problem=NextToken(), **given)
+    of_sequences = scored(Causal(), problem=NextToken(), **options)
     assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
     assert attribution.top(3)[0].tolist() == of_sequences.top(3)[0].tolist()
     assert error(attribution.predict([1, 3]), of_sequences.predict([1, 3])) < 1e-10
-    second = torch.zeros(6, 4, dtype=torch.bool).index_fill(
-        1, torch.tensor(2), True
-    )  # one token of each sequence
-    agreement = attribution.validate([[1, 3], [2], second])
-    assert (
-        error(agreement.retrained[:2], of_sequences.validate([[1, 3], [2], [5]]).retrained[:2])
-        < 1e-10
-    )
-    assert (
-        error(agreement.retrained[2], judged_after(1.0 - second.double()) - attribution.outer_loss)
-        < 1e-10
-    )
+
+    # Without some sequences, and without one token of each.
+    is_third = torch.zeros(6, 4, dtype=torch.bool)
+    is_third[:, 2] = True
+    agreement = attribution.validate([[1, 3], [2], is_third])
+    retrained = of_sequences.validate([[1, 3], [2], [5]]).retrained
+    assert error(agreement.retrained[:2], retrained[:2]) < 1e-10
+    without_third = judged_after(1.0 - is_third.double()) - attribution.outer_loss
+    assert error(agreement.retrained[2], without_third) < 1e-10
     assert error(agreement.predicted[2], exact[..., 2].sum(-1)) < 1e-7
-    plain: dict[str, Any] = {
-        "optimizer": torch.optim.SGD(network.parameters(), lr=0.1),
-        "steps": 5,
-        "batch_size": 4,
-    }
-    of_problem = [NextToken(), NextToken(per="token")]
-    smooth = [
-        metasmoothness(network, (ids, labels), (judged, judged), problem=problem, **plain)
-        for problem in of_problem
+
+    smoothness = [
+        metasmoothness(
+            network,
+            (ids, labels),
+            (judged, judged),
+            problem=problem,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            steps=5,
+            batch_size=4,
+        )
+        for problem in (NextToken(), NextToken(per="token"))
     ]
-    assert smooth[0].agreement == pytest.approx(smooth[1].agreement)
+    assert smoothness[0].agreement == pytest.approx(smoothness[1].agreement)
 
 
 def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() -> None:
-    order = found(student()).order
+    order = scored(student()).order
     assert order.shape == (STEPS, 8)
     assert sorted(order[:3].flatten().tolist()) == list(range(N))
-    assert torch.equal(order, found(student(), generator=torch.Generator().manual_seed(0)).order)
+    assert torch.equal(order, scored(student(), generator=torch.Generator().manual_seed(0)).order)
     assert not torch.equal(
-        order, found(student(), generator=torch.Generator().manual_seed(1)).order
+        order, scored(student(), generator=torch.Generator().manual_seed(1)).order
     )
 
 
@@ -229,16 +242,16 @@ def trained(
     rate: Callable[[int], float],
     clip: float | None = None,
 ) -> tuple[nn.Module, Tensor]:
-    """The network and its outer loss after a plain loop on weighted examples."""
+    """Return the network and its outer loss after a plain loop on weighted examples."""
     plain = copy.deepcopy(network)
     optimizer = torch.optim.SGD(plain.parameters(), momentum=0.9)
     torch.manual_seed(3)
     for step, chosen in enumerate(order):
         optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.zero_grad()
-        (
-            w[chosen] * F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
-        ).mean().backward()
+        outputs = plain(TRAIN[0][chosen])
+        losses = F.cross_entropy(outputs, TRAIN[1][chosen], reduction="none")
+        (w[chosen] * losses).mean().backward()
         nn.utils.clip_grad_norm_(plain.parameters(), clip or torch.inf)
         optimizer.step()
     with torch.no_grad(), replayed(RandomState.now(torch.device("cpu")).branch()):
@@ -251,72 +264,94 @@ def trained(
 def test_trainings_without_examples_are_those_of_a_plain_loop(
     kind: str, clip: float | None
 ) -> None:
-    network, ones = student(kind), torch.ones(N, dtype=torch.float64)
-    attribution = found(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
+    network = student(kind)
+    attribution = scored(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
     sets = [[1, 2], [5], [7, 8, 9]]
     agreement = attribution.validate(sets)
-    all_but: list[Any] = [[], *sets]
-    whole, *without = (
-        trained(network, attribution.order, ones.index_fill(0, torch.tensor(left_out, dtype=torch.long), 0.0),
-                lambda k: 0.1 * (1 - k / STEPS), clip)[1]
-        for left_out in all_but
-    )  # fmt: skip
+
+    def loss_without(removed: list[int]) -> Tensor:
+        weights = torch.ones(N, dtype=torch.float64)
+        weights[removed] = 0.0
+        _, loss = trained(
+            network, attribution.order, weights, rate=lambda k: 0.1 * (1 - k / STEPS), clip=clip
+        )
+        return loss
+
+    whole = loss_without([])
+    changes = torch.stack([loss_without(removed) - whole for removed in sets])
+    predicted = torch.stack([attribution.predict(removed) for removed in sets])
     assert error(attribution.outer_loss, whole) < 1e-12
-    assert error(agreement.retrained, torch.stack(without) - whole) < 1e-10
-    assert (
-        error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets]))
-        < 1e-12
-    )
+    assert error(agreement.retrained, changes) < 1e-10
+    assert error(agreement.predicted, predicted) < 1e-12
 
 
 def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
-    v, agreements = torch.linspace(-1, 1, N, dtype=torch.float64), dict[float, float]()
-    order = found(student(), steps=30).order
-    for rate in (0.02, 2.0):
+    v = torch.linspace(-1, 1, N, dtype=torch.float64)
+    order = scored(student(), steps=30).order
+
+    def smoothness(rate: float, direction: Tensor) -> Metasmoothness:
         network = student()
-        given: dict[str, Any] = {"steps": 30, "batch_size": 8, "step": 0.2, "direction": v}
-        inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
-        smooth = metasmoothness(network, TRAIN, OUTER, optimizer=inner, **given)
-        ends = [
-            trained(network, order, 1 + h * v, lambda _, rate=rate: rate) for h in (0.0, 0.2, 0.4)
-        ]  # type: ignore[misc]
-        weights = [nn.utils.parameters_to_vector(plain.parameters()).detach() for plain, _ in ends]
-        d = (weights[2] - weights[0]).abs()
-        signs = [torch.sign(after - before) for before, after in itertools.pairwise(weights)]
-        assert smooth.agreement == pytest.approx(
-            float((d / d.sum() * signs[0] * signs[1]).sum()), abs=1e-12
+        return metasmoothness(
+            network,
+            TRAIN,
+            OUTER,
+            optimizer=torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9),
+            steps=30,
+            batch_size=8,
+            step=0.2,
+            direction=direction,
         )
-        assert error(smooth.outer_loss, torch.stack([loss for _, loss in ends])) < 1e-10
-        agreements[rate] = smooth.agreement
+
+    def by_definition(rate: float) -> tuple[float, Tensor]:
+        weights: list[Tensor] = []
+        losses: list[Tensor] = []
+        for h in (0.0, 0.2, 0.4):
+            network, loss = trained(student(), order, 1 + h * v, rate=lambda _: rate)
+            weights.append(nn.utils.parameters_to_vector(network.parameters()).detach())
+            losses.append(loss)
+        theta_0, theta_h, theta_2h = weights
+        moved = (theta_2h - theta_0).abs()
+        signs = torch.sign(theta_h - theta_0) * torch.sign(theta_2h - theta_h)
+        return float((moved / moved.sum() * signs).sum()), torch.stack(losses)
+
+    agreements: dict[float, float] = {}
+    for rate in (0.02, 2.0):
+        found = smoothness(rate, v)
+        agreement, losses = by_definition(rate)
+        assert found.agreement == pytest.approx(agreement, abs=1e-12)
+        assert error(found.outer_loss, losses) < 1e-10
+        agreements[rate] = found.agreement
     assert agreements[0.02] > 0.99
     assert agreements[2.0] < 0.6
     with pytest.raises(MetaplError):
-        metasmoothness(network, TRAIN, OUTER, optimizer=inner, **{**given, "direction": 0 * v})
+        smoothness(2.0, 0 * v)
 
 
 def test_a_rough_training_is_told_before_it_is_differentiated() -> None:
     def scores(rate: float, dtype: torch.dtype) -> Tensor:
         network = student().to(dtype)
-        rows: dict[str, Any] = {
-            "train": (TRAIN[0].to(dtype), TRAIN[1]),
-            "outer": (OUTER[0].to(dtype), OUTER[1]),
-        }
-        inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
-        return attribute(network, **rows, optimizer=inner, steps=100, batch_size=8).scores
+        return attribute(
+            network,
+            (TRAIN[0].to(dtype), TRAIN[1]),
+            (OUTER[0].to(dtype), OUTER[1]),
+            optimizer=torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9),
+            steps=100,
+            batch_size=8,
+        ).scores
 
     for rate, dtype in ((2.0, torch.float32), (0.02, torch.bfloat16)):
         with pytest.warns(UserWarning, match="metasmoothness"):
             scores(rate, dtype)
-    scores(0.02, torch.float32)  # no warning
+    # Of a smooth training there is no warning, which would be an error here.
+    scores(0.02, torch.float32)
 
 
 def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
-    expected = found(student()).scores
+    expected = scored(student()).scores
     x, y = TRAIN
     for train in ((x.numpy(), y.numpy()), TensorDataset(x, y), [(x[i], y[i]) for i in range(N)]):
-        assert torch.equal(
-            found(student(), train=train, outer=TensorDataset(*OUTER)).scores, expected
-        )
+        scores = scored(student(), train=train, outer=TensorDataset(*OUTER)).scores
+        assert torch.equal(scores, expected)
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "autocast", "outer_batch", "a graph in a module"])
@@ -329,14 +364,14 @@ def test_a_training_with_all_examples_is_the_one_that_was_differentiated(case: s
         network.left = network(train[0])
     problem = Named() if case == "outer_batch" else EqualWeights()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        attribution = found(network, train=train, outer=outer, problem=problem)
+        attribution = scored(network, train=train, outer=outer, problem=problem)
     whole = attribution._losses_with(torch.ones(N))
     assert attribution.scores.dtype == torch.float32
     assert error(whole, attribution.outer_loss) < 1e-6
 
 
 class Named(EqualWeights):
-    """Whose outer batch is a dict."""
+    """A problem whose outer batch is a dict."""
 
     def outer_batch(self, batch: Any) -> Any:
         return {"x": batch[0], "y": batch[1]}
@@ -356,7 +391,7 @@ class Twice(EqualWeights):
 
 
 def test_what_helps_most_and_what_is_saved(tmp_path: Path) -> None:
-    attribution = found(student())
+    attribution = scored(student())
     helpful, harmful = attribution.top(3)
     assert attribution.scores[helpful[0]] == attribution.scores.max()
     assert attribution.scores[harmful[0]] == attribution.scores.min()
@@ -374,7 +409,8 @@ class Noisy(TensorDataset):
 
 
 X, Y = TRAIN
-OTHERS = nn.Linear(2, 2)
+OTHER_NETWORK = nn.Linear(2, 2)
+OF_ANOTHER_NETWORK = torch.optim.SGD(OTHER_NETWORK.parameters(), lr=0.1)
 REFUSED: dict[str, dict[str, Any]] = {
     "inputs alone": {"train": X},
     "unequal rows": {"train": (X, Y[:3])},
@@ -390,9 +426,9 @@ REFUSED: dict[str, dict[str, Any]] = {
         "steps": 60,
         "mode": metapl.feedback.Forward(keep_every=8),
     },
-    "another network's optimizer": {"optimizer": torch.optim.SGD(OTHERS.parameters(), lr=0.1)},
+    "another network's optimizer": {"optimizer": OF_ANOTHER_NETWORK},
     "another optimizer's schedule": {
-        "schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(OTHERS.parameters()), 1)
+        "schedule": torch.optim.lr_scheduler.StepLR(OF_ANOTHER_NETWORK, 1)
     },
     "a rate that diverges": {"schedule": lambda k: 1e308, "steps": 9},
 }
@@ -401,4 +437,4 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_wrong_data_are_refused(case: str) -> None:
     with pytest.raises(MetaplError):
-        found(student(), "sgd", **REFUSED[case])
+        scored(student(), "sgd", **REFUSED[case])

@@ -233,7 +233,10 @@ class OfColumns(OfFields):
 )
 @pytest.mark.parametrize("each", [False, True])
 def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
-    """Scaled losses: the scores are those of the plain problem on scaled losses, by a loop over trainings."""
+    """Scaled losses have the scores of the plain problem on scaled losses.
+
+    These are taken by a loop over trainings.
+    """
 
     def made(ids: Tensor, labels: Tensor) -> Any:
         tensors = ids.double() / 16, labels, torch.linspace(0.5, 2, len(ids)).double()
@@ -395,13 +398,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a stream": (lambda: DataLoader(Stream()), r"train=list\(dataset\)"),
     "a generator": (lambda: iter(Records(OF)), r"train=list\(...\)"),
     "a weighted sampler": (
-        lambda: DataLoader(Records(OF), sampler=WeightedRandomSampler([1.0] * N, N)), "WeightedRandomSampler"),
+        lambda: DataLoader(Records(OF), sampler=WeightedRandomSampler([1.0] * N, N)),
+        "WeightedRandomSampler"),
     "a subset's "
     "sampler": (lambda: DataLoader(Records(OF), sampler=SubsetRandomSampler(range(5))), "Subset"),
     "a loader of batches": (lambda: DataLoader(Records(OF), batch_size=None), "batch_size=None"),
     "a data set without examples": (lambda: Subset(Records(OF), []), "train has no examples"),
     "a dataclass for the usual problem": (
-        lambda: Record(IDS.double(), LABELS, torch.ones(N)), r"give the problem a method student_input\(batch\)"),
+        lambda: Record(IDS.double(), LABELS, torch.ones(N)),
+        r"give the problem a method student_input\(batch\)"),
     "a number": (lambda: 3, "a data set of examples by number"),
 }  # fmt: skip
 

@@ -99,9 +99,11 @@ Row = dict[str, Any]
 def row(
     mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any
 ) -> Row:
-    """One training: what is not an option of the trainer is ``ahead`` (K inner batches a step),
-    ``views`` (a weak and a strong one), ``frozen`` (the first layer of both networks) and
-    ``within`` (the tolerance without hashes).
+    """Return one training.
+
+    What is not an option of the trainer is ``ahead`` (K inner batches a step), ``views`` (a weak
+    and a strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance
+    without hashes).
 
     The feedback has the weight 1, and that of a whole batch is times the sum of its labels' terms,
     unless a row says otherwise: a row does not depend on defaults.
@@ -190,7 +192,7 @@ def losses(views: bool) -> list[Any]:
 
 
 def train(given: Row) -> Any:
-    """The trainer after its steps, and the feedback of each."""
+    """Return the trainer after its steps, and the feedback of each."""
     options = {name: value for name, value in given.items() if name not in NOT_OPTIONS}
     torch.manual_seed(0)
     teacher, student = network(given["net"]), network(given["net"], 1.5)
@@ -198,7 +200,7 @@ def train(given: Row) -> Any:
         for p in next(
             layer for layer in module.modules() if isinstance(layer, nn.Linear)
         ).parameters():
-            p.requires_grad_(False)
+            p.requires_grad_(requires_grad=False)
     views, ahead = given.get("views", False), given.get("ahead", 1)
     trainer = metapl.BilevelTrainer(
         teacher,
@@ -223,7 +225,7 @@ NOT_OPTIONS = ("mode", "inner", "outer", "net", "ahead", "views", "frozen", "wit
 
 
 def parts(trainer: Any, feedback: Iterable[Tensor] = ()) -> dict[str, dict[str, Tensor]]:
-    """The tensors that a training leaves, by what they are and by name."""
+    """Return the tensors that a training leaves, by what they are and by name."""
     found: dict[str, dict[str, Tensor]] = {"buffers": {}}
     for name in ("student", "teacher"):
         module = getattr(trainer, name)
@@ -243,8 +245,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def measured(tensors: Mapping[str, Tensor]) -> list[float]:
-    """The norm of all numbers together, and their products with three vectors of cosines, of which
-    each has its own frequency: float64, and no greater than a norm."""
+    """Return the norm of all numbers together, and their products with three vectors.
+
+    Each is a vector of cosines with a frequency of its own: float64, and no greater than a norm.
+    """
     flat = torch.cat([t.detach().double().flatten() for _, t in sorted(tensors.items())])
     place = torch.arange(len(flat), dtype=torch.float64)
     return [
@@ -256,7 +260,7 @@ def measured(tensors: Mapping[str, Tensor]) -> list[float]:
 def outcome(
     found: Mapping[str, Mapping[str, Tensor]], generator: Tensor | None = None
 ) -> dict[str, Any]:
-    """What is stored of a row."""
+    """Return what is stored of a row."""
     hashes = {part: digest(tensors) for part, tensors in found.items()}
     if generator is not None:
         hashes["generator"] = digest({"state": generator})
@@ -267,7 +271,7 @@ def outcome(
 
 
 def here() -> dict[str, Any]:
-    """What the bits depend on."""
+    """Return what the bits depend on."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "torch": torch.__version__,
@@ -278,7 +282,10 @@ def here() -> dict[str, Any]:
 
 @contextmanager
 def one_thread() -> Any:
-    """Rounding depends on the number of threads; the default generator is left as it was."""
+    """Set one thread, on whose number rounding depends.
+
+    The default generator is left as it was.
+    """
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     try:
@@ -291,7 +298,7 @@ def one_thread() -> Any:
 def check(
     found: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], within: float = 1e-5
 ) -> None:
-    """A row as it is stored.
+    """Assert that a row is as it is stored.
 
     To the bit where the machine is that of the store, else to ``within`` of each norm.
     """

@@ -1,5 +1,7 @@
-"""Checkpoint files, whole ones and parts: what comes back, what is refused, and that a disk or a
-kill cannot spoil them."""
+"""Checkpoint files, whole ones and parts.
+
+What comes back, what is refused, and that a disk or a kill cannot spoil them.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,13 @@ from metapl.runs.checkpoint import (
 )
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
+TYPES = (torch.float64, torch.bfloat16, torch.int8, torch.bool)
 TREES: dict[str, Any] = {
     "leaves": {"int": 3, "float": 0.1, "bool": True, "none": None, "text": "ä\ud800", "big": 2**80},
     "odd numbers": {"inf": math.inf, "tiny": 5e-324, "minus zero": -0.0},
     "keys": {"state": {0: {"step": 1}, None: 2, (1, "a"): 3, "$tensor": 4, 0.5: 5}},
     "nested": {"a": [1, (2, [3, ()]), {}], "empty": {}, "list": []},
-    "tensors": {str(t): torch.arange(4).to(t) for t in (torch.float64, torch.bfloat16, torch.int8, torch.bool)},
+    "tensors": {str(dtype): torch.arange(4).to(dtype) for dtype in TYPES},
     "shapes": {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "strided": WEIGHT.T},
     "complex": {"conj": (1j * WEIGHT).conj()},
     "an optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(2))]).state_dict(),
@@ -96,20 +99,22 @@ def test_what_could_not_come_back_is_refused_and_the_old_file_stays(
 
 def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:
     """But for those that change nothing, such as blanks of the header."""
-    path, state = tmp_path / "a.ckpt", {"step": 3, "weights": WEIGHT, "lr": 0.1}
+    path = tmp_path / "a.ckpt"
+    state = {"step": 3, "weights": WEIGHT, "lr": 0.1}
     save(path, state)
-    whole, draw = path.read_bytes(), random.Random(0)
-    for place in range(len(whole)):
-        broken = bytearray(whole)
+    content = path.read_bytes()
+    draw = random.Random(0)
+    for place in range(len(content)):
+        broken = bytearray(content)
         broken[place] ^= 1 << draw.randrange(8)
         path.write_bytes(broken)
         try:
-            found = load(path)
+            tree = load(path)
         except CheckpointError:
             continue
-        assert same(found, state), place
-    for length in range(0, len(whole), 7):
-        path.write_bytes(whole[:length])
+        assert same(tree, state), place
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
         with pytest.raises(DamagedError):
             load(path)
 
@@ -121,11 +126,11 @@ def test_the_newest_whole_one_wins_and_one_of_another_format_is_not_passed_over(
     assert folder.newest() is None
     for step in (1, 2, 3):
         folder.write(step, {"step": step})
-    newest = folder.paths()[0]
-    newest.write_bytes(newest.read_bytes()[:-1])
-    found = folder.newest()
-    assert found is not None
-    assert found.state["step"] == 2
+    newest_path = folder.paths()[0]
+    newest_path.write_bytes(newest_path.read_bytes()[:-1])
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.state["step"] == 2
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", "4")
         folder.write(3, {"step": 3})
@@ -143,7 +148,8 @@ def test_as_many_stay_as_are_kept_and_what_others_have_there_too(tmp_path: Path)
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (10, 20, 30):
         folder.write(step, {"step": step})
-    folder.write(20, {"step": 20})  # after a restart: the later one stays until it is passed
+    # After a restart, the later one stays until it is passed.
+    folder.write(20, {"step": 20})
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "step-00000020.ckpt", "step-00000030.ckpt"]
 
 
@@ -198,9 +204,9 @@ def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsFolder) -> None
     expected["trainer"]["student"]["sharded"] = torch.full((3, 2), 2.0)
     assert repr(load_parts(path, {})) == repr(expected)
     like = distribute_tensor(torch.zeros(3, 2), init_device_mesh("cpu", (1,)), [Shard(1)])
-    again = load_parts(path, {"trainer/student/sharded": like})["trainer"]["student"]["sharded"]
-    assert again.placements == (Shard(1),)
-    assert again.full_tensor().unique().tolist() == [2.0]
+    sharded = load_parts(path, {"trainer/student/sharded": like})["trainer"]["student"]["sharded"]
+    assert sharded.placements == (Shard(1),)
+    assert sharded.full_tensor().unique().tolist() == [2.0]
 
 
 def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(
@@ -210,7 +216,8 @@ def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(
     for step in (2, 3, 4):
         written(writer, step)
     assert names(writer) == ["step-00000003.parts", "step-00000004.parts"]
-    written(writer, 4, 5.0)  # in the place of one that was passed over
+    # It takes the place of one that was passed over.
+    written(writer, 4, 5.0)
     newest = CheckpointFolder(writer.folder).newest()
     assert newest is not None
     assert load_parts(newest.path, {})["trainer"]["student"]["weight"].unique().tolist() == [5.0]
@@ -218,9 +225,10 @@ def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(
 
 def test_one_with_a_damaged_file_is_passed_over(writer: PartsFolder) -> None:
     written(writer, 1)
-    whole = written(writer, 2)
-    files = {path: path.read_bytes() for path in whole.iterdir()}
-    assert len(files) == 3  # the part, its metadata, and the rest
+    newest_path = written(writer, 2)
+    files = {path: path.read_bytes() for path in newest_path.iterdir()}
+    # These are the part, its metadata, and the rest.
+    assert len(files) == 3
     for path, content in files.items():
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
@@ -230,4 +238,4 @@ def test_one_with_a_damaged_file_is_passed_over(writer: PartsFolder) -> None:
             assert newest is not None
             assert load_parts(newest.path, {})["step"] == 1
             path.write_bytes(content)
-    assert load_parts(whole, {})["step"] == 2
+    assert load_parts(newest_path, {})["step"] == 2

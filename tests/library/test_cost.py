@@ -1,4 +1,4 @@
-"""What a step of each mode costs in student forward passes, and the documentation's account of it."""
+"""The cost of a step of each mode in student forward passes, and the page that has it."""
 
 import re
 from functools import cache
@@ -30,7 +30,10 @@ BOUNDS: list[tuple[str | Estimator, float]] = [
 
 @cache
 def passes(mode: str | Estimator, has_losses: bool = False, by_weight: bool = False) -> float:
-    """FLOPs of a step on equal batches, after the first, over those of a forward pass of the student."""
+    """Return the FLOPs of a step over those of a forward pass of the student.
+
+    The batches are equal, and the step is not the first.
+    """
     torch.manual_seed(0)
     teacher, student = (metapl.models.wide_resnet(10, 1) for _ in range(2))
     unlabeled, labeled = torch.randn(2, 3, 8, 8), (torch.randn(2, 3, 8, 8), torch.tensor([3, 7]))
@@ -54,7 +57,10 @@ def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: f
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_the_default_size_of_the_feedback_takes_no_pass_more_than_a_weight(mode: str) -> None:
-    """Feedback and own losses go through passes of the teacher of their own, so two gradients cost as much as one."""
+    """Feedback and own losses go through passes of the teacher of their own.
+
+    So two gradients cost as much as one.
+    """
     by_bound = passes(mode, has_losses=True)
     assert by_bound > passes(mode)
     assert by_bound == pytest.approx(passes(mode, has_losses=True, by_weight=True), rel=1e-3)

@@ -1,6 +1,6 @@
-"""Rated sequences.
+"""Rated sequences: the gradient of the rater against double backward of the formulas.
 
-The rater's gradient against double backward of the formulas, also in micro-batches.
+Micro-batches have the same gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import metapl
 from metapl import MetaplError
 from metapl.problems import DataRater
 
-WORDS, WIDTH, LENGTH = 11, 8, 7
+WORDS = 11
+WIDTH = 8
+LENGTH = 7
 ADAMW: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.1}
 
 
@@ -29,10 +31,11 @@ class Language(nn.Module):
 
     def __init__(self, outputs: int = WORDS) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, outputs)
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.head = nn.Linear(WIDTH, outputs)
 
-    def forward(self, given: Any) -> Tensor:
-        ids = given["input_ids"] if isinstance(given, dict) else given
+    def forward(self, inputs: Any) -> Tensor:
+        ids = inputs["input_ids"] if isinstance(inputs, dict) else inputs
         mean = self.embed(ids).cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
         return self.head(mean.tanh())
 
@@ -43,9 +46,9 @@ class Rater(Language):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def forward(self, given: Any) -> Tensor:
-        scores = super().forward(given)
-        mask = given.get("attention_mask") if isinstance(given, dict) else None
+    def forward(self, inputs: Any) -> Tensor:
+        scores = super().forward(inputs)
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
         mask = torch.ones_like(scores[..., 0]) if mask is None else mask.to(scores)
         return 3 * (mask[..., None] * scores).sum(1)
 
@@ -56,9 +59,9 @@ def networks(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
 
 
 def tokens(rows: int, seed: int, kind: str = "padded") -> Any:
-    """Ids as a tensor, or a dict whose rows have other lengths.
+    """Return ids as a tensor, or a dict whose rows have other lengths.
 
-    The first row of the last quarter has none at all.
+    The first row of the last quarter has no token at all.
     """
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(WORDS, (rows, LENGTH), generator=draw)
@@ -73,31 +76,33 @@ def tokens(rows: int, seed: int, kind: str = "padded") -> Any:
 
 
 def left_out(batch: Any) -> Tensor:
-    """Which tokens are not to be predicted, (B, T)."""
+    """Return which tokens are not to be predicted, (B, T)."""
     if isinstance(batch, Tensor):
         return torch.zeros_like(batch, dtype=torch.bool)
     return batch["labels"] == -100 if "labels" in batch else batch["attention_mask"] == 0
 
 
 def losses_of(z: Tensor, batch: Any) -> list[Tensor]:
-    """Of each sequence, the losses of its tokens."""
+    """Return the losses of the tokens of each sequence."""
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-    log_p, out = z.log_softmax(-1), left_out(batch)
-    return [
-        torch.stack(
-            [
-                z.sum() * 0,
-                *(-log_p[i, t, ids[i, t + 1]] for t in range(LENGTH - 1) if not out[i, t + 1]),
-            ]
-        )[1:]
-        for i in range(len(ids))
-    ]
+    log_p = z.log_softmax(-1)
+    is_left_out = left_out(batch)
+    losses_of_sequences = []
+    for row in range(len(ids)):
+        # A sequence with nothing to predict has no loss, and an empty tensor with a graph.
+        losses = [z.sum() * 0]
+        for t in range(LENGTH - 1):
+            if not is_left_out[row, t + 1]:
+                losses.append(-log_p[row, t, ids[row, t + 1]])
+        losses_of_sequences.append(torch.stack(losses)[1:])
+    return losses_of_sequences
 
 
 def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """dL/d(rater), θ_K and L."""
+    """Return dL/d(rater), θ_K and L."""
     rater, student = networks()
-    theta, state = reference.weights(student), None
+    theta = reference.weights(student)
+    state = None
     rule = reference.adamw(**ADAMW)
     for batch in inner:
         p = rater(batch)[:, 0].softmax(0)
@@ -106,8 +111,8 @@ def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, 
         theta, state = reference.stepped(loss, theta, rule, state)
     judged = torch.cat(losses_of(reference.at(student, theta, outer), outer)).mean()
     grads = torch.autograd.grad(judged, list(rater.parameters()))
-    named = dict(zip((n for n, _ in rater.named_parameters()), grads, strict=True))
-    return named, {n: t.detach() for n, t in theta.items()}, judged.detach()
+    named_grads = dict(zip((n for n, _ in rater.named_parameters()), grads, strict=True))
+    return named_grads, {n: t.detach() for n, t in theta.items()}, judged.detach()
 
 
 def by_metapl(
@@ -138,20 +143,22 @@ def by_metapl(
     ],
 )
 def test_the_gradient_is_that_of_the_formulas(mode: str, steps: int, kind: str) -> None:
-    outer, inner = tokens(4, 1, kind), [tokens(6, 2 + k, kind) for k in range(steps)]
+    outer = tokens(4, 1, kind)
+    inner = [tokens(6, 2 + k, kind) for k in range(steps)]
     grads, moved, loss = by_hand(outer, inner)
-    found = by_metapl(outer, inner, mode)
+    hypergradient = by_metapl(outer, inner, mode)
     near = 1e-5 if mode == "difference" else 1e-9
-    assert error(found.grads, grads) < near
-    assert error(found.student_params, moved) < near
-    assert abs(found.outer_loss - loss) < near
+    assert error(hypergradient.grads, grads) < near
+    assert error(hypergradient.student_params, moved) < near
+    assert abs(hypergradient.outer_loss - loss) < near
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     """Their rows have other lengths, and other scores."""
     batches = tokens(4, 1), [tokens(4, 2), tokens(4, 3)]
-    once, split = by_metapl(*batches, mode), by_metapl(*batches, mode, accumulate=2)
+    once = by_metapl(*batches, mode)
+    split = by_metapl(*batches, mode, accumulate=2)
     assert error(split.grads, once.grads) < 1e-12
     assert error(torch.cat(list(split.feedback)), torch.cat(list(once.feedback))) < 1e-12
     assert error(split.grads, by_hand(*batches)[0]) < 1e-9
@@ -165,7 +172,8 @@ class Heads(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.embed, self.shape = nn.Embedding(WORDS, math.prod(shape)), shape
+        self.embed = nn.Embedding(WORDS, math.prod(shape))
+        self.shape = shape
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.embed(ids).mean(1).view(len(ids), *self.shape)
@@ -189,7 +197,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", WRONG, ids=range(len(WRONG)))
 def test_what_does_not_fit_is_refused(change: dict[str, Any]) -> None:
     teacher, student = networks(torch.float32)
-    given = {
+    options = {
         "teacher": teacher,
         "student": student,
         "outer": IDS,
@@ -197,11 +205,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any]) -> None:
         "mode": "forward",
         **change,
     }
-    before = copy.deepcopy(given["student"].state_dict())
+    first_state = copy.deepcopy(options["student"].state_dict())
     with pytest.raises(MetaplError):
         metapl.hypergradient(
-            **given,
+            **options,
             problem=DataRater(),
-            inner_optimizer=torch.optim.AdamW(given["student"].parameters()),
+            inner_optimizer=torch.optim.AdamW(options["student"].parameters()),
         )
-    assert same([*before.values()], [*given["student"].state_dict().values()])
+    assert same([*first_state.values()], [*options["student"].state_dict().values()])

@@ -93,7 +93,7 @@ LR = 0.4
 def by_hand(
     teacher: Teacher, student: nn.Module, problem: Any, outer: Any, inner: list[Any]
 ) -> dict[str, Tensor]:
-    """The gradient of L(θ_K(φ); φ), by double backward through plain SGD."""
+    """Return the gradient of L(θ_K(φ); φ), by double backward through plain SGD."""
     theta: dict[str, Tensor] = dict(student.named_parameters())
     signal = None
     for batch in inner:
@@ -281,7 +281,10 @@ def test_what_cannot_have_it_is_refused() -> None:
 
 
 def test_an_architecture_search_comes_out() -> None:
-    """The labels depend on the square of the inputs alone, so that the weight of that operation grows."""
+    """The labels depend on the square of the inputs alone.
+
+    So the weight of that operation grows.
+    """
     torch.manual_seed(0)
     teacher, student = Teacher(), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
     x = torch.randn(400, 4)

@@ -71,7 +71,7 @@ def refused(call: Callable[[], Any], *networks: nn.Module, naming: str) -> None:
 def three_doors(
     teacher: Any, student: nn.Module, data: dict[str, Any], naming: str, **options: Any
 ) -> None:
-    """See the same refusal at the door of a trainer that verifies, of one that does not, and of check_gradient."""
+    """See the same refusal at the door of a trainer, verifying or not, and of check_gradient."""
     for verify in (True, False):
         trainer = metapl.BilevelTrainer(teacher, student, verify=verify, **options)
         refused(lambda trainer=trainer: trainer.step(**data), teacher, student, naming=naming)
@@ -80,7 +80,10 @@ def three_doors(
 
 
 def said_by_check_gradient(trainer: Any, data: dict[str, Any]) -> str:
-    """Return the text of a refusal, which a wrong call raises, and a way past the signal does not."""
+    """Return the text of a refusal.
+
+    A wrong call raises it, and a way past the signal does not.
+    """
     try:
         check = metapl.check_gradient(trainer, **data)
     except MetaplError as error:

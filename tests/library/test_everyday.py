@@ -79,7 +79,10 @@ def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify:
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("outer", OUTER)
 def test_hypergradient_names_it_too(outer: str, steps: int, mode: Any) -> None:
-    """Of a batch without rows the gradient would be zeros, and in first order NaN would come back as a gradient."""
+    """The gradient of a batch without rows would be zeros.
+
+    In first order NaN would come back as a gradient.
+    """
     student = network()
     with pytest.raises(MetaplError, match="the outer loss is NaN or infinite"):
         metapl.hypergradient(
@@ -173,7 +176,10 @@ class Tagger(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A long recurrence, chaotic at large weights, in which batches of other sizes are rounded otherwise."""
+    """A long recurrence, chaotic at large weights.
+
+    Batches of other sizes are rounded otherwise in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,11 +368,13 @@ def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
     return {
         "SGD's for Adam": (
             lambda: bilevel(adam).load_state_dict(bilevel().state_dict()),
-            rf"inner_optimizer has dampening.*, and the trainer's Adam has .*betas.*{bilevel_expected}",
+            r"inner_optimizer has dampening.*, and the trainer's Adam has .*betas.*"
+            + bilevel_expected,
         ),
         "Adam's for SGD": (
             lambda: bilevel().load_state_dict(bilevel(adam).state_dict()),
-            rf"inner_optimizer has .*betas.*, and the trainer's SGD has dampening.*{bilevel_expected}",
+            r"inner_optimizer has .*betas.*, and the trainer's SGD has dampening.*"
+            + bilevel_expected,
         ),
         "Adam's for SGD, of losses": (
             lambda: of_losses().load_state_dict(of_losses(adam).state_dict()),

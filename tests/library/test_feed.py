@@ -1,5 +1,7 @@
-"""Feeds: whatever the source, a restored one goes on with the batches of the uninterrupted run, and
-disturbs nobody; batches that are served on a device; and draws that hash their position."""
+"""Feeds: whatever the source, a restored one goes on as the uninterrupted run, and disturbs nobody.
+
+Batches are served on a device; and draws hash their position.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Doubles(StepBatches[Tensor]):
     """Batch t is [2t]; with `bad`, that step fails."""
 
     def __init__(self, steps: int | None = None, bad: int | None = None) -> None:
-        self.steps, self.bad = steps, bad
+        self.steps = steps
+        self.bad = bad
 
     def batch(self, step: int) -> Tensor:
         if step == self.bad:
@@ -66,7 +69,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def disturb() -> None:
-    """What a training does to the default generators meanwhile."""
+    """Move the default generators, as a training does meanwhile."""
     torch.manual_seed(time.time_ns())
     random.seed()
     np.random.seed()  # noqa: NPY002
@@ -75,7 +78,8 @@ def disturb() -> None:
 def check_going_on(source: Callable[[], Any], cuts: range) -> None:
     disturb()
     whole_run = made(source())
-    states, batches = [], []
+    states = []
+    batches = []
     for _ in range(max(cuts) + 6):
         states.append(whole_run.state())
         batches.append(whole_run.next())
@@ -88,19 +92,22 @@ def check_going_on(source: Callable[[], Any], cuts: range) -> None:
         for number in range(cut, cut + 6):
             disturb()
             assert same(resumed.next(), batches[number]), (cut, number)
-        assert same(resumed.state(), states[cut + 6]) if cut + 6 < len(states) else True
+        if cut + 6 < len(states):
+            assert same(resumed.state(), states[cut + 6])
         resumed.close()
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callable[[], Any]) -> None:
-    check_going_on(source, range(6))  # an epoch is of three or four batches
-    before = checkpoint.rng_state()
-    stream, again = made(source()), made(source())
+    # An epoch has three or four batches.
+    check_going_on(source, range(6))
+    outside_state = checkpoint.rng_state()
+    stream = made(source())
+    uninterrupted = made(source())
     take(stream, 6)
-    again.restore(stream.state())
-    again.next()
-    assert same(checkpoint.rng_state(), before)
+    uninterrupted.restore(stream.state())
+    uninterrupted.next()
+    assert same(checkpoint.rng_state(), outside_state)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +120,10 @@ def test_goes_on_exactly_with_workers(source: str) -> None:
 
 @pytest.mark.parametrize("source", [SOURCES["shuffled"], SOURCES["re-iterable"]])
 def test_draws_by_seed_and_name(source: Callable[[], Any]) -> None:
-    first = take(made(source()), 8)
-    assert same(take(made(source()), 8), first)
-    assert not same(take(made(source(), seed=1), 8), first)
-    assert not same(take(made(source(), name="unlabeled"), 8), first)
+    batches = take(made(source()), 8)
+    assert same(take(made(source()), 8), batches)
+    assert not same(take(made(source(), seed=1), 8), batches)
+    assert not same(take(made(source(), name="unlabeled"), 8), batches)
 
 
 def test_every_epoch_is_whole_and_shuffled_anew() -> None:
@@ -147,7 +154,7 @@ class UsedUp:
 
 
 def served(source: Any, batches: int, **options: Any) -> Any:
-    """A feed that has served so many batches."""
+    """Return a feed that has served so many batches."""
     stream = made(source, **options)
     take(stream, batches)
     return stream
@@ -156,7 +163,10 @@ def served(source: Any, batches: int, **options: Any) -> Any:
 def restored(
     source: Any, state: Callable[[dict[str, Any]], Any] = lambda own: own, of: Any = None
 ) -> None:
-    """A feed of ``source`` gets what ``state`` makes of the state of one of ``of``, or of itself."""
+    """Restore a feed of a source from what ``state`` makes of the state of another.
+
+    That is the state of a feed of ``of``, or of the same source.
+    """
     stream = made(source)
     stream.restore(state((stream if of is None else of).state()))
 
@@ -187,10 +197,10 @@ REFUSED: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_served_is_refused_and_no_generator_moves(what: str) -> None:
-    before = checkpoint.rng_state()
+    outside_state = checkpoint.rng_state()
     with pytest.raises(MetaplError, match="labeled"):
         REFUSED[what]()
-    assert same(checkpoint.rng_state(), before)
+    assert same(checkpoint.rng_state(), outside_state)
 
 
 class Failing(Noisy):
@@ -222,11 +232,11 @@ def test_a_failed_step_is_not_skipped(num_workers: int) -> None:
 def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     expected = take(made(DataLoader(Failing(), batch_size=2, shuffle=True)), 8)
     stream = made(DataLoader(Failing(error), batch_size=2, shuffle=True))
-    before = checkpoint.rng_state()
+    outside_state = checkpoint.rng_state()
     batches: list[Any] = []
     with pytest.raises(type(error)):
         batches.extend(iter(stream.next, None))
-    assert same(checkpoint.rng_state(), before)
+    assert same(checkpoint.rng_state(), outside_state)
     state = stream.state()
     batches += take(stream, 8 - len(batches))
     assert same(batches, expected)
@@ -293,17 +303,19 @@ def test_bytes_cross_to_the_device_and_are_finished_there_by_their_step(workers:
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None:
-    plain, there, here = made(source()), made(source(), device="meta"), made(source(), device="cpu")
+    plain = made(source())
+    on_device = made(source(), device="meta")
+    on_cpu = made(source(), device="cpu")
     for _ in range(3):
         batch = plain.next()
-        assert same(here.next(), batch)
-        moved = pytree.tree_leaves(there.next())
+        assert same(on_cpu.next(), batch)
+        moved = pytree.tree_leaves(on_device.next())
         assert [(x.device.type, x.shape) for x in moved] == [
             ("meta", x.shape) for x in pytree.tree_leaves(batch)
         ]
-    assert same(there.state(), plain.state())
-    there.restore(plain.state())
-    for stream in (plain, there, here):
+    assert same(on_device.state(), plain.state())
+    on_device.restore(plain.state())
+    for stream in (plain, on_device, on_cpu):
         stream.close()
 
 
@@ -313,16 +325,16 @@ class Pair(NamedTuple):
 
 
 def test_to_device_moves_tensors_alone() -> None:
-    here = torch.ones(2)
-    batch = {"pair": Pair(here, torch.zeros(3)), "list": [here, "name", None, 3]}
+    on_cpu = torch.ones(2)
+    batch = {"pair": Pair(on_cpu, torch.zeros(3)), "list": [on_cpu, "name", None, 3]}
     moved = to_device(batch, "meta")
     assert isinstance(moved["pair"], Pair)
     assert moved["pair"].y.shape == (3,)
     assert {moved["pair"].x.device.type, moved["list"][0].device.type} == {"meta"}
     assert moved["list"][1:] == ["name", None, 3]
     stayed = to_device(batch, torch.device("cpu"))
-    assert stayed["pair"].x is here
-    assert stayed["list"][0] is here
+    assert stayed["pair"].x is on_cpu
+    assert stayed["list"][0] is on_cpu
 
 
 @pytest.mark.gpu
@@ -332,10 +344,10 @@ def test_to_device_moves_tensors_alone() -> None:
 )
 def test_to_device_moves_pinned_tensors_and_others(make: Callable[[Tensor], Tensor]) -> None:
     x = make(torch.arange(1000))
-    there = to_device((x,), "cuda")[0]
-    assert torch.equal(there.cpu(), x)
-    assert to_device(there, "cuda") is there
-    assert torch.equal(to_device(there, "cpu"), x)
+    on_device = to_device((x,), "cuda")[0]
+    assert torch.equal(on_device.cpu(), x)
+    assert to_device(on_device, "cuda") is on_device
+    assert torch.equal(to_device(on_device, "cpu"), x)
 
 
 # ------------------------------------------------------------------------------- draws and samplers
@@ -365,17 +377,18 @@ def test_bits_are_the_nested_hash(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
-    draw, examples = draws.uniform, torch.arange(1003)
-    whole = draw(3, 5, examples, 7, dtype=dtype)
-    assert whole.dtype == dtype
+    draw = draws.uniform
+    examples = torch.arange(1003)
+    all_draws = draw(3, 5, examples, 7, dtype=dtype)
+    assert all_draws.dtype == dtype
     order = torch.randperm(1003, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(draw(3, 5, examples[order], 7, dtype=dtype), whole[order])
+    assert torch.equal(draw(3, 5, examples[order], 7, dtype=dtype), all_draws[order])
     for size in (1, 2, 3, 5, 17):
         assert torch.equal(
-            draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), whole[40 : 40 + size]
+            draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), all_draws[40 : 40 + size]
         )
     # More draws continue fewer.
-    assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
+    assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], all_draws)
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 1)])
@@ -418,4 +431,5 @@ def test_sampler_refuses_what_it_cannot_draw() -> None:
     with pytest.raises(MetaplError):
         StepSampler(4, 4, seed=0).indices(-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]  # the very mistake under test
+        # This mistake is what is tested.
+        StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]

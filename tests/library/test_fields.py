@@ -52,6 +52,6 @@ def test_what_fits_is_taken(given: dict[str, Any]) -> None:
     ("field", "wrong"), [(field, one) for field, several in MISFITS.items() for one in several]
 )
 def test_what_does_not_fit_is_refused_by_its_field(field: str, wrong: Any) -> None:
-    with pytest.raises(FieldError, match=field) as told:
+    with pytest.raises(FieldError, match=field) as refusal:
         Plain(**{field: wrong})
-    assert told.value.field == field
+    assert refusal.value.field == field

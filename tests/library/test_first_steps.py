@@ -1,7 +1,4 @@
-"""What a problem brings.
-
-The optimizer of its teacher, and steps in which the student learns alone first.
-"""
+"""What a problem brings: its optimizer of the teacher, and first steps of the student alone."""
 
 from __future__ import annotations
 
@@ -133,10 +130,10 @@ def test_the_teacher_of_a_problem_moves_whatever_the_size_of_its_feedback(
     trainer = metapl.BilevelTrainer(
         teacher, student_network(), problem=problem, feedback_weight=scale
     )
-    first = copied(teacher)
+    first_state = copied(teacher)
     for _ in range(3):
         trainer.step(labeled=TRUSTED[0], unlabeled=inner)
-    moved = max((t - first[key]).abs().max().item() for key, t in copied(teacher).items())
+    moved = max((t - first_state[key]).abs().max().item() for key, t in copied(teacher).items())
     rate = trainer.outer_optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
     assert moved > rate
 
@@ -144,9 +141,9 @@ def test_the_teacher_of_a_problem_moves_whatever_the_size_of_its_feedback(
 @pytest.mark.parametrize("name", ["weights", "labels", "matrix"])
 def test_a_network_in_the_place_of_a_table_gets_the_rate_of_a_network(name: str) -> None:
     problem, _, _ = TEACHERS[name]
-    named = problem.default_outer_optimizer(nn.Linear(2, 2))
-    assert named is not None
-    assert named.param_groups[0]["lr"] == 1e-3
+    optimizer = problem.default_outer_optimizer(nn.Linear(2, 2))
+    assert optimizer is not None
+    assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_the_rater_of_data_learns_by_adam() -> None:
@@ -172,13 +169,14 @@ def test_the_pure_step_takes_the_optimizers_of_the_problems(name: str) -> None:
 
 
 def test_the_student_first_learns_the_given_labels_as_it_would_alone() -> None:
-    """Bit for bit, dropout and batch statistics included.
+    """The student learns bit for bit as alone, dropout and batch statistics included.
 
     The teacher and its optimizer stand still.
     """
-    trainer, lonely = weight_trainer(), student_network()
+    trainer = weight_trainer()
+    lonely = student_network()
     assert trainer.teacher is not None
-    before = copied(trainer.teacher)
+    teacher_before = copied(trainer.teacher)
     alone = metapl.LossTrainer(
         lonely, optimizer=torch.optim.SGD(lonely.parameters(), lr=0.1, momentum=0.9)
     )
@@ -191,13 +189,14 @@ def test_the_student_first_learns_the_given_labels_as_it_would_alone() -> None:
     for name, t in copied(lonely).items():
         torch.testing.assert_close(copied(trainer.student)[name], t, rtol=1e-5, atol=1e-6)
     assert report.inner_loss == pytest.approx(expected.loss, rel=1e-5)
-    assert same(copied(trainer.teacher), before)
+    assert same(copied(trainer.teacher), teacher_before)
     assert not trainer.outer_optimizer.state  # type: ignore[union-attr]
     assert trainer.steps_done == len(given_batches())
 
 
 def test_after_the_first_steps_a_fit_takes_those_of_a_trainer_whose_student_begins_there() -> None:
-    fitted, by_hand = weight_trainer(), weight_trainer()
+    fitted = weight_trainer()
+    by_hand = weight_trainer()
     torch.manual_seed(5)
     fit(fitted)
     torch.manual_seed(5)
@@ -208,7 +207,8 @@ def test_after_the_first_steps_a_fit_takes_those_of_a_trainer_whose_student_begi
 
 
 def test_the_option_decides_how_many_first_steps_there_are() -> None:
-    fitted, by_hand = weight_trainer(), weight_trainer()
+    fitted = weight_trainer()
+    by_hand = weight_trainer()
     torch.manual_seed(5)
     fit(fitted, first_steps=0)
     torch.manual_seed(5)
@@ -218,9 +218,10 @@ def test_the_option_decides_how_many_first_steps_there_are() -> None:
 
 
 def test_a_fit_that_is_stopped_in_its_first_steps_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    whole, parts = weight_trainer(), weight_trainer()
+    uninterrupted = weight_trainer()
+    parts = weight_trainer()
     torch.manual_seed(5)
-    fit(whole, first_steps=6)
+    fit(uninterrupted, first_steps=6)
 
     def stop() -> None:
         raise RuntimeError("killed")
@@ -232,7 +233,7 @@ def test_a_fit_that_is_stopped_in_its_first_steps_ends_as_one_that_was_not(tmp_p
     resumed = weight_trainer()
     torch.manual_seed(99)
     fit(resumed, resume=True, **options)
-    assert same(resumed.state_dict(), whole.state_dict())
+    assert same(resumed.state_dict(), uninterrupted.state_dict())
 
 
 def test_a_fit_is_not_resumed_with_other_first_steps(tmp_path: Path) -> None:
@@ -242,7 +243,8 @@ def test_a_fit_is_not_resumed_with_other_first_steps(tmp_path: Path) -> None:
 
 
 def test_first_steps_are_with_micro_batches_and_a_clip_what_they_are_without() -> None:
-    plain, parts = weight_trainer(clip_norm=0.5), weight_trainer(clip_norm=0.5, accumulate=2)
+    plain = weight_trainer(clip_norm=0.5)
+    parts = weight_trainer(clip_norm=0.5, accumulate=2)
     for trainer in (plain, parts):
         trainer.student.eval()
         for batch in given_batches(4):
@@ -280,10 +282,10 @@ def test_first_steps_that_leave_none_for_the_teacher_are_refused(
     trainer: Any, options: Any, message: str
 ) -> None:
     refused = trainer()
-    before = copy.deepcopy(refused.state_dict())
+    first_state = copy.deepcopy(refused.state_dict())
     with pytest.raises(MetaplError, match=message):
         fit(refused, **options)
-    assert same(refused.state_dict(), before)
+    assert same(refused.state_dict(), first_state)
 
 
 def test_a_trainer_without_a_teacher_refuses_the_option_and_reweighting_takes_it() -> None:
@@ -298,12 +300,12 @@ def test_a_trainer_without_a_teacher_refuses_the_option_and_reweighting_takes_it
 
 def test_a_first_step_that_fails_moves_nothing() -> None:
     trainer = weight_trainer()
-    before = copy.deepcopy(trainer.state_dict())
+    first_state = copy.deepcopy(trainer.state_dict())
     with pytest.raises(MetaplError):
         trainer.first_step(labeled=TRUSTED[0], unlabeled=(torch.full((8, 5), torch.nan), Y[:8]))
     with pytest.raises(MetaplError):
         trainer.first_step(labeled=TRUSTED[0], unlabeled=X[:8])
-    assert same(trainer.state_dict(), before)
+    assert same(trainer.state_dict(), first_state)
 
 
 class Doubled(torch.autograd.Function):
@@ -328,10 +330,10 @@ class WrongWeights(MetaWeightNet):
 
 def test_a_wrong_gradient_is_refused_before_the_first_steps() -> None:
     trainer = weight_trainer(problem=WrongWeights(), verify=True)
-    before = copied(trainer.student)
+    first_state = copied(trainer.student)
     with pytest.raises(MetaplError):
         fit(trainer)
-    assert same(copied(trainer.student), before)
+    assert same(copied(trainer.student), first_state)
 
 
 class ReadsItsInput(nn.Module):
@@ -344,11 +346,11 @@ class ReadsItsInput(nn.Module):
 def test_what_cannot_be_compiled_is_refused_before_the_first_steps() -> None:
     student = nn.Sequential(nn.Linear(5, 8), ReadsItsInput(), nn.Tanh(), nn.Linear(8, 3))
     trainer = weight_trainer_of(student, compiled=True)
-    before = copied(student)
+    first_state = copied(student)
     generator = torch.get_rng_state()
     with pytest.raises(MetaplError, match="leave compile out"):
         fit(trainer)
-    assert same(copied(student), before)
+    assert same(copied(student), first_state)
     assert trainer.steps_done == 0
     assert torch.equal(torch.get_rng_state(), generator)
 

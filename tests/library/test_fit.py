@@ -1,5 +1,7 @@
-"""The loop around the steps: what it averages, selects and writes, against hand computations; one
-at a time writes to a folder."""
+"""The loop around the steps: what it averages, selects and writes.
+
+It is compared with hand computations. One process at a time writes to a folder.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,10 @@ def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
 
 
 def poisoned(number: int, at: int) -> list[Any]:
-    """Inputs are finite throughout; the network of :func:`trapped` is not on batch ``at``."""
+    """Return batches whose inputs are finite throughout.
+
+    The network of :func:`trapped` is not finite on batch ``at``.
+    """
     labeled = batches(number)[0]
     labeled[at - 1][0][0, 0] = 1e6
     return labeled
@@ -256,7 +261,10 @@ SCALARS = {
 
 
 def test_tensorboard_shows_what_the_rows_say_each_step_once(tmp_path: Path) -> None:
-    """Also after a resume, whose lost steps are purged, and beside a second phase with the same step numbers."""
+    """Rows are right after a resume too, whose lost steps are purged.
+
+    A second phase with the same step numbers may stand beside them.
+    """
     labeled, unlabeled = batches(5)
     how: dict[str, Any] = {**OPTIONS, "steps": 17, "out": tmp_path, "log_every": 2}
     breaking = Counting(labeled, 9, lambda: (_ for _ in ()).throw(KeyError("stop")))
@@ -341,7 +349,7 @@ def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
 
 
 def held(out: Path, begun: Any) -> None:
-    with folders.Folder(out).held():
+    with folders.Folder(out).locked():
         begun.set()
         time.sleep(60)
 
@@ -361,7 +369,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
     other.join()
     single().fit(batches(3)[0], steps=3, out=tmp_path)
     folder = folders.Folder(tmp_path)
-    with folder.held():  # which may be held again, as several phases in one folder do
+    with folder.locked():  # which may be locked again, as several phases in one folder do
         single().fit(batches(3)[0], steps=3, out=folder, phase="finetune")
     assert [row["step"] for row in rows(tmp_path, "finetune")] == [3]
 

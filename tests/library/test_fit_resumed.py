@@ -1,4 +1,7 @@
-"""A fit that is killed, stopped or refused by the disk loses nothing that was saved, and ends as one that was not."""
+"""A fit that is killed, stopped or refused by the disk ends as one that was not.
+
+It loses nothing that was saved.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,7 @@ def fit(
 
 
 def child(kind: str, out: Path, begun: Any) -> None:
-    """A fit in a process of its own, slow enough to be killed in its midst.
+    """Run a fit in a process of its own, slow enough to be killed in its midst.
 
     Each save takes a while too.
     """
@@ -259,8 +262,8 @@ def test_a_second_ctrl_c_is_not_held_back_and_a_second_sigterm_is() -> None:
         single().fit(Counting(batches(3)[0], 2, twice(signal.SIGTERM)), steps=5)
 
 
-def changed(**options: Any) -> Callable[[Path, Any], Any]:
-    """A fit of one network of which something is otherwise."""
+def changed(**options: Any) -> Callable[..., Any]:
+    """Run a fit of one network of which something is otherwise."""
 
     def run(out: Path, resume: Any) -> Any:
         torch.manual_seed(0)
@@ -300,8 +303,9 @@ def changed(**options: Any) -> Callable[[Path, Any], Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"lr": 0.2}, {"momentum": 0.9}, {"smoothing": 0.1}, {"clip": 1.0}, {"warmup": 2}, {"steps": 9}, {"batch": 6},
-        {"rows": 32}, {"seed": 5}, {"shuffle": False}, {"validation": None},
+        {"lr": 0.2}, {"momentum": 0.9}, {"smoothing": 0.1}, {"clip": 1.0}, {"warmup": 2},
+        {"steps": 9}, {"batch": 6}, {"rows": 32}, {"seed": 5}, {"shuffle": False},
+        {"validation": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -309,7 +313,7 @@ def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Nothing in the folder has moved by then."""
-    changed()(tmp_path, False)
+    changed()(tmp_path, resume=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     [name] = options
     words = {
@@ -320,7 +324,7 @@ def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
     }
     words |= {"smoothing": "losses", "clip": "clip_norm"}
     with pytest.raises(MetaplError, match=words.get(name, name)):
-        changed(**options)(tmp_path, True)
+        changed(**options)(tmp_path, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     changed(**options)(tmp_path, "anyway")
 

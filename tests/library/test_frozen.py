@@ -1,5 +1,7 @@
-"""Networks that learn a part of their weights, heads or low-rank changes, and share what is frozen:
-against plain double backward in float64."""
+"""Networks that learn a part of their weights, heads or low-rank changes.
+
+They share what is frozen. They are compared with plain double backward in float64.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ class LowRank(nn.Module):
 
 
 def problem(tuning: str) -> Toy:
-    """A convolution and a layer that both networks hold, with a head each."""
+    """Return two networks that share a convolution and a layer, with a head each."""
     torch.manual_seed(0)
     body = nn.Conv2d(1, 4, 3), nn.Linear(16, 6)
     networks = []
@@ -35,8 +37,8 @@ def problem(tuning: str) -> Toy:
         conv, layer = nn.Conv2d(1, 4, 3), nn.Linear(16, 6)
         for own, held in zip((conv, layer), body, strict=True):
             own.weight, own.bias = (
-                held.weight.requires_grad_(False),
-                held.bias.requires_grad_(False),
+                held.weight.requires_grad_(requires_grad=False),
+                held.bias.requires_grad_(requires_grad=False),
             )
             if tuning == "lora":
                 parametrize.register_parametrization(own, "weight", LowRank(own.weight))
@@ -90,6 +92,6 @@ def test_a_step_moves_what_is_learned_alone_and_weights_that_both_learn_are_refu
     for net, names, state in zip((toy.teacher, toy.student), learned, states, strict=True):
         assert {n for n, t in net.state_dict().items() if not torch.equal(t, state[n])} == names
     shared: Any = toy.teacher[0].bias
-    shared.requires_grad_(True)
+    shared.requires_grad_(requires_grad=True)
     with pytest.raises(metapl.MetaplError, match="share"):
         metapl.BilevelTrainer(**toy.networks(), mode="forward")

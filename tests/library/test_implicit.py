@@ -1,4 +1,4 @@
-"""The implicit gradient against closed forms, and against a training that is unrolled to its end."""
+"""The implicit gradient against closed forms and a training unrolled to its end."""
 
 from __future__ import annotations
 

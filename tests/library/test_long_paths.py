@@ -1,7 +1,4 @@
-"""Paths of many steps.
-
-The training that they are, the states that they keep, the batches that they read.
-"""
+"""Paths of many steps: the training that they are, the states that they keep, what they read."""
 
 from __future__ import annotations
 
@@ -44,7 +41,8 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
         ],
         milestones=[5],
     ),
-    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, 7),  # of momentum too
+    # It cycles the momentum too.
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=7),
     "function": lambda _: lambda k: 1 - k / STEPS,
 }
 
@@ -69,13 +67,16 @@ def gradient(
     clip_norm: float | None = None,
 ) -> metapl.Hypergradient:
     torch.manual_seed(5)
-    given = {
-        "outer": batch(-1),
-        "inner": ahead,
-        "problem": EqualWeights(),
-        "inner_optimizer": optimizer,
-    }
-    return metapl.hypergradient(None, student, mode=mode, clip_norm=clip_norm, **given)
+    return metapl.hypergradient(
+        None,
+        student,
+        outer=batch(-1),
+        inner=ahead,
+        inner_optimizer=optimizer,
+        problem=EqualWeights(),
+        mode=mode,
+        clip_norm=clip_norm,
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,34 +86,39 @@ def gradient(
 def test_the_path_is_the_training_bit_for_bit(
     optimizer: str, schedule: str, clip: float | None
 ) -> None:
-    student, plain = network(), network()
-    inner = OPTIMIZERS[optimizer](student.parameters())
-    scheduled = SCHEDULES[schedule](inner)
-    before = copy.deepcopy((inner.state_dict(), getattr(scheduled, "last_epoch", None)))
-    found = gradient(
+    student = network()
+    inner_optimizer = OPTIMIZERS[optimizer](student.parameters())
+    inner_schedule = SCHEDULES[schedule](inner_optimizer)
+    state_before = copy.deepcopy(inner_optimizer.state_dict())
+    epoch_before = getattr(inner_schedule, "last_epoch", None)
+    result = gradient(
         student,
-        inner,
-        Lookahead(batch, steps=STEPS, schedule=scheduled),
-        Forward(keep="tree"),
-        clip,
+        inner_optimizer,
+        Lookahead(batch, steps=STEPS, schedule=inner_schedule),
+        mode=Forward(keep="tree"),
+        clip_norm=clip,
     )
 
+    plain = network()
     torch.manual_seed(5)
-    own = OPTIMIZERS[optimizer](plain.parameters())
-    later = SCHEDULES[schedule](own)
-    later = torch.optim.lr_scheduler.LambdaLR(own, later) if schedule == "function" else later
+    plain_optimizer = OPTIMIZERS[optimizer](plain.parameters())
+    plain_schedule = SCHEDULES[schedule](plain_optimizer)
+    if schedule == "function":
+        plain_schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, plain_schedule)
     for number in range(STEPS):
         x, y = batch(number)
-        own.zero_grad()
+        plain_optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
-        own.step()
-        if later is not None:
-            later.step()
+        plain_optimizer.step()
+        if plain_schedule is not None:
+            plain_schedule.step()
     for name, p in plain.named_parameters():
-        assert torch.equal(found.student_params[name], p), name
-    assert str(before) == str((inner.state_dict(), getattr(scheduled, "last_epoch", None)))
+        assert torch.equal(result.student_params[name], p), name
+    # Optimizer and schedule stay where they stand.
+    assert str(state_before) == str(inner_optimizer.state_dict())
+    assert epoch_before == getattr(inner_schedule, "last_epoch", None)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -128,36 +134,41 @@ WAYS: dict[str, dict[str, Any]] = {
     ("optimizer", "truncate"),
     [
         ("adamw_amsgrad", 20),
-        *(
-            pytest.param(name, of, marks=pytest.mark.long)
-            for name in ("nesterov", "adamw_amsgrad")
-            for of in (None, 1)
-        ),
+        pytest.param("adamw_amsgrad", None, marks=pytest.mark.long),
+        pytest.param("adamw_amsgrad", 1, marks=pytest.mark.long),
+        pytest.param("nesterov", None, marks=pytest.mark.long),
+        pytest.param("nesterov", 1, marks=pytest.mark.long),
         pytest.param("nesterov", 20, marks=pytest.mark.long),
     ],
 )
 def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None) -> None:
     student = network()
     inner = OPTIMIZERS[optimizer](student.parameters())
-    held = Lookahead([batch(number) for number in range(STEPS)], schedule=lambda k: 1 - k / STEPS)
-    expected = gradient(student, inner, held, Forward(keep_every=1, truncate=truncate)).feedback
+
+    def schedule(number: int) -> float:
+        return 1 - number / STEPS
+
+    in_memory = Lookahead([batch(number) for number in range(STEPS)], schedule=schedule)
+    expected = gradient(student, inner, in_memory, mode=Forward(keep_every=1, truncate=truncate))
     for name, options in WAYS.items():
-        made = Lookahead(batch, steps=STEPS, schedule=held.schedule)
-        found = gradient(student, inner, made, Forward(truncate=truncate, **options)).feedback
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), name
+        read_again = Lookahead(batch, steps=STEPS, schedule=schedule)
+        result = gradient(student, inner, read_again, mode=Forward(truncate=truncate, **options))
+        pairs = zip(result.feedback, expected.feedback, strict=True)
+        assert all(torch.equal(h, h_expected) for h, h_expected in pairs), name
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), [("soft", 1), ("hard", 2)])
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
-    """With dropout, batch norm and drawn labels, on lazy batches of which most steps are computed again."""
-    found = []
+    """The networks have dropout and batch norm, and most steps are computed again."""
+    results = []
     for ahead, mode in (
         (Lookahead([batch(k)[0] for k in range(STEPS)]), Forward(keep_every=1)),
         (Lookahead(lambda k: batch(k)[0], steps=STEPS), Forward(keep="tree")),
     ):
-        student, teacher, draws = network(), network(), torch.Generator().manual_seed(3)
+        student = network()
+        draws = torch.Generator().manual_seed(3)
         result = metapl.hypergradient(
-            teacher,
+            network(),
             student,
             outer=batch(-1),
             inner=ahead,
@@ -168,29 +179,32 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
             accumulate=accumulate,
             recompute_teacher=True,
         )
-        found.append((result.feedback, result.grads, result.student_params, draws.get_state()))
-    assert [h.shape for h in found[0][0]] == [(8, 3)] * STEPS
-    leaves = [torch.utils._pytree.tree_leaves(one) for one in found]
+        results.append((result.feedback, result.grads, result.student_params, draws.get_state()))
+    assert [h.shape for h in results[0][0]] == [(8, 3)] * STEPS
+    leaves = [torch.utils._pytree.tree_leaves(result) for result in results]
     assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
-def reused() -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches in one and the same tensors."""
-    held = batch(0)
+def in_the_same_tensors() -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return a function that writes each batch over the last one."""
+    tensors = batch(0)
 
-    def made(number: int) -> tuple[Tensor, Tensor]:
-        for t, new in zip(held, batch(number), strict=True):
-            t.copy_(new)
-        return held
+    def overwritten(number: int) -> tuple[Tensor, Tensor]:
+        for t, values in zip(tensors, batch(number), strict=True):
+            t.copy_(values)
+        return tensors
 
-    return made
+    return overwritten
+
+
+def with_noise(number: int) -> tuple[Tensor, Tensor]:
+    x, y = batch(number)
+    return x + torch.rand(()), y
 
 
 WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "another batch": lambda _: Lookahead(
-        lambda k: (batch(k)[0] + torch.rand(()), batch(k)[1]), steps=STEPS
-    ),
-    "batches in the same tensors": lambda _: Lookahead(reused(), steps=3),
+    "another batch": lambda _: Lookahead(with_noise, steps=STEPS),
+    "batches in the same tensors": lambda _: Lookahead(in_the_same_tensors(), steps=3),
     "no steps": lambda _: Lookahead(batch),
     "more steps than batches": lambda _: Lookahead([batch(0)], steps=2),
     "a schedule that needs a metric": lambda o: Lookahead(
@@ -214,20 +228,22 @@ def test_the_default_keeps_what_half_of_the_free_memory_holds(
 ) -> None:
     student = network()
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
-    found = gradient(
-        student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=60), Forward()
-    )
-    assert found.kept == "one step in 8, of 60"
+    inner = OPTIMIZERS["adam"](student.parameters())
+    result = gradient(student, inner, Lookahead(batch, steps=60), mode=Forward())
+    assert result.kept == "one step in 8, of 60"
 
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_path_longer_than_memory_is_refused_before_its_first_step(
     compile: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    student, read = network(), set[int]()
-    ahead = Lookahead(lambda k: (read.add(k), batch(k))[1], steps=60)  # type: ignore[func-returns-value]
-    given: Any = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "compile": compile}
-    given["inner_optimizer"] = OPTIMIZERS["adam"](student.parameters())
+    student = network()
+    steps_read: set[int] = set()
+
+    def read(number: int) -> tuple[Tensor, Tensor]:
+        steps_read.add(number)
+        return batch(number)
+
     monkeypatch.setattr(keeping.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     for free, mode, word in (
         (100_000, Forward(keep_every=1), "keep_every=8"),
@@ -236,7 +252,17 @@ def test_a_path_longer_than_memory_is_refused_before_its_first_step(
         (100_000, Forward(keep_on=str(tmp_path)), "disk"),
     ):
         monkeypatch.setattr(keeping, "free_bytes", lambda _, free=free: free)
-        word = "compile" if mode.keep_on and not compile else word
+        if mode.keep_on and not compile:
+            word = "compile"
         with pytest.raises(MetaplError, match=word):
-            metapl.hypergradient(None, student, mode=mode, **given)
-    assert read <= {0}
+            metapl.hypergradient(
+                None,
+                student,
+                outer=batch(-1),
+                inner=Lookahead(read, steps=60),
+                inner_optimizer=OPTIMIZERS["adam"](student.parameters()),
+                problem=EqualWeights(),
+                mode=mode,
+                compile=compile,
+            )
+    assert steps_read <= {0}

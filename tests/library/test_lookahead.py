@@ -1,4 +1,4 @@
-"""Several student steps looked ahead, against plain double backward through all of them, in float64."""
+"""Several student steps looked ahead, against double backward through all, in float64."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def test_truncation_differentiates_the_last_steps_alone(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("mode", "optimiser"),
     product(
-        ("forward", "unrolled", "none"), ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"),
+        ("forward", "unrolled", "none"),
+        ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"),
         usual=["forward", "torch_adamw"],
     ),
 )  # fmt: skip
@@ -184,7 +185,10 @@ def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
 
 
 class Branches(nn.Module):
-    """Two heads; the first entry of the first input tells which one is read, and a third layer never is."""
+    """Two heads, of which the first entry of the first input tells which one is read.
+
+    A third layer is never read.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ OUTER = [batch(-number - 1, rows=5) for number in range(STEPS)]
 
 
 def network(*layers: nn.Module) -> nn.Module:
-    """A network with weights of shapes (1, n) and (n, 1), and a bias of one entry."""
+    """Return a network with weights of shapes (1, n) and (n, 1), and a bias of one entry."""
     torch.manual_seed(0)
     made = layers or (nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 3))
     return nn.Sequential(*made).double()
@@ -454,7 +454,10 @@ def test_what_no_step_reaches_is_refused(compile: bool) -> None:
 
 
 class Counting(nn.Module):
-    """A part whose outputs depend on how many passes in training mode there were, which a buffer counts."""
+    """A part whose outputs depend on how many passes in training mode there were.
+
+    A buffer counts them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -473,7 +476,10 @@ def noisy() -> nn.Module:
 
 @pytest.mark.parametrize(("mode", "compile"), ROADS)
 def test_a_loss_after_each_step_is_the_sum_of_calls(mode: Any, compile: bool) -> None:
-    """With dropout, batch norm and a buffer that the outer losses read, each as the path of so many steps leaves it."""
+    """Outer losses read dropout, batch norm and a buffer as the path leaves them.
+
+    Each is as the path of so many steps leaves it.
+    """
     student = noisy()
     optimizer = SGD(student.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01)
     wrt = ["start", "lr", "momentum"]

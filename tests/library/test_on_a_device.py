@@ -1,4 +1,6 @@
-"""The same numbers on a device: on CUDA where there is one, and on the CPU elsewhere, so that the tests are always run.
+"""The same numbers on a device.
+
+On CUDA where there is one, and on the CPU elsewhere, so that the tests are always run.
 
 python -m pytest -m gpu    # these, and what can be tested on CUDA alone
 """
@@ -175,7 +177,10 @@ def test_in_bfloat16_it_is_near(mode: str, network: str) -> None:
 def test_channels_last_and_compiled_passes_train_alike(
     how: Any, mode: str, options: dict[str, Any]
 ) -> None:
-    """And a report outlives the next steps, which are replays of one CUDA graph from the third on."""
+    """A report outlives the next steps.
+
+    From the third on these are replays of one CUDA graph.
+    """
     ends, outputs = [], []
     for changed in (False, how):
         given = case("convolutions", DEVICE)

@@ -477,7 +477,10 @@ def test_a_resumed_fit_keeps_the_order_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> None:
-    """With dropout and batch norm, a step that tried twice is the step in the second order alone."""
+    """A step that tried twice is the step in the second order alone.
+
+    The networks have dropout and batch norm.
+    """
 
     def kind(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), Derivative(width))
@@ -642,7 +645,7 @@ def test_a_training_of_ctc_verifies_and_comes_out() -> None:
 
 
 def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, int]]:
-    """The modes that an error proposes, each with its number of steps."""
+    """Return the modes that an error proposes, each with its number of steps."""
     found = []
     for text in error.rsplit("expected ", 1)[1].rstrip(".").split(", or "):
         number = 1 if "with one student step" in text else steps

@@ -50,7 +50,7 @@ def trained(
     fit: Any = None,
     **options: Any,
 ) -> tuple[list[str], Any, metapl.BilevelTrainer]:
-    """What a fit on the digits says, what it ends with, and its trainer."""
+    """Return what a fit on the digits says, what it ends with, and its trainer."""
     (x, y), said = digits(), list[str]()
     torch.manual_seed(0)
     teacher, student = mlp([64, 64, 10]), mlp([64, 64, 10])
@@ -71,7 +71,10 @@ def trained(
 
 
 def weighed(rate: Callable[[nn.Module], torch.optim.Optimizer], **how: Any) -> list[str]:
-    """What a fit says that learns a weight for each of 1,300 examples, of whose labels 40 % are wrong."""
+    """Return what a fit says that learns a weight for each of 1,300 examples.
+
+    40 % of the labels are wrong.
+    """
     (x, y), said = digits(), list[str]()
     torch.manual_seed(0)
     wrong = torch.rand(1300) < 0.4
@@ -298,7 +301,7 @@ def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, after: in
         _, result, _ = trained(**COLLAPSES, fit=options)
         return said, result
 
-    whole, expected = fit(tmp_path / "whole", False)
+    whole, expected = fit(tmp_path / "whole", resume=False)
     assert len(whole) >= 3
     first = list[str]()
     cut = {
@@ -309,7 +312,7 @@ def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, after: in
     }
     with pytest.raises(KeyboardInterrupt):
         trained(**COLLAPSES, fit=cut)
-    second, result = fit(tmp_path / "cut", True)
+    second, result = fit(tmp_path / "cut", resume=True)
     said = [text for text in second if not text.startswith("resumed")]
     # What was said in a step that was not saved is said when the step is taken again.
     assert first[: len(whole) - len(said)] + said == whole
@@ -362,7 +365,10 @@ def test_a_teacher_that_ends_a_little_behind_itself_is_the_last_one() -> None:
 
 
 def test_a_network_that_tells_classes_of_other_sizes_apart_does_not_guess() -> None:
-    """It learned from as many labels of each class, and is right less often than who names the largest class."""
+    """A student that learned from as many labels of each class.
+
+    It is right less often than one that always names the largest class.
+    """
     labels = torch.tensor([0] * 80 + [1] * 10 + [2] * 10)
     predicted = labels.clone()
     predicted[:30] = 1

@@ -1,4 +1,4 @@
-"""Problems of a user's own against one reference: double backward through the problem's own methods.
+"""Problems of a user against one reference: double backward through the problem's methods.
 
 The signal is a tensor, several, one without rows or one of the batch as a whole, and may enter the
 student's input.
@@ -47,66 +47,81 @@ class Expected:
 
 def chunks(batch: Any, parts: int) -> list[Any]:
     leaves, tree = pytree.tree_flatten(batch)
-    return [
-        pytree.tree_unflatten(part, tree)
-        for part in zip(*(t.chunk(parts) for t in leaves), strict=True)
-    ]
+    chunks_of_leaves = [t.chunk(parts) for t in leaves]
+    leaves_of_parts = zip(*chunks_of_leaves, strict=True)
+    return [pytree.tree_unflatten(part, tree) for part in leaves_of_parts]
 
 
 def through(
     case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, parts: int = 1
 ) -> Expected:
     """Every step in one graph, the batch as ``parts`` of it one after another."""
-    teacher, student = copy.deepcopy(case.teacher), copy.deepcopy(case.student)
-    phi, theta = dict(teacher.named_parameters()), dict(student.named_parameters())
-    enters, told = len(inspect.signature(problem.student_input).parameters) == 2, []
+    teacher = copy.deepcopy(case.teacher)
+    student = copy.deepcopy(case.student)
+    phi = dict(teacher.named_parameters())
+    theta = dict(student.named_parameters())
+    enters = len(inspect.signature(problem.student_input).parameters) == 2
+    signal_values_of_steps = []
 
-    def asked(x: Any) -> Signal:
+    def signal_about(x: Any) -> Signal:
         return problem.signal(teacher, x, None, generator=None)
 
     for batch in batches:
         put(student, theta)
         pieces = chunks(batch, parts)
         if isinstance(problem, OfAll):
-            whole = asked(batch).value
-            signals = [Signal(part) for part in whole.chunk(parts)]
+            value = signal_about(batch).value
+            signals = [Signal(part) for part in value.chunk(parts)]
         elif enters:
-            signals = [asked(x) for x in pieces]
-        losses, seen = [], []
+            signals = [signal_about(x) for x in pieces]
+        losses = []
+        signal_values = []
         for number, x in enumerate(pieces):
             if enters:
                 signal = signals[number]
                 z = student(problem.student_input(x, signal))
             else:
                 z = student(problem.student_input(x))
-                signal = signals[number] if isinstance(problem, OfAll) else asked(x)
+                signal = signals[number] if isinstance(problem, OfAll) else signal_about(x)
             losses.append(problem.inner_loss(z, signal, x, theta).mean())
-            seen.append(signal.value if isinstance(signal.value, dict) else {"value": signal.value})
+            value = signal.value
+            signal_values.append(value if isinstance(value, dict) else {"value": value})
         theta, state = stepped(torch.stack(losses).mean(), theta, rule, state)
-        told.append(seen)
+        signal_values_of_steps.append(signal_values)
     put(student, theta)
     torch.set_rng_state(own_stream(torch.get_rng_state()))
-    outer = [problem.outer_loss(student(x), (x, y)) for x, y in chunks(case.labeled, parts)]
-    sums, weights = zip(
-        *(one if isinstance(one, tuple) else (one, 1) for one in outer), strict=True
-    )
-    loss = sum(sums) / sum(weights)
+    total = 0
+    total_weight = 0
+    for x, y in chunks(case.labeled, parts):
+        outer_loss = problem.outer_loss(student(x), (x, y))
+        outer_sum, weight = outer_loss if isinstance(outer_loss, tuple) else (outer_loss, 1)
+        total = total + outer_sum
+        total_weight = total_weight + weight
+    loss = total / total_weight
     without_rows = {name for name, has in (problem.signal_has_rows or {}).items() if not has}
     fields = []
-    for seen in told:
-        found: Tree = {}
-        for name in (name for name, t in seen[0].items() if t.requires_grad):
-            of = torch.autograd.grad(
-                loss, [part[name] for part in seen], retain_graph=True, materialize_grads=True
+    for signal_values in signal_values_of_steps:
+        gradients: Tree = {}
+        for name, t in signal_values[0].items():
+            if not t.requires_grad:
+                continue
+            of_parts = torch.autograd.grad(
+                loss,
+                [values[name] for values in signal_values],
+                retain_graph=True,
+                materialize_grads=True,
             )
-            found[name] = sum(of) if name in without_rows else torch.cat(of)
-        fields.append(found)
+            gradients[name] = sum(of_parts) if name in without_rows else torch.cat(of_parts)
+        fields.append(gradients)
     grads = torch.autograd.grad(loss, list(phi.values()), materialize_grads=True)
     return Expected(dict(zip(phi, grads, strict=True)), fields, theta, loss.detach())
 
 
 class Teacher(nn.Module):
-    """Logits of labels, and as parameters of their own how far to trust each class and how strong to augment."""
+    """Logits of labels, with parameters for the trust in classes and the strength of augmentation.
+
+    The trust is one number for each class.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,21 +156,22 @@ class Augmented(Weighted):
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         assert student_outputs is None
-        found = super().signal(teacher, batch, student_outputs, generator=generator).value
-        return Signal({"strength": teacher.strength.exp(), **found})
+        value = super().signal(teacher, batch, student_outputs, generator=generator).value
+        return Signal({"strength": teacher.strength.exp(), **value})
 
     def student_input(self, batch: Any, signal: Signal) -> Tensor:
         return batch + signal.value["strength"] * batch.roll(1, -1).square()
 
 
 class Augmenting(Judged):
-    """The teacher says how bright an example is shown, how much noise is added to it, and what is expected of it."""
+    """The teacher says how bright an example is, how noisy, and what is expected of it."""
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         return Signal(teacher(batch).tanh())
 
     def student_input(self, batch: Any, signal: Signal) -> Tensor:
-        bright, noise = signal.value[:, 0, None, None, None], signal.value[:, 1, None, None, None]
+        bright = signal.value[:, 0, None, None, None]
+        noise = signal.value[:, 1, None, None, None]
         return batch * (1 + bright) + noise * torch.randn_like(batch)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
@@ -168,12 +184,14 @@ class InputAlone(Augmenting):
 
 
 class Anchored(metapl.PseudoLabels):
-    """The student's logits are drawn towards the teacher's, which the loss reads from ``signal.outputs``."""
+    """The student's logits are drawn towards the teacher's.
+
+    The loss reads these from ``signal.outputs``.
+    """
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return super().inner_loss(outputs, signal, batch, params) + 0.1 * (
-            signal.outputs - outputs
-        ).square().mean(1)
+        distance = (signal.outputs - outputs).square().mean(1)
+        return super().inner_loss(outputs, signal, batch, params) + 0.1 * distance
 
 
 class OutputsAlone(Anchored):
@@ -184,7 +202,7 @@ class OutputsAlone(Anchored):
 
 
 class Shares(Judged):
-    """The teacher weighs each example against the others of the (micro-)batch that the loss is given."""
+    """The teacher weighs each example against the others of the batch or micro-batch."""
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         return Signal(teacher(batch).sigmoid()[:, 0])
@@ -193,11 +211,15 @@ class Shares(Judged):
         return signal.value / signal.value.mean() * outputs.square().sum(1)
 
 
-TOKENS, WORDS = 4, 5
+TOKENS = 4
+WORDS = 5
 
 
 class Language(Judged):
-    """A student of words, taught by weights of examples and judged by the mean over the tokens that have a label."""
+    """A student of words, taught by weights of examples.
+
+    It is judged by the mean over the tokens that have a label.
+    """
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         return Signal(teacher(batch.double()).sigmoid()[:, 0])
@@ -206,12 +228,13 @@ class Language(Judged):
         return (0.1 + signal.value) * F.cross_entropy(outputs.mT, batch, reduction="none").mean(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        total = F.cross_entropy(outputs.mT, batch[1], reduction="sum")  # leaves out the label -100
+        # This leaves out the label -100.
+        total = F.cross_entropy(outputs.mT, batch[1], reduction="sum")
         return total, (batch[1] != -100).sum()
 
 
 class OfAll(Language):
-    """The weights of the examples of a batch sum to the number of them, over the batch as a whole."""
+    """The weights of the examples sum to their number, over the batch as a whole."""
 
     signal_of_batch = True
 
@@ -222,8 +245,9 @@ class OfAll(Language):
 class Sampled(Language):
     """Examples are kept or not, by a rule in the place of a draw."""
 
-    def signal(self, *given: Any, **options: Any) -> Signal:
-        p, keep = super().signal(*given, **options).value, (given[1].sum(1) % 2).bool()
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        p = super().signal(teacher, batch, student_outputs, generator=generator).value
+        keep = (batch.sum(1) % 2).bool()
         return Signal(keep.to(p), log_prob=torch.where(keep, p, 1 - p).log())
 
 
@@ -232,9 +256,8 @@ def words() -> Toy:
     teacher = nn.Linear(TOKENS, 1).double()
     student = nn.Sequential(nn.Embedding(WORDS, 6), nn.Tanh(), nn.Linear(6, WORDS)).double()
     x, labels = (torch.randint(0, WORDS, (8, TOKENS)) for _ in range(2))
-    for row, left_out in zip(
-        labels, [0, 3, 1, 2, 4, 4, 0, 2], strict=True
-    ):  # a micro-batch of two has nothing to judge
+    # A micro-batch of two, the third, has nothing to judge.
+    for row, left_out in zip(labels, [0, 3, 1, 2, 4, 4, 0, 2], strict=True):
         row[:left_out] = -100
     return Toy(teacher, student, (x, labels), torch.randint(0, WORDS, (8, TOKENS)), 0)
 
@@ -242,12 +265,13 @@ def words() -> Toy:
 def case_of(problem: Any, student: str = "mlp", dtype: torch.dtype = torch.float64) -> Toy:
     if isinstance(problem, Language):
         return words()
-    found = toy(student, rows=8, teacher=Teacher, dtype=dtype)
-    return replace(found, labeled=tuple(t[:8] for t in found.labeled))
+    case = toy(student, rows=8, teacher=Teacher, dtype=dtype)
+    return replace(case, labeled=tuple(t[:8] for t in case.labeled))
 
 
 def ahead_of(case: Toy, steps: int) -> list[Any]:
-    draw, x = torch.Generator().manual_seed(5), case.unlabeled
+    draw = torch.Generator().manual_seed(5)
+    x = case.unlabeled
     if x.is_floating_point():
         return [torch.randn(x.shape, generator=draw, dtype=x.dtype) for _ in range(steps)]
     return [torch.randint(0, WORDS, x.shape, generator=draw) for _ in range(steps)]
@@ -272,7 +296,8 @@ CASES = [
 ]
 
 
-ENTERING = (Augmented, Augmenting, InputAlone)  # whose signals enter the student's input
+# The problems whose signals enter the student's input.
+ENTERING = (Augmented, Augmenting, InputAlone)
 
 
 def check(
@@ -281,13 +306,15 @@ def check(
     student: str = "mlp",
     optimiser: str = "torch_sgd_momentum",
 ) -> None:
-    """In value, sign and scale, over steps and micro-batches.
+    """Compare feedback and gradients in value, sign and scale, over steps and micro-batches.
 
-    A tuple for a look-ahead, a dict for several fields.
+    The feedback is a tuple for a look-ahead, a dict for several fields.
     """
-    (mode, steps, parts), judge = how, problem()
+    mode, steps, parts = how
+    judge = problem()
     tolerance = 1e-4 if mode == "difference" else 1e-9
-    case, rule = case_of(judge, student), OPTIMISERS[optimiser]
+    case = case_of(judge, student)
+    rule = OPTIMISERS[optimiser]
     inner, _, state = warm(case, rule)
     batches = ahead_of(case, steps)
     case.draw_from_start()
@@ -295,12 +322,14 @@ def check(
     case.draw_from_start()
     with unmoved(case, inner, generator=False):
         data = {"ahead": batches} if steps > 1 else {"unlabeled": batches[0]}
-        found = gradient(case, mode, **data, problem=judge, inner_optimizer=inner, accumulate=parts)
-    assert error(found.grads, expected.grads) < tolerance
-    assert error(found.student_params, expected.theta) < 1e-9
-    assert error(found.outer_loss, expected.outer_loss) < 1e-9
-    told = found.feedback if steps > 1 else (found.feedback,)
-    for h, fields in zip(told, expected.fields, strict=True):
+        hypergradient = gradient(
+            case, mode, **data, problem=judge, inner_optimizer=inner, accumulate=parts
+        )
+    assert error(hypergradient.grads, expected.grads) < tolerance
+    assert error(hypergradient.student_params, expected.theta) < 1e-9
+    assert error(hypergradient.outer_loss, expected.outer_loss) < 1e-9
+    feedback_by_step = hypergradient.feedback if steps > 1 else (hypergradient.feedback,)
+    for h, fields in zip(feedback_by_step, expected.fields, strict=True):
         h = h if isinstance(h, dict) else {"value": h}
         for name, g in fields.items():
             assert h[name].shape == g.shape
@@ -341,7 +370,8 @@ def test_noise_in_the_input_and_masks_are_drawn_once(
     ids=str,
 )
 def test_a_mean_over_tokens_is_one_in_every_mode(mode: Any) -> None:
-    problem, case = Language() if isinstance(mode, Implicit) else Sampled(), words()
+    problem = Language() if isinstance(mode, Implicit) else Sampled()
+    case = words()
     parts, whole = (
         gradient(case, mode, problem=problem, accumulate=parts).grads for parts in (4, 1)
     )
@@ -361,22 +391,24 @@ class Unread(Weighted):
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
 def test_a_field_that_is_not_read_gets_zero(mode: str) -> None:
-    found = gradient(case_of(Unread()), mode, problem=Unread())
-    assert found.feedback["idle"].tolist() == [0.0]
-    assert (
-        found.feedback["weight"].abs().min() > 0
-    )  # a constant's feedback is told, and reaches no weight
-    assert not found.grads["trust"].any()
+    hypergradient = gradient(case_of(Unread()), mode, problem=Unread())
+    assert hypergradient.feedback["idle"].tolist() == [0.0]
+    # The feedback on a constant is told, and reaches no weight.
+    assert hypergradient.feedback["weight"].abs().min() > 0
+    assert not hypergradient.grads["trust"].any()
 
 
 def test_a_problem_of_ones_own_needs_no_teacher_losses() -> None:
     """By default it has none."""
     case = case_of(Weighted())
-    before, sgd = values(case.teacher), torch.optim.SGD(case.teacher.parameters(), lr=1.0)
+    values_before = values(case.teacher)
+    sgd = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
     trainer = trainer_for(case, problem=Weighted(), outer_optimizer=sgd)
     expected = trainer.hypergradient(**case.data()).grads
     trainer.step(**case.data())
-    assert error({n: before[n] - p for n, p in values(case.teacher).items()}, expected) < 1e-12
+    assert (
+        error({n: values_before[n] - p for n, p in values(case.teacher).items()}, expected) < 1e-12
+    )
     with pytest.raises(MetaplError):
         trainer_for(case, problem=Weighted(), feedback_ratio=0.1)
     with pytest.raises(MetaplError):
@@ -413,18 +445,19 @@ class Revising(Augmenting):
 @pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
 def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> None:
     """h is −⟨w, g⟩, or L(θ) − L(θ′), of the step on these inputs."""
-    case, student = toy("mlp"), toy("mlp").student
+    case = toy("mlp")
+    student = toy("mlp").student
     case.draw_from_start()
     drawn = torch.multinomial(case.teacher(case.unlabeled).detach().softmax(-1), 1)[:, 0]
     student(case.unlabeled * drawn[:, None, None, None]).logsumexp(1).mean().backward()
     g = [p.grad.clone() for p in student.parameters()]
-    before = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
+    loss_before = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
     torch.optim.SGD(student.parameters(), lr=0.3).step()
     after = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
     v = torch.autograd.grad(after, list(student.parameters()))
     h = {
         "reinforce": 0.3 * sum((a * b).sum() for a, b in zip(v, g, strict=True)),
-        "loss_difference": before - after,
+        "loss_difference": loss_before - after,
     }
     case.draw_from_start()
     assert error(gradient(case, mode, problem=DrawnInput()).feedback, h[mode].detach()) < 1e-9

@@ -26,9 +26,12 @@ from metapl.functional import stack, unstack
 from metapl.functional.architecture import Undescribed, description_of_object
 from metapl.problems import ExampleWeights, Table
 
-ROWS, CLASSES = 8, 3
+ROWS = 8
+CLASSES = 3
 RULE = OPTIMISERS["torch_sgd_nesterov"]
-LARGE = 2**15 + 1  # weights, above which ``forward`` keeps no graph
+
+# The number of weights above which ``forward`` keeps no graph.
+LARGE = 2**15 + 1
 
 Penalty = Callable[[nn.Module, list[Tensor]], Tensor]
 
@@ -42,7 +45,10 @@ def l1_of_a_layer(net: Any, start: list[Tensor]) -> Tensor:
 
 
 def proximal(net: Any, start: list[Tensor]) -> Tensor:
-    """The squared distance from the weights that the training began with, weighed by entry as in EWC."""
+    """Return the squared distance from the first weights of the training.
+
+    It is weighed by entry, as in EWC.
+    """
     pairs = zip(net.parameters(), start, strict=True)
     return torch.stack([((1 + q.square()) * (p - q).square()).sum() for p, q in pairs]).sum()
 
@@ -88,11 +94,12 @@ def network(width: int = 6) -> nn.Sequential:
 
 
 def batches(steps: int = 1) -> tuple[Any, list[Any]]:
-    """An outer batch, and the inner ones, with the numbers of their examples."""
+    """Return an outer batch, and the inner ones, with the numbers of their examples."""
     draw = torch.Generator().manual_seed(1)
     x = [torch.randn(ROWS, 4, generator=draw, dtype=torch.float64) for _ in range(steps + 1)]
-    y, rows = torch.arange(ROWS) % CLASSES, torch.arange(ROWS)
-    return (x[0], y), [(of_step, y, rows) for of_step in x[1:]]
+    y = torch.arange(ROWS) % CLASSES
+    rows = torch.arange(ROWS)
+    return (x[0], y), [(inputs, y, rows) for inputs in x[1:]]
 
 
 def table() -> Table:
@@ -100,10 +107,14 @@ def table() -> Table:
 
 
 def by_hand(net: nn.Module, penalty: Penalty, steps: int) -> tuple[Tree, Tree, Tensor]:
-    """The gradient in the table, θ after the steps, and L there."""
-    net, teacher = copy.deepcopy(net), table()
-    problem, (outer, inner) = Penalized(net, penalty), batches(steps)
-    phi, theta, state = dict(teacher.named_parameters()), dict(net.named_parameters()), None
+    """Return the gradient in the table, θ after the steps, and L there."""
+    net = copy.deepcopy(net)
+    teacher = table()
+    problem = Penalized(net, penalty)
+    outer, inner = batches(steps)
+    phi = dict(teacher.named_parameters())
+    theta = dict(net.named_parameters())
+    state = None
     for batch in inner:
         put(net, theta)
         outputs = net(batch[0])
@@ -122,14 +133,15 @@ def found(
     net: nn.Module, penalty: Penalty, mode: Any, steps: int, **options: Any
 ) -> metapl.Hypergradient:
     outer, inner = batches(steps)
-    given = {
-        "outer": outer,
-        "inner": inner[0] if steps == 1 else metapl.Lookahead(inner),
-        "mode": mode,
+    options = {"problem": Penalized(net, penalty), "inner_optimizer": RULE.build(net), **options}
+    return metapl.hypergradient(
+        table(),
+        net,
+        outer=outer,
+        inner=inner[0] if steps == 1 else metapl.Lookahead(inner),
+        mode=mode,
         **options,
-    }
-    given = {"problem": Penalized(net, penalty), "inner_optimizer": RULE.build(net), **given}
-    return metapl.hypergradient(table(), net, **given)
+    )
 
 
 WAYS: dict[str, tuple[Any, int]] = {
@@ -153,7 +165,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ("way", "penalty"), product(WAYS, PENALTIES, usual=("l2", "forward, three steps"))
 )
 def test_the_gradient_is_that_of_double_backward(way: str, penalty: str) -> None:
-    net, (mode, steps) = network(), WAYS[way]
+    net = network()
+    mode, steps = WAYS[way]
     grads, theta, loss = by_hand(net, PENALTIES[penalty], steps)
     result = found(net, PENALTIES[penalty], mode, steps)
     assert error(result.grads, grads) < (1e-5 if "difference" in way else 1e-12)
@@ -165,7 +178,8 @@ def test_the_gradient_is_that_of_double_backward(way: str, penalty: str) -> None
     ("way", "option"), product(WAYS, OPTIONS, usual=("tangent", "unrolled, three steps"))
 )
 def test_it_is_right_verified_and_in_micro_batches(way: str, option: str) -> None:
-    net, (mode, steps) = network(), WAYS[way]
+    net = network()
+    mode, steps = WAYS[way]
     grads, theta, _ = by_hand(net, l2, steps)
     result = found(net, l2, mode, steps, **OPTIONS[option])
     assert error(result.grads, grads) < (1e-5 if "difference" in way else 1e-12)
@@ -186,14 +200,18 @@ def test_a_large_student_is_as_right_as_a_small_one(mode: str, steps: int) -> No
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce_per_example"])
 def test_a_trainer_takes_the_steps_of_a_loop(mode: str, steps: int) -> None:
-    """The student's by ``torch.optim`` alone, two times, under the weights that the trainer's table has then."""
+    """The student is moved by ``torch.optim`` alone, twice.
+
+    The table has the weights that the trainer's table has then.
+    """
     if mode == "reinforce_per_example":
         if steps == 3:
             pytest.skip("the mode looks one step ahead")
         problem: Any = PenalizedLabels
         teacher: nn.Module = nn.Linear(4, CLASSES).double()
     else:
-        problem, teacher = Penalized, table()
+        problem = Penalized
+        teacher = table()
     net = network()
     trainer = metapl.BilevelTrainer(
         teacher,
@@ -205,12 +223,13 @@ def test_a_trainer_takes_the_steps_of_a_loop(mode: str, steps: int) -> None:
         teacher_losses=(),
     )
     loop = copy.deepcopy(net)
-    rules, optimizer = problem(loop), RULE.build(loop)
+    rules = problem(loop)
+    optimizer = RULE.build(loop)
     outer, inner = batches(steps)
     if mode == "reinforce_per_example":
         inner = [batch[0] for batch in inner]
     for _ in range(2):
-        told = copy.deepcopy(teacher)
+        trained_teacher = copy.deepcopy(teacher)
         report = trainer.step(
             outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner)
         )
@@ -218,7 +237,9 @@ def test_a_trainer_takes_the_steps_of_a_loop(mode: str, steps: int) -> None:
             outputs = loop(rules.student_input(batch))
             sampled = mode == "reinforce_per_example"
             signal = (
-                report.signal if sampled else rules.signal(told, batch, outputs, generator=None)
+                report.signal
+                if sampled
+                else rules.signal(trained_teacher, batch, outputs, generator=None)
             )
             loss = rules.inner_loss(outputs, signal.detached(), batch).mean()
             optimizer.zero_grad()
@@ -250,11 +271,14 @@ def test_implicit_is_the_closed_form(mode: Implicit) -> None:
         ) -> Tensor:
             return super().inner_loss(outputs, signal, batch, dict(self.net.named_parameters()))
 
-    net, (inner, outer) = student(), data()
-    given = {"outer": outer, "inner": inner, "mode": mode, "problem": OwnWeights(net)}
-    given["inner_optimizer"] = torch.optim.SGD(net.parameters(), lr=0.1)
+    net = student()
+    inner, outer = data()
+    options = {"outer": outer, "inner": inner, "mode": mode, "problem": OwnWeights(net)}
+    options["inner_optimizer"] = torch.optim.SGD(net.parameters(), lr=0.1)
     for verify in (False, True):
-        (gradient,) = metapl.hypergradient(Penalties(), net, verify=verify, **given).grads.values()
+        (gradient,) = metapl.hypergradient(
+            Penalties(), net, verify=verify, **options
+        ).grads.values()
         assert error({"": gradient}, {"": closed_form()}) < 1e-8
 
 
@@ -263,7 +287,8 @@ def test_scores_of_a_training_with_a_penalty() -> None:
 
     The trainings that ``validate`` repeats are such a loop too.
     """
-    net, (outer, ((x, y, _),)) = network(), batches()
+    net = network()
+    outer, ((x, y, _),) = batches()
 
     class Decayed(metapl.problems.EqualWeights):
         def inner_loss(
@@ -271,7 +296,7 @@ def test_scores_of_a_training_with_a_penalty() -> None:
         ) -> Tensor:
             return super().inner_loss(outputs, signal, batch) + 0.1 * l2(net, [])
 
-    made = metapl.attribute(
+    attribution = metapl.attribute(
         net,
         (x, y),
         outer,
@@ -283,7 +308,8 @@ def test_scores_of_a_training_with_a_penalty() -> None:
     )
 
     def trained(row: int, weight: float) -> float:
-        twin, weights = copy.deepcopy(net), torch.ones(ROWS).double()
+        twin = copy.deepcopy(net)
+        weights = torch.ones(ROWS).double()
         weights[row] = weight
         optimizer = RULE.build(twin)
         for _ in range(4):
@@ -294,8 +320,8 @@ def test_scores_of_a_training_with_a_penalty() -> None:
         return float(F.cross_entropy(twin(outer[0]), outer[1]).detach())
 
     slopes = [(trained(i, 1 + 1e-5) - trained(i, 1 - 1e-5)) / 2e-5 for i in range(ROWS)]
-    assert error({"": -made.scores}, {"": torch.tensor(slopes, dtype=torch.float64)}) < 1e-6
-    validated = made.validate([[2], [5]], progress=False)
+    assert error({"": -attribution.scores}, {"": torch.tensor(slopes, dtype=torch.float64)}) < 1e-6
+    validated = attribution.validate([[2], [5]], progress=False)
     changes = [trained(row, 0.0) - trained(row, 1.0) for row in (2, 5)]
     assert validated.retrained.tolist() == pytest.approx(changes, abs=1e-12)
     assert all(p.grad is None for p in net.parameters())
@@ -306,7 +332,8 @@ def test_scores_of_a_training_with_a_penalty() -> None:
 )
 def test_the_pure_step_is_the_eager_one(mode: str, steps: int) -> None:
     """And of stacked seeds, each as alone: their losses read the weights of their own."""
-    net, (outer, inner) = network(), batches(steps)
+    net = network()
+    outer, inner = batches(steps)
     options = {
         "problem": Penalized(net, proximal),
         "inner_optimizer": RULE.build(net),
@@ -315,20 +342,20 @@ def test_the_pure_step_is_the_eager_one(mode: str, steps: int) -> None:
     trainer = metapl.BilevelTrainer(table(), net, mode, **options)
     step, state = trainer.functional()
     moved = {name: t + 0.1 for name, t in state.student.params.items()}
-    other = state._replace(student=state.student._replace(params=moved))
-    given = outer, inner[0] if steps == 1 else tuple(inner)
-    alone = [step(each, *given) for each in (state, other)]
+    moved_state = state._replace(student=state.student._replace(params=moved))
+    step_batches = outer, inner[0] if steps == 1 else tuple(inner)
+    alone = [step(one_state, *step_batches) for one_state in (state, moved_state)]
     together, report = torch.func.vmap(step, in_dims=(0, None, None), randomness="different")(
-        stack([state, other]), *given
+        stack([state, moved_state]), *step_batches
     )
     for (after, _), of_stack in zip(alone, unstack(together), strict=True):
         assert error(of_stack.student.params, after.student.params) < 1e-10
         assert error(of_stack.teacher.params, after.teacher.params) < 1e-10
     assert float(report.flag.max()) < 1e-6
     eager = trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
-    of_step = eager.feedback if steps > 1 else [eager.feedback]
+    feedback_by_step = eager.feedback if steps > 1 else [eager.feedback]
     pure = alone[0][1].feedback if steps > 1 else [alone[0][1].feedback]
-    assert error(dict(enumerate(pure)), dict(enumerate(of_step))) < (
+    assert error(dict(enumerate(pure)), dict(enumerate(feedback_by_step))) < (
         1e-5 if mode == "difference" else 1e-10
     )
     assert error(alone[0][0].student.params, dict(net.named_parameters())) < 1e-10
@@ -344,7 +371,7 @@ def test_compiled_it_is_that_of_double_backward() -> None:
     assert error(result.student_params, theta) < 1e-10
     assert float(abs(result.outer_loss - loss)) < 1e-10
     outer, (inner,) = batches()
-    made = []
+    problems = []
     for is_compiled in (False, True):
         net = network()
         options = {
@@ -355,21 +382,24 @@ def test_compiled_it_is_that_of_double_backward() -> None:
         trainer = metapl.BilevelTrainer(table(), net, **options)
         for _ in range(3):
             trainer.step(outer=outer, inner=inner)
-        made.append(dict(net.named_parameters()) | {"w": trainer.teacher.values})
-    assert error(*made) < 1e-9
+        problems.append(dict(net.named_parameters()) | {"w": trainer.teacher.values})
+    assert error(*problems) < 1e-9
 
 
 @pytest.mark.parametrize("mode", [Forward(by="tangent"), Forward(keep_every=1)])
 def test_weights_that_a_loss_has_kept_are_refused_with_params_named(mode: Forward) -> None:
-    """A list of the parameters is of θ_0 in later steps, and no weights of the passes that are run again."""
+    """A list of the parameters is of θ_0 in later steps.
+
+    It has no weights of the passes that are run again.
+    """
     net = network()
-    kept = list(net.parameters())
+    kept_weights = list(net.parameters())
 
     class Kept(ExampleWeights):
         def inner_loss(
             self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
         ) -> Tensor:
-            penalty = torch.stack([p.square().sum() for p in kept]).sum()
+            penalty = torch.stack([p.square().sum() for p in kept_weights]).sum()
             return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty
 
     with pytest.raises(
@@ -379,11 +409,15 @@ def test_weights_that_a_loss_has_kept_are_refused_with_params_named(mode: Forwar
 
 
 def test_a_training_learns_the_strength_of_a_penalty() -> None:
-    """On noise, a student that is told to decay ends with the smaller outer loss, and the table learns to tell it."""
+    """On noise, a student that is told to decay ends with the smaller outer loss.
+
+    The table learns to tell it.
+    """
     ends = []
     for mode in ("forward", "none"):
         torch.manual_seed(3)
-        x, y = torch.randn(40, 20), torch.arange(40) % CLASSES
+        x = torch.randn(40, 20)
+        y = torch.arange(40) % CLASSES
         net = nn.Linear(20, CLASSES)
 
         class Decay(metapl.BilevelProblem):
@@ -464,7 +498,8 @@ def test_verification_sees_the_student_that_a_loss_names(way: str) -> None:
 
     Of the networks themselves nothing changes, their gradients included.
     """
-    net, (mode, steps) = network(), WAYS[way]
+    net = network()
+    mode, steps = WAYS[way]
 
     class ByClosure(ExampleWeights):
         def inner_loss(
@@ -475,8 +510,13 @@ def test_verification_sees_the_student_that_a_loss_names(way: str) -> None:
 
     parameters = list(net.parameters())
     outer, inner = batches(steps)
-    given = {"outer": outer, "inner": metapl.Lookahead(inner), "mode": mode, "problem": ByClosure()}
-    check = metapl.check_gradient(table(), net, inner_optimizer=RULE.build(net), **given)
+    options = {
+        "outer": outer,
+        "inner": metapl.Lookahead(inner),
+        "mode": mode,
+        "problem": ByClosure(),
+    }
+    check = metapl.check_gradient(table(), net, inner_optimizer=RULE.build(net), **options)
     assert check.status == "right"
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
     assert all(p.grad is None for p in parameters)
@@ -515,7 +555,8 @@ def test_a_list_of_weights_is_refused_by_the_name_of_the_weight(
     mode: str, steps: int, level: str, verify: bool
 ) -> None:
     """Without verification too: the door of the first step sees the leaf in the graph."""
-    net, teacher = network(), table()
+    net = network()
+    teacher = table()
     problem = KeptWeights(net, level)
     trainer = metapl.BilevelTrainer(
         teacher,
@@ -527,12 +568,12 @@ def test_a_list_of_weights_is_refused_by_the_name_of_the_weight(
         verify=verify,
     )
     outer, inner = batches(steps)
-    before = copy.deepcopy(net.state_dict())
+    first_state = copy.deepcopy(net.state_dict())
     with pytest.raises(
         MetaplError, match=rf"the {level} loss reads the student's \S*(weight|bias) from a place"
     ):
         trainer.step(outer=outer, inner=metapl.Lookahead(inner) if steps > 1 else inner[0])
-    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+    assert all(torch.equal(first_state[name], t) for name, t in net.state_dict().items())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -540,7 +581,8 @@ def test_a_compiled_trainer_follows_the_student_that_a_loss_names(steps: int) ->
     """Its first step is compared with that of a copy, which the loss does not know of."""
 
     def teacher_after(compile: bool) -> Tensor:
-        net, teacher = network(), table()
+        net = network()
+        teacher = table()
 
         class ByClosure(ExampleWeights):
             def inner_loss(
@@ -578,7 +620,8 @@ def test_the_door_runs_no_pass_of_a_student_that_is_right() -> None:
             self.passes += 1
             return super().forward(x)
 
-    net, teacher = Counting(network()), table()
+    net = Counting(network())
+    teacher = table()
     trainer = metapl.BilevelTrainer(
         teacher,
         net,

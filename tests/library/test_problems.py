@@ -1,6 +1,6 @@
-"""Every problem against double backward of its formulas.
+"""Compare every problem with double backward of its formulas.
 
-One table of problems and references, and a few steps.
+There is one table of problems and references, and a few steps.
 """
 
 from __future__ import annotations
@@ -52,16 +52,17 @@ STORED = stored(5)
 class Corrector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.of_input, self.of_label = nn.Linear(16, CLASSES), nn.Embedding(CLASSES, CLASSES)
+        self.of_input = nn.Linear(16, CLASSES)
+        self.of_label = nn.Embedding(CLASSES, CLASSES)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.of_input(x.flatten(1)) + self.of_label(y)
 
 
 class LearnedDecay(Judged):
-    """A problem of a user's.
+    """A problem of a user: the teacher says how strongly weights are pulled to zero.
 
-    The teacher says how strongly the student's weights are pulled to zero.
+    These are the student's weights.
     """
 
     def signal(
@@ -78,7 +79,8 @@ class LearnedDecay(Judged):
 class Method:
     """A problem, and the same written out.
 
-    The losses (B,) of the teacher's weights, the student's and its outputs.
+    The losses (B,) are a function of the teacher, its weights, the student's weights and its
+    outputs.
     """
 
     problem: Problem
@@ -100,7 +102,10 @@ def against(q: Tensor, z: Tensor) -> Tensor:
 
 
 def adjuster() -> nn.Module:
-    """One that has learned something: at its start, its first layers get no gradient."""
+    """Return a network that has learned something.
+
+    At its start, its first layers get no gradient.
+    """
     network = label_adjuster(CLASSES, hidden=7, layers=3).double()
     with torch.no_grad():
         for p in network.parameters():
@@ -173,7 +178,8 @@ def by_double_backward(
     state: Any,
     steps: int = 1,
 ) -> dict[str, Tensor]:
-    theta, phi = reference.weights(student), reference.weights(teacher)
+    theta = reference.weights(student)
+    phi = reference.weights(teacher)
     for _ in range(steps):
         losses = METHODS[name].losses(teacher, phi, theta, reference.at(student, theta, X))
         after_inner = torch.get_rng_state()
@@ -183,52 +189,61 @@ def by_double_backward(
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "student", "optimiser", "steps"),
-    [
-        row
-        for row in product(
-            METHODS,
-            ("unrolled", "forward", "difference"),
-            ("mlp", "batch_norm"),
-            ("torch_sgd_nesterov", "torch_adamw"),
-            (1, 3),
-            usual=[*METHODS, "forward", "mlp", "torch_sgd_nesterov", 1],
-        )
-        if row.values[4] == 1
-        or ("difference" not in row.values and "meta_weight_net" not in row.values)
-    ],  # the weights of the latter leave θ out
-)
+def cases() -> list[Any]:
+    """Return every problem in modes, networks, optimizers and numbers of steps.
+
+    Several steps are left out for ``difference``, and for ``meta_weight_net``, whose weights leave
+    their dependence on θ out.
+    """
+    chosen = []
+    for row in product(
+        METHODS,
+        ("unrolled", "forward", "difference"),
+        ("mlp", "batch_norm"),
+        ("torch_sgd_nesterov", "torch_adamw"),
+        (1, 3),
+        usual=[*METHODS, "forward", "mlp", "torch_sgd_nesterov", 1],
+    ):
+        name, mode, _, _, steps = row.values
+        if steps == 1 or (mode != "difference" and name != "meta_weight_net"):
+            chosen.append(row)
+    return chosen
+
+
+@pytest.mark.parametrize(("name", "mode", "student", "optimiser", "steps"), cases())
 def test_a_problem_has_the_gradient_of_its_formula(
     name: str, mode: str, student: str, optimiser: str, steps: int
 ) -> None:
-    case, rule, teacher = toy(student), OPTIMISERS[optimiser], teacher_of(name)
+    case = toy(student)
+    rule = OPTIMISERS[optimiser]
+    teacher = teacher_of(name)
     inner, _, state = warm(case, rule, 2)
     case.draw_from_start()
     expected = by_double_backward(
         name, teacher, case.student, case.labeled, rule.rule, state, steps
     )
     case.draw_from_start()
-    found = metapl.hypergradient(
+    unlabeled = METHODS[name].batch
+    if steps > 1:
+        unlabeled = metapl.Lookahead([METHODS[name].batch] * steps)
+    hypergradient = metapl.hypergradient(
         teacher,
         case.student,
         labeled=case.labeled,
-        unlabeled=METHODS[name].batch
-        if steps == 1
-        else metapl.Lookahead([METHODS[name].batch] * steps),
+        unlabeled=unlabeled,
         mode=mode,
         problem=METHODS[name].problem,
         inner_optimizer=inner,
     )
-    assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-8)
+    assert error(hypergradient.grads, expected) < (1e-4 if mode == "difference" else 1e-8)
 
 
 def weights_by_hand(
     student: nn.Module, labeled: Any, look: reference.Rule, state: Any
 ) -> tuple[Tensor, Tensor]:
-    """h = −dL(θ̂)/dε by double backward through the look-ahead, and w.
+    """Return h = −dL(θ̂)/dε by double backward through the look-ahead, and w.
 
-    The paper's Algorithm 1, lines 4-10.
+    Source: the paper's Algorithm 1, lines 4-10.
     """
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
@@ -258,9 +273,12 @@ def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(
     momentum: float, mode: Any, parts: int
 ) -> None:
     """By SGD with and without momentum, which the look-ahead has too, but for the paper's."""
-    case, options = toy("mlp"), {"lr": 0.3, "momentum": momentum}
+    case = toy("mlp")
+    options = {"lr": 0.3, "momentum": momentum}
     trusted = X + 0.5 * X.flip(1, 2), torch.where(torch.arange(5) < 2, (Y + 1) % CLASSES, Y)
-    mirror, rule, state = copy.deepcopy(case.student), reference.sgd(**options), None
+    mirror = copy.deepcopy(case.student)
+    rule = reference.sgd(**options)
+    state = None
     trainer = metapl.BilevelTrainer(
         None,
         case.student,
@@ -296,10 +314,11 @@ def test_the_adjuster_begins_as_the_identity(classes: int) -> None:
 
 
 def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> None:
-    case, network, (x, y) = toy("mlp"), teacher_of("reduced_labels"), (X, Y)
+    case = toy("mlp")
+    network = teacher_of("reduced_labels")
     trainer = metapl.BilevelTrainer(network, case.student, "none", problem=ReducedLabels())
-    expected = F.cross_entropy(network(stored(5, 6)), y, label_smoothing=0.1)
-    report = trainer.step((x, y, stored(5, 6)), (X, STORED))
+    expected = F.cross_entropy(network(stored(5, 6)), Y, label_smoothing=0.1)
+    report = trainer.step((X, Y, stored(5, 6)), (X, STORED))
     assert report.teacher_cross_entropy == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -320,31 +339,40 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_refused_and_nothing_moves(name: str) -> None:
     method, change = WRONG[name]
-    case, known = toy("batch_norm"), METHODS[method]
-    given = {"teacher": teacher_of(method), "problem": known.problem, "mode": "forward", **change}
-    unlabeled, before = given.pop("unlabeled", known.batch), everything(case)
+    case = toy("batch_norm")
+    correct = METHODS[method]
+    options = {
+        "teacher": teacher_of(method),
+        "problem": correct.problem,
+        "mode": "forward",
+        **change,
+    }
+    unlabeled = options.pop("unlabeled", correct.batch)
+    everything_before = everything(case)
     with pytest.raises((MetaplError, IndexError, RuntimeError)):
-        metapl.BilevelTrainer(student=case.student, **given).step((X, Y), unlabeled)
-    assert same(before, everything(case))
+        metapl.BilevelTrainer(student=case.student, **options).step((X, Y), unlabeled)
+    assert same(everything_before, everything(case))
+
+
+def in_single(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.float() if t.is_floating_point() else t for t in batch)
 
 
 @pytest.mark.parametrize("name", ["noise_transition", "example_labels"])
 def test_a_teacher_in_half_precision_has_its_feedback_in_float32(name: str) -> None:
     """In float16, whose least number is 6e-8, little would be left of this feedback."""
-    found, case = [], toy("mlp", dtype=torch.float32)
+    feedback = []
+    case = toy("mlp", dtype=torch.float32)
     for dtype in (torch.float16, torch.float32):
-        teacher = teacher_of(name).half().to(dtype)
-        batches = [
-            tuple(t.float() if t.is_floating_point() else t for t in batch)
-            for batch in ((X, Y), METHODS[name].batch)
-        ]
-        inner = torch.optim.SGD(case.student.parameters(), lr=1e-5)
-        given: dict[str, Any] = {"problem": METHODS[name].problem, "inner_optimizer": inner}
-        found.append(
-            metapl.hypergradient(
-                teacher, case.student, labeled=batches[0], unlabeled=batches[1], **given
-            )
+        hypergradient = metapl.hypergradient(
+            teacher_of(name).half().to(dtype),
+            case.student,
+            labeled=in_single((X, Y)),
+            unlabeled=in_single(METHODS[name].batch),
+            problem=METHODS[name].problem,
+            inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=1e-5),
         )
-    half, whole = (one.feedback for one in found)
+        feedback.append(hypergradient.feedback)
+    half, single = feedback
     assert half.dtype == torch.float32
-    assert error(half, whole) < 5e-3
+    assert error(half, single) < 5e-3

@@ -53,7 +53,7 @@ class Repeated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
-        block[1].weight.requires_grad_(False)
+        block[1].weight.requires_grad_(requires_grad=False)
         self.used = block[0]
         self.blocks = nn.ModuleList([block, block, block])
         self.last = nn.Linear(4, 3)
@@ -109,7 +109,10 @@ def batches(seed: int = 1) -> dict[str, Any]:
 
 
 def by_hand(student: nn.Module, outer: Any, inner: Any) -> tuple[Tensor, nn.Module]:
-    """The feedback on weights of 1/2, by double backward through one step of SGD, and the student after that step."""
+    """Return the feedback on weights of 1/2, and the student after that step.
+
+    It is by double backward through one step of SGD.
+    """
     moved, weights = (
         copy.deepcopy(student),
         torch.full((ROWS,), 0.5, dtype=torch.float64, requires_grad=True),
@@ -384,7 +387,10 @@ class WithOperation(nn.Module):
 
 
 class Heads(nn.Module):
-    """Three heads in one call, stacked by ``torch.stack``, or by ``stack_module_state``, which detaches them."""
+    """Three heads in one call, stacked by ``torch.stack`` or by ``stack_module_state``.
+
+    The latter detaches them.
+    """
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -412,7 +418,8 @@ IMPURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] 
     "autograd.grad": (lambda: Slopes("autograd"), lambda: Slopes("torch.func"), "torch.func.grad"),
     "a function of autograd": (
         lambda: WithOperation(Sine), lambda: WithOperation(SineWithContext), "setup_context"),
-    "stack_module_state": (lambda: Heads("stack_module_state"), lambda: Heads("torch.stack"), "torch.stack"),
+    "stack_module_state": (
+        lambda: Heads("stack_module_state"), lambda: Heads("torch.stack"), "torch.stack"),
 }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""What ends in an error has moved nothing: weights, buffers, gradients, optimizer states and generators.
+"""What ends in an error has moved nothing.
+
+That is weights, buffers, gradients, optimizer states and generators.
 
 A table of wrong calls, each with the type of its error, and a property: an error that is raised
 anywhere within a step leaves everything bit for bit as it was, and the next step is the one that
@@ -77,14 +79,17 @@ class Case:
     def step(
         self, mode: Any = "forward", *, labeled: Any = None, unlabeled: Any = None, **options: Any
     ) -> Any:
-        """A step of a trainer that has already taken one with these networks and optimizers."""
+        """Take a step of a trainer that has already taken one with these networks.
+
+        The optimizers are the same too.
+        """
         labeled = (self.x, self.y) if labeled is None else labeled
         return partial(
             self.built(mode, **options).step, labeled, self.u if unlabeled is None else unlabeled
         )
 
     def everything(self) -> dict[str, Any]:
-        """What an error leaves as it was."""
+        """Return what an error leaves as it was."""
         found: dict[str, Any] = {
             "default generator": torch.get_rng_state(),
             "python's": random.getstate(),
@@ -123,7 +128,7 @@ class Case:
 
 
 def moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is no longer bit for bit as it was."""
+    """Return what is no longer bit for bit as it was."""
 
     def bits(t: Tensor) -> Tensor:  # of which those that are no number are equal to themselves
         return t.contiguous().reshape(-1).view(torch.uint8)
@@ -184,7 +189,7 @@ class Sparse(nn.Module):
 
 
 def hooked() -> Case:
-    """A hook on a weight, which copies of a network drop, changes its gradient."""
+    """Change the gradient of a weight by a hook, which copies of a network drop."""
     case = Case()
     case.student[0].weight.register_hook(lambda g: g / 2)
     return case
@@ -204,7 +209,10 @@ def sharing() -> Case:
 
 
 def other_head(role: str) -> Callable[[Case], Callable[[], Any]]:
-    """The head of a network is replaced when the trainer is there, so that its weights are in no optimizer."""
+    """Replace the head of a network when the trainer is there.
+
+    Its weights are then in no optimizer.
+    """
 
     def wrong(case: Case) -> Callable[[], Any]:
         step = case.step()
@@ -424,7 +432,10 @@ CALLS_WITH_A_GENERATOR = [*calls_with(torch.Generator(), Case())]
     "call", [call for call in CALLS_WITH_A_GENERATOR if call != "a trainer's gradient"]
 )
 def test_a_generator_of_the_cpu_is_refused_for_networks_elsewhere(call: str) -> None:
-    """On the meta device, which is everywhere, and on which a pass that began would fail otherwise."""
+    """A refusal on the meta device, which is everywhere.
+
+    A pass that began there would fail otherwise.
+    """
     case = Case(network().to("meta"), network().to("meta"))
     generator = torch.Generator()
     before = generator.get_state()
@@ -548,7 +559,7 @@ def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
 
 
 def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[], Any]]:
-    """A call that cannot be meant, and its name."""
+    """Return a call that cannot be meant, and its name."""
     kinds = [
         "step",
         "hypergradient",
@@ -760,7 +771,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
 def fused(
     mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any
 ) -> tuple[Case, Fuse, Any]:
-    """A case with so many steps behind it, its fuse, and the batches of the next step.
+    """Return a case with so many steps behind it, its fuse, and the batches of the next step.
 
     Twice called, twice the same.
     """

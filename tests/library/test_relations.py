@@ -151,7 +151,10 @@ def test_a_batch_in_another_order_gives_its_feedback_in_that_order(mode: str, st
 @pytest.mark.parametrize("student", ["mlp", "batch_norm", "dropout"])
 @pytest.mark.parametrize("mode", ANYWHERE)
 def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, student: str) -> None:
-    """Also gradients that the caller holds, and a generator of his own advances while the default one does not."""
+    """Gradients that the caller holds stay too.
+
+    A generator of his own advances while the default one does not.
+    """
     problem = toy(student)
     inner, _, _ = warm(problem, OPTIMISERS["torch_adamw"])
     for net in problem.networks().values():

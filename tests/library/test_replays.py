@@ -1,7 +1,7 @@
-"""Students and teachers whose passes are hard to run again: the gradient is that of plain double backward.
+"""Students and teachers whose passes are hard to run again.
 
-The reference is double backward on the module itself: its weights are exchanged by hand, and hooks,
-buffers and checkpoints act as they do in training.
+The gradient is that of plain double backward on the module itself: its weights are exchanged by
+hand, and hooks, buffers and checkpoints act as they do in training.
 """
 
 from __future__ import annotations
@@ -51,100 +51,122 @@ BY_DIFFERENCE = ("difference", "one_sided")
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(5)  # not the seed of the teachers
+    # Not the seed of the teachers.
+    torch.manual_seed(5)
 
 
 def case(
     student: nn.Module, teacher: nn.Module | None = None, dtype: torch.dtype = torch.float64
 ) -> Toy:
+    """Return a toy problem with this student, and six rows in each batch."""
     base = toy("mlp", dtype=dtype, rows=6)
-    labeled = base.labeled[0][:6], base.labeled[1][:6]
-    student = (
-        student.double() if dtype == torch.float64 else student.to(dtype)
-    )  # the former leaves complex numbers
-    return Toy(base.teacher if teacher is None else teacher, student, labeled, base.unlabeled, 0)
+    inputs, labels, *_ = base.labeled
+    if dtype == torch.float64:
+        # This leaves complex numbers as they are.
+        student = student.double()
+    else:
+        student = student.to(dtype)
+    teacher = base.teacher if teacher is None else teacher
+    return Toy(teacher, student, (inputs[:6], labels[:6]), base.unlabeled, 0)
 
 
 def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Other tensors in the places of parameters, in each place of one that is held twice."""
-    own = dict(module.named_parameters())
-    at = {id(own[name]): t for name, t in tensors.items()}
+    """Put other tensors in the places of parameters, in each place of one that is held twice."""
+    parameters = dict(module.named_parameters())
+    others = {id(parameters[name]): t for name, t in tensors.items()}
     for part in module.modules():
-        part._parameters.update({n: at[id(p)] for n, p in part._parameters.items() if id(p) in at})
+        for name, p in part._parameters.items():
+            if id(p) in others:
+                part._parameters[name] = others[id(p)]
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A copy, of modules too whose weight is an attribute with a graph."""
-    held = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)]
-    kept = {id(t): t.detach().clone() for t in held}
-    return copy.deepcopy(module, kept)
+    """Return a copy, of modules too whose weight is an attribute with a graph."""
+    copies = {}
+    for part in module.modules():
+        for t in vars(part).values():
+            if isinstance(t, Tensor):
+                copies[id(t)] = t.detach().clone()
+    return copy.deepcopy(module, copies)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of what a pass may move: buffers, and parameters that are not learned."""
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    return {name: t.detach().clone() for name, t in [*module.named_buffers(), *frozen.items()]}
+    """Return copies of what a pass may move: buffers, and parameters that are not learned."""
+    state = dict(module.named_buffers())
+    state |= {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: t.detach().clone() for name, t in state.items()}
 
 
 @sdpa_kernel(SDPBackend.MATH)
-def plainly(problem: Toy, kind: str = "soft") -> tuple[reference.Tree, dict[str, Tensor]]:
-    """The teacher's gradient by double backward on the student itself, and the student's state after its inner pass.
+def by_double_backward(
+    problem: Toy, kind: str = "soft"
+) -> tuple[reference.Tree, dict[str, Tensor]]:
+    """Return the teacher's gradient, and the student's state after its inner pass.
 
-    ``kind`` is ``"soft"``, or ``"score"`` as in the reference.
+    Args:
+        kind: ``"soft"``, or ``"score"`` as in the reference.
     """
-    teacher, student = twin(problem.teacher), twin(problem.student)
+    teacher = twin(problem.teacher)
+    student = twin(problem.student)
     theta = {name: p for name, p in student.named_parameters() if p.requires_grad}
     phi = dict(teacher.named_parameters())
     z = student(problem.unlabeled)
     after_inner = torch.get_rng_state()
     log_q = teacher(problem.unlabeled).log_softmax(-1)
-    drawn = reference.drawn(log_q.exp()) if kind == "score" else None
-    leaf = log_q.detach().exp() if drawn is None else torch.ones(len(z), dtype=z.dtype)
-    leaf.requires_grad_()
-    losses = (
-        reference.cross_entropy(leaf, z)
-        if drawn is None
-        else leaf * F.cross_entropy(z, drawn, reduction="none")
-    )
+    if kind == "score":
+        labels = reference.drawn(log_q.exp())
+        signal = torch.ones(len(z), dtype=z.dtype).requires_grad_()
+        losses = signal * F.cross_entropy(z, labels, reduction="none")
+        spoken = log_q.gather(-1, labels[:, None])[:, 0]
+    else:
+        signal = log_q.detach().exp().requires_grad_()
+        losses = reference.cross_entropy(signal, z)
+        spoken = log_q.exp()
     g = torch.autograd.grad(
         losses.mean(), list(theta.values()), create_graph=True, materialize_grads=True
     )
     moved, _ = RULE.rule(theta, dict(zip(theta, g, strict=True)), None)
-    later = twin(student)  # as its backward pass leaves it, in which a checkpoint runs again
+
+    # The student as its backward pass leaves it, in which a checkpoint runs again.
+    later = twin(student)
     state = state_of(later)
     torch.set_rng_state(own_stream(after_inner))
     put(later, {name: nn.Parameter(p.detach()) for name, p in moved.items()})
-    at = {name: p for name, p in later.named_parameters() if p.requires_grad}
-    outer = F.cross_entropy(later(problem.labeled[0]), problem.labeled[1])
-    v = torch.autograd.grad(
-        outer, list(at.values()), materialize_grads=True
-    )  # while θ′ is there for checkpoints
-    (told,) = torch.autograd.grad(list(moved.values()), leaf, v)
-    spoken = log_q.exp() if drawn is None else log_q.gather(-1, drawn[:, None])[:, 0]
-    grads = torch.autograd.grad((told * spoken).sum(), list(phi.values()))
+    theta_later = {name: p for name, p in later.named_parameters() if p.requires_grad}
+    inputs, labels_of_outer, *_ = problem.labeled
+    outer = F.cross_entropy(later(inputs), labels_of_outer)
+    # Checkpoints run again here, and θ′ is in its place.
+    v = torch.autograd.grad(outer, list(theta_later.values()), materialize_grads=True)
+    (in_signal,) = torch.autograd.grad(list(moved.values()), signal, v)
+    grads = torch.autograd.grad((in_signal * spoken).sum(), list(phi.values()))
     return dict(zip(phi, grads, strict=True)), state
 
 
-def found(problem: Toy, way: str) -> metapl.Hypergradient:
+def hypergradient_by(problem: Toy, way: str) -> metapl.Hypergradient:
     return gradient(problem, WAYS[way], inner_optimizer=RULE.build(problem.student))
 
 
 def check_exact(problem: Toy, way: str) -> None:
-    """The gradient is right, a call moves nothing, and a step moves the state as the one inner pass does."""
+    """Check the gradient, that a call moves nothing, and that a step moves the state.
+
+    A step moves it as the one inner pass does.
+    """
     bound = 1e-4 if way in BY_DIFFERENCE else 1e-9
+    kind = "score" if "per_example" in way else "soft"
     problem.draw_from_start()
-    expected, state = plainly(problem, "score" if "per_example" in way else "soft")
+    expected, state = by_double_backward(problem, kind)
     problem.draw_from_start()
     before = everything(problem, generator=False)
-    assert error(found(problem, way).grads, expected) < bound
+    assert error(hypergradient_by(problem, way).grads, expected) < bound
     assert same(before, everything(problem, generator=False))
     problem.draw_from_start()
-    trainer_for(
+    trainer = trainer_for(
         problem, WAYS[way], inner_optimizer=RULE.build(problem.student), teacher_losses=()
-    ).step(**problem.data())
+    )
+    trainer.step(**problem.data())
     after = state_of(problem.student)
     assert state.keys() == after.keys()
-    assert all(torch.allclose(after[name], t, 0, 0) for name, t in state.items())
+    assert all(torch.equal(after[name], t) for name, t in state.items())
 
 
 class Scaled(nn.Module):
@@ -154,7 +176,9 @@ class Scaled(nn.Module):
         self, move: Callable[[Any, Tensor], Tensor], *, frozen: bool = False, buffer: bool = True
     ) -> None:
         super().__init__()
-        self.body, self.head, self.move = nn.Linear(16, 6), nn.Linear(6, CLASSES), move
+        self.body = nn.Linear(16, 6)
+        self.head = nn.Linear(6, CLASSES)
+        self.move = move
         if frozen:
             self.average = nn.Parameter(torch.ones(6), requires_grad=False)
         elif buffer:
@@ -168,7 +192,8 @@ class Scaled(nn.Module):
 def in_place(net: Any, h: Tensor) -> Tensor:
     with torch.no_grad():
         net.average.mul_(0.8).add_(h.square().mean(0))
-    return net.average  # which the graph of a pass saves
+    # The graph of a pass saves it.
+    return net.average
 
 
 def exchanged(net: Any, h: Tensor) -> Tensor:
@@ -188,7 +213,8 @@ class Checkpointed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES)
+        self.stem = nn.Linear(16, 6)
+        self.head = nn.Linear(6, CLASSES)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.4))
             for _ in range(2)
@@ -206,7 +232,8 @@ class Sequences(nn.Module):
 
     def __init__(self, layer: nn.Module, width: int) -> None:
         super().__init__()
-        self.layer, self.head = layer, nn.Linear(width, CLASSES)
+        self.layer = layer
+        self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(x.flatten(1, 2)).mean(1))
@@ -229,8 +256,8 @@ class Asking(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self[-1].weight
-        known = isinstance(weight, nn.Parameter) and weight.requires_grad
-        return super().forward(x) * (1 if known else 2)
+        is_learned = isinstance(weight, nn.Parameter) and weight.requires_grad
+        return super().forward(x) * (1 if is_learned else 2)
 
 
 def layers(*inside: nn.Module) -> nn.Module:
@@ -255,12 +282,12 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
 
 
 def built(make: Callable[[], nn.Module], batches: int = 2) -> nn.Module:
-    """The network after some batches."""
+    """Return a network after some batches."""
     torch.manual_seed(5)
-    net = make().double()
+    network = make().double()
     for _ in range(batches):
-        net(torch.randn(5, 1, 4, 4, dtype=torch.float64))
-    return net
+        network(torch.randn(5, 1, 4, 4, dtype=torch.float64))
+    return network
 
 
 # What depends on the weights by a constant, in which a difference of outputs has a derivative all
@@ -314,7 +341,8 @@ def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_i
 
     ``unrolled`` runs each once, and is right on both.
     """
-    steps, rate = 3, 0.3
+    steps = 3
+    rate = 0.3
 
     def counting(*, in_buffer: bool) -> Toy:
         torch.manual_seed(5)
@@ -333,7 +361,8 @@ def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_i
         return result.grads
 
     problem = counting(in_buffer=False)
-    student, phi = problem.student, dict(problem.teacher.named_parameters())
+    student = problem.student
+    phi = dict(problem.teacher.named_parameters())
     for _ in range(steps):
         theta = dict(student.named_parameters())
         labels = problem.teacher(problem.unlabeled).softmax(-1)
@@ -353,8 +382,10 @@ def test_a_count_in_an_attribute_is_refused_over_several_steps_and_in_a_buffer_i
 
 @pytest.mark.parametrize("mode", ["unrolled", "tangent", "difference"])
 def test_masks_of_different_passes_are_independent(mode: str) -> None:
-    """Of the student's inner pass, its outer pass and the teacher's two, in this step and the next;
-    a replay has those of what it replays."""
+    """Of the student's inner pass, its outer pass and the teacher's two, in three steps.
+
+    A replay has the masks of what it replays.
+    """
     log: list[Tensor] = []
 
     class Masks(nn.Linear):
@@ -374,45 +405,52 @@ def test_masks_of_different_passes_are_independent(mode: str) -> None:
 def test_micro_batches_of_a_teacher_with_state() -> None:
     """Each micro-batch is replayed from the state of its own pass."""
     problem = case(mlp(), built(STUDENTS["buffer exchanged"]))
-    parts, student = twin(problem.teacher), problem.student
-    theta, phi = dict(student.named_parameters()), dict(parts.named_parameters())
-    q = torch.cat([parts(problem.unlabeled[i : i + 3]).softmax(-1) for i in (0, 3)])
-    inner = reference.cross_entropy(q, student(problem.unlabeled)).mean()
-    g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
-    at = {name: p - 0.3 * d for (name, p), d in zip(theta.items(), g, strict=True)}
-    outer = F.cross_entropy(
-        torch.func.functional_call(student, at, (problem.labeled[0],)), problem.labeled[1]
+    teacher = twin(problem.teacher)
+    student = problem.student
+    theta = dict(student.named_parameters())
+    phi = dict(teacher.named_parameters())
+    halves = problem.unlabeled[:3], problem.unlabeled[3:]
+    q = torch.cat([teacher(half).softmax(-1) for half in halves])
+    inner_loss = reference.cross_entropy(q, student(problem.unlabeled)).mean()
+    g = torch.autograd.grad(inner_loss, list(theta.values()), create_graph=True)
+    moved = {name: p - 0.3 * d for (name, p), d in zip(theta.items(), g, strict=True)}
+    inputs, labels = problem.labeled
+    outer_loss = F.cross_entropy(torch.func.functional_call(student, moved, (inputs,)), labels)
+    gradients = torch.autograd.grad(outer_loss, list(phi.values()))
+    expected = dict(zip(phi, gradients, strict=True))
+
+    before = values(problem.teacher)
+    trainer = trainer_for(
+        problem,
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.3),
+        outer_optimizer=torch.optim.SGD(problem.teacher.parameters(), lr=1.0),
+        teacher_losses=(),
+        accumulate=2,
     )
-    expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
-    before = {name: p.detach().clone() for name, p in problem.teacher.named_parameters()}
-    inner, outer = (
-        torch.optim.SGD(student.parameters(), lr=0.3),
-        torch.optim.SGD(problem.teacher.parameters(), lr=1.0),
-    )
-    options = {
-        "inner_optimizer": inner,
-        "outer_optimizer": outer,
-        "teacher_losses": (),
-        "accumulate": 2,
-    }
-    trainer_for(problem, **options).step(**problem.data())
+    trainer.step(**problem.data())
     change = {name: before[name] - p.detach() for name, p in problem.teacher.named_parameters()}
     assert error(change, expected) < 1e-9
-    assert same(list(parts.buffers()), list(problem.teacher.buffers()))
+    assert same(list(teacher.buffers()), list(problem.teacher.buffers()))
 
 
 class Quantized(nn.Module):
     def __init__(self, quantize: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.body, self.head, self.quantize = nn.Linear(16, 6), nn.Linear(6, CLASSES), quantize
+        self.body = nn.Linear(16, 6)
+        self.head = nn.Linear(6, CLASSES)
+        self.quantize = quantize
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.quantize(self.body(x.flatten(1)).tanh()))
 
 
 def test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused() -> None:
-    draws = torch.Generator().manual_seed(0)
-    problem = case(mlp(), Quantized(lambda h: h * torch.rand(6, generator=draws).to(h)).double())
+    generator = torch.Generator().manual_seed(0)
+
+    def scaled_by_chance(h: Tensor) -> Tensor:
+        return h * torch.rand(6, generator=generator).to(h)
+
+    problem = case(mlp(), Quantized(scaled_by_chance).double())
     trainer = trainer_for(problem, recompute_teacher=True)
     before = everything(problem)
     with pytest.raises(metapl.MetaplError):
@@ -423,60 +461,76 @@ def test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused() -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", ["tangent", "difference", "one_sided"])
 def test_outputs_that_are_zero_have_a_derivative(way: str, dtype: torch.dtype) -> None:
-    """As those of a network whose last layer begins with zeros, where the move alone has a size."""
+    """Such are those of a network whose last layer begins with zeros.
+
+    There the move alone has a size.
+    """
     student = layers(nn.Tanh())
     nn.init.zeros_(student[-1].weight)
     nn.init.zeros_(student[-1].bias)
     problem = case(student, dtype=dtype)
-    assert error(found(problem, way).grads, plainly(problem)[0]) < 1e-3
+    expected, _ = by_double_backward(problem)
+    assert error(hypergradient_by(problem, way).grads, expected) < 1e-3
 
 
 def test_a_one_sided_difference_under_autocast_has_no_outputs_of_few_bits() -> None:
     problem = case(layers(nn.Tanh()), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        one_sided, exact = (found(problem, way).grads for way in ("one_sided", "tangent"))
+        one_sided = hypergradient_by(problem, "one_sided").grads
+        exact = hypergradient_by(problem, "tangent").grads
     assert error(one_sided, exact) < 0.05
 
 
 @pytest.mark.parametrize("keep_every", [1, 2])
 def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int) -> None:
-    """Of a student that is its teacher; attention runs by another kernel in a replay."""
-    teacher = Sequences(
-        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 4
-    ).double()
+    """The student is its teacher; attention runs by another kernel in a replay."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    teacher = Sequences(layer, 4).double()
     problem = case(copy.deepcopy(teacher), teacher)
-    modes = "unrolled", Forward(keep_every=keep_every)
-    exact, kept = (gradient(problem, mode, [problem.unlabeled] * 4).grads for mode in modes)
-    assert error(kept, exact) < 1e-9
+    batches = [problem.unlabeled] * 4
+    exact = gradient(problem, "unrolled", batches)
+    replayed = gradient(problem, Forward(keep_every=keep_every), batches)
+    assert error(replayed.grads, exact.grads) < 1e-9
 
 
 @pytest.mark.parametrize("mode", ["forward", "difference"])
 @pytest.mark.parametrize("seed", [39, 56, 61, 69, 84, 120])
 def test_slopes_that_cancel_to_rounding_are_no_disagreement(seed: int, mode: str) -> None:
-    """Batch normalization takes a bias away, and a first step of Adam makes its whole direction of such biases."""
+    """Batch normalization takes a bias away.
+
+    A first step of Adam makes its whole direction of such biases.
+    """
+
+    def normalized() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
     torch.manual_seed(seed)
-    networks = [
-        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
-        for _ in range(2)
-    ]
-    inner, outer = (torch.optim.Adam(network.parameters(), lr=0.01) for network in networks[::-1])
-    trainer = metapl.BilevelTrainer(*networks, mode, inner_optimizer=inner, outer_optimizer=outer)
-    x, y = torch.randn(8, 4), torch.arange(8) % 3
-    trainer.step((x, y), torch.randn(8, 4))
+    teacher = normalized()
+    student = normalized()
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        inner_optimizer=torch.optim.Adam(student.parameters(), lr=0.01),
+        outer_optimizer=torch.optim.Adam(teacher.parameters(), lr=0.01),
+    )
+    labeled = (torch.randn(8, 4), torch.arange(8) % 3)
+    trainer.step(labeled, torch.randn(8, 4))
 
 
 def test_a_partly_frozen_student_can_be_thawed() -> None:
-    """With the default optimizer; what is frozen stays, even where a stale gradient lies on it."""
+    """It has the default optimizer; what is frozen stays, even with a stale gradient on it."""
     problem = case(mlp())
-    frozen, free = problem.student[1], problem.student[3]
-    frozen.requires_grad_(False)
+    frozen = problem.student[1]
+    free = problem.student[3]
+    frozen.requires_grad_(requires_grad=False)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
     frozen.weight.grad = torch.ones_like(frozen.weight)
     before = values(problem.student)
     trainer.step(**problem.data())
     assert torch.equal(frozen.weight, before["1.weight"])
     assert not torch.equal(free.weight, before["3.weight"])
-    frozen.requires_grad_(True)
+    frozen.requires_grad_(requires_grad=True)
     trainer.step(**problem.data())
     assert not torch.equal(frozen.weight, before["1.weight"])
 
@@ -486,20 +540,20 @@ def test_a_teacher_may_have_sparse_gradients() -> None:
     ends = []
     for sparse in (False, True):
         torch.manual_seed(0)
-        teacher, student = (
-            nn.Sequential(nn.EmbeddingBag(10, 4, sparse=of), nn.Linear(4, 3))
-            for of in (sparse, False)
-        )
+        teacher = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=sparse), nn.Linear(4, 3))
+        student = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 3))
         outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
-        metapl.BilevelTrainer(teacher, student, "difference", outer_optimizer=outer).step(
-            (ids[:5], torch.arange(5) % 3), ids[5:]
-        )
+        trainer = metapl.BilevelTrainer(teacher, student, "difference", outer_optimizer=outer)
+        trainer.step((ids[:5], torch.arange(5) % 3), ids[5:])
         ends.append(values(teacher))
     assert error(*ends) < 1e-6
 
 
 class TakesPlainLayouts(nn.Module):
-    """A layer whose rule of forward mode takes contiguous tensors alone, as that of group norm does on torch 2.12."""
+    """A layer whose rule of forward mode takes contiguous tensors alone.
+
+    That of group norm does on torch 2.12.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.autograd.forward_ad._current_level >= 0:
@@ -514,21 +568,29 @@ class TakesPlainLayouts(nn.Module):
 def test_a_rule_of_forward_mode_that_refuses_a_layout_gives_way_to_another_order(
     norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metapl.feedback.forward.SMALL", 0)  # so that forward mode comes first
+    # So that forward mode comes first.
+    monkeypatch.setattr("metapl.feedback.forward.SMALL", 0)
     torch.manual_seed(1)
     layer = TakesPlainLayouts() if norm == "planted" else nn.GroupNorm(2, 4)
     convolution = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
     student = nn.Sequential(convolution, layer, nn.Flatten(), nn.Linear(64, 3)).double()
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
-    x_l, x_u = (
-        torch.randn(5, 3, 4, 4).double().to(memory_format=torch.channels_last) for _ in range(2)
-    )
-    given: dict[str, Any] = {"labeled": (x_l, torch.arange(5) % 3), "unlabeled": x_u}
-    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.1)
-    found = metapl.hypergradient(teacher, student, mode="forward", **given)
-    exact = metapl.hypergradient(teacher, student, mode="unrolled", **given)
-    assert error(found.grads, exact.grads) < 1e-12
+    x_l = torch.randn(5, 3, 4, 4).double().to(memory_format=torch.channels_last)
+    x_u = torch.randn(5, 3, 4, 4).double().to(memory_format=torch.channels_last)
+
+    def hypergradient(mode: Any) -> metapl.Hypergradient:
+        return metapl.hypergradient(
+            teacher,
+            student,
+            labeled=(x_l, torch.arange(5) % 3),
+            unlabeled=x_u,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            mode=mode,
+        )
+
+    result = hypergradient("forward")
+    assert error(result.grads, hypergradient("unrolled").grads) < 1e-12
     if norm == "planted":
-        assert found.order == "double_backward"
+        assert result.order == "double_backward"
         with pytest.raises(metapl.MetaplError, match="contiguous tensors alone"):
-            metapl.hypergradient(teacher, student, mode=Forward(by="tangent"), **given)
+            hypergradient(Forward(by="tangent"))

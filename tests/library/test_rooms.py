@@ -1,5 +1,7 @@
-"""The rooms of the package: imports go down, those inside functions included, never in a circle,
-never to the application."""
+"""The rooms of the package: imports go down, never in a circle, never to the application.
+
+Those inside functions are included.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ DOORS = ("metapl", "metapl.__main__", "metapl.sklearn", "metapl.apps", "metapl.a
 
 
 def modules() -> dict[str, Path]:
-    """The files of the package by module name."""
+    """Return the files of the package by module name."""
     names = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -67,29 +69,35 @@ def modules() -> dict[str, Path]:
 
 
 def imports(source: str, known: set[str]) -> set[str]:
-    """The package's modules that a file imports, those that only a type checker sees included."""
-    found = set()
+    """Return the package's modules that a file imports.
+
+    Those that only a type checker sees are included.
+    """
+    imported = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in known else str(node.module) for name in whole}
+            imported |= {name if name in known else str(node.module) for name in whole}
         elif isinstance(node, ast.Call):
             for name in imports_by_string(node):
                 if isinstance(name, ast.Constant):
                     # "metapl.training:verify" names a part of a module.
-                    found.add(str(name.value).partition(":")[0])
-    return found & known
+                    imported.add(str(name.value).partition(":")[0])
+    return imported & known
 
 
-IMPORTERS = ("import_module", "__import__", "find_spec", "run_module", "resolve_name")
-"""Functions that import, or look for, the module that a string names."""
+IMPORTERS = ("import_module", "__import__", "run_module", "resolve_name")
+"""Functions that import the module that a string names."""
 
 
 def imports_by_string(call: ast.Call) -> Iterator[ast.expr]:
-    """Yield the name of the module that a call imports, as it is written; of other calls nothing."""
+    """Yield the name of the module that a call imports, as it is written.
+
+    Of other calls it yields nothing.
+    """
     function = call.func
     name = ""
     if isinstance(function, ast.Name):
@@ -119,7 +127,9 @@ def graph() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """The room of a module: the first word below the package, or the two of the application.
+    """Return the room of a module.
+
+    That is the first word below the package, or the two of the application.
 
     >>> room("metapl.feedback.forward"), room("metapl.apps.pictures.batches"), room("metapl.errors")
     ('feedback', 'apps.pictures', 'errors')
@@ -128,22 +138,24 @@ def room(module: str) -> str:
     return ".".join(words[: 1 + (words[:1] == ["apps"])])
 
 
-def arrows(found: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
-    """Which module imports which, the doors aside."""
-    for name, imported in found.items():
+def arrows(imports_by_module: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
+    """Yield which module imports which, the doors aside."""
+    for name, imported in imports_by_module.items():
         yield from ((name, used) for used in sorted(imported) if not {name, used} & {*DOORS})
 
 
-def upward(found: dict[str, set[str]]) -> list[str]:
+def upward(imports_by_module: dict[str, set[str]]) -> list[str]:
     return [
-        f"{name} -> {used}" for name, used in arrows(found) if FLOOR[room(used)] > FLOOR[room(name)]
+        f"{name} -> {used}"
+        for name, used in arrows(imports_by_module)
+        if FLOOR[room(used)] > FLOOR[room(name)]
     ]
 
 
-def circle(found: dict[str, set[str]]) -> list[str]:
-    """The names of a circle, or nothing."""
+def circle(imports_by_module: dict[str, set[str]]) -> list[str]:
+    """Return the names of a circle, or nothing."""
     try:
-        TopologicalSorter(found).prepare()
+        TopologicalSorter(imports_by_module).prepare()
     except CycleError as error:
         return list(error.args[1])
     return []
@@ -169,16 +181,18 @@ def test_no_room_goes_in_a_circle() -> None:
     "source",
     [
         "from importlib import import_module\nimport_module('metapl.training.loop')",
-        "import importlib\ndef later():\n    return importlib.import_module('metapl.training.loop')",
+        "import importlib\n"
+        "def later():\n"
+        "    return importlib.import_module('metapl.training.loop')",
         "loop = __import__('metapl.training.loop')",
-        "import importlib.util\nimportlib.util.find_spec(name='metapl.training.loop')",
+        "import importlib\nimportlib.import_module(name='metapl.training.loop')",
         "import pkgutil\npkgutil.resolve_name('metapl.training.loop:Fit')",
     ],
 )
 def test_an_import_by_a_string_is_seen(source: str) -> None:
-    found = imports(source, {*modules()})
-    assert found == {"metapl.training.loop"}
-    assert upward({"metapl.feedback.door": found}) == [
+    imported = imports(source, {*modules()})
+    assert imported == {"metapl.training.loop"}
+    assert upward({"metapl.feedback.door": imported}) == [
         "metapl.feedback.door -> metapl.training.loop"
     ]
 
@@ -195,13 +209,14 @@ def test_no_room_of_the_library_computes_the_name_of_an_import() -> None:
 
 def test_the_library_imports_nothing_of_the_application() -> None:
     library = {name: used for name, used in graph().items() if not name.startswith("metapl.apps")}
-    library.pop("metapl.sklearn")  # a name that has always been there
-    library.pop("metapl.__main__")  # the command, which no module imports
+    # The first is a name that has always been there, and no module imports the command.
+    library.pop("metapl.sklearn")
+    library.pop("metapl.__main__")
     assert [
-        (name, one)
+        (name, module)
         for name, used in library.items()
-        for one in used
-        if one.startswith("metapl.apps")
+        for module in used
+        if module.startswith("metapl.apps")
     ] == []
 
 

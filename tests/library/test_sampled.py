@@ -45,7 +45,7 @@ def library_mean(
     monkeypatch: pytest.MonkeyPatch,
     warmed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The mean over ŷ of what the library hands the teacher, and of θ′."""
+    """Return the mean over ŷ of what the library hands the teacher, and of θ′."""
     inner, inner_state, _ = (
         warm(problem, optimiser) if warmed else (optimiser.build(problem.student), None, None)
     )
@@ -70,7 +70,7 @@ def library_mean(
 
 
 def reference_mean(told: str, problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
-    """The enumerated mean of an estimator's own formula, by the reference."""
+    """Return the enumerated mean of an estimator by its own formula, from the reference."""
     state = warm(problem, optimiser)[2] if warmed else None
     case = {
         **problem.networks(),
@@ -126,7 +126,10 @@ HARD = {
 def test_mean_over_labels_tends_to_the_soft_gradient(
     mode: str, optimiser: Callable[[float], Optimiser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In direction and in length, with its bias falling as η (one credit per draw) or η² (labels' expectation)."""
+    """The mean tends to the gradient in direction and in length.
+
+    Its bias falls as η (one credit per draw) or η² (labels' expectation).
+    """
     how, _, order = HARD[mode]
     problem, gaps = toy("mlp", rows=ROWS), []
     for eta in (0.01, 0.005):
@@ -191,7 +194,7 @@ def test_bias_under_adam_stays_as_the_learning_rate_falls(
     mode: str, gap: float, length: float, eta: float
 ) -> None:
     """The figures that the docstrings state: too short, in nearly the right direction."""
-    found = bias(mode, adam, eta, True)
+    found = bias(mode, adam, eta, warmed=True)
     assert found == (
         pytest.approx(gap, abs=0.03),
         pytest.approx(length, abs=0.03),
@@ -208,7 +211,7 @@ def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
     mode: str, gap: float, length: float, eta: float
 ) -> None:
     """As above; the scalar of Algorithm 1 says nothing at all there."""
-    found = bias(mode, clip, eta, False)
+    found = bias(mode, clip, eta, warmed=False)
     assert found == (
         pytest.approx(gap, abs=0.03),
         pytest.approx(length, abs=0.03),
@@ -282,7 +285,10 @@ def test_the_mean_is_the_sum_over_the_number_of_labels(
 
 
 def test_algorithm_1_is_a_scalar_times_the_mean_cross_entropy() -> None:
-    """Line 5 by hand: the gradient of h · (1/B) Σ CE(ŷ_i, T(x_i)), with the h that the report has."""
+    """Line 5 by hand: the gradient of h · (1/B) Σ CE(ŷ_i, T(x_i)).
+
+    h is that of the report.
+    """
     problem = toy("mlp", rows=5)
     found = gradient(problem, "reinforce", generator=torch.Generator().manual_seed(3))
     drawn = metapl.PseudoLabels("hard").signal(

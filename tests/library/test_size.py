@@ -29,7 +29,10 @@ LARGE = 50.0  # a weight at which the feedback of the toy outweighs the teacher'
 def trainer_for(
     mode: Any = "forward", **options: Any
 ) -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
-    """A trainer whose teacher takes plain SGD steps at rate 1, so that its move is its gradient, and a batch."""
+    """Return a trainer and a batch; the move of the teacher is its gradient.
+
+    It takes plain SGD steps at rate 1.
+    """
     case = toy("mlp", rows=8)
     options = {
         "generator": torch.Generator().manual_seed(3),
@@ -44,7 +47,7 @@ def trainer_for(
 
 
 def step_of(mode: Any = "forward", **options: Any) -> tuple[Tensor, Any]:
-    """The teacher's gradient in a step, and the report."""
+    """Return the teacher's gradient in a step, and the report."""
     trainer, batches = trainer_for(mode, **options)
     assert trainer.teacher is not None
     before = parameters_to_vector(trainer.teacher.parameters()).detach()
@@ -254,7 +257,10 @@ def test_what_no_loss_reaches_gets_no_gradient_and_sparse_ones_stay_sparse() -> 
 
 
 class Checkpointed(nn.Module):
-    """A teacher whose layers run again in its backward pass, in the way that ``torch.autograd.grad`` refuses."""
+    """A teacher whose layers run again in its backward pass.
+
+    They do so in the way that ``torch.autograd.grad`` refuses.
+    """
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -325,7 +331,10 @@ def test_without_a_teacher_there_is_no_size() -> None:
 
 
 class WithEntropy(CrossEntropy):
-    """A loss that inherits from one that reads no graph of the signal, and adds a term that does."""
+    """A loss that inherits from one that reads no graph of the signal.
+
+    It adds a term that does.
+    """
 
     def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **given: Any) -> Tensor:
         q = signal.probs if signal.probs is not None else signal.value

@@ -1,5 +1,8 @@
-"""The trainer's step: what the hypergradient says, done to both networks, with the teacher's own
-losses beside it; what a trainer hands out is a snapshot, and threads do not meet."""
+"""The trainer's step does to both networks what the hypergradient says.
+
+The teacher's own losses stand beside it. What a trainer hands out is a snapshot, and threads do not
+meet.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +67,10 @@ def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     ),
 )
 def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimiser: str) -> None:
-    """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes
-    on; whatever gradients the caller has left."""
+    """Two steps in a row do what the hypergradient says, whatever gradients the caller has left.
+
+    The teacher moves by −grads exactly, the student to θ′, and the state goes on.
+    """
     case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None
     for p in (*case.student.parameters(), *case.teacher.parameters()):
         p.grad = torch.ones_like(p)
@@ -149,7 +154,10 @@ def test_recomputing_the_teacher_changes_no_bit(
 def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(
     mode: str, recompute: bool
 ) -> None:
-    """One pass of the student on the strong view, one of the teacher on the weak, and one draw of labels."""
+    """One pass of the student on the strong view, and one of the teacher on the weak view.
+
+    There is one draw of labels.
+    """
     case = toy("batch_norm", teacher=noisy_teacher, views=True)
     case.student.append(nn.Dropout(0.2))
     twin = toy("batch_norm", teacher=noisy_teacher, views=True)
@@ -497,7 +505,7 @@ def regroup(trainer: metapl.BilevelTrainer) -> None:
 
 
 def exchange(trainer: metapl.BilevelTrainer) -> None:
-    """A weight of each network is another tensor, which the optimizer holds in its place."""
+    """Make a weight of each network another tensor, which the optimizer holds in its place."""
     for net, optimizer in (
         (trainer.student, trainer.inner_optimizer),
         (trainer.teacher, trainer.outer_optimizer),
@@ -517,7 +525,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "their memory": lambda trainer: [
         setattr(p, "data", 0.5 * p.data) for p in trainer.student.parameters()
     ],
-    "what is trained": lambda trainer: trainer.student[0].requires_grad_(False),
+    "what is trained": lambda trainer: trainer.student[0].requires_grad_(requires_grad=False),
     "the mode": lambda trainer: trainer.student.eval(),
     "a hook": lambda trainer: trainer.student[0].register_forward_hook(lambda part, x, z: 2 * z),
     "a part": lambda trainer: trainer.student.insert(1, nn.BatchNorm1d(6, affine=False)),

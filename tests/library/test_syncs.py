@@ -172,7 +172,10 @@ def test_cuda_is_not_waited_for(name: str, cuda_may_not_wait: Block) -> None:
 def test_the_mode_of_the_process_is_reset_after_an_error(
     cuda_may_not_wait: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And torch's warning that the mode is a prototype is no error, although the suite's other warnings are."""
+    """Torch's warning that the mode is a prototype is no error.
+
+    The suite's other warnings are.
+    """
     modes: list[str] = []
 
     def set_mode(mode: str) -> None:

@@ -24,14 +24,14 @@ def label(
     align: float,
     prior: Sequence[float] = (),
 ) -> list[list[float]]:
-    """Class probabilities by the definition, one number after another."""
+    """Return class probabilities by the definition, one number after another."""
     rows = []
     for row in logits:
         powers = [math.exp(value) for value in row]
         rows.append([power / math.fsum(powers) for power in powers])
     classes = range(len(logits[0]))
     means = [math.fsum(row[k] for row in rows) / len(rows) for k in classes]
-    found = []
+    labels = []
     for row in rows:
         aims = prior or [1.0] * len(means)
         aligned = [row[k] * (aims[k] / means[k]) ** align if row[k] else 0.0 for k in classes]
@@ -41,8 +41,8 @@ def label(
         else:
             powers = [value ** (1 / temperature) for value in p]
             sharp = [power / math.fsum(powers) for power in powers]
-        found.append([value if max(p) > threshold else 0.0 for value in sharp])
-    return found
+        labels.append([value if max(p) > threshold else 0.0 for value in sharp])
+    return labels
 
 
 def logits(rows: int = 12, classes: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -50,7 +50,7 @@ def logits(rows: int = 12, classes: int = 5, dtype: torch.dtype = torch.float64)
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """With statistics and noise, so that a pass leaves traces."""
+    """Return a network with statistics and noise, so that a pass leaves traces."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 5)).to(
         dtype
@@ -78,29 +78,37 @@ def loss(
 def test_the_labels_are_those_of_the_definition(
     temperature: float, threshold: float, align: float
 ) -> None:
-    uda, given = UDA(temperature, threshold, align=align), logits()
+    uda = UDA(temperature, threshold, align=align)
+    weak_logits = logits()
     expected = torch.tensor(
-        label(given.tolist(), temperature, threshold, align), dtype=torch.float64
+        label(weak_logits.tolist(), temperature, threshold, align), dtype=torch.float64
     )
-    found = uda.target(given)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(uda.target(given.float()), expected.float(), rtol=1e-5, atol=1e-6)
-    kept = int(found.any(1).sum())
-    assert kept == 12 if threshold == 0 else 0 < kept < 12, (
+    target = uda.target(weak_logits)
+    torch.testing.assert_close(target, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        uda.target(weak_logits.float()), expected.float(), rtol=1e-5, atol=1e-6
+    )
+    kept_rows = int(target.any(1).sum())
+    assert kept_rows == 12 if threshold == 0 else 0 < kept_rows < 12, (
         "the threshold leaves out some, and not all"
     )
-    assert torch.equal(uda.target(given[torch.arange(11, -1, -1)]).flip(0), found) or align
+    assert torch.equal(uda.target(weak_logits[torch.arange(11, -1, -1)]).flip(0), target) or align
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5, 1.0])
 def test_the_labels_are_spread_like_the_prior(align: float) -> None:
     prior = (0.4, 0.3, 0.15, 0.1, 0.05)
-    uda, given = UDA(0.5, 0.4, align=align, prior=prior), logits()
-    expected = torch.tensor(label(given.tolist(), 0.5, 0.4, align, prior), dtype=torch.float64)
-    torch.testing.assert_close(uda.target(given), expected, rtol=1e-12, atol=1e-14)
-    even = UDA(0.5, 0.4, align=align).target(given)
-    assert torch.equal(uda.target(given), even) == (align == 0)
-    torch.testing.assert_close(UDA(0.5, 0.4, align=align, prior=(0.2,) * 5).target(given), even)
+    uda = UDA(0.5, 0.4, align=align, prior=prior)
+    weak_logits = logits()
+    expected = torch.tensor(
+        label(weak_logits.tolist(), 0.5, 0.4, align, prior), dtype=torch.float64
+    )
+    torch.testing.assert_close(uda.target(weak_logits), expected, rtol=1e-12, atol=1e-14)
+    even = UDA(0.5, 0.4, align=align).target(weak_logits)
+    assert torch.equal(uda.target(weak_logits), even) == (align == 0)
+    torch.testing.assert_close(
+        UDA(0.5, 0.4, align=align, prior=(0.2,) * 5).target(weak_logits), even
+    )
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
@@ -112,19 +120,19 @@ def test_the_threshold_of_the_authors_is_on_the_sharpened_labels(
     scores = logits()
     sharpened = (scores / temperature).softmax(1)
     is_kept = sharpened.max(1).values >= threshold
-    found = UDA(temperature, threshold, threshold_on="sharpened").target(scores)
-    torch.testing.assert_close(found, sharpened * is_kept[:, None], rtol=1e-12, atol=1e-14)
+    target = UDA(temperature, threshold, threshold_on="sharpened").target(scores)
+    torch.testing.assert_close(target, sharpened * is_kept[:, None], rtol=1e-12, atol=1e-14)
     assert (
         threshold == 0
         or temperature == 1
-        or not torch.equal(found, UDA(temperature, threshold).target(scores))
+        or not torch.equal(target, UDA(temperature, threshold).target(scores))
     )
 
 
 def test_a_label_that_reaches_the_threshold_by_sharpening_is_kept() -> None:
-    """(0.5, 0.3, 0.2) at the temperature 0.5 is 0.66 for the first class.
+    """A label (0.5, 0.3, 0.2) at the temperature 0.5 is 0.66 for the first class.
 
-    And >= keeps what equals the threshold.
+    What equals the threshold is kept too, by >=.
     """
     scores = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
     assert not UDA(0.5, 0.6).target(scores).any()
@@ -147,43 +155,48 @@ def test_a_one_hot_target_has_no_sharpened_threshold() -> None:
 @pytest.mark.parametrize(
     "uda", [UDA(0.4, 0.3), UDA(0.0, 0.3), UDA(0.4, 0.3, align=0.5), UDA(0.0, 0.25, align=1.0)]
 )
-@pytest.mark.parametrize("made", [False, True])
-def test_the_loss_and_its_gradient_are_those_of_the_strong_view(uda: UDA, made: bool) -> None:
+@pytest.mark.parametrize("has_outputs", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_the_strong_view(
+    uda: UDA, has_outputs: bool
+) -> None:
     """With the weak view's outputs from the signal, or made here."""
-    model, (weak, strong) = network().eval(), pair()
+    model = network().eval()
+    weak, strong = pair()
     outputs = model(weak)
     target = torch.tensor(
         label(outputs.tolist(), uda.temperature, uda.threshold, uda.align), dtype=torch.float64
     )
     assert 0 < target.sum() < 12
     expected = -(target * model(strong).log_softmax(1)).sum() / 12
-    signal = Signal(outputs.softmax(1), outputs=outputs) if made else NOTHING
-    found = loss(uda, model, (weak, strong), signal=signal)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    signal = Signal(outputs.softmax(1), outputs=outputs) if has_outputs else NOTHING
+    value = loss(uda, model, (weak, strong), signal=signal)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
     grads = [
-        torch.autograd.grad(one, list(model.parameters()), retain_graph=True)
-        for one in (found, expected)
+        torch.autograd.grad(gradient, list(model.parameters()), retain_graph=True)
+        for gradient in (value, expected)
     ]
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
-    seen = weak.clone().requires_grad_(), strong.clone().requires_grad_()
-    loss(uda, model, seen).backward()
-    assert seen[0].grad is None
-    assert seen[1].grad is not None
-    assert seen[1].grad.any()
+    for gradient, expected_gradient in zip(*grads, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+    views = weak.clone().requires_grad_(), strong.clone().requires_grad_()
+    loss(uda, model, views).backward()
+    assert views[0].grad is None
+    assert views[1].grad is not None
+    assert views[1].grad.any()
 
 
 def counted(model: nn.Module) -> list[bool]:
-    """Whether each pass has a graph."""
+    """Return a list that has, for each pass to come, whether it has a graph."""
     passes: list[bool] = []
     model.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
     return passes
 
 
 def test_before_the_start_there_is_no_pass_and_nothing_moves() -> None:
-    model, uda = network(), UDA(start=3)
-    passes, random = counted(model), torch.get_rng_state()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = network()
+    uda = UDA(start=3)
+    passes = counted(model)
+    random = torch.get_rng_state()
+    first_state = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(3):
         value = loss(uda, model, pair(), step)
         assert value.shape == ()
@@ -191,11 +204,11 @@ def test_before_the_start_there_is_no_pass_and_nothing_moves() -> None:
         assert not value.requires_grad
     assert passes == []
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, first_state[name]) for name, value in model.state_dict().items())
     loss(uda, model, pair(), 3)
     assert passes == [False, True]
     assert not torch.equal(torch.get_rng_state(), random)
-    assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(model.state_dict()["1.running_mean"], first_state["1.running_mean"])
 
 
 @pytest.mark.parametrize(
@@ -209,9 +222,9 @@ def test_before_the_start_there_is_no_pass_and_nothing_moves() -> None:
 )
 def test_the_ramp_begins_at_the_start(start: int, ramp: int, shares: list[float]) -> None:
     model = network().eval()
-    whole = loss(UDA(weight=1.5), model, pair()).item()
-    found = [
+    full_loss = loss(UDA(weight=1.5), model, pair()).item()
+    losses = [
         loss(UDA(weight=1.5, ramp=ramp, start=start), model, pair(), step).item()
         for step in range(7)
     ]
-    assert found == pytest.approx([whole * share for share in shares], rel=1e-12)
+    assert losses == pytest.approx([full_loss * share for share in shares], rel=1e-12)

@@ -1,4 +1,4 @@
-"""Validation by any metric, and the figures against values worked out by hand, scikit-learn and scipy."""
+"""Validation by any metric, and the figures against values by hand, scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -28,23 +28,27 @@ def drawn(seed: int) -> torch.Generator:
 
 def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
     """Not a mean over batches."""
-    case, held = words(), [words().labeled[0], words().labeled[1]]
+    case = words()
+    parts_of_batch = [words().labeled[0], words().labeled[1]]
     trainer = metapl.BilevelTrainer(
         **case.networks(), mode="forward", problem=Language(), teacher_losses=()
     )
-    parts = [tuple(t[rows] for t in held) for rows in (slice(0, 1), slice(1, 5), slice(5, 8))]
-    how = {"validation": parts, "validate_every": 2, "progress": False}
-    found = trainer.fit(outer=[case.labeled], inner=[case.unlabeled], steps=6, **how)
-    total, weight = Language().outer_loss(trainer.student(held[0]).detach(), held)
-    assert (found.metric, found.validation_accuracy) == ("loss", None)
-    assert found.value == pytest.approx(float(total / weight), rel=1e-6)
+    x, y = parts_of_batch
+    parts = [(x[:1], y[:1]), (x[1:5], y[1:5]), (x[5:8], y[5:8])]
+    options = {"validation": parts, "validate_every": 2, "progress": False}
+    result = trainer.fit(outer=[case.labeled], inner=[case.unlabeled], steps=6, **options)
+    total, weight = Language().outer_loss(
+        trainer.student(parts_of_batch[0]).detach(), parts_of_batch
+    )
+    assert (result.metric, result.validation_accuracy) == ("loss", None)
+    assert result.value == pytest.approx(float(total / weight), rel=1e-6)
     values = {
         row["step"]: row["student_validation_loss"]
-        for row in found.history
+        for row in result.history
         if "student_validation_loss" in row
     }
-    assert found.value == min(values.values()) == values[found.step]
-    assert trainer.evaluate(parts) == Measured("loss", pytest.approx(found.value, rel=1e-6), 8)  # type: ignore[arg-type]
+    assert result.value == min(values.values()) == values[result.step]
+    assert trainer.evaluate(parts) == Measured("loss", pytest.approx(result.value, rel=1e-6), 8)  # type: ignore[arg-type]
 
 
 class SquaredError:
@@ -74,11 +78,12 @@ def absolute(outputs: Tensor, batch: Any) -> Tensor:
 
 def test_a_regression_is_validated_by_its_loss_and_by_a_mean_over_rows() -> None:
     trainer = regression()
-    batches = DataLoader(TensorDataset(X, Y), batch_size=8)  # the last has 6 rows
-    found = trainer.fit([(X, Y)], steps=5, validation=batches, progress=False)
+    # The last batch has 6 rows.
+    batches = DataLoader(TensorDataset(X, Y), batch_size=8)
+    result = trainer.fit([(X, Y)], steps=5, validation=batches, progress=False)
     outputs = trainer.student(X).detach()
-    assert found.metric == "loss"
-    assert found.value == pytest.approx(float(F.mse_loss(outputs, Y)), rel=1e-5)
+    assert result.metric == "loss"
+    assert result.value == pytest.approx(float(F.mse_loss(outputs, Y)), rel=1e-5)
     assert trainer.evaluate(batches, metric=absolute).value == pytest.approx(
         float((outputs - Y).abs().mean()), rel=1e-5
     )
@@ -87,13 +92,16 @@ def test_a_regression_is_validated_by_its_loss_and_by_a_mean_over_rows() -> None
 
 def test_a_batch_counts_by_its_examples() -> None:
     """Not by another tensor of it that is longer."""
-    weights, parts = torch.arange(50.0), [slice(0, 20), slice(20, 29), slice(29, 30)]
+    weights = torch.arange(50.0)
+    parts = [slice(0, 20), slice(20, 29), slice(29, 30)]
     trainer = regression()
     batches = [(X[rows], Y[rows], weights) for rows in parts]
     for metric in (None, absolute):
-        found = trainer.evaluate(batches, metric=metric)
-        assert found.n == 30
-        assert found.value == pytest.approx(trainer.evaluate((X, Y), metric=metric).value, rel=1e-6)
+        measured = trainer.evaluate(batches, metric=metric)
+        assert measured.n == 30
+        assert measured.value == pytest.approx(
+            trainer.evaluate((X, Y), metric=metric).value, rel=1e-6
+        )
 
 
 class Recall:
@@ -109,27 +117,27 @@ class Recall:
 
     def update(self, outputs: Tensor, batch: Any) -> None:
         first = batch[1] == 0
-        self.right, self.all = (
-            self.right + int((outputs.argmax(1) == 0)[first].sum()),
-            self.all + int(first.sum()),
-        )
+        self.right = self.right + int((outputs.argmax(1) == 0)[first].sum())
+        self.all = self.all + int(first.sum())
 
     def compute(self) -> float:
         return self.right / self.all if self.all else math.nan
 
 
 def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
-    x, y = torch.randn(12, 5, generator=drawn(0)), torch.tensor([1, 2, 0] * 4)
-    batches = [(x[:2], y[:2]), (x[2:], y[2:])]  # the first has no example of the class
+    x = torch.randn(12, 5, generator=drawn(0))
+    y = torch.tensor([1, 2, 0] * 4)
+    # The first batch has no example of the class.
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     trainer = bilevel()
-    found = trainer.fit(
+    result = trainer.fit(
         [(x, y)], [x], steps=4, validation=batches, metric=Recall(), mode="max", validate_every=2
     )
-    first = y == 0
+    is_first_class = y == 0
     for role, network in trainer.networks.items():
-        expected = float((network.eval()(x).argmax(1) == 0)[first].double().mean())
-        assert role == "student" or found.history[-1]["teacher_validation_recall"] == expected
-    assert trainer.evaluate(batches, metric=Recall()).value == found.value
+        expected = float((network.eval()(x).argmax(1) == 0)[is_first_class].double().mean())
+        assert role == "student" or result.history[-1]["teacher_validation_recall"] == expected
+    assert trainer.evaluate(batches, metric=Recall()).value == result.value
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -171,16 +179,17 @@ def test_arrays_are_served_in_shuffled_epochs() -> None:
         return real(labeled, unlabeled)
 
     trainer.step = step  # type: ignore[method-assign]
-    x, y = torch.randn(10, 5, dtype=torch.float64, generator=drawn(0)), torch.arange(10).int() % 3
+    x = torch.randn(10, 5, dtype=torch.float64, generator=drawn(0))
+    y = torch.arange(10).int() % 3
     x[:, 0] = torch.arange(10)
     rows = {"labeled": (x.numpy(), y.numpy()), "validation": (x.numpy(), y.numpy())}
-    found = trainer.fit(
+    result = trainer.fit(
         **rows, unlabeled={"x": torch.arange(4)}, steps=5, batch_size=5, progress=False
     )
-    assert found.value == trainer.evaluate(rows["validation"]).accuracy
+    assert result.value == trainer.evaluate(rows["validation"]).accuracy
     numbers = [inputs[:, 0].tolist() for inputs, *_ in served]
-    for first in (0, 2):
-        assert sorted(numbers[first] + numbers[first + 1]) == list(range(10))
+    for first_batch in (0, 2):
+        assert sorted(numbers[first_batch] + numbers[first_batch + 1]) == list(range(10))
     assert numbers[0] != numbers[2]
     for inputs, labels, unlabeled in served:
         assert (inputs.dtype, labels.dtype) == (torch.float32, torch.int64)
@@ -197,7 +206,8 @@ def test_against_scikit_learn() -> None:
     logits_NC = torch.randn(500, 12, generator=generator)
     labels_N = torch.randint(0, 12, (500,), generator=generator)
     evaluation = evaluate_logits(logits_NC, labels_N)
-    p_NC, predicted_N = logits_NC.double().softmax(1).numpy(), logits_NC.argmax(1)
+    p_NC = logits_NC.double().softmax(1).numpy()
+    predicted_N = logits_NC.argmax(1)
     assert evaluation.accuracy == metrics.accuracy_score(labels_N, predicted_N)
     assert evaluation.top5 == metrics.top_k_accuracy_score(labels_N, p_NC, k=5, labels=range(12))
     assert evaluation.per_class == pytest.approx(
@@ -209,7 +219,8 @@ def test_against_scikit_learn() -> None:
     assert evaluation.negative_log_likelihood == pytest.approx(
         metrics.log_loss(labels_N, p_NC, labels=range(12))
     )
-    confidence, correct = logits_NC.double().softmax(1).max(1).values, predicted_N == labels_N
+    confidence = logits_NC.double().softmax(1).max(1).values
+    correct = predicted_N == labels_N
     gaps = [
         (correct[inside].double() - confidence[inside]).sum().abs()
         for low in range(15)
@@ -240,12 +251,12 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("fail", [False, True])
 def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
     model = Recorder()
-    model.body[1].eval()  # a frozen layer within a training model
-    before, state = (
-        [m.training for m in model.modules()],
-        {n: t.clone() for n, t in model.state_dict().items()},
-    )
-    x, y = torch.randn(10, 3), torch.arange(10)
+    # This is a frozen layer within a model that trains.
+    model.body[1].eval()
+    flags = [m.training for m in model.modules()]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    x = torch.randn(10, 3)
+    y = torch.arange(10)
     if fail:
         model.fail = True
         with pytest.raises(RuntimeError, match="memory"):
@@ -256,7 +267,7 @@ def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
         torch.testing.assert_close(logits_NC, model.eval().body(x).detach())
         model.train()
         model.body[1].eval()
-    assert [m.training for m in model.modules()] == before
+    assert [m.training for m in model.modules()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(MetaplError):
         predict_logits(nn.Linear(1, 1), [])
@@ -274,7 +285,8 @@ def scores(n: int, seed: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize("n", [2, 5, 10, 17])
 def test_paired_scores_by_enumeration(n: int) -> None:
     a, b = scores(n, seed=n)
-    test, d = paired_test(a, b), a - b
+    test = paired_test(a, b)
+    d = a - b
     assert test.mean == pytest.approx(d.mean())
     assert test.std == pytest.approx(d.std(ddof=1))
     assert test.interval is not None
@@ -284,16 +296,22 @@ def test_paired_scores_by_enumeration(n: int) -> None:
     else:
         sums = [abs(numpy.dot(signs, d)) for signs in itertools.product((1, -1), repeat=n)]
         assert test.p_permutation == pytest.approx(
-            numpy.mean([one >= abs(d.sum()) - 1e-12 for one in sums])
+            numpy.mean([total >= abs(d.sum()) - 1e-12 for total in sums])
         )
-    other = paired_test(b, a)
-    assert other.mean == -test.mean
-    assert other.p == pytest.approx(test.p)
+    reversed_test = paired_test(b, a)
+    assert reversed_test.mean == -test.mean
+    assert reversed_test.p == pytest.approx(test.p)
 
 
 def test_scores_without_spread_and_ties() -> None:
-    one = paired_test([0.9], [0.8])
-    assert (one.n, one.std, one.interval, one.p, one.p_permutation) == (1, None, None, None, None)
+    single = paired_test([0.9], [0.8])
+    assert (single.n, single.std, single.interval, single.p, single.p_permutation) == (
+        1,
+        None,
+        None,
+        None,
+        None,
+    )
     test = paired_test([0.9, 0.8, 0.7], [0.9, 0.8, 0.7])
     assert (test.mean, test.std, test.interval, test.p, test.p_permutation) == (
         0.0,

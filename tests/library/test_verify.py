@@ -1,4 +1,7 @@
-"""Verification: what it says of students, problems and planted faults, mode by mode, and when a trainer asks it."""
+"""Verification: what it says of students, problems and planted faults, mode by mode.
+
+Beside that is when a trainer asks it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ LETTERS = {"R": "right", "A": "allowed", "X": "refused"}
 
 
 def checked(student: nn.Module, mode: Any = "forward", steps: int = 1, **options: Any) -> str:
-    """The status; ``"refused"`` too where the mode itself refuses."""
+    """Return the status; it is ``"refused"`` too where the mode itself refuses."""
     try:
         return check_of(student, mode, steps, **options).status
     except MetaplError:
@@ -64,7 +67,10 @@ def check_of(
 
 
 def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
-    """Let verification find a mode's gradient by a function of the networks and of options by name."""
+    """Let verification find a mode's gradient by a function.
+
+    The function has the networks and options by name.
+    """
 
     def through(request: Request) -> Any:
         return gradient(
@@ -369,9 +375,9 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "no momentum": other_option("momentum", 0.0),
     "another momentum": other_option("momentum", 0.9001),
     "no decay": other_option("weight_decay", 0.0),
-    "no nesterov": other_option("nesterov", False),
+    "no nesterov": other_option("nesterov", value=False),
     "a velocity forgotten": given(state_forgotten),
-    "ascent": other_option("maximize", True),
+    "ascent": other_option("maximize", value=True),
     "no clip": given(lambda o: {"clip_norm": None}),
     "another clip": given(lambda o: {"clip_norm": 0.0501}),
     "labels of the other view": views(lambda weak, strong: (strong, weak)),
@@ -461,7 +467,7 @@ def trainer(
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The modes that have been verified."""
+    """Return the modes that have been verified."""
     seen, real = list[str](), check.verify_step
     monkeypatch.setattr(
         check,
@@ -477,14 +483,14 @@ def test_the_first_step_and_each_new_fingerprint(verified: list[str]) -> None:
         made.student.train,
         made.student.eval,
         made.student.train,
-        lambda: made.student.a.requires_grad_(False),
+        lambda: made.student.a.requires_grad_(requires_grad=False),
     ):
         act()
         made.step(**batches)
         made.step(**batches)
     assert len(verified) == 3
     resumed, _ = trainer()
-    made.student.a.requires_grad_(True)
+    made.student.a.requires_grad_(requires_grad=True)
     resumed.load_state_dict(made.state_dict())
     resumed.step(**batches)
     assert len(verified) == 3
@@ -547,7 +553,10 @@ def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None
 def test_a_refusal_moves_nothing_and_comes_again(
     mode: Any, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the first rate is 0, as that of a warm-up, by which any gradient would be right."""
+    """The verdict is the same where the first rate is 0, as that of a warm-up.
+
+    By it any gradient would be right.
+    """
     case = toy("dropout")
     plant(monkeypatch, "the sign")
     inner = torch.optim.SGD(case.student.parameters(), lr=rate)

@@ -37,7 +37,7 @@ def pairs(number: int, seed: int = 0) -> list[tuple[Any, tuple[Tensor, Tensor]]]
 
 
 def alone(teacher: nn.Module, **options: Any) -> LossTrainer:
-    """The same teacher in a trainer that has nothing else."""
+    """Return a trainer of the same teacher that has nothing else."""
     twin = network()
     twin.load_state_dict(copied(teacher))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)

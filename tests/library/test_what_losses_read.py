@@ -1,5 +1,7 @@
-"""Inner losses that read more than outputs, signal, batch and weights: what a forward has left,
-random numbers, the teacher; each by the problem, by a closure or by a hook.
+"""Inner losses that read more than outputs, signal, batch and weights.
+
+They read what a forward has left, random numbers or the teacher; each by the problem, by a closure
+or by a hook.
 
 The reference is a loop of real steps, by ``backward()`` and ``torch.optim``, and central
 differences of the loss after it, in float64.
@@ -84,7 +86,10 @@ class Weighed(metapl.BilevelProblem):
 
 
 def of_the_problem(student: Student, teacher: nn.Module) -> Weighed:
-    """An auxiliary loss that the forward keeps, as mixtures of experts do, read through the problem."""
+    """Read an auxiliary loss that the forward keeps, through the problem.
+
+    Mixtures of experts keep such losses.
+    """
     return Weighed(
         lambda self, losses, signal, *_: losses + signal.value * self.net.auxiliary, net=student
     )
@@ -110,7 +115,7 @@ def of_a_hook(student: Student, teacher: nn.Module) -> Weighed:
 
 
 def of_a_gradient(student: Student, teacher: nn.Module) -> Weighed:
-    """A penalty on the norm of the loss's own gradient."""
+    """Return a penalty on the norm of the loss's own gradient."""
 
     def extra(self: Any, losses: Tensor, signal: Signal, batch: Any, params: Any) -> Tensor:
         gradient = torch.autograd.grad(losses.mean(), list(params.values()), create_graph=True)
@@ -120,7 +125,7 @@ def of_a_gradient(student: Student, teacher: nn.Module) -> Weighed:
 
 
 def of_a_gradient_if_any(student: Student, teacher: nn.Module) -> Weighed:
-    """The same, which is 0 where the loss is called without a graph."""
+    """Return the same penalty, which is 0 where the loss is called without a graph."""
 
     def extra(self: Any, losses: Tensor, signal: Signal, batch: Any, params: Any) -> Tensor:
         gradient = torch.autograd.grad(
@@ -139,7 +144,7 @@ def of_torch(student: Student, teacher: nn.Module) -> Weighed:
 
 
 def of_numpy(student: Student, teacher: nn.Module) -> Weighed:
-    """A factor of mixup, drawn by NumPy's global generator; and one of Python's."""
+    """Draw a factor of mixup by NumPy's global generator, and one by Python's."""
 
     def extra(self: Any, losses: Tensor, *_: Any) -> Tensor:
         share = numpy.random.beta(0.4, 0.4)  # noqa: NPY002 - the global one
@@ -259,7 +264,10 @@ def test_a_difference_of_outputs_is_refused_and_its_advice_runs(make: Make) -> N
 @pytest.mark.parametrize("make", [of_the_problem, of_a_closure, of_a_hook, of_numpy])
 @pytest.mark.parametrize("width", [SMALL_WIDTH, LARGE_WIDTH])
 def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int) -> None:
-    """Its second step, from where the first has led, has the gradient of a call of ``hypergradient`` there."""
+    """The second step of a trainer has the gradient of a call of ``hypergradient`` there.
+
+    It starts from where the first has led.
+    """
     case = Case(make, width, 1)
     outer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
     begin()
@@ -536,7 +544,10 @@ class Experts(nn.Module):
 
 
 def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> None:
-    """100 steps on the digits, of which a fifth of the labels are wrong, at the defaults of the trainer."""
+    """Train 100 steps on the digits, of which a fifth of the labels are wrong.
+
+    The trainer has its defaults.
+    """
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Verification of a gradient by its definition, at the first step of a trainer and whenever it is asked for.
+"""Verification of a gradient by its definition, at a trainer's first step and when asked for.
 
 - :mod:`check`: when a step is verified, and the verdict.
 - :mod:`case`: the mode's gradient and the real step, at one point.

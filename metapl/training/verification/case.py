@@ -173,7 +173,7 @@ def with_one_hot_rows(signal: Signal) -> Signal:
 
 
 def implicit_w(step: RealStep, mode: Implicit) -> Tree:
-    """Return w of the implicit gradient, by the mode's solver from Hessian products of double backward."""
+    """Return w of the implicit gradient, by the mode's solver from products of double backward."""
     with no_fast_path(math=True):
         at_theta = Evaluation(step, takes_steps=False)
         theta = trainable(at_theta.copies.student)

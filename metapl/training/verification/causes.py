@@ -15,9 +15,11 @@ from metapl.training.verification.real_step import Evaluation, RealStep
 
 def likely_causes(case: Case) -> list[str]:
     """Return what is found in the networks and batches of a step, in words."""
-    before, after = case.step, case.real.copies
+    before = case.step
+    after = case.real.copies
     causes = []
-    hooked, counting = [], []
+    hooked = []
+    counting = []
     for part, part_after in pairs_of_parts(before, after):
         if part._forward_hooks or part._backward_hooks:
             hooked.append(type(part).__name__)

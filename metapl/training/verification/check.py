@@ -1,4 +1,6 @@
-"""Verification by definition: a mode's gradient beside differences of the loss after real steps, on float64 copies.
+"""Verification by definition: a mode's gradient beside differences of the loss after real steps.
+
+The steps are taken on copies in float64.
 
 In the formula of :func:`check_gradient`, d is the mode's gradient a itself, then a random
 direction. Labels that are drawn cannot be moved: each inner loss is taken (1 + ε_i) times, for h_i
@@ -53,7 +55,7 @@ LOG = logging.getLogger("metapl")
 
 
 class VerificationWarning(UserWarning):
-    """A gradient that is off the derivative of the loss for a good reason, or that could not be verified."""
+    """A gradient is off the derivative of the loss for a good reason, or could not be verified."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ def check_gradient(
     accumulate: int = 1,
     clip_norm: float | None = None,
 ) -> GradientCheck:
-    r"""Compare a mode's gradient with its definition: differences of the outer loss after the student's real steps.
+    r"""Compare a mode's gradient with its definition: differences of the loss after real steps.
 
-    .. math:: \frac{F(\theta_T + \delta d) - F(\theta_T - \delta d)}{2\delta} \approx \langle a, d \rangle, \qquad
+    .. math:: \frac{F(\theta_T + \delta d) - F(\theta_T - \delta d)}{2\delta} \approx
+              \langle a, d \rangle, \qquad
               F(\theta_T) = L(\theta'(\theta_T))
 
     On copies in float64, with the same masks and labels in every evaluation: weights, buffers,
@@ -150,7 +153,8 @@ def check_gradient(
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
-    >>> check_gradient(trainer, labeled=(torch.randn(5, 4), torch.arange(5) % 3), unlabeled=torch.randn(6, 4)).passed
+    >>> labeled = torch.randn(5, 4), torch.arange(5) % 3
+    >>> check_gradient(trainer, labeled=labeled, unlabeled=torch.randn(6, 4)).passed
     True
     """
     outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
@@ -353,7 +357,10 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
 
 
 def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
-    """Return the verdict of copies in float64, or in the networks' own type where their code runs in no other."""
+    """Return the verdict of copies in float64.
+
+    Where the networks' code runs in no other type than their own, it is that of copies in this.
+    """
     try:
         copies = step.copied(torch.float64)
     except (RuntimeError, TypeError, copy.Error) as error:
@@ -378,10 +385,9 @@ def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
         reason = reason_of(error)
     # The code runs in its own type alone, or fails in that one too: then its error is raised from
     # here.
-    own_type = next(
-        (p.dtype for p in step.student.parameters() if p.is_floating_point()), torch.float32
-    )
-    precision = str(own_type).removeprefix("torch.")
+    dtypes = [p.dtype for p in step.student.parameters() if p.is_floating_point()]
+    network_dtype = dtypes[0] if dtypes else torch.float32
+    precision = str(network_dtype).removeprefix("torch.")
     check = judge(step.copied(), estimate, eps=EPS32, precision=precision)
     because = (
         f"Compared in {precision}, to {check.tolerance:g}: the networks do not run in float64 "
@@ -407,9 +413,10 @@ def out_of_memory(error: BaseException) -> GradientCheck:
 
 
 def without_shape(estimate: Any) -> Estimator:
-    """Return the estimator whose h is neither normalized, nor less a baseline, nor truncated, nor a mean.
+    """Return the estimator with its h as it is found.
 
-    What only shapes h is no part of the derivative: the mean of Algorithm 1 is 1/B of it.
+    It is neither normalized, nor less a baseline, nor truncated, nor a mean. What only shapes h is
+    no part of the derivative: the mean of Algorithm 1 is 1/B of it.
     """
     # A control alters the feedback of its base.
     plain_estimator: Any = getattr(estimate, "base", estimate)
@@ -450,7 +457,7 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
                     "two equal steps differ: random numbers of a generator of its own, or other "
                     "state."
                 )
-    known = {what: error for what, error in errors.items() if error is not None}
+    clear_errors = {name: error for name, error in errors.items() if error is not None}
     off = case.off(errors)
     status: Status = "right"
     verdict = f"{name} gives the derivative of the loss after real steps."
@@ -459,19 +466,19 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
         verdict = f"{name}: {breach} See docs/contract.md."
     elif off:
         status, why = explain(case)
-        error = f"{known[off[0]]:.2g} off the loss after real steps ({off[0]})"
+        error = f"{clear_errors[off[0]]:.2g} off the loss after real steps ({off[0]})"
         verdict = f"{name} is {error}: {why} See docs/contract.md."
     elif moves_past_the_signal(case):
         # Perhaps the loss hardly moves here.
         status = "allowed"
         verdict = f"{name}: {PAST_THE_SIGNAL} See docs/contract.md."
-    elif len(known) < len(errors):
+    elif len(clear_errors) < len(errors):
         status = "cannot tell"
         verdict = f"{name} was not verified: rounding drowns the loss's change."
     return GradientCheck(
         status,
         verdict,
-        errors={} if breach else known,
+        errors={} if breach else clear_errors,
         precision=precision,
         tolerance=case.tolerance,
     )

@@ -48,7 +48,8 @@ def has_another_outer_loss(case: Case) -> str:
     if overrides(case.step.problem, "revised_signal"):
         # The mode's value is that of a later step.
         return ""
-    real, by_mode = float(case.real.loss), float(case.by_mode.outer_loss)
+    real = float(case.real.loss)
+    by_mode = float(case.by_mode.outer_loss)
     if abs(by_mode - real) <= max(1e-6, 1000 * case.eps) * max(abs(real), 1e-3):
         return ""
     likely = "; ".join(likely_causes(case)) or (
@@ -71,9 +72,10 @@ def has_another_difference(case: Case) -> str:
 
 
 def has_no_log_probability(case: Case) -> str:
-    """Return what is wrong with a ``log_prob`` that is not the logarithm of its value's probability."""
+    """Return a sentence on a ``log_prob`` that is not the logarithm of its value's probability."""
     for signal in case.real.signals:
-        log_prob, value = signal.log_prob, signal.value
+        log_prob = signal.log_prob
+        value = signal.value
         is_of_classes = (
             log_prob is not None and not value.is_floating_point() and value.shape == log_prob.shape
         )
@@ -109,11 +111,14 @@ def has_losses_that_are_no_means(case: Case) -> str:
     """
     if case.step.micro_batches == 1:
         return ""
-    copies, signal = case.step.copied(), case.signals[0]
+    copies = case.step.copied()
+    signal = case.signals[0]
     theta = trainable(copies.student)
-    problem, inner_batch = copies.problem, copies.inner_batches[0]
+    problem = copies.problem
+    inner_batch = copies.inner_batches[0]
     outer_batch = problem.outer_batch(copies.outer_batch)
-    inner_outputs, outer_outputs = case.real.outputs[0], case.real.outputs[-1].detach()
+    inner_outputs = case.real.outputs[0]
+    outer_outputs = case.real.outputs[-1].detach()
     has_rows_by_field = has_rows(problem, signal, len(inner_outputs))
     drawing = list[str]()
 
@@ -129,9 +134,9 @@ def has_losses_that_are_no_means(case: Case) -> str:
         if end - begin > 1:
             entering = [signal_of_rows] if enters_input(problem) else []
             copies.student(problem.student_input(of_rows, *entering))
-        before = RandomState.now(copies.random.device)
+        random_before = RandomState.now(copies.random.device)
         losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
-        if not RandomState.now(copies.random.device).equals(before):
+        if not RandomState.now(copies.random.device).equals(random_before):
             drawing.append("inner_loss")
         return losses.mean().detach()
 
@@ -169,12 +174,13 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
             continue
         first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
         second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
-        whole = (total / weight).item()
+        of_all_rows = (total / weight).item()
         by_halves = ((first_total + second_total) / (first_weight + second_weight)).item()
-        if abs(whole - by_halves) > max(1e-6, 100 * case.eps) * max(abs(whole), abs(by_halves)):
+        size = max(abs(of_all_rows), abs(by_halves))
+        if abs(of_all_rows - by_halves) > max(1e-6, 100 * case.eps) * size:
             return (
-                f"{name} is {whole:.6g}, and {by_halves:.6g} by halves of the batch: no mean over "
-                "examples."
+                f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no "
+                "mean over examples."
             )
     return ""
 

@@ -211,6 +211,11 @@ def moves_in_order(clear: list[float], is_short: bool) -> list[float]:
 def agree_on_another_slope(
     first: tuple[float, float], second: tuple[float, float], blur: float
 ) -> bool:
-    """Return whether two differences, each with its gap to the slope, agree with each other and not with the slope."""
-    (difference_1, gap_1), (difference_2, gap_2) = first, second
+    """Return whether two differences agree with each other, and not with the slope.
+
+    Args:
+        first, second: each difference, with its gap to the slope.
+    """
+    difference_1, gap_1 = first
+    difference_2, gap_2 = second
     return abs(difference_1 - difference_2) + 10 * blur <= 0.2 * min(gap_1, gap_2)

@@ -100,9 +100,10 @@ def is_right_by_forward(case: Case) -> bool:
 
 
 def moves_past_the_signal(case: Case) -> bool:
-    """Return whether the student's step moves with the teacher, or the problem, while the signal is held.
+    """Return whether the student's step moves with the teacher, or the problem, past the signal.
 
-    What reads the teacher with a gradient was refused at the door; so this does without one.
+    The signal stays as it is. What reads the teacher with a gradient was refused at the door; so
+    this does without one.
     """
     draw = torch.Generator().manual_seed(2)
     direction = {
@@ -111,13 +112,14 @@ def moves_past_the_signal(case: Case) -> bool:
     }
     if not direction:
         return False
-    held = Evaluation(case.step, Move("teacher", direction, 1e-2), signals=case.signals)
+    moved = Evaluation(case.step, Move("teacher", direction, 1e-2), signals=case.signals)
     rounding = 1000 * case.eps
     # Also the gradient, which a small rate or a fresh Adam hides from the loss.
-    g, g_held = flat(case.real.gradients["inner"]), flat(held.gradients["inner"])
-    gradient_moves = float(torch.dist(g, g_held)) > rounding * float(g.norm())
+    g = flat(case.real.gradients["inner"])
+    g_moved = flat(moved.gradients["inner"])
+    gradient_moves = float(torch.dist(g, g_moved)) > rounding * float(g.norm())
     loss = float(case.real.loss)
-    loss_moves = abs(float(held.loss) - loss) > rounding * max(abs(loss), 1e-3)
+    loss_moves = abs(float(moved.loss) - loss) > rounding * max(abs(loss), 1e-3)
     if case.outer_loss_reads_teacher:
         # The loss moves by the direct term, which the differences see.
         loss_moves = False
@@ -150,5 +152,6 @@ def follows_double_backward(case: Case) -> bool:
     h = flat(case.h)
     if case.moved == "weights":
         # The scalar of the batch.
-        h, expected = h.sum(), expected.sum()
+        h = h.sum()
+        expected = expected.sum()
     return bool(torch.dist(h, expected) <= case.tolerance * expected.norm())

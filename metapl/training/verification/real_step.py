@@ -1,4 +1,4 @@
-"""The step that a gradient is held to: the optimizer's own step and the problem's own losses, on copies.
+"""The step that a gradient is compared with: real steps and the problem's own losses, on copies.
 
 :class:`RealStep` is what a step is computed from. :class:`Evaluation` takes that step once, on
 fresh copies, with something moved by a little: differences of its loss are the definition of a
@@ -50,7 +50,7 @@ STILL = Move()
 
 @dataclass(frozen=True)
 class RealStep:
-    """What a step is computed from: as it was given, or copies of it, each of which serves one evaluation.
+    """What a step is computed from, as it was given or copied; a copy serves one evaluation.
 
     Args:
         teacher: None where the problem has none.
@@ -82,7 +82,11 @@ class RealStep:
     originals: RealStep | None = None
 
     def copied(self, dtype: torch.dtype | None = None) -> RealStep:
-        """Return copies that share what the originals share, with all tensors of floating point in ``dtype``."""
+        """Return copies that share what the originals share.
+
+        Args:
+            dtype: that all tensors of floating point are given; None: their own.
+        """
         memo: dict[int, Any] = {id(self.originals): self.originals}
         if self.generator is not None:
             memo[id(self.generator)] = self.generator.clone_state()
@@ -124,8 +128,11 @@ class RealStep:
         return copied_step
 
     def _copy_what_deepcopy_leaves_out(self, originals: list[Any], memo: dict[int, Any]) -> None:
-        """Copy the Python attributes of parameters, and put tensors that lie in a parameter's
-        memory into that of its copy."""
+        """Copy what deepcopy leaves out.
+
+        That are the Python attributes of parameters. And tensors that lie in a parameter's memory
+        are put into that of its copy.
+        """
         for p in list(originals):
             if isinstance(p, nn.Parameter):
                 vars(memo[id(p)]).update(copy.deepcopy(vars(p), memo))
@@ -159,7 +166,7 @@ class RealStep:
         return {**of_teacher, **of_problem}
 
     def in_the_originals(self) -> AbstractContextManager[None]:
-        """Let the original networks and the original problem hold what these copies hold, in a block.
+        """Let the original networks and the problem hold what these copies hold, in a block.
 
         What reads them by a closure or a global reads the originals, for deepcopy leaves functions
         as they are: a loss that reads ``student.parameters()``, a hook that fills a list of the
@@ -287,7 +294,9 @@ class Evaluation:
 
     def _take_a_step(self, inner_batch: Any, takes_steps: bool) -> RandomState:
         """Take one step of the student, and return the state of the generators after its pass."""
-        copies, problem, student = self.copies, self.copies.problem, self.copies.student
+        copies = self.copies
+        problem = copies.problem
+        student = copies.student
         weights_before = self._weights_now()
         entering = enters_input(problem)
         signal = None
@@ -325,7 +334,8 @@ class Evaluation:
         return random_after
 
     def _find_outer_loss(self) -> None:
-        problem, student = self.copies.problem, self.copies.student
+        problem = self.copies.problem
+        student = self.copies.student
         weights_before = self._weights_now()
         batch = problem.outer_batch(self.copies.outer_batch)
         self._begin_pass(student)
@@ -343,7 +353,10 @@ class Evaluation:
         self.loss = loss.detach()
 
     def _ask_teacher(self, inner_batch: Any, student_outputs: Tensor | None) -> Signal:
-        """Return the signal that the student learns from, without a graph, and note the teacher's."""
+        """Return the signal that the student learns from, and note the teacher's.
+
+        The first has no graph.
+        """
         number = len(self.signals)
         self._begin_pass(self.copies.teacher)
         if student_outputs is not None and self.given_outputs is not None:
@@ -364,7 +377,10 @@ class Evaluation:
         return signal.having(moved)
 
     def _begin_pass(self, network: nn.Module | None) -> None:
-        """Note the buffers and frozen parameters of a network, after those that were given are put in place."""
+        """Note the buffers and frozen parameters of a network.
+
+        Those that were given are put in place first.
+        """
         named = (
             {} if network is None else dict([*network.named_buffers(), *network.named_parameters()])
         )
@@ -386,8 +402,10 @@ class Evaluation:
 
 
 def copies_of_results(network: nn.Module) -> dict[int, Tensor]:
-    """Return copies of tensors with a graph that lie in attributes, such as those of the old
-    ``weight_norm``, by the id of each: deepcopy refuses them."""
+    """Return copies of tensors with a graph that lie in attributes, by the id of each.
+
+    The old ``weight_norm`` has such; deepcopy refuses them.
+    """
     copies = {}
     for part in network.modules():
         for t in vars(part).values():

@@ -1,0 +1,297 @@
+"""Estimators of a user's own, in the terms of both roads: eager, pure, compiled, and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from reference import cross_entropy, several_steps, sgd
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+from metapl.feedback import Estimator, Feedback, Forward, Unrolled
+from metapl.feedback.base import State, exact_feedback, head_feedback
+from metapl.feedback.roads import StudentPath
+from metapl.functional import compiled
+from metapl.problems.base import Kind, gumbel
+
+FEATURES, CLASSES, ROWS, RATE = 4, 3, 6, 0.3
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced whole, and run without Inductor."""
+    monkeypatch.setattr(compiled, "BACKEND", {"backend": "aot_eager"})
+    monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
+
+
+@dataclass(frozen=True)
+class LastLayer(Estimator):
+    """The feedback through the student's last layer alone, with w zero elsewhere."""
+
+    name: ClassVar[str] = "last_layer"
+    labels: ClassVar[tuple[Kind, ...]] = ("soft",)
+    is_pure: ClassVar[bool] = True
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        step, w = path.pullback()
+        w = {name: direction for name, direction in w.items() if name.startswith("2.")}
+        return [exact_feedback(step, w)], state
+
+
+@dataclass(frozen=True)
+class OneMove(Estimator):
+    """h by a one-sided move of a fixed length, with a ż of its own."""
+
+    name: ClassVar[str] = "one_move"
+    labels: ClassVar[tuple[Kind, ...]] = ("soft",)
+    is_pure: ClassVar[bool] = True
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        step, w = path.pullback()
+        factor = 1e-6 / step.space.norm(w)
+        z_dot = (step.shifted(factor, w) - step.shifted(0 * factor, w)) / factor
+        return [head_feedback(step, w, z_dot, 1e-9 * torch.ones_like(factor))], state
+
+
+@dataclass(frozen=True)
+class UnitScore(Estimator):
+    """h = −⟨w, g⟩ / ‖w‖ of sampled labels, less that of the step before."""
+
+    name: ClassVar[str] = "unit_score"
+    labels: ClassVar[tuple[Kind, ...]] = ("hard",)
+    credits: ClassVar[Any] = "batch"
+    is_pure: ClassVar[bool] = True
+
+    def init(self) -> State:
+        return {"before": torch.zeros(())}
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        step, w = path.pullback()
+        h = -step.space.dot(w, step.gradient) / step.space.norm(w)
+        return [Feedback(h - state["before"].to(h), "log_prob")], {"before": h}
+
+
+@dataclass(frozen=True)
+class Doubled(Forward):
+    name: ClassVar[str] = "doubled"
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        feedback, state = super().feedback(path, state)
+        return [of_step.divided_by(0.5) for of_step in feedback], state
+
+
+@dataclass(frozen=True)
+class Fading(Unrolled):
+    """Each step counts half of the one after it."""
+
+    name: ClassVar[str] = "fading"
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        feedback, state = super().feedback(path, state)
+        later = [len(feedback) - 1 - number for number in range(len(feedback))]
+        return [h.divided_by(2.0**n) for h, n in zip(feedback, later, strict=True)], state
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    teacher = nn.Linear(FEATURES, CLASSES).double()
+    student = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    return teacher, student
+
+
+def batches(count: int) -> tuple[Any, list[Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    x, *inner = torch.randn(1 + count, ROWS, FEATURES, dtype=torch.float64, generator=draw)
+    return (x, torch.arange(ROWS) % CLASSES), inner
+
+
+def trainer_of(mode: Estimator, **options: Any) -> metapl.BilevelTrainer:
+    teacher, student = networks()
+    return metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=RATE),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.1),
+        teacher_losses=(),
+        verify=False,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A step by double backward: the gradient g, w, and the leaf that the loss was taken of."""
+
+    q: Tensor
+    leaf: Tensor
+    gradient: dict[str, Tensor]
+    w: dict[str, Tensor]
+
+    def along(self, w: dict[str, Tensor]) -> Tensor:
+        """Return −∂⟨g, w⟩/∂(leaf)."""
+        terms = [(self.gradient[name] * t).sum() for name, t in w.items()]
+        (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), self.leaf)
+        return -gradient
+
+
+def by_hand(labels: Tensor | None = None) -> ByHand:
+    """The first step of SGD, on soft labels or on these."""
+    teacher, student = networks()
+    (x, y), (u,) = batches(1)
+    q = teacher(u).softmax(-1).detach()
+    target = q if labels is None else F.one_hot(labels, CLASSES).to(q)
+    leaf = target.clone().requires_grad_()
+    theta = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
+    loss = cross_entropy(leaf, functional_call(student, theta, (u,))).mean()
+    tensors = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+    gradient = dict(zip(theta, tensors, strict=True))
+    moved = {name: (p - RATE * gradient[name]).detach() for name, p in theta.items()}
+    moved = {name: p.requires_grad_() for name, p in moved.items()}
+    outer = F.cross_entropy(functional_call(student, moved, (x,)), y)
+    v = torch.autograd.grad(outer, list(moved.values()))
+    return ByHand(q, leaf, gradient, {n: -RATE * t for n, t in zip(theta, v, strict=True)})
+
+
+def last_layer_by_hand() -> list[Tensor]:
+    step = by_hand()
+    return [step.along({name: t for name, t in step.w.items() if name.startswith("2.")})]
+
+
+def exact_by_hand() -> list[Tensor]:
+    step = by_hand()
+    return [step.along(step.w)]
+
+
+def doubled_by_hand() -> list[Tensor]:
+    return [2 * exact_by_hand()[0]]
+
+
+def unit_score_by_hand() -> list[Tensor]:
+    q = by_hand().q
+    step = by_hand((q.log() + noise()).argmax(-1))
+    flat = torch.cat([t.flatten() for t in step.w.values()])
+    gradient = torch.cat([t.detach().flatten() for t in step.gradient.values()])
+    return [-(flat @ gradient) / flat.norm()]
+
+
+def fading_by_hand() -> list[Tensor]:
+    teacher, student = networks()
+    labeled, inner = batches(2)
+    first, second = several_steps(teacher, student, labeled, inner, sgd(RATE)).signal_grads
+    return [-first / 2, -second]
+
+
+def noise() -> Tensor:
+    like = torch.zeros((), dtype=torch.float64)
+    return gumbel(ROWS, CLASSES, like, torch.Generator().manual_seed(5))
+
+
+CASES: dict[str, tuple[Estimator, int, Callable[[], list[Tensor]]]] = {
+    "a subclass of Estimator": (LastLayer(), 1, last_layer_by_hand),
+    "a difference of its own": (OneMove(), 1, exact_by_hand),
+    "a state of its own": (UnitScore(), 1, unit_score_by_hand),
+    "a subclass of Forward": (Doubled(), 1, doubled_by_hand),
+    "two steps ahead": (Fading(), 2, fading_by_hand),
+}
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-10) -> bool:
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_roads_have_what_double_backward_has(case: str) -> None:
+    mode, steps, reference = CASES[case]
+    tolerance = 1e-5 if isinstance(mode, OneMove) else 1e-10
+    labeled, inner = batches(steps)
+    eager = trainer_of(
+        mode,
+        generator=torch.Generator().manual_seed(5),
+        **{"lookahead": steps} if steps > 1 else {},
+    )
+    step, state = eager.functional()
+    if steps == 1:
+        unlabeled: Any = inner[0]
+        pure, report = step(state, labeled, inner[0], noise())
+        found = [report.feedback]
+    else:
+        unlabeled = metapl.Lookahead(inner)
+        pure, report = step(state, labeled, tuple(inner))
+        found = report.feedback
+    of_eager = eager.step(labeled, unlabeled).feedback
+    for h, expected in zip(found, reference(), strict=True):
+        assert close(h, expected, tolerance)
+    for h, expected in zip(found, of_eager if steps > 1 else [of_eager], strict=True):
+        assert close(h, expected, tolerance)
+    for name, p in eager.teacher.named_parameters():  # type: ignore[union-attr]
+        assert close(pure.teacher.params[name], p.detach(), tolerance)
+    for name, t in eager.mode_state.items():
+        assert close(pure.mode[name], t)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a subclass of Estimator",
+        "a state of its own",
+        pytest.param("a difference of its own", marks=pytest.mark.long),
+        pytest.param("a subclass of Forward", marks=pytest.mark.long),
+        pytest.param("two steps ahead", marks=pytest.mark.long),
+    ],
+)
+def test_a_compiled_step_is_the_eager_one(case: str) -> None:
+    mode, steps, _ = CASES[case]
+    labeled, inner = batches(steps)
+    unlabeled: Any = inner[0] if steps == 1 else metapl.Lookahead(inner)
+    ends = []
+    for is_compiled in (False, True):
+        options: dict[str, Any] = {"lookahead": steps} if steps > 1 else {}
+        trainer = trainer_of(
+            mode, compile=is_compiled, generator=torch.Generator().manual_seed(5), **options
+        )
+        for _ in range(3):
+            trainer.step(labeled, unlabeled)
+        ends.append([p.detach() for p in trainer.teacher.parameters()])  # type: ignore[union-attr]
+    tolerance = 1e-5 if isinstance(mode, OneMove) else 1e-9
+    assert all(close(a, b, tolerance) for a, b in zip(*ends, strict=True))
+
+
+@dataclass(frozen=True)
+class EagerOnly(LastLayer):
+    is_pure: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class AsksForTheStudent(LastLayer):
+    def feedback(self, path: Any, state: State) -> tuple[list[Feedback], State]:
+        path.student.ranks.alone  # noqa: B018
+        return super().feedback(path, state)
+
+
+def test_one_that_is_not_written_for_both_roads_is_refused_at_the_door() -> None:
+    labeled, (u,) = batches(1)
+    with pytest.raises(MetaplError, match=r"EagerOnly.* expected .*is_pure = True"):
+        trainer_of(EagerOnly()).functional()
+    trainer = trainer_of(EagerOnly(), compile=True)
+    with pytest.raises(MetaplError, match="EagerOnly, which runs on the eager road alone"):
+        trainer.step(labeled, u)
+
+
+def test_what_a_road_does_not_have_is_refused_by_its_name() -> None:
+    labeled, (u,) = batches(1)
+    step, state = trainer_of(AsksForTheStudent()).functional()
+    with pytest.raises(MetaplError, match="asks a PurePath for 'student'.* without compile"):
+        step(state, labeled, u)
+    trainer = trainer_of(AsksForTheStudent(), compile=True)
+    before = [p.detach().clone() for p in trainer.student.parameters()]
+    with pytest.raises(MetaplError, match="leave compile out"):
+        trainer.step(labeled, u)
+    assert all(map(torch.equal, before, trainer.student.parameters()))
