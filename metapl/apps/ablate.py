@@ -84,9 +84,10 @@ class Looking:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateDigits:
-    """Compare the modes on scikit-learn's digits: gradients beside the exact one, and what each costs.
+    """Compare the modes on scikit-learn's digits: their gradients, and what each costs.
 
-    It looks at the beginning, in the middle and at the end of a training of --steps steps.
+    The gradients stand beside the exact one. It looks at the beginning, in the middle and at the
+    end of a training of --steps steps.
     """
 
     config: Flat[Digits] = field(default_factory=Digits)
@@ -116,7 +117,8 @@ class AblateImages:
 def _of_training(config: Any, method: Any) -> dict[str, Any]:
     """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
     torch.manual_seed(config.fitting.seed)
-    data, place = config.data(tell, True, None), device(config.fitting.device)
+    data = config.data(tell, progress=True, log=None)
+    place = device(config.fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
     begin_as(teacher, student)
     unused: Any = None
@@ -129,7 +131,7 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateFactory:
-    """Compare the modes on networks of your own; metapl ablate digits and metapl ablate images do on these.
+    """Compare the modes on networks of your own; ablate digits and ablate images do on these.
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing

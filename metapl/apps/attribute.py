@@ -275,7 +275,7 @@ class Attribute:
 
 
 class Pictures:
-    """The pictures in files and their labels by number, as a run's network takes them, always as they are."""
+    """Pictures in files and their labels by number, as a run's network takes them, not changed."""
 
     def __init__(self, run: EndedRun, files: LabeledFiles) -> None:
         given = run.cards["student"].input
@@ -315,7 +315,7 @@ def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor
 
 
 def loss_of_run(run: EndedRun, pictures: Pictures) -> float | None:
-    """The loss of the run's own student on pictures; None where its weights are gone."""
+    """Return the loss of the run's own student on pictures; None where its weights are gone."""
     if "student" not in run.networks:
         return None
     batches = [
@@ -329,7 +329,9 @@ def loss_of_run(run: EndedRun, pictures: Pictures) -> float | None:
 
 
 def interval(rho: float, n: int) -> tuple[float, float]:
-    """A 95 % interval of Spearman's correlation of n pairs, by Fisher's z with the variance of Bonett and Wright.
+    """Return a 95 % interval of Spearman's correlation of n pairs.
+
+    It is Fisher's z with the variance of Bonett and Wright.
 
     >>> [round(end, 2) for end in interval(0.8, 10)]
     [0.24, 0.96]

@@ -111,7 +111,7 @@ class Runs:
 
 
 def state_of(folder: RunFolder) -> dict[str, Any]:
-    """What a run is, how far it has come and what it reached; refused where it is damaged."""
+    """Return what a run is, how far it has come and what it reached; refuse a damaged one."""
     description = folder.recipe()
     name, fields, methods = description["name"], description["fields"], description.get("compare")
     seeds, labeled = (

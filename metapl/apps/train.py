@@ -36,9 +36,8 @@ from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.selection import FAR_BEHIND
 
-SELECTED_ON = (
-    50  # the fewest validation examples to choose a student by: one standard error is 7 points then
-)
+# The fewest validation examples to choose a student by: one standard error is 7 points then.
+SELECTED_ON = 50
 
 # How long processes wait for the one that labels all pictures.
 LABELING = timedelta(days=7)
@@ -48,9 +47,14 @@ LABELING = timedelta(days=7)
 class Measured:
     """A network that is kept, and what it reaches."""
 
-    weights: Mapping[str, Tensor]  # on the host
-    validation_accuracy: float | None  # a fraction
-    tested: Mistakes | None  # on the test examples
+    # On the host.
+    weights: Mapping[str, Tensor]
+
+    # A fraction.
+    validation_accuracy: float | None
+
+    # On the test examples.
+    tested: Mistakes | None
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
         tested = None if self.tested is None else self.tested.evaluation.accuracy
@@ -59,7 +63,7 @@ class Measured:
 
 
 def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
-    """What recipe.json says of a training."""
+    """Return what recipe.json says of a training."""
     return {
         "name": config.name,
         "method": method.name,
@@ -195,7 +199,7 @@ def train(
         return network
 
     def label(network: nn.Module | None) -> dict[str, Tensor]:
-        """Return stored labels: of several processes the first one labels, and all have its labels."""
+        """Return stored labels; of several processes the first one labels for all."""
         if processes.mesh.size == 1 or network is None:
             return stored_labels(network, config, method, folder.path, data, say)
         # All processes gather the weights, which no pass of one process alone could do.
@@ -309,7 +313,10 @@ def train(
 
 
 class Truth:
-    """How many of the teacher's labels are right, on (inputs, labels) of unlabeled examples, at each validation."""
+    """Measures at each validation how many of the teacher's labels are right.
+
+    ``truth`` is (inputs, labels) of unlabeled examples.
+    """
 
     def __init__(self, truth: Any) -> None:
         self.truth = truth
@@ -330,11 +337,11 @@ class Truth:
 
 
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
-    """The network that a run delivers: by validation, the first of equals, where that can tell networks apart.
+    """Return the network that a run delivers: the best by validation, the first of equals.
 
-    Where it cannot, the finetuned student, which did better on the seen half of
-    benchmarks/pictures. Of Noisy Student it is the last student, of equals the finetuned one; its
-    teacher only where that is 30 points better.
+    Where validation cannot tell networks apart, it is the finetuned student, which did better on
+    the seen half of benchmarks/pictures. Of Noisy Student it is the last student, of equals the
+    finetuned one; its teacher only where that is 30 points better.
     """
 
     def reached(name: str) -> float:
@@ -350,7 +357,7 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
 def measured(
     data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]
 ) -> Measured:
-    """A network that has these weights and this validation accuracy, with what it reaches on the test examples."""
+    """Return a network with these weights and this validation accuracy, tested once."""
     tested = (
         None if data.test is None else mistakes(network, data.test, data.classes, data.test_names)
     )

@@ -14,8 +14,9 @@ _VALIDATION = 0x5B17  # keep these draws apart from every other use of a seed
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Set a part of each class aside for validation: of n examples round(fraction · n), but at
-    least 1 and at most n − 1.
+    """Set a part of each class aside for validation.
+
+    Of n examples it is round(fraction · n), but at least 1 and at most n − 1.
 
     Args:
         labels: int64 (n,).
@@ -53,10 +54,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 @dataclass(frozen=True, eq=False)
 class DigitsSplit:
-    """The digits in four disjoint parts; images float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9.
+    """The digits in four disjoint parts.
 
-    ``unlabeled_truth`` has the labels that were hidden, for diagnostics only: nothing may be
-    trained, selected or stopped on them.
+    Images are float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9. ``unlabeled_truth`` has
+    the labels that were hidden, for diagnostics only: nothing may be trained, selected or stopped
+    on them.
     """
 
     labeled: tuple[Tensor, Tensor]
@@ -67,7 +69,7 @@ class DigitsSplit:
 
 
 def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
-    """Split scikit-learn's 1,797 handwritten digits anew for a seed, and keep the labels of a few of each class.
+    """Split scikit-learn's 1,797 digits for a seed, and keep the labels of a few of each class.
 
     197 images are to select on and 400 to report on, drawn with the classes in proportion.
 
