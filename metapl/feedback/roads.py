@@ -6,7 +6,7 @@ r"""What a road hands to an estimator: the student's steps, in terms that both r
   :class:`~metapl.feedback.inner_step.InnerStep`, with ``torch.autograd`` and forward mode, on the
   modules themselves, in micro-batches and over processes;
 - on the *pure road*, which ``compile=True`` and ``functional()`` take, by ``PurePath`` and
-  ``PureStep`` of :mod:`metapl.functional.step`, with ``torch.func``.
+  ``PureStep`` of :mod:`metapl.functional.path`, with ``torch.func``.
 
 An estimator that asks for nothing but the protocols of this file runs on both, and says so by
 ``is_pure = True``.

@@ -1,7 +1,7 @@
-"""The teacher's gradient by plain double backward, and update rules from the textbook: no code of the library.
+"""The teacher's gradient by plain double backward, and update rules from the textbook.
 
-The student's step is differentiated through from end to end by autograd; nothing here knows of
-pullbacks, directional derivatives or score functions.
+No code of the library is used. The student's step is differentiated through from end to end by
+autograd; nothing here knows of pullbacks, directional derivatives or score functions.
 """
 
 from __future__ import annotations
@@ -31,16 +31,25 @@ def sgd(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Rule:
+    """Return the rule of ``torch.optim.SGD``; its state is the velocity."""
+
     def rule(params: Tree, grads: Tree, state: Tree | None) -> tuple[Tree, Tree]:
-        new, velocity = {}, {}
+        new_params: Tree = {}
+        velocity: Tree = {}
         for name, p in params.items():
-            d = (-grads[name] if maximize else grads[name]) + weight_decay * p
-            velocity[name] = d if state is None else momentum * state[name] + (1 - dampening) * d
-            step = d
-            if momentum:
-                step = d + momentum * velocity[name] if nesterov else velocity[name]
-            new[name] = p - lr * step
-        return new, velocity
+            ascent = -grads[name] if maximize else grads[name]
+            direction = ascent + weight_decay * p
+            if state is None:
+                velocity[name] = direction
+            else:
+                velocity[name] = momentum * state[name] + (1 - dampening) * direction
+            step = direction
+            if momentum and nesterov:
+                step = direction + momentum * velocity[name]
+            elif momentum:
+                step = velocity[name]
+            new_params[name] = p - lr * step
+        return new_params, velocity
 
     return rule
 
@@ -54,35 +63,52 @@ def adam(
     maximize: bool = False,
     decoupled: bool = False,
 ) -> Rule:
+    """Return the rule of ``torch.optim.Adam``, or with ``decoupled`` weight decay that of AdamW.
+
+    Its state: the number of steps t, both moments m and n, and the greatest n so far.
+    """
     beta1, beta2 = betas
 
     def rule(
         params: Tree, grads: Tree, state: dict[str, Any] | None
     ) -> tuple[Tree, dict[str, Any]]:
-        zeros = {name: torch.zeros_like(p) for name, p in params.items()}
-        state = state or {"t": 0, "m": zeros, "n": zeros, "top": zeros}
+        if state is None:
+            zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+            state = {"t": 0, "m": zeros, "n": zeros, "top": zeros}
         t = state["t"] + 1
-        new, m, n, top = {}, {}, {}, {}
+        new_params: Tree = {}
+        m: Tree = {}
+        n: Tree = {}
+        top: Tree = {}
         for name, p in params.items():
-            d = -grads[name] if maximize else grads[name]
-            d = d if decoupled else d + weight_decay * p
-            m[name] = beta1 * state["m"][name] + (1 - beta1) * d
-            n[name] = beta2 * state["n"][name] + (1 - beta2) * d.square()
+            direction = -grads[name] if maximize else grads[name]
+            decayed = p
+            if decoupled:
+                decayed = p * (1 - lr * weight_decay)
+            else:
+                direction = direction + weight_decay * p
+            m[name] = beta1 * state["m"][name] + (1 - beta1) * direction
+            n[name] = beta2 * state["n"][name] + (1 - beta2) * direction.square()
             top[name] = torch.where(n[name] >= state["top"][name], n[name], state["top"][name])
-            m_hat, n_hat = m[name] / (1 - beta1**t), (top if amsgrad else n)[name] / (1 - beta2**t)
-            kept = p * (1 - lr * weight_decay) if decoupled else p
-            root = n_hat.clamp_min(1e-300).sqrt()  # keeps the derivative at 0 finite, and right
-            new[name] = kept - lr * m_hat / (root + eps)
-        return new, {"t": t, "m": m, "n": n, "top": top}
+            second_moment = top[name] if amsgrad else n[name]
+            m_hat = m[name] / (1 - beta1**t)
+            n_hat = second_moment / (1 - beta2**t)
+            # The clamp keeps the derivative at 0 finite, and right.
+            root = n_hat.clamp_min(1e-300).sqrt()
+            new_params[name] = decayed - lr * m_hat / (root + eps)
+        return new_params, {"t": t, "m": m, "n": n, "top": top}
 
     return rule
 
 
 def adamw(**options: Any) -> Rule:
+    """Return the rule of ``torch.optim.AdamW``."""
     return adam(**options, decoupled=True)
 
 
 def clipped(max_norm: float, then: Rule) -> Rule:
+    """Return a rule on gradients that are clipped by their global norm before."""
+
     def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         length = sum(g.square().sum() for g in grads.values()).sqrt()
         factor = torch.clamp(max_norm / (length + 1e-6), max=1.0)
@@ -93,7 +119,10 @@ def clipped(max_norm: float, then: Rule) -> Rule:
 
 @dataclass(frozen=True)
 class Found:
-    """What the reference finds; gradients of the labelled loss, so without the feedback's sign."""
+    """What the reference finds.
+
+    The gradients are those of the labeled loss, so without the feedback's sign.
+    """
 
     grads: Tree
     signal_grad: Tensor
@@ -105,30 +134,31 @@ class Found:
 
 
 def at(module: nn.Module, params: Tree, x: Tensor) -> Tensor:
-    """A copy of the module at other weights, so that running statistics stay."""
+    """Return the outputs of a copy of the module at other weights; running statistics stay."""
     with sdpa_kernel(SDPBackend.MATH):
         return functional_call(copy.deepcopy(module), params, (x,))
 
 
 def own_stream(state: Tensor) -> Tensor:
-    """Where L(θ′) draws from.
+    """Return the state of the generator that L(θ′) draws from.
 
-    A stream seeded by a hash of the generator's state after the inner pass.
+    It is seeded by a hash of the default generator's state after the inner pass.
     """
     digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1).get_state()
 
 
 def weights(module: nn.Module) -> Tree:
-    return {
-        name: p.detach().clone().requires_grad_()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
+    """Return copies of the trainable weights, as leaves of a graph."""
+    tree = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            tree[name] = p.detach().clone().requires_grad_()
+    return tree
 
 
 def stepped(loss: Tensor, params: Tree, rule: Rule, state: Any = None) -> tuple[Tree, Any]:
-    """(θ′, state′) of one step, in the graph.
+    """Return θ′ and the next state after one step, in the graph.
 
     The gradient of a weight that the loss does not reach is ``None``.
     """
@@ -137,14 +167,22 @@ def stepped(loss: Tensor, params: Tree, rule: Rule, state: Any = None) -> tuple[
 
 
 def drawn(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A label for each row of probabilities, (B,), by Gumbel's argmax."""
+    """Draw a label for each row of probabilities, (B,), by Gumbel's argmax."""
     u = torch.rand(q.shape, generator=generator).to(q.dtype)
     return (q.detach().log() - (-u.log()).log()).argmax(-1)
 
 
 def cross_entropy(target: Tensor, outputs: Tensor) -> Tensor:
-    """−Σ_k target_k log softmax(outputs)_k, (B,)."""
+    """Return −Σ_k target_k log softmax(outputs)_k, (B,)."""
     return -(target * torch.log_softmax(outputs, -1)).sum(-1)
+
+
+def views(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the weak and the strong view of an inner batch; a tensor is both."""
+    if isinstance(batch, tuple):
+        weak, strong = batch
+        return weak, strong
+    return batch, batch
 
 
 def pseudo_labels(
@@ -160,7 +198,7 @@ def pseudo_labels(
     smoothing: float = 0.0,
     labels: Tensor | None = None,
 ) -> Found:
-    """One step of Meta Pseudo Labels.
+    """Take one step of Meta Pseudo Labels.
 
     Args:
         kind: ``"soft"``: the student learns q; ``"expected"``: it learns ŷ, and the teacher is told
@@ -170,48 +208,55 @@ def pseudo_labels(
             whole batch; ``"batch_mean"``: 1/B of it, Algorithm 1 as it is written.
         labels: ŷ, where it is not to be drawn.
     """
-    weak, strong = unlabeled if isinstance(unlabeled, tuple) else (unlabeled, unlabeled)
-    theta, phi = weights(student), weights(teacher)
-    z = at(student, theta, strong)  # draws first
+    weak, strong = views(unlabeled)
+    theta = weights(student)
+    phi = weights(teacher)
+    # The student draws first, then the teacher, then the labels.
+    z = at(student, theta, strong)
     after_inner = torch.get_rng_state()
-    log_q = torch.log_softmax(at(teacher, phi, weak) / temperature, -1)  # draws next
+    log_q = torch.log_softmax(at(teacher, phi, weak) / temperature, -1)
     q = log_q.exp()
-    classes, rows = q.shape[-1], len(q)
+    rows = len(q)
+    classes = q.shape[-1]
     if kind != "soft" and labels is None:
         labels = drawn(q)
     end = torch.get_rng_state()
-    hard = None if labels is None else F.one_hot(labels, classes).to(q)
-    of_batch = kind in ("batch_score", "batch_mean")
-    u = torch.ones((1,) if of_batch else (rows,), dtype=q.dtype, requires_grad=True)
-    leaf = (q if hard is None else hard).detach().requires_grad_()
+
+    # The leaves that the labeled loss is differentiated in: targets, and weights of examples.
+    one_hot = None if labels is None else F.one_hot(labels, classes).to(q)
+    leaf = (q if one_hot is None else one_hot).detach().requires_grad_()
+    is_of_batch = kind in ("batch_score", "batch_mean")
+    u = torch.ones((1,) if is_of_batch else (rows,), dtype=q.dtype, requires_grad=True)
     target = (1 - smoothing) * leaf + smoothing / classes
     inner = (u * cross_entropy(target, z)).mean()
     moved, new_state = stepped(inner, theta, rule, state)
     torch.set_rng_state(own_stream(after_inner))
     outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
     torch.set_rng_state(end)
+
     if kind in ("soft", "expected"):
         (signal_grad,) = torch.autograd.grad(outer, leaf)
-        told = (signal_grad * q).sum()
+        objective = (signal_grad * q).sum()
     else:
         (signal_grad,) = torch.autograd.grad(outer, u)
-        told = (signal_grad * (log_q * hard).sum(-1)).sum()
-        told = told / rows if kind == "batch_mean" else told
-    grads = torch.autograd.grad(told, list(phi.values()))
+        objective = (signal_grad * (log_q * one_hot).sum(-1)).sum()
+        if kind == "batch_mean":
+            objective = objective / rows
+    grads = torch.autograd.grad(objective, list(phi.values()))
     return Found(
-        dict(zip(phi, grads, strict=True)),
-        signal_grad.detach(),
-        _constant(moved),
-        new_state,
-        inner.detach(),
-        outer.detach(),
-        labels,
+        grads=dict(zip(phi, grads, strict=True)),
+        signal_grad=signal_grad.detach(),
+        student_params=_constant(moved),
+        state=new_state,
+        inner_loss=inner.detach(),
+        outer_loss=outer.detach(),
+        labels=labels,
     )
 
 
 @dataclass(frozen=True)
 class FoundAhead:
-    """As :class:`Found`, over several student steps."""
+    """What the reference finds over several student steps, as :class:`Found`."""
 
     grads: Tree
     signal_grads: list[Tensor]
@@ -229,50 +274,59 @@ def several_steps(
     *,
     kind: str = "soft",
 ) -> FoundAhead:
-    """Student steps on the batches one after another, all in one graph; ``kind`` is ``"soft"`` or ``"expected"``.
+    """Take student steps on the batches one after another, all in one graph.
 
     Args:
         rule: of all steps, or of each.
+        kind: ``"soft"`` or ``"expected"``.
     """
-    theta, phi = weights(student), weights(teacher)
-    leaves, told = [], []
-    for x, taken in zip(
-        batches, rule if isinstance(rule, list) else [rule] * len(batches), strict=True
-    ):
-        weak, strong = x if isinstance(x, tuple) else (x, x)
+    theta = weights(student)
+    phi = weights(teacher)
+    rules = rule if isinstance(rule, list) else [rule] * len(batches)
+    leaves = []
+    signals = []
+    for batch, rule_of_step in zip(batches, rules, strict=True):
+        weak, strong = views(batch)
         z = at(student, theta, strong)
         after_inner = torch.get_rng_state()
         q = torch.softmax(at(teacher, phi, weak), -1)
-        hard = None if kind == "soft" else F.one_hot(drawn(q), q.shape[-1]).to(q)
-        leaves.append((q if hard is None else hard).detach().requires_grad_())
-        told.append(q)
-        theta, state = stepped(cross_entropy(leaves[-1], z).mean(), theta, taken, state)
+        value = q
+        if kind == "expected":
+            value = F.one_hot(drawn(q), q.shape[-1]).to(q)
+        leaf = value.detach().requires_grad_()
+        leaves.append(leaf)
+        signals.append(q)
+        theta, state = stepped(cross_entropy(leaf, z).mean(), theta, rule_of_step, state)
     end = torch.get_rng_state()
     torch.set_rng_state(own_stream(after_inner))
     outer = F.cross_entropy(at(student, theta, labeled[0]), labeled[1])
     torch.set_rng_state(end)
     signal_grads = torch.autograd.grad(outer, leaves)
-    total = sum((g * q).sum() for g, q in zip(signal_grads, told, strict=True))
-    grads = torch.autograd.grad(total, list(phi.values()))
+    objective = sum((g * q).sum() for g, q in zip(signal_grads, signals, strict=True))
+    grads = torch.autograd.grad(objective, list(phi.values()))
     return FoundAhead(
-        dict(zip(phi, grads, strict=True)), list(signal_grads), _constant(theta), outer.detach()
+        grads=dict(zip(phi, grads, strict=True)),
+        signal_grads=list(signal_grads),
+        student_params=_constant(theta),
+        outer_loss=outer.detach(),
     )
 
 
 def flat(tree: Tree | Tensor) -> Tensor:
-    return (
-        (tree if isinstance(tree, Tensor) else torch.cat([t.flatten() for t in tree.values()]))
-        .detach()
-        .double()
-    )
+    """Return all entries of a tree in one vector of float64, without a graph."""
+    if not isinstance(tree, Tensor):
+        tree = torch.cat([t.flatten() for t in tree.values()])
+    return tree.detach().double()
 
 
 def error(found: Tree | Tensor, expected: Tree | Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ over all entries."""
-    a, b = flat(found), flat(expected)
+    """Return ‖found − expected‖ / ‖expected‖ over all entries."""
+    a = flat(found)
+    b = flat(expected)
     assert b.norm() > 0, "an expected value of zero proves nothing here"
     return float((a - b).norm() / b.norm())
 
 
 def _constant(tree: Tree) -> Tree:
+    """Return a tree without its graph."""
     return {name: t.detach() for name, t in tree.items()}

@@ -5,6 +5,7 @@ Grads, feedback, θ′ and losses, fresh and warmed, in float64.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,24 +29,42 @@ from reference import error
 import metapl
 from metapl.feedback import Difference, Forward, ReinforcePerExample
 
-EXACT, DIFFERENCE = None, 1e-4  # None: the optimiser's own tolerance
+# The tolerance of a difference of outputs. None in its place: that of the optimizer's case.
+DIFFERENCE = 1e-4
 
-ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
-    # mode, kind of labels, what the reference differentiates, tolerance
-    "unrolled": ("unrolled", "soft", "soft", EXACT),
-    "forward": ("forward", "soft", "soft", EXACT),
-    "forward_by_tangent": (Forward(by="tangent"), "soft", "soft", EXACT),  # as of large students
-    "forward_hard": ("forward", "hard", "expected", EXACT),
-    "difference": ("difference", "soft", "soft", DIFFERENCE),
-    "difference_hard": ("difference", "hard", "expected", DIFFERENCE),
-    "difference_one_sided": (Difference(one_sided=True), "soft", "soft", DIFFERENCE),
-    "reinforce": ("reinforce", "hard", "batch_mean", EXACT),
-    "reinforce_per_example": ("reinforce_per_example", "hard", "score", EXACT),
-    "reinforce_per_example_by_difference": (
-        ReinforcePerExample(tangent="difference"),
-        "hard",
-        "score",
-        DIFFERENCE,
+
+@dataclass(frozen=True)
+class EstimatorCase:
+    """An estimator beside what it is compared with.
+
+    Attributes:
+        mode: the estimator.
+        labels: the kind of the problem's labels.
+        told: the ``kind`` of :func:`reference.pseudo_labels`.
+        tolerance: on h and the teacher's gradient.
+    """
+
+    mode: Any
+    labels: str
+    told: str
+    tolerance: float | None = None
+
+
+ESTIMATORS: dict[str, EstimatorCase] = {
+    "unrolled": EstimatorCase("unrolled", "soft", "soft"),
+    "forward": EstimatorCase("forward", "soft", "soft"),
+    # As of large students.
+    "forward_by_tangent": EstimatorCase(Forward(by="tangent"), "soft", "soft"),
+    "forward_hard": EstimatorCase("forward", "hard", "expected"),
+    "difference": EstimatorCase("difference", "soft", "soft", DIFFERENCE),
+    "difference_hard": EstimatorCase("difference", "hard", "expected", DIFFERENCE),
+    "difference_one_sided": EstimatorCase(
+        Difference(one_sided=True), "soft", "soft", tolerance=DIFFERENCE
+    ),
+    "reinforce": EstimatorCase("reinforce", "hard", "batch_mean"),
+    "reinforce_per_example": EstimatorCase("reinforce_per_example", "hard", "score"),
+    "reinforce_per_example_by_difference": EstimatorCase(
+        ReinforcePerExample(tangent="difference"), "hard", "score", tolerance=DIFFERENCE
     ),
 }
 
@@ -71,31 +90,45 @@ def check_against_reference(
 
     The library must leave everything where it was.
     """
-    mode, kind, told, tolerance = ESTIMATORS[estimator]
-    tolerance = max(optimiser.tolerance, tolerance or 0.0, at_least or 0.0)
-    if told == "batch_mean" and "clip" in optimiser.name:
-        tolerance = (
-            1e-6  # behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6
-        )
-    if told == "batch_mean" and "adam_defaults" in optimiser.name and rule_state is None:
-        # a first step of Adam is a sign: ⟨w, g⟩ cancels to its eps, 1e-8, in which rounding is 1e-8
+    case = ESTIMATORS[estimator]
+    tolerance = max(optimiser.tolerance, case.tolerance or 0.0, at_least or 0.0)
+    is_scalar = case.told == "batch_mean"
+    if is_scalar and "clip" in optimiser.name:
+        # Behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6.
+        tolerance = 1e-6
+    if is_scalar and "adam_defaults" in optimiser.name and rule_state is None:
+        # A first step of Adam is a sign: ⟨w, g⟩ cancels to its eps, 1e-8, in which rounding is
+        # 1e-8.
         tolerance = 1e-7
+
     problem.draw_from_start()
-    state = {"state": rule_state, "kind": told, **labels}
     expected = reference.pseudo_labels(
-        **problem.networks(), **problem.data(), rule=optimiser.rule, **state
+        **problem.networks(),
+        **problem.data(),
+        rule=optimiser.rule,
+        state=rule_state,
+        kind=case.told,
+        **labels,
     )
     drawn_to = torch.get_rng_state()
+
     problem.draw_from_start()
-    settings = {name: value for name, value in labels.items() if name == "temperature"}
-    pseudo = metapl.PseudoLabels(
-        kind=kind, label_smoothing=labels.get("smoothing", 0.0), **settings
+    pseudo_labels = metapl.PseudoLabels(
+        kind=case.labels,
+        label_smoothing=labels.get("smoothing", 0.0),
+        temperature=labels.get("temperature", 1.0),
     )
-    found = gradient(problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state)
+    found = gradient(
+        problem,
+        case.mode,
+        problem=pseudo_labels,
+        inner_optimizer=inner,
+        inner_state=inner_state,
+    )
     assert error(found.grads, expected.grads) < tolerance
-    told_of = expected.signal_grad.squeeze() if told == "batch_mean" else expected.signal_grad
-    assert found.feedback.shape == told_of.shape
-    assert error(found.feedback, -told_of) < tolerance
+    signal_grad = expected.signal_grad.squeeze() if is_scalar else expected.signal_grad
+    assert found.feedback.shape == signal_grad.shape
+    assert error(found.feedback, -signal_grad) < tolerance
     assert error(found.student_params, expected.student_params) < optimiser.tolerance
     assert error(found.inner_loss, expected.inner_loss) < 1e-12
     assert error(found.outer_loss, expected.outer_loss) < optimiser.tolerance
@@ -122,13 +155,12 @@ def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
 
 
 def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
-    """Weights, buffers, gradients and optimiser states bit for bit.
+    """Return a block after which weights, buffers, gradients and optimizers are as they were.
 
-    The generator is the caller's own.
+    Bit for bit; the generator is the caller's own.
     """
-    return unmoved(
-        problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False
-    )
+    optimizers = [inner] if isinstance(inner, torch.optim.Optimizer) else []
+    return unmoved(problem, *optimizers, generator=False)
 
 
 @pytest.mark.parametrize(
@@ -155,39 +187,39 @@ def test_three_steps_chained_by_inner_state(estimator: str, student: str, optimi
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip"])
 def test_the_reference_agrees_with_central_differences_of_real_steps(optimiser: str) -> None:
-    """The real optimiser moves the student twice, for a teacher moved to either side along one direction."""
-    problem, rule = toy("mlp"), OPTIMISERS[optimiser]
+    """The real optimizer moves the student, for a teacher moved to either side."""
+    problem = toy("mlp")
+    rule = OPTIMISERS[optimiser]
     expected = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=rule.rule).grads
     draw = torch.Generator().manual_seed(3)
-    direction = {
-        n: torch.randn(g.shape, generator=draw, dtype=g.dtype) for n, g in expected.items()
-    }
-    phi, step = reference.weights(problem.teacher), 1e-5
+    direction = {}
+    for name, g in expected.items():
+        direction[name] = torch.randn(g.shape, generator=draw, dtype=g.dtype)
+    phi = reference.weights(problem.teacher)
+    step = 1e-5
 
-    def labelled_loss(moved: float) -> torch.Tensor:
-        q = reference.at(
-            problem.teacher,
-            {n: p + moved * direction[n] for n, p in phi.items()},
-            problem.unlabeled,
-        )
+    def labeled_loss(distance: float) -> torch.Tensor:
+        moved = {name: p + distance * direction[name] for name, p in phi.items()}
+        q = reference.at(problem.teacher, moved, problem.unlabeled)
         student = toy("mlp").student
         loss = reference.cross_entropy(q.softmax(-1).detach(), student(problem.unlabeled)).mean()
         params = dict(student.named_parameters())
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
-        real = rule.build(student)
-        if isinstance(real, torch.optim.Optimizer):
+        optimizer = rule.build(student)
+        if isinstance(optimizer, torch.optim.Optimizer):
             for name, p in params.items():
                 p.grad = grads[name]
-            real.step()
+            optimizer.step()
         else:
-            updates, _ = real.update(grads, real.init(params), params=params, inplace=False)
+            state = optimizer.init(params)
+            updates, _ = optimizer.update(grads, state, params=params, inplace=False)
             torchopt.apply_updates(params, updates, inplace=True)
         with torch.no_grad():
             return torch.nn.functional.cross_entropy(
                 student(problem.labeled[0]), problem.labeled[1]
             )
 
-    slope = (labelled_loss(step) - labelled_loss(-step)) / (2 * step)
+    slope = (labeled_loss(step) - labeled_loss(-step)) / (2 * step)
     along = sum((expected[n] * direction[n]).sum() for n in expected)
     assert abs(float(slope / along) - 1) < 1e-5
 
@@ -239,19 +271,17 @@ SINGLE = {"unrolled": 2e-5, "forward": 2e-5, "difference": 2e-3, "difference_one
     ),
 )
 def test_float32_agrees_with_float64(estimator: str, student: str, optimiser: str) -> None:
-    mode, rule = ESTIMATORS[estimator][0], OPTIMISERS[optimiser]
+    rule = OPTIMISERS[optimiser]
+    # In float64, the exact gradient.
+    modes = {torch.float32: ESTIMATORS[estimator].mode, torch.float64: "forward"}
     grads = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype, mode in modes.items():
         problem = toy(student, dtype=torch.float32)
-        for net in problem.networks().values():
-            net.to(dtype)
-        data = {
-            "labeled": (problem.labeled[0].to(dtype), problem.labeled[1]),
-            "unlabeled": problem.unlabeled.to(dtype),
-        }
+        for network in problem.networks().values():
+            network.to(dtype)
+        x, y = problem.labeled
+        data = {"labeled": (x.to(dtype), y), "unlabeled": problem.unlabeled.to(dtype)}
         problem.draw_from_start()
-        how = mode if dtype == torch.float32 else "forward"
-        grads.append(
-            gradient(problem, how, **data, inner_optimizer=rule.build(problem.student)).grads
-        )
+        inner = rule.build(problem.student)
+        grads.append(gradient(problem, mode, **data, inner_optimizer=inner).grads)
     assert error(*grads) < SINGLE[estimator]

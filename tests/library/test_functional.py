@@ -1,7 +1,4 @@
-"""The pure road against the eager one.
-
-H, both gradients and the next state; captured whole, stacked, and alone.
-"""
+"""The pure road against the eager one: h, both gradients, the next state; stacked, and alone."""
 
 from __future__ import annotations
 
@@ -46,17 +43,19 @@ MODES = [
 
 
 def muon_and_adamw(params: list[Any]) -> Any:
-    """Muon for the matrices, those of two groups at two rates, and AdamW for what is left."""
+    """Return Muon for the matrices, those of two groups at two rates, and AdamW for the others."""
     groups = [one if isinstance(one, dict) else {"params": [one]} for one in params]
-    (muon, adamw) = (
-        [
-            {**g, "params": kept}
-            for g in groups
-            if (kept := [p for p in g["params"] if (p.ndim == 2) == which])
-        ]
-        for which in (True, False)
-    )
-    return torch.optim.Muon(muon, lr=0.1), torch.optim.AdamW(adamw, lr=0.02)
+
+    def part(*, of_matrices: bool) -> list[Any]:
+        found = []
+        for group in groups:
+            fitting = [p for p in group["params"] if (p.ndim == 2) == of_matrices]
+            if fitting:
+                found.append({**group, "params": fitting})
+        return found
+
+    muon = torch.optim.Muon(part(of_matrices=True), lr=0.1)
+    return muon, torch.optim.AdamW(part(of_matrices=False), lr=0.02)
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -105,145 +104,158 @@ class Penalized(metapl.PseudoLabels):
 
 
 def network(*features: str) -> nn.Module:
-    middle = [nn.BatchNorm1d(8)] * ("batch_norm" in features) + [nn.Dropout(0.3)] * (
-        "dropout" in features
-    )
-    made = nn.Sequential(
-        nn.Linear(WIDE, 8, bias=False), *middle, nn.Tanh(), nn.Linear(8, CLASSES)
-    ).double()
+    layers: list[nn.Module] = [nn.Linear(WIDE, 8, bias=False)]
+    if "batch_norm" in features:
+        layers.append(nn.BatchNorm1d(8))
+    if "dropout" in features:
+        layers.append(nn.Dropout(0.3))
+    made = nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, CLASSES)).double()
     if "frozen" in features:
-        made[0].weight.requires_grad_(False)
+        made[0].weight.requires_grad_(requires_grad=False)
     return made
 
 
 def weights(module: nn.Module, *features: str) -> list[Any]:
+    """Return what an optimizer takes: the trained weights, or two groups of them."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return (
-        [{"params": trained[:1], "lr": 0.05}, {"params": trained[1:]}]
-        if "groups" in features
-        else trained
-    )
+    if "groups" in features:
+        return [{"params": trained[:1], "lr": 0.05}, {"params": trained[1:]}]
+    return trained
 
 
 def build(
     mode: Any, optimizer: str = "nesterov", *features: str, **options: Any
 ) -> metapl.BilevelTrainer:
     torch.manual_seed(0)
-    teacher, student = network(*features), network(*features)
+    teacher = network(*features)
+    student = network(*features)
     if "signal_in_input" in features:
         options["problem"] = Entering()
     if "reads_weights" in features:
         options["problem"] = Penalized()
     if "uda" in features:
-        options["teacher_losses"] = (
-            CrossEntropy(label_smoothing=0.1),
-            UDA(temperature=0.5, threshold=0.2, ramp=7),
-        )
+        uda = UDA(temperature=0.5, threshold=0.2, ramp=7)
+        options["teacher_losses"] = (CrossEntropy(label_smoothing=0.1), uda)
     if "clip" in features:
         options["clip_norm"] = 0.05
-    made = OPTIMIZERS[optimizer]
-    given = {
-        "inner_optimizer": made(weights(student, *features)),
-        "outer_optimizer": made(weights(teacher, *features)),
+    build_optimizer = OPTIMIZERS[optimizer]
+    defaults = {
+        "verify": False,
+        "inner_optimizer": build_optimizer(weights(student, *features)),
+        "outer_optimizer": build_optimizer(weights(teacher, *features)),
     }
-    return metapl.BilevelTrainer(teacher, student, mode, **{"verify": False, **given, **options})
+    return metapl.BilevelTrainer(teacher, student, mode, **{**defaults, **options})
 
 
 def batches(*features: str, seed: int = 1) -> tuple[Any, Any]:
+    """Return an outer and an inner batch; for UDA the inner one has two views."""
     draw = torch.Generator().manual_seed(seed)
-    x, u, v = (torch.randn(ROWS, WIDE, dtype=torch.float64, generator=draw) for _ in "xuv")
-    return (x, torch.arange(ROWS) % CLASSES), (u, v) if "uda" in features else u
+
+    def rows() -> Tensor:
+        return torch.randn(ROWS, WIDE, dtype=torch.float64, generator=draw)
+
+    outer = rows(), torch.arange(ROWS) % CLASSES
+    weak = rows()
+    return outer, (weak, rows()) if "uda" in features else weak
 
 
 def error(found: Any, expected: Any) -> float:
-    """The norm of the difference of two trees over that of the second."""
-    zero = torch.zeros(1, dtype=torch.float64)
-    a, b = (
-        torch.cat([zero, *(as_real(t).double().flatten() for t in pytree.tree_leaves(tree))])
-        for tree in (found, expected)
-    )
+    """Return the norm of the difference of two trees over that of the second."""
+    a = entries(found)
+    b = entries(expected)
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-def but_for_bfloat16(a: Any, b: Any) -> tuple[Any, Any]:
-    """What is not rounded in the steps of Muon, whose momentum has here two directions of three.
+def entries(tree: Any) -> Tensor:
+    """Return all numbers of a tree in one vector; a zero first, since a tree may have none."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    leaves = [as_real(t).double().flatten() for t in pytree.tree_leaves(tree)]
+    return torch.cat([zero, *leaves])
 
-    Noise in the third.
+
+def but_for_bfloat16(a: Any, b: Any) -> tuple[Any, Any]:
+    """Return what Muon does not round, of two steps; what it rounds is compared here.
+
+    Its momentum has here two directions of three, and noise in the third.
     """
     assert error(a[0], b[0]) < 0.1
-    one, other = (
-        (state.inner.state, state.outer.state, report.feedback) for state, report in (a, b)
-    )
-    return one, other
+    exact = []
+    for state, report in (a, b):
+        exact.append((state.inner.state, state.outer.state, report.feedback))
+    return exact[0], exact[1]
 
 
 def trees(state: State) -> dict[str, Any]:
-    of = {
-        "teacher": (state.teacher, state.outer.state),
-        "student": (state.student, state.inner.state),
-    }
     return {
-        f"{name}'s {what}": t
-        for name, pair in of.items()
-        for what, t in zip(("network", "state"), pair, strict=True)
+        "teacher's network": state.teacher,
+        "teacher's state": state.outer.state,
+        "student's network": state.student,
+        "student's state": state.inner.state,
     }
 
 
 def agree(
     trainer: metapl.BilevelTrainer, data: tuple[Any, Any], tolerance: float, ahead: bool = False
 ) -> None:
-    """One step by both roads, from the same generator."""
-    torch.manual_seed(3)
-    inner_batches = InnerBatches.of_one_step(data[1])
+    """Compare one step by both roads, from the same generator."""
+    outer, inner = data
+    inner_batches = InnerBatches.of_one_step(inner)
     if ahead:
-        inner_batches = InnerBatches(list(data[1]), is_lookahead=True)
-    expected, report = eager_step(trainer, data[0], inner_batches)
+        inner_batches = InnerBatches(list(inner), is_lookahead=True)
+    torch.manual_seed(3)
+    expected, report = eager_step(trainer, outer, inner_batches)
     step, state = trainer.functional()
-    moved, found = step(state, data[0], tuple(inner_batches) if ahead else inner_batches[0])
+    moved, found = step(state, outer, tuple(inner_batches) if ahead else inner_batches[0])
     assert error(found.feedback, report.feedback) < tolerance
     assert error(found.student_outputs, report.student_outputs) < 1e-12
     for name, t in trees(expected).items():
         assert error(trees(moved)[name], t) < tolerance, name
     shown = report.as_dict()
     for name in ("inner_loss", "outer_loss", "teacher_loss", "step_rounding"):
-        assert name not in shown or float(getattr(found, name)) == pytest.approx(
-            shown[name], rel=1e-9
-        )
+        if name in shown:
+            assert float(getattr(found, name)) == pytest.approx(shown[name], rel=1e-9)
     assert float(found.flag) < tolerance
     assert int(moved.step) == int(expected.step)
 
 
 def fits(mode: str, feature: str) -> bool:
-    """Shifted passes of a difference draw masks of their own, and signals in the input are for few modes."""
+    """Return whether a mode is compared on this feature.
+
+    Shifted passes of a difference draw masks of their own, and signals in the input are for few
+    modes.
+    """
     if feature == "signal_in_input":
         return mode in ("forward", "unrolled", "none")
     return (mode, feature) != ("difference", "dropout")
 
 
-USUAL = "forward", "reinforce_per_example", "nesterov", "plain"
-# From its first step on, Algorithm 1's scalar ⟨w, g⟩ of Muon, which knows no length of g, is
-# rounding alone.
-TABLE = [
-    row
-    for row in itertools.product(MODES, OPTIMIZERS, FEATURES)
-    if fits(row[0], row[2])
-    and (
-        row[1] != "muon_and_adamw"
-        or (row[0] != "reinforce" and row[2] in ("plain", "groups", "frozen", "clip"))
-    )
-]
+USUAL = ("forward", "reinforce_per_example", "nesterov", "plain")
 
 
-@pytest.mark.parametrize(
-    ("mode", "optimizer", "feature"),
-    [
-        pytest.param(*row, marks=[pytest.mark.long] * (sum(one not in USUAL for one in row) > 1))
-        for row in TABLE
-    ],
-)
+def is_meaningful(mode: str, optimizer: str, feature: str) -> bool:
+    if optimizer != "muon_and_adamw":
+        return fits(mode, feature)
+    # From its first step on, Algorithm 1's scalar ⟨w, g⟩ of Muon, which knows no length of g, is
+    # rounding alone.
+    return mode != "reinforce" and feature in ("plain", "groups", "frozen", "clip")
+
+
+def table() -> list[Any]:
+    """Return the rows; one that is unusual in more than one thing is a long one."""
+    rows = []
+    for row in itertools.product(MODES, OPTIMIZERS, FEATURES):
+        if is_meaningful(*row):
+            unusual = [value for value in row if value not in USUAL]
+            marks = [pytest.mark.long] if len(unusual) > 1 else []
+            rows.append(pytest.param(*row, marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize(("mode", "optimizer", "feature"), table())
 def test_a_pure_step_is_the_eager_step(mode: str, optimizer: str, feature: str) -> None:
     """From fresh optimizers, and from warm ones."""
-    trainer, data = build(mode, optimizer, feature, verify=False), batches(feature)
+    trainer = build(mode, optimizer, feature, verify=False)
+    data = batches(feature)
     tolerance = 1e-6 if mode == "difference" else 1e-9
     agree(trainer, data, tolerance)
     trainer.step(*data)
