@@ -1,7 +1,10 @@
-"""The eight studies of Noisy Student's appendix and its table of noise, on digits, paired over seeds.
+"""Noisy Student's eight studies and its table of noise, on digits, paired over seeds.
 
-    python benchmarks/noisy_student.py                                 # tune, then run; goes on where it was stopped
-    python benchmarks/noisy_student.py --write benchmarks/results/noisy_student.md  # tables there, figure in docs/
+    # tune, then run; goes on where it was stopped
+    python benchmarks/noisy_student.py
+    # print the tables, with their p-values; or write them there, and the figure in docs/
+    python benchmarks/noisy_student.py --table
+    python benchmarks/noisy_student.py --write benchmarks/results/noisy_student.md
 
 A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are
 selected, and a student learns from both by the mean over the batch, with the losses, batches and
@@ -286,7 +289,7 @@ class Setting(NamedTuple):
 
 @lru_cache(maxsize=16)
 def drawn(seed: int) -> Data:
-    return Setting(0.1, 0.0, seed).config(32).data(print, False, None)
+    return Setting(0.1, 0.0, seed).config(32).data(print, progress=False, log=None)
 
 
 def learned(
@@ -299,7 +302,7 @@ def learned(
 
 @cache
 def supervised(width: int, setting: Setting) -> nn.Module:
-    """A network that learns from the labeled examples alone, with noise."""
+    """Return a network that learned from the labeled examples alone, with noise."""
     config, steps = setting.config(width), setting.steps(STEPS)
     torch.manual_seed(fold_in(setting.seed, 0))
     network = config.network()
@@ -313,14 +316,14 @@ def supervised(width: int, setting: Setting) -> nn.Module:
 
 @cache
 def labeler(width: int, rounds: int, setting: Setting) -> nn.Module:
-    """The network that labels: the first teacher, or the student after so many rounds."""
+    """Return the network that labels: the first teacher, or a student after so many rounds."""
     if not rounds:
         return supervised(width, setting)
     return student(_same(width, ratio=3), labeler(width, rounds - 1, setting), setting, rounds)
 
 
 def kept_of(arm: Arm, q: Tensor, seed: int) -> Tensor:
-    """The examples that the student learns from, each as often as it counts."""
+    """Return the examples that the student learns from, each as often as it counts."""
     pool = torch.arange(len(q))
     if arm.share < 1:
         drawn_evenly = torch.randperm(len(q), generator=torch.Generator().manual_seed(seed))
@@ -340,7 +343,7 @@ def kept_of(arm: Arm, q: Tensor, seed: int) -> Tensor:
 
 
 def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.Module:
-    """A network that learns from the labels of its teacher, in the round of this number."""
+    """Return a network that learned the labels of its teacher, in the round of this number."""
     config, data, seed = (
         setting.config(arm.width),
         drawn(setting.seed),
@@ -396,7 +399,7 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
 
 
 def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
-    """The share of each part that the network of an arm is right on."""
+    """Return the share of each part that the network of an arm is right on."""
     if arm.teacher is None:
         network = supervised(arm.width, setting)
     else:
@@ -410,7 +413,7 @@ def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
 
 
 def tuned(rows: Sequence[Row]) -> tuple[float, float]:
-    """The learning rate and the dropout with the best mean accuracy on validation examples."""
+    """Return the rate and the dropout with the best mean accuracy on validation examples."""
     best = max(
         (row for row in rows if not row["final"]),
         key=lambda row: statistics.fmean(row["validation"]),
@@ -461,7 +464,7 @@ SURE = 0.05
 
 
 def reference(study: str, name: str) -> str | None:
-    """The arm that an arm is compared with; None: it is what the others are compared with."""
+    """Return the arm that an arm is compared with; None for the one that the others have."""
     width, first = name.partition(":")[0], name.partition(",")[0]
     other = {
         "noise": f"Noisy Student, {name.partition(', ')[2]}",
@@ -477,8 +480,11 @@ def reference(study: str, name: str) -> str | None:
 
 
 class Compared(NamedTuple):
-    """An arm of a study: its accuracies by seed, those of the arm that it is compared with, what
-    that is called without what both have, and the paper's difference in points, if any."""
+    """An arm of a study, beside the one that it is compared with.
+
+    Its accuracies by seed, those of the other, what that is called without what both have, and the
+    paper's difference in points, if any.
+    """
 
     first: list[float]
     second: list[float] | None
@@ -529,7 +535,7 @@ def verdicts(rows: Sequence[Row]) -> Counter[str]:
 
 
 def further(arms: dict[str, Compared], pairs: Sequence[tuple[str, str]]) -> str:
-    """Return the differences that answer one question as a table, as far as their arms have rows."""
+    """Return the differences that answer one question, as far as their arms have rows."""
     pairs = [pair for pair in pairs if set(pair) <= arms.keys()]
     lines = []
     for first, second in pairs:

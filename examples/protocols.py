@@ -1,13 +1,17 @@
-"""The picture protocols of Meta Pseudo Labels, on torchvision's files of the data sets; nothing is downloaded.
+"""The picture protocols of Meta Pseudo Labels, on torchvision's files; nothing is downloaded.
 
-    python examples/protocols.py cifar10-4k --root data/ --out runs/cifar            # 4,000 labels of 50,000
-    python examples/protocols.py svhn-1k-paper --root data/ --out runs/svhn --seeds 0-9      # mean and deviation
-    python examples/protocols.py imagenet-10pct --root data/ --out runs/tenth        # 128 labels a class, ResNet-50
-    python examples/protocols.py cifar10-4k --data fashion --image-size 28 --network pooled_cnn --scale-to 300 \\
-        --root /usr/share/datasets/fashion-mnist --out runs/small                    # each row, in a minute
+    # 4,000 labels of 50,000; mean and deviation of ten runs; 128 labels a class, ResNet-50
+    python examples/protocols.py cifar10-4k --root data/ --out runs/cifar
+    python examples/protocols.py svhn-1k-paper --root data/ --out runs/svhn --seeds 0-9
+    python examples/protocols.py imagenet-10pct --root data/ --out runs/tenth
+    # each row, in a minute
+    python examples/protocols.py cifar10-4k --data fashion --image-size 28 --network pooled_cnn \\
+        --scale-to 300 --root /usr/share/datasets/fashion-mnist --out runs/small
+    # all labels, and 12.8 M others
     torchrun --nproc-per-node=8 examples/protocols.py imagenet-jft --mesh.shard 8 --root data/ \\
-        --unlabeled pictures/ --out runs/jft                                         # all labels, and 12.8 M others
-    python examples/protocols.py --sources                                           # who says which value
+        --unlabeled pictures/ --out runs/jft
+    # who says which value
+    python examples/protocols.py --sources
 
 A row ends in -paper where it is Algorithm 1 with the paper's settings, evaluated at its last
 checkpoint; its neighbor has the exact gradient. --sources prints of every value whether it is the
@@ -206,7 +210,7 @@ class Row:
         return Row("", {}, {}).but(title, *layers)
 
     def but(self, title: str, *layers: Layer) -> "Row":
-        """Return another row, in which the values of the layers take the place of those that are here."""
+        """Return another row, in which the values of the layers replace those that are here."""
         values = dict(self.values)
         sources = dict(self.sources)
         for source, changes in layers:
@@ -215,15 +219,17 @@ class Row:
         return Row(title, values, sources)
 
     def elsewhere(self) -> "Row":
-        """Return this row for another experiment, of which neither the table nor the code says
-        anything: we chose its values to be those of this one."""
+        """Return this row for another experiment, with its values as our choice.
+
+        Neither the table nor the code says anything of that one.
+        """
         sources: dict[str, Source] = {}
         for name, source in self.sources.items():
             sources[name] = "paper" if source == "paper" else "ours"
         return Row(self.title, self.values, sources)
 
     def cell(self, name: str) -> str:
-        """Return a value and the first letter of its source, or nothing where it is left as it is."""
+        """Return a value and the first letter of its source, or nothing where it has none."""
         return f"{spoken(self.values[name])} {self.sources[name][0]}" if name in self.values else ""
 
     def settings(self) -> Protocol:
@@ -445,7 +451,7 @@ ALWAYS: Mapping[str, Source] = {
 
 
 def sources_table() -> str:
-    """Return the values of all rows as a table, each with the letter of its source, and what all rows share."""
+    """Return the values of all rows with the letters of their sources, and what all rows share."""
     names = list(dict.fromkeys(name for row in ROWS.values() for name in row.values))
     lines = [
         f"| setting | {' | '.join(f'`{name}`' for name in ROWS)} |",
@@ -485,9 +491,10 @@ def spoken(value: Any) -> str:
 
 
 def scaled(c: Protocol) -> Protocol:
-    """Return the settings of a shorter run: what is counted in steps, in the proportion of --scale-to to --steps.
+    """Return the settings of a shorter run.
 
-    It is validated, recorded and saved five times, or more often where that is asked for.
+    What is counted in steps shrinks in the proportion of --scale-to to --steps. It is validated,
+    recorded and saved five times, or more often where that is asked for.
     """
     if c.scale_to is None:
         return c
@@ -851,7 +858,9 @@ def evaluated(network: nn.Module, examples: EvaluationBatches) -> Evaluation:
 
 
 class TrainingAccuracy:
-    """Measure the networks, as they train, on labeled training pictures as they are (Figure 4): a callback of a fit.
+    """Measure networks in training on labeled training pictures as they are (Figure 4).
+
+    This is a callback of a fit.
 
     The row has ``teacher_training_accuracy`` and ``student_training_accuracy``; a network that
     trains alone is the student. Their averages are not looked at.
@@ -883,7 +892,7 @@ class TrainingAccuracy:
 
 
 def train_seeds(c: Protocol, processes: Processes) -> dict[str, Any]:
-    """Train once for each seed, in folders of their own, and return means and deviations over the runs so far."""
+    """Train once for each seed, each in a folder of its own, and return means and deviations."""
     results = {}
     for seed in parse_seeds(c.seeds or ""):
         run = dataclasses.replace(c, seed=seed, seeds=None, out=str(Path(c.out) / f"seed-{seed}"))
@@ -896,7 +905,7 @@ def train_seeds(c: Protocol, processes: Processes) -> dict[str, Any]:
 
 
 def summarized(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean and the sample deviation of every accuracy, with the values in the order of the seeds."""
+    """Return mean and sample deviation of every accuracy, with its values in order of the seeds."""
     summary: dict[str, Any] = {"seeds": list(results)}
     first = next(iter(results.values()))
     for name in first:
@@ -922,7 +931,7 @@ def shown(summary: Mapping[str, Any]) -> str:
 
 
 def settings_of(words: Sequence[str]) -> Protocol:
-    """Return the settings that a command line asks for, refused in one line where they do not go together."""
+    """Return the settings that a command line asks for; what does not go together is refused."""
     c = scaled(tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words)))
     check(c)
     return c

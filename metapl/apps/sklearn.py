@@ -295,8 +295,8 @@ class MetaReweightedClassifier(_Classifier):
     no row left keep the weight 1. No feedback is used.
 
     Args:
-        hidden_layer_sizes, network, batch_size, learning_rate, weight_decay, device, verbose,
-            random_state: as of :class:`MetaPseudoLabelsClassifier`.
+        hidden_layer_sizes, network, batch_size: as of :class:`MetaPseudoLabelsClassifier`.
+        learning_rate, weight_decay, device, verbose, random_state: as there.
         mode: one for differentiable signals, used with trusted rows; ``"none"`` is the control:
             plain training without trusted rows, and equal weights of all rows but the trusted ones
             with them.

@@ -107,8 +107,8 @@ class LocalStudent:
         inspects_graph: set at a first step. The next graph of a gradient is searched for
             derivatives that PyTorch would leave out.
         chooses_order: whether this step chooses the order of differentiation.
-        compares_gradients: whether ż was none that its gradient knows of, so that gradients which
-            are computed again are compared with the first ones.
+        compares_gradients: whether the derivative along w by the outputs was not the one by the
+            gradient. Gradients that are computed again are then compared with the first ones.
     """
 
     pass_type: type[Pass]
@@ -219,13 +219,7 @@ class LocalStudent:
                 "the outer loss has no gradient in the student; expected one of its undetached "
                 "outputs."
             )
-        v = mean_tree(gradients)
-        if len(v) < len(leaves):
-            v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
-        if isinstance(weight, Tensor):
-            # The gradients are of sums, and their mean was over micro-batches and ranks.
-            v = {name: len(values) / weight * t for name, t in v.items()}
-        return mean, v
+        return mean, _gradient_of_mean(gradients, weight, leaves=leaves)
 
     def _all_rows(self, first: Tensor, others: MicroBatches) -> _AllRows:
         """Return the outputs of all micro-batches without a graph, given those of the first.
@@ -729,6 +723,23 @@ def is_plain_mean(value: Weighted) -> bool:
     """Return whether a loss was returned as a mean, without a weight of its own."""
     _, weight = value
     return not isinstance(weight, Tensor)
+
+
+def _gradient_of_mean(gradients: Sequence[Tree], weight: Tensor | float, leaves: Tree) -> Tree:
+    """Return the gradient of a loss over micro-batches, with zeros for weights without one.
+
+    Args:
+        gradients: those of each micro-batch, means over the ranks.
+        weight: by which the sum of the losses was divided, a mean over the ranks; a number for
+            losses that are means themselves.
+    """
+    v = mean_tree(gradients)
+    if len(v) < len(leaves):
+        v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
+    if isinstance(weight, Tensor):
+        # The gradients are of sums over rows, of which the mean was taken.
+        v = {name: len(gradients) / weight * t for name, t in v.items()}
+    return v
 
 
 def _derivatives(

@@ -30,8 +30,8 @@ class FeedbackSize:
 
     .. math:: \lambda = \mathrm{weight}, \qquad
               \lambda = \mathrm{ratio}\, \frac{\|G_{own}\|}{\|G_h\|}, \qquad
-              |\lambda| = \min\Big(|\mathrm{weight}|,\
-              \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
+              |\lambda| = \min\Big(|\mathrm{weight}|,
+              \ \mathrm{bound}\, \frac{\|G_{own}\|}{\|G_h\|}\Big)
 
     Args:
         weight: λ itself, or with a bound the greatest λ; λ has its sign.

@@ -129,8 +129,8 @@ class UDA:
     examples of which it is not confident are left out.
 
     .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\;
-              \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\
-              T(x_i^{strong})\big), \quad
+              \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},
+              \ T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 
     With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power

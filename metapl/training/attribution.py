@@ -430,8 +430,8 @@ def metasmoothness(
     of its examples, and near 0 where a derivative at w = 1 says nothing of weights that are h away.
 
     Args:
-        student, train, outer, optimizer, steps, batch_size, schedule, generator, problem,
-            clip_norm, progress: as for :func:`attribute`.
+        student, train, outer, optimizer, steps, batch_size: as for :func:`attribute`.
+        schedule, generator, problem, clip_norm, progress: as for :func:`attribute`.
         step: h.
         direction: v, as many numbers as there are training examples, (N,); default: standard normal
             ones, by ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the

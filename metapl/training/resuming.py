@@ -156,7 +156,7 @@ def settings_of(
 ) -> dict[str, str]:
     """Return what the parts of a fit must have in common, by name.
 
-    Data, options, settings, callbacks with a state.
+    That are the data, the options, the settings, and the callbacks with a state.
     """
     settings: dict[str, Any] = {}
     for name, facts in sources.facts.items():
@@ -181,12 +181,12 @@ def settings_of(
     settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
     for name, optimizer in rates.optimizers.items():
         role = name.removesuffix("_lr")
-        for number, (group, rate) in enumerate(
-            zip(optimizer.param_groups, rates.base_rates[name], strict=False)
-        ):
-            group_settings = {
-                key: value for key, value in group.items() if key not in SPEED_SETTINGS
-            }
+        groups_and_rates = zip(optimizer.param_groups, rates.base_rates[name], strict=False)
+        for number, (group, rate) in enumerate(groups_and_rates):
+            group_settings: dict[str, Any] = {}
+            for key, value in group.items():
+                if key not in SPEED_SETTINGS:
+                    group_settings[key] = value
             group_settings["optimizer"] = type(optimizer).__name__
             group_settings["lr"] = float(rate)
             group_settings["parameters"] = len(group["params"])
@@ -196,12 +196,16 @@ def settings_of(
     return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
 
 
-def refuse_other_settings(before: Mapping[str, str], now: Mapping[str, str], path: Path) -> None:
+def refuse_other_settings(
+    stored: Mapping[str, str], current: Mapping[str, str], path: Path
+) -> None:
     """Refuse to go on from a checkpoint of a fit with other data, options or settings."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        changes = few([f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed])
-        raise MetaplError(f"{path} was begun otherwise ({changes}); or give resume='anyway'.")
+    changes = []
+    for name in {**stored, **current}:
+        if stored.get(name) != current.get(name):
+            changes.append(f"{name} was {stored.get(name)}, now {current.get(name)}")
+    if changes:
+        raise MetaplError(f"{path} was begun otherwise ({few(changes)}); or give resume='anyway'.")
 
 
 def state_of_process(
@@ -237,11 +241,10 @@ def sharded_tensors(state: dict[str, Any], trainer: Fittable) -> dict[str, Any]:
     encoded(state, tensors)
     tensors = {place: t for place, t in tensors.items() if is_sharded(t)}
     # An optimizer's state may not be there yet; it is laid out as its parameters are.
-    keys = [
-        key
-        for key, value in state["trainer"].items()
-        if isinstance(value, dict) and "param_groups" in value
-    ]
+    keys = []
+    for key, value in state["trainer"].items():
+        if isinstance(value, dict) and "param_groups" in value:
+            keys.append(key)
     for key, optimizer in zip(keys, trainer.schedulable, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, p in enumerate(parameters):

@@ -86,7 +86,8 @@ def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
     assert figures["difference_class_means"].noise_to_signal == 0
     assert figures["difference_class_means"].relative_error > 0.01
     signs = figures["difference_random_sign"]
-    assert signs.noise_to_signal > 0.3  # drawn anew for every draw
+    # Signs are drawn anew for every draw.
+    assert signs.noise_to_signal > 0.3
     assert abs(signs.cosine) < 0.9
     assert not found("mlp", ["reinforce"]).altered
     assert not found("mlp", ["forward"], altered=False).altered
@@ -249,23 +250,25 @@ NONE = {"none": cost(0.001, 10_000, 1.0)}
         ({"unrolled": cost(0.0290, 300_000), "forward": cost(0.0310, 150_000)}, "forward"),
         ({"unrolled": cost(0.0310, 100_000), "forward": cost(0.0290, 150_000)}, "unrolled"),
         ({"unrolled": cost(0.0290, 100_000), "forward": cost(0.0310, 105_000)}, "forward"),
-        (
-            {"unrolled": cost(0.0290), "forward": cost(0.0320)},
-            "unrolled",
-        ),  # just beyond the tolerance
+        # Just beyond the tolerance.
+        ({"unrolled": cost(0.0290), "forward": cost(0.0320)}, "unrolled"),
+        # A gradient near zero.
         (
             {"unrolled": "no second derivative", "forward": cost(0.03, error=0.024)},
             "forward",
-        ),  # a gradient near zero
+        ),
+        # A mode that is not exact here.
         (
             {"forward": cost(0.03, error=0.5), "difference": cost(0.04, error=1e-4)},
             "difference",
-        ),  # not exact here
+        ),
+        # A mode with noise.
         (
             {"forward": cost(0.03, error=1e-5, noise=2e-3), "unrolled": cost(0.05)},
             "unrolled",
-        ),  # with noise
-        ({"forward": "it cannot"}, "reinforce_per_example"),  # the nearest
+        ),
+        # The nearest in one draw.
+        ({"forward": "it cannot"}, "reinforce_per_example"),
     ],
 )
 def test_of_exact_modes_time_decides_then_memory_then_forward(
@@ -355,7 +358,8 @@ def test_class_means_leave_nothing_of_the_single_example() -> None:
     labels = torch.tensor([0, 1, 0, 1])
     for altered_h in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", labels=labels):
         assert altered_h.tolist() == [3, 5, 3, 5]
-    weights = torch.tensor([0.1, 0.2, 0.3, 0.3])  # equal weights are no class
+    # Equal weights are no class.
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.3])
     for altered_h in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", weights=weights):
         assert altered_h.tolist() == [4, 4, 4, 4]
 

@@ -22,30 +22,29 @@ import metapl
 from metapl.data import feed, without_labels
 from metapl.models import Logits
 
-ROWS, CLASSES = 6, 3
+ROWS = 6
+CLASSES = 3
 MODES: list[Any] = [*ANYWHERE]
 
 
 class TwoInputs(nn.Module):
     """Token numbers and weights in, an object out, as networks of Hugging Face have it."""
 
-    def __init__(self, how: str = "object") -> None:
+    def __init__(self, returned: str = "object") -> None:
         super().__init__()
-        self.embed, self.drop, self.head = (
-            nn.Embedding(7, 5),
-            nn.Dropout(0.3),
-            nn.Linear(5, CLASSES),
-        )
-        self.how = how
+        self.embed = nn.Embedding(7, 5)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(5, CLASSES)
+        self.returned = returned
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         mean = (self.embed(input_ids) * attention_mask[..., None]).mean(1)
         logits = self.head(self.drop(torch.tanh(mean)))
-        return {
-            "object": SimpleNamespace(logits=logits),
-            "dict": {"logits": logits},
-            "tensor": logits,
-        }[self.how]
+        if self.returned == "object":
+            return SimpleNamespace(logits=logits)
+        if self.returned == "dict":
+            return {"logits": logits}
+        return logits
 
 
 class OneTensor(nn.Module):
@@ -60,11 +59,11 @@ class OneTensor(nn.Module):
         return logits
 
 
-def joined(rows: int, draw: torch.Generator, length: int = 4) -> Tensor:
-    ids = torch.randint(0, 7, (rows, length), generator=draw)
-    return torch.stack(
-        [ids.double(), torch.rand(rows, length, generator=draw, dtype=torch.float64)], -1
-    )
+def joined(rows: int, generator: torch.Generator, length: int = 4) -> Tensor:
+    """Return token numbers and weights in one tensor, (rows, length, 2)."""
+    ids = torch.randint(0, 7, (rows, length), generator=generator)
+    token_weights = torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    return torch.stack([ids.double(), token_weights], -1)
 
 
 KINDS: dict[str, Callable[[Tensor], Any]] = {
@@ -76,19 +75,30 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def networks(kind: str, how: str = "object") -> tuple[nn.Module, nn.Module]:
+def networks(kind: str, returned: str = "object") -> tuple[nn.Module, nn.Module]:
+    def network() -> nn.Module:
+        if kind == "tensor":
+            return OneTensor().double()
+        return Logits(TwoInputs(returned)).double()
+
     torch.manual_seed(0)
-    build = OneTensor if kind == "tensor" else lambda: Logits(TwoInputs(how))
-    return build().double(), build().double()
+    return network(), network()
 
 
 def data(kind: str, views: bool) -> dict[str, Any]:
     """Return the same examples in every kind."""
-    draw, form = torch.Generator().manual_seed(1), KINDS[kind]
-    labeled = form(joined(ROWS, draw)), torch.arange(ROWS) % CLASSES
-    weak, strong = (form(joined(ROWS + 2, draw)) for _ in range(2))
-    alone = (weak,) if isinstance(weak, tuple | list) else weak  # a pair is two views
-    return {"labeled": labeled, "unlabeled": (weak, strong) if views else alone}
+    generator = torch.Generator().manual_seed(1)
+    form = KINDS[kind]
+    labeled = form(joined(ROWS, generator)), torch.arange(ROWS) % CLASSES
+    weak = form(joined(ROWS + 2, generator))
+    strong = form(joined(ROWS + 2, generator))
+    unlabeled = weak
+    if views:
+        unlabeled = (weak, strong)
+    elif isinstance(weak, tuple | list):
+        # By itself, a pair would be two views.
+        unlabeled = (weak,)
+    return {"labeled": labeled, "unlabeled": unlabeled}
 
 
 def trainer(kind: str, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
@@ -111,42 +121,42 @@ def weights(*modules: nn.Module) -> list[Tensor]:
 )
 def test_the_kind_of_a_batch_changes_no_number(mode: Any, kind: str, views: bool) -> None:
     """Bit for bit those of one tensor, dropout masks included."""
-    found = []
-    for one in ("tensor", kind):
-        teacher, student = networks(one)
+
+    def hypergradient(kind: str) -> metapl.Hypergradient:
+        teacher, student = networks(kind)
         inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
         torch.manual_seed(2)
-        result = metapl.hypergradient(
-            teacher, student, **data(one, views), mode=mode, inner_optimizer=inner
+        return metapl.hypergradient(
+            teacher, student, **data(kind, views), mode=mode, inner_optimizer=inner
         )
-        found.append(
-            [
-                *result.grads.values(),
-                result.feedback,
-                result.outer_loss,
-                *result.student_params.values(),
-            ]
-        )
-    assert same(*found)
-    assert mode == "none" or any(t.any() for t in found[0][:3])
+
+    def tensors(result: metapl.Hypergradient) -> list[Tensor]:
+        weights_after = result.student_params.values()
+        return [*result.grads.values(), result.feedback, result.outer_loss, *weights_after]
+
+    of_tensor = hypergradient("tensor")
+    assert same(tensors(of_tensor), tensors(hypergradient(kind)))
+    assert mode == "none" or any(g.any() for g in of_tensor.grads.values())
 
 
 @pytest.mark.parametrize("key", ["labels", "label"])
 def test_labels_may_be_among_the_entries_of_a_dict(key: str) -> None:
-    ends = []
-    for inside in (False, True):
-        bilevel, batch = trainer("dict"), data("dict", views=False)
-        inputs, labels = batch["labeled"]
+    batches = data("dict", views=False)
+    inputs, labels = batches["labeled"]
+
+    def weights_after_step(labeled: Any) -> list[Tensor]:
+        bilevel = trainer("dict")
         torch.manual_seed(2)
-        bilevel.step({**inputs, key: labels} if inside else (inputs, labels), batch["unlabeled"])
-        ends.append(weights(bilevel.teacher, bilevel.student))
-    assert same(*ends)
+        bilevel.step(labeled, batches["unlabeled"])
+        return weights(bilevel.teacher, bilevel.student)
+
+    assert same(weights_after_step((inputs, labels)), weights_after_step({**inputs, key: labels}))
 
 
-@pytest.mark.parametrize("how", ["object", "dict", "tensor"])
-def test_logits_takes_what_the_network_returns(how: str) -> None:
+@pytest.mark.parametrize("returned", ["object", "dict", "tensor"])
+def test_logits_takes_what_the_network_returns(returned: str) -> None:
     inputs = data("dict", views=False)["unlabeled"]
-    adapted, _ = networks("dict", how)
+    adapted, _ = networks("dict", returned)
     adapted.eval()
     network = adapted.network
     mean = (network.embed(inputs["input_ids"]) * inputs["attention_mask"][..., None]).mean(1)
@@ -159,13 +169,15 @@ Y = torch.arange(8) % CLASSES
 
 @pytest.mark.parametrize("kind", ["loader", "list"])
 def test_without_labels_serves_and_resumes_as_the_source(kind: str) -> None:
-    source: Any = DataLoader(TensorDataset(X, Y), batch_size=3, shuffle=True)
-    source = source if kind == "loader" else [(X[:3], Y[:3]), (X[3:], Y[3:])]
-    bare, first, second = (
-        feed(s, name="u", stop=20) for s in (source, without_labels(source), without_labels(source))
-    )
+    source: Any = [(X[:3], Y[:3]), (X[3:], Y[3:])]
+    if kind == "loader":
+        source = DataLoader(TensorDataset(X, Y), batch_size=3, shuffle=True)
+    with_labels = feed(source, name="u", stop=20)
+    first = feed(without_labels(source), name="u", stop=20)
+    second = feed(without_labels(source), name="u", stop=20)
     for _ in range(5):
-        assert torch.equal(bare.next()[0], first.next())
+        inputs, _ = with_labels.next()
+        assert torch.equal(inputs, first.next())
     second.restore(first.state())
     for _ in range(5):
         assert torch.equal(first.next(), second.next())
@@ -177,21 +189,23 @@ class Recurrent(nn.Module):
 
     def __init__(self, form: str = "tuple") -> None:
         super().__init__()
-        self.cells, self.head, self.form = (
-            nn.LSTM(2, 5, batch_first=True),
-            nn.Linear(5, CLASSES),
-            form,
-        )
+        self.cells = nn.LSTM(2, 5, batch_first=True)
+        self.head = nn.Linear(5, CLASSES)
+        self.form = form
 
     def forward(self, x: Any) -> Any:
-        x = x["sequence"] if self.form == "one dict" else x
+        if self.form == "one dict":
+            x = x["sequence"]
         _, hidden = self.cells(x)
         outputs = self.head(hidden[0][-1])
         if self.form == "named":
             return SimpleNamespace(hidden=hidden, logits=outputs)
-        if self.form == "later":  # the states first, which are no tensor
+        if self.form == "later":
+            # The states come first, which are no tensor.
             return hidden, outputs
-        return [outputs, hidden] if self.form == "list" else (outputs, hidden)
+        if self.form == "list":
+            return [outputs, hidden]
+        return outputs, hidden
 
 
 class FirstOnly(nn.Module):
@@ -228,28 +242,38 @@ def test_a_network_that_returns_its_hidden_state_too(form: str) -> None:
     With it the numbers are those of the first tensor alone.
     """
     torch.manual_seed(0)
-    student, labels = Recurrent(form).double(), torch.arange(ROWS) % CLASSES
+    student = Recurrent(form).double()
+    labels = torch.arange(ROWS) % CLASSES
     table = metapl.problems.Table(torch.linspace(-1, 1, ROWS, dtype=torch.float64))
     inner = torch.optim.SGD(student.parameters(), lr=0.3)
-    given: dict[str, Any] = {
-        "inner": (sequences(form), labels, torch.arange(ROWS)),
-        "problem": OfSequences(),
-    }
-    given |= {"outer": (sequences(form), labels), "inner_optimizer": inner}
+    outer_batch = (sequences(form), labels)
+    inner_batch = (sequences(form), labels, torch.arange(ROWS))
+
+    def hypergradient(network: nn.Module, verify: bool = False) -> metapl.Hypergradient:
+        return metapl.hypergradient(
+            table,
+            network,
+            outer=outer_batch,
+            inner=inner_batch,
+            problem=OfSequences(),
+            inner_optimizer=inner,
+            verify=verify,
+        )
+
     with pytest.raises(metapl.MetaplError) as refused:
-        metapl.hypergradient(table, student, **given)
+        hypergradient(student)
     call = re.search(r"metapl\.models\.Logits\(student\)", str(refused.value))
     assert call is not None
     wrapped = eval(call[0], {"metapl": metapl, "student": student})
-    found = metapl.hypergradient(table, wrapped, **given, verify=True)
-    expected = metapl.hypergradient(table, FirstOnly(student), **given)
+    result = hypergradient(wrapped, verify=True)
+    expected = hypergradient(FirstOnly(student))
     assert same(
-        [found.feedback, *found.student_params.values()],
+        [result.feedback, *result.student_params.values()],
         [expected.feedback, *expected.student_params.values()],
     )
-    assert found.feedback.abs().min() > 0
+    assert result.feedback.abs().min() > 0
     trainer = metapl.BilevelTrainer(table, wrapped, problem=OfSequences(), inner_optimizer=inner)
-    trainer.step(outer=given["outer"], inner=given["inner"])
+    trainer.step(outer=outer_batch, inner=inner_batch)
     assert same([*trainer.student.parameters()], [*expected.student_params.values()])
 
 
@@ -282,10 +306,10 @@ def test_the_arguments_of_a_network_decide_how_a_batch_goes_in() -> None:
         def forward(self, pair: Any) -> Tensor:
             return pair[0] + pair[1]
 
-    a, b = torch.ones(2, 3), torch.full((2, 3), 2.0)
-    assert torch.equal(
-        Logits(Optional())({"a": a, "b": b}), a
-    )  # one required argument, which is none of the keys
+    a = torch.ones(2, 3)
+    b = torch.full((2, 3), 2.0)
+    # One argument is required, which is none of the keys.
+    assert torch.equal(Logits(Optional())({"a": a, "b": b}), a)
     assert torch.equal(Logits(Optional())({"x": a, "hidden": b}), a + b)
     assert torch.equal(Logits(Optional())((a, b)), a + b)
     assert torch.equal(Logits(Keywords())({"a": a, "b": b}), a + b)

@@ -148,7 +148,8 @@ def test_as_many_stay_as_are_kept_and_what_others_have_there_too(tmp_path: Path)
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (10, 20, 30):
         folder.write(step, {"step": step})
-    folder.write(20, {"step": 20})  # after a restart: the later one stays until it is passed
+    # After a restart, the later one stays until it is passed.
+    folder.write(20, {"step": 20})
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "step-00000020.ckpt", "step-00000030.ckpt"]
 
 
@@ -215,7 +216,8 @@ def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(
     for step in (2, 3, 4):
         written(writer, step)
     assert names(writer) == ["step-00000003.parts", "step-00000004.parts"]
-    written(writer, 4, 5.0)  # in the place of one that was passed over
+    # It takes the place of one that was passed over.
+    written(writer, 4, 5.0)
     newest = CheckpointFolder(writer.folder).newest()
     assert newest is not None
     assert load_parts(newest.path, {})["trainer"]["student"]["weight"].unique().tolist() == [5.0]
@@ -225,7 +227,8 @@ def test_one_with_a_damaged_file_is_passed_over(writer: PartsFolder) -> None:
     written(writer, 1)
     newest_path = written(writer, 2)
     files = {path: path.read_bytes() for path in newest_path.iterdir()}
-    assert len(files) == 3  # the part, its metadata, and the rest
+    # These are the part, its metadata, and the rest.
+    assert len(files) == 3
     for path, content in files.items():
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]

@@ -86,16 +86,16 @@ def losses_of(z: Tensor, batch: Any) -> list[Tensor]:
     """Return the losses of the tokens of each sequence."""
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     log_p = z.log_softmax(-1)
-    out = left_out(batch)
-    return [
-        torch.stack(
-            [
-                z.sum() * 0,
-                *(-log_p[i, t, ids[i, t + 1]] for t in range(LENGTH - 1) if not out[i, t + 1]),
-            ]
-        )[1:]
-        for i in range(len(ids))
-    ]
+    is_left_out = left_out(batch)
+    losses_of_sequences = []
+    for row in range(len(ids)):
+        # A sequence with nothing to predict has no loss, and an empty tensor with a graph.
+        losses = [z.sum() * 0]
+        for t in range(LENGTH - 1):
+            if not is_left_out[row, t + 1]:
+                losses.append(-log_p[row, t, ids[row, t + 1]])
+        losses_of_sequences.append(torch.stack(losses)[1:])
+    return losses_of_sequences
 
 
 def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:

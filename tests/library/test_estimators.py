@@ -39,29 +39,32 @@ def test_exact_modes_are_those_that_say_so() -> None:
 
 
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
-    """A layout offers what follows from its kind and from the version of torch.
+    """What a layout offers follows from its kind and from the version of torch.
 
     The processes are not needed.
     """
 
-    def refused(steps: int = 1, **laid_out: Any) -> set[str]:
-        student, found = Layout(nn.Linear(2, 2), **laid_out), set()
+    def refused(steps: int = 1, **layout_options: Any) -> set[str]:
+        student = Layout(nn.Linear(2, 2), **layout_options)
+        modes = set()
         for mode in map(estimator, metapl.MODES):
             try:
                 check_mode(mode, steps, prepare(None, mode), student)
             except MetaplError:
-                found.add(mode.name)
-        return found
+                modes.add(mode.name)
+        return modes
 
     assert refused() == set()
     assert refused(kind="replicated") == refused(kind="sharded") == {"unrolled", "implicit"}
     of_products = {"unrolled", "implicit", "forward", "reinforce_per_example"}
     assert refused(kind="sharded", product_ranks=2) == of_products
     assert "forward" not in refused(steps=2)
-    ahead = {*metapl.MODES} - {"forward", "none"}
+    of_one_step = {*metapl.MODES} - {"forward", "none"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "DTENSOR_TWICE", "2.0")
-        assert refused(steps=2, kind="sharded") == refused(steps=2, kind="replicated") == ahead
+        assert (
+            refused(steps=2, kind="sharded") == refused(steps=2, kind="replicated") == of_one_step
+        )
     assert refused(steps=2, kind="sharded", product_ranks=2) == {*metapl.MODES}
 
 
@@ -73,7 +76,8 @@ def test_several_steps_of_a_sharded_student_name_the_torch_that_they_need(
     One student step takes none in the weights.
     """
     monkeypatch.setattr(layout, "DTENSOR_TWICE", "99.1")
-    student, mode = Layout(nn.Linear(2, 2), kind="sharded"), estimator("forward")
+    student = Layout(nn.Linear(2, 2), kind="sharded")
+    mode = estimator("forward")
     check_mode(mode, 1, prepare(None, mode), student)
     with pytest.raises(
         MetaplError,

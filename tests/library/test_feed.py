@@ -92,13 +92,15 @@ def check_going_on(source: Callable[[], Any], cuts: range) -> None:
         for number in range(cut, cut + 6):
             disturb()
             assert same(resumed.next(), batches[number]), (cut, number)
-        assert same(resumed.state(), states[cut + 6]) if cut + 6 < len(states) else True
+        if cut + 6 < len(states):
+            assert same(resumed.state(), states[cut + 6])
         resumed.close()
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callable[[], Any]) -> None:
-    check_going_on(source, range(6))  # an epoch is of three or four batches
+    # An epoch has three or four batches.
+    check_going_on(source, range(6))
     outside_state = checkpoint.rng_state()
     stream = made(source())
     uninterrupted = made(source())
@@ -429,4 +431,5 @@ def test_sampler_refuses_what_it_cannot_draw() -> None:
     with pytest.raises(MetaplError):
         StepSampler(4, 4, seed=0).indices(-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]  # the very mistake under test
+        # This mistake is what is tested.
+        StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]

@@ -25,17 +25,16 @@ class PartlyHalf(nn.Module):
 
     def __init__(self, kind: str, width: int = 6, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.body, self.head, self.kind, self.dtype = (
-            nn.Linear(16, width),
-            nn.Linear(width, CLASSES),
-            kind,
-            dtype,
-        )
+        self.kind = kind
+        self.dtype = dtype
+        self.body = nn.Linear(16, width)
+        self.head = nn.Linear(width, CLASSES)
         self.inside = nn.LayerNorm(width) if kind == "norm" else nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x.flatten(1))
-        weight, bias = self.inside.weight.to(self.dtype), self.inside.bias.to(self.dtype)
+        weight = self.inside.weight.to(self.dtype)
+        bias = self.inside.bias.to(self.dtype)
         if self.kind == "norm":
             inside = F.layer_norm(h.to(self.dtype), h.shape[1:], weight, bias)
         else:
@@ -44,20 +43,22 @@ class PartlyHalf(nn.Module):
 
 
 def case(kind: str, width: int, dtype: torch.dtype) -> tuple[Toy, Toy]:
-    """Return a student, and the same without the part in half precision."""
+    """Return a problem with such a student, and the same without the part in half precision."""
     base = toy("mlp", rows=12, dtype=dtype)
     torch.manual_seed(5)
     student = PartlyHalf(kind, width).to(dtype)
     twin = copy.deepcopy(student)
     twin.dtype = dtype
-    cases = [
-        Toy(copy.deepcopy(base.teacher), net, base.labeled, base.unlabeled, 0)
-        for net in (student, twin)
-    ]
-    return cases[0], cases[1]
+
+    def of_student(network: nn.Module) -> Toy:
+        teacher = copy.deepcopy(base.teacher)
+        return Toy(teacher, network, base.labeled, base.unlabeled, 0)
+
+    return of_student(student), of_student(twin)
 
 
-WIDTHS = {"layer": (6, 180), "norm": (6, 1700)}  # of networks below and above 2^15 weights
+# The widths of networks below and above 2^15 weights.
+WIDTHS = {"layer": (6, 180), "norm": (6, 1700)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -69,10 +70,10 @@ def test_forward_is_right_to_the_parts_rounding(
 ) -> None:
     rounded, exact = case(kind, WIDTHS[kind][is_large], dtype)
     assert (sum(p.numel() for p in rounded.student.parameters()) > 2**15) == is_large
-    ahead = None if steps == 1 else [rounded.unlabeled] * steps
-    expected = gradient(exact, "unrolled", ahead).grads
+    batches = None if steps == 1 else [rounded.unlabeled] * steps
+    expected = gradient(exact, "unrolled", batches).grads
     for mode in ("forward", Forward(by="tangent"), Forward(by="double_backward"), "unrolled"):
-        assert error(gradient(rounded, mode, ahead).grads, expected) < 5e-2
+        assert error(gradient(rounded, mode, batches).grads, expected) < 5e-2
 
 
 @pytest.mark.parametrize("kind", WIDTHS)
@@ -99,8 +100,8 @@ def test_a_wrong_gradient_is_refused_there_too() -> None:
 
 
 def test_what_is_found_of_a_network_holds_for_it_alone() -> None:
-    found = []
-    for problem in case("norm", 6, torch.float64):
-        gradient(problem)
-        found.append(Slots(problem.student).findings.half_types)
-    assert found == [{torch.bfloat16}, frozenset()]
+    rounded, exact = case("norm", 6, torch.float64)
+    gradient(rounded)
+    gradient(exact)
+    assert Slots(rounded.student).findings.half_types == {torch.bfloat16}
+    assert Slots(exact.student).findings.half_types == frozenset()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient, product, toy, trainer_for
+from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient, product, toy, trainer_for, values
 from reference import Tree, cross_entropy, error, own_stream, stepped
 from test_replays import put
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from metapl.execution.state import RandomState
 from metapl.feedback import Difference, Forward
 from metapl.runs import checkpoint
 
-ROWS = 6  # of the inner batch; the outer one has a row more
+# Rows of the inner batch. The outer one has a row more.
+ROWS = 6
 RULE = OPTIMISERS["torch_sgd_nesterov"]
 
 
@@ -58,12 +59,16 @@ class Drawing(nn.Module):
 
     def __init__(self, draw: Callable[[Tensor], Tensor], rows: int | None = ROWS) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES)
-        self.draw, self.rows = draw, rows
+        self.body = nn.Linear(16, 6)
+        self.head = nn.Linear(6, CLASSES)
+        self.draw = draw
+        self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x.flatten(1)).tanh()
-        return self.head(self.draw(h) if self.rows in (None, len(x)) else h)
+        if self.rows in (None, len(x)):
+            h = self.draw(h)
+        return self.head(h)
 
 
 def seed() -> None:
@@ -84,8 +89,11 @@ def case(draw: Callable[[Tensor], Tensor], rows: int | None = ROWS) -> Toy:
 
 def by_hand(problem: Toy, steps: int) -> tuple[Tree, Any]:
     """Double backward through the module itself, and the generators after its inner passes."""
-    teacher, student = copy.deepcopy(problem.teacher), copy.deepcopy(problem.student)
-    theta, phi, state = dict(student.named_parameters()), dict(teacher.named_parameters()), None
+    teacher = copy.deepcopy(problem.teacher)
+    student = copy.deepcopy(problem.student)
+    theta = dict(student.named_parameters())
+    phi = dict(teacher.named_parameters())
+    state = None
     seed()
     for _ in range(steps):
         put(student, theta)
@@ -116,14 +124,27 @@ WAYS: dict[str, tuple[Any, int]] = {
 )
 def test_the_gradient_is_that_of_double_backward(way: str, draw: str) -> None:
     """The first call and the second, at which the library knows whether the student draws."""
-    problem, (mode, steps) = case(DRAWS[draw]), WAYS[way]
+    problem = case(DRAWS[draw])
+    mode, steps = WAYS[way]
+    bound = 1e-4 if "difference" in way else 1e-9
     expected, after = by_hand(problem, steps)
-    ahead = None if steps == 1 else [problem.unlabeled] * steps
+    batches = None if steps == 1 else [problem.unlabeled] * steps
     for _ in range(2):
         seed()
-        found = gradient(problem, mode, ahead, inner_optimizer=RULE.build(problem.student))
-        assert error(found.grads, expected) < (1e-4 if "difference" in way else 1e-9)
+        result = gradient(problem, mode, batches, inner_optimizer=RULE.build(problem.student))
+        assert error(result.grads, expected) < bound
         assert outside() == after
+
+
+def status_of(problem: Toy, mode: str) -> str:
+    """Return what verification says of the gradient."""
+    check = metapl.check_gradient(
+        **problem.networks(),
+        **problem.data(),
+        inner_optimizer=RULE.build(problem.student),
+        mode=mode,
+    )
+    return check.status
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
@@ -132,11 +153,7 @@ def test_it_passes_verification(mode: str) -> None:
         problem = case(draw, None)
         seed()
         before = outside()
-        options = {"inner_optimizer": RULE.build(problem.student), "mode": mode}
-        assert (
-            metapl.check_gradient(**problem.networks(), **problem.data(), **options).status
-            == "right"
-        )
+        assert status_of(problem, mode) == "right"
         assert outside() == before
 
 
@@ -163,19 +180,22 @@ def test_passes_draw_what_no_other_pass_draws() -> None:
 
 def test_a_teacher_that_is_computed_again_has_its_draws_again() -> None:
     problem = toy("mlp", rows=ROWS, teacher=lambda: Drawing(both, None))
-    grads = []
-    for recompute in (False, True):
+
+    def gradient_and_generators(*, recompute: bool) -> tuple[Tree, Any]:
         seed()
-        again = copy.deepcopy(problem)
-        found = gradient(
-            again,
+        twin = copy.deepcopy(problem)
+        result = gradient(
+            twin,
             "unrolled",
-            inner_optimizer=RULE.build(again.student),
+            inner_optimizer=RULE.build(twin.student),
             recompute_teacher=recompute,
         )
-        grads.append((found.grads, outside()))
-    assert error(grads[1][0], grads[0][0]) < 1e-9
-    assert grads[1][1] == grads[0][1]
+        return result.grads, outside()
+
+    expected, generators = gradient_and_generators(recompute=False)
+    recomputed, generators_of_recomputed = gradient_and_generators(recompute=True)
+    assert error(recomputed, expected) < 1e-9
+    assert generators_of_recomputed == generators
 
 
 def test_what_is_refused_leaves_the_generators_as_they_were() -> None:
@@ -229,21 +249,25 @@ def test_a_state_is_stored_and_branches() -> None:
     seed()
     random.gauss(0, 1)
     state = RandomState.now(torch.device("cpu"))
-    drawn = random.random(), random.gauss(0, 1), numpy.random.randn()  # noqa: NPY002
-    values = checkpoint.decoded(*stored(state.values()))
-    RandomState(torch.device("cpu"), **values).restore()
-    assert (random.random(), random.gauss(0, 1), numpy.random.randn()) == drawn  # noqa: NPY002
-    branch, of_torch = state.branch(), state._replace(python=None, numpy=None).branch()
-    assert branch.cpu.equal(of_torch.cpu)
-    branch.restore()
-    assert random.random() != drawn[0]
-    state.branch().restore()
-    again = random.random()
-    state.branch().restore()
-    assert random.random() == again
+
+    def draws() -> tuple[float, float, float]:
+        return random.random(), random.gauss(0, 1), float(numpy.random.randn())  # noqa: NPY002
+
+    def first_draw_of_branch(start: RandomState) -> float:
+        start.branch().restore()
+        return random.random()
+
+    drawn = draws()
+    stored_values = checkpoint.decoded(*stored(state.values()))
+    RandomState(torch.device("cpu"), **stored_values).restore()
+    assert draws() == drawn
+    without_outside = state._replace(python=None, numpy=None)
+    assert state.branch().cpu.equal(without_outside.branch().cpu)
+    first = first_draw_of_branch(state)
+    assert first != drawn[0]
+    assert first_draw_of_branch(state) == first
     other = state._replace(python=random.Random(5).getstate())
-    other.branch().restore()
-    assert random.random() != again
+    assert first_draw_of_branch(other) != first
 
 
 def stored(tree: Any) -> tuple[str, dict[str, Tensor]]:
@@ -256,11 +280,7 @@ def test_another_bit_generator_of_numpy_is_taken_as_it_is() -> None:
     numpy.random.set_bit_generator(numpy.random.PCG64(3))
     try:
         problem = case(noise, None)
-        options = {"inner_optimizer": RULE.build(problem.student), "mode": "forward"}
-        assert (
-            metapl.check_gradient(**problem.networks(), **problem.data(), **options).status
-            == "right"
-        )
+        assert status_of(problem, "forward") == "right"
     finally:
         numpy.random.set_bit_generator(before)
 
@@ -278,20 +298,20 @@ def test_trainings_by_two_modes_are_the_same() -> None:
         )
         seed()
         losses = [float(trainer.step(**problem.data()).scalars["outer_loss"]) for _ in range(30)]
-        ends.append(
-            (dict(problem.student.named_parameters()), dict(problem.teacher.named_parameters()))
-        )
         assert losses[-1] < losses[0]
-    assert error(ends[0][0], ends[1][0]) < 1e-7
-    assert error(ends[0][1], ends[1][1]) < 1e-7
+        ends.append(problem)
+    by_tangent, unrolled = ends
+    assert error(values(by_tangent.student), values(unrolled.student)) < 1e-7
+    assert error(values(by_tangent.teacher), values(unrolled.teacher)) < 1e-7
 
 
 def test_a_student_without_draws_has_the_bits_that_it_had() -> None:
     """Torch's stream of the outer pass does not depend on the other generators."""
-    found = []
-    for start in (1, 2):
+
+    def gradient_after(python_seed: int) -> Tree:
         problem = toy("dropout")
-        random.seed(start)
+        random.seed(python_seed)
         torch.manual_seed(3)
-        found.append(gradient(problem).grads)
-    assert error(*found) == 0.0
+        return gradient(problem).grads
+
+    assert error(gradient_after(1), gradient_after(2)) == 0.0

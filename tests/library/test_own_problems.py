@@ -47,10 +47,9 @@ class Expected:
 
 def chunks(batch: Any, parts: int) -> list[Any]:
     leaves, tree = pytree.tree_flatten(batch)
-    return [
-        pytree.tree_unflatten(part, tree)
-        for part in zip(*(t.chunk(parts) for t in leaves), strict=True)
-    ]
+    chunks_of_leaves = [t.chunk(parts) for t in leaves]
+    leaves_of_parts = zip(*chunks_of_leaves, strict=True)
+    return [pytree.tree_unflatten(part, tree) for part in leaves_of_parts]
 
 
 def through(
@@ -229,7 +228,8 @@ class Language(Judged):
         return (0.1 + signal.value) * F.cross_entropy(outputs.mT, batch, reduction="none").mean(1)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        total = F.cross_entropy(outputs.mT, batch[1], reduction="sum")  # leaves out the label -100
+        # This leaves out the label -100.
+        total = F.cross_entropy(outputs.mT, batch[1], reduction="sum")
         return total, (batch[1] != -100).sum()
 
 
@@ -393,9 +393,8 @@ class Unread(Weighted):
 def test_a_field_that_is_not_read_gets_zero(mode: str) -> None:
     hypergradient = gradient(case_of(Unread()), mode, problem=Unread())
     assert hypergradient.feedback["idle"].tolist() == [0.0]
-    assert (
-        hypergradient.feedback["weight"].abs().min() > 0
-    )  # a constant's feedback is told, and reaches no weight
+    # The feedback on a constant is told, and reaches no weight.
+    assert hypergradient.feedback["weight"].abs().min() > 0
     assert not hypergradient.grads["trust"].any()
 
 

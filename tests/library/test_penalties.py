@@ -29,7 +29,9 @@ from metapl.problems import ExampleWeights, Table
 ROWS = 8
 CLASSES = 3
 RULE = OPTIMISERS["torch_sgd_nesterov"]
-LARGE = 2**15 + 1  # weights, above which ``forward`` keeps no graph
+
+# The number of weights above which ``forward`` keeps no graph.
+LARGE = 2**15 + 1
 
 Penalty = Callable[[nn.Module, list[Tensor]], Tensor]
 
@@ -285,7 +287,8 @@ def test_scores_of_a_training_with_a_penalty() -> None:
 
     The trainings that ``validate`` repeats are such a loop too.
     """
-    net, (outer, ((x, y, _),)) = network(), batches()
+    net = network()
+    outer, ((x, y, _),) = batches()
 
     class Decayed(metapl.problems.EqualWeights):
         def inner_loss(

@@ -63,7 +63,8 @@ class Labeled:
 
 @dataclass(frozen=True)
 class Nested:
-    inputs: Any  # a dict, a tuple or a tokenizer's output
+    # A dict, a tuple or a tokenizer's output.
+    inputs: Any
     labeled: Labeled
     names: list[str] = field(default_factory=list)
 
@@ -90,7 +91,8 @@ class Derived(Plain):
     doubled: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.doubled, self.x = 2 * self.x, 4 * self.x
+        self.doubled = 2 * self.x
+        self.x = 4 * self.x
         self.also_x = self.x / 4
 
     @cached_property
@@ -111,9 +113,14 @@ class Named(NamedTuple):
     numbers: Tensor
 
 
+def tuple_of(x: Tensor, y: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x, y, numbers
+
+
 def derived(x: Tensor, y: Tensor, numbers: Tensor) -> Derived:
     batch = Derived(x / 2, y, numbers)
-    assert batch.count == len(x)  # kept in the object
+    # This keeps it in the object.
+    assert batch.count == len(x)
     return batch
 
 
@@ -133,14 +140,17 @@ def read(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         assert torch.equal(batch.doubled, 2 * batch.also_x)
         assert torch.equal(batch.doubled, batch.x / 2)
         return 2 * batch.also_x, batch.y, batch.numbers
-    return batch if type(batch) in (tuple, list) else (batch.x, batch.y, batch.numbers)
+    if type(batch) in (tuple, list):
+        return batch
+    return batch.x, batch.y, batch.numbers
 
 
 class Weighed(metapl.BilevelProblem):
     """A weight from a table for each example of the inner batch."""
 
     def student_input(self, batch: Any) -> Any:
-        return read(batch)[0]
+        x, _, _ = read(batch)
+        return x
 
     outer_input = student_input
 
@@ -150,19 +160,24 @@ class Weighed(metapl.BilevelProblem):
     def signal(
         self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any
     ) -> metapl.Signal:
-        return metapl.Signal(teacher(read(batch)[2]).sigmoid())
+        _, _, numbers = read(batch)
+        return metapl.Signal(teacher(numbers).sigmoid())
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        return signal.value * F.cross_entropy(outputs, read(batch)[1], reduction="none")
+        _, labels, _ = read(batch)
+        return signal.value * F.cross_entropy(outputs, labels, reduction="none")
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, read(batch)[1])
+        _, labels, _ = read(batch)
+        return F.cross_entropy(outputs, labels)
 
 
 def rows(seed: int, count: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 4, generator=draw, dtype=torch.float64)
-    return x, torch.randint(3, (count,), generator=draw), torch.randperm(12, generator=draw)[:count]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (count,), generator=generator)
+    numbers = torch.randperm(12, generator=generator)[:count]
+    return x, labels, numbers
 
 
 def trainer(**options: Any) -> metapl.BilevelTrainer:
@@ -172,9 +187,10 @@ def trainer(**options: Any) -> metapl.BilevelTrainer:
     return metapl.BilevelTrainer(table, student, problem=Weighed(), **options)
 
 
-def weights(of: metapl.BilevelTrainer) -> list[Tensor]:
-    assert of.teacher is not None
-    return [p.detach() for module in (of.teacher, of.student) for p in module.parameters()]
+def weights(bilevel: metapl.BilevelTrainer) -> list[Tensor]:
+    assert bilevel.teacher is not None
+    parameters = [*bilevel.teacher.parameters(), *bilevel.student.parameters()]
+    return [p.detach() for p in parameters]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -184,7 +200,7 @@ def weights(of: metapl.BilevelTrainer) -> list[Tensor]:
 def test_steps_are_those_on_tuples(form: str, options: dict[str, Any]) -> None:
     """Bit for bit, with verification at the first one."""
     ends = []
-    for make in (lambda *tensors: tensors, FORMS[form]):
+    for make in (tuple_of, FORMS[form]):
         bilevel = trainer(**options)
         for step in range(3):
             bilevel.step(outer=make(*rows(2 * step)), inner=make(*rows(2 * step + 1)))
@@ -197,38 +213,30 @@ def test_steps_are_those_on_tuples(form: str, options: dict[str, Any]) -> None:
 def test_look_aheads_know_another_batch(form: str) -> None:
     make = FORMS[form]
     bilevel = trainer()
-    given: dict[str, Any] = {
-        "outer": make(*rows(0)),
-        "problem": Weighed(),
-        "inner_optimizer": bilevel.inner_optimizer,
-    }
-    mode = metapl.feedback.Forward(keep_every=2)
-    batches = [make(*rows(1 + k)) for k in range(5)]
-    expected, found = (
-        metapl.hypergradient(
+
+    def hypergradient(batches: Any) -> metapl.Hypergradient:
+        return metapl.hypergradient(
             bilevel.teacher,
             bilevel.student,
-            **given,
-            mode=mode,
-            inner=metapl.Lookahead(of, steps=5),
+            outer=make(*rows(0)),
+            inner=metapl.Lookahead(batches, steps=5),
+            problem=Weighed(),
+            inner_optimizer=bilevel.inner_optimizer,
+            mode=metapl.feedback.Forward(keep_every=2),
         )
-        for of in (batches, lambda k: make(*rows(1 + k)))
-    )
-    assert same([*expected.grads.values()], [*found.grads.values()])
+
+    in_list = hypergradient([make(*rows(1 + k)) for k in range(5)])
+    by_function = hypergradient(lambda k: make(*rows(1 + k)))
+    assert same([*in_list.grads.values()], [*by_function.grads.values()])
     calls = []
 
-    def another(k: int) -> Any:
+    def changing(k: int) -> Any:
         calls.append(k)
-        return make(*rows(1 + k + (10 if k == 2 and calls.count(2) > 1 else 0)))
+        is_second_call = k == 2 and calls.count(2) > 1
+        return make(*rows(1 + k + (10 if is_second_call else 0)))
 
     with pytest.raises(MetaplError, match="another batch for step 2 when it was called again"):
-        metapl.hypergradient(
-            bilevel.teacher,
-            bilevel.student,
-            **given,
-            mode=mode,
-            inner=metapl.Lookahead(another, steps=5),
-        )
+        hypergradient(changing)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -246,8 +254,9 @@ def test_what_is_done_with_a_batch(form: str) -> None:
     assert length(batch) == 8
     pieces = micro_batches(batch, 4, "outer")
     assert [type(piece) for piece in pieces] == [type(batch)] * 4
-    for whole, parts in zip(read(batch), zip(*map(read, pieces), strict=True), strict=True):
-        assert torch.equal(whole, torch.cat(parts))
+    pieces_of_tensors = zip(*map(read, pieces), strict=True)
+    for t, pieces_of_t in zip(read(batch), pieces_of_tensors, strict=True):
+        assert torch.equal(t, torch.cat(pieces_of_t))
     assert digest(batch) == digest(before)
     assert digest(plain(batch)) != digest(plain(FORMS[form](*rows(1))))
     assert same([*read(batch)], [*read(before)])
@@ -262,20 +271,21 @@ def test_what_is_no_tensor_stays_in_each_micro_batch() -> None:
     @dataclass
     class Mixed:
         x: Tensor
-        count: Tensor  # one number
+        one_number: Tensor
         name: str
         nothing: None
-        of: type
+        kind: type
 
-    parts = micro_batches(Mixed(torch.arange(4), torch.tensor(4), "a", None, Tensor), 2, "outer")
-    assert [(p.x.tolist(), int(p.count), p.name, p.nothing, p.of) for p in parts] == [
-        ([0, 1], 4, "a", None, Tensor),
-        ([2, 3], 4, "a", None, Tensor),
-    ]
+    batch = Mixed(torch.arange(4), torch.tensor(4), "a", None, Tensor)
+    first, second = micro_batches(batch, 2, "outer")
+    assert first.x.tolist() == [0, 1]
+    assert second.x.tolist() == [2, 3]
+    for part in (first, second):
+        assert (int(part.one_number), part.name, part.nothing, part.kind) == (4, "a", None, Tensor)
     with pytest.raises(MetaplError, match="tensors in an object of type SimpleNamespace"):
         micro_batches((torch.arange(4), SimpleNamespace(y=torch.arange(4))), 2, "outer")
-    one = Plain(*rows(0))
-    assert map_tensors(lambda t: t, one) is one  # nothing has changed
+    unchanged = Plain(*rows(0))
+    assert map_tensors(lambda t: t, unchanged) is unchanged
 
 
 def test_a_digest_is_the_same_in_another_process() -> None:
@@ -286,14 +296,14 @@ def test_a_digest_is_the_same_in_another_process() -> None:
         "'derived')])"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.strip() == str(
-        [int(digest(FORMS[form](*rows(0)))) for form in ("plain", "frozen", "nested", "derived")]
-    )
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    forms = ("plain", "frozen", "nested", "derived")
+    assert printed.strip() == str([int(digest(FORMS[form](*rows(0)))) for form in forms])
 
 
 def test_a_batch_that_carries_a_gradient_is_refused_by_its_field() -> None:
-    batch = Nested({"x": rows(0)[0].requires_grad_()}, Labeled(*rows(0)[1:]))
+    x, labels, numbers = rows(0)
+    batch = Nested({"x": x.requires_grad_()}, Labeled(labels, numbers))
     with pytest.raises(MetaplError, match=r"outer\.inputs\['x'\] requires a gradient"):
         trainer().step(outer=batch, inner=Plain(*rows(1)))
 
@@ -320,25 +330,26 @@ def test_a_student_that_changes_its_input_is_seen() -> None:
 def test_fits_are_those_on_tuples(form: str) -> None:
     """Of lists of batches, and of one in memory; with validation, and a look ahead."""
     ends = []
-    for make in (lambda *tensors: tensors, FORMS[form]):
+    for make in (tuple_of, FORMS[form]):
         bilevel = trainer(lookahead=2, accumulate=2)
-        outer, inner = ([make(*rows(10 * i + k)) for k in range(3)] for i in range(2))
-        found = bilevel.fit(
-            outer,
-            inner,
-            steps=4,
-            metric="loss",
-            validation=make(*rows(50)) if make is FORMS[form] else [make(*rows(50))],
+        outer = [make(*rows(k)) for k in range(3)]
+        inner = [make(*rows(10 + k)) for k in range(3)]
+        validation = make(*rows(50))
+        if make is tuple_of:
+            validation = [validation]
+        result = bilevel.fit(outer, inner, steps=4, metric="loss", validation=validation)
+        assert result.metric == "loss"
+        predictions = bilevel.predict([make(*rows(51))])
+        loss = bilevel.evaluate([make(*rows(52))], metric="loss").value
+        ends.append(
+            [*weights(bilevel), torch.tensor(result.value), predictions, torch.tensor(loss)]
         )
-        ends.append([*weights(bilevel), torch.tensor(found.value)])
-        ends[-1].append(bilevel.predict([make(*rows(51))]))
-        ends[-1].append(torch.tensor(bilevel.evaluate([make(*rows(52))], metric="loss").value))
-    assert found.metric == "loss"
     assert same(*ends)
-    if form == "derived":  # rows of an object that __post_init__ has made
+    if form == "derived":
+        # Rows of an object that __post_init__ has made are other ones.
         return
     ends = []
-    for make in (lambda *tensors: tensors, FORMS[form]):
+    for make in (tuple_of, FORMS[form]):
         bilevel = trainer()
         bilevel.fit(make(*rows(0)), make(*rows(1)), steps=5, batch_size=3)
         ends.append(weights(bilevel))
@@ -346,23 +357,21 @@ def test_fits_are_those_on_tuples(form: str) -> None:
 
 
 def test_arrays_in_memory_become_tensors_of_the_weights() -> None:
-    ends = []
-    for kind in (OfArrays, Plain):
-        bilevel = trainer()
-        outer, inner = rows(0), rows(1)
-        if kind is OfArrays:
-            outer, inner = (
-                [t.numpy().astype(np.float32 if t.is_floating_point() else np.int32) for t in of]
-                for of in (outer, inner)
-            )
-        else:
-            outer, inner = (
-                [t.float().double() if t.is_floating_point() else t for t in of]
-                for of in (outer, inner)
-            )
-        bilevel.fit(kind(*outer), kind(*inner), steps=3, batch_size=4)
-        ends.append(weights(bilevel))
-    assert same(*ends)
+    def as_array(t: Tensor) -> Any:
+        return t.numpy().astype(np.float32 if t.is_floating_point() else np.int32)
+
+    def as_rounded(t: Tensor) -> Tensor:
+        return t.float().double() if t.is_floating_point() else t
+
+    of_arrays = trainer()
+    of_arrays.fit(
+        OfArrays(*map(as_array, rows(0))), OfArrays(*map(as_array, rows(1))), steps=3, batch_size=4
+    )
+    of_tensors = trainer()
+    of_tensors.fit(
+        Plain(*map(as_rounded, rows(0))), Plain(*map(as_rounded, rows(1))), steps=3, batch_size=4
+    )
+    assert same(weights(of_arrays), weights(of_tensors))
     with pytest.raises(MetaplError, match="examples in memory and batch_size=None"):
         trainer().fit(Plain(*rows(0)), Plain(*rows(1)), steps=3)
 
@@ -384,31 +393,29 @@ def test_a_network_that_takes_the_dataclass() -> None:
 
         outer_input = student_input
 
+    def in_float(batch: Any) -> Any:
+        return map_tensors(lambda t: t.float() if t.is_floating_point() else t, batch)
+
     torch.manual_seed(0)
     student = Reads()
     table = Table(torch.linspace(-1, 1, 12))
-    given: dict[str, Any] = {
-        "outer": Plain(*rows(0)),
-        "inner": Frozen(**dict(zip(["x", "y", "numbers"], rows(1), strict=True))),
-    }
-    given = {
-        name: map_tensors(lambda t: t.float() if t.is_floating_point() else t, batch)
-        for name, batch in given.items()
-    }
-    inner = torch.optim.SGD(student.parameters(), lr=0.5)
-    exact, differences, parts = (
-        metapl.hypergradient(
+    x, labels, numbers = rows(1)
+
+    def gradient(mode: str, accumulate: int = 1) -> Tensor:
+        result = metapl.hypergradient(
             table,
             student,
-            **given,
+            outer=in_float(Plain(*rows(0))),
+            inner=in_float(Frozen(x=x, y=labels, numbers=numbers)),
             problem=Whole(),
             mode=mode,
-            inner_optimizer=inner,
-            accumulate=parts,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+            accumulate=accumulate,
         )
-        for mode, parts in (("forward", 1), ("difference", 1), ("forward", 2))
-    )
-    (expected,) = exact.grads.values()
-    assert expected.norm() > 1e-4
-    for found, close in ((differences, 1e-2), (parts, 1e-4)):
-        assert torch.dist(expected, next(iter(found.grads.values()))) < close * expected.norm()
+        (of_table,) = result.grads.values()
+        return of_table
+
+    exact = gradient("forward")
+    assert exact.norm() > 1e-4
+    assert torch.dist(exact, gradient("difference")) < 1e-2 * exact.norm()
+    assert torch.dist(exact, gradient("forward", accumulate=2)) < 1e-4 * exact.norm()

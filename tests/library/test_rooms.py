@@ -209,8 +209,9 @@ def test_no_room_of_the_library_computes_the_name_of_an_import() -> None:
 
 def test_the_library_imports_nothing_of_the_application() -> None:
     library = {name: used for name, used in graph().items() if not name.startswith("metapl.apps")}
-    library.pop("metapl.sklearn")  # a name that has always been there
-    library.pop("metapl.__main__")  # the command, which no module imports
+    # The first is a name that has always been there, and no module imports the command.
+    library.pop("metapl.sklearn")
+    library.pop("metapl.__main__")
     assert [
         (name, module)
         for name, used in library.items()

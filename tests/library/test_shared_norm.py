@@ -56,9 +56,9 @@ def own_rows(t: Tensor, ranks: int) -> Tensor:
 
 
 def derivatives(ranks: int) -> dict[str, Tensor]:
-    """Return derivatives of all processes together.
+    """Return outputs, the gradient, its derivative along a direction, and a tangent.
 
-    These are outputs, the gradient, its derivative along a direction, and a tangent.
+    Of all processes together, and the statistics.
     """
     norm: Any = nn.BatchNorm2d(2).double()
     with torch.no_grad():
@@ -74,32 +74,41 @@ def derivatives(ranks: int) -> dict[str, Tensor]:
     (second,) = torch.autograd.grad((gradient * direction).sum(), x)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(norm(forward_ad.make_dual(x.detach(), direction))).tangent
-    found = {"outputs": outputs, "gradient": gradient, "second": second, "tangent": tangent}
-    if ranks > 1:
-        for name, t in found.items():
+    results: dict[str, Tensor] = {}
+    for name, t in (
+        ("outputs", outputs),
+        ("gradient", gradient),
+        ("second", second),
+        ("tangent", tangent),
+    ):
+        results[name] = t.detach()
+        if ranks > 1:
             parts = [torch.empty_like(t) for _ in range(ranks)]
             dist.all_gather(parts, t.detach().contiguous())
-            found[name] = torch.cat(parts)
-    found = {name: t.detach() for name, t in found.items()}
-    return found | {
-        "mean": norm.running_mean,
-        "var": norm.running_var,
-        "batches": norm.num_batches_tracked,
-    }
+            results[name] = torch.cat(parts)
+    results["mean"] = norm.running_mean
+    results["var"] = norm.running_var
+    results["batches"] = norm.num_batches_tracked
+    return results
 
 
 def trained(
     mesh: dict[str, int], mode: str, accumulate: int = 1, group: int | None = None
 ) -> dict[str, Tensor]:
-    """Weights and statistics of both networks after three steps on the same global batches."""
+    """Return weights and statistics of both networks after three steps.
+
+    The global batches are the same on every mesh.
+    """
     over = Mesh(**mesh)
-    teacher, student = network(0), network(1)
+    teacher = network(0)
+    student = network(1)
     if over.size > 1:
         count = group or over.shares
-        teacher, student = (
-            shard(each, over, batch_norm_ranks=count) for each in (teacher, student)
-        )
-    estimator: Any = Reinforce(similarity="cosine") if mode == "cosine" else mode
+        teacher = shard(teacher, over, batch_norm_ranks=count)
+        student = shard(student, over, batch_norm_ranks=count)
+    estimator: Any = mode
+    if mode == "cosine":
+        estimator = Reinforce(similarity="cosine")
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
@@ -111,21 +120,17 @@ def trained(
         verify=False,
     )
     for step in range(3):
-        labeled = (
-            own_rows(pictures(10 + step), over.shares),
-            own_rows(torch.arange(ROWS) % 3, over.shares),
-        )
-        views = (
-            own_rows(pictures(20 + step), over.shares),
-            own_rows(pictures(30 + step), over.shares),
-        )
-        trainer.step(labeled, views)
-    found = {}
-    for role, each in trainer.networks.items():
-        for name, t in each.state_dict().items():
-            whole: Any = t.full_tensor() if hasattr(t, "full_tensor") else t
-            found[f"{role}.{name}"] = whole.detach().clone()
-    return found
+        inputs = own_rows(pictures(10 + step), over.shares)
+        labels = own_rows(torch.arange(ROWS) % 3, over.shares)
+        weak = own_rows(pictures(20 + step), over.shares)
+        strong = own_rows(pictures(30 + step), over.shares)
+        trainer.step((inputs, labels), (weak, strong))
+    tensors = {}
+    for role, module in trainer.networks.items():
+        for name, t in module.state_dict().items():
+            gathered: Any = t.full_tensor() if hasattr(t, "full_tensor") else t
+            tensors[f"{role}.{name}"] = gathered.detach().clone()
+    return tensors
 
 
 def refused(count: int) -> str:
@@ -135,7 +140,7 @@ def refused(count: int) -> str:
 
 
 def copied() -> bool:
-    """Whether a copy of a network is of the same group."""
+    """Return whether a copy of a network is of the same group."""
     norm = SharedBatchNorm.like(nn.BatchNorm1d(2), dist.group.WORLD)
     other = copy.deepcopy(norm)
     return (
@@ -155,24 +160,28 @@ def four() -> Iterator[Ranks]:
     ranks.close()
 
 
-def same(found: list[dict[str, Tensor]], expected: dict[str, Tensor], limit: float) -> None:
-    for each in found:
-        assert each.keys() == expected.keys()
+def check_same(by_rank: list[dict[str, Tensor]], expected: dict[str, Tensor], limit: float) -> None:
+    for tensors in by_rank:
+        assert tensors.keys() == expected.keys()
         for name, t in expected.items():
             torch.testing.assert_close(
-                each[name], t, rtol=limit, atol=limit, msg=lambda text, name=name: f"{name}: {text}"
+                tensors[name],
+                t,
+                rtol=limit,
+                atol=limit,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
 def test_every_derivative_is_that_of_all_rows(four: Ranks) -> None:
-    same(four.run("derivatives", ranks=NUMBER), derivatives(1), 1e-12)
+    check_same(four.run("derivatives", ranks=NUMBER), derivatives(1), 1e-12)
 
 
 @pytest.mark.parametrize(
     "mode", ["forward", "reinforce", "cosine", "difference", "loss_difference", "none"]
 )
 def test_replicas_with_shared_statistics_are_one_process(mode: str, four: Ranks) -> None:
-    same(four.run("trained", mesh={"replicate": NUMBER}, mode=mode), trained({}, mode), 1e-10)
+    check_same(four.run("trained", mesh={"replicate": NUMBER}, mode=mode), trained({}, mode), 1e-10)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
@@ -182,19 +191,16 @@ def test_replicas_with_shared_statistics_are_one_process(mode: str, four: Ranks)
 def test_shards_with_shared_statistics_are_one_process(
     mode: str, mesh: dict[str, int], four: Ranks
 ) -> None:
-    same(four.run("trained", mesh=mesh, mode=mode), trained({}, mode), 1e-10)
+    check_same(four.run("trained", mesh=mesh, mode=mode), trained({}, mode), 1e-10)
 
 
 def test_a_group_of_two_sees_what_a_micro_batch_sees(four: Ranks) -> None:
-    """Two groups of two processes take statistics as one process with two parts does.
-
-    It takes each batch in two parts.
-    """
-    found = four.run("trained", mesh={"replicate": NUMBER}, mode="forward", group=2)
+    """Two groups of two processes take statistics as one process does with two micro-batches."""
+    by_rank = four.run("trained", mesh={"replicate": NUMBER}, mode="forward", group=2)
     expected = trained({}, "forward", accumulate=2)
     learned = [name for name in expected if "running" not in name and "batches" not in name]
-    same(
-        [{name: each[name] for name in learned} for each in found],
+    check_same(
+        [{name: tensors[name] for name in learned} for tensors in by_rank],
         {name: expected[name] for name in learned},
         1e-10,
     )

@@ -33,9 +33,8 @@ def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
     trainer = metapl.BilevelTrainer(
         **case.networks(), mode="forward", problem=Language(), teacher_losses=()
     )
-    parts = [
-        tuple(t[rows] for t in parts_of_batch) for rows in (slice(0, 1), slice(1, 5), slice(5, 8))
-    ]
+    x, y = parts_of_batch
+    parts = [(x[:1], y[:1]), (x[1:5], y[1:5]), (x[5:8], y[5:8])]
     options = {"validation": parts, "validate_every": 2, "progress": False}
     result = trainer.fit(outer=[case.labeled], inner=[case.unlabeled], steps=6, **options)
     total, weight = Language().outer_loss(
@@ -79,7 +78,8 @@ def absolute(outputs: Tensor, batch: Any) -> Tensor:
 
 def test_a_regression_is_validated_by_its_loss_and_by_a_mean_over_rows() -> None:
     trainer = regression()
-    batches = DataLoader(TensorDataset(X, Y), batch_size=8)  # the last has 6 rows
+    # The last batch has 6 rows.
+    batches = DataLoader(TensorDataset(X, Y), batch_size=8)
     result = trainer.fit([(X, Y)], steps=5, validation=batches, progress=False)
     outputs = trainer.student(X).detach()
     assert result.metric == "loss"
@@ -127,7 +127,8 @@ class Recall:
 def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
     x = torch.randn(12, 5, generator=drawn(0))
     y = torch.tensor([1, 2, 0] * 4)
-    batches = [(x[:2], y[:2]), (x[2:], y[2:])]  # the first has no example of the class
+    # The first batch has no example of the class.
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     trainer = bilevel()
     result = trainer.fit(
         [(x, y)], [x], steps=4, validation=batches, metric=Recall(), mode="max", validate_every=2
@@ -250,7 +251,8 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("fail", [False, True])
 def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
     model = Recorder()
-    model.body[1].eval()  # a frozen layer within a training model
+    # This is a frozen layer within a model that trains.
+    model.body[1].eval()
     flags = [m.training for m in model.modules()]
     state = {n: t.clone() for n, t in model.state_dict().items()}
     x = torch.randn(10, 3)

@@ -38,10 +38,8 @@ def test_the_formula_is_the_kernels_value_and_has_its_derivatives(dim: int) -> N
 
 def test_the_kernels_second_derivative_is_wrong() -> None:
     """Where this fails, PyTorch's kernel can be taken again."""
-    v, g = (
-        torch.randn(2, 3, dtype=torch.float64, requires_grad=True),
-        torch.rand(2, 1, dtype=torch.float64),
-    )
+    v = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.rand(2, 1, dtype=torch.float64)
     with pytest.raises(GradcheckError):
         torch.autograd.gradgradcheck(lambda v: torch._weight_norm(v, g, 0), (v,))
 
@@ -55,12 +53,13 @@ NAMES = {
 
 def normed(kind: str, layer: nn.Module, dim: int | None = 0) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the old one is deprecated
+        # The old one is deprecated.
+        warnings.simplefilter("ignore")
         return NORMS[kind](layer, dim=dim)
 
 
 def student(kind: str, width: int = 6) -> nn.Module:
-    """Return a norm for each row, for each column, and for a whole matrix."""
+    """Return a network with a norm for each row, for each column, and for a whole matrix."""
     torch.manual_seed(4)
     first = normed(kind, nn.Linear(16, width))
     second = normed(kind, nn.Linear(width, 5), dim=1)
@@ -69,10 +68,12 @@ def student(kind: str, width: int = 6) -> nn.Module:
 
 
 def written_out(kind: str, theta: Tree, x: Tensor) -> Tensor:
-    """Return the same function of its parameters, with norms of its own."""
+    """Return the outputs of :func:`student`, with the norms written out."""
+    name_of_g, name_of_v = NAMES[kind]
     h = x.flatten(1)
     for layer, dims in ((1, (1,)), (3, (0,)), (5, (0, 1))):
-        g, v = (theta[f"{layer}.{name}"] for name in NAMES[kind])
+        g = theta[f"{layer}.{name_of_g}"]
+        v = theta[f"{layer}.{name_of_v}"]
         weight = g * v / v.square().sum(dims, keepdim=True).sqrt()
         h = F.linear(h if layer == 1 else h.tanh(), weight, theta[f"{layer}.bias"])
     return h
@@ -84,12 +85,11 @@ def case(kind: str, width: int = 6) -> Toy:
 
 
 def by_hand(problem: Toy, kind: str, steps: int) -> Tree:
+    """Return the teacher's gradient by double backward through the formula."""
     teacher = copy.deepcopy(problem.teacher)
-    phi, theta, state = (
-        dict(teacher.named_parameters()),
-        dict(problem.student.named_parameters()),
-        None,
-    )
+    phi = dict(teacher.named_parameters())
+    theta = dict(problem.student.named_parameters())
+    state = None
     for _ in range(steps):
         z = written_out(kind, theta, problem.unlabeled)
         loss = cross_entropy(teacher(problem.unlabeled).softmax(-1), z).mean()
@@ -111,52 +111,55 @@ WAYS: dict[str, tuple[Any, int]] = {
 
 @pytest.mark.parametrize(("way", "kind"), product(WAYS, NORMS, usual=tuple(WAYS)))
 def test_the_gradient_is_that_of_the_formula(way: str, kind: str) -> None:
-    problem, (mode, steps) = case(kind), WAYS[way]
-    ahead = None if steps == 1 else [problem.unlabeled] * steps
-    found = gradient(problem, mode, ahead, inner_optimizer=RULE.build(problem.student))
-    assert error(found.grads, by_hand(problem, kind, steps)) < 1e-12
+    problem = case(kind)
+    mode, steps = WAYS[way]
+    batches = None if steps == 1 else [problem.unlabeled] * steps
+    result = gradient(problem, mode, batches, inner_optimizer=RULE.build(problem.student))
+    assert error(result.grads, by_hand(problem, kind, steps)) < 1e-12
 
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_it_is_right_above_the_size_up_to_which_a_graph_is_kept(kind: str) -> None:
     problem = case(kind, width=1800)
     assert sum(p.numel() for p in problem.student.parameters()) > 2**15
-    found = gradient(problem, "forward", inner_optimizer=RULE.build(problem.student))
-    assert error(found.grads, by_hand(problem, kind, 1)) < 1e-12
+    result = gradient(problem, "forward", inner_optimizer=RULE.build(problem.student))
+    assert error(result.grads, by_hand(problem, kind, 1)) < 1e-12
 
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_the_network_is_as_it_was(kind: str) -> None:
-    """Its parts, its hooks, and the weights that hooks have made.
+    """Its parts and its hooks are, and the weights that hooks have made.
 
     These are those of no replay and no transform.
     """
     problem = case(kind)
     network = problem.student
-    before, parts = values(network), [*network.modules()]
+    before = values(network)
+    parts = [*network.modules()]
     hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
-    for mode in (
+    modes = (
         "forward",
         Forward(by="tangent"),
         "unrolled",
         "difference",
         Implicit(iterations=1, damping=10.0),
-    ):
-        found = gradient(problem, mode)
+    )
+    for mode in modes:
+        assert gradient(problem, mode).grads
         # The pass that the step is taken on leaves the weight that it had, as one of a training
         # does.
-        for part in [part for part in parts if "weight" in vars(part)]:
+        hooked_parts = [part for part in parts if "weight" in vars(part)]
+        for part in hooked_parts:
             hook = next(iter(part._forward_pre_hooks.values()))
             assert torch.allclose(part.weight, hook.compute_weight(part), 1e-12, 1e-12)
-        assert found.grads
         if not isinstance(mode, Implicit):
-            made = [(part, part.weight) for part in parts if "weight" in vars(part)]
-            assert len(made) == (3 if kind == "old" else 0)
-            step, state = trainer_for(
-                problem, mode, inner_optimizer=RULE.build(network)
-            ).functional()
+            assert len(hooked_parts) == (3 if kind == "old" else 0)
+            weights = [part.weight for part in hooked_parts]
+            trainer = trainer_for(problem, mode, inner_optimizer=RULE.build(network))
+            step, state = trainer.functional()
             step(state, *problem.data().values())
-            assert all(part.weight is weight for part, weight in made)
+            for part, weight in zip(hooked_parts, weights, strict=True):
+                assert part.weight is weight
     assert [*network.modules()] == parts
     assert [hook for part in parts for hook in part._forward_pre_hooks.values()] == hooks
     assert all({*vars(hook)} == {"name", "dim"} for hook in hooks)
@@ -173,12 +176,11 @@ def test_a_training_is_the_same_by_all_modes(kind: str) -> None:
         )
         for _ in range(10):
             trainer.step(**problem.data())
-        ends.append(
-            values(problem.student)
-            | {f"teacher {n}": t for n, t in values(problem.teacher).items()}
-        )
-    assert error(ends[0], ends[2]) < 1e-9
-    assert error(ends[1], ends[2]) < 1e-9
+        of_teacher = {f"teacher {name}": t for name, t in values(problem.teacher).items()}
+        ends.append(values(problem.student) | of_teacher)
+    by_tangent, by_graph, by_double_backward = ends
+    assert error(by_tangent, by_double_backward) < 1e-9
+    assert error(by_graph, by_double_backward) < 1e-9
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -197,11 +199,14 @@ def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> Non
 @pytest.mark.parametrize("kind", NORMS)
 def test_compiled_it_is_that_of_the_formula(kind: str) -> None:
     problem = case(kind)
-    ahead = [problem.unlabeled] * 3
-    found = gradient(
-        problem, "forward", ahead, inner_optimizer=RULE.build(problem.student), compile=True
+    result = gradient(
+        problem,
+        "forward",
+        [problem.unlabeled] * 3,
+        inner_optimizer=RULE.build(problem.student),
+        compile=True,
     )
-    assert error(found.grads, by_hand(problem, kind, 3)) < 1e-10
+    assert error(result.grads, by_hand(problem, kind, 3)) < 1e-10
 
 
 def test_a_network_without_it_has_nothing_to_exchange() -> None:
@@ -212,10 +217,10 @@ def test_a_network_without_it_has_nothing_to_exchange() -> None:
 @pytest.mark.parametrize("kind", NORMS)
 def test_verification_takes_the_formula_for_the_terms_of_implicit(kind: str) -> None:
     problem = case(kind)
-    options = {
-        "mode": Implicit("neumann", iterations=3, step_size=0.5),
-        "inner_optimizer": RULE.build(problem.student),
-    }
-    assert (
-        metapl.check_gradient(**problem.networks(), **problem.data(), **options).status == "right"
+    check = metapl.check_gradient(
+        **problem.networks(),
+        **problem.data(),
+        mode=Implicit("neumann", iterations=3, step_size=0.5),
+        inner_optimizer=RULE.build(problem.student),
     )
+    assert check.status == "right"
