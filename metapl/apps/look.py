@@ -136,13 +136,13 @@ def choose_settings(
     # Too few pictures to select on are better trained on.
     aside = 0 if config.val else round(SET_ASIDE * len(few))
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
-    usual = {
+    usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,
-        # Of Noisy Student; other trainings have none.
+        # Noisy Student alone has a ratio.
         "ratio": getattr(config, "usual_ratio", None),
     }
-    method = with_stored(method, usual)
+    method = with_stored(method, usual_settings)
 
     # 4. The steps. Then all that was chosen is said in a line, and what else is to be known.
     steps_are_open = config.fitting.steps is None

@@ -136,6 +136,9 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
             "library's, other than implicit, or is_pure = True in an estimator that asks for "
             "nothing but metapl.feedback.roads"
         )
+    if mode.name == "loss_difference" and trainer.precision != "float32":
+        # Its two outer losses run as one vmapped pass, in which autocast leaves biases in float32.
+        return f'loss_difference with precision="{trainer.precision}"; expected "float32"'
     if trainer.accumulate > 1:
         return f"accumulate={trainer.accumulate}; expected 1"
     if not is_alone:
@@ -531,7 +534,7 @@ def rates_of(trainer: TwoLevelTrainer) -> list[Any]:
     return [group["lr"] for group in unclipped(trainer.update).options]
 
 
-def networks_of(trainer: Any) -> list[nn.Module]:
+def networks_of(trainer: TwoLevelTrainer) -> list[nn.Module]:
     """Return the student and the teacher of a trainer, which may have no teacher."""
     return [network for network in (trainer.student, trainer.teacher) if network is not None]
 

@@ -246,7 +246,11 @@ class PureStep(PureTerms):
     def derivatives_by_tangent(
         self, w: Tree, z_dot: Tensor, rounding: Tensor | None = None, of: Credited = "signal"
     ) -> Tree:
-        """Return ∂⟨g, w⟩/∂(what is credited) from ż, (B, ...), in the head alone."""
+        """Return ∂⟨g, w⟩/∂(what is credited) from ż, (B, ...), in the head alone.
+
+        Args:
+            rounding: is not read: what the report's flag is compared with allows for it.
+        """
         w = self.with_zeros(w)
         left = self.passed.student_state
 
@@ -263,15 +267,15 @@ class PureStep(PureTerms):
                 terms[name] = as_real(t) * as_real(w[name])
             return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
 
-        found: Tree
-        found, (along, size) = grad_and_value(slope, has_aux=True)(credited(self.signal, of))
+        derivatives: Tree
+        derivatives, (along, size) = grad_and_value(slope, has_aux=True)(credited(self.signal, of))
         # Where both sides cancel, their rounding is left.
         g = self.gradient
-        dtype = torch.finfo(self.outputs.dtype)
-        cancelled = 1e4 * dtype.eps * norm(g) * norm(w)
+        limits = torch.finfo(self.outputs.dtype)
+        cancelled = 1e4 * limits.eps * norm(g) * norm(w)
         size = size + norm({name: t * w[name] for name, t in g.items()}) + cancelled
-        self.gap = (along - dot(g, w)).abs() / size.clamp_min(dtype.tiny)
-        return found
+        self.gap = (along - dot(g, w)).abs() / size.clamp_min(limits.tiny)
+        return derivatives
 
     def with_zeros(self, w: Tree) -> Tree:
         """Return w with a zero for each parameter that it lacks."""

@@ -414,11 +414,9 @@ class Fit:
         for role in self.trainer.networks:
             # A teacher that weighs examples, say, has no accuracy; a student that waits has not
             # begun.
-            is_judged = (
-                self.trainer.teacher_classifies
-                if role == "teacher"
-                else self.step > self.options.wait
-            )
+            is_judged = self.step > self.options.wait
+            if role == "teacher":
+                is_judged = self.trainer.teacher_classifies
             if is_judged:
                 roles.append(role)
         return self.selection.validate(self.step, roles)

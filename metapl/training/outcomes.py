@@ -234,11 +234,9 @@ class Outcomes:
     def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
         if self.first_step is None:
             self.first_step = step - self.options.log_every
-        if (
-            "move" in self.said
-            or self.start is None
-            or step < self.due_after(self.first_step, MOVED_BY)
-        ):
+        if "move" in self.said or self.start is None:
+            return
+        if step < self.due_after(self.first_step, MOVED_BY):
             return
         sample = sample_of(self.trainer.teacher)
         # It is looked at once, whatever is seen.

@@ -134,12 +134,8 @@ class Selection:
         if role == "student" and self.metric.improves(value, self.best_student.value):
             self.best_student = Best(value, step, weights_of(network))
         # Teachers have an accuracy; what they reach by another metric says nothing of their labels.
-        is_by_accuracy = self.metric is ACCURACY
-        if (
-            role == "teacher"
-            and is_by_accuracy
-            and self.metric.improves(value, self.best_teacher.value)
-        ):
+        is_teacher_by_accuracy = role == "teacher" and self.metric is ACCURACY
+        if is_teacher_by_accuracy and self.metric.improves(value, self.best_teacher.value):
             self.best_teacher = Best(value, step, weights_of(network))
 
     def install(self, step: int, say: Say) -> tuple[Best, dict[str, Tensor] | None]:
@@ -163,11 +159,10 @@ class Selection:
         """Return the last teacher's weights, or the best one's where the last is far behind it."""
         last_value = self.latest.get("teacher_validation_accuracy")
         best_value = self.best_teacher.value
-        if (
-            last_value is not None
-            and best_value is not None
-            and best_value - last_value >= FAR_BEHIND
-        ):
+        is_far_behind = False
+        if last_value is not None and best_value is not None:
+            is_far_behind = best_value - last_value >= FAR_BEHIND
+        if is_far_behind:
             say(
                 f"the teacher is kept as it was after step {self.best_teacher.step:,}, with "
                 f"{best_value:.1%} on the validation data: after the last step it has "

@@ -147,6 +147,24 @@ def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimise
     assert again.step == 1
 
 
+def test_a_verified_step_calls_the_function_of_a_look_ahead_once_for_each_batch() -> None:
+    calls: list[int] = []
+    inner = batches(3, toy())
+
+    def batch_of(number: int) -> Tensor:
+        calls.append(number)
+        return inner[number]
+
+    problem = toy()
+    trainer = metapl.BilevelTrainer(
+        problem.teacher, problem.student, "forward", problem=metapl.PseudoLabels(kind="soft")
+    )
+    report = trainer.step(problem.labeled, Lookahead(batch_of, steps=3))
+    assert trainer.verification.verdict.startswith("right")
+    assert calls == [0, 1, 2]
+    assert len(report.feedback) == 3
+
+
 def test_keeping_few_steps_takes_less_memory_where_the_weights_are_most_of_it() -> None:
     """32 steps of a network with many weights for few examples."""
     torch.manual_seed(0)
