@@ -32,7 +32,9 @@ from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 
 FIGURES, PICTURE = "ablation.json", "ablation.png"
-DOTS_PER_INCH = 200  # of a picture that is 4 inches wide
+
+# Of a picture that is 4 inches wide.
+DOTS_PER_INCH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class Looking:
     ] = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
-    altered: Annotated[bool, unset()] = True  # the flag is --no-altered
+    # The flag is --no-altered.
+    altered: Annotated[bool, unset()] = True
 
     def look(self, subject: dict[str, Any]) -> int:
         for name in self.modes or ():
@@ -147,11 +150,11 @@ class AblateFactory:
         expected = (
             "expected module:function, such as my_networks:build of my_networks.py in this folder"
         )
-        if (
-            ":" not in self.factory
-        ):  # of os.getcwd, say, the function would be called before anything is known of it
+        # Of os.getcwd, say, the function would be called before anything is known of it.
+        if ":" not in self.factory:
             raise MetaplError(f"--factory {self.factory} names no function; {expected}.")
-        sys.path.insert(0, os.getcwd())  # the function may import from there too
+        # The function may import from this folder too.
+        sys.path.insert(0, os.getcwd())
         try:
             made = pkgutil.resolve_name(self.factory)()
         except (ImportError, AttributeError, TypeError, SystemExit) as error:

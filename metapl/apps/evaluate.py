@@ -227,9 +227,12 @@ GROUPS = {
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 
-LETTERS = 8.0  # points
+# The size of letters, in points.
+LETTERS = 8.0
 
-Curves = dict[str, list[tuple[float, float]]]  # by name, points of severity or ε and accuracy
+
+# By name, points of severity or ε and accuracy.
+Curves = dict[str, list[tuple[float, float]]]
 
 
 def robustness_curves(content: Mapping[str, Any]) -> Figure:

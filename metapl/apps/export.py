@@ -40,7 +40,9 @@ from metapl.runs.folder import replacing
 from metapl.words import shown
 
 WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
-INPUT, OUTPUT = "images", "logits"  # what the input and the output of an ONNX file are called
+# What the input and the output of an ONNX file are called.
+INPUT = "images"
+OUTPUT = "logits"
 
 # How far a program's outputs may be from the network's, in units of the greatest of these: kernels
 # round otherwise.

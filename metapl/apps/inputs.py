@@ -111,13 +111,16 @@ def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[Run
         path = _last_run_folder(recipe) if resume else _next_run_folder(recipe)
     folder = RunFolder(path)
     try:
-        folder.check(resume)  # where that is clear already, nobody is waited for
+        # Where that is clear already, nobody is waited for.
+        folder.check(resume)
         with folder.locked():
-            folder.check(resume)  # before anything is measured
+            # And again once it is locked, before anything is measured.
+            folder.check(resume)
             yield folder
     except Exception:
         if is_new:
-            with suppress(OSError):  # there is more in it than its name
+            # A folder with files in it stays.
+            with suppress(OSError):
                 path.rmdir()
                 path.parent.rmdir()
         raise
@@ -279,12 +282,14 @@ def files_of(
     """Return the labeled pictures of a part of a run's data, as it found them, or None."""
     fields, names = run.source.recipe().get("fields", {}), stored_data(run.source).get(part)
     place = fields.get(part)
-    if part == "validation" and names:  # given, or set aside
+    # Validation pictures were given, or set aside.
+    if part == "validation" and names:
         place = fields.get("val") or fields.get("clean") or fields.get("labeled")
     if not place:
         return None
     files = scan_labeled(place)
     if not isinstance(names, list):
         return files
-    kept = set(names)  # the others could not be read, or were set aside
+    # The others could not be read, or were set aside.
+    kept = set(names)
     return files.keep([number for number, name in enumerate(files.names) if name in kept])

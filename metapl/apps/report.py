@@ -48,9 +48,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, PICTURE = "report.html", "report.png"
-MOST_CURVES = 7  # methods whose curves can be told apart
-SHOWN = 12  # mistakes
-MOST_UNFOLDED = 40  # classes of a table that is open
+# The most methods whose curves can be told apart.
+MOST_CURVES = 7
+
+# Mistakes that are shown.
+SHOWN = 12
+
+# The most classes of a table that is open.
+MOST_UNFOLDED = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,8 @@ def mistakes(
             ]
             kept.append((sure, web.Picture(inputs[row], "\n".join(words))))
         n += len(labels)
-        kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]  # the others need no memory
+        # The others need no memory.
+        kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]
     logits, labels = map(torch.cat, zip(*seen, strict=True))
     return Mistakes(
         evaluate_logits(logits, labels, list(classes)), [picture for _, picture in kept]
@@ -322,7 +328,9 @@ def provenance(
 
 # ------------------------------------------------------------------------- labels that may be wrong
 
-SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
+# The list of a run's suspects, and how many of them the page shows.
+SUSPECTS = "suspects.csv"
+SUSPECTS_SHOWN = 48
 
 
 def write_suspects(
@@ -398,7 +406,10 @@ LINES = (
     ":",
     "-.",
 )  # those of a panel; colors and lines begin again where a figure has more
-MOST_NAMED, MOST_NUMBERED = 60, 20  # classes of a matrix whose names, and whose counts, can be read
+
+# The most classes of a matrix whose names, and whose counts, can be read.
+MOST_NAMED = 60
+MOST_NUMBERED = 20
 
 # Plots of a few quantities over the steps: keys of the rows, and their names in the legend.
 PANELS = {
@@ -505,11 +516,13 @@ def draw(
     # 1. What there is to draw.
     panels = panels_of(curves, network)
     count = len(panels) + (evaluation is not None)
-    columns = 1 if count <= 1 else 2  # on the page, more would be too small to read
+    # On the page, more columns would be too small to read.
+    columns = 1 if count <= 1 else 2
     figure = Figure(
         (4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained"
     )
-    plain: Any = {"parse_math": False}  # a name with a $ is a name
+    # A name with a $ is a name.
+    plain: Any = {"parse_math": False}
     figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
     places = [
         figure.add_subplot(math.ceil(count / columns), columns, number + 1)

@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-import scipy  # its parts are loaded when they are used
+import scipy
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
@@ -41,7 +41,8 @@ from metapl.metrics.predictions import eval_mode, logits_of
 Picture = NDArray[np.float64]  # (H, W, C) in [0, 1]
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SIDE = 224  # pixels of the pictures that the paper's lengths are for
+# The side in pixels of the pictures that the paper's lengths are for.
+SIDE = 224
 # what the published shares of the elastic transform are of, though the pictures have 224 pixels
 ELASTIC = 244
 

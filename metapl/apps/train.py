@@ -106,9 +106,8 @@ def train(
     data = config.data(say, progress, skipped)
     hashes = dict(data.record["hash"])
     for part, store in method.stores.items() if isinstance(method, ReducedMpl) else ():
-        hashes[f"labels of {part}"] = sha256_of(
-            Path(store) / DESCRIPTION
-        )  # which has the hashes of the labels
+        # The description has the hashes of the labels.
+        hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)
     selection: Path | None = getattr(method, "stored_selection", None)
     if selection is not None:
         hashes["selection"] = sha256_of(selection / DESCRIPTION)
@@ -245,9 +244,8 @@ def train(
         kept["finetuned"] = trained.finetunes()
     elif trained.finetunes:
         network = trained.trainer.as_given
-        processes.seed(
-            network, fitting.seed
-        )  # whatever was drawn before, so that it can be repeated on its own
+        # Whatever was drawn before, so that finetuning can be repeated on its own.
+        processes.seed(network, fitting.seed)
         if fitting.finetune_steps:
             trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
             result = phase(
@@ -268,7 +266,8 @@ def train(
         say(
             f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}"
         )
-    one = trained.trainer.teacher is None and trained.rounds is None  # no student of a teacher
+    # One network that was trained alone is no student of a teacher.
+    one = trained.trainer.teacher is None and trained.rounds is None
     words = {"student": "network" if one else "student", "teacher": "teacher"}
     words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
     chosen = delivered(kept, select, trained.rounds is not None)
@@ -303,10 +302,12 @@ def train(
     }
     for name, network in kept.items():
         content |= network.accuracies(f"{name}_")
-    if processes.first:  # what the others leave is not kept
+    # What the other processes leave is not kept.
+    if processes.first:
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
-    folder.write_json("result.json", content)  # the last: a run that has it has all
+    # This file is the last: a run that has it has all.
+    folder.write_json("result.json", content)
     if unread := replaced_files(skipped):
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from metapl.words import shown
 
-GENERATOR = "metapl report"  # what a page says of who wrote it
+# What a page says of who wrote it.
+GENERATOR = "metapl report"
 # what a browser may load: nothing
 ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-LARGEST_PICTURE = 160  # pixels a side
+
+# Pixels of a side.
+LARGEST_PICTURE = 160
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #ddd; --page: #fff; --box:

@@ -79,8 +79,11 @@ class Files:
 class LabeledFiles(Files):
     """The pictures of a folder that holds one folder a class."""
 
-    classes: tuple[str, ...] = ()  # of all these folders, in the order of their characters
-    labels: tuple[int, ...] = ()  # of each file, an index into the classes
+    # The names of the class folders, in the order of their characters.
+    classes: tuple[str, ...] = ()
+
+    # Of each file, an index into the classes.
+    labels: tuple[int, ...] = ()
 
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
         return dataclasses.replace(
@@ -172,7 +175,8 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
         raise MetaplError(
             f"{root} has no folder in it; expected one folder a class, with its pictures: {example}"
         )
-    _, passed_over = _pictures(files)  # pictures beside the class folders have no class
+    # Pictures beside the class folders have no class.
+    _, passed_over = _pictures(files)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -246,7 +250,8 @@ def walk(
 
     def identity(folder: str) -> tuple[int, int]:
         status = os.stat(folder)
-        return status.st_dev, status.st_ino  # what a folder and a link to it have in common
+        # What a folder and a link to it have in common.
+        return status.st_dev, status.st_ino
 
     seen = set() if above is None else {identity(os.fspath(above))}
     for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):

@@ -24,8 +24,11 @@ from metapl.errors import MetaplError
 from metapl.models import mlp
 from metapl.runs.fields import AtLeastOne, Range, check_fields
 
-BATCH = 256  # examples in a pass
-LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
+# Examples in a pass.
+BATCH = 256
+
+# The greatest side in pixels: a batch of larger pictures would not fit into any memory.
+LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,8 @@ LARGE = (
     2**24
 )  # pixels above which a picture is shrunk before it is converted, which takes several copies
 
-LUMA = (0.299, 0.587, 0.114)  # red, green and blue in brightness: ITU-R BT.601, as in Pillow
+# Red, green and blue in brightness: ITU-R BT.601, as in Pillow.
+LUMA = (0.299, 0.587, 0.114)
 
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -247,7 +248,8 @@ def read_crops(
     with _opened(path) as image:
         is_jpeg = image.format in ("JPEG", "MPO")
         if not is_jpeg:
-            image.load()  # which side is up may stand behind the pixels
+            # Which side is up may stand behind the pixels.
+            image.load()
         try:
             turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         except Exception:  # as in _turned
@@ -299,7 +301,8 @@ def _opened(path: str | Path) -> Iterator[Image]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oddities in files that read well
+            # Pillow warns of oddities in files that read well.
+            warnings.simplefilter("ignore")
             with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImage(

@@ -10,7 +10,8 @@ from torch import Tensor
 from metapl.data import draws
 from metapl.errors import MetaplError
 
-_VALIDATION = 0x5B17  # keep these draws apart from every other use of a seed
+# This keeps these draws apart from every other use of a seed.
+_VALIDATION = 0x5B17
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,8 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
     (40, 1160, 197, 400)
     """
-    from sklearn.datasets import load_digits  # it takes a second, and only the digits need it
+    # The import takes a second, and only the digits need it.
+    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
