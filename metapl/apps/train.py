@@ -18,7 +18,7 @@ from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, from_first
 from metapl.apps.machine import sha256_of
-from metapl.apps.methods import Data, ReducedMpl, Training
+from metapl.apps.methods import Data, Method, ReducedMpl, Training, TrainingConfig
 from metapl.apps.model_noise import model_noise
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
@@ -62,7 +62,7 @@ class Measured:
         return {prefix + key: value for key, value in found.items() if value is not None}
 
 
-def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
+def describe(config: TrainingConfig, method: Method, **run_by: Any) -> dict[str, Any]:
     """Return what recipe.json says of a training."""
     return {
         "name": config.name,
@@ -73,8 +73,8 @@ def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
 
 
 def train(
-    config: Any,
-    method: Any,
+    config: TrainingConfig,
+    method: Method,
     folder: RunFolder,
     *,
     resume: bool = False,
@@ -199,6 +199,7 @@ def train(
 
     def label(network: nn.Module | None) -> dict[str, Tensor]:
         """Return stored labels; of several processes the first one labels for all."""
+        assert isinstance(method, ReducedMpl), "no other method asks for stored labels"
         if processes.mesh.size == 1 or network is None:
             return stored_labels(network, config, method, folder.path, data, say)
         # All processes gather the weights, which no pass of one process alone could do.
@@ -267,13 +268,14 @@ def train(
             f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}"
         )
     # One network that was trained alone is no student of a teacher.
-    one = trained.trainer.teacher is None and trained.rounds is None
-    words = {"student": "network" if one else "student", "teacher": "teacher"}
+    is_alone = trained.trainer.teacher is None and trained.rounds is None
+    words = {"student": "network" if is_alone else "student", "teacher": "teacher"}
     words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
     chosen = delivered(kept, select, trained.rounds is not None)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
     called = f"{config.name}, {method.name}, seed {fitting.seed}"
-    tested, counts = kept[chosen].tested, None
+    tested = kept[chosen].tested
+    counts = None
     if len(validated):
         counts = torch.bincount(validated, minlength=len(data.classes)).tolist()
     content: dict[str, Any] = {
@@ -293,15 +295,15 @@ def train(
             called,
             data.classes,
             cards,
-            {name: merged(one.weights) for name, one in kept.items()},
+            {name: merged(measurement.weights) for name, measurement in kept.items()},
         ),
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
         **baseline,
         **kept[chosen].accuracies(),
         **({} if tested is None else {"evaluation": tested.evaluation.to_json()}),
     }
-    for name, network in kept.items():
-        content |= network.accuracies(f"{name}_")
+    for name, measurement in kept.items():
+        content |= measurement.accuracies(f"{name}_")
     # What the other processes leave is not kept.
     if processes.first:
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
@@ -382,7 +384,7 @@ def device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
+def check_shares(config: Any, method: Method, mesh: Mesh) -> None:
     """Refuse batches that do not fall into equal parts for the processes.
 
     And in each process for --accumulate.
