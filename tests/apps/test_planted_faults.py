@@ -5,7 +5,7 @@ Each planted fault, bent as a mistake would be, is caught by a check.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     ),
     "chosen by test": (train, "delivered", best_by_test, delivered_by_validation),
     "finetuned on changed pictures alone": (
-        *(Pictures, "views", lambda self: {**VIEWS(self), "finetuned": VIEWS(self)["strong"]}),
+        *(Pictures, "views", lambda self: replace(VIEWS(self), finetuned=VIEWS(self).strong)),
         golden("images uda"),
     ),
     "resume skips a phase": (Trainer, "fit", skipping, resumed("images pseudo labels")),
