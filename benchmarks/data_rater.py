@@ -66,7 +66,7 @@ class Mean(nn.Module):
 
 
 def problem() -> Any:
-    """The example, a module of the same name as this one."""
+    """Return the example, a module of the same name as this one."""
     spec: Any = importlib.util.spec_from_file_location(
         "example", Path(__file__).parents[1] / "examples/data_rater.py"
     )

@@ -1,6 +1,6 @@
 """What each mode costs and how noisy it is, side by side in one run.
 
-    python benchmarks/modes.py                                       # about five minutes on two cores
+    python benchmarks/modes.py                          # about five minutes on two cores
     python benchmarks/modes.py --write docs/modes.md
 
 The latter also prints and draws ``ablate_digits.json``, the ``ablation.json`` of
@@ -142,7 +142,7 @@ class Place:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """What a training loop in this precision would set."""
+        """Set what a training loop in this precision would set."""
         if self.device == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "ieee"
             torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -152,7 +152,7 @@ class Place:
     def seconds(
         self, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
     ) -> float:
-        """What a call takes; on a GPU until it is done there."""
+        """Return what a call takes; on a GPU until it is done there."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         start = clock()
@@ -193,7 +193,7 @@ def step_of(
 
 
 def passes(mode: Mode, place: Place, network: Network) -> float:
-    """The FLOPs of one step over those of one forward pass of the student on the same batch."""
+    """Return one step's FLOPs over those of the student's forward pass on the same batch."""
     step, student, unlabeled = step_of(mode, place, 2, network)
 
     def one() -> None:
@@ -219,7 +219,7 @@ def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, 
 
 @dataclass(frozen=True)
 class Subject:
-    """Networks at fixed weights, after a little supervised training, with one batch of each kind."""
+    """Networks at fixed weights, after a little supervised training, with a batch of each kind."""
 
     teacher: nn.Module
     student: nn.Module
@@ -233,7 +233,7 @@ class Subject:
         generator: torch.Generator | None = None,
         double: bool = False,
     ) -> Tensor:
-        """The teacher's gradient, flat, float64 on the host."""
+        """Return the teacher's gradient, flat, float64 on the host."""
         teacher, student, x_l, x_u = self.teacher, self.student, self.labeled[0], self.unlabeled
         if double:
             teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
@@ -353,7 +353,7 @@ def measured(
 
 
 def table(run: Row) -> str:
-    """The table of a place."""
+    """Return the table of a place."""
     lines = []
     for row in run["modes"]:
         (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]

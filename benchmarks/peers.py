@@ -296,7 +296,7 @@ def by_boat(
 def plain_steps(
     teacher: nn.Module, student: nn.Module, u: Tensor, steps: int
 ) -> list[dict[str, Tensor]]:
-    """The student's weights before each step of plain SGD and after the last, as leaves."""
+    """Return the student's weights before each step of plain SGD and after the last, as leaves."""
     params: dict[str, Tensor] = {
         name: p.detach().requires_grad_() for name, p in student.named_parameters()
     }
@@ -314,10 +314,12 @@ def plain_steps(
 def by_betty(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """Betty's default, ``darts`` (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): of the last
-    step alone, the mixed derivative at the new weights, with the identity for the Hessian, by a
-    central difference of gradients in the teacher over 0.01 / ||v|| along v. Times the rate, which
-    Betty leaves out."""
+    """Return the gradient by Betty's default, ``darts``.
+
+    (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8.) It is of the last step alone: the mixed
+    derivative at the new weights, with the identity for the Hessian, by a central difference of
+    gradients in the teacher over 0.01 / ||v|| along v. Times the rate, which Betty leaves out.
+    """
     params = plain_steps(teacher, student, u, steps)[-1]
     outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(params.values()))
@@ -339,10 +341,13 @@ def by_betty(
 def by_mixflow(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """MixFlow-MG (Kemaev et al. 2025): backwards through the steps, the product with the Hessian
-    and the derivative in the teacher are one derivative, in forward mode along the adjoint, of the
-    inner loss's gradient in both networks; each step's passes are run again from its kept weights,
-    and no graph outlives its step."""
+    """Return the gradient by MixFlow-MG (Kemaev et al. 2025).
+
+    Backwards through the steps, the product with the Hessian and the derivative in the teacher are
+    one derivative, in forward mode along the adjoint, of the inner loss's gradient in both
+    networks; each step's passes are run again from its kept weights, and no graph outlives its
+    step.
+    """
     *before, last = plain_steps(teacher, student, u, steps)
     outer = F.cross_entropy(functional_call(student, last, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(last.values()))
@@ -422,8 +427,10 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
 
 
 def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
-    """The interpreter of a new environment with these packages, ``alone`` or with what they need
-    beyond this environment, from which it reads the others.
+    """Return the interpreter of a new environment with these packages.
+
+    They are there ``alone`` or with what they need beyond this environment, from which it reads the
+    others.
 
     Raises: :class:`RuntimeError` with pip's words, in short, if they do not install.
     """
@@ -462,8 +469,10 @@ def call(python: str, *given: Any) -> Row:
 
 
 def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """The interpreter of each library that installs, and the reasons of those that do not; a
-    miniature takes what is installed here."""
+    """Return the interpreter of each library that installs, and why the others do not.
+
+    A miniature takes what is installed here.
+    """
     ours = OWN[:1] if miniature else OWN
     pythons, reasons = dict.fromkeys(ours, sys.executable), dict[str, str]()
     for library, (packages, gradient) in PEERS.items():
@@ -486,9 +495,9 @@ def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[st
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """The medians over the rounds of one case, and each round's seconds.
+    """Return the medians over the rounds of one case, and each round's seconds.
 
-    Or the reason why there is nothing.
+    If a round has a reason why there is nothing, return that alone.
     """
     for row in rows:
         if "reason" in row:
@@ -585,7 +594,7 @@ def table(result: Row) -> str:
 
 
 def missing(result: Row) -> str:
-    """A sentence of the libraries that did not install."""
+    """Return a sentence of the libraries that did not install."""
     notes = " ".join(f"{library}: {reason}." for library, reason in result["not_installed"].items())
     return f"\n\nNot installed: {notes}" if notes else ""
 

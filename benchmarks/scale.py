@@ -47,7 +47,7 @@ WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
 
 
 def run(sizes: dict[str, int], cases: Sequence[Row]) -> list[tuple[Row, ...]]:
-    """What each process of a layout measures, case by case."""
+    """Return what each process of a layout measures, case by case."""
     number = math.prod(sizes.values())
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(serve, (number, folder, sizes, cases), nprocs=number)

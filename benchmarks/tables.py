@@ -1,6 +1,6 @@
-"""The classifiers for tables beside scikit-learn's own: few labels, and wrong labels, at their defaults.
+"""The classifiers for tables beside scikit-learn's own: few or wrong labels, at their defaults.
 
-    python benchmarks/tables.py                            # minutes of one core; goes on where it was stopped
+    python benchmarks/tables.py                            # minutes of one core; goes on
     python benchmarks/tables.py --write benchmarks/results/tables.md     # the tables into the page
 
 Each seed draws test rows (40 %), labels and weights anew. All arms get the same standardized rows
@@ -70,7 +70,7 @@ def drawn(problem: str, seed: int) -> list[np.ndarray]:
 
 
 def some_of_each(y: np.ndarray, share: float | int, seed: int) -> np.ndarray:
-    """A mask of so many rows of each class, or of that share of it."""
+    """Return a mask of so many rows of each class, or of that share of it."""
     order, mask = np.random.default_rng(seed).permutation(len(y)), np.zeros(len(y), bool)
     for label in np.unique(y):
         rows = order[y[order] == label]
@@ -94,7 +94,7 @@ def few_labels(X: np.ndarray, y: np.ndarray, seed: int, **own: Any) -> Iterator[
 
 
 def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
-    """What learns from labels alone, as they are."""
+    """Yield what learns from labels alone, as they are."""
     yield "LogisticRegression", LogisticRegression(max_iter=2000).fit(X, y)
     yield "RandomForestClassifier", RandomForestClassifier(random_state=seed).fit(X, y)
     yield "MLPClassifier, 64 units", MLPClassifier(64, max_iter=500, random_state=seed).fit(X, y)
@@ -123,7 +123,7 @@ def wrong_labels(
 
 
 def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
-    """The accuracy of each arm."""
+    """Return the accuracy of each arm."""
     X, y, test, truth = drawn(problem, seed)
     few, begun = labels == "few labels", time.process_time()
     arms = few_labels(X, y, seed, **own) if few else wrong_labels(X, y, seed, labels, **own)
@@ -136,7 +136,7 @@ def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A table for each kind of labels, of the seeds that all of it has."""
+    """Return a table for each kind of labels, of the seeds that all of it has."""
     problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
     known = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
     cases = [*itertools.product(OWN, problems)]
