@@ -37,7 +37,7 @@ from harness import NONE, RESULTS, Row, best, between, difference, every, grid, 
 from metapl.apps import methods
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.methods import Data, Training
-from metapl.apps.settings import flat, replaced
+from metapl.apps.settings import flag_values, with_flags
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 
@@ -199,8 +199,8 @@ def one_run(
     if entry.cosine:
         # The fields that are asked for are set below, when the mode is one that has a cosine.
         named = dataclasses.replace(named, feedback=CosineFeedback(mode="reinforce"))
-    named = replaced(
-        named, **{n: v for n, v in asked.items() if n in flat(named) and v is not None}
+    named = with_flags(
+        named, **{n: v for n, v in asked.items() if n in flag_values(named) and v is not None}
     )
     data = dataclasses.replace(
         drawn(seed, labels_per_class, size), **{"validation" if final else "test": None}

@@ -355,7 +355,7 @@ def standard_view() -> View:
 
 def noisy_view() -> View:
     """Return the strong view of ``metapl noisy-student images``, and a flip."""
-    return Pictures(mirror=True, recolor=False, grey=True, image_size=SIDE).views()["strong"]
+    return Pictures(mirror=True, recolor=False, grey=True, image_size=SIDE).views().strong
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,7 @@ from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import half, make, named
 from metapl.apps.images import METHODS, Images
 from metapl.apps.look import REHEARSED, choose_settings, steps_within
-from metapl.apps.settings import flat, replaced
+from metapl.apps.settings import flag_values, with_flags
 from metapl.apps.several_runs import Job
 
 
@@ -79,11 +79,11 @@ def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
     method: Any = METHODS[name]
     labeled, unlabeled, test = (str(pictures / part) for part in ("labeled", "unlabeled", "test"))
     config = Images(labeled=labeled, unlabeled=unlabeled, test=test)
-    if unknown := settings.keys() - flat(config).keys() - flat(method).keys():
+    if unknown := settings.keys() - flag_values(config).keys() - flag_values(method).keys():
         raise SystemExit(
             f"--set {', '.join(sorted(unknown))}: neither the pictures nor the method have that"
         )
-    return replaced(config, **settings), replaced(method, **settings)
+    return with_flags(config, **settings), with_flags(method, **settings)
 
 
 def _setting(text: str) -> tuple[str, Any]:

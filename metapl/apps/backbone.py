@@ -1,12 +1,9 @@
-"""Backbones, networks whose weights are on this machine already.
-
-And the control that a run stands beside.
-"""
+"""Backbones: networks whose weights are on this machine already; and the control of a run."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,40 +23,59 @@ from metapl.apps.tuned_networks import Tuned
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import batches_of, eval_mode
 
-IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # mean and deviation that pretrained weights expect
+# The mean and the standard deviation of each channel that pretrained weights expect.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# What "auto" takes, the first whose weights are here; and the least side of pictures, in pixels:
-# for it, and for any.
+# What "auto" takes: the first of these whose weights are on this machine.
 AUTO = (
-    *(
-        "timm:vit_small_patch16_dinov3",
-        "timm:vit_small_patch14_dinov2",
-        "timm:convnext_tiny",
-        "timm:resnet50",
-    ),
-    *(
-        "resnet50",
-        "efficientnet_b0",
-        "timm:efficientnet_lite0",
-        "resnet18",
-        "timm:mobilenetv3_small_100",
-    ),
+    "timm:vit_small_patch16_dinov3",
+    "timm:vit_small_patch14_dinov2",
+    "timm:convnext_tiny",
+    "timm:resnet50",
+    "resnet50",
+    "efficientnet_b0",
+    "timm:efficientnet_lite0",
+    "resnet18",
+    "timm:mobilenetv3_small_100",
 )
-AUTO_SIDE, LEAST_SIDE = 48, 32
 
-# The control: side in pixels to which pictures are shrunk where there is no backbone; the most
-# labeled pictures.
-CONTROL_SIDE, CONTROL_PICTURES, CONTROL_BATCH = 16, 2000, 64
+# The least side of pictures, in pixels, for which "auto" takes a backbone; and for any backbone.
+AUTO_SIDE = 48
+LEAST_SIDE = 32
+
+# The control: the side in pixels to which pictures are shrunk where there is no backbone, the most
+# labeled pictures that it is fitted on, and pictures in a batch.
+CONTROL_SIDE = 16
+CONTROL_PICTURES = 2000
+CONTROL_BATCH = 64
 
 
-def find(given: str, network: str | None) -> dict[str, Any]:
-    """The settings of the backbone that a name, a file of weights or the folder of a run stands for.
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A pretrained network, and the pictures that it takes.
 
-    Nothing is downloaded. They are the network, its weights with their SHA-256, and the pictures
-    that it takes.
+    Args:
+        network: its name.
+        weights: the file of its weights.
+        weights_sha256: the SHA-256 of that file.
+        mean, std: of each channel, by which its pictures are normalized.
+        grey: whether it takes pictures without colors.
+        image_size: the side of its pictures in pixels; None: it takes any.
+    """
+
+    network: str
+    weights: str
+    weights_sha256: str
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    grey: bool = False
+    image_size: int | None = None
+
+
+def find(given: str, network: str | None) -> Backbone:
+    """Return the backbone that a name, a file of weights or the folder of a run stands for.
+
+    Nothing is downloaded.
 
     Args:
         given: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub
@@ -70,117 +86,140 @@ def find(given: str, network: str | None) -> dict[str, Any]:
     Raises: MetaplError where there is nothing, or something else.
     """
     path = Path(given).expanduser()
-    own: dict[str, Any] = {
-        "mean": IMAGENET[0],
-        "std": IMAGENET[1],
-        "grey": False,
-        "image_size": None,
-    }  # the usual
     if path.is_dir():
-        run = EndedRun.load(path)
-        name = run.result["delivered"]
-        card, weights = run.cards[name], path / WEIGHTS[name]
-        refuse_changed(weights, run.result)
-        if card.architecture is None or card.mean is None:
-            raise MetaplError(
-                f"--backbone {given}: its network takes no pictures; expected a run on pictures."
-            )
-        known = card.architecture.name
-        own = {
-            "mean": card.mean,
-            "std": card.std,
-            "grey": card.input.channels == 1,
-            "image_size": card.input.size,
-        }
-    elif path.is_file():
-        config_file, weights = path.parent / "config.json", path
-        named = (
-            read_json(config_file).get("architecture")
-            if network is None and config_file.is_file()
-            else None
-        )
-        if network is None and named is None:
-            raise MetaplError(
-                f"--backbone {given}: expected the network that the weights are of too: --network "
-                "NAME."
-            )
-        known = network or f"timm:{named}"
-    elif not given.startswith("timm:") and (
-        path.suffix or len(path.parts) > 1
-    ):  # no name of a network is like that
+        backbone = _of_run(given, path)
+        _check_network(given, backbone.network, network)
+        return backbone
+    if path.is_file():
+        name = network or _name_beside(given, path)
+        weights = path
+    elif not given.startswith("timm:") and (path.suffix or len(path.parts) > 1):
+        # No name of a network is like that.
         raise MetaplError(f"--backbone {given}: there is no such file or folder.")
     else:
-        library = Architecture(name=given, num_classes=2).library  # refuses an unknown name
-        known, folder = given, Path(torch.hub.get_dir()) / "checkpoints"
-        if library == "torchvision":
-            from torchvision.models import get_model_weights
-
-            try:
-                published: Any = get_model_weights(given)
-            except ValueError as error:
-                raise MetaplError(
-                    f"--backbone {given}: torchvision has no weights of it; expected a file."
-                ) from error
-            files = [
-                folder / Path(urlparse(one.url).path).name
-                for one in (published.DEFAULT, *published)
-            ]
-        elif library != "timm":
-            raise MetaplError(
-                f"--backbone {given}: nobody has published its weights; expected a file, or a "
-                "run's folder."
-            )
-        else:
-            config = _config(given)
-            if config is None or not (config.hf_hub_id or config.url):
-                raise MetaplError(
-                    f"--backbone {given}: timm knows no weights of it; expected a file."
-                )
-            require_packages(f"--backbone {given}", "huggingface_hub")
-            from huggingface_hub import constants, try_to_load_from_cache
-
-            usual = filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"))
-            where = {"repo_id": config.hf_hub_id or "", "cache_dir": constants.HF_HUB_CACHE}
-            cached = [try_to_load_from_cache(filename=file, **where) for file in usual]
-            by_url = (
-                folder / Path(urlparse(config.url or f"{config.hf_hub_id}.safetensors").path).name
-            )
-            files = [*(Path(file) for file in cached if isinstance(file, str)), by_url]
+        name = given
+        files = _cached_files(given)
         weights = next((file for file in files if file.is_file()), files[0])
         if not weights.is_file():
             raise MetaplError(
                 f"--backbone {given}: its weights are not on this machine; put them at {weights}, "
                 f"or give a file: --backbone FILE --network {given}."
             )
-    if network not in (None, known):
-        raise MetaplError(
-            f"--backbone {given} is {known}, and --network {network} was given; leave it out."
-        )
-    if not path.is_dir() and known.startswith("timm:") and (config := _config(known)) is not None:
-        own |= {"mean": tuple(config.mean), "std": tuple(config.std)}
-    return {
-        "network": known,
-        "weights": str(weights.resolve()),
-        "weights_sha256": sha256_of(weights),
-        **own,
-    }
+    _check_network(given, name, network)
+    mean, std = IMAGENET
+    config = _timm_config(name) if name.startswith("timm:") else None
+    if config is not None:
+        mean = tuple(config.mean)
+        std = tuple(config.std)
+    return Backbone(
+        network=name,
+        weights=str(weights.resolve()),
+        weights_sha256=sha256_of(weights),
+        mean=mean,
+        std=std,
+    )
 
 
-def auto(network: str | None = None) -> dict[str, Any] | None:
-    """The first of the usual backbones whose weights are on this machine.
-
-    Or that of the ``network`` asked for.
-    """
+def auto(network: str | None = None) -> Backbone | None:
+    """Return the first of the usual backbones, or the one asked for, if it is on this machine."""
     for name in (network,) if network else AUTO:
         try:
             return find(name, None)
-        except MetaplError:  # without its weights, or without timm
+        except MetaplError:
+            # Its weights are not here, or timm is not installed.
             continue
     return None
 
 
-def _config(name: str) -> Any:
-    """What timm says of a network's weights; None where it knows of none."""
+def _check_network(given: str, name: str, asked: str | None) -> None:
+    """Refuse a backbone that is another network than the one that was asked for beside it."""
+    if asked not in (None, name):
+        raise MetaplError(
+            f"--backbone {given} is {name}, and --network {asked} was given; leave it out."
+        )
+
+
+def _of_run(given: str, path: Path) -> Backbone:
+    """Return the network that a run delivers."""
+    run = EndedRun.load(path)
+    name = run.result["delivered"]
+    card = run.cards[name]
+    weights = path / WEIGHTS[name]
+    refuse_changed(weights, run.result)
+    if card.architecture is None or card.mean is None or card.std is None:
+        raise MetaplError(
+            f"--backbone {given}: its network takes no pictures; expected a run on pictures."
+        )
+    return Backbone(
+        network=card.architecture.name,
+        weights=str(weights.resolve()),
+        weights_sha256=sha256_of(weights),
+        mean=card.mean,
+        std=card.std,
+        grey=card.input.channels == 1,
+        image_size=card.input.size,
+    )
+
+
+def _name_beside(given: str, path: Path) -> str:
+    """Return the name of the network that config.json beside a file of weights has."""
+    config_file = path.parent / "config.json"
+    architecture = None
+    if config_file.is_file():
+        architecture = read_json(config_file).get("architecture")
+    if architecture is None:
+        raise MetaplError(
+            f"--backbone {given}: expected the network that the weights are of too: --network NAME."
+        )
+    return f"timm:{architecture}"
+
+
+def _cached_files(name: str) -> Sequence[Path]:
+    """Return where the weights of a published network may be, the preferred place first."""
+    hub_folder = Path(torch.hub.get_dir()) / "checkpoints"
+    # This refuses an unknown name.
+    library = Architecture(name=name, num_classes=2).library
+    if library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        try:
+            published: Any = get_model_weights(name)
+        except ValueError as error:
+            raise MetaplError(
+                f"--backbone {name}: torchvision has no weights of it; expected a file."
+            ) from error
+        return [
+            hub_folder / Path(urlparse(weights.url).path).name
+            for weights in (published.DEFAULT, *published)
+        ]
+    if library != "timm":
+        raise MetaplError(
+            f"--backbone {name}: nobody has published its weights; expected a file, or a run's "
+            "folder."
+        )
+    config = _timm_config(name)
+    if config is None or not (config.hf_hub_id or config.url):
+        raise MetaplError(f"--backbone {name}: timm knows no weights of it; expected a file.")
+    require_packages(f"--backbone {name}", "huggingface_hub")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    files = []
+    for file_name in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        if file_name:
+            cached = try_to_load_from_cache(
+                repo_id=config.hf_hub_id or "",
+                filename=file_name,
+                cache_dir=constants.HF_HUB_CACHE,
+            )
+            if isinstance(cached, str):
+                files.append(Path(cached))
+    url = config.url or f"{config.hf_hub_id}.safetensors"
+    files.append(hub_folder / Path(urlparse(url).path).name)
+    return files
+
+
+def _timm_config(name: str) -> Any:
+    """Return what timm says of a network's weights; None where it knows of none."""
     require_packages(f"--network {name}", "timm")
     import timm
 
@@ -189,72 +228,83 @@ def _config(name: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """Logistic regression on the labeled pictures alone: on the features of a backbone before it is
-    trained, or, without one, on the pictures shrunk to 16 pixels; each feature is standardized on
-    the labeled pictures. Digits are taken as they are: on two of a class, standardized pixels have
-    69.5 % in the mean of 20 seeds, and these 76.1 %."""
+    """A linear baseline: logistic regression on the labeled pictures alone.
+
+    It sees the features of a backbone before that is trained, or, without one, the pictures shrunk
+    to 16 pixels; each feature is standardized on the labeled pictures. Digits are taken as they
+    are: on two of a class, standardized pixels have 69.5 % in the mean of 20 seeds, and these
+    76.1 %.
+
+    Args:
+        network: whose features, or whose pictures, are looked at.
+        regression: a pipeline of scikit-learn.
+    """
 
     network: nn.Module
-    regression: Any  # scikit-learn's
+    regression: Any
 
     @classmethod
     def of(cls, network: nn.Module, data: Data) -> Control:
-        """Fit it, on :data:`CONTROL_PICTURES` of the labeled pictures at most."""
+        """Fit it, on some :data:`CONTROL_PICTURES` of the labeled pictures at most."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        images, labels = data.labeled.images, data.labeled.labels
+        images = data.labeled.images
+        labels = data.labeled.labels
         are_digits = isinstance(images, Tensor)
-        steps = [] if are_digits else [StandardScaler()]
-        made = cls(network, make_pipeline(*steps, LogisticRegression(max_iter=1000)))
-        even = labels.argsort(stable=True)[:: max(1, -(-len(images) // CONTROL_PICTURES))]
-        first = [
-            int((labels == label).nonzero()[0]) for label in labels.unique()
-        ]  # of each class, however rare
-        some = torch.cat([even, torch.tensor(first)]).unique()
+        scalers = [] if are_digits else [StandardScaler()]
+        pipeline = make_pipeline(*scalers, LogisticRegression(max_iter=1000))
+        control = cls(network, pipeline)
+        # Evenly over the classes, and the first of each class, however rare that is.
+        step = max(1, -(-len(images) // CONTROL_PICTURES))
+        evenly = labels.argsort(stable=True)[::step]
+        first = [int((labels == label).nonzero()[0]) for label in labels.unique()]
+        chosen = torch.cat([evenly, torch.tensor(first)]).unique()
+        examples: Any
+        if are_digits:
+            examples = (images[chosen], labels[chosen])
+        else:
+            examples = EvaluationBatches(images.select(chosen), labels[chosen], CONTROL_BATCH)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            if are_digits:
-                seen = made._seen((images[some], labels[some]))
-            else:
-                seen = made._seen(
-                    EvaluationBatches(images.select(some), labels[some], CONTROL_BATCH)
-                )
-            made.regression.fit(*map(np.concatenate, zip(*seen, strict=True)))
-        return made
+            features, targets = zip(*control._features(examples), strict=True)
+            pipeline.fit(np.concatenate(features), np.concatenate(targets))
+        return control
 
     @property
     def sees(self) -> str:
+        """Return what it sees of a picture, in words."""
         return "features of the backbone" if isinstance(self.network, Tuned) else "pixels"
 
     def accuracy(self, data: Any) -> float:
-        """The share that is right of labeled pictures: of a batch of them, or of several."""
-        right = np.concatenate([self.regression.predict(x) == y for x, y in self._seen(data)])
-        return float(right.mean())
+        """Return the share of labeled pictures that it is right about, in a batch or in several."""
+        is_right = [self.regression.predict(x) == y for x, y in self._features(data)]
+        return float(np.concatenate(is_right).mean())
 
     @torch.no_grad()
     def start(self, network: Tuned) -> None:
-        """Let the head of a network begin as the regression.
-
-        What is trained next goes on from there.
-        """
+        """Let the head of a network begin as the regression, and be trained from there."""
         scaler, linear = (step for _, step in self.regression.steps)
         head = network.module.get_submodule(network.head)
         if not isinstance(head, nn.Linear) or len(linear.classes_) != head.out_features:
             return
-        weight_KF, bias_K = linear.coef_, linear.intercept_
-        if len(linear.classes_) == 2:  # scikit-learn has the difference of two classes
-            weight_KF, bias_K = (np.concatenate([-each, each]) / 2 for each in (weight_KF, bias_K))
+        weight_KF = linear.coef_
+        bias_K = linear.intercept_
+        if len(linear.classes_) == 2:
+            # scikit-learn has the difference of the two classes.
+            weight_KF = np.concatenate([-weight_KF, weight_KF]) / 2
+            bias_K = np.concatenate([-bias_K, bias_K]) / 2
         weight_KF = weight_KF / scaler.scale_
         head.weight.copy_(torch.from_numpy(weight_KF))
         if head.bias is not None:
             head.bias.copy_(torch.from_numpy(bias_K - weight_KF @ scaler.mean_))
 
-    def _seen(self, data: Any) -> Iterator[tuple[Any, Any]]:
-        """The features and the labels of the pictures of each batch."""
-        network, device = self.network, next(self.network.parameters()).device
+    def _features(self, data: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield the features and the labels of the pictures of each batch."""
+        network = self.network
+        device = next(network.parameters()).device
         with eval_mode(network):
             for x, labels in batches_of(data, device):
                 if isinstance(network, Tuned):

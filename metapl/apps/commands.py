@@ -1,5 +1,4 @@
-"""``metapl train images|digits|noisy`` and ``metapl noisy-student images|digits``:
-their flags, and the runs that they start."""
+"""The commands that train: ``metapl train`` and ``metapl noisy-student``, their flags and runs."""
 
 from __future__ import annotations
 
@@ -9,20 +8,20 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 import tyro
 
 from metapl.apps import digits, images, noisy_labels, noisy_student
 from metapl.apps.digits import Digits
-from metapl.apps.images import Images
+from metapl.apps.images import Images, OfPictures
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
-from metapl.apps.launch import from_first, joined, program
+from metapl.apps.launch import Processes, from_first, joined, program
 from metapl.apps.look import choose_settings
 from metapl.apps.machine import default_threads
-from metapl.apps.methods import ReducedMpl, with_settings_of
+from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
 from metapl.apps.methods_over_seeds import parse_seeds
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
@@ -38,23 +37,37 @@ from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.training import Interrupted
 
-OfImages: TypeAlias = Any
-OfDigits: TypeAlias = Any
-OfNoisy: TypeAlias = Any
+# The methods of each command as tyro's subcommands. The type checker cannot follow a type that is
+# made while the program runs.
+MethodOfImages: TypeAlias = Any
+MethodOfDigits: TypeAlias = Any
+MethodOfNoisy: TypeAlias = Any
 if not TYPE_CHECKING:
-    OfImages, OfDigits, OfNoisy = (
-        Flat[tyro.extras.subcommand_type_from_defaults(of.METHODS, prefix_names=False)]
-        for of in (images, digits, noisy_labels)
-    )
+
+    def _subcommands(methods: dict[str, Method]) -> Any:
+        return Flat[tyro.extras.subcommand_type_from_defaults(methods, prefix_names=False)]
+
+    MethodOfImages = _subcommands(images.METHODS)
+    MethodOfDigits = _subcommands(digits.METHODS)
+    MethodOfNoisy = _subcommands(noisy_labels.METHODS)
+
+# What a command line begins with that starts a training.
+TRAINING_COMMANDS = ("train", "noisy-student")
+
+# The exit code of the other processes where the first one fails before it trains.
+NOT_STARTED = 2
+
+
+# -------------------------------------------------------------------------------- flags of the runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run goes.
+    """The flags that say where a run goes.
 
     Args:
-        out: run folder; the next free one in runs/.
-        resume: go on with the run that is there.
+        out: run folder; by default the next free one in runs/.
+        resume: go on with the run in the folder.
     """
 
     out: Folder = None
@@ -63,13 +76,13 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparing(Place):
-    """Whether and how methods are compared.
+    """The flags that say whether and how methods are compared.
 
     Args:
-        compare: train by other methods too, and compare.
-        seeds: with --compare, such as 0-4.
-        methods: with --compare: these alone.
-        jobs: with --compare: runs at a time.
+        compare: train by other methods too, and compare them.
+        seeds: seeds of --compare, such as 0-4 or 0,3,5.
+        methods: methods of --compare; by default some usual ones.
+        jobs: runs of --compare at a time; by default one a core.
     """
 
     compare: Switch = False
@@ -80,173 +93,278 @@ class Comparing(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Comparing):
-    """The processes that torchrun has started, which train together.
+    """The flags for processes that torchrun has started, which train together.
 
     Args:
-        replicate: processes with a copy of the weights.
-        shard: processes that share one (torchrun).
+        replicate: groups of processes, each with a copy of the weights (torchrun).
+        shard: processes of a group, which share one copy of the weights.
     """
 
     replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
     shard: Annotated[int, tyro.conf.arg(name="mesh.shard")] = 1
 
 
+class Methods(Protocol):
+    """A module with the methods of a command, such as :mod:`metapl.apps.digits`."""
+
+    @property
+    def METHODS(self) -> dict[str, Any]:
+        """Return the methods by their names, with their usual settings."""
+
+    @property
+    def COMPARED(self) -> tuple[str, ...]:
+        """Return the names of those that are compared unless others are named."""
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """The methods and seeds that a comparison runs."""
+
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    jobs: int | None
+
+
+# ---------------------------------------------------------------------------------- what they start
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A training of ``config`` by a method, or a comparison of the METHODS ``of`` a module."""
+    """A training by a method, or a comparison of several methods.
 
-    config: Any
-    options: Any
-    method: Any
-    of: ClassVar[Any] = None
+    Args:
+        config: what is trained on, and how long.
+        options: where the run goes, and whether methods are compared.
+        method: the method, with its settings.
+    """
+
+    config: TrainingConfig
+    options: Place
+    method: Method
+
+    # The module whose METHODS can be compared; None: there is one method.
+    methods: ClassVar[Methods | None] = None
 
     def run(self) -> int:
-        """What is wrong is refused before anything is written."""
-        config, method, options = self.config, self.method, self.options
-        # 1. What can be refused by the words alone.
-        mesh = Mesh(replicate=getattr(options, "replicate", 1), shard=getattr(options, "shard", 1))
-        if mesh.size != (count := int(os.environ.get("WORLD_SIZE", "1"))):
-            raise MetaplError(
-                f"{count} process{'es were' if count > 1 else ' was'} started for a mesh of "
-                f"{mesh.size}; expected as many: torchrun --nproc-per-node=N -m metapl ... "
-                "--mesh.replicate N, or --mesh.shard N for shared weights."
-            )
-        place = device(config.fitting.device)
-        if not options.resume:
-            check_out(
-                options.out or Path("runs"), {name: getattr(config, name) for name in config.places}
-            )
-        compares, names = getattr(options, "compare", False), [method.name]
-        seeds: tuple[int, ...] = (config.fitting.seed,)
-        if self.of is not None:
-            for name in ("seeds", "methods", "jobs"):
-                if getattr(options, name) and not compares:
-                    raise MetaplError(f"--{name} goes with --compare.")
-            seeds = parse_seeds(options.seeds) if options.seeds else seeds
-            # The own method is the first, which is delivered where validation cannot tell.
-            named = (
-                options.methods.split(",") if options.methods else (method.name, *self.of.COMPARED)
-            )
-            names = [*dict.fromkeys(named)]
-            if unknown := [name for name in names if name not in self.of.METHODS]:
-                raise MetaplError(
-                    f"--methods {few(unknown)}: expected some of {', '.join(self.of.METHODS)}."
-                )
-        if compares and mesh.size > 1:
+        """Train or compare, and return the exit code; what is wrong is refused first."""
+        mesh = started_mesh(self.options)
+        place = device(self.config.fitting.device)
+        if not self.options.resume:
+            folders = {name: getattr(self.config, name) for name in self.config.places}
+            check_out(self.options.out or Path("runs"), folders)
+        comparison = self.plan_comparison(mesh)
+        check_shares(self.config, self.method, mesh)
+        if isinstance(self.method, ReducedMpl):
+            check_labels_given(self.config, self.method)
+        if isinstance(self.method, NoisyStudent):
+            noisy_student.check_selection(self.config, self.method)
+        with joined(mesh, place) as processes:
+            if processes.first:
+                return self.run_first(processes, comparison)
+            return train_beside_first(processes)
+
+    def plan_comparison(self, mesh: Mesh) -> ComparisonPlan | None:
+        """Return the methods and seeds to compare, or None; refuse flags that conflict."""
+        options = self.options
+        if self.methods is None or not isinstance(options, Comparing):
+            return None
+        for name in ("seeds", "methods", "jobs"):
+            if getattr(options, name) and not options.compare:
+                raise MetaplError(f"--{name} goes with --compare.")
+        seeds: tuple[int, ...] = (self.config.fitting.seed,)
+        if options.seeds:
+            seeds = parse_seeds(options.seeds)
+        # The run's own method is the first, which is delivered where validation cannot tell.
+        names = (self.method.name, *self.methods.COMPARED)
+        if options.methods:
+            names = tuple(options.methods.split(","))
+        names = tuple(dict.fromkeys(names))
+        unknown = [name for name in names if name not in self.methods.METHODS]
+        if unknown:
+            expected = ", ".join(self.methods.METHODS)
+            raise MetaplError(f"--methods {few(unknown)}: expected some of {expected}.")
+        if not options.compare:
+            return None
+        if mesh.size > 1:
             raise MetaplError(
                 "--compare runs methods side by side, in one process each; leave --mesh out."
             )
-        if compares and config.places and config.test is None:
+        if self.config.places and getattr(self.config, "test", None) is None:
             raise MetaplError(
                 "--compare reports on pictures that nothing was selected on: expected --test "
                 "beside it."
             )
-        check_shares(config, method, mesh)
-        if isinstance(method, ReducedMpl):
-            check_labels_given(config, method)
-        if isinstance(method, NoisyStudent):
-            noisy_student.check_selection(config, method)
-        with joined(mesh, place) as processes:
-            if not processes.first:  # it shows nothing, and its folder is not kept
-                given = from_first(None)
-                if isinstance(given, int):
-                    return given
-                config, method, threads = given
-                torch.set_num_threads(config.threads or threads)
-                with tempfile.TemporaryDirectory() as kept:
-                    folder = RunFolder(Path(kept) / "run")
-                    with folder.claimed(describe(config, method), resume=False):
-                        train(config, method, folder, processes=processes)
-                return 0
+        return ComparisonPlan(names=names, seeds=seeds, jobs=options.jobs)
 
-            def say(text: str) -> None:
-                tell(wrapped(as_flags(text)))
-
-            path: Path | None = options.out
-            others: int | None = (
-                2  # what the other processes leave with, unless they are told to train
-            )
-            try:
-                with open_run_folder(options.out, config.name, options.resume) as folder:
-                    path = folder.path
-                    if sys.argv[1:2] in (
-                        ["train"],
-                        ["noisy-student"],
-                    ):  # else another program calls this
-                        folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
-                    # 2. Settings that were left open.
-                    before = folder.recipe()["fields"] if options.resume and folder.exists else None
-                    torch.set_num_threads(config.threads or default_threads())
-                    if config.places:
-                        config, method = choose_settings(config, method, say, before)
-                    else:
-                        method = method.scheduled(config.fitting.steps)
-                    if isinstance(method, NoisyStudent):
-                        noisy_student.configs_of(
-                            config, method
-                        )  # refused before anything is written
-                    # 3. Several methods, or one.
-                    if compares:
-                        usual = self.of.METHODS
-                        like = {
-                            name: with_settings_of(usual[name], method, usual[method.name])
-                            for name in names
-                        }
-                        chosen = {
-                            name: one.scheduled(config.fitting.steps) for name, one in like.items()
-                        }
-                        train_and_compare(
-                            config, chosen, seeds, folder, resume=options.resume, jobs=options.jobs
-                        )
-                        return 0
-                    torch.set_num_threads(config.threads or folder.threads())
-                    if not folder.ended:
-                        others = None
-                        from_first((config, method, folder.threads()))
-                    with folder.claimed(describe(config, method), resume=options.resume):
-                        if folder.ended:
-                            tell(f"{folder.path} is finished already.")
-                            result, others = stored_result(folder), 0
-                        else:
-                            tell(
-                                f"{config.name} by {method.title}, seed {config.fitting.seed} -> "
-                                f"{folder.path}"
-                            )
-                            result = train(
-                                config,
-                                method,
-                                folder,
-                                resume=options.resume,
-                                progress=True,
-                                say=say,
-                                say_progress=None if is_watched() else say,
-                                processes=processes,
-                            )
-                    for line in summary(result):
-                        say(line)
-                    say(f"the networks, the report and the figures are in {folder.path}")
-                    if method.name == "mpl":
-                        tell(
-                            "whether the teacher's feedback helped, only a comparison tells: "
-                            "--compare --seeds 0-4"
-                        )
-            except KeyboardInterrupt as stopped:
-                # Exit as a process that the signal ended would, after the line that resumes.
-                if path is None:
-                    raise
-                words = [word for word in sys.argv[1:] if word != "--resume"]
-                if not any(word == "--out" or word.startswith("--out=") for word in words):
-                    words += ["--out", str(path)]
-                at = stopped if isinstance(stopped, Interrupted) else "stopped"
-                tell(
-                    f"\n{at}; go on with:\n  {program()} {shlex.join([*words, '--resume'])}",
-                    file=sys.stderr,
-                )
-                return exit_code(stopped)
-            finally:
-                if others is not None:
-                    from_first(others)
+    def run_first(self, processes: Processes, comparison: ComparisonPlan | None) -> int:
+        """Run in the first process, which shows and writes everything, and return the exit code."""
+        others = Others()
+        path: Path | None = self.options.out
+        try:
+            with open_run_folder(
+                self.options.out, self.config.name, resume=self.options.resume
+            ) as folder:
+                path = folder.path
+                # Another program that calls this is not told how to start it again.
+                if sys.argv[1:] and sys.argv[1] in TRAINING_COMMANDS:
+                    folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
+                config, method = self.choose_open_settings(folder)
+                if comparison is None:
+                    self.train_one(config, method, folder, processes=processes, others=others)
+                else:
+                    train_and_compare(
+                        config,
+                        self.methods_like(method, comparison.names, steps=config.fitting.steps),
+                        comparison.seeds,
+                        folder,
+                        resume=self.options.resume,
+                        jobs=comparison.jobs,
+                    )
+        except KeyboardInterrupt as stopped:
+            # Exit as a process that the signal ended would, after the line that resumes.
+            if path is None:
+                raise
+            tell_how_to_resume(stopped, path)
+            return exit_code(stopped)
+        finally:
+            others.leave(NOT_STARTED)
         return 0
+
+    def choose_open_settings(self, folder: RunFolder) -> tuple[TrainingConfig, Method]:
+        """Return the settings with a value for each that was left open: those of a resumed run."""
+        config = self.config
+        stored = None
+        if self.options.resume and folder.exists:
+            stored = folder.recipe()["fields"]
+        torch.set_num_threads(config.threads or default_threads())
+        if isinstance(config, OfPictures):
+            config, method = choose_settings(config, self.method, say, stored)
+        else:
+            method = self.method.scheduled(config.fitting.chosen_steps)
+        if isinstance(method, NoisyStudent):
+            # Networks that do not go on are refused before anything is written.
+            noisy_student.configs_of(config, method)
+        return config, method
+
+    def methods_like(
+        self, method: Method, names: tuple[str, ...], steps: int | None
+    ) -> dict[str, Method]:
+        """Return the methods to compare, with the settings in which the run's own is not usual."""
+        assert self.methods is not None, "there are methods to compare"
+        assert steps is not None, "the settings were chosen"
+        usual = self.methods.METHODS
+        compared = {}
+        for name in names:
+            like_own = with_settings_of(usual[name], method, usual[method.name])
+            compared[name] = like_own.scheduled(steps)
+        return compared
+
+    def train_one(
+        self,
+        config: TrainingConfig,
+        method: Method,
+        folder: RunFolder,
+        *,
+        processes: Processes,
+        others: Others,
+    ) -> None:
+        """Train by one method, unless the run in the folder has ended, and say what it reached."""
+        torch.set_num_threads(config.threads or folder.threads())
+        if not folder.ended:
+            others.train(config, method, threads=folder.threads())
+        with folder.claimed(describe(config, method), resume=self.options.resume):
+            if folder.ended:
+                tell(f"{folder.path} is finished already.")
+                result = stored_result(folder)
+                others.leave(0)
+            else:
+                seed = config.fitting.seed
+                tell(f"{config.name} by {method.title}, seed {seed} -> {folder.path}")
+                result = train(
+                    config,
+                    method,
+                    folder,
+                    resume=self.options.resume,
+                    progress=True,
+                    say=say,
+                    say_progress=None if is_watched() else say,
+                    processes=processes,
+                )
+        for line in summary(result):
+            say(line)
+        say(f"the networks, the report and the figures are in {folder.path}")
+        if method.name == "mpl":
+            tell(
+                "whether the teacher's feedback helped, only a comparison tells: "
+                "--compare --seeds 0-4"
+            )
+
+
+def started_mesh(options: Place) -> Mesh:
+    """Return the mesh that the flags ask for; refuse one of another number of processes."""
+    mesh = Mesh()
+    if isinstance(options, Started):
+        mesh = Mesh(replicate=options.replicate, shard=options.shard)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if mesh.size != count:
+        started = "1 process was" if count == 1 else f"{count} processes were"
+        raise MetaplError(
+            f"{started} started for a mesh of {mesh.size}; expected as many: "
+            "torchrun --nproc-per-node=N -m metapl ... "
+            "--mesh.replicate N, or --mesh.shard N for shared weights."
+        )
+    return mesh
+
+
+@dataclass
+class Others:
+    """The processes beside the first one, which wait until it says what they do."""
+
+    are_waiting: bool = True
+
+    def train(self, config: TrainingConfig, method: Method, *, threads: int) -> None:
+        """Let them train beside the first process."""
+        self.are_waiting = False
+        from_first((config, method, threads))
+
+    def leave(self, exit_code: int) -> None:
+        """Let them end with an exit code, unless they train."""
+        if self.are_waiting:
+            self.are_waiting = False
+            from_first(exit_code)
+
+
+def train_beside_first(processes: Processes) -> int:
+    """Train in a process that is not the first, shows nothing, and keeps no folder."""
+    message = from_first(None)
+    if isinstance(message, int):
+        return message
+    config, method, threads = message
+    torch.set_num_threads(config.threads or threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = RunFolder(Path(temporary) / "run")
+        with folder.claimed(describe(config, method), resume=False):
+            train(config, method, folder, processes=processes)
+    return 0
+
+
+def say(text: str) -> None:
+    """Print a message of a training, in which arguments of the library are called as the flags."""
+    tell(wrapped(as_flags(text)))
+
+
+def tell_how_to_resume(stopped: KeyboardInterrupt, path: Path) -> None:
+    """Print the command that goes on with the run in a folder."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    if not any(word == "--out" or word.startswith("--out=") for word in words):
+        words += ["--out", str(path)]
+    words.append("--resume")
+    # A fit that was stopped says after which step.
+    reason = str(stopped) if isinstance(stopped, Interrupted) else "stopped"
+    tell(f"\n{reason}; go on with:\n  {program()} {shlex.join(words)}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------- the commands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +373,8 @@ class TrainImages(Train):
 
     config: Flat[Images]
     options: Flat[Started] = field(default_factory=Started)
-    method: OfImages = images.METHODS["uda"]
-    of: ClassVar[Any] = images
+    method: MethodOfImages = images.METHODS["uda"]
+    methods: ClassVar[Methods] = images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +383,8 @@ class TrainDigits(Train):
 
     config: Flat[Digits] = field(default_factory=Digits)
     options: Flat[Started] = field(default_factory=Started)
-    method: OfDigits = digits.METHODS["mpl"]
-    of: ClassVar[Any] = digits
+    method: MethodOfDigits = digits.METHODS["mpl"]
+    methods: ClassVar[Methods] = digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,13 +393,13 @@ class TrainNoisy(Train):
 
     config: Flat[Noisy]
     options: Flat[Comparing] = field(default_factory=Comparing)
-    method: OfNoisy = noisy_labels.METHODS["example_weights"]
-    of: ClassVar[Any] = noisy_labels
+    method: MethodOfNoisy = noisy_labels.METHODS["example_weights"]
+    methods: ClassVar[Methods] = noisy_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOfImages(Train):
-    """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
+    """Train by Noisy Student: a student learns its teacher's labels, and is the next teacher.
 
     Round 0 trains the first teacher on the labeled examples. In each later round the last network
     labels the unlabeled examples without noise; those it is confident of are kept, as many of each

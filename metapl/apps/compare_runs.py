@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,19 +23,28 @@ from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart,
-# and what changes no number; and those that follow from how many steps fitted into a run's minutes.
+# and what changes no number.
 IRRELEVANT = ("seed", "feedback", "kind", "clean_alone", "log_every", "save_every", "num_workers")
+
+# Fields that follow from how many steps fitted into a run's minutes.
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp", "warm_steps")
 
 
 class Entry(NamedTuple):
-    """A run, or one of those of a comparison."""
+    """A run, or one of those of a comparison.
 
-    given: Path  # the folder that was named
-    fields: Mapping[str, str]  # in which it may differ from others
+    Args:
+        given: the folder that was named on the command line.
+        fields: settings, in which it may differ from others.
+        result: what its result.json holds.
+    """
+
+    given: Path
+    fields: Mapping[str, str]
     result: Mapping[str, Any]
 
     def reached(self, readout: str) -> float:
+        """Return an accuracy; of a run that has none of this kind, the student's."""
         return float(self.result.get(readout, self.result[STUDENT]))
 
 
@@ -56,107 +64,140 @@ class Compare:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
     def run(self) -> int:
+        """Print the accuracies, and whether the students' differ."""
         if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
             given = few(self.folders) if self.folders else "no run"
             raise MetaplError(
                 f"metapl compare RUN RUN...: expected runs, each once, and {given} was given."
             )
-        groups: dict[tuple[str, str], list[Entry]] = {}  # by folder and method
-        drawn: dict[
-            tuple[str, ...], Mapping[str, str]
-        ] = {}  # hashes of data, by what these are drawn by
-        evaluations = list[Evaluation]()
+        same_data = SameData(self.folders[0])
+        groups: dict[tuple[str, str], list[Entry]] = {}
         for path in self.folders:
-            run = EndedRun.load(path)
-            own = run.description["fields"]
-            unlike = {*IRRELEVANT, *(BY_STEPS if own.get("minutes") else ())}
-            fields = {name: str(value) for name, value in own.items() if name not in unlike}
-            within = (
-                results_within(path, run.result) if run.is_comparison else {("", 0): run.result}
-            )
-            for (method, seed), result in within.items():
-                place = path / method / f"seed-{seed}" if run.is_comparison else path
-                if "evaluation" not in result:
-                    raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
-                evaluations.append(Evaluation(**result["evaluation"]))
-                # Accuracies on other test pictures, or of students of other classes, say nothing of
-                # which method is better. A folder of pictures is the data; the digits are drawn
-                # from a data set.
-                kind, seeded, hashes = (
-                    result["recipe"],
-                    str(result["seed"]),
-                    stored_data(RunFolder(place))["hash"],
-                )
-                by = (kind, seeded, fields["labels_per_class"]) if kind == "digits" else (kind,)
-                parts = sorted(
-                    {part for part, _ in drawn.setdefault(by, hashes).items() ^ hashes.items()}
-                )
-                if kind != next(iter(drawn))[0]:
-                    parts = ["test sets"]
-                elif (classes := evaluations[-1].classes or ()) != (
-                    others := evaluations[0].classes or ()
-                ):
-                    parts = [f"classes ({few(sorted({*classes} ^ {*others})) or 'their order'})"]
-                if parts:
-                    both = f"{place} and {self.folders[0]} are on different data"
-                    raise MetaplError(f"{both}: {', '.join(parts)} differ.")
-                groups.setdefault((str(path), result["method"]), []).append(
-                    Entry(path, fields, result)
-                )
+            for place, entry in entries_of(path):
+                same_data.check(place, entry)
+                key = (str(path), entry.result["method"])
+                groups.setdefault(key, []).append(entry)
         rows: list[tuple[str, ...]] = [
             ("run", "method", "seeds", "delivered", "student", "finetuned")
         ]
-        for key, group in groups.items():
-            shares = [spread([entry.reached(each) for entry in group]) for each in READOUTS]
-            rows.append((*key, spoken_seeds(entry.result["seed"] for entry in group), *shares))
-        chance = statistics.fmean(each.chance for each in evaluations)
+        for (folder, method), group in groups.items():
+            seeds = spoken_seeds(entry.result["seed"] for entry in group)
+            accuracies = []
+            for readout in READOUTS:
+                accuracies.append(spread([entry.reached(readout) for entry in group]))
+            rows.append((folder, method, seeds, *accuracies))
+        evaluations = same_data.evaluations
+        chance = statistics.fmean(evaluation.chance for evaluation in evaluations)
         caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
-        tell(
-            f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict([*itertools.chain(*groups.values())]))}"
-        )
+        entries = [entry for group in groups.values() for entry in group]
+        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries))}")
         return 0
 
 
+def entries_of(path: Path) -> Iterator[tuple[Path, Entry]]:
+    """Yield a run, or the runs of a comparison, each with its folder."""
+    run = EndedRun.load(path)
+    settings = run.description["fields"]
+    ignored = set(IRRELEVANT)
+    if settings.get("minutes"):
+        ignored |= set(BY_STEPS)
+    fields = {name: str(value) for name, value in settings.items() if name not in ignored}
+    results: Mapping[tuple[str, int], Mapping[str, Any]] = {("", 0): run.result}
+    if run.is_comparison:
+        results = results_within(path, run.result)
+    for (method, seed), result in results.items():
+        place = path / method / f"seed-{seed}" if run.is_comparison else path
+        if "evaluation" not in result:
+            raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
+        yield place, Entry(given=path, fields=fields, result=result)
+
+
+class SameData:
+    """Refuses runs whose data, test sets or classes are not those of the runs before.
+
+    Accuracies on other test pictures, or of students of other classes, say nothing of which method
+    is better.
+
+    Args:
+        first: the folder that was named first.
+    """
+
+    def __init__(self, first: Path) -> None:
+        self.first = first
+        self.evaluations: list[Evaluation] = []
+
+        # The hashes of the data, by what these are drawn by. A folder of pictures is the data; the
+        # digits are drawn from a data set by the seed.
+        self.hashes: dict[tuple[str, ...], Mapping[str, str]] = {}
+
+    def check(self, place: Path, entry: Entry) -> None:
+        """Remember a run; refuse it where it cannot be compared."""
+        evaluation = Evaluation(**entry.result["evaluation"])
+        self.evaluations.append(evaluation)
+        hashes = stored_data(RunFolder(place))["hash"]
+        recipe = entry.result["recipe"]
+        drawn_by: tuple[str, ...] = (recipe,)
+        if recipe == "digits":
+            drawn_by = (recipe, str(entry.result["seed"]), entry.fields["labels_per_class"])
+        hashes_before = self.hashes.setdefault(drawn_by, hashes)
+        differing = sorted({part for part, _ in hashes_before.items() ^ hashes.items()})
+        first_recipe, *_ = next(iter(self.hashes))
+        classes = evaluation.classes or ()
+        first_classes = self.evaluations[0].classes or ()
+        if recipe != first_recipe:
+            differing = ["test sets"]
+        elif classes != first_classes:
+            names = few(sorted({*classes} ^ {*first_classes})) or "their order"
+            differing = [f"classes ({names})"]
+        if differing:
+            raise MetaplError(
+                f"{place} and {self.first} are on different data: {', '.join(differing)} differ."
+            )
+
+
 def spoken_seeds(seeds: Iterable[int]) -> str:
-    """Seeds as ``--seeds`` takes them."""
-    return ",".join(map(str, sorted(seeds)))
+    """Return seeds as ``--seeds`` takes them."""
+    return ",".join(str(seed) for seed in sorted(seeds))
 
 
 def verdict(entries: Sequence[Entry]) -> str:
-    """The students of each method against those of the first one, in pairs of a seed.
+    """Compare the students of each method with those of the first one, in pairs of a seed.
 
-    Or why they are not paired.
+    Return the differences, or why the students are not paired.
     """
-    values: dict[
-        str, set[str]
-    ] = {}  # methods have fields of their own: what the entries have of each is looked at
+    # Methods have fields of their own, so what the entries have of each field is looked at.
+    values: dict[str, set[str]] = {}
     for entry in entries:
         for name, value in entry.fields.items():
             values.setdefault(name, set()).add(value)
     variants: dict[str, dict[int, float]] = {}
     for entry in entries:
-        options = "".join(
-            f", {name} {value}" for name, value in entry.fields.items() if len(values[name]) > 1
-        )
-        name, seed = f"{entry.result['method']}{options}", entry.result["seed"]
-        if seed in variants.setdefault(name, {}):
-            return f"Not paired: {name} with seed {seed} is there twice."
-        variants[name][seed] = entry.reached(STUDENT)
+        variant = entry.result["method"]
+        for name, value in entry.fields.items():
+            if len(values[name]) > 1:
+                variant += f", {name} {value}"
+        seed = entry.result["seed"]
+        accuracies = variants.setdefault(variant, {})
+        if seed in accuracies:
+            return f"Not paired: {variant} with seed {seed} is there twice."
+        accuracies[seed] = entry.reached(STUDENT)
     first, *others = variants
     seeds = sorted(variants[first])
-    for name in others:
-        if sorted(variants[name]) != seeds:
+    for variant in others:
+        if sorted(variants[variant]) != seeds:
             return (
-                f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {name} has "
-                f"{spoken_seeds(variants[name])}."
+                f"Not paired: {first} has seeds {spoken_seeds(seeds)}, {variant} has "
+                f"{spoken_seeds(variants[variant])}."
             )
     if not others:
         return "Nothing to pair: one method with one set of options."
     lines = [f"The students by seed ({spoken_seeds(seeds)}), against those of {first}:"]
-    for name in others:
-        test = paired_test(*([variants[each][seed] for seed in seeds] for each in (name, first)))
+    for variant in others:
+        test = paired_test(
+            [variants[variant][seed] for seed in seeds], [variants[first][seed] for seed in seeds]
+        )
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test"
         if test.p is not None and test.n >= ENOUGH_SEEDS:
             p = f"paired t-test p = {test.p:.2g}"
-        lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
+        lines.append(f"  {100 * test.mean:+.2f} points  {variant} ({p})")
     return "\n".join(lines)

@@ -1,16 +1,14 @@
-"""Handwritten digits with a few labels a class, which run anywhere in seconds.
-
-``metapl train digits``.
-"""
+"""``metapl train digits``: handwritten digits with a few labels a class, in seconds anywhere."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.apps import methods
 from metapl.apps.network_weights import parameter_groups
@@ -23,55 +21,74 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, replaced, require
+from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 
-MOST_LAYERS, WIDEST = 64, 2**14
-VIEW = ShiftNoiseCutout()  # of what the student, and of labeled images the teacher, learns from
+# The most hidden layers, and the most units of one.
+MOST_LAYERS = 64
+WIDEST = 2**14
 
-# SGD: learning rates of the student, of the teacher, which has momentum, and of finetuning.
-STUDENT_RATE, TEACHER_RATE, MOMENTUM, FINETUNED_AT = 1.0, 0.06, 0.9, 0.02
+# What is done to the images that the student learns from, and to labeled ones of the teacher.
+VIEW = ShiftNoiseCutout()
+
+# Learning rates of SGD: the student's, the teacher's, which has momentum, and that of finetuning.
+STUDENT_RATE = 1.0
+TEACHER_RATE = 0.06
+MOMENTUM = 0.9
+FINETUNING_RATE = 0.02
 
 # The networks are so small that consistency helps them little: a teacher does without it.
 _UDA = methods.Consistency(
     uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0
 )
-_OWN: dict[str, Any] = {"uda": replaced(_UDA, uda_weight=0.0), "wait": 0, "warm_start": False}
+_NO_UDA = dataclasses.replace(_UDA, uda_weight=0.0)
+
+
+def _mpl(feedback: methods.FeedbackKind) -> methods.Mpl:
+    return methods.Mpl(
+        feedback=methods.Feedback(feedback=feedback), uda=_NO_UDA, wait=0, warm_start=False
+    )
+
 
 METHODS: dict[str, Any] = {
-    "mpl": methods.Mpl(**_OWN),
+    "mpl": _mpl("whole"),
     "supervised": methods.Supervised(),
     "pseudo_labels": methods.PseudoLabels(),
     "uda": methods.Uda(uda=_UDA),
-    "fixmatch": replaced(methods.FixMatch(), uda_start=0, uda_ramp=0),
+    "fixmatch": methods.FixMatch(
+        uda=dataclasses.replace(methods.FixMatch().uda, uda_start=0, uda_ramp=0)
+    ),
     "ent_min": methods.EntMin(),
-    **{
-        k: methods.Mpl(feedback=methods.Feedback(feedback=k), **_OWN)
-        for k in methods.TITLES
-        if k != "whole"
-    },
-    "reduced_mpl": methods.ReducedMpl(uda=_OWN["uda"]),
-    "reduced_none": methods.ReducedMpl(feedback=methods.Feedback(feedback="none"), uda=_OWN["uda"]),
+    **{kind: _mpl(kind) for kind in methods.TITLES if kind != "whole"},
+    "reduced_mpl": methods.ReducedMpl(uda=_NO_UDA),
+    "reduced_none": methods.ReducedMpl(feedback=methods.Feedback(feedback="none"), uda=_NO_UDA),
 }
 COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")
 
 
 def fitting(**fields: Any) -> Fitting:
-    usual: dict[str, Any] = {"steps": 6000, "labeled_batch": 64, "validate_every": 100}
-    return Fitting(**{**usual, "warmup": 0, "device": "cpu", **fields})
+    """Return how long, how fast and in what batches digits are trained on, with other fields."""
+    usual: dict[str, Any] = {
+        "steps": 6000,
+        "labeled_batch": 64,
+        "validate_every": 100,
+        "warmup": 0,
+        "device": "cpu",
+    }
+    return Fitting(**{**usual, **fields})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
-    """Train on scikit-learn's digits: 1,200 to learn from, a few of them labeled, 197 to select on, 400 to report on.
+    """Train on scikit-learn's handwritten digits, of which a few are labeled.
 
-    The teacher sees clean unlabeled images and learns from augmented labeled ones; the student
-    learns its labels on augmented images. The feedback's weight is in units of the true gradient,
-    which carries η/B.
+    There are 1,200 to learn from, 197 to select on and 400 to report on. The teacher sees clean
+    unlabeled images and learns from augmented labeled ones; the student learns its labels on
+    augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
 
     Args:
         labels_per_class: labeled images of each class.
@@ -85,7 +102,8 @@ class Digits:
     input: ClassVar[Input] = Input(kind="digit", channels=1, size=8)
     places: ClassVar[tuple[str, ...]] = ()
     known: ClassVar[str] = "labeled digits"
-    threads: ClassVar[int] = 1  # of the linear algebra; rounding depends on it
+    # Threads of the linear algebra, on whose number rounding depends.
+    threads: ClassVar[int] = 1
 
     labels_per_class: Annotated[int, Range(1)] = 2
     unlabeled_batch: Batch = 64
@@ -96,37 +114,40 @@ class Digits:
     def __post_init__(self) -> None:
         check_fields(self)
         require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
-        wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
-        require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
+        fits = len(self.hidden) <= MOST_LAYERS and max(self.hidden, default=0) <= WIDEST
+        require(self, fits, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
 
     def data(self, say: Say, progress: bool, log: Path | None) -> methods.Data:
-        fitting, seed = self.fitting, self.fitting.seed
+        """Return the digits as the seed splits them, in batches that follow from seed and step."""
+        seed = self.fitting.seed
         split = load_digits_split(self.labels_per_class, seed)
         images, labels = split.labeled
-        truth = (split.unlabeled, split.unlabeled_truth)
 
-        def labeled(images: Tensor, labels: Tensor, stream: int, own: int) -> LabeledBatches:
-            sampler = StepSampler(len(images), fitting.labeled_batch, seed=seed, stream=stream)
-            return LabeledBatches(images, labels, sampler, VIEW, own)
+        def labeled(*, stream: int, view_seed: int) -> LabeledBatches:
+            batch_size = self.fitting.labeled_batch
+            sampler = StepSampler(len(images), batch_size, seed=seed, stream=stream)
+            return LabeledBatches(images, labels, sampler, VIEW, view_seed)
 
-        many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=seed, stream=1)
+        unlabeled = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=seed, stream=1)
         return methods.Data(
-            labeled=labeled(images, labels, 0, seed),
-            unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), VIEW, seed),
-            finetuning=labeled(images, labels, 2, seed + 1),
+            labeled=labeled(stream=0, view_seed=seed),
+            unlabeled=UnlabeledBatches(split.unlabeled, unlabeled, Identity(), VIEW, seed),
+            finetuning=labeled(stream=2, view_seed=seed + 1),
             validation=split.validation,
             test=split.test,
             classes=self.classes,
             record={
                 "hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)
             },
-            truth=truth,
+            truth=(split.unlabeled, split.unlabeled_truth),
         )
 
     def network(self) -> nn.Module:
+        """Build a multilayer perceptron."""
         return mlp([64, *self.hidden, 10], dropout=self.dropout)
 
     def card(self, title: str) -> NetworkCard:
+        """Describe the network for network.json."""
         return NetworkCard(
             title=title, input=self.input, widths=(64, *self.hidden, 10), dropout=self.dropout
         )
@@ -134,32 +155,36 @@ class Digits:
     def optimizer(
         self, role: Role, module: nn.Module, lr: float | None = None
     ) -> torch.optim.Optimizer:
+        """Build SGD, with momentum for the teacher."""
         groups = parameter_groups(module, 0.0)
         if role == "student":
             return torch.optim.SGD(groups, lr=lr or STUDENT_RATE)
         return torch.optim.SGD(groups, lr=self.fitting.lr or TEACHER_RATE, momentum=MOMENTUM)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(module, 0.0), lr=FINETUNED_AT)
+        """Build SGD for finetuning."""
+        return torch.optim.SGD(parameter_groups(module, 0.0), lr=FINETUNING_RATE)
 
     def trainer_options(self) -> dict[str, Any]:
+        """Return the options of every trainer."""
         return {"accumulate": self.fitting.accumulate, "precision": self.fitting.precision}
 
     def finetuning(self) -> dict[str, Any]:
+        """Return the options of the fit that finetunes, on the same schedule as the training."""
         return self.fitting.finetuning(schedule=self.fitting.schedule)
 
     def with_network(self, name: str) -> Digits:
-        """With other widths of hidden layers, such as 32x32."""
+        """Return the settings with other widths of hidden layers, such as 32x32."""
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
             raise MetaplError(
                 f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for "
                 "one."
             )
-        found: Digits = replaced(self, hidden=tuple(map(int, widths)))
-        return found
+        return dataclasses.replace(self, hidden=tuple(int(width) for width in widths))
 
     def at_size(self, size: int) -> Digits:
+        """Refuse another size of the images."""
         raise MetaplError(
             f"--finetune-size {size}: the pictures of digits have one size; leave it out."
         )

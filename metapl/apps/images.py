@@ -1,7 +1,4 @@
-"""A folder of pictures with few labels, and one with many pictures without.
-
-``metapl train images``.
-"""
+"""``metapl train images``: a few labeled pictures, and many without labels."""
 
 from __future__ import annotations
 
@@ -59,7 +56,6 @@ from metapl.apps.settings import (
     Role,
     Share,
     Switch,
-    replaced,
     require,
     unset,
 )
@@ -70,23 +66,37 @@ from metapl.errors import few as some
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 
-IN_MEMORY = (
-    2**30
-)  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
-EVALUATED_AT_ONCE = 256  # pictures in a batch of an evaluation
+# Bytes of decoded pictures that are kept in memory. The files of a larger folder are read each time
+# that they are drawn.
+IN_MEMORY = 2**30
 
-# What is done to pictures, all with the same strengths: greatest rotation, shift (share of the
-# side), zoom, shear; changes of brightness, contrast, saturation; of the hue, where colors do not
-# tell classes apart; side of the hole.
-MOVED, COLORED, HUE, HOLE = (20.0, 0.125, 1.33, 10.0), (0.4, 0.4, 0.4), 0.1, 0.5
+# Pictures in a batch of an evaluation.
+EVALUATED_AT_ONCE = 256
+
+# The greatest rotation and shear in degrees, the greatest shift as a share of the side, and the
+# greatest zoom of an augmented picture.
+ROTATION = 20.0
+SHIFT = 0.125
+ZOOM = 1.33
+SHEAR = 10.0
+
+# The greatest changes of brightness, contrast and saturation; of the hue, where colors do not tell
+# classes apart; and the greatest side of the hole, as a share of the picture's.
+BRIGHTNESS = 0.4
+CONTRAST = 0.4
+SATURATION = 0.4
+HUE = 0.1
+HOLE = 0.5
+
+# The share of the greatest movement in pictures that are labeled by a network.
+WEAK_MOVEMENT = 0.25
 
 # Share of the pictures that are changed in finetuning; the others are as they will be when they are
 # predicted. Changes may take away what a class is told by: a hole covers one of the things to be
 # counted.
 FINETUNED_ON_CHANGED = 0.5
 
-# Learning rates of AdamW by the beginning of a network's name, and with pretrained weights; that of
-# finetuning, by SGD.
+# Learning rates of AdamW for networks from scratch, by the beginning of their names.
 RATES = {
     "pooled_cnn": 1e-2,
     "small_cnn": 4e-3,
@@ -95,9 +105,16 @@ RATES = {
     "efficientnet": 3e-4,
     "vit": 3e-4,
 }
-OTHER_RATE, PRETRAINED_RATE, FINETUNED_AT = 5e-4, 2e-4, 1e-2
-TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": PRETRAINED_RATE}
-WEIGHT_DECAY, CLIPPED = 0.05, 1.0
+OTHER_RATE = 5e-4
+
+# Learning rates of AdamW for a network with pretrained weights, by what of it is trained.
+TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": 2e-4}
+
+# The learning rate of SGD that finetunes.
+FINETUNING_RATE = 1e-2
+
+WEIGHT_DECAY = 0.05
+CLIP_NORM = 1.0
 
 METHODS: dict[str, Any] = {
     "uda": Uda(),
@@ -118,22 +135,43 @@ Minutes = Annotated[Annotated[float, Range(above=0, most=60 * 24 * 366)] | None,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """What a picture becomes, how it is changed, and the network. What is None is chosen by looking at some pictures.
+class Views:
+    """How the pictures of a step are augmented.
 
     Args:
-        network: pooled_cnn, resnet18, vit_b_16, timm:NAME.
-        weights: pretrained; imagenet downloads them.
-        backbone: none, auto, or one that is here.
-        tuning: of it: head, lora or all; by default lora.
-        lora_rank: of the changes, 4 to 16.
-        image_size: side that pictures are resized to.
+        weak: unlabeled pictures for the network that labels them.
+        strong: unlabeled pictures for the network that learns the labels.
+        labeled: labeled pictures.
+        finetuned: labeled pictures in finetuning.
+        crop: draws the part that is cut out of a file before; None: the whole picture is taken.
+    """
+
+    weak: View
+    strong: View
+    labeled: View
+    finetuned: View
+    crop: ResizedCrop | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """How pictures are read and augmented, and the network.
+
+    What is None is chosen by looking at some pictures.
+
+    Args:
+        network: such as pooled_cnn, resnet18, vit_b_16 or timm:NAME.
+        weights: file of pretrained weights; imagenet downloads some.
+        backbone: pretrained network to tune: none, auto, or a name or file on this machine.
+        tuning: what of the backbone is trained: head, lora or all; by default lora.
+        lora_rank: rank of the LoRA updates (4 to 16).
+        image_size: side in pixels that pictures are resized to.
         grey: read pictures without colors.
-        mirror: mirror half of them; not for letters.
-        recolor: exchange colors, and light and dark.
+        mirror: mirror half of the pictures; not for letters.
+        recolor: exchange the colors of a picture, and light and dark.
         crop: learn from random parts of pictures.
         dropout: dropout rate of the networks.
-        stochastic_depth: of dropping the last block.
+        stochastic_depth: probability that the last block of a network is dropped.
     """
 
     network: Annotated[str | None, unset("NAME")] = None
@@ -152,68 +190,73 @@ class Pictures:
     stochastic_depth: Share = 0.0
     mean: Hidden[tuple[float, ...] | None] = None
     std: Hidden[tuple[float, ...] | None] = None
-    weights_sha256: Hidden[str | None] = None  # of the weights, once they were found
+    # The SHA-256 of the weights, once they were found.
+    weights_sha256: Hidden[str | None] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
-            self, self.tuning is None or self.backbone != "none", "tuning", "--backbone beside it"
-        )
+        has_backbone = self.backbone != "none"
+        require(self, self.tuning is None or has_backbone, "tuning", "--backbone beside it")
+        has_frozen_layers = has_backbone and self.tuning != "all"
         for noise in ("dropout", "stochastic_depth"):
-            free = self.backbone == "none" or self.tuning == "all" or not getattr(self, noise)
-            require(self, free, noise, "--tuning all, for what is frozen has no noise")
+            fits = not (has_frozen_layers and getattr(self, noise))
+            require(self, fits, noise, "--tuning all, for what is frozen has no noise")
         if self.network is not None:
             self.architecture(classes=2)
 
     @property
     def input(self) -> Input:
-        assert self.image_size is not None  # choose_settings gave it
+        """Return what the network takes."""
+        assert self.image_size is not None, "choose_settings gave it"
         return Input(channels=1 if self.grey else 3, size=self.image_size)
 
-    def views(self) -> dict[str, Any]:
-        """How the pictures of a step are seen: unlabeled ones by who labels and by who learns,
-        labeled ones, and in finetuning; ``crop`` draws the box that is cut out of a file before."""
-        color = Color(*COLORED, HUE if self.recolor else 0.0)
-        colored = (color, Hole((HOLE / 5, HOLE)), *((Recolor(),) if self.recolor else ()))
+    def views(self) -> Views:
+        """Return how the pictures of a step are augmented."""
+        color = Color(BRIGHTNESS, CONTRAST, SATURATION, HUE if self.recolor else 0.0)
+        colored: list[View] = [color, Hole((HOLE / 5, HOLE))]
+        if self.recolor:
+            colored.append(Recolor())
         if self.crop:
-            changed: View = Chain(colored)
-            crop = ResizedCrop(self.input.size, flip=self.mirror)
-            return {
-                "weak": Identity(),
-                "strong": changed,
-                "labeled": changed,
-                "finetuned": changed,
-                "crop": crop,
-            }
-
-        def moved(share: float) -> tuple[View, ...]:
-            degrees, shift, zoom, shear = MOVED
-            zoom = math.exp(share * math.log(zoom))
-            affine = Affine(share * degrees, share * shift, (1 / zoom, zoom), share * shear)
-            return (*((Flip(),) if self.mirror else ()), affine)
-
+            changed = Chain(tuple(colored))
+            return Views(
+                weak=Identity(),
+                strong=changed,
+                labeled=changed,
+                finetuned=changed,
+                crop=ResizedCrop(self.input.size, flip=self.mirror),
+            )
         # Labels are given to what has a quarter of the movement, and nothing else but mirroring.
-        weak, strong = Chain(moved(0.25)), Chain((*moved(1.0), *colored))
-        finetuned = Sometimes(strong, FINETUNED_ON_CHANGED)
-        return {
-            "weak": weak,
-            "strong": strong,
-            "labeled": strong,
-            "finetuned": finetuned,
-            "crop": None,
-        }
+        weak = Chain(tuple(self._moved(WEAK_MOVEMENT)))
+        strong = Chain((*self._moved(1.0), *colored))
+        return Views(
+            weak=weak,
+            strong=strong,
+            labeled=strong,
+            finetuned=Sometimes(strong, FINETUNED_ON_CHANGED),
+            crop=None,
+        )
+
+    def _moved(self, share: float) -> list[View]:
+        """Return how a picture is mirrored, and moved by a share of the greatest movement."""
+        zoom = math.exp(share * math.log(ZOOM))
+        affine = Affine(share * ROTATION, share * SHIFT, (1 / zoom, zoom), share * SHEAR)
+        if self.mirror:
+            return [Flip(), affine]
+        return [affine]
 
     def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
-        """Each file is read when it is first drawn, and kept where all fit.
+        """Return pictures of which each file is read when it is first drawn, and kept if all fit.
 
-        Training starts at once.
+        So training starts at once.
         """
         side = self.input.size
-        images = FileImages([*paths], size=(side, side), mode="L" if self.grey else "RGB", log=log)
+        mode: Literal["L", "RGB"] = "L" if self.grey else "RGB"
+        images = FileImages([*paths], size=(side, side), mode=mode, log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.crop else images
 
     def architecture(self, classes: int) -> networks.Architecture:
+        """Describe the network for so many classes, with its noise."""
         plain = networks.Architecture(
             name=self.network or "",
             num_classes=classes,
@@ -228,117 +271,121 @@ class Pictures:
         return self.dropout, self.stochastic_depth
 
     def build(self, classes: int) -> nn.Module:
-        """The network with fresh or pretrained weights, normalizing pictures in [0, 1]."""
-        assert self.mean is not None  # choose_settings gave it
-        assert self.std is not None
+        """Build the network with fresh or pretrained weights; it normalizes pictures in [0, 1]."""
+        assert self.mean is not None, "choose_settings gave it"
+        assert self.std is not None, "choose_settings gave it"
         architecture = self.architecture(classes)
         module = architecture.create(self.weights)
+        network: Normalized
         if self.tuning is None or self.weights is None:
             network = Normalized(module, self.mean, self.std)
         else:
-            how: Any = {"tuning": self.tuning, "rank": self.lora_rank}
-            network = Tuned(module, self.mean, self.std, heads=architecture.heads(module), **how)
+            network = Tuned(
+                module,
+                self.mean,
+                self.std,
+                heads=architecture.heads(module),
+                tuning=self.tuning,
+                rank=self.lora_rank,
+            )
         return network.to(memory_format=torch.channels_last)
 
     @property
     def rate(self) -> float:
-        """The learning rate with which such a network trains."""
+        """Return the learning rate with which such a network trains."""
         if self.weights:
             return TUNING_RATES[self.tuning or "all"]
-        return next(
-            (rate for stem, rate in RATES.items() if str(self.network).startswith(stem)), OTHER_RATE
-        )
+        for stem, rate in RATES.items():
+            if str(self.network).startswith(stem):
+                return rate
+        return OTHER_RATE
 
 
 class OfPictures:
     """What trainings on folders of pictures have in common."""
 
+    # What the recipe is called.
     name: ClassVar[str]
-    places: ClassVar[tuple[str, ...]]  # fields that are folders
-    few_and_many: ClassVar[
-        tuple[str, str]
-    ]  # those of the pictures whose labels are right, and of the others
+
+    # The names of the fields that are folders; of these, the folder of pictures whose labels are
+    # right, and that of the others.
+    places: ClassVar[tuple[str, ...]]
+    few_and_many: ClassVar[tuple[str, str]]
+
+    # The name of the field with the number of pictures with right labels in a batch.
     batch_of_few: ClassVar[str]
-    said: ClassVar[str]  # what there is to train on, in words
-    known: ClassVar[str] = "labeled pictures"  # those whose labels are right, in words
-    threads: ClassVar[int | None] = None  # those of the process
+
+    # What there is to train on, in words, and what the pictures with right labels are called.
+    said: ClassVar[str]
+    known: ClassVar[str] = "labeled pictures"
+
+    # Threads of the linear algebra are those of the process.
+    threads: ClassVar[int | None] = None
 
     pictures: Pictures
     fitting: Fitting
-    val_fraction: float | None  # of each class, set aside for validation
-    classes: tuple[str, ...]  # once they were found
+
+    # The share of each class that is set aside for validation.
+    val_fraction: float | None
+
+    # The names of the classes, once they were found.
+    classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def input(self) -> Input:
+        """Return what a network takes."""
         return self.pictures.input
 
     def scan(self, name: str) -> Any:
-        """The files of a folder by the name of its flag."""
-        return (scan_unlabeled if name == "unlabeled" else scan_labeled)(getattr(self, name))
+        """Return the files of a folder by the name of its flag."""
+        folder = getattr(self, name)
+        return scan_unlabeled(folder) if name == "unlabeled" else scan_labeled(folder)
 
     def check_first(self) -> None:
         """Refuse what can be seen of the folders at once, before anything is measured."""
         raise NotImplementedError
 
     def sources(self, few: LabeledFiles, many: Any, log: Path | None) -> dict[str, Any]:
-        """What is learned from: fields of :class:`Data`."""
+        """Return what is learned from: fields of :class:`Data`."""
         raise NotImplementedError
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
-        # 1. The files: listed, looked at, and compared; what would be learned from and measured on
-        # is refused.
-        found, skipped = dict[str, Any](), dict[str, str]()
-        for name in (name for name in self.places if getattr(self, name) is not None):
-            word = "validation" if name == "val" else name
-            files = self.scan(name)
-            if files.passed_over:
-                others = ", ".join(
-                    f"{count:,} with {suffix}"
-                    for suffix, count in sorted(files.passed_over.items())
-                )
-                say(f"{name}: files without the name of a picture are passed over: {others}")
-            with count_bar(f"looking at {word} files", progress, len(files)) as count:
-                verified = verify_files(files, progress=count)
-            if verified.skipped:
-                say(
-                    f"{name}: {len(verified.skipped):,} of {len(files):,} files are left "
-                    f"out\n{verified.summary()}"
-                )
-            if not verified.sound:
-                raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-            skipped |= {str(files.root / one): reason for one, reason in verified.skipped.items()}
-            found[name] = files.keep(verified.sound) if verified.skipped else files
-        few, many = (found[name] for name in self.few_and_many)
-        val, test = found.get("val"), found.get("test")
-        compare_files(few, many, val, test, say, progress)
-        hashes = {name: hash_files(files) for name, files in found.items()}
-        # 2. Some are set aside to select on; nothing may be learned from copies of those.
+        """Return the data; refuse pictures that would be learned from and measured on."""
+        # 1. The files are listed, looked at, and compared.
+        files_by_place: dict[str, Any] = {}
+        skipped: dict[str, str] = {}
+        for name in self.places:
+            if getattr(self, name) is not None:
+                files_by_place[name] = self._readable(name, skipped, say, progress)
+        few, many = (files_by_place[name] for name in self.few_and_many)
+        val = files_by_place.get("val")
+        test = files_by_place.get("test")
+        compare_files(few, many, val, test, say=say, progress=progress)
+        hashes = {name: hash_files(files) for name, files in files_by_place.items()}
+
+        # 2. Some are set aside to select on. Nothing may be learned from copies of those.
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
             few, val = few.keep(train.tolist()), few.keep(aside.tolist())
             with count_bar("comparing files", progress):
                 many = apart(many, val, say)
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
-        what = self.said.format(few=len(few), many=len(many), classes=classes)
-        say(
-            f"{what}, {len(val) if val else 'none'} for validation, "
-            f"{f'{len(test):,}' if test else 'none'} to test on"
-        )
+        summary = self.said.format(few=len(few), many=len(many), classes=classes)
+        validated = str(len(val)) if val else "none"
+        tested = f"{len(test):,}" if test else "none"
+        say(f"{summary}, {validated} for validation, {tested} to test on")
+
         # 3. What is learned from, and measured on.
-        listed, measured = (
-            {self.few_and_many[0]: few, "validation": val, "test": test},
-            dict[str, Any](),
-        )
+        measured: dict[str, Any] = {}
         for name, files in (("validation", val), ("test", test)):
             if files is not None:
-                images, labels = (
-                    self.pictures.images(files.paths(), log),
-                    files.targets(self.classes),
-                )
+                images = self.pictures.images(files.paths(), log)
+                labels = files.targets(self.classes)
                 measured[name] = EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
+        listed = {self.few_and_many[0]: few, "validation": val, "test": test}
         names = {name: list(files.names) if files else [] for name, files in listed.items()}
         return Data(
             **self.sources(few, many, log),
@@ -349,39 +396,70 @@ class OfPictures:
             record={**names, self.few_and_many[1]: len(many), "hash": hashes},
         )
 
+    def _readable(self, name: str, skipped: dict[str, str], say: Say, progress: bool) -> Any:
+        """Return the files of a folder that can be read; add the others to ``skipped``."""
+        files = self.scan(name)
+        if files.passed_over:
+            others = ", ".join(
+                f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items())
+            )
+            say(f"{name}: files without the name of a picture are passed over: {others}")
+        word = "validation" if name == "val" else name
+        with count_bar(f"looking at {word} files", progress, len(files)) as count:
+            verified = verify_files(files, progress=count)
+        if verified.skipped:
+            say(
+                f"{name}: {len(verified.skipped):,} of {len(files):,} files are left "
+                f"out\n{verified.summary()}"
+            )
+        if not verified.sound:
+            raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
+        for file, reason in verified.skipped.items():
+            skipped[str(files.root / file)] = reason
+        return files.keep(verified.sound) if verified.skipped else files
+
     def network(self) -> nn.Module:
+        """Build the network with fresh or pretrained weights."""
         return self.pictures.build(len(self.classes))
 
     def card(self, title: str) -> NetworkCard:
-        pictures, made = self.pictures, self.pictures.architecture(len(self.classes))
-        normalization: Any = {"mean": pictures.mean, "std": pictures.std}
+        """Describe the network for network.json."""
         return NetworkCard(
-            title=title, input=self.input, architecture=made, channels_last=True, **normalization
+            title=title,
+            input=self.input,
+            architecture=self.pictures.architecture(len(self.classes)),
+            channels_last=True,
+            mean=self.pictures.mean,
+            std=self.pictures.std,
         )
 
     def optimizer(
         self, role: Role, module: nn.Module, lr: float | None = None
     ) -> torch.optim.Optimizer:
+        """Build AdamW with the rate of the teacher or student, or the network's usual one."""
         groups = parameter_groups(module, WEIGHT_DECAY)
-        return torch.optim.AdamW(
-            groups, lr=(self.fitting.lr if role == "teacher" else lr) or self.pictures.rate
-        )
+        rate = self.fitting.lr if role == "teacher" else lr
+        return torch.optim.AdamW(groups, lr=rate or self.pictures.rate)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(module, 0.0), lr=FINETUNED_AT)
+        """Build SGD for finetuning."""
+        return torch.optim.SGD(parameter_groups(module, 0.0), lr=FINETUNING_RATE)
 
     def trainer_options(self) -> dict[str, Any]:
-        clip = (
-            None if str(self.pictures.network).endswith("_cnn") else CLIPPED
-        )  # deeper ones may diverge at first
+        """Return the options of every trainer."""
+        # The deeper networks may diverge at first.
+        is_shallow = str(self.pictures.network).endswith("_cnn")
         return {
-            "clip_norm": clip,
+            "clip_norm": None if is_shallow else CLIP_NORM,
             "accumulate": self.fitting.accumulate,
             "precision": self.fitting.precision,
         }
 
     def finetuning(self) -> dict[str, Any]:
-        """A rate that stays, as Meta Pseudo Labels finetunes its students of small benchmarks."""
+        """Return the options of the fit that finetunes.
+
+        Its rate stays, as Meta Pseudo Labels finetunes its students of small benchmarks.
+        """
         return self.fitting.finetuning(schedule="constant")
 
 
@@ -393,12 +471,12 @@ class Images(OfPictures):
     minutes.
 
     Args:
-        labeled: labeled pictures, in a folder a class.
-        unlabeled: a folder, or a .txt of paths.
-        val: to select on, like --labeled.
-        test: to report on, like --labeled.
+        labeled: folder of labeled pictures, with a folder for each class in it.
+        unlabeled: folder of unlabeled pictures, or a .txt file of their paths.
+        val: folder of labeled pictures to select on, like --labeled.
+        test: folder of labeled pictures to report on, like --labeled.
         unlabeled_batch: unlabeled pictures in a batch.
-        minutes: for as many steps as fit; by default 5.
+        minutes: train for as many steps as fit into these minutes; by default 5.
     """
 
     name: ClassVar[str] = "images"
@@ -419,37 +497,52 @@ class Images(OfPictures):
     classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
-        found: list[Any] = [
-            None if getattr(self, name) is None else self.scan(name) for name in self.places
-        ]
-        refuse_errors(check_folders(*found, copies=False))
+        """Refuse folders whose files would spoil the training, without comparing their bytes."""
+        files: list[Any] = []
+        for name in self.places:
+            files.append(None if getattr(self, name) is None else self.scan(name))
+        refuse_errors(check_folders(*files, copies=False))
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
-        """The pictures of step t, and how they are seen, follow from the seed and t."""
-        fitting, views = self.fitting, self.pictures.views()
-        crop = views["crop"]
-        labeled, unlabeled = (self.pictures.images(files.paths(), log) for files in (few, many))
-        labels, seed = few.targets(self.classes), fitting.seed
-
-        def drawn(files: Files, size: int, stream: int) -> StepSampler:
-            return StepSampler(len(files), size, seed=seed, stream=stream)
-
-        of_few, of_many = drawn(few, fitting.labeled_batch, 0), drawn(many, self.unlabeled_batch, 1)
-        last = drawn(few, fitting.labeled_batch, 2)
+        """Return sources whose pictures, and views of them, follow from the seed and the step."""
+        seed = self.fitting.seed
+        views = self.pictures.views()
+        labeled = self.pictures.images(few.paths(), log)
+        unlabeled = self.pictures.images(many.paths(), log)
+        labels = few.targets(self.classes)
+        few_a_step = self.fitting.labeled_batch
+        many_a_step = self.unlabeled_batch
         return {
-            "labeled": LabeledBatches(labeled, labels, of_few, views["labeled"], seed, crop=crop),
+            "labeled": LabeledBatches(
+                labeled,
+                labels,
+                StepSampler(len(few), few_a_step, seed=seed, stream=0),
+                views.labeled,
+                seed,
+                crop=views.crop,
+            ),
             "unlabeled": UnlabeledBatches(
-                unlabeled, of_many, views["weak"], views["strong"], seed, crop=crop
+                unlabeled,
+                StepSampler(len(many), many_a_step, seed=seed, stream=1),
+                views.weak,
+                views.strong,
+                seed,
+                crop=views.crop,
             ),
             "finetuning": LabeledBatches(
-                labeled, labels, last, views["finetuned"], seed + 1, crop=crop
+                labeled,
+                labels,
+                StepSampler(len(few), few_a_step, seed=seed, stream=2),
+                views.finetuned,
+                seed + 1,
+                crop=views.crop,
             ),
         }
 
     def with_network(self, name: str) -> Images:
-        """With another network of the same pictures, and its rate where none was given.
+        """Return the settings with another network, and its usual rate where none was given.
 
-        Weights are of one network.
+        Its weights are fresh ones, for a file of weights is of one network.
         """
         if name == self.pictures.network:
             return self
@@ -457,12 +550,14 @@ class Images(OfPictures):
             raise MetaplError(
                 f"--backbone is of one network, and {name} is another one; leave --networks out."
             )
-        found: Images = replaced(self, network=name, weights=None)
-        usual = self.fitting.lr == self.pictures.rate
-        return replaced(found, lr=found.pictures.rate) if usual else found
+        pictures = dataclasses.replace(self.pictures, network=name, weights=None)
+        fitting = self.fitting
+        if fitting.lr == self.pictures.rate:
+            fitting = dataclasses.replace(fitting, lr=pictures.rate)
+        return dataclasses.replace(self, pictures=pictures, fitting=fitting)
 
     def at_size(self, size: int) -> Images:
-        """With larger pictures, where the network takes those."""
+        """Return the settings with larger pictures, where the network takes those."""
         if size <= (self.pictures.image_size or 0):
             raise MetaplError(
                 f"--finetune-size {size}: expected more pixels than the {self.pictures.image_size} "
@@ -473,13 +568,9 @@ class Images(OfPictures):
                 f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or "
                 "more."
             )
-        larger: Images = replaced(self, image_size=size)
-        with torch.device("meta"):
-            states = (
-                replaced(sized, weights=None).network().state_dict() for sized in (self, larger)
-            )
-            own, other = ({name: value.shape for name, value in state.items()} for state in states)
-        if own != other:
+        pictures = dataclasses.replace(self.pictures, image_size=size)
+        larger = dataclasses.replace(self, pictures=pictures)
+        if larger._shapes() != self._shapes():
             raise MetaplError(
                 f"--finetune-size {size}: {self.pictures.network} is built for pictures of one "
                 "size; expected a network that takes any, such as small_cnn, a resnet or an "
@@ -487,15 +578,19 @@ class Images(OfPictures):
             )
         return larger
 
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the network's tensors by their names."""
+        fresh = dataclasses.replace(self.pictures, weights=None)
+        with torch.device("meta"):
+            state = fresh.build(len(self.classes)).state_dict()
+        return {name: tensor.shape for name, tensor in state.items()}
+
 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: bool) -> None:
-    """Refuse pictures that are learned from and measured on.
-
-    Say what else there is to be said of the folders.
-    """
+def compare_files(few: Any, many: Any, val: Any, test: Any, *, say: Say, progress: bool) -> None:
+    """Refuse pictures that are both learned from and measured on; say what else is remarkable."""
     with count_bar("comparing files", progress) as count:
         findings = check_folders(few, many, val, test, count)
     refuse_errors(findings)
@@ -504,9 +599,9 @@ def compare_files(few: Any, many: Any, val: Any, test: Any, say: Say, progress: 
 
 
 def apart(unlabeled: Files, val: Files, say: Say) -> Files:
-    """The unlabeled pictures that are not set aside for validation too.
+    """Return the unlabeled pictures without copies of those that are set aside for validation.
 
-    Nothing may be learned from those.
+    Nothing may be learned from these.
     """
     others = without_copies(unlabeled, val)
     if not others:

@@ -28,12 +28,13 @@ from metapl.words import shown
 
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 
-LIST = "list.txt"  # in a selection's folder: the paths of its pictures
+# The file in a selection's folder with the paths of its pictures.
+LIST = "list.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """Store the class probabilities that a run's network gives many pictures, to train other networks on.
+    """Store the class probabilities that a run's network gives many pictures, to train on.
 
     The network runs in eval mode on pictures as they are. The labels go to a folder of Arrow files,
     part by part. What is stopped goes on with --resume, and ends with the same files. In the store,
@@ -45,7 +46,8 @@ class Label:
         folder: the run folder; of a comparison, the run that it delivers.
         pictures: a folder of pictures, or digits.
         out: the folder of the store; made if need be.
-        temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
+        temperature: temperature of the softmax: below 1 sharpens the probabilities, above 1 evens
+            them out.
         top_k: keep this many of the greatest probabilities of a picture, with their classes; by
             default all are kept. When the store is read, the rest is spread evenly over the other
             classes.
@@ -68,37 +70,51 @@ class Label:
     check: Switch = False
 
     def run(self) -> int:
+        """Label the pictures; return 1 where files were left out."""
         run = EndedRun.load(self.folder)
         name = run.name(self.network)
         network = run.network(name, self.factory).to(run.device)
-        given = run.cards[name].input
-        if self.pictures == "digits" and given.kind == "digit":
+        network_input = run.cards[name].input
+        images: Any
+        ids: Any
+        if self.pictures == "digits" and network_input.kind == "digit":
             from sklearn.datasets import load_digits
 
-            images: Any = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
-            ids: Any = range(len(images))
+            images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
+            ids = range(len(images))
         else:
             images = scan_unlabeled(self.pictures)
             ids = images.names
         labeled = ToLabel(
-            images=images, ids=ids, name=self.pictures, input=given, batch_size=self.batch
+            images=images,
+            ids=ids,
+            name=self.pictures,
+            input=network_input,
+            batch_size=self.batch,
         )
         model = {key: run.result[key] for key in ("recipe", "method", "seed")}
-        model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / WEIGHTS[name])}
+        model["network"] = name
+        model["weights_sha256"] = sha256_of(run.folder.path / WEIGHTS[name])
         left_out: list[str] = []
 
         def leave_out(reason: str) -> None:
             left_out.append(reason)
             tell(f"metapl: left out {reason}", file=sys.stderr)
 
-        how = {
-            name: getattr(self, name)
-            for name in ("temperature", "top_k", "num_workers", "resume", "check")
-        }
-        about = {"run": str(self.folder), "model": model}
         try:
             store = write_labels(
-                network, labeled, self.out, run.classes, leave_out, about=about, **how, shows=True
+                network,
+                labeled,
+                self.out,
+                run.classes,
+                leave_out,
+                about={"run": str(self.folder), "model": model},
+                temperature=self.temperature,
+                top_k=self.top_k,
+                num_workers=self.num_workers,
+                resume=self.resume,
+                check=self.check,
+                shows=True,
             )
         except KeyboardInterrupt:
             tell(
@@ -117,7 +133,7 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Say what is in a store of labels: examples of each class, how confident the labels are, and their entropy.
+    """Say what is in a store of labels: examples of each class, confidence and entropy.
 
     The class of an example is its most probable one, and the confidence is the probability of that.
 
@@ -128,41 +144,44 @@ class Stats:
     store: Store
 
     def run(self) -> int:
+        """Print what is in the store."""
         store = LabelStore(self.store)
-        found, about = statistics(store), store.provenance
+        counted = statistics(store)
+        provenance = store.provenance
         lines = [
-            f"{self.store}: {found.rows:,} examples, {found.copies:,} with copies, "
+            f"{self.store}: {counted.rows:,} examples, {counted.copies:,} with copies, "
             f"{len(store.classes):,} classes"
         ]
-        if "model" in about:
-            what = ", ".join(about["model"][name] for name in ("recipe", "method", "network"))
+        if "model" in provenance:
+            model = ", ".join(provenance["model"][key] for key in ("recipe", "method", "network"))
             lines.append(
-                f"by {about['run']} ({what}) of {about['pictures']}, {about['begun'][:10]}"
+                f"by {provenance['run']} ({model}) of {provenance['pictures']}, "
+                f"{provenance['begun'][:10]}"
             )
-        for asked in about.get("selected", []):
-            given = [
+        for selection in provenance.get("selected", []):
+            settings = [
                 f"{name} {value}"
-                for name, value in asked.items()
+                for name, value in selection.items()
                 if value and not name.startswith("of_")
             ]
-            lines.append(f"selected from {asked['of_rows']:,}: {', '.join(given)}")
+            lines.append(f"selected from {selection['of_rows']:,}: {', '.join(settings)}")
         rows = [("class", "examples", "with copies", "share", "mean confidence")]
-        of_classes = found.classes, found.counts, found.class_copies, found.class_confidence
-        for name, count, copies, mean in zip(*of_classes, strict=True):
-            confidence = "-" if mean is None else f"{mean:.1%}"
+        for number, name in enumerate(counted.classes):
+            copies = counted.class_copies[number]
+            confidence = counted.class_confidence[number]
             rows.append(
                 (
                     short(name),
-                    f"{count:,}",
+                    f"{counted.counts[number]:,}",
                     f"{copies:,}",
-                    f"{copies / found.copies:.1%}",
-                    confidence,
+                    f"{copies / counted.copies:.1%}",
+                    "-" if confidence is None else f"{confidence:.1%}",
                 )
             )
         lines += ["", table(rows), ""]
         lines.append(
-            f"mean confidence {found.mean_confidence:.1%}, mean entropy {found.mean_entropy:.2f} "
-            "nats"
+            f"mean confidence {counted.mean_confidence:.1%}, mean entropy "
+            f"{counted.mean_entropy:.2f} nats"
         )
         tell("\n".join(lines))
         return 0
@@ -170,7 +189,7 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Write a store of some of the examples of another one, as the papers select and balance their pictures.
+    """Write a store of some of the examples of another one, as the papers select their pictures.
 
     In this order: pictures that stand in a folder are dropped; those with a confidence above a
     threshold are kept, and not above an upper bound; of each class, the most confident, of equals
@@ -183,10 +202,10 @@ class Select:
         store: its folder.
         out: folder of the new store; made if need be.
         threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
-        at_most: and drop what it gave a probability above this: --threshold 0.2 --at-most 0.3 is an
-            interval of Noisy Student's Figure 5.
-        per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy
-            Student.
+        at_most: drop what the teacher gave a probability above this: --threshold 0.2 --at-most 0.3
+            is an interval of Noisy Student's Figure 5.
+        per_class: greatest number of examples of a class, by the most probable class of each;
+            130000 in Noisy Student.
         any_class: of each class, keep the --per-class examples with the greatest probability of it,
             whatever their most probable class is; with 12800, the filter of Meta Pseudo Labels'
             ResNet-50.
@@ -194,7 +213,7 @@ class Select:
             the largest class.
         share: keep a uniform share of what is left, copies counted, as Noisy Student's Table 10
             does.
-        seed: of the share.
+        seed: seed of the draw of the share.
         drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as
             your test pictures.
     """
@@ -211,31 +230,43 @@ class Select:
     drop_overlap: Annotated[Path | None, unset("FOLDER")] = None
 
     def run(self) -> int:
-        found = select(**{**vars(self), "store": LabelStore(self.store)})
-        whose = "of any class" if self.any_class else "of its class"
+        """Write the store, and print how many examples were kept and dropped."""
+        selection = select(
+            LabelStore(self.store),
+            self.out,
+            threshold=self.threshold,
+            at_most=self.at_most,
+            per_class=self.per_class,
+            any_class=self.any_class,
+            balance=self.balance,
+            share=self.share,
+            seed=self.seed,
+            drop_overlap=self.drop_overlap,
+        )
+        of_class = "of any class" if self.any_class else "of its class"
         lines = [
-            (found.rows, "examples in the store"),
-            (found.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
-            (found.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
-            (found.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
-            (found.too_sure, f"dropped: confidence above {self.at_most or 0:g}"),
-            (found.beyond, f"dropped: not among the {self.per_class or 0:,} {whose}"),
-            (found.not_drawn, f"dropped: not drawn in a share of {self.share or 0:g}"),
-            (found.kept, "kept"),
-            (found.copies, "with copies"),
+            (selection.rows, "examples in the store"),
+            (selection.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
+            (selection.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
+            (selection.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
+            (selection.too_sure, f"dropped: confidence above {self.at_most or 0:g}"),
+            (selection.beyond, f"dropped: not among the {self.per_class or 0:,} {of_class}"),
+            (selection.not_drawn, f"dropped: not drawn in a share of {self.share or 0:g}"),
+            (selection.kept, "kept"),
+            (selection.copies, "with copies"),
         ]
-        width = len(f"{max(found.rows, found.copies):,}")
+        width = len(f"{max(selection.rows, selection.copies):,}")
         tell("\n".join(f"{number:>{width},}  {text}" for number, text in lines if number))
-        chosen = LabelStore(self.out)
-        pictures = Path(str(chosen.provenance.get("pictures")))
+        selected = LabelStore(self.out)
+        pictures = Path(str(selected.provenance.get("pictures")))
         if pictures.is_dir():
-            paths = "".join(f"{relpath(pictures / str(name), self.out)}\n" for name in chosen)
+            paths = "".join(f"{relpath(pictures / str(name), self.out)}\n" for name in selected)
             write_whole(
                 self.out / LIST,
                 paths.encode("utf-8", "surrogateescape"),
                 "make room, and select again.",
             )
-        if found.missing:
-            tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
+        if selection.missing:
+            tell(f"metapl: note: nothing is left of {few(selection.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")
         return 0

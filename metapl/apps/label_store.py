@@ -1,10 +1,9 @@
-"""Stored class distributions of many examples: written part by part by a teacher, read in any order, selected from.
+"""Stored class distributions of many examples, written part by part and read in any order.
 
 A store is a folder:
 
 store.json                         classes, encoding, provenance and the parts; sealed by a checksum
-part-00000-0123456789abcdef.arrow  rows of the store, with the beginning of the file's SHA-256 in
-its name
+part-00000-0123456789abcdef.arrow  rows; the beginning of the file's SHA-256 is in its name
 
 A part is an Arrow file of one batch, uncompressed, read in a memory map. Rows are in the order of
 their ids. A part gets its name when its bytes are on disk; then the description, which names it, is
@@ -46,7 +45,8 @@ from metapl.execution.checks import described
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT, DESCRIPTION = 3, "store.json"
+FORMAT = 3
+DESCRIPTION = "store.json"
 
 # Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1
 # in 10^21.
@@ -81,12 +81,13 @@ class Part:
 
 
 class LabelStore:
-    """Class distributions of many examples by their ids, in a folder that a :class:`LabelWriter` has sealed.
+    """Class distributions of many examples by their ids, as a :class:`LabelWriter` sealed them.
 
     Of an example, K float16 numbers s_1, …, s_K are stored, of its K most probable classes; K = C
     where all are kept. What is read is the distribution
 
-        q_c ∝ s_c for a stored class c, and q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
+        q_c ∝ s_c for a stored class c,
+        q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
 
     divided by its sum, in float32: the remainder is spread evenly. Of probabilities above 6·10⁻⁵
     float16 keeps 11 bits: they are off by two parts in 2,048 at most, one of their own and one of
@@ -134,61 +135,63 @@ class LabelStore:
         self.starts = np.cumsum([0, *(part.rows for part in self.parts)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name != "tables"
-        }  # a process maps its own
+        # Each process maps the files itself.
+        return {name: value for name, value in vars(self).items() if name != "tables"}
 
     @cached_property
     def tables(self) -> list[pa.Table]:
-        """The rows of each part, in a memory map.
+        """Return the rows of each part, in a memory map.
 
-        A MetaplError names a file that is not as it was written.
+        Raises:
+            MetaplError: a file is not as it was written; the message names it.
         """
         import pyarrow as pa
 
-        found = []
+        tables = []
         for part in self.parts:
             path = self.folder / part.file
             try:
-                whole = sha256_of(path) == part.sha256
+                is_whole = sha256_of(path) == part.sha256
             except OSError as error:
                 raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {AGAIN}") from error
-            if not whole:
+            if not is_whole:
                 raise MetaplError(
                     f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}. {AGAIN}"
                 )
             # pyarrow's map does not need its file to stay open: a process may have few of these.
-            found.append(pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all())
-        return found
+            memory_map = pa.memory_map(os.fsencode(path))
+            tables.append(pa.ipc.open_file(memory_map).read_all())
+        return tables
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the labels, from the checksums of the parts.
+        """Return the SHA-256 of the labels, whenever they were written.
 
-        When they were written is left out.
+        It is that of the parts' checksums.
         """
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
     @property
     def has_digests(self) -> bool:
-        """Whether the examples are files, of which the store has the beginning of the SHA-256."""
+        """Return whether the examples are files, of whose SHA-256 the store has the beginning."""
         return "digest" in self.tables[0].column_names
 
     def __len__(self) -> int:
-        """Number of rows, each of another example."""
+        """Return the number of rows, each of another example."""
         return int(self.starts[-1])
 
     def __iter__(self) -> Iterator[str | int]:
-        """The ids, in the order of the rows, a part at a time."""
+        """Yield the ids in the order of the rows, a part at a time."""
         for table in self.tables:
             yield from table["id"].to_pylist()
 
     def __getitem__(self, ids: str | int | Ids) -> Tensor:
-        """The distributions of examples by B ids, as of :meth:`at`; (C,) of one id."""
+        """Return the distributions of B ids, float32 (B, C), or of one id, (C,)."""
         if isinstance(ids, str | int | np.integer):
             return self[np.asarray([ids])][0]
         rows = self.find(ids)
-        if missing := [name for name, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
+        missing = [name for name, row in zip(ids, rows.tolist(), strict=True) if row < 0]
+        if missing:
             raise MetaplError(
                 f"{self.folder} has no labels of {few(missing)}; expected examples that it was "
                 "made of."
@@ -196,38 +199,39 @@ class LabelStore:
         return self.at(rows)
 
     def find(self, ids: Ids) -> Values:
-        """The rows of examples, int64 (B,); −1 where there is none."""
+        """Return the rows of examples, int64 (B,), with −1 for one that has none."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        asked: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
-        wanted = [name if is_text(name) else None for name in asked]
-        known = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
-        rows = pc.index_in(pa.array(wanted, known.type), value_set=known).fill_null(-1)
+        names: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+        wanted = [name if is_text(name) else None for name in names]
+        stored_ids = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
+        rows = pc.index_in(pa.array(wanted, stored_ids.type), value_set=stored_ids).fill_null(-1)
         return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
-        """The distributions of B rows in any order, float32 (B, C) on the CPU.
+        """Return the distributions of B rows in any order, float32 (B, C) on the CPU.
 
-        A MetaplError where there is none.
+        Raises:
+            MetaplError: the store has no such row.
         """
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if outside := wanted[(wanted < 0) | (wanted >= len(self))].tolist():
+        outside = wanted[(wanted < 0) | (wanted >= len(self))].tolist()
+        if outside:
             raise MetaplError(
                 f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}."
             )
         width = self.top_k or len(self.classes)
-        s_BK, classes_BK = (
-            np.empty((len(wanted), width), np.float32),
-            np.empty((len(wanted), width), np.int32),
-        )
+        s_BK = np.empty((len(wanted), width), np.float32)
+        classes_BK = np.empty((len(wanted), width), np.int32)
         for number, where in self.by_part(wanted):
             places = wanted[where] - self.starts[number]
             s_BK[where] = self.matrix(number, "probabilities")[places]
             if self.top_k is not None:
                 classes_BK[where] = self.matrix(number, "classes")[places]
         # By numpy, in one thread: torch's threads would wait for each other at every small batch.
-        others, sum_B1 = len(self.classes) - width, s_BK.sum(axis=1, keepdims=True)
+        others = len(self.classes) - width
+        sum_B1 = s_BK.sum(axis=1, keepdims=True)
         if self.top_k is None:
             return torch.from_numpy(s_BK / sum_B1)
         remainder_B1 = np.maximum(0, 1 - sum_B1) * (others > 0)
@@ -237,7 +241,10 @@ class LabelStore:
         return torch.from_numpy(q_BC)
 
     def by_part(self, rows: Values) -> Iterator[tuple[int, Values]]:
-        """Each part that has some of the rows, in the order of the parts, and where these stand among ``rows``."""
+        """Yield each part that has some of the rows, and where these stand among ``rows``.
+
+        The parts come in their order.
+        """
         parts = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(parts, kind="stable")
         for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
@@ -247,33 +254,36 @@ class LabelStore:
     def taken(
         self, rows: Values, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[Values, pa.Table]]:
-        """Copies of the rows, part by part, and where these stand among ``rows``."""
+        """Yield copies of the rows, part by part, and where these stand among ``rows``."""
         for number, where in self.by_part(rows):
             table = self.tables[number] if columns is None else self.tables[number].select(columns)
             yield where, table.take(rows[where] - self.starts[number])
 
     def matrix(self, number: int, name: str) -> Values:
-        """The ``probabilities`` of a part, or with ``top_k`` their ``classes``, (rows, K), as they lie in the file."""
+        """Return the ``probabilities`` of a part, (rows, K), as they lie in the file.
+
+        With ``top_k`` there are their ``classes`` too.
+        """
         lists = self.tables[number][name].chunk(0)
         return np.asarray(lists.flatten().to_numpy().reshape(len(lists), -1))
 
     def column(self, name: str) -> Values:
-        """The numbers of all rows in a column.
+        """Return the numbers of all rows in a column.
 
-        Their label, confidence, entropy or copies, or an id that is one.
+        Columns are label, confidence, entropy and copies, and ids that are numbers.
         """
         return np.concatenate([table[name].to_numpy() for table in self.tables])
 
     def rows_with_copies(self) -> Values:
-        """The rows, int64, each as often as it counts.
+        """Return the rows, int64, each as often as it counts.
 
-        What to draw from where classes were balanced by duplication.
+        Draw from these where classes were balanced by duplication.
         """
         return np.repeat(np.arange(len(self)), self.column("copies"))
 
 
 class LabelWriter:
-    """Writes a store of class distributions; a context manager, which seals the store when its block ends well.
+    """Writes a store of class distributions, and seals it when its ``with`` block ends well.
 
     Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k
     greatest with their classes (see :class:`LabelStore`). Beside these stand, of the exact
@@ -316,12 +326,10 @@ class LabelWriter:
         if top_k is not None and not 1 <= top_k <= len(classes):
             expected = f"1 to {len(classes):,}, the number of classes"
             raise FieldError(f"top_k is {top_k}; expected {expected}.", "top_k", top_k, expected)
-        self.folder, self.classes, self.top_k, self.resume = (
-            Path(folder),
-            tuple(classes),
-            top_k,
-            resume,
-        )
+        self.folder = Path(folder)
+        self.classes = tuple(classes)
+        self.top_k = top_k
+        self.resume = resume
         self.rows_per_part = rows_per_part
         begun = datetime.now(UTC).isoformat(timespec="seconds")
         self.provenance: Mapping[str, Any] = {
@@ -329,11 +337,15 @@ class LabelWriter:
             "made_with": environment(),
             **(provenance or {}),
         }
-        self.there: LabelStore | None = None  # what was on disk when this writer was entered
-        self.complete = False  # whether that is whole, so that there is nothing to add
-        self.last: str | int | None = (
-            None  # the id of the last row that was added; of a writer that resumes, on disk
-        )
+
+        # What was on disk when this writer was entered, and whether that is whole, so that there is
+        # nothing to add.
+        self.there: LabelStore | None = None
+        self.complete = False
+
+        # The id of the last row that was added; of a writer that resumes, of the last one on disk.
+        self.last: str | int | None = None
+
         self._parts: list[Part] = []
         self._schema: pa.Schema | None = None
         self._waiting: list[pa.Table] = []
@@ -341,7 +353,7 @@ class LabelWriter:
 
     @property
     def rows(self) -> int:
-        """How many rows are on disk."""
+        """Return the number of rows that are on disk."""
         return sum(part.rows for part in self._parts)
 
     def __enter__(self) -> Self:
@@ -355,71 +367,70 @@ class LabelWriter:
     def _written(self) -> Iterator[None]:
         with owned(self.folder, (DESCRIPTION,)):
             if (self.folder / DESCRIPTION).exists():
-                # Go on with what is there, if it was begun as it is now.
-                self.there = there = LabelStore(self.folder, whole=False)
-                if not self.resume:
-                    mend = (
-                        "give another folder (--out)"
-                        if there.complete
-                        else "go on with resume=True (--resume)"
-                    )
-                    raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
-                then, now = (
-                    {
-                        "classes": each.classes,
-                        "top_k": each.top_k,
-                        "rows_per_part": each.rows_per_part,
-                    }
-                    | {
-                        f"provenance.{name}": value
-                        for name, value in each.provenance.items()
-                        if name not in FREE
-                    }
-                    for each in (there, self)
-                )
-                changed = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
-                if differing := [
-                    f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in changed
-                ]:
-                    fault = (
-                        f"the store in {self.folder} was begun with {few(differing, longest=160)}"
-                    )
-                    raise MetaplError(
-                        f"{fault}; go on as it was begun, or give another folder (--out)."
-                    )
-                self.provenance, self.complete, self._parts = (
-                    there.provenance,
-                    there.complete,
-                    [*there.parts],
-                )
-                if there.tables:
-                    self._schema, self.last = (
-                        there.tables[0].schema,
-                        there.tables[-1]["id"][-1].as_py(),
-                    )
-            elif others := [
-                name
-                for name in os.listdir(self.folder)
-                if name[0] != "." and not is_temporary(name)
-            ]:
-                fault = (
-                    f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))})"
-                )
-                raise MetaplError(f"{fault}; give another folder (--out).")
+                self._go_on()
             else:
-                self._describe()
+                self._begin()
             remove_temporary(self.folder)
-            yield  # where the block fails, what is on disk stays, for a writer to go on with
+            # Where the block fails, what is on disk stays, for a writer to go on with.
+            yield
             if not self.complete:
-                if waiting := sum(map(len, self._waiting)):
-                    self._flush(waiting)
-                if not self._parts:
-                    raise MetaplError(
-                        f"no example was given for the store in {self.folder}; expected one or "
-                        "more."
-                    )
-                self.complete = True
-                self._describe()
+                self._seal()
+
+    def _begin(self) -> None:
+        """Describe a store without rows; refuse a folder with other files."""
+        others = [
+            name
+            for name in os.listdir(self.folder)
+            if not name.startswith(".") and not is_temporary(name)
+        ]
+        if others:
+            raise MetaplError(
+                f"{self.folder} holds no {DESCRIPTION} and other files ({few(sorted(others))}); "
+                "give another folder (--out)."
+            )
+        self._describe()
+
+    def _go_on(self) -> None:
+        """Take over the store that is there, if it was begun as this one."""
+        there = LabelStore(self.folder, whole=False)
+        self.there = there
+        if not self.resume:
+            if there.complete:
+                mend = "give another folder (--out)"
+            else:
+                mend = "go on with resume=True (--resume)"
+            raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
+        then = _settings_of(there)
+        now = _settings_of(self)
+        differing = [
+            f"{name} {then.get(name)!r}, now {now.get(name)!r}"
+            for name in sorted(then | now)
+            if then.get(name) != now.get(name)
+        ]
+        if differing:
+            raise MetaplError(
+                f"the store in {self.folder} was begun with {few(differing, longest=160)}; go on "
+                "as it was begun, or give another folder (--out)."
+            )
+        self.provenance = there.provenance
+        self.complete = there.complete
+        self._parts = [*there.parts]
+        if there.tables:
+            last_table = there.tables[-1]
+            self._schema = last_table.schema
+            self.last = last_table["id"][-1].as_py()
+
+    def _seal(self) -> None:
+        """Write the rows that wait, and say that the store is whole."""
+        waiting = sum(map(len, self._waiting))
+        if waiting:
+            self._flush(waiting)
+        if not self._parts:
+            raise MetaplError(
+                f"no example was given for the store in {self.folder}; expected one or more."
+            )
+        self.complete = True
+        self._describe()
 
     def add(self, ids: Ids, probabilities: Tensor, digests: Sequence[bytes] | None = None) -> None:
         """Add examples behind those that are there.
@@ -440,32 +451,33 @@ class LabelWriter:
                 f"{shape}."
             )
         p_BC = probabilities.detach().to("cpu", torch.float32)
-        if not bool(((p_BC >= 0).all(dim=1) & ((p_BC.sum(dim=1) - 1).abs() <= TOLERANCE)).all()):
-            fault = (
+        are_positive_B = (p_BC >= 0).all(dim=1)
+        sum_to_1_B = (p_BC.sum(dim=1) - 1).abs() <= TOLERANCE
+        if not bool((are_positive_B & sum_to_1_B).all()):
+            raise MetaplError(
                 "some of the probabilities are negative or not finite, or those of an example do "
-                "not sum to 1"
+                "not sum to 1; expected what softmax gives."
             )
-            raise MetaplError(f"{fault}; expected what softmax gives.")
         names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
         in_order = names if self.last is None else [self.last, *names]
         kinds = {type(name) for name in in_order}
         if kinds not in (set(), {str}, {int}) or not all(map(is_text, names)):
             expected = "integers, or strings that UTF-8 can hold, over all calls"
             raise MetaplError(f"the ids are {described(ids)}; expected {expected}.")
-        if wrong := next(
-            ((one, other) for one, other in pairwise(in_order) if not one < other), None
-        ):
-            fault = f"the id {few([wrong[1]])} comes after {few([wrong[0]])}"
-            raise MetaplError(
-                f"{fault}; expected each greater than the one before: sort the examples, each once."
-            )
+        for previous, following in pairwise(in_order):
+            if not previous < following:
+                raise MetaplError(
+                    f"the id {few([following])} comes after {few([previous])}; expected each "
+                    "greater than the one before: sort the examples, each once."
+                )
 
         def lists(values_BK: Tensor) -> pa.Array:
             return pa.FixedSizeListArray.from_arrays(
                 pa.array(values_BK.numpy().reshape(-1)), values_BK.shape[1]
             )
 
-        confidence_B, label_B = p_BC.max(dim=1)  # of equals the first
+        # Of equal probabilities, this takes the first.
+        confidence_B, label_B = p_BC.max(dim=1)
         columns = {
             "id": pa.array(names, pa.string() if kinds == {str} else pa.int64()),
             "label": pa.array(label_B.to(torch.int32).numpy()),
@@ -478,9 +490,8 @@ class LabelWriter:
                 [digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES)
             )
         if self.top_k is not None:
-            p_BC, classes_BC = p_BC.sort(
-                dim=1, descending=True, stable=True
-            )  # topk may take any of equals
+            # topk may take any of equals.
+            p_BC, classes_BC = p_BC.sort(dim=1, descending=True, stable=True)
             columns["classes"] = lists(classes_BC[:, : self.top_k].to(torch.int32))
         columns["probabilities"] = lists(p_BC[:, : self.top_k].to(torch.float16))
         self.add_table(pa.table(columns))
@@ -499,7 +510,8 @@ class LabelWriter:
                 f"expected {', '.join(self._schema.names)} again: either all have digests or none."
             )
         if len(table):
-            self._schema, self.last = table.schema, table["id"][-1].as_py()
+            self._schema = table.schema
+            self.last = table["id"][-1].as_py()
             self._waiting.append(table)
         while sum(map(len, self._waiting)) >= self.rows_per_part:
             self._flush(self.rows_per_part)
@@ -511,10 +523,8 @@ class LabelWriter:
         together = pa.concat_tables(self._waiting)
         # A copy, since a slice would be written with what lies behind it: the same rows are to give
         # the same bytes.
-        table, sink = (
-            together.take(pa.array(np.arange(rows))).combine_chunks(),
-            pa.BufferOutputStream(),
-        )
+        table = together.take(pa.array(np.arange(rows))).combine_chunks()
+        sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as file:
             file.write_table(table)
         content = sink.getvalue()
@@ -526,6 +536,7 @@ class LabelWriter:
         self._waiting = [together.slice(rows)]
 
     def _describe(self) -> None:
+        """Write what stands in store.json."""
         content = {
             "format": FORMAT,
             "complete": self.complete,
@@ -535,18 +546,31 @@ class LabelWriter:
             "provenance": self.provenance,
             "parts": [asdict(part) for part in self._parts],
         }
-        self._write(
-            DESCRIPTION,
-            (json.dumps({**content, "seal": json_sha256(content)}, indent=1) + "\n").encode(),
-        )
+        sealed = {**content, "seal": json_sha256(content)}
+        self._write(DESCRIPTION, (json.dumps(sealed, indent=1) + "\n").encode())
 
     def _write(self, name: str, content: Any) -> None:
-        mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
-        write_whole(
-            self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}"
+        """Write a file of the store, whole or not at all."""
+        mend = (
+            f"the {self.rows:,} rows that are there are whole. Mend that (is the disk full?), then "
+            "go on with resume=True (--resume)."
         )
+        write_whole(self.folder / name, content, mend)
+
+
+def _settings_of(store: LabelStore | LabelWriter) -> dict[str, Any]:
+    """Return what a store was begun with, and a writer that goes on with it has to have too."""
+    settings: dict[str, Any] = {
+        "classes": store.classes,
+        "top_k": store.top_k,
+        "rows_per_part": store.rows_per_part,
+    }
+    for name, value in store.provenance.items():
+        if name not in FREE:
+            settings[f"provenance.{name}"] = value
+    return settings
 
 
 def is_text(name: str | int) -> bool:
-    """Whether UTF-8 can hold it; nothing else is stored."""
+    """Return whether UTF-8 can hold a name; nothing else is stored."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(name))

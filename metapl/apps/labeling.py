@@ -28,11 +28,17 @@ from metapl.runs.terminal import progress
 from metapl.training import Say
 from metapl.words import shown
 
-FOLDER = "labels"  # where a run keeps the stored labels, in its folder
+# Where a run keeps the stored labels, in its folder.
+FOLDER = "labels"
 
-# The most parts of a store, unless that would make them too large; rows of a part; and pictures
-# that are compared with those that were labeled.
-PARTS, FEWEST_ROWS, MOST_ROWS, COMPARED = 1000, 1024, 16_384, 1000
+# A store has at most so many parts, unless that would make them too large; and the fewest and the
+# most rows of a part.
+PARTS = 1000
+FEWEST_ROWS = 1024
+MOST_ROWS = 16_384
+
+# The pictures that are compared with those that were labeled, unless all are.
+COMPARED = 1000
 
 # Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files,
 # where they have any; and the numbers of files that are left out, each with the reason.
@@ -47,6 +53,8 @@ class ToLabel(StepBatches[Read]):
         images: numbers in memory, or files that ``input`` reads.
         ids: of each picture, ascending: names of files in their folder, or the numbers themselves.
         name: of the folder or of the data set.
+        input: what the network takes.
+        batch_size: pictures in a batch.
     """
 
     images: Tensor | FileImages | Files
@@ -57,24 +65,25 @@ class ToLabel(StepBatches[Read]):
 
     @property
     def steps(self) -> int:  # type: ignore[override]  # follows from the rest
+        """Return the number of batches."""
         return -(-len(self.ids) // self.batch_size)
 
     def batch(self, step: int) -> Read:
+        """Return the pictures of a batch, without the files that cannot be read."""
         numbers = range(len(self.ids))[step * self.batch_size : (step + 1) * self.batch_size]
         if isinstance(self.images, Tensor):
             return self.images[numbers.start : numbers.stop], torch.tensor(numbers), [], []
-        pictures, sound, digests, left_out = (
-            list[Tensor](),
-            list[int](),
-            list[bytes](),
-            list[tuple[int, str]](),
-        )
+        pictures: list[Tensor] = []
+        sound: list[int] = []
+        digests: list[bytes] = []
+        left_out: list[tuple[int, str]] = []
         for number in numbers:
-            path, name = self.images.path(number), self.ids[number]
+            path = self.images.path(number)
             try:
-                if not is_text(name):
+                if not is_text(self.ids[number]):
                     raise MetaplError(f"{shown(path)}: its name is not UTF-8; rename it.")
-                picture, content = self.input.read(path), digest(str(path))
+                picture = self.input.read(path)
+                content = digest(str(path))
             except (MetaplError, OSError) as error:
                 left_out.append((number, str(error)))
                 continue
@@ -100,97 +109,129 @@ def write_labels(
     check: bool = False,
     shows: bool = False,
 ) -> LabelStore:
-    """The store of softmax(network(x) / temperature) of every picture; one begun with the same is gone on with.
+    """Store softmax(network(x) / temperature) of every picture, and return the store.
+
+    A store that was begun with the same pictures and settings is gone on with.
 
     Args:
         network: gives logits; it runs in eval mode, without gradients, in the precision of its
             weights, on the device of its first parameter. Afterwards it is in the mode that it was
             in.
+        labeled: the pictures.
         place, classes, top_k, resume: as of :class:`~metapl.apps.label_store.LabelWriter`.
         leave_out: is told of each file that is left out, with the reason, or that was labeled and
             cannot be read now.
         about: what else the store says of its labels.
+        temperature: of the softmax.
+        num_workers: processes that read pictures.
         check: compare all pictures that are labeled already with what they were, not a sample.
         shows: show the progress on a terminal.
     """
     ids: Sequence[Any] = labeled.ids
     names = "".join(f"{name}\0" for name in ids)
-    provenance = {
-        "pictures": labeled.name,
-        "examples": len(ids),
-        "ids_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
-        # Of each picture in a file, the store has what it was.
-        "pictures_sha256": hashes(of=labeled.images)["of"]
-        if isinstance(labeled.images, Tensor)
-        else None,
-        "weights_fingerprint": int(digest_of(weights_of(network))),
-        "temperature": temperature,
-        "views": f"as they are, not augmented. {labeled.input.note}",
-        "batch": labeled.batch_size,
-        **(about or {}),
-    }
-    # What a kill costs, against the number of files.
-    rows_per_part = min(max(-(-len(ids) // PARTS), FEWEST_ROWS), MOST_ROWS)
-    how: dict[str, Any] = {"top_k": top_k, "provenance": provenance, "rows_per_part": rows_per_part}
-    with LabelWriter(place, classes, **how, resume=resume) as writer:
+    pictures_sha256 = None
+    if isinstance(labeled.images, Tensor):
+        # Of each picture in a file, the store has the digest.
+        pictures_sha256 = hashes(of=labeled.images)["of"]
+    writer = LabelWriter(
+        place,
+        classes,
+        top_k=top_k,
+        provenance={
+            "pictures": labeled.name,
+            "examples": len(ids),
+            "ids_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+            "pictures_sha256": pictures_sha256,
+            "weights_fingerprint": int(digest_of(weights_of(network))),
+            "temperature": temperature,
+            "views": f"as they are, not augmented. {labeled.input.note}",
+            "batch": labeled.batch_size,
+            **(about or {}),
+        },
+        # What a kill costs, against the number of files.
+        rows_per_part=min(max(-(-len(ids) // PARTS), FEWEST_ROWS), MOST_ROWS),
+        resume=resume,
+    )
+    with writer:
         done = 0
         if writer.there is not None and writer.last is not None:
             done = ids.index(writer.last) + 1
-            if not isinstance(labeled.images, Tensor):
-                path = labeled.images.path
-                refuse_other_pictures(
-                    writer.there, lambda name: path(bisect_left(ids, name)), leave_out, check=check
-                )
-        first, steps = (0, 0) if writer.complete else (done // labeled.batch_size, len(labeled))
-        lines = count_lines("batches labeled", is_shown=shows, total=steps, done=first)
-        batches_done = first
-        with progress(shows, name="labels", start=first, steps=steps) as bar:
-            for x, numbers, digests, left_out in loader(labeled, first, steps, num_workers):
+            _check_labeled_already(labeled, writer.there, leave_out, check=check)
+        first_batch = 0
+        batches = 0
+        if not writer.complete:
+            first_batch = done // labeled.batch_size
+            batches = len(labeled)
+        lines = count_lines("batches labeled", is_shown=shows, total=batches, done=first_batch)
+        batches_done = first_batch
+        with progress(shows, name="labels", start=first_batch, steps=batches) as bar:
+            for batch in loader(labeled, first_batch, batches, num_workers):
+                images, numbers, digests, left_out = batch
                 for number, reason in left_out:
                     if number >= done:
                         leave_out(reason)
                 # Of a batch of which some are done, all are run again: a smaller batch may round
                 # otherwise.
-                new = numbers >= done
-                if new.any():
-                    logits_BC = logits_of(network, [x]).float() / temperature
+                is_new = numbers >= done
+                if is_new.any():
+                    logits_BC = logits_of(network, [images]).float() / temperature
                     refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
-                    names_of = [ids[number] for number in numbers[new].tolist()]
-                    writer.add(
-                        names_of, logits_BC[new].softmax(dim=1), digests[-len(names_of) :] or None
-                    )
+                    new_ids = [ids[number] for number in numbers[is_new].tolist()]
+                    probabilities = logits_BC[is_new].softmax(dim=1)
+                    writer.add(new_ids, probabilities, digests[-len(new_ids) :] or None)
                 bar.update()
                 batches_done += 1
                 lines(batches_done)
     return LabelStore(place)
 
 
+def _check_labeled_already(
+    labeled: ToLabel, store: LabelStore, leave_out: Say, *, check: bool
+) -> None:
+    """Refuse to go on with a store of pictures that were replaced."""
+    if isinstance(labeled.images, Tensor):
+        # The store's provenance has their hash.
+        return
+    images = labeled.images
+    ids: Sequence[Any] = labeled.ids
+    refuse_other_pictures(
+        store, lambda name: images.path(bisect_left(ids, name)), leave_out, check=check
+    )
+
+
 def refuse_other_pictures(
     store: LabelStore, file: Callable[[Any], str | Path | None], unread: Say, *, check: bool = False
 ) -> None:
-    """Refuse labels of pictures that were replaced under their names: 1,000 are compared by their
-    bytes, or with ``check`` all.
+    """Refuse labels of pictures that were replaced under their names.
 
-    ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be
-    read, which ``unread`` is told of. Cost: one reading of a file; of a million of 100 KB some four
-    minutes of a local disk, and no decoding.
+    1,000 pictures are compared by their bytes, or with ``check`` all.
+
+    Args:
+        store: of the labels.
+        file: return the file of an id, or None, which is not compared.
+        unread: is told of a file that cannot be read, and is not compared either.
+        check: compare all.
+
+    Cost: one reading of a file; of a million of 100 KB some four minutes of a local disk, and no
+    decoding.
     """
     if not store.has_digests:
         return
     compared = len(store) if check else min(len(store), COMPARED)
-    rows = np.linspace(0, len(store) - 1, compared).astype(
-        int
-    )  # evenly over the store, in the order of the names
+    # Evenly over the store, in the order of the names.
+    rows = np.linspace(0, len(store) - 1, compared).astype(int)
     others = []
     with count_bar("comparing pictures with those that were labeled", is_shown=True) as update:
-        for where, some in store.taken(rows, ["id", "digest"]):
-            for row in some.to_pylist():
+        for where, table in store.taken(rows, ["id", "digest"]):
+            for row in table.to_pylist():
                 path = file(row["id"])
-                found = None if path is None else ask(digest, str(path))
-                if found is not None and found[:DIGEST_BYTES] != row["digest"]:
-                    others.append(row["id"])
-                elif path is not None and found is None:
+                if path is None:
+                    continue
+                content = ask(digest, str(path))
+                if content is None:
                     unread(f"{shown(path)}: it was labeled before, and cannot be read now.")
+                elif content[:DIGEST_BYTES] != row["digest"]:
+                    others.append(row["id"])
             update(int(where[-1]) + 1)
     if others:
         raise MetaplError(
@@ -201,59 +242,81 @@ def refuse_other_pictures(
 
 
 def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
-    finite = logits_BC.isfinite().all(dim=1).tolist()
-    if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
+    """Refuse outputs that are not finite, by the names of their examples."""
+    are_finite = logits_BC.isfinite().all(dim=1).tolist()
+    diverged = [name for name, finite in zip(names, are_finite, strict=True) if not finite]
+    if diverged:
         raise MetaplError(
-            f"the network's outputs are not finite for {few(bad)}: its training diverged (train "
-            "again with a smaller learning rate), or the temperature is too small."
+            f"the network's outputs are not finite for {few(diverged)}: its training diverged "
+            "(train again with a smaller learning rate), or the temperature is too small."
         )
 
 
-# -------------------------------------------------------------------------------------- Reduced MPL
+# ------------------------------------------------------------------------------------ Reduced MPL
 
 
 def stored_labels(
     teacher: nn.Module | None, config: Any, method: ReducedMpl, folder: Path, data: Data, say: Say
 ) -> dict[str, Tensor]:
-    """The class distributions of a training's unlabeled, and perhaps its labeled, examples, float32 (n, C).
+    """Return the class distributions of a training's unlabeled, and perhaps labeled, examples.
 
-    Those by a teacher are stored in the run's folder, and gone on with if its weights are the same;
-    without one, they are in the stores that the method's settings name, where pictures are called
-    by their paths in the folder.
+    Args:
+        teacher: whose labels are stored in the run's folder, and gone on with if its weights are
+            the same. None: the labels are in the stores that the method's settings name, where
+            pictures are called by their paths in the folder.
+        config: the settings of the training.
+        method: its method.
+        folder: of the run.
+        data: its data.
+        say: is told what is missing, and where the labels are.
+
+    Returns:
+        float32 (n, C) by "unlabeled" and "labeled".
     """
     if teacher is None and "labeled" not in method.stores:
         say(
             "note: without --labeled-labels, the labels are adjusted by the student's feedback "
             "alone."
         )
-    found = {}
-    for part in ("unlabeled", "labeled") if teacher is not None else method.stores:
-        images, ids = getattr(data, part).images, range(len(getattr(data, part).images))
+    parts = ("unlabeled", "labeled") if teacher is not None else tuple(method.stores)
+    labels = {}
+    for part in parts:
+        images = getattr(data, part).images
+        numbers = range(len(images))
+        names: Any
         if teacher is None:
-            store, root = LabelStore(method.stores[part]), config.scan(part).root
-            names: Any = called(
-                store, root, [images.path(number).relative_to(root).as_posix() for number in ids]
-            )
+            store = LabelStore(method.stores[part])
+            root = config.scan(part).root
+            paths = [images.path(number).relative_to(root).as_posix() for number in numbers]
+            names = called(store, root, paths)
         else:
-            labeled, names = ToLabel(images=images, ids=ids, name=part, input=config.input), ids
-            store = write_labels(teacher, labeled, folder / FOLDER / part, data.classes, say)
-        rows = store.find(names)
-        missing = [names[row] for row in np.flatnonzero(rows < 0)]
-        place, count = store.folder, len(missing)
-        if count == len(names):
-            raise MetaplError(
-                f"the store {place} has none of the {count:,} examples; expected their labels."
-            )
-        if missing:
-            say(
-                f"note: {place} has no labels of {count:,} pictures ({few(missing)}): even ones "
-                "are taken."
-            )
-        found[part] = torch.full((len(names), len(store.classes)), 1 / len(store.classes))
-        found[part][torch.from_numpy(rows >= 0)] = store.at(rows[rows >= 0])
+            names = numbers
+            to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
+            store = write_labels(teacher, to_label, folder / FOLDER / part, data.classes, say)
+        labels[part] = _distributions(store, names, say)
     if teacher is not None:
         say(f"the teacher's labels are in {folder / FOLDER}")
-    return found
+    return labels
+
+
+def _distributions(store: LabelStore, names: Sequence[Any], say: Say) -> Tensor:
+    """Return the distributions of examples, (n, C), and even ones for those that are missing."""
+    rows = store.find(names)
+    missing = [names[position] for position in np.flatnonzero(rows < 0).tolist()]
+    if len(missing) == len(names):
+        raise MetaplError(
+            f"the store {store.folder} has none of the {len(missing):,} examples; expected their "
+            "labels."
+        )
+    if missing:
+        say(
+            f"note: {store.folder} has no labels of {len(missing):,} pictures ({few(missing)}): "
+            "even ones are taken."
+        )
+    classes = len(store.classes)
+    distributions = torch.full((len(names), classes), 1 / classes)
+    distributions[torch.from_numpy(rows >= 0)] = store.at(rows[rows >= 0])
+    return distributions
 
 
 def check_labels_given(config: Any, method: ReducedMpl) -> None:
@@ -261,28 +324,32 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
 
     Nothing is written.
     """
-    for part, place in method.stores.items():
+    for part, folder in method.stores.items():
         if not config.places:
             raise MetaplError(
-                f"--labels {place}: expected pictures in folders; {config.name} has none."
+                f"--labels {folder}: expected pictures in folders; {config.name} has none."
             )
-        store, own = LabelStore(place), scan_labeled(config.labeled).classes
-        if store.classes != own:
-            expected = f"those of {config.labeled}: {few(own)}"
-            raise MetaplError(f"{place} has the classes {few(store.classes)}; expected {expected}.")
+        store = LabelStore(folder)
+        classes = scan_labeled(config.labeled).classes
+        if store.classes != classes:
+            raise MetaplError(
+                f"{folder} has the classes {few(store.classes)}; expected those of "
+                f"{config.labeled}: {few(classes)}."
+            )
         files = scan_unlabeled(getattr(config, part))
-        known = dict(zip(called(store, files.root, files.names), files.paths(), strict=True))
-        refuse_other_pictures(store, known.get, lambda text: None)
+        names = called(store, files.root, files.names)
+        path_by_name = dict(zip(names, files.paths(), strict=True))
+        refuse_other_pictures(store, path_by_name.get, lambda text: None)
 
 
 def called(store: LabelStore, root: Path, names: Sequence[str]) -> list[str]:
-    """What a store calls files.
+    """Return what a store calls files: their paths in the folder that was labeled.
 
-    Their paths in the folder that was labeled; of one that was moved, in the root.
+    Where that folder was moved, the paths are those in the root.
     """
-    labeled, inside = Path(str(store.provenance.get("pictures", "-"))).resolve(), Path()
-    if root.resolve().is_relative_to(
-        labeled
-    ):  # that of a list is the folder that its files have in common
-        inside = root.resolve().relative_to(labeled)
+    labeled_folder = Path(str(store.provenance.get("pictures", "-"))).resolve()
+    inside = Path()
+    # The root of a list of files is the folder that they have in common, which may lie deeper.
+    if root.resolve().is_relative_to(labeled_folder):
+        inside = root.resolve().relative_to(labeled_folder)
     return [(inside / name).as_posix() for name in names]

@@ -1,7 +1,8 @@
-"""What the pictures show decides most settings that were left open, and how many steps fit into a time the rest."""
+"""Settings that were left open: most follow from a look at the pictures, the steps from a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import time
@@ -10,18 +11,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metapl.apps import backbone
-from metapl.apps.backbone import IMAGENET
+from metapl.apps.backbone import IMAGENET, Backbone
+from metapl.apps.images import Images, Pictures
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
 from metapl.apps.network_weights import fetch_imagenet_weights
+from metapl.apps.noisy_labels import Noisy
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
-from metapl.apps.settings import filled, flat, replaced
+from metapl.apps.settings import flag_values, with_flags, with_stored
 from metapl.apps.train import SELECTED_ON, device
 from metapl.apps.tuned_networks import begin_as
 from metapl.data.feed import feed
@@ -29,178 +32,50 @@ from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.training import FitResult, Say, Trainer
 
-SET_ASIDE = (
-    0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
-)
-SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = (
-    16,
-    48,
-    128,
-)  # pixels; the first two where a network starts from nothing
-PRETRAINED_NETWORK, IMAGENET_WEIGHTS = "resnet18", "imagenet"
-PHOTOGRAPHS = 128  # side in pixels from which on color pictures are taken for photographs
-MINUTES = 5.0  # for training, where neither minutes nor steps are given
-REHEARSED = 1000  # steps of the training that is measured, of which a few are taken
-AGAIN = 2  # how often the number of steps is measured again where parts of it were asked for
-FEW_STEPS = 300  # below which a network that starts from nothing has hardly learned
-MANY_COPIES = 10  # how often a picture may be in one batch before that is told
+# The share of the labeled pictures that is set aside to select on, where that is enough of them to
+# tell anything.
+SET_ASIDE = 0.2
 
-WARMUP = 0.05  # share of the steps over which learning rates grow
+# The sides of pictures in pixels: the least and the greatest where a network starts from nothing,
+# and that of a pretrained network.
+SMALLEST_SIDE = 16
+GREATEST_SIDE = 48
+PRETRAINED_SIDE = 128
 
+PRETRAINED_NETWORK = "resnet18"
+SCRATCH_NETWORK = "pooled_cnn"
 
-def choose_settings(
-    config: Any, method: Any, say: Say, before: Mapping[str, Any] | None = None
-) -> tuple[Any, Any]:
-    """The settings and the method with whole paths, the classes that are found, and a value for all that was left open.
+# The word for --weights that downloads some.
+IMAGENET_WEIGHTS = "imagenet"
 
-    What was chosen ``before``, by the names of the settings, in the run that is resumed, is not
-    chosen anew.
-    """
-    # 1. Files of weights that are not there are refused before anything is listed.
-    weights, asked = config.pictures.weights, config.pictures.backbone
-    if weights is not None and asked != "none":
-        raise MetaplError(
-            f"--backbone {asked} has its own weights, and --weights {weights} was given; leave "
-            "one out."
-        )
-    if weights == IMAGENET_WEIGHTS:
-        weights = fetch_imagenet_weights(config.pictures.network or PRETRAINED_NETWORK)
-    for flag, file in (("weights", weights), ("backbone", asked if os.sep in asked else None)):
-        if file is not None and not Path(file).expanduser().exists():
-            raise MetaplError(f"--{flag} {file}: there is no such file.")
-    found = None
-    if asked not in ("none", "auto") and before is None:
-        found = backbone.find(asked, config.pictures.network)
-    # 2. A run that is resumed has its settings.
-    few, many = (config.scan(name) for name in config.few_and_many)
-    places: dict[str, Any] = {name: getattr(config, name) for name in config.places} | {
-        "weights": weights
-    }
-    whole = {
-        name: str(Path(one).expanduser().resolve())
-        for name, one in places.items()
-        if one is not None
-    }
-    if weights is not None and Path(whole["weights"]).is_file():
-        whole["weights_sha256"] = sha256_of(whole["weights"])
-    config = replaced(config, classes=few.classes, **whole)
-    if before is not None:
-        if before.get("weights") is not None:
-            weights = Path(before["weights"])
-            if not weights.is_file() or sha256_of(weights) != before.get("weights_sha256"):
-                raise MetaplError(
-                    f"the weights of the run, {weights}, are gone or another file; put them back."
-                )
-            config = replaced(config, weights=str(weights)) if asked != "none" else config
-        try:
-            config = filled(
-                config, {name: value for name, value in before.items() if name not in GIVEN}
-            )
-            return config, filled(method, before)
-        except (MetaplError, TypeError) as error:
-            raise MetaplError(
-                f"the run's settings are damaged or of another version: {error}"
-            ) from error
-    # 3. What the folders and some of their pictures show.
-    config.check_first()
-    of_few, count = config.batch_of_few, len(few)
-    size = getattr(config, of_few, None) or config.fitting.labeled_batch
-    if size > MANY_COPIES * count:
-        say(
-            f"note: --{of_few.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} "
-            "pictures that it is drawn from: each is in every batch so often, and each copy costs "
-            "the time of a picture"
-        )
-    seen = look([*map(Path, few.paths())], few.targets(), [*map(Path, many.paths())])
-    if asked == "auto":
-        large = not seen.grey and seen.side >= backbone.AUTO_SIDE
-        found = backbone.auto(config.pictures.network) if large else None
-        if found is None:
-            why = (
-                "the weights of none are on this machine"
-                if large
-                else "the pictures are grey or small"
-            )
-            say(f"backbone: none, for {why}; from scratch")
-    if found is not None:
-        if config.pictures.grey not in (None, found["grey"]):
-            kind = "grey" if found["grey"] else "color"
-            raise MetaplError(
-                f"--backbone {asked} takes {kind} pictures; leave --grey {config.pictures.grey} "
-                "out."
-            )
-        own, tuning = config.pictures.image_size, config.pictures.tuning or "lora"
-        if (own or seen.side) < backbone.LEAST_SIDE and found["image_size"] is None:
-            raise MetaplError(
-                f"--backbone {asked}: pictures of {own or seen.side} pixels are too small for it; "
-                f"expected {backbone.LEAST_SIDE} or more, by --image-size where they are to be "
-                "enlarged, or no backbone."
-            )
-        config = replaced(
-            config, **found | {"tuning": tuning, "image_size": own or found["image_size"]}
-        )
-        what = {
-            "head": "its head is trained",
-            "lora": "low-rank changes are trained",
-            "all": "all of it is trained",
-        }
-        sha256 = found["weights_sha256"][:12]
-        say(
-            f"backbone: {found['network']} from {found['weights']} (SHA-256 {sha256}...), "
-            f"{what[tuning]}"
-        )
-    aside = round(SET_ASIDE * count) if not config.val else 0
-    # Too few to select on train better.
-    config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
-    usual = {"uda_prior": seen.shares, "student_lr": config.pictures.rate}
-    # Of Noisy Student; other trainings have none.
-    usual["ratio"] = getattr(config, "usual_ratio", None)
-    method = filled(method, usual)
-    # 4. The steps; and what was chosen, in a line, and what pictures lose by it; each has a flag.
-    steps = config.fitting.steps
-    config, method = with_steps(config, method)
-    pictures, fitting = config.pictures, config.fitting
-    cut = [] if seen.square else ["cut to squares"]
-    cut += [f"shrunk from about {seen.side}"] if seen.side > pictures.image_size else []
-    lost = f" ({', '.join(cut)})" if cut else ""
-    kind, of = ("grey", "light and dark") if pictures.grey else ("color", "colors")
-    changed = (
-        f"{of} {'exchanged' if pictures.recolor else 'kept'}, "
-        f"{'' if pictures.mirror else 'not '}mirrored"
-    )
-    networks = ", then ".join(flat(method).get("networks") or (pictures.network,))
-    dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
-    noise = f", dropout {dropout:g}" if dropout else ""
-    if stochastic_depth:
-        noise += f", stochastic depth {stochastic_depth:g}"
-    say(
-        f"chosen: {networks}{noise} on {pictures.image_size}x{pictures.image_size} {kind} "
-        f"pictures{lost}, {changed}; adamw at {fitting.lr:g}, {fitting.precision}, "
-        f"{fitting.steps:,} steps"
-    )
-    if steps is None and fitting.steps < FEW_STEPS:
-        say(
-            f"note: {fitting.steps} steps are few, for this machine is slow or busy: give more "
-            "--minutes, or --steps"
-        )
-    if seen.colors.may_tell and pictures.recolor and not pictures.grey:
-        say(
-            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told "
-            f"apart, and by chance {seen.colors.chance:.0%}, so colors may matter, and are "
-            "exchanged: if they do, give --recolor False"
-        )
-    if (
-        pictures.weights is None
-        and asked == "none"
-        and not pictures.grey
-        and seen.side >= PHOTOGRAPHS
-    ):
-        say(
-            "for photographs a network that was trained on photographs is better: --backbone, or "
-            "--weights imagenet"
-        )
-    return config, method
+# The side in pixels from which on color pictures are taken for photographs.
+PHOTOGRAPHS = 128
 
+# Minutes for training, where neither minutes nor steps are given.
+MINUTES = 5.0
+
+# The steps of the training that is measured, of which a few are taken.
+REHEARSED = 1000
+
+# How often the number of steps is measured again where parts of it were given in steps.
+AGAIN = 2
+
+# The number of steps below which a network that starts from nothing has hardly learned.
+FEW_STEPS = 300
+
+# How often a picture may be in one batch before that is told.
+MANY_COPIES = 10
+
+# The share of the steps over which learning rates grow, and how often is validated in a training.
+WARMUP = 0.05
+VALIDATIONS = 20
+
+# What of a backbone is trained, in words.
+TUNINGS = {
+    "head": "its head is trained",
+    "lora": "low-rank changes are trained",
+    "all": "all of it is trained",
+}
 
 # What a run that is resumed is given anew, with what it was started with, or does not need.
 GIVEN = (
@@ -214,49 +89,313 @@ GIVEN = (
     "feedback_bound",
 )
 
+T = TypeVar("T")
+ConfigT = TypeVar("ConfigT", Images, Noisy)
+
+
+def choose_settings(
+    config: Any, method: Any, say: Say, stored: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """Return the settings and the method with a value for everything that was left open.
+
+    Paths are whole ones afterwards, and the classes are those of the folders.
+
+    Args:
+        config: a training on pictures, as the command line gave it.
+        method: the method, likewise.
+        say: is told what was chosen.
+        stored: the settings of the run that is resumed, by the names of their flags: what was
+            chosen there is not chosen anew. None: a new run.
+    """
+    # 1. Files of weights that are not there are refused before anything is listed.
+    weights = found_weights(config.pictures)
+    asked = config.pictures.backbone
+    chosen_backbone = None
+    if asked not in ("none", "auto") and stored is None:
+        chosen_backbone = backbone.find(asked, config.pictures.network)
+
+    # 2. A run that is resumed has its settings.
+    few, many = (config.scan(name) for name in config.few_and_many)
+    config = with_whole_paths(config, weights, classes=few.classes)
+    if stored is not None:
+        return resumed_settings(config, method, stored)
+
+    # 3. What the folders and some of their pictures show.
+    config.check_first()
+    tell_copies(config, len(few), say)
+    seen = look(
+        [Path(path) for path in few.paths()],
+        few.targets(),
+        [Path(path) for path in many.paths()],
+    )
+    if asked == "auto":
+        chosen_backbone = auto_backbone(config.pictures, seen, say)
+    if chosen_backbone is not None:
+        pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
+        config = dataclasses.replace(config, pictures=pictures)
+    # Too few pictures to select on are better trained on.
+    aside = 0 if config.val else round(SET_ASIDE * len(few))
+    config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
+    usual_settings = {
+        "uda_prior": seen.shares,
+        "student_lr": config.pictures.rate,
+        # Noisy Student alone has a ratio.
+        "ratio": getattr(config, "usual_ratio", None),
+    }
+    method = with_stored(method, usual_settings)
+
+    # 4. The steps. Then all that was chosen is said in a line, and what else is to be known.
+    steps_are_open = config.fitting.steps is None
+    config, method = with_steps(config, method)
+    tell_choices(config, method, seen, say)
+    tell_advice(config, seen, say, steps_are_open=steps_are_open)
+    return config, method
+
+
+def found_weights(pictures: Pictures) -> str | Path | None:
+    """Return the file of weights that was asked for; refuse it if it is not there."""
+    weights: str | Path | None = pictures.weights
+    if weights is not None and pictures.backbone != "none":
+        raise MetaplError(
+            f"--backbone {pictures.backbone} has its own weights, and --weights {weights} was "
+            "given; leave one out."
+        )
+    if weights == IMAGENET_WEIGHTS:
+        weights = fetch_imagenet_weights(pictures.network or PRETRAINED_NETWORK)
+    if weights is not None and not Path(weights).expanduser().exists():
+        raise MetaplError(f"--weights {weights}: there is no such file.")
+    is_path = os.sep in pictures.backbone
+    if is_path and not Path(pictures.backbone).expanduser().exists():
+        raise MetaplError(f"--backbone {pictures.backbone}: there is no such file.")
+    return weights
+
+
+def whole_path(path: str | Path) -> str:
+    """Return an absolute path without links."""
+    return str(Path(path).expanduser().resolve())
+
+
+def with_whole_paths(
+    config: ConfigT, weights: str | Path | None, *, classes: tuple[str, ...]
+) -> ConfigT:
+    """Return the settings with absolute paths, the classes, and the weights with their SHA-256."""
+    folders = {}
+    for name in config.places:
+        folder = getattr(config, name)
+        if folder is not None:
+            folders[name] = whole_path(folder)
+    pictures = config.pictures
+    if weights is not None:
+        pictures = dataclasses.replace(pictures, weights=whole_path(weights))
+        if Path(whole_path(weights)).is_file():
+            pictures = dataclasses.replace(pictures, weights_sha256=sha256_of(whole_path(weights)))
+    return with_flags(dataclasses.replace(config, pictures=pictures, classes=classes), **folders)
+
+
+def resumed_settings(config: Any, method: Any, stored: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the settings and the method of the run that is resumed, by its recipe.json."""
+    if stored.get("weights") is not None:
+        weights = Path(stored["weights"])
+        if not weights.is_file() or sha256_of(weights) != stored.get("weights_sha256"):
+            raise MetaplError(
+                f"the weights of the run, {weights}, are gone or another file; put them back."
+            )
+        if config.pictures.backbone != "none":
+            pictures = dataclasses.replace(config.pictures, weights=str(weights))
+            config = dataclasses.replace(config, pictures=pictures)
+    try:
+        chosen = {name: value for name, value in stored.items() if name not in GIVEN}
+        return with_stored(config, chosen), with_stored(method, stored)
+    except (MetaplError, TypeError) as error:
+        raise MetaplError(
+            f"the run's settings are damaged or of another version: {error}"
+        ) from error
+
+
+def tell_copies(config: Images | Noisy, count: int, say: Say) -> None:
+    """Say where a batch of the pictures with right labels has each of them many times."""
+    name = config.batch_of_few
+    size = getattr(config, name, None) or config.fitting.labeled_batch
+    if size > MANY_COPIES * count:
+        say(
+            f"note: --{name.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} "
+            "pictures that it is drawn from: each is in every batch so often, and each copy costs "
+            "the time of a picture"
+        )
+
+
+def auto_backbone(pictures: Pictures, seen: Look, say: Say) -> Backbone | None:
+    """Return the backbone that --backbone auto takes, or say why there is none."""
+    if seen.grey or seen.side < backbone.AUTO_SIDE:
+        say("backbone: none, for the pictures are grey or small; from scratch")
+        return None
+    best = backbone.auto(pictures.network)
+    if best is None:
+        say("backbone: none, for the weights of none are on this machine; from scratch")
+    return best
+
+
+def with_backbone(pictures: Pictures, chosen: Backbone, seen: Look, say: Say) -> Pictures:
+    """Return the settings of pictures with a backbone; refuse what does not go with it."""
+    asked = pictures.backbone
+    if pictures.grey not in (None, chosen.grey):
+        kind = "grey" if chosen.grey else "color"
+        raise MetaplError(
+            f"--backbone {asked} takes {kind} pictures; leave --grey {pictures.grey} out."
+        )
+    side = pictures.image_size or seen.side
+    if side < backbone.LEAST_SIDE and chosen.image_size is None:
+        raise MetaplError(
+            f"--backbone {asked}: pictures of {side} pixels are too small for it; expected "
+            f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no "
+            "backbone."
+        )
+    tuning = pictures.tuning or "lora"
+    say(
+        f"backbone: {chosen.network} from {chosen.weights} (SHA-256 "
+        f"{chosen.weights_sha256[:12]}...), {TUNINGS[tuning]}"
+    )
+    return dataclasses.replace(
+        pictures,
+        network=chosen.network,
+        weights=chosen.weights,
+        weights_sha256=chosen.weights_sha256,
+        mean=chosen.mean,
+        std=chosen.std,
+        grey=chosen.grey,
+        image_size=pictures.image_size or chosen.image_size,
+        tuning=tuning,
+    )
+
+
+def tell_choices(config: Images | Noisy, method: Any, seen: Look, say: Say) -> None:
+    """Say in a line what was chosen, and what pictures lose by it; each choice has a flag."""
+    pictures = config.pictures
+    fitting = config.fitting
+    size = pictures.input.size
+    lost = []
+    if not seen.square:
+        lost.append("cut to squares")
+    if seen.side > size:
+        lost.append(f"shrunk from about {seen.side}")
+    kind = "grey" if pictures.grey else "color"
+    colors = "light and dark" if pictures.grey else "colors"
+    colors += " exchanged" if pictures.recolor else " kept"
+    mirrored = "mirrored" if pictures.mirror else "not mirrored"
+    networks = ", then ".join(getattr(method, "networks", ()) or (str(pictures.network),))
+    dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
+    noise = ""
+    if dropout:
+        noise += f", dropout {dropout:g}"
+    if stochastic_depth:
+        noise += f", stochastic depth {stochastic_depth:g}"
+    losses = f" ({', '.join(lost)})" if lost else ""
+    say(
+        f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
+        f"{mirrored}; adamw at {fitting.lr:g}, {fitting.precision}, "
+        f"{fitting.chosen_steps:,} steps"
+    )
+
+
+def tell_advice(config: Images | Noisy, seen: Look, say: Say, *, steps_are_open: bool) -> None:
+    """Say where few steps, colors or weights may make a network worse than it could be."""
+    pictures = config.pictures
+    steps = config.fitting.chosen_steps
+    if steps_are_open and steps < FEW_STEPS:
+        say(
+            f"note: {steps} steps are few, for this machine is slow or busy: give more --minutes, "
+            "or --steps"
+        )
+    if seen.colors.may_tell and pictures.recolor and not pictures.grey:
+        say(
+            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told "
+            f"apart, and by chance {seen.colors.chance:.0%}, so colors may matter, and are "
+            "exchanged: if they do, give --recolor False"
+        )
+    is_from_scratch = pictures.weights is None and pictures.backbone == "none"
+    if is_from_scratch and not pictures.grey and seen.side >= PHOTOGRAPHS:
+        say(
+            "for photographs a network that was trained on photographs is better: --backbone, or "
+            "--weights imagenet"
+        )
+
 
 def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
-    """The settings for such pictures, but for what depends on the number of steps."""
-    given = config.pictures
-    grey = seen.grey and given.weights is None if given.grey is None else given.grey
-    mean, std = (part * 3 if seen.grey else part for part in (seen.mean, seen.std))
+    """Return the settings for such pictures, but for what depends on the number of steps.
+
+    What was given stays.
+    """
+    pictures = config.pictures
+    grey = pictures.grey
+    if grey is None:
+        grey = seen.grey and pictures.weights is None
+    mean: tuple[float, ...] = seen.mean
+    std: tuple[float, ...] = seen.std
     if grey:
-        mean, std = seen.level[:1], seen.level[1:]
-    elif given.weights is not None:
+        mean = seen.level[:1]
+        std = seen.level[1:]
+    elif pictures.weights is not None:
         mean, std = IMAGENET
-    side = PRETRAINED_SIDE if given.weights else min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE)
-    part = given.architecture(classes=2).patch or 4 if given.network else 4
+    elif seen.grey:
+        # Grey pictures that are read as color ones have three equal channels.
+        mean = seen.mean * 3
+        std = seen.std * 3
+    if pictures.weights:
+        network = PRETRAINED_NETWORK
+        side = PRETRAINED_SIDE
+    else:
+        network = SCRATCH_NETWORK
+        side = min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE)
+    multiple = 4
+    if pictures.network:
+        multiple = pictures.architecture(classes=2).patch or 4
     choices = {
         "grey": grey,
-        "image_size": part * max(1, round(side / part)),
-        "network": PRETRAINED_NETWORK if given.weights else "pooled_cnn",
+        "image_size": multiple * max(1, round(side / multiple)),
+        "network": network,
         "val_fraction": val_fraction,
         "recolor": seen.exchangeable,
         "mean": mean,
         "std": std,
     }
-    config = filled(config, choices)
-    return filled(config, {"lr": config.pictures.rate})
+    config = with_stored(config, choices)
+    return with_stored(config, {"lr": config.pictures.rate})
 
 
 def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
-    """The settings and the method with a number of steps, as many as fit into the minutes where it is open."""
+    """Return the settings and the method with a number of steps.
 
-    def of(steps: int) -> tuple[Any, Any]:
-        shares = {"warmup": round(WARMUP * steps), "validate_every": max(1, round(steps / 20))}
-        return filled(replaced(config, steps=steps), shares), method.scheduled(steps)
-
+    Where it is open, it is as many as fit into the minutes.
+    """
     if config.fitting.steps is not None:
-        return of(config.fitting.steps)
+        return with_number_of_steps(config, method, config.fitting.steps)
     # Phases that were given in steps do not grow with the number of steps: it is measured again
     # with what fits.
-    asked = max(flat(method).get(name) or 0 for name in ("wait", "uda_start"))
+    values = flag_values(method)
+    phase_steps = max(values.get(name) or 0 for name in ("wait", "uda_start"))
     minutes = config.minutes or MINUTES
-    steps = steps_within(*of(2 * asked or REHEARSED), minutes)
-    for _ in range(AGAIN if asked else 0):
-        steps = steps_within(*of(max(steps, asked + 1)), minutes)
-    config = replaced(config, minutes=minutes)
-    return of(steps)
+    rehearsal = with_number_of_steps(config, method, 2 * phase_steps or REHEARSED)
+    steps = steps_within(*rehearsal, minutes)
+    for _ in range(AGAIN if phase_steps else 0):
+        rehearsal = with_number_of_steps(config, method, max(steps, phase_steps + 1))
+        steps = steps_within(*rehearsal, minutes)
+    config = dataclasses.replace(config, minutes=minutes)
+    return with_number_of_steps(config, method, steps)
+
+
+def with_number_of_steps(config: Any, method: Any, steps: int) -> tuple[Any, Any]:
+    """Return the settings and the method for a number of steps; what was given in steps stays."""
+    fitting = config.fitting
+    warmup = fitting.warmup
+    if warmup is None:
+        warmup = round(WARMUP * steps)
+    validate_every = fitting.validate_every
+    if validate_every is None:
+        validate_every = max(1, round(steps / VALIDATIONS))
+    fitting = dataclasses.replace(
+        fitting, steps=steps, warmup=warmup, validate_every=validate_every
+    )
+    return dataclasses.replace(config, fitting=fitting), method.scheduled(steps)
 
 
 # --------------------------------------------------------------------------- what the pictures show
@@ -264,90 +403,121 @@ def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
 # How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels
 # that a picture is brought to for a look at its colors; rows and columns where the object of most
 # pictures is, not the background.
-LOOKED_AT, SIDE = 256, 32
+LOOKED_AT = 256
+SIDE = 32
 MIDDLE = slice(SIDE // 4, -(SIDE // 4))
 
 # Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as
 # grey; standard deviation in [0, 1] that blank pictures are given.
-ALIKE, SMALLEST_STD = 8, 0.05
+ALIKE = 8
+SMALLEST_STD = 0.05
 
 # Shuffles of the labels that colors are compared with; of these and the labels as they are, the
 # most that find the classes as well where color tells them apart, and where it may: by chance it
 # does so in one set of a hundred, and may in one of ten. Colors that are exchanged for nothing cost
 # the only thing that tells such classes apart, and colors that are kept for nothing a kind of
 # augmentation.
-SHUFFLES, CHANCES, DOUBTS = 199, 2, 20
+SHUFFLES = 199
+CHANCES = 2
+DOUBTS = 20
 
 # Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with
 # marks of the rarer kind where both light and dark marks are usual.
-AROUND, BOTH = 9, 0.2
+AROUND = 9
+BOTH = 0.2
+
+
+# The label of a picture without one.
+UNLABELED = -1
 
 
 @dataclass(frozen=True)
 class Colors:
-    """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart."""
+    """How well the mean color of pictures' middle tells their classes apart, or the mean grey.
 
-    # share of pictures that are nearest to the mean of the others of their class, averaged over
-    # classes
+    Args:
+        right: share of the pictures that are nearest to the mean of the others of their class,
+            averaged over the classes.
+        chance: the same share expected of guessing evenly among the classes.
+        tell: whether ``right`` is more than chance explains.
+        may_tell: whether it is rather more, and the pictures are too few to say.
+    """
+
     right: float
-    chance: float  # the same share expected of guessing evenly among the classes
-    tell: bool  # whether it is more than chance explains
-    may_tell: bool = False  # whether it is rather more, and the pictures are too few to say
+    chance: float
+    tell: bool
+    may_tell: bool = False
 
 
 @dataclass(frozen=True)
 class Look:
-    """A data set as a few of its pictures show it."""
+    """A data set as a few of its pictures show it.
 
-    side: int  # median of the shorter sides, in pixels
-    grey: bool  # none of the pictures has colors
-    mean: tuple[float, ...]  # of each channel (one where grey), in [0, 1]
+    Args:
+        side: median of the shorter sides, in pixels.
+        grey: whether none of the pictures has colors.
+        mean, std: of each channel (one where grey), in [0, 1].
+        level: mean and standard deviation of the pictures without their colors.
+        colors: how well colors tell the classes apart.
+        light: share of the pictures whose marks are lighter than what is around them, not darker.
+        shares: shares of the classes among all labeled pictures, as if each had one more, so that
+            none is 0.
+        square: whether all of the pictures are as high as wide.
+    """
+
+    side: int
+    grey: bool
+    mean: tuple[float, ...]
     std: tuple[float, ...]
-    level: tuple[float, float]  # mean and standard deviation of the pictures without their colors
+    level: tuple[float, float]
     colors: Colors
-    light: (
-        float  # share of the pictures whose marks are lighter than what is around them, not darker
-    )
-    shares: tuple[
-        float, ...
-    ]  # of the classes among all labeled pictures, as if each had one more: no share is 0
-    square: bool = True  # all of the pictures are as high as wide
+    light: float
+    shares: tuple[float, ...]
+    square: bool = True
 
     @property
     def exchangeable(self) -> bool:
-        """Whether colors may be exchanged, or light and dark.
+        """Return whether colors may be exchanged, or light and dark.
 
-        Not where all marks are light, as in an X-ray.
+        They may not where all marks are light, as in an X-ray.
         """
         return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
-    """What at most ``LOOKED_AT`` pictures of each kind show, evenly spread.
+    """Look at ``LOOKED_AT`` pictures of each kind at most, evenly spread.
 
-    Labels are int64 (len(labeled),).
+    Args:
+        labeled, unlabeled: files of pictures.
+        labels: of the labeled ones, int64 (len(labeled),).
     """
-    sides, pictures, classes, square = [], [], [], True
-    few, many = (
-        list(zip(files, each, strict=True))[:: max(1, -(-len(files) // LOOKED_AT))]
-        for files, each in ((labeled, labels.tolist()), (unlabeled, [-1] * len(unlabeled)))
-    )
-    for path, label in (*few, *many):
+    examples = [
+        *evenly(list(zip(labeled, labels.tolist(), strict=True))),
+        *((path, UNLABELED) for path in evenly(unlabeled)),
+    ]
+    sides = []
+    pictures = []
+    classes = []
+    square = True
+    for path, label in examples:
         try:
             picture = read_image(path)
         except UnreadableImage:
-            continue  # is listed, with the reason, when the folders are checked
-        sides.append(min(picture.shape[1:]))
-        square &= picture.shape[1] == picture.shape[2]
-        pictures.append(
-            torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0]
-        )
+            # It is listed, with the reason, when the folders are checked.
+            continue
+        _, height, width = picture.shape
+        sides.append(min(height, width))
+        square = square and height == width
+        small = torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")
+        pictures.append(small[0])
         classes.append(label)
-    if not any(label >= 0 for label in classes):
+    if all(label == UNLABELED for label in classes):
+        looked_at = len(evenly(labeled))
         raise MetaplError(
-            f"none of the {len(few)} labeled pictures that were looked at can be read."
+            f"none of the {looked_at} labeled pictures that were looked at can be read."
         )
-    levels_N3HW, label_N = torch.stack(pictures), torch.tensor(classes)
+    levels_N3HW = torch.stack(pictures)
+    label_N = torch.tensor(classes)
     grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
     unit = (levels_N3HW[:, :1] if grey else levels_N3HW) / 255
     level_NHW = (levels_N3HW / 255 * torch.tensor(LUMA)[:, None, None]).sum(1)
@@ -356,28 +526,33 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     padded = torch.nn.functional.pad(level_NHW[:, None], (AROUND // 2,) * 4, mode="reflect")
     marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
     counts = (torch.bincount(labels) + 1).tolist()
-
-    def spread(std: float) -> float:
-        """A standard deviation that can be divided by: blank pictures have 0."""
-        return round(max(std, SMALLEST_STD), 3)
-
+    is_labeled_N = label_N != UNLABELED
+    middle_colors_NC = unit[is_labeled_N][..., MIDDLE, MIDDLE].mean((2, 3))
     return Look(
         side=int(statistics.median(sides)),
         grey=grey,
         mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
-        std=tuple(spread(value) for value in unit.std((0, 2, 3)).tolist()),
-        level=(round(float(level_NHW.mean()), 3), spread(float(level_NHW.std()))),
-        colors=colors_tell(
-            unit[label_N >= 0][..., MIDDLE, MIDDLE].mean((2, 3)), label_N[label_N >= 0]
-        ),
+        std=tuple(divisible(value) for value in unit.std((0, 2, 3)).tolist()),
+        level=(round(float(level_NHW.mean()), 3), divisible(float(level_NHW.std()))),
+        colors=colors_tell(middle_colors_NC, label_N[is_labeled_N]),
         light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
         shares=tuple(count / sum(counts) for count in counts),
         square=square,
     )
 
 
+def evenly(examples: Sequence[T]) -> Sequence[T]:
+    """Return ``LOOKED_AT`` examples at most, evenly spread."""
+    return examples[:: max(1, -(-len(examples) // LOOKED_AT))]
+
+
+def divisible(std: float) -> float:
+    """Return a standard deviation that can be divided by: that of blank pictures is 0."""
+    return round(max(std, SMALLEST_STD), 3)
+
+
 def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
-    """Whether the nearest class mean, with each example left out of its own, finds the classes.
+    """Return whether the nearest class mean finds the class of an example that is not in it.
 
     ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over
     classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the
@@ -393,17 +568,25 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     classes, labels = labels_N.unique(return_inverse=True)
     chance = 1 / len(classes)
     if len(classes) < 2 or int(labels.bincount().max()) < 2:
-        return Colors(chance, chance, False)
+        return Colors(right=chance, chance=chance, tell=False)
     scaled = (colors_NC - colors_NC.mean(0)) / colors_NC.std(0).clamp_min(1e-6)
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
-    right = _found(scaled, labels)
-    as_well = 1 + sum(_found(scaled, order) >= right for order in shuffled)
-    return Colors(right, chance, tell=as_well <= CHANCES, may_tell=CHANCES < as_well <= DOUBTS)
+    right = _right_share(scaled, labels)
+    as_well = 1 + sum(_right_share(scaled, order) >= right for order in shuffled)
+    return Colors(
+        right=right,
+        chance=chance,
+        tell=as_well <= CHANCES,
+        may_tell=CHANCES < as_well <= DOUBTS,
+    )
 
 
-def _found(colors_NC: Tensor, labels: Tensor) -> float:
-    """The share of each class that is nearest to its own mean, of classes that have two examples, averaged."""
+def _right_share(colors_NC: Tensor, labels: Tensor) -> float:
+    """Return the share that is nearest to the mean of its own class, averaged over the classes.
+
+    Classes of one example are left out.
+    """
     counts_K = labels.bincount()
     member_NK = torch.nn.functional.one_hot(labels, len(counts_K)).to(colors_NC.dtype)
     sums_KC = member_NK.T @ colors_NC
@@ -419,98 +602,135 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
 
 # ------------------------------------------------------------------- how many steps fit into a time
 
-# part of the time that steps get; the rest is for reading, validation, finetuning and the report
+# The share of the time that steps get. The rest is for reading, validation, finetuning and the
+# report.
 SHARE = 0.85
-WARM, TIMED, SECONDS = (
-    2,
-    20,
-    4.0,
-)  # steps before the timing, the most timed steps, and the most time that they take
-PICTURES = 128  # that steps are taken on
 
-Clock = Callable[[], float]  # seconds from some moment on
+# Of each kind of step: steps before the timing, the most timed steps, and the most seconds of
+# these.
+WARM = 2
+TIMED = 20
+SECONDS = 4.0
+
+# The most pictures that steps are taken on.
+PICTURES = 128
+
+# Returns seconds from some moment on.
+Clock = Callable[[], float]
 
 
 def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
-    """The number of steps that fit into a time, rounded to two digits."""
+    """Return the number of steps that fit into a time, rounded to two digits."""
     fits = SHARE * 60 * minutes / seconds_per_step(config, method, clock)
     return max(1, int(float(f"{fits:.2g}")))
 
 
 def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
-    """First and last step of each kind, and what does it.
+    """Return the first and the last step of each kind, and the method that takes such a step.
 
-    They differ while a student waits, and before UDA begins.
+    Kinds differ while a student waits, and before UDA begins.
     """
     waits = min(wait, steps) if trainer.teacher is not None else 0
     losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
-    ends = sorted(
-        {0, waits, steps, *(min(loss.start, steps) for loss in losses if isinstance(loss, UDA))}
-    )
-    return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
+    starts = [min(loss.start, steps) for loss in losses if isinstance(loss, UDA)]
+    kinds = []
+    for first, last in pairwise(sorted({0, waits, steps, *starts})):
+        step = trainer.teacher_step if first < waits else trainer.step
+        kinds.append((first, last, step))
+    return kinds
 
 
 def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) -> float:
-    """What a step of a method takes on this machine, on a few of the labeled pictures.
+    """Return what a step of a method takes on this machine, on a few of the labeled pictures.
 
     Each kind of step is timed, and counts as often as it comes. Cost: some seconds; the default
     generator is put back.
     """
-    seconds, fitting, place = 0.0, config.fitting, device(config.fitting.device)
+    stopwatch = Stopwatch(config, clock)
+    place = device(config.fitting.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        few = config.scan(config.few_and_many[0])
+        few = few.keep(range(min(len(few), PICTURES)))
+        data = Data(**config.sources(few, few, None), classes=config.classes, record={})
+        if not config.pictures.crop:
+            # As after the first epoch, which reads the files.
+            for source in (data.labeled, data.unlabeled):
+                source.images.fetch(torch.arange(len(source.images)))
+        teacher = config.network().to(place)
+        student = config.network().to(place)
+        begin_as(teacher, student)
 
-    def timed(trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
-        nonlocal seconds
-        sources = [source for source in (labeled, unlabeled) if source is not None]
-        share: float = (
-            options.get("steps", fitting.steps) / fitting.steps
-        )  # of a phase that is shorter than the run
+        def even_labels(network: Any) -> dict[str, Tensor]:
+            share = 1 / len(config.classes)
+            labels = {}
+            for part, source in (("unlabeled", data.unlabeled), ("labeled", data.labeled)):
+                labels[part] = torch.full((len(source.images), len(config.classes)), share)
+            return labels
+
+        training = Training(
+            config=config,
+            data=data,
+            teacher=teacher,
+            student=student,
+            fit=stopwatch.fit,
+            label=even_labels,
+        )
+        method.train(training)
+    return stopwatch.seconds
+
+
+class Stopwatch:
+    """Times a few steps of each phase, in the place of a fit.
+
+    Args:
+        config: the settings of the training.
+        clock: which is looked at before and after a step.
+    """
+
+    def __init__(self, config: Any, clock: Clock) -> None:
+        self.fitting = config.fitting
+        self.clock = clock
+
+        # The mean over all steps of the training, of the phases so far.
+        self.seconds = 0.0
+
+    def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
+        """Take some steps of each kind, and count them as often as the phase has them."""
+        fitting = self.fitting
+        # A phase may be shorter than the run.
+        share: float = options.get("steps", fitting.steps) / fitting.steps
         with ExitStack() as opened:
             feeds = []
-            for number, source in enumerate(sources):
-                fed = feed(
+            for number, source in enumerate((labeled, unlabeled)):
+                if source is None:
+                    continue
+                batches = feed(
                     source,
                     name=str(number),
                     stop=2**31,
                     num_workers=fitting.num_workers,
                     device=trainer.device,
                 )
-                opened.callback(fed.close)
-                feeds.append(fed)
-            for first, last, step in kinds_of_steps(trainer, fitting.steps, options.get("wait", 0)):
-                trainer.steps_done, times, begun = first, list[float](), time.monotonic()
-                while len(times) < WARM + TIMED and (
-                    len(times) <= WARM or time.monotonic() - begun < SECONDS
-                ):
-                    since = clock()
-                    step(*(fed.next() for fed in feeds)).as_dict()  # waits for the device
-                    times.append(clock() - since)
-                seconds += share * (last - first) / fitting.steps * statistics.median(times[WARM:])
-        return FitResult(
-            None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()}
-        )
+                opened.callback(batches.close)
+                feeds.append(batches)
+            wait = options.get("wait", 0)
+            for first, last, step in kinds_of_steps(trainer, fitting.steps, wait):
+                trainer.steps_done = first
+                seconds = self.median_seconds(step, feeds)
+                self.seconds += share * (last - first) / fitting.steps * seconds
+        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+        return FitResult(None, 0, weights)
 
-    def even(network: Any) -> dict[str, Tensor]:
-        share = 1 / len(config.classes)
-        sources = {"unlabeled": data.unlabeled, "labeled": data.labeled}
-        return {
-            name: torch.full((len(of.images), len(config.classes)), share)
-            for name, of in sources.items()
-        }
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        few = config.scan(config.few_and_many[0])
-        few = few.keep(range(min(len(few), PICTURES)))
-        data = Data(**config.sources(few, few, None), classes=config.classes, record={})
-        for source in () if config.pictures.crop else (data.labeled, data.unlabeled):
-            source.images.fetch(
-                torch.arange(len(source.images))
-            )  # as after the first epoch, which reads the files
-        teacher, student = (config.network().to(place) for _ in range(2))
-        begin_as(teacher, student)
-        method.train(
-            Training(
-                config=config, data=data, teacher=teacher, student=student, fit=timed, label=even
-            )
-        )
-    return seconds
+    def median_seconds(self, step: Any, feeds: Sequence[Any]) -> float:
+        """Return the median time of some steps, after the first ones."""
+        times: list[float] = []
+        begun = time.monotonic()
+        while len(times) < WARM + TIMED:
+            if len(times) > WARM and time.monotonic() - begun >= SECONDS:
+                break
+            since = self.clock()
+            # To read the report waits for the device.
+            step(*(batches.next() for batches in feeds)).as_dict()
+            times.append(self.clock() - since)
+        return statistics.median(times[WARM:])

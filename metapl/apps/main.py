@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from metapl.apps.printing import exit_code, tell
-from metapl.apps.settings import flat
+from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
@@ -133,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
         except Exception as error:  # what is a fault of metapl passes through
-            if isinstance(error, FieldError) and (command is None or error.field in flat(command)):
+            if isinstance(error, FieldError) and (
+                command is None or error.field in flag_values(command)
+            ):
                 # Of a dataclass whose fields are flags, or of a function that is given them; no
                 # flag takes None.
                 flag, expected = (

@@ -1,7 +1,7 @@
-"""The methods by which a network is trained: each is a frozen type with its settings, and one function, ``train``.
+"""The methods by which networks are trained.
 
-To add one, write its type, and enter it by its name in the METHODS of what it is to train:
-metapl.apps.images, say.
+Each is a frozen type with its settings, and one function, ``train``. To add one, write its type,
+and enter it by its name in the METHODS of what it is to train: metapl.apps.images, say.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import tyro
@@ -18,7 +19,19 @@ from torch import Tensor, nn
 from metapl import feedback, problems
 from metapl.ablation import Altered
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.settings import Flat, Hidden, Share, SomeSteps, Weight, flat, replaced, unset
+from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.apps.settings import (
+    Fitting,
+    Flat,
+    Hidden,
+    Role,
+    Share,
+    SomeSteps,
+    Weight,
+    flag_values,
+    unset,
+    with_flags,
+)
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
@@ -30,21 +43,25 @@ from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
-# published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
+# Published is 0.95 (arXiv:2001.07685). With few steps this reached more (docs/pictures.md).
 FIXMATCH_THRESHOLD = 0.85
 
-ENTROPY_WEIGHT = 0.1  # of entropy minimization
+# The weight of the entropy in entropy minimization.
+ENTROPY_WEIGHT = 0.1
 
 # Shares of the steps: before the student of a teacher begins, before UDA begins, and of its ramp.
-WAIT, START, RAMP = 0.75, 0.4, 0.1
+WAIT = 0.75
+START = 0.4
+RAMP = 0.1
 
 Losses = tuple[TeacherLoss, ...]
 FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
 
+# The command line offers the modes by name, which the type checker cannot read from a tuple.
 if TYPE_CHECKING:
     Mode = str
 else:
-    Mode = Literal[feedback.MODES]  # what the command line offers
+    Mode = Literal[feedback.MODES]
 
 
 # ------------------------------------------------------------------------ what a method trains with
@@ -52,91 +69,177 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class Doubtful:
-    """Examples whose given labels may be wrong."""
+    """Examples whose given labels may be wrong.
 
-    examples: Any  # EvaluationBatches of all of them, with their positions as labels
-    given: Tensor  # int64 (n,), their labels
-    names: tuple[str, ...]  # such as their files
+    Args:
+        examples: batches of all of them, with their positions as labels.
+        given: their labels, int64 (n,).
+        names: what they are called, such as their files.
+    """
+
+    examples: Any
+    given: Tensor
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on. Examples to look at are (inputs, labels), or batches of these."""
+    """What is trained on. Examples to look at are (inputs, labels), or batches of these.
 
-    labeled: Any  # sources of batches, for fit
+    Args:
+        labeled, unlabeled, finetuning: sources of batches for ``fit``.
+        classes: names of the classes.
+        record: what data.json says; a run is resumed on data of the same "hash" only.
+        validation: examples to select on.
+        test: examples to report on.
+        everything: labeled batches of all examples with their true, or given, labels.
+        truth: unlabeled examples whose labels are known, for looking at pseudo-labels only.
+        test_names: what the test examples are called, such as their files.
+        doubtful: examples for the list of suspects.
+        skipped: files that are left out, each with the reason.
+    """
+
+    labeled: Any
     unlabeled: Any
     finetuning: Any
-    classes: tuple[str, ...]  # names
-    record: Mapping[
-        str, Any
-    ]  # for the run's data.json; a run is resumed on data of the same "hash" only
+    classes: tuple[str, ...]
+    record: Mapping[str, Any]
     validation: Any = None
     test: Any = None
-    everything: Any = None  # labeled batches of all examples with their true, or given, labels
-    truth: Any = (
-        None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
-    )
-    test_names: tuple[str, ...] | None = None  # such as files
-    doubtful: Doubtful | None = None  # for the list of suspects
-    skipped: Mapping[str, str] = field(
-        default_factory=dict
-    )  # files that are left out, each with the reason
+    everything: Any = None
+    truth: Any = None
+    test_names: tuple[str, ...] | None = None
+    doubtful: Doubtful | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+class TrainingConfig(Protocol):
+    """What is trained on, by which networks and optimizers, and how long.
+
+    :class:`metapl.apps.images.Images` and :class:`metapl.apps.digits.Digits` are such: frozen
+    dataclasses, whose fields are flags.
+    """
+
+    @property
+    def name(self) -> str:
+        """Return what the recipe is called."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Return the names of the fields that are folders."""
+
+    @property
+    def known(self) -> str:
+        """Return what the examples with right labels are called."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes, empty until they were found."""
+
+    @property
+    def threads(self) -> int | None:
+        """Return the threads of the linear algebra; None: those of the process."""
+
+    @property
+    def input(self) -> Input:
+        """Return what a network takes."""
+
+    @property
+    def fitting(self) -> Fitting:
+        """Return how long, how fast and in what batches is trained."""
+
+    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+        """Return the data; files that cannot be read later are listed in ``log``."""
+
+    def network(self) -> nn.Module:
+        """Build a network with fresh or pretrained weights."""
+
+    def card(self, title: str) -> NetworkCard:
+        """Describe the network for network.json."""
+
+    def optimizer(
+        self, role: Role, module: nn.Module, lr: float | None = None
+    ) -> torch.optim.Optimizer:
+        """Build the optimizer of a teacher, or of a student, with its rate ``lr`` or the usual."""
+
+    def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer that finetunes."""
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Return the options of every trainer."""
+
+    def finetuning(self) -> dict[str, Any]:
+        """Return the options of the fit that finetunes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a method ended with."""
+    """What a method ended with.
 
-    trainer: Trainer  # of the network that is kept
+    Args:
+        trainer: of the network that is kept.
+        result: of the fit of that network.
+        teacher: a network that is kept beside it, with its weights.
+        fallback: a network that is kept where the student is far behind, with its weights.
+        finetunes: whether the student is finetuned as usual; or a function that finetunes it.
+        rounds: what result.json says of the rounds of Noisy Student.
+        configs: settings of kept networks that are not those of the training.
+    """
+
+    trainer: Trainer
     result: FitResult
-    teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = (
-        None  # a network that is kept beside it, with its weights
-    )
-    fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = (
-        None  # one that is kept where the student is far behind
-    )
-    finetunes: bool | Callable[[], Any] = (
-        True  # whether the student is finetuned as usual; or how it is
-    )
-    rounds: list[dict[str, Any]] | None = None  # of Noisy Student, for result.json
-    configs: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of kept networks that are not those of the training
+    teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None
+    fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = None
+    finetunes: bool | Callable[[], Any] = True
+    rounds: list[dict[str, Any]] | None = None
+    configs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Training:
-    """What a method trains, on what, and how a phase of it is run."""
+    """What a method trains, on what, and how a phase of it is run.
 
-    config: Any  # the settings of the training; see metapl.apps.train
+    Args:
+        config: the settings of the training.
+        data: the data.
+        teacher, student: networks with fresh weights, on their device, laid out over the processes
+            that train together.
+        fit: ``fit(trainer, labeled, unlabeled, **options)`` runs one phase, which goes on where it
+            was stopped.
+        label: return stored class distributions of the unlabeled examples and perhaps of the
+            labeled ones, by a network, or (None) by what a method's settings name.
+        lay_out: lay a network out over the processes that train together.
+        folder: the run's folder, for a method that stores more; None where a step is timed.
+        progress: show bars.
+        say: where messages go.
+    """
+
+    config: TrainingConfig
     data: Data
-    teacher: (
-        nn.Module
-    )  # both with fresh weights, on their device, over the processes that train together
+    teacher: nn.Module
     student: nn.Module
-    # fit(trainer, labeled, unlabeled, **options): one phase, which goes on where it was stopped.
     fit: Callable[..., FitResult]
-    # Stored class distributions of the unlabeled examples and perhaps the labeled ones, by a
-    # network, or by what a method's settings name.
     label: Callable[[nn.Module | None], dict[str, Tensor]]
-    # Lays a network out over the processes that train together, as both networks above are.
     lay_out: Callable[[nn.Module], nn.Module] = lambda network: network
-    folder: Any = None  # that of the run, for what stores more; where a step is timed there is none
+    folder: Any = None
     progress: bool = False
     say: Say = lambda text: None
 
     @property
     def place(self) -> torch.device:
+        """Return the device of the networks."""
         return next(self.student.parameters()).device
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of every trainer."""
-        found: dict[str, Any] = self.config.trainer_options()
-        return found
+        """Return the options of every trainer."""
+        return self.config.trainer_options()
 
     def alone(self, network: nn.Module, losses: Losses, **options: Any) -> Trained:
-        """Train a network by itself, on labeled examples and, where a loss reads them, unlabeled ones."""
+        """Train a network by itself, by losses on labeled examples.
+
+        Unlabeled examples are drawn too where there is a second loss, which reads them.
+        """
         trainer = LossTrainer(
             network, losses, optimizer=self.config.optimizer("teacher", network), **self.options
         )
@@ -147,36 +250,63 @@ class Training:
     def bilevel(
         self, teacher: nn.Module, mode: Any, problem: Any, **options: Any
     ) -> BilevelTrainer:
-        """The trainer of the student beside a teacher.
+        """Build the trainer of the student beside a teacher.
 
         It is not verified: the tests verify these problems.
+
+        Args:
+            teacher: the network that learns by feedback.
+            mode: how the feedback is found.
+            problem: what the teacher says about examples, and the two losses.
+            options: of the trainer; and ``student_lr``, the student's learning rate.
         """
-        inner = self.config.optimizer("student", self.student, options.pop("student_lr", None))
-        outer = options.pop("outer_optimizer", None) or self.config.optimizer("teacher", teacher)
-        options = {"inner_optimizer": inner, "outer_optimizer": outer, **self.options, **options}
-        return BilevelTrainer(teacher, self.student, mode, verify=False, problem=problem, **options)
+        student_lr = options.pop("student_lr", None)
+        inner = self.config.optimizer("student", self.student, student_lr)
+        outer = options.pop("outer_optimizer", None)
+        if outer is None:
+            outer = self.config.optimizer("teacher", teacher)
+        return BilevelTrainer(
+            teacher,
+            self.student,
+            mode,
+            verify=False,
+            problem=problem,
+            inner_optimizer=inner,
+            outer_optimizer=outer,
+            **{**self.options, **options},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method, whose fields are flags.
-
-    Each has a ``name`` in commands and files, and a ``title`` in words.
-    """
+    """A method, whose fields are flags."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def scheduled(self, steps: int) -> Self:
-        """With a value for every field that is a share of the steps.
+    @property
+    def name(self) -> str:
+        """Return what the method is called in commands and files."""
+        raise NotImplementedError
 
-        Refused where it does not go with them.
+    @property
+    def title(self) -> str:
+        """Return what the method is called in a sentence."""
+        raise NotImplementedError
+
+    def scheduled(self, steps: int) -> Self:
+        """Return the method with a value for every field that is a share of the steps.
+
+        Values that do not go with this number of steps are refused.
         """
-        parts: dict[str, Any] = {"uda": self.uda.scheduled(steps)} if hasattr(self, "uda") else {}
-        return dataclasses.replace(self, **parts)
+        uda = getattr(self, "uda", None)
+        if uda is None:
+            return self
+        changed: Any = {"uda": uda.scheduled(steps)}
+        return dataclasses.replace(self, **changed)
 
     def train(self, t: Training) -> Trained:
-        """Go through its phases."""
+        """Go through the phases of the method."""
         raise NotImplementedError
 
 
@@ -188,7 +318,7 @@ class Supervised(Method):
     """The labeled examples alone.
 
     Args:
-        label_smoothing: label smoothing of the loss.
+        label_smoothing: label smoothing of the loss, in [0, 1].
     """
 
     label_smoothing: Share = 0.0
@@ -197,6 +327,7 @@ class Supervised(Method):
     title: ClassVar[str] = "supervised, labeled data only"
 
     def train(self, t: Training) -> Trained:
+        """Train one network on the labeled examples."""
         return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),))
 
 
@@ -205,13 +336,14 @@ class Consistency:
     """Consistency of the predictions on two views of unlabeled examples.
 
     Args:
-        label_smoothing: of the supervised loss.
-        uda_weight: of the loss; 0 leaves it out.
-        uda_temperature: of its targets; 0: hard.
-        uda_threshold: leave out what is less sure.
-        uda_align: class shares to the labeled ones.
-        uda_start: without it first; 40 %, of digits 0.
-        uda_ramp: of growing weight; 10 %, of digits 0.
+        label_smoothing: label smoothing of the supervised loss.
+        uda_weight: weight of the consistency loss; 0 leaves the loss out.
+        uda_temperature: temperature of the loss's targets; 0 makes them hard labels.
+        uda_threshold: leave out examples whose most probable class has less than this.
+        uda_align: power with which the targets' class shares are moved to those of the labeled
+            examples.
+        uda_start: steps before the loss begins; 40 %, of digits 0.
+        uda_ramp: steps over which its weight grows; 10 %, of digits 0.
         uda_prior: shares of the classes that uda_align moves to; None: equal ones.
     """
 
@@ -229,7 +361,7 @@ class Consistency:
         self.losses()
 
     def losses(self) -> Losses:
-        """The supervised loss, and UDA's where it has a weight."""
+        """Return the supervised loss, and UDA's where it has a weight."""
         plain = CrossEntropy(self.label_smoothing)
         uda = UDA(
             weight=self.uda_weight,
@@ -240,19 +372,24 @@ class Consistency:
             ramp=self.uda_ramp or 0,
             prior=self.uda_prior,
         )
-        return (plain, uda) if self.uda_weight else (plain,)
+        if self.uda_weight:
+            return (plain, uda)
+        return (plain,)
 
     def scheduled(self, steps: int) -> Self:
-        shares = {"uda_start": round(START * steps), "uda_ramp": round(RAMP * steps)}
-        missing: Any = {
-            name: value for name, value in shares.items() if getattr(self, name) is None
-        }
-        return dataclasses.replace(self, **missing)
+        """Return the settings with the usual shares of the steps where none were given."""
+        start = self.uda_start
+        if start is None:
+            start = round(START * steps)
+        ramp = self.uda_ramp
+        if ramp is None:
+            ramp = round(RAMP * steps)
+        return dataclasses.replace(self, uda_start=start, uda_ramp=ramp)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uda(Method):
-    """One network, on the labeled examples and on its own labels of examples that it is sure of."""
+    """UDA: one network, on labeled examples and on its own labels of those that it is sure of."""
 
     uda: Flat[Consistency] = field(default_factory=Consistency)
 
@@ -260,6 +397,7 @@ class Uda(Method):
     title: ClassVar[str] = "UDA alone"
 
     def train(self, t: Training) -> Trained:
+        """Train one network on labeled and unlabeled examples."""
         return t.alone(t.teacher, self.uda.losses())
 
 
@@ -279,7 +417,7 @@ class FixMatch(Uda):
 
 @dataclass(frozen=True, kw_only=True)
 class EntMin(Method):
-    """Entropy minimization: one network, on the labeled examples and towards predictions that are sure.
+    """Entropy minimization: one network learns labels, and to be sure of unlabeled examples.
 
     Source: Grandvalet and Bengio (2004), eq. (7).
     """
@@ -288,6 +426,7 @@ class EntMin(Method):
     title: ClassVar[str] = "entropy minimization"
 
     def train(self, t: Training) -> Trained:
+        """Train one network on labeled and unlabeled examples."""
         return t.alone(t.teacher, (CrossEntropy(), Entropy(ENTROPY_WEIGHT)))
 
 
@@ -315,16 +454,16 @@ class Feedback:
     """How a teacher labels, and what it learns from the student.
 
     Args:
-        mode: one of metapl.MODES; see metapl ablate.
-        pseudo_labels: soft or hard; as the mode needs.
-        temperature: of the pseudo-labels' softmax.
-        student_lr: its learning rate.
-        feedback: whole, none, or an altered control.
-        feedback_weight: of the feedback; a fixed one.
-        feedback_ratio: its gradient by the own losses'.
-        feedback_bound: that ratio at most; default 0.1.
-        baseline: decay of an average to subtract.
-        reduction: mean or sum, of reinforce and the like.
+        mode: how the feedback is found: one of metapl.MODES; metapl ablate compares them.
+        pseudo_labels: soft or hard; by default as the mode needs.
+        temperature: temperature of the softmax that makes the pseudo-labels.
+        student_lr: learning rate of the student.
+        feedback: whole, none, or an altered feedback as a control.
+        feedback_weight: weight of the feedback, the same in every step.
+        feedback_ratio: size of the feedback's gradient, over that of the teacher's own losses.
+        feedback_bound: the most that this ratio may be; by default 0.1.
+        baseline: decay of the average that is subtracted from the feedback.
+        reduction: mean or sum over the batch, of reinforce and other sampled modes.
     """
 
     mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
@@ -355,30 +494,30 @@ class Feedback:
         self.problem()
 
     def estimator(self, seed: int) -> Any:
-        """The mode, altered as it may be; "none" where nothing is fed back."""
-        made: Any = feedback.estimator(self.mode)
+        """Return the estimator of the mode, altered for a control; "none" without feedback."""
+        estimator: Any = feedback.estimator(self.mode)
         for name in ("baseline", "reduction"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not hasattr(made, name):
-                with_one = [
-                    mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)
-                ]
+            if not hasattr(estimator, name):
+                modes = [mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)]
                 raise MetaplError(
                     f"--{name} {value} was given, and mode '{self.mode}' has none; leave it out, "
-                    f"or take --mode {' or '.join(with_one)}."
+                    f"or take --mode {' or '.join(modes)}."
                 )
-            made = dataclasses.replace(made, **{name: value})
+            estimator = dataclasses.replace(estimator, **{name: value})
         if self.feedback == "none":
             return "none"
-        return made if self.feedback == "whole" else Altered(made, self.feedback, seed=seed)
+        if self.feedback == "whole":
+            return estimator
+        return Altered(estimator, self.feedback, seed=seed)
 
     def problem(self) -> problems.PseudoLabels:
-        """The labels that the student learns, also without feedback those that the mode takes."""
-        asked = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
-        taken = asked.for_modes(feedback.estimator(self.mode).labels, self.mode)
-        return taken if self.feedback == "none" else asked
+        """Return the labels that the student learns: without feedback too, those of the mode."""
+        labels = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
+        labels_of_mode = labels.for_modes(feedback.estimator(self.mode).labels, self.mode)
+        return labels_of_mode if self.feedback == "none" else labels
 
     def size(self) -> dict[str, Any]:
         """Return the rule of the feedback's size, as :class:`metapl.BilevelTrainer` takes it."""
@@ -404,8 +543,8 @@ class Mpl(Method):
     """Meta Pseudo Labels: a teacher learns from how the student does that learns its labels.
 
     Args:
-        wait: teacher alone first; 75 %, of digits 0.
-        warm_start: begin with its weights then.
+        wait: steps that the teacher learns alone first; 75 %, of digits 0.
+        warm_start: let the student begin with the teacher's weights after --wait steps.
     """
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
@@ -415,14 +554,19 @@ class Mpl(Method):
 
     @property
     def name(self) -> str:
+        """Return mpl, or the kind of the altered feedback."""
         return "mpl" if self.feedback.feedback == "whole" else self.feedback.feedback
 
     @property
     def title(self) -> str:
+        """Return what is fed back, in words."""
         return TITLES[self.feedback.feedback]
 
     def scheduled(self, steps: int) -> Self:
-        wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
+        """Return the method with a number of steps before the student begins."""
+        wait = self.wait
+        if wait is None:
+            wait = min(round(WAIT * steps), steps - 1)
         if wait >= steps:
             raise MetaplError(
                 f"--wait {wait:,}: expected fewer steps than the {steps:,} of the training."
@@ -430,33 +574,45 @@ class Mpl(Method):
         return dataclasses.replace(self, wait=wait, uda=self.uda.scheduled(steps))
 
     def trainer(self, t: Training) -> BilevelTrainer:
-        mode = self.feedback.estimator(t.config.fitting.seed)
-        own = {
-            "teacher_losses": self.uda.losses(),
-            "student_lr": self.feedback.student_lr,
+        """Build the trainer of both networks."""
+        return t.bilevel(
+            t.teacher,
+            self.feedback.estimator(t.config.fitting.seed),
+            self.feedback.problem(),
+            teacher_losses=self.uda.losses(),
+            student_lr=self.feedback.student_lr,
             **self.feedback.size(),
-        }
-        return t.bilevel(t.teacher, mode, self.feedback.problem(), **own)
+        )
 
     def train(self, t: Training) -> Trained:
+        """Train both networks in one phase."""
         trainer = self.trainer(t)
-        wait, steps = self.wait or 0, t.config.fitting.steps
+        wait = self.wait or 0
+        steps = t.config.fitting.chosen_steps
         # A student that waits has fewer steps, and warms up over the same share of them.
         warmup = round((steps - wait) / steps * (t.config.fitting.warmup or 0))
-        options = {"wait": wait, "warm_start": self.warm_start and wait > 0, "warmup": warmup}
-        result = t.fit(trainer, t.data.labeled, t.data.unlabeled, **options)
+        result = t.fit(
+            trainer,
+            t.data.labeled,
+            t.data.unlabeled,
+            wait=wait,
+            warm_start=self.warm_start and wait > 0,
+            warmup=warmup,
+        )
         return Trained(trainer, result, (t.teacher, result.teacher_weights or {}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels(Method):
-    """A student on the labels of a teacher that learned from the labeled examples alone: eq. (1) of the paper.
+    """A student on the labels of a teacher that learned from the labeled examples alone.
 
     Args:
         pseudo_labels: soft or hard.
-        temperature: of the softmax that makes them.
-        student_lr: its learning rate.
-        label_smoothing: of the teacher's loss.
+        temperature: temperature of the softmax that makes the pseudo-labels.
+        student_lr: learning rate of the student.
+        label_smoothing: label smoothing of the teacher's loss.
+
+    Source: Meta Pseudo Labels, eq. (1).
     """
 
     pseudo_labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
@@ -472,9 +628,11 @@ class PseudoLabels(Method):
         self.problem()
 
     def problem(self) -> problems.PseudoLabels:
+        """Return the labels that the student learns."""
         return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
 
     def train(self, t: Training) -> Trained:
+        """Train the teacher, then the student on its labels."""
         taught = t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
         # Without a loss and without feedback the teacher stays as it is.
         trainer = t.bilevel(
@@ -486,11 +644,11 @@ class PseudoLabels(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedMpl(Method):
-    """Reduced Meta Pseudo Labels: a student on stored labels, which a small network adjusts by its feedback.
+    """Reduced Meta Pseudo Labels: a small network adjusts stored labels by a student's feedback.
 
     Args:
-        label_store: of --unlabeled, by metapl label.
-        labeled_label_store: with --labels, of --labeled.
+        label_store: store of labels of --unlabeled, which metapl label wrote.
+        labeled_label_store: store of labels of --labeled, beside --labels.
     """
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
@@ -515,21 +673,24 @@ class ReducedMpl(Method):
 
     @property
     def stores(self) -> dict[str, str]:
-        """The folders of the labels that are given, of the unlabeled and perhaps of the labeled examples."""
-        both = {"unlabeled": self.label_store, "labeled": self.labeled_label_store}
-        return {part: place for part, place in both.items() if place is not None}
+        """Return the stores that were named, of unlabeled and perhaps of labeled examples."""
+        stores = {"unlabeled": self.label_store, "labeled": self.labeled_label_store}
+        return {part: folder for part, folder in stores.items() if folder is not None}
 
     @property
     def name(self) -> str:
+        """Return reduced_none without feedback, and reduced_mpl with it."""
         return "reduced_none" if self.feedback.feedback == "none" else "reduced_mpl"
 
     @property
     def title(self) -> str:
+        """Return what adjusts the labels, in words."""
         if self.feedback.feedback == "none":
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
 
     def train(self, t: Training) -> Trained:
+        """Train a teacher and store its labels, unless stores are named; then adjust them."""
         fallback = None
         if self.stores:
             stored = t.label(None)
@@ -537,35 +698,54 @@ class ReducedMpl(Method):
             taught = t.alone(t.teacher, self.uda.losses(), phase="teacher")
             fallback = (t.teacher, taught.result.weights)
             stored = t.label(t.teacher)
-        labeled, unlabeled = t.data.labeled, t.data.unlabeled
+        labeled = t.data.labeled
+        unlabeled = t.data.unlabeled
         assert isinstance(labeled, LabeledBatches)
         assert isinstance(unlabeled, UnlabeledBatches)
-        torch.manual_seed(t.config.fitting.seed)  # whatever was drawn for the labels
+        # The small network begins alike, whatever was drawn for the labels.
+        torch.manual_seed(t.config.fitting.seed)
         adjuster = t.lay_out(label_adjuster(len(t.data.classes)).to(t.place))
-        own: tuple[problems.StoredCrossEntropy, ...] = ()
+        adjuster_losses: tuple[problems.StoredCrossEntropy, ...] = ()
         if "labeled" in stored:
-            own = (problems.StoredCrossEntropy(self.uda.label_smoothing),)
+            adjuster_losses = (problems.StoredCrossEntropy(self.uda.label_smoothing),)
             labeled = dataclasses.replace(labeled, stored=stored["labeled"])
         labels = self.feedback.problem()
-        problem = problems.ReducedLabels(labels.kind, labels.temperature)
-        mode = self.feedback.estimator(t.config.fitting.seed)
-        size = {**self.feedback.size(), "student_lr": self.feedback.student_lr}
-        trainer = t.bilevel(adjuster, mode, problem, teacher_losses=own, **size)
-        seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
-        pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored["unlabeled"])
+        trainer = t.bilevel(
+            adjuster,
+            self.feedback.estimator(t.config.fitting.seed),
+            problems.ReducedLabels(labels.kind, labels.temperature),
+            teacher_losses=adjuster_losses,
+            student_lr=self.feedback.student_lr,
+            **self.feedback.size(),
+        )
+        # The student sees the strong view where there are two.
+        view = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
+        examples = dataclasses.replace(
+            unlabeled, weak=view, strong=None, stored=stored["unlabeled"]
+        )
         # The small network has no opinion on examples, of which some could be right.
-        return Trained(trainer, t.fit(trainer, labeled, pairs, truth=None), fallback=fallback)
+        result = t.fit(trainer, labeled, examples, truth=None)
+        return Trained(trainer, result, fallback=fallback)
 
 
 def with_settings_of(method: Any, own: Any, usual: Any) -> Any:
-    """Another method in a comparison: with the settings in which the first one, ``own``, differs from its usual ones.
+    """Return a method of a comparison with the settings in which a run's own is not the usual one.
+
+    Args:
+        method: another method, as it is usually.
+        own: the run's method.
+        usual: the run's method as it is usually.
 
     >>> with_settings_of(Uda(), Mpl(uda=Consistency(uda_threshold=0.9)), Mpl()).uda.uda_threshold
     0.9
     """
-    asked, have = flat(own), flat(usual)
+    usual_values = flag_values(usual)
+    flags = flag_values(method).keys()
     changed = {
-        name: value for name, value in asked.items() if value != have[name] and name in flat(method)
+        name: value
+        for name, value in flag_values(own).items()
+        if name in flags and value != usual_values[name]
     }
-    made = replaced(method, **changed)
-    return made if made.name == method.name else method
+    changed_method = with_flags(method, **changed)
+    # What makes a method another one is not carried over.
+    return changed_method if changed_method.name == method.name else method

@@ -1,7 +1,4 @@
-"""A folder of pictures whose labels may be wrong, and one with a few whose labels are right.
-
-``metapl train noisy``.
-"""
+"""``metapl train noisy``: many pictures whose labels may be wrong, and a few with right labels."""
 
 from __future__ import annotations
 
@@ -29,6 +26,7 @@ from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
 from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
 from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
+from metapl.apps.pictures.views.base import View
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
 from metapl.apps.tuned_networks import begin_as
 from metapl.data.steps import StepSampler
@@ -45,9 +43,13 @@ from metapl.problems import (
 from metapl.problems.losses import CrossEntropy
 from metapl.training import Say
 
-# logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
+# The logit, at first, of "no noise" in a matrix of label noise, and of the given label in a
+# corrector.
 TRUSTED = 4.0
-WARM = 0.2  # share of the steps on labels as they are given, before anything is learned about them
+
+# The share of the steps on labels as they are given, before anything is learned about them.
+WARM = 0.2
+
 PLAIN = (CrossEntropy(),)
 
 # The learning rates of what is learned about labels, by AdamW, and what it is called.
@@ -75,16 +77,18 @@ class Plain(Method):
 
     @property
     def name(self) -> str:
+        """Return clean for the clean labels alone, and plain for all."""
         return "clean" if self.clean_alone else "plain"
 
     @property
     def title(self) -> str:
+        """Return which labels are learned, in words."""
         return "plain, clean labels alone" if self.clean_alone else "plain, given and clean labels"
 
     def train(self, t: Training) -> Trained:
-        return t.alone(
-            t.student, PLAIN, labeled=t.data.labeled if self.clean_alone else t.data.everything
-        )
+        """Train the student by itself."""
+        labeled = t.data.labeled if self.clean_alone else t.data.everything
+        return t.alone(t.student, PLAIN, labeled=labeled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +100,9 @@ class Learned(Method):
     class is taken for each other (noise_transition).
 
     Args:
-        mode: forward or difference.
-        warm_steps: on all labels as they are; 20 %.
-        feedback: whole, or an altered control.
+        mode: how the feedback is found: forward or difference.
+        warm_steps: steps on all labels as they are, at first; 20 %.
+        feedback: whole, or an altered feedback as a control.
 
     Source: the papers that :mod:`metapl.problems` names beside each problem.
     """
@@ -112,64 +116,88 @@ class Learned(Method):
 
     @property
     def name(self) -> str:
+        """Return the kind, and how the feedback is altered."""
         return self.kind if self.feedback == "whole" else f"{self.kind}_{self.feedback}"
 
     @property
     def title(self) -> str:
-        how = "" if self.feedback == "whole" else f", {ALTERED[self.feedback]}"
-        return f"{TITLES[self.kind]}{how}"
+        """Return what is learned, and how the feedback is altered, in words."""
+        if self.feedback == "whole":
+            return TITLES[self.kind]
+        return f"{TITLES[self.kind]}, {ALTERED[self.feedback]}"
 
     def scheduled(self, steps: int) -> Self:
-        warm = round(WARM * steps) if self.warm_steps is None else self.warm_steps
-        if warm >= steps:
+        """Return the method with a number of warm steps."""
+        warm_steps = self.warm_steps
+        if warm_steps is None:
+            warm_steps = round(WARM * steps)
+        if warm_steps >= steps:
             raise MetaplError(
-                f"--warm-steps {warm:,}: expected fewer steps than the {steps:,} of the training."
+                f"--warm-steps {warm_steps:,}: expected fewer steps than the {steps:,} of the "
+                "training."
             )
-        return dataclasses.replace(self, warm_steps=warm)
+        return dataclasses.replace(self, warm_steps=warm_steps)
 
     def train(self, t: Training) -> Trained:
-        fitting, classes, warm = t.config.fitting, len(t.data.classes), self.warm_steps or 0
-        problem: Any
-        learned: nn.Module
-        noisy = t.data.unlabeled
-        if self.kind == "example_weights":
-            problem, learned = ExampleWeights(), Table(torch.zeros(len(noisy.images)))
-            noisy = IndexedBatches(
-                **{each.name: getattr(noisy, each.name) for each in dataclasses.fields(noisy)}
-            )
-        elif self.kind == "meta_weight_net":
-            problem, learned = MetaWeightNet(), WeightNet()
-        elif self.kind == "label_correction":
-            network = t.config.network().to(t.place)
-            begin_as(t.student, network)
-            problem, learned = LabelCorrection(), Corrector(network, classes, TRUSTED)
-        else:
-            problem, learned = NoiseTransition(), Table(TRUSTED * torch.eye(classes))
+        """Train on the labels as they are, then beside what is learned about them."""
+        fitting = t.config.fitting
+        steps = fitting.chosen_steps
+        warmup = fitting.warmup or 0
+        warm_steps = self.warm_steps or 0
+        problem, learned = self._problem(t)
         teacher = learned.to(t.place)
-        if warm:
+        if warm_steps:
             # While the network knows nothing yet, whatever it learns from helps it, and all weights
             # would grow.
-            first = {
-                "steps": warm,
-                "schedule": "constant",
-                "select": False,
-                "warmup": min(fitting.warmup, warm),
-            }
-            t.alone(t.student, PLAIN, labeled=t.data.everything, phase="warm", **first)
+            t.alone(
+                t.student,
+                PLAIN,
+                labeled=t.data.everything,
+                phase="warm",
+                steps=warm_steps,
+                schedule="constant",
+                select=False,
+                warmup=min(warmup, warm_steps),
+            )
         mode: Any = feedback.estimator(self.mode)
         if self.feedback != "whole":
             mode = Altered(mode, self.feedback, seed=fitting.seed)
         groups = parameter_groups(teacher, 0.0)
-        own = torch.optim.AdamW(groups, lr=RATES[self.kind])
-        options = {"outer_optimizer": own, "student_lr": fitting.lr}
-        trainer = t.bilevel(teacher, mode, problem, teacher_losses=(), **options)
-        # The warm steps above stand for the first steps that the problem names.
-        rest = {
-            "steps": fitting.steps - warm,
-            "warmup": 0 if warm else fitting.warmup,
-            "first_steps": 0,
-        }
-        return Trained(trainer, t.fit(trainer, t.data.labeled, noisy, **rest))
+        trainer = t.bilevel(
+            teacher,
+            mode,
+            problem,
+            teacher_losses=(),
+            outer_optimizer=torch.optim.AdamW(groups, lr=RATES[self.kind]),
+            student_lr=fitting.lr,
+        )
+        noisy = t.data.unlabeled
+        if self.kind == "example_weights":
+            fields = {field.name: getattr(noisy, field.name) for field in dataclasses.fields(noisy)}
+            noisy = IndexedBatches(**fields)
+        result = t.fit(
+            trainer,
+            t.data.labeled,
+            noisy,
+            steps=steps - warm_steps,
+            warmup=0 if warm_steps else warmup,
+            # The warm steps stand for the first steps that the problem names.
+            first_steps=0,
+        )
+        return Trained(trainer, result)
+
+    def _problem(self, t: Training) -> tuple[Any, nn.Module]:
+        """Return the problem, and the small module that learns about labels."""
+        classes = len(t.data.classes)
+        if self.kind == "example_weights":
+            return ExampleWeights(), Table(torch.zeros(len(t.data.unlabeled.images)))
+        if self.kind == "meta_weight_net":
+            return MetaWeightNet(), WeightNet()
+        if self.kind == "label_correction":
+            network = t.config.network().to(t.place)
+            begin_as(t.student, network)
+            return LabelCorrection(), Corrector(network, classes, TRUSTED)
+        return NoiseTransition(), Table(TRUSTED * torch.eye(classes))
 
 
 METHODS: dict[str, Any] = {
@@ -187,27 +215,28 @@ COMPARED = ("plain", "clean")
 
 @dataclass(frozen=True, eq=False)
 class IndexedBatches(LabeledBatches):
-    """Item t is (x, y, i): images, their labels, and their positions in the data set."""
+    """Batches of which item t is (x, y, i): images, labels, and positions in the data set."""
 
     @property
     def columns(self) -> dict[str, Tensor]:
+        """Return what stands beside the images: labels and positions."""
         return {"labels": self.labels, "indices": torch.arange(len(self.labels))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noisy(OfPictures):
-    """Train on pictures some of which are in the folder of a wrong class, and a few whose labels are right.
+    """Train on pictures whose labels may be wrong, and on a few whose labels are right.
 
     What is not given is chosen by looking at the pictures, and by how many steps fit into the
     minutes.
 
     Args:
-        labeled: with doubtful labels, in a folder a class.
-        clean: a few with right labels, likewise.
-        val: more with right labels, to select on.
-        test: more with right labels, to report on.
+        labeled: folder of pictures with doubtful labels, with a folder for each class in it.
+        clean: folder of a few pictures with right labels, like --labeled.
+        val: folder of more pictures with right labels, to select on.
+        test: folder of more pictures with right labels, to report on.
         clean_batch: pictures of --clean in a batch.
-        minutes: for as many steps as fit; by default 5.
+        minutes: train for as many steps as fit into these minutes; by default 5.
     """
 
     name: ClassVar[str] = "noisy"
@@ -229,70 +258,99 @@ class Noisy(OfPictures):
     fitting: Flat[Fitting] = field(
         default_factory=lambda: Fitting(ema_decay=0.99, labeled_batch=64)
     )
-    val_fraction: Hidden[float | None] = 0.0  # nothing is set aside of the few
+
+    # Nothing is set aside of the few.
+    val_fraction: Hidden[float | None] = 0.0
     classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
-        first, second = (
-            Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean)
-        )
-        if first == second or first in second.parents or second in first.parents:
-            how = "the same folder" if first == second else "one inside the other"
+        """Refuse folders in each other, of other classes, or with the same pictures."""
+        labeled_path = Path(self.labeled).expanduser().resolve()
+        clean_path = Path(self.clean).expanduser().resolve()
+        is_same = labeled_path == clean_path
+        if is_same or labeled_path in clean_path.parents or clean_path in labeled_path.parents:
+            relation = "the same folder" if is_same else "one inside the other"
             raise MetaplError(
-                f"--labeled {self.labeled} and --clean {self.clean} are {how}; expected two "
+                f"--labeled {self.labeled} and --clean {self.clean} are {relation}; expected two "
                 "folders, so that the clean labels are told from those that may be wrong."
             )
-        clean, noisy = scan_labeled(self.clean), scan_labeled(self.labeled)
+        clean = scan_labeled(self.clean)
+        noisy = scan_labeled(self.labeled)
         refuse_errors(check_folders(clean))
-        without = [
-            f"{few(missing)} in {one.root} alone"
-            for one, other in ((noisy, clean), (clean, noisy))
-            if (missing := [name for name in one.classes if name not in other.classes])
-        ]
-        if without:
+        unmatched = []
+        for files, others in ((noisy, clean), (clean, noisy)):
+            missing = [name for name in files.classes if name not in others.classes]
+            if missing:
+                unmatched.append(f"{few(missing)} in {files.root} alone")
+        if unmatched:
             raise MetaplError(
-                f"classes differ: {'; '.join(without)}; expected subfolders of the same names in "
+                f"classes differ: {'; '.join(unmatched)}; expected subfolders of the same names in "
                 "both."
             )
-        if empty := [name for name, count in noisy.counts().items() if not count]:
+        empty = [name for name, count in noisy.counts().items() if not count]
+        if empty:
             raise MetaplError(
                 f"no picture of {few(empty)} in {noisy.root}; put some there, or remove it from "
                 f"{clean.root} too."
             )
-        if pairs := [f"{same[0]} is {copies[0]}" for copies, same in same_pictures(noisy, clean)]:
+        copied = [f"{same[0]} is {copies[0]}" for copies, same in same_pictures(noisy, clean)]
+        if copied:
             raise MetaplError(
-                f"{len(pairs)} clean pictures are among the labeled ones too: {few(pairs)}; remove "
-                f"them from {noisy.root}: labels are judged on clean pictures that the network was "
-                "not trained on."
+                f"{len(copied)} clean pictures are among the labeled ones too: {few(copied)}; "
+                f"remove them from {noisy.root}: labels are judged on clean pictures that the "
+                "network was not trained on."
             )
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
+        """Return the data; refuse pictures that would be learned from and measured on."""
         self.check_first()
         return super().data(say, progress, log)
 
     def sources(self, few: LabeledFiles, many: LabeledFiles, log: Path | None) -> dict[str, Any]:
-        """Clean pictures are the labeled ones, the others with their labels the unlabeled ones.
+        """Return the clean pictures as labeled ones, the others as unlabeled ones, and both.
 
-        And both together.
+        The unlabeled ones come with their given labels.
         """
-        views, seed, size = self.pictures.views(), self.fitting.seed, self.fitting.labeled_batch
+        seed = self.fitting.seed
+        batch_size = self.fitting.labeled_batch
+        views = self.pictures.views()
+        count = len(many)
         # Noisy and clean pictures are together in one list of files.
-        both, count = self.pictures.images([*many.paths(), *few.paths()], log), len(many)
+        both = self.pictures.images([*many.paths(), *few.paths()], log)
         labels = torch.cat([many.targets(self.classes), few.targets(self.classes)])
-        noisy, clean = both.select(torch.arange(count)), both.select(torch.arange(count, len(both)))
-        given, right = labels[:count], labels[count:]
+        noisy = both.select(torch.arange(count))
+        clean = both.select(torch.arange(count, len(both)))
+        given_labels = labels[:count]
+        right_labels = labels[count:]
 
-        def of(
-            images: Images, labels: Tensor, size: int, stream: int, seed: int, view: str
+        def batches(
+            images: Images,
+            labels: Tensor,
+            *,
+            size: int,
+            stream: int,
+            view_seed: int,
+            view: View = views.labeled,
         ) -> LabeledBatches:
-            sampler = StepSampler(len(images), size, seed=self.fitting.seed, stream=stream)
-            return LabeledBatches(images, labels, sampler, views[view], seed, crop=views["crop"])
+            sampler = StepSampler(len(images), size, seed=seed, stream=stream)
+            return LabeledBatches(images, labels, sampler, view, view_seed, crop=views.crop)
 
         examples = EvaluationBatches(noisy, torch.arange(count), EVALUATED_AT_ONCE)
         return {
-            "labeled": of(clean, right, self.clean_batch, 0, seed, "labeled"),
-            "unlabeled": of(noisy, given, size, 1, seed + 2, "labeled"),
-            "finetuning": of(clean, right, self.clean_batch, 2, seed + 1, "finetuned"),
-            "everything": of(both, labels, size, 0, seed, "labeled"),
-            "doubtful": Doubtful(examples, given, tuple(many.paths())),
+            "labeled": batches(
+                clean, right_labels, size=self.clean_batch, stream=0, view_seed=seed
+            ),
+            "unlabeled": batches(
+                noisy, given_labels, size=batch_size, stream=1, view_seed=seed + 2
+            ),
+            "finetuning": batches(
+                clean,
+                right_labels,
+                size=self.clean_batch,
+                stream=2,
+                view_seed=seed + 1,
+                view=views.finetuned,
+            ),
+            "everything": batches(both, labels, size=batch_size, stream=0, view_seed=seed),
+            "doubtful": Doubtful(examples, given_labels, tuple(many.paths())),
         }

@@ -43,9 +43,9 @@ from metapl.apps.settings import (
     Share,
     Steps,
     Switch,
-    replaced,
     require,
     unset,
+    with_flags,
 )
 from metapl.apps.train import evaluated, measured
 from metapl.apps.tuned_networks import begin_as
@@ -283,7 +283,7 @@ class Rounds:
     def __init__(self, settings: NoisyStudent, training: Training) -> None:
         self.settings = settings
         self.training = training
-        self.config = training.config
+        self.config: Any = training.config
         self.data = training.data
         self.seed: int = self.config.fitting.seed
         self.configs = configs_of(self.config, settings)
@@ -428,7 +428,7 @@ class Rounds:
 
     @property
     def usual_steps(self) -> int:
-        steps: int = self.config.fitting.steps
+        steps: int = self.config.fitting.chosen_steps
         return steps
 
     def seed_of(self, number: int) -> int:
@@ -713,7 +713,7 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
     sizes: dict[str | None, int] = {}
     with torch.device("meta"):
         for name, sized in dict(zip(names, configs, strict=True)).items():
-            network = replaced(sized, weights=None).network()
+            network = with_flags(sized, weights=None).network()
             sizes[name] = sum(p.numel() for p in network.parameters())
     for number, (teacher, student) in enumerate(pairwise(names), 1):
         if sizes[student] < sizes[teacher] and not settings.allow_smaller:

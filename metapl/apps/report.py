@@ -180,14 +180,16 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
                 "Methods", web.rows(cells, head), web.paragraph(comparison.caption(), "quiet")
             )
         )
-        if (compared := comparison.against_control()) is not None:
-            name, _, control, _, test = compared
+        against = comparison.against_control()
+        if against is not None:
+            test = against.test
             figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
             if test.interval is not None:
                 figures["95 % interval"] = " to ".join(f"{100 * end:+.2f}" for end in test.interval)
             kinds = {"p, paired t-test": test.p, "p, exact permutation test": test.p_permutation}
             figures |= {name: f"{p:.2g}" for name, p in kinds.items() if p is not None}
-            title = f"{result['titles'][name]} against {result['titles'][control]}"
+            titles = result["titles"]
+            title = f"{titles[against.method]} against {titles[against.control]}"
             parts.append(web.section(title, web.rows([*figures.items()])))
         parts.append(own)
         # 2. Curves: those of the first seed, where the runs that were compared are still there.

@@ -1,7 +1,4 @@
-"""What the settings of all trainings are made of.
-
-Ranges, and how long, how fast and in what batches is trained.
-"""
+"""Settings that all trainings have, their ranges, and how they are read and set by flag."""
 
 from __future__ import annotations
 
@@ -17,10 +14,9 @@ from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitOptions
 from metapl.training.options import MOST_WORKERS
 
-MOST_STEPS, MOST_IN_A_BATCH = (
-    10**9,
-    2**20,
-)  # beyond these a machine would be asked for more than any has
+# Beyond these numbers a machine would be asked for more than any has.
+MOST_STEPS = 10**9
+MOST_IN_A_BATCH = 2**20
 
 Steps = Annotated[int, Range(1, most=MOST_STEPS)]
 SomeSteps = Annotated[int, Range(0, most=MOST_STEPS)]
@@ -29,20 +25,30 @@ Share = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(0)]
 
 T = TypeVar("T")
-Hidden = tyro.conf.Suppress[T]  # a setting that is no flag
+
+# A setting that is no flag.
+Hidden = tyro.conf.Suppress[T]
 
 
 def unset(
     metavar: str | None = None, help: str | None = None, default: str = "", name: str | None = None
 ) -> Any:
-    """Of a flag whose default is not shown, or in words; ``metavar`` stands for its value."""
+    """Annotate a flag whose default is not shown, or is shown in words.
+
+    Args:
+        metavar: what stands for the flag's value in the help; None: its type.
+        help: what the flag does; None: as the docstring says.
+        default: the words for the default, such as "(default: runs)"; empty: none are shown.
+        name: the flag's name; None: the field's.
+    """
     return tyro.conf.arg(name=name, metavar=metavar, help=help, help_behavior_hint=default)
 
 
-Switch = Annotated[bool, unset()]  # off unless given
-Flat = Annotated[
-    T, tyro.conf.arg(name="")
-]  # a dataclass whose fields are flags beside those around it
+# A flag without a value, which is off unless it is given.
+Switch = Annotated[bool, unset()]
+
+# A dataclass whose fields are flags beside those of the dataclass that has it.
+Flat = Annotated[T, tyro.conf.arg(name="")]
 
 Role = Literal["teacher", "student"]
 
@@ -50,34 +56,36 @@ Role = Literal["teacher", "student"]
 def require(value: object, condition: bool, field: str, expected: str) -> None:
     """Refuse a dataclass whose ``field`` is not as ``expected``."""
     if not condition:
-        given = getattr(value, field)
+        refused = getattr(value, field)
         raise FieldError(
-            f"{type(value).__name__}({field}={given!r}): expected {expected}.",
+            f"{type(value).__name__}({field}={refused!r}): expected {expected}.",
             field,
-            given,
+            refused,
             expected,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """How long, how fast and in what batches networks are trained. What is None is chosen where the training begins.
+    """How long, how fast and in what batches networks are trained.
+
+    What is None is chosen where the training begins.
 
     Args:
-        steps: training steps.
-        seed: of all that is drawn.
+        steps: number of training steps.
+        seed: seed of everything that is drawn.
         labeled_batch: labeled examples in a batch.
-        lr: rate of the teacher, or the one network.
-        schedule: cosine, constant or exponential.
-        warmup: steps of growing rates.
-        ema_decay: of the average that is kept.
-        finetune_steps: on labeled examples, at the end.
-        validate_every: steps between validations.
-        log_every: steps between rows.
-        save_every: steps between checkpoints.
-        accumulate: parts of a batch, for memory.
+        lr: learning rate of the teacher, or of the only network.
+        schedule: learning rate over time: cosine, constant or exponential.
+        warmup: steps over which the learning rates grow from zero.
+        ema_decay: decay of the average of the weights that is kept.
+        finetune_steps: steps on labeled examples alone, at the end.
+        validate_every: steps between two validations.
+        log_every: steps between two rows of metrics.jsonl.
+        save_every: steps between two checkpoints.
+        accumulate: parts that a batch is computed in, to save memory.
         precision: float32 or bfloat16.
-        num_workers: processes that read pictures.
+        num_workers: number of processes that read pictures.
         device: auto, cpu or cuda.
     """
 
@@ -104,8 +112,14 @@ class Fitting:
         if self.steps is not None:
             FitOptions(steps=self.steps, **self.options())
 
+    @property
+    def chosen_steps(self) -> int:
+        """Return the number of steps, which was given or chosen."""
+        assert self.steps is not None, "choose_settings gave it"
+        return self.steps
+
     def options(self) -> dict[str, Any]:
-        """Options of a fit; those of a phase come to these."""
+        """Return the options of every fit; a phase adds its own."""
         names = (
             "schedule",
             "warmup",
@@ -115,54 +129,76 @@ class Fitting:
             "save_every",
             "num_workers",
         )
-        found = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in found.items() if value is not None}
+        options = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in options.items() if value is not None}
 
     def finetuning(self, schedule: str) -> dict[str, Any]:
-        """Options of the fit that finetunes."""
-        steps = self.finetune_steps
-        own = {
-            "steps": steps,
+        """Return the options of the fit that finetunes."""
+        return {
+            **self.options(),
+            "steps": self.finetune_steps,
             "ema_decay": None,
             "warmup": 0,
-            "validate_every": max(1, steps // 10),
+            "validate_every": max(1, self.finetune_steps // 10),
+            "schedule": schedule,
         }
-        return {**self.options(), **own, "schedule": schedule}
 
 
-def replaced(value: Any, **fields: Any) -> Any:
-    """A dataclass with other values of these fields, as far as it has them, or a dataclass in it has.
+# -------------------------------------------------------------------------- settings by their flags
+
+
+def flag_values(settings: Any) -> dict[str, Any]:
+    """Return all settings of a dataclass and of those in it by the names of their flags.
+
+    No two of them have the same name.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= flag_values(value)
+        else:
+            values[field.name] = value
+    return values
+
+
+def with_flags(settings: T, **flags: Any) -> T:
+    """Return settings with other values of these flags; those that they do not have are ignored.
+
+    Where the names are known when the code is written, take ``dataclasses.replace``.
 
     >>> @dataclasses.dataclass(frozen=True)
-    ... class Whole:
+    ... class Training:
     ...     fitting: Fitting = Fitting()
-    >>> replaced(Whole(), seed=3).fitting.seed
+    >>> with_flags(Training(), seed=3, color="red").fitting.seed
     3
     """
-    own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    changed = {name: fields[name] for name in own.keys() & fields.keys()}
-    for name, part in own.items():
-        if dataclasses.is_dataclass(part) and (inner := fields.keys() & flat(part).keys()):
-            changed[name] = replaced(part, **{each: fields[each] for each in inner})
-    return dataclasses.replace(value, **changed)
+    untyped: Any = settings
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(untyped):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            # Its fields are flags. Its own name is none, though one of them may be called as it.
+            if flags.keys() & flag_values(value).keys():
+                changes[field.name] = with_flags(value, **flags)
+        elif field.name in flags:
+            changes[field.name] = flags[field.name]
+    changed: T = dataclasses.replace(untyped, **changes)
+    return changed
 
 
-def flat(value: Any) -> dict[str, Any]:
-    """The settings of a dataclass and of those in it by their names as flags.
+def with_stored(settings: T, stored: Mapping[str, Any]) -> T:
+    """Return settings in which each one that is None has the value that a run has stored for it.
 
-    None has the name of another.
+    Args:
+        settings: those of a training, as a command line gave them.
+        stored: the values by the names of their flags, as recipe.json has them.
     """
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(value):
-        part = getattr(value, field.name)
-        found |= flat(part) if dataclasses.is_dataclass(part) else {field.name: part}
-    return found
-
-
-def filled(value: T, stored: Mapping[str, Any]) -> T:
-    """A dataclass whose settings that were left open are those that a run has stored."""
-    have = flat(value)
-    missing = {name for name, own in have.items() if own is None and stored.get(name) is not None}
-    made = {name: tuple(one) if isinstance(one := stored[name], list) else one for name in missing}
-    found: T = replaced(value, **made)
-    return found
+    flags: dict[str, Any] = {}
+    for name, value in flag_values(settings).items():
+        stored_value = stored.get(name)
+        if value is None and stored_value is not None:
+            # JSON has no tuples.
+            is_list = isinstance(stored_value, list)
+            flags[name] = tuple(stored_value) if is_list else stored_value
+    return with_flags(settings, **flags)

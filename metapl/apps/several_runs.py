@@ -21,6 +21,7 @@ from joblib import cpu_count
 
 from metapl.apps.inputs import plural
 from metapl.apps.machine import default_threads, read_sealed
+from metapl.apps.methods import Method, TrainingConfig
 from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import table, tell, wrapped
 from metapl.apps.report import SUSPECTS, linear_baseline, write_report
@@ -32,134 +33,190 @@ from metapl.apps.run_folder import (
     RunFolder,
     stored_result,
 )
-from metapl.apps.settings import replaced
+from metapl.apps.settings import with_flags
 from metapl.apps.train import describe, device, train
 from metapl.errors import MetaplError
 
-PATIENCE = 30.0  # seconds that a worker has to save the step under way before it is killed
+# Seconds that a worker has to save the step under way before it is killed.
+PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training by one method with one seed."""
+    """A training by one method with one seed.
 
-    config: Any
-    method: Any
+    Args:
+        config, method: all of whose settings are chosen.
+        folder: of the run.
+        resume: go on with what is there.
+        threads: of the linear algebra, on whose number rounding depends.
+    """
+
+    config: TrainingConfig
+    method: Method
     folder: Path
     resume: bool
-    threads: int  # rounding depends on them
+    threads: int
 
     @property
     def title(self) -> str:
+        """Return what the run is called in messages."""
         return f"{self.method.name}, seed {self.config.fitting.seed}"
 
     def run(self) -> dict[str, Any]:
-        """Run it here, with a line every half minute, which names it, and no other.
+        """Run it in this process, and return what its result.json holds.
 
-        One that is finished only gives its result, if its networks are those it was of.
+        It says a line every half minute, which names the run, and nothing else. A run that has
+        ended only gives its result, if its networks are still the ones that the result is about.
         """
-
-        def say_progress(text: str) -> None:
-            tell(f"{self.title}: {text}")
-
         folder = RunFolder(self.folder)
         torch.set_num_threads(self.config.threads or self.threads)
         try:
             with folder.claimed(describe(self.config, self.method), resume=self.resume):
-                if not folder.ended:
-                    return train(
-                        self.config,
-                        self.method,
-                        folder,
-                        resume=self.resume,
-                        say_progress=say_progress,
-                    )
-                result = stored_result(folder)
-                for name, sha256 in result["sha256"].items():
-                    if (
-                        folder.path / name
-                    ).is_file():  # weights may have been removed for their room
-                        read_sealed(folder.path / name, sha256, mend=ANOTHER)
-                return result
+                if folder.ended:
+                    return self._checked_result(folder)
+                return train(
+                    self.config,
+                    self.method,
+                    folder,
+                    resume=self.resume,
+                    say_progress=self._say_progress,
+                )
         except MetaplError as error:
             raise MetaplError(f"{self.title}: {error}") from error
 
+    def _say_progress(self, text: str) -> None:
+        tell(f"{self.title}: {text}")
+
+    def _checked_result(self, folder: RunFolder) -> dict[str, Any]:
+        """Return the result of a run that has ended; refuse networks that are not its own."""
+        result = stored_result(folder)
+        for name, sha256 in result["sha256"].items():
+            file = folder.path / name
+            # Weights may have been removed for their room.
+            if file.is_file():
+                read_sealed(file, sha256, mend=ANOTHER)
+        return result
+
 
 def train_and_compare(
-    config: Any,
-    methods: Mapping[str, Any],
+    config: TrainingConfig,
+    methods: Mapping[str, Method],
     seeds: Sequence[int],
     folder: RunFolder,
     *,
     resume: bool,
     jobs: int | None,
 ) -> None:
-    """Train by each method with each seed, ``jobs`` runs at a time, and compare.
+    """Train by each method with each seed, and compare what they reach.
 
-    All settings are chosen.
+    Args:
+        config: what is trained on; all settings are chosen.
+        methods: by their names; the first is delivered where validation cannot tell them apart.
+        seeds: of the runs of each method.
+        folder: of the comparison; each run has a folder METHOD/seed-N in it.
+        resume: go on with the comparison that is there.
+        jobs: runs at a time; None: one a core, or one on a GPU.
     """
-    out, names = folder.path, list(methods)
-    with folder.claimed(
-        describe(config, methods[names[0]], compare=names, seeds=list(seeds)), resume=resume
-    ):
+    names = list(methods)
+    recipe = describe(config, methods[names[0]], compare=names, seeds=list(seeds))
+    with folder.claimed(recipe, resume=resume):
         if not folder.ended:
-            config.data(tell, True, None)  # shows its notes once: the jobs are silent
-        # 1. The runs, side by side; finished ones are not run again. Two threads add up a sum in
-        # another order than one does, and round it otherwise: after one step of small_cnn the
-        # weights differ already. So a job has as many threads whatever --jobs is, and when it is
-        # resumed.
-        on_gpu, todo, results = (
-            device(config.fitting.device).type == "cuda",
-            list[Job](),
-            dict[tuple[str, int], Any](),
-        )
-        for seed in seeds:
-            for name, method in methods.items():
-                place = out / name / f"seed-{seed}"
-                begun = resume or (place / "recipe.json").exists()
-                todo.append(
-                    Job(
-                        replaced(config, seed=seed),
-                        method,
-                        place,
-                        begun,
-                        default_threads() if on_gpu else 1,
-                    )
-                )
-        workers = min(jobs or (1 if on_gpu else cpu_count()), len(todo))
-        tell(
-            f"{plural(len(names), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time "
-            f"-> {out}"
-        )
-        with closing(run_all(todo, workers)) as running:  # workers end before the command does
-            for number, (job, result) in enumerate(running, 1):
-                results[job.method.name, job.config.fitting.seed] = result
-                reached = f"{result['test_accuracy']:.1%} of {result['evaluation']['n']:,}"
-                tell(f"[{number:>{len(str(len(todo)))}}/{len(todo)}] {job.title}: {reached}")
-        # 2. What they reach, and the networks of the one that is delivered.
+            # This shows the notes on the data once, for the jobs are silent.
+            config.data(tell, progress=True, log=None)
+        queue = jobs_of(config, methods, seeds, folder, resume=resume)
+        results = results_of(queue, folder, jobs=jobs)
         comparison = Comparison.of(tuple(seeds), names, results)
-        method, seed, _ = comparison.delivered()
-        source = RunFolder(out / method / f"seed-{seed}")
-        for name in WEIGHTS.values():
-            if (source.path / name).is_file():
-                # The same weights are the same bytes: the checksums of the run hold here too.
-                folder.write_weights(
-                    name, source.read_weights(name, results[method, seed]["sha256"][name])
-                )
-        folder.write_json(NETWORK, source.read_json(NETWORK))
-        if (source.path / SUSPECTS).is_file():
-            shutil.copyfile(source.path / SUSPECTS, out / SUSPECTS)
-        folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
-        write_report(EndedRun.load(out))
+        deliver(comparison, results, folder)
         result = stored_result(folder)
-    tell(f"figures, report and the delivered networks are in {out}")
+    tell(f"figures, report and the delivered networks are in {folder.path}")
     tell(f"\n{wrapped(comparison.caption())}\n\n{table(comparison.rows(), left=4)}\n")
     for text in (result["sentence"], result["delivery"], *linear_baseline(result)):
         tell(wrapped(text))
 
 
+def jobs_of(
+    config: TrainingConfig,
+    methods: Mapping[str, Method],
+    seeds: Sequence[int],
+    folder: RunFolder,
+    *,
+    resume: bool,
+) -> list[Job]:
+    """Return the runs of a comparison, seed by seed."""
+    # Two threads add up a sum in another order than one does, and round it otherwise: after one
+    # step of small_cnn the weights differ already. So a job has as many threads whatever --jobs is,
+    # and when it is resumed.
+    threads = default_threads() if is_on_gpu(config) else 1
+    queue = []
+    for seed in seeds:
+        seeded = with_flags(config, seed=seed)
+        for name, method in methods.items():
+            place = folder.path / name / f"seed-{seed}"
+            has_begun = (place / "recipe.json").exists()
+            queue.append(
+                Job(
+                    config=seeded,
+                    method=method,
+                    folder=place,
+                    resume=resume or has_begun,
+                    threads=threads,
+                )
+            )
+    return queue
+
+
+def is_on_gpu(config: TrainingConfig) -> bool:
+    """Return whether a training takes a GPU."""
+    return device(config.fitting.device).type == "cuda"
+
+
+def results_of(
+    queue: Sequence[Job], folder: RunFolder, *, jobs: int | None
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Run what has not ended, and return what each run reached by its method and seed."""
+    usual_jobs = 1 if is_on_gpu(queue[0].config) else cpu_count()
+    workers = min(jobs or usual_jobs, len(queue))
+    methods = {job.method.name for job in queue}
+    seeds = {job.config.fitting.seed for job in queue}
+    tell(
+        f"{plural(len(methods), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time "
+        f"-> {folder.path}"
+    )
+    results = {}
+    width = len(str(len(queue)))
+    # The workers end before the command does.
+    with closing(run_all(queue, workers)) as running:
+        for number, (job, result) in enumerate(running, 1):
+            results[job.method.name, job.config.fitting.seed] = result
+            reached = f"{result['test_accuracy']:.1%} of {result['evaluation']['n']:,}"
+            tell(f"[{number:>{width}}/{len(queue)}] {job.title}: {reached}")
+    return results
+
+
+def deliver(
+    comparison: Comparison,
+    results: Mapping[tuple[str, int], Mapping[str, Any]],
+    folder: RunFolder,
+) -> None:
+    """Put the networks of the run that is delivered, and the report, into the folder."""
+    method, seed, _ = comparison.delivered()
+    result = results[method, seed]
+    source = RunFolder(folder.path / method / f"seed-{seed}")
+    for name in WEIGHTS.values():
+        if (source.path / name).is_file():
+            # The same weights are the same bytes: the checksums of the run hold here too.
+            weights = source.read_weights(name, result["sha256"][name])
+            folder.write_weights(name, weights)
+    folder.write_json(NETWORK, source.read_json(NETWORK))
+    if (source.path / SUSPECTS).is_file():
+        shutil.copyfile(source.path / SUSPECTS, folder.path / SUSPECTS)
+    folder.write_json("result.json", {**result, **comparison.to_json()})
+    write_report(EndedRun.load(folder.path))
+
+
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
-    """Run the jobs, ``workers`` at a time, and give each with its result as it ends.
+    """Run the jobs, ``workers`` at a time, and yield each with its result as it ends.
 
     One worker is this process. However this ends, no worker is left: where it is stopped, or a job
     fails, the others save the step under way and go; and a worker whose parent was killed ends
@@ -169,18 +226,20 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         for job in jobs:
             yield job, job.run()
         return
-    spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
     pool = ProcessPoolExecutor(
-        workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),)
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+        initargs=(os.getpid(),),
     )
-    # Processes that are started in between do not get what a terminal sends to all: the parent
-    # alone decides.
-    ours = {signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+    # Processes that are started while these signals are blocked do not get what a terminal sends to
+    # all of its processes: the parent alone decides.
+    signals_of_terminal = {signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals_of_terminal)
     try:
         running = {pool.submit(_run_apart, job): job for job in jobs}
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals_of_terminal)
     started = [*pool._processes.values()]
     try:
         for future in as_completed(running):
@@ -197,7 +256,8 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         try:
             for worker in started:
                 worker.join(max(0.0, give_up - time.monotonic()))
-        finally:  # also when the user has no more patience
+        finally:
+            # Also when the user stops this a second time.
             for worker in started:
                 worker.kill()
         raise
@@ -205,19 +265,26 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         pool.shutdown(cancel_futures=True)
 
 
-_stopped = False  # whether this worker was stopped, and begins no other job
+# Whether this worker was stopped, and begins no other job.
+_is_stopped = False
 
 
 def _run_apart(job: Job) -> dict[str, Any]:
-    global _stopped
+    """Run a job in a worker; one that is stopped saves its step and returns nothing."""
+    global _is_stopped
+    if _is_stopped:
+        return {}
     try:
-        return {} if _stopped else job.run()
-    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
-        _stopped = True
+        return job.run()
+    except KeyboardInterrupt:
+        # Nobody waits for the result.
+        _is_stopped = True
         return {}
 
 
 def _end_with_parent(parent: int) -> None:
+    """End this worker when the process that started it has ended."""
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)

@@ -24,7 +24,7 @@ from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
 from metapl.apps.run_folder import EndedRun, RunFolder, seal
-from metapl.apps.settings import flat
+from metapl.apps.settings import flag_values
 from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
@@ -64,7 +64,7 @@ def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
         "name": config.name,
         "method": method.name,
         **run_by,
-        "fields": {**flat(config), **flat(method)},
+        "fields": {**flag_values(config), **flag_values(method)},
     }
 
 
@@ -380,7 +380,7 @@ def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
     And in each process for --accumulate.
     """
     parts = mesh.shares * config.fitting.accumulate
-    for name, size in flat(config).items():
+    for name, size in flag_values(config).items():
         if name.endswith("_batch") and size % parts:
             raise MetaplError(
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for "

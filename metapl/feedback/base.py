@@ -400,7 +400,7 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
     part = "probs" if signal.sampled else "value"
     by_field = {part if name == "value" else name: g for name, g in gradients.items()}
     h = {name: -g for name, g in by_field.items() if g is not None}
-    is_used = bool(h)
+    is_used = len(h) > 0
     of_value = [part]
     if isinstance(signal.value, dict):
         # Its entries are fields of their own; log_prob and others are the signal's.

@@ -531,7 +531,7 @@ def rates_of(trainer: TwoLevelTrainer) -> list[Any]:
     return [group["lr"] for group in unclipped(trainer.update).options]
 
 
-def networks_of(trainer: Any) -> list[nn.Module]:
+def networks_of(trainer: TwoLevelTrainer) -> list[nn.Module]:
     """Return the student and the teacher of a trainer, which may have no teacher."""
     return [network for network in (trainer.student, trainer.teacher) if network is not None]
 

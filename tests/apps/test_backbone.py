@@ -88,7 +88,7 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
         str(given),
         tuning,
     )
-    assert fields["weights_sha256"] == backbone.find(str(given), "pooled_cnn")["weights_sha256"]
+    assert fields["weights_sha256"] == backbone.find(str(given), "pooled_cnn").weights_sha256
     assert result(out)["control_accuracy"] == 1.0
     assert "linear baseline" in (out / "report.html").read_text()
     before = torch.load(given)
@@ -217,24 +217,26 @@ def test_a_name_stands_for_the_weights_in_a_cache_and_nothing_is_downloaded(
     assert backbone.auto() is None
     file = tmp_path / "torch" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
     cached("resnet18", file)
-    assert backbone.find("resnet18", None)["weights"] == str(file)
+    assert backbone.find("resnet18", None).weights == str(file)
     repo = tmp_path / "hub" / "models--timm--resnet10t.c3_in1k"
     cached("timm:resnet10t", repo / "snapshots" / "abc" / "model.safetensors")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
     found = backbone.find("timm:resnet10t", "timm:resnet10t")
     weights = repo / "snapshots" / "abc" / "model.safetensors"
-    assert (found["weights"], found["mean"]) == (str(weights), (0.485, 0.456, 0.406))
+    assert (found.weights, found.mean) == (str(weights), (0.485, 0.456, 0.406))
     (weights.parent / "config.json").write_text('{"architecture": "resnet10t"}')
-    assert backbone.find(found["weights"], None)["network"] == "timm:resnet10t"
-    assert (backbone.auto() or {}).get("network") == "resnet18"
+    assert backbone.find(found.weights, None).network == "timm:resnet10t"
+    best = backbone.auto()
+    assert best is not None
+    assert best.network == "resnet18"
 
 
 def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "first", tmp_path / "second"
     metapl(*command(f"{IMAGES} supervised", root, out))
     found, card = backbone.find(str(out), None), EndedRun.load(out).cards["finetuned"]
-    assert (found["network"], found["image_size"], found["mean"]) == ("pooled_cnn", SIDE, card.mean)
+    assert (found.network, found.image_size, found.mean) == ("pooled_cnn", SIDE, card.mean)
     from_it = f"train images {PLACES} {FLAGS} --unlabeled-batch 4 --method supervised"
     metapl(*command(from_it, root, again, "--backbone", out, "--tuning", "head"))
     after, finetuned = (

@@ -13,7 +13,7 @@ from tiny_runs import color_folders
 
 from metapl import MetaplError
 from metapl.apps import images, look
-from metapl.apps.images import HUE, OTHER_RATE, PRETRAINED_RATE, RATES, Images, Pictures
+from metapl.apps.images import HUE, OTHER_RATE, RATES, TUNING_RATES, Images, Pictures
 from metapl.apps.look import (
     Colors,
     Look,
@@ -23,14 +23,14 @@ from metapl.apps.look import (
     steps_within,
     with_steps,
 )
-from metapl.apps.settings import flat, replaced
+from metapl.apps.settings import flag_values, with_flags
 from metapl.problems.losses import UDA
 
 LEVELS = np.random.default_rng(0)
 
 
 def config(**fields: Any) -> Any:
-    return replaced(Images(labeled="few", unlabeled="many"), **fields)
+    return with_flags(Images(labeled="few", unlabeled="many"), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays()
         assert chosen(seen(tell=tell)).recolor == (not tell)
         for asked in (True, False):
             found = chosen(seen(tell=tell), recolor=asked)
-            assert found.recolor == (f"hue={HUE}" in repr(found.views()["strong"])) == asked
+            assert found.recolor == (f"hue={HUE}" in repr(found.views().strong)) == asked
 
 
 def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:
@@ -158,7 +158,7 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
         False,
     )
     assert (found.pictures.mean, found.pictures.std) == look.IMAGENET
-    assert found.fitting.lr == PRETRAINED_RATE
+    assert found.fitting.lr == TUNING_RATES["all"]
 
 
 def test_the_rates_are_those_of_the_networks_family_or_as_given() -> None:
@@ -187,7 +187,7 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
         "image_size": 8,
     }
     settings = given(color_folders(tmp_path), classes=("blue", "red"), device="cpu", **own)
-    settings, state = fitted(replaced(settings, steps=1000), seen(), 0.0), torch.get_rng_state()
+    settings, state = fitted(with_flags(settings, steps=1000), seen(), 0.0), torch.get_rng_state()
     for name, seconds, minutes, steps in (
         ("supervised", 0.01, 0.1, 510),  # 0.85 · 6 / 0.01
         ("pseudo_labels", 0.3, 1.0, 85),  # of two phases
@@ -223,12 +223,12 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)
     own, method = with_steps(
-        config(steps=1000, warmup=0, validate_every=9), replaced(images.METHODS["mpl"], wait=7)
+        config(steps=1000, warmup=0, validate_every=9), with_flags(images.METHODS["mpl"], wait=7)
     )
     assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
     assert asked == []
     # Phases that are given in steps are measured again with what fits.
-    found, _ = with_steps(config(), replaced(images.METHODS["mpl"], wait=200))
+    found, _ = with_steps(config(), with_flags(images.METHODS["mpl"], wait=200))
     assert (found.fitting.steps, found.minutes) == (2600, look.MINUTES)
     assert asked == [400, 2600, 2600]
 
@@ -240,9 +240,11 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
     found, method = choose_settings(given(root), images.METHODS["mpl"], said.append)
     open_ = ("val", "test", "minutes", "weights", "tuning", "weights_sha256", "ema_decay")
     assert [
-        name for name, value in flat(found).items() if value is None and name not in open_
+        name for name, value in flag_values(found).items() if value is None and name not in open_
     ] == []
-    assert None not in [value for name, value in flat(method).items() if name.startswith("uda_")]
+    assert None not in [
+        value for name, value in flag_values(method).items() if name.startswith("uda_")
+    ]
     assert (found.classes, method.uda.uda_prior) == (("blue", "red"), (0.5, 0.5))
     assert (found.pictures.recolor, found.pictures.image_size, found.val_fraction) == (
         False,
@@ -263,11 +265,11 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
     # Whatever the pictures show now, and however long a step takes.
     stored = {
         name: list(v) if isinstance(v, tuple) else v
-        for name, v in {**flat(found), **flat(method)}.items()
+        for name, v in {**flag_values(found), **flag_values(method)}.items()
     }
     stored |= {"mean": [0.1, 0.2, 0.3], "lr": 0.123, "steps": 41, "wait": 5}
     again, method = choose_settings(
-        replaced(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored
+        with_flags(given(root), steps=None), images.METHODS["mpl"], pytest.fail, stored
     )
     assert (again.pictures.mean, again.fitting.lr, again.fitting.steps) == (
         (0.1, 0.2, 0.3),

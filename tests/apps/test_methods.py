@@ -16,7 +16,7 @@ from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, 
 from metapl.ablation import Altered
 from metapl.apps import digits, images, noisy_labels
 from metapl.apps.methods import Consistency, Entropy, Feedback, Training, with_settings_of
-from metapl.apps.settings import flat, replaced
+from metapl.apps.settings import flag_values, with_flags
 from metapl.feedback import Forward
 from metapl.training import FitResult
 
@@ -94,9 +94,11 @@ def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
     assert len({*titles}) == len(titles)
     assert {*of.COMPARED} <= {*of.METHODS}
     for method in of.METHODS.values():
-        json.dumps(flat(method))
-        assert flat(method).keys() & flat(DIGITS).keys() == set(), "flags of the command"
-        assert replaced(method, **flat(method)) == method
+        json.dumps(flag_values(method))
+        assert flag_values(method).keys() & flag_values(DIGITS).keys() == set(), (
+            "flags of the command"
+        )
+        assert with_flags(method, **flag_values(method)) == method
 
 
 @pytest.mark.parametrize("of", [images, digits, noisy_labels])
@@ -104,7 +106,7 @@ def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_settin
     for method, steps in itertools.product(of.METHODS.values(), (1, 2, 3, 19, 1000)):
         found = method.scheduled(steps)
         assert found.scheduled(steps) == found
-        have = flat(found)
+        have = flag_values(found)
         assert max(have.get("wait", 0), have.get("warm_steps", 0)) < steps
         assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
 
@@ -115,7 +117,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         "psychic": lambda: Feedback(mode="psychic"),
         "uda_threshold": lambda: Consistency(uda_threshold=1.5),
         "prior": lambda: Consistency(uda_prior=(0.5, 0.2)),
-        "labels": lambda: replaced(images.METHODS["reduced_mpl"], labeled_label_store="here"),
+        "labels": lambda: with_flags(images.METHODS["reduced_mpl"], labeled_label_store="here"),
     }.items():
         with pytest.raises(MetaplError, match=word):
             make()
@@ -123,9 +125,9 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first() -> None:
     usual = digits.METHODS["mpl"]
-    own = replaced(usual, uda_weight=2.0, mode="difference", wait=3)
-    assert with_settings_of(digits.METHODS["none"], own, usual) == replaced(own, feedback="none")
-    assert with_settings_of(digits.METHODS["uda"], own, usual) == replaced(
+    own = with_flags(usual, uda_weight=2.0, mode="difference", wait=3)
+    assert with_settings_of(digits.METHODS["none"], own, usual) == with_flags(own, feedback="none")
+    assert with_settings_of(digits.METHODS["uda"], own, usual) == with_flags(
         digits.METHODS["uda"], uda_weight=2.0
     )
     assert (
@@ -170,7 +172,7 @@ def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) -> None:
-    method = replaced(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0)
+    method = with_flags(digits.METHODS["mpl"], mode=mode, uda_weight=0.5, feedback_weight=2.0)
     (phase,) = trained(method)
     assert phase.options == {"wait": 0, "warm_start": False, "warmup": 0}
     torch.manual_seed(0)
@@ -190,7 +192,7 @@ def test_meta_pseudo_labels_are_a_bilevel_trainer_of_both_networks(mode: Any) ->
     for role, alone in (("student", student), ("teacher", teacher)):
         assert same(weights(getattr(phase.trainer, role)), weights(alone))
     # A student that waits warms up over its share of the steps.
-    (phase,) = trained(replaced(method, wait=6, warm_start=True), replaced(DIGITS, warmup=4))
+    (phase,) = trained(with_flags(method, wait=6, warm_start=True), with_flags(DIGITS, warmup=4))
     assert phase.options == {"wait": 6, "warm_start": True, "warmup": 1}
 
 
@@ -199,7 +201,7 @@ def test_without_feedback_the_same_loop_sees_the_same_labels_and_the_teacher_lea
     mode: Any,
 ) -> None:
     (whole,), (none,) = (
-        trained(replaced(digits.METHODS[name], mode=mode)) for name in ("mpl", "none")
+        trained(with_flags(digits.METHODS[name], mode=mode)) for name in ("mpl", "none")
     )
     assert all(same(a, b) for a, b in zip(whole.before, none.before, strict=True))
     assert torch.equal(whole.reports[0].signal.value, none.reports[0].signal.value)
@@ -229,7 +231,7 @@ def test_a_control_alters_the_feedback_of_the_first_step_and_nothing_else_in_it(
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_fixed_teacher_learns_alone_and_then_stays_as_it_is(hard: bool) -> None:
     alone, student = trained(
-        replaced(digits.METHODS["pseudo_labels"], pseudo_labels="hard" if hard else "soft")
+        with_flags(digits.METHODS["pseudo_labels"], pseudo_labels="hard" if hard else "soft")
     )
     assert (alone.options, alone.unlabeled, alone.trainer.losses) == (
         {"phase": "teacher"},

@@ -16,7 +16,7 @@ from tiny_runs import built_once
 
 from metapl.apps.methods import Data
 from metapl.apps.noisy_labels import METHODS, RATES, Noisy
-from metapl.apps.settings import replaced
+from metapl.apps.settings import with_flags
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition
 
 SIZES = (
@@ -137,7 +137,7 @@ def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
         "labeled_batch": 12,
     }
     noisy, clean = given(root)[1::2]
-    config = replaced(Noisy(labeled=noisy, clean=clean), **whole, clean_batch=6, device="cpu")
+    config = with_flags(Noisy(labeled=noisy, clean=clean), **whole, clean_batch=6, device="cpu")
     data = config.data(lambda text: None, False, None)
     return data, phases_of(config, method, data)
 

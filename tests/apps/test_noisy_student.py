@@ -44,7 +44,7 @@ from metapl.apps.noisy_student import (
     threshold_of,
 )
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout
-from metapl.apps.settings import Fitting, replaced
+from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
 from metapl.problems.base import Signal
@@ -128,15 +128,15 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
         "grey": False,
         "mean": (0.5,) * 3,
     }
-    config = replaced(
+    config = with_flags(
         Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole
     )
-    settled = replaced(config, lr=config.pictures.rate)  # as where none was given
+    settled = with_flags(config, lr=config.pictures.rate)  # as where none was given
     found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
     assert [one.trainer_options()["clip_norm"] for one in found] == [None, 1.0, 1.0]
     given = configs_of(
-        replaced(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18"))
+        with_flags(config, lr=0.02), NoisyStudent(rounds=1, networks=("pooled_cnn", "resnet18"))
     )
     rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in (*found, *given)]
     assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001, 0.01, 0.01]
@@ -321,7 +321,7 @@ def test_pictures_have_as_many_unlabeled_as_labeled_ones_in_a_batch_and_digits_t
 
 
 def test_a_warm_start_of_fewer_steps_asks_for_the_rate_that_it_is_matched_by() -> None:
-    cosine = replaced(DIGITS, schedule="cosine")
+    cosine = with_flags(DIGITS, schedule="cosine")
     whole = NoisyStudent(rounds=1, warm_start=True)
     assert len(configs_of(cosine, whole)) == 2
     fewer = NoisyStudent(rounds=1, warm_start=True, warm_steps=2)

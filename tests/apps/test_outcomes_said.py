@@ -20,7 +20,7 @@ from metapl.apps.methods import with_settings_of
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.report import linear_baseline, panels_of, summary
 from metapl.apps.run_folder import guessing
-from metapl.apps.settings import replaced
+from metapl.apps.settings import with_flags
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare
 
@@ -247,7 +247,7 @@ def test_the_switch_that_leaves_out_the_controls_says_so() -> None:
 def test_controls_have_labels_of_the_kind_of_the_mode(mode: str) -> None:
     """Of ``--method none --mode``, of the methods of a comparison, and of stored labels."""
     expected = "soft" if mode == "forward" else "hard"
-    asked = replaced(METHODS["mpl"], mode=mode)
+    asked = with_flags(METHODS["mpl"], mode=mode)
     for name in ("none", "reduced_none"):
         control = with_settings_of(METHODS[name], asked, METHODS["mpl"])
         assert control.feedback.problem().kind == expected

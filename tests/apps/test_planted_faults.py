@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
         nothing_is_learned_from_what_is_selected_on,
     ),
     "copies in test not refused": (
-        *(images, "compare_files", lambda *given: None),
+        *(images, "compare_files", lambda *given, **named: None),
         a_test_picture_that_is_labeled_is_refused,
     ),
     "chosen by test": (train, "delivered", best_by_test, delivered_by_validation),

@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SECONDS = 300.0  # of a machine that is busy with other work
+# How long a rank may take to answer, on a machine that is busy with other work.
+SECONDS = 300.0
 
 
 class Hung(AssertionError):
@@ -41,9 +42,12 @@ class Ranks:
     """
 
     def __init__(self, number: int, cases: str = "sharded_cases", *, joined: bool = True) -> None:
-        self.number, self.cases, self.joined = number, cases, joined
+        self.number = number
+        self.cases = cases
+        self.joined = joined
         self.folder: Any = None
-        self.pipes, self.processes = list[Connection](), list[Any]()
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
 
     def start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -51,8 +55,8 @@ class Ranks:
         meeting = str(Path(self.folder.name) / "meeting") if self.joined else _free_port()
         for rank in range(self.number):
             ours, theirs = spawn.Pipe()
-            given = theirs, rank, self.number, meeting, self.cases
-            process = spawn.Process(target=_serve, args=given, daemon=True)
+            arguments = (theirs, rank, self.number, meeting, self.cases)
+            process = spawn.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -91,7 +95,8 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self.pipes, self.processes = [], []
+        self.pipes = []
+        self.processes = []
         if self.folder is not None:
             self.folder.cleanup()
 
@@ -111,7 +116,8 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
         module: whose functions it runs.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    gc.disable()  # what is imported stays
+    # What is imported stays, and need not be collected.
+    gc.disable()
     import torch
     from torch import distributed as dist
 

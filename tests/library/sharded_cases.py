@@ -30,7 +30,11 @@ from metapl.feedback import Forward, inner_step
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
 
-CLASSES, ROWS, LABELED = 3, 8, 12
+CLASSES = 3
+
+# Rows of an inner batch and of an outer batch, of all processes together.
+ROWS = 8
+LABELED = 12
 
 
 class Block(nn.Module):
@@ -38,11 +42,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, inside: nn.Module, hidden: int = 9) -> None:
         super().__init__()
-        self.inner, self.inside, self.outer = (
-            nn.Linear(width, hidden),
-            inside,
-            nn.Linear(hidden, width),
-        )
+        self.inner = nn.Linear(width, hidden)
+        self.inside = inside
+        self.outer = nn.Linear(hidden, width)
         self.scale = nn.Parameter(torch.full((1,), 0.7))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +98,8 @@ class Moving(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
         self.layers[2].weight = self.layers[0].weight
-        self.norm, self.head = nn.InstanceNorm1d(1, track_running_stats=True), nn.Linear(4, CLASSES)
+        self.norm = nn.InstanceNorm1d(1, track_running_stats=True)
+        self.head = nn.Linear(4, CLASSES)
         self.scale = nn.Parameter(torch.tensor(0.9)) if scale else None
         self.register_buffer("seen", torch.zeros(4))
         self.register_buffer("constant", torch.ones(4))
@@ -108,7 +111,9 @@ class Moving(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x)) * self.constant
         x = self.norm(x[:, None])[:, 0]
-        return self.head(x if self.scale is None else self.scale * x)
+        if self.scale is not None:
+            x = self.scale * x
+        return self.head(x)
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -120,28 +125,32 @@ OPTIMIZERS: dict[str, Any] = {
 def networks(
     inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9
 ) -> tuple[nn.Module, nn.Module]:
+    """Return a teacher and a student; ``inside`` says what is in the student's blocks."""
     torch.manual_seed(0)
     if inside.startswith("moving"):
-        teacher, student = (Moving("scaled" in inside).to(dtype) for _ in range(2))
-        return teacher, student
-    return Network(hidden=hidden).to(dtype), Network(2, inside=inside, hidden=hidden).to(dtype)
+        has_scale = "scaled" in inside
+        return Moving(has_scale).to(dtype), Moving(has_scale).to(dtype)
+    teacher = Network(hidden=hidden).to(dtype)
+    student = Network(2, inside=inside, hidden=hidden).to(dtype)
+    return teacher, student
 
 
 def batches(
     steps: int, views: bool = False, dtype: torch.dtype = torch.float64
 ) -> list[tuple[Any, Any]]:
-    draw = torch.Generator().manual_seed(1)
+    """Return the outer and the inner batch of each step, of all processes together."""
+    generator = torch.Generator().manual_seed(1)
 
     def inputs(rows: int) -> Tensor:
-        return torch.randn(rows, 4, generator=draw, dtype=torch.float64).to(dtype)
+        return torch.randn(rows, 4, generator=generator, dtype=torch.float64).to(dtype)
 
-    return [
-        (
-            (inputs(LABELED), torch.randint(CLASSES, (LABELED,), generator=draw)),
-            (inputs(ROWS), inputs(ROWS)) if views else inputs(ROWS),
-        )
-        for _ in range(steps)
-    ]
+    pairs: list[tuple[Any, Any]] = []
+    for _ in range(steps):
+        x = inputs(LABELED)
+        labels = torch.randint(CLASSES, (LABELED,), generator=generator)
+        unlabeled = (inputs(ROWS), inputs(ROWS)) if views else inputs(ROWS)
+        pairs.append(((x, labels), unlabeled))
+    return pairs
 
 
 def share(batch: Any, together: int = 1) -> Any:
@@ -168,9 +177,8 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
             "blocks.*.inner": ColwiseParallel(),
             "blocks.*.outer": RowwiseParallel(),
         }
-        return shard(
-            network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): world // 2}), plan=plan
-        )
+        others = {layout.removeprefix("tensor_by_"): world // 2}
+        return shard(network, Mesh(tensor=2, **others), plan=plan)
     if layout == "tensor":
         for block in network.blocks:
             plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
@@ -190,7 +198,10 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
 
 
 def whole(t: Any) -> Tensor:
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+    """Return a copy of a tensor, gathered where it is sharded."""
+    if hasattr(t, "full_tensor"):
+        t = t.full_tensor()
+    return t.detach().clone()
 
 
 def built(
@@ -236,40 +247,44 @@ def train(
     One process alone has all of a batch.
     """
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
-    ahead = trainer.lookahead
-    found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
+    lookahead = trainer.lookahead
+    # Products are shared by two processes, which have the same rows.
+    together = 2 if layout is not None and layout.startswith("tensor") else 1
+    result: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
     torch.manual_seed(3)
-    drawn = batches(steps * ahead, views, dtype)
-    for step, ((labeled, unlabeled), *later) in enumerate(
-        drawn[i : i + ahead] for i in range(0, len(drawn), ahead)
-    ):
-        together = 2 if layout is not None and layout.startswith("tensor") else 1
-        labeled, unlabeled = share(labeled, together), share(unlabeled, together)
-        if later:
-            unlabeled = metapl.Lookahead([unlabeled, *(share(u, together) for _, u in later)])
+    pairs = batches(steps * lookahead, views, dtype)
+    for step in range(steps):
+        of_step = pairs[step * lookahead : (step + 1) * lookahead]
+        labeled = share(of_step[0][0], together)
+        inner = [share(unlabeled, together) for _, unlabeled in of_step]
+        unlabeled = metapl.Lookahead(inner) if lookahead > 1 else inner[0]
         if gradients and step == 0:
-            gradient = trainer.hypergradient(
-                labeled, unlabeled, generator=torch.Generator().manual_seed(6)
-            )
-            found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
-            found["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
+            generator = torch.Generator().manual_seed(6)
+            gradient = trainer.hypergradient(labeled, unlabeled, generator=generator)
+            result["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
+            result["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
         report = trainer.step(labeled, unlabeled)
-        found["scalars"].append(report.as_dict())
-        h = report.feedback
-        rows = (
-            [t.flatten(1) if t.ndim > 1 else t[:, None] for t in h.values()]
-            if isinstance(h, dict)
-            else []
-        )
-        found["feedback"].append(
-            torch.cat(rows, 1) if rows else torch.stack(h, 1) if isinstance(h, tuple) else h
-        )
-    for layout_of_one in trainer.layouts:
-        layout_of_one.reshard()
+        result["scalars"].append(report.as_dict())
+        result["feedback"].append(joined_feedback(report.feedback))
+    for network_layout in trainer.layouts:
+        network_layout.reshard()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
-        found[name] = {path: whole(p) for path, p in network.named_parameters()}
-        found[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
-    return found
+        result[name] = {path: whole(p) for path, p in network.named_parameters()}
+        result[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
+    return result
+
+
+def joined_feedback(feedback: Any) -> Tensor:
+    """Return the feedback of a step in one tensor, with a row for each example.
+
+    It comes by field where a signal has several, and as a tuple over several student steps.
+    """
+    if isinstance(feedback, dict):
+        columns = [h.flatten(1) if h.ndim > 1 else h[:, None] for h in feedback.values()]
+        return torch.cat(columns, 1)
+    if isinstance(feedback, tuple):
+        return torch.stack(feedback, 1)
+    return feedback
 
 
 class Several(Judged):
@@ -297,8 +312,8 @@ class OfAllRows(Judged):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
     ) -> metapl.Signal:
-        every, own = rows_of_all(teacher(batch)[:, 0])
-        return metapl.Signal(len(every) * every.softmax(0)[own])
+        scores, own_rows = rows_of_all(teacher(batch)[:, 0])
+        return metapl.Signal(len(scores) * scores.softmax(0)[own_rows])
 
     def inner_loss(
         self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
@@ -306,11 +321,12 @@ class OfAllRows(Judged):
         return signal.value * outputs.logsumexp(-1)
 
 
-SEVERAL, OF_ALL_ROWS = Several(), OfAllRows()
+SEVERAL = Several()
+OF_ALL_ROWS = OfAllRows()
 
 
 def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Several of these, one after another."""
+    """Return the results of several cases, one after another."""
     return [train(**case) for case in cases]
 
 
@@ -330,10 +346,8 @@ def _unequal() -> None:
     try:
         trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
     finally:
-        assert all(
-            torch.equal(a, whole(p))
-            for a, p in zip(before, trainer.student.parameters(), strict=True)
-        )
+        after = [whole(p) for p in trainer.student.parameters()]
+        assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
 
 
 def interrupted(layout: str, at: int) -> float:
@@ -353,21 +367,24 @@ def interrupted(layout: str, at: int) -> float:
             raise ZeroDivisionError
 
     handle = student.blocks[0].inner.register_forward_pre_hook(fail)
-    inner = OPTIMIZERS["sgd"](student.parameters())
-    given = {"labeled": (x, y), "unlabeled": metapl.Lookahead([u, u, u]), "inner_optimizer": inner}
     with pytest.raises(ZeroDivisionError):
-        metapl.hypergradient(laid_out(teacher, layout), student, **given)
+        metapl.hypergradient(
+            laid_out(teacher, layout),
+            student,
+            labeled=(x, y),
+            unlabeled=metapl.Lookahead([u, u, u]),
+            inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
+        )
     handle.remove()
     root: Any = student
-    assert (
-        root._get_fsdp_state()._state_ctx.iter_forward_root is None
-    )  # else the next pass would not wait on a GPU
+    # Otherwise the next pass would not wait on a GPU.
+    assert root._get_fsdp_state()._state_ctx.iter_forward_root is None
     nn.functional.cross_entropy(student(x), y).backward()
-    alone = networks()[1]
-    alone.load_state_dict(plain)
-    labeled = batches(1)[0][0]
-    nn.functional.cross_entropy(alone(labeled[0]), labeled[1]).backward()
-    pairs = zip(student.parameters(), alone.parameters(), strict=True)
+    _, unsharded = networks()
+    unsharded.load_state_dict(plain)
+    ((inputs, labels), _), *_ = batches(1)
+    nn.functional.cross_entropy(unsharded(inputs), labels).backward()
+    pairs = zip(student.parameters(), unsharded.parameters(), strict=True)
     return max(float((whole(p.grad) - q.grad).abs().max()) for p, q in pairs)
 
 
@@ -375,15 +392,19 @@ def _another_batch_on_one() -> None:
     """Give another batch the second time, from batches that are made as they are read."""
     teacher, student = (laid_out(network, "ddp") for network in networks())
     labeled, unlabeled = share(batches(1)[0])
-    asked: list[int] = []
+    calls: list[int] = []
 
     def batch_of(step: int) -> Tensor:
-        asked.append(step)
-        return unlabeled + float(dist.get_rank() == 1 and step == 1 and asked.count(1) > 1)
+        calls.append(step)
+        is_another = dist.get_rank() == 1 and step == 1 and calls.count(1) > 1
+        return unlabeled + float(is_another)
 
-    given = {"labeled": labeled, "unlabeled": metapl.Lookahead(batch_of, steps=3)}
     metapl.hypergradient(
-        teacher, student, **given, inner_optimizer=OPTIMIZERS["sgd"](student.parameters())
+        teacher,
+        student,
+        labeled=labeled,
+        unlabeled=metapl.Lookahead(batch_of, steps=3),
+        inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
     )
 
 
@@ -409,7 +430,9 @@ def _part_left_out() -> None:
 def _not_finite_on_one() -> None:
     trainer = built("reinforce", "ddp")
     labeled, unlabeled = share(batches(1)[0])
-    trainer.step(labeled, unlabeled * torch.nan if dist.get_rank() == 1 else unlabeled)
+    if dist.get_rank() == 1:
+        unlabeled = unlabeled * torch.nan
+    trainer.step(labeled, unlabeled)
 
 
 class Weighted(metapl.PseudoLabels):
@@ -435,11 +458,11 @@ def _reweight() -> None:
 
 
 def _outputs_in_parts() -> None:
-    both = networks()
-    for network in both:
+    teacher, student = networks()
+    for network in (teacher, student):
         plan = {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False)}
         parallelize_module(network, init_device_mesh("cpu", (2,)), plan)
-    metapl.BilevelTrainer(*both, mode="reinforce").step(*batches(1)[0])
+    metapl.BilevelTrainer(teacher, student, mode="reinforce").step(*batches(1)[0])
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
