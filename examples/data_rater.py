@@ -90,7 +90,7 @@ def sequences(text):
 
 
 class Data:
-    """Batches of the mixture and of documentation alone, and held-out documentation for the rater and for the test."""
+    """Batches of the mixture and of documentation, held-out documentation for rater and test."""
 
     def __init__(self, seed):
         self.draw = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def learn_rater(rater, data, seed, steps, hf=False, rate=0.03):
 
 @torch.no_grad()
 def found(rater, data):
-    """Mean scores by source, and the areas under the curves of documentation against each other source."""
+    """Return mean scores by source, and the areas under documentation's curves against the others."""
     ids, source = data.mixture(2000)
     scores = [rater(ids)[source == number] for number in range(len(SOURCES))]
     return [s.mean().item() for s in scores], [
@@ -143,7 +143,7 @@ def found(rater, data):
 
 
 def best_half(rater, data):
-    """A batch: of twice as many sequences of the mixture those with the highest scores."""
+    """Return a batch: of twice as many sequences of the mixture those with the highest scores."""
     ids = data.mixture(2 * BATCH)[0]
     return ids[rater(ids).topk(BATCH).indices]
 

@@ -1,4 +1,4 @@
-"""MAML on digits: prints the accuracy after five steps on one picture of each of three digits, in %.
+"""MAML on digits: prints the accuracy, in %, after five steps on a picture of each of three digits.
 
     python examples/maml_digits.py [SEED ...]
 

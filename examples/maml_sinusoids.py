@@ -1,4 +1,4 @@
-"""MAML on sinusoids: prints the squared error on new ones, after five steps on ten points, from three starts.
+"""MAML: prints the squared error on new sinusoids, after five steps on ten points, by the start.
 
     python examples/maml_sinusoids.py [SEED ...]
 

@@ -1,4 +1,6 @@
-"""Five labels a class on two tables, beside logistic regression on the same labels: python examples/tabular.py
+"""Five labels a class on two tables, beside logistic regression on the same labels.
+
+    python examples/tabular.py
 
     breast cancer: 569 tumours, 30 measurements, 2 classes; wine: 178 wines, 13 measurements, 3
     classes (scikit-learn)

@@ -45,7 +45,7 @@ def pretrain(network, x, y, seconds):
 
 
 def accuracy(network, x, y, rate):
-    """The mean over 10 angles, at each after 20 steps on 20 digits."""
+    """Return the mean over 10 angles, at each after 20 steps on 20 digits."""
     found = []
     for few, (others, truth) in (draw(x, y, 1, [20, len(x) - 20]) for _ in range(10)):
         own = copy.deepcopy(network)

@@ -1,4 +1,4 @@
-r"""Two moons with six labels, the toy experiment of Meta Pseudo Labels: python examples/two_moons.py
+r"""Two moons with six labels, Meta Pseudo Labels' toy experiment: python examples/two_moons.py
 
     2,000 points on two moons, 3 of each labeled; teacher and student have two hidden layers of 8
     sigmoid units and initial weights in ±0.1, and learn by SGD at the constant rate 0.1
