@@ -136,6 +136,9 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
             "library's, other than implicit, or is_pure = True in an estimator that asks for "
             "nothing but metapl.feedback.roads"
         )
+    if mode.name == "loss_difference" and trainer.precision != "float32":
+        # Its two outer losses run as one vmapped pass, in which autocast leaves biases in float32.
+        return f'loss_difference with precision="{trainer.precision}"; expected "float32"'
     if trainer.accumulate > 1:
         return f"accumulate={trainer.accumulate}; expected 1"
     if not is_alone:

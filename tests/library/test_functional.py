@@ -312,6 +312,31 @@ def test_a_problem_without_a_teacher_revises_its_signal() -> None:
     agree(trainer, ((x, y), (u, y)), 1e-9)
 
 
+class Sharpened(metapl.problems.PseudoLabels):
+    """The student's real step is on the soft labels after a step along the feedback."""
+
+    def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
+        return Signal((signal.value + 0.5 * h).softmax(-1))
+
+
+def test_a_teacher_gets_the_feedback_on_its_own_signal_and_not_on_the_revised_one() -> None:
+    trainer = metapl.BilevelTrainer(network(), network("tanh"), "forward", problem=Sharpened())
+    before = [p.detach().clone() for p in trainer.teacher.parameters()]  # type: ignore[union-attr]
+    data = batches()
+    agree(trainer, data, 1e-9)
+    step, state = trainer.functional()
+    moved, _ = step(state, data[0], data[1])
+    assert not all(map(torch.equal, before, moved.teacher.params.values()))
+
+
+def test_two_losses_in_half_precision_are_refused_by_name() -> None:
+    trainer = metapl.BilevelTrainer(
+        network(), network("tanh"), "loss_difference", precision="bfloat16"
+    )
+    with pytest.raises(MetaplError, match='loss_difference with precision="bfloat16"; expected'):
+        trainer.functional()
+
+
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "loss_difference"])
 def test_attention_runs_pure_by_kernels_that_have_second_derivatives_with_the_eager_masks(
     mode: str,
