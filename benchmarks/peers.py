@@ -316,7 +316,7 @@ def by_betty(
 ) -> Gradient:
     """Return the gradient by Betty's default, ``darts``.
 
-    (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8.) It is of the last step alone: the mixed
+    It is of the last step alone (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): the mixed
     derivative at the new weights, with the identity for the Hessian, by a central difference of
     gradients in the teacher over 0.01 / ||v|| along v. Times the rate, which Betty leaves out.
     """

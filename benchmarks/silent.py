@@ -130,7 +130,7 @@ def physics(student: Any, x: Tensor) -> Tensor:
 
 
 def graph_convolution(student: Any, x: Tensor) -> Tensor:
-    """Return a score a node: the rows are nodes of a ring, which hear from their neighbours."""
+    """Return the outputs where rows are nodes of a ring, which hear from their neighbours."""
     rows = torch.arange(len(x))
     heard = torch.zeros_like(x).index_add(0, rows, x.roll(1, 0)).index_add(0, rows, x.roll(-1, 0))
     return student.b(student.a(x + heard).tanh())

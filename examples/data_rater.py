@@ -134,7 +134,7 @@ def learn_rater(rater, data, seed, steps, hf=False, rate=0.03):
 
 @torch.no_grad()
 def found(rater, data):
-    """Return mean scores by source, and the areas under documentation's curves against the others."""
+    """Return mean scores by source, and areas under documentation's curves against the others."""
     ids, source = data.mixture(2000)
     scores = [rater(ids)[source == number] for number in range(len(SOURCES))]
     return [s.mean().item() for s in scores], [

@@ -108,7 +108,7 @@ FLIPS_OF_ALEXNET |= {"snow": 0.1193, "brightness": 0.0489, **_MOVED}
 class Subject:
     """A network that gives logits (B, K) of pictures (B, C, side, side) in [0, 1].
 
-    It looks at their middle.
+    Only the middle of a picture is looked at.
     """
 
     network: nn.Module

@@ -47,7 +47,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def blank_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports have files in the place of programs, which take some seconds."""
+    """Put files in the place of an export's programs, which take some seconds."""
     files = {PROGRAM: b"a program", ONNX: b"for others"}
     monkeypatch.setattr(
         export,

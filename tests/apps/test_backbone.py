@@ -132,7 +132,7 @@ def test_what_the_head_sees_is_known_by_pictures_weights_and_autocast() -> None:
         lambda: images.mul_(0.5),
         lambda: setattr(images, "data", torch.rand_like(images)),
         lambda: network.load_state_dict(other.state_dict()),
-        lambda: network.requires_grad_(True),
+        lambda: network.requires_grad_(requires_grad=True),
     ):
         change()
         assert torch.equal(network(images), Normalized.forward(network, images))

@@ -1,5 +1,8 @@
-"""The command line: what is typed in the pages parses, what is refused leaves every file as it was,
-and what each command that reads a run says and writes."""
+"""The command line.
+
+What is typed in the pages parses, what is refused leaves every file as it was; and what each
+command that reads a run says and writes.
+"""
 
 import json
 import math
@@ -36,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def typed() -> list[str]:
-    """The command lines of the pages, as one types them."""
+    """Return the command lines of the pages, as one types them."""
     lines: list[str] = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):

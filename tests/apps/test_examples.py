@@ -88,14 +88,17 @@ PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
     ),
     "own networks": (
         "own_networks 3",
-        r"^seed 3: student's accuracy ([\d.]+) % with feedback, ([\d.]+) % without\nOne seed does not show ",
+        (
+            r"^seed 3: student's accuracy ([\d.]+) % with feedback, ([\d.]+) % without\n"
+            r"One seed does not show "
+        ),
         lambda own, without: own != without and min(own, without) > 60,
     ),
 }
 
 
 def printed(patch: pytest.MonkeyPatch, name: str, *arguments: str) -> str:
-    """What an example prints, run in this process."""
+    """Return what an example prints, run in this process."""
     patch.setattr(sys, "argv", [name, *arguments])
     patch.syspath_prepend(ROOT / "examples")
     with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()) as out:

@@ -1,4 +1,4 @@
-"""What pictures show decides settings that were left open, and how many steps fit into a time the rest."""
+"""What pictures show decides settings that were left open; the steps that fit a time, the rest."""
 
 import itertools
 from pathlib import Path

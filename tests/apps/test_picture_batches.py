@@ -70,7 +70,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 def batches_of_files(paths: list[Path], view: Any, crop: ResizedCrop | None) -> list[Any]:
-    """Return batches of eight rows of each kind that several processes share, of files that can be read."""
+    """Return batches of eight rows of each kind that several processes share, of readable files."""
     files = FileImages([paths[number] for number in SOUND], size=(6, 6))
     count = len(SOUND)
     labels = torch.arange(count)
@@ -316,7 +316,7 @@ def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
     ("kind", "workers"), [("files", 0), ("files", 2), ("kept", 0), ("memory", 0), ("tensor", 0)]
 )
 def test_items_are_functions_of_their_position(kind: str, workers: int, paths: list[Path]) -> None:
-    """By whichever process they are made, where the run was stopped, and wherever views are taken."""
+    """By whichever process they are made, where the run stopped, and wherever views are taken."""
     for name, batches in sources(kind, paths).items():
         stop = min(5, len(batches))
         whole, state = [batches[step] for step in range(stop)], torch.get_rng_state()

@@ -74,7 +74,7 @@ def taken(kind: str, sizes: dict[str, int]) -> int:
 
 
 def planned(kind: str, mode: str = "forward", **sizes: int) -> tuple[Any, int]:
-    """The rehearsed step of a rank, and its peak."""
+    """Return the rehearsed step of a rank, and its peak."""
     mesh = Mesh(**sizes)
     with torch.device("meta"):
         own = networks(kind)

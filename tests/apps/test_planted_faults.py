@@ -37,13 +37,15 @@ Check = Callable[[Here], None]
 
 
 ENDED_ON: dict[str, Any] = {}
-"""The weights of runs without a fault, by the name of the golden run, as they are on this machine."""
+"""The weights of runs without a fault on this machine, by the name of the golden run."""
 
 
 def golden(name: str) -> Check:
-    """The weights that a run ends on, to the bit. The stored ones may be of another processor,
-    where they are compared to 5e-3 of their norm, within which most of these faults stay; so the
-    first call, without a fault, is remembered."""
+    """Return a check of the weights that a run ends on, to the bit.
+
+    The stored ones may be of another processor, where they are compared to 5e-3 of their norm,
+    within which most of these faults stay; so the first call, without a fault, is remembered.
+    """
 
     def weights(here: Here) -> None:
         if name not in ENDED_ON:

@@ -167,7 +167,7 @@ def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> An
 
 
 def stored(folder: str, place: Path) -> str:
-    """A store with labels of all pictures of a folder but the last, as ``metapl label`` writes it."""
+    """Store labels of all pictures of a folder but the last, as ``metapl label`` writes them."""
     files = scan_unlabeled(folder)
     names = sorted(files.names)[:-1]
     p = torch.rand(len(names), len(WNIDS), generator=torch.Generator().manual_seed(0)).softmax(1)

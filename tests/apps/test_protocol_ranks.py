@@ -103,7 +103,7 @@ class Double(nn.Module):
 
 
 def trained(words: list[str]) -> dict[str, Any]:
-    """What a process of the mesh that the words say returns, with networks in float64."""
+    """Return what a process of the words' mesh returns, with networks in float64."""
     real = picture_sets.build_network
     protocols.build_network = lambda *arguments: Double(real(*arguments))
     protocols.deliver = lambda *_: None  # which has networks in float32

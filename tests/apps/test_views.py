@@ -1,6 +1,8 @@
-"""Views: a picture's view is a function of (seed, step, example) and of nothing else; each beside a
-slow reference, and how often its outcomes are drawn; RandAugment: operations are Pillow's to the
-bit, draws those of the papers."""
+"""Views: a picture's view is a function of (seed, step, example) and of nothing else.
+
+Each is beside a slow reference, and how often its outcomes are drawn; RandAugment: operations are
+Pillow's to the bit, draws those of the papers.
+"""
 
 import itertools
 import math
@@ -306,7 +308,7 @@ def test_a_cutout_fits_into_the_digits_and_a_number_that_is_none_is_no_color() -
 
 
 def drawn(count: int, each: int, stream: int) -> Tensor:
-    """What a view draws for examples 0, 1, … at seed 0 and step 0."""
+    """Return what a view draws for examples 0, 1, … at seed 0 and step 0."""
     return draws.uniform(0, 0, torch.arange(count), each, stream=stream, dtype=torch.float64)
 
 
@@ -570,7 +572,7 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def only(*names: str, magnitude: float = 10, **fields: Any) -> RandAugment:
-    """The view that does these operations, as many as are named, and nothing else."""
+    """Return the view that does these operations, as many as are named, and nothing else."""
     given = {"probability": (1, 1), "cutout": 0, **fields}
     return RandAugment(len(names), magnitude, operations=tuple(dict.fromkeys(names)), **given)
 
@@ -677,7 +679,7 @@ def test_cutout_is_a_grey_square_lost_outside_the_image() -> None:
 
 
 class FromNumbers(TorchFunctionMode):
-    """Refuses tensors that are made on the pictures' device from numbers of Python, for which the host would wait."""
+    """Refuses tensors made on the pictures' device from Python's numbers: the host would wait."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -143,7 +143,7 @@ class ByHand:
 
 
 def by_hand(labels: Tensor | None = None) -> ByHand:
-    """The first step of SGD, on soft labels or on these."""
+    """Take the first step of SGD, on soft labels or on these."""
     teacher, student = networks()
     (x, y), (u,) = batches(1)
     q = teacher(u).softmax(-1).detach()

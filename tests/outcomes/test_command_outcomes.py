@@ -1,5 +1,7 @@
-"""Trainings of the command come out, at the defaults: ``train digits``, ``train noisy``, ``train
-images``, and ``noisy-student images``."""
+"""Trainings of the command come out, at the defaults.
+
+``train digits``, ``train noisy``, ``train images``, and ``noisy-student images``.
+"""
 
 from __future__ import annotations
 
@@ -102,8 +104,11 @@ def write_digits(folder: Path, rows: np.ndarray, labels: np.ndarray | None) -> N
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits in folders: 100 ``labeled``, 800 ``unlabeled``, the same 800 as ``noisy`` with 40 %
-    wrong labels, and 400 to ``test`` on."""
+    """Return digits in folders.
+
+    100 are ``labeled``, 800 ``unlabeled``, the same 800 ``noisy`` with 40 % wrong labels, and 400
+    to ``test`` on.
+    """
     root = tmp_path_factory.mktemp("digits")
     truth = load_digits().target
     draw = np.random.default_rng(0)
