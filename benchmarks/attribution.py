@@ -70,7 +70,10 @@ class Convolutional(nn.Module):
 
 
 def mlp(act: nn.Module, width: int, norm: str = "", outputs: float = 1.0) -> nn.Module:
-    """``norm``: a batch norm "before" or "after" the activation, by the statistics of the batch."""
+    """Return a network of one hidden layer, whose last layer is scaled by ``outputs``.
+
+    ``norm``: a batch norm "before" or "after" the activation, by the statistics of the batch.
+    """
     of_batch = [nn.BatchNorm1d(width, track_running_stats=False)] if norm else []
     middle = [act, *of_batch] if norm == "after" else [*of_batch, act]
     last = nn.Linear(width, 10)
@@ -175,9 +178,9 @@ def factor(setting: Row, step: int, steps: int) -> float:
 
 
 def losses_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """One of each example, (B,).
+    """Return the loss of each example, (B,).
 
-    Of a sequence, with logits (B, T, V), the mean over its words but the first.
+    That of a sequence, with logits (B, T, V), is the mean over its words but the first.
     """
     if outputs.ndim == 3:
         outputs, y = outputs[:, :-1].transpose(1, 2), y[:, 1:]
@@ -233,7 +236,7 @@ def loss_of(
 def along(
     network: nn.Module, params: dict[str, Tensor], train: Any, v: dict[str, Tensor]
 ) -> Tensor:
-    """⟨∇ℓ_i, v⟩ of every training example."""
+    """Return ⟨∇ℓ_i, v⟩ of every training example."""
     return jvp(lambda p: loss_of(network, p, train, "none"), (params,), (v,))[1].detach()
 
 
@@ -276,7 +279,7 @@ def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
 def by_dot_products(
     setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int
 ) -> Tensor:
-    """TracIn without its rates.
+    """Return TracIn's scores without its rates.
 
     Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end.
     """
@@ -308,7 +311,7 @@ def by_one_step(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) 
 
 
 def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
-    """Influence functions on the last layer at the end of the training: ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩."""
+    """Return the influence on the last layer at the training's end, ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩."""
     network, _ = built(setting, seed)
     *_, params = plain(setting, seed, order, train)
     names = [*params][-2:]
@@ -461,7 +464,7 @@ def ahead(rows: list[Row], share: float) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """By their marks in the page."""
+    """Return the tables by their marks in the page."""
     rough, rows = [r for r in rows if "scores" not in r], [r for r in rows if "scores" in r]
     tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
     lines, columns = list[list[Any]](), list[tuple[float, ...]]()

@@ -235,7 +235,7 @@ class Parts:
             yield None if fault is None else f"{kind}: {fault}"
 
     def pictures(self) -> Faults:
-        """Pictures of every format with bytes flipped, cut and added: a tensor, or a reason."""
+        """Flip, cut and add bytes in pictures of every format: each gives a tensor, or a reason."""
         draw, path, rng = random.Random(4), self.folder / "picture.bin", numpy.random.default_rng(0)
         whole, forms = [], ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
         for form, mode in itertools.product(forms, ("L", "RGB", "RGBA", "P")):
@@ -267,7 +267,7 @@ class Parts:
 
 
 def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:
-    """Bytes of which some are flipped, cut off, lost or added, and never the same."""
+    """Return bytes of which some are flipped, cut off, lost or added, and never the same."""
     changed = bytearray(content)
     for _ in range(draw.randint(1, most)):
         if not changed:

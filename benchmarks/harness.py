@@ -170,7 +170,7 @@ def go_on(
 
 
 def every(**axes: Any) -> tuple[Row, ...]:
-    """Every choice from these values; a value that is no tuple is the only one.
+    """Return every choice from these values; a value that is no tuple is the only one.
 
     >>> every(lr=(0.1, 0.2), momentum=0.9)
     ({'lr': 0.1, 'momentum': 0.9}, {'lr': 0.2, 'momentum': 0.9})
@@ -215,7 +215,7 @@ def loaded(file: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Floats to four figures, which is more than any of them is known to."""
+    """Write JSON, with floats to four figures, which is more than any of them is known to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))
     path.write_text(json.dumps(rounded, indent=1, ensure_ascii=False) + "\n")
@@ -237,7 +237,7 @@ def points(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation in %; of a single value, the value.
+    """Return the mean ± standard deviation in %; of a single value, the value.
 
     >>> spread([0.8, 0.9])
     '85.0 ± 7.1'
@@ -247,7 +247,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[str, str]:
-    """Of the means, in points, and p of the paired t-test.
+    """Return the difference of the means, in points, and p of the paired t-test.
 
     >>> difference([0.7996, 0.9001, 0.8501], [0.7504, 0.8304, 0.8102])
     ('+5.3', '0.027')
@@ -323,9 +323,9 @@ def show(page: Path | None, name: str, tables: str) -> None:
 
 
 def figure_of(page: Path, name: str) -> Path:
-    """Where the figure of a page's tables goes.
+    """Return where the figure of a page's tables goes.
 
-    Beside it; of tables that lie among the raw rows, into docs/.
+    It goes beside the page; if the tables lie among the raw rows, into docs/.
     """
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
@@ -356,7 +356,7 @@ def bars(
     columns: int = 1,
     least: float | None = None,
 ) -> None:
-    """Differences in points with their 95 % intervals, a panel a question.
+    """Draw differences in points with their 95 % intervals, a panel a question.
 
     A value below ``least`` is written there.
     """

@@ -90,7 +90,7 @@ def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
 
 @torch.no_grad()
 def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
-    """Loss, and accuracy in %, on the digits that neither training nor validation has seen."""
+    """Return loss and accuracy in % on digits that neither training nor validation has seen."""
     x, y = (
         torch.cat([split.test[0], split.unlabeled]),
         torch.cat([split.test[1], split.unlabeled_truth]),
@@ -145,7 +145,7 @@ def of_study(rows: list[Row], study: str) -> list[Row]:
 
 
 def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
-    """Tuning, and the final runs with the settings that it chose."""
+    """Yield the tuning, and the final runs with the settings that it chose."""
     for seed in TUNING_SEEDS[study][:few]:
         for arm, settings in SETTINGS.items():
             for setting in settings[:few]:

@@ -220,7 +220,7 @@ class Corrector(nn.Module):
         nn.init.zeros_(self.network[-1].weight)
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        """(B, ...), (B,) to (B, C)."""
+        """Return logits (B, C) of inputs (B, ...) and labels (B,)."""
         labels = F.one_hot(given, CLASSES).to(x)
         logits: Tensor = self.network(torch.cat([x.flatten(1), labels], 1)) + TRUSTED * labels
         return logits
@@ -246,7 +246,7 @@ class Run:
     def batches(
         self, pool: tuple[Tensor, ...], stream: int, steps: int
     ) -> list[tuple[Tensor, ...]]:
-        """For each step, the examples that are drawn from a pool of columns."""
+        """Return, for each step, the examples that are drawn from a pool of columns."""
         sampler = StepSampler(len(pool[0]), BATCH, seed=self.seed, stream=stream)
         return [tuple(column[sampler.indices(step)] for column in pool) for step in range(steps)]
 
@@ -266,7 +266,7 @@ class Run:
         trainer.fit(labeled, **{"steps": steps, "log_every": steps, "progress": False, **options})
 
     def train(self) -> None:
-        """By the method."""
+        """Train by the method."""
         if self.entry.problem not in LEARNED:
             self._plain()
             return
@@ -398,7 +398,7 @@ def auc(wrong: Tensor, doubt: Tensor) -> float | None:
 
 
 def one_run(method: str, config: Config, final: bool, condition: str, seed: int, size: Size) -> Row:
-    """Tuning runs read the validation images, final runs the test images."""
+    """Run once; tuning runs read the validation images, final runs the test images."""
     since, run, row = time.perf_counter(), Run(method, config, condition, seed, size), Row()
     run.train()
     if final:
@@ -467,7 +467,7 @@ def columns(rows: Sequence[Row]) -> Columns:
 
 
 def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
-    """Mean ± standard error."""
+    """Return the mean ± standard error."""
     if values is None:
         return NONE
     digits, error = (
@@ -478,7 +478,7 @@ def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
 
 
 def gain(a: Sequence[float] | None, b: Sequence[float] | None) -> str:
-    """Of the means in points ± its standard error, and p of the paired t-test."""
+    """Return the means' difference in points ± its standard error, and p of the paired t-test."""
     if a is None or b is None:
         return NONE
     test = paired_test(a, b)

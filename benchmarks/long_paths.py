@@ -174,9 +174,9 @@ def path(name: str, steps: int, way: str) -> Callable[[], Any]:
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
-    """SGD's adjoint with momentum, and the gradient in every example's weight.
+    """Run SGD's adjoint with momentum, to the gradient in every example's weight.
 
-    A Hessian product a step.
+    It takes a Hessian product a step.
     """
     student, optimizer, batch = network(name)
     params, kept = list(student.parameters()), list[list[Tensor]]()

@@ -38,7 +38,7 @@ AGAIN, VALIDATION, TEST = "worth, on other seeds", 500, 1000
 
 @lru_cache(maxsize=1)
 def pictures(miniature: bool) -> tuple[Tensor, Tensor]:
-    """(n, 196) in [0, 1], and (n,)."""
+    """Return the pictures, (n, 196) in [0, 1], and their classes, (n,)."""
     if miniature:
         from sklearn.datasets import load_digits
 

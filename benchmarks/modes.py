@@ -174,7 +174,7 @@ def places() -> list[Place]:
 def step_of(
     mode: Mode, place: Place, batch: int, network: Network
 ) -> tuple[Callable[[], Any], nn.Module, Tensor]:
-    """One trainer's step on fixed batches, the student, and its batch; one step has been taken."""
+    """Return a trainer's step on fixed batches, the student, its batch; one step has been taken."""
     torch.manual_seed(0)
     networks = [network.build().to(place.device) for _ in range(2)]
     unlabeled = torch.randn(batch, 3, network.side, network.side, device=place.device)
@@ -204,7 +204,7 @@ def passes(mode: Mode, place: Place, network: Network) -> float:
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one step per mode and round.
+    """Return the seconds of one step per mode and round.
 
     The modes take turns, so that what else the machine does hits all.
     """
@@ -253,9 +253,9 @@ class Subject:
 
 
 def subject_of(place: Place, network: Network | None = None) -> Subject:
-    """Digits: an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images.
+    """Return MLPs of 64, 32 and 10 units on the digits, 64 unlabeled and 64 labeled images.
 
-    Or a larger network, B = 8.
+    Or larger networks, B = 8.
     """
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
@@ -288,9 +288,9 @@ def subject_of(place: Place, network: Network | None = None) -> Subject:
 
 
 def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
-    r"""Per mode, beside the exact gradient G: noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖.
+    r"""Return noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖ per mode, G the exact gradient.
 
-    Of n draws, noise alone would make it look like noise/√n, the standard error of ḡ:
+    Of n draws, noise alone would make the bias look like noise/√n, the standard error of ḡ:
     ``bias_floor``.
     """
     reference = next(mode for mode in MODES if mode.mode == "unrolled")
@@ -324,7 +324,7 @@ def measured(
     draws: int,
     draws_wrn: int,
 ) -> Row:
-    """Every figure of every mode in one place."""
+    """Return every figure of every mode in one place."""
     print(f"{place.device}, {place.precision}: time", flush=True)
     seconds = times(place, batch, network, rounds)
     print("noise", flush=True)

@@ -589,7 +589,7 @@ def study(
 
 
 def tested(rows: Sequence[Row], name: str) -> dict[int, float]:
-    """The test accuracies of an arm by seed."""
+    """Return the test accuracies of an arm by seed."""
     settings = dataclasses.asdict(ARMS[name])
     return {
         row["seed"]: row["test"]

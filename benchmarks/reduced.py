@@ -56,7 +56,7 @@ READOUTS = ("student", "finetuned")
 
 
 def measure(case: str, name: str, steps: int) -> Row:
-    """Seconds and memory of a step of a method, and its weights, all networks together."""
+    """Return a step's seconds and memory by a method, and its weights, all networks together."""
     (method, mode), (network, batch, side) = STEPS[name], (CASES | SMALL)[case]
     torch.manual_seed(0)
     student = create(network, CLASSES)

@@ -121,7 +121,7 @@ HELD = dict[Tensor, Any]()  # a compiled training is known by its problem, stude
 
 
 def by_metapl(given: Row, way: str = "") -> Any:
-    """Scores, (N,), and the outer loss; no way: a plain training."""
+    """Return scores, (N,), and the outer loss; no way: a plain training."""
     (network, optimizer), (x, y), order, setting = (
         begun(given),
         given["train"],
@@ -188,7 +188,7 @@ class Weighted(nn.Module):
 
 
 def by_bergson(given: Row, way: str = "") -> Any:
-    """Scores and outer loss likewise; its save modes are the ways."""
+    """Return scores and outer loss likewise; bergson's save modes are the ways."""
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 
@@ -311,7 +311,7 @@ def lds(case: str, steps: int, seed: int, removals: int) -> Row:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """By their marks in the page."""
+    """Return the tables by their marks in the page."""
     lines = []
     measured = [row for row in rows if row["kind"] == "cost"]
     torchs = {

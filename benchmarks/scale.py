@@ -74,7 +74,7 @@ def serve(rank: int, number: int, folder: str, sizes: dict[str, int], cases: Seq
 def measure(
     rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], steps: int, count: bool
 ) -> Row:
-    """Seconds of a step of this process; with ``count``, what it computes, sends and holds too."""
+    """Return a step's seconds in this process; with ``count`` what it computes, sends, holds."""
     import metapl
     from metapl.ablation.cost import peak_bytes
     from metapl.distributed import Mesh, shard

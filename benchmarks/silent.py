@@ -250,7 +250,7 @@ ON_PURPOSE = (
 def case(
     kind: str, exact: bool = False
 ) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]:
-    """Teacher, student, a labeled batch and an unlabeled one.
+    """Return teacher, student, a labeled batch and an unlabeled one.
 
     Generators begin anew. ``exact``: without bfloat16.
     """
@@ -350,7 +350,7 @@ def scheduled(rate: Any) -> Any:
 
 
 def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """``torchopt.MetaSGD``."""
+    """Return the gradient by ``torchopt.MetaSGD``."""
     import torchopt
 
     inner = torchopt.MetaSGD(student, lr=scheduled(peers.LEARNING_RATE))
@@ -380,7 +380,7 @@ def by_bergson(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) 
 
 
 def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """``higher.innerloop_ctx``, which takes a learned rate by ``override``."""
+    """Return the gradient by ``higher.innerloop_ctx``; its ``override`` takes a learned rate."""
     import higher
 
     rate = peers.LEARNING_RATE
@@ -570,7 +570,7 @@ def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
 
 
 def run(given: Any) -> None:
-    """All rows, written way by way; the exact derivatives are found by this process."""
+    """Write all rows, way by way; the exact derivatives are found by this process."""
     torch.set_num_threads(1)
     kinds = (
         ("two layers", "weights clamped in forward", "rounding, straight-through")
@@ -619,7 +619,7 @@ def installed(way: str, folder: Path) -> tuple[str, str]:
 
 
 def table(result: Row) -> str:
-    """How often each way is right, and what it says of each student."""
+    """Return tables of how often each way is right, and of what it says of each student."""
     rows = {(row["kind"], row["way"]): row for row in result["rows"]}
     ways, outcomes = (
         [way for way in WAYS if any(way == w for _, w in rows)],

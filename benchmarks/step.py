@@ -217,9 +217,9 @@ def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.M
 
 
 def entered(step: Step) -> Row:
-    """How many files and functions of metapl a step enters.
+    """Return how many files and functions of metapl a step enters.
 
-    What ``def`` or ``lambda`` makes, not comprehensions.
+    Functions are what ``def`` or ``lambda`` makes, not comprehensions.
     """
     found, root = set[tuple[str, int]](), str(Path(metapl.__file__).parent)
 

@@ -79,7 +79,7 @@ Parts = list[tuple[Tensor, Tensor]]  # labeled, unlabeled and test: inputs (n, d
 
 
 def problem_of(name: str, seed: int, backbone: Path | None) -> Parts:
-    """Standardized inputs, and labels, those of the unlabeled examples for diagnosis alone."""
+    """Return standardized inputs, and labels, those of the unlabeled ones for diagnosis alone."""
     if name == "textures":
         parts = textures(seed, backbone)
     else:
@@ -160,7 +160,7 @@ def alone(student: nn.Module, problem: EqualWeights, lr: float) -> metapl.Bileve
 
 
 def batches(x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which examples of (S, n, d), (S, B), in shuffled epochs, and a view of them, (S, B, d)."""
+    """Yield which examples of (S, n, d), (S, B), in shuffled epochs; a view of them, (S, B, d)."""
     size, each = min(BATCH, x.shape[1]), torch.arange(len(x))[:, None]
     while True:
         orders = torch.stack([torch.randperm(x.shape[1], generator=g) for g in generators])
@@ -358,7 +358,7 @@ def main() -> None:
     )
 
     def rows_of(problem: str, arm: str, seed: int) -> list[Row]:
-        """Those of the seed and of the others beside it."""
+        """Return the rows of the seed and of the others beside it."""
         if seed == final[-1]:
             kind = "plain" if arm == "plain" else "reduced_mpl"
             return run(

@@ -140,7 +140,7 @@ def metapl(*words: Any) -> str:
 
 
 def column(file: Path, name: str) -> dict[str, str]:
-    """Of a list, by the pictures' files in its order."""
+    """Return a column of a list, by the pictures' files in its order."""
     with file.open(newline="") as lines:
         return {line["file"]: line[name] for line in csv.DictReader(lines)}
 
@@ -249,7 +249,7 @@ def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
 
 
 def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
-    """Mean and 95 % interval over the seeds, by Student's t."""
+    """Return the mean and its 95 % interval over the seeds, by Student's t."""
     mean, (low, high) = (
         statistics.fmean(values),
         paired_test(values, [0.0] * len(values)).interval or (0.0, 0.0),
@@ -282,7 +282,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def harmful_table(rows: Sequence[Row]) -> str:
-    """How well each list finds the wrong ones, and what was tuned and checked."""
+    """Return how well each list finds the wrong ones, and what was tuned and checked."""
     score, lines = next(iter(LISTS)), []
     for condition in CONDITIONS:
         mine = [row["lists"] for row in rows if row["condition"] == condition and not row["tuned"]]

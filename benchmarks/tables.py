@@ -57,7 +57,7 @@ BESIDE = {
 
 
 def drawn(problem: str, seed: int) -> list[np.ndarray]:
-    """Standardized rows and classes, to train and to test on."""
+    """Return standardized rows and classes, to train and to test on."""
     if problem == "quantiles":
         X, y = make_gaussian_quantiles(n_samples=600, n_features=10, n_classes=3, random_state=seed)
     else:
@@ -79,7 +79,7 @@ def some_of_each(y: np.ndarray, share: float | int, seed: int) -> np.ndarray:
 
 
 def few_labels(X: np.ndarray, y: np.ndarray, seed: int, **own: Any) -> Iterator[tuple[str, Any]]:
-    """Each arm, fitted."""
+    """Yield each arm, fitted to few labels."""
     known = some_of_each(y, FEW, seed)
     given = np.where(known, y, -1)
     yield "Meta Pseudo Labels", MetaPseudoLabelsClassifier(random_state=seed, **own).fit(X, given)
@@ -103,7 +103,7 @@ def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
 def wrong_labels(
     X: np.ndarray, y: np.ndarray, seed: int, kind: str, **own: Any
 ) -> Iterator[tuple[str, Any]]:
-    """Each arm, fitted."""
+    """Yield each arm, fitted to wrong labels."""
     draw, classes, trusted = (
         np.random.default_rng(seed),
         y.max() + 1,

@@ -438,7 +438,7 @@ class NoTeacher(EqualWeights):
         return torch.cat([batch[0], *batch[2:]])
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        """(B,), of which the mean is the sum of the two losses."""
+        """Return losses (B,), of which the mean is the sum of the two losses."""
         z, *views = outputs.split([len(x) for x in (batch[0], *batch[2:])])
         losses = [F.cross_entropy(z, batch[1], reduction="none") / len(z)]
         if views:
@@ -528,7 +528,7 @@ class Stacked:
         of_teacher: float = 1.0,
         noise: Tensor | None = None,
     ) -> None:
-        """One step of all seeds, at these factors of their learning rates.
+        """Take one step of all seeds, at these factors of their learning rates.
 
         ``noise`` (S, B, C) draws labels.
         """
@@ -554,7 +554,7 @@ class Stacked:
 
     @torch.no_grad()
     def outputs(self, x: Tensor, params: Weights | None = None) -> Tensor:
-        """Of all seeds, (S, n, C); of the students, or of other networks' weights."""
+        """Return all seeds' outputs, (S, n, C), of the students or by other networks' weights."""
         weights = self.state.student.params if params is None else params
         found: Tensor = vmap(functional_call, (None, 0, 0))(self.like, weights, x)
         return found
@@ -597,7 +597,7 @@ class Stack(Stacked):
         student_rate: float | None = None,
         noise: Tensor | None = None,
     ) -> None:
-        """One step of all seeds, at this factor of the learning rates.
+        """Take one step of all seeds, at this factor of the learning rates.
 
         The student's may be another.
         """
@@ -645,7 +645,7 @@ class Data:
 
 
 def apportioned(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in these proportions, at least 1 each.
+    """Return whole numbers in these proportions, at least 1 each.
 
     >>> apportioned([5, 4, 1], 20)
     [10, 8, 2]
@@ -772,7 +772,7 @@ def views(
 
 
 def shifted(pictures: Tensor) -> Tensor:
-    """(n, 64) to (9, n, 64): the pictures moved by each pair of (-1, 0, 1)."""
+    """Return the pictures, (n, 64), moved by each pair of (-1, 0, 1): (9, n, 64)."""
     images, steps = pictures.unflatten(-1, (1, SIDE, SIDE)), range(-SHIFT, SHIFT + 1)
     moves = [torch.tensor(move).expand(len(images), 2) for move in itertools.product(steps, steps)]
     return torch.stack([base.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
@@ -823,7 +823,7 @@ def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
 
 
 def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
-    """Teachers and students as they begin."""
+    """Return teachers and students as they begin."""
     pairs = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -834,7 +834,7 @@ def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
 def supervised(
     networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int
 ) -> Stack:
-    """Networks without teachers, after so many steps on these labels."""
+    """Return networks without teachers, after so many steps on these labels."""
     for step, (which, seen) in enumerate(views(x, seeds, stream, BATCH, steps)):
         batch = seen, y.gather(1, which)
         networks.step(batch, batch, cosine(step, steps))
@@ -854,7 +854,7 @@ def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int
 
 
 def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -> list[Stack]:
-    """Stacks that are trained side by side on the batches of an arm."""
+    """Return stacks that are trained side by side on the batches of an arm."""
     data, steps, prior = drawn(arm.labels, seeds, arm.uneven), size.steps(arm.steps), prior_of(arm)
     teachers, students = first_networks(seeds)
     begins, compiled = round(arm.begins * steps), steps >= COMPILED
@@ -893,7 +893,7 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
 
 
 def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
-    """Of each seed, as if the classes had their shares."""
+    """Return the accuracy of each seed, as if the classes had their shares."""
     shares = torch.linspace(uneven, 1, CLASSES, dtype=torch.float64)
     counts = torch.stack([each.bincount(minlength=CLASSES) for each in truth])
     weight = (

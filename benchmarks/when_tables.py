@@ -313,7 +313,7 @@ def beside_form(arms: dict[str, Found], form: str, name: str) -> tuple[str, str]
 
 
 def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:
-    """Meta Pseudo Labels minus each other arm, a panel a place."""
+    """Draw Meta Pseudo Labels minus each other arm, a panel a place."""
     by: dict[str, list[Bar]] = {}
     for place, arms in found.items():
         mpl = arms["mpl"].accuracy

@@ -84,7 +84,7 @@ def new_student(hf):
 
 
 def sequences(text):
-    """(N, T): printable characters by number, any other as a space."""
+    """Return sequences (N, T): printable characters by number, any other as a space."""
     ids = torch.tensor(list(text.encode("ascii", "replace"))) - 32
     return ids.where((ids >= 0) & (ids < WORDS), 0)[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
@@ -111,7 +111,7 @@ class Data:
         return pool[torch.randint(len(pool), (count,), generator=self.draw)]
 
     def mixture(self, count):
-        """Sequences, and the number of the source of each."""
+        """Return sequences, and the number of the source of each."""
         source = torch.tensor([0, 0, 1, 2])[torch.randint(4, (count,), generator=self.draw)]
         ids = torch.where(
             (source == 1)[:, None], self.some(self.code, count), self.some(self.clean, count)
@@ -149,7 +149,10 @@ def best_half(rater, data):
 
 
 def perplexity(batch, data, seed, steps, hf=False):
-    """Of a character of held-out documentation, by a new model that learns from so many batches."""
+    """Return a character's perplexity by a new model that learns from so many batches.
+
+    The characters are those of held-out documentation.
+    """
 
     def loss(ids):
         return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -72,7 +72,7 @@ def distill(x, y, seed, steps):
 
 
 def accuracy(images, labels, test, seed):
-    """In %, of a new network after as many steps on these images."""
+    """Return the accuracy, in %, of a new network after as many steps on these images."""
     student, optimizer = network(10**6 + seed)
     for _ in range(AHEAD):
         optimizer.zero_grad()

@@ -25,7 +25,7 @@ START = {
 
 
 def settings(logs):
-    """Of each step and layer, (STEPS, layers): linear between the knots of the logarithms."""
+    """Return each step's and layer's settings, (STEPS, layers), linear between the logs' knots."""
     lines = {
         name: F.interpolate(log.T[None], STEPS, mode="linear", align_corners=True)
         for name, log in logs.items()
@@ -69,7 +69,7 @@ def learn(split, seed, rounds=8, rate=0.3):
 
 
 def accuracy(student, labeled):
-    """In %."""
+    """Return the accuracy in %."""
     x, y = labeled
     with torch.no_grad():
         return 100 * (student(x).argmax(1) == y).double().mean().item()

@@ -32,9 +32,9 @@ class Digits:
     seed: int
 
     def noisy_batches(self, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """64 images a batch, with their rows of the columns.
+        """Return batches of 64 images, with their rows of the columns.
 
-        The given labels, unless columns are named.
+        The columns are the given labels, unless others are named.
         """
         return batches(64, self.seed, self.x, *(columns or (self.given,)))
 
@@ -63,7 +63,7 @@ def draw(seed: int, noise: str) -> Digits:
 
 
 def batches(size: int, seed: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Endless batches of the same rows of each column."""
+    """Yield endless batches of the same rows of each column."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         rows = torch.randint(len(columns[0]), (size,), generator=generator)
@@ -77,7 +77,7 @@ def fit(trainer: Any, labeled: Any, unlabeled: Any, steps: int, schedule: str = 
 
 
 def plain(digits: Digits, steps: int) -> Any:
-    """Trained on both: each batch has 64 given labels and the trusted ones."""
+    """Train on both: each batch has 64 given labels and the trusted ones."""
     student, optimizer = digits.student()
     both = (
         tuple(map(torch.cat, zip(batch, digits.trusted, strict=True)))

@@ -201,9 +201,9 @@ def rehearse(
 
 @contextmanager
 def stage(mesh: Mesh):
-    """In this block tensors have no values, and this process is rank 0 of a mesh.
+    """Make this process rank 0 of a mesh; in this block tensors have no values.
 
-    The others say what it says.
+    The other ranks say what it says.
     """
 
     waits, outside = checks.waits, unset_fake_temporarily()  # as a decorator

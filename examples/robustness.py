@@ -143,7 +143,7 @@ class Subject:
         return [known[name] for name in folders]
 
     def logits(self, paths: Sequence[Path]) -> Tensor:
-        """Of pictures in files, (N, K)."""
+        """Return the logits of pictures in files, (N, K)."""
         with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes without Python's lock
             pieces = (
                 pool.map(self.read, paths[at : at + AT_ONCE])
@@ -245,7 +245,7 @@ def figures(found: Evaluation) -> dict[str, Any]:
 
 
 def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
-    """Accuracy and calibration on 200 class folders, by the outputs of these classes alone.
+    """Return accuracy and calibration on 200 class folders, by these classes' outputs alone.
 
     Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix
     A.5.
@@ -257,7 +257,7 @@ def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
 
 
 def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
-    """Accuracies by corruption and severity, and mCE where all fifteen are there."""
+    """Return accuracies by corruption and severity, and mCE where all fifteen are there."""
     folders = parts(root, CORRUPTIONS, "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
     found = {
         name: [filled(folder / str(severity)) for severity in SEVERITIES]
@@ -307,7 +307,7 @@ def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
 
 
 def relative_to(alexnet: Mapping[str, float], values: Mapping[str, float]) -> float | None:
-    r"""Errors, or flip probabilities, relative to AlexNet's in %; None where a kind is missing.
+    r"""Return errors, or flip probabilities, relative to AlexNet's in %; None if a kind is missing.
 
     .. math:: \mathrm{mCE} = 100 \cdot \tfrac{1}{15} \sum_c
               \frac{\sum_s E_{s,c}}{\sum_s E^{\mathrm{AlexNet}}_{s,c}}, \qquad
@@ -322,7 +322,7 @@ def relative_to(alexnet: Mapping[str, float], values: Mapping[str, float]) -> fl
 
 
 def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) -> float:
-    r"""How often the predicted class changes from one frame to the next.
+    r"""Return how often the predicted class changes from one frame to the next.
 
     .. math:: \mathrm{FP}_p = \frac{1}{m} \sum_{i=1}^{m} \frac{1}{n_i - 1} \sum_{j=2}^{n_i}
               [f(x^{(i)}_j) \ne f(x^{(i)}_{j-1})], \qquad x_{j-1} \to x_1 \text{ for noise}
@@ -394,9 +394,9 @@ def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
 
 
 def filled(root: Path) -> LabeledFiles:
-    """Class folders, each with a picture.
+    """Return the class folders; refuse them where one has no picture.
 
-    Those of a set that is half unpacked would stand for other outputs.
+    The folders of a set that is half unpacked would stand for other outputs.
     """
     files = scan_labeled(root)
     if empty := [name for name, count in files.counts().items() if not count]:
@@ -407,7 +407,7 @@ def filled(root: Path) -> LabeledFiles:
 
 
 def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str, Any]:
-    """Share of predictions among the right outputs of a picture; pictures without one do not count.
+    """Return the share of predictions among a picture's right outputs; those without do not count.
 
     Source: Beyer et al. 2020, "Are we done with ImageNet?", section 3.1.
     """

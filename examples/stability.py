@@ -29,7 +29,7 @@ def trained(temperature: float, steps: int, few, many) -> metapl.BilevelTrainer:
 
 
 def row(trainer: metapl.BilevelTrainer, few, many, modes, draws: int) -> str:
-    """Error and noise of one draw, over the length of the exact gradient."""
+    """Return error and noise of one draw, over the length of the exact gradient."""
     found = metapl.ablate(trainer, few, many, modes, draws=draws, rounds=1, altered=False).modes
     cells = ("-" if isinstance(mode, str) else f"{mode.of_one_draw:.2g}" for mode in found.values())
     return "".join(f"{cell:>23}" for cell in cells)

@@ -75,7 +75,7 @@ def encoded(texts: list[list[str]], known: dict[str, int]) -> Text:
 
 
 def corpus() -> dict[str, tuple[Text, Tensor]]:
-    """Texts and labels of each part; as many of each package, and no two texts that begin alike."""
+    """Return texts and labels of each part: as many of each package, no two that begin alike."""
     of_package = []
     for package in PACKAGES:
         all_words = [words_of(text) for text in docstrings(package)]
@@ -101,9 +101,9 @@ def corpus() -> dict[str, tuple[Text, Tensor]]:
 
 
 def word_vectors(ids: Tensor) -> Tensor:
-    """In the place of pretraining.
+    """Return vectors that say which words stand together, in the place of pretraining.
 
-    Vectors of which words stand together, from the unlabeled texts.
+    They are found from the unlabeled texts.
     """
     holds = torch.zeros(len(ids), UNKNOWN + 1 + WORDS).scatter_(1, ids, 1.0)
     holds[:, : UNKNOWN + 1] = 0

@@ -67,7 +67,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Each of several processes begins with other files.
+    """Let each of several processes begin with other files.
 
     All of them need ten seconds for asserts to be rewritten.
     """

@@ -62,7 +62,7 @@ def tones(
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
-    """Noise of 0..1 that varies over about size / cells pixels, of shape (size, size)."""
+    """Return noise of 0..1 that varies over about size / cells pixels, of shape (size, size)."""
     grid = rng.integers(0, 256, (cells + 1, cells + 1), dtype=np.uint8)
     return (
         np.asarray(
@@ -220,7 +220,7 @@ def view(
 @cache
 @cache
 def photographs() -> tuple[Bytes, ...]:
-    """scikit-learn's two photographs, a temple and a flower, of shape (427, 640, 3)."""
+    """Return scikit-learn's two photographs, a temple and a flower, of shape (427, 640, 3)."""
     return tuple(np.asarray(image) for image in load_sample_images().images)
 
 
@@ -232,9 +232,9 @@ def finish(
     blur: float = 0.5,
     light: float = 0.15,
 ) -> Bytes:
-    """As a camera would take it.
+    """Return the picture as a camera would take it, uint8.
 
-    Some light, some blur (in pixels) and some noise (of 255 levels); uint8.
+    The camera adds some light, some blur (in pixels) and some noise (of 255 levels).
     """
     gain = 1 + rng.uniform(-light, light)
     image = np.clip(

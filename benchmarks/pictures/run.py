@@ -32,7 +32,7 @@ from metapl.apps.several_runs import Job
 
 
 def run(problem: str | Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
-    """One training, and its accuracies on the test set."""
+    """Train once; return a row with the accuracies on the test set."""
     torch.set_num_threads(1)
     problem = named(problem) if isinstance(problem, str) else problem
     with tempfile.TemporaryDirectory() as folder:

@@ -88,7 +88,7 @@ def _pattern(rng: Generator, name: str, u: Floats, v: Floats, fine: int) -> Floa
 
 @cache
 def _handwritten(test: bool) -> tuple[Floats, ...]:
-    """Digits of 8x8 as coverage, by class.
+    """Return digits of 8x8 as coverage, by class.
 
     Every third of scikit-learn's is kept for the test sets.
     """

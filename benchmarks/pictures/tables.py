@@ -30,7 +30,10 @@ Means = dict[tuple[str, float], list[float]]
 
 
 def reached(rows: list[Row]) -> Means:
-    """Mean test accuracies in % of what was delivered on each problem, by method and minutes."""
+    """Return mean test accuracies in % of what was delivered, by method and minutes.
+
+    A list has each problem's.
+    """
     names, keys = (
         [problem.name for problem in half("unseen")],
         {(row["method"], row["minutes"]) for row in rows},
@@ -116,7 +119,7 @@ def from_backbone(rows: list[Row]) -> str:
 
 
 def draw(means: Means, file: Path) -> None:
-    """Each problem's accuracies on a line, a mark a method and minutes."""
+    """Draw each problem's accuracies on a line, a mark a method and minutes."""
     from matplotlib.figure import Figure
 
     names, longest = (

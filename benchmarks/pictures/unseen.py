@@ -35,7 +35,7 @@ Generator = np.random.Generator
 def _arc(
     center: tuple[float, float], radii: tuple[float, float], start: float, end: float
 ) -> Floats:
-    """Points of an ellipse between two angles in degrees; 0 points right and 90 down."""
+    """Return points of an ellipse between two angles in degrees; 0 points right and 90 down."""
     angles = np.radians(np.linspace(start, end, 20))
     return np.stack(
         [center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles)], axis=1
@@ -344,7 +344,7 @@ def molecule(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 
 
 def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
-    """Points with bonds of length about 1 and the pairs that are bonded."""
+    """Return points with bonds of length about 1, and the pairs that are bonded."""
     if name == "chain":
         return _walk(rng, np.zeros(2), rng.uniform(0, 360), int(rng.integers(4, 8)))
     if name == "star":

@@ -55,7 +55,7 @@ def edited(file: Path, *keys: str, **values: Any) -> None:
 
 
 def reseal(run: Path) -> None:
-    """As if the run had written its weights and pictures as they are now."""
+    """Seal a run as if it had written its weights and pictures as they are now."""
     content = result(run)
     files = content["sha256"].keys() - {"result.json"}
     content["sha256"] = {
@@ -65,5 +65,5 @@ def reseal(run: Path) -> None:
 
 
 def rows(text: str) -> list[dict[str, str]]:
-    """CSV with a header."""
+    """Return the rows of CSV with a header."""
     return list(csv.DictReader(io.StringIO(text)))

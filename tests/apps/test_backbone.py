@@ -48,7 +48,7 @@ NOISY = (
 
 @pytest.fixture(name="root", scope="module")
 def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and blue pictures, in ``noisy`` too, and the weights of a network of ten classes."""
+    """Return red and blue pictures, in ``noisy`` too, and weights of a network of ten classes."""
     root = color_folders(tmp_path_factory.mktemp("colors"), few=6, many=8, side=SIDE)
     shutil.copytree(root / "labeled", root / "noisy")
     for number, file in enumerate(sorted((root / "noisy").rglob("*.png"))):

@@ -179,7 +179,7 @@ REFUSED = {
 
 
 def content(*folders: Path) -> dict[str, tuple[int, float]]:
-    """Every file, with its size and when it was written, and every folder."""
+    """Return every file, with its size and when it was written, and every folder."""
     found = {str(file): file.stat() for folder in folders for file in folder.rglob("*")}
     return {
         name: (-1, 0) if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)

@@ -45,7 +45,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(
     test: dict[str, list[float]], validation: dict[str, list[float]] | None = None
 ) -> Comparison:
-    """Students with these accuracies, and finetuned ones that are worse."""
+    """Compare students with these accuracies, and finetuned ones that are worse."""
     methods = {
         name: {
             "test_accuracy": ones,

@@ -40,7 +40,10 @@ def compared(of: str) -> str:
 
 
 def differ_as_they_say(*found: float) -> bool:
-    """By a method and by plain training, on two kinds of noise; each number is rounded."""
+    """Return whether a method and plain training differ as printed, on two kinds of noise.
+
+    Each number is rounded.
+    """
     return all(abs(a - b - d) < 0.11 and min(a, b) > 40 for a, b, d in (found[:3], found[3:]))
 
 

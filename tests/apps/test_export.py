@@ -44,7 +44,7 @@ def run(
 
 
 def trained_like(architecture: Architecture, size: int) -> nn.Module:
-    """Fresh weights, with the statistics of some pictures and a head that tells them apart."""
+    """Return fresh weights, with the statistics of pictures and a head that tells them apart."""
     torch.manual_seed(0)
     channels = architecture.in_channels
     model = Normalized(architecture.create(), MEAN[:channels], STD[:channels])

@@ -57,7 +57,7 @@ PARTS = ("labeled", "unlabeled", "test")
 
 
 def fill(root: Path, *names: str) -> Path:
-    """Empty files, with the folders that they need."""
+    """Make empty files, with the folders that they need."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -65,7 +65,7 @@ def fill(root: Path, *names: str) -> Path:
 
 
 def pictures(root: Path, **levels: list[int]) -> Path:
-    """One folder a class, with small pictures of the given levels.
+    """Make one folder a class, with small pictures of the given levels.
 
     Two of one level have the same bytes.
     """
@@ -367,7 +367,7 @@ def test_large_folders_are_known_by_names_and_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changes() -> Iterator[str]:
-        """Of a folder: as it is; other bytes; another size; another name."""
+        """Yield the digest of a folder as it is, with other bytes, another size, another name."""
         for content, name in ((b"123", "a"), (b"124", "a"), (b"1234", "a"), (b"1234", "b")):
             shutil.rmtree(tmp_path / "x", ignore_errors=True)
             (fill(tmp_path / "x", f"{name}.png") / f"{name}.png").write_bytes(content)

@@ -297,7 +297,7 @@ def made(
 
 
 def held_out(folder: Path, *numbers: int) -> Path:
-    """Files of these examples, under other names."""
+    """Make files of these examples, under other names."""
     (folder / "deep").mkdir(parents=True)
     for number in numbers:
         (folder / "deep" / f"other name {number}.png").write_bytes(f"{number}".encode())
@@ -306,7 +306,7 @@ def held_out(folder: Path, *numbers: int) -> Path:
 
 
 def columns(store: LabelStore) -> dict[str, Any]:
-    """All rows, as another reader of Parquet has them."""
+    """Return all rows, as another reader of Parquet has them."""
     import pyarrow as pa
     import pyarrow.feather as feather
 

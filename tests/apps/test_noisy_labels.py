@@ -37,9 +37,9 @@ def picture(shape: str, seed: int) -> Image.Image:
 
 
 def write(root: Path, each: int, seed: int, wrong: int = 0) -> set[str]:
-    """``each`` pictures a class, the first ``wrong`` of them in the other folder.
+    """Write ``each`` pictures a class, the first ``wrong`` of them in the other folder.
 
-    The paths of these.
+    Return the paths of these.
     """
     misplaced = set()
     for number, shape in enumerate(SHAPES):
@@ -58,7 +58,7 @@ def given(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """noisy, clean and test; wrong.json says which of noisy are in the wrong folder."""
+    """Return noisy, clean and test; wrong.json says which of noisy are in the wrong folder."""
 
     def build(folder: Path) -> None:
         wrong = write(folder / "noisy", 20, 0, wrong=3)

@@ -322,7 +322,7 @@ def is_within(path: str, folder: str) -> bool:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Commands leave the committed results as they are."""
+    """Yield a bench on which commands leave the committed results as they are."""
     folder = tmp_path_factory.mktemp("papers")
     before = committed()
     with pytest.MonkeyPatch.context() as patch:

@@ -57,7 +57,7 @@ def golden(name: str) -> Check:
 
 
 def resumed(kind: str) -> Check:
-    """Killed in the phase after the first, before anything of it was saved."""
+    """Check a run killed in the phase after the first, before anything of it was saved."""
 
     def ends_alike(here: Here) -> None:
         whole = here.out.with_name("whole")
@@ -96,7 +96,7 @@ def delivered_by_validation(here: Here) -> None:
 
 
 def replaced_pictures_are_noticed(here: Here) -> None:
-    """Under the same names, with the labels of the pictures that were there."""
+    """Check that labels are refused if their pictures were replaced under the same names."""
     run, store = here.out, here.out.with_name("store")
     metapl(*images_command(here))
     metapl("label", run, here.root / "unlabeled", "--out", store)

@@ -77,7 +77,7 @@ WORDS += ["--log-every", "1", "--validate-every", "2", "--save-every", "2"]
 
 
 def write_noise(root: Path) -> None:
-    """60 pictures to train on and 20 to test on, of random levels.
+    """Write 60 pictures to train on and 20 to test on, of random levels.
 
     Picture i has the label i mod 10.
     """
@@ -124,7 +124,7 @@ def four() -> Iterator[Ranks]:
 
 
 def same(run: Path, other: Path, limit: float) -> None:
-    """All recorded numbers and all weights."""
+    """Check that all recorded numbers and all weights are the same."""
     rows, expected = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, other)

@@ -231,7 +231,7 @@ def test_a_picture_that_is_too_large_is_not_decoded_and_no_memory_is_no_property
 
 
 def ramp(height: int = 20, width: int = 30) -> np.ndarray[Any, Any]:
-    """Smooth colors, so that lossy formats stay close."""
+    """Return smooth colors, so that lossy formats stay close."""
     y, x = np.mgrid[0:height, 0:width]
     return (
         np.stack([255 * y / (height - 1), 255 * x / (width - 1), 0 * x + 90], axis=2)

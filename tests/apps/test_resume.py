@@ -193,7 +193,7 @@ def test_at_any_moment(
 
 @pytest.fixture(scope="module")
 def begun(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, and a run on them that was stopped."""
+    """Return pictures, and a run on them that was stopped."""
     place = tmp_path_factory.mktemp("begun")
     own = Path(shutil.copytree(root, place / "own"))
     with one_thread():
@@ -202,7 +202,7 @@ def begun(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def other_bytes(file: Path) -> None:
-    """Of the same size, and of no pixel."""
+    """Give a file other bytes, of the same size, and of no pixel."""
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -301,7 +301,10 @@ def told(run: Path, digit: Path, name: str) -> dict[str, tuple[int, str, str]]:
 def refused(
     run: Path, name: str, found: dict[str, tuple[int, str, str]], whole: dict[str, Any]
 ) -> None:
-    """Every command that reads the file says that it is not as it was; the others are as before."""
+    """Check that every command that reads the file says that it is not as it was.
+
+    The others are as before.
+    """
     for command, (code, out, err) in found.items():
         if command == "runs":  # lists what it can, and says of the others what is wrong
             assert code == 0 or not (run / "recipe.json").exists()

@@ -93,7 +93,7 @@ KINDS = [
 def pictures(
     count: int, shape: tuple[int, int, int] = (3, 32, 32), dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Pieces of a photograph and noise, a white and a black picture."""
+    """Return pieces of a photograph and noise, a white and a black picture."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.randint(0, 200, (count, 2), generator=generator).tolist()
     pieces = torch.stack(
@@ -313,7 +313,7 @@ def drawn(count: int, each: int, stream: int) -> Tensor:
 
 
 def is_drawn_alike(got: Tensor, ways: list[Tensor], shares: list[float] | None = None) -> bool:
-    """Whether each picture is one of the ways, each of which comes as often as its share.
+    """Return whether each picture is one of the ways, each of which comes as often as its share.
 
     Chi², within 4 deviations.
     """
@@ -512,7 +512,7 @@ SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
 def samples(height: int = 33, width: int = 46, channels: int = 3) -> Tensor:
-    """Pieces of a photograph, dark, bright, flat and noisy ones: (8, C, H, W) uint8."""
+    """Return pieces of a photograph, dark, bright, flat and noisy ones: (8, C, H, W) uint8."""
     generator = torch.Generator().manual_seed(0)
     pieces = [
         FLOWER[:, y : y + height, x : x + width] for y, x in ((180, 250), (100, 420), (250, 330))

@@ -89,7 +89,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def ten_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten digits as pictures, and a file that is none."""
+    """Write ten digits as pictures, and a file that is none."""
     folder = tmp_path_factory.mktemp("digits")
     for index, image in enumerate(load_digits().images[:10]):
         Image.fromarray((image * 255 / 16).round().astype("uint8")).save(folder / f"{index}.png")
@@ -128,9 +128,9 @@ def colored_pictures(
 
 
 def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
-    """Red and blue pictures.
+    """Write red and blue pictures.
 
-    ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``.
+    ``labeled`` and ``test`` have a folder for each class; ``unlabeled`` has none.
     """
     return colored_pictures(
         root, {"labeled": few, "test": few, "unlabeled": many}, ("blue", "red"), side
@@ -179,7 +179,7 @@ def images_command(root: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and blue pictures, and a run on them, which tests leave as they are."""
+    """Return red and blue pictures, and a run on them, which tests leave as they are."""
 
     def build(root: Path) -> None:
         metapl(*images_command(color_folders(root)), "--out", str(root / "run"))

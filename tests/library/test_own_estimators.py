@@ -26,7 +26,7 @@ FEATURES, CLASSES, ROWS, RATE = 4, 3, 6, 0.3
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are traced whole, and run without Inductor."""
+    """Trace graphs whole, and run them without Inductor."""
     monkeypatch.setattr(compiled, "BACKEND", {"backend": "aot_eager"})
     monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
 

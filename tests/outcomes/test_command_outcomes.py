@@ -32,7 +32,7 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def no_figures() -> Iterator[None]:
-    """``report.png`` is not drawn, which takes longer than some of the trainings."""
+    """Draw no ``report.png``, which takes longer than some of the trainings."""
     Image.new("RGB", (8, 8), "white").save(file := io.BytesIO(), format="png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda **figures: file.getvalue())

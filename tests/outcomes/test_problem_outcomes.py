@@ -58,7 +58,7 @@ class Rows:
 
 @cache
 def drawn(dataset: str, noise: Noise, seed: int) -> Rows:
-    """Rows of a data set, 40 % of whose given labels are any other class, or the next one."""
+    """Draw rows of a data set, 40 % of whose given labels are any other class, or the next one."""
     table = LOADERS[dataset]()
     deviations = table.data.std(0)
     deviations[deviations == 0] = 1.0
