@@ -131,7 +131,7 @@ def _last_number(recipe: str) -> int:
     numbers = [0]
     for place in Path("runs").glob(f"{recipe}-*"):
         end = place.name[len(recipe) + 1 :]
-        if end.isdecimal():
+        if end.isdecimal() and place.is_dir():
             numbers.append(int(end))
     return max(numbers)
 

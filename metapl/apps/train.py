@@ -199,16 +199,17 @@ def train(
 
     def label(network: nn.Module | None) -> dict[str, Tensor]:
         """Return stored labels; of several processes the first one labels for all."""
-        assert isinstance(method, ReducedMpl), "no other method asks for stored labels"
+        # ReducedMpl, or a method of a user's own with its fields.
+        reader: Any = method
         if processes.mesh.size == 1 or network is None:
-            return stored_labels(network, config, method, folder.path, data, say)
+            return stored_labels(network, config, reader, folder.path, data, say)
         # All processes gather the weights, which no pass of one process alone could do.
         weights = weights_of(inside(network))
         stored = None
         if processes.first:
             labeler = config.network().to(place)
             labeler.load_state_dict(weights)
-            stored = stored_labels(labeler, config, method, folder.path, data, say)
+            stored = stored_labels(labeler, config, reader, folder.path, data, say)
         labels: dict[str, Tensor] = from_first(stored, patience=LABELING)
         return labels
 
