@@ -44,9 +44,10 @@ _PART_NAMES = (
     "transforms",
 )
 
-# Of these attributes the parts are the entries, where they are lists or tuples.
+# Attributes that may be a list or tuple of parts; each entry is then a part.
 _LIST_NAMES = ("datasets", "transforms")
 
+# The kinds of generators that a part may hold; read_state and write_state know each of them.
 _GENERATOR_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -111,9 +112,11 @@ class Feed(ABC):
         self._position = state["position"]
 
     def close(self) -> None:
-        """Stop the workers; ask for the state before.
+        """Stop the workers.
 
-        An iterator that the user gave belongs to its owner, and may go on elsewhere.
+        The position stays, and :meth:`state` with it: the next :meth:`next` begins the workers
+        again, at the same batch. An iterator that the user gave belongs to its owner, and may go
+        on elsewhere; nothing is done to it.
         """
         if self.kind == "iterator":
             return
@@ -215,7 +218,7 @@ class WithoutLabels:
 
 
 def without_labels(source: Any) -> WithoutLabels:
-    """Leave out the labels of a source of batches, to be the unlabeled one.
+    """Leave out the labels of a source of batches, so that ``fit`` can take it as ``unlabeled``.
 
     Args:
         source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple
@@ -331,6 +334,7 @@ class _EpochFeed(Feed):
                 batch = next(self._begin(), _END)
             else:
                 batch = next(self._iterator, _END)
+            # The epoch is exhausted: begin the next ones until one has a batch.
             while batch is _END:
                 # An iterator that is used up, an empty data set, or one smaller than a batch with
                 # drop_last.
@@ -346,13 +350,20 @@ class _EpochFeed(Feed):
         return batch
 
     def _begin(self) -> Iterator[Any]:
-        """Begin the epoch, as it began, and take the batches before the position."""
+        """Begin the epoch again, and return its iterator at the position.
+
+        The generators are put where they were at the start of the epoch, and the batches before the
+        position are drawn and dropped. Of an iterator nothing is begun or dropped: it is returned
+        where it is.
+        """
         begins_anew = self.kind == "epochs"
         if begins_anew:
             self._generators.write(self._start)
         for part in self._parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self._epoch)
+        # Let go of the iterator of the last epoch first, so that its workers end before those of
+        # the next begin.
         self._iterator = None
         self._iterator = iter(self._source)
         batches_to_skip = self._position if begins_anew else 0
@@ -396,6 +407,10 @@ class Generators:
 
     These are the default generators on the CPU (torch's, Python's, NumPy's), seeded by a seed and a
     name, and those that the parts of a source hold as attributes, which begin where they are.
+
+    Attributes:
+        states: the states of this feed, in which the generators are put by :meth:`in_place`. Within
+            its block the generators go on from there, and these are still the states at its start.
     """
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
@@ -407,17 +422,25 @@ class Generators:
         self._generators = [torch.default_generator, random, np.random, *held_by_parts.values()]
         name_digest = hashlib.sha256(name.encode()).digest()
         key = draws.fold_in(seed, int.from_bytes(name_digest[:8], "big"))
-        first_states_of = [
+        # Generators that serve here alone, for the states that the seed gives. They stand in the
+        # order of the three default generators in self._generators, since a state is written to the
+        # generator at its place.
+        seeded_generators = [
             torch.Generator().manual_seed(key),
             random.Random(key),
             np.random.RandomState(np.random.MT19937(key)),
-            *held_by_parts.values(),
         ]
-        self.states = [read_state(generator) for generator in first_states_of]
+        self.states = [
+            read_state(generator) for generator in [*seeded_generators, *held_by_parts.values()]
+        ]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Draw with the states of this feed; afterwards the generators are as they were."""
+        """Draw in this block with the states of this feed.
+
+        Afterwards the generators are as they were, and :attr:`states` are where this feed has got
+        to.
+        """
         outside_states = self.read()
         try:
             self.write(self.states)

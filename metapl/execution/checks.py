@@ -1,4 +1,4 @@
-"""What is refused at the door, in one line, and the flag of a step.
+"""Refusals of tensors and batches, in one line each before a step moves anything; its flag.
 
 On the CPU, values are checked at once. On an accelerator that would make the host wait, so the
 result of a check stays on the device in a :class:`Fault`, and the error is raised when the report

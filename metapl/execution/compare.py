@@ -9,6 +9,9 @@ is the same differentiable function in all passes:
 .. math:: \Big\langle \frac{\partial\ell}{\partial z}, \dot z \Big\rangle
           + \Big\langle \frac{\partial\ell}{\partial\theta}, w \Big\rangle = \langle g, w \rangle
 
+Here z are the student's outputs, ℓ the inner loss, g its gradient in the weights θ, w the direction
+that the feedback is taken along, and ż the derivative of z along w.
+
 The first fails for other random numbers and for state that has moved, the second also for a hook on
 gradients. Both go into the step's flag: on a CPU it is read before anything moves, on a device with
 the report.

@@ -6,6 +6,10 @@ Several processes may each hold the whole network and take a share of every batc
 gradients are then the means over these ranks, and outputs are those of this rank's rows.
 
 :class:`LocalStudent` is the network as it is in one step, and :class:`Pass` one inner pass of it.
+
+The symbols: θ the weights, x the inputs and z = S(x; θ) the outputs of the inner pass; ℓ the inner
+loss and g = ∇_θ ℓ its gradient; v the gradient of the outer loss after the step; w a direction in
+the space of the weights, v as the step's adjoint returns it; ż = d/dε S(x; θ + εw).
 """
 
 from __future__ import annotations
@@ -56,10 +60,12 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
 
-# A function of w: (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
+# A function of w that returns (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 
-# Looks at the graph of a loss, of which some leaves were made here, and which it may compute again.
+# Looks at the graph of a loss. Its arguments are the loss; the leaves that stand for the student's
+# weights in that graph, so that it can tell them from leaves that should not be there; and a
+# function that computes the loss again.
 GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
 
 # A loss as a sum over rows, and the weight that it is to be divided by: the number 1.0 for a loss
@@ -106,7 +112,8 @@ class LocalStudent:
         dtypes: the types of these weights.
         inspects_graph: set at a first step. The next graph of a gradient is searched for
             derivatives that PyTorch would leave out.
-        chooses_order: whether this step chooses the order of differentiation.
+        chooses_order: whether this step chooses the order of differentiation. It stays so for the
+            whole step, while the first graph that is searched ends ``inspects_graph``.
         compares_gradients: whether the derivative along w by the outputs was not the one by the
             gradient. Gradients that are computed again are then compared with the first ones.
     """
@@ -149,11 +156,12 @@ class LocalStudent:
         look: GraphLook | None = None,
         whole_batch: Any = None,
     ) -> tuple[Tensor, Tree]:
-        """Return Σ sum / Σ weight of a loss over batches, of all ranks, and its gradient.
+        """Return the outer loss, Σ sum / Σ weight over batches and ranks, and its gradient.
 
         Args:
             params: the weights at which it is taken.
-            judge: the loss.
+            batches: the micro-batches of this process.
+            judge: the outer loss of the outputs on a micro-batch.
             start: where draws begin.
             gradient: whether the gradient is asked for. It has zeros for weights that no loss
                 reaches. Without it the tree is empty.
@@ -180,7 +188,7 @@ class LocalStudent:
             # A loss that draws from Python's or NumPy's generators has the same draws in each of
             # its passes.
             is_watched = self.slots.draws_outside is None and start.is_whole
-            for inputs, batch in batches:
+            for number, (inputs, batch) in enumerate(batches):
                 outputs = self.forward(inputs)
                 value, weight = judge(outputs, batch)
                 if is_watched:
@@ -188,8 +196,10 @@ class LocalStudent:
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
-                is_mean = not isinstance(weight, Tensor)
-                if whole_batch is not None and is_mean and not values:
+                if number == 0 and whole_batch is not None and is_plain_mean((value, weight)):
+                    # The loss of the first micro-batch has shown that it is a scalar, and is
+                    # dropped. The student runs on the others as well, the loss is taken once, of
+                    # all rows, and no micro-batch is left for this loop.
                     rows = self._all_rows(outputs.detach(), others=batches[1:])
                     value, weight = judge(rows.outputs, whole_batch)
                     values.append((value.detach(), weight))
@@ -209,7 +219,11 @@ class LocalStudent:
             gradients = [of_rows]
 
         is_one_mean = len(values) == 1 and is_plain_mean(values[0]) and self.ranks.alone
-        mean, weight = values[0] if is_one_mean else self.mean_of_all(values)
+        if is_one_mean:
+            # The usual case, in which there is nothing to add up and to divide.
+            mean, weight = values[0]
+        else:
+            mean, weight = self.mean_of_all(values)
         if not gradient:
             return mean, {}
         if not any(gradients):
@@ -277,9 +291,10 @@ class LocalStudent:
         return value
 
     def mean_of_all(self, values: Sequence[Weighted]) -> Weighted:
-        """Return Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights.
+        """Return Σ sum / Σ weight over micro-batches and ranks, without a graph, and a weight.
 
-        Without a graph.
+        The weight is the sum over the micro-batches of this process; in several processes it is the
+        mean of these sums over the ranks.
         """
         total = torch.stack([value for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
@@ -535,7 +550,8 @@ class Pass:
     def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
         """Return the derivatives of ⟨g, w⟩ in the leaves of a graph that was kept.
 
-        On this rank's rows; None without such a graph, which serves once.
+        They are of this rank's rows. A kept graph serves once: a second call returns None, as does
+        one where :meth:`gradient` has kept none.
         """
         if self._kept_graph is None:
             return None
@@ -547,10 +563,16 @@ class Pass:
             )
         return in_leaves
 
-    def forget(self, inputs_too: bool) -> None:
-        """Drop θ, and the inputs and most of the outputs, until :meth:`recompute_gradient`."""
+    def forget(self, *, inputs_and_outputs: bool) -> None:
+        """Drop θ until :meth:`recompute_gradient`, which is given it again.
+
+        Args:
+            inputs_and_outputs: drop these too. Of the outputs their shape is kept, and a sample of
+                their entries, with which those of a replay are compared; all entries where they are
+                fewer than 4096.
+        """
         self.params = {}
-        if inputs_too:
+        if inputs_and_outputs:
             self.inputs = None
             self._output_sample = _sample(self.outputs)
             # A tensor that tells the outputs' shape, and takes the memory of one number.
@@ -730,15 +752,17 @@ def _gradient_of_mean(gradients: Sequence[Tree], weight: Tensor | float, leaves:
 
     Args:
         gradients: those of each micro-batch, means over the ranks.
-        weight: by which the sum of the losses was divided, a mean over the ranks; a number for
-            losses that are means themselves.
+        weight: the second value of :meth:`LocalStudent.mean_of_all`; a number for losses that are
+            means themselves.
     """
     v = mean_tree(gradients)
     if len(v) < len(leaves):
         v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
     if isinstance(weight, Tensor):
-        # The gradients are of sums over rows, of which the mean was taken.
-        v = {name: len(gradients) / weight * t for name, t in v.items()}
+        # Each gradient is of a sum over rows, so that the gradient of the loss is the sum of them,
+        # which mean_tree has divided by their number, over the weight.
+        factor = len(gradients) / weight
+        v = {name: factor * t for name, t in v.items()}
     return v
 
 
@@ -788,17 +812,24 @@ def _why_no_tangent(error: RuntimeError) -> str | None:
     return None
 
 
-def as_leaves(params: Tree) -> Tree:
-    """Return weights as leaves that require a gradient."""
+def plain_leaves(params: Tree) -> Tree:
+    """Return tensors as plain leaves that require a gradient.
+
+    :meth:`LocalStudent.as_leaves` makes leaves of the types of the module's own weights.
+    """
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
+# No sample of a tensor has more entries.
+_SAMPLE_SIZE = 4096
+
+
 def _sample(t: Tensor) -> Tensor:
-    """Return up to 4096 entries of a tensor, at equal distances."""
-    return t.flatten()[:: t.numel() // 4096 + 1].clone()
+    """Return at most ``_SAMPLE_SIZE`` entries of a tensor, at equal distances."""
+    return t.flatten()[:: t.numel() // _SAMPLE_SIZE + 1].clone()
 
 
-def mean_of(values: Sequence[Tensor]) -> Tensor:
+def mean_of_scalars(values: Sequence[Tensor]) -> Tensor:
     """Return the mean of scalars."""
     if len(values) == 1:
         return values[0]

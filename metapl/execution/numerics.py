@@ -220,8 +220,9 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 _CUDA: Any = torch.backends.cuda
 
-# Kernels of attention, on every device, which have neither forward mode nor a second derivative:
-# what asks for each, and what switches it.
+# The fused kernels of attention, which have neither forward mode nor a second derivative. For each
+# of them the function that asks whether it is enabled, and the one that switches it. torch keeps
+# these switches under its CUDA backend, and reads them on every device.
 _FUSED = (
     (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
     (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
@@ -245,29 +246,36 @@ def takes_formulas() -> bool:
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
     """Disable the fused path of PyTorch's attention layers in this block.
 
-    PyTorch takes it in eval mode without a graph, and it treats padded rows differently.
+    PyTorch takes it in eval mode without a graph, and it treats padded rows differently. All
+    settings are put back as they were.
 
     Args:
-        math: disable the fused kernels of attention too, see also :func:`takes_formulas`.
+        math: take attention by its formula: disable its fused kernels too, and enable the math
+            kernel, also where the caller has disabled it. See also :func:`takes_formulas`.
     """
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
     layers = torch.backends.mha
     had_fast_path = layers.get_fastpath_enabled()
     had_math_kernel = _CUDA.math_sdp_enabled()
-    switched_off = [enable for is_enabled, enable in _FUSED if is_enabled()] if math else []
+    # The switches of the fused kernels that are enabled now, to be disabled in the block.
+    switches_of_fused: list[Any] = []
+    if math:
+        for is_enabled, switch in _FUSED:
+            if is_enabled():
+                switches_of_fused.append(switch)
     layers.set_fastpath_enabled(value=False)
     token = _takes_formulas.set(math or _takes_formulas.get())
     try:
-        for enable in switched_off:
-            enable(enabled=False)
+        for switch in switches_of_fused:
+            switch(enabled=False)
         if math:
             _CUDA.enable_math_sdp(enabled=True)
         yield
     finally:
         _takes_formulas.reset(token)
         layers.set_fastpath_enabled(had_fast_path)
-        for enable in switched_off:
-            enable(enabled=True)
+        for switch in switches_of_fused:
+            switch(enabled=True)
         _CUDA.enable_math_sdp(had_math_kernel)
 
 

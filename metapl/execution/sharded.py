@@ -11,9 +11,9 @@ silently wrong here and are kept in this file:
   too;
 - ``torch.autograd.grad`` returns gradients of this rank's rows, so the backward pass is
   ``.backward()``, whose hooks average over the ranks, and the gradient is taken out of ``.grad``;
-- forward mode has no rules for collectives, so a pass along w is taken block by block: where a
-  block has gathered its weights, w is gathered too, and the weights are replaced by dual numbers
-  until the block has run;
+- forward mode has no rules for collectives, so a pass along a direction w in the space of the
+  weights is taken block by block: where a block has gathered its weights, w is gathered too, and
+  the weights are replaced by dual numbers until the block has run;
 - a block gives up its weights after each backward pass, and a second one through it would read what
   is left of them. So second derivatives are taken without the hooks, of blocks that gather their
   weights as operations of autograd.
@@ -41,7 +41,7 @@ from metapl.execution.local import (
     MicroBatches,
     Pass,
     WeightedLoss,
-    as_leaves,
+    plain_leaves,
 )
 from metapl.execution.numerics import HALF, Tree
 from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
@@ -367,7 +367,7 @@ class ShardedPass(Pass):
 
     @contextmanager
     def _twice_differentiable(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        leaves = as_leaves(self.params)
+        leaves = plain_leaves(self.params)
         formulas = self.student.slots.in_formulas()
         with (
             replay(self._random_state, self._state, slots=formulas),

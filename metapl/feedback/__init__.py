@@ -1,7 +1,7 @@
 """Estimators of the teacher's gradient, one a file.
 
-A mode is a name from :data:`MODES` or an estimator value. Here too: whether a mode, a problem and
-networks go together, refused at the door in one line.
+A mode is a name from :data:`MODES` or an estimator value. A mode, a problem and networks that do
+not go together are refused here too, in one line, before a step is taken.
 
 The default is ``forward``; ``reinforce`` is the paper's Algorithm 1.
 """

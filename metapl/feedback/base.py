@@ -3,15 +3,24 @@ r"""The base class of all estimators of the teacher's gradient, and the feedback
 **Sign, everywhere:** the feedback is :math:`h = -\,dL(\theta')/d\,\mathrm{signal}`; positive means
 "say this more".
 
-An estimator is a formula, and combines three choices: how w is computed
-(:meth:`~metapl.feedback.roads.StudentPath.pullback`,
-:meth:`~metapl.feedback.roads.StudentPath.adjoints`), how ż is computed (exactly, or by a difference
-of outputs), and what h has a number for (``credits``): each entry of the signal, each example, the
-whole batch, or nothing. It changes no parameter. How w and ż are found is a matter of the road
+Three symbols are used throughout: v = ∇L(θ′), the gradient of the outer loss after the student's
+step θ′ = U(θ, g); w = (∂U/∂g)ᵀ v, the same pulled back through that step to the student's gradient
+g; and ż = d/dε S(x; θ + εw), the derivative of the student's outputs z = S(x; θ) along w.
+
+An estimator is a formula, and combines three choices:
+
+- how w is computed (:meth:`~metapl.feedback.roads.StudentPath.pullback`,
+  :meth:`~metapl.feedback.roads.StudentPath.adjoints`);
+- how ż is computed, exactly or by a difference of outputs;
+- how finely the feedback is resolved (``credits``): h has one number for each entry of the signal,
+  for each example, or for the whole batch; or there is no feedback.
+
+It changes no parameter. How w and ż are found is a matter of the road
 (:mod:`metapl.feedback.roads`).
 
-h is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network
-(unless the signal enters x, see :func:`exact_feedback`). If the inner loss also reads the weights,
+h is computed in the head, the part of the computation from the outputs to the loss, from z and ż,
+without running the network (unless the signal enters x, see :func:`exact_feedback`). If the inner
+loss also reads the weights,
 
 .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(z + \varepsilon\dot z, \mathrm{signal}, \theta + \varepsilon w)
@@ -23,7 +32,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -71,7 +80,8 @@ class Feedback:
             feedback.
         others: the feedback on the other fields of a differentiable signal, by name: of its dict,
             and those besides the value that the inner loss depends on.
-        used: whether the inner loss depends on the signal at all.
+        used: whether the inner loss of this step depends on the signal. Where that was not looked
+            at, as without feedback, it is True, so that no step is refused for it.
         mean_over: the number of examples by which the sum over the signal is divided: B in all
             processes for the mean of Algorithm 1, 1 for a sum.
     """
@@ -145,9 +155,12 @@ class Feedback:
         """Return the feedback on each of so many micro-batches."""
         if self.h.ndim == 0 or parts == 1:
             return [self] * parts
+        h_by_part = self.h.chunk(parts)
+        others_by_part = {name: h.chunk(parts) for name, h in self.others.items()}
         pieces = []
-        for number in range(parts):
-            pieces.append(self.mapped(lambda name, h, i=number: h.chunk(parts)[i]))  # type: ignore[misc]
+        for i in range(parts):
+            others = {name: chunks[i] for name, chunks in others_by_part.items()}
+            pieces.append(replace(self, h=h_by_part[i], others=others))
         return pieces
 
     def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
@@ -180,9 +193,10 @@ class Estimator(ABC):
     ``"soft"`` is a differentiable signal, ``"hard"`` a sampled one.
     """
     credits: ClassVar[Credits] = "signal"
-    """What gets a number of its own.
+    """For what the feedback h has one number each.
 
-    Each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or ``"nothing"``.
+    ``"signal"``: for each entry of the signal. ``"example"``: for each example. ``"batch"``: one
+    number for the whole batch. ``"nothing"``: there is no feedback.
     """
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
@@ -198,9 +212,18 @@ class Estimator(ABC):
     """
 
     def __post_init__(self) -> None:
-        # Annotations under TYPE_CHECKING cannot be read, and are not checked.
-        with suppress(NameError):
-            check_fields(self)
+        check_fields(self)
+
+    @property
+    def credits_of_steps(self) -> Credited:
+        """In what the student's steps are differentiated: each example's loss, or the signal.
+
+        One number for the whole batch, or none, needs no derivative finer than the signal's, so
+        that their steps are those for the signal.
+        """
+        if self.credits == "example":
+            return "example"
+        return "signal"
 
     @property
     def exact(self) -> bool:
@@ -245,9 +268,15 @@ class Estimator(ABC):
         return ()
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        """Return :meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
+        """Return :meth:`feedback`, or refuse one that the teacher cannot learn from, on all ranks.
+
+        Raises: :class:`metapl.MetaplError` for losses or feedback that are NaN or infinite, and
+            where the inner loss depends on the signal in no step. An error on the way to the
+            feedback is replaced by one about the outer loss where that is what is not finite.
+        """
         try:
-            feedback, state = self.feedback(path, state)  # line 4: h
+            # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
+            feedback, state = self.feedback(path, state)
         except MetaplError as error:
             # What is computed from a NaN is NaN, and the checks on the way would name causes of
             # their own.
@@ -297,8 +326,8 @@ def begins_in_outer_loss(path: Path) -> bool:
 
     The host waits for the device.
     """
-    is_infinite = [not bool(loss.isfinite()) for loss in path.known_outer_losses]
-    return any(is_infinite) and bool(path.inner_loss.isfinite())
+    outer_losses_are_finite = [bool(loss.isfinite()) for loss in path.known_outer_losses]
+    return not all(outer_losses_are_finite) and bool(path.inner_loss.isfinite())
 
 
 def padded(feedback: Sequence[Feedback], path: StudentPath) -> list[Feedback]:
@@ -306,11 +335,14 @@ def padded(feedback: Sequence[Feedback], path: StudentPath) -> list[Feedback]:
     if feedback:
         first = feedback[0]
     else:
-        # No step is differentiated: the first weights alone are asked for, and the signals get
-        # nothing.
+        # No step is differentiated: the first weights alone are asked for. The model for the zeros
+        # of all steps is then made of the last one, by gradients of None, "no dependence".
         step = path.steps[-1]
-        nothing: Gradients = dict.fromkeys(credited(step.signal))
-        first = replace(feedback_from(step, nothing), used=True)
+        no_gradients: Gradients = dict.fromkeys(credited(step.signal))
+        zero_feedback = feedback_from(step, no_gradients)
+        # Whether the inner loss depends on the signal was not looked at; False would say that it
+        # does not, for which checked_feedback refuses the path.
+        first = replace(zero_feedback, used=True)
     zeros = []
     for step in path.steps[: len(path.steps) - len(feedback)]:
         fields = step.signal.fields()
@@ -334,11 +366,11 @@ def examples_of_mean(reduction: Reduction, step: StudentStep) -> int:
 def divisor(normalization: str, step: StudentStep, w: Tree | None = None) -> Tensor | float:
     """Return the divisor of h, by the name of the normalization.
 
-    ``"gradient"``: 1, the true gradient, which decays with η. ``"learning_rate"``: η, so that the
-    size depends on the labeled gradient only; for SGD, because over an η as small as Adam's h
-    drowns the teacher's own losses (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖; the sum of h over the
-    batch is then the cosine between the student's step and the labeled gradient. A rate of 0
-    divides by 1.
+    For w and g see the head of this module; η is the student's learning rate. ``"gradient"``: 1,
+    the true gradient, which decays with η. ``"learning_rate"``: η, so that the size depends on the
+    labeled gradient only; for SGD, because over an η as small as Adam's h drowns the teacher's own
+    losses (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖; the sum of h over the batch is then the cosine
+    between the student's step and the labeled gradient. A rate of 0 divides by 1.
     """
     if normalization == "learning_rate":
         eta = step.learning_rate
@@ -359,9 +391,10 @@ def divisor(normalization: str, step: StudentStep, w: Tree | None = None) -> Ten
 def exact_feedback(step: StudentStep, w: Tree, of: Credited = "signal") -> Feedback:
     """Return the feedback along w by exact derivatives, h = −∂⟨g, w⟩/∂(signal).
 
-    On the eager road in the step's order: from the graph of g where the pass has kept it; by ż; or
-    by double backward, as always where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes
-    through the whole network. On the pure road by ż.
+    For w, g and ż see the head of this module. On the eager road the derivatives are taken in the
+    step's order: from the graph of g where the pass has kept it; by ż; or by double backward, as
+    always where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the whole
+    network. On the pure road they are taken by ż.
     """
     return feedback_from(step, step.derivatives_along(w, of), of)
 
@@ -390,7 +423,11 @@ def feedback_by_move(
 
 
 def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signal") -> Feedback:
-    """Return h = −dL(θ′)/d(field), from the gradients in what is credited; None: no dependence."""
+    """Return h = −dL(θ′)/d(field), from the gradients in what is credited.
+
+    A gradient of None says that there is no dependence; its field gets no h, or zeros where it is
+    of the signal's value. Without any dependence the feedback is not ``used``.
+    """
     if of == "example":
         in_factors = gradients["factors"]
         assert in_factors is not None, "the mean of the losses depends on their factors"
@@ -398,17 +435,22 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
     signal = step.signal
     # The derivative at the one-hot rows of sampled labels is one in their distribution.
     part = "probs" if signal.sampled else "value"
-    by_field = {part if name == "value" else name: g for name, g in gradients.items()}
-    h = {name: -g for name, g in by_field.items() if g is not None}
+    gradients_by_field: dict[str, Tensor | None] = {}
+    for name, g in gradients.items():
+        field_of_signal = part if name == "value" else name
+        gradients_by_field[field_of_signal] = g
+    h = {name: -g for name, g in gradients_by_field.items() if g is not None}
     is_used = len(h) > 0
-    of_value = [part]
+    # The fields that make up the signal's value: one, or of a dict those of its entries that are
+    # credited. The signal's other fields, such as log_prob, are not among them.
+    value_fields = [part]
     if isinstance(signal.value, dict):
-        # Its entries are fields of their own; log_prob and others are the signal's.
-        of_value = [field_name(key) for key in signal.value if field_name(key) in by_field]
-    for name in of_value:
+        value_fields = [field_name(key) for key in signal.value]
+        value_fields = [name for name in value_fields if name in gradients_by_field]
+    for name in value_fields:
         # A zero for what is not used, so that the feedback has the shape of the signal.
         if name not in h:
             h[name] = torch.zeros_like(signal.fields()[name])
-    first = of_value[0]
+    first = value_fields[0]
     others = {name: t for name, t in h.items() if name != first}
     return Feedback(h[first], first, others, used=is_used)

@@ -1,10 +1,11 @@
-"""The door of the first step, where what can carry a gradient past the signal is refused by name.
+"""Refusals, by name, of what can carry a gradient past the signal.
 
-Nothing has moved by then. The feedback knows of one way from the teacher to the inner loss, the
-signal. Another way would be left out without a word, so it is looked for once: in what is given
-(:func:`refuse_gradients_of_batches`, :func:`refuse_learned_settings`, :func:`refuse_hooks`), and in
-the graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so that
-networks of any size, and sharded ones, are looked at. Later steps are not.
+They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
+from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
+is looked for once: in what is given (:func:`refuse_gradients_of_batches`,
+:func:`refuse_learned_settings`, :func:`refuse_hooks`), and in the graphs of both losses of the
+first step (:class:`FirstLook`). Nothing is copied, so that networks of any size, and sharded ones,
+are looked at. Later steps are not.
 """
 
 from __future__ import annotations

@@ -60,9 +60,10 @@ class Hypergradient:
         kept: which steps of a look-ahead kept their states, in words; empty without one.
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K,
-            groups); of ``betas``, (K, groups, 2); float64. Where a group has a rate for each entry
-            of its weight, ``settings["lr"]`` is a list by group: (K, ...) with the shape of the
-            group's rate, (K,) of a group with a number.
+            groups); of ``betas``, (K, groups, 2); float64. A group that has no such setting, as
+            Muon has no ``betas``, gets zeros. Where a group has a rate for each entry of its
+            weight, ``settings["lr"]`` is a list by group: (K, ...) with the shape of the group's
+            rate, (K,) of a group with a number.
         direct: where the outer loss reads the teacher, through a module that the problem holds or
             by ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a
             part of ``grads``; empty elsewhere, and in the modes that leave it out (``none`` and the
@@ -133,6 +134,8 @@ def gradients_of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[
             # Betas are two.
             gradient = torch.stack([*gradient])
         gradients.append(gradient)
+    # The zeros are in the shape of the smallest gradient: where groups with one number stand beside
+    # groups with a number for each entry of a weight, a group without the setting gets one number.
     smallest = min((t for t in gradients if t is not None), key=Tensor.numel)
     return [torch.zeros_like(smallest) if t is None else t for t in gradients]
 
@@ -165,7 +168,7 @@ class Request:
 
 @one_at_a_time
 def through_steps(request: Request) -> Hypergradient:
-    """Return the gradient that is asked for on the eager road; nothing moves."""
+    """Return the gradient that is asked for on the eager road; no weight or state moves."""
     return Differentiation(request).find()
 
 
@@ -277,23 +280,31 @@ class Differentiation:
             return "a sharded student; expected one process, or DistributedDataParallel"
         if "momentum" not in self.wrt:
             return ""
-        # SGD without momentum keeps no buffer, in which the derivative would be.
+        # SGD with a momentum of 0 keeps no buffer, through which later steps depend on the momentum
+        # of earlier ones. `forward` goes back over the states of steps that were taken without it,
+        # and would leave that dependence out. `unrolled` and compiled steps are taken with the
+        # momentum as a leaf, and so with a buffer, which changes no weight while the momentum is 0
+        # in all steps. Where it is 0 in some alone, torch leaves the buffer of the others as it is
+        # there, and a step with a leaf would not.
         options_of_steps = self.options or [self.update.options]
-        groups_of_sgd = [
-            groups for groups in zip(*options_of_steps, strict=True) if "dampening" in groups[0]
-        ]
-        has_buffer = [{group["momentum"] != 0 for group in groups} for groups in groups_of_sgd]
-        is_graph_by_hand = self.compiles or self.estimate.keep_graph
-        if not is_graph_by_hand and any(False in in_steps for in_steps in has_buffer):
-            return "momentum=0, which keeps no buffer; expected more, or compile=True"
-        if any(len(in_steps) > 1 for in_steps in has_buffer):
-            return "momentum=0 in some steps, which keep no buffer; expected more"
+        steps_with_leaves = self.compiles or self.estimate.keep_graph
+        for group_in_steps in zip(*options_of_steps, strict=True):
+            is_of_sgd = "dampening" in group_in_steps[0]
+            if not is_of_sgd:
+                continue
+            momenta = [group["momentum"] for group in group_in_steps]
+            if 0 not in momenta:
+                continue
+            if not steps_with_leaves:
+                return "momentum=0, which keeps no buffer; expected more, or compile=True"
+            if any(momentum != 0 for momentum in momenta):
+                return "momentum=0 in some steps, which keep no buffer; expected more"
         return ""
 
     def find(self) -> Hypergradient:
         """Return the gradient on the eager road, in the first order of differentiation that runs.
 
-        Nothing moves.
+        No weight or state moves.
         """
         if self.takes_direct_term:
             self._check_direct_term()
@@ -358,6 +369,8 @@ class Differentiation:
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
         )
+        # Both in the step that tries the order: the student switches the first off itself, after
+        # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
         replays = ReplayCheck(request.replay_tolerance, ranks)
@@ -389,7 +402,7 @@ class Differentiation:
                     accumulate=request.accumulate,
                     keep_graph=estimate.keep_graph,
                     order=order,
-                    credits="example" if estimate.credits == "example" else "signal",
+                    credits=estimate.credits_of_steps,
                     truncate=self.truncate,
                     keep=estimate.keeping,
                     updates=[self.update.with_options(options) for options in self.options],
@@ -400,7 +413,8 @@ class Differentiation:
                 )
             path.is_tried = is_tried
             # h = −dL(θ′)/d(signal)
-            with step_bar(is_shown, steps, "steps back", 0) as path.progress:
+            with step_bar(is_shown, steps, "steps back", 0) as show_step_back:
+                path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, estimate.init())
             direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
             grads: dict[str, Tensor] = {}
@@ -409,8 +423,9 @@ class Differentiation:
                 grads = teaching.gradient(path, feedback)
             if direct:
                 grads = {name: g + direct[name] for name, g in grads.items()}
-            gradients_in_order = path.setting_gradients[::-1]
-            settings = stacked_settings(gradients_in_order, self.settings, self.update.options)
+            # The path has gone backwards, and has the last step's first.
+            setting_gradients = path.setting_gradients[::-1]
+            settings = stacked_settings(setting_gradients, self.settings, self.update.options)
             h = tuple(
                 feedback_of_step.of_batch(step)
                 for step, feedback_of_step in zip(path.steps, feedback, strict=True)

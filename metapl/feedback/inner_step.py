@@ -43,7 +43,7 @@ from metapl.execution.compare import (
     check_same_slopes,
     slopes_differ,
 )
-from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
 from metapl.execution.numerics import (
     MissingDerivative,
     Space,
@@ -57,8 +57,12 @@ from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Options, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
+"""For what feedback has one number each: an entry of the signal, an example, the whole batch; or
+there is no feedback."""
+
 Credited = Literal["signal", "example"]
-"""What gets numbers of its own: each entry of the signal, or each example."""
+"""In what a step is differentiated: in each entry of the signal, or in a factor of each example's
+loss."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class SignalInput:
 
     def __init__(self, problem: Problem, batch: Any, signal: Signal, *, in_graph: bool) -> None:
         fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
-        self.fields = fields if in_graph else as_leaves(fields)
+        self.fields = fields if in_graph else plain_leaves(fields)
         self._input_with_graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
         self._entering = [
             t
@@ -215,7 +219,7 @@ class InnerStep:
         """
         batch_too = batch_too and not self.signal_inputs
         for inner_pass in self.passes:
-            inner_pass.forget(batch_too)
+            inner_pass.forget(inputs_and_outputs=batch_too)
         inner_batch = None if batch_too else self.inner_batch
         return replace(self, grads={}, state=None, inner_batch=inner_batch)
 
@@ -248,7 +252,7 @@ class InnerStep:
             with inner_pass.drawing_as_loss():
                 loss = self._loss(signal_of_part, batch)
                 losses.append(loss(inner_pass.outputs, self.params))
-        return replace(step, inner_loss=mean_of(losses))
+        return replace(step, inner_loss=mean_of_scalars(losses))
 
     @property
     def learning_rate(self) -> float | None:
@@ -424,7 +428,7 @@ class InnerStep:
             fields_of_part = dict(fields)
             if count > 1:
                 fields_of_part = {name: t.chunk(count)[i] for name, t in fields.items()}
-            field_leaves = as_leaves(fields_of_part)
+            field_leaves = plain_leaves(fields_of_part)
             input_leaves: list[Tensor] = []
             inputs = inner_pass.inputs
             if self.signal_inputs:
@@ -459,7 +463,7 @@ class InnerStep:
         by_gradient, spread = self.space.slope(self.gradient, w)
         eps = torch.finfo(self.shifted_dtype).eps
         check_same_slopes(
-            self.student.ranks.mean(mean_of(slopes)),
+            self.student.ranks.mean(mean_of_scalars(slopes)),
             by_gradient,
             spread,
             EXACTLY[self.passes[0].rounded_to].slope,
@@ -495,7 +499,7 @@ class InnerStep:
         Args:
             rounding: a bound on the norm of the error of ż, where it is no exact derivative.
         """
-        leaves = as_leaves(credited(self.signal, of))
+        leaves = plain_leaves(credited(self.signal, of))
         slope = _slope(self, leaves, w, z_dot, rounding)
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if slope.requires_grad:
@@ -512,7 +516,7 @@ class InnerStep:
         one-sided move O(δ), and the rounding of that derivative over the move's length.
         """
         if self.order == "losses":
-            return _derivatives_by_losses(self, as_leaves(credited(self.signal, of)), w, move)
+            return _derivatives_by_losses(self, plain_leaves(credited(self.signal, of)), w, move)
         z_dot = (move.ahead - move.behind) / move.width
         return self.derivatives_by_tangent(w, z_dot, move.rounding / move.width, of=of)
 
@@ -650,7 +654,7 @@ def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
         with part.drawing_as_loss():
             losses.append(loss(outputs[i], theta))
     # The ranks' shares add up to the mean.
-    return mean_of(losses) if ranks.alone else mean_of(losses) / ranks.size
+    return mean_of_scalars(losses) if ranks.alone else mean_of_scalars(losses) / ranks.size
 
 
 def _slope(

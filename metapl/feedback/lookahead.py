@@ -144,7 +144,7 @@ def refuse_outer_lookahead(outer: Any) -> None:
 
 @dataclass(frozen=True)
 class InnerBatches(Sequence[Any]):
-    """The inner batches of a step, one for each student step, as the door of the step reads them.
+    """The inner batches of a step, one for each student step, read from what the caller has given.
 
     Args:
         batches: a list of those in memory, or a :class:`Lookahead` whose function returns a batch

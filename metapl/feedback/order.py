@@ -1,7 +1,9 @@
 r"""In which order the feedback's second derivative is taken, chosen once, by trying.
 
 The feedback is a derivative of :math:`\langle g, w \rangle = \langle \partial\ell/\partial z, \dot
-z \rangle` in the signal (:mod:`metapl.feedback.forward`). There are several ways to it, of one
+z \rangle` in the signal: g is the gradient of the inner loss ℓ, w the direction that the feedback
+is taken along, ż the derivative of the student's outputs z along w
+(:mod:`metapl.feedback.forward`). There are several ways to it, of one
 value, which need other derivatives of the student's operations:
 
 - ``graph``: the graph of g, which the inner pass has kept. The student's operations twice, in
@@ -15,7 +17,7 @@ value, which need other derivatives of the student's operations:
 - ``losses``: a difference of the loss's derivative in the signal. Any operation, and any loss.
 
 An estimator says which of them a path may take, the preferred first (:meth:`Estimator.orders`). The
-first step takes the first one that runs and is finite; an attempt that fails has moved nothing.
+first step takes the first one that runs and is finite; an attempt that fails so has moved nothing.
 Later steps take the same one.
 """
 

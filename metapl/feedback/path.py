@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, joined, leaves_of, length, micro_batches
-from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, as_leaves, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.state import RandomState, State, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
@@ -162,7 +162,7 @@ class Path:
         """The mean of the inner losses over the steps."""
         if len(self.steps) == 1:
             return self.steps[0].inner_loss
-        return mean_of([step.inner_loss for step in self.steps])
+        return mean_of_scalars([step.inner_loss for step in self.steps])
 
     # ----------------------------------------------------------------------------- the outer loss
 
@@ -761,7 +761,7 @@ class _Walk:
         if keep_graph and (not self.is_alone_step or "start" in path.wrt):
             # A graph of several steps begins at leaves, so that the student's own parameters are in
             # none but by mistake.
-            self.params = as_leaves(self.student.params)
+            self.params = plain_leaves(self.student.params)
         self.state = path.update.read_state()
         self.look = current_look()
 
@@ -833,7 +833,7 @@ class _Walk:
 
         loss, gradient = results[0]
         if self.accumulate > 1:
-            loss = mean_of([loss_of_part for loss_of_part, _ in results])
+            loss = mean_of_scalars([loss_of_part for loss_of_part, _ in results])
             gradient = mean_tree([gradient_of_part for _, gradient_of_part in results])
         step = InnerStep(
             problem=problem,
@@ -902,7 +902,7 @@ class _Walk:
         leaves: Tree = {}
         is_first_differentiated = number == self.first_differentiated
         if self.path.order == "graph" and is_first_differentiated and not self.keep_graph:
-            leaves = as_leaves(credited(signal, self.credits))
+            leaves = plain_leaves(credited(signal, self.credits))
             signal = signal.having(leaves)
         loss: Loss = partial(
             inner_loss,

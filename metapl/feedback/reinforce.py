@@ -31,6 +31,8 @@ class Reinforce(Estimator):
               \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}), \qquad
               \text{teacher: } h \cdot \tfrac1B \sum_i \mathrm{CE}(\hat y_i, T(x_i))
 
+    with g the gradient of the inner loss, and w = (∂U/∂g)ᵀ ∇L(θ′).
+
     Args:
         similarity: ``"dot"`` (Algorithm 1) or ``"cosine"``, −⟨w, g⟩/(‖w‖‖g‖), in [−1, 1]: another
             weighting of the steps, so another estimator, with the sign of the first.

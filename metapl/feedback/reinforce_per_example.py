@@ -29,6 +29,9 @@ class ReinforcePerExample(Estimator):
               \text{teacher: } \sum_i h_i \mathrm{CE}(\hat y_i, T(x_i)), \quad
               \sum_i h_i = -\langle w, g \rangle
 
+    with g the gradient of the inner loss, w = (∂U/∂g)ᵀ ∇L(θ′), and ż the derivative of the outputs
+    z along w.
+
     Args:
         tangent: how ż is computed: ``"forward"`` (exact) or ``"difference"`` (any operation).
         normalization: as in :class:`~metapl.feedback.Forward`.

@@ -199,7 +199,9 @@ class StepCall:
     def ask_teacher(
         self, theta_T: Tree, teacher_state: Tree, number: int, student_outputs: Tensor | None
     ) -> Answer:
-        """Return line 2, ŷ ~ T(x_u) or the soft label; with the last batch the own losses too.
+        """Return line 2 of Algorithm 1, ŷ ~ T(x_u) or the soft label.
+
+        With the last batch the teacher's own losses are returned too.
 
         Losses that read no graph of the signal are taken by themselves, where the rule of the
         feedback's size needs their gradient alone: a pullback of both would run through all passes
@@ -226,7 +228,7 @@ class StepCall:
         return answer
 
     def own_losses(self, network: Any, losses: Sequence[Any], signal: Signal, number: int) -> Tree:
-        """Return lines 6-7, the teacher's own losses by name."""
+        """Return lines 6-7 of Algorithm 1, the teacher's own losses by name."""
         return sum_of_terms(
             network,
             losses,

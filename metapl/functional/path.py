@@ -46,7 +46,7 @@ class Carry(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """Line 3: ℓ and g = ∇_θ ℓ, with the pass that they come from."""
+    """Line 3 of Algorithm 1: ℓ and g = ∇_θ ℓ, with the pass that they come from."""
 
     inner_loss: Tensor
     gradient: Tree
@@ -96,7 +96,9 @@ class BegunStep:
         self.signal = self.answer.signal.detached()
 
     def descend(self, leaves: Tree) -> Descent:
-        """Return line 3, ℓ and g = ∇_θ (1/B) Σ ℓ_i, as functions of fields of the signal.
+        """Return ℓ and g = ∇_θ (1/B) Σ ℓ_i as functions of fields of the signal.
+
+        This is line 3 of Algorithm 1.
 
         Args:
             leaves: tensors in the place of the fields, by name.

@@ -63,7 +63,7 @@ vjp: Any = torch.func.vjp
 
 
 class Outcome(NamedTuple):
-    """What lines 2 to 7 leave besides the teacher's losses: tensors alone.
+    """What lines 2 to 7 of Algorithm 1 leave besides the teacher's losses: tensors alone.
 
     Attributes:
         end: of the student's steps, the real one where the problem revises the signal.

@@ -7,8 +7,9 @@ weight a_i of each example or its corrected label q_i. For a weight,
           h_i = -\frac{\partial L(\theta')}{\partial a_i}
           = -\frac1B \Big\langle \nabla_\theta \mathrm{CE}(y_i, S(x_i;\theta)), w \Big\rangle
 
-so the feedback on an example is positive if a step on that example lowers the loss on the trusted
-labels.
+where w = (∂U/∂g)ᵀ ∇L(θ′) is the gradient of the outer loss, pulled back through the student's step
+θ′ = U(θ, g) to its gradient g. So the feedback on an example is positive if a step on that example
+lowers the loss on the trusted labels.
 """
 
 from __future__ import annotations
@@ -141,14 +142,17 @@ class EqualWeights(Weighted):
 class Relabeled(Classification):
     """Problems whose signal is the teacher's distribution q_i over the classes, (B, C)."""
 
-    teacher_reads: ClassVar[int] = -1
-    """The first part of an inner batch that the teacher reads; it reads all from there on."""
+    teacher_reads_from: ClassVar[int] = -1
+    """The index of the first part of an inner batch that the teacher reads.
+
+    It reads all parts from there on: −1 stands for the last part alone, 0 for all.
+    """
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return q = softmax(t), (B, C), of the teacher's logits t."""
-        logits = checks.logits(teacher(*batch[self.teacher_reads :]), "teacher")
+        logits = checks.logits(teacher(*batch[self.teacher_reads_from :]), "teacher")
         return Signal(wide(logits).softmax(-1), outputs=logits)
 
     def inner_loss(
@@ -227,11 +231,12 @@ class LearningToReweight(Weighted):
               \theta' = U(\theta, \nabla_\theta \textstyle\sum_i w_i \mathrm{CE}_i)
 
     The student looks ahead with weights of zero; h_i is positive if a little of example i in that
-    step lowers the loss on the trusted labels. Its real step then takes the weights w; where no
-    example helps, all are 0, while momentum and weight decay go on. An inner batch is (x, y), the
-    outer one (x, y) with trusted labels. The signal of the real step, in reports too, is a = B·w,
-    so that metapl's mean of a_i CE_i is the paper's sum of w_i CE_i. The report's ``outer_loss`` is
-    L(θ̂), its ``inner_loss`` of the real step.
+    step lowers the loss on the trusted labels. Its real step then takes the weights w_i (the
+    paper's letter; the direction w of the module's formula is something else); where no example
+    helps, all are 0, while momentum and weight decay go on. An inner batch is (x, y), the outer one
+    (x, y) with trusted labels. The signal of the real step, in reports too, is a = B·w, so that
+    metapl's mean of a_i CE_i is the paper's sum of w_i CE_i. The report's ``outer_loss`` is L(θ̂),
+    and its ``inner_loss`` is that of the real step.
 
     Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in
     its present state, in both steps. The paper looks ahead by plain SGD whatever the optimizer:
@@ -263,7 +268,12 @@ class LearningToReweight(Weighted):
     has_teacher: ClassVar[bool] = False
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> LearningToReweight:
-        """Return this problem, or refuse a mode without feedback on each example."""
+        """Return this problem, or refuse a mode without feedback on each example.
+
+        Args:
+            labels: the kinds of signal that the mode takes; not labels of examples.
+            mode: its name.
+        """
         if "soft" not in labels or mode == "none":
             raise MetaplError(
                 f"mode '{mode}' was given; expected feedback on each example: 'forward', or "
@@ -366,7 +376,8 @@ class LabelCorrection(Relabeled):
     2021).
     """
 
-    teacher_reads: ClassVar[int] = 0
+    # The corrector reads the inputs and the labels.
+    teacher_reads_from: ClassVar[int] = 0
 
     def default_outer_optimizer(self, teacher: nn.Module) -> torch.optim.Optimizer:
         """Return Adam at 0.003."""

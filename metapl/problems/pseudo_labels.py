@@ -1,4 +1,8 @@
-"""Meta Pseudo Labels, and Reduced Meta Pseudo Labels, whose teacher is no longer there."""
+"""Meta Pseudo Labels, and Reduced Meta Pseudo Labels.
+
+In the reduced form the large teacher is gone after its distributions were stored, and a small
+network that adjusts them is the teacher of the step.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,10 @@ from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Problem, Random, Signal, draw_classes, mean_over_rows
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
+
+# The teacher's own losses unless others are given: on inner batches with one view, and with two.
+_LOSSES_OF_ONE_VIEW: tuple[TeacherLoss, ...] = (CrossEntropy(label_smoothing=0.1),)
+_LOSSES_OF_TWO_VIEWS: tuple[TeacherLoss, ...] = (*_LOSSES_OF_ONE_VIEW, UDA())
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,10 @@ class PseudoLabels(Problem):
         """Return the problem with a kind of labels that a mode takes.
 
         That is ``kind``, or the mode's first choice where ``kind`` is None.
+
+        Args:
+            labels: the kinds that the mode takes, by preference.
+            mode: its name.
         """
         if self.kind is None:
             return self._with_kind(labels[0])
@@ -97,14 +109,21 @@ class PseudoLabels(Problem):
 
         Source: Algorithm 1, lines 6-7.
         """
-        return LOSSES if len(views(batch)) == 2 else LOSSES[:1]
+        if len(views(batch)) == 2:
+            return _LOSSES_OF_TWO_VIEWS
+        return _LOSSES_OF_ONE_VIEW
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         checks.class_outputs(outputs, "student")
         checks.class_labels(labeled[1], outputs.shape[1])
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self,
+        teacher: nn.Module,
+        batch: Any,
+        student_outputs: Tensor | None,
+        *,
+        generator: Random,
     ) -> Signal:
         """Return q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
         logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
@@ -114,11 +133,13 @@ class PseudoLabels(Problem):
                 f"the teacher's outputs have shape {tuple(logits.shape)}; expected that of the "
                 f"student's, {tuple(student_outputs.shape)}."
             )
+        # The softmax is taken in float32 or wider.
         z = wide(logits)
         if self.temperature != 1.0:
             z = z / self.temperature
         log_q = F.log_softmax(z, -1)
         q = log_q.exp()
+        # A problem whose kind was left open, None, has soft labels, unless for_modes has chosen.
         if self.kind != "hard":
             return Signal(q, outputs=logits)
         labels_B1 = draw_classes(q.detach(), generator)
@@ -142,10 +163,6 @@ class PseudoLabels(Problem):
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 
 
-LOSSES: tuple[TeacherLoss, ...] = (CrossEntropy(label_smoothing=0.1), UDA())
-"""The teacher's own losses where the inner batch has two views."""
-
-
 @dataclass(frozen=True)
 class ReducedLabels(PseudoLabels):
     r"""The student learns stored labels as a small network adjusts them.
@@ -158,6 +175,8 @@ class ReducedLabels(PseudoLabels):
               \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
               h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
               = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
+
+    with w = (∂U/∂g)ᵀ ∇L(θ′), the labeled gradient pulled back through the student's step.
 
     An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B,
     C) of the same examples; without the teacher's supervised loss the outer one may be (x, y). The
@@ -192,7 +211,12 @@ class ReducedLabels(PseudoLabels):
         return stored_pair(batch)[0]
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self,
+        teacher: nn.Module,
+        batch: Any,
+        student_outputs: Tensor | None,
+        *,
+        generator: Random,
     ) -> Signal:
         """Return the signal of :class:`metapl.PseudoLabels`, made from the stored distributions.
 

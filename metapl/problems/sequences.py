@@ -99,7 +99,12 @@ class DataRater(Problem):
         )
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self,
+        teacher: nn.Module,
+        batch: Any,
+        student_outputs: Tensor | None,
+        *,
+        generator: Random,
     ) -> Signal:
         """Return a, (B,), by a softmax over the sequences of all processes."""
         inputs, labels = inputs_and_labels(batch)

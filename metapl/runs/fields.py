@@ -8,6 +8,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -69,6 +70,8 @@ def check_fields(value: Any) -> None:
 
     Looked at are switches, numbers, and annotations with a ``Literal`` or a :class:`Range`, also in
     unions and tuples. A field that has only another default than in a class above keeps its range.
+    A field is not checked whose annotation has a name that is not there when the program runs, such
+    as one imported under ``TYPE_CHECKING``; the other fields of its class are.
     """
     kind: Any = type(value)
     values = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
@@ -104,11 +107,37 @@ def _limiting_hints(function_or_class: Any) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     # From the class furthest above down, so that the annotation of a subclass wins.
     for owner in reversed(getattr(function_or_class, "__mro__", [function_or_class])):
-        for name, hint in typing.get_type_hints(owner, include_extras=True).items():
+        for name, hint in _readable_hints(owner).items():
             # A plain number in a subclass keeps the range of a class above.
             if hint not in (int, float) or name not in hints:
                 hints[name] = hint
     return {name: hint for name, hint in hints.items() if name != "return" and _limits(hint)}
+
+
+def _readable_hints(function_or_class: Any) -> dict[str, Any]:
+    """Return the annotations of a function or a class by name, and Any for an unreadable one.
+
+    In a class an annotation is unreadable where one of its names is neither built in nor in the
+    module, as names are that are imported under ``TYPE_CHECKING``.
+
+    Raises: NameError for a function with such an annotation.
+    """
+    try:
+        return typing.get_type_hints(function_or_class, include_extras=True)
+    except NameError:
+        if not isinstance(function_or_class, type):
+            raise
+    # One such name has failed the whole class, so the annotations are read one by one.
+    hints: dict[str, Any] = {}
+    for owner in reversed(function_or_class.__mro__):
+        for name, annotation in vars(owner).get("__annotations__", {}).items():
+            # Any also in the place of what a class above says of this name.
+            hints[name] = Any
+            namespace = {"__annotations__": {name: annotation}, "__module__": owner.__module__}
+            class_of_one_name = type(owner.__name__, (), namespace)
+            with suppress(NameError):
+                hints |= typing.get_type_hints(class_of_one_name, include_extras=True)
+    return hints
 
 
 def _limits(hint: Any) -> bool:

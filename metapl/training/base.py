@@ -118,11 +118,17 @@ class Trainer(ABC):
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:
-        """Return :meth:`state_dict` without the copies: the next step changes its tensors."""
+        """Return :meth:`state_dict` without the copies: the next step changes its tensors.
+
+        Checkpoints are written from it, and :meth:`_load` takes the same entries back.
+        """
 
     @abstractmethod
     def _load(self, state: dict[str, Any]) -> None:
-        """Take a state; it may raise anything, and have loaded a part."""
+        """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part.
+
+        :meth:`load_state_dict` then puts the trainer back.
+        """
 
     def first_steps(self, options: FitOptions) -> int:
         """Return how many steps of a fit the student takes alone, before its teacher begins."""

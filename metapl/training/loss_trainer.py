@@ -225,6 +225,7 @@ class LossTrainer(Trainer):
         return {name: getattr(self, name) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
+        """Return all that a checkpoint holds of the trainer, without copies; see :meth:`_load`."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -232,6 +233,7 @@ class LossTrainer(Trainer):
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part."""
         refuse_missing_entries(state, self.live_state())
         load_whole(self.student, state["student"])
         refuse_state_of_another(state["optimizer"], self.optimizer, "optimizer")

@@ -86,7 +86,9 @@ CLOSURE_OUTSIDE = (
 
 @dataclass(frozen=True)
 class OpenedStep:
-    """A step whose batches have passed the door.
+    """A step whose networks and batches were looked at, and not refused.
+
+    What is looked for at this door of the step is in :mod:`metapl.feedback.door`.
 
     Args:
         outer_batch: as it was given, before the problem reads it.
@@ -229,19 +231,23 @@ class BilevelTrainer(Trainer):
             recompute_teacher=recompute_teacher,
         )
 
-        # The networks: as they were given, perhaps in DistributedDataParallel, and inside of that.
+        # The networks as they were given, perhaps in DistributedDataParallel.
         self.pair = (teacher, student)
         self.as_given = student
+        # How each of them is laid out over processes. A layout holds the network without its
+        # wrapper, which is what self.teacher and self.student are.
         gives_feedback = self.mode.credits != "nothing"
         self.teacher_layout, self.layout, self.device = layouts(
             teacher, student, differentiated=gives_feedback or bool(compile)
         )
         checks.generator_of(generator, self.device, "the networks are on")
+        # The layouts of the networks that there are, the teacher's first.
         self.layouts = [self.layout]
         self.teacher = None
         if self.teacher_layout is not None:
             self.layouts = [self.teacher_layout, self.layout]
             self.teacher = self.teacher_layout.network
+        # The layouts of networks that run in several processes.
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks = self.layout.ranks
         self.student = self.layout.network
@@ -273,8 +279,9 @@ class BilevelTrainer(Trainer):
         update = update_of(
             self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback
         )
-        # An optimizer without a rule here may fail in its own step, when the teacher has moved
-        # already.
+        # The student's update where metapl has no rule for its optimizer, which then moves the
+        # student by its own step(), else None. Such a step may fail when the teacher has moved
+        # already; see _undone_together.
         self._own_step = update if isinstance(update, OwnStep) else None
         self.update: Update = update
         if clip_norm is not None:
@@ -384,7 +391,10 @@ class BilevelTrainer(Trainer):
             outer, inner: other names of ``labeled`` and ``unlabeled``.
 
         Returns: a :class:`metapl.StepReport`.
-        Raises: :class:`metapl.MetaplError` before anything moves.
+        Raises: :class:`metapl.MetaplError` before anything moves. An error that an optimizer raises
+            in its own ``step()``, such as one of a hook on it, may come when weights have moved:
+            the teacher's optimizer steps first, so that the student has not moved where that one
+            fails; the teacher may have.
         """
         outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
         refuse_outer_lookahead(outer_batch)
@@ -408,7 +418,7 @@ class BilevelTrainer(Trainer):
             return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
 
     def _open_step(self, outer_batch: Any, inner_batches: InnerBatches) -> OpenedStep:
-        """Read the networks' tables as they are now, and let the batches in.
+        """Read the networks' tables as they are now, and refuse what no step can be taken with.
 
         Networks are verified on these batches where that is due. Where they are met for the first
         time, what may carry a gradient past the signal is refused.
@@ -457,7 +467,8 @@ class BilevelTrainer(Trainer):
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order.
 
-        A step that fails has moved nothing.
+        A step that fails before its optimizers step has moved nothing: buffers, gradients and
+        generators are put back. For an optimizer that fails see :meth:`_undone_together`.
 
         Args:
             order: None, where there is nothing to choose.
@@ -469,8 +480,11 @@ class BilevelTrainer(Trainer):
         inner_batches = opened.inner_batches
         outer_batch = self.problem.outer_batch(opened.outer_batch)
         teacher_losses = self._losses_for(inner_batches[-1])
+        # Both in the step that tries the order: the student switches the first off itself, after
+        # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
+        # The update is of the weights that are learned now: layers may have been thawed.
         self.update.follow(student.parameters)
         teaching = Teaching(
             layout=self.teacher_layout,
@@ -505,7 +519,7 @@ class BilevelTrainer(Trainer):
                     accumulate=self.accumulate,
                     keep_graph=mode.keep_graph,
                     order=order,
-                    credits="example" if mode.credits == "example" else "signal",
+                    credits=mode.credits_of_steps,
                     truncate=getattr(mode, "truncate", None),
                     keep=mode.keeping,
                 )
@@ -545,11 +559,12 @@ class BilevelTrainer(Trainer):
                     order=order or "",
                     direct_term=self.direct_term,
                 )
-            averages_gradients = self.clip_norm is not None or not self.ranks.alone
-            if self.teacher_layout is not None and averages_gradients:
+            # The gradients are averaged over the processes, and clipped.
+            is_averaged_or_clipped = self.clip_norm is not None or not self.ranks.alone
+            if self.teacher_layout is not None and is_averaged_or_clipped:
                 self.teacher_layout.mean_gradients(self.clip_norm)
-            # Nothing has moved so far. The teacher's optimizer may be any, and may fail; so the
-            # student moves last.
+            # Nothing has moved so far. The teacher's optimizer may be any, and may fail in its own
+            # step; the student moves last, so that it has not moved then.
             with self._undone_together():
                 if self.outer_optimizer is not None:
                     # Line 8: θ_T′.
@@ -578,7 +593,15 @@ class BilevelTrainer(Trainer):
         return weights
 
     def _undone_together(self) -> AbstractContextManager[None]:
-        """Return a block in which both optimizers step, or neither, if the student's may fail."""
+        """Return a block in which both optimizers step, or neither, if the student's may fail.
+
+        It may where metapl has no rule for it, since nothing has tried its step before, and the
+        teacher has moved by then. Where there is a rule, θ′ was computed already, and the block
+        undoes nothing. If an optimizer fails there all the same, as by a hook on it, weights stay
+        moved: the teacher's, perhaps in part, where the outer optimizer fails; those of both
+        networks where the inner one does. To undo that too would take a copy of weights and
+        optimizers' states in every step.
+        """
         if self._own_step is None:
             return nullcontext()
         return undone(self.outer_optimizer, self._own_step.optimizer)
@@ -718,11 +741,18 @@ class BilevelTrainer(Trainer):
         return report
 
     def first_steps(self, options: FitOptions) -> int:
+        """Return how many steps of a fit are a :meth:`first_step`, after those of ``wait``.
+
+        That is the option ``first_steps``, or what the problem's method of that name returns for
+        the number of steps after ``wait``.
+
+        Raises: :class:`metapl.MetaplError` where the problem leaves the teacher no step.
+        """
+        if options.first_steps is not None:
+            # The options have refused one that leaves the teacher no step.
+            return options.first_steps
         steps_after_wait = options.steps - options.wait
-        if options.first_steps is None:
-            steps = self.problem.first_steps(steps_after_wait)
-        else:
-            steps = options.first_steps
+        steps = self.problem.first_steps(steps_after_wait)
         if not isinstance(steps, int) or not 0 <= steps < steps_after_wait:
             raise MetaplError(
                 f"{kind_of(self.problem)}.first_steps({steps_after_wait}) returned {steps!r}; "
@@ -760,7 +790,7 @@ class BilevelTrainer(Trainer):
             if self.compile:
                 self.compiled_step.prepare(self, plain(outer_batch), inner_batches)
         else:
-            # The mode is not verified, since it takes several steps.
+            # This is one step, and the mode is used over several here: it is not verified yet.
             for layout in self.distributed:
                 layout.begin_step()
             self.slots = [Slots(slots.module) for slots in self.slots]
@@ -851,6 +881,10 @@ class BilevelTrainer(Trainer):
         return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
+        """Return all that a checkpoint holds of the trainer, without copies.
+
+        :meth:`_load` takes the same entries back; whoever adds one here adds it there.
+        """
         return {
             "mode": self.mode.name,
             "lookahead": self.lookahead,
@@ -866,6 +900,10 @@ class BilevelTrainer(Trainer):
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part.
+
+        :meth:`load_state_dict` then puts the trainer back.
+        """
         refuse_missing_entries(state, self.live_state())
         if state["mode"] != self.mode.name:
             raise MetaplError(
@@ -940,9 +978,9 @@ class BilevelTrainer(Trainer):
     ) -> Hypergradient:
         """Return the teacher's gradient through the student's step, by this mode or another.
 
-        Nothing moves. The student's clip and the micro-batches (``accumulate``) count, and the
-        baseline so far does not. The default generators stay as they are, so that every call sees
-        the same dropout masks.
+        No weight or state moves. The student's clip and the micro-batches (``accumulate``) count,
+        and the baseline so far does not. The default generators stay as they are, so that every
+        call sees the same dropout masks.
 
         Args:
             labeled, unlabeled, outer, inner: as for :meth:`step`.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pytest
 
+import metapl
 from metapl.errors import FieldError
+from metapl.feedback import Forward
 from metapl.runs.fields import Range, check_fields
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Share = Annotated[float, Range(0, most=1)]
 
@@ -55,3 +60,47 @@ def test_what_does_not_fit_is_refused_by_its_field(field: str, wrong: Any) -> No
     with pytest.raises(FieldError, match=field) as refusal:
         Plain(**{field: wrong})
     assert refusal.value.field == field
+
+
+@dataclass(frozen=True)
+class PartlyReadable(Plain):
+    """Two annotations have a name that is not there when the program runs."""
+
+    folder: Path | None = None
+    count: Path | int = 1  # type: ignore[assignment]
+    share: Share = 0.5
+
+
+@dataclass(frozen=True)
+class OwnEstimator(Forward):
+    folder: Path | None = None
+    share: Share = 0.5
+
+
+@dataclass(frozen=True)
+class OwnProblem(metapl.PseudoLabels):
+    folder: Path | None = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "wrong"),
+    [
+        (PartlyReadable, "share", 1.5),
+        (PartlyReadable, "rate", 0.0),
+        (OwnEstimator, "share", 1.5),
+        (OwnEstimator, "normalization", "none"),
+        (OwnProblem, "temperature", 0.0),
+    ],
+)
+def test_an_annotation_under_type_checking_leaves_the_other_fields_checked(
+    kind: Any, field: str, wrong: Any
+) -> None:
+    kind()
+    with pytest.raises(FieldError, match=field):
+        kind(**{field: wrong})
+
+
+def test_a_field_whose_annotation_cannot_be_read_is_not_checked() -> None:
+    assert PartlyReadable(folder=3).folder == 3  # type: ignore[arg-type]
+    # Its annotation stands in the place of the range that the class above gives this field.
+    assert PartlyReadable(count=0).count == 0

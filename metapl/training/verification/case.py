@@ -1,4 +1,8 @@
-"""A mode's gradient and the real step, at one point: what a verdict is made of."""
+"""A mode's gradient and the real step, at one point: what a verdict is made of.
+
+F is the loss that the gradient is of, after the real step: L(θ′), or ⟨g, w⟩ where the mode is
+implicit (:meth:`Case.outer_loss`).
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,18 @@ from metapl.feedback.hypergradient import Hypergradient
 from metapl.problems.base import Signal, field_name
 from metapl.training.verification.real_step import Evaluation, RealStep, Tree
 
-# The relative errors that modes may have beyond rounding; the second is that of modes by
-# differences.
-EXACT, APPROXIMATE = 1e-5, 1e-2
-# The rounding of F in float64, and of an F that runs in float32 somewhere.
-EPS, EPS32 = 2e-16, 1e-7
+# The relative error that is allowed to an exact gradient, where the verification runs in float64.
+EXACT = 1e-5
+
+# The relative error that is allowed to all others: to modes that leave a term out or take
+# differences, and to every mode where something runs in float32.
+APPROXIMATE = 1e-2
+
+# The rounding of F in float64.
+EPS = 2e-16
+
+# The rounding of an F that runs in float32 somewhere.
+EPS32 = 1e-7
 
 Errors = dict[str, float | None]
 """How far a gradient is off, by what was moved and along what.
@@ -37,10 +48,12 @@ class Case:
 
     Args:
         step: copies in the type that the verification runs in.
-        mode: the estimator, without what shapes its h.
+        mode: the estimator, with an h that is the gradient alone: without a normalization, a
+            baseline, truncation or a mean.
         by_mode: the gradient that it finds.
         real: the step, taken.
-        eps: the rounding of the loss.
+        eps: the relative rounding of the loss F; it has nothing to do with the ε below, by which
+            weights are moved.
         signals: those of the real step without their graphs; where the expectation over labels is
             taken, one-hot rows.
         h: the feedback, by the step's number and the signal's field.
@@ -72,18 +85,24 @@ class Case:
             eps = max(eps, EPS32)
         signals = [signal.detached() for signal in real.signals]
         is_sampled = signals[0].sampled
+        # A mode that gives feedback on each entry of the signal, and takes labels that were drawn,
+        # takes the expectation over them. One that gives a number to each example, or one number
+        # to the whole batch, judges the labels as drawn.
         takes_expectation = is_sampled and mode.credits == "signal"
         if takes_expectation:
             signals = [with_one_hot_rows(signal) for signal in signals]
-        moved: Literal["signal", "weights"] = (
-            "weights" if is_sampled and not takes_expectation else "signal"
-        )
-        field_of_h = "log_prob" if moved == "weights" else "value"
+        moved: Literal["signal", "weights"] = "signal"
+        field_of_h = "value"
+        if is_sampled and not takes_expectation:
+            moved = "weights"
+            field_of_h = "log_prob"
         h: dict[tuple[int, str], Tensor] = {}
-        for number, of_step in enumerate(by_mode.feedback):
-            tensors = of_step if isinstance(of_step, dict) else {"": of_step}
-            for key, t in tensors.items():
-                h[number, field_name(key) if key else field_of_h] = t
+        for number, h_of_step in enumerate(by_mode.feedback):
+            if isinstance(h_of_step, dict):
+                for key, t in h_of_step.items():
+                    h[number, field_name(key)] = t
+            else:
+                h[number, field_of_h] = h_of_step
         case = Case(
             step=step,
             mode=mode,
@@ -101,7 +120,15 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """The relative error that the mode may have beyond rounding."""
+        """The relative error that the mode may have: 1e-5, or 1e-2.
+
+        It is 1e-5 for a mode whose h is the exact derivative of F in what is moved, where F runs in
+        float64. It is 1e-2 for the other modes, for modes by differences, and for every mode where
+        F is rounded as in float32.
+        """
+        # Modes that say of themselves that they are not exact may be so here. For labels that were
+        # drawn, h is compared with what the weights of the losses, or the one-hot rows, do to F;
+        # and an implicit gradient is compared with ⟨g, w⟩ at its own w, not with L at the optimum.
         is_exact = (
             self.mode.exact
             or self.moved == "weights"
@@ -139,7 +166,8 @@ class Case:
     def whole_gradient(self) -> Tree:
         """The teacher's gradient.
 
-        That of −Σ h·signal, and the direct term of an outer loss that reads the teacher.
+        It is the gradient of −Σ h·signal, plus the direct term of an outer loss that reads the
+        teacher.
         """
         direct = self.by_mode.direct
         return {
@@ -149,6 +177,7 @@ class Case:
 
     @property
     def outer_loss_reads_teacher(self) -> bool:
+        """Whether the outer loss depends on the teacher otherwise than by θ′."""
         return outer_loss_reads_more(self.step.problem, self.step.teacher)
 
     def outer_loss(self, evaluation: Evaluation) -> Tensor:

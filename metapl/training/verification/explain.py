@@ -102,8 +102,8 @@ def is_right_by_forward(case: Case) -> bool:
 def moves_past_the_signal(case: Case) -> bool:
     """Return whether the student's step moves with the teacher, or the problem, past the signal.
 
-    The signal stays as it is. What reads the teacher with a gradient was refused at the door; so
-    this does without one.
+    The signal stays as it is. What reads the teacher with a gradient was refused when the step was
+    opened (:mod:`metapl.feedback.door`); so this does without one.
     """
     draw = torch.Generator().manual_seed(2)
     direction = {
