@@ -1,4 +1,4 @@
-"""The library's tests on the oldest torch that pyproject.toml names, on one between, and on the newest.
+"""Test the library on the oldest torch that is named, on one between, and on the newest.
 
     make versions                                             # all three
     nox -s "library(2.11)" -- tests/library/test_exact.py     # some files on one of them
@@ -24,7 +24,7 @@ LIBRARY = ("tests/library", "metapl", "--ignore=metapl/apps")  # its tests and i
 @nox.session(reuse_venv=True)
 @nox.parametrize("torch", VERSIONS)
 def library(session: nox.Session, torch: str) -> None:
-    """Install one torch, and the torchvision that belongs to it, and run the tests that make test runs."""
+    """Install one torch with its torchvision, and run the tests that make test runs."""
     # Resolved in one call: a torchvision is built for one release of torch.
     session.install(
         "--upgrade", "--constraint", "constraints.txt", torch, "torchvision", "--editable", ".[dev]"

@@ -1,4 +1,4 @@
-"""What does removing training examples do, and who predicts it? `metapl.attribute` beside cheaper attributions.
+"""What does removing training examples do, and who predicts it? `metapl.attribute` beside rivals.
 
     python benchmarks/attribution.py             # goes on where it was stopped
     python benchmarks/attribution.py --write benchmarks/results/attribution.md
@@ -70,7 +70,10 @@ class Convolutional(nn.Module):
 
 
 def mlp(act: nn.Module, width: int, norm: str = "", outputs: float = 1.0) -> nn.Module:
-    """``norm``: a batch norm "before" or "after" the activation, by the statistics of the batch."""
+    """Return a network of one hidden layer, whose last layer is scaled by ``outputs``.
+
+    ``norm``: a batch norm "before" or "after" the activation, by the statistics of the batch.
+    """
     of_batch = [nn.BatchNorm1d(width, track_running_stats=False)] if norm else []
     middle = [act, *of_batch] if norm == "after" else [*of_batch, act]
     last = nn.Linear(width, 10)
@@ -175,9 +178,9 @@ def factor(setting: Row, step: int, steps: int) -> float:
 
 
 def losses_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """One of each example, (B,).
+    """Return the loss of each example, (B,).
 
-    Of a sequence, with logits (B, T, V), the mean over its words but the first.
+    That of a sequence, with logits (B, T, V), is the mean over its words but the first.
     """
     if outputs.ndim == 3:
         outputs, y = outputs[:, :-1].transpose(1, 2), y[:, 1:]
@@ -187,7 +190,10 @@ def losses_of(outputs: Tensor, y: Tensor) -> Tensor:
 def retrained(
     setting: Row, seed: int, order: Tensor, train: Any, outer: Any, weights: Tensor
 ) -> Tensor:
-    """The outer losses of a stack of networks, each trained with its weights of the examples, (S, N)."""
+    """Return the outer losses, (S, N), of a stack of networks trained with weighted examples.
+
+    Each network has its own weights of the examples, a row of ``weights``.
+    """
     network, _ = built(setting, seed)
     params = {
         n: p.detach().expand(len(weights), *p.shape).clone() for n, p in network.named_parameters()
@@ -230,12 +236,12 @@ def loss_of(
 def along(
     network: nn.Module, params: dict[str, Tensor], train: Any, v: dict[str, Tensor]
 ) -> Tensor:
-    """⟨∇ℓ_i, v⟩ of every training example."""
+    """Return ⟨∇ℓ_i, v⟩ of every training example."""
     return jvp(lambda p: loss_of(network, p, train, "none"), (params,), (v,))[1].detach()
 
 
 def plain(setting: Row, seed: int, order: Tensor, train: Any) -> Iterator[dict[str, Tensor]]:
-    """The weights before each step of the training, and at its end.
+    """Yield the weights before each step of the training, and at its end.
 
     The last one is the network's own.
     """
@@ -251,7 +257,7 @@ def plain(setting: Row, seed: int, order: Tensor, train: Any) -> Iterator[dict[s
 
 
 def training(setting: Row, seed: int, steps: int) -> Row:
-    """The arguments of `metapl.attribute` and `metapl.metasmoothness` but for the data."""
+    """Return the arguments of `metapl.attribute` and `metapl.metasmoothness` but for the data."""
     network, optimizer = built(setting, seed)
     schedule = (lambda k: factor(setting, k, steps)) if setting.get("falls") else None
     given: Row = {
@@ -273,7 +279,7 @@ def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
 def by_dot_products(
     setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int
 ) -> Tensor:
-    """TracIn without its rates.
+    """Return TracIn's scores without its rates.
 
     Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end.
     """
@@ -288,7 +294,7 @@ def by_dot_products(
 
 
 def by_one_step(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
-    """The feedback of a look-ahead of one step, in every step of the training, summed."""
+    """Return the feedback of a look-ahead of one step, summed over every step of the training."""
     from metapl.problems import EqualWeights
 
     network, optimizer = built(setting, seed)
@@ -305,7 +311,7 @@ def by_one_step(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) 
 
 
 def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
-    """Influence functions on the last layer at the end of the training: ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩."""
+    """Return the influence on the last layer at the training's end, ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩."""
     network, _ = built(setting, seed)
     *_, params = plain(setting, seed, order, train)
     names = [*params][-2:]
@@ -339,7 +345,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 
 
 def order_of(many: int, steps: int, batch: int, seed: int) -> Tensor:
-    """The rows of each batch, (K, B), as attribute draws them."""
+    """Return the rows of each batch, (K, B), as attribute draws them."""
     draw = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(many, generator=draw) for _ in range(-(-steps * batch // many))]
     return torch.cat(passes)[: steps * batch].view(steps, batch)
@@ -348,7 +354,10 @@ def order_of(many: int, steps: int, batch: int, seed: int) -> Tensor:
 def removed(
     many: int, shares: Sequence[float], removals: int, seed: int
 ) -> tuple[list[Tensor], Tensor]:
-    """So many random sets of each share of the examples, and the weights of all without each, after those with all."""
+    """Return so many random sets of each share of the examples, and the rows of weights.
+
+    The first row is of all examples, each other one of all without a set.
+    """
     draw = torch.Generator().manual_seed(seed + 1000)
     sets = [
         torch.randperm(many, generator=draw)[: round(s * many)]
@@ -405,8 +414,10 @@ def one(
 
 
 def smoothness(name: str, steps: int, seed: int) -> Row:
-    """The agreement of definition 2 and three outer losses, in the default direction, of a
-    training's first tenth and, of the first seed, of the whole."""
+    """Return the agreement of definition 2 and three outer losses, in the default direction.
+
+    They are those of a training's first tenth and, of the first seed, of the whole.
+    """
     setting = SETTINGS[name]
     train, outer = data(seed, setting.get("half") == "weights")
     row: Row = {"setting": name, "steps": steps, "seed": seed}
@@ -439,7 +450,10 @@ def mean(rows: list[Row], method: str, share: float) -> str:
 
 
 def ahead(rows: list[Row], share: float) -> str:
-    """How far attribute's correlation is above influence functions', paired by seed, and the 95 % interval."""
+    """Return how far attribute's correlation is above influence functions', by paired seeds.
+
+    The 95 % interval is behind it.
+    """
     key, names = f"{share:g}", ("attribute", INFLUENCE)
     pairs = [
         [row["scores"][name][key][0] for name in names]
@@ -450,7 +464,7 @@ def ahead(rows: list[Row], share: float) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """By their marks in the page."""
+    """Return the tables by their marks in the page."""
     rough, rows = [r for r in rows if "scores" not in r], [r for r in rows if "scores" in r]
     tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
     lines, columns = list[list[Any]](), list[tuple[float, ...]]()

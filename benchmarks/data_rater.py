@@ -66,7 +66,7 @@ class Mean(nn.Module):
 
 
 def problem() -> Any:
-    """The example, a module of the same name as this one."""
+    """Return the example, a module of the same name as this one."""
     spec: Any = importlib.util.spec_from_file_location(
         "example", Path(__file__).parents[1] / "examples/data_rater.py"
     )
@@ -76,9 +76,9 @@ def problem() -> Any:
 
 
 def counted(example: Any, ids: Tensor) -> Tensor:
-    """log p(next character | character) by counts of neighbours, one more of each.
+    """Return log p(next character | character) of each pair.
 
-    For each pair.
+    It is by counts of neighbours, one more of each.
     """
     words = example.WORDS
     counts = (
@@ -142,9 +142,9 @@ def outer_loss(outputs: Tensor, ids: Tensor) -> Tensor:
 def by_hand(
     rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """AdamW written out, with the root's derivative at 0 kept finite.
+    """Return the rater's gradient by AdamW written out.
 
-    The characters that a batch lacks have none.
+    The root's derivative is kept finite at 0, where the characters are that a batch lacks.
     """
     params: dict[str, Tensor] = dict(student.named_parameters())
     first, second = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
@@ -209,7 +209,7 @@ WAYS: dict[str, Callable[..., Sequence[Tensor]]] = {
 
 
 def costs(example: Any, rounds: int, width: int) -> list[Row]:
-    """Of one outer step, with each kernel of attention."""
+    """Return the costs of one outer step, with each kernel of attention."""
     torch.manual_seed(0)
     example.WIDTH = width
     data, rater, student = (
@@ -249,7 +249,7 @@ def costs(example: Any, rounds: int, width: int) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """By their marks in the page."""
+    """Return the tables by their marks in the page."""
     gains = [r for r in rows if r["kind"] == "gain" and r["rater"] == "pairs"]
     titles = {
         EVERYTHING: "everything",

@@ -1,8 +1,8 @@
-"""Does the teacher's feedback help on the digits? Every mode, baseline and control, tuned alike, over 20 seeds.
+"""Does the teacher's feedback help on the digits? Every mode, baseline and control, tuned alike.
 
-    python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
+    python benchmarks/digits_study.py                        # tune, then run 20 seeds; goes on
     python benchmarks/digits_study.py --write benchmarks/results/digits_study.md
-    python benchmarks/digits_study.py --forms --workers 16   # the forms of Algorithm 1, in a file of their own
+    python benchmarks/digits_study.py --forms --workers 16   # Algorithm 1's forms, in another file
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by
 validation (197 labeled images) is best on average is chosen. Final runs: the chosen configuration
@@ -166,9 +166,9 @@ COMPARED = {
 
 @lru_cache(maxsize=3)
 def drawn(seed: int, labels_per_class: int, size: Size) -> Data:
-    """The data with their batches drawn once: they are the same for every method."""
+    """Return the data with their batches drawn once: they are the same for every method."""
     data = Digits(labels_per_class=labels_per_class, fitting=fitting(seed=seed)).data(
-        print, False, None
+        print, progress=False, log=None
     )
     return dataclasses.replace(
         data,
@@ -229,7 +229,10 @@ def one_run(
 
 
 def chosen(rows: Sequence[Row]) -> dict[str, Config]:
-    """For each method the configuration with the best mean validation accuracy over the tuning seeds."""
+    """Return each method's configuration with the best mean validation accuracy.
+
+    The mean is over the tuning seeds.
+    """
     tuning = [row for row in rows if not row["final"]]
     taken = {name: entry.tuned_as or name for name, entry in ENTRIES.items()}
     found = {name: [row for row in tuning if row["method"] == name] for name in taken.values()}
@@ -241,7 +244,7 @@ def chosen(rows: Sequence[Row]) -> dict[str, Config]:
 
 
 def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
-    """A method's test accuracies in the order of the seeds."""
+    """Return a method's test accuracies in the order of the seeds."""
     of = [
         row
         for row in rows
@@ -261,7 +264,7 @@ PAIRS = (
 
 
 def block(rows: Sequence[Row]) -> str:
-    """The tables of the page."""
+    """Return the tables of the page."""
     parts = []
     for labels, names in COMPARED.items():
         controls = {name: column(rows, "none", labels, name) for name in (STUDENT, FINETUNED)}
@@ -297,7 +300,7 @@ def block(rows: Sequence[Row]) -> str:
 
 
 def forms_block(rows: Sequence[Row]) -> str:
-    """The table of the forms of Algorithm 1, each student against the control's better read-out."""
+    """Return Algorithm 1's forms in a table, each student against the control's better read-out."""
     settings = chosen(rows)
     lines = []
     controls = {name: column(rows, "none", 2, name) for name in (STUDENT, FINETUNED)}
@@ -333,7 +336,7 @@ SECONDS_A_RUN = 9
 
 
 def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
-    """Tune these methods, by labels a class, then run them on the seeds that nothing was chosen on."""
+    """Tune these methods, by labels a class, then run them on seeds that nothing was chosen on."""
     size = MINIATURE if given.miniature else FULL
     made_with = {"made_with": harness.environment(), "steps": size.steps}
     run = partial(one_run, size=size)

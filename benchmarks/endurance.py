@@ -78,7 +78,7 @@ Faults = Iterator[str | None]  # one for each try: what was wrong with it
 
 
 def forked(words: tuple[str | Path, ...], said: Path) -> int:
-    """The number of a process that runs the command.
+    """Start a process that runs the command, and return its number.
 
     What it says goes to a file, its errors to another beside it.
     """
@@ -110,9 +110,9 @@ def forked(words: tuple[str | Path, ...], said: Path) -> int:
 
 
 def ended(child: int) -> int | None:
-    """The exit code of a process, minus the number of the signal that killed it.
+    """Return the exit code of a process, minus the number of the signal that killed it.
 
-    None where it hung.
+    Return None where it hung, and kill it.
     """
     give_up = time.monotonic() + HUNG
     while time.monotonic() < give_up:
@@ -126,7 +126,7 @@ def ended(child: int) -> int | None:
 
 
 def ending(code: int | None, words: str) -> str | None:
-    """What is wrong with how a command ended: it is done, done in part, or refused in a line."""
+    """Return what is wrong with a command's end, or None if it is done, in part, or refused."""
     if code not in (0, 1, 2) or "Traceback" in words:
         return f"ended with {code}: {words[-250:]}"
     if code == 2 and not words.strip():
@@ -135,7 +135,7 @@ def ending(code: int | None, words: str) -> str | None:
 
 
 def outcome(run: Path) -> dict[str, bytes]:
-    """What two runs that went alike have in common to the byte."""
+    """Return what two runs that went alike have in common to the byte."""
     names = [*run.glob("*.safetensors"), run / "metrics.jsonl", run / "result.json"]
     return {path.name: path.read_bytes() for path in names if path.is_file()}
 
@@ -159,7 +159,7 @@ class Parts:
         return max(2, round(self.share * number))
 
     def ran(self, *words: str | Path) -> tuple[int | None, str, str]:
-        """The command's exit code, what it says, and its errors."""
+        """Run the command; return its exit code, what it says, and its errors."""
         code = ended(forked(words, self.said))
         return code, *(
             file.read_text(errors="replace")
@@ -167,8 +167,10 @@ class Parts:
         )
 
     def kills(self) -> Faults:
-        """kill -9 at random moments, and SIGTERM now and then; it is resumed until it ends, and
-        then equals the run that was left alone."""
+        """Send kill -9 at random moments, and SIGTERM now and then.
+
+        The run is resumed until it ends, and then equals the run that was left alone.
+        """
         draw, tried, life = random.Random(0), 0, 0
         while tried < self.times(64):
             out, life = self.folder / f"killed-{life}", life + 1
@@ -198,9 +200,11 @@ class Parts:
             shutil.rmtree(out, ignore_errors=True)
 
     def files(self) -> Faults:
-        """A byte flipped, cut off or added in every kind of file of a run: each command ends with
-        an exit code and one line, and what predicts, predicts as before; what is resumed ends as
-        before."""
+        """Flip a byte, cut one off or add one in every kind of file of a run.
+
+        Each command ends with an exit code and one line, and what predicts, predicts as before;
+        what is resumed ends as before.
+        """
         draw, picture, run = random.Random(3), self.folder / "digit.png", self.folder / "damaged"
         Image.fromarray((numpy.arange(64).reshape(8, 8) * 4).astype("uint8")).save(picture)
         _, before, _ = self.ran("predict", self.reference, picture, "--probabilities")
@@ -231,7 +235,7 @@ class Parts:
             yield None if fault is None else f"{kind}: {fault}"
 
     def pictures(self) -> Faults:
-        """Pictures of every format with bytes flipped, cut and added: a tensor, or a reason."""
+        """Flip, cut and add bytes in pictures of every format: each gives a tensor, or a reason."""
         draw, path, rng = random.Random(4), self.folder / "picture.bin", numpy.random.default_rng(0)
         whole, forms = [], ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
         for form, mode in itertools.product(forms, ("L", "RGB", "RGBA", "P")):
@@ -263,7 +267,7 @@ class Parts:
 
 
 def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:
-    """Bytes of which some are flipped, cut off, lost or added, and never the same."""
+    """Return bytes of which some are flipped, cut off, lost or added, and never the same."""
     changed = bytearray(content)
     for _ in range(draw.randint(1, most)):
         if not changed:
@@ -278,7 +282,7 @@ def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:
 
 
 def table(result: Row) -> str:
-    """What was tried how often, and how often it failed."""
+    """Return a table of what was tried how often, and how often it failed."""
     setup, rows = result["setup"], result["parts"]
     lines = [
         [PARTS[name], *(f"{rows[name][key]:,.0f}" for key in ("tried", "failed", "seconds"))]

@@ -1,6 +1,6 @@
-"""Which size of the feedback is safe? Every mode and option beside the same loop without feedback, on five problems.
+"""Which size of the feedback is safe? Every mode and option beside the same loop without feedback.
 
-    python benchmarks/feedback_size.py --prepare FOLDER     # once: the folder of Fashion-MNIST's four files
+    python benchmarks/feedback_size.py --prepare FOLDER     # once: Fashion-MNIST's four files
     python benchmarks/feedback_size.py --workers 16         # run what has no row yet
     python benchmarks/feedback_size.py --write benchmarks/results/feedback_size.md
 
@@ -59,7 +59,7 @@ MEAN_LIMIT = 0.01
 CELL_LIMIT = 0.05
 """How far below its control no cell may be."""
 CHANCE_MARGIN = 0.05
-"""A network is at chance if its accuracy is at most this above the share of the most frequent class."""
+"""A network is at chance if its accuracy is at most this above the most frequent class's share."""
 
 # -------------------------------------------------------------------------------- options and rules
 
@@ -75,11 +75,11 @@ class Option:
     settings: dict[str, Any] = field(default_factory=dict)
     labels: Literal["soft", "hard"] = "soft"
     cost: float = 1.0
-    """Processor time of a step over one of ``Forward()``, on the digits' MLP with 128 unlabeled examples."""
+    """Processor time of a step over ``Forward()``'s: the digits' MLP, 128 unlabeled examples."""
 
     @property
     def name(self) -> str:
-        """Return the call that makes the estimator, with the kind of labels where the estimator takes both."""
+        """Return the call that makes the estimator, with its kind of labels if both are taken."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items()).replace(
             "'", '"'
         )
@@ -211,7 +211,7 @@ shared machine."""
 
 
 def jobs_of(rules: Sequence[str], problems: Sequence[str], ways: Sequence[str]) -> list[Job]:
-    """Return the jobs of these rules, those of the controls first, then those that take the longest."""
+    """Return the jobs of these rules: the controls' first, then those that take the longest."""
     chosen = [cell for cell in CELLS if cell.problem in problems and cell.way in ways]
     controls = [Job(cell, control, NO_RULE) for cell in chosen for control in CONTROLS.values()]
     others = [Job(cell, option, rule) for rule in rules for cell in chosen for option in OPTIONS]
@@ -338,7 +338,7 @@ def commit() -> str | None:
 
 
 def run_missing(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
-    """Run the jobs that the file has no rows of, several at a time, and append their rows as they come."""
+    """Run the jobs that the file has no rows of, several at a time; append rows as they come."""
     stored = {key_of(row) for row in read(arguments.out, "option")}
     missing = [job for job in jobs if key_of(job.columns()) not in stored]
     if not missing:
@@ -623,7 +623,7 @@ def estimate(rules: Sequence[str]) -> str:
 
 
 def miniature_jobs(rule: str) -> list[Job]:
-    """Return every option in a cell of the first problem, and ``Forward()`` in a cell of each other one."""
+    """Return each option in a cell of the first problem, and ``Forward()`` in one of the others."""
     first = CELLS[0]
     others = [cell for cell in CELLS if cell.problem != first.problem and cell.rate == RATES[0]]
     jobs = [

@@ -1,4 +1,4 @@
-"""Five small classification problems with few labels: digits twice, clothes, docstrings and a table.
+"""Five small classification problems, few labels: digits twice, clothes, docstrings and a table.
 
 Each draws its labeled, unlabeled and test examples anew for a seed, and makes its networks. The
 digits and the table are scikit-learn's. The clothes are Fashion-MNIST, whose four files Debian's
@@ -71,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem: how many examples it draws, where all of them come from, and a network for them."""
+    """A problem: how many examples it draws, where all come from, and a network for them."""
 
     title: str
     sizes: Sizes
@@ -131,7 +131,7 @@ def digits(data: Path, miniature: bool) -> Examples:
 
 @lru_cache(maxsize=1)
 def tumors(data: Path, miniature: bool) -> Examples:
-    """Return the 569 rows of the breast cancer table, each of its 30 columns at mean 0 and deviation 1."""
+    """Return the breast cancer table's 569 rows, each of its 30 columns at mean 0, deviation 1."""
     from sklearn.datasets import load_breast_cancer
 
     bunch = load_breast_cancer()
@@ -145,7 +145,7 @@ def digits_mlp() -> nn.Module:
 
 
 def digits_convolutions() -> nn.Module:
-    """Return two convolutions of 8 and 16 channels, each followed by a pooling, and a linear layer."""
+    """Return two convolutions of 8 and 16 channels, each with a pooling, and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.ReLU(),
@@ -216,7 +216,10 @@ def clothes(data: Path, miniature: bool) -> Examples:
 
 
 def clothes_convolutions() -> nn.Module:
-    """Return three convolutions of 8, 16 and 32 channels with batch norm, the mean over positions, a linear layer."""
+    """Return three convolutions of 8, 16 and 32 channels with batch norm, a mean, a linear layer.
+
+    The mean is over the positions.
+    """
     layers: list[nn.Module] = []
     for channels_in, channels_out in itertools.pairwise((1, 8, 16, 32)):
         layers.append(nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False))
@@ -284,8 +287,10 @@ def docstrings(package: str) -> Iterator[tuple[str, str]]:
 
 
 def texts_of(package: str, count: int) -> list[list[str]]:
-    """Return the first words of so many docstrings, in small letters and without the packages'
-    names; none begins as another one, and no file gives more than :data:`TEXTS_PER_FILE`."""
+    """Return the first words of so many docstrings, in small letters, without packages' names.
+
+    None begins as another one, and no file gives more than :data:`TEXTS_PER_FILE`.
+    """
     texts: list[list[str]] = []
     beginnings = set[str]()
     from_file = Counter[str]()

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
     python benchmarks/gpu.py --table runs/gpu
-    python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
+    python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
 
 The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
 CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries;
@@ -192,9 +192,9 @@ def tests(report: Path, *, is_small: bool) -> list[Row]:
 
 
 def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
-    """Yield the rows of :func:`step.measure` mode by mode, those ``done`` left out; what stops is a row with a reason.
+    """Yield the rows of :func:`step.measure` mode by mode, without those ``done``.
 
-    Each way takes turns with the same by hand.
+    What stops is a row with a reason. Each way takes turns with the same by hand.
     """
     for name, make in LARGE.items():
         step.NETWORKS[name] = Network(name, 1, SMALL if is_small else make)
@@ -215,7 +215,10 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
 def libraries(
     part: Part, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
-    """Yield a row of :func:`peers.measure` for each library that is installed here, in one process, without TF32."""
+    """Yield a row of :func:`peers.measure` for each library that is installed here.
+
+    All run in one process, without TF32.
+    """
     chosen = part.libraries[:1] if is_small else part.libraries
     with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
         truth = str(Path(folder) / "truth.pt")
@@ -318,7 +321,10 @@ def table(folder: Path) -> str:
     text = grid(["what", "result", "goal"], lines, "lll").replace("|  |", "| |")
     switches = ", ".join(f"{name} {value}" for name, value in made.get("switches", {}).items())
     commit = made.get("commit") or "unknown"
-    return f"{text}\n\n{made['gpu']}, {made['processor']}, torch {made['torch']}, commit {commit}; {switches}."
+    return (
+        f"{text}\n\n{made['gpu']}, {made['processor']}, torch {made['torch']}, commit {commit}; "
+        f"{switches}."
+    )
 
 
 def main() -> None:

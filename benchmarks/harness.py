@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """Return a parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,8 +58,10 @@ def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, with ``runs``: whether anything is measured. A miniature does not take the
-    place of the committed result."""
+    """Return the arguments, with ``runs``: whether anything is measured.
+
+    A miniature does not take the place of the committed result.
+    """
     given = parser.parse_args()
     given.runs = given.write is None and not given.table
     if given.miniature and given.out.resolve() == parser.get_default("out").resolve():
@@ -74,9 +76,9 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def read(file: Path, having: str = "") -> list[Row]:
-    """The rows of a file of JSON lines, as far as there are any.
+    """Return the rows of a file of JSON lines, as far as there are any.
 
-    Those that have a column, where one is named.
+    Where a column is named, they are the rows that have it.
     """
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [row for row in rows if not having or having in row]
@@ -89,7 +91,7 @@ def append(file: Path, *rows: Row) -> None:
 
 
 def commit() -> str | None:
-    """Return the commit that is measured, with ``+`` if files differ from it; None if it cannot be told.
+    """Return the measured commit, with ``+`` if files differ from it; None if it is not known.
 
     Where the files lie without their repository, ``METAPL_COMMIT`` says it.
     """
@@ -124,8 +126,10 @@ def go_on(
     workers: int = 1,
     **about: Any,
 ) -> list[Row]:
-    """Run the jobs that no row of the file has, each a row of its own columns and what
-    ``run(**job)`` finds, or a row for each thing that it finds.
+    """Run the jobs that no row of the file has, and append their rows.
+
+    A row has the job's own columns and what ``run(**job)`` finds; if that is a list, each thing
+    has a row.
 
     Args:
         jobs: one at a time, so that later ones may be chosen by earlier rows; with several
@@ -166,7 +170,7 @@ def go_on(
 
 
 def every(**axes: Any) -> tuple[Row, ...]:
-    """Every choice from these values; a value that is no tuple is the only one.
+    """Return every choice from these values; a value that is no tuple is the only one.
 
     >>> every(lr=(0.1, 0.2), momentum=0.9)
     ({'lr': 0.1, 'momentum': 0.9}, {'lr': 0.2, 'momentum': 0.9})
@@ -176,8 +180,10 @@ def every(**axes: Any) -> tuple[Row, ...]:
 
 
 def best(rows: Iterable[Row], of: str, by: str | Callable[[Row], float]) -> Any:
-    """The value of a column, such as the settings of a run, with the highest mean of another over
-    its rows; of equals, the first."""
+    """Return the value of a column with the highest mean of another one over its rows.
+
+    Of equals it is the first. A value may be a run's settings.
+    """
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(json.dumps(row[of]), []).append(
@@ -187,7 +193,9 @@ def best(rows: Iterable[Row], of: str, by: str | Callable[[Row], float]) -> Any:
 
 
 def apart(use: str, python: str = sys.executable) -> Any:
-    """What an expression of a benchmark gives, such as ``"peers.measure(1)"``, in a process of its own.
+    """Return what an expression of a benchmark gives, evaluated in a process of its own.
+
+    An expression is one like ``"peers.measure(1)"``.
 
     Raises: :class:`RuntimeError` with what it wrote, if it ends otherwise.
     """
@@ -207,7 +215,7 @@ def loaded(file: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Floats to four figures, which is more than any of them is known to."""
+    """Write JSON, with floats to four figures, which is more than any of them is known to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))
     path.write_text(json.dumps(rounded, indent=1, ensure_ascii=False) + "\n")
@@ -220,7 +228,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def points(values: Sequence[float]) -> float:
-    """The mean in %, as it is shown.
+    """Return the mean in %, as it is shown.
 
     >>> points([0.8, 0.8125])
     80.6
@@ -229,7 +237,7 @@ def points(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation in %; of a single value, the value.
+    """Return the mean ± standard deviation in %; of a single value, the value.
 
     >>> spread([0.8, 0.9])
     '85.0 ± 7.1'
@@ -239,7 +247,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[str, str]:
-    """Of the means, in points, and p of the paired t-test.
+    """Return the difference of the means, in points, and p of the paired t-test.
 
     >>> difference([0.7996, 0.9001, 0.8501], [0.7504, 0.8304, 0.8102])
     ('+5.3', '0.027')
@@ -249,7 +257,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[str, st
 
 
 def between(first: Sequence[float], second: Sequence[float]) -> str:
-    """The 95 % interval of their difference, in points.
+    """Return the 95 % interval of their difference, in points.
 
     >>> between([0.7996, 0.9001, 0.8501], [0.7504, 0.8304, 0.8102])
     '+1.5 to +9.1'
@@ -261,7 +269,9 @@ def between(first: Sequence[float], second: Sequence[float]) -> str:
 def interval(
     first: Sequence[float], second: Sequence[float] | None = None, form: str = ".2f"
 ) -> str:
-    """The mean of their difference with its 95 % interval, or that of the first ones; in their unit.
+    """Return the mean of their difference with its 95 % interval, in their unit.
+
+    Without a second sequence they are those of the first.
 
     >>> interval([1.0, 2.0, 4.0], [0.5, 1.0, 2.5])
     '1.00 (-0.24 to 2.24)'
@@ -279,7 +289,10 @@ def interval(
 
 
 def grid(head: Sequence[str], lines: Iterable[Sequence[Any]], names: int | str = 1) -> str:
-    """A table in Markdown; behind the first columns, of ``names``, stand numbers; or as a string like ``"lrl"`` says.
+    """Return a table in Markdown.
+
+    The first columns, of ``names``, are of text and those behind them of numbers, or as a string
+    like ``"lrl"`` says.
 
     >>> print(grid(["arm", "p"], [["a", 0.5]]))
     | arm | p |
@@ -310,9 +323,9 @@ def show(page: Path | None, name: str, tables: str) -> None:
 
 
 def figure_of(page: Path, name: str) -> Path:
-    """Where the figure of a page's tables goes.
+    """Return where the figure of a page's tables goes.
 
-    Beside it; of tables that lie among the raw rows, into docs/.
+    It goes beside the page; if the tables lie among the raw rows, into docs/.
     """
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
@@ -326,7 +339,7 @@ BLUE, ORANGE, GREEN = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A paired difference of two methods' accuracies in a figure, and another value of it, such as a paper's."""
+    """A paired difference of two methods' accuracies in a figure, and maybe a paper's value."""
 
     label: str
     first: Sequence[float]
@@ -343,7 +356,7 @@ def bars(
     columns: int = 1,
     least: float | None = None,
 ) -> None:
-    """Differences in points with their 95 % intervals, a panel a question.
+    """Draw differences in points with their 95 % intervals, a panel a question.
 
     A value below ``least`` is written there.
     """

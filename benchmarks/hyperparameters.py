@@ -48,7 +48,7 @@ Found = tuple[float, Logs, Any]  # validation loss, logarithms, and network
 
 
 def around_start(study: str, width: float, generator: torch.Generator | None = None) -> Logs:
-    """The logarithms, drawn uniformly this far around the start."""
+    """Return the logarithms, drawn uniformly this far around the start."""
     start = {name: torch.as_tensor(t) for name, t in STUDIES[study].START.items()}
     start = start if study == "schedule" else {name: t.log() for name, t in start.items()}
     return {
@@ -58,14 +58,14 @@ def around_start(study: str, width: float, generator: torch.Generator | None = N
 
 
 def values(study: str, logs: Logs) -> Any:
-    """What is learned, by name: in the signal, or of each step and layer."""
+    """Return what is learned, by name: in the signal, or of each step and layer."""
     if study == "schedule":
         return learned_schedule.settings(logs)
     return Hyperparameters().signal(cast("Any", logs), None, None, generator=None).value
 
 
 def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
-    """A training without a derivative, by plain PyTorch."""
+    """Train without a derivative, by plain PyTorch, and return what is found."""
     student, optimizer, batches = STUDIES[study].begin(split, seed)
     problem, params, now = Hyperparameters(), dict(student.named_parameters()), values(study, logs)
     for step, batch in enumerate(batches):
@@ -90,7 +90,7 @@ def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
 
 @torch.no_grad()
 def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
-    """Loss, and accuracy in %, on the digits that neither training nor validation has seen."""
+    """Return loss and accuracy in % on digits that neither training nor validation has seen."""
     x, y = (
         torch.cat([split.test[0], split.unlabeled]),
         torch.cat([split.test[1], split.unlabeled_truth]),
@@ -135,7 +135,7 @@ def one(
 
 
 def chosen(rows: list[Row], arm: str) -> float:
-    """The setting with the lowest mean validation loss on the tuning seeds."""
+    """Return the setting with the lowest mean validation loss on the tuning seeds."""
     tuning = (row for row in rows if row["arm"] == arm and not row["final"])
     return float(best(tuning, "setting", lambda row: -row["validation_loss"]))
 
@@ -145,7 +145,7 @@ def of_study(rows: list[Row], study: str) -> list[Row]:
 
 
 def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
-    """Tuning, and the final runs with the settings that it chose."""
+    """Yield the tuning, and the final runs with the settings that it chose."""
     for seed in TUNING_SEEDS[study][:few]:
         for arm, settings in SETTINGS.items():
             for setting in settings[:few]:
@@ -158,7 +158,7 @@ def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The final runs, and the differences between the two arms."""
+    """Return a table of the final runs, and the differences between the two arms."""
     names = {
         "validation_loss": "validation loss",
         "test_loss": "test loss",

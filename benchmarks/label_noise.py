@@ -1,7 +1,7 @@
-"""Do learned weights and labels help against wrong labels? Digits with planted noise, and 100 trusted labels.
+"""Do learned weights and labels help against wrong labels? Digits with noise, 100 trusted labels.
 
-    python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
-    python benchmarks/label_noise.py --write benchmarks/results/label_noise.md  # put them there; the figure: docs/
+    python benchmarks/label_noise.py                  # tune, then run; goes on where it was stopped
+    python benchmarks/label_noise.py --write benchmarks/results/label_noise.md  # figure: docs/
 
 Of scikit-learn's digits, 10 of each class have trusted labels (the handful); the labels of about
 1,100 others are made wrong, or the classes are made rare. The bilevel methods draw their inner
@@ -188,7 +188,7 @@ class Data:
 
 @lru_cache(maxsize=128)
 def drawn(condition: str, seed: int) -> Data:
-    """The digits of a seed with the condition's noise."""
+    """Return the digits of a seed with the condition's noise."""
     split = load_digits_split(HANDFUL, seed)
     x, y = split.unlabeled, split.unlabeled_truth
     generator = torch.Generator().manual_seed(seed)
@@ -220,7 +220,7 @@ class Corrector(nn.Module):
         nn.init.zeros_(self.network[-1].weight)
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        """(B, ...), (B,) to (B, C)."""
+        """Return logits (B, C) of inputs (B, ...) and labels (B,)."""
         labels = F.one_hot(given, CLASSES).to(x)
         logits: Tensor = self.network(torch.cat([x.flatten(1), labels], 1)) + TRUSTED * labels
         return logits
@@ -246,7 +246,7 @@ class Run:
     def batches(
         self, pool: tuple[Tensor, ...], stream: int, steps: int
     ) -> list[tuple[Tensor, ...]]:
-        """For each step, the examples that are drawn from a pool of columns."""
+        """Return, for each step, the examples that are drawn from a pool of columns."""
         sampler = StepSampler(len(pool[0]), BATCH, seed=self.seed, stream=stream)
         return [tuple(column[sampler.indices(step)] for column in pool) for step in range(steps)]
 
@@ -258,7 +258,7 @@ class Run:
     def supervised(
         self, pool: tuple[Tensor, ...], stream: int, steps: int, lr: float, **options: Any
     ) -> None:
-        """The student alone."""
+        """Train the student alone."""
         optimizer = torch.optim.SGD(self.student.parameters(), lr=lr, momentum=MOMENTUM)
         losses = (CrossEntropy(self.config.get("label_smoothing", 0.0) if stream == 0 else 0.0),)
         trainer = metapl.LossTrainer(self.student, losses, optimizer=optimizer)
@@ -266,7 +266,7 @@ class Run:
         trainer.fit(labeled, **{"steps": steps, "log_every": steps, "progress": False, **options})
 
     def train(self) -> None:
-        """By the method."""
+        """Train by the method."""
         if self.entry.problem not in LEARNED:
             self._plain()
             return
@@ -308,9 +308,11 @@ class Run:
         trainer.fit(outer, inner, steps=steps, log_every=steps, first_steps=0, progress=False)
 
     def _descend(self, problem: Any) -> None:
-        """Move the weights of all examples by the sign of their gradient through the whole
-        training, which begins again at the same weights and with the same batches; the last one is
-        without a gradient."""
+        """Move all examples' weights by the sign of their gradient through the whole training.
+
+        Each training begins at the same weights and with the same batches; the last one is without
+        a gradient.
+        """
         weights: Any = self.teacher
         steps = self.size.steps
         training = metapl.Lookahead(
@@ -365,8 +367,11 @@ class Run:
 
     @torch.no_grad()
     def doubts(self) -> dict[str, Tensor]:
-        """Of each noisy example: the student's loss on its given label, and what the teacher has
-        learned: a low weight, or the probability that the label is wrong."""
+        """Return the doubts of each noisy example.
+
+        They are the student's loss on its given label, and what the teacher has learned: a low
+        weight, or the probability that the label is wrong.
+        """
         x, given, index = self.noisy
         z, of_label = self.student(x), (torch.arange(len(x)), given)
         found = {"auc_by_loss": F.cross_entropy(z, given, reduction="none")}
@@ -383,9 +388,9 @@ class Run:
 
 
 def auc(wrong: Tensor, doubt: Tensor) -> float | None:
-    """The probability that a wrong label is doubted more than a right one.
+    """Return the probability that a wrong label is doubted more than a right one.
 
-    None where all are right.
+    Return None where all are right.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -393,7 +398,7 @@ def auc(wrong: Tensor, doubt: Tensor) -> float | None:
 
 
 def one_run(method: str, config: Config, final: bool, condition: str, seed: int, size: Size) -> Row:
-    """Tuning runs read the validation images, final runs the test images."""
+    """Run once; tuning runs read the validation images, final runs the test images."""
     since, run, row = time.perf_counter(), Run(method, config, condition, seed, size), Row()
     run.train()
     if final:
@@ -409,7 +414,7 @@ def one_run(method: str, config: Config, final: bool, condition: str, seed: int,
 
 
 def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
-    """The configuration with the best mean validation accuracy over the tuning seeds.
+    """Return the configuration with the best mean validation accuracy over the tuning seeds.
 
     Of equals, the first.
     """
@@ -425,7 +430,10 @@ def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
 
 
 def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:
-    """Tuning of every method where no rows are given, then each on the seeds that nobody has looked at."""
+    """Yield the tuning of every method where no rows are given, else each on the final seeds.
+
+    Nobody has looked at the final seeds.
+    """
     for (name, entry), at in itertools.product(ENTRIES.items(), CONDITIONS):
         configs = [chosen(rows, name, at)] if rows else entry.grid[: size.configurations]
         for config, seed in itertools.product(configs, size.seeds if rows else size.tuning_seeds):
@@ -442,9 +450,9 @@ Columns = dict[tuple[str, str, str], list[float]]
 
 
 def columns(rows: Sequence[Row]) -> Columns:
-    """The figures of final runs by method, condition and read-out, in the order of the seeds.
+    """Return the figures of final runs by method, condition and read-out, in the seeds' order.
 
-    Where all have one.
+    A key is there where all seeds have a figure.
     """
     final = sorted((row for row in rows if row["final"]), key=lambda row: int(row["seed"]))
     found: Columns = {}
@@ -459,7 +467,7 @@ def columns(rows: Sequence[Row]) -> Columns:
 
 
 def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
-    """Mean ± standard error."""
+    """Return the mean ± standard error."""
     if values is None:
         return NONE
     digits, error = (
@@ -470,7 +478,7 @@ def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
 
 
 def gain(a: Sequence[float] | None, b: Sequence[float] | None) -> str:
-    """Of the means in points ± its standard error, and p of the paired t-test."""
+    """Return the means' difference in points ± its standard error, and p of the paired t-test."""
     if a is None or b is None:
         return NONE
     test = paired_test(a, b)
@@ -483,7 +491,7 @@ def gain(a: Sequence[float] | None, b: Sequence[float] | None) -> str:
 def by_condition(
     first: str, lines: Iterable[tuple[str, Callable[[str], str]]], noisy: bool = False
 ) -> str:
-    """A table of a title and a function of the condition in each line."""
+    """Return a table with a title and a function of the condition in each line."""
     named = {
         name: title
         for name, title in CONDITIONS.items()
@@ -496,14 +504,17 @@ def by_condition(
 
 
 def block(raw: Path) -> str:
-    """What stands in the documentation."""
+    """Return what stands in the documentation."""
     rows = harness.read(raw, "method")
     found = columns(rows)
     there = [name for name in ENTRIES if all((name, at, STUDENT) in found for at in CONDITIONS)]
     titles = {name: ENTRIES[name].title for name in there}
 
     def best_plain(at: str) -> list[float]:
-        """Of the plain students, finetuned or not, the highest mean on the test set, which favors them."""
+        """Return the plain students' highest mean on the test set, which favors them.
+
+        They may be finetuned or not.
+        """
         of_plain = [
             found.get((name, at, read_out))
             for name in BASELINES
@@ -587,7 +598,7 @@ def block(raw: Path) -> str:
 
 
 def draw(path: Path, found: Columns) -> None:
-    """What a method's own feedback is above altered feedback, a panel a condition."""
+    """Draw how far a method's own feedback is above altered feedback, a panel a condition."""
     panels = {
         title: [
             Bar(f"{ENTRIES[name].title} − {how.replace('_', ' ')}", own, altered, color)

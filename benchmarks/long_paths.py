@@ -1,6 +1,6 @@
-"""What a whole training costs to differentiate: `hypergradient` in the weight of every example, over plain training.
+"""What a whole training costs to differentiate in each example's weight, over plain training.
 
-    python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
+    python benchmarks/long_paths.py         # WRN-28-2, 330,000 weights, and a small conv. network
     python benchmarks/long_paths.py --write benchmarks/results/long_paths.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak
@@ -70,7 +70,7 @@ TITLES = {
 
 
 def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int], Any]]:
-    """A student, its optimizer, and the batch of a step."""
+    """Return a student, its optimizer, and the batch of a step."""
     torch.manual_seed(0)
     student: nn.Module
     optimizer: torch.optim.Optimizer
@@ -136,8 +136,10 @@ def mode_of(way: str, steps: int) -> Forward:
 
 
 def kept_bytes(name: str, steps: int, way: str) -> int:
-    """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the
-    finest block of one that is not compiled."""
+    """Return the bytes of the states that a path holds at its fullest.
+
+    They are θ and the optimizer's, and g in the finest block of a path that is not compiled.
+    """
     if way not in WAYS:
         return 0
     student, optimizer, batch = network(name)
@@ -157,9 +159,9 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
 
 
 def path(name: str, steps: int, way: str) -> Callable[[], Any]:
-    """A call of hypergradient, which may be made again.
+    """Return a call of hypergradient, which may be made again.
 
-    Of one that is compiled, by the same graphs.
+    A compiled one runs the same graphs again.
     """
     student, optimizer, batch = network(name)
     given: Any = {
@@ -172,9 +174,9 @@ def path(name: str, steps: int, way: str) -> Callable[[], Any]:
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
-    """SGD's adjoint with momentum, and the gradient in every example's weight.
+    """Run SGD's adjoint with momentum, to the gradient in every example's weight.
 
-    A Hessian product a step.
+    It takes a Hessian product a step.
     """
     student, optimizer, batch = network(name)
     params, kept = list(student.parameters()), list[list[Tensor]]()
@@ -200,7 +202,10 @@ def adjoint_by_hand(name: str, steps: int) -> None:
 
 
 def by_hand(name: str, steps: int) -> None:
-    """Adam's rule written out, and the gradient in every example's weight by double backward through all steps."""
+    """Write Adam's rule out, and differentiate in every example's weight through all steps.
+
+    The gradient is by double backward.
+    """
     student, _, batch = network(name)
     params: dict[str, Tensor] = {
         n: p.detach().requires_grad_() for n, p in student.named_parameters()
@@ -223,7 +228,7 @@ def by_hand(name: str, steps: int) -> None:
 
 
 def by_torchopt(name: str, steps: int) -> None:
-    """The same by TorchOpt's differentiable Adam, which moves the network within the graph."""
+    """Do the same by TorchOpt's differentiable Adam, which moves the network within the graph."""
     import torchopt
 
     student, _, batch = network(name)
@@ -247,7 +252,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def measured(network: str, steps: int, way: str) -> Row:
-    """Times and memory of a method, between two plain trainings."""
+    """Return times and memory of a method, between two plain trainings."""
     plain(network, 2)
     path(network, 2, "all kept")()  # what is loaded at the first call is not timed
     one = peak_bytes(partial(plain, network, 1), CPU)

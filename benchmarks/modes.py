@@ -1,6 +1,6 @@
 """What each mode costs and how noisy it is, side by side in one run.
 
-    python benchmarks/modes.py                                       # about five minutes on two cores
+    python benchmarks/modes.py                          # about five minutes on two cores
     python benchmarks/modes.py --write docs/modes.md
 
 The latter also prints and draws ``ablate_digits.json``, the ``ablation.json`` of
@@ -142,7 +142,7 @@ class Place:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """What a training loop in this precision would set."""
+        """Set what a training loop in this precision would set."""
         if self.device == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "ieee"
             torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -152,7 +152,7 @@ class Place:
     def seconds(
         self, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
     ) -> float:
-        """What a call takes; on a GPU until it is done there."""
+        """Return what a call takes; on a GPU until it is done there."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         start = clock()
@@ -174,7 +174,7 @@ def places() -> list[Place]:
 def step_of(
     mode: Mode, place: Place, batch: int, network: Network
 ) -> tuple[Callable[[], Any], nn.Module, Tensor]:
-    """One trainer's step on fixed batches, the student, and its batch; one step has been taken."""
+    """Return a trainer's step on fixed batches, the student, its batch; one step has been taken."""
     torch.manual_seed(0)
     networks = [network.build().to(place.device) for _ in range(2)]
     unlabeled = torch.randn(batch, 3, network.side, network.side, device=place.device)
@@ -193,7 +193,7 @@ def step_of(
 
 
 def passes(mode: Mode, place: Place, network: Network) -> float:
-    """The FLOPs of one step over those of one forward pass of the student on the same batch."""
+    """Return one step's FLOPs over those of the student's forward pass on the same batch."""
     step, student, unlabeled = step_of(mode, place, 2, network)
 
     def one() -> None:
@@ -204,7 +204,7 @@ def passes(mode: Mode, place: Place, network: Network) -> float:
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one step per mode and round.
+    """Return the seconds of one step per mode and round.
 
     The modes take turns, so that what else the machine does hits all.
     """
@@ -219,7 +219,7 @@ def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, 
 
 @dataclass(frozen=True)
 class Subject:
-    """Networks at fixed weights, after a little supervised training, with one batch of each kind."""
+    """Networks at fixed weights, after a little supervised training, with a batch of each kind."""
 
     teacher: nn.Module
     student: nn.Module
@@ -233,7 +233,7 @@ class Subject:
         generator: torch.Generator | None = None,
         double: bool = False,
     ) -> Tensor:
-        """The teacher's gradient, flat, float64 on the host."""
+        """Return the teacher's gradient, flat, float64 on the host."""
         teacher, student, x_l, x_u = self.teacher, self.student, self.labeled[0], self.unlabeled
         if double:
             teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
@@ -253,9 +253,9 @@ class Subject:
 
 
 def subject_of(place: Place, network: Network | None = None) -> Subject:
-    """Digits: an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images.
+    """Return MLPs of 64, 32 and 10 units on the digits, 64 unlabeled and 64 labeled images.
 
-    Or a larger network, B = 8.
+    Or larger networks, B = 8.
     """
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
@@ -288,9 +288,9 @@ def subject_of(place: Place, network: Network | None = None) -> Subject:
 
 
 def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
-    r"""Per mode, beside the exact gradient G: noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖.
+    r"""Return noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖ per mode, G the exact gradient.
 
-    Of n draws, noise alone would make it look like noise/√n, the standard error of ḡ:
+    Of n draws, noise alone would make the bias look like noise/√n, the standard error of ḡ:
     ``bias_floor``.
     """
     reference = next(mode for mode in MODES if mode.mode == "unrolled")
@@ -324,7 +324,7 @@ def measured(
     draws: int,
     draws_wrn: int,
 ) -> Row:
-    """Every figure of every mode in one place."""
+    """Return every figure of every mode in one place."""
     print(f"{place.device}, {place.precision}: time", flush=True)
     seconds = times(place, batch, network, rounds)
     print("noise", flush=True)
@@ -353,7 +353,7 @@ def measured(
 
 
 def table(run: Row) -> str:
-    """The table of a place."""
+    """Return the table of a place."""
     lines = []
     for row in run["modes"]:
         (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]

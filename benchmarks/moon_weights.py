@@ -1,6 +1,6 @@
-"""On how many weights of the feedback does the result on two moons rest? Six labels, 32 seeds, the stated network.
+"""On how many weights of the feedback does the result on two moons rest? Six labels, 32 seeds.
 
-    python benchmarks/moon_weights.py --workers 2    # goes on where it was stopped; some ten minutes of one core
+    python benchmarks/moon_weights.py --workers 2    # goes on; some ten minutes of one core
     python benchmarks/moon_weights.py --write benchmarks/results/two_moons.md
 
 What the paper states: two hidden layers of 8 sigmoid units, initial weights uniform in ±0.1, 2,000
@@ -97,7 +97,7 @@ def points(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draws(seeds: tuple[int, ...], x: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each step's unlabeled points (S, B, 2), and the Gumbel noise (S, B, 2) that draws their labels."""
+    """Yield each step's unlabeled points (S, B, 2), and the Gumbel noise (S, B, 2) of labels."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     rows = torch.arange(len(seeds))[:, None]
     for first in range(0, steps, CHUNK):
@@ -129,7 +129,7 @@ def trainer(form: str, weight: float, own_loss: bool, seed: int) -> metapl.Bilev
 
 @torch.no_grad()
 def run(form: str, weight: float, own_loss: bool, miniature: bool) -> Row:
-    """Train all seeds of an arm, and read the student's and the teacher's accuracy on all points."""
+    """Train all seeds of an arm; read the student's and the teacher's accuracy on all points."""
     torch.set_num_threads(1)
     seeds = SEEDS[:2] if miniature else SEEDS
     steps = 3 if miniature else STEPS

@@ -159,9 +159,9 @@ def capacity(teacher: int) -> dict[str, Arm]:
 
 
 def printed(arms: dict[str, Arm], values: str) -> Arms:
-    """Each with the top-1 accuracy on ImageNet in % that the paper prints of it.
+    """Return each arm with the top-1 accuracy on ImageNet in % that the paper prints of it.
 
-    "-": it does not.
+    "-" stands where it prints none.
     """
     found = [None if value == "-" else float(value) for value in values.split()]
     return {name: (arm, value) for (name, arm), value in zip(arms.items(), found, strict=True)}
@@ -505,7 +505,7 @@ class Compared(NamedTuple):
 
 
 def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, Compared]]:
-    """By study and arm; of the arms that have a row."""
+    """Return the comparisons by study and arm, of the arms that have a row."""
     known = [(row["arm"], row["test"]) for row in rows if row["final"]]
     found: dict[str, dict[str, Compared]] = {}
     for study, arms in STUDIES.items():
@@ -529,7 +529,7 @@ def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, Compared]]:
 
 
 def verdicts(rows: Sequence[Row]) -> Counter[str]:
-    """How often each verdict is given, of the paper's differences that are not zero."""
+    """Return how often each verdict is given, of the paper's differences that are not zero."""
     every = (each for arms in comparisons(rows).values() for each in arms.values())
     return Counter(each.verdict for each in every if each.paper)
 
@@ -550,7 +550,7 @@ def further(arms: dict[str, Compared], pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def block(rows: Sequence[Row]) -> str:
-    """All tables, and what they were made with."""
+    """Return all tables, and what they were made with."""
     counts = verdicts(rows)
     parts = [
         f"Of the {sum(counts.values())} differences that the paper prints and these tables have "
@@ -590,7 +590,7 @@ def block(rows: Sequence[Row]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Each difference with its interval, beside the paper's, a panel a study."""
+    """Draw each difference with its interval, beside the paper's, a panel a study."""
     panels = {
         HEADINGS[study].partition(" (")[0]: [
             Bar(f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − "

@@ -1,4 +1,4 @@
-"""Tables of Noisy Student on Fashion-MNIST, by residual networks with stochastic depth, paired over three seeds.
+"""Tables of Noisy Student on Fashion-MNIST, by networks with stochastic depth, paired over seeds.
 
     python benchmarks/noisy_student_fashion.py --source /usr/share/datasets/fashion-mnist --hours 4
     python benchmarks/noisy_student_fashion.py --write benchmarks/results/noisy_student_fashion.md
@@ -90,7 +90,7 @@ BLOCKS_PER_STAGE, STAGES = 2, 3
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions behind batch norm and ReLU, which are dropped for a picture with a probability."""
+    """Two 3x3 convolutions behind batch norm and ReLU, dropped for a picture with a probability."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, drop: float) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Arm:
 
 
 def same_teacher(network: Literal["S", "M", "L"], **changes: object) -> Arm:
-    """An arm whose teacher is a supervised network of its own size."""
+    """Return an arm whose teacher is a supervised network of its own size."""
     return Arm(network=network, teacher=f"{network} supervised", **changes)  # type: ignore[arg-type]
 
 
@@ -589,7 +589,7 @@ def study(
 
 
 def tested(rows: Sequence[Row], name: str) -> dict[int, float]:
-    """The test accuracies of an arm by seed."""
+    """Return the test accuracies of an arm by seed."""
     settings = dataclasses.asdict(ARMS[name])
     return {
         row["seed"]: row["test"]
@@ -599,7 +599,7 @@ def tested(rows: Sequence[Row], name: str) -> dict[int, float]:
 
 
 def block(rows: Sequence[Row]) -> str:
-    """The tables, of the arms that have been run; and what has not."""
+    """Return the tables, of the arms that have been run; and what has not."""
     arms = [row for row in rows if "arm" in row]
     missing = [name for name in ARMS if not tested(arms, name)]
     fewer = [name for name in ARMS if 0 < len(tested(arms, name)) < len(SEEDS)]

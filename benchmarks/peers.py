@@ -116,7 +116,7 @@ class CausalLM(nn.Module):
             self.blocks.append(nn.ModuleDict({**block, "mlp": nn.Sequential(*wide)}))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L) to (B, outputs)."""
+        """Return outputs (B, outputs) of words (B, L)."""
         h = self.embed(x) + self.place.weight
         for block in self.blocks:
             parts = block["qkv"](block["norm"](h)).chunk(3, -1)
@@ -128,7 +128,7 @@ class CausalLM(nn.Module):
 
 
 def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Teacher, student, a labeled batch and an unlabeled one."""
+    """Return teacher, student, a labeled batch and an unlabeled one."""
     from metapl.models import wide_resnet28_2
 
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def inner_loss(
     u: Tensor,
     params: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy with the teacher's class probabilities; of the student at these weights."""
+    """Return the student's cross-entropy with the teacher's probabilities, at these weights."""
     outputs = student(u) if params is None else functional_call(student, params, (u,))  # type: ignore[arg-type]
     return F.cross_entropy(outputs, teacher(u).softmax(-1))
 
@@ -164,7 +164,7 @@ def inner_loss(
 def by_hand(
     teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], u: Tensor, steps: int
 ) -> Gradient:
-    """Double backward through ``torch.func.functional_call``."""
+    """Go backward twice through ``torch.func.functional_call``."""
     params: dict[str, Tensor] = {
         name: p for name, p in student.named_parameters() if p.requires_grad
     }
@@ -180,9 +180,9 @@ def by_hand(
 
 
 def by_metapl(mode: Any, **options: Any) -> Any:
-    """``metapl.hypergradient`` in a mode.
+    """Return the gradient by ``metapl.hypergradient`` in a mode.
 
-    With one optimizer, by which it knows what it has compiled.
+    It uses one optimizer, by which it knows what it has compiled.
     """
     import metapl
 
@@ -204,7 +204,7 @@ def by_metapl(mode: Any, **options: Any) -> Any:
 def by_higher(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """``higher.innerloop_ctx``."""
+    """Return the gradient by ``higher.innerloop_ctx``."""
     import higher
 
     inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
@@ -221,7 +221,7 @@ def by_higher(
 def by_torchopt(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """``torchopt.MetaSGD``; the student's weights are put back afterwards."""
+    """Return the gradient by ``torchopt.MetaSGD``; put the student's weights back afterwards."""
     import torchopt
 
     inner = torchopt.MetaSGD(student, lr=LEARNING_RATE)
@@ -237,14 +237,14 @@ def by_torchopt(
 def lower_level(
     feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None
 ) -> Tensor:
-    """BOAT's name for the inner loss, which it imports by name."""
+    """Return the inner loss, by the name that BOAT imports."""
     return inner_loss(lower, upper, feed["u"])
 
 
 def upper_level(
     feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None
 ) -> Tensor:
-    """BOAT's name for the outer loss."""
+    """Return the outer loss, by the name that BOAT imports."""
     outputs = lower(feed["x"]) if params is None else lower(feed["x"], params=params)
     return F.cross_entropy(outputs, feed["y"])
 
@@ -252,7 +252,10 @@ def upper_level(
 def by_boat(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """``boat_torch.Problem``: naive gradient descent and reverse automatic differentiation."""
+    """Return the gradient by ``boat_torch.Problem``.
+
+    It descends by naive gradients and differentiates automatically in reverse.
+    """
     from boat_torch import Problem
 
     for p in teacher.parameters():
@@ -296,7 +299,7 @@ def by_boat(
 def plain_steps(
     teacher: nn.Module, student: nn.Module, u: Tensor, steps: int
 ) -> list[dict[str, Tensor]]:
-    """The student's weights before each step of plain SGD and after the last, as leaves."""
+    """Return the student's weights before each step of plain SGD and after the last, as leaves."""
     params: dict[str, Tensor] = {
         name: p.detach().requires_grad_() for name, p in student.named_parameters()
     }
@@ -314,10 +317,12 @@ def plain_steps(
 def by_betty(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """Betty's default, ``darts`` (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): of the last
-    step alone, the mixed derivative at the new weights, with the identity for the Hessian, by a
-    central difference of gradients in the teacher over 0.01 / ||v|| along v. Times the rate, which
-    Betty leaves out."""
+    """Return the gradient by Betty's default, ``darts``.
+
+    It is of the last step alone (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): the mixed
+    derivative at the new weights, with the identity for the Hessian, by a central difference of
+    gradients in the teacher over 0.01 / ||v|| along v. Times the rate, which Betty leaves out.
+    """
     params = plain_steps(teacher, student, u, steps)[-1]
     outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(params.values()))
@@ -339,10 +344,13 @@ def by_betty(
 def by_mixflow(
     teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int
 ) -> Gradient:
-    """MixFlow-MG (Kemaev et al. 2025): backwards through the steps, the product with the Hessian
-    and the derivative in the teacher are one derivative, in forward mode along the adjoint, of the
-    inner loss's gradient in both networks; each step's passes are run again from its kept weights,
-    and no graph outlives its step."""
+    """Return the gradient by MixFlow-MG (Kemaev et al. 2025).
+
+    Backwards through the steps, the product with the Hessian and the derivative in the teacher are
+    one derivative, in forward mode along the adjoint, of the inner loss's gradient in both
+    networks; each step's passes are run again from its kept weights, and no graph outlives its
+    step.
+    """
     *before, last = plain_steps(teacher, student, u, steps)
     outer = F.cross_entropy(functional_call(student, last, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(last.values()))
@@ -379,7 +387,7 @@ None: it has not installed so far.
 
 
 def measure(library: str, network: str, steps: int, calls: int, truth: str, device: str) -> Row:
-    """One measurement, in the process and the environment that it is called in.
+    """Measure once, in the process and the environment that it is called in.
 
     Args:
         calls: timed ones, after one that is not.
@@ -422,8 +430,10 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
 
 
 def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
-    """The interpreter of a new environment with these packages, ``alone`` or with what they need
-    beyond this environment, from which it reads the others.
+    """Return the interpreter of a new environment with these packages.
+
+    They are there ``alone`` or with what they need beyond this environment, from which it reads the
+    others.
 
     Raises: :class:`RuntimeError` with pip's words, in short, if they do not install.
     """
@@ -452,7 +462,7 @@ def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
 
 
 def call(python: str, *given: Any) -> Row:
-    """:func:`measure` in a process of its own; what it raised is in ``reason``."""
+    """Return :func:`measure` in a process of its own; what it raised is in ``reason``."""
     try:
         row: Row = apart(f"peers.measure(*{given!r})", python)
     except RuntimeError as error:
@@ -462,8 +472,10 @@ def call(python: str, *given: Any) -> Row:
 
 
 def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """The interpreter of each library that installs, and the reasons of those that do not; a
-    miniature takes what is installed here."""
+    """Return the interpreter of each library that installs, and why the others do not.
+
+    A miniature takes what is installed here.
+    """
     ours = OWN[:1] if miniature else OWN
     pythons, reasons = dict.fromkeys(ours, sys.executable), dict[str, str]()
     for library, (packages, gradient) in PEERS.items():
@@ -486,9 +498,9 @@ def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[st
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """The medians over the rounds of one case, and each round's seconds.
+    """Return the medians over the rounds of one case, and each round's seconds.
 
-    Or the reason why there is nothing.
+    If a round has a reason why there is nothing, return that alone.
     """
     for row in rows:
         if "reason" in row:
@@ -501,7 +513,7 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def run(given: Any) -> None:
-    """All measurements, each round in a drawn order; the result is written after each round."""
+    """Measure all, each round in a drawn order; the result is written after each round."""
     result: Row = {"measured_on": environment()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else NETWORKS
@@ -549,7 +561,7 @@ def run(given: Any) -> None:
 
 
 def table(result: Row) -> str:
-    """Errors, and times and memory relative to metapl's ``forward``."""
+    """Return a table of errors, and of times and memory relative to metapl's ``forward``."""
     rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
     lines = []
     for network, steps in sorted(
@@ -585,7 +597,7 @@ def table(result: Row) -> str:
 
 
 def missing(result: Row) -> str:
-    """A sentence of the libraries that did not install."""
+    """Return a sentence of the libraries that did not install."""
     notes = " ".join(f"{library}: {reason}." for library, reason in result["not_installed"].items())
     return f"\n\nNot installed: {notes}" if notes else ""
 

@@ -1,7 +1,7 @@
-"""Does each row of CIFAR-10 and SVHN train, seen small? On Fashion-MNIST, 300 steps, beside the same without feedback.
+"""Does each row of CIFAR-10 and SVHN train, seen small, beside the same without feedback?
 
-    python benchmarks/protocol_rows.py --root /usr/share/datasets/fashion-mnist   # an hour of one core; goes on
-    python benchmarks/protocol_rows.py --write docs/papers.md                     # put the table there
+    python benchmarks/protocol_rows.py --root /usr/share/datasets/fashion-mnist   # an hour; goes on
+    python benchmarks/protocol_rows.py --write docs/papers.md              # put the table there
 
 The rows of ``examples/protocols.py`` with a few changes: pictures of 28 pixels, a network of 94,762
 weights with batch norm in the place of WRN-28-2, and batches of 16 and 112; waits, warmups, ramps
@@ -88,7 +88,7 @@ def run(row: str, method: str, seed: int, steps: int, root: str, more: Sequence[
 
 
 def write_noise(folder: Path) -> None:
-    """Write 80 pictures to train on and 20 to test on, of random levels, as the four files hold them."""
+    """Write 80 pictures of random levels to train on and 20 to test on, as the four files are."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 80), ("t10k", 20)):
         levels = rng.integers(0, 256, count * 28 * 28, dtype=np.uint8).tobytes()

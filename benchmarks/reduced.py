@@ -56,7 +56,7 @@ READOUTS = ("student", "finetuned")
 
 
 def measure(case: str, name: str, steps: int) -> Row:
-    """Seconds and memory of a step of a method, and its weights, all networks together."""
+    """Return a step's seconds and memory by a method, and its weights, all networks together."""
     (method, mode), (network, batch, side) = STEPS[name], (CASES | SMALL)[case]
     torch.manual_seed(0)
     student = create(network, CLASSES)
@@ -100,13 +100,13 @@ def measure(case: str, name: str, steps: int) -> Row:
 
 
 def step_of(case: str, name: str, turns: int) -> Row:
-    """The medians of :func:`measure` in processes of its own."""
+    """Return the medians of :func:`measure` in processes of its own."""
     rows = [harness.apart(f"reduced.measure{(case, name, turns)!r}") for _ in range(turns)]
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The costs of a step, and the accuracies on the digits."""
+    """Return tables of the costs of a step, and of the accuracies on the digits."""
     known = {(row["case"], row["name"]): row for row in rows if "case" in row}
     cases = sorted({case for case, _ in known})
     costs, lines = list[Any](), list[Any]()

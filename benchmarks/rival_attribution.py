@@ -1,4 +1,4 @@
-"""Influence through whole trainings by metapl and by bergson, and how well it predicts what removals do.
+"""Influence through whole trainings by metapl and by bergson: does it predict what removals do?
 
     python -m venv rival && rival/bin/pip install bergson==2.5.1
     python benchmarks/rival_attribution.py --rival-python rival/bin/python
@@ -88,7 +88,10 @@ attribution.NETWORKS["words"] = lambda act, width: TEXT.Transformer()
 
 
 def training(setting: Row, steps: int, seed: int, dtype: torch.dtype) -> Row:
-    """The examples, (N, ...), the outer ones, the rows of each batch, (K, B), and the initial weights."""
+    """Return the examples, (N, ...), the outer ones, each batch's rows, (K, B), and the weights.
+
+    The weights are the initial ones.
+    """
     if setting["network"] == "words":
         text = TEXT.Data(seed)
         pairs = (text.clean[:500],) * 2, (text.outer[:100],) * 2
@@ -118,7 +121,7 @@ HELD = dict[Tensor, Any]()  # a compiled training is known by its problem, stude
 
 
 def by_metapl(given: Row, way: str = "") -> Any:
-    """Scores, (N,), and the outer loss; no way: a plain training."""
+    """Return scores, (N,), and the outer loss; no way: a plain training."""
     (network, optimizer), (x, y), order, setting = (
         begun(given),
         given["train"],
@@ -185,7 +188,7 @@ class Weighted(nn.Module):
 
 
 def by_bergson(given: Row, way: str = "") -> Any:
-    """Scores and outer loss likewise; its save modes are the ways."""
+    """Return scores and outer loss likewise; bergson's save modes are the ways."""
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 
@@ -217,7 +220,7 @@ def by_bergson(given: Row, way: str = "") -> Any:
 
 
 def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> list[Row]:
-    """Some ways of a library, in the process that it is called in.
+    """Measure some ways of a library, in the process that it is called in.
 
     What a first call loads or compiles is not timed.
     """
@@ -238,7 +241,7 @@ def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> lis
 
 
 def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bool) -> list[Row]:
-    """The rows of a training, with errors beside metapl with all states kept.
+    """Return the rows of a training, with errors beside metapl with all states kept.
 
     One round leaves the first way out.
     """
@@ -308,7 +311,7 @@ def lds(case: str, steps: int, seed: int, removals: int) -> Row:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """By their marks in the page."""
+    """Return the tables by their marks in the page."""
     lines = []
     measured = [row for row in rows if row["kind"] == "cost"]
     torchs = {

@@ -47,7 +47,7 @@ WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
 
 
 def run(sizes: dict[str, int], cases: Sequence[Row]) -> list[tuple[Row, ...]]:
-    """What each process of a layout measures, case by case."""
+    """Return what each process of a layout measures, case by case."""
     number = math.prod(sizes.values())
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(serve, (number, folder, sizes, cases), nprocs=number)
@@ -74,7 +74,7 @@ def serve(rank: int, number: int, folder: str, sizes: dict[str, int], cases: Seq
 def measure(
     rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], steps: int, count: bool
 ) -> Row:
-    """Seconds of a step of this process; with ``count``, what it computes, sends and holds too."""
+    """Return a step's seconds in this process; with ``count`` what it computes, sends, holds."""
     import metapl
     from metapl.ablation.cost import peak_bytes
     from metapl.distributed import Mesh, shard

@@ -1,4 +1,4 @@
-"""Who is silently wrong: the hypergradient of unusual students, by metapl, by other libraries and by hand.
+"""Who is silently wrong: hypergradients of unusual students, by metapl, by others and by hand.
 
     python benchmarks/silent.py                     # half an hour on one core
     python benchmarks/silent.py --write benchmarks/results/silent.md
@@ -71,7 +71,7 @@ Gradient = Sequence[Tensor]
 
 
 class Swish(torch.autograd.Function):
-    """A kernel with a backward of its own, which is not differentiable, as fused kernels are often wrapped."""
+    """A kernel whose backward is not differentiable, as fused kernels are often wrapped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -120,14 +120,17 @@ def normed_in(dtype: torch.dtype) -> Any:
 
 
 def physics(student: Any, x: Tensor) -> Tensor:
-    """The outputs and their slopes in the first input, as the losses of physics-informed networks take them."""
+    """Return the outputs and their slopes in the first input.
+
+    The losses of physics-informed networks take them so.
+    """
     x = x.clone().requires_grad_()
     u = student.plain(x)
     return u + torch.autograd.grad(u.sum(), x, create_graph=True)[0][:, :1]
 
 
 def graph_convolution(student: Any, x: Tensor) -> Tensor:
-    """The rows are nodes of a ring, which hear from their neighbours."""
+    """Return the outputs where rows are nodes of a ring, which hear from their neighbours."""
     rows = torch.arange(len(x))
     heard = torch.zeros_like(x).index_add(0, rows, x.roll(1, 0)).index_add(0, rows, x.roll(-1, 0))
     return student.b(student.a(x + heard).tanh())
@@ -151,7 +154,7 @@ def one_block(student: Any) -> None:
 
 
 def connectionist(student: Any, x: Tensor) -> Tensor:
-    """A score of an alignment beside the logits."""
+    """Return the logits, scaled by a score of an alignment."""
     frames = student.c(student.a(x).tanh()).unflatten(1, (4, C)).log_softmax(-1).transpose(0, 1)
     sizes = torch.full((len(x),), 4), torch.full((len(x),), 2)
     scores = F.ctc_loss(frames, torch.ones(len(x), 2, dtype=torch.long), *sizes, reduction="none")
@@ -247,7 +250,7 @@ ON_PURPOSE = (
 def case(
     kind: str, exact: bool = False
 ) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]:
-    """Teacher, student, a labeled batch and an unlabeled one.
+    """Return teacher, student, a labeled batch and an unlabeled one.
 
     Generators begin anew. ``exact``: without bfloat16.
     """
@@ -275,7 +278,10 @@ def case(
 def after_real_steps(
     kind: str, order: str, phi: Tensor | None = None, weights: Tensor | None = None
 ) -> float:
-    """The outer loss after the student's real steps, of a teacher with other weights, or with weights of examples."""
+    """Return the outer loss after the student's real steps.
+
+    The teacher has other weights, ``phi``, or the examples have ``weights``.
+    """
     teacher, student, (x, y), u = case(kind, exact=True)
     if phi is not None:
         nn.utils.vector_to_parameters(phi, teacher.parameters())
@@ -296,7 +302,10 @@ def after_real_steps(
 
 
 def truth(kind: str, order: str) -> Tensor:
-    """The derivative of :func:`after_real_steps` by central differences of two sizes, which have to agree."""
+    """Return the derivative of :func:`after_real_steps` by central differences.
+
+    Differences of two sizes have to agree.
+    """
     teacher, _, _, u = case(kind)
     phi, found = nn.utils.parameters_to_vector(teacher.parameters()).detach(), []
     name, at = ("weights", torch.ones(len(u))) if order == "weights" else ("phi", phi)
@@ -320,7 +329,7 @@ def at_the_end(student: Any, teacher: nn.Module, labeled: Any) -> Gradient:
 
 
 def by_swapping(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """Double backward by the module itself, in which each weight's place is given the moved weight."""
+    """Go backward twice through the module itself, the moved weight put in each weight's place."""
     own = [
         (part, *one) for part in student.modules() for one in part.named_parameters(recurse=False)
     ]
@@ -336,12 +345,12 @@ def by_swapping(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor)
 
 
 def scheduled(rate: Any) -> Any:
-    """A rate as TorchOpt takes it: a learned one by a closure."""
+    """Return a rate as TorchOpt takes it: a learned one by a closure."""
     return (lambda step: rate) if isinstance(rate, Tensor) else rate
 
 
 def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """``torchopt.MetaSGD``."""
+    """Return the gradient by ``torchopt.MetaSGD``."""
     import torchopt
 
     inner = torchopt.MetaSGD(student, lr=scheduled(peers.LEARNING_RATE))
@@ -351,7 +360,10 @@ def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor)
 
 
 def by_bergson(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """``train`` and ``backward`` of ``bergson.magic.Trainer``, with checkpoints in a folder, as its command uses it."""
+    """Call ``train`` and ``backward`` of ``bergson.magic.Trainer``, as its command does.
+
+    Checkpoints lie in a folder.
+    """
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 
@@ -368,7 +380,7 @@ def by_bergson(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) 
 
 
 def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
-    """``higher.innerloop_ctx``, which takes a learned rate by ``override``."""
+    """Return the gradient by ``higher.innerloop_ctx``; its ``override`` takes a learned rate."""
     import higher
 
     rate = peers.LEARNING_RATE
@@ -384,9 +396,11 @@ def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -
 
 
 def by_metapl(mode: Any, **options: Any) -> Any:
-    """``metapl.BilevelTrainer``: the teacher moves by minus its gradient. With a learned rate
-    ``metapl.hypergradient(wrt=("teacher", "lr"))``, whose gradient in the rate goes on by the
-    rate's own graph."""
+    """Return the gradient by ``metapl.BilevelTrainer``: the teacher moves by minus it.
+
+    With a learned rate it is by ``metapl.hypergradient(wrt=("teacher", "lr"))``, whose gradient in
+    the rate goes on by the rate's own graph.
+    """
 
     def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
         import metapl
@@ -457,7 +471,7 @@ WAYS: dict[
 
 
 def judged(way: str, kind: str, exact: Tensor) -> Row:
-    """What a way says of a student, in this process."""
+    """Return what a way says of a student, in this process."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -494,7 +508,10 @@ OPERATIONS = {"linalg.solve": solve_of, "linalg.det": torch.linalg.det}
 
 
 def second_derivatives_of_torch() -> list[Row]:
-    """How far torch's second derivatives along a direction are from differences of its first ones, in three orders."""
+    """Return how far torch's second derivatives along a direction are from differences.
+
+    The differences are those of its first derivatives; there are three orders.
+    """
     rows = []
     for name, operation in OPERATIONS.items():
         draw = torch.Generator().manual_seed(0)
@@ -530,7 +547,7 @@ def second_derivatives_of_torch() -> list[Row]:
 
 
 def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
-    """A row for each student; each has a process of its own, which may die."""
+    """Return a row for each student; each has a process of its own, which may die."""
     for name in ("torch._dynamo", WAYS[way][0]):  # once, and not in each process
         importlib.import_module(name)
     torch.set_num_threads(1)
@@ -553,7 +570,7 @@ def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
 
 
 def run(given: Any) -> None:
-    """All rows, written way by way; the exact derivatives are found by this process."""
+    """Write all rows, way by way; the exact derivatives are found by this process."""
     torch.set_num_threads(1)
     kinds = (
         ("two layers", "weights clamped in forward", "rounding, straight-through")
@@ -590,7 +607,7 @@ def run(given: Any) -> None:
 
 
 def installed(way: str, folder: Path) -> tuple[str, str]:
-    """The interpreter that has a way's library, or the reason why there is none."""
+    """Return the interpreter that has a way's library, or the reason why there is none."""
     module = WAYS[way][0].split(".")[0]
     if module in ("torch", "metapl"):
         return sys.executable, ""
@@ -602,7 +619,7 @@ def installed(way: str, folder: Path) -> tuple[str, str]:
 
 
 def table(result: Row) -> str:
-    """How often each way is right, and what it says of each student."""
+    """Return tables of how often each way is right, and of what it says of each student."""
     rows = {(row["kind"], row["way"]): row for row in result["rows"]}
     ways, outcomes = (
         [way for way in WAYS if any(way == w for _, w in rows)],

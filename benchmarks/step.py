@@ -1,7 +1,7 @@
 """What a whole step of BilevelTrainer costs beside the same mode written by hand in plain torch.
 
-    python benchmarks/step.py                                         # the step as it is, on five networks
-    python benchmarks/step.py --parts eager,compiled,stacked          # compiled as one graph, and 32 seeds at once
+    python benchmarks/step.py                              # the step as it is, on five networks
+    python benchmarks/step.py --parts eager,compiled,stacked    # one graph; and 32 seeds at once
     python benchmarks/step.py --write benchmarks/results/step.md
 
 A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its
@@ -71,7 +71,7 @@ CPU = Place("cpu", "float32")
 
 
 class Network(NamedTuple):
-    """Its name in a table, the steps of each way in a round, and what makes the pair and its batches."""
+    """Its name in a table, each way's steps in a round, and what makes the pair and its batches."""
 
     title: str
     steps: int
@@ -110,7 +110,7 @@ def optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def by_hand(mode: str, pair: Pair, data: Data) -> Step:
-    """The step as one would write it for one pair of networks, checks and all else left out."""
+    """Return the step as one would write it for one pair of networks, without any checks."""
     (teacher, student), ((x, y), u) = pair, data
     inner, outer = optimizer(student), optimizer(teacher)
     params: dict[str, Tensor] = dict(student.named_parameters())
@@ -190,7 +190,7 @@ def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
 
 
 def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.Module]:
-    """A way with networks and optimizers of its own, and its teacher."""
+    """Return a way with networks and optimizers of its own, and its teacher."""
     pair, ((x, y), u) = NETWORKS[network].make()
     for one in pair:
         one.to(place.device)
@@ -217,9 +217,9 @@ def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.M
 
 
 def entered(step: Step) -> Row:
-    """How many files and functions of metapl a step enters.
+    """Return how many files and functions of metapl a step enters.
 
-    What ``def`` or ``lambda`` makes, not comprehensions.
+    Functions are what ``def`` or ``lambda`` makes, not comprehensions.
     """
     found, root = set[tuple[str, int]](), str(Path(metapl.__file__).parent)
 
@@ -238,7 +238,7 @@ def entered(step: Step) -> Row:
 
 
 def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tensor, Row]:
-    """A way after three steps, where its teacher has gone to, and what there is to say of it beside times."""
+    """Return a way after three steps, where its teacher has gone to, and facts beside times."""
     facts: Row = {}
     if compiles := name in (
         COMPILED,
@@ -263,7 +263,7 @@ def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tens
 def measure(
     network: str, mode: str, ways: Sequence[str], rounds: int, place: Place = CPU
 ) -> list[Row]:
-    """A row for each way, all in turns with the same by hand."""
+    """Return a row for each way, all in turns with the same by hand."""
     torch._dynamo.reset()  # which counts how often a function has been compiled anew
     ready = {name: warmed(name, mode, network, place) for name in (HAND, *ways)}
     calls = NETWORKS[network].steps if rounds > 1 else 1
@@ -304,7 +304,7 @@ def measure(
 
 
 def table(result: Row) -> str:
-    """A row for each way and mode."""
+    """Return a row for each way and mode."""
     lines = []
     for row in result["rows"]:
         (low, high), pays = row["quartiles"], row.get("pays_after")

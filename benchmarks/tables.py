@@ -1,6 +1,6 @@
-"""The classifiers for tables beside scikit-learn's own: few labels, and wrong labels, at their defaults.
+"""The classifiers for tables beside scikit-learn's own: few or wrong labels, at their defaults.
 
-    python benchmarks/tables.py                            # minutes of one core; goes on where it was stopped
+    python benchmarks/tables.py                            # minutes of one core; goes on
     python benchmarks/tables.py --write benchmarks/results/tables.md     # the tables into the page
 
 Each seed draws test rows (40 %), labels and weights anew. All arms get the same standardized rows
@@ -57,7 +57,7 @@ BESIDE = {
 
 
 def drawn(problem: str, seed: int) -> list[np.ndarray]:
-    """Standardized rows and classes, to train and to test on."""
+    """Return standardized rows and classes, to train and to test on."""
     if problem == "quantiles":
         X, y = make_gaussian_quantiles(n_samples=600, n_features=10, n_classes=3, random_state=seed)
     else:
@@ -70,7 +70,7 @@ def drawn(problem: str, seed: int) -> list[np.ndarray]:
 
 
 def some_of_each(y: np.ndarray, share: float | int, seed: int) -> np.ndarray:
-    """A mask of so many rows of each class, or of that share of it."""
+    """Return a mask of so many rows of each class, or of that share of it."""
     order, mask = np.random.default_rng(seed).permutation(len(y)), np.zeros(len(y), bool)
     for label in np.unique(y):
         rows = order[y[order] == label]
@@ -79,7 +79,7 @@ def some_of_each(y: np.ndarray, share: float | int, seed: int) -> np.ndarray:
 
 
 def few_labels(X: np.ndarray, y: np.ndarray, seed: int, **own: Any) -> Iterator[tuple[str, Any]]:
-    """Each arm, fitted."""
+    """Yield each arm, fitted to few labels."""
     known = some_of_each(y, FEW, seed)
     given = np.where(known, y, -1)
     yield "Meta Pseudo Labels", MetaPseudoLabelsClassifier(random_state=seed, **own).fit(X, given)
@@ -94,7 +94,7 @@ def few_labels(X: np.ndarray, y: np.ndarray, seed: int, **own: Any) -> Iterator[
 
 
 def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
-    """What learns from labels alone, as they are."""
+    """Yield what learns from labels alone, as they are."""
     yield "LogisticRegression", LogisticRegression(max_iter=2000).fit(X, y)
     yield "RandomForestClassifier", RandomForestClassifier(random_state=seed).fit(X, y)
     yield "MLPClassifier, 64 units", MLPClassifier(64, max_iter=500, random_state=seed).fit(X, y)
@@ -103,7 +103,7 @@ def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
 def wrong_labels(
     X: np.ndarray, y: np.ndarray, seed: int, kind: str, **own: Any
 ) -> Iterator[tuple[str, Any]]:
-    """Each arm, fitted."""
+    """Yield each arm, fitted to wrong labels."""
     draw, classes, trusted = (
         np.random.default_rng(seed),
         y.max() + 1,
@@ -123,7 +123,7 @@ def wrong_labels(
 
 
 def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
-    """The accuracy of each arm."""
+    """Return the accuracy of each arm."""
     X, y, test, truth = drawn(problem, seed)
     few, begun = labels == "few labels", time.process_time()
     arms = few_labels(X, y, seed, **own) if few else wrong_labels(X, y, seed, labels, **own)
@@ -136,7 +136,7 @@ def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A table for each kind of labels, of the seeds that all of it has."""
+    """Return a table for each kind of labels, of the seeds that all of it has."""
     problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
     known = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
     cases = [*itertools.product(OWN, problems)]

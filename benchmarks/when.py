@@ -1,9 +1,9 @@
-"""When does the teacher's feedback help, which part of it acts, and what is it worth? Digits, many seeds an arm.
+"""When does the teacher's feedback help, which part of it acts, and what is it worth? Digits.
 
     python benchmarks/when.py                        # tune, then run; goes on where it was stopped
     python benchmarks/when.py --parts worth          # the arms of some questions alone
     python benchmarks/when.py --parts worth --workers 16   # several groups of runs at a time
-    python benchmarks/when.py --write benchmarks/results/when.md   # put the tables there, and draw the figure in docs/
+    python benchmarks/when.py --write benchmarks/results/when.md   # put tables there, draw figure
 
 Five questions compare each arm with the same loop without feedback: the length of the training
 (``length``), which part of the feedback acts (``part``), a teacher whose labels are wrong
@@ -64,7 +64,7 @@ BESIDE = 9  # arms trained side by side at most; what is stopped before it has r
 BESIDE_IN_PROCESS = 4  # the same where there are several processes
 
 COMPILED = 3000
-"""Trainings of so many steps have their graph compiled, which takes as long as a thousand steps without."""
+"""Trainings of so many steps are compiled, which takes as long as a thousand steps without."""
 
 LABELED, UNLABELED, FINETUNING, BEFORE = range(4)
 """Streams of batches."""
@@ -374,8 +374,10 @@ class Altered(torch.autograd.Function):
 
 
 def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
-    """-h as the controls have it, from -h and the labels, (B, C) each; three are those of
-    :class:`metapl.ablation.Altered`."""
+    """Return -h as the controls have it, from -h and the labels, (B, C) each.
+
+    Three are those of :class:`metapl.ablation.Altered`.
+    """
     if how == "permuted":  # rows of other examples
         return g[drawn]
     if how == "random_sign":
@@ -436,7 +438,7 @@ class NoTeacher(EqualWeights):
         return torch.cat([batch[0], *batch[2:]])
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        """(B,), of which the mean is the sum of the two losses."""
+        """Return losses (B,), of which the mean is the sum of the two losses."""
         z, *views = outputs.split([len(x) for x in (batch[0], *batch[2:])])
         losses = [F.cross_entropy(z, batch[1], reduction="none") / len(z)]
         if views:
@@ -451,7 +453,7 @@ class NoTeacher(EqualWeights):
 def trainer(
     rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: Any = None
 ) -> metapl.BilevelTrainer:
-    """The library's, for one seed.
+    """Return the library's trainer, for one seed.
 
     Without a teacher the student takes its place, its rate and its losses.
     """
@@ -494,7 +496,7 @@ def trainer(
 
 
 class Stacked:
-    """Networks of several seeds, with their teachers, that take the pure step of their trainers at once.
+    """Networks of several seeds, with their teachers, that take their trainers' pure step at once.
 
     The step is recorded once as operations on the tensors of all seeds: of networks this small,
     most of a step would be the dispatch of ``vmap``. (What is recorded may be compiled.
@@ -526,7 +528,7 @@ class Stacked:
         of_teacher: float = 1.0,
         noise: Tensor | None = None,
     ) -> None:
-        """One step of all seeds, at these factors of their learning rates.
+        """Take one step of all seeds, at these factors of their learning rates.
 
         ``noise`` (S, B, C) draws labels.
         """
@@ -552,15 +554,18 @@ class Stacked:
 
     @torch.no_grad()
     def outputs(self, x: Tensor, params: Weights | None = None) -> Tensor:
-        """Of all seeds, (S, n, C); of the students, or of other networks' weights."""
+        """Return all seeds' outputs, (S, n, C), of the students or by other networks' weights."""
         weights = self.state.student.params if params is None else params
         found: Tensor = vmap(functional_call, (None, 0, 0))(self.like, weights, x)
         return found
 
 
 class Stack(Stacked):
-    """Pairs of a teacher and a student, a pair a seed, by a rule; without teachers the students are
-    what learns from the labels. ``average`` is that of the students' weights, as a fit takes it."""
+    """Pairs of a teacher and a student, a pair a seed, by a rule.
+
+    Without teachers the students are what learns from the labels. ``average`` is that of the
+    students' weights, as a fit takes it.
+    """
 
     def __init__(
         self,
@@ -592,7 +597,7 @@ class Stack(Stacked):
         student_rate: float | None = None,
         noise: Tensor | None = None,
     ) -> None:
-        """One step of all seeds, at this factor of the learning rates.
+        """Take one step of all seeds, at this factor of the learning rates.
 
         The student's may be another.
         """
@@ -604,8 +609,10 @@ class Stack(Stacked):
         self.steps_done += 1
 
     def going_on_from(self, before: Stack, averaged: bool = False) -> Stack:
-        """The stack, with teachers that begin as the networks of another one that had none;
-        ``averaged``: and students that begin as their average."""
+        """Return the stack, its teachers begun as the networks of another one that had none.
+
+        With ``averaged`` its students begin as their average.
+        """
         self.state = self.state._replace(teacher=before.state.student)
         if averaged:
             student = self.state.student._replace(params=before.average)
@@ -617,9 +624,9 @@ class Stack(Stacked):
 
 
 def cosine(step: int, steps: int) -> float:
-    """The factor of the learning rates.
+    """Return the factor of the learning rates.
 
-    That of :class:`metapl.training.FitOptions` without a warm-up.
+    It is that of :class:`metapl.training.FitOptions` without a warm-up.
     """
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -638,7 +645,7 @@ class Data:
 
 
 def apportioned(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in these proportions, at least 1 each.
+    """Return whole numbers in these proportions, at least 1 each.
 
     >>> apportioned([5, 4, 1], 20)
     [10, 8, 2]
@@ -652,10 +659,10 @@ def apportioned(shares: Sequence[float], total: int) -> list[int]:
 
 @lru_cache(maxsize=4)
 def drawn(labels: int, seeds: tuple[int, ...], uneven: int = 1) -> Data:
-    """The splits of these seeds. The labels of the unlabeled pictures are for diagnostics, and to make wrong ones.
+    """Return the splits of these seeds.
 
-    Of uneven classes the most frequent is number 0, so that one list of shares is that of every
-    seed.
+    The labels of the unlabeled pictures are for diagnostics, and to make wrong ones. Of uneven
+    classes the most frequent is number 0, so that one list of shares is that of every seed.
     """
     falling = np.linspace(uneven, 1, CLASSES)
     few = apportioned(falling, labels * CLASSES)
@@ -682,7 +689,7 @@ def drawn(labels: int, seeds: tuple[int, ...], uneven: int = 1) -> Data:
 
 
 def prior_of(arm: Arm) -> tuple[float, ...] | None:
-    """The shares of the classes among the labels; None: equal ones."""
+    """Return the shares of the classes among the labels; None: equal ones."""
     counts = apportioned(np.linspace(arm.uneven, 1, CLASSES), arm.labels * CLASSES)
     return None if arm.uneven == 1 else tuple(n / sum(counts) for n in counts)
 
@@ -691,7 +698,7 @@ SHARE, KEPT = 0.3, 50
 
 
 def wrongly_labeled(condition: Condition, x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """What the teacher learns before: pictures and labels.
+    """Return what the teacher learns before: pictures and labels.
 
     Two ends of a class are those along the direction in which its pictures differ most, its first
     principal component.
@@ -716,13 +723,13 @@ CHUNK = 25
 """Steps whose batches are drawn at once. Another number gives other draws."""
 
 SHIFT, NOISE, CUTOUT, SIDE = 1, 0.2, 2, 8
-"""Of the digits' view, :class:`metapl.apps.pictures.ShiftNoiseCutout` with its defaults, and the side of a picture."""
+"""Of the digits' view, :class:`metapl.apps.pictures.ShiftNoiseCutout`, and a picture's side."""
 
 
 def views(
     pictures: Tensor, seeds: Sequence[int], stream: int, batch: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for a stack of seeds, in shuffled epochs: which pictures, (S, B), and how they are seen, (S, B, 64).
+    """Yield a stack's batches in shuffled epochs: which pictures, (S, B), and views, (S, B, 64).
 
     They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random
     numbers that take a tenth of the time: all shifts of all pictures are made once, and looked up.
@@ -765,14 +772,14 @@ def views(
 
 
 def shifted(pictures: Tensor) -> Tensor:
-    """(n, 64) to (9, n, 64): the pictures moved by each pair of (-1, 0, 1)."""
+    """Return the pictures, (n, 64), moved by each pair of (-1, 0, 1): (9, n, 64)."""
     images, steps = pictures.unflatten(-1, (1, SIDE, SIDE)), range(-SHIFT, SHIFT + 1)
     moves = [torch.tensor(move).expand(len(images), 2) for move in itertools.product(steps, steps)]
     return torch.stack([base.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
 
 
 def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:
-    """The first so many of an endless stream of shuffled epochs."""
+    """Return the first so many of an endless stream of shuffled epochs."""
     epochs = -(-length // count)
     keys = torch.rand(
         epochs, count, generator=torch.Generator().manual_seed(1_000 * seed + 500 + stream)
@@ -781,7 +788,10 @@ def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:
 
 
 def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Tensor, ...]:
-    """The permutations or signs that :class:`metapl.ablation.Altered` draws for these seeds in a step, if any."""
+    """Return the permutations or signs that :class:`metapl.ablation.Altered` draws, if any.
+
+    They are those of these seeds in a step.
+    """
     each = [torch.Generator().manual_seed(seed * 1_000_003 + step) for seed in seeds]
     if how == "permuted":
         return (torch.stack([torch.randperm(BATCH, generator=generator) for generator in each]),)
@@ -795,8 +805,10 @@ def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Te
 
 
 def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
-    """Gumbel's noise of each step, (S, B, C), by which labels are drawn: -log(-log u). What a seed
-    draws does not depend on what else is in the stack."""
+    """Yield Gumbel's noise of each step, (S, B, C), by which labels are drawn: -log(-log u).
+
+    What a seed draws does not depend on what else is in the stack.
+    """
     generators = [torch.Generator().manual_seed(1_000 * seed + 700) for seed in seeds]
     for first in range(0, steps, CHUNK):
         shape = (min(CHUNK, steps - first), BATCH, CLASSES)
@@ -811,7 +823,7 @@ def drawn_to_label(seeds: Sequence[int], steps: int) -> Iterator[Tensor]:
 
 
 def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
-    """Teachers and students as they begin."""
+    """Return teachers and students as they begin."""
     pairs = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -822,7 +834,7 @@ def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], ...]:
 def supervised(
     networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int
 ) -> Stack:
-    """Networks without teachers, after so many steps on these labels."""
+    """Return networks without teachers, after so many steps on these labels."""
     for step, (which, seen) in enumerate(views(x, seeds, stream, BATCH, steps)):
         batch = seen, y.gather(1, which)
         networks.step(batch, batch, cosine(step, steps))
@@ -831,7 +843,7 @@ def supervised(
 
 @lru_cache(maxsize=8)
 def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int) -> Stack:
-    """What has learned wrong labels."""
+    """Return a stack that has learned wrong labels."""
     pictures, truth = drawn(labels, seeds).unlabeled
     pairs = [
         wrongly_labeled(condition, x, y, seed)
@@ -842,7 +854,7 @@ def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int
 
 
 def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -> list[Stack]:
-    """Stacks that are trained side by side on the batches of an arm."""
+    """Return stacks that are trained side by side on the batches of an arm."""
     data, steps, prior = drawn(arm.labels, seeds, arm.uneven), size.steps(arm.steps), prior_of(arm)
     teachers, students = first_networks(seeds)
     begins, compiled = round(arm.begins * steps), steps >= COMPILED
@@ -881,7 +893,7 @@ def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -
 
 
 def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
-    """Of each seed, as if the classes had their shares."""
+    """Return the accuracy of each seed, as if the classes had their shares."""
     shares = torch.linspace(uneven, 1, CLASSES, dtype=torch.float64)
     counts = torch.stack([each.bincount(minlength=CLASSES) for each in truth])
     weight = (
@@ -896,7 +908,7 @@ def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
 def found(
     arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size, final: bool
 ) -> Row:
-    """What a row has: tuning runs read the validation pictures, final runs the test pictures."""
+    """Return a row: tuning runs read the validation pictures, final runs the test pictures."""
     data = drawn(arm.labels, seeds, arm.uneven)
 
     def of(weights: Weights, part: str) -> list[float]:
@@ -936,7 +948,7 @@ def found(
 
 
 def read(raw: Path = RAW) -> list[Row]:
-    """The rows of runs so far, with the defaults of what older ones do not name."""
+    """Return the rows of runs so far, with the defaults of what older ones do not name."""
     defaults = {"uneven": 1, "begins": 0.0}
     return [{**defaults, **row} for row in lines_of(raw, "method")]
 
@@ -946,7 +958,7 @@ def arm_of(row: Row) -> Arm:
 
 
 def run_group(group: Sequence[tuple[Arm, Rule]], size: Size, final: bool) -> list[Row]:
-    """The rows of jobs that see the same batches, run side by side."""
+    """Return the rows of jobs that see the same batches, run side by side."""
     torch.set_num_threads(1)
     began, arm, seeds = time.process_time(), group[0][0], size.seeds(group[0][0], final)
     with torch.no_grad():
@@ -965,8 +977,11 @@ SECONDS_OF_ARM = {False: 11, True: 95}
 def run_missing(
     jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool, workers: int = 1
 ) -> None:
-    """Run what the raw file does not hold yet; jobs that see the same batches side by side, and
-    with several workers fewer of them, in a process each."""
+    """Run what the raw file does not hold yet.
+
+    Jobs that see the same batches run side by side, and with several workers fewer of them, in a
+    process each.
+    """
     done = [(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)]
     missing = [job for job in jobs if (final, size.steps(job[0].steps), *job) not in done]
     if missing:
@@ -999,7 +1014,7 @@ def run_missing(
 def rows_of_groups(
     groups: Sequence[Sequence[tuple[Arm, Rule]]], size: Size, final: bool, workers: int
 ) -> Iterator[list[Row]]:
-    """The rows of each group when it is done."""
+    """Yield the rows of each group when it is done."""
     if workers == 1:
         for group in groups:
             yield run_group(group, size, final)
@@ -1012,7 +1027,7 @@ def rows_of_groups(
 
 
 def chosen(rows: Sequence[Row], tuned: str) -> tuple[Rule, str]:
-    """The configuration and the read-out with the best mean over the tuning seeds.
+    """Return the configuration and the read-out with the best mean over the tuning seeds.
 
     Of equals, the first.
     """
@@ -1025,7 +1040,7 @@ def chosen(rows: Sequence[Row], tuned: str) -> tuple[Rule, str]:
 
 
 def rule_of(arm: Arm, rows: Sequence[Row]) -> Rule:
-    """The settings of a final run."""
+    """Return the settings of a final run."""
     rule = chosen(rows, arm.tuned)[0]
     return dataclasses.replace(
         rule, alteration=arm.alteration or rule.alteration, lookahead=arm.lookahead
@@ -1059,12 +1074,16 @@ def main() -> None:
             [(arm, rule) for arm, rules in grids for rule in rules],
             size,
             given.out,
-            False,
-            given.workers,
+            final=False,
+            workers=given.workers,
         )
         rows = read(given.out)
         run_missing(
-            [(arm, rule_of(arm, rows)) for arm in arms], size, given.out, True, given.workers
+            [(arm, rule_of(arm, rows)) for arm in arms],
+            size,
+            given.out,
+            final=True,
+            workers=given.workers,
         )
         return
     import when_tables

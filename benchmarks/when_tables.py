@@ -65,8 +65,10 @@ HEADINGS = {
 
 
 class Found(NamedTuple):
-    """An arm with its row, and the read-out that it is judged by: at equal time the one that tuning
-    chose, elsewhere the better one, by the mean."""
+    """An arm with its row, and the read-out that it is judged by.
+
+    At equal time that is the one that tuning chose, elsewhere the better one, by the mean.
+    """
 
     arm: Arm
     row: Row
@@ -82,7 +84,7 @@ Study = dict[Arm, Found]
 
 
 def collected(rows: Sequence[Row]) -> Study:
-    """The final rows by their arms, in the order of the list."""
+    """Return the final rows by their arms, in the order of the list."""
     final, found = {arm_of(row): row for row in rows if row["final"]}, {}
     for arm in ARMS:
         if (row := final.get(arm)) is not None:
@@ -92,7 +94,7 @@ def collected(rows: Sequence[Row]) -> Study:
 
 
 def beside(found: Study, arm: Arm, method: str) -> Found | None:
-    """The arm of a method, with nothing altered, that saw the same batches."""
+    """Return the arm of a method, with nothing altered, that saw the same batches."""
     same = (
         f
         for other, f in found.items()
@@ -105,7 +107,7 @@ def beside(found: Study, arm: Arm, method: str) -> Found | None:
 
 
 def control(found: Study, arm: Arm) -> Found | None:
-    """The same loop without feedback: same data, same batches, same first weights."""
+    """Return the same loop without feedback: same data, same batches, same first weights."""
     silent = (
         "fixed"
         if arm.condition != "right"
@@ -117,7 +119,7 @@ def control(found: Study, arm: Arm) -> Found | None:
 
 
 def against(first: Found, second: Found | None) -> tuple[str, str, str]:
-    """The difference in points, its 95 % interval, and p."""
+    """Return the difference in points, its 95 % interval, and p."""
     if second is None or first is second:
         return NONE, NONE, NONE
     gain, p = harness.difference(first.accuracy, second.accuracy)
@@ -125,7 +127,7 @@ def against(first: Found, second: Found | None) -> tuple[str, str, str]:
 
 
 def title(arm: Arm) -> str:
-    """An arm in words, without what its table says of all."""
+    """Return an arm in words, without what its table says of all."""
     method = arm.method.split()[0]
     if arm.alteration is None or arm.alteration == "zero":
         return ALTERED["zero"] if arm.alteration else TITLES[method]
@@ -133,7 +135,7 @@ def title(arm: Arm) -> str:
 
 
 def where(arm: Arm) -> str:
-    """What sets an arm apart from those of other groups in its table."""
+    """Return what sets an arm apart from those of other groups in its table."""
     return {
         "length": f"{arm.labels} labels, {arm.steps:,} steps",
         "wrong": CONDITIONS[arm.condition],
@@ -143,7 +145,7 @@ def where(arm: Arm) -> str:
 
 
 def table(found: Study, part: str) -> str:
-    """The arms of a question."""
+    """Return the table of a question's arms."""
     mine = [arm for arm in found if arm.part == part]
     if part == "part":
         # Whose parts they are, and the control of them all.
@@ -196,7 +198,9 @@ def table(found: Study, part: str) -> str:
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_000) -> float:
-    """Two-sided p of the paired sign-flip test: the share of random signs under which the mean difference is as large.
+    """Return the two-sided p of the paired sign-flip test.
+
+    It is the share of random signs under which the mean difference is as large.
 
     >>> sign_flip([1.0] * 10, [0.0] * 10) < 0.01
     True
@@ -210,8 +214,11 @@ def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_
 def picked(
     first: Sequence[float], others: Sequence[Sequence[float]], flips: int = 200_000
 ) -> float:
-    """The share of random signs, of a seed the same for all, under which the best of the others is
-    ahead of the first by as much, in units of the root mean square of its differences."""
+    """Return the share of random signs under which the best of the others is as far ahead.
+
+    A sign is of a seed, the same for all. The others are ahead of the first in units of the root
+    mean square of their differences.
+    """
     d = np.asarray(others) - np.asarray(first)
     ahead = (d / np.maximum(np.sqrt((d**2).mean(1, keepdims=True)), 1e-12)).T
     best = ahead.sum(0)[d.sum(1).argmax()]
@@ -220,8 +227,10 @@ def picked(
 
 
 def places(found: Study) -> dict[str, dict[str, Found]]:
-    """The arms at equal time by place and method; places in which every arm has a row, but for the
-    forms of Algorithm 1, which came last."""
+    """Return the arms at equal time by place and method.
+
+    In a place every arm has a row, but for the forms of Algorithm 1, which came last.
+    """
     by: dict[str, dict[str, Found]] = {}
     for arm, one in found.items():
         if arm.part == "worth":
@@ -231,14 +240,14 @@ def places(found: Study) -> dict[str, dict[str, Found]]:
 
 
 def gap(first: Found, second: Found) -> tuple[str, str, str]:
-    """The mean difference in points, its 95 % interval, and p of sign flips."""
+    """Return the mean difference in points, its 95 % interval, and p of sign flips."""
     one, other = first.accuracy, second.accuracy
     p = f"{sign_flip(one, other):.2g}"
     return f"{100 * paired_test(one, other).mean:+.1f}", harness.between(one, other), p
 
 
 def primary(arms: dict[str, Found]) -> str:
-    """The primary test in words."""
+    """Return the primary test in words."""
     mpl = arms["mpl"]
     others = [one for name, one in arms.items() if name not in ("mpl", *AFTER)]
     rival = max(others, key=lambda one: float(np.mean(one.accuracy)))
@@ -253,7 +262,7 @@ def primary(arms: dict[str, Found]) -> str:
 
 
 def place_table(arms: dict[str, Found]) -> str:
-    """The arms of a place."""
+    """Return the table of a place's arms."""
     head = [
         "arm",
         "steps",
@@ -295,7 +304,7 @@ def place_table(arms: dict[str, Found]) -> str:
 
 
 def beside_form(arms: dict[str, Found], form: str, name: str) -> tuple[str, str]:
-    """A form of Algorithm 1 minus another arm.
+    """Return a form of Algorithm 1 minus another arm.
 
     The mean difference, and its interval and p in brackets.
     """
@@ -304,7 +313,7 @@ def beside_form(arms: dict[str, Found], form: str, name: str) -> tuple[str, str]
 
 
 def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:
-    """Meta Pseudo Labels minus each other arm, a panel a place."""
+    """Draw Meta Pseudo Labels minus each other arm, a panel a place."""
     by: dict[str, list[Bar]] = {}
     for place, arms in found.items():
         mpl = arms["mpl"].accuracy

@@ -26,7 +26,7 @@ for network in (
 
 
 def gradient(mode: str) -> torch.Tensor:
-    """The teacher's gradient, as one vector."""
+    """Return the teacher's gradient, as one vector."""
     inner_optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
     found = metapl.hypergradient(
         teacher,

@@ -84,13 +84,13 @@ def new_student(hf):
 
 
 def sequences(text):
-    """(N, T): printable characters by number, any other as a space."""
+    """Return sequences (N, T): printable characters by number, any other as a space."""
     ids = torch.tensor(list(text.encode("ascii", "replace"))) - 32
     return ids.where((ids >= 0) & (ids < WORDS), 0)[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
 class Data:
-    """Batches of the mixture and of documentation alone, and held-out documentation for the rater and for the test."""
+    """Batches of the mixture and of documentation, held-out documentation for rater and test."""
 
     def __init__(self, seed):
         self.draw = torch.Generator().manual_seed(seed)
@@ -111,7 +111,7 @@ class Data:
         return pool[torch.randint(len(pool), (count,), generator=self.draw)]
 
     def mixture(self, count):
-        """Sequences, and the number of the source of each."""
+        """Return sequences, and the number of the source of each."""
         source = torch.tensor([0, 0, 1, 2])[torch.randint(4, (count,), generator=self.draw)]
         ids = torch.where(
             (source == 1)[:, None], self.some(self.code, count), self.some(self.clean, count)
@@ -134,7 +134,7 @@ def learn_rater(rater, data, seed, steps, hf=False, rate=0.03):
 
 @torch.no_grad()
 def found(rater, data):
-    """Mean scores by source, and the areas under the curves of documentation against each other source."""
+    """Return mean scores by source, and areas under documentation's curves against the others."""
     ids, source = data.mixture(2000)
     scores = [rater(ids)[source == number] for number in range(len(SOURCES))]
     return [s.mean().item() for s in scores], [
@@ -143,13 +143,16 @@ def found(rater, data):
 
 
 def best_half(rater, data):
-    """A batch: of twice as many sequences of the mixture those with the highest scores."""
+    """Return a batch: of twice as many sequences of the mixture those with the highest scores."""
     ids = data.mixture(2 * BATCH)[0]
     return ids[rater(ids).topk(BATCH).indices]
 
 
 def perplexity(batch, data, seed, steps, hf=False):
-    """Of a character of held-out documentation, by a new model that learns from so many batches."""
+    """Return a character's perplexity by a new model that learns from so many batches.
+
+    The characters are those of held-out documentation.
+    """
 
     def loss(ids):
         return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

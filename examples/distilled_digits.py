@@ -1,4 +1,4 @@
-"""Dataset distillation: one learned image a class, so that a network that is trained on these ten alone does well.
+"""Dataset distillation: one learned image a class; trained on these ten alone, a network does well.
 
     python examples/distilled_digits.py [SEED ...] [--steps N]
 
@@ -27,7 +27,7 @@ RATE = 0.5
 
 
 class Distilled(metapl.problems.Problem):
-    """The signal is the image of each class in the batch, and the student learns that image as that class."""
+    """The signal is the image of each class in the batch, learned by the student as that class."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):
         return metapl.Signal(teacher(batch))
@@ -49,7 +49,7 @@ def network(seed):
 
 
 def distill(x, y, seed, steps):
-    """The ten images, from noise."""
+    """Return the ten images, learned from noise."""
     classes, generator = torch.arange(10), torch.Generator().manual_seed(seed)
     images = Table(0.1 * torch.randn(10, *x.shape[1:], generator=generator))
     learned = torch.optim.Adam(images.parameters(), lr=0.05)
@@ -72,7 +72,7 @@ def distill(x, y, seed, steps):
 
 
 def accuracy(images, labels, test, seed):
-    """In %, of a new network after as many steps on these images."""
+    """Return the accuracy, in %, of a new network after as many steps on these images."""
     student, optimizer = network(10**6 + seed)
     for _ in range(AHEAD):
         optimizer.zero_grad()
@@ -82,7 +82,7 @@ def accuracy(images, labels, test, seed):
 
 
 def mean_and_deviation(accuracies):
-    """The mean over seeds ± their standard deviation, which one seed does not have."""
+    """Return the mean over seeds ± their standard deviation, which one seed does not have."""
     values = torch.tensor(accuracies)
     return (
         f"{values.mean():.1f}" if len(values) == 1 else f"{values.mean():.1f} ± {values.std():.1f}"

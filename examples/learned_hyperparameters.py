@@ -1,4 +1,4 @@
-"""Hyperparameters that are learned through whole trainings: weight decays, label smoothing, and two augmentations.
+"""Hyperparameters learned through whole trainings: weight decays, label smoothing, augmentations.
 
     python examples/learned_hyperparameters.py
 
@@ -59,7 +59,7 @@ def falling(step):
 
 
 def begin(split, seed):
-    """The network, optimizer and batches with which every training of a seed begins, and the draws of its images."""
+    """Return the network, optimizer and batches with which every training of a seed begins."""
     drawn = torch.randint(100, (STEPS, BATCH), generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     layers = nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)
@@ -69,7 +69,7 @@ def begin(split, seed):
 
 
 def learn(split, seed, rounds=8, rate=0.3):
-    """In each round: validation loss, the logarithms of the six, and the network that was trained with them."""
+    """Yield each round's validation loss, the logarithms of the six, and the network trained so."""
     logs = nn.ParameterDict({name: torch.tensor(values).log() for name, values in START.items()})
     adam = torch.optim.Adam(logs.parameters(), lr=rate, betas=(0.5, 0.9))
     for _ in range(rounds):

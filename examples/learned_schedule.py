@@ -1,4 +1,4 @@
-"""A schedule of learning rate and weight decay for each layer, learned through whole trainings; prints both by round.
+"""A schedule of learning rate and weight decay for each layer, learned through whole trainings.
 
     python examples/learned_schedule.py
 
@@ -25,7 +25,7 @@ START = {
 
 
 def settings(logs):
-    """Of each step and layer, (STEPS, layers): linear between the knots of the logarithms."""
+    """Return each step's and layer's settings, (STEPS, layers), linear between the logs' knots."""
     lines = {
         name: F.interpolate(log.T[None], STEPS, mode="linear", align_corners=True)
         for name, log in logs.items()
@@ -34,7 +34,7 @@ def settings(logs):
 
 
 def begin(split, seed):
-    """The network, optimizer and batches with which every training of a seed begins."""
+    """Return the network, optimizer and batches with which every training of a seed begins."""
     drawn = torch.randint(100, (STEPS, BATCH), generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     student = metapl.models.mlp([64, 64, 64, 10], nn.GELU)
@@ -47,7 +47,7 @@ def begin(split, seed):
 
 
 def learn(split, seed, rounds=8, rate=0.3):
-    """In each round: validation loss, the logarithms, and the network that was trained with them."""
+    """Yield each round's validation loss, the logarithms, and the network trained with them."""
     logs = {name: log.clone().requires_grad_() for name, log in START.items()}
     adam = torch.optim.Adam(logs.values(), lr=rate, betas=(0.5, 0.9))
     for _ in range(rounds):
@@ -69,7 +69,7 @@ def learn(split, seed, rounds=8, rate=0.3):
 
 
 def accuracy(student, labeled):
-    """In %."""
+    """Return the accuracy in %."""
     x, y = labeled
     with torch.no_grad():
         return 100 * (student(x).argmax(1) == y).double().mean().item()

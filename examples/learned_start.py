@@ -1,4 +1,4 @@
-"""A learned start for fine-tuning: prints accuracies, in %, after 20 steps on 20 digits that are turned by an angle.
+"""A learned start for fine-tuning: prints accuracies, in %, on digits that are turned by an angle.
 
     python examples/learned_start.py [SEED ...]
 
@@ -35,7 +35,7 @@ def learn(network, x, y, steps):
 
 
 def accuracies(seed, seconds=8.0, steps=40):
-    """After fine-tuning of the pretrained start, of one that was pretrained longer, and of the learned one."""
+    """Fine-tune the pretrained start, one that was pretrained longer, and the learned one."""
     torch.manual_seed(seed)
     known, new = split()
     first = metapl.models.mlp([64, 128, 10])

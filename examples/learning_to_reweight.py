@@ -1,4 +1,4 @@
-"""Learning to reweight: the weights of a batch are what one gradient step makes of zero; no teacher.
+"""Learning to reweight: a batch's weights are what one gradient step makes of zero; no teacher.
 
     python examples/learning_to_reweight.py [SEED ...] [--steps N]
 

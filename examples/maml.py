@@ -44,7 +44,7 @@ class Tasks(metapl.problems.EqualWeights):
 
 
 def learn(student, problem, rounds, rate):
-    """A step of Adam a round, on the loss after the steps of SGD on 25 tasks."""
+    """Take a step of Adam a round, on the loss after the steps of SGD on 25 tasks."""
     adam, sgd = (
         torch.optim.Adam(student.parameters(), 0.003),
         torch.optim.SGD(student.parameters(), rate),
@@ -66,7 +66,7 @@ def learn(student, problem, rounds, rate):
 
 
 def score(student, problem, rate, new=True):
-    """The mean over 250 tasks, after the steps of SGD on each."""
+    """Return the mean over 250 tasks, after the steps of SGD on each."""
     scores = []
     for (x, y), (others, truth) in (problem.draw(new) for _ in range(10)):
         own = copy.deepcopy(student)

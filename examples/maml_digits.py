@@ -1,4 +1,4 @@
-"""MAML on digits: prints the accuracy after five steps on one picture of each of three digits, in %.
+"""MAML on digits: prints the accuracy, in %, after five steps on a picture of each of three digits.
 
     python examples/maml_digits.py [SEED ...]
 
@@ -26,7 +26,7 @@ class Digits(Tasks):
         ]  # of all as many
 
     def draw(self, new=False):
-        """One picture of each of three digits to learn from, in any order, and ten to judge by."""
+        """Draw a picture of each of three digits to learn from, in any order; ten to judge by."""
         tasks = [torch.randperm(4)[:3] + 6 if new else torch.randperm(6)[:3] for _ in range(TASKS)]
         drawn = [
             torch.stack([self.pictures[digit][torch.randperm(174)[:11]] for digit in task], 1)

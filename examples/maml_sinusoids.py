@@ -1,4 +1,4 @@
-"""MAML on sinusoids: prints the squared error on new ones, after five steps on ten points, from three starts.
+"""MAML: prints the squared error on new sinusoids, after five steps on ten points, by the start.
 
     python examples/maml_sinusoids.py [SEED ...]
 
@@ -17,7 +17,7 @@ import metapl
 
 class Sinusoids(Tasks):
     def draw(self, new=False):
-        """Ten points to learn from and ten to judge by, of sinusoids of any height and shift."""
+        """Draw ten points to learn from, ten to judge by, of sinusoids of any height and shift."""
         height, shift = 0.1 + 4.9 * torch.rand(TASKS, 1, 1), torch.pi * torch.rand(TASKS, 1, 1)
         x = 10 * torch.rand(TASKS, 20, 1) - 5
         y = height * (x - shift).sin()

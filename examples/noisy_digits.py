@@ -1,4 +1,4 @@
-"""What the examples of the label methods share: digits with wrong labels, plain training, and a table of both.
+"""What the label methods' examples share: digits with wrong labels, plain training, and a table.
 
 Of scikit-learn's digits, drawn anew for each seed, 100 have trusted labels, about 1,100 others have
 labels of which 40 % are made wrong, and 400 are to test on. The wrong label is any other class
@@ -32,14 +32,14 @@ class Digits:
     seed: int
 
     def noisy_batches(self, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """64 images a batch, with their rows of the columns.
+        """Return batches of 64 images, with their rows of the columns.
 
-        The given labels, unless columns are named.
+        The columns are the given labels, unless others are named.
         """
         return batches(64, self.seed, self.x, *(columns or (self.given,)))
 
     def student(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """A small network that has had some steps on the given labels as they are, and its optimizer."""
+        """Return a small network after some steps on the labels as given, and its optimizer."""
         torch.manual_seed(self.seed)
         student = metapl.models.mlp([64, 32, 10])
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
@@ -54,7 +54,7 @@ class Digits:
 
 
 def draw(seed: int, noise: str) -> Digits:
-    """The digits of a seed, with "symmetric" or "asymmetric" noise."""
+    """Return the digits of a seed, with "symmetric" or "asymmetric" noise."""
     split, generator = load_digits_split(10, seed), torch.Generator().manual_seed(seed)
     y = split.unlabeled_truth
     other = torch.randint(1, 10, y.shape, generator=generator) if noise == "symmetric" else 1
@@ -63,7 +63,7 @@ def draw(seed: int, noise: str) -> Digits:
 
 
 def batches(size: int, seed: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Endless batches of the same rows of each column."""
+    """Yield endless batches of the same rows of each column."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         rows = torch.randint(len(columns[0]), (size,), generator=generator)
@@ -77,7 +77,7 @@ def fit(trainer: Any, labeled: Any, unlabeled: Any, steps: int, schedule: str = 
 
 
 def plain(digits: Digits, steps: int) -> Any:
-    """Trained on both: each batch has 64 given labels and the trusted ones."""
+    """Train on both: each batch has 64 given labels and the trusted ones."""
     student, optimizer = digits.student()
     both = (
         tuple(map(torch.cat, zip(batch, digits.trusted, strict=True)))
@@ -87,7 +87,7 @@ def plain(digits: Digits, steps: int) -> Any:
 
 
 def compare(name: str, train: Callable[[Digits, int], Any]) -> None:
-    """Print the test accuracy of a method and of plain training, for the seeds of the command line."""
+    """Print the test accuracy of a method and of plain training, for the command line's seeds."""
     parser = argparse.ArgumentParser(
         description=f"{name} beside plain training on digits with wrong labels"
     )

@@ -1,4 +1,6 @@
-"""A training loop of one's own, which goes on where it was killed: python examples/own_loop.py [FOLDER] [STEPS]
+"""A training loop of one's own, which goes on where it was killed.
+
+    python examples/own_loop.py [FOLDER] [STEPS]
 
 Kill it, and give the same command again: it ends bit for bit as one that was never stopped. FOLDER
 (runs/own-loop) gets its checkpoint and TensorBoard events.

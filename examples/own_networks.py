@@ -1,4 +1,6 @@
-"""Meta Pseudo Labels with networks, data and a loop of one's own: python examples/own_networks.py [SEED ...]
+"""Meta Pseudo Labels with networks, data and a loop of one's own.
+
+    python examples/own_networks.py [SEED ...]
 
 Two digits of each class keep their labels, 1,180 have none. Printed is the student's accuracy on
 400 others with the teacher's feedback and without it (mode "none": the same networks, batches and

@@ -29,7 +29,7 @@ SIDE, CLASSES = 32, 3  # pixels; how many folders --labeled has
 
 
 def network() -> nn.Module:
-    """A small convnet of colored pictures from 0 to 1."""
+    """Return a small convnet of colored pictures from 0 to 1."""
 
     def stage(before: int, after: int) -> list[nn.Module]:
         return [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.GELU()]

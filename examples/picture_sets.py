@@ -1,4 +1,4 @@
-"""What the scripts of both papers share: sets as torchvision reads them, splits, views, networks, and what they leave.
+"""What both papers' scripts share: torchvision's sets, splits, views, networks, what they leave.
 
 ``protocols.py`` is Meta Pseudo Labels, ``noisy_student_imagenet.py`` is Noisy Student. Each of them
 has its settings in a frozen dataclass; a function here says by the type of its argument ``c`` which
@@ -169,7 +169,7 @@ def load_svhn(root: str) -> PictureSet:
 
 
 def load_fashion(root: str) -> PictureSet:
-    """Read Fashion-MNIST from the four files of Debian's package dataset-fashion-mnist, whose folder is ``root``.
+    """Read Fashion-MNIST from the four files of Debian's package dataset-fashion-mnist in ``root``.
 
     Its pictures are grey and of 28 x 28 pixels; each is repeated in three channels, which takes no
     memory, so that the networks of the other sets see it.
@@ -225,7 +225,7 @@ def load_imagenet(root: str, image_size: int) -> PictureSet:
 def split_labels(
     labels: Tensor, per_class: int | None, validation: int, seed: int, labelable: int
 ) -> dict[str, Tensor]:
-    """Return the sorted indices of the pictures that are labeled, unlabeled, and held out for validation.
+    """Return the sorted indices of the labeled, the unlabeled and the validation pictures.
 
     ``validation`` pictures are held out, with the classes in proportion. Of the first ``labelable``
     pictures that are left, ``per_class`` of each class keep their labels (None: all of them). The
@@ -262,7 +262,7 @@ def split_labels(
 def views_of(
     c: ViewSettings, *, operations: Literal["cifar10", "svhn"] | None = None
 ) -> tuple[View, View, ResizedCrop | None]:
-    """Return what the teacher sees, what the student sees, and the box that is cut out of a file before either.
+    """Return what teacher and student see, and the box that is cut out of a file before either.
 
     ``operations`` says whose list RandAugment draws from; None: that of the data, CIFAR-10's where
     it has none. With SVHN's, pictures are not mirrored.
@@ -281,7 +281,7 @@ def views_of(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StoredBatches(UnlabeledBatches):
-    """Batches (x, stored) of pictures, whose distributions are read from a store as they are needed.
+    """Batches (x, stored) of pictures; their distributions are read from a store when needed.
 
     Args:
         rows: (n,) int64, where in the store each picture's distribution is.
@@ -300,7 +300,7 @@ class StoredBatches(UnlabeledBatches):
 
 
 def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[FileImages, Tensor]:
-    """Return the pictures of a folder that a store has labels of, and where in it these are, (n,) int64."""
+    """Return a folder's pictures that a store has labels of, and their rows in it, (n,) int64."""
     files = scan_unlabeled(folder)
     rows = torch.from_numpy(np.asarray(store.find(called(store, files.root, files.names))))
     if not (rows >= 0).any():
@@ -313,7 +313,7 @@ def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[Fi
 
 
 def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -> nn.Module:
-    """Build a network by its name, with fresh weights, that normalizes pictures in [0, 1] itself."""
+    """Build a network by name, with fresh weights, that itself normalizes pictures in [0, 1]."""
     network = create(
         name, classes, image_size=c.image_size, dropout=dropout, stochastic_depth=c.stochastic_depth
     )
@@ -338,7 +338,9 @@ def deliver(
     classes: list[str],
     evaluation: Evaluation,
 ) -> None:
-    """Leave a network as a run that ``metapl predict``, ``evaluate``, ``report`` and ``export`` read, in OUT/delivered.
+    """Leave a network as a run in OUT/delivered.
+
+    ``metapl predict``, ``evaluate``, ``report`` and ``export`` read it.
 
     Args:
         method: the word that the run names its training by.

@@ -1,8 +1,9 @@
-"""What a training takes on many ranks, without any of them: the memory of a rank, operations, bytes on the wire, hours.
+r"""What a training takes on many ranks, without any: a rank's memory, operations, wire, hours.
 
-    python examples/plan.py                                    # two EfficientNet-L2 on 2,048 ranks
-    python examples/plan.py imagenet-b7-reduced                # another row of protocols.py, with its mesh
-    python examples/plan.py --network resnet50 --size 224 --replicate 1 --shard 8 --labeled 64 --unlabeled 448
+    python examples/plan.py                        # two EfficientNet-L2 on 2,048 ranks
+    python examples/plan.py imagenet-b7-reduced    # another row of protocols.py, with its mesh
+    python examples/plan.py --network resnet50 --size 224 --replicate 1 --shard 8 \
+        --labeled 64 --unlabeled 448
 
 ``rehearse`` takes one step of any trainer, by the code that trains: networks, optimizers and
 batches are tensors without values (PyTorch's fake tensors), the other ranks are a process group
@@ -82,7 +83,9 @@ def rehearse(
     averaged: bool = False,
     batch_norm_ranks: int = 1,
 ) -> Rehearsal:
-    """What a step of training holds, computes and sends as rank 0 of a mesh; nothing is computed.
+    """Return what a step of training holds, computes and sends as rank 0 of a mesh.
+
+    Nothing is computed.
 
     Args:
         networks: on the meta device, where they stay.
@@ -198,9 +201,9 @@ def rehearse(
 
 @contextmanager
 def stage(mesh: Mesh):
-    """In this block tensors have no values, and this process is rank 0 of a mesh.
+    """Make this process rank 0 of a mesh; in this block tensors have no values.
 
-    The others say what it says.
+    The other ranks say what it says.
     """
 
     waits, outside = checks.waits, unset_fake_temporarily()  # as a decorator
@@ -250,9 +253,11 @@ class Replicated(DistributedDataParallel):
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all storages that operations in this block make while each lives, with
-    values or without: ``bytes`` now, by name, and ``peaks`` by phase; bytes ``sent`` in rings;
-    ``flops`` of products and convolutions."""
+    """Counts the bytes of all storages that operations in this block make while each lives.
+
+    They count with values or without: ``bytes`` now, by name, and ``peaks`` by phase; bytes
+    ``sent`` in rings; ``flops`` of products and convolutions.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +311,7 @@ class Held(TorchDispatchMode):
         return result
 
     def _count(self, storage: UntypedStorage, name: str | None = None) -> None:
-        """The storage as it is now, under a new name if there is one, until it is freed."""
+        """Count the storage as it is now, under a new name if there is one, until it is freed."""
         if id(storage) not in self._entries:
             weakref.finalize(storage, self._free, id(storage))
         before, was = self._entries.get(id(storage), ("activations", 0))
@@ -323,7 +328,10 @@ class Held(TorchDispatchMode):
             self.peaks[self.phase] = dict(self.bytes)
 
     def _count_sent(self, func, args) -> None:
-        """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
+        """Count what a rank sends in a ring over n ranks.
+
+        It is (n − 1)/n of what is gathered or scattered, twice that in a reduction.
+        """
         given = dict(
             zip((argument.name for argument in func._schema.arguments), args, strict=False)
         )
@@ -350,9 +358,11 @@ class Held(TorchDispatchMode):
 
 
 def main() -> None:
-    """Plan a row of protocols.py, by default the largest experiment of Meta Pseudo Labels:
-    EfficientNet-L2 twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million
-    steps."""
+    """Plan a row of protocols.py, by default the largest experiment of Meta Pseudo Labels.
+
+    It is EfficientNet-L2 twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million
+    steps.
+    """
     # Not above, for who takes rehearse alone does not need the protocols beside it.
     from protocols import ROWS, Feedback, build_network, trainer_of
 

@@ -178,22 +178,22 @@ Layer = tuple[Source, Mapping[str, Any]]
 
 
 def paper(**values: Any) -> Layer:
-    """Values that the paper's text, tables and algorithm state."""
+    """Return values that the paper's text, tables and algorithm state, with that source."""
     return "paper", values
 
 
 def table(**values: Any) -> Layer:
-    """Values of the table in the paper's appendix, which was not at hand."""
+    """Return values of the table in the paper's appendix, which was not at hand."""
     return "table", values
 
 
 def code(**values: Any) -> Layer:
-    """Values of the code that the authors published."""
+    """Return values of the code that the authors published, with that source."""
     return "code", values
 
 
 def ours(**values: Any) -> Layer:
-    """Values that we chose."""
+    """Return values that we chose, with that source."""
     return "ours", values
 
 

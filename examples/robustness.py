@@ -1,9 +1,15 @@
-"""A network on ImageNet's released test sets, as JSON: python examples/robustness.py runs/imagenet --imagenet-a DIR
+"""A network on ImageNet's released test sets, as JSON.
 
-    ImageNet-A  --imagenet-a DIR   DIR/<class>/<picture>: 200 folders, called as ImageNet's classes (n01498041)
-    ImageNet-C  --imagenet-c DIR   DIR/<corruption>/<severity>/<class>/<picture>, the corruptions also inside noise/ ...
-    ImageNet-P  --imagenet-p DIR   DIR/<perturbation>/<class>/<sequence>.mp4, or a folder of frames for each video
-    ReaL        --test DIR --real real.json   DIR/<class>/ILSVRC2012_val_<number>.JPEG, and all right outputs of each
+    python examples/robustness.py runs/imagenet --imagenet-a DIR
+
+    ImageNet-A  --imagenet-a DIR   DIR/<class>/<picture>: 200 folders, called as ImageNet's classes
+                                   (n01498041)
+    ImageNet-C  --imagenet-c DIR   DIR/<corruption>/<severity>/<class>/<picture>, the corruptions
+                                   also inside noise/ ...
+    ImageNet-P  --imagenet-p DIR   DIR/<perturbation>/<class>/<sequence>.mp4, or a folder of frames
+                                   for each video
+    ReaL        --test DIR         DIR/<class>/ILSVRC2012_val_<number>.JPEG, and all right outputs
+                --real real.json   of each
 
 The network is that of a run, or of a file of weights: a model.safetensors of ``metapl export`` says
 what it is of; of any other, ``--network resnet50`` (torchvision's, or timm:NAME) says it, and
@@ -50,13 +56,14 @@ OUTPUTS = 1000  # ImageNet's
 # Which of them ImageNet-A's 200 folders are, in the order of both (hendrycks/natural-adv-examples,
 # eval.py).
 IMAGENET_A = """
-6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124 125 130 132
-143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313 314 315 317 319 323 324
-326 327 330 334 335 336 347 361 363 372 378 386 397 400 401 402 404 407 411 416 417 420 425 428 430 437 438 445
-456 457 461 462 470 472 483 486 488 492 496 514 516 528 530 539 542 543 549 552 557 561 562 569 572 573 575 579
-589 606 607 609 614 626 627 640 641 642 643 658 668 677 682 684 687 701 704 719 736 746 749 752 758 763 765 768
-773 774 776 779 780 786 792 797 802 803 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888
-890 897 900 907 913 924 932 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
+6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124
+125 130 132 143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313
+314 315 317 319 323 324 326 327 330 334 335 336 347 361 363 372 378 386 397 400 401 402 404 407 411
+416 417 420 425 428 430 437 438 445 456 457 461 462 470 472 483 486 488 492 496 514 516 528 530 539
+542 543 549 552 557 561 562 569 572 573 575 579 589 606 607 609 614 626 627 640 641 642 643 658 668
+677 682 684 687 701 704 719 736 746 749 752 758 763 765 768 773 774 776 779 780 786 792 797 802 803
+804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888 890 897 900 907 913 924 932
+933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
 """
 ARCHIVES = (
     "",
@@ -99,7 +106,10 @@ FLIPS_OF_ALEXNET |= {"snow": 0.1193, "brightness": 0.0489, **_MOVED}
 
 @dataclass(frozen=True)
 class Subject:
-    """A network that gives logits (B, K) of pictures (B, C, side, side) in [0, 1], of which the middle is looked at."""
+    """A network that gives logits (B, K) of pictures (B, C, side, side) in [0, 1].
+
+    Only the middle of a picture is looked at.
+    """
 
     network: nn.Module
     side: int
@@ -117,7 +127,10 @@ class Subject:
     def outputs_of(
         self, root: Path, folders: Sequence[str], published: Sequence[int] = range(OUTPUTS)
     ) -> list[int]:
-        """The output that each class folder is, by its name, or by its place among the ``published`` ones."""
+        """Return the output that each class folder is.
+
+        It is found by the folder's name, or by its place among the ``published`` ones.
+        """
         known = {name: output for output, name in enumerate(self.classes or ())}
         if unknown := [name for name in folders if name not in known]:
             if self.outputs == OUTPUTS and len(folders) == len(published):
@@ -130,7 +143,7 @@ class Subject:
         return [known[name] for name in folders]
 
     def logits(self, paths: Sequence[Path]) -> Tensor:
-        """Of pictures in files, (N, K)."""
+        """Return the logits of pictures in files, (N, K)."""
         with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes without Python's lock
             pieces = (
                 pool.map(self.read, paths[at : at + AT_ONCE])
@@ -140,7 +153,7 @@ class Subject:
 
 
 def of_run(folder: Path) -> Subject:
-    """The network that a run delivers."""
+    """Return the network that a run delivers."""
     run = EndedRun.load(folder)
     name = run.name("delivered")
     reads = run.cards[name].input
@@ -155,9 +168,11 @@ def of_run(folder: Path) -> Subject:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What ``metapl export`` wrote into a file of weights: ``architecture``, ``normalization`` and
-    ``classes``, each or None, and, where it is not 1, ``center``; empty for a file that others
-    wrote."""
+    """Return what ``metapl export`` wrote into a file of weights.
+
+    It is ``architecture``, ``normalization`` and ``classes``, each or None, and, where it is not 1,
+    ``center``; empty for a file that others wrote.
+    """
     if not file.is_file():
         raise MetaplError(
             f"there is no file of weights {file}; expected a .safetensors or .pt file on this "
@@ -174,7 +189,10 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def of_weights(file: Path, name: str | None) -> Subject:
-    """A network of a file of weights, by what the file says, or by the name and the library that has it."""
+    """Return the network of a file of weights, by what the file says, or by ``name``.
+
+    The name says the library that has the network, too.
+    """
     told = {key: value for key, value in read_metadata(file).items() if value is not None}
     side, middle, (mean, std) = 224, 224 / 256, IMAGENET  # as torchvision evaluates its own
     if "architecture" in told:
@@ -227,7 +245,7 @@ def figures(found: Evaluation) -> dict[str, Any]:
 
 
 def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
-    """Accuracy and calibration on 200 class folders, by the outputs of these classes alone.
+    """Return accuracy and calibration on 200 class folders, by these classes' outputs alone.
 
     Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix
     A.5.
@@ -239,7 +257,7 @@ def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
 
 
 def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
-    """Accuracies by corruption and severity, and mCE where all fifteen are there."""
+    """Return accuracies by corruption and severity, and mCE where all fifteen are there."""
     folders = parts(root, CORRUPTIONS, "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
     found = {
         name: [filled(folder / str(severity)) for severity in SEVERITIES]
@@ -260,7 +278,7 @@ def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
 
 
 def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
-    """How often predictions change along the sequences, in videos or in folders of frames, and mFR."""
+    """Return how often predictions change along the sequences, in videos or in frames, and mFR."""
     folders = parts(root, FLIPS_OF_ALEXNET, "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
     flips, sequences, frames, right = dict[str, float](), 0, 0, 0
     for name, folder in folders.items():
@@ -289,11 +307,12 @@ def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
 
 
 def relative_to(alexnet: Mapping[str, float], values: Mapping[str, float]) -> float | None:
-    r"""Errors, or flip probabilities, relative to AlexNet's in %; None where a kind is missing.
+    r"""Return errors, or flip probabilities, relative to AlexNet's in %; None if a kind is missing.
 
     .. math:: \mathrm{mCE} = 100 \cdot \tfrac{1}{15} \sum_c
               \frac{\sum_s E_{s,c}}{\sum_s E^{\mathrm{AlexNet}}_{s,c}}, \qquad
-              \mathrm{mFR} = 100 \cdot \tfrac{1}{10} \sum_p \mathrm{FP}_p / \mathrm{FP}^{\mathrm{AlexNet}}_p
+              \mathrm{mFR} = 100 \cdot \tfrac{1}{10} \sum_p
+                \mathrm{FP}_p / \mathrm{FP}^{\mathrm{AlexNet}}_p
 
     Source: Hendrycks and Dietterich (ICLR 2019), sections 4.1 and 4.2.
     """
@@ -303,7 +322,7 @@ def relative_to(alexnet: Mapping[str, float], values: Mapping[str, float]) -> fl
 
 
 def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) -> float:
-    r"""How often the predicted class changes from one frame to the next.
+    r"""Return how often the predicted class changes from one frame to the next.
 
     .. math:: \mathrm{FP}_p = \frac{1}{m} \sum_{i=1}^{m} \frac{1}{n_i - 1} \sum_{j=2}^{n_i}
               [f(x^{(i)}_j) \ne f(x^{(i)}_{j-1})], \qquad x_{j-1} \to x_1 \text{ for noise}
@@ -313,8 +332,10 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
 
     Source: Hendrycks and Dietterich (ICLR 2019), section 4.2.
 
-    >>> flip_probability([[3, 7, 7, 7, 7]], "tilt"), flip_probability([[3, 7, 7, 7, 7]], "shot_noise")
-    (0.25, 1.0)
+    >>> flip_probability([[3, 7, 7, 7, 7]], "tilt")
+    0.25
+    >>> flip_probability([[3, 7, 7, 7, 7]], "shot_noise")
+    1.0
     """
     least = min(map(len, predictions), default=0)
     if least < 2:
@@ -329,9 +350,9 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
 
 
 def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
-    """The frames of a sequence in their order.
+    """Yield the frames of a sequence in their order.
 
-    A folder's by the numbers in their names, 9 before 10.
+    Those of a folder are in the order of the numbers in their names, 9 before 10.
     """
     if path.is_dir():
         files = [file for file in visible(path) if file.suffix.lower() in SUFFIXES]
@@ -361,7 +382,7 @@ def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
 
 
 def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
-    """The folders of a set's parts that are there, in the order of ``names``."""
+    """Return the folders of a set's parts that are there, in the order of ``names``."""
     places = [root / archive for archive in ARCHIVES]
     found = {name: place / name for name in names for place in places if (place / name).is_dir()}
     if not found:
@@ -373,9 +394,9 @@ def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
 
 
 def filled(root: Path) -> LabeledFiles:
-    """Class folders, each with a picture.
+    """Return the class folders; refuse them where one has no picture.
 
-    Those of a set that is half unpacked would stand for other outputs.
+    The folders of a set that is half unpacked would stand for other outputs.
     """
     files = scan_labeled(root)
     if empty := [name for name, count in files.counts().items() if not count]:
@@ -386,7 +407,7 @@ def filled(root: Path) -> LabeledFiles:
 
 
 def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str, Any]:
-    """Share of predictions among the right outputs of a picture; pictures without one do not count.
+    """Return the share of predictions among a picture's right outputs; those without do not count.
 
     Source: Beyer et al. 2020, "Are we done with ImageNet?", section 3.1.
     """

@@ -1,4 +1,4 @@
-"""How much settings matter: the step of a finite difference, the temperature of pseudo-labels, the size of a batch.
+"""How much settings matter: a finite difference's step, pseudo-labels' temperature, a batch's size.
 
     python examples/stability.py [--draws N]
 
@@ -29,7 +29,7 @@ def trained(temperature: float, steps: int, few, many) -> metapl.BilevelTrainer:
 
 
 def row(trainer: metapl.BilevelTrainer, few, many, modes, draws: int) -> str:
-    """Error and noise of one draw, over the length of the exact gradient."""
+    """Return error and noise of one draw, over the length of the exact gradient."""
     found = metapl.ablate(trainer, few, many, modes, draws=draws, rounds=1, altered=False).modes
     cells = ("-" if isinstance(mode, str) else f"{mode.of_one_draw:.2g}" for mode in found.values())
     return "".join(f"{cell:>23}" for cell in cells)
@@ -47,15 +47,14 @@ def main() -> None:
 
     print("step of the difference, over a typical weight")
     for step in (1e-5, 1e-4, 1e-3, 1e-2):
-        print(
-            f"{step:>8}{row(trainer, few, many, [replace(Difference(), relative_step=step)], given.draws)}"
-        )
+        figures = row(trainer, few, many, [replace(Difference(), relative_step=step)], given.draws)
+        print(f"{step:>8}{figures}")
     head = "".join(f"{name:>23}" for name in MODES)
     print(f"\ntemperature of the pseudo-labels\n        {head}")
     for temperature in (0.25, 0.5, 1.0, 2.0):
-        print(
-            f"{temperature:>8}{row(trained(temperature, given.steps, few, many), few, many, MODES, given.draws)}"
-        )
+        trainer_at_temperature = trained(temperature, given.steps, few, many)
+        figures = row(trainer_at_temperature, few, many, MODES, given.draws)
+        print(f"{temperature:>8}{figures}")
     print(f"\nrows of the inner batch\n        {head}")
     for rows in (8, 16, 32, 64):
         print(f"{rows:>8}{row(trainer, few, many[:rows], MODES, given.draws)}")

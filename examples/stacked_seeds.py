@@ -1,4 +1,4 @@
-"""32 seeds at once: digits of which 40 % have the label of the next class, learned with weights of the examples.
+"""32 seeds at once: digits, 40 % with the next class's label, learned with examples' weights.
 
     python examples/stacked_seeds.py
 

@@ -1,4 +1,6 @@
-"""Five labels a class on two tables, beside logistic regression on the same labels: python examples/tabular.py
+"""Five labels a class on two tables, beside logistic regression on the same labels.
+
+    python examples/tabular.py
 
     breast cancer: 569 tumours, 30 measurements, 2 classes; wine: 178 wines, 13 measurements, 3
     classes (scikit-learn)
@@ -29,7 +31,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def split(table: str, labels_per_class: int, seed: int) -> tuple[Rows, Tensor, Rows]:
-    """Labeled rows, all rows for training, and a test set, standardized."""
+    """Return labeled rows, all rows for training, and a test set, standardized."""
     x, y = {"breast cancer": load_breast_cancer, "wine": load_wine}[table](return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     test, train = np.split(order, [len(x) * 3 // 10])
@@ -40,7 +42,7 @@ def split(table: str, labels_per_class: int, seed: int) -> tuple[Rows, Tensor, R
 
 
 def views(rows: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of 64 rows as they are, and the same with noise."""
+    """Yield batches of 64 rows as they are, and the same with noise."""
     draw = torch.Generator().manual_seed(seed)
     while True:
         weak = rows[torch.randint(len(rows), (64,), generator=draw)]
@@ -48,7 +50,7 @@ def views(rows: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(few: Rows, rows: Tensor, seed: int, mode: str) -> metapl.BilevelTrainer:
-    """Meta Pseudo Labels, or with mode "none" the same loop without feedback."""
+    """Train by Meta Pseudo Labels, or with mode "none" by the same loop without feedback."""
     torch.manual_seed(seed)
     classes = int(few[1].max()) + 1
     teacher, student = (metapl.models.mlp([rows.shape[1], 64, classes]) for _ in range(2))
@@ -83,7 +85,7 @@ def accuracies(table: str, labels_per_class: int, seed: int) -> list[float]:
 
 
 def seeds(text: str) -> range:
-    """ "0-9" or "3"."""
+    """Return the seeds of "0-9" or of "3"."""
     first, _, last = text.partition("-")
     return range(int(first), int(last or first) + 1)
 

@@ -1,4 +1,6 @@
-"""A small BERT from few labeled texts and many unlabeled ones: python examples/text.py [--steps 300] [--seeds 0]
+"""A small BERT from few labeled texts and many unlabeled ones.
+
+    python examples/text.py [--steps 300] [--seeds 0]
 
 Which package is a docstring from? The texts are those of installed packages, whose names are
 masked; 16 of each have their label. The network is transformers' BertForSequenceClassification with
@@ -38,7 +40,7 @@ Text = dict[str, Tensor]  # input_ids and attention_mask, (B, LENGTH)
 
 
 def docstrings(package: str, files: int = 150) -> list[str]:
-    """The docstrings of some files of a package."""
+    """Return the docstrings of some files of a package."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None
@@ -66,14 +68,14 @@ def words_of(text: str) -> list[str]:
 
 
 def encoded(texts: list[list[str]], known: dict[str, int]) -> Text:
-    """What a tokenizer gives."""
+    """Return what a tokenizer gives."""
     rows = [[known.get(word, UNKNOWN) for word in words] for words in texts]
     ids = torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
 def corpus() -> dict[str, tuple[Text, Tensor]]:
-    """Texts and labels of each part; as many of each package, and no two texts that begin alike."""
+    """Return texts and labels of each part: as many of each package, no two that begin alike."""
     of_package = []
     for package in PACKAGES:
         all_words = [words_of(text) for text in docstrings(package)]
@@ -99,9 +101,9 @@ def corpus() -> dict[str, tuple[Text, Tensor]]:
 
 
 def word_vectors(ids: Tensor) -> Tensor:
-    """In the place of pretraining.
+    """Return vectors that say which words stand together, in the place of pretraining.
 
-    Vectors of which words stand together, from the unlabeled texts.
+    They are found from the unlabeled texts.
     """
     holds = torch.zeros(len(ids), UNKNOWN + 1 + WORDS).scatter_(1, ids, 1.0)
     holds[:, : UNKNOWN + 1] = 0
@@ -126,7 +128,7 @@ def network(vectors: Tensor) -> Logits:
 
 
 def masked(text: Text, share: float = 0.15) -> Text:
-    """The strong view: this share of the words is masked."""
+    """Return the strong view: this share of the words is masked."""
     ids = text["input_ids"]
     drop = (torch.rand(ids.shape) < share) & (ids != PAD)
     return {**text, "input_ids": ids.masked_fill(drop, MASK)}
@@ -139,7 +141,7 @@ def two_views(rows: list[tuple[Tensor, Tensor]]) -> tuple[Text, Text]:
 
 
 def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
-    """By the way to train, the test accuracy of the student after it was finetuned on its labels."""
+    """Return the finetuned student's test accuracy, by the way to train it."""
     torch.manual_seed(seed)
     parts = corpus()
     (text, y), validation = parts["training"], parts["validation"]

@@ -1,4 +1,4 @@
-"""Accuracy on the labeled pictures while networks train: MPL's teacher and student, and supervised learning (Figure 4).
+"""Accuracy on labeled pictures in training: MPL's two networks, supervised learning (Figure 4).
 
     python examples/protocols.py cifar10-4k --root data/ --out runs/mpl
     python examples/protocols.py cifar10-4k --root data/ --out runs/supervised --method supervised

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 
 def split():
-    """1,000 digits (x, y) and the others."""
+    """Return 1,000 digits (x, y) and the others."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     x, order = x.view(-1, 1, 8, 8).float() / 16, torch.randperm(len(x))
     return [(x[own], y[own]) for own in (order[:1000], order[1000:])]
 
 
 def draw(x, y, angles, sizes):
-    """Digits (B, 1, 8, 8) at so many angles, in parts of these sizes."""
+    """Draw digits (B, 1, 8, 8) at so many angles, in parts of these sizes."""
     rows = torch.randperm(len(x))[: sum(sizes)]
     turn = (2 * torch.pi * torch.rand(angles)).repeat_interleave(len(rows) // angles)
     turns = torch.stack(
@@ -45,7 +45,7 @@ def pretrain(network, x, y, seconds):
 
 
 def accuracy(network, x, y, rate):
-    """The mean over 10 angles, at each after 20 steps on 20 digits."""
+    """Return the mean over 10 angles, at each after 20 steps on 20 digits."""
     found = []
     for few, (others, truth) in (draw(x, y, 1, [20, len(x) - 20]) for _ in range(10)):
         own = copy.deepcopy(network)

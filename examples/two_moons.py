@@ -1,4 +1,4 @@
-r"""Two moons with six labels, the toy experiment of Meta Pseudo Labels: python examples/two_moons.py
+r"""Two moons with six labels, Meta Pseudo Labels' toy experiment: python examples/two_moons.py
 
     2,000 points on two moons, 3 of each labeled; teacher and student have two hidden layers of 8
     sigmoid units and initial weights in ±0.1, and learn by SGD at the constant rate 0.1
@@ -60,7 +60,7 @@ class Networks(nn.Module):
 
 
 def draw(seed: int) -> tuple[Tensor, Tensor]:
-    """2,000 points in random order, but three of each moon first: these are labeled."""
+    """Draw 2,000 points in random order, but three of each moon first: these are labeled."""
     x, y = make_moons(2000, noise=0.1, random_state=seed)
     few = [i for c in (0, 1) for i in np.flatnonzero(y == c)[:3]]
     order = [*few, *np.setdiff1d(np.arange(len(y)), few)]
@@ -84,9 +84,9 @@ class Moons:
         self.networks: dict[str, Networks] = {}
 
     def views(self) -> Iterator[Any]:
-        """32 unlabeled points of each run, the same positions in all.
+        """Yield 32 unlabeled points of each run, the same positions in all.
 
-        With UDA also a noisy copy of them.
+        With UDA a noisy copy of them comes with them.
         """
         generator = torch.Generator().manual_seed(0)
         while True:
@@ -104,7 +104,7 @@ class Moons:
         return networks, torch.optim.SGD(networks.parameters(), lr=len(self.seeds) * rate)
 
     def train(self, method: str) -> Tensor:
-        """Each run's share of points that it classifies as they were drawn."""
+        """Return each run's share of points that it classifies as they were drawn."""
         (teacher, outer), (student, inner), losses = self.fresh(0), self.fresh(1), self.losses
         trainer: Any
         if method == "supervised":
@@ -133,7 +133,7 @@ class Moons:
 
 
 def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
-    """Of each method the regions of its median run, and the accuracies of all of its runs."""
+    """Draw each method's regions, of its median run, and the accuracies of all of its runs."""
     import matplotlib
 
     matplotlib.use("Agg")

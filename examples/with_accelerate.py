@@ -1,4 +1,6 @@
-"""Meta Pseudo Labels in a loop of Hugging Face's accelerate: python examples/with_accelerate.py [FOLDER] [STEPS]
+"""Meta Pseudo Labels in a loop of Hugging Face's accelerate.
+
+    python examples/with_accelerate.py [FOLDER] [STEPS]
 
 In two processes, which share each batch and end with the same weights but for rounding (accelerate
 launch --cpu starts one, whatever its --num_processes): torchrun --nproc-per-node 2

@@ -17,7 +17,7 @@ from metapl.problems import Table
 
 
 class PairWeights(metapl.BilevelProblem):
-    """The weight of an example is looked up by its given label and by what the student takes it for."""
+    """An example's weight is looked up by its given label and by what the student takes it for."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):
         given, predicted = batch[1], student_outputs.argmax(1)

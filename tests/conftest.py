@@ -53,7 +53,7 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first.
+    """Put the longest files first.
 
     Of several processes, none is left alone with one of them at the end.
     """
@@ -67,7 +67,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Each of several processes begins with other files.
+    """Let each of several processes begin with other files.
 
     All of them need ten seconds for asserts to be rewritten.
     """
@@ -85,7 +85,10 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_absent_device_is_seeded() -> Iterator[None]:
-    """For each kind of device that is not there, ``torch.manual_seed`` formats the stack, which pytest makes long."""
+    """Seed no device that is not there.
+
+    For each such kind ``torch.manual_seed`` formats the stack, which pytest makes long.
+    """
     import torch
 
     with pytest.MonkeyPatch.context() as patch:

@@ -6,11 +6,11 @@ Sprites in unit coordinates, their views, backgrounds, colors and the camera's n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import matplotlib
 import numpy as np
@@ -29,7 +29,7 @@ FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def color(rng: np.random.Generator, low: float, high: float) -> Color:
-    """A color of any hue whose lightness lies between two levels of 0..255."""
+    """Return a color of any hue whose lightness lies between two levels of 0..255."""
     rgb = rng.uniform(0, 255, 3)
     target, level = rng.uniform(low, high), float(rgb @ LUMA)
     rgb = (
@@ -46,7 +46,7 @@ def to_color(rgb: Sequence[float] | Floats) -> Color:
 
 
 def hsv(hue: float, saturation: float, value: float) -> Color:
-    """A color from a hue (a turn is 1), a saturation and a value of 0..1."""
+    """Return the color of a hue (a turn is 1), a saturation and a value of 0..1."""
     sector = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     ramp = np.clip(np.minimum(sector, 4 - sector), 0, 1)
     return to_color(255 * value * (1 - saturation * ramp))
@@ -55,14 +55,14 @@ def hsv(hue: float, saturation: float, value: float) -> Color:
 def tones(
     rng: np.random.Generator, gap: float = 70
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Levels of the ground and of the ink, at least ``gap`` of 255 apart, either one the lighter."""
+    """Return levels of ground and ink, at least ``gap`` of 255 apart, either one the lighter."""
     middle = rng.uniform(0.35, 0.65) * 255
     dark, light = (10.0, middle - gap / 2), (middle + gap / 2, 245.0)
     return (dark, light) if rng.random() < 0.5 else (light, dark)
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
-    """Noise of 0..1 that varies over about size / cells pixels, of shape (size, size)."""
+    """Return noise of 0..1 that varies over about size / cells pixels, of shape (size, size)."""
     grid = rng.integers(0, 256, (cells + 1, cells + 1), dtype=np.uint8)
     return (
         np.asarray(
@@ -75,9 +75,9 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
 def ground(
     rng: np.random.Generator, size: int, levels: tuple[float, float], clutter: int = 0
 ) -> Floats:
-    """A background of shape (size, size, 3).
+    """Return a background of shape (size, size, 3).
 
-    Two colors in smooth noise or a ramp, with some patches on it.
+    It has two colors in smooth noise or a ramp, and some patches on it.
     """
     first, second = (np.array(color(rng, *levels), dtype=float) for _ in range(2))
     kind = rng.integers(3)
@@ -128,7 +128,7 @@ class Sprite:
         return max(1, round(width * self.side / 2))
 
     def polygon(self, points: Sequence[Point] | Floats, fill: Color, outline: float = 0) -> None:
-        """Filled, or with an outline of a width alone."""
+        """Fill a polygon, or draw its outline of a width alone."""
         if outline:
             self.line([*points, points[0], points[1]], fill, outline)
         else:
@@ -153,14 +153,14 @@ class Sprite:
                 )
 
     def text(self, text: str, fill: Color, height: float) -> None:
-        """A text, its box's center in the middle; ``height`` is the font's size."""
+        """Write a text, its box's center in the middle; ``height`` is the font's size."""
         face = ImageFont.truetype(str(FONT_FOLDER / "DejaVuSans-Bold.ttf"), self.width(height))
         left, top, right, bottom = face.getbbox(text)
         ((x, y),) = self.pixels([(0, 0)])
         self.pen.text((x - (left + right) / 2, y - (top + bottom) / 2), text, font=face, fill=fill)
 
     def stamp(self, alpha: Floats, fill: Color, extent: float) -> None:
-        """An array of 0..1 as the coverage of the middle ``extent`` of the sprite."""
+        """Paste a color, an array of 0..1 its coverage of the middle ``extent`` of the sprite."""
         side = self.width(2 * extent)
         cover = Image.fromarray((255 * alpha).astype(np.uint8)).resize(
             (side, side), Image.Resampling.BICUBIC
@@ -169,7 +169,7 @@ class Sprite:
         self.image.paste(fill, (at, at), cover)
 
     def over(self, picture: Floats, view: Floats) -> Floats:
-        """The sprite, moved by a view, on a picture of shape (size, size, 3)."""
+        """Lay the sprite, moved by a view, on a picture of shape (size, size, 3)."""
         half = self.side / 2
         to_pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]])
         image = seen_from(
@@ -181,7 +181,7 @@ class Sprite:
 
 
 def seen_from(image: Image.Image, side: int, back: Floats) -> Image.Image:
-    """A square picture whose pixels come from where a 3x3 view puts them in another one."""
+    """Return a square picture whose pixels come from where a 3x3 view puts them in another one."""
     coefficients = tuple((back / back[2, 2]).ravel()[:8])
     return image.transform(
         (side, side), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR
@@ -199,9 +199,9 @@ def view(
     perspective: float = 0,
     mirror: bool = False,
 ) -> Floats:
-    """A random 3x3 view in unit coordinates.
+    """Return a random 3x3 view in unit coordinates.
 
-    Up to ``rotation`` degrees to either side, and so on; maybe mirrored.
+    It turns up to ``rotation`` degrees to either side, and so on; maybe it is mirrored.
     """
     turn = math.radians(rng.uniform(-rotation, rotation))
     cos, sin = math.cos(turn), math.sin(turn)
@@ -220,7 +220,7 @@ def view(
 @cache
 @cache
 def photographs() -> tuple[Bytes, ...]:
-    """scikit-learn's two photographs, a temple and a flower, of shape (427, 640, 3)."""
+    """Return scikit-learn's two photographs, a temple and a flower, of shape (427, 640, 3)."""
     return tuple(np.asarray(image) for image in load_sample_images().images)
 
 
@@ -232,9 +232,9 @@ def finish(
     blur: float = 0.5,
     light: float = 0.15,
 ) -> Bytes:
-    """As a camera would take it.
+    """Return the picture as a camera would take it, uint8.
 
-    Some light, some blur (in pixels) and some noise (of 255 levels); uint8.
+    The camera adds some light, some blur (in pixels) and some noise (of 255 levels).
     """
     gain = 1 + rng.uniform(-light, light)
     image = np.clip(
@@ -251,19 +251,24 @@ def finish(
 
 
 def grey(picture: Floats) -> Floats:
-    """The lightness of shape (size, size) of a picture of shape (size, size, 3)."""
+    """Return the lightness of shape (size, size) of a picture of shape (size, size, 3)."""
     return np.asarray(picture @ LUMA)
 
 
-# A picture of a class, from (generator, label, size, whether it is for the test set): uint8, (size,
-# size) when grey and (size, size, 3) in color. The last argument matters only where pictures are
-# made from given ones, such as handwritten digits: those of the test set are made from others.
-Draw = Callable[[np.random.Generator, int, int, bool], Bytes]
+class Draw(Protocol):
+    """A function that draws a picture of a class.
+
+    The picture is uint8, (size, size) when grey and (size, size, 3) in color. ``test`` says whether
+    it is for the test set, and matters only where pictures are made from given ones, such as
+    handwritten digits: those of the test set are made from others.
+    """
+
+    def __call__(self, rng: np.random.Generator, label: int, size: int, test: bool) -> Bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem: pictures of ``size`` x ``size`` pixels, few of them labeled, and no others for validation.
+    """One problem: pictures of ``size`` x ``size`` pixels, few labeled, no others for validation.
 
     ``imbalance`` is how much rarer the last class is than the first among the unlabeled and the
     test pictures, in a geometric sequence. With ``labels_as_found`` the labeled pictures have these

@@ -29,7 +29,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pictures:
-    """A problem's pictures for a seed: uint8 of shape (n, size, size, channels), and labels of shape (n,).
+    """A seed's pictures: uint8 of shape (n, size, size, channels), and labels of shape (n,).
 
     ``unlabeled_labels`` are known because the pictures are generated; no method may learn from
     them.
@@ -44,17 +44,17 @@ class Pictures:
 
 
 def named(name: str) -> Problem:
-    """The problem of a name."""
+    """Return the problem of a name."""
     return {problem.name: problem for problem in PROBLEMS}[name]
 
 
 def half(name: str) -> tuple[Problem, ...]:
-    """The problems of the "seen" or of the "unseen" half."""
+    """Return the problems of the "seen" or of the "unseen" half."""
     return tuple(problem for problem in PROBLEMS if problem.half == name)
 
 
 def arrays(problem: Problem, seed: int) -> Pictures:
-    """The pictures of a problem; a pure function of the problem and the seed."""
+    """Return the pictures of a problem; a pure function of the problem and the seed."""
     classes, rng = len(problem.classes), _generator(problem, seed, "labels")
     labeled = _labels(problem, problem.labels_per_class * classes, problem.labels_as_found)
     foreign = round(problem.foreign * problem.unlabeled)
@@ -68,7 +68,10 @@ def arrays(problem: Problem, seed: int) -> Pictures:
 
 
 def make(problem: Problem, seed: int, folder: Path) -> None:
-    """Write folder/labeled/CLASS/*.png, folder/unlabeled/*.png and folder/test/CLASS/*.png, as a user has them."""
+    """Write the folders of a problem, as a user has them.
+
+    They are folder/labeled/CLASS/*.png, folder/unlabeled/*.png and folder/test/CLASS/*.png.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(
             f"{folder} is not empty; name a new folder for the pictures of {problem.name}"
@@ -88,7 +91,7 @@ def make(problem: Problem, seed: int, folder: Path) -> None:
 
 
 def class_counts(classes: int, total: int, imbalance: float) -> list[int]:
-    """How many of ``total`` pictures each class gets, at least one each; the first is the most frequent.
+    """Return how many of ``total`` pictures each class gets, at least one; the first gets most.
 
     >>> class_counts(3, 12, imbalance=1)
     [4, 4, 4]
@@ -106,7 +109,7 @@ def _labels(problem: Problem, total: int, as_found: bool) -> Labels:
 
 
 def _generator(problem: Problem, seed: int, part: str, number: int = 0) -> np.random.Generator:
-    """A picture has its own generator, so it does not depend on how many others are drawn."""
+    """Return a picture's own generator, so it does not depend on how many others are drawn."""
     return np.random.default_rng([seed, zlib.crc32(f"{problem.name} {part}".encode()), number])
 
 
@@ -124,9 +127,9 @@ def _drawn(problem: Problem, seed: int, part: str, labels: Labels) -> Bytes:
 
 
 def _foreign(rng: np.random.Generator, others: tuple[Problem, ...], problem: Problem) -> Bytes:
-    """A picture of another problem of the half in this one's size and channels.
+    """Return a picture of another problem of the half in this one's size and channels.
 
-    Noise every fifth time.
+    Every fifth time it is noise.
     """
     size, mode = (problem.size, problem.size), "L" if problem.channels == 1 else "RGB"
     if rng.random() < 0.2:
@@ -136,14 +139,14 @@ def _foreign(rng: np.random.Generator, others: tuple[Problem, ...], problem: Pro
     else:
         other = others[rng.integers(len(others))]
         image = Image.fromarray(
-            other.draw(rng, int(rng.integers(len(other.classes))), other.size, False)
+            other.draw(rng, int(rng.integers(len(other.classes))), size=other.size, test=False)
         )
         image = image.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(image.convert(mode))
 
 
 def table(problems: tuple[Problem, ...]) -> str:
-    """The problems' numbers as a Markdown table."""
+    """Return the problems' numbers as a Markdown table."""
     lines = []
     for p in problems:
         kind, found = (

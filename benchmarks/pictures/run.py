@@ -1,7 +1,7 @@
 """The image recipe and its rivals on the generated problems, at the same time each.
 
     python -m benchmarks.pictures.run --half seen --methods uda supervised --minutes 1.5
-    python -m benchmarks.pictures.run --half unseen --methods ... --minutes 1.5     # once, when all is tuned
+    python -m benchmarks.pictures.run --half unseen --methods ... --minutes 1.5    # once, at last
     python -m benchmarks.pictures.tables
 
 Each run is ``metapl train images`` with its defaults, or with the settings of ``--set
@@ -32,7 +32,7 @@ from metapl.apps.several_runs import Job
 
 
 def run(problem: str | Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
-    """One training, and its accuracies on the test set."""
+    """Train once; return a row with the accuracies on the test set."""
     torch.set_num_threads(1)
     problem = named(problem) if isinstance(problem, str) else problem
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,10 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
 
 
 def configured(pictures: Path, name: str, settings: Row) -> tuple[Any, Any]:
-    """The pictures that a problem wrote, and a method, with these settings, each the one's or the other's."""
+    """Return the pictures that a problem wrote, and a method, with these settings.
+
+    Each setting belongs to one or the other.
+    """
     method: Any = METHODS[name]
     labeled, unlabeled, test = (str(pictures / part) for part in ("labeled", "unlabeled", "test"))
     config = Images(labeled=labeled, unlabeled=unlabeled, test=test)

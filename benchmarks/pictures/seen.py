@@ -88,7 +88,7 @@ def _pattern(rng: Generator, name: str, u: Floats, v: Floats, fine: int) -> Floa
 
 @cache
 def _handwritten(test: bool) -> tuple[Floats, ...]:
-    """Digits of 8x8 as coverage, by class.
+    """Return digits of 8x8 as coverage, by class.
 
     Every third of scikit-learn's is kept for the test sets.
     """
@@ -147,8 +147,9 @@ def arrow(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 PROBLEMS = (
     Problem(name="textures", half="seen", draw=texture, size=48, channels=3, classes=TEXTURES,
             labels_per_class=3, unlabeled=800, test=640, imbalance=10),
-    Problem(name="digits", half="seen", draw=digit, size=32, channels=3, classes=tuple("0123456789"),
-            labels_per_class=10, unlabeled=2000, test=1000, foreign=0.3),
+    Problem(name="digits", half="seen", draw=digit, size=32, channels=3,
+            classes=tuple("0123456789"), labels_per_class=10, unlabeled=2000, test=1000,
+            foreign=0.3),
     Problem(name="arrows", half="seen", draw=arrow, size=20, channels=1, classes=DIRECTIONS,
             labels_per_class=2, unlabeled=500, test=800),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tables and the figure of the runs on the unseen half: by the defaults of each method, and from a backbone.
+"""The tables and the figure of the runs on the unseen half: by defaults, and from a backbone.
 
     python -m benchmarks.pictures.tables                            # print the tables
     python -m benchmarks.pictures.tables --write docs/pictures.md   # put them there, and the figure
@@ -30,7 +30,10 @@ Means = dict[tuple[str, float], list[float]]
 
 
 def reached(rows: list[Row]) -> Means:
-    """Mean test accuracies in % of what was delivered on each problem, by method and minutes."""
+    """Return mean test accuracies in % of what was delivered, by method and minutes.
+
+    A list has each problem's.
+    """
     names, keys = (
         [problem.name for problem in half("unseen")],
         {(row["method"], row["minutes"]) for row in rows},
@@ -46,8 +49,11 @@ def reached(rows: list[Row]) -> Means:
 
 
 def table(rows: list[Row]) -> str:
-    """A line a method and minutes: each problem and their mean; the mean and the smallest
-    difference to supervised; seconds a run, and seeds."""
+    """Return a line a method and minutes.
+
+    A line has each problem and their mean; the mean and the smallest difference to supervised;
+    seconds a run, and seeds.
+    """
     names, means = [problem.name for problem in half("unseen")], reached(rows)
     lines = []
     for (method, minutes), shares in means.items():
@@ -83,9 +89,9 @@ def table(rows: list[Row]) -> str:
 
 
 def from_backbone(rows: list[Row]) -> str:
-    """A line a start, time and method, the linear baseline of each start before.
+    """Return a line a start, time and method, the linear baseline of each start before.
 
-    Test accuracies in %.
+    The cells are test accuracies in %.
     """
     found, names = (
         dict[Any, dict[str, float]](),
@@ -113,7 +119,7 @@ def from_backbone(rows: list[Row]) -> str:
 
 
 def draw(means: Means, file: Path) -> None:
-    """Each problem's accuracies on a line, a mark a method and minutes."""
+    """Draw each problem's accuracies on a line, a mark a method and minutes."""
     from matplotlib.figure import Figure
 
     names, longest = (

@@ -35,7 +35,7 @@ Generator = np.random.Generator
 def _arc(
     center: tuple[float, float], radii: tuple[float, float], start: float, end: float
 ) -> Floats:
-    """Points of an ellipse between two angles in degrees; 0 points right and 90 down."""
+    """Return points of an ellipse between two angles in degrees; 0 points right and 90 down."""
     angles = np.radians(np.linspace(start, end, 20))
     return np.stack(
         [center[0] + radii[0] * np.cos(angles), center[1] + radii[1] * np.sin(angles)], axis=1
@@ -205,7 +205,7 @@ def _pointer(x: float, y: float) -> Parts:
     ]
     return (
         ORDER,
-        _stroke([(-0.5 * x, -0.5 * y), (0.3 * x, 0.3 * y)], WHITE, 0.2, False),
+        _stroke([(-0.5 * x, -0.5 * y), (0.3 * x, 0.3 * y)], WHITE, 0.2, round_ends=False),
         _shape(tip, WHITE),
     )
 
@@ -238,7 +238,7 @@ SIGNS: dict[str, Parts] = {
     "left": _pointer(-1, 0),
     "limit_30": (*FORBIDDEN, _words("30", BLACK, 0.8)),
     "limit_80": (*FORBIDDEN, _words("80", BLACK, 0.8)),
-    "no_entry": (_disc(0.9, RED), _stroke([(-0.6, 0), (0.6, 0)], WHITE, 0.28, False)),
+    "no_entry": (_disc(0.9, RED), _stroke([(-0.6, 0), (0.6, 0)], WHITE, 0.28, round_ends=False)),
     "no_stopping": (
         *(_disc(0.9, RED), _disc(0.7, BLUE)),
         *(_stroke([(-0.5, -y), (0.5, y)], RED, 0.18) for y in (0.5, -0.5)),
@@ -291,7 +291,7 @@ def leaf(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 
 
 def _outline(rng: Generator, name: str) -> tuple[Floats, float]:
-    """The outline of a leaf that points up, and where its stalk starts."""
+    """Return the outline of a leaf that points up, and where its stalk starts."""
     t = np.linspace(0, 2 * math.pi, 90, endpoint=False)
     x, y = np.sin(t), -np.cos(t)  # t is 0 at the tip
     if name == "oval":
@@ -344,7 +344,7 @@ def molecule(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 
 
 def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
-    """Points with bonds of length about 1 and the pairs that are bonded."""
+    """Return points with bonds of length about 1, and the pairs that are bonded."""
     if name == "chain":
         return _walk(rng, np.zeros(2), rng.uniform(0, 360), int(rng.integers(4, 8)))
     if name == "star":
@@ -381,7 +381,7 @@ def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
 def _walk(
     rng: Generator, start: Floats, degrees: float, atoms: int
 ) -> tuple[Floats, list[tuple[int, int]]]:
-    """A zigzag from a point."""
+    """Return a zigzag from a point, and its edges."""
     points, sign = [start], rng.choice([-1, 1])
     for k in range(atoms - 1):
         turn = math.radians(degrees + sign * (-1) ** k * rng.uniform(15, 38))
@@ -424,7 +424,7 @@ def _bars(rng: Generator, sprite: Sprite, fills: list[Color], flat: bool = False
 
 
 def _curve(rng: Generator, count: int) -> Floats:
-    """A random walk from left to right within the axes."""
+    """Return a random walk from left to right within the axes."""
     steps = np.cumsum(rng.normal(rng.uniform(-0.5, 0.5), 1, count))
     heights = (steps - steps.min()) / (np.ptp(steps) + 0.5)
     return np.stack([np.linspace(-0.74, 0.8, count), 0.6 - 1.2 * heights], axis=1)
@@ -529,7 +529,7 @@ MARGIN = 80
 
 @cache
 def _extended(which: int) -> Image.Image:
-    """A photograph reflected at its edges, which would give some places away."""
+    """Return a photograph reflected at its edges, which would give some places away."""
     edges = (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)
     return Image.fromarray(np.pad(drawing.photographs()[which], edges, "reflect"))
 
@@ -607,8 +607,8 @@ def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
 
 
 PROBLEMS = (
-    Problem(name="segments", half="unseen", draw=segments, size=16, channels=1, classes=tuple("0123456789"),
-            labels_per_class=2, unlabeled=500, test=800),
+    Problem(name="segments", half="unseen", draw=segments, size=16, channels=1,
+            classes=tuple("0123456789"), labels_per_class=2, unlabeled=500, test=800),
     Problem(name="clocks", half="unseen", draw=clock, size=48, channels=1, classes=HOURS,
             labels_per_class=5, unlabeled=1200, test=600),
     Problem(name="faces", half="unseen", draw=face, size=32, channels=3, classes=MOODS,

@@ -29,7 +29,7 @@ class Markdown(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    """A docstring in Markdown."""
+    """Return a docstring in Markdown."""
     text = LITERAL.sub(r"`\1`", text)
     text = MATH.sub(_formula, text)
     text = DOCTEST.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)

@@ -1,4 +1,4 @@
-"""MkDocs hook: formulas become MathML, which browsers draw by themselves, without scripts from elsewhere."""
+"""Turn formulas into MathML, which browsers draw by themselves: a hook of MkDocs."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 
 FIGURES, PICTURE = "ablation.json", "ablation.png"
-DOTS_PER_INCH = 200  # of a picture that is 4 inches wide
+
+# Of a picture that is 4 inches wide.
+DOTS_PER_INCH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class Looking:
     ] = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
-    altered: Annotated[bool, unset()] = True  # the flag is --no-altered
+    # The flag is --no-altered.
+    altered: Annotated[bool, unset()] = True
 
     def look(self, subject: dict[str, Any]) -> int:
         for name in self.modes or ():
@@ -84,9 +87,10 @@ class Looking:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateDigits:
-    """Compare the modes on scikit-learn's digits: gradients beside the exact one, and what each costs.
+    """Compare the modes on scikit-learn's digits: their gradients, and what each costs.
 
-    It looks at the beginning, in the middle and at the end of a training of --steps steps.
+    The gradients stand beside the exact one. It looks at the beginning, in the middle and at the
+    end of a training of --steps steps.
     """
 
     config: Flat[Digits] = field(default_factory=Digits)
@@ -116,7 +120,8 @@ class AblateImages:
 def _of_training(config: Any, method: Any) -> dict[str, Any]:
     """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
     torch.manual_seed(config.fitting.seed)
-    data, place = config.data(tell, True, None), device(config.fitting.device)
+    data = config.data(tell, progress=True, log=None)
+    place = device(config.fitting.device)
     teacher, student = (config.network().to(place) for _ in range(2))
     begin_as(teacher, student)
     unused: Any = None
@@ -129,7 +134,7 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateFactory:
-    """Compare the modes on networks of your own; metapl ablate digits and metapl ablate images do on these.
+    """Compare the modes on networks of your own; ablate digits and ablate images do on these.
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing
@@ -145,11 +150,11 @@ class AblateFactory:
         expected = (
             "expected module:function, such as my_networks:build of my_networks.py in this folder"
         )
-        if (
-            ":" not in self.factory
-        ):  # of os.getcwd, say, the function would be called before anything is known of it
+        # Of os.getcwd, say, the function would be called before anything is known of it.
+        if ":" not in self.factory:
             raise MetaplError(f"--factory {self.factory} names no function; {expected}.")
-        sys.path.insert(0, os.getcwd())  # the function may import from there too
+        # The function may import from this folder too.
+        sys.path.insert(0, os.getcwd())
         try:
             made = pkgutil.resolve_name(self.factory)()
         except (ImportError, AttributeError, TypeError, SystemExit) as error:

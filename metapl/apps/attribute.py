@@ -1,7 +1,4 @@
-"""``metapl attribute RUN --out DIR``.
-
-Which labeled pictures help what a network does, and which harm it.
-"""
+"""``metapl attribute RUN --out DIR``: which labeled pictures help a network, and which harm it."""
 
 from __future__ import annotations
 
@@ -32,15 +29,28 @@ from metapl.metrics import predict_logits
 from metapl.runs.fields import Range
 from metapl.training.attribution import Attribution, attribute
 
-TABLE, PAGE = "attribution.csv", "attribution.html"
-PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
-MOMENTUM, AT_ONCE = 0.9, 256  # pictures in a pass of the trained network
-REMOVED, FEWEST_REMOVALS = (
-    0.05,
-    8,
-)  # share of the pictures in each removal of the check; fewer say too little
-DO = "Look at these first; a low score is not yet a wrong label."
-SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
+TABLE = "attribution.csv"
+PAGE = "attribution.html"
+
+# Where --steps is not given: passes over the pictures, and the fewest steps.
+PASSES = 10
+FEWEST_STEPS = 100
+
+MOMENTUM = 0.9
+
+# Pictures in a pass of the trained network.
+AT_ONCE = 256
+
+# The share of the pictures in each removal of the check, and the number of removals below which
+# these say too little.
+REMOVED = 0.05
+FEWEST_REMOVALS = 8
+
+ADVICE = "Look at these first; a low score is not yet a wrong label."
+
+# Pictures in a gallery, and on a terminal.
+SHOWN = 24
+LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +79,8 @@ class Attribute:
         steps: number of steps; by default 10 passes over the pictures, and 100 at least.
         batch: pictures in a step; at most all of them.
         lr: learning rate at the start.
-        seed: of the initial weights, the order of the pictures and the removals; by default the
-            run's.
+        seed: seed of the initial weights, the order of the pictures and the removals; by default
+            that of the run.
     """
 
     folder: Run
@@ -83,6 +93,7 @@ class Attribute:
     seed: Annotated[Annotated[int, Range(0, most=2**32 - 1)] | None, unset()] = None
 
     def run(self) -> int:
+        """Score the pictures, check the scores, and write the list and the page."""
         if 0 < self.removals < FEWEST_REMOVALS:
             raise MetaplError(
                 f"--removals {self.removals}: expected {FEWEST_REMOVALS} or more, or 0 for no "
@@ -96,204 +107,257 @@ class Attribute:
                 "folders."
             )
         check_out(self.out, fields, {"val": self.val})
+        seed = fields["seed"] if self.seed is None else self.seed
         with held(self.out):
-            given, judges = (
-                files_of(run, "labeled"),
-                files_of(run, "validation") or files_of(run, "clean"),
-            )
-            judges = scan_labeled(self.val) if self.val else judges
-            if not judges:
-                raise MetaplError(
-                    f"{self.folder} has no validation pictures to judge by; expected --val DIR."
-                )
-            assert given is not None  # a run has been trained on them
-            train, outer = (
-                Pictures(run, each.keep(verify_files(each).sound)) for each in (given, judges)
-            )
-            batch, seed = (
-                min(self.batch, len(train)),
-                fields["seed"] if self.seed is None else self.seed,
-            )
-            steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
-            if steps * batch < len(
-                train
-            ):  # which would leave some pictures out, which would have no score
-                least = -(-len(train) // batch)
-                raise MetaplError(
-                    f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures."
-                )
-            torch.set_num_threads(run.folder.threads())
-            torch.manual_seed(seed)
-            network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
-            scores = attribute(
-                network,
-                train,
-                outer,
-                optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
-                steps=steps,
-                batch_size=batch,
-                schedule=lambda step: 1 - step / steps,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            judged, guesses = float(scores.outer_loss), math.log(len(run.classes))
-            right = float((logits(network, scores, outer).argmax(1) == outer.labels).float().mean())
-            if not judged < guesses and right <= 1 / len(run.classes):
-                raise MetaplError(
-                    f"after {steps:,} steps the loss on the pictures that judge is {judged:.3f}, "
-                    f"and the accuracy {right:.1%}: nothing was learned that holds for them, and "
-                    f"no score would count; try --lr {self.lr / 3:.1g}, other --steps, or more "
-                    "labeled pictures."
-                )
-            losses = F.cross_entropy(
-                logits(network, scores, train), train.labels, reduction="none"
-            ).tolist()
-            labels = [run.classes[label] for label in train.labels.tolist()]
-            files = [str(train.images.path(number)) for number in range(len(train))]
-            score = scores.scores.tolist()
-            ranked = sorted(range(len(train)), key=score.__getitem__)  # the most harmful first
-            found: dict[str, Any] = {
-                "run": str(self.folder),
-                "pictures": len(train),
-                "judged_on": len(outer),
-                "not_judged_on": [
-                    label for c, label in enumerate(run.classes) if c not in outer.labels
-                ],
-                "steps": steps,
-                "batch": batch,
-                "lr": self.lr,
-                "momentum": MOMENTUM,
-                "seed": seed,
-                "device": str(run.device),
-                "replay_error": scores.replay_error,
-                **{
-                    f"float32 {kind}": precision
-                    for kind, precision in scores.float32_products.items()
-                },
-                "loss": judged,
-                "loss_of_the_run": loss_of_run(run, outer),
-                "loss_of_guesses": guesses,
-                "harmful": sum(each < 0 for each in score),
-                "spearman": None,
-                "interval": None,
-                "removals": self.removals,
-                "removed": max(1, round(REMOVED * len(train))),
-            }
-
-            def hung(title: str, note: str, numbers: Sequence[int]) -> str:
-                shown = (
-                    (n, f"{labels[n]}: {score[n]:+.2g}\n{Path(files[n]).name}")
-                    for n in numbers[:SHOWN]
-                )
-                return web.pictures(
-                    title, note, [web.Picture(train[n][0], caption) for n, caption in shown]
-                )
-
-            def publish(check: str) -> list[str]:
-                """Write the page of the first and the last of the list.
-
-                What it says, for the terminal too.
-                """
-                missing = f", none of them of {few(found['not_judged_on'])}," * bool(
-                    found["not_judged_on"]
-                )
-                said = (
-                    f"{found['harmful']:,} of {len(train):,} labeled pictures have a score below "
-                    f"0: more of one would raise the loss on {len(outer):,} others{missing}, which "
-                    f"is {judged:.3f}, and of even guesses {guesses:.3f}. That is of a network "
-                    f"that was trained anew for the scores, by plain SGD for {steps:,} steps on "
-                    "the pictures as they are"
-                )
-                own_loss = found["loss_of_the_run"]
-                said += (
-                    "."
-                    if own_loss is None
-                    else f"; the student of the run has {own_loss:.3f} there."
-                )
-                beneath = "beneath each its label, score and file"
-                harmful = [number for number in ranked if score[number] < 0]
-                helpful = [number for number in reversed(ranked) if score[number] > 0]
-                parts = [
-                    *map(web.paragraph, (said, check)),
-                    hung(
-                        "Most harmful",
-                        f"more of these would raise the loss; {beneath}. {DO}",
-                        harmful,
-                    ),
-                    hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
-                    web.folded(
-                        "How they were found",
-                        web.rows([(k, json.dumps(value)) for k, value in found.items()]),
-                    ),
-                ]
-                content = web.web_page("Which pictures help, and which harm", self.folder, parts)
-                write_whole(self.out / PAGE, content, ROOM)
-                return [said, check]
-
-            said = publish(
-                "The scores are not checked yet."
-                if self.removals
-                else "The scores were not checked: --removals was 0."
-            )
-            with written_csv(self.out / TABLE) as csv:
-                csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
-                for rank, n in enumerate(ranked, 1):
-                    effect = "harms" if score[n] < 0 else "helps"
-                    csv.writerow(
-                        [
-                            str(rank),
-                            files[n],
-                            labels[n],
-                            f"{score[n]:.6g}",
-                            effect,
-                            f"{losses[n]:.6g}",
-                        ]
-                    )
+            scored = self.score(run, seed)
+            if self.removals:
+                text = self.publish(scored, "The scores are not checked yet.")
+            else:
+                text = self.publish(scored, "The scores were not checked: --removals was 0.")
+            self.write_table(scored)
             if self.removals:
                 tell(f"metapl: {self.out / TABLE} has all of them; now the check", file=sys.stderr)
-                draw = torch.Generator().manual_seed(seed)
-                drawn = (torch.randperm(len(train), generator=draw) for _ in range(self.removals))
-                rho = scores.validate([order[: found["removed"]] for order in drawn]).spearman
-                found |= {"spearman": rho, "interval": (between := interval(rho, self.removals))}
-                without = plural(found["removed"], "random picture")
-                said = publish(
-                    f"The check: {self.removals} trainings, each without {without}, and what the "
-                    f"scores predict of them, have a Spearman correlation of {rho:.2f} (95 % "
-                    f"{between[0]:.2f} to {between[1]:.2f}). Near 1 the scores can be believed; "
-                    "near 0 or below they cannot, and a lower rate, such as --lr "
-                    f"{self.lr / 3:.1g}, may help."
-                )
-        cells = [
-            (short(files[n], 48), short(labels[n], 16), f"{score[n]:+.2g}") for n in ranked[:LISTED]
-        ]
-        listed = table([("most harmful", "label", "score"), *cells], left=2)
-        text = wrapped("\n".join(said))
+                text = self.publish(scored, self.check(scored, seed))
+        rows = [("most harmful", "label", "score")]
+        for number in scored.ranked[:LISTED]:
+            row = (
+                short(scored.files[number], 48),
+                short(scored.labels[number], 16),
+                f"{scored.scores[number]:+.2g}",
+            )
+            rows.append(row)
+        sentences = wrapped("\n".join(text))
         tell(
-            f"{text}\n\n{listed}\n\n{self.out / TABLE} has all of them, {self.out / PAGE} shows "
-            "them"
+            f"{sentences}\n\n{table(rows, left=2)}\n\n{self.out / TABLE} has all of them, "
+            f"{self.out / PAGE} shows them"
         )
         return 0
 
+    def score(self, run: EndedRun, seed: int) -> Scored:
+        """Train anew, and score the labeled pictures of a run."""
+        fields = run.description["fields"]
+        train, outer = self.pictures(run)
+        batch = min(self.batch, len(train))
+        steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
+        if steps * batch < len(train):
+            # Some pictures would be left out, and have no score.
+            least = -(-len(train) // batch)
+            raise MetaplError(
+                f"--steps {steps}: expected {least:,} or more for {len(train):,} pictures."
+            )
+        torch.set_num_threads(run.folder.threads())
+        torch.manual_seed(seed)
+        network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
+        attribution = attribute(
+            network,
+            train,
+            outer,
+            optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
+            steps=steps,
+            batch_size=batch,
+            schedule=lambda step: 1 - step / steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        classes = run.classes
+        loss = float(attribution.outer_loss)
+        loss_of_guesses = math.log(len(classes))
+        is_right = logits(network, attribution, outer).argmax(1) == outer.labels
+        accuracy = float(is_right.float().mean())
+        if not loss < loss_of_guesses and accuracy <= 1 / len(classes):
+            raise MetaplError(
+                f"after {steps:,} steps the loss on the pictures that judge is {loss:.3f}, "
+                f"and the accuracy {accuracy:.1%}: nothing was learned that holds for them, and "
+                f"no score would count; try --lr {self.lr / 3:.1g}, other --steps, or more "
+                "labeled pictures."
+            )
+        outputs = logits(network, attribution, train)
+        losses = F.cross_entropy(outputs, train.labels, reduction="none").tolist()
+        scores = attribution.scores.tolist()
+        figures: dict[str, Any] = {
+            "run": str(self.folder),
+            "pictures": len(train),
+            "judged_on": len(outer),
+            "not_judged_on": [
+                name for number, name in enumerate(classes) if number not in outer.labels
+            ],
+            "steps": steps,
+            "batch": batch,
+            "lr": self.lr,
+            "momentum": MOMENTUM,
+            "seed": seed,
+            "device": str(run.device),
+            "replay_error": attribution.replay_error,
+        }
+        for kind, precision in attribution.float32_products.items():
+            figures[f"float32 {kind}"] = precision
+        figures |= {
+            "loss": loss,
+            "loss_of_the_run": loss_of_run(run, outer),
+            "loss_of_guesses": loss_of_guesses,
+            "harmful": sum(score < 0 for score in scores),
+            "spearman": None,
+            "interval": None,
+            "removals": self.removals,
+            "removed": max(1, round(REMOVED * len(train))),
+        }
+        return Scored(
+            attribution=attribution,
+            pictures=train,
+            files=[str(train.images.path(number)) for number in range(len(train))],
+            labels=[classes[label] for label in train.labels.tolist()],
+            scores=scores,
+            losses=losses,
+            figures=figures,
+        )
+
+    def pictures(self, run: EndedRun) -> tuple[Pictures, Pictures]:
+        """Return the labeled pictures of a run, and those to judge by, without unreadable ones."""
+        labeled = files_of(run, "labeled")
+        judges = files_of(run, "validation") or files_of(run, "clean")
+        if self.val:
+            judges = scan_labeled(self.val)
+        if not judges:
+            raise MetaplError(
+                f"{self.folder} has no validation pictures to judge by; expected --val DIR."
+            )
+        assert labeled is not None, "a run has been trained on them"
+        train = Pictures(run, labeled.keep(verify_files(labeled).sound))
+        outer = Pictures(run, judges.keep(verify_files(judges).sound))
+        return train, outer
+
+    def check(self, scored: Scored, seed: int) -> str:
+        """Train without some pictures, again and again; return how well the scores predict it."""
+        removed = scored.figures["removed"]
+        generator = torch.Generator().manual_seed(seed)
+        removals = []
+        for _ in range(self.removals):
+            order = torch.randperm(len(scored.pictures), generator=generator)
+            removals.append(order[:removed])
+        rho = scored.attribution.validate(removals).spearman
+        low, high = interval(rho, self.removals)
+        scored.figures.update(spearman=rho, interval=(low, high))
+        return (
+            f"The check: {self.removals} trainings, each without "
+            f"{plural(removed, 'random picture')}, and what the scores predict of them, have a "
+            f"Spearman correlation of {rho:.2f} (95 % {low:.2f} to {high:.2f}). Near 1 the scores "
+            "can be believed; near 0 or below they cannot, and a lower rate, such as --lr "
+            f"{self.lr / 3:.1g}, may help."
+        )
+
+    def publish(self, scored: Scored, check: str) -> list[str]:
+        """Write the page of the first and the last pictures of the list; return what it says."""
+        figures = scored.figures
+        missing = ""
+        if figures["not_judged_on"]:
+            missing = f", none of them of {few(figures['not_judged_on'])},"
+        loss_of_own = figures["loss_of_the_run"]
+        ending = "."
+        if loss_of_own is not None:
+            ending = f"; the student of the run has {loss_of_own:.3f} there."
+        summary = (
+            f"{figures['harmful']:,} of {len(scored.pictures):,} labeled pictures have a score "
+            f"below 0: more of one would raise the loss on {figures['judged_on']:,} others"
+            f"{missing}, which is {figures['loss']:.3f}, and of even guesses "
+            f"{figures['loss_of_guesses']:.3f}. That is of a network that was trained anew for the "
+            f"scores, by plain SGD for {figures['steps']:,} steps on the pictures as they are"
+            f"{ending}"
+        )
+        beneath = "beneath each its label, score and file"
+        harmful = [number for number in scored.ranked if scored.scores[number] < 0]
+        helpful = [number for number in reversed(scored.ranked) if scored.scores[number] > 0]
+        settings = [(name, json.dumps(value)) for name, value in figures.items()]
+        parts = [
+            web.paragraph(summary),
+            web.paragraph(check),
+            scored.gallery(
+                "Most harmful",
+                f"more of these would raise the loss; {beneath}. {ADVICE}",
+                harmful,
+            ),
+            scored.gallery(
+                "Most helpful", f"more of these would lower the loss; {beneath}", helpful
+            ),
+            web.folded("How they were found", web.rows(settings)),
+        ]
+        content = web.web_page("Which pictures help, and which harm", self.folder, parts)
+        write_whole(self.out / PAGE, content, ROOM)
+        return [summary, check]
+
+    def write_table(self, scored: Scored) -> None:
+        """Write the list of all pictures, the most harmful first."""
+        with written_csv(self.out / TABLE) as csv:
+            csv.writerow(["rank", "file", "label", "score", "effect", "loss"])
+            for rank, number in enumerate(scored.ranked, 1):
+                score = scored.scores[number]
+                csv.writerow(
+                    [
+                        str(rank),
+                        scored.files[number],
+                        scored.labels[number],
+                        f"{score:.6g}",
+                        "harms" if score < 0 else "helps",
+                        f"{scored.losses[number]:.6g}",
+                    ]
+                )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """Labeled pictures and their scores.
+
+    Args:
+        attribution: what the library found.
+        pictures: by their numbers.
+        files, labels, scores, losses: of each picture.
+        figures: how the scores were found, for the page.
+    """
+
+    attribution: Attribution
+    pictures: Pictures
+    files: list[str]
+    labels: list[str]
+    scores: list[float]
+    losses: list[float]
+    figures: dict[str, Any]
+
+    @property
+    def ranked(self) -> list[int]:
+        """Return the numbers of the pictures, the most harmful first."""
+        return sorted(range(len(self.scores)), key=self.scores.__getitem__)
+
+    def gallery(self, title: str, note: str, numbers: Sequence[int]) -> str:
+        """Return a part of the page with the first of these pictures."""
+        pictures = []
+        for number in numbers[:SHOWN]:
+            name = Path(self.files[number]).name
+            caption = f"{self.labels[number]}: {self.scores[number]:+.2g}\n{name}"
+            picture, _ = self.pictures[number]
+            pictures.append(web.Picture(picture, caption))
+        return web.pictures(title, note, pictures)
+
 
 class Pictures:
-    """The pictures in files and their labels by number, as a run's network takes them, always as they are."""
+    """Pictures in files and their labels by number, as a run's network takes them, not changed."""
 
     def __init__(self, run: EndedRun, files: LabeledFiles) -> None:
-        given = run.cards["student"].input
-        size: Any = given.shape[1:]
+        network_input = run.cards["student"].input
+        size: Any = network_input.shape[1:]
         images = FileImages(
             [*files.paths()],
             size=size,
-            mode="L" if given.channels == 1 else "RGB",
-            center=given.center,
+            mode="L" if network_input.channels == 1 else "RGB",
+            center=network_input.center,
         )
-        self.images, self.labels = images.cached(), files.targets(run.classes)
+        self.images = images.cached()
+        self.labels = files.targets(run.classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is left out, which it is not
+            # The warning says that it is left out, which it is not.
+            warnings.simplefilter("ignore", UserWarning)
             picture, used = self.images.fetch_sound(torch.tensor([number]))
         if not len(used):
             raise MetaplError(
@@ -302,37 +366,44 @@ class Pictures:
         return in_unit_range(picture)[0], self.labels[number]
 
 
-def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor:
-    """Of the trained network, in mixed batches, whose statistics a batch norm takes."""
-    mixed, outputs = torch.randperm(len(pictures)), list[Tensor]()
+def logits(network: nn.Module, attribution: Attribution, pictures: Pictures) -> Tensor:
+    """Return the logits of the trained network, float32 (N, K).
+
+    Batches are mixed, for a batch norm takes their statistics.
+    """
+    order = torch.randperm(len(pictures))
+    device = attribution.scores.device
+    outputs = []
     with torch.no_grad():
-        for some in mixed.chunk(-(-len(pictures) // AT_ONCE)):
-            x = torch.stack([pictures[number][0] for number in some.tolist()]).to(
-                found.scores.device
-            )
-            outputs.append(functional_call(network, found.student_params, (x,)).cpu())
-    return torch.cat(outputs)[mixed.argsort()]
+        for numbers in order.chunk(-(-len(pictures) // AT_ONCE)):
+            x = torch.stack([pictures[number][0] for number in numbers.tolist()]).to(device)
+            outputs.append(functional_call(network, attribution.student_params, (x,)).cpu())
+    return torch.cat(outputs)[order.argsort()]
 
 
 def loss_of_run(run: EndedRun, pictures: Pictures) -> float | None:
-    """The loss of the run's own student on pictures; None where its weights are gone."""
+    """Return the loss of the run's own student on pictures; None where its weights are gone."""
     if "student" not in run.networks:
         return None
     batches = [
         (torch.stack([pictures[number][0] for number in some.tolist()]), pictures.labels[some])
         for some in torch.arange(len(pictures)).split(AT_ONCE)
     ]
-    with torch.random.fork_rng(devices=[]):  # a network is built with fresh weights first
+    # A network is built with fresh weights first, which are drawn.
+    with torch.random.fork_rng(devices=[]):
         network = run.network("student").to(run.device)
     outputs, labels = predict_logits(network, batches)
     return float(F.cross_entropy(outputs, labels))
 
 
 def interval(rho: float, n: int) -> tuple[float, float]:
-    """A 95 % interval of Spearman's correlation of n pairs, by Fisher's z with the variance of Bonett and Wright.
+    """Return a 95 % interval of Spearman's correlation of n pairs.
+
+    It is Fisher's z with the variance of Bonett and Wright.
 
     >>> [round(end, 2) for end in interval(0.8, 10)]
     [0.24, 0.96]
     """
-    z, half = math.atanh(max(min(rho, 0.999), -0.999)), 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    z = math.atanh(max(min(rho, 0.999), -0.999))
+    half = 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return math.tanh(z - half), math.tanh(z + half)

@@ -27,7 +27,7 @@ SHOWN, COLUMNS = 12, 6
 
 @dataclass(frozen=True)
 class Example:
-    """An example on which one network alone is right: its number, its name, and what each network says.
+    """An example on which one network alone is right, and what each network says of it.
 
     ``margin`` is how much more probability the right network gives to the class than the other one
     does.
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Differences:
-    """What two networks have in common on the same examples, and the examples on which one alone is right."""
+    """What two networks have in common on the same examples, and where one alone is right."""
 
     n: int
     both: int
@@ -160,9 +160,9 @@ class Opponent:
         return Judged(logits, labels, [*on.names])
 
     def titles(self, first: EndedRun, name: str) -> tuple[str, str]:
-        """What the two networks are called.
+        """Return what the two networks are called.
 
-        By their runs, or by their networks where they are of one run.
+        It is the names of their runs, or of the networks where they are of one run.
         """
         if first.folder.path.resolve() == self.run.folder.path.resolve():
             return first.cards[name].title, self.run.cards[self.name].title
@@ -213,10 +213,10 @@ def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differ
 
 
 def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
-    """Draw the examples that one network alone is right on, those with the greatest margin first, as PNG.
+    """Draw the examples that one network alone is right on, as PNG.
 
-    Below each stands its class and what either network takes it for. ``on`` reads the pictures once
-    more.
+    Those with the greatest margin come first. Below each stands its class and what either network
+    takes it for. ``on`` reads the pictures once more.
     """
     from matplotlib.figure import Figure
 

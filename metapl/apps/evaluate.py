@@ -32,7 +32,7 @@ EVALUATION, PICTURE, SHEET = "evaluation.json", "evaluation.png", "differences.p
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
+    """Measure a run's network on its test set again: accuracy, calibration and confusions.
 
     Where the accuracy is not the one in the run's result.json, the output says so. Beside it stand
     its 95 % interval, the chance level, which is what always naming the largest class gives, and
@@ -63,7 +63,7 @@ class Evaluate:
             white; several can be given.
         against: another run, or this one with --against-network, to compare with picture by
             picture; on the pictures as they are, also where they are damaged or attacked besides.
-        against_network: which of its networks; by default the one that it delivers.
+        against_network: which network of the other run; by default the one that it delivers.
         out: folder for evaluation.json, and for evaluation.png where pictures are damaged or
             attacked; made if need be.
         json: print JSON.
@@ -194,7 +194,7 @@ MOST_LETTERS, LEAST_LETTERS, LISTED = 16, 3, 10
 
 
 def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[str]:
-    """What :func:`measure` found, of pictures that are damaged and of those that are attacked."""
+    """Yield tables of what :func:`measure` found on damaged and on attacked pictures."""
     if "corruptions" in found:
         rows = [("corruption", "none", *map(str, SEVERITIES), "mean error")]
         for name, kind in found["corruptions"].items():
@@ -227,14 +227,18 @@ GROUPS = {
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 
-LETTERS = 8.0  # points
+# The size of letters, in points.
+LETTERS = 8.0
 
-Curves = dict[str, list[tuple[float, float]]]  # by name, points of severity or ε and accuracy
+
+# By name, points of severity or ε and accuracy.
+Curves = dict[str, list[tuple[float, float]]]
 
 
 def robustness_curves(content: Mapping[str, Any]) -> Figure:
-    """Draw the accuracies of an evaluation over the severity of each damage, and over ε of each
-    attack; every curve begins at the pictures as they are.
+    """Draw the accuracies over the severity of each damage, and over ε of each attack.
+
+    Every curve begins at the pictures as they are.
 
     Args:
         content: what ``evaluation.json`` holds.
@@ -301,7 +305,7 @@ def _draw_curves(axes: Axes, curves: Curves, title: str, label: str, chance: flo
 
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
-    """The confusion matrix, or what matters most of it where a terminal has no room for the whole."""
+    """Return the confusion matrix, or what matters most of it where there is no room for it."""
     share = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
     widest = max(len(str(n)) for counts in evaluation.confusion for n in counts)
     letters = min(
@@ -312,7 +316,8 @@ def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
         rows = [("class", *heads, "right")]
         for name, counts, right in zip(classes, evaluation.confusion, share, strict=True):
             rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), right))
-        return f"how many of a class (row) were taken for which (column), and how many rightly\n\n{table(rows)}"
+        head = "how many of a class (row) were taken for which (column), and how many rightly"
+        return f"{head}\n\n{table(rows)}"
     rows = [("class", "right", "most often taken for", "times")]
     for index in sorted(range(len(classes)), key=lambda i: evaluation.per_class[i] or 0)[:LISTED]:
         others = [0 if other == index else n for other, n in enumerate(evaluation.confusion[index])]
@@ -325,4 +330,5 @@ def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
                 str(n),
             )
         )
-    return f"the {len(rows) - 1} of {len(classes):,} classes that are right least often\n\n{table(rows)}"
+    head = f"the {len(rows) - 1} of {len(classes):,} classes that are right least often"
+    return f"{head}\n\n{table(rows)}"

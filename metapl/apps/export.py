@@ -40,7 +40,9 @@ from metapl.runs.folder import replacing
 from metapl.words import shown
 
 WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
-INPUT, OUTPUT = "images", "logits"  # what the input and the output of an ONNX file are called
+# What the input and the output of an ONNX file are called.
+INPUT = "images"
+OUTPUT = "logits"
 
 # How far a program's outputs may be from the network's, in units of the greatest of these: kernels
 # round otherwise.
@@ -98,7 +100,7 @@ def predict(images):
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
+    """Write a run's network for others: a program for torch alone, its weights, and a card.
 
     model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any
     number of pictures in, logits out. model.safetensors holds the weights under the names of
@@ -324,15 +326,16 @@ def export(
 
 
 def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
-    """A network as programs for pictures of one size, in any number, by the names of their files:
-    ``model.pt2``, for ``torch.export.load``, and with ``onnx`` ``model.onnx``. float32, in eval
-    mode, with its normalization.
+    """Return a network as programs for pictures of one size, by the names of their files.
+
+    They are ``model.pt2``, for ``torch.export.load``, and with ``onnx`` ``model.onnx``: for any
+    number of pictures, float32, in eval mode, with its normalization.
 
     Each is compared with the network, ONNX where onnxruntime is installed.
     """
     if onnx:
         require_packages("--onnx", "onnx", "onnxscript")
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = copy.deepcopy(network).eval().requires_grad_(requires_grad=False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     by = "torch.export"
     try:
@@ -392,7 +395,7 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
 
 
 def _text(value: object) -> str:
-    r"""A name or a value in the card's text, where nothing of it is taken for Markdown or HTML.
+    r"""Return a name or a value for the card, with nothing that Markdown or HTML would take up.
 
     >>> _text("<b>|a*b[c]"), _text("n02012849_x")
     ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')

@@ -1,7 +1,4 @@
-"""What several commands share.
-
-Examples in a user's files, and the folders and files that they write to.
-"""
+"""What several commands share: examples in a user's files, and where a command writes."""
 
 from __future__ import annotations
 
@@ -26,10 +23,14 @@ from metapl.apps.settings import unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 
-Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
+# The folder of a run, which stands without a flag.
+Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]
 Folder = Annotated[Path | None, unset("DIR")]
 File = Annotated[Path | None, unset("FILE")]
-ROOM = "expected another --out, a folder with room."  # where a file could not be written
+
+# What a file that could not be written is refused with.
+ROOM = "expected another --out, a folder with room."
+
 Network = Annotated[
     NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")
 ]
@@ -38,31 +39,40 @@ Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
 
 def plural(number: int, what: str) -> str:
-    """
+    """Return a number of things.
+
     >>> plural(1, "file"), plural(2_000, "file")
     ('1 file', '2,000 files')
     """
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 # ------------------------------------------------------------------------------------------ writing
 
 
-def check_out(out: Path, *given: Mapping[str, Any]) -> None:
-    """Refuse a folder to write to in one that pictures are read from, where what is written would
-    be read too; the fields of a run, and what a command was given besides."""
-    for name, folder in ((name, fields.get(name)) for fields in given for name in PLACES):
-        if folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
-            raise MetaplError(
-                f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and would "
-                "be read with them; expected --out with a folder elsewhere."
-            )
+def check_out(out: Path, *settings: Mapping[str, Any]) -> None:
+    """Refuse a folder to write to that lies in one that pictures are read from.
+
+    What is written would be read too.
+
+    Args:
+        out: the folder to write to.
+        settings: the fields of a run, and what a command was given besides.
+    """
+    for fields in settings:
+        for name in PLACES:
+            folder = fields.get(name)
+            if folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
+                raise MetaplError(
+                    f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and "
+                    "would be read with them; expected --out with a folder elsewhere."
+                )
 
 
 def held(out: Path | None) -> AbstractContextManager[None]:
-    """The folder of ``--out``, which nobody else writes to until the block ends.
+    """Lock the folder of ``--out``, so that nobody else writes to it until the block ends.
 
-    Nothing where there is none.
+    Without a folder this does nothing.
     """
     return nullcontext() if out is None else owned(out, leaves_lock=False)
 
@@ -70,7 +80,7 @@ def held(out: Path | None) -> AbstractContextManager[None]:
 def check_file(file: Path | None, suffix: str) -> None:
     """Refuse an ``--out`` that cannot be written, or not be replaced, before any work.
 
-    Of a link, what it leads to.
+    Of a link, what it leads to is written.
     """
     if file is None:
         return
@@ -87,43 +97,75 @@ def check_file(file: Path | None, suffix: str) -> None:
 
 @contextmanager
 def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
-    """The folder of a run, which nobody else writes to until the block ends.
+    """Lock the folder of a run, so that nobody else writes to it until the block ends.
 
-    Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
+    Args:
+        out: the folder. None: the next free runs/<recipe>-NNN, or, to resume, the last one that is
+            there.
+        recipe: the name of the recipe.
+        resume: whether a run in the folder is gone on with.
     """
-    places = Path("runs").glob(f"{recipe}-*")
-    number = max(
-        (int(end) for place in places if (end := place.name[len(recipe) + 1 :]).isdecimal()),
-        default=0,
-    )
-    is_new, path = out is None and not resume, out
-    if path is None and resume and not number:
-        raise MetaplError(
-            f"there is no run runs/{recipe}-* to resume here; name its folder with --out."
-        )
-    while path is None:
-        place = Path("runs") / f"{recipe}-{number + is_new:03d}"
-        number += 1
-        with suppress(
-            FileExistsError
-        ):  # who asked for one at the same moment has it, so it is the next
-            place.mkdir(parents=True, exist_ok=resume)
-            path = place
+    path = out
+    is_new = out is None and not resume
+    if path is None:
+        path = _last_run_folder(recipe) if resume else _next_run_folder(recipe)
     folder = RunFolder(path)
     try:
-        folder.check(resume)  # where that is clear already, nobody is waited for
+        # Where that is clear already, nobody is waited for.
+        folder.check(resume)
         with folder.locked():
-            folder.check(resume)  # before anything is measured
+            # And again once it is locked, before anything is measured.
+            folder.check(resume)
             yield folder
     except Exception:
         if is_new:
-            with suppress(OSError):  # there is more in it than its name
+            # A folder with files in it stays.
+            with suppress(OSError):
                 path.rmdir()
                 path.parent.rmdir()
         raise
 
 
-# ------------------------------------------------------------------------------------------ reading
+def _last_number(recipe: str) -> int:
+    """Return the greatest number of the folders runs/<recipe>-NNN, 0 where there are none."""
+    numbers = [0]
+    for place in Path("runs").glob(f"{recipe}-*"):
+        end = place.name[len(recipe) + 1 :]
+        if end.isdecimal() and place.is_dir():
+            numbers.append(int(end))
+    return max(numbers)
+
+
+def _numbered_run_folder(recipe: str, number: int) -> Path:
+    return Path("runs") / f"{recipe}-{number:03d}"
+
+
+def _last_run_folder(recipe: str) -> Path:
+    """Return the last folder of a recipe's runs, to resume."""
+    number = _last_number(recipe)
+    if not number:
+        raise MetaplError(
+            f"there is no run runs/{recipe}-* to resume here; name its folder with --out."
+        )
+    path = _numbered_run_folder(recipe, number)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _next_run_folder(recipe: str) -> Path:
+    """Make the next free folder of a recipe's runs."""
+    number = _last_number(recipe) + 1
+    while True:
+        path = _numbered_run_folder(recipe, number)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            # Who asked for one at the same moment has it.
+            number += 1
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 UNTESTED = (
     "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
@@ -131,7 +173,7 @@ UNTESTED = (
 
 
 class HeldOut:
-    """Examples with labels for the network of a run, which reads them as it reads its training data.
+    """Examples with labels for the network of a run, read as its training data were.
 
     Without a ``folder`` they are the run's own, of which ``recorded`` is the accuracy in
     ``result.json``. A folder may lack classes of the run, and is refused where it has others; notes
@@ -205,10 +247,11 @@ class HeldOut:
 
     @property
     def skipped(self) -> int:
-        """How many files of the last pass could not be read."""
+        """Return how many files of the last pass could not be read."""
         return 0 if self._digits is not None else self._inputs.skipped
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the examples and their labels, without files that cannot be read."""
         if self._digits is not None:
             yield from zip(*(t.split(BATCH) for t in self._digits), strict=True)
             return
@@ -222,7 +265,7 @@ class HeldOut:
             )
 
     def remark(self, evaluation: Evaluation) -> str:
-        """What stands behind the accuracy."""
+        """Return what is said of an accuracy behind it."""
         if "test" in self.about:
             return ""
         if self.recorded is None:
@@ -236,15 +279,17 @@ class HeldOut:
 def files_of(
     run: EndedRun, part: Literal["labeled", "clean", "validation", "test"]
 ) -> LabeledFiles | None:
-    """The labeled pictures of a part of a run's data, as it found them; None where it has none."""
+    """Return the labeled pictures of a part of a run's data, as it found them, or None."""
     fields, names = run.source.recipe().get("fields", {}), stored_data(run.source).get(part)
     place = fields.get(part)
-    if part == "validation" and names:  # given, or set aside
+    # Validation pictures were given, or set aside.
+    if part == "validation" and names:
         place = fields.get("val") or fields.get("clean") or fields.get("labeled")
     if not place:
         return None
     files = scan_labeled(place)
     if not isinstance(names, list):
         return files
-    kept = set(names)  # the others could not be read, or were set aside
+    # The others could not be read, or were set aside.
+    kept = set(names)
     return files.keep([number for number, name in enumerate(files.names) if name in kept])

@@ -22,7 +22,8 @@ from metapl.data import StepBatches
 from metapl.distributed import Mesh
 from metapl.execution.batch import length, map_tensors, micro_batches
 
-PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
+# How long a process waits for another one before it gives up.
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, eq=False)

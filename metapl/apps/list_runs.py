@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +22,8 @@ from metapl.metrics import interval
 from metapl.runs.folder import read_rows
 from metapl.words import shown
 
-WRITTEN = (
-    "recipe.json",
-    "metrics.jsonl",
-    "result.json",
-)  # the newest of them says of when a run is
+# Files of a run, the newest of which says of when it is.
+WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,105 +46,138 @@ class Runs:
     json: Switch = False
 
     def run(self) -> int:
+        """Print the runs; return 1 where a folder could not be looked into."""
         if not self.folder.is_dir():
             raise MetaplError(
                 f"{self.folder} is no folder; expected one that holds runs: metapl runs FOLDER."
             )
-        refused, found = list[OSError](), list[dict[str, Any]]()
+        refused: list[OSError] = []
+        entries = []
         for where, folders, files in walk(self.folder, refused.append):
-            folders[:] = [
-                name for name in folders if not name.startswith(".") and "recipe.json" not in files
-            ]
-            if "recipe.json" not in files:
-                continue
-            path = Path(where)
-            times = (file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if file.exists())
-            date = datetime.fromtimestamp(max(times, default=path.stat().st_mtime)).isoformat(
-                timespec="seconds"
-            )
-            try:
-                about = state_of(RunFolder(path))
-            except (MetaplError, OSError) as error:
-                about = {"state": "damaged", "why": reason_of(error)}
-            found.append({"run": where, "date": date, **about})
-        for place in refused:
-            tell(f"metapl: left out {place.filename}: {place.strerror}", file=sys.stderr)
-        if not found:
+            if "recipe.json" in files:
+                entries.append(entry_of(where))
+                # What is in a run is not looked into.
+                folders.clear()
+            else:
+                folders[:] = [name for name in folders if not name.startswith(".")]
+        for error in refused:
+            tell(f"metapl: left out {error.filename}: {error.strerror}", file=sys.stderr)
+        if not entries:
             raise MetaplError(
                 f"there is no run in {self.folder}; metapl train writes them: metapl train digits."
             )
-        found.sort(key=lambda entry: str(entry["date"]))
+        entries.sort(key=lambda entry: str(entry["date"]))
         if self.json:
-            tell(json.dumps(found, indent=2))
-            return 1 if refused else 0
-        rows, notes = (
-            [("run", "method", "data", "steps", "accuracy, %", "date")],
-            "accuracy with its 95 % interval",
-        )
-        for entry in found:
-            name, state, steps = shown(entry["run"]), entry["state"], ""
-            methods, phase = entry.get("methods", [""]), entry.get("phase", "fit")
-            if state == "damaged":
-                notes += f"\n{name}: {shown(entry['why'])}"
-            else:
-                of = "" if state == "finished" else f"{entry['done']:,}/"
-                steps = f"{'' if phase == 'fit' else f'{phase} '}{of}{entry['steps']:,}"
-            if entry.get("guessing"):
-                named = ", ".join(
-                    f"{network} {100 * value:.1f} %" for network, value in entry["guessing"].items()
-                )
-                notes += f"\n{name}: not better than guessing: {named}"
-            if "accuracy" in entry:
-                low, high = entry["interval"]
-                state = (
-                    f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) "
-                    f"{entry['on']}"
-                )
-            method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
-            rows.append(
-                (name, method, short(entry.get("data", "")), steps, state, entry["date"][:10])
-            )
-        tell(f"{table(rows, left=len(rows[0]))}\n\n{notes}")
+            tell(json.dumps(entries, indent=2))
+        else:
+            tell(text_of(entries))
         return 1 if refused else 0
 
 
+def entry_of(where: str) -> dict[str, Any]:
+    """Return where a run is, its date, and what it is; of a damaged one, how it is damaged."""
+    path = Path(where)
+    times = [(path / name).stat().st_mtime for name in WRITTEN if (path / name).exists()]
+    newest = max(times, default=path.stat().st_mtime)
+    date = datetime.fromtimestamp(newest).isoformat(timespec="seconds")
+    try:
+        state = state_of(RunFolder(path))
+    except (MetaplError, OSError) as error:
+        state = {"state": "damaged", "why": reason_of(error)}
+    return {"run": where, "date": date, **state}
+
+
+def text_of(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of runs, and notes on some of them."""
+    rows = [("run", "method", "data", "steps", "accuracy, %", "date")]
+    notes = ["accuracy with its 95 % interval"]
+    for entry in entries:
+        name = shown(entry["run"])
+        state = entry["state"]
+        steps = ""
+        if state == "damaged":
+            notes.append(f"{name}: {shown(entry['why'])}")
+        else:
+            steps = f"{entry['steps']:,}"
+            if state != "finished":
+                steps = f"{entry['done']:,}/{steps}"
+            phase = entry.get("phase", "fit")
+            if phase != "fit":
+                steps = f"{phase} {steps}"
+        if entry.get("guessing"):
+            named = ", ".join(
+                f"{network} {100 * accuracy:.1f} %"
+                for network, accuracy in entry["guessing"].items()
+            )
+            notes.append(f"{name}: not better than guessing: {named}")
+        if "accuracy" in entry:
+            low, high = entry["interval"]
+            state = (
+                f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
+            )
+        methods = entry.get("methods", [""])
+        method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
+        data = short(entry.get("data", ""))
+        rows.append((name, method, data, steps, state, entry["date"][:10]))
+    notes_text = "\n".join(notes)
+    return f"{table(rows, left=len(rows[0]))}\n\n{notes_text}"
+
+
 def state_of(folder: RunFolder) -> dict[str, Any]:
-    """What a run is, how far it has come and what it reached; refused where it is damaged."""
-    description = folder.recipe()
-    name, fields, methods = description["name"], description["fields"], description.get("compare")
-    seeds, labeled = (
-        description.get("seeds", [fields.get("seed", 0)]),
-        Path(fields.get("labeled") or name),
-    )
-    entry = {"recipe": name, "data": "/".join(labeled.parts[-2:]), "seeds": seeds}
-    entry["methods"] = methods or [description["method"]]
+    """Return what a run is, how far it has come and what it reached; refuse a damaged one."""
+    recipe = folder.recipe()
+    fields = recipe["fields"]
+    methods = recipe.get("compare")
+    seeds = recipe.get("seeds", [fields.get("seed", 0)])
+    labeled = Path(fields.get("labeled") or recipe["name"])
+    entry: dict[str, Any] = {
+        "recipe": recipe["name"],
+        "data": "/".join(labeled.parts[-2:]),
+        "seeds": seeds,
+        "methods": methods or [recipe["method"]],
+    }
     if folder.ended:
         result = stored_result(folder)
-        for name in HASHED if methods is None else ():  # those of a comparison are in its runs
-            refuse_changed(folder.path / name, result)
-        entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"]}
-        on, n = "validation", result["validation_size"]
-        if "evaluation" in result:
-            on, n = "test", result["evaluation"]["n"]
-        if (accuracy := result.get(f"{on}_accuracy")) is not None:
-            entry |= {
-                "accuracy": accuracy,
-                "interval": interval(round(accuracy * n), n),
-                "n": n,
-                "on": on,
-            }
-            entry["guessing"] = {
-                result["networks"][network]: value for network, value in guessing(result).items()
-            }
-        return entry
+        if methods is None:
+            # Those of a comparison are in its runs.
+            for name in HASHED:
+                refuse_changed(folder.path / name, result)
+        return entry | _reached(result)
     entry["state"] = "running" if is_owned(folder.path) else "interrupted"
     if methods is not None:
         places = [folder.path / name / f"seed-{seed}" for name in methods for seed in seeds]
         done = sum((place / "result.json").exists() for place in places)
         return entry | {"phase": "runs", "done": done, "steps": len(places)}
     rows = read_rows(folder.path / "metrics.jsonl") or [{"step": 0, "phase": "fit"}]
+    last_row = rows[-1]
     return entry | {
-        "phase": rows[-1]["phase"],
-        "done": rows[-1]["step"],
+        "phase": last_row["phase"],
+        "done": last_row["step"],
         "steps": fields.get("steps", 0),
     }
+
+
+def _reached(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run that has ended reached."""
+    reached: dict[str, Any] = {
+        "state": "finished",
+        "steps": result["steps"],
+        "done": result["steps"],
+    }
+    part = "validation"
+    examples = result["validation_size"]
+    if "evaluation" in result:
+        part = "test"
+        examples = result["evaluation"]["n"]
+    accuracy = result.get(f"{part}_accuracy")
+    if accuracy is not None:
+        reached |= {
+            "accuracy": accuracy,
+            "interval": interval(round(accuracy * examples), examples),
+            "n": examples,
+            "on": part,
+            "guessing": {
+                result["networks"][network]: value for network, value in guessing(result).items()
+            },
+        }
+    return reached

@@ -32,8 +32,11 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def environment() -> dict[str, Any]:
-    """Return what a file was made with: the versions, the machine, and in what precision products
-    of float32 are taken on its GPU, or on its CPU where it has none."""
+    """Return what a file was made with: the versions, the machine, and its precision.
+
+    That is the precision in which products of float32 are taken on its GPU, or on its CPU where it
+    has none.
+    """
     found: dict[str, Any] = {}
     for package in ("metapl", "torch", "torchvision", "torchopt"):
         found[package] = None
@@ -56,7 +59,9 @@ def environment() -> dict[str, Any]:
 
 
 def default_threads() -> int:
-    """Threads of a process that runs alone: ``OMP_NUM_THREADS`` where that is set, else one for each core it may use.
+    """Return the threads of a process that runs alone.
+
+    That is ``OMP_NUM_THREADS`` where it is set, else one for each core that it may use.
 
     PyTorch's own default heeds the first and the affinity, and not the limit of a container: with
     64 threads on 2 cores' worth of time, these mostly wait for each other.
@@ -72,8 +77,11 @@ def default_threads() -> int:
 
 
 def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
-    """All bytes of a plain file that is as it was written; ``sha256`` is None where it is not
-    known, as of files of earlier versions. ``mend`` ends the message of the refusal."""
+    """Return all bytes of a plain file; refuse one that is not as it was written.
+
+    ``sha256`` is None where it is not known, as of files of earlier versions. ``mend`` ends the
+    message of the refusal.
+    """
     try:
         content = read_plain(path)
     except OSError as error:
@@ -87,7 +95,7 @@ def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes
 
 
 def read_json(path: StrPath, *, mend: str = "") -> dict[str, Any]:
-    """The object that a plain file of JSON holds; ``mend`` ends the message of the refusal."""
+    """Return the object in a plain file of JSON; ``mend`` ends the message of the refusal."""
     end = f". {mend}" if mend else "."
     try:
         content = json.loads(read_plain(path))
@@ -106,7 +114,7 @@ def sha256_of(path: StrPath) -> str:
 
 
 def json_sha256(content: Mapping[str, Any]) -> str:
-    """The SHA-256 of a value as sorted JSON."""
+    """Return the SHA-256 of a value as sorted JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,9 +20,12 @@ from metapl.runs.fields import Range, check_fields
 
 @dataclass(frozen=True)
 class NoisyStudentLoss:
-    r"""The student's loss in Noisy Student: labels of people on some examples, stored ones of a teacher on the others.
+    r"""The student's loss in Noisy Student.
 
-    .. math:: \frac{1}{B_l + B_u} \Big( \sum_j \mathrm{CE}(y_j, S(x_j)) + \sum_i \mathrm{CE}(\tilde q_i, S(x_i)) \Big)
+    Some examples have labels of people, the others stored ones of a teacher.
+
+    .. math:: \frac{1}{B_l + B_u} \Big( \sum_j \mathrm{CE}(y_j, S(x_j))
+              + \sum_i \mathrm{CE}(\tilde q_i, S(x_i)) \Big)
               = \frac{1}{1+r} \ell_l + \frac{r}{1+r} \ell_u, \qquad r = B_u / B_l
 
     The two parts of the batch run in one pass, so that batch statistics are of both. Noise is what
@@ -88,10 +91,13 @@ class NoisyStudentLoss:
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
-    """Return the modules of a network that draw at random while it is trained: dropout and
-    stochastic depth, and modules of timm's with a ``drop_rate``, which call dropout as a function.
+    """Return the modules of a network that draw at random while it is trained.
 
-    >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
+    They are dropout and stochastic depth, and modules of timm's with a ``drop_rate``, which call
+    dropout as a function.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    >>> [type(part).__name__ for part in model_noise(network)]
     ['Dropout']
     """
     return [part for part in network.modules() if _draws(part)]
@@ -115,7 +121,7 @@ def _draws(part: Any) -> bool:
 
 @contextmanager
 def with_model_noise(network: nn.Module, on: bool) -> Iterator[None]:
-    """Turn dropout and stochastic depth on, or off, in this block; all else stays in the mode that it is in.
+    """Turn dropout and stochastic depth on, or off, in this block; all else stays as it is.
 
     >>> network = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
     >>> with with_model_noise(network, on=False):

@@ -42,64 +42,95 @@ def load_weights(
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
-    >>> torch.save(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1000)).state_dict(), folder / "weights.pt")
-    >>> load_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), folder / "weights.pt", heads=["1"])
+    >>> published = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1000))
+    >>> torch.save(published.state_dict(), folder / "weights.pt")
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    >>> load_weights(network, folder / "weights.pt", heads=["1"])
     ['1.weight', '1.bias']
     """
-    own, state = module.state_dict(), read_weights(file)
+    network_state = module.state_dict()
+    # Mean and std are those of Normalized, which a plain network does not have.
     state = {
-        name: t for name, t in state.items() if name in own or name not in ("mean", "std")
-    }  # see Normalized
-    vit: Any = module
-    embedded, grid = state.get("pos_embed"), getattr(vit, "patch_embed", None)
-    if (
-        embedded is not None
-        and grid is not None
-        and embedded.ndim == 3
-        and embedded.shape != own["pos_embed"].shape
-    ):
-        from timm.layers.pos_embed import resample_abs_pos_embed
-
-        first = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
-        state["pos_embed"] = resample_abs_pos_embed(
-            embedded, [*grid.grid_size], num_prefix_tokens=first
-        )
+        name: tensor
+        for name, tensor in read_weights(file).items()
+        if name in network_state or name not in ("mean", "std")
+    }
+    _resize_embedding(module, network_state, state)
     fresh: list[str] = []
     for head in heads:
-        names = [name for name in own if name.startswith(f"{head}.")]
-        same = all(name in state and state[name].shape == own[name].shape for name in names)
-        other_features = any(
-            name in state and state[name].shape[1:] != own[name].shape[1:] for name in names
-        )
-        fresh += [] if same or other_features else names
-    fits = {name: t for name, t in state.items() if name not in fresh}
-    # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the
-    # count.
-    optional = {
-        *fresh,
-        *(name for name in own if name.endswith("num_batches_tracked") and name not in state),
-    }
-    expected = {name: t for name, t in own.items() if name not in optional}
-    kinds = {
-        name: (_kind(fits.get(name)), _kind(expected.get(name))) for name in {**expected, **fits}
-    }
-    if faults := [f"{name} {a} instead of {b}" for name, (a, b) in kinds.items() if a != b]:
+        fresh += _fresh_tensors(head, network_state, state)
+    fitting = {name: tensor for name, tensor in state.items() if name not in fresh}
+    expected = {}
+    for name, tensor in network_state.items():
+        # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the
+        # count.
+        is_old = name.endswith("num_batches_tracked") and name not in state
+        if name not in fresh and not is_old:
+            expected[name] = tensor
+    faults = []
+    for name in {**expected, **fitting}:
+        kind = _kind(fitting.get(name))
+        expected_kind = _kind(expected.get(name))
+        if kind != expected_kind:
+            faults.append(f"{name} {kind} instead of {expected_kind}")
+    if faults:
         raise MetaplError(
             f"the weights in {file} are not of this network: {few(faults)}; only the head may "
             "differ."
         )
-    module.load_state_dict({**own, **fits})
+    module.load_state_dict({**network_state, **fitting})
     return fresh
 
 
+def _resize_embedding(
+    module: nn.Module, network_state: Mapping[str, Tensor], state: dict[str, Tensor]
+) -> None:
+    """Bring the position embeddings of timm's vision transformers to the network's size."""
+    vit: Any = module
+    embedding = state.get("pos_embed")
+    patches = getattr(vit, "patch_embed", None)
+    if embedding is None or patches is None or embedding.ndim != 3:
+        return
+    if embedding.shape == network_state["pos_embed"].shape:
+        return
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+    state["pos_embed"] = resample_abs_pos_embed(
+        embedding, [*patches.grid_size], num_prefix_tokens=prefix_tokens
+    )
+
+
+def _fresh_tensors(
+    head: str, network_state: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> list[str]:
+    """Return the names of a head's tensors that keep their weights: of another number of classes.
+
+    A head of other features does not: it is refused.
+    """
+    names = [name for name in network_state if name.startswith(f"{head}.")]
+    is_same = all(
+        name in state and state[name].shape == network_state[name].shape for name in names
+    )
+    has_other_features = any(
+        name in state and state[name].shape[1:] != network_state[name].shape[1:] for name in names
+    )
+    return [] if is_same or has_other_features else names
+
+
 def _kind(tensor: Tensor | None) -> str:
+    """Return the shape of a tensor, and whether it has whole numbers."""
     if tensor is None:
         return "missing"
-    return f"{(*tensor.shape,)}" + " of whole numbers" * (not tensor.is_floating_point())
+    shape = f"{(*tensor.shape,)}"
+    return shape if tensor.is_floating_point() else f"{shape} of whole numbers"
 
 
 def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in a file, by their names without prefixes of data parallelism and ``torch.compile``."""
+    """Return the tensors in a file by their names.
+
+    Prefixes of data parallelism and ``torch.compile`` are taken off the names.
+    """
     path = Path(file)
     if not path.is_file():
         raise MetaplError(
@@ -111,28 +142,33 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
             stored: Any = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about how others have written it
+                # Warnings are about how others have written it.
+                warnings.simplefilter("ignore")
                 stored = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
-            stored = stored[key] if isinstance(stored.get(key), Mapping) else stored
+            if isinstance(stored.get(key), Mapping):
+                stored = stored[key]
         if not stored or not all(bool(t.isfinite().all()) for t in stored.values()):
             raise ValueError("it holds no tensors, or some that are not finite")
-    except (
-        Exception
-    ) as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
+    except Exception as error:
+        # Damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError.
         raise MetaplError(
             f"{path} cannot be read as weights ({type(error).__name__}: {reason_of(error):.80}); "
             "expected a state dict of finite tensors, as .safetensors or as "
             "torch.save(model.state_dict(), path) writes it."
         ) from error
     state = dict(stored)
-    for prefix in ("module.", "_orig_mod.", "module."):  # DDP(compile(m)), compile(DDP(m))
+    # The prefixes of DDP(compile(m)), and of compile(DDP(m)).
+    for prefix in ("module.", "_orig_mod.", "module."):
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
 
 
 def fetch_imagenet_weights(name: str) -> Path:
-    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache and checked."""
+    """Return the file of a torchvision network's newest ImageNet weights.
+
+    It is downloaded once into torch's cache, and checked.
+    """
     from torchvision.models import get_model_weights
 
     try:
@@ -183,14 +219,23 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             f"parameter_groups got weight_decay={weight_decay}; expected a number of 0 or more."
         )
     norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-    of_norms = {
-        id(p) for m in module.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)
-    }
-    trained = [p for p in module.parameters() if p.requires_grad]
-    is_spared = {p: weight_decay > 0 and (p.ndim <= 1 or id(p) in of_norms) for p in trained}
-    decays = ((False, weight_decay), (True, 0.0))
-    groups = [
-        {"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w}
-        for spared, w in decays
-    ]
-    return [group for group in groups if group["params"]]
+    ids_in_norms = set()
+    for layer in module.modules():
+        if isinstance(layer, norms):
+            ids_in_norms |= {id(parameter) for parameter in layer.parameters(recurse=False)}
+    decayed = []
+    spared = []
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_spared = parameter.ndim <= 1 or id(parameter) in ids_in_norms
+        if weight_decay > 0 and is_spared:
+            spared.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = []
+    if decayed:
+        groups.append({"params": decayed, "weight_decay": weight_decay})
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    return groups

@@ -45,13 +45,14 @@ def pooled_cnn(
     dropout: Noise = 0.0,
     image_size: AtLeastOne | None = None,
 ) -> nn.Module:
-    """Build a network that learns fast from few pictures of ``image_size`` (None: 32) pixels, 16 to 96.
+    """Build a network that learns fast from few pictures of 16 to 96 pixels.
 
-    Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a 3x3
-    convolution, pooling, batch norm and ReLU, pool by the greatest of 2x2 values until the side is
-    6 to 11 pixels; one more stage does not. Above 40 pixels, the first convolution has a stride of
-    2 and no pooling. Then the mean over positions, dropout and a linear layer. It takes larger
-    pictures too, and smaller ones that do not vanish in the pooling.
+    ``image_size`` is their side; None: 32. Stages of 32, 64, 128, 192, 192, ... channels (64 and
+    128, where there are two), each a 3x3 convolution, pooling, batch norm and ReLU, pool by the
+    greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not. Above 40
+    pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions,
+    dropout and a linear layer. It takes larger pictures too, and smaller ones that do not vanish in
+    the pooling.
     """
     check_arguments(pooled_cnn, locals())
     side = 32 if image_size is None else image_size
@@ -64,21 +65,24 @@ def pooled_cnn(
         plan.append((1, True))
         side //= 2
     plan.append((1, False))
-    widths = [
-        (32, 64, 128, 192)[min(max(0, 3 - len(plan)) + stage, 3)] for stage in range(len(plan))
-    ]
-    # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25
-    # times as fast.
-    stages = (
-        nn.Sequential(
-            nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
-            nn.MaxPool2d(2) if pool else nn.Identity(),
-            nn.BatchNorm2d(after),
+    # Two stages begin at 64 channels, one alone at 128; from the fourth on there are 192.
+    first_width = max(0, 3 - len(plan))
+    all_widths = (32, 64, 128, 192)
+    stages = []
+    channels = in_channels
+    for number, (stride, pools) in enumerate(plan):
+        width = all_widths[min(first_width + number, 3)]
+        # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25
+        # times as fast.
+        stage = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
+            nn.MaxPool2d(2) if pools else nn.Identity(),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
         )
-        for before, after, (stride, pool) in zip([in_channels, *widths], widths, plan, strict=False)
-    )
-    return PooledFeatures(nn.Sequential(*stages), widths[-1], num_classes, dropout)
+        stages.append(stage)
+        channels = width
+    return PooledFeatures(nn.Sequential(*stages), channels, num_classes, dropout)
 
 
 OWN: dict[str, Callable[..., nn.Module]] = {
@@ -97,7 +101,9 @@ NAMES = (*OWN, *RESNETS, *EFFICIENTNETS, *TRANSFORMERS)
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What :func:`create` takes but for weights: a plain value, to stand in a recipe or beside exported weights.
+    """Describes a network that :func:`create` builds, as a plain value.
+
+    It stands in a recipe, or beside exported weights.
 
     >>> Architecture(name="small_cnn", num_classes=10, in_channels=1).create().head.out_features
     10
@@ -130,136 +136,179 @@ class Architecture:
 
     @property
     def library(self) -> str:
-        """The package whose names its weights have: torchvision, timm or metapl."""
-        return (
-            "metapl"
-            if self.name in OWN
-            else "timm"
-            if self.name.startswith("timm:")
-            else "torchvision"
-        )
+        """Return the package whose names its weights have: torchvision, timm or metapl."""
+        if self.name in OWN:
+            return "metapl"
+        if self.name.startswith("timm:"):
+            return "timm"
+        return "torchvision"
 
     @property
     def has_stochastic_depth(self) -> bool:
-        """Whether blocks can be dropped; of timm's networks that is known when one is built."""
+        """Return whether blocks can be dropped; of timm's networks one knows when one is built."""
         return self.name in EFFICIENTNETS or self.library == "timm"
 
     @property
     def patch(self) -> int | None:
-        """What the side of a picture is a multiple of, where torchvision builds the network for one size."""
-        return int(self.name.rpartition("_")[2]) if self.name in TRANSFORMERS else None
+        """Return what the side of a picture is a multiple of; None: it can have any size.
+
+        torchvision builds its vision transformers for one size.
+        """
+        if self.name in TRANSFORMERS:
+            return int(self.name.rpartition("_")[2])
+        return None
 
     def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
-        """The network, with fresh weights from the default generator or with those of a file.
+        """Build the network, with fresh weights from the default generator or those of a file.
 
         See :func:`create`.
         """
-        how: dict[str, Any] = {"num_classes": self.num_classes, "dropout": self.dropout}
-        module: Any
+        module: nn.Module
         if self.library == "metapl":
-            sized = {"image_size": self.image_size} if self.name == "pooled_cnn" else {}
-            module = OWN[self.name](in_channels=self.in_channels, **how, **sized)
+            sized: dict[str, int | None] = {}
+            if self.name == "pooled_cnn":
+                sized["image_size"] = self.image_size
+            module = OWN[self.name](
+                in_channels=self.in_channels,
+                num_classes=self.num_classes,
+                dropout=self.dropout,
+                **sized,
+            )
         elif self.library == "timm":
-            require_packages(f"the network {self.name}", "timm")
-            import timm
-
-            name = self.name.removeprefix("timm:")
-            if not timm.is_model(name):
-                meant = did_you_mean(name, timm.list_models())
-                raise MetaplError(f"timm {timm.__version__} has no network {name!r}{meant}")
-            resized = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", True)
-            try:
-                module = timm.create_model(
-                    name,
-                    num_classes=self.num_classes,
-                    # Not every network takes these. None is timm's default.
-                    in_chans=None if self.in_channels == 3 else self.in_channels,
-                    drop_rate=self.dropout or None,
-                    drop_path_rate=self.stochastic_depth or None,
-                    img_size=self.image_size if resized else None,
-                )
-            except TypeError as error:
-                lacks = (
-                    "leave out, or give as 0, the dropout, stochastic_depth or in_channels that "
-                    "it does not have"
-                )
-                raise MetaplError(
-                    f"{self.name} cannot be built: {reason_of(error)}; {lacks}."
-                ) from error
+            module = self._of_timm()
         else:
-            module = self._of_torchvision(how)
+            module = self._of_torchvision()
+            if self.name in EFFICIENTNETS:
+                self._adapt_efficientnet(module)
+            self._adapt_stem(module)
         if weights is not None:
             load_weights(module, weights, heads=self.heads(module))
-        return module  # type: ignore[no-any-return]
+        return module
 
-    def _of_torchvision(self, how: dict[str, Any]) -> nn.Module:
+    def _of_timm(self) -> nn.Module:
+        """Build a network of timm."""
+        require_packages(f"the network {self.name}", "timm")
+        import timm
+
+        name = self.name.removeprefix("timm:")
+        if not timm.is_model(name):
+            meant = did_you_mean(name, timm.list_models())
+            raise MetaplError(f"timm {timm.__version__} has no network {name!r}{meant}")
+        has_fixed_size = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", True)
+        try:
+            module: nn.Module = timm.create_model(
+                name,
+                num_classes=self.num_classes,
+                # Not every network takes these. None is timm's default.
+                in_chans=None if self.in_channels == 3 else self.in_channels,
+                drop_rate=self.dropout or None,
+                drop_path_rate=self.stochastic_depth or None,
+                img_size=self.image_size if has_fixed_size else None,
+            )
+        except TypeError as error:
+            raise MetaplError(
+                f"{self.name} cannot be built: {reason_of(error)}; leave out, or give as 0, the "
+                "dropout, stochastic_depth or in_channels that it does not have."
+            ) from error
+        return module
+
+    def _of_torchvision(self) -> nn.Module:
+        """Build a network of torchvision, for pictures of three channels."""
         from torchvision import models
         from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
-        from torchvision.ops import StochasticDepth
 
         module: Any
-        if self.name in _SCALES:  # by name, torchvision goes up to B7
+        if self.name in _SCALES:
+            # By name, torchvision goes up to B7.
             width, depth = _SCALES[self.name]
             stages, _ = _efficientnet_conf("efficientnet_b7", width_mult=width, depth_mult=depth)
             module = EfficientNet(
-                stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **how
+                stages,
+                norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01),
+                num_classes=self.num_classes,
+                dropout=self.dropout,
             )
-        elif self.name in TRANSFORMERS:
-            build = (
-                partial(models.VisionTransformer, **_LARGE_VIT)
-                if self.name == "vit_1b_14"
-                else None
+            return module  # type: ignore[no-any-return]
+        if self.name in TRANSFORMERS:
+            build: Callable[..., nn.Module]
+            if self.name == "vit_1b_14":
+                build = partial(models.VisionTransformer, **_LARGE_VIT)
+            else:
+                build = models.get_model_builder(self.name)
+            return build(
+                image_size=self.image_size or 224,
+                num_classes=self.num_classes,
+                dropout=self.dropout,
             )
-            module = (build or models.get_model_builder(self.name))(
-                image_size=self.image_size or 224, **how
-            )
-        elif self.name in EFFICIENTNETS:
-            module = models.get_model(self.name.removesuffix("_svhn"), **how)
-        else:
-            module = models.get_model(self.name, num_classes=self.num_classes)
-            noise = nn.Dropout(self.dropout)
-            module.avgpool = nn.Sequential(
-                module.avgpool, noise
-            )  # before the head, whose name stays
         if self.name in EFFICIENTNETS:
-            for stage in _KEEPING_STAGES if self.name.endswith("_svhn") else ():
-                # The first block of a stage: expansion, then the depthwise convolution that
-                # strides.
-                module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)
-            # torchvision counts blocks from 0, so with it the last block is dropped less often than
-            # the rule says.
-            blocks = [m for m in module.modules() if isinstance(m, StochasticDepth)]
-            for number, block in enumerate(blocks, start=1):
-                block.p = self.stochastic_depth * number / len(blocks)
-            # The head is drawn from ±1/sqrt(classes). For three classes that makes logits of ten,
-            # which takes long to unlearn; so it is drawn as for ImageNet's thousand at least.
-            with torch.no_grad():
-                module.get_parameter("classifier.1.weight").mul_(
-                    min(1.0, self.num_classes / 1000) ** 0.5
-                )
-        stem, old = next(
-            (name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d)
-        )
-        if old.in_channels != self.in_channels:
-            how = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
-            new = nn.Conv2d(self.in_channels, old.out_channels, **how, bias=old.bias is not None)
-            if new.bias is None:
-                nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-            else:  # a vision transformer's patches
-                nn.init.trunc_normal_(new.weight, std=new.weight[0].numel() ** -0.5)
-                nn.init.zeros_(new.bias)
-            module.set_submodule(stem, new)
+            module = models.get_model(
+                self.name.removesuffix("_svhn"), num_classes=self.num_classes, dropout=self.dropout
+            )
+            return module  # type: ignore[no-any-return]
+        module = models.get_model(self.name, num_classes=self.num_classes)
+        # Dropout comes before the head, whose name stays.
+        module.avgpool = nn.Sequential(module.avgpool, nn.Dropout(self.dropout))
         return module  # type: ignore[no-any-return]
 
+    def _adapt_efficientnet(self, module: nn.Module) -> None:
+        """Set the strides, the stochastic depth and the head of an EfficientNet."""
+        from torchvision.ops import StochasticDepth
+
+        if self.name.endswith("_svhn"):
+            for stage in _KEEPING_STAGES:
+                # The first block of a stage: expansion, then the depthwise convolution that
+                # strides.
+                depthwise: Any = module.get_submodule(f"features.{stage}.0.block.1.0")
+                depthwise.stride = (1, 1)
+        # torchvision counts blocks from 0, so with it the last block is dropped less often than
+        # the rule says.
+        blocks = [layer for layer in module.modules() if isinstance(layer, StochasticDepth)]
+        for number, block in enumerate(blocks, start=1):
+            block.p = self.stochastic_depth * number / len(blocks)
+        # The head is drawn from ±1/sqrt(classes). For three classes that makes logits of ten,
+        # which takes long to unlearn; so it is drawn as for ImageNet's thousand at least.
+        with torch.no_grad():
+            weight = module.get_parameter("classifier.1.weight")
+            weight.mul_(min(1.0, self.num_classes / 1000) ** 0.5)
+
+    def _adapt_stem(self, module: nn.Module) -> None:
+        """Give the network a first convolution for another number of channels, if need be."""
+        name, stem = next(
+            (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)
+        )
+        if stem.in_channels == self.in_channels:
+            return
+        kernel_size: Any = stem.kernel_size
+        stride: Any = stem.stride
+        convolution = nn.Conv2d(
+            self.in_channels,
+            stem.out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=stem.padding,  # type: ignore[arg-type]  # as Conv2d has it
+            bias=stem.bias is not None,
+        )
+        if convolution.bias is None:
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            # The patches of a vision transformer.
+            inputs = convolution.weight[0].numel()
+            nn.init.trunc_normal_(convolution.weight, std=inputs**-0.5)
+            nn.init.zeros_(convolution.bias)
+        module.set_submodule(name, convolution)
+
     def heads(self, module: nn.Module) -> tuple[str, ...]:
-        """The names of the layers that turn features into classes.
+        """Return the names of the layers that turn features into classes.
 
         A distilled network of timm has several.
         """
         if self.library == "timm":
-            named: Any = module.pretrained_cfg["classifier"]  # type: ignore[index]  # every network of timm has it
-            return (named,) if isinstance(named, str) else tuple(named or ())
-        return ([name for name, part in module.named_modules() if isinstance(part, nn.Linear)][-1],)
+            # Every network of timm has such a configuration.
+            of_timm: Any = module
+            classifier = of_timm.pretrained_cfg["classifier"]
+            return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+        linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+        return (linear[-1],)
 
 
 def create(
@@ -276,25 +325,25 @@ def create(
 
     Block l of L is dropped with probability (l/L) · ``stochastic_depth``, in training alone.
 
-    ====================  ==================================  =====================  ================
-    name                  network                             dropout                stochastic depth
-    ====================  ==================================  =====================  ================
-    pooled_cnn            convolutions with batch norm and    before the head        none
+    ====================  =================================  ===================  ================
+    name                  network                            dropout              stochastic depth
+    ====================  =================================  ===================  ================
+    pooled_cnn            convolutions with batch norm and   before the head      none
                           pooling, for 16x16 to 96x96
-    small_cnn             four convolutions, for 16x16        before the head        none
-    wide_resnet28_2/_10   WRN-28-2 and WRN-28-10, for 32x32   inside each block      none
-    resnet18 … resnet152  torchvision's                       before the head        none
-    efficientnet_b0 … b7  torchvision's                       before the head        linear rule
-    efficientnet_b0_svhn  B0 whose stages 2 and 3 keep the    before the head        linear rule
+    small_cnn             four convolutions, for 16x16       before the head      none
+    wide_resnet28_2/_10   WRN-28-2 and WRN-28-10, for 32x32  inside each block    none
+    resnet18 … resnet152  torchvision's                      before the head      none
+    efficientnet_b0 … b7  torchvision's                      before the head      linear rule
+    efficientnet_b0_svhn  B0 whose stages 2 and 3 keep the   before the head      linear rule
                           resolution: 32x32 ends as 4x4
-    efficientnet_l2,      torchvision's blocks, wider and     before the head        linear rule
+    efficientnet_l2,      torchvision's blocks, wider and    before the head      linear rule
     efficientnet_b6_wide  deeper than B7
-    vit_b_16 … vit_h_14   torchvision's                       after the embedding    none
-                                                              and in each block
-    vit_1b_14             torchvision's, of 1.2 billion       as above               none
+    vit_b_16 … vit_h_14   torchvision's                      after the embedding  none
+                                                             and in each block
+    vit_1b_14             torchvision's, of 1.2 billion      as above             none
                           weights
-    timm:NAME             timm's, with timm installed         timm's ``drop_rate``   timm's ``drop_path_rate``
-    ====================  ==================================  =====================  ================
+    timm:NAME             timm's, with timm installed        ``drop_rate``        ``drop_path_rate``
+    ====================  =================================  ===================  ================
 
     Args:
         name: one of :data:`NAMES`, or ``timm:NAME``, such as ``timm:convnext_tiny``.
@@ -306,8 +355,8 @@ def create(
             are built for one, and timm's position embeddings of another are interpolated; the
             others take any.
         weights: a local file of a state dict to start from; a head for another number of classes is
-            left out, see :func:`metapl.apps.network_weights.load_weights`. None: fresh weights from the
-            default generator.
+            left out, see :func:`metapl.apps.network_weights.load_weights`. None: fresh weights from
+            the default generator.
 
     Returns:
         A module in training mode from images (B, ``in_channels``, H, W) to logits (B,
@@ -325,8 +374,12 @@ def create(
     Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student's noise of B7 and L2
     for 0.2 and for dropout 0.5.
     """
-    noise = {"dropout": dropout, "stochastic_depth": stochastic_depth}
-    a = Architecture(
-        name=name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **noise
+    architecture = Architecture(
+        name=name,
+        num_classes=num_classes,
+        dropout=dropout,
+        stochastic_depth=stochastic_depth,
+        in_channels=in_channels,
+        image_size=image_size,
     )
-    return a.create(weights)
+    return architecture.create(weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,10 +28,11 @@ HEADER = ("file", "class", "probability")
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
+    """Say what a run's network takes pictures for, as CSV.
 
-    With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come
-    next. A column for each class, called p(cat) say, is added by --probabilities; these sum to 1.
+    Its columns are file, class and probability. With --top 3 it adds class_2, probability_2,
+    class_3 and probability_3: the classes that come next. A column for each class, called p(cat)
+    say, is added by --probabilities; these sum to 1.
 
     A picture is read like the training data of the run: the largest centered square of it brought
     to the network's size, in colors or grey; of runs that were trained on crops, the middle of that
@@ -58,8 +59,10 @@ class Predict:
     factory: Factory = None
 
     def run(self) -> int:
+        """Print or write the predictions; return 1 where files were left out."""
         run = EndedRun.load(self.folder)
-        classes, name = run.classes, run.name(self.network)
+        classes = run.classes
+        name = run.name(self.network)
         if not 1 <= self.top <= len(classes):
             raise MetaplError(
                 f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes."
@@ -67,28 +70,30 @@ class Predict:
         if not self.files:
             raise MetaplError("no picture was named; expected metapl predict RUN FILE_OR_FOLDER...")
         for path in self.files:
-            if not os.path.lexists(
-                path
-            ):  # a link that leads nowhere is left out, as other files that cannot be read
+            # A link that leads nowhere is left out, as other files that cannot be read.
+            if not os.path.lexists(path):
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
-        check_file(self.out, ".csv")  # which is none of the files to be read
+        check_file(self.out, ".csv")
         network = run.network(name, self.factory).to(run.device)
         inputs = Inputs(run.cards[name].input, self.files)
         count = 0
-        more = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in HEADER[1:]]
-        with (
-            nullcontext(CsvRows(sys.stdout))
-            if self.out is None
-            else written_csv(self.out) as writer
-        ):
-            writer.writerow(
-                [*HEADER, *more, *(f"p({label})" for label in classes if self.probabilities)]
-            )
+        header = list(HEADER)
+        for rank in range(2, self.top + 1):
+            header += [f"class_{rank}", f"probability_{rank}"]
+        if self.probabilities:
+            header += [f"p({label})" for label in classes]
+        rows: AbstractContextManager[CsvRows] = nullcontext(CsvRows(sys.stdout))
+        if self.out is not None:
+            rows = written_csv(self.out)
+        with rows as writer:
+            writer.writerow(header)
             for example, p in predictions(network, inputs):
-                ranked = sorted(range(len(p)), key=lambda index: -p[index])[: self.top]
-                best = [cell for index in ranked for cell in (classes[index], f"{p[index]:.6f}")]
-                shares = [f"{share:.6f}" for share in p if self.probabilities]
-                writer.writerow([example, *best, *shares])
+                row = [example]
+                for index in sorted(range(len(p)), key=lambda index: -p[index])[: self.top]:
+                    row += [classes[index], f"{p[index]:.6f}"]
+                if self.probabilities:
+                    row += [f"{probability:.6f}" for probability in p]
+                writer.writerow(row)
                 count += 1
         if self.out is not None:
             tell(f"{plural(count, 'prediction')} in {self.out}")
@@ -98,7 +103,7 @@ class Predict:
 
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float]]]:
-    """Of each example: where it stands, and its probabilities; never what is not finite."""
+    """Yield each example's place and probabilities; refuse those that are not finite."""
     for names, x in inputs.batches():
         logits_BC = logits_of(network, [x])
         refuse_infinite(logits_BC, names)

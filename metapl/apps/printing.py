@@ -17,73 +17,91 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from metapl.errors import MissingPackage
 from metapl.runs.folder import replacing
 from metapl.words import shown
 
-WIDTH = 80  # columns of text
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet take a cell for a formula
+# Columns of text.
+WIDTH = 80
+
+# What a cell begins with that a spreadsheet takes for a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def width_of(text: str) -> int:
-    r"""Columns of a terminal that a text takes: two for a wide letter, none for a mark on the one before.
+    r"""Return the columns of a terminal that a text takes.
+
+    A wide letter takes two, and a mark on the letter before it none.
 
     >>> width_of("cat"), width_of("猫"), width_of("e\u0301")
     (3, 2, 1)
     """
-    return len(text) if text.isascii() else sum(map(_width, text))
+    if text.isascii():
+        return len(text)
+    return sum(_width(letter) for letter in text)
 
 
 def _width(letter: str) -> int:
-    wide = unicodedata.east_asian_width(letter) in ("W", "F")
-    return 0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + wide
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
+        return 0
+    is_wide = unicodedata.east_asian_width(letter) in ("W", "F")
+    return 2 if is_wide else 1
 
 
 def short(name: str, most: int = 30) -> str:
-    """A name that fits, without its middle where need be: ends tell classes apart too.
+    """Return a name that fits, without its middle where need be: ends tell classes apart too.
 
     >>> short("crane (n02012849)", 12), short("猫の写真クラス", 12)
     ('crane...849)', '猫の...ラス')
     """
-    name, tail = shown(name), (most - 3) // 2
-    return (
-        name
-        if width_of(name) <= most
-        else f"{_begin(name, most - 3 - tail)}...{_begin(name[::-1], tail)[::-1]}"
-    )
+    name = shown(name)
+    if width_of(name) <= most:
+        return name
+    width_of_end = (most - 3) // 2
+    beginning = _beginning(name, most - 3 - width_of_end)
+    end = _beginning(name[::-1], width_of_end)[::-1]
+    return f"{beginning}...{end}"
 
 
-def _begin(text: str, most: int) -> str:
-    return text[: sum(width <= most for width in itertools.accumulate(map(_width, text)))]
+def _beginning(text: str, most: int) -> str:
+    """Return as much of the beginning of a text as fits into so many columns."""
+    widths = itertools.accumulate(_width(letter) for letter in text)
+    fitting = sum(width <= most for width in widths)
+    return text[:fitting]
 
 
 def tell(*parts: object, file: TextIO | None = None) -> None:
-    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given."""
+    """Print a message with what must not be shown escaped, to standard output or to ``file``."""
     print(" ".join(shown(part, keep="\n") for part in parts), file=file or sys.stdout, flush=True)
 
 
 def as_flags(text: str) -> str:
-    """A message of the library in which the arguments that are flags of a training are called as the flags are.
+    """Return a message of the library with the arguments that are flags called as the flags.
 
     >>> as_flags("leave out feedback_weight, or give feedback_bound=0.1")
     'leave out --feedback-weight, or give --feedback-bound 0.1'
     """
-    text = re.sub(r", as by outer_optimizer=.*", "", text)  # the optimizer is no flag
+    # The optimizer is no flag.
+    text = re.sub(r", as by outer_optimizer=.*", "", text)
     named = re.sub(r"\bfeedback_(weight|ratio|bound)=", r"--feedback-\1 ", text)
     return re.sub(r"\bfeedback_(weight|ratio|bound)\b", r"--feedback-\1", named)
 
 
 def wrapped(text: str) -> str:
-    """Each line of a text in lines of :data:`WIDTH`, broken at spaces alone."""
-    how: Any = {"break_on_hyphens": False, "break_long_words": False}
-    return "\n".join(textwrap.fill(line, WIDTH, **how) for line in text.split("\n"))
+    """Return a text whose lines are broken, at spaces alone, to be :data:`WIDTH` wide at most."""
+    lines = []
+    for line in text.split("\n"):
+        lines.append(textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False))
+    return "\n".join(lines)
 
 
 def cell(text: str) -> str:
-    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an
-    apostrophe; a negative number is none.
+    """Return a name as a cell of CSV.
+
+    One that a spreadsheet would take for a formula begins with an apostrophe. A negative number is
+    no formula.
 
     >>> cell("=1+1"), cell("a=1"), cell("-1+1"), cell("-1.5e-05")
     ("'=1+1", 'a=1', "'-1+1", '-1.5e-05')
@@ -111,7 +129,7 @@ class CsvRows:
 
 @contextmanager
 def written_csv(path: Path) -> Iterator[CsvRows]:
-    """A file of CSV, written by :func:`~metapl.runs.folder.replacing`."""
+    """Open a file of CSV, written by :func:`~metapl.runs.folder.replacing`, for this block."""
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         yield CsvRows(text)
@@ -120,20 +138,20 @@ def written_csv(path: Path) -> Iterator[CsvRows]:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows with their columns aligned: the first ``left`` to the left, the others to the right.
+    """Return rows with their columns aligned: the first ``left`` to the left, others to the right.
 
     >>> print(table([("class", "right"), ("cat", "97.5%"), ("dog", "8.0%")]))
     class  right
     cat    97.5%
     dog     8.0%
     """
-    widths, lines = [max(map(width_of, column)) for column in zip(*rows, strict=True)], []
+    widths = [max(width_of(text) for text in column) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
-        gaps = [" " * (width - width_of(text)) for text, width in zip(row, widths, strict=True)]
-        cells = [
-            text + gap if i < left else gap + text
-            for i, (text, gap) in enumerate(zip(row, gaps, strict=True))
-        ]
+        cells = []
+        for number, (text, width) in enumerate(zip(row, widths, strict=True)):
+            gap = " " * (width - width_of(text))
+            cells.append(text + gap if number < left else gap + text)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -146,5 +164,5 @@ def require_packages(need: str, *modules: str) -> None:
 
 
 def exit_code(stopped: KeyboardInterrupt) -> int:
-    """That of a process which the signal has ended."""
+    """Return the exit code of a process that the signal has ended."""
     return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))

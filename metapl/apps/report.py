@@ -1,4 +1,4 @@
-"""The page of a run, ``report.html``, its picture, ``report.png``, and ``metapl report``, which writes a page again."""
+"""``metapl report``: the page of a run, ``report.html``, and its picture, ``report.png``."""
 
 from __future__ import annotations
 
@@ -48,15 +48,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, PICTURE = "report.html", "report.png"
-MOST_CURVES = 7  # methods whose curves can be told apart
-SHOWN = 12  # mistakes
-MOST_UNFOLDED = 40  # classes of a table that is open
+# The most methods whose curves can be told apart.
+MOST_CURVES = 7
+
+# Mistakes that are shown.
+SHOWN = 12
+
+# The most classes of a table that is open.
+MOST_UNFOLDED = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write all there is to see of a run as one web page, for a browser, without any other file; a
-    run that ended left such a page already.
+    """Write all there is to see of a run as one web page, for a browser, without other files.
+
+    A run that ended left such a page already.
 
     Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the
     surest mistakes on the test set where its pictures are still there, settings, the command and
@@ -137,7 +143,8 @@ def mistakes(
             ]
             kept.append((sure, web.Picture(inputs[row], "\n".join(words))))
         n += len(labels)
-        kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]  # the others need no memory
+        # The others need no memory.
+        kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]
     logits, labels = map(torch.cat, zip(*seen, strict=True))
     return Mistakes(
         evaluate_logits(logits, labels, list(classes)), [picture for _, picture in kept]
@@ -145,7 +152,7 @@ def mistakes(
 
 
 def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
-    """The page of a run and its picture, in its folder."""
+    """Write the page of a run and its picture into its folder."""
     heading, picture, parts = page_of(run, found)
     content = {PICTURE: picture, PAGE: web.web_page(heading, run.folder.path, parts)}
     for name, data in content.items():
@@ -153,8 +160,10 @@ def write_report(run: EndedRun, found: Mistakes | None = None) -> None:
 
 
 def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, list[str]]:
-    """The heading, the picture and the parts of the page of a run that has ended; ``found``: what
-    is not to be looked for again."""
+    """Return the heading, the picture and the parts of the page of a run that has ended.
+
+    ``found`` is what is not to be looked for again.
+    """
     result, path, delivered = run.result, run.folder.path, run.cards[run.result["delivered"]].title
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     # 1. What it reached; of a comparison, the methods side by side and the paired test.
@@ -256,14 +265,14 @@ def page_of(run: EndedRun, found: Mistakes | None = None) -> tuple[str, bytes, l
 
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the main phase of a run, which of Noisy Student is the last round."""
+    """Return the rows of the main phase of a run, which of Noisy Student is the last round."""
     file = folder / "metrics.jsonl"
     refuse_changed(file, content)
     return read_rows(file, f"round-{len(content['rounds'])}" if "rounds" in content else "fit")
 
 
 def drawn(picture: bytes, note: str = "") -> str:
-    """The picture of a run in its page."""
+    """Return the picture of a run in its page."""
     image = (
         '<img class="drawn" alt="curves over the steps, and the confusion matrix" '
         f'src="{web.picture(picture)}">'
@@ -319,15 +328,19 @@ def provenance(
 
 # ------------------------------------------------------------------------- labels that may be wrong
 
-SUSPECTS, SUSPECTS_SHOWN = "suspects.csv", 48  # the list of a run, and how many the page shows
+# The list of a run's suspects, and how many of them the page shows.
+SUSPECTS = "suspects.csv"
+SUSPECTS_SHOWN = 48
 
 
 def write_suspects(
     folder: Path, doubtful: Doubtful, trained: Trainer, classes: Sequence[str]
 ) -> str:
-    """All the examples, first those whose given label the network finds least probable, without
-    augmentation; with the weight that was learned for each, where weights of examples were. What it
-    says as a whole."""
+    """Write a list of all examples, those with the least probable given label first.
+
+    The network sees them without augmentation. Beside each stands its learned weight, where weights
+    of examples were learned. Return what the list says as a whole.
+    """
     teacher, weights = trained.teacher, None
     if (
         isinstance(trained, BilevelTrainer)
@@ -363,14 +376,15 @@ def write_suspects(
 
 
 def suspects_shown(folder: Path, given: Input) -> str:
-    """The first of the list for the page, as far as their pictures are there."""
+    """Return the first suspects for the page, as far as their pictures are there."""
     if not (folder / SUSPECTS).is_file():
         return ""
     with (folder / SUSPECTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     shown = []
     for row in rows[:SUSPECTS_SHOWN]:
-        caption = f"{row['given']}\n{row['probably']}, {float(row['p_probably']):.0%}\n{Path(row['file']).name}"
+        probably = f"{row['probably']}, {float(row['p_probably']):.0%}"
+        caption = f"{row['given']}\n{probably}\n{Path(row['file']).name}"
         try:
             x = given.read(Path(row["file"]))
         except (MetaplError, OSError):
@@ -392,7 +406,10 @@ LINES = (
     ":",
     "-.",
 )  # those of a panel; colors and lines begin again where a figure has more
-MOST_NAMED, MOST_NUMBERED = 60, 20  # classes of a matrix whose names, and whose counts, can be read
+
+# The most classes of a matrix whose names, and whose counts, can be read.
+MOST_NAMED = 60
+MOST_NUMBERED = 20
 
 # Plots of a few quantities over the steps: keys of the rows, and their names in the legend.
 PANELS = {
@@ -448,7 +465,7 @@ Line = tuple[int, int, str, list[tuple[float, float]]]
 def panels_of(
     curves: Mapping[str, Sequence[Mapping[str, float]]], network: str
 ) -> dict[str, list[Line]]:
-    """What there is to draw of the rows of each method: the lines of each panel that has any."""
+    """Return what there is to draw of each method's rows: the lines of each panel with any."""
     panels: dict[str, list[Line]] = {}
     for panel, names in PANELS.items():
         lines = list[Line]()
@@ -487,7 +504,7 @@ def draw(
     evaluation: Evaluation | None,
     network: str,
 ) -> bytes:
-    """A panel for each group of figures, and the confusion matrix on the test set where there is one, as PNG.
+    """Draw a panel for each group of figures, and the confusion matrix on the test set, as PNG.
 
     Args:
         curves: rows by method.
@@ -499,11 +516,13 @@ def draw(
     # 1. What there is to draw.
     panels = panels_of(curves, network)
     count = len(panels) + (evaluation is not None)
-    columns = 1 if count <= 1 else 2  # on the page, more would be too small to read
+    # On the page, more columns would be too small to read.
+    columns = 1 if count <= 1 else 2
     figure = Figure(
         (4.6 * columns, 3.6 * math.ceil(max(1, count) / columns) + 0.5), 150, layout="constrained"
     )
-    plain: Any = {"parse_math": False}  # a name with a $ is a name
+    # A name with a $ is a name.
+    plain: Any = {"parse_math": False}
     figure.suptitle(short(title, 90), x=0.01, ha="left", **plain)
     places = [
         figure.add_subplot(math.ceil(count / columns), columns, number + 1)
@@ -578,7 +597,7 @@ def png_of(figure: Figure, dots_per_inch: float | None = None) -> bytes:
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
-    """What a run reached, in sentences: ``result.json`` in words."""
+    """Return what a run reached, in sentences: ``result.json`` in words."""
     words, lines = content["networks"], list[str]()
     name, tested, rounds = content["delivered"], content.get("evaluation"), content.get("rounds")
     why = (
@@ -633,7 +652,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 
 
 def linear_baseline(content: Mapping[str, Any]) -> list[str]:
-    """What the linear baseline of a run reached, and, where the run is behind it, what to do next."""
+    """Return what the linear baseline reached, and what to do where the run is behind it."""
     if "control_accuracy" not in content:
         return []
     part = "test" if "test_accuracy" in content else "validation"
@@ -646,7 +665,7 @@ def linear_baseline(content: Mapping[str, Any]) -> list[str]:
 
 
 def next_try(content: Mapping[str, Any]) -> str:
-    """What to do about a run that is behind its linear baseline, by what was trained on."""
+    """Return what to do about a run that is behind its linear baseline."""
     steps = content.get("steps", 0)
     if content.get("recipe") == "digits":
         more = f"Try more steps (it took {steps:,}: --steps)"
@@ -669,7 +688,7 @@ def next_try(content: Mapping[str, Any]) -> str:
 
 
 def spoken(accuracy: float, n: int, chance: float | None) -> str:
-    """An accuracy in words, with its number of examples n, its 95 % interval, and what guessing reaches where known.
+    """Return an accuracy in words, with n, its 95 % interval, and what guessing reaches.
 
     >>> spoken(131 / 150, 150, 0.1)
     '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'

@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-import scipy  # its parts are loaded when they are used
+import scipy
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
@@ -41,7 +41,8 @@ from metapl.metrics.predictions import eval_mode, logits_of
 Picture = NDArray[np.float64]  # (H, W, C) in [0, 1]
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SIDE = 224  # pixels of the pictures that the paper's lengths are for
+# The side in pixels of the pictures that the paper's lengths are for.
+SIDE = 224
 # what the published shares of the elastic transform are of, though the pictures have 224 pixels
 ELASTIC = 244
 
@@ -49,11 +50,11 @@ ELASTIC = 244
 def corrupted(
     images: Tensor, corruption: str, severity: int, *, seed: int = 0, first: int = 0
 ) -> Tensor:
-    """Damage pictures (B, C, H, W) in [0, 1], C = 1 or 3, by one of :data:`CORRUPTIONS` in a severity from 1 to 5.
+    """Damage pictures (B, C, H, W) in [0, 1], C = 1 or 3, by one of :data:`CORRUPTIONS`.
 
-    The damage of a picture is a function of the seed, the kind, the severity and the picture's
-    number, which is ``first`` plus its row. It has 256 levels, as a picture that was saved. 1 to 50
-    ms a picture of 224 pixels.
+    Severities are 1 to 5. The damage of a picture is a function of the seed, the kind, the severity
+    and the picture's number, which is ``first`` plus its row. It has 256 levels, as a picture that
+    was saved. 1 to 50 ms a picture of 224 pixels.
 
     >>> corrupted(torch.full((1, 3, 8, 8), 0.5), "brightness", 3)[0, 0, 0, 0]
     tensor(0.8000)
@@ -109,12 +110,15 @@ def glass_blur(x: Picture, rng: Generator, sigma: float, reach: float, times: in
 
 
 def motion_blur(x: Picture, rng: Generator, radius: float, sigma: float) -> Picture:
-    """The mean along a line behind each pixel, weighted by a half Gaussian, at an angle within 45 degrees."""
+    """Take the mean along a line behind each pixel, at an angle within 45 degrees.
+
+    It is weighted by a half Gaussian.
+    """
     return _along(x, _length(radius, x), _length(sigma, x), rng.uniform(-45, 45))
 
 
 def zoom_blur(x: Picture, rng: Generator, end: float, step: float) -> Picture:
-    """The mean of the picture and of growing magnifications of it."""
+    """Take the mean of the picture and of growing magnifications of it."""
     zooms = np.arange(1, end, step)
     return (x + sum(_zoomed(x, float(zoom)) for zoom in zooms)) / (len(zooms) + 1)
 
@@ -145,7 +149,7 @@ def fog(x: Picture, rng: Generator, amount: float, decay: float) -> Picture:
 
 
 def brightness(x: Picture, rng: Generator, amount: float) -> Picture:
-    """The value of each pixel's color, raised; hue and saturation stay."""
+    """Raise the value of each pixel's color; hue and saturation stay."""
     value: Picture = x.max(axis=2, keepdims=True)
     raised = np.minimum(value + amount, 1)
     return np.where(value > 0, x * (raised / np.maximum(value, 1e-12)), raised)
@@ -159,7 +163,7 @@ def contrast(x: Picture, rng: Generator, kept: float) -> Picture:
 def elastic_transform(
     x: Picture, rng: Generator, amount: float, sigma: float, affine: float
 ) -> Picture:
-    """A random affine map, and then each pixel moved along a smooth random field."""
+    """Apply a random affine map, then move each pixel along a smooth random field."""
     height, width = x.shape[:2]
     side = min(height, width)
     amount, sigma, affine = (share * ELASTIC / SIDE for share in (amount, sigma, affine))
@@ -240,7 +244,7 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
 
 
 def _length(pixels: float, x: Picture) -> float:
-    """A length of the paper's pictures in pixels of this one."""
+    """Return a length of the paper's pictures in pixels of this one."""
     return pixels * float(min(x.shape[:2])) / SIDE
 
 
@@ -264,7 +268,10 @@ def _disk(radius: float, edge: float) -> Picture:
 
 
 def _along(x: Picture, radius: float, sigma: float, angle: float) -> Picture:
-    """The mean of the picture at places along a line, in degrees, weighted by exp(−t²/2σ²) for t from 0 to 2·radius."""
+    """Take the mean of the picture at places along a line, at an angle in degrees.
+
+    It is weighted by exp(−t²/2σ²) for t from 0 to 2·radius.
+    """
     steps = np.arange(2 * max(1, math.ceil(radius)) + 1) * (
         max(radius, 0.5) / max(1, math.ceil(radius))
     )
@@ -286,8 +293,11 @@ def _zoomed(x: Picture, factor: float) -> Picture:
 
 
 def _fractal(shape: tuple[int, ...], decay: float, rng: Generator) -> Picture:
-    """(H, W): plasma by midpoint displacement, whose wobble falls by ``decay`` from scale to scale,
-    cut from a square field whose least value is 0 and whose greatest is 1."""
+    """Return plasma by midpoint displacement, (H, W).
+
+    Its wobble falls by ``decay`` from scale to scale. It is cut from a square field whose least
+    value is 0 and whose greatest is 1.
+    """
     size = 1 << max(1, math.ceil(math.log2(max(shape))))
     field, wobble, step = np.zeros((size, size)), 100.0, size
     while step >= 2:
@@ -325,12 +335,11 @@ LEVELS, PGD_STEPS = 255, 10  # ε is counted in levels of a picture of 8 bits
 def attacked(
     network: nn.Module, images: Tensor, labels: Tensor, attack: Attack, eps: float
 ) -> Tensor:
-    """Pictures (B, C, H, W) in [0, 1], each value moved by ``eps`` / 255 or less, on which the
-    network's loss is greater.
+    """Move pictures (B, C, H, W) in [0, 1] so that the network's loss on them is greater.
 
-    ``"fgsm"`` is one step of ε along the sign of the gradient; ``"pgd"`` ten steps of ε/4, each
-    brought back to within ε, from the picture itself. The network runs in the mode that it is in;
-    its weights and their gradients stay.
+    Each value moves by ``eps`` / 255 or less. ``"fgsm"`` is one step of ε along the sign of the
+    gradient; ``"pgd"`` ten steps of ε/4, each brought back to within ε, from the picture itself.
+    The network runs in the mode that it is in; its weights and their gradients stay.
 
     Source: Goodfellow, Shlens and Szegedy (ICLR 2015); Madry et al. (ICLR 2018). Noisy Student's
     study of adversarial robustness takes ten iterations and does not print its step size.
@@ -370,7 +379,9 @@ def measure(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Accuracies on corrupted and on attacked pictures: 75 forward passes a picture and, mostly, the corruptions.
+    """Measure accuracies on corrupted and on attacked pictures.
+
+    Cost: 75 forward passes a picture and, mostly, the corruptions.
 
     ``batches`` are of pictures (B, C, H, W) in [0, 1] and labels (B,), read once; ``seed`` is that
     of the corruptions, and ``progress`` is called with the number of pictures done. Each attack,

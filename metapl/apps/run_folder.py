@@ -148,7 +148,7 @@ class RunFolder(Folder):
             yield
 
     def check(self, resume: bool) -> None:
-        """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
+        """Refuse a folder with a run that is not to be resumed, or with files of no run."""
         if self.exists and not resume:
             raise MetaplError(
                 f"{self.path} holds a run already; give --resume to go on with it, or another "
@@ -164,22 +164,22 @@ class RunFolder(Folder):
                 )
 
     def threads(self) -> int:
-        """Threads of the linear algebra, on whose number rounding depends.
+        """Return the threads of the linear algebra, on whose number rounding depends.
 
-        Those that the run here was started with.
+        They are those that the run in the folder was started with.
         """
         begun = self.description().get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe of the run in the folder."""
+        """Return the recipe of the run in the folder."""
         recipe: dict[str, Any] = self.description()["recipe"]
         return recipe
 
     def description(self) -> dict[str, Any]:
-        """What ``recipe.json`` holds.
+        """Return what ``recipe.json`` holds.
 
-        The recipe, with what it was made, and the command where one did it.
+        It is the recipe, with what it was made, and the command where one did it.
         """
         content = self.read_json("recipe.json")
         if content.get("format") != FORMAT:
@@ -193,7 +193,7 @@ class RunFolder(Folder):
         return self.unsealed("recipe.json", content)
 
     def unsealed(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
-        """What a file holds, without the SHA-256 of itself; refused where that is another."""
+        """Return what a file holds without its own SHA-256; refuse it where that is another."""
         noted = content.get("sha256")
         if not isinstance(noted, dict) or noted.pop(name, None) != json_sha256(content):
             fault = "its SHA-256 is not the one that was noted"
@@ -201,7 +201,7 @@ class RunFolder(Folder):
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """One of the folder's JSON files, an object."""
+        """Return the object in one of the folder's JSON files."""
         return read_json(self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -213,7 +213,7 @@ class RunFolder(Folder):
         )
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
-        """Weights as safetensors, the same weights as the same bytes; their SHA-256."""
+        """Write weights as safetensors, the same ones as the same bytes; return their SHA-256."""
         from safetensors.torch import save
 
         content = save(
@@ -223,7 +223,7 @@ class RunFolder(Folder):
         return hashlib.sha256(content).hexdigest()
 
     def read_weights(self, name: str, sha256: str | None) -> dict[str, Tensor]:
-        """The weights in a safetensors file of the folder, of this SHA-256."""
+        """Return the weights in a safetensors file of the folder; refuse another SHA-256."""
         from safetensors.torch import load
 
         file = self.path / name
@@ -238,7 +238,7 @@ class RunFolder(Folder):
 
 
 def stored_result(folder: RunFolder) -> dict[str, Any]:
-    """What the ``result.json`` of a run folder holds, where it is whole and of the run in ``recipe.json``."""
+    """Return what ``result.json`` holds; refuse one that is damaged or of another recipe."""
     file, result, of = folder.path / "result.json", folder.read_json("result.json"), folder.recipe()
     result = folder.unsealed("result.json", result)
     # Both have the same name in every folder.
@@ -254,9 +254,11 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
 
 
 def guessing(result: Mapping[str, Any]) -> dict[str, float]:
-    """The accuracies, by name, of a run's networks that are not shown to be better than guessing,
-    on the test examples or, without these, on the validation examples: guessing lies in their 95 %
-    interval, or above it."""
+    """Return the accuracies of a run's networks that are not shown to be better than guessing.
+
+    They are those on the test examples or, without these, on the validation examples, by the names
+    of the networks. Guessing lies in their 95 % interval, or above it.
+    """
     part, n, chance = "validation", result["validation_size"], result.get("validation_chance")
     if "evaluation" in result:
         tested = Evaluation(**result["evaluation"])
@@ -276,9 +278,9 @@ def guessing(result: Mapping[str, Any]) -> dict[str, float]:
 def results_within(
     path: Path, compared: Mapping[str, Any]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """What the runs of a comparison ended with, by method and seed.
+    """Return what the runs of a comparison ended with, by method and seed.
 
-    ``compared`` is its own ``result.json``.
+    ``compared`` is the comparison's own ``result.json``.
     """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for method, accuracies in compared["methods"].items():
@@ -305,7 +307,7 @@ def seal(
 ) -> dict[str, str]:
     """Write ``network.json`` and the weights.
 
-    Gives the SHA-256 of these and of :data:`HASHED` by their names.
+    Return the SHA-256 of these and of :data:`HASHED` by their names.
     """
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
@@ -327,14 +329,14 @@ def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
 
 
 def stored_data(folder: RunFolder) -> dict[str, Any]:
-    """What ``data.json`` holds, where it is of the run that ``result.json`` is of."""
+    """Return what ``data.json`` holds; refuse it where ``result.json`` is of another one."""
     if folder.ended:
         refuse_changed(folder.path / "data.json", stored_result(folder))
     return folder.read_json("data.json")
 
 
 def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
-    """How many examples each part of the data has, of what :func:`stored_data` gives."""
+    """Return how many examples each part of the data of :func:`stored_data` has."""
     found = {
         part: data[part]
         for part in ("labeled", "unlabeled", "clean", "validation", "test")
@@ -359,7 +361,7 @@ class EndedRun:
 
     @classmethod
     def load(cls, path: Path) -> EndedRun:
-        """The run in a folder, where it is finished, whole and of this version."""
+        """Read the run in a folder; refuse one that is not finished, whole and of this version."""
         folder = RunFolder(path)
         if not path.is_dir() or not folder.exists:
             state = "there is no recipe.json in it" if path.is_dir() else "there is no such folder"
@@ -427,7 +429,7 @@ class EndedRun:
         return asked
 
     def network(self, name: str, factory: str | None = None) -> nn.Module:
-        """One of the run's networks with its weights.
+        """Build one of the run's networks with its weights.
 
         ``factory`` is FILE.py:FUNCTION for one of its own.
         """
@@ -458,7 +460,7 @@ class EndedRun:
 
 
 def function_in(place: str) -> Callable[..., nn.Module]:
-    """The function that FILE.py:FUNCTION names; its file is run."""
+    """Return the function that FILE.py:FUNCTION names; the file is run."""
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
         raise MetaplError(
@@ -480,7 +482,9 @@ def save(
     config: Mapping[str, Any],
     evaluation: Evaluation | None = None,
 ) -> None:
-    """Leave a trained network as a run that ``metapl predict``, ``evaluate``, ``label``, ``export`` and ``runs`` read.
+    """Leave a trained network as a run that the commands read, such as ``metapl predict``.
+
+    So do ``evaluate``, ``label``, ``export`` and ``runs``.
 
     Args:
         path: the folder; made if need be, and refused where it holds anything.

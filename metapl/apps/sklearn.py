@@ -1,5 +1,6 @@
-"""Classifiers for tables, as scikit-learn has them: from few labels and many unlabeled rows, or
-from labels of which some are wrong.
+"""Classifiers for tables, with scikit-learn's interface.
+
+One learns from few labels and many unlabeled rows, the other from labels of which some are wrong.
 
 Both standardize each column by its mean and deviation over the rows that ``fit`` is given, train
 small networks on these, and predict by one of them on the CPU. What they draw comes from
@@ -52,8 +53,11 @@ _DRAWING = threading.RLock()  # the default generators are those of all threads
 
 @dataclass(frozen=True)
 class _Rows(StepBatches[Any]):
-    """Shuffled batches of the same rows of each column, or with ``weights`` batches of rows drawn
-    in proportion to these; with a ``noise``, views of the only one."""
+    """Shuffled batches of the same rows of each column.
+
+    With ``weights``, rows are drawn in proportion to these; with a ``noise``, views of the only
+    column are given.
+    """
 
     columns: tuple[Tensor, ...]
     sampler: StepSampler
@@ -78,7 +82,7 @@ _MISSING = ("None", "nan", "<NA>", "NaT", "-1", "-1.0")
 
 
 @dataclass(eq=False, repr=False)
-class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # untyped bases
     """Rows and labels of scikit-learn in, one trained network out."""
 
     hidden_layer_sizes: AtLeastOne | tuple[AtLeastOne, ...] = (64,)
@@ -101,13 +105,16 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         return logits_of(self.network_, x.split(1024)).double().softmax(-1).numpy()
 
     def predict(self, X: Any) -> Array:
-        """The most probable class of each row of X."""
+        """Return the most probable class of each row of X."""
         check_is_fitted(self)
         labels: Array = self.classes_[self.predict_proba(X).argmax(1)]
         return labels
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """The accuracy on the rows of X that have a label in y, so that cross-validation does without the others."""
+        """Return the accuracy on the rows of X that have a label in y.
+
+        So cross-validation does without the others.
+        """
         predicted = self.predict(X)
         known, y = self._known(predicted, y)
         weights = None if sample_weight is None else np.asarray(sample_weight)[known]
@@ -137,8 +144,11 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
 
     @contextmanager
     def _fitting(self, X: Any, y: Any) -> Iterator[tuple[Tensor, Array, Array, int]]:
-        """Standardized rows where the networks are trained, which of them have a label, the classes
-        of these by number, and a seed, whose draws are the only ones in the block."""
+        """Prepare a fit, whose draws are the only ones in the block.
+
+        It yields standardized rows where the networks are trained, which of them have a label, the
+        classes of these by number, and a seed.
+        """
         check_fields(self)
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         known, y = self._known(X, y, warn=True)
@@ -164,7 +174,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
                 set_rng_state(generators)
 
     def _built(self, x: Tensor) -> nn.Module:
-        """A network for the rows x, with first weights of its own."""
+        """Build a network for the rows x, with first weights of its own."""
         columns, classes = x.shape[1], len(self.classes_)
         if self.network is None:
             return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
@@ -195,11 +205,12 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class MetaPseudoLabelsClassifier(_Classifier):
-    r"""Meta Pseudo Labels for tables: a teacher labels all rows, a student learns from these
-    labels, and the teacher from how the student then does on the rows with labels.
+    r"""Meta Pseudo Labels for tables.
 
-    The student sees the rows with noise, where ``noise`` is not 0; the teacher labels them as they
-    are, and learns to say the same of both (:class:`metapl.UDA`). Prediction is by the student.
+    A teacher labels all rows, a student learns from these labels, and the teacher from how the
+    student then does on the rows with labels. The student sees the rows with noise, where ``noise``
+    is not 0; the teacher labels them as they are, and learns to say the same of both
+    (:class:`metapl.UDA`). Prediction is by the student.
 
     Args:
         hidden_layer_sizes: widths between the columns and the classes, of both networks.
@@ -282,7 +293,9 @@ class MetaPseudoLabelsClassifier(_Classifier):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class MetaReweightedClassifier(_Classifier):
-    r"""Learning from labels of which some are wrong: each row has a weight, which is learned from rows to be trusted.
+    r"""Learning from labels of which some are wrong.
+
+    Each row has a weight, which is learned from rows to be trusted.
 
     With trusted rows, :class:`metapl.problems.ExampleWeights` learns the weights a_i in (0, 1):
     they fall where a step on the row raises the loss on the trusted rows. Then a network with new
@@ -397,7 +410,7 @@ class MetaReweightedClassifier(_Classifier):
         return weights
 
     def _checked_by_folds(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Return 1 for each row that networks of the other folds give its own label, (n,), and 0 for the others."""
+        """Return 1 for each row whose label networks of the other folds give it, else 0, (n,)."""
         shuffled = torch.randperm(len(x))
         # Along the classes, so that each fold has its share of each of them.
         by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]

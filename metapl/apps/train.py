@@ -18,7 +18,7 @@ from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, from_first
 from metapl.apps.machine import sha256_of
-from metapl.apps.methods import Data, ReducedMpl, Training
+from metapl.apps.methods import Data, Method, ReducedMpl, Training, TrainingConfig
 from metapl.apps.model_noise import model_noise
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
@@ -36,9 +36,8 @@ from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.selection import FAR_BEHIND
 
-SELECTED_ON = (
-    50  # the fewest validation examples to choose a student by: one standard error is 7 points then
-)
+# The fewest validation examples to choose a student by: one standard error is 7 points then.
+SELECTED_ON = 50
 
 # How long processes wait for the one that labels all pictures.
 LABELING = timedelta(days=7)
@@ -48,9 +47,14 @@ LABELING = timedelta(days=7)
 class Measured:
     """A network that is kept, and what it reaches."""
 
-    weights: Mapping[str, Tensor]  # on the host
-    validation_accuracy: float | None  # a fraction
-    tested: Mistakes | None  # on the test examples
+    # On the host.
+    weights: Mapping[str, Tensor]
+
+    # A fraction.
+    validation_accuracy: float | None
+
+    # On the test examples.
+    tested: Mistakes | None
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
         tested = None if self.tested is None else self.tested.evaluation.accuracy
@@ -58,8 +62,8 @@ class Measured:
         return {prefix + key: value for key, value in found.items() if value is not None}
 
 
-def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
-    """What recipe.json says of a training."""
+def describe(config: TrainingConfig, method: Method, **run_by: Any) -> dict[str, Any]:
+    """Return what recipe.json says of a training."""
     return {
         "name": config.name,
         "method": method.name,
@@ -69,8 +73,8 @@ def describe(config: Any, method: Any, **run_by: Any) -> dict[str, Any]:
 
 
 def train(
-    config: Any,
-    method: Any,
+    config: TrainingConfig,
+    method: Method,
     folder: RunFolder,
     *,
     resume: bool = False,
@@ -102,9 +106,8 @@ def train(
     data = config.data(say, progress, skipped)
     hashes = dict(data.record["hash"])
     for part, store in method.stores.items() if isinstance(method, ReducedMpl) else ():
-        hashes[f"labels of {part}"] = sha256_of(
-            Path(store) / DESCRIPTION
-        )  # which has the hashes of the labels
+        # The description has the hashes of the labels.
+        hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)
     selection: Path | None = getattr(method, "stored_selection", None)
     if selection is not None:
         hashes["selection"] = sha256_of(selection / DESCRIPTION)
@@ -195,16 +198,18 @@ def train(
         return network
 
     def label(network: nn.Module | None) -> dict[str, Tensor]:
-        """Return stored labels: of several processes the first one labels, and all have its labels."""
+        """Return stored labels; of several processes the first one labels for all."""
+        # ReducedMpl, or a method of a user's own with its fields.
+        reader: Any = method
         if processes.mesh.size == 1 or network is None:
-            return stored_labels(network, config, method, folder.path, data, say)
+            return stored_labels(network, config, reader, folder.path, data, say)
         # All processes gather the weights, which no pass of one process alone could do.
         weights = weights_of(inside(network))
         stored = None
         if processes.first:
             labeler = config.network().to(place)
             labeler.load_state_dict(weights)
-            stored = stored_labels(labeler, config, method, folder.path, data, say)
+            stored = stored_labels(labeler, config, reader, folder.path, data, say)
         labels: dict[str, Tensor] = from_first(stored, patience=LABELING)
         return labels
 
@@ -241,9 +246,8 @@ def train(
         kept["finetuned"] = trained.finetunes()
     elif trained.finetunes:
         network = trained.trainer.as_given
-        processes.seed(
-            network, fitting.seed
-        )  # whatever was drawn before, so that it can be repeated on its own
+        # Whatever was drawn before, so that finetuning can be repeated on its own.
+        processes.seed(network, fitting.seed)
         if fitting.finetune_steps:
             trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
             result = phase(
@@ -264,13 +268,15 @@ def train(
         say(
             f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}"
         )
-    one = trained.trainer.teacher is None and trained.rounds is None  # no student of a teacher
-    words = {"student": "network" if one else "student", "teacher": "teacher"}
+    # One network that was trained alone is no student of a teacher.
+    is_alone = trained.trainer.teacher is None and trained.rounds is None
+    words = {"student": "network" if is_alone else "student", "teacher": "teacher"}
     words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
     chosen = delivered(kept, select, trained.rounds is not None)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
     called = f"{config.name}, {method.name}, seed {fitting.seed}"
-    tested, counts = kept[chosen].tested, None
+    tested = kept[chosen].tested
+    counts = None
     if len(validated):
         counts = torch.bincount(validated, minlength=len(data.classes)).tolist()
     content: dict[str, Any] = {
@@ -290,26 +296,31 @@ def train(
             called,
             data.classes,
             cards,
-            {name: merged(one.weights) for name, one in kept.items()},
+            {name: merged(measurement.weights) for name, measurement in kept.items()},
         ),
         **({} if trained.rounds is None else {"rounds": trained.rounds}),
         **baseline,
         **kept[chosen].accuracies(),
         **({} if tested is None else {"evaluation": tested.evaluation.to_json()}),
     }
-    for name, network in kept.items():
-        content |= network.accuracies(f"{name}_")
-    if processes.first:  # what the others leave is not kept
+    for name, measurement in kept.items():
+        content |= measurement.accuracies(f"{name}_")
+    # What the other processes leave is not kept.
+    if processes.first:
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
-    folder.write_json("result.json", content)  # the last: a run that has it has all
+    # This file is the last: a run that has it has all.
+    folder.write_json("result.json", content)
     if unread := replaced_files(skipped):
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content
 
 
 class Truth:
-    """How many of the teacher's labels are right, on (inputs, labels) of unlabeled examples, at each validation."""
+    """Measures at each validation how many of the teacher's labels are right.
+
+    ``truth`` is (inputs, labels) of unlabeled examples.
+    """
 
     def __init__(self, truth: Any) -> None:
         self.truth = truth
@@ -330,11 +341,11 @@ class Truth:
 
 
 def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
-    """The network that a run delivers: by validation, the first of equals, where that can tell networks apart.
+    """Return the network that a run delivers: the best by validation, the first of equals.
 
-    Where it cannot, the finetuned student, which did better on the seen half of
-    benchmarks/pictures. Of Noisy Student it is the last student, of equals the finetuned one; its
-    teacher only where that is 30 points better.
+    Where validation cannot tell networks apart, it is the finetuned student, which did better on
+    the seen half of benchmarks/pictures. Of Noisy Student it is the last student, of equals the
+    finetuned one; its teacher only where that is 30 points better.
     """
 
     def reached(name: str) -> float:
@@ -350,7 +361,7 @@ def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
 def measured(
     data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]
 ) -> Measured:
-    """A network that has these weights and this validation accuracy, with what it reaches on the test examples."""
+    """Return a network with these weights and this validation accuracy, tested once."""
     tested = (
         None if data.test is None else mistakes(network, data.test, data.classes, data.test_names)
     )
@@ -374,7 +385,7 @@ def device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_shares(config: Any, method: Any, mesh: Mesh) -> None:
+def check_shares(config: Any, method: Method, mesh: Mesh) -> None:
     """Refuse batches that do not fall into equal parts for the processes.
 
     And in each process for --accumulate.

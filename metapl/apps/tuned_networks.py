@@ -43,15 +43,12 @@ class Normalized(nn.Module):
 
     def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if (
-            not mean
-            or len(mean) != len(std)
-            or not all(map(math.isfinite, [*mean, *std]))
-            or min(std) <= 0
-        ):
-            expected = "one finite number per channel in each, those of std above 0"
+        is_complete = len(mean) > 0 and len(mean) == len(std)
+        is_finite = all(math.isfinite(value) for value in (*mean, *std))
+        if not is_complete or not is_finite or min(std) <= 0:
             raise MetaplError(
-                f"Normalized got mean={list(mean)}, std={list(std)}; expected {expected}."
+                f"Normalized got mean={list(mean)}, std={list(std)}; expected one finite number "
+                "per channel in each, those of std above 0."
             )
         self.module = module
         for name, values in (("mean", mean), ("std", std)):
@@ -72,10 +69,14 @@ class Normalized(nn.Module):
 
 
 class LowRankLinear(nn.Linear):
-    """A frozen layer with a trained change, :math:`W + BA`, which is zero at the start (LoRA, arXiv:2106.09685)."""
+    """A frozen layer with a trained update, :math:`W + BA`, which is zero at the start (LoRA).
 
-    down: Tensor  # A, (rank, the sizes of an output's weights)
-    up: Tensor  # B, (out, rank)
+    ``down`` is A, (rank, the sizes of an output's weights), and ``up`` is B, (out, rank). Source:
+    arXiv:2106.09685.
+    """
+
+    down: Tensor
+    up: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         # BA is not multiplied: its gradient would cost as much as that of all of W.
@@ -83,7 +84,7 @@ class LowRankLinear(nn.Linear):
 
 
 class LowRankConv2d(nn.Conv2d):
-    """A convolution, likewise."""
+    """A frozen convolution with a trained update, as :class:`LowRankLinear`."""
 
     down: Tensor
     up: Tensor
@@ -95,16 +96,18 @@ class LowRankConv2d(nn.Conv2d):
 
 
 class Tuned(Normalized):
-    """A pretrained network behind the normalization of its input; see :class:`Normalized`, whose names it has.
+    """A pretrained network of which a part is trained, behind the normalization of its input.
 
-    What is frozen runs as in evaluation: no running statistics move, and nothing is dropped. The
-    change of low rank of a layer whose weight its parent reads, as some attention does, is not
-    used.
+    Its tensors have the names of :class:`Normalized`. What is frozen runs as in evaluation: no
+    running statistics move, and nothing is dropped. The LoRA update of a layer whose weight its
+    parent reads, as some attention does, is not used.
 
     Args:
+        module, mean, std: as of :class:`Normalized`.
         heads: the names of its layers that turn features into classes.
-        tuning: "head" trains the head alone; "lora" also changes of each linear layer and
-            convolution of this rank; "all" everything.
+        tuning: "head" trains the head alone; "lora" also a LoRA update of each linear layer and
+            convolution; "all" everything.
+        rank: of the LoRA updates.
 
     Cost: with "head", one pass of what is frozen for each batch, however many passes a step has:
     what the head sees is kept as long as the batch.
@@ -127,30 +130,23 @@ class Tuned(Normalized):
             raise MetaplError(
                 f"this backbone has the heads {', '.join(heads)}; expected a network with one."
             )
-        self.head, self.tuning = heads[0], tuning
-        self.seen = WeakIdKeyDictionary()  # what the head sees of batches that are alive
+        self.head = heads[0]
+        self.tuning = tuning
+
+        # What the head sees of batches that are alive.
+        self.seen = WeakIdKeyDictionary()
+
         if tuning != "all":
-            module.requires_grad_(False)
-            module.get_submodule(self.head).requires_grad_(True)
-        for name, layer in module.named_modules() if tuning == "lora" else ():
-            kind = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}.get(type(layer))
-            if (
-                kind is None
-                or f"{name}.".startswith(f"{self.head}.")
-                or getattr(layer, "groups", 1) > 1
-            ):
-                continue
-            weight: Any = layer.weight
-            if (
-                rank * (len(weight) + weight[0].numel()) < weight.numel()
-            ):  # fewer weights than it has
-                layer.__class__ = kind  # whoever reads its sizes or its weight finds them
-                layer.down = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
-                layer.up = nn.Parameter(weight.new_zeros(len(weight), rank))
-                nn.init.kaiming_uniform_(layer.down, a=math.sqrt(5))
+            module.requires_grad_(requires_grad=False)
+            module.get_submodule(self.head).requires_grad_(requires_grad=True)
+        if tuning == "lora":
+            for name, layer in module.named_modules():
+                if not f"{name}.".startswith(f"{self.head}."):
+                    _add_low_rank_update(layer, rank)
         self.train()
 
     def train(self, mode: bool = True) -> Tuned:
+        """Set the mode of the head; what is frozen stays in evaluation mode."""
         super().train(mode)
         if self.tuning != "all":
             self.module.eval()
@@ -158,49 +154,82 @@ class Tuned(Normalized):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        # What a wrapper of vmap or an inference tensor has seen is of no use later.
-        passing = (
-            torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.is_inference_mode_enabled()
-        )
-        if self.tuning != "head" or passing or images.requires_grad or images.is_inference():
+        if self.tuning != "head" or images.requires_grad or not _can_be_kept(images):
             return super().forward(images)
-        head, kind = self.module.get_submodule(self.head), images.device.type
         frozen = [
-            p for name, p in self.module.named_parameters() if not name.startswith(f"{self.head}.")
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if not name.startswith(f"{self.head}.")
         ]
-        if any(p.requires_grad for p in frozen):
+        if any(parameter.requires_grad for parameter in frozen):
             return super().forward(images)
-        # What the features depend on: these pictures, autocast, and these weights, or copies of
+        # The features depend on these pictures, on autocast, and on these weights, or copies of
         # them in a replay.
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        now = images.data_ptr(), images._version, cast
-        then, weights, features = self.seen.get(images, (None, (), None))
-        same = then == now and all(
-            p._version == version and (p is q or torch.equal(p, q))
-            for (p, version), q in zip(weights, frozen, strict=True)
-        )
-        if not same:
+        kind = images.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (images.data_ptr(), images._version, autocast)
+        kept_key, kept_weights, features = self.seen.get(images, (None, (), None))
+        if kept_key != key or not _are_same(kept_weights, frozen):
             features = self.features(images)
-            self.seen[images] = now, [(p, p._version) for p in frozen], features
-        logits: Tensor = head(features)
+            weights = [(parameter, parameter._version) for parameter in frozen]
+            self.seen[images] = (key, weights, features)
+        logits: Tensor = self.module.get_submodule(self.head)(features)
         return logits
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees of pictures (B, C, H, W) in [0, 1]: (B, F)."""
-        found: list[Tensor] = []
+        """Return what the head sees of pictures (B, C, H, W) in [0, 1]: (B, F)."""
+        inputs_of_head: list[Tensor] = []
         head = self.module.get_submodule(self.head)
-        hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
         try:
             super().forward(images)
         finally:
             hook.remove()
-        return found[0]
+        return inputs_of_head[0]
+
+
+def _add_low_rank_update(layer: nn.Module, rank: int) -> None:
+    """Turn a layer into one with a LoRA update, where that has fewer weights than the layer."""
+    kind = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}.get(type(layer))
+    if kind is None or getattr(layer, "groups", 1) > 1:
+        return
+    weight: Any = layer.weight
+    if rank * (len(weight) + weight[0].numel()) >= weight.numel():
+        return
+    # The layer stays the same object, so whoever reads its sizes or its weight finds them.
+    layer.__class__ = kind
+    layer.down = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
+    layer.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+    nn.init.kaiming_uniform_(layer.down, a=math.sqrt(5))
+
+
+def _can_be_kept(images: Tensor) -> bool:
+    """Return whether features of these pictures are of use later.
+
+    Those of a wrapper of ``vmap``, and of an inference tensor, are not.
+    """
+    is_wrapped = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (is_wrapped or torch.is_inference_mode_enabled() or images.is_inference())
+
+
+def _are_same(
+    kept_weights: Sequence[tuple[nn.Parameter, int]], weights: Sequence[nn.Parameter]
+) -> bool:
+    """Return whether weights are those that were kept, with their versions, or copies of them."""
+    for (kept, version), weight in zip(kept_weights, weights, strict=True):
+        if kept._version != version:
+            return False
+        if kept is not weight and not torch.equal(kept, weight):
+            return False
+    return True
 
 
 def begin_as(first: nn.Module, second: nn.Module) -> None:
-    """Let the second network begin as the first one, and hold its frozen weights, so that they are stored once."""
+    """Let the second network begin as the first one, and share its frozen weights.
+
+    So these are in memory once.
+    """
     first = first.module if isinstance(first, DistributedDataParallel) else first
     if not isinstance(first, Tuned) or not isinstance(second, Tuned):
         return
@@ -214,11 +243,17 @@ def begin_as(first: nn.Module, second: nn.Module) -> None:
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of the network as it is built by its name, low-rank changes added to what they change."""
-    found = dict(state)
+    """Return weights with each LoRA update added to the weight of its layer.
+
+    Their names are those of the network as it is built by its name.
+    """
+    weights = dict(state)
     for name in state:
-        stem, _, last = name.rpartition(".")
-        if last == "up" and f"{stem}.down" in state:
-            weight, up, down = (found.pop(f"{stem}.{part}") for part in ("weight", "up", "down"))
-            found[f"{stem}.weight"] = weight + (up @ down.flatten(1)).reshape(weight.shape)
-    return found
+        layer, _, last = name.rpartition(".")
+        if last == "up" and f"{layer}.down" in state:
+            weight = weights.pop(f"{layer}.weight")
+            up = weights.pop(f"{layer}.up")
+            down = weights.pop(f"{layer}.down")
+            update = (up @ down.flatten(1)).reshape(weight.shape)
+            weights[f"{layer}.weight"] = weight + update
+    return weights

@@ -16,21 +16,30 @@ from torch import Tensor
 
 from metapl.words import shown
 
-GENERATOR = "metapl report"  # what a page says of who wrote it
+# What a page says of who wrote it.
+GENERATOR = "metapl report"
 # what a browser may load: nothing
 ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-LARGEST_PICTURE = 160  # pixels a side
+
+# Pixels of a side.
+LARGEST_PICTURE = 160
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #ddd; --page: #fff; --box: #f6f7f8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --quiet: #a0a4a8; --line: #3a3f44; --page: #15181b;
+:root { color-scheme: light dark; --ink: #222; --quiet: #666; --line: #ddd; --page: #fff; --box:
+  #f6f7f8 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --quiet: #a0a4a8; --line: #3a3f44;
+  --page: #15181b;
   --box: #1e2226 } }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--page); color:
+  var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
-p { max-width: 46rem; margin: .4rem 0 } .number { font-size: 3rem; font-weight: 700; line-height: 1.1; margin: 1rem 0 }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0
+  .6rem }
+p { max-width: 46rem; margin: .4rem 0 } .number { font-size: 3rem; font-weight: 700; line-height:
+  1.1; margin: 1rem 0 }
 .quiet, figcaption, th { color: var(--quiet) } figcaption, table, pre { font-size: .85rem }
-figure { margin: 0 } .drawn { max-width: 100% } pre { background: var(--box); border-radius: .5rem; padding: .8rem }
+figure { margin: 0 } .drawn { max-width: 100% } pre { background: var(--box); border-radius: .5rem;
+  padding: .8rem }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal } td { white-space: nowrap }
 th { font-weight: 600 }
@@ -38,13 +47,15 @@ th:first-child { text-align: left; min-width: 6rem; max-width: 16rem; overflow-w
 tr + tr > * { border-top: 1px solid var(--line) }
 .texts td { text-align: left; overflow-wrap: anywhere; white-space: normal }
 .pictures { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
-.pictures img { width: 7rem; max-width: 100%; image-rendering: pixelated; border: 3px solid var(--line) }
-details { margin: 1rem 0 } summary { cursor: pointer; font-weight: 600 } pre { white-space: pre-wrap }
+.pictures img { width: 7rem; max-width: 100%; image-rendering: pixelated; border: 3px solid
+  var(--line) }
+details { margin: 1rem 0 } summary { cursor: pointer; font-weight: 600 } pre { white-space:
+  pre-wrap }
 """
 
 
 def web_page(title: str, of: object, parts: Sequence[str]) -> bytes:
-    """The page of these parts, which are HTML, below its title and the folder that it is ``of``."""
+    """Return the page of these parts, in HTML, below its title and the folder that it is ``of``."""
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="generator" content="{GENERATOR}">'
@@ -78,7 +89,7 @@ def paragraph(words: object, kind: str = "") -> str:
 
 
 def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
-    """A table, the first cell of whose rows names them; without a head, of names and texts."""
+    """Return a table; the first cell of a row names it. Without a head it has names and texts."""
     heads = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     body = "".join(
         "<tr><th "
@@ -86,7 +97,8 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
         for name, *row in cells
     )
     kind = "" if head else ' class="texts"'
-    return f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -125,5 +137,5 @@ def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
 
 
 def picture(content: bytes) -> str:
-    """A picture in PNG, in the page itself."""
+    """Return a picture in PNG as a part of the page itself."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"

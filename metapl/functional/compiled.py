@@ -219,6 +219,19 @@ def captured(function: Any, device: torch.device, **options: Any) -> Any:
 
 
 @contextmanager
+def without_warnings_of_tracing() -> Iterator[None]:
+    """Ignore what torch warns of itself while it traces a function.
+
+    It asks every tensor that the function reads for its ``.grad``. The weight that the old weight
+    norm leaves in a module is no leaf, and warns.
+    """
+    with warnings.catch_warnings():
+        message = r"The \.grad attribute of a Tensor that is not a leaf"
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
+
+
+@contextmanager
 def capturing() -> Iterator[None]:
     """Name what cannot be captured by a graph that is called in this block."""
     try:
@@ -487,7 +500,9 @@ class CompiledStep:
         start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
-            with torch.no_grad(), no_fast_path(), capturing():
+            # The first call traces the step.
+            quiet = nullcontext() if eager is None else without_warnings_of_tracing()
+            with torch.no_grad(), no_fast_path(), capturing(), quiet:
                 if trainer.compile == "reduce-overhead":
                     moved, report = run_in_cuda_graphs(
                         compiled, live.state, outer_batch, inner, noise

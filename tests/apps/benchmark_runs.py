@@ -95,7 +95,7 @@ def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    """What a benchmark's command prints, in this process.
+    """Return what a benchmark's command prints, in this process.
 
     Endurance forks, which autograd's threads do not survive.
     """
@@ -121,7 +121,7 @@ def miniatures(scripts: tuple[str, ...]) -> pytest.MarkDecorator:
 
 
 def check_miniature(script: str, folder: Path) -> None:
-    """It leaves rows that it goes on with and that its tables are made of."""
+    """Check that it leaves rows that it goes on with and that its tables are made of."""
     name, marks, out, page = (
         script.split()[0],
         MARKS.get(script, [script]),

@@ -17,7 +17,7 @@ from metapl.apps.run_folder import RunFolder
 
 
 def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """The command as it is typed, without the cost of a process."""
+    """Run the command as it is typed, without the cost of a process."""
     words, out, err = [str(a) for a in arguments], io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -31,7 +31,7 @@ def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.Completed
 
 
 def result(run: Path) -> dict[str, Any]:
-    """What a run ended with."""
+    """Return what a run ended with."""
     content: dict[str, Any] = json.loads((run / "result.json").read_text())
     return content
 
@@ -55,7 +55,7 @@ def edited(file: Path, *keys: str, **values: Any) -> None:
 
 
 def reseal(run: Path) -> None:
-    """As if the run had written its weights and pictures as they are now."""
+    """Seal a run as if it had written its weights and pictures as they are now."""
     content = result(run)
     files = content["sha256"].keys() - {"result.json"}
     content["sha256"] = {
@@ -65,5 +65,5 @@ def reseal(run: Path) -> None:
 
 
 def rows(text: str) -> list[dict[str, str]]:
-    """CSV with a header."""
+    """Return the rows of CSV with a header."""
     return list(csv.DictReader(io.StringIO(text)))

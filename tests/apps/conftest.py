@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose scripts so
 
 @pytest.fixture(scope="session", autouse=True)
 def _blank_pictures() -> None:
-    """``report.png`` is not drawn.
+    """Draw no ``report.png``.
 
     It takes most of a small run, and is seldom the point of a test.
     """
@@ -33,21 +33,21 @@ def _blank_pictures() -> None:
 
 @pytest.fixture(name="one_thread")
 def _one_thread() -> Iterator[None]:
-    """Bits are those of one thread."""
+    """Run on one thread, for bits are those of one thread."""
     with one_thread():
         yield
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``report.png`` is drawn, by this function."""
+    """Draw ``report.png``, and return the function that does."""
     monkeypatch.setattr(report, "draw", DRAW)
     return DRAW
 
 
 @pytest.fixture
 def blank_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports have files in the place of programs, which take some seconds."""
+    """Put files in the place of an export's programs, which take some seconds."""
     files = {PROGRAM: b"a program", ONNX: b"for others"}
     monkeypatch.setattr(
         export,

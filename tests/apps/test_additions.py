@@ -1,5 +1,7 @@
-"""A new estimator is one file and one line of the registry, and so is a new method: each is added
-to a copy of the package, whose functions and command then know it."""
+"""A new estimator is one file and one line of the registry, and so is a new method.
+
+Each is added to a copy of the package, whose functions and command then know it.
+"""
 
 import os
 import shutil
@@ -77,7 +79,7 @@ assert main([*train, "--factor", "3"]) == 2
 
 
 def add(file: Path, line: str, more: str, imports: str, imported: str) -> None:
-    """A line behind one of a registry, and an import before another."""
+    """Add a line behind one of a registry, and an import before another."""
     text = file.read_text()
     assert line in text
     assert imports in text
@@ -103,7 +105,7 @@ def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) ->
             '"supervised": methods.Supervised(),\n',
             '    "heavier": Heavier(),\n',
         ),
-        *("from metapl.apps.networks import", "from metapl.apps.heavier import Heavier"),
+        *("from metapl.apps.network_weights import", "from metapl.apps.heavier import Heavier"),
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

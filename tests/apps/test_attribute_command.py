@@ -31,7 +31,7 @@ NETWORK = ("--image-size", "8", "--network", "small_cnn", "--steps", "2", "--fin
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """noisy, clean and others, a run of each kind, and the pictures of noisy that are in the wrong folder."""
+    """Return noisy, clean and others, a run of each kind, and the pictures that noisy has wrong."""
     root = tmp_path_factory.mktemp("shapes")
     wrong = write(root / "noisy", 16, 0, wrong=3)
     write(root / "clean", 5, 1000)
@@ -46,14 +46,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
 
 
 def tensors(folder: Path) -> tuple[list[str], tuple[Tensor, Tensor]]:
-    """The pictures of a folder, in the order of their names, as the network sees them."""
+    """Return the pictures of a folder, in the order of their names, as the network sees them."""
     files = sorted(map(str, folder.rglob("*.png")))
     x = torch.stack([torch.tensor(numpy.array(Image.open(file)))[None] / 255 for file in files])
     return files, (x, torch.tensor([int(Path(file).parent.name == "beam") for file in files]))
 
 
 def figures(page: Path) -> dict[str, Any]:
-    """What stands on the page of how the scores were found."""
+    """Return what stands on the page of how the scores were found."""
     cells = re.findall(
         r"<t[dh][^>]*>(.*?)</t[dh]>", page.read_text().partition("How they were found")[2]
     )

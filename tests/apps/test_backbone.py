@@ -48,7 +48,7 @@ NOISY = (
 
 @pytest.fixture(name="root", scope="module")
 def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and blue pictures, in ``noisy`` too, and the weights of a network of ten classes."""
+    """Return red and blue pictures, in ``noisy`` too, and weights of a network of ten classes."""
     root = color_folders(tmp_path_factory.mktemp("colors"), few=6, many=8, side=SIDE)
     shutil.copytree(root / "labeled", root / "noisy")
     for number, file in enumerate(sorted((root / "noisy").rglob("*.png"))):
@@ -132,7 +132,7 @@ def test_what_the_head_sees_is_known_by_pictures_weights_and_autocast() -> None:
         lambda: images.mul_(0.5),
         lambda: setattr(images, "data", torch.rand_like(images)),
         lambda: network.load_state_dict(other.state_dict()),
-        lambda: network.requires_grad_(True),
+        lambda: network.requires_grad_(requires_grad=True),
     ):
         change()
         assert torch.equal(network(images), Normalized.forward(network, images))

@@ -1,4 +1,4 @@
-"""The tables of pages are those of the committed rows, and the rows are of runs as the studies say."""
+"""The tables of pages are those of the committed rows; these are of runs as the studies say."""
 
 import contextlib
 import doctest
@@ -68,7 +68,7 @@ def test_a_miniature_leaves_rows_and_tables(script: str, tmp_path: Path) -> None
 
 
 def test_the_rows_that_a_page_shows_are_those_of_the_whole_table() -> None:
-    """A table below ``<!-- rows of NAME -->`` has some rows and columns of ``benchmarks/results/NAME.md``."""
+    """``<!-- rows of NAME -->`` heads some rows and columns of ``benchmarks/results/NAME.md``."""
 
     def rows_of(text: str) -> list[dict[str, str]]:
         found = []
@@ -151,7 +151,7 @@ def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_re
 
 @pytest.mark.long
 def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> None:
-    """The first call leaves one part that failed and one that is missing, and the next one goes on there."""
+    """The first call leaves a part that failed and one that is missing; the next goes on there."""
     harness = importlib.import_module("harness")
 
     def command() -> str:

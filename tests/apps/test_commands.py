@@ -1,5 +1,8 @@
-"""The command line: what is typed in the pages parses, what is refused leaves every file as it was,
-and what each command that reads a run says and writes."""
+"""The command line.
+
+What is typed in the pages parses, what is refused leaves every file as it was; and what each
+command that reads a run says and writes.
+"""
 
 import json
 import math
@@ -36,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def typed() -> list[str]:
-    """The command lines of the pages, as one types them."""
+    """Return the command lines of the pages, as one types them."""
     lines: list[str] = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
@@ -176,7 +179,7 @@ REFUSED = {
 
 
 def content(*folders: Path) -> dict[str, tuple[int, float]]:
-    """Every file, with its size and when it was written, and every folder."""
+    """Return every file, with its size and when it was written, and every folder."""
     found = {str(file): file.stat() for folder in folders for file in folder.rglob("*")}
     return {
         name: (-1, 0) if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)

@@ -35,7 +35,7 @@ SHORT = (*TINY, "--compare", "--methods", "mpl", "none", "--seeds", "0-1")
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two methods and two seeds, which tests leave as it is."""
+    """Return a comparison of two methods and two seeds, which tests leave as it is."""
     command = (*SHORT, "--jobs", "1")
     return built_once(
         tmp_path_factory, "tiny-compared", lambda out: metapl(*command, "--out", str(out))
@@ -45,7 +45,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(
     test: dict[str, list[float]], validation: dict[str, list[float]] | None = None
 ) -> Comparison:
-    """Students with these accuracies, and finetuned ones that are worse."""
+    """Compare students with these accuracies, and finetuned ones that are worse."""
     methods = {
         name: {
             "test_accuracy": ones,
@@ -173,7 +173,13 @@ def test_a_worker_that_is_killed_is_reported_and_the_others_go(
 ) -> None:
     monkeypatch.setattr(several_runs, "_run_apart", _killed)
     two = [
-        Job(Digits(fitting=fitting(seed=s)), METHODS["mpl"], tmp_path / str(s), False, 1)
+        Job(
+            Digits(fitting=fitting(seed=s)),
+            METHODS["mpl"],
+            tmp_path / str(s),
+            resume=False,
+            threads=1,
+        )
         for s in (0, 1)
     ]
     with pytest.raises(MetaplError, match="killed"):

@@ -1,5 +1,8 @@
-"""The README and the documentation: their code runs, their links lead somewhere, figures are
-those of the pages and rows, and the site can be built."""
+"""The README and the documentation.
+
+Their code runs, their links lead somewhere, figures are those of the pages and rows, and the site
+can be built.
+"""
 
 import json
 import os
@@ -108,7 +111,7 @@ def test_the_notebook_runs_and_prints_what_is_stored(
 
 
 def anchors(page: Path) -> set[str]:
-    """What the headings of a page, and the objects that it documents, are linked to by."""
+    """Return what a page's headings, and the objects that it documents, are linked to by."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     documented = set(re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
     return documented | {
@@ -192,7 +195,7 @@ def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> N
 
 
 def table(text: str) -> dict[str, dict[str, str]]:
-    """The rows of the first table of a text, by their first cell, each with its cells by their columns."""
+    """Return the rows of a text's first table by their first cell, as cells by their columns."""
     lines = re.search(r"(^\|.*\n)+", text, re.MULTILINE)
     assert lines is not None
     head, _, *body = (

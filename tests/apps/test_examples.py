@@ -40,7 +40,10 @@ def compared(of: str) -> str:
 
 
 def differ_as_they_say(*found: float) -> bool:
-    """By a method and by plain training, on two kinds of noise; each number is rounded."""
+    """Return whether a method and plain training differ as printed, on two kinds of noise.
+
+    Each number is rounded.
+    """
     return all(abs(a - b - d) < 0.11 and min(a, b) > 40 for a, b, d in (found[:3], found[3:]))
 
 
@@ -88,14 +91,17 @@ PRINTS: dict[str, tuple[str, str, Callable[..., bool]]] = {
     ),
     "own networks": (
         "own_networks 3",
-        r"^seed 3: student's accuracy ([\d.]+) % with feedback, ([\d.]+) % without\nOne seed does not show ",
+        (
+            r"^seed 3: student's accuracy ([\d.]+) % with feedback, ([\d.]+) % without\n"
+            r"One seed does not show "
+        ),
         lambda own, without: own != without and min(own, without) > 60,
     ),
 }
 
 
 def printed(patch: pytest.MonkeyPatch, name: str, *arguments: str) -> str:
-    """What an example prints, run in this process."""
+    """Return what an example prints, run in this process."""
     patch.setattr(sys, "argv", [name, *arguments])
     patch.syspath_prepend(ROOT / "examples")
     with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()) as out:

@@ -30,7 +30,7 @@ SHAPE = (3, 16, 16)
 def run(
     out: Path, patch: pytest.MonkeyPatch, file: str = WEIGHTS, own: bool = False, **scope: Any
 ) -> dict[str, Any]:
-    """What the card's code for a file defines, run beside it, where metapl cannot be imported."""
+    """Return what the card's code for a file defines, run where metapl cannot be imported."""
     patch.chdir(out)
     for name in [name for name in sys.modules if name.split(".")[0] == "metapl"]:
         if not own:
@@ -44,7 +44,7 @@ def run(
 
 
 def trained_like(architecture: Architecture, size: int) -> nn.Module:
-    """Fresh weights, with the statistics of some pictures and a head that tells them apart."""
+    """Return fresh weights, with the statistics of pictures and a head that tells them apart."""
     torch.manual_seed(0)
     channels = architecture.in_channels
     model = Normalized(architecture.create(), MEAN[:channels], STD[:channels])
@@ -124,7 +124,7 @@ def test_the_cards_code_runs_the_programs(
 
 
 def little(outputs: int = 2) -> nn.Module:
-    """What there is in a network of pictures, and of each as little as there can be."""
+    """Return a network of pictures with each part that one has, as little as there can be."""
     first = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
     return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs))
 

@@ -1,6 +1,9 @@
-"""Folders of pictures: what a scan finds, what is wrong with them, which files are sound, and how
-they split; trainings on many files, broken ones, files that block; and names that move no cursor,
-are no formula, and no Markdown."""
+"""Folders of pictures.
+
+What a scan finds, what is wrong with them, which files are sound, and how they split; trainings on
+many files, broken ones, files that block; and names that move no cursor, are no formula, and no
+Markdown.
+"""
 
 import contextlib
 import csv
@@ -54,7 +57,7 @@ PARTS = ("labeled", "unlabeled", "test")
 
 
 def fill(root: Path, *names: str) -> Path:
-    """Empty files, with the folders that they need."""
+    """Make empty files, with the folders that they need."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -62,7 +65,7 @@ def fill(root: Path, *names: str) -> Path:
 
 
 def pictures(root: Path, **levels: list[int]) -> Path:
-    """One folder a class, with small pictures of the given levels.
+    """Make one folder a class, with small pictures of the given levels.
 
     Two of one level have the same bytes.
     """
@@ -245,7 +248,10 @@ FINDINGS: dict[str, tuple[Sides, list[tuple[str, str, str]]]] = {
     "twice in a class": ({"labeled": {"cat": [1, 1], "dog": [2, 3]}}, []),
     "one class": ({"labeled": {"cat": [1, 2]}}, [("error", "classes", "one class")]),
     "empty class": ({"labeled": {**L, "empty": []}}, [("error", "classes", "empty")]),
-    "two classes": ({"labeled": {"cat": [1, 2], "dog": [2, 3]}}, [("error", "contradiction", "more than one")]),
+    "two classes": (
+        {"labeled": {"cat": [1, 2], "dog": [2, 3]}},
+        [("error", "contradiction", "more than one")],
+    ),
     "other classes": (
         {"labeled": L, "test": {"cat": [5], "fish": [6], "empty": []}},
         [("error", "classes", "fish"), ("warning", "classes", "dog")],
@@ -327,7 +333,7 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     )
     given = Images(labeled=str(few.root), unlabeled=str(many.root), val_fraction=0.5, **SMALL)
     config, said = choose_settings(given, METHODS["uda"], lambda text: None)[0], list[str]()
-    task = config.data(said.append, False, None)
+    task = config.data(said.append, progress=False, log=None)
     val = {task.validation.images.path(i).read_bytes() for i in range(4)}
     left = [task.unlabeled.images.path(i).read_bytes() for i in range(len(task.unlabeled.images))]
     assert len(left) == task.record["unlabeled"] == 4 + others
@@ -361,7 +367,7 @@ def test_large_folders_are_known_by_names_and_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changes() -> Iterator[str]:
-        """Of a folder: as it is; other bytes; another size; another name."""
+        """Yield the digest of a folder as it is, with other bytes, another size, another name."""
         for content, name in ((b"123", "a"), (b"124", "a"), (b"1234", "a"), (b"1234", "b")):
             shutil.rmtree(tmp_path / "x", ignore_errors=True)
             (fill(tmp_path / "x", f"{name}.png") / f"{name}.png").write_bytes(content)
@@ -409,7 +415,7 @@ def test_training_on_many_files_starts_at_once(
         (root / "unlabeled" / f"{number:03}.png").write_text("no picture")
     given = Images(**{name: str(root / name) for name in PARTS}, **SMALL)
     task = choose_settings(given, METHODS["uda"], lambda text: None)[0].data(
-        lambda line: None, False, None
+        lambda line: None, progress=False, log=None
     )
     assert (task.record["unlabeled"], task.skipped) == (624, {})
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
@@ -428,9 +434,11 @@ def test_a_terminal_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_files_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it trains, as in folders that are too large to decode first: they are replaced,
-    recorded once, and counted at the end. Where all are decoded first, they are left out. A class
-    that has no other file is named."""
+    """While it trains, files that break are replaced, recorded once, and counted at the end.
+
+    So it is in folders that are too large to decode first. Where all are decoded first, such files
+    are left out. A class that has no other file is named.
+    """
     root = color_folders(tmp_path / "root")
     cut = [
         root / name

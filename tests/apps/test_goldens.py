@@ -130,7 +130,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def words_of(name: str, root: Path) -> list[str]:
-    """The words of a run but for its folder."""
+    """Return the words of a run but for its folder."""
     parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(
         RUNS[name][1], ()
     )
@@ -140,7 +140,7 @@ def words_of(name: str, root: Path) -> list[str]:
 
 
 def of_run(name: str, root: Path, out: Path) -> dict[str, Any]:
-    """The weights of every network that a run delivers."""
+    """Return the weights of every network that a run delivers."""
     metapl(*words_of(name, root), "--out", out)
     found = {
         file.stem: load_file(file)

@@ -1,5 +1,8 @@
-"""Stored labels: what is read is what was written, in any order, and nothing else is ever taken for
-it; statistics and selections against plain numpy; and what the commands say."""
+"""Stored labels.
+
+What is read is what was written, in any order, and nothing else is ever taken for it; statistics
+and selections against plain numpy; and what the commands say.
+"""
 
 import hashlib
 import json
@@ -54,7 +57,7 @@ def files(folder: Path) -> list[str]:
 
 
 def read_by_hand(p: Tensor, k: int | None) -> Tensor:
-    """The equation of LabelStore, an example at a time."""
+    """Return labels by the equation of LabelStore, an example at a time."""
     result = []
     for row in p.numpy():
         kept = sorted(range(len(row)), key=lambda c, row=row: (-row[c], c))[: k or len(row)]
@@ -229,7 +232,7 @@ def go_on(folder: Path, **options: Any) -> LabelWriter:
 
 
 def stop_after(folder: Path, rows: int, p: Tensor, **options: Any) -> None:
-    """A writer whose block fails after so many rows."""
+    """Write to a store by a block that fails after so many rows."""
     writer = LabelWriter(folder, CLASSES, rows_per_part=10, **options).__enter__()
     writer.add(names(len(p))[:rows], p[:rows])
     writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
@@ -276,7 +279,7 @@ SIX = tuple(f"class {index}" for index in range(6))
 def made(
     folder: Path, rows: int = 400, *, numbers: bool = False, top_k: int | None = None
 ) -> LabelStore:
-    """Distributions of few different values, so that many examples are equally confident, and none of a class."""
+    """Store distributions of few values: many examples are equally confident, a class has none."""
     weights = torch.randint(0, 5, (rows, 6), generator=torch.Generator().manual_seed(0)).float()
     weights[:, 5] = 0
     weights[:, 0] += 1.5
@@ -294,7 +297,7 @@ def made(
 
 
 def held_out(folder: Path, *numbers: int) -> Path:
-    """Files of these examples, under other names."""
+    """Make files of these examples, under other names."""
     (folder / "deep").mkdir(parents=True)
     for number in numbers:
         (folder / "deep" / f"other name {number}.png").write_bytes(f"{number}".encode())
@@ -303,7 +306,7 @@ def held_out(folder: Path, *numbers: int) -> Path:
 
 
 def columns(store: LabelStore) -> dict[str, Any]:
-    """All rows, as another reader of Parquet has them."""
+    """Return all rows, as another reader of Parquet has them."""
     import pyarrow as pa
     import pyarrow.feather as feather
 
@@ -327,7 +330,7 @@ def chosen_by_hand(
     balance: bool,
     dropped: Sequence[int] = (),
 ) -> dict[Any, int]:
-    """The ids that are to be left, each with its copies, by plain Python and numpy."""
+    """Return the ids that are to be left, each with its copies, by plain Python and numpy."""
     rows = columns(store)
     confidence = rows["confidence"].astype(np.float32)
     left = [row for row in range(len(store)) if row not in dropped]
@@ -546,7 +549,7 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     for name, count in zip(SIX, counts, strict=True):
         assert any(line.startswith(name) and f" {count} " in line for line in text.splitlines())
     told = metapl("labels", "select", store.folder, "--out", tmp_path / "out", *flags).stdout
-    expected = chosen_by_hand(store, 0.3, 50, True)
+    expected = chosen_by_hand(store, 0.3, 50, balance=True)
     assert f"\n{len(expected)}  kept\n" in told
     assert f"\n{sum(expected.values())}  with copies\n" in told
     assert sum(

@@ -1,4 +1,4 @@
-"""What pictures show decides settings that were left open, and how many steps fit into a time the rest."""
+"""What pictures show decides settings that were left open; the steps that fit a time, the rest."""
 
 import itertools
 from pathlib import Path
@@ -45,7 +45,7 @@ def given(root: Path, **fields: Any) -> Any:
 
 
 def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10)) -> list[Path]:
-    """Noise in colors or grey, or light or dark spots on an even ground."""
+    """Write noise in colors or grey, or light or dark spots on an even ground."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         levels = LEVELS.integers(0, 256, (*side, 3))

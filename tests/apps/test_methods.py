@@ -78,7 +78,7 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
 
 FITTING = digits.fitting(steps=8, labeled_batch=10, seed=3)
 DIGITS = digits.Digits(hidden=(8,), unlabeled_batch=12, fitting=FITTING)
-DATA = DIGITS.data(lambda text: None, False, None)
+DATA = DIGITS.data(lambda text: None, progress=False, log=None)
 
 
 def trained(method: Any, config: Any = DIGITS) -> list[Phase]:

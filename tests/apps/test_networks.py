@@ -1,6 +1,8 @@
-"""Networks by name: weights, strides and noise; what feedback takes through them; their
-normalization and decay; and weights from files: whole, of other classes, damaged, of another
-network, downloaded."""
+"""Networks by name: weights, strides and noise; what feedback takes through them.
+
+Their normalization and decay; and weights from files: whole, of other classes, damaged, of another
+network, downloaded.
+"""
 
 import copy
 import sys
@@ -53,7 +55,10 @@ def on_meta(name: str, num_classes: int = 1000, **fields: Any) -> Any:
 
 @pytest.mark.long
 def test_each_network_has_its_weights() -> None:
-    """With ten classes those of this package, with a thousand the others, of which torchvision tests the rest."""
+    """This package's networks are made for ten classes, the others for a thousand.
+
+    Of torchvision's, its own tests count the rest.
+    """
     for name, weights in COUNTS:
         own = Architecture(name=name, num_classes=5).library == "metapl"
         assert sum(p.numel() for p in on_meta(name, 10 if own else 1000).parameters()) == weights, (

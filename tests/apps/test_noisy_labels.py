@@ -28,7 +28,7 @@ SHAPES = ("bar", "beam")
 
 
 def picture(shape: str, seed: int) -> Image.Image:
-    """A bar stands, a beam lies."""
+    """Return a picture of a bar, which stands, or of a beam, which lies."""
     draw = np.random.default_rng(seed)
     levels = draw.integers(0, 60, (8, 8)).astype(np.uint8)
     place = int(draw.integers(1, 6))
@@ -37,9 +37,9 @@ def picture(shape: str, seed: int) -> Image.Image:
 
 
 def write(root: Path, each: int, seed: int, wrong: int = 0) -> set[str]:
-    """``each`` pictures a class, the first ``wrong`` of them in the other folder.
+    """Write ``each`` pictures a class, the first ``wrong`` of them in the other folder.
 
-    The paths of these.
+    Return the paths of these.
     """
     misplaced = set()
     for number, shape in enumerate(SHAPES):
@@ -58,7 +58,7 @@ def given(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """noisy, clean and test; wrong.json says which of noisy are in the wrong folder."""
+    """Return noisy, clean and test; wrong.json says which of noisy are in the wrong folder."""
 
     def build(folder: Path) -> None:
         wrong = write(folder / "noisy", 20, 0, wrong=3)
@@ -71,8 +71,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def noisy_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the default method, long enough to tell a bar from a beam."""
-    flags = f"{SIZES} --steps 60 --warm-steps 6 --log-every 30 --validate-every 30 --save-every 60".split()
+    """Return a run of the default method, long enough to tell a bar from a beam."""
+    flags = (
+        f"{SIZES} --steps 60 --warm-steps 6 --log-every 30 --validate-every 30 --save-every 60"
+    ).split()
     command = ("train", "noisy", *given(root), "--test", str(root / "test"), *flags)
     return built_once(
         tmp_path_factory, "shapes-run", lambda out: metapl(*command, "--out", str(out))
@@ -121,7 +123,7 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
 
 
 def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
-    """The data, and what was fitted."""
+    """Return the data, and what was fitted."""
     whole: dict[str, Any] = {
         "classes": ("bar", "beam"),
         "network": "small_cnn",
@@ -138,7 +140,7 @@ def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
     }
     noisy, clean = given(root)[1::2]
     config = with_flags(Noisy(labeled=noisy, clean=clean), **whole, clean_batch=6, device="cpu")
-    data = config.data(lambda text: None, False, None)
+    data = config.data(lambda text: None, progress=False, log=None)
     return data, phases_of(config, method, data)
 
 

@@ -1,4 +1,4 @@
-"""Noisy Student: its losses and noise, its rounds of labeling and selecting, and the ways to train a student."""
+"""Noisy Student: losses and noise, rounds of labeling and selecting, ways to train a student."""
 
 import copy
 import dataclasses
@@ -169,7 +169,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def phases(settings: NoisyStudent) -> list[Phase]:
-    return phases_of(DIGITS, settings, DIGITS.data(lambda text: None, False, None))
+    return phases_of(DIGITS, settings, DIGITS.data(lambda text: None, progress=False, log=None))
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -191,7 +191,9 @@ def test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(warm: boo
 def test_a_student_learns_from_labeled_and_from_more_unlabeled_examples_with_noise() -> None:
     first, second = phases(NoisyStudent(rounds=1, ratio=5, labels="hard", unlabeled_noise="model"))
     assert first.unlabeled is None
-    assert second.trainer.losses == (NoisyStudentLoss("mean", True, True, 0.0),)
+    assert second.trainer.losses == (
+        NoisyStudentLoss("mean", hard=True, model_noise=True, label_smoothing=0.0),
+    )
     assert (len(second.labeled[0][0]), len(second.unlabeled[0][0])) == (8, 40)
     assert first.labeled.view == second.labeled.view != second.unlabeled.weak
     assert not torch.equal(first.labeled[0][0], second.labeled[0][0]), "each round draws its own"
@@ -207,7 +209,7 @@ def test_the_unlabeled_examples_get_the_noise_that_was_asked_for() -> None:
     has_model_noise = {noise: phase.trainer.losses[0].model_noise for noise, phase in views.items()}
     assert has_model_noise == {"all": True, "standard": True, "model": True, "none": False}
     x = torch.rand(6, 1, 8, 8)
-    moved = standard_view(DIGITS.data(lambda text: None, False, None))(
+    moved = standard_view(DIGITS.data(lambda text: None, progress=False, log=None))(
         x, seed=1, step=2, examples=torch.arange(6)
     )
     shifts = [
@@ -268,7 +270,7 @@ def test_losses_of_both_kinds_are_recorded_with_the_noise_and_without_it() -> No
 
 
 def test_networks_have_the_noise_of_their_size_unless_it_is_given() -> None:
-    """Of EfficientNets that of the authors' code, which is the paper's for B7 and L2; 0.2 of others."""
+    """EfficientNets have that of the authors' code, the paper's for B7 and L2; others have 0.2."""
 
     def noise(**fields: Any) -> tuple[float, float]:
         pictures = PicturesOfRounds(**fields)
@@ -335,7 +337,7 @@ def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> Non
         NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none")
     )
     assert (alone.trainer.losses, alone.unlabeled) == (
-        (NoisyStudentLoss("mean", False, False),),
+        (NoisyStudentLoss("mean", hard=False, model_noise=False),),
         None,
     )
     how = tuned.options
@@ -496,9 +498,9 @@ def test_another_network_s_selection_is_labeled_anew(
 
 
 def made_selection(folder: Path, pictures: Path, names: list[str], classes: list[str]) -> Path:
-    """A store that was selected, of labels that are as good as even, the rarer class filled up.
+    """Store labels that are as good as even, and return the store that is selected from them.
 
-    And the one before.
+    In it the rarer class is filled up; the store of all labels stays beside it.
     """
     generator = torch.Generator().manual_seed(3)
     every = folder.parent / f"{folder.name} all"

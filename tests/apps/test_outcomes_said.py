@@ -29,13 +29,13 @@ SHORT = (*DIGITS, "--steps", "200", "--validate-every", "50")
 
 
 def text_of(*words: str) -> str:
-    """What a command prints, without its line ends."""
+    """Return what a command prints, without its line ends."""
     return " ".join(metapl(*words).stdout.split())
 
 
 @pytest.fixture(scope="module")
 def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run whose student died, beside a teacher that is well."""
+    """Return a run whose student died, beside a teacher that is well."""
     out = tmp_path_factory.mktemp("runs") / "dead"
     return out, text_of(*SHORT, "--student-lr", "30", "--out", str(out))
 

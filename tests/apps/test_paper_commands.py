@@ -1,4 +1,4 @@
-"""The commands of docs/papers.md, each as it stands there, on small data that is called as there, and with few steps.
+"""The commands of docs/papers.md as they stand there, on small data called as there, few steps.
 
 A command is read by its script's own parser as the page has it, and then runs with the words of its
 rule behind it, of which the last value of a flag counts. Commands that read what another one
@@ -262,7 +262,7 @@ def write_fashion_folder(folder: Path) -> None:
 
 
 def write_imagenet_network(folder: Path) -> Path:
-    """Write the weights of a network of ImageNet's thousand classes, of which the small data has three."""
+    """Write weights of a network of ImageNet's thousand classes; the small data has three."""
     names = [*WNIDS, *(f"n{number:08}" for number in range(1_000 - len(WNIDS)))]
     architecture = Architecture(name="small_cnn", num_classes=1_000, image_size=16)
     export(
@@ -276,7 +276,7 @@ def write_imagenet_network(folder: Path) -> Path:
 
 
 class Bench:
-    """A folder in which commands of the page run, each at most once, behind those whose results it reads."""
+    """A folder in which the page's commands run, each at most once, behind those that it reads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -322,7 +322,7 @@ def is_within(path: str, folder: str) -> bool:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Commands leave the committed results as they are."""
+    """Yield a bench on which commands leave the committed results as they are."""
     folder = tmp_path_factory.mktemp("papers")
     before = committed()
     with pytest.MonkeyPatch.context() as patch:
@@ -431,7 +431,7 @@ def as_started_by_torchrun(processes: int) -> Iterator[None]:
 
 
 def run_protocol(words: list[str], processes: int) -> None:
-    """Check the settings of the page, for as many processes as it starts, and train small ones in this process."""
+    """Check the page's settings, for as many processes as it starts; train small ones here."""
     assert "WORLD_SIZE" not in os.environ
     if "--sources" in words:
         assert protocols.main(words) == 0
@@ -451,7 +451,7 @@ def run_protocol(words: list[str], processes: int) -> None:
 
 
 def run_noisy_student(words: list[str], processes: int) -> None:
-    """Say what the page's settings would train, for as many processes as it starts, and train small ones here."""
+    """Say what the page's settings would train, for as many processes; train small ones here."""
     if "--sources" in words:
         assert noisy_student_imagenet.main(words) == 0
         return
@@ -477,7 +477,7 @@ def run_noisy_student(words: list[str], processes: int) -> None:
 
 
 def run_robustness(words: list[str], processes: int) -> None:
-    """Measure a network of a thousand classes, as that of the page would be, in the place of the page's run."""
+    """Measure a network of a thousand classes, like the page's, in the place of the page's run."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr("metapl.apps.export.programs", lambda *given, **more: {})
         weights = Path("a network of ImageNet", WEIGHTS)
@@ -492,7 +492,7 @@ def run_training_accuracy(words: list[str], processes: int) -> None:
 
 
 def run_script(name: str, more: str) -> Callable[[list[str], int], None]:
-    """Return the rule of a script that is run as a file, with more words behind those of the page."""
+    """Return the rule of a script run as a file, with more words behind those of the page."""
 
     def run(words: list[str], processes: int) -> None:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
@@ -524,8 +524,9 @@ def collect_tests(words: list[str]) -> None:
 
 
 def run_rows_of_benchmark(script: str, words: list[str]) -> None:
-    """Print the tables of a benchmark's committed rows; the tests of the benchmarks hold that it runs in miniature.
+    """Print the tables of a benchmark's committed rows.
 
+    The tests of the benchmarks hold that it runs in miniature.
     A page that the command would write is a copy.
     """
     name = Path(script).stem
@@ -558,7 +559,7 @@ def test_a_command_of_the_page_runs_in_miniature(command: str, bench: Bench) -> 
 
 
 def spoiled() -> list[str]:
-    """Return a command of every rule, with its last flag but the place of its results under another name."""
+    """Return a command of every rule, the last flag but the results' place under another name."""
     found: dict[str, str] = {}
     for command in COMMANDS:
         words = shlex.split(command)

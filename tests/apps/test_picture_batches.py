@@ -54,7 +54,7 @@ STRONG = Chain((Weak(pad=1), RandAugment(cutout=2)))
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    """Picture i is of level 10 i, of a size of its own.
+    """Return paths of pictures: picture i is of level 10 i, of a size of its own.
 
     Three of them are cut off, and some names are odd.
     """
@@ -70,7 +70,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 def batches_of_files(paths: list[Path], view: Any, crop: ResizedCrop | None) -> list[Any]:
-    """Return batches of eight rows of each kind that several processes share, of files that can be read."""
+    """Return batches of eight rows of each kind that several processes share, of readable files."""
     files = FileImages([paths[number] for number in SOUND], size=(6, 6))
     count = len(SOUND)
     labels = torch.arange(count)
@@ -156,7 +156,7 @@ def test_a_share_can_be_sent_to_a_process_that_reads_for_it(paths: list[Path]) -
 
 
 def numbers(images: Tensor) -> list[int]:
-    """Which pictures these are."""
+    """Return which pictures these are."""
     scaled = images * 255 if images.is_floating_point() else images
     return [round(float(x) / 10) for x in scaled[:, 0].float().mean((1, 2))]
 
@@ -280,7 +280,7 @@ def test_recorded_files(tmp_path: Path) -> None:
 
 
 def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
-    """Every kind of batches."""
+    """Return every kind of batches."""
     sampler, weak = StepSampler(COUNT, 7, seed=1), Weak(pad=1)
     files = FileImages(paths, size=(8, 8), log=paths[0].parent / "log")
     held = MemoryImages(
@@ -316,7 +316,7 @@ def sources(kind: str, paths: list[Path]) -> dict[str, StepBatches[Any]]:
     ("kind", "workers"), [("files", 0), ("files", 2), ("kept", 0), ("memory", 0), ("tensor", 0)]
 )
 def test_items_are_functions_of_their_position(kind: str, workers: int, paths: list[Path]) -> None:
-    """By whichever process they are made, where the run was stopped, and wherever views are taken."""
+    """By whichever process they are made, where the run stopped, and wherever views are taken."""
     for name, batches in sources(kind, paths).items():
         stop = min(5, len(batches))
         whole, state = [batches[step] for step in range(stop)], torch.get_rng_state()

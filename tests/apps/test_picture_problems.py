@@ -1,4 +1,4 @@
-"""The generated picture problems, the runs on them, and the tables that are made from their rows."""
+"""The generated picture problems, the runs on them, and the tables made from their rows."""
 
 import contextlib
 import dataclasses
@@ -98,7 +98,7 @@ def test_pictures_are_of_the_promised_kind_never_twice_and_a_function_of_the_see
     np.testing.assert_array_equal(more.test, found["test"][0])
 
 
-def test_the_halves_share_no_generator_the_command_shows_one_and_foreign_pictures_are_of_the_same_half(
+def test_the_halves_share_no_generator_the_command_shows_one_and_foreign_ones_are_of_the_half(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert {p.draw for p in half("seen")}.isdisjoint(p.draw for p in half("unseen"))

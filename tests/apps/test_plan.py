@@ -57,9 +57,9 @@ def batches(kind: str, shares: int = 1) -> tuple[Any, metapl.Lookahead]:
 
 
 def taken(kind: str, sizes: dict[str, int]) -> int:
-    """Bytes that this process holds at the peak of a step.
+    """Return the bytes that this process holds at the peak of a step.
 
-    What is there before it, and what the allocator adds.
+    They are what is there before it, and what the allocator adds.
     """
     own = [shard(network, Mesh(**sizes)) if sizes else network for network in networks(kind)]
     real, (outer, ahead) = trainer(*own), batches(kind, Mesh(**sizes).shares)
@@ -74,7 +74,7 @@ def taken(kind: str, sizes: dict[str, int]) -> int:
 
 
 def planned(kind: str, mode: str = "forward", **sizes: int) -> tuple[Any, int]:
-    """The rehearsed step of a rank, and its peak."""
+    """Return the rehearsed step of a rank, and its peak."""
     mesh = Mesh(**sizes)
     with torch.device("meta"):
         own = networks(kind)

@@ -5,7 +5,7 @@ Each planted fault, bent as a mistake would be, is caught by a check.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,15 @@ Check = Callable[[Here], None]
 
 
 ENDED_ON: dict[str, Any] = {}
-"""The weights of runs without a fault, by the name of the golden run, as they are on this machine."""
+"""The weights of runs without a fault on this machine, by the name of the golden run."""
 
 
 def golden(name: str) -> Check:
-    """The weights that a run ends on, to the bit. The stored ones may be of another processor,
-    where they are compared to 5e-3 of their norm, within which most of these faults stay; so the
-    first call, without a fault, is remembered."""
+    """Return a check of the weights that a run ends on, to the bit.
+
+    The stored ones may be of another processor, where they are compared to 5e-3 of their norm,
+    within which most of these faults stay; so the first call, without a fault, is remembered.
+    """
 
     def weights(here: Here) -> None:
         if name not in ENDED_ON:
@@ -55,7 +57,7 @@ def golden(name: str) -> Check:
 
 
 def resumed(kind: str) -> Check:
-    """Killed in the phase after the first, before anything of it was saved."""
+    """Check a run killed in the phase after the first, before anything of it was saved."""
 
     def ends_alike(here: Here) -> None:
         whole = here.out.with_name("whole")
@@ -94,7 +96,7 @@ def delivered_by_validation(here: Here) -> None:
 
 
 def replaced_pictures_are_noticed(here: Here) -> None:
-    """Under the same names, with the labels of the pictures that were there."""
+    """Check that labels are refused if their pictures were replaced under the same names."""
     run, store = here.out, here.out.with_name("store")
     metapl(*images_command(here))
     metapl("label", run, here.root / "unlabeled", "--out", store)
@@ -148,7 +150,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     ),
     "chosen by test": (train, "delivered", best_by_test, delivered_by_validation),
     "finetuned on changed pictures alone": (
-        *(Pictures, "views", lambda self: {**VIEWS(self), "finetuned": VIEWS(self)["strong"]}),
+        *(Pictures, "views", lambda self: replace(VIEWS(self), finetuned=VIEWS(self).strong)),
         golden("images uda"),
     ),
     "resume skips a phase": (Trainer, "fit", skipping, resumed("images pseudo labels")),

@@ -64,7 +64,7 @@ AT_32 = {"image_size": 32, "channels_last": False}
 
 
 def write_cifar(root: Path) -> None:
-    """20 training pictures a file, 15 to test on.
+    """Write 20 training pictures a file, 15 to test on.
 
     Picture i of all has the level i, and the label i mod 10.
     """
@@ -83,7 +83,7 @@ def write_cifar(root: Path) -> None:
 
 
 def write_svhn(root: Path) -> None:
-    """Labels from 1 to 10, which stands for the digit 0."""
+    """Write labels from 1 to 10, which stands for the digit 0."""
     root.mkdir(parents=True)
     for split, count in (("train", 60), ("test", 15), ("extra", 40)):
         pictures = np.full((32, 32, 3, count), 10, dtype=np.uint8)
@@ -93,7 +93,7 @@ def write_svhn(root: Path) -> None:
 
 
 def write_fashion(root: Path) -> None:
-    """40 pictures to train on, 15 to test on; picture i has the level i, and the label i mod 10."""
+    """Write 40 pictures to train on, 15 to test on; picture i has the level i, label i mod 10."""
     for part, count in (("train", 40), ("t10k", 15)):
         numbers = np.arange(count, dtype=np.uint8)
         pictures = np.repeat(numbers, 28 * 28).tobytes()
@@ -108,7 +108,7 @@ NAMES = (("tench", "Tinca tinca"), ("crane",), ("crane",))
 
 
 def write_imagenet(root: Path) -> None:
-    """12 pictures a class to train on and 3 to test on.
+    """Write 12 pictures a class to train on and 3 to test on.
 
     Those of class c have the level 50 c, and noise on it.
     """
@@ -167,7 +167,7 @@ def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> An
 
 
 def stored(folder: str, place: Path) -> str:
-    """A store with labels of all pictures of a folder but the last, as ``metapl label`` writes it."""
+    """Store labels of all pictures of a folder but the last, as ``metapl label`` writes them."""
     files = scan_unlabeled(folder)
     names = sorted(files.names)[:-1]
     p = torch.rand(len(names), len(WNIDS), generator=torch.Generator().manual_seed(0)).softmax(1)

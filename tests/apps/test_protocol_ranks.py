@@ -77,7 +77,7 @@ WORDS += ["--log-every", "1", "--validate-every", "2", "--save-every", "2"]
 
 
 def write_noise(root: Path) -> None:
-    """60 pictures to train on and 20 to test on, of random levels.
+    """Write 60 pictures to train on and 20 to test on, of random levels.
 
     Picture i has the label i mod 10.
     """
@@ -103,7 +103,7 @@ class Double(nn.Module):
 
 
 def trained(words: list[str]) -> dict[str, Any]:
-    """What a process of the mesh that the words say returns, with networks in float64."""
+    """Return what a process of the words' mesh returns, with networks in float64."""
     real = picture_sets.build_network
     protocols.build_network = lambda *arguments: Double(real(*arguments))
     protocols.deliver = lambda *_: None  # which has networks in float32
@@ -124,7 +124,7 @@ def four() -> Iterator[Ranks]:
 
 
 def same(run: Path, other: Path, limit: float) -> None:
-    """All recorded numbers and all weights."""
+    """Check that all recorded numbers and all weights are the same."""
     rows, expected = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, other)

@@ -1,5 +1,7 @@
-"""``torchrun -m metapl``: two processes end on the numbers of one, go on when killed, are refused
-in a line; and how many cores and threads a process takes."""
+"""``torchrun -m metapl``: two processes end on the numbers of one.
+
+They go on when killed, are refused in a line; and how many cores and threads a process takes.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ SECONDS = 240.0
 
 
 def command(arguments: list[str]) -> tuple[int, str, str]:
-    """The exit code of the command on this rank, and what it showed."""
+    """Return the exit code of the command on this rank, and what it showed."""
     done = metapl(*arguments, code=None)
     return done.returncode, done.stdout, done.stderr
 
@@ -40,7 +42,7 @@ def two() -> Iterator[Ranks]:
 
 
 def trained(ranks: Ranks, words: list[str], out: Path) -> str:
-    """What the first of the processes shows; the others show nothing."""
+    """Return what the first of the processes shows; the others show nothing."""
     said = ranks.run("command", arguments=[*words, "--out", str(out)])
     assert [code for code, _, _ in said] == [0, 0], said
     assert said[1][1:] == ("", "")
@@ -48,7 +50,7 @@ def trained(ranks: Ranks, words: list[str], out: Path) -> str:
 
 
 def same_numbers(run: Path, other: Path, limit: float) -> None:
-    """The rows of every phase, and all weights, but for rounding."""
+    """Check that the rows of every phase, and all weights, are the same but for rounding."""
     rows, expected = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, other)

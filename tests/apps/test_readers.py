@@ -59,7 +59,7 @@ def palette(*, of: int = 0) -> Image.Image:
 
 
 def png(width: int, height: int, depth: int, data: bytes, *more: bytes, kind: int = 2) -> bytes:
-    """A PNG that says what it likes."""
+    """Return a PNG that says what it likes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -78,7 +78,7 @@ def png(width: int, height: int, depth: int, data: bytes, *more: bytes, kind: in
 
 
 def device(path: Path) -> None:
-    """A character device that takes everything and gives nothing, of this test's own."""
+    """Make a character device that takes everything and gives nothing, of this test's own."""
     try:
         os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     except PermissionError:
@@ -102,28 +102,36 @@ RED = (200, 10, 30)
 SIXTEEN = Image.fromarray(np.full((6, 8), 30_000, dtype=np.uint16))
 # one color: what it is, and how far off it may be
 SOUND: dict[str, tuple[bytes, tuple[int, int, int], int]] = {
-    **{f"a.{name}": (plain("RGB", RED, kind), RED, 0) for name, kind in (("png", "PNG"), ("bmp", "BMP"))},
-    **{f"a.{name}": (plain("RGB", RED, kind), RED, 0) for name, kind in (("tif", "TIFF"), ("ppm", "PPM"))},
-    **{f"a.{name}": (plain("RGB", RED, kind), RED, 6) for name, kind in (("jpg", "JPEG"), ("webp", "WEBP"))},
+    **{f"a.{name}": (plain("RGB", RED, kind), RED, 0)
+       for name, kind in (("png", "PNG"), ("bmp", "BMP"))},
+    **{f"a.{name}": (plain("RGB", RED, kind), RED, 0)
+       for name, kind in (("tif", "TIFF"), ("ppm", "PPM"))},
+    **{f"a.{name}": (plain("RGB", RED, kind), RED, 6)
+       for name, kind in (("jpg", "JPEG"), ("webp", "WEBP"))},
     "a.gif": (plain("RGB", RED, "GIF"), RED, 0),
     "called_otherwise.png": (plain("RGB", RED, "JPEG"), RED, 6),
     "palette.png": (encoded(palette(), "PNG"), (0, 0, 255), 0),
-    "palette_in_part.png": (encoded(palette(), "PNG", transparency=bytes([102, 255])), (153, 153, 255), 0),
+    "palette_in_part.png": (encoded(palette(), "PNG", transparency=bytes([102, 255])),
+                            (153, 153, 255), 0),
     "nothing.png": (plain("RGBA", (255, 0, 0, 0)), (255, 255, 255), 0),
     "opaque.png": (plain("RGBA", (200, 0, 0, 255)), (200, 0, 0), 0),
     "part.png": (plain("RGBA", (0, 0, 0, 102)), (153, 153, 153), 0),
     "grey_part.png": (plain("LA", (0, 102)), (153, 153, 153), 0),
     "grey.png": (plain("L", 77), (77, 77, 77), 0),
     "white.png": (plain("1", 1), (255, 255, 255), 0),
-    "transparent_color.png": (plain("RGB", (10, 20, 30), transparency=(10, 20, 30)), (255, 255, 255), 0),
+    "transparent_color.png": (plain("RGB", (10, 20, 30), transparency=(10, 20, 30)),
+                              (255, 255, 255), 0),
     "sixteen.png": (encoded(SIXTEEN, "PNG"), (117, 117, 117), 0),
     "sixteen.tif": (encoded(SIXTEEN, "TIFF"), (117, 117, 117), 0),
     "sixteen.pgm": (encoded(SIXTEEN, "PPM"), (117, 117, 117), 0),
-    "sixteen_colors.png": (png(1, 1, 16, b"\0" + struct.pack(">3H", 65535, 32896, 0)), (255, 128, 0), 0),
+    "sixteen_colors.png": (png(1, 1, 16, b"\0" + struct.pack(">3H", 65535, 32896, 0)),
+                           (255, 128, 0), 0),
     "cmyk.jpg": (plain("CMYK", (0, 255, 255, 0), "JPEG", quality=100), (255, 0, 0), 4),
     "video.tif": (plain("YCbCr", (76, 85, 255), "TIFF"), (254, 0, 0), 4),
-    "two_frames.gif": (encoded(palette(of=1), "GIF", save_all=True, append_images=[palette()]), (90, 90, 90), 0),
-    "camera.jpg": (plain("RGB", RED, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 6))]), RED, 6),
+    "two_frames.gif": (encoded(palette(of=1), "GIF", save_all=True, append_images=[palette()]),
+                       (90, 90, 90), 0),
+    "camera.jpg": (plain("RGB", RED, "MPO", save_all=True,
+                         append_images=[Image.new("RGB", (8, 6))]), RED, 6),
     "broken_note.jpg": (plain("RGB", RED, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff "
                                                        b"garbage"), RED, 6),
     "more_data.png": (png(4, 4, 8, bytes(10**7), kind=0), (0, 0, 0), 0),
@@ -150,7 +158,8 @@ WHOLE = {
     kind: encoded(NOISE, kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 }
 BROKEN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
-    **{f"cut.{kind.lower()}": (content[: len(content) // 2], "") for kind, content in WHOLE.items()},
+    **{f"cut.{kind.lower()}": (content[: len(content) // 2], "")
+       for kind, content in WHOLE.items()},
     "start.jpg": (WHOLE["JPEG"][:20], ""),
     "crc.png": (WHOLE["PNG"][:60] + bytes(6) + WHOLE["PNG"][66:], ""),
     "comment.png": (png(4, 4, 8, bytes(52), bytes(10**8)), "decoded"),
@@ -160,7 +169,8 @@ BROKEN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 "
                     b"10\n%%EndComments\nshowpage\n", "not a picture"),
     "zeros.png": (bytes(5000), "not a picture"),
-    **{f"bomb{w}.png": (png(w, h, 8, bytes(10**5)), "pixels") for w, h in ((9_500, 9_500), (60_000, 60_000))},
+    **{f"bomb{w}.png": (png(w, h, 8, bytes(10**5)), "pixels")
+       for w, h in ((9_500, 9_500), (60_000, 60_000))},
     "line.png": (png(89_478_486, 1, 8, bytes(10**5)), "pixels"),
     "float.tif": (encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "range"),
     "large.tif": (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "range"),
@@ -176,7 +186,7 @@ BROKEN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
 
 @contextmanager
 def promptly(seconds: float = 60.0) -> Iterator[None]:
-    """What hangs ends the test, not the suite."""
+    """End this process if the block takes longer than so many seconds, for then it hangs."""
     timer = threading.Timer(seconds, lambda: os._exit(99))
     timer.start()
     try:
@@ -221,7 +231,7 @@ def test_a_picture_that_is_too_large_is_not_decoded_and_no_memory_is_no_property
 
 
 def ramp(height: int = 20, width: int = 30) -> np.ndarray[Any, Any]:
-    """Smooth colors, so that lossy formats stay close."""
+    """Return smooth colors, so that lossy formats stay close."""
     y, x = np.mgrid[0:height, 0:width]
     return (
         np.stack([255 * y / (height - 1), 255 * x / (width - 1), 0 * x + 90], axis=2)

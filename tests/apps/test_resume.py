@@ -1,4 +1,4 @@
-"""A run that is stopped or killed at any moment, and gone on with, ends byte for bit as one that was left alone.
+"""A run stopped or killed at any moment, and gone on with, ends byte for byte as one left alone.
 
 Damaged, exchanged and missing files, two writers in a folder, a full disk: a line, and nothing is
 lost.
@@ -92,7 +92,7 @@ Whole = tuple[Path, Counter[int]]
 
 @pytest.fixture(scope="module")
 def wholes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
-    """A run of each kind that nothing happened to, when it is asked for."""
+    """Return a run of each kind that nothing happened to, made when it is asked for."""
     place = tmp_path_factory.mktemp("wholes")
 
     class Wholes(dict[str, Whole]):
@@ -107,7 +107,7 @@ def wholes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Wh
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """What two runs have in common to the byte."""
+    """Return what two runs have in common to the byte."""
     kinds = (".safetensors", ".arrow", ".jsonl", ".csv")
     found = (
         path
@@ -154,8 +154,10 @@ def gone_on_with(kind: str, root: Path, out: Path) -> None:
 def test_a_run_that_is_stopped_and_then_killed_ends_as_one_that_was_not(
     kind: str, root: Path, tmp_path: Path, wholes: dict[str, Whole]
 ) -> None:
-    """Ctrl-C in the midst of a step that is drawn, and kill -9 in the midst of one of those that
-    were left; ended, it takes no step more."""
+    """Interrupt a step that is drawn by Ctrl-C, and one of those that were left by kill -9.
+
+    The run ended, it takes no step more.
+    """
     (whole, count), draw, out = wholes[kind], random.Random(kind), tmp_path / "a run"
     steps = [point for point in (0, 2) if count[point]]
     moment = [(point, draw.randint(1, count[point])) for point in steps]
@@ -191,7 +193,7 @@ def test_at_any_moment(
 
 @pytest.fixture(scope="module")
 def begun(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, and a run on them that was stopped."""
+    """Return pictures, and a run on them that was stopped."""
     place = tmp_path_factory.mktemp("begun")
     own = Path(shutil.copytree(root, place / "own"))
     with one_thread():
@@ -200,7 +202,7 @@ def begun(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def other_bytes(file: Path) -> None:
-    """Of the same size, and of no pixel."""
+    """Give a file other bytes, of the same size, and of no pixel."""
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -255,7 +257,7 @@ UNREAD = ("report.html", "report.png", "checkpoints", "tensorboard")
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that differs in its seed."""
+    """Return a run that differs in its seed."""
     return built_once(
         tmp_path_factory, "other", lambda out: metapl(*TINY, "--seed", "1", "--out", str(out))
     )
@@ -299,7 +301,10 @@ def told(run: Path, digit: Path, name: str) -> dict[str, tuple[int, str, str]]:
 def refused(
     run: Path, name: str, found: dict[str, tuple[int, str, str]], whole: dict[str, Any]
 ) -> None:
-    """Every command that reads the file says that it is not as it was; the others are as before."""
+    """Check that every command that reads the file says that it is not as it was.
+
+    The others are as before.
+    """
     for command, (code, out, err) in found.items():
         if command == "runs":  # lists what it can, and says of the others what is wrong
             assert code == 0 or not (run / "recipe.json").exists()

@@ -1,5 +1,8 @@
-"""Damaged and attacked pictures, against the formulas and in closed form; examples/robustness.py on
-ImageNet-A, -C, -P and ReaL in the forms of their files, of weights and of runs."""
+"""Damaged and attacked pictures, against the formulas and in closed form.
+
+And examples/robustness.py on ImageNet-A, -C, -P and ReaL in the forms of their files, of weights
+and of runs.
+"""
 
 import contextlib
 import io
@@ -49,7 +52,7 @@ def photograph() -> Tensor:
 
 
 def damaged(name: str, picture: kinds.Picture, level: int) -> kinds.Picture:
-    """A picture (H, W, C), neither clipped nor rounded."""
+    """Damage a picture (H, W, C), neither clipped nor rounded."""
     damage, constants = CORRUPTIONS[name]
     return damage(picture, np.random.default_rng(0), *constants[level])
 
@@ -270,7 +273,7 @@ SIDE = 16
 
 
 def picture(seed: int) -> Image.Image:
-    """A picture that no other seed gives."""
+    """Return a picture that no other seed gives."""
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     )
@@ -282,7 +285,7 @@ def save(file: Path, seed: int) -> None:
 
 
 def write_a(root: Path, outputs: Sequence[int]) -> Path:
-    """ImageNet-A: 200 class folders with a picture each, and the README that is released with it."""
+    """Write ImageNet-A: 200 class folders with a picture each, and the README released with it."""
     for number, output in enumerate(outputs):
         save(root / WNIDS[output] / f"0.{number:06}_bee _ bee_0.9.jpg", number)
     (root / "README.txt").write_text("ImageNet-A\n")
@@ -291,7 +294,7 @@ def write_a(root: Path, outputs: Sequence[int]) -> Path:
 
 @pytest.fixture
 def subject() -> Subject:
-    """A network of a thousand outputs in training mode, in which it would give something else."""
+    """Return a network of a thousand outputs in training mode, in which it answers otherwise."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * SIDE * SIDE, 1000))
     return Subject(network, SIDE, WNIDS, 1000)

@@ -30,7 +30,7 @@ def networks(count: int) -> list[nn.Module]:
 
 
 def batches(lookahead: int = 1) -> list[tuple[Any, list[Any]]]:
-    """For two seeds at once, each step's labeled batch and pairs of unlabeled ones."""
+    """Return, for two seeds at once, each step's labeled batch and pairs of unlabeled ones."""
     g = torch.Generator().manual_seed(1)
 
     def x() -> Tensor:

@@ -1,6 +1,8 @@
-"""Views: a picture's view is a function of (seed, step, example) and of nothing else; each beside a
-slow reference, and how often its outcomes are drawn; RandAugment: operations are Pillow's to the
-bit, draws those of the papers."""
+"""Views: a picture's view is a function of (seed, step, example) and of nothing else.
+
+Each is beside a slow reference, and how often its outcomes are drawn; RandAugment: operations are
+Pillow's to the bit, draws those of the papers.
+"""
 
 import itertools
 import math
@@ -91,7 +93,7 @@ KINDS = [
 def pictures(
     count: int, shape: tuple[int, int, int] = (3, 32, 32), dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Pieces of a photograph and noise, a white and a black picture."""
+    """Return pieces of a photograph and noise, a white and a black picture."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.randint(0, 200, (count, 2), generator=generator).tolist()
     pieces = torch.stack(
@@ -306,12 +308,12 @@ def test_a_cutout_fits_into_the_digits_and_a_number_that_is_none_is_no_color() -
 
 
 def drawn(count: int, each: int, stream: int) -> Tensor:
-    """What a view draws for examples 0, 1, … at seed 0 and step 0."""
+    """Return what a view draws for examples 0, 1, … at seed 0 and step 0."""
     return draws.uniform(0, 0, torch.arange(count), each, stream=stream, dtype=torch.float64)
 
 
 def is_drawn_alike(got: Tensor, ways: list[Tensor], shares: list[float] | None = None) -> bool:
-    """Whether each picture is one of the ways, each of which comes as often as its share.
+    """Return whether each picture is one of the ways, each of which comes as often as its share.
 
     Chi², within 4 deviations.
     """
@@ -510,7 +512,7 @@ SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
 def samples(height: int = 33, width: int = 46, channels: int = 3) -> Tensor:
-    """Pieces of a photograph, dark, bright, flat and noisy ones: (8, C, H, W) uint8."""
+    """Return pieces of a photograph, dark, bright, flat and noisy ones: (8, C, H, W) uint8."""
     generator = torch.Generator().manual_seed(0)
     pieces = [
         FLOWER[:, y : y + height, x : x + width] for y, x in ((180, 250), (100, 420), (250, 330))
@@ -570,7 +572,7 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def only(*names: str, magnitude: float = 10, **fields: Any) -> RandAugment:
-    """The view that does these operations, as many as are named, and nothing else."""
+    """Return the view that does these operations, as many as are named, and nothing else."""
     given = {"probability": (1, 1), "cutout": 0, **fields}
     return RandAugment(len(names), magnitude, operations=tuple(dict.fromkeys(names)), **given)
 
@@ -677,7 +679,7 @@ def test_cutout_is_a_grey_square_lost_outside_the_image() -> None:
 
 
 class FromNumbers(TorchFunctionMode):
-    """Refuses tensors that are made on the pictures' device from numbers of Python, for which the host would wait."""
+    """Refuses tensors made on the pictures' device from Python's numbers: the host would wait."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -60,7 +60,7 @@ NOISY_STUDENT = (
 
 
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
-    """The folder that ``build`` fills the first time that anybody of a session asks for it, in whichever process."""
+    """Return the folder that ``build`` fills once a session, in whichever process asks first."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -75,13 +75,13 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, which tests leave as it is."""
+    """Return a run, which tests leave as it is."""
     return built_once(tmp_path_factory, "tiny", lambda out: metapl(*TINY, "--out", str(out)))
 
 
 @pytest.fixture
 def run(tiny: Path, tmp_path: Path) -> Path:
-    """A run to spoil."""
+    """Return a run to spoil."""
     return Path(
         shutil.copytree(tiny, tmp_path / "run", copy_function=shutil.copy)
     )  # metapl runs shows their day
@@ -89,7 +89,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def ten_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten digits as pictures, and a file that is none."""
+    """Write ten digits as pictures, and a file that is none."""
     folder = tmp_path_factory.mktemp("digits")
     for index, image in enumerate(load_digits().images[:10]):
         Image.fromarray((image * 255 / 16).round().astype("uint8")).save(folder / f"{index}.png")
@@ -109,7 +109,10 @@ PARTS = {"labeled": 8, "test": 6, "noisy": 15, "clean": 4, "unlabeled": 12}
 def colored_pictures(
     root: Path, parts: Mapping[str, int] = PARTS, colors: Sequence[str] = COLORS, side: int = 20
 ) -> Path:
-    """So many noisy pictures of each color in each part, one in five of ``noisy`` in the folder of another color."""
+    """Write noisy pictures of each color in each part; one in five of ``noisy`` lies wrong.
+
+    A wrong one lies in the folder of another color.
+    """
     rng = numpy.random.default_rng(0)
     for part, count in parts.items():
         for index, color in enumerate(colors):
@@ -125,9 +128,9 @@ def colored_pictures(
 
 
 def color_folders(root: Path, few: int = 6, many: int = 12, side: int = 16) -> Path:
-    """Red and blue pictures.
+    """Write red and blue pictures.
 
-    ``labeled`` and ``test`` with a folder for each class, and ``unlabeled``.
+    ``labeled`` and ``test`` have a folder for each class; ``unlabeled`` has none.
     """
     return colored_pictures(
         root, {"labeled": few, "test": few, "unlabeled": many}, ("blue", "red"), side
@@ -169,14 +172,14 @@ IMAGES = (
 
 
 def images_command(root: Path, *more: str) -> list[str]:
-    """The command that trains on :func:`color_folders`."""
+    """Return the command that trains on :func:`color_folders`."""
     folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
     return ["train", "images", *folders, *IMAGES, *more]
 
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and blue pictures, and a run on them, which tests leave as they are."""
+    """Return red and blue pictures, and a run on them, which tests leave as they are."""
 
     def build(root: Path) -> None:
         metapl(*images_command(color_folders(root)), "--out", str(root / "run"))

@@ -21,14 +21,14 @@ Inner = Callable[[nn.Module], Any]
 
 
 def network(dropout: float = 0.3) -> nn.Module:
-    """With everything that has a state: batch statistics, dropout masks."""
+    """Return a network with all that has a state: batch statistics, dropout masks."""
     return nn.Sequential(
         nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
     )
 
 
 def batches(number: int, seed: int = 0, rows: int = 6) -> tuple[list[Any], list[Tensor]]:
-    """Labelled and unlabelled ones."""
+    """Return labelled and unlabelled batches."""
     draw = torch.Generator().manual_seed(seed)
     labeled = [
         (torch.randn(rows, 5, generator=draw), torch.randint(0, 3, (rows,), generator=draw))
@@ -38,7 +38,7 @@ def batches(number: int, seed: int = 0, rows: int = 6) -> tuple[list[Any], list[
 
 
 def examples(number: int = 60) -> tuple[Tensor, Tensor]:
-    """Three classes that a linear map tells apart, almost."""
+    """Return examples of three classes that a linear map tells apart, almost."""
     draw = torch.Generator().manual_seed(9)
     x = torch.randn(number, 5, generator=draw)
     return x, (x[:, :3] + 0.3 * torch.randn(number, 3, generator=draw)).argmax(1)

@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 def product(*values: Iterable[Any], usual: Iterable[Any]) -> list[Any]:
-    """Every combination, for ``parametrize``.
+    """Return every combination, for ``parametrize``.
 
     Those of two or more values that are not ``usual`` are long.
     """
@@ -106,7 +106,7 @@ class Toy:
         return {"labeled": self.labeled, "unlabeled": self.unlabeled}
 
     def draw_from_start(self) -> None:
-        """Both the library and the reference draw dropout masks and labels from here on."""
+        """Let both the library and the reference draw dropout masks and labels from here on."""
         torch.manual_seed(1000 + self.seed)
 
 
@@ -157,7 +157,7 @@ def _torchopt(
 
 
 def clip_by_norm(max_norm: float) -> Any:
-    """TorchOpt's clip as a transform of one's own, whose norm autograd sees."""
+    """Return TorchOpt's clip as a transform of one's own, whose norm autograd sees."""
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
         norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in updates.values()]))
@@ -303,7 +303,7 @@ def everything(
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Bit for bit (a NaN is itself)."""
+    """Return whether all are equal bit for bit (a NaN is itself)."""
     return len(a) == len(b) and all(
         torch.allclose(x, y, 0, 0, equal_nan=True) for x, y in zip(a, b, strict=True)
     )

@@ -732,7 +732,7 @@ def _attributed(
 
 
 def trained_again(inside: str) -> Tensor:
-    """By how much the outer loss changes without no example, and without one, of replicas."""
+    """Return by how much replicas' outer loss changes without no example, and without one."""
     found = _attributed(networks(inside)[1], "ddp", steps=4, clip_norm=0.5)
     return found.validate(
         [torch.zeros(LABELED, dtype=torch.bool), [0], [1]], progress=False

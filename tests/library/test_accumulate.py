@@ -207,7 +207,7 @@ class Judged(metapl.problems.ExampleWeights):
         self.loss, self.penalized = loss, penalized
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Labels may be ignored ones."""
+        """Check nothing: labels may be ignored ones."""
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
         loss = self.loss(outputs, batch[1])
@@ -233,7 +233,7 @@ def outer_and_inner(labels: Tensor) -> dict[str, Any]:
 def by_double_backward(
     teacher: nn.Module, student: nn.Module, loss: Any, data: dict[str, Any], penalty: float
 ) -> Tensor:
-    """dL/d(table) through one step of SGD at 0.5, all rows at once."""
+    """Return dL/d(table) through one step of SGD at 0.5, all rows at once."""
     (x, y), (u, labels, _) = data["outer"], data["inner"]
     (table,), theta = teacher.parameters(), dict(student.named_parameters())
     losses = F.cross_entropy(functional_call(student, theta, (u,)), labels, reduction="none")

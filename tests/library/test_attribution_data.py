@@ -35,7 +35,7 @@ N, STEPS = 20, 5
 
 
 def digits(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Pictures of the digits 0 to 3 as rows of token numbers, 0 to 16, and their classes."""
+    """Return pictures of the digits 0 to 3 as rows of token numbers, 0 to 16, and their classes."""
     x, y = load_digits(return_X_y=True)
     keep = np.flatnonzero(y < 4)[first : first + count]
     return torch.tensor(x[keep]).long(), torch.tensor(y[keep])

@@ -32,7 +32,7 @@ STEPS, ROWS, LABELED, WIDTH, CLASSES = 20, 12, 8, 16, 4
 
 
 def network(kind: str, scale: float = 1.0) -> nn.Module:
-    """Smooth everywhere, so that other rounding ends near the same weights."""
+    """Return a network smooth everywhere, so that other rounding ends near the same weights."""
     if kind == "conv":
         layers: list[nn.Module] = [
             nn.Unflatten(1, (1, 4, 4)),
@@ -64,7 +64,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def two_groups(build: Any, **options: Any) -> Optimizer:
-    """Matrices decay, at a rate of their own; the others do not."""
+    """Return what builds an optimizer: matrices decay, at a rate of their own; others do not."""
 
     def of(module: nn.Module) -> Any:
         flat, deep = (
@@ -161,7 +161,7 @@ TABLE: dict[str, Row] = {
 
 
 def batches(steps: int, ahead: int, views: bool) -> list[tuple[Any, Any]]:
-    """All of them, from a generator of their own: the default one is used by the steps alone."""
+    """Return all batches, from a generator of their own: steps alone use the default one."""
     draw = torch.Generator().manual_seed(1)
 
     def inner() -> Any:
@@ -181,7 +181,7 @@ def batches(steps: int, ahead: int, views: bool) -> list[tuple[Any, Any]]:
 
 
 def losses(views: bool) -> list[Any]:
-    """Said here, so that a row does not depend on defaults.
+    """Return losses with all settings, so that a row does not depend on defaults.
 
     UDA's labels are soft, which rounding cannot flip.
     """
@@ -236,7 +236,7 @@ def parts(trainer: Any, feedback: Iterable[Tensor] = ()) -> dict[str, dict[str, 
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bytes, in the order of the names."""
+    """Return a digest of names, types, shapes and bytes, in the order of the names."""
     found = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         found.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
@@ -354,7 +354,7 @@ def main() -> None:
 
 
 def lines(stored: dict[str, Any]) -> str:
-    """JSON with a line for each row."""
+    """Return JSON with a line for each row."""
     fields = []
     for name, value in stored.items():
         inside = ",\n".join(f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())

@@ -46,7 +46,7 @@ TREES: dict[str, Any] = {
 
 
 def same(a: Any, b: Any) -> bool:
-    """Also of kinds and of the order of entries."""
+    """Return whether all are equal, also their kinds and the order of entries."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -158,7 +158,7 @@ def test_as_many_stay_as_are_kept_and_what_others_have_there_too(tmp_path: Path)
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[PartsFolder]:
-    """Of one process."""
+    """Yield the writer of one process."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     writer = PartsFolder(tmp_path / "fit", keep=2)
     yield writer

@@ -86,7 +86,7 @@ def check_against_reference(
     at_least: float | None = None,
     **labels: Any,
 ) -> tuple[metapl.Hypergradient, reference.Found]:
-    """One call of the library beside the reference.
+    """Check one call of the library against the reference, and return both results.
 
     The library must leave everything where it was.
     """

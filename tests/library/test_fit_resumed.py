@@ -61,7 +61,7 @@ def stepwise() -> tuple[Any, Any]:
 
 
 def loaders(workers: int = 0) -> tuple[Any, Any]:
-    """Shuffled, one with a generator of its own; epochs of different lengths."""
+    """Return shuffled loaders, one with its own generator; their epochs differ in length."""
     labeled, unlabeled = batches(7)
     whole = TensorDataset(torch.cat([x for x, _ in labeled]), torch.cat([y for _, y in labeled]))
     many = TensorDataset(torch.cat(unlabeled))

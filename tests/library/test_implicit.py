@@ -59,7 +59,7 @@ def optimum(penalty: Tensor) -> Tensor:
 
 
 def closed_form() -> Tensor:
-    """dL(θ*(λ))/d log λ, through the solution of the normal equations."""
+    """Return dL(θ*(λ))/d log λ, through the solution of the normal equations."""
     _, (z, t) = data()
     log_penalty = Penalties().log_penalty.detach().requires_grad_()
     theta = optimum(log_penalty.exp())
@@ -128,7 +128,7 @@ def test_damping_and_the_identity_are_what_they_say() -> None:
 
 
 def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner: Any) -> Tensor:
-    """h of a linear student on learned labels, in float64, through the Hessian as a matrix."""
+    """Return h of a linear student on learned labels, in float64, by the Hessian as a matrix."""
     x, index = inner
     theta = torch.cat([p.detach().flatten() for p in network.parameters()]).double()
     q = table(index).detach().double().softmax(-1).requires_grad_()

@@ -74,7 +74,7 @@ def loss_at(student: nn.Module, params: Tree, pair: tuple[Tensor, Tensor]) -> Te
 
 
 def walked(student: nn.Module, params: Tree, rule: Callable[[int, Tree, Tree], Tree]) -> list[Tree]:
-    """θ_0, ..., θ_K, in one graph, by a rule (k, θ, g) -> θ′."""
+    """Return θ_0, ..., θ_K, in one graph, by a rule (k, θ, g) -> θ′."""
     path = [params]
     for number, pair in enumerate(INNER):
         grads = torch.autograd.grad(
@@ -108,7 +108,7 @@ def rates_of(student: nn.Module) -> Tree:
 
 
 def by_rates(student: nn.Module, rates: Sequence[Tree], start: Tree, **options: Any) -> Tensor:
-    """L(θ_K) of SGD by the textbook, with a rate for each entry of each weight in each step."""
+    """Return L(θ_K) of textbook SGD, with a rate for each entry of each weight in each step."""
     rule, state = reference.sgd(1.0, **options), None
 
     def moved(number: int, params: Tree, grads: Tree) -> Tree:
@@ -370,7 +370,7 @@ def test_a_feedback_in_units_of_a_rate_for_each_entry_is_refused() -> None:
 
 
 def gradient_of_last(student: nn.Module, truncate: int, **options: Any) -> Tree:
-    """∇L(θ_K) through the last steps: the graph, and the momentum's, is cut before them."""
+    """Return ∇L(θ_K) through the last steps: the graph, and the momentum's, is cut before them."""
     rule, state = reference.sgd(0.3, **options), None
     params, begun = reference.weights(student), reference.weights(student)
     for number, pair in enumerate(INNER):

@@ -80,7 +80,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 def case(
     network: str, device: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0
 ) -> dict[str, Any]:
-    """Teacher, student and batches, the same ones on each device and in each precision."""
+    """Return teacher, student and batches, the same on each device and in each precision."""
     torch.manual_seed(0)
     teacher, student = NETWORKS[network](), NETWORKS[network](dropout)
     x, u = torch.randn(6, 3, 8, 8), torch.randn(8, 3, 8, 8)
@@ -93,7 +93,7 @@ def case(
 
 
 def gradient(given: dict[str, Any], mode: Any, ahead: int = 1) -> Tensor:
-    """Of the teacher's weights, in one row in float64 on the CPU."""
+    """Return the gradient in the teacher's weights, in one row in float64 on the CPU."""
     inner = torch.optim.SGD(given["student"].parameters(), lr=0.1, momentum=0.9)
     unlabeled = given["unlabeled"] if ahead == 1 else metapl.Lookahead([given["unlabeled"]] * ahead)
     found = metapl.hypergradient(

@@ -198,7 +198,7 @@ class Task:
         )
 
     def reference(self, steps: int) -> Tensor:
-        """Central differences of the loss after real steps, in float64."""
+        """Return central differences of the loss after real steps, in float64."""
         (table,) = [p.detach().double() for p in self.teacher.parameters()]
         move, slopes = 1e-5, []
         for i in range(EXAMPLES):

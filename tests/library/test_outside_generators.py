@@ -33,7 +33,7 @@ RULE = OPTIMISERS["torch_sgd_nesterov"]
 
 
 def coin(h: Tensor) -> Tensor:
-    """Stochastic depth."""
+    """Apply stochastic depth."""
     return h + h.sin() if random.random() < 0.5 else h
 
 
@@ -42,7 +42,7 @@ def noise(h: Tensor) -> Tensor:
 
 
 def both(h: Tensor) -> Tensor:
-    """Of all three generators, one of them by a cached normal number."""
+    """Draw from all three generators, from one of them by a cached normal number."""
     scale = 1 + 0.2 * random.gauss(0, 1) + 0.1 * numpy.random.standard_normal()  # noqa: NPY002
     return F.dropout(h, 0.2) * scale
 
@@ -88,7 +88,7 @@ def case(draw: Callable[[Tensor], Tensor], rows: int | None = ROWS) -> Toy:
 
 
 def by_hand(problem: Toy, steps: int) -> tuple[Tree, Any]:
-    """Double backward through the module itself, and the generators after its inner passes."""
+    """Go backward twice through the module itself; return the generators after its inner passes."""
     teacher = copy.deepcopy(problem.teacher)
     student = copy.deepcopy(problem.student)
     theta = dict(student.named_parameters())

@@ -26,7 +26,7 @@ FEATURES, CLASSES, ROWS, RATE = 4, 3, 6, 0.3
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are traced whole, and run without Inductor."""
+    """Trace graphs whole, and run them without Inductor."""
     monkeypatch.setattr(compiled, "BACKEND", {"backend": "aot_eager"})
     monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
 
@@ -143,7 +143,7 @@ class ByHand:
 
 
 def by_hand(labels: Tensor | None = None) -> ByHand:
-    """The first step of SGD, on soft labels or on these."""
+    """Take the first step of SGD, on soft labels or on these."""
     teacher, student = networks()
     (x, y), (u,) = batches(1)
     q = teacher(u).softmax(-1).detach()

@@ -55,7 +55,7 @@ def chunks(batch: Any, parts: int) -> list[Any]:
 def through(
     case: Toy, problem: Any, batches: list[Any], rule: Any, state: Any, parts: int = 1
 ) -> Expected:
-    """Every step in one graph, the batch as ``parts`` of it one after another."""
+    """Take every step in one graph, the batch as ``parts`` of it one after another."""
     teacher = copy.deepcopy(case.teacher)
     student = copy.deepcopy(case.student)
     phi = dict(teacher.named_parameters())

@@ -26,7 +26,7 @@ ROWS, RATE = 6, 0.3
 
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As plain functions, or without Inductor where a test's name says that it is captured."""
+    """Run plain functions, or no Inductor where a test's name says that it is captured."""
     monkeypatch.setattr(graphs, "_CACHE", {})
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})

@@ -36,7 +36,7 @@ ROWS, LABELED, WIDTH, CLASSES = 6, 4, 5, 3
 
 
 def network(inside: nn.Module | None = None) -> nn.Module:
-    """With all that a pass may leave behind."""
+    """Return a network with all that a pass may leave behind."""
     norm = [nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)]
     return nn.Sequential(
         nn.Linear(WIDTH, 8),
@@ -201,7 +201,7 @@ def made_in_inference_mode() -> nn.Module:
 
 
 def sharing() -> Case:
-    """Both networks hold one layer."""
+    """Return a case whose networks both hold one layer."""
     case = Case()
     case.student[-1] = case.teacher[-1]
     case.inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
@@ -391,7 +391,7 @@ def test_a_wrong_call_moves_nothing(name: str) -> None:
 
 
 def calls_with(generator: torch.Generator, case: Case) -> dict[str, Callable[[], Any]]:
-    """Every call that takes a generator.
+    """Return every call that takes a generator.
 
     ``generator`` is of another device than that on which it is to draw.
     """
@@ -543,7 +543,7 @@ NOT_TRAINERS: dict[str, list[Any]] = {
 
 
 def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
-    """Both batches, of which one cannot be meant."""
+    """Draw both batches, of which one cannot be meant."""
     kind = draw(st.sampled_from(["labels", "labeled inputs", "unlabeled", "no pair"]))
     table = NOT_LABELS if kind == "labels" else NOT_INPUTS
     views = (

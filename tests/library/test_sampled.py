@@ -27,7 +27,7 @@ ROWS = 2
 
 
 def joint_labels(problem: Toy) -> list[tuple[Tensor, Tensor]]:
-    """Every ŷ (B,) with its probability, as a function of the teacher's weights."""
+    """Return every ŷ (B,) with its probability, as a function of the teacher's weights."""
     q = problem.teacher(problem.unlabeled).softmax(-1)
     rows = torch.arange(len(q))
     every = [torch.tensor(ys) for ys in itertools.product(range(CLASSES), repeat=len(q))]
@@ -170,9 +170,9 @@ def test_mean_over_labels_is_that_of_the_formula(
 def bias(
     mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed: bool
 ) -> tuple[float, float, float]:
-    """Medians over five problems of two examples each.
+    """Return ‖mean − soft‖/‖soft‖, ‖mean‖/‖soft‖ and their cosine.
 
-    ‖mean − soft‖/‖soft‖, ‖mean‖/‖soft‖, their cosine.
+    They are medians over five problems of two examples each.
     """
     seen = []
     for seed in range(5):

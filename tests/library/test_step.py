@@ -44,9 +44,9 @@ SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 
 
 def trainer_for(case: Toy, mode: Any, **options: Any) -> metapl.BilevelTrainer:
-    """Plain SGD at rate 1 on the teacher, so that its step is its gradient.
+    """Return a trainer with plain SGD at rate 1 on the teacher, so that its step is its gradient.
 
-    No losses of its own.
+    It has no losses of its own.
     """
     options = {"teacher_losses": (), "verify": False, **options}
     options.setdefault("outer_optimizer", torch.optim.SGD(case.teacher.parameters(), lr=1.0))
@@ -105,7 +105,7 @@ def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimi
 def twice(
     case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options: Any
 ) -> list[list[Tensor]]:
-    """Three steps with and without recomputation: all that there is at the end."""
+    """Take three steps with and without recomputation; return all that there is at the end."""
     runs = []
     for recompute in (False, True):
         case = case_of()
@@ -368,7 +368,7 @@ LOSSES = [(metapl.CrossEntropy(0.1),), (metapl.CrossEntropy(0.1), OfTheSignal())
 
 
 def distance(**options: Any) -> tuple[Tensor, Any]:
-    """How far a step has moved the teacher, and its report."""
+    """Return how far a step has moved the teacher, and its report."""
     case = toy("mlp")
     before = parameters_to_vector(case.teacher.parameters()).detach()
     trainer = trainer_for(

@@ -100,7 +100,7 @@ def by_the_eager_road(
 def by_the_pure_step(
     teacher: Any, student: Any, *, unlabeled: Any, labeled: Any, **options: Any
 ) -> Any:
-    """As ``metapl.hypergradient``, by the pure step of a trainer.
+    """Return what ``metapl.hypergradient`` does, by the pure step of a trainer.
 
     The teacher's gradient is that of its step.
     """
@@ -132,7 +132,7 @@ def by_the_pure_step(
 
 
 def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
-    """Each kind in every column.
+    """Return each kind in every column.
 
     By default in the first column of each of its letters, of both roads.
     """
@@ -309,7 +309,7 @@ def test_implicit_beside_double_backward(
 
 
 def result(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """Of the mode's h, and so of the teacher's gradient."""
+    """Return a call in which the mode's h is changed, and so the teacher's gradient."""
 
     def call(real: Any, *networks: Any, **given: Any) -> Any:
         found = real(*networks, **given)
@@ -323,7 +323,7 @@ def result(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 
 def given(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
-    """Of what the mode computes from, beside the real step."""
+    """Return a call in which what the mode computes from is changed, beside the real step."""
     return lambda real, *networks, **options: real(*networks, **(options | change(options)))
 
 

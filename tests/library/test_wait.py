@@ -31,7 +31,7 @@ LOSSES = (
 
 
 def pairs(number: int, seed: int = 0) -> list[tuple[Any, tuple[Tensor, Tensor]]]:
-    """Labelled batches, and unlabelled ones in two views."""
+    """Return labelled batches, and unlabelled ones in two views."""
     labeled, weak = batches(number, seed)
     return [(one, (x, x + 0.1 * x.roll(1, 0))) for one, x in zip(labeled, weak, strict=True)]
 
@@ -45,7 +45,7 @@ def alone(teacher: nn.Module, **options: Any) -> LossTrainer:
 
 
 def moving(trainer: metapl.BilevelTrainer) -> Any:
-    """All that a step may move but the teacher and its optimiser."""
+    """Return all that a step may move but the teacher and its optimiser."""
     state = trainer.state_dict()
     kept = {name: state[name] for name in ("student", "inner", "mode_state", "generator")}
     return pytree.tree_map_only(Tensor, torch.clone, kept)

@@ -100,7 +100,7 @@ def of_a_closure(student: Student, teacher: nn.Module) -> Weighed:
 
 
 def of_a_hook(student: Student, teacher: nn.Module) -> Weighed:
-    """Features that a hook puts into a list of the problem, which the loss empties."""
+    """Return a problem whose loss empties a list, into which a hook puts features."""
 
     def extra(self: Any, losses: Tensor, signal: Signal, *_: Any) -> Tensor:
         features = self.features[-1]
@@ -139,7 +139,7 @@ def of_a_gradient_if_any(student: Student, teacher: nn.Module) -> Weighed:
 
 
 def of_torch(student: Student, teacher: nn.Module) -> Weighed:
-    """Masks that the loss draws, after those of the teacher."""
+    """Return a problem whose loss draws masks, after those of the teacher."""
     return Weighed(lambda self, losses, *_: losses * (torch.rand(len(losses)) < 0.7))
 
 

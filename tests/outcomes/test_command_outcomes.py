@@ -1,5 +1,7 @@
-"""Trainings of the command come out, at the defaults: ``train digits``, ``train noisy``, ``train
-images``, and ``noisy-student images``."""
+"""Trainings of the command come out, at the defaults.
+
+``train digits``, ``train noisy``, ``train images``, and ``noisy-student images``.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def no_figures() -> Iterator[None]:
-    """``report.png`` is not drawn, which takes longer than some of the trainings."""
+    """Draw no ``report.png``, which takes longer than some of the trainings."""
     Image.new("RGB", (8, 8), "white").save(file := io.BytesIO(), format="png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda **figures: file.getvalue())
@@ -102,8 +104,11 @@ def write_digits(folder: Path, rows: np.ndarray, labels: np.ndarray | None) -> N
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits in folders: 100 ``labeled``, 800 ``unlabeled``, the same 800 as ``noisy`` with 40 %
-    wrong labels, and 400 to ``test`` on."""
+    """Return digits in folders.
+
+    100 are ``labeled``, 800 ``unlabeled``, the same 800 ``noisy`` with 40 % wrong labels, and 400
+    to ``test`` on.
+    """
     root = tmp_path_factory.mktemp("digits")
     truth = load_digits().target
     draw = np.random.default_rng(0)

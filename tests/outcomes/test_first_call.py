@@ -1,4 +1,4 @@
-"""``metapl.BilevelTrainer(teacher, student, mode="reinforce")`` and ``trainer.step`` in a plain loop come out."""
+"""``BilevelTrainer(teacher, student, mode="reinforce")`` and ``step`` in a plain loop come out."""
 
 from __future__ import annotations
 

@@ -24,18 +24,18 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def summed(patch: pytest.MonkeyPatch) -> None:
-    """The cross-entropies of sampled labels are summed over the batch, where Algorithm 1 has their mean."""
+    """Sum the cross-entropies of sampled labels over the batch; Algorithm 1 has their mean."""
     for module in (reinforce, loss_difference):
         patch.setattr(module, "examples_of_mean", lambda reduction, step: 1)
 
 
 def unbounded(patch: pytest.MonkeyPatch) -> None:
-    """The feedback has the weight 1, whatever its size."""
+    """Give the feedback the weight 1, whatever its size."""
     patch.setattr(trainer, "DEFAULT_BOUND", None)
 
 
 def summed_and_unbounded(patch: pytest.MonkeyPatch) -> None:
-    """What ``mode="reinforce"`` was by default up to metapl 0.3."""
+    """Do what ``mode="reinforce"`` did by default up to metapl 0.3."""
     summed(patch)
     unbounded(patch)
 

@@ -55,7 +55,7 @@ def printed_estimators(text: str) -> Iterator[Estimator]:
 
 
 def printed_modes(source: str) -> Iterator[Estimator]:
-    """Yield the modes that Python code gives to ``BilevelTrainer`` by name, the default included."""
+    """Yield the modes that code gives to ``BilevelTrainer`` by name, the default included."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("BilevelTrainer"):
             continue
@@ -73,7 +73,10 @@ def test_calls_are_found_and_forms_are_not() -> None:
         "`Implicit(solver=...)`"
     )
     assert [*printed_estimators(text)] == [Reinforce(similarity="cosine", baseline=0.99)]
-    source = 'BilevelTrainer(t, s)\nmetapl.BilevelTrainer(t, s, "reinforce")\nmetapl.BilevelTrainer(*two(), mode=mode)'
+    source = (
+        'BilevelTrainer(t, s)\nmetapl.BilevelTrainer(t, s, "reinforce")\n'
+        "metapl.BilevelTrainer(*two(), mode=mode)"
+    )
     assert [*printed_modes(source)] == [Forward(), Reinforce()]
 
 

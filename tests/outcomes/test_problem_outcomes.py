@@ -1,4 +1,4 @@
-"""Trainings of problems of labels and weights come out: at their defaults, on real data, beside plain training.
+"""Trainings of problems of labels and weights come out: at defaults, beside plain training.
 
 ``python tests/outcomes/test_problem_outcomes.py 10 11 12`` prints the means of these seeds: the
 accuracy in %, and what it is above plain training on the trusted labels alone and on all given
@@ -58,7 +58,7 @@ class Rows:
 
 @cache
 def drawn(dataset: str, noise: Noise, seed: int) -> Rows:
-    """Rows of a data set, 40 % of whose given labels are any other class, or the next one."""
+    """Draw rows of a data set, 40 % of whose given labels are any other class, or the next one."""
     table = LOADERS[dataset]()
     deviations = table.data.std(0)
     deviations[deviations == 0] = 1.0
@@ -116,7 +116,7 @@ def plain(
 
 
 def begun_on_trusted(rows: Rows) -> nn.Module:
-    """A corrector whose network has learned the trusted labels, as its class recommends."""
+    """Return a corrector whose network has learned the trusted labels, as its class recommends."""
     learned = network(rows)
     trainer = metapl.LossTrainer(learned, optimizer=sgd(learned))
     trainer.fit(rows.trusted, None, steps=STEPS // 2, batch_size=64, progress=False)
@@ -140,7 +140,7 @@ PROBLEMS: dict[str, tuple[metapl.BilevelProblem, Callable[[Rows], nn.Module | No
 def trained(
     name: str, dataset: str, noise: Noise, seed: int, optimizer: Optimizer | None, **options: Any
 ) -> float:
-    """Test accuracy in % of a problem at its defaults, with the student's optimizer or the default one."""
+    """Return a problem's test accuracy in %, at its defaults but for a given optimizer."""
     rows = drawn(dataset, noise, seed)
     problem, teacher_of = PROBLEMS[name]
     torch.manual_seed(seed)
@@ -171,7 +171,10 @@ def compared(
     seeds: Sequence[int] = SEEDS,
     **options: Any,
 ) -> Any:
-    """Mean accuracy of a problem, and what it is above plain training on the trusted and on all given labels."""
+    """Return a problem's mean accuracy, and what it is above plain training.
+
+    Plain training is on the trusted labels, and on all given ones.
+    """
     control = sgd if optimizer is None else optimizer
     steps = options.get("steps", STEPS)
     of_problem = fmean(trained(name, dataset, noise, seed, optimizer, **options) for seed in seeds)
@@ -181,7 +184,7 @@ def compared(
 
 
 def not_behind(accuracies: Any, *, of_trusted: bool = True) -> None:
-    """Refuse a mean that is more than five points behind plain training, on all labels or on the trusted alone."""
+    """Refuse a mean more than five points behind plain training, on all labels or the trusted."""
     accuracy, above_trusted, above_given = accuracies
     assert accuracy > 50
     assert above_given > -BEHIND
@@ -200,7 +203,7 @@ def not_behind(accuracies: Any, *, of_trusted: bool = True) -> None:
     ],
 )
 def test_problems_of_labels_learn_at_their_defaults(name: str) -> None:
-    """Where the next class stands for 40 % of the labels, and plain training on all labels has some 71 %."""
+    """The next class stands for 40 % of the labels; plain training on all labels has some 71 %."""
     accuracies = compared(name, "digits", "asymmetric")
     not_behind(accuracies)
     assert accuracies[2] > 10
@@ -219,7 +222,7 @@ def test_problems_of_labels_learn_at_their_defaults(name: str) -> None:
 def test_a_problem_goes_red_where_its_rate_is_put_back(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By SGD at 0.05, the trainer's own default, the weights, labels or matrix stay as they began."""
+    """By SGD at 0.05, the trainer's own default, weights, labels or matrix stay as they began."""
     problem, _ = PROBLEMS[name]
     monkeypatch.setattr(
         type(problem), "default_outer_optimizer", BilevelProblem.default_outer_optimizer

@@ -1,4 +1,4 @@
-"""Trainings of seconds on real data, beside the same loop without feedback and plain training on the trusted labels.
+"""Trainings of seconds on real data, beside the loop without feedback and plain training.
 
 A *row* is a mode in a loop. Three seeds draw data, batches, first weights and sampled labels anew.
 A row is red if, in the mean of its seeds, a network is at chance, or if the student is five points
@@ -69,7 +69,7 @@ def standardized(inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of scikit-learn, how its columns are scaled, and how many of its rows are unlabeled and tested on."""
+    """A data set of scikit-learn, its columns' scale, and its unlabeled and test rows' numbers."""
 
     load: Callable[[], Any]
     scaled: Callable[[Tensor], Tensor]
@@ -194,7 +194,7 @@ class Loop:
         return [(split.labeled_inputs[batch], split.labels[batch]) for batch in rows]
 
     def unlabeled_batches(self, seed: int) -> list[Any]:
-        """Return the inputs of each step, or with a noise pairs of them as they are and with the noise."""
+        """Return the inputs of each step; with a noise, pairs of them as they are and with it."""
         split = self.split(seed)
         rows = batches_of_rows(
             len(split.unlabeled_inputs), self.unlabeled_batch, self.steps, seed=1000 * seed + 2
@@ -280,7 +280,7 @@ class Outcome:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Rounding depends on the number of threads."""
+    """Compute on one thread, for rounding depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -342,7 +342,7 @@ def outcome_of(row: Row) -> Outcome:
 
 @cache
 def without_feedback(loop: Loop, labels: Literal["soft", "hard"]) -> Outcome:
-    """Return the outcome of the same loop with ``mode="none"``, once for all rows that it is a control of."""
+    """Return the outcome of the same loop with ``mode="none"``, once for all its rows."""
     return outcome_of(Row("none", loop, hard=labels == "hard"))
 
 
@@ -436,8 +436,10 @@ def controls(loops: Iterable[Loop]) -> list[Row]:
 def marked(
     quick: list[Row], long: list[Row], red: Mapping[Row, str] = MappingProxyType({})
 ) -> list[Any]:
-    """Return the rows as parameters of a test: those of the second list ``long``, and those that
-    are red, which is known and has a reason, as expected failures."""
+    """Return the rows as parameters of a test, those of the second list marked ``long``.
+
+    Those that are red, which is known and has a reason, are expected failures.
+    """
     parameters = [pytest.param(row, id=row.title) for row in quick]
     for row in long:
         marks = [pytest.mark.long]

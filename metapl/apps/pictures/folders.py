@@ -44,13 +44,15 @@ Of larger folders, names and sizes are taken.
 
 
 def silent(done: int) -> None:
-    """The progress that nobody looks at."""
+    """Take the number of files that are done, and say nothing."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures below a folder: their names relative to it, with slashes, in the order of their
-    characters, and the number of other files by suffix."""
+    """The pictures below a folder, and the number of other files by suffix.
+
+    Names are relative to the folder, with slashes, in the order of their characters.
+    """
 
     root: Path
     names: tuple[str, ...]
@@ -69,7 +71,7 @@ class Files:
         return (folder + name for name in self.names)
 
     def keep(self: FilesT, indices: Sequence[int]) -> FilesT:
-        """The same folder with some of its files."""
+        """Return the same folder with some of its files."""
         return dataclasses.replace(self, names=tuple(self.names[i] for i in indices))
 
 
@@ -77,8 +79,11 @@ class Files:
 class LabeledFiles(Files):
     """The pictures of a folder that holds one folder a class."""
 
-    classes: tuple[str, ...] = ()  # of all these folders, in the order of their characters
-    labels: tuple[int, ...] = ()  # of each file, an index into the classes
+    # The names of the class folders, in the order of their characters.
+    classes: tuple[str, ...] = ()
+
+    # Of each file, an index into the classes.
+    labels: tuple[int, ...] = ()
 
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
         return dataclasses.replace(
@@ -86,8 +91,11 @@ class LabeledFiles(Files):
         )
 
     def targets(self, classes: Sequence[str] | None = None) -> Tensor:
-        """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own. A
-        MetaplError where there are pictures of another class."""
+        """Return the labels, int64 (n,), as indices into ``classes``, or into the folder's own.
+
+        Raises:
+            MetaplError: there are pictures of another class.
+        """
         known = {
             name: index for index, name in enumerate(self.classes if classes is None else classes)
         }
@@ -100,19 +108,19 @@ class LabeledFiles(Files):
         )
 
     def counts(self) -> dict[str, int]:
-        """Number of pictures of each class."""
+        """Return the number of pictures of each class."""
         counts = Counter(self.labels)
         return {name: counts[label] for label, name in enumerate(self.classes)}
 
 
 def scan_unlabeled(folder: str | Path) -> Files:
-    """List the pictures of a folder and all folders in it, in an order that depends on their names alone.
+    """List the pictures of a folder and all folders in it.
 
-    Files are known by their suffix, and not opened. Hidden ones (``.name``, ``__MACOSX``) are left
-    out; links are followed, and a folder is listed once. Where there are tar files and no pictures,
-    the pictures in these are listed: ``000000.tar/deep/er/a.png``. In the place of a folder may
-    stand a text file with the path of a picture in each line, from the file's own folder on. Cost:
-    about a second for 100,000 files.
+    Their order depends on their names alone. Files are known by their suffix, and not opened.
+    Hidden ones (``.name``, ``__MACOSX``) are left out; links are followed, and a folder is listed
+    once. Where there are tar files and no pictures, the pictures in these are listed:
+    ``000000.tar/deep/er/a.png``. In the place of a folder may stand a text file with the path of a
+    picture in each line, from the file's own folder on. Cost: about a second for 100,000 files.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
@@ -167,7 +175,8 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
         raise MetaplError(
             f"{root} has no folder in it; expected one folder a class, with its pictures: {example}"
         )
-    _, passed_over = _pictures(files)  # pictures beside the class folders have no class
+    # Pictures beside the class folders have no class.
+    _, passed_over = _pictures(files)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -192,7 +201,7 @@ def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int
 
 
 def _pictures(files: Iterable[str]) -> tuple[tuple[str, ...], Counter[str]]:
-    """The pictures among files, sorted, and the number of the others by suffix."""
+    """Return the pictures among files, sorted, and the number of the others by suffix."""
     names: list[str] = []
     passed_over: Counter[str] = Counter()
     for name in files:
@@ -232,15 +241,17 @@ def _is_visible(name: str) -> bool:
 def walk(
     root: str | Path, refuse: Callable[[OSError], None], above: str | Path | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Folders, each once, with the names of the folders and of the files in them, sorted, links followed.
+    """Yield folders, each once, with the sorted names of the folders and the files in them.
 
-    What is taken from the list of a folder's folders is not gone into. ``refuse`` is called with
-    the error where a folder cannot be listed; the folder ``above`` counts as listed already.
+    Links are followed. What is taken from the list of a folder's folders is not gone into.
+    ``refuse`` is called with the error where a folder cannot be listed; the folder ``above`` counts
+    as listed already.
     """
 
     def identity(folder: str) -> tuple[int, int]:
         status = os.stat(folder)
-        return status.st_dev, status.st_ino  # what a folder and a link to it have in common
+        # What a folder and a link to it have in common.
+        return status.st_dev, status.st_ino
 
     seen = set() if above is None else {identity(os.fspath(above))}
     for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
@@ -260,8 +271,10 @@ def digest(path: str) -> bytes:
 
 
 def ask(question: Callable[[str], T], path: str) -> T | None:
-    """What a function says of a file that a scan found; None where it cannot be read, as a link
-    that leads nowhere. Whoever reads the pictures leaves it out, and says so."""
+    """Return what a function says of a file, or None where the file cannot be read.
+
+    A link that leads nowhere is such a file. Whoever reads the pictures leaves it out, and says so.
+    """
     try:
         return question(path)
     except OSError:
@@ -269,7 +282,7 @@ def ask(question: Callable[[str], T], path: str) -> T | None:
 
 
 def hash_files(files: Files) -> str:
-    """What a folder holds: SHA-256 over the names, the classes and the bytes of its files, in hexadecimal.
+    """Return the SHA-256 over the names, the classes and the bytes of a folder's files.
 
     Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins
     with "names and sizes:". Files that cannot be read count by their names.
@@ -307,8 +320,10 @@ DECODE_UP_TO, DECODE_BYTES = 5_000, 2**29
 
 @dataclass(frozen=True)
 class Verified:
-    """What :func:`verify_files` found: the indices of the files that passed, and the names of the
-    others with the reason."""
+    """What :func:`verify_files` found.
+
+    These are the indices of the files that passed, and the names of the others with the reason.
+    """
 
     sound: tuple[int, ...]
     skipped: dict[str, str]
@@ -457,7 +472,9 @@ class _File(NamedTuple):
 def find_copies(
     sides: Mapping[str, Files], progress: Progress = silent, *, trained: bool = False
 ) -> Iterator[Finding]:
-    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`.
+    """Find pictures that stand on several sides, or in several classes, by their bytes.
+
+    See :func:`check_folders`.
 
     Args:
         sides: the labeled files, and of unlabeled, validation and test ones what there is.
@@ -520,7 +537,7 @@ def find_copies(
 
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
-    """The paths in one folder, and those in another, of each picture that both have, by its bytes."""
+    """Yield the paths in one folder, and in another, of each picture that both have."""
     for group in _same_bytes(
         {"own": files, "other": others}, lambda group: len({file.side for file in group}) == 2
     ):
@@ -543,10 +560,11 @@ def without_copies(files: FilesT, of: Files) -> FilesT:
 def _same_bytes(
     sides: Mapping[str, Files], matters: Callable[[list[_File]], bool], progress: Progress = silent
 ) -> list[list[_File]]:
-    """Groups of files with the same bytes; ``matters`` says of a group, alike so far, whether it is compared further.
+    """Yield groups of files with the same bytes.
 
-    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one
-    size, so a piece of them is compared before all their bytes.
+    ``matters`` says of a group that is alike so far whether it is compared further. Each key costs
+    more than the one before and sees fewer files. Uncompressed pictures all have one size, so a
+    piece of them is compared before all their bytes.
     """
     groups, compared = [list[_File]()], 0
     for side, files in sides.items():

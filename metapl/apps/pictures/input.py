@@ -24,13 +24,18 @@ from metapl.errors import MetaplError
 from metapl.models import mlp
 from metapl.runs.fields import AtLeastOne, Range, check_fields
 
-BATCH = 256  # examples in a pass
-LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
+# Examples in a pass.
+BATCH = 256
+
+# The greatest side in pixels: a batch of larger pictures would not fit into any memory.
+LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """How a file becomes what a network takes, a tensor (``channels``, ``size``, ``size``) of numbers from 0 to 1.
+    """How a file becomes what a network takes.
+
+    That is a tensor (``channels``, ``size``, ``size``) of numbers from 0 to 1.
 
     Args:
         kind: a ``picture``; or a ``digit``, bright ink on dark as in scikit-learn's digits.
@@ -67,7 +72,7 @@ class Input:
         )
 
     def read(self, path: Path) -> Tensor:
-        """The network's input for a picture in a file."""
+        """Return the network's input for a picture in a file."""
         if self.kind == "picture":
             mode: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
             return in_unit_range(
@@ -106,7 +111,7 @@ class NetworkCard:
     def create(
         self, factory: Callable[[], nn.Module] | None = None, weights: str | None = None
     ) -> nn.Module:
-        """The network with fresh weights, or with those of a file, which its architecture takes."""
+        """Build the network with fresh weights, or with those of a file that fits."""
         if self.architecture is not None:
             network = self.architecture.create(weights)
         elif self.widths is not None:
@@ -124,8 +129,10 @@ class NetworkCard:
 
 
 class Inputs:
-    """The pictures in files and in folders, of which those that cannot be read are left out;
-    ``skipped`` of the last pass."""
+    """Pictures in files and in folders, without those that cannot be read.
+
+    ``skipped`` is the number of these in the last pass.
+    """
 
     def __init__(self, given: Input, paths: Sequence[Path]) -> None:
         self.input, self.skipped = given, 0

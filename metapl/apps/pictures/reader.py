@@ -1,4 +1,4 @@
-"""Reading of image files: every format becomes the same kind of tensor, or is refused with the reason.
+"""Reading of image files: every format becomes the same kind of tensor, or is refused.
 
 A file may be a member of a tar file, as WebDataset has them, with the path
 ``many/000000.tar/cats/1.png``: it is listed, checked, cached and labeled like any other, and drawn
@@ -39,9 +39,13 @@ TAR = ".tar"
 
 
 def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
-    """The plain files of a tar file, from its headers alone (20 µs a member): the name without a
-    leading ``./`` or ``/``, where its bytes begin, and how many they are. A MetaplError where it is
-    no tar file, compressed, or cut."""
+    """Yield the plain files of a tar file: name, where the bytes begin, and how many they are.
+
+    Names have no leading ``./`` or ``/``. Only headers are read, 20 µs a member.
+
+    Raises:
+        MetaplError: the file is no tar file, compressed, or cut.
+    """
     try:
         with open_plain(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
@@ -75,9 +79,10 @@ def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
-    """The size in bytes of a plain file, or of a member of a tar file.
+    """Return the size in bytes of a plain file, or of a member of a tar file.
 
-    An OSError where there is none.
+    Raises:
+        OSError: there is none.
     """
     if (tar := _tar_and_member(path)) is not None:
         return _place_in_tar(*tar)[1]
@@ -88,7 +93,7 @@ def size_of(path: str | os.PathLike[str]) -> int:
 
 
 def _tar_and_member(path: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """The tar file and the name in it of a path that leads into one."""
+    """Return the tar file and the name in it of a path that leads into one."""
     text, at = os.fspath(path), -1
     while (at := text.find(f"{TAR}/", at + 1)) >= 0:
         end = at + len(TAR)
@@ -109,9 +114,11 @@ def _place_in_tar(tar: str, name: str) -> tuple[int, int]:
 
 @cache
 def _tar_index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
-    """The members of a tar file of this size and time of change, read once in a process: hashes of
-    the names in rising order, starts and sizes. These are 24 bytes a member, in arrays that forked
-    worker processes share."""
+    """Return the members of a tar file of this size and time of change, read once in a process.
+
+    They are hashes of the names in rising order, starts and sizes: 24 bytes a member, in arrays
+    that forked worker processes share.
+    """
     try:
         found = sorted(
             (_name_hash(name), start, length) for name, start, length in tar_members(tar)
@@ -159,7 +166,8 @@ LARGE = (
     2**24
 )  # pixels above which a picture is shrunk before it is converted, which takes several copies
 
-LUMA = (0.299, 0.587, 0.114)  # red, green and blue in brightness: ITU-R BT.601, as in Pillow
+# Red, green and blue in brightness: ITU-R BT.601, as in Pillow.
+LUMA = (0.299, 0.587, 0.114)
 
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -230,14 +238,18 @@ def read_image(
 def read_crops(
     path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB"
 ) -> list[Tensor]:
-    """Read boxes of a picture, decoding it once: for each crop of the upright picture, uint8 (3, H,
-    W) or (1, H, W) of this size; else as :func:`read_image`."""
+    """Read boxes of a picture, decoding it once.
+
+    For each crop of the upright picture it returns uint8 (3, H, W) or (1, H, W) of this size; else
+    it is as :func:`read_image`.
+    """
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
     with _opened(path) as image:
         is_jpeg = image.format in ("JPEG", "MPO")
         if not is_jpeg:
-            image.load()  # which side is up may stand behind the pixels
+            # Which side is up may stand behind the pixels.
+            image.load()
         try:
             turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         except Exception:  # as in _turned
@@ -265,9 +277,11 @@ def read_crops(
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
-    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid, to which
-    it is stretched: float32 (size, size) in [0, 1]. Colors, transparency, turned cameras and errors
-    are as of :func:`read_image`."""
+    """Read an image as brightness, float32 (size, size) in [0, 1].
+
+    It is averaged over the areas of a ``size`` x ``size`` grid, to which it is stretched. Colors,
+    transparency, turned cameras and errors are as of :func:`read_image`.
+    """
     from PIL import Image
 
     with _opened(path) as image:
@@ -279,7 +293,7 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image]:
-    """The picture with its header read.
+    """Open a picture and read its header.
 
     Whatever Pillow raises in the block says which file and why.
     """
@@ -287,7 +301,8 @@ def _opened(path: str | Path) -> Iterator[Image]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oddities in files that read well
+            # Pillow warns of oddities in files that read well.
+            warnings.simplefilter("ignore")
             with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImage(
@@ -316,7 +331,7 @@ def _opened(path: str | Path) -> Iterator[Image]:
 
 
 def _centered(size: tuple[int, int], center: float) -> Crop:
-    """A share of the largest centered box of a shape."""
+    """Return a share of the largest centered box of a shape."""
 
     def box(height: int, width: int) -> Box:
         scale = center * min(height / size[0], width / size[1])
@@ -338,7 +353,7 @@ def _turned(image: Image) -> Image:
 
 
 def _plain(image: Image, mode: Mode) -> Image:
-    """The picture in 8 bits and without transparency."""
+    """Return the picture in 8 bits and without transparency."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
@@ -359,7 +374,7 @@ def _plain(image: Image, mode: Mode) -> Image:
 
 
 def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, int]) -> Tensor:
-    """A box of the picture at the size asked for.
+    """Return a box of the picture at the size asked for.
 
     The box counts in the pixels of the full picture.
     """

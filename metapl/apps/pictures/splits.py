@@ -10,12 +10,14 @@ from torch import Tensor
 from metapl.data import draws
 from metapl.errors import MetaplError
 
-_VALIDATION = 0x5B17  # keep these draws apart from every other use of a seed
+# This keeps these draws apart from every other use of a seed.
+_VALIDATION = 0x5B17
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Set a part of each class aside for validation: of n examples round(fraction · n), but at
-    least 1 and at most n − 1.
+    """Set a part of each class aside for validation.
+
+    Of n examples it is round(fraction · n), but at least 1 and at most n − 1.
 
     Args:
         labels: int64 (n,).
@@ -53,10 +55,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 @dataclass(frozen=True, eq=False)
 class DigitsSplit:
-    """The digits in four disjoint parts; images float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9.
+    """The digits in four disjoint parts.
 
-    ``unlabeled_truth`` has the labels that were hidden, for diagnostics only: nothing may be
-    trained, selected or stopped on them.
+    Images are float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9. ``unlabeled_truth`` has
+    the labels that were hidden, for diagnostics only: nothing may be trained, selected or stopped
+    on them.
     """
 
     labeled: tuple[Tensor, Tensor]
@@ -67,7 +70,7 @@ class DigitsSplit:
 
 
 def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
-    """Split scikit-learn's 1,797 handwritten digits anew for a seed, and keep the labels of a few of each class.
+    """Split scikit-learn's 1,797 digits for a seed, and keep the labels of a few of each class.
 
     197 images are to select on and 400 to report on, drawn with the classes in proportion.
 
@@ -80,7 +83,8 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
     (40, 1160, 197, 400)
     """
-    from sklearn.datasets import load_digits  # it takes a second, and only the digits need it
+    # The import takes a second, and only the digits need it.
+    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
