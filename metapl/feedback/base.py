@@ -174,7 +174,9 @@ class Feedback:
         def joined(name: str, h: Tensor) -> Tensor:
             if parts == 1 or h.ndim == 0 or step.has_rows(name):
                 return h.detach()
-            return h.detach().reshape(parts, -1, *h.shape[1:]).sum(0)
+            # The h of the micro-batches stand one after the other along dimension 0.
+            h_by_part = h.detach().reshape(parts, -1, *h.shape[1:])
+            return h_by_part.sum(0)
 
         return self.mapped(joined).on_value(step.signal.value)
 
@@ -282,6 +284,7 @@ class Estimator(ABC):
             # their own.
             if begins_in_outer_loss(path):
                 raise MetaplError(OUTER_NOT_FINITE) from error
+            # The outer loss is not the cause, and the error says what is.
             raise
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)
@@ -300,9 +303,12 @@ class Estimator(ABC):
                 checks.refuse_not_finite(NOT_FINITE, *numbers)
             except MetaplError as error:
                 if begins_in_outer_loss(path):
+                    # The inner loss is finite and an outer loss is not: it is the cause.
                     raise MetaplError(OUTER_NOT_FINITE) from error
                 if bool(path.inner_loss.isfinite()):
+                    # All losses are finite, so it is the feedback that is not.
                     raise NotFiniteFeedback(NOT_FINITE) from error
+                # The inner loss is not finite, and the others follow from it.
                 raise
         return feedback, state
 
@@ -335,14 +341,8 @@ def padded(feedback: Sequence[Feedback], path: StudentPath) -> list[Feedback]:
     if feedback:
         first = feedback[0]
     else:
-        # No step is differentiated: the first weights alone are asked for. The model for the zeros
-        # of all steps is then made of the last one, by gradients of None, "no dependence".
-        step = path.steps[-1]
-        no_gradients: Gradients = dict.fromkeys(credited(step.signal))
-        zero_feedback = feedback_from(step, no_gradients)
-        # Whether the inner loss depends on the signal was not looked at; False would say that it
-        # does not, for which checked_feedback refuses the path.
-        first = replace(zero_feedback, used=True)
+        # No step is differentiated: the first weights alone are asked for.
+        first = zero_feedback(path.steps[-1])
     zeros = []
     for step in path.steps[: len(path.steps) - len(feedback)]:
         fields = step.signal.fields()
@@ -350,6 +350,17 @@ def padded(feedback: Sequence[Feedback], path: StudentPath) -> list[Feedback]:
         others = {name: torch.zeros_like(fields[name]) for name in first.others}
         zeros.append(Feedback(zero, first.part, others, used=first.used, mean_over=first.mean_over))
     return [*zeros, *feedback]
+
+
+def zero_feedback(step: StudentStep) -> Feedback:
+    """Return zeros in the shape of a step's signal, for a step that is not differentiated.
+
+    They are ``used``: whether the inner loss depends on the signal was not looked at, and False
+    would say that it does not, for which :meth:`Estimator.checked_feedback` refuses the path.
+    """
+    # None says that there is no dependence, of which the feedback is zero.
+    no_gradients: Gradients = dict.fromkeys(credited(step.signal))
+    return replace(feedback_from(step, no_gradients), used=True)
 
 
 def examples_of_mean(reduction: Reduction, step: StudentStep) -> int:
@@ -431,6 +442,8 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
     if of == "example":
         in_factors = gradients["factors"]
         assert in_factors is not None, "the mean of the losses depends on their factors"
+        # The score-function estimator: the gain of a sampled label i alone, −dL/d(factor_i), where
+        # factor_i multiplies its loss, is what its log-probability is multiplied by.
         return Feedback(-in_factors, "log_prob")
     signal = step.signal
     # The derivative at the one-hot rows of sampled labels is one in their distribution.
@@ -443,10 +456,11 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
     is_used = len(h) > 0
     # The fields that make up the signal's value: one, or of a dict those of its entries that are
     # credited. The signal's other fields, such as log_prob, are not among them.
-    value_fields = [part]
     if isinstance(signal.value, dict):
-        value_fields = [field_name(key) for key in signal.value]
-        value_fields = [name for name in value_fields if name in gradients_by_field]
+        names = [field_name(key) for key in signal.value]
+        value_fields = [name for name in names if name in gradients_by_field]
+    else:
+        value_fields = [part]
     for name in value_fields:
         # A zero for what is not used, so that the feedback has the shape of the signal.
         if name not in h:
