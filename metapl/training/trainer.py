@@ -444,9 +444,13 @@ class BilevelTrainer(Trainer):
             )
         verification = self.verification
         is_verified = fingerprint in verification.verified_marks
+        # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
         if verification.setting and (verification.every or not is_verified):
-            has_looked = verification.before(self, outer_batch, inner_batches, mark=fingerprint)
-            if has_looked:
+            graphs_were_looked_at = verification.before(
+                self, outer_batch, inner_batches, mark=fingerprint
+            )
+            # It took a step on these batches, and looked at its graphs as the first look would.
+            if graphs_were_looked_at:
                 look = None
         return OpenedStep(
             outer_batch=outer_batch,
@@ -545,9 +549,11 @@ class BilevelTrainer(Trainer):
                 # The modes that take v have L(θ′); for others it would be one more pass.
                 if path.knows_outer_loss:
                     scalars["outer_loss"] = path.outer_loss
-                path = path.revised(h[-1])
-                scalars = {"inner_loss": path.inner_loss, **scalars, **teacher_scalars}
-                last_step = path.steps[-1]
+                # The student's real step is the one that was looked ahead, unless the problem makes
+                # another signal of the feedback.
+                real_path = path.revised(h[-1])
+                scalars = {"inner_loss": real_path.inner_loss, **scalars, **teacher_scalars}
+                last_step = real_path.steps[-1]
                 report = StepReport(
                     self.steps_done,
                     scalars,
@@ -570,7 +576,7 @@ class BilevelTrainer(Trainer):
                     # Line 8: θ_T′.
                     self.outer_optimizer.step()
                 # Line 3: θ_S′.
-                report.scalars.update(path.commit())
+                report.scalars.update(real_path.commit())
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
@@ -651,6 +657,8 @@ class BilevelTrainer(Trainer):
 
         Others may, say, keep its weights small.
         """
+        # A problem's default losses teach the task, and losses that are given in their place are
+        # taken to do so too. With other problems only a loss that says so does.
         if overrides(self.problem, "default_teacher_losses"):
             return self.has_losses
         return any(getattr(loss, "of_classes", False) for loss in self.teacher_losses or ())
@@ -793,6 +801,7 @@ class BilevelTrainer(Trainer):
             # This is one step, and the mode is used over several here: it is not verified yet.
             for layout in self.distributed:
                 layout.begin_step()
+            # This step is rare, so the tables are read anew without asking whether they changed.
             self.slots = [Slots(slots.module) for slots in self.slots]
             teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer_batch)
