@@ -134,8 +134,10 @@ def gradients_of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[
             # Betas are two.
             gradient = torch.stack([*gradient])
         gradients.append(gradient)
-    # The zeros are in the shape of the smallest gradient: where groups with one number stand beside
-    # groups with a number for each entry of a weight, a group without the setting gets one number.
+    # The setting is one of update.numbers, so at least one group has it. Its gradient is a number,
+    # (2,) for betas, or has the shape of a weight where each entry has a number of its own. The
+    # zeros are in the shape of the smallest: beside groups with one number and groups with a number
+    # for each entry, a group without the setting gets one number.
     smallest = min((t for t in gradients if t is not None), key=Tensor.numel)
     return [torch.zeros_like(smallest) if t is None else t for t in gradients]
 
@@ -240,6 +242,8 @@ class Differentiation:
         if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
             batches, weights = outer_batches(outer, self.ahead)
             self.step_losses = OuterLosses(batches, weights)
+        # The options of the param groups in each step; an empty list says that they are those of
+        # the inner optimizer in all of them.
         self.options: list[Any] = self.ahead.options(self.inner_optimizer)
         check_mode(self.estimate, len(self.inner_batches), self.problem, self.of_student)
         if self.step_losses is not None and self.estimate.name not in ("forward", "unrolled"):
@@ -280,12 +284,7 @@ class Differentiation:
             return "a sharded student; expected one process, or DistributedDataParallel"
         if "momentum" not in self.wrt:
             return ""
-        # SGD with a momentum of 0 keeps no buffer, through which later steps depend on the momentum
-        # of earlier ones. `forward` goes back over the states of steps that were taken without it,
-        # and would leave that dependence out. `unrolled` and compiled steps are taken with the
-        # momentum as a leaf, and so with a buffer, which changes no weight while the momentum is 0
-        # in all steps. Where it is 0 in some alone, torch leaves the buffer of the others as it is
-        # there, and a step with a leaf would not.
+        # `unrolled` and compiled steps are taken with the momentum as a leaf.
         options_of_steps = self.options or [self.update.options]
         steps_with_leaves = self.compiles or self.estimate.keep_graph
         for group_in_steps in zip(*options_of_steps, strict=True):
@@ -295,8 +294,14 @@ class Differentiation:
             momenta = [group["momentum"] for group in group_in_steps]
             if 0 not in momenta:
                 continue
+            # SGD without a leaf keeps no buffer at momentum 0. Later steps depend on the momentum
+            # of earlier ones through that buffer, and `forward`, which goes back over the states of
+            # such steps, would leave this dependence out.
             if not steps_with_leaves:
                 return "momentum=0, which keeps no buffer; expected more, or compile=True"
+            # A step with a leaf keeps a buffer at momentum 0 too, which changes no weight while the
+            # momentum is 0 in all steps. Where it is 0 in some steps alone, torch does not touch in
+            # these the buffer that the other steps keep, and a step with a leaf would update it.
             if any(momentum != 0 for momentum in momenta):
                 return "momentum=0 in some steps, which keep no buffer; expected more"
         return ""
@@ -336,14 +341,17 @@ class Differentiation:
 
     def _make_settings_leaves(self) -> None:
         """Let the graph of double backward end in leaves in the places of the settings."""
-        self.options = self.options or [options_of(self.inner_optimizer)] * len(self.inner_batches)
-        for number, groups in enumerate(self.options):
+        options_of_steps = self.options
+        if not options_of_steps:
+            options_of_steps = [options_of(self.inner_optimizer)] * len(self.inner_batches)
+        self.options = []
+        for groups in options_of_steps:
             with_leaves = []
             for group in groups:
                 # Betas are two.
                 numbers = {name: group[name] for name in self.settings if name in group}
                 with_leaves.append({**group, **pytree.tree_map(as_leaf, numbers)})
-            self.options[number] = with_leaves
+            self.options.append(with_leaves)
 
     def _begin(self) -> None:
         """Prepare the networks of several processes for a path."""
@@ -431,22 +439,24 @@ class Differentiation:
                 for step, feedback_of_step in zip(path.steps, feedback, strict=True)
             )
             start = path.start if "start" in self.wrt else {}
-            path = path.revised(h[-1])
+            # The path of the real step: the same, unless the problem makes another signal of the
+            # feedback.
+            real_path = path.revised(h[-1])
             is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)
             is_lookahead = self.inner_batches.is_lookahead
             return Hypergradient(
                 grads=grads,
                 feedback=h if is_lookahead else h[0],
-                inner_loss=path.inner_loss,
-                outer_loss=path.whole_outer_loss,
-                student_params=self.of_student.as_parameters(path.params),
-                inner_state=None if is_torch_optimizer else path.state,
-                kept=path.keeping.words(steps) if is_lookahead else "",
+                inner_loss=real_path.inner_loss,
+                outer_loss=real_path.whole_outer_loss,
+                student_params=self.of_student.as_parameters(real_path.params),
+                inner_state=None if is_torch_optimizer else real_path.state,
+                kept=real_path.keeping.words(steps) if is_lookahead else "",
                 start=self.of_student.as_parameters(start),
                 settings=settings,
                 order=order or "",
                 direct=direct,
-                outer_losses=path.outer_losses,
+                outer_losses=real_path.outer_losses,
                 replay_error=replays.error,
                 float32_products=float32_products(self.device),
             )
