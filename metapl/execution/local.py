@@ -185,11 +185,15 @@ class LocalStudent:
             NOTHING if gradient else no_fast_path(),
             self.at_weights(leaves, start, state=state or self.slots),
         ):
-            # A loss that draws from Python's or NumPy's generators has the same draws in each of
-            # its passes.
-            is_watched = self.slots.draws_outside is None and start.is_whole
+            # Watch for draws from Python's or NumPy's generators as long as it is not known
+            # (None) whether there are any: a loss that draws from them then has the same draws in
+            # each of its passes. The start has to hold the states of these generators too.
+            is_not_known_yet = self.slots.draws_outside is None
+            is_watched = is_not_known_yet and start.is_whole
+            outputs_have_graph = False
             for number, (inputs, batch) in enumerate(batches):
                 outputs = self.forward(inputs)
+                outputs_have_graph = outputs.requires_grad
                 value, weight = judge(outputs, batch)
                 if is_watched:
                     self.slots.watch(start, self.slots.random_state(self.device))
@@ -226,8 +230,9 @@ class LocalStudent:
             mean, weight = self.mean_of_all(values)
         if not gradient:
             return mean, {}
-        if not any(gradients):
-            if outputs.requires_grad:
+        reaches_weights = any(len(of_batch) > 0 for of_batch in gradients)
+        if not reaches_weights:
+            if outputs_have_graph:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError(
                 "the outer loss has no gradient in the student; expected one of its undetached "
@@ -347,7 +352,9 @@ class LocalStudent:
     def as_leaves(self, params: Tree) -> Tree:
         """Return weights as leaves of the types that the module's own have, by name."""
         originals = self.parameters.values()
-        are_plain = {*map(type, originals)} == {nn.Parameter} and not any(map(vars, originals))
+        # Plain weights are of no subclass, and have no attributes of their own, which the leaves
+        # would have to carry.
+        are_plain = all(type(p) is nn.Parameter and not vars(p) for p in originals)
         if are_plain:
             # The usual case, without a call for each weight that asks for its type.
             make = Tensor._make_subclass
@@ -398,7 +405,8 @@ class LocalStudent:
     ) -> AbstractContextManager[None]:
         """Run the student as :meth:`at_weights`, with dual numbers for weights.
 
-        Their tangent is w.
+        Their tangent is w. A weight that w lacks is the module's own in this block. The inner loss
+        does not reach it, nor do the outputs depend on it then; :meth:`Pass.tangent` compares them.
         """
         duals: Tree = {}
         for name, p in params.items():
@@ -530,6 +538,8 @@ class Pass:
         assert self.graph is not None, "a pass learns once"
         slots = self.student.slots
         device = self.student.device
+        # None until it is known. A step in which no loss has drawn sets it to False at its end, in
+        # `restored`.
         if slots.findings.draws_in_loss is False:
             return loss(self.graph, self._weights)
         before = slots.random_state(device)
@@ -759,8 +769,12 @@ def _gradient_of_mean(gradients: Sequence[Tree], weight: Tensor | float, leaves:
     if len(v) < len(leaves):
         v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
     if isinstance(weight, Tensor):
-        # Each gradient is of a sum over rows, so that the gradient of the loss is the sum of them,
-        # which mean_tree has divided by their number, over the weight.
+        # Each gradient is of a sum over rows, so that the gradient of the loss is the sum of them
+        # over the weight. mean_tree has divided that sum by the number of micro-batches, which the
+        # factor undoes. In several processes the gradients and the weight are both means over the
+        # ranks, whose number cancels. A loss that is a mean itself has a weight in a tensor there
+        # too, the mean number of micro-batches, so that the factor is 1 where the ranks have
+        # equally many.
         factor = len(gradients) / weight
         v = {name: factor * t for name, t in v.items()}
     return v
