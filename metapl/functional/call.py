@@ -213,17 +213,21 @@ class StepCall:
         if number == rules.steps - 1:
             losses = rules.losses_for(batch)
         compares = rules.feedback_size.compares and rules.has_feedback
-        are_apart = compares and all(getattr(loss, "detaches_signal", False) for loss in losses)
+        detach_signal = all(getattr(loss, "detaches_signal", False) for loss in losses)
+        are_apart = bool(losses) and compares and detach_signal
 
         def ask(network: Any) -> tuple[Signal, Tree]:
             signal = rules.problem.signal(
                 network, batch, student_outputs, generator=self.noises[number]
             )
-            return signal, {} if are_apart else self.own_losses(network, losses, signal, number)
+            own_losses: Tree = {}
+            if not are_apart:
+                own_losses = self.own_losses(network, losses, signal, number)
+            return signal, own_losses
 
         (signal, own_losses), left = rules.teacher.at(theta_T, teacher_state, ask)
         answer = Answer(signal, own_losses, {}, left)
-        if losses and are_apart:
+        if are_apart:
             return self.with_losses_apart(answer, losses, number)
         return answer
 
