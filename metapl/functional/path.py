@@ -270,13 +270,19 @@ class PureStep(PureTerms):
             return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
 
         derivatives: Tree
-        derivatives, (along, size) = grad_and_value(slope, has_aux=True)(credited(self.signal, of))
-        # Where both sides cancel, their rounding is left.
+        derivatives, (along, size_of_terms) = grad_and_value(slope, has_aux=True)(
+            credited(self.signal, of)
+        )
+        # The gap is the difference of two ways to ⟨g, w⟩, relative to the size of the terms of
+        # both. Where the terms themselves are sums that cancel, only their rounding is left: a
+        # floor of 1e4 roundings of ‖g‖ ‖w‖ in the denominator makes such a difference count as
+        # small.
         g = self.gradient
         limits = torch.finfo(self.outputs.dtype)
-        cancelled = 1e4 * limits.eps * norm(g) * norm(w)
-        size = size + norm({name: t * w[name] for name, t in g.items()}) + cancelled
-        self.gap = (along - dot(g, w)).abs() / size.clamp_min(limits.tiny)
+        floor = 1e4 * limits.eps * norm(g) * norm(w)
+        size_of_products = norm({name: t * w[name] for name, t in g.items()})
+        scale = size_of_terms + size_of_products + floor
+        self.gap = (along - dot(g, w)).abs() / scale.clamp_min(limits.tiny)
         return derivatives
 
     def with_zeros(self, w: Tree) -> Tree:
@@ -443,7 +449,7 @@ class PurePath(PureTerms):
 
         A signal may read the student's outputs, so it is known only once the steps before it are
         taken. Hence its derivative is taken within the function that the step before it
-        differentiates.
+        differentiates: vjp of step 0 (step 0, vjp of step 1 (step 1, ...)).
 
         Args:
             first: the first step whose signal gets a derivative.
@@ -472,5 +478,7 @@ class PurePath(PureTerms):
             _, end = onward(leaves)
             return with_fields(end, in_signals=[{}, *end.in_signals])
         loss, pull, end = vjp(onward, leaves, has_aux=True)
+        # What else this step adds to the end, `onward` has put in front. The derivative in its
+        # signal is there only now, after the vjp.
         (in_signal,) = pull(torch.ones_like(loss))
         return with_fields(end, in_signals=[in_signal, *end.in_signals])
