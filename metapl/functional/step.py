@@ -189,7 +189,8 @@ def make_step(
                 gradient, sizes = teacher_gradient(rules, pull, own, outcome.end.own_gradient)
         end = outcome.end
 
-        # Line 8. What nothing reaches does not decay.
+        # Line 8. A teacher that gets no gradient at all does not move, not even by weight decay.
+        # Of a teacher that gets one, a parameter that no loss reaches does decay.
         s_T = state.outer.state
         if rules.outer_update is not None and (rules.has_feedback or end.own_losses):
             theta_T, s_T = rules.outer_update.update(theta_T, gradient, s_T, call.outer_options)
