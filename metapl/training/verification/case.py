@@ -126,19 +126,21 @@ class Case:
         float64. It is 1e-2 for the other modes, for modes by differences, and for every mode where
         F is rounded as in float32.
         """
-        # Modes that say of themselves that they are not exact may be so here. For labels that were
-        # drawn, h is compared with what the weights of the losses, or the one-hot rows, do to F;
-        # and an implicit gradient is compared with ⟨g, w⟩ at its own w, not with L at the optimum.
-        is_exact = (
+        # A mode that says of itself that it is not exact may still give the exact derivative of F,
+        # as F and what is moved are chosen for it.
+        is_derivative_of_f = (
             self.mode.exact
+            # Drawn labels: h is compared with what the weights of their losses do to F,
             or self.moved == "weights"
+            # or with what their one-hot rows do to F.
             or self.takes_expectation
+            # An implicit gradient: F is ⟨g, w⟩ at the mode's own w, not L at the optimum.
             or bool(self.implicit_w)
         )
         is_by_difference = (
             self.mode.name == "difference" or getattr(self.mode, "tangent", "") == "difference"
         )
-        if is_exact and not is_by_difference and self.eps < EPS32:
+        if is_derivative_of_f and not is_by_difference and self.eps < EPS32:
             return EXACT
         return APPROXIMATE
 
@@ -216,8 +218,12 @@ def implicit_w(step: RealStep, mode: Implicit) -> Tree:
             ).sum()
             return dict(zip(theta, torch.autograd.grad(along_w, weights, **options), strict=True))
 
-        w = mode.solved(hessian_product, at_theta.gradients["outer"], step.update.learning_rate)
-    return {name: -t for name, t in w.items()}
+        solution = mode.solved(
+            hessian_product, at_theta.gradients["outer"], step.update.learning_rate
+        )
+    # The solution is about (∂²ℓ/∂θ²)⁻¹ v. At an optimum θ*, dL/d(signal) is the derivative of
+    # −⟨g, (∂²ℓ/∂θ²)⁻¹ v⟩ in the signal, so that w is minus the solution.
+    return {name: -t for name, t in solution.items()}
 
 
 def flat(tree: Any) -> Tensor:
