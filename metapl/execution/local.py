@@ -200,10 +200,12 @@ class LocalStudent:
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
-                if number == 0 and whole_batch is not None and is_plain_mean((value, weight)):
-                    # The loss of the first micro-batch has shown that it is a scalar, and is
-                    # dropped. The student runs on the others as well, the loss is taken once, of
-                    # all rows, and no micro-batch is left for this loop.
+                is_scalar = is_plain_mean((value, weight))
+                if number == 0 and whole_batch is not None and is_scalar:
+                    # The first micro-batch has shown that the loss is a scalar, so that it has to
+                    # be taken once, of all rows, and its value on the first is dropped. This runs
+                    # the student on the others as well, so that none is left for the loop. The
+                    # gradient follows after the block, in a second pass on each.
                     rows = self._all_rows(outputs.detach(), others=batches[1:])
                     value, weight = judge(rows.outputs, whole_batch)
                     values.append((value.detach(), weight))
