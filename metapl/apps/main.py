@@ -1,4 +1,4 @@
-"""The ``metapl`` command: its commands by name, and how what goes wrong becomes a line and an exit code.
+"""The ``metapl`` command: its commands by name, and its errors as a line and an exit code.
 
 The words that name a command lead to a dataclass of :data:`COMMANDS`; tyro makes it from the flags,
 ``check_fields`` holds the values against its annotations, and its method ``run`` does the work and
@@ -32,7 +32,7 @@ from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
 from metapl.words import did_you_mean, shown
 
-# Where each command is: a dataclass whose fields are the flags, with a method ``run``.
+# Each command is a dataclass whose fields are the flags, with a method ``run``.
 COMMANDS = {
     "train images": "commands.TrainImages",
     "train digits": "commands.TrainDigits",
@@ -54,7 +54,8 @@ COMMANDS = {
     "ablate digits": "ablate.AblateDigits",
 }
 
-SEVERAL = ("train images", "train digits")  # which torchrun may start in several processes
+# torchrun may start these commands in several processes.
+SEVERAL = ("train images", "train digits")
 
 HELP = """\
 Train a classifier from a few labeled examples and many unlabeled ones:
@@ -75,15 +76,16 @@ CONFIG = (
     tyro.conf.CascadeSubcommandArgs,
 )
 
-LESS = (  # not every recipe has all of these
+# Not every recipe has all of these flags.
+LESS = (
     "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, "
     "raise --accumulate, or take --precision bfloat16"
 )
 
-# However it is said: Python, NumPy, torch on the host and oneDNN each have a way of their own.
+# Python, NumPy, torch on the host and oneDNN each say in a way of their own that memory is short.
 TOO_LITTLE_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|cannot allocate memory|"
-    r"could not create a (primitive|memory)",
+    r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|"
+    r"cannot allocate memory|could not create a (primitive|memory)",
     re.IGNORECASE,
 )
 
@@ -96,15 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # letters that it does not have are written as their escapes
+        # Letters that the stream's encoding does not have are written as their escapes.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
                 errors="surrogateescape"
                 if stream.encoding.lower() == "utf-8"
                 else "backslashreplace"
             )
-    if arguments is None:  # a warning is a line, without its place in the code
+    if arguments is None:
+        # A warning is a line, without its place in the code.
         warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
     logger, messages = logging.getLogger("metapl"), logging.StreamHandler()
     messages.setFormatter(logging.Formatter("metapl: %(message)s"))
@@ -127,17 +129,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 logger.removeHandler(messages)
                 sys.stdout.flush()
-        except SystemExit as end:  # tyro has printed help, or what is wrong
+        except SystemExit as end:
+            # tyro has printed help, or what is wrong.
             return int(end.code or 0)
         except KeyboardInterrupt as stopped:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
-        except Exception as error:  # what is a fault of metapl passes through
+        except Exception as error:
+            # An error that is a fault of metapl itself passes through.
             if isinstance(error, FieldError) and (
                 command is None or error.field in flag_values(command)
             ):
-                # Of a dataclass whose fields are flags, or of a function that is given them; no
-                # flag takes None.
+                # The field is one of a dataclass whose fields are flags, or of a function that is
+                # given them. No flag takes None.
                 flag, expected = (
                     error.field.replace("_", "-"),
                     error.expected.removesuffix(" or None"),
@@ -150,11 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             if not isinstance(error, OSError):
                 raise
-            with suppress(
-                OSError, ValueError
-            ):  # what is still buffered would fail again at exit; a test has no file
+            # Bytes that are still buffered would fail again at exit. The output of a test has no
+            # file.
+            with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):  # the reader has gone, as head does
+            # A broken pipe is no fault: its reader has gone, as head does.
+            if not isinstance(error, BrokenPipeError):
                 name, reason = error.filename or "input or output", error.strerror or error
                 print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
             return 1
@@ -170,13 +175,17 @@ def open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             stream = open(os.devnull, mode)
-            os.set_inheritable(stream.fileno(), True)
+            is_inheritable = True
+            os.set_inheritable(stream.fileno(), is_inheritable)
             setattr(sys, name, stream)
 
 
 def parsed(given: Sequence[str]) -> tuple[str, Any]:
-    """The name of the command that the words begin with, and its dataclass, made of the others;
-    what is no command ends in help, or with what is wrong."""
+    """Return the name of the command that the words begin with, and its dataclass.
+
+    The dataclass is made of the other words. Words that name no command end in help, or with what
+    is wrong.
+    """
     names = " ".join(given[:2]), *given[:1]
     name = next((name for name in names if name in COMMANDS), None)
     if name is None:
@@ -224,7 +233,7 @@ def found(name: str) -> Any:
 
 
 def every_command() -> Any:
-    """All commands as one type, for its help, its completion, and the words that name none."""
+    """Return all commands as one type, for help, for completion, and for words that name none."""
 
     def either(kinds: Mapping[str, Any]) -> Any:
         summaries = {
@@ -267,9 +276,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(*, for_good: bool) -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes
-    meanwhile is not heard. With ``for_good`` the process ends with the block: signals that come
-    after it has begun to end are not heard either.
+    """Unwind on SIGTERM and SIGHUP as on Ctrl-C, so that temporary files are removed.
+
+    Another SIGTERM or SIGHUP that comes meanwhile is not heard. With ``for_good`` the process ends
+    with the block: signals that come after it has begun to end are not heard either.
     """
     stopping = False
 
@@ -283,7 +293,8 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
         raise Terminated(number)
 
     before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # which alone may handle signals
+    # The main thread alone may handle signals.
+    if threading.current_thread() is threading.main_thread():
         before = {
             number: signal.signal(number, unwind)
             for number in filter(is_heard, (signal.SIGINT, *END))
@@ -298,8 +309,10 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
-    """Whose memory did not suffice, where that is the error or one that it came from; None for any
-    other error, and for a refusal that says so itself."""
+    """Return whose memory did not suffice, if that is the error or one that it came from.
+
+    Return None for any other error, and for a refusal that says so itself.
+    """
     while error is not None and "does not suffice" not in str(error):
         if isinstance(error, torch.OutOfMemoryError):
             return "of the GPU"

@@ -34,27 +34,28 @@ from metapl.data.steps import BatchT, StepBatches, StepSampler
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
 
-_IN_A_ROW = 32  # broken files, after which the disk is taken to be gone
+# After so many broken files in a row, the disk is taken to be gone.
+_IN_A_ROW = 32
 
 
 class Images(Protocol):
-    """What the batches draw from: pictures of one shape."""
+    """Hold pictures of one shape, which the batches draw from."""
 
     def __len__(self) -> int: ...
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every picture."""
+        """Return (C, H, W) of every picture."""
         ...
 
     def select(self, indices: Tensor) -> Images:
-        """Some of the pictures, in the order of ``indices`` (n,) int64; nothing is copied."""
+        """Select pictures, in the order of ``indices`` (n,) int64; nothing is copied."""
         ...
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures as uint8 (B, C, H, W), and which they are, (B,) int64.
+        """Return pictures as uint8 (B, C, H, W), and which they are, (B,) int64.
 
-        ``indices``, but where a file is broken.
+        These are ``indices``, but where a file is broken.
         """
         ...
 
@@ -124,8 +125,8 @@ class FileImages:
             )
         self._indices = torch.arange(len(self._paths))
         self.size, self.mode, self.center, self.log = size, mode, center, log
-        # Whether a picture is kept, and the pictures. Two that read the same one at once write the
-        # same bytes.
+        # The pair says which pictures are kept, and holds the pictures. Two processes that read the
+        # same picture at once write the same bytes.
         self._kept: tuple[np.ndarray[Any, Any], Tensor] | None = None
 
     def __len__(self) -> int:
@@ -139,9 +140,12 @@ class FileImages:
         return self._with(_indices=self._indices[indices])
 
     def cached(self) -> FileImages:
-        """The same pictures, each kept in memory once it was read whole, which forked worker
-        processes share; C·H·W + 1 bytes a picture, taken as the pictures are read."""
-        # Not torch's shared tensors, which are bounded by the size of /dev/shm.
+        """Return the same pictures, each kept in memory once it was read whole.
+
+        Forked worker processes share this memory. It is C·H·W + 1 bytes a picture, taken as the
+        pictures are read.
+        """
+        # Torch's shared tensors would be bounded by the size of /dev/shm.
         count, bytes_each = len(self._paths), math.prod(self.shape)
         memory = np.frombuffer(mmap.mmap(-1, count * (1 + bytes_each)), dtype=np.uint8)
         return self._with(
@@ -154,21 +158,23 @@ class FileImages:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kept": None}  # a process that is not forked reads for itself
+        # A process that is not forked reads for itself.
+        return {**vars(self), "_kept": None}
 
     def path(self, index: int) -> Path:
-        """Where a picture is."""
+        """Return where a picture is."""
         return Path(os.fsdecode(self._paths[int(self._indices[index])]))
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         numbers = self._indices[indices]
-        if self._kept is not None and self._kept[0][numbers.numpy()].all():  # four times as fast
+        # Picking from kept pictures at once is four times as fast as one by one.
+        if self._kept is not None and self._kept[0][numbers.numpy()].all():
             return self._kept[1].index_select(0, numbers), indices
         images, used = self.fetch_crops(indices, [()] * len(indices))
         return images[0] if images else torch.empty(0, *self.shape, dtype=torch.uint8), used
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
+        """Fetch as :meth:`fetch` does, but leave a broken file out, not replaced: for measuring."""
         found = [
             (views[0], index)
             for index in indices.tolist()
@@ -181,8 +187,10 @@ class FileImages:
     def fetch_crops(
         self, indices: Tensor, crops: Sequence[Sequence[Crop]]
     ) -> tuple[list[Tensor], Tensor]:
-        """V boxes, or the whole, of each of the pictures ``indices``, (B,) int64: V tensors, uint8
-        (B, C, H, W), and which pictures they are, (B,) int64."""
+        """Return V boxes, or the whole, of each of the pictures ``indices``, (B,) int64.
+
+        Returns: V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
+        """
         found, used, tries = list[list[Tensor]](), list[int](), min(_IN_A_ROW, len(self))
         for index, boxes in zip(indices.tolist(), crops, strict=True):
             for candidate in range(index, index + tries):
@@ -200,7 +208,7 @@ class FileImages:
         )
 
     def _views(self, index: int, crops: Sequence[Crop] = ()) -> list[Tensor] | None:
-        """Boxes of a picture, or the whole one; None where it cannot be read."""
+        """Return boxes of a picture, or the whole one; None where it cannot be read."""
         number = int(self._indices[index])
         there, kept = self._kept if self._kept is not None and not crops else (None, torch.empty(0))
         if there is not None and there[number]:
@@ -223,10 +231,12 @@ class FileImages:
 
 
 def pick(values: Tensor, indices: Tensor) -> Tensor:
-    """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
-    return values.index_select(
-        0, to_device(indices, values.device)
-    )  # on the CPU ten times as fast as values[indices]
+    """Return values[indices] on the device of the values.
+
+    The indices come from the CPU, and nothing waits for the device.
+    """
+    # On the CPU this is ten times as fast as values[indices].
+    return values.index_select(0, to_device(indices, values.device))
 
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:
@@ -236,24 +246,22 @@ def record_files(log: Path, reasons: Mapping[str, str]) -> None:
         {"file": path, "reason": reason} for path, reason in reasons.items() if path not in known
     ]
     if new:
-        torn = log.exists() and read_plain(log)[-1:] not in (
-            b"",
-            b"\n",
-        )  # by a process that was killed
-        with log.open("a", encoding="utf-8") as file:  # in one piece, for workers add to it too
+        # A process that was killed may have torn the last line.
+        torn = log.exists() and read_plain(log)[-1:] not in (b"", b"\n")
+        # The lines are written in one piece, for workers add to the file too.
+        with log.open("a", encoding="utf-8") as file:
             file.write("\n" * torn + "".join(json.dumps(entry) + "\n" for entry in new))
 
 
 def replaced_files(log: Path) -> dict[str, str]:
-    """The files that :class:`FileImages` recorded, each with the reason.
+    """Return the files that :class:`FileImages` recorded, each with the reason.
 
     Empty where there is no such record.
     """
     reasons = {}
     for line in read_plain(log).decode("utf-8", "replace").splitlines() if log.exists() else ():
-        with contextlib.suppress(
-            ValueError, LookupError, TypeError, RecursionError
-        ):  # torn or damaged
+        # A line may be torn or damaged.
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             entry = json.loads(line)
             reasons[str(entry["file"])] = str(entry["reason"])
     return reasons
@@ -315,12 +323,12 @@ class ExampleBatches(StepBatches[BatchT]):
 
     @property
     def views(self) -> dict[str, View]:
-        """How the images are seen, by role, each with draws of its own."""
+        """Return the views of the images by role, each with draws of its own."""
         return {role: view for role in ROLES if (view := getattr(self, role, None)) is not None}
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """What else a batch holds of the same examples, by name."""
+        """Return the other columns that a batch holds of the same examples, by name."""
         return {
             name: held
             for name in ("labels", "stored")
@@ -373,7 +381,10 @@ class ExampleBatches(StepBatches[BatchT]):
         return RawBatches(self, self.steps)
 
     def fetch(self, step: int) -> Fetched:
-        """The images of a step, once for all views or once for each crop, and then the other columns."""
+        """Return the images of a step, and behind them the other columns.
+
+        The images are there once for all views, or once for each crop.
+        """
         indices, crop = self.sampler.indices(step), self.crop
         if isinstance(self.images, Tensor):
             images, used = [pick(self.images, indices)], indices
@@ -381,12 +392,13 @@ class ExampleBatches(StepBatches[BatchT]):
             whole, used = self.images.fetch(indices)
             images = [whole]
         else:
-            assert isinstance(self.images, FileImages)  # checked when the batches were made
+            # This was checked when the batches were made.
+            assert isinstance(self.images, FileImages)
             examples, seeds = _examples_of(self.sampler, step), self._seeds()
             mirrored = torch.zeros(len(seeds), len(indices), dtype=torch.bool)
 
             def box(view: int, row: int, height: int, width: int) -> Box:
-                """A box of an image, drawn once its size is known."""
+                """Return a box of an image, drawn once its size is known."""
                 boxes, mirrors = crop.boxes(
                     seeds[view], step, examples[row : row + 1], height, width
                 )
@@ -417,7 +429,8 @@ class ExampleBatches(StepBatches[BatchT]):
             how["batch"] = _examples_of(self.sampler.whole, step)
         each = zip(self.views.values(), images, self._seeds(), strict=True)
         items: Any = (*(view(x, seed=seed, **how) for view, x, seed in each), *fetched[count:])
-        return items if len(items) > 1 else items[0]  # type: ignore[no-any-return]  # what BatchT stands for
+        # BatchT stands for either form.
+        return items if len(items) > 1 else items[0]  # type: ignore[no-any-return]
 
     def _seeds(self) -> list[int]:
         return [draws.fold_in(self.seed, ROLES.index(role)) for role in self.views]
@@ -433,7 +446,7 @@ def _examples_of(sampler: StepSampler, step: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowsOfShare:
-    """The rows that a share of batches reads in a step: those of its part, and those mixed with them."""
+    """Say which rows a share of batches reads in a step: its own, and those mixed with them."""
 
     batches: ExampleBatches[Any]
     number: int
@@ -462,7 +475,9 @@ class RawBatches(StepBatches[Fetched]):
 
 @dataclass(frozen=True, eq=False)
 class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
-    """The labeled batches: item t is (x, y), x = view(images[i]), y = labels[i], i = sampler.indices(t).
+    """The labeled batches: item t is (x, y).
+
+    x = view(images[i]), y = labels[i], i = sampler.indices(t).
 
     Args:
         images: n examples: a tensor (n, ...), or :class:`~metapl.apps.pictures.Images`, whose bytes
@@ -495,9 +510,10 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
-    """The unlabeled batches: item t is (weak, strong), two views of the same images with independent draws.
+    """The unlabeled batches: item t is (weak, strong), two views of the same images.
 
-    weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t).
+    weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t). The draws
+    of the two are independent.
 
     Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files
     are decoded once.
@@ -505,7 +521,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     >>> from metapl.apps.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler
     >>> images = torch.rand(100, 1, 8, 8)
-    >>> batches = UnlabeledBatches(images, StepSampler(100, 64, seed=0), Identity(), ShiftNoiseCutout(), seed=0)
+    >>> sampler = StepSampler(100, 64, seed=0)
+    >>> batches = UnlabeledBatches(images, sampler, Identity(), ShiftNoiseCutout(), seed=0)
     >>> weak, strong = batches[7]
     >>> weak.shape == strong.shape
     True
@@ -523,8 +540,10 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
-    """All labeled images once, in order and as they are: (x, y), float32 (B, C, H, W) in [0, 1] and
-    int64 (B,). A file that cannot be read is left out.
+    """All labeled images once, in order and as they are.
+
+    Items are (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is
+    left out.
 
     >>> from metapl.apps.pictures import MemoryImages
     >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
@@ -547,9 +566,10 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
                 "batch"
             )
 
+    # The number of batches follows from the fields, so that it is a property here.
     @property
-    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
-        """Number of batches."""
+    def steps(self) -> int:  # type: ignore[override]
+        """Return the number of batches."""
         return -(-len(self.images) // self.batch_size)
 
     @property
@@ -568,5 +588,5 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
 
 
 def in_unit_range(images: Tensor) -> Tensor:
-    """Bytes as float32 in [0, 1]."""
+    """Return bytes as float32 in [0, 1]."""
     return images.to(torch.float32) / 255

@@ -42,19 +42,18 @@ Probability = Annotated[float, Range(0, most=1)]
 ) = range(12)
 SEEDED = 12
 
-GREY = (
-    128  # fills the places that no pixel comes to: the middle level of 255, as in the authors' code
-)
+# Grey fills the places that no pixel comes to: the middle level of 255, as in the authors' code.
+GREY = 128
 
 
 class View(Protocol):
-    """What the batches call.
+    """Map images to images, with every draw fixed by seed, step and example.
 
-    Images in, images out, with every draw fixed by seed, step and example.
+    The batches call views.
     """
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        """Images (B, ...), a seed, a step and ``examples`` (B,) int64 to the view (B, ...)."""
+        """Return the view (B, ...) of images (B, ...) by seed, step and ``examples`` (B,) int64."""
         ...
 
 
@@ -117,7 +116,10 @@ class Chain:
         return images
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
-        """Return the rows that the last view needs, and of these the rows that the one before needs."""
+        """Return the rows that the views need, from the last view to the first.
+
+        The rows that one view needs are those that the view before it has to make.
+        """
         for position in reversed(range(len(self.views))):
             own_seed = draws.fold_in(seed, position)
             needed = rows_needed(
@@ -131,11 +133,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class PictureView(ABC):
-    """A view of pictures (B, C, H, W) of some types, which refuses all others; neither the rest of
-    the batch nor its order matters.
+    """A view of pictures (B, C, H, W) of some types, which refuses all others.
 
-    Views that change colors take 1 or 3 channels of values in [0, 1]; values are looked at on the
-    CPU only, since elsewhere that holds the device up.
+    Neither the rest of the batch nor its order matters. Views that change colors take 1 or 3
+    channels of values in [0, 1]; values are looked at on the CPU only, since elsewhere that holds
+    the device up.
     """
 
     takes: ClassVar[tuple[torch.dtype, ...]] = WIDE
@@ -170,7 +172,8 @@ class PictureView(ABC):
             and images.is_floating_point()
         ):
             low, high = (bound.item() for bound in images.aminmax())
-            over = 0.5 / 255 if takes_bytes else 0.0  # a resized image may exceed 1 by a rounding
+            # A resized image may exceed 1 by a rounding.
+            over = 0.5 / 255 if takes_bytes else 0.0
             if not -over <= low <= high <= 1 + over:
                 fault = (
                     f"images with values from {low:g} to {high:g}; expected 0 to 1: normalize "
@@ -192,10 +195,10 @@ class PictureView(ABC):
 
     @abstractmethod
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        """The view of images that passed."""
+        """Return the view of images that passed."""
 
     def require(self, holds: bool, field: str, expected: str) -> None:
-        """Refuse a field."""
+        """Refuse a field whose condition does not hold."""
         if not holds:
             raise MetaplError(
                 f"{type(self).__name__}({field}={getattr(self, field)!r}): expected {expected}."
@@ -223,7 +226,7 @@ class Seeded(PictureView):
     transform: Callable[[Tensor], Tensor]
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        # 32 bits, which is what numpy takes.
+        # Numpy takes seeds of 32 bits.
         keys = (
             draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF
         ).tolist()
@@ -234,7 +237,8 @@ class Seeded(PictureView):
                 for image, key in zip(images, keys, strict=True):
                     torch.default_generator.manual_seed(key)
                     random.seed(key)
-                    np.random.seed(key)  # noqa: NPY002  # what transforms draw from
+                    # Transforms draw from numpy's default generator.
+                    np.random.seed(key)  # noqa: NPY002
                     if device.type == "cuda":
                         torch.cuda.default_generators[device.index or 0].manual_seed(key)
                     seen.append(self.transform(image))
@@ -245,13 +249,18 @@ class Seeded(PictureView):
 
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:
-    """Uniform [0, 1) in float64 to uniform {0, …, bound − 1}: 53 bits keep the product below any bound in use."""
+    """Map uniform [0, 1) in float64 to uniform {0, …, bound − 1}.
+
+    53 bits keep the product below any bound in use.
+    """
     return (u * bound).long()
 
 
 def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: float) -> Tensor:
-    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), of either
-    sign, with ``fill`` outside it; for images (B, C, H, W) of any dtype."""
+    """Mirror the images of ``flip_B``, then cut each at its own offset, with ``fill`` outside it.
+
+    Images are (B, C, H, W) of any dtype; an offset is (down, right), of either sign.
+    """
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
     cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
@@ -261,7 +270,10 @@ def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: f
 
 
 def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
-    """The pixels at ``rows`` and ``cols``, which broadcast to (B, H, W), and ``fill`` where there are none."""
+    """Return the pixels at ``rows`` and ``cols``, and ``fill`` where there are none.
+
+    ``rows`` and ``cols`` broadcast to (B, H, W).
+    """
     _, channels, height, width = images.shape
     nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
     inside = (nearest_rows == rows) & (nearest_cols == cols)
@@ -316,20 +328,24 @@ def normal(
 
 
 def cosine_and_sine(half_turns: Tensor) -> tuple[Tensor, Tensor]:
-    """cos πt and sin πt for t in [−1, 1], the same to the last bit on every device and at every place of a tensor.
+    """Return cos πt and sin πt for t in [−1, 1].
 
-    They are float64, within 2e-15 of the cosine and 2e-8 of the sine; of 0 they are exact.
+    They are the same to the last bit on every device and at every place of a tensor. They are
+    float64, within 2e-15 of the cosine and 2e-8 of the sine; of 0 they are exact.
 
     >>> cosine_and_sine(torch.tensor([0.0, 0.5], dtype=torch.float64))
     (tensor([1.0000e+00, 2.2204e-16], dtype=torch.float64), tensor([0., 1.], dtype=torch.float64))
     """
     s = _sine_of_half_pi_times(half_turns)
-    # By the half angle, whose cosine is not negative.
+    # These are formulas of the half angle, whose cosine is not negative.
     return 1.0 - 2.0 * s * s, 2.0 * s * (1.0 - s * s).clamp(min=0.0).sqrt()
 
 
 def _log(x: Tensor) -> Tensor:
-    """log x for x in (0, 1]: x = m·2^e with m in [√½, √2), and log m = 2 artanh((m − 1) / (m + 1))."""
+    """Return log x for x in (0, 1].
+
+    x = m·2^e with m in [√½, √2), and log m = 2 artanh((m − 1) / (m + 1)).
+    """
     mantissa, exponent = torch.frexp(x)
     low = mantissa < math.sqrt(0.5)
     mantissa = torch.where(low, 2.0 * mantissa, mantissa)
@@ -341,7 +357,10 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _sine_of_half_pi_times(t: Tensor) -> Tensor:
-    """sin(πt/2) for t in [−1, 1], by its power series; the first term left out is below 2e-18."""
+    """Return sin(πt/2) for t in [−1, 1], by its power series.
+
+    The first term left out is below 2e-18.
+    """
     x = t * (math.pi / 2)
     return x * _polynomial(x * x, [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(11)])
 

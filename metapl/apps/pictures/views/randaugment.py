@@ -1,5 +1,7 @@
-"""The strong view of the paper's image protocols: RandAugment and Cutout, with the settings of the
-authors' code where the paper does not say."""
+"""The strong view of the paper's image protocols: RandAugment and Cutout.
+
+The settings are those of the authors' code where the paper does not say.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ SVHN_OPERATIONS = tuple(
 )
 """The paper's twelve operations for SVHN (Table 5).
 
-None that moves a digit sideways, turns it or mixes it.
+None of them moves a digit sideways, turns it or mixes it.
 """
 
 
@@ -49,16 +51,16 @@ class RandAugment(PictureView):
 
     With the level ℓ = magnitude / scale, which may exceed 1:
 
-    ==============================================  ==================================================================
-    AutoContrast, Equalize, Invert                  no parameter
-    Brightness, Color, Contrast, Sharpness          factor 0.1 + 1.8ℓ; 1 changes nothing, 0 takes all of it away
-    Posterize                                       ⌊4ℓ⌋ bits are kept, 1 to 8: the smaller, the stronger
-    Solarize                                        values from (⌊256ℓ⌋ mod 256) / 255 upwards are inverted
-    Sample Pairing                                  0.4ℓ, at most 0.4, of another image of the batch is mixed in
-    Rotate                                          ±30ℓ degrees about the center
-    ShearX, ShearY                                  ±0.3ℓ pixels per pixel, about the upper left corner
-    TranslateX, TranslateY                          ±translate · ℓ of the width or height
-    ==============================================  ==================================================================
+    ======================================  =======================================================
+    AutoContrast, Equalize, Invert          no parameter
+    Brightness, Color, Contrast, Sharpness  factor 0.1 + 1.8ℓ; 1 changes nothing, 0 takes all away
+    Posterize                               ⌊4ℓ⌋ bits are kept, 1 to 8: the smaller, the stronger
+    Solarize                                values from (⌊256ℓ⌋ mod 256) / 255 upwards are inverted
+    Sample Pairing                          0.4ℓ, ≤ 0.4, of another image of the batch is mixed in
+    Rotate                                  ±30ℓ degrees about the center
+    ShearX, ShearY                          ±0.3ℓ pixels per pixel, about the upper left corner
+    TranslateX, TranslateY                  ±translate · ℓ of the width or height
+    ======================================  =======================================================
 
     The signs are drawn at random. Images are rounded to 8-bit levels, on which each operation is
     Pillow's to the bit; geometry goes to the nearest pixel, and what no pixel comes to is 128 of
@@ -143,11 +145,11 @@ class RandAugment(PictureView):
         levels = (
             (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
         )
-        # The plan, on the CPU, where the host reads how many images each operation gets. Rows (8n +
-        # 3, B): per drawn operation, with the images in the order of their groups, where each
-        # stands in the order before, the image to pair it with, and six numbers of an affine map;
-        # then where each stands in the last order, and its square's center. The images of one group
-        # are changed at once: all moves are one.
+        # The plan is made on the CPU, where the host reads how many images each operation gets. It
+        # has rows (8n + 3, B): per drawn operation, with the images in the order of their groups,
+        # where each stands in the order before, the image to pair it with, and six numbers of an
+        # affine map; then where each stands in the last order, and its square's center. The images
+        # of one group are changed at once: all moves are one.
         examples, (height, width) = examples.cpu(), images.shape[2:]
         groups = list(
             dict.fromkeys(
@@ -169,7 +171,8 @@ class RandAugment(PictureView):
         counts, plan, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
-            group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
+            # Group 0 is left as it is.
+            group_B = group_of[choice_B] * (u_place_B < p_B)
             order_B = group_B.argsort(stable=True)
             matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
             if batch is None:
@@ -213,9 +216,10 @@ class RandAugment(PictureView):
 
 
 def _others(batch: Tensor, examples: Tensor, u: Tensor) -> Tensor:
-    """Return the rows of a batch to pair examples with: uniform on the rest of it, blind to its order.
+    """Return the rows of a batch to pair examples with.
 
-    Of a batch of one, itself.
+    They are uniform on the rest of the batch, blind to its order. In a batch of one, the example is
+    paired with itself.
     """
     in_order = batch.argsort(stable=True)
     if batch is examples:
@@ -250,7 +254,8 @@ _RECOLORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     ),
 }
 
-# By signed level, share to translate by, height and width. Rows shear to the left, columns up.
+# Moves take the signed level, the share to translate by, height and width. Rows shear to the left,
+# columns up.
 _MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
     "Rotate": lambda level, share, height, width: rotation(30 * level, height, width),
     "ShearX": lambda level, share, height, width: (1, 0.3 * level, 0, 0, 1, 0),
@@ -262,9 +267,9 @@ _MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
 
 # --------------------------------------------------------------------- the operations, as in Pillow
 
-# On batches of 8-bit levels (B, C, H, W), C = 1 or 3. All arithmetic is on integers or is single
-# float operations that IEEE 754 rounds in one way only, so that a picture's result is the same on
-# every device and in every batch.
+# They work on batches of 8-bit levels (B, C, H, W), C = 1 or 3. All arithmetic is on integers or is
+# single float operations that IEEE 754 rounds in one way only, so that a picture's result is the
+# same on every device and in every batch.
 
 
 def autocontrast(levels: Tensor) -> Tensor:
@@ -283,15 +288,14 @@ def autocontrast(levels: Tensor) -> Tensor:
 
 def equalize(levels: Tensor) -> Tensor:
     """Flatten the histogram of each channel of each picture. ``ImageOps.equalize``."""
-    from torchvision.transforms.v2 import (
-        functional,
-    )  # two seconds of import that nothing else here needs
+    # Nothing else here needs this import, which takes two seconds.
+    from torchvision.transforms.v2 import functional
 
     return functional.equalize_image(levels)  # type: ignore[no-any-return]
 
 
 def color(levels: Tensor, factor: float) -> Tensor:
-    """Away from the grey picture by ``factor``.
+    """Move each picture away from its grey one by ``factor``.
 
     A picture of one channel stays. ``ImageEnhance.Color``.
     """
@@ -301,8 +305,10 @@ def color(levels: Tensor, factor: float) -> Tensor:
 
 
 def contrast(levels: Tensor, factor: float) -> Tensor:
-    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``; the authors' code takes its
-    pixel count / 256 for the mean: a slip, which is not followed."""
+    """Move each picture away from its mean grey by ``factor``. ``ImageEnhance.Contrast``.
+
+    The authors' code takes its pixel count / 256 for the mean: a slip, which is not followed.
+    """
     luma = _luma(levels)
     pixels = luma[0].numel()
     mean = (2 * luma.sum((1, 2, 3), keepdim=True, dtype=torch.int64) + pixels) // (2 * pixels)
@@ -310,7 +316,7 @@ def contrast(levels: Tensor, factor: float) -> Tensor:
 
 
 def sharpness(levels: Tensor, factor: float) -> Tensor:
-    """Away from the smoothed picture by ``factor``.
+    """Move each picture away from its smoothed one by ``factor``.
 
     The outermost pixels stay. ``ImageEnhance.Sharpness``.
     """
@@ -330,18 +336,18 @@ def sharpness(levels: Tensor, factor: float) -> Tensor:
 
 
 def blend(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """start + weight · (end − start), cut to 0 … 255 and truncated.
+    """Return start + weight · (end − start), cut to 0 … 255 and truncated.
 
     Weight > 1 goes beyond ``end``. ``Image.blend``.
     """
-    # In place and step by step, each rounded as Pillow does it.
+    # This goes in place and step by step, each rounded as Pillow does it.
     return end.float().sub_(start).mul_(weight).add_(start).clamp_(0, 255).to(torch.uint8)
 
 
 def _luma(levels: Tensor) -> Tensor:
-    """(B, 1, H, W): 0.299 R + 0.587 G + 0.114 B to 16 bits after the point, rounded.
+    """Return the luma (B, 1, H, W), rounded.
 
-    ``Image.convert("L")``.
+    It is 0.299 R + 0.587 G + 0.114 B to 16 bits after the point. ``Image.convert("L")``.
     """
     if levels.shape[1] == 1:
         return levels
@@ -356,7 +362,7 @@ Affine = tuple[float, float, float, float, float, float]
 
 
 def rotation(degrees: float, height: int, width: int) -> Affine:
-    """Counterclockwise about the center."""
+    """Return the map that turns a picture counterclockwise about its center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return (
         cos,
@@ -369,7 +375,7 @@ def rotation(degrees: float, height: int, width: int) -> Affine:
 
 
 def fixed_point(matrix: Affine) -> list[int]:
-    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`.
+    """Return an affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`.
 
     Pixels are taken at their centers.
     """
@@ -378,8 +384,10 @@ def fixed_point(matrix: Affine) -> list[int]:
 
 
 def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
-    """Move each picture by its own map, a row of int64 from :func:`fixed_point`, to the nearest
-    pixel, with grey where none is. ``Image.transform(AFFINE, NEAREST)``."""
+    """Move each picture by its own map to the nearest pixel, with grey where none is.
+
+    A map is a row of int64 from :func:`fixed_point`. ``Image.transform(AFFINE, NEAREST)``.
+    """
     a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
     y = torch.arange(levels.shape[2], device=levels.device)[:, None]
     x = torch.arange(levels.shape[3], device=levels.device)

@@ -1,5 +1,6 @@
-"""Views that move, cut, mirror and recolor images: the paper's beside RandAugment, ImageNet's, the
-digits', and those of folders of pictures.
+"""Views that move, cut, mirror and recolor images.
+
+They are the paper's beside RandAugment, ImageNet's, the digits', and those of folders of pictures.
 
 What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles
 come from :func:`~metapl.apps.pictures.views.base.cosine_and_sine`, sums over a picture are exact,
@@ -87,7 +88,8 @@ class ResizedCrop(PictureView):
     Resized bilinearly with antialiasing, as Pillow does; the authors' code resizes bicubically
     without.
 
-    >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    >>> images, examples = torch.rand(2, 3, 32, 48), torch.tensor([3, 4])
+    >>> ResizedCrop(24)(images, seed=0, step=5, examples=examples).shape
     torch.Size([2, 3, 24, 24])
     """
 
@@ -112,9 +114,13 @@ class ResizedCrop(PictureView):
     def boxes(
         self, seed: int, step: int, examples: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """What the view cuts out of images of one size: (B, 4) int64, top, left, height and width
-        in pixels, and (B,) bool, whether to mirror. The examples are on the CPU, as logarithms
-        differ between devices."""
+        """Return the boxes that the view cuts out of images of one size, and which it mirrors.
+
+        The examples are on the CPU, as logarithms differ between devices.
+
+        Returns: (B, 4) int64, top, left, height and width in pixels, and (B,) bool, whether to
+        mirror.
+        """
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -220,18 +226,20 @@ class Affine(PictureView):
         a, b = (cos - sin * slope) / scale, (sin + cos * slope) / scale
         c, d = -sin / scale, cos / scale
         rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
-        # From pixels about the center to where they come from, in units of half the sides.
+        # The maps lead from pixels about the center to where they come from, in units of half the
+        # sides.
         maps_B23 = torch.stack(rows, dim=1).view(-1, 2, 3) / (
             u_B5.new_tensor([width, height])[:, None] / 2.0
         )
         maps_B23 = to_device(maps_B23, images.device).to(images.dtype)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
-        # Not one fused operation, which may round differently at the end of a tensor than in its
-        # middle.
+        # This is not one fused operation, which may round differently at the end of a tensor than
+        # in its middle.
         grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         moved = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
-        return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
+        # Weights may add up to a rounding more than 1.
+        return moved.clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -295,7 +303,9 @@ class Color(PictureView):
 
 @dataclass(frozen=True)
 class Hole(PictureView):
-    """Cover a square of each picture, whose center is uniform on the picture, by the mean color of the picture.
+    """Cover a square of each picture by the mean color of the picture.
+
+    The center of the square is uniform on the picture.
 
     Args:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤
@@ -380,19 +390,22 @@ class Sometimes(PictureView):
 
 
 def _centered(side: int, like: Tensor) -> Tensor:
-    """The places of pixels along a side, from its middle."""
+    """Return the places of pixels along a side, from its middle."""
     return torch.arange(side, dtype=like.dtype, device=like.device) - (side - 1) / 2.0
 
 
 def _luma(images: Tensor) -> Tensor:
-    """(B, 1, H, W)."""
+    """Return the luma (B, 1, H, W) of pictures (B, C, H, W), C = 1 or 3."""
     if images.shape[1] == 1:
         return images
     return (images[:, :1] * LUMA[0]).add_(images[:, 1:2] * LUMA[1]).add_(images[:, 2:] * LUMA[2])
 
 
 def _mean(images: Tensor) -> Tensor:
-    """(B, C, 1, 1) float64: the mean of each channel, whatever the order in which it is summed."""
+    """Return the mean of each channel, (B, C, 1, 1) float64.
+
+    It is the same whatever the order in which it is summed.
+    """
     # Plus 1, numbers in [0, 1] are multiples of 2^-23, of which float64 holds sums over 2^29 pixels
     # without rounding.
     total = (images.float() + 1.0).sum((2, 3), keepdim=True, dtype=torch.float64)
