@@ -452,7 +452,9 @@ class Pass:
 
         slots = student.slots
         if params is student.params:
-            # The module holds these weights already.
+            # The module holds these weights already. What is put into its slots besides them are
+            # formulas in the place of fused kernels, such as that of weight norm. Weights that
+            # hooks make come into being in this pass, and are put back in its replays alone.
             self._weights: Tree = {**student.parameters}
             self._held_slots = slots.in_formulas()
         else:
@@ -594,7 +596,7 @@ class Pass:
         """Return the gradient of this pass's loss at its θ once more.
 
         Args:
-            params: that θ, which was forgotten.
+            params: that θ, which was forgotten. Inputs that were forgotten too are set before.
         """
         self.params = params
         with self.once_more(self.inputs) as (leaves, outputs):
@@ -707,7 +709,8 @@ class Pass:
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean is not what this pass returned.
 
-        The mean is S(x; θ) to the second order of the shift.
+        The mean is S(x; θ) to the second order of the shift. The tolerance is relative to the norms
+        of this pass's outputs and of those ahead, which the rounding of the mean grows with.
         """
         check_same_outputs(
             (ahead + behind) / 2,

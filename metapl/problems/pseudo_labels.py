@@ -242,6 +242,8 @@ class ReducedLabels(PseudoLabels):
 class StoredCrossEntropy(CrossEntropy):
     """:class:`metapl.CrossEntropy` of T(stored_j), of labeled batches (x, y, stored)."""
 
+    # The loss reads no signal, so its gradient does not pass through one: a compiled step may take
+    # it apart from that of the feedback (see metapl.problems.losses.TeacherLoss).
     detaches_signal: ClassVar[bool] = True
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:

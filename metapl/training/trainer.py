@@ -237,6 +237,8 @@ class BilevelTrainer(Trainer):
         # How each of them is laid out over processes. A layout holds the network without its
         # wrapper, which is what self.teacher and self.student are.
         gives_feedback = self.mode.credits != "nothing"
+        # A compiled step is traced through the networks in every mode, so that none of them may be
+        # under torch.compile itself.
         self.teacher_layout, self.layout, self.device = layouts(
             teacher, student, differentiated=gives_feedback or bool(compile)
         )
@@ -369,7 +371,8 @@ class BilevelTrainer(Trainer):
         )
         trainer.total = "teacher_loss"
         trainer.prefix = "teacher"
-        # The layout of a pair counts the teacher's ranks as the student's: see layouts().
+        # Its network is the teacher, in the layout that it has beside the student: processes that
+        # hold the same rows are counted as the student's are (see layouts()).
         trainer.layout = self.teacher_layout
         trainer.layouts = [self.teacher_layout]
         trainer.ranks = self.teacher_layout.ranks
