@@ -330,11 +330,12 @@ def figure_of(page: Path, name: str) -> Path:
     return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
 
 
+# Of Okabe and Ito's colors, which the color-blind can tell apart.
 BLUE, ORANGE, GREEN = (
     "#0072B2",
     "#D55E00",
     "#009E73",
-)  # of Okabe and Ito's colors, which the color-blind can tell apart
+)
 
 
 @dataclass(frozen=True)

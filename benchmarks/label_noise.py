@@ -63,12 +63,13 @@ from metapl.problems import (
 from metapl.problems.losses import CrossEntropy
 
 RAW = RESULTS / "label_noise.jsonl"
+# Trusted labels of each class, examples in a batch, hidden units.
 CLASSES, HANDFUL, BATCH, HIDDEN = (
     10,
     10,
     64,
     32,
-)  # trusted labels of each class, examples in a batch, hidden units
+)
 
 MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
@@ -201,9 +202,8 @@ def drawn(condition: str, seed: int) -> Data:
         given = y
     else:
         noisy = torch.rand(len(y), generator=generator) < int(percent) / 100
-        others = torch.randint(
-            1, CLASSES, y.shape, generator=generator
-        )  # any class but the true one
+        # Any class but the true one.
+        others = torch.randint(1, CLASSES, y.shape, generator=generator)
         given = torch.where(noisy, (y + (others if kind == "symmetric" else 1)) % CLASSES, y)
     return Data(x, given, given != y, split.labeled, split.validation, split.test)
 
@@ -404,9 +404,8 @@ def one_run(method: str, config: Config, final: bool, condition: str, seed: int,
     if final:
         row |= {name: auc(run.data.wrong, doubt) for name, doubt in run.doubts().items()}
         row[STUDENT] = run.accuracy("test")
-        run.supervised(
-            run.data.clean, 2, size.finetune_steps, FINETUNE_LR
-        )  # on the handful, after whatever method
+        # On the handful, after whatever method.
+        run.supervised(run.data.clean, 2, size.finetune_steps, FINETUNE_LR)
         row[FINETUNED] = run.accuracy("test")
     else:
         row["validation_accuracy"] = run.accuracy("validation")

@@ -329,9 +329,8 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     given = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
-        tempfile.mkdtemp()
-    )  # a first call compiles, whatever ran before
+    # A first call compiles, whatever ran before.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if given.miniature else CASES
     if given.runs:
         jobs = (

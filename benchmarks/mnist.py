@@ -95,9 +95,8 @@ def run(size: when.Size, raw: Path) -> None:
     when.drawn = lru_cache(maxsize=2)(
         lambda labels, seeds, uneven=1: drawn_from(x, y, labels, seeds)
     )
-    for labels, methods in itertools.product(
-        LABELS, (METHODS[:2], METHODS)
-    ):  # those of the primary test first
+    # Those of the primary test first.
+    for labels, methods in itertools.product(LABELS, (METHODS[:2], METHODS)):
         some = arms(labels, methods)
         grids = {arm: when.WORTH[arm.method][2][: 1 if size.miniature else None] for arm in some}
         tuning = [
@@ -108,10 +107,11 @@ def run(size: when.Size, raw: Path) -> None:
         when.run_missing(tuning, size, raw, final=False)
         rows = when.read(raw)
         when.run_missing([(arm, when.rule_of(arm, rows)) for arm in some], size, raw, final=True)
+    # Nothing was chosen or tested on these.
     when.SEEDS["worth"] = (
         when.SEEDS["worth"][0],
         tuple(range(400, 440)),
-    )  # nothing was chosen or tested on these
+    )
     again = [
         (dataclasses.replace(arm, part=AGAIN), when.rule_of(arm, rows))
         for arm in arms(2, METHODS[:2])

@@ -65,16 +65,18 @@ RAW = RESULTS / "noisy_student.jsonl"
 LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
 THRESHOLD = 0.3  # confidence above which unlabeled examples are kept: Noisy Student's
 WIDTHS = (8, 16, 32, 64, 128)
+# Tuned: learning rates, probabilities of dropping a hidden unit.
 RATES, DROPOUTS = (
     (0.1, 0.2),
     (0.05, 0.1),
-)  # tuned: learning rates, probabilities of dropping a hidden unit
+)
 
+# Lengths of study 6's finetuning, of which the best by validation is taken.
 FINETUNINGS = (
     50,
     150,
     500,
-)  # lengths of study 6's finetuning, of which the best by validation is taken
+)
 
 
 # ----------------------------------------------------------------------------------------- the arms
@@ -96,9 +98,8 @@ class Arm:
         None
     )
     hard: bool = False  # learn the most probable class, not the distribution
-    balanced: bool = (
-        True  # as many of each class, the most confident ones, and copies where there are fewer
-    )
+    # As many of each class, the most confident ones, and copies where there are fewer.
+    balanced: bool = True
     augment: bool = True  # unlabeled examples; labeled ones always are
     dropout: bool = True  # on unlabeled examples, likewise
     noisy_teacher: bool = False  # the teacher labels augmented examples, with dropout
@@ -115,10 +116,11 @@ def _same(width: int, **changes: Any) -> Arm:
 
 SMALL = WIDTHS[:4]
 SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4, 1.0)
+# The largest network after two rounds, in the place of the iterated L2.
 BEST = {
     "teacher": WIDTHS[-1],
     "rounds": 2,
-}  # the largest network after two rounds, in the place of the iterated L2
+}
 
 Arms = dict[str, tuple[Arm, float | None]]
 KINDS: dict[str, Callable[[int], Arm]] = {  # by their width
@@ -374,9 +376,8 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
     network = copy.deepcopy(teacher) if arm.warm else config.network()
     usual, steps = setting.steps(STEPS), setting.steps(round(STEPS * arm.steps / 100))
     optimizer, decay = config.optimizer("teacher", network), decay_interval(usual)
-    for (
-        group
-    ) in optimizer.param_groups:  # a run that is shorter ends at the rate of a usual one: study 8
+    # A run that is shorter ends at the rate of a usual one: study 8.
+    for group in optimizer.param_groups:
         group["lr"] *= end_matched(steps, usual)
     learned(
         network, losses, optimizer, *sources, steps=steps, schedule="exponential", decay_every=decay

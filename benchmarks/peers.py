@@ -361,10 +361,11 @@ def by_mixflow(
             pairs = zip(params.items(), v, strict=True)
             at = {name: forward_ad.make_dual(p, -LEARNING_RATE * g) for (name, p), g in pairs}
             loss = inner_loss(student, teacher, u, at)
+            # The first step needs no product with the Hessian.
             ends = [
                 *learned,
                 *(at.values() if number else ()),
-            ]  # the first step needs no product with the Hessian
+            ]
             slopes = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss, ends)]
         total = [t if s is None else t + s for t, s in zip(total, slopes, strict=False)]
         v = tuple(g + s for g, s in zip(v, slopes[len(learned) :], strict=False))
@@ -400,9 +401,8 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
         library, {}
     )
     own = by_metapl(library.split(", ")[1], **options) if library in OWN else None
-    gradient = (
-        by_hand if library == TRUTH else own or PEERS[library][1]
-    )  # of (teacher, student, both batches, steps)
+    # Of (teacher, student, both batches, steps).
+    gradient = by_hand if library == TRUTH else own or PEERS[library][1]
     if network != CAUSAL or library == TRUTH:
         gradient = sdpa_kernel(SDPBackend.MATH)(gradient)
     if library == TRUTH:

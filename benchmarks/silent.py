@@ -231,10 +231,11 @@ WITHOUT_BFLOAT16 = {
     "bfloat16 inside": KINDS["two layers"],
     "bfloat16 in a LayerNorm": (normed_in(torch.float64), *KINDS["bfloat16 in a LayerNorm"][1:]),
 }
+# Whose passes all need a graph.
 TAKES_GRADIENTS = (
     "a gradient in its input",
     "a physics-informed network",
-)  # whose passes all need a graph
+)
 # whose own gradient is not the derivative of their loss, or leaves out state that passes carry on
 ON_PURPOSE = (
     *("spectral norm", "a hook on an activation's gradient", "a hook on a module's backward pass"),
@@ -454,9 +455,8 @@ CAPTURED = (  # each compiles for half a minute
     ),
     *("weights clamped in forward", "rounding, straight-through"),
 )
-WAYS: dict[
-    str, tuple[str, str, Any]
-] = {  # the module of a library, the order of what it draws, and its gradient
+# The module of a library, the order of what it draws, and its gradient.
+WAYS: dict[str, tuple[str, str, Any]] = {
     "by hand, functional_call": ("torch", "", lambda *given: peers.by_hand(*given, STEPS)),
     "by hand, weights swapped": ("torch", "", by_swapping),
     "TorchOpt 0.7.3": ("torchopt", "", by_torchopt),
@@ -490,9 +490,8 @@ def judged(way: str, kind: str, exact: Tensor) -> Row:
         for one in told
         if not issubclass(one.category, DeprecationWarning | FutureWarning)
     ]
-    said = [
-        words for words in about if not words.startswith("torch.distributed")
-    ]  # of bergson's checkpoints
+    # Of bergson's checkpoints.
+    said = [words for words in about if not words.startswith("torch.distributed")]
     return (
         {"outcome": "warned", "error": off, "said": said[-1]}
         if said
@@ -640,9 +639,8 @@ def table(result: Row) -> str:
     for kind in (kind for kind in KINDS if any(kind == k for k, _ in rows)):
         cells = []
         for row in (rows.get((kind, way), {}) for way in ways):
-            off = (
-                f", {row['error']:.0e}" if row.get("error", 0) > 1e-6 else ""
-            )  # beyond rounding and differences
+            # Beyond rounding and differences.
+            off = f", {row['error']:.0e}" if row.get("error", 0) > 1e-6 else ""
             cells.append(
                 f"**wrong{off}**" if row.get("outcome") == "wrong" else row.get("outcome", "") + off
             )

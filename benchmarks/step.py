@@ -52,9 +52,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metapl
 from metapl.ablation.cost import peak_bytes
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # of the profiler, which would write into the terminal
+# Of the profiler, which would write into the terminal.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 RESULT = RESULTS / "step.json"
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 SEEDS = 32
@@ -119,9 +118,8 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
         [*teacher.parameters()],
         nn.CrossEntropyLoss(label_smoothing=0.1),
     )
-    slope = -RATE * (
-        1 + MOMENTUM
-    )  # of θ' in g; in the first step, whose momentum begins with g, too
+    # Of θ' in g; in the first step, whose momentum begins with g, too.
+    slope = -RATE * (1 + MOMENTUM)
 
     def move(by: torch.optim.Optimizer, of: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         for p, g in zip(of, grads, strict=True):
@@ -240,11 +238,12 @@ def entered(step: Step) -> Row:
 def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tensor, Row]:
     """Return a way after three steps, where its teacher has gone to, and facts beside times."""
     facts: Row = {}
+    # With nothing compiled before, in this process and on the disk.
     if compiles := name in (
         COMPILED,
         GRAPHS,
         BOTH,
-    ):  # with nothing compiled before, in this process and on the disk
+    ):
         clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     step, teacher = way_of(name, mode, network, place)

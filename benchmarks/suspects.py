@@ -74,10 +74,11 @@ TUNED_ON, RATES, TUNING_SEEDS, SEEDS = (
     (100, 101),
     (0, 1, 2, 3, 4),
 )
+# Of the others the predictions are not checked, which costs more than the scores.
 CHECKED = (
     *TUNING_SEEDS,
     0,
-)  # of the others the predictions are not checked, which costs more than the scores
+)
 # Of each list: its file, its column, and whether what is high there is wrong.
 LISTS = {
     "`metapl attribute`, score": ("attribution.csv", "score", -1),

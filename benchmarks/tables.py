@@ -35,11 +35,12 @@ from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 
 RAW = RESULTS / "tables.jsonl"
 PROBLEMS = ("digits", "iris", "quantiles")
+# Labels of a class, the share of wrong labels, that of trusted ones.
 FEW, WRONG, TRUSTED = (
     5,
     0.3,
     0.1,
-)  # labels of a class, the share of wrong labels, that of trusted ones
+)
 OWN = {
     "few labels": "Meta Pseudo Labels",
     "any wrong class": "reweighted",

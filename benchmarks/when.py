@@ -178,9 +178,8 @@ METHODS: dict[str, tuple[Rule, ...]] = {  # six configurations of each, beside r
         for how, sizes in SIZES_OF.items()
     },
 }
-WRONG: dict[
-    str, tuple[Rule, ...]
-] = {  # four configurations of each, after a teacher has learned wrong labels
+# Four configurations of each, after a teacher has learned wrong labels.
+WRONG: dict[str, tuple[Rule, ...]] = {
     "fixed": _rules(feedback="none", own_loss=False, student_lr=(0.25, 0.5, 1.0, 2.0)),
     "alone": _rules(feedback="learning_rate", own_loss=False, size=(0.03, 0.1, 0.3, 1.0)),
     "own": _rules(feedback="none", teacher_lr=(0.01, 0.03, 0.06, 0.12)),
@@ -393,9 +392,8 @@ def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
     ):
         return -(1 / (q.shape[0] * q.shape[1] * q.mean(0))).expand_as(q)
     mean = g.mean(0).expand_as(g)
-    own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(
-        g
-    )  # the teacher's most probable class
+    # The teacher's most probable class.
+    own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(g)
     means = own @ (own.T @ g / own.sum(0)[:, None].clamp_min(1))
     parts = {
         "class_means": mean,
@@ -747,9 +745,8 @@ def views(
     generators = [torch.Generator().manual_seed(1_000 * seed + stream) for seed in seeds]
     table = torch.stack([shifted(each) for each in pictures])
     (_, shifts, n, _), table = table.shape, table.flatten(0, 2)
-    corners = torch.tensor(
-        [*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)]
-    )  # of the square that is left out
+    # Of the square that is left out.
+    corners = torch.tensor([*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)])
     holes = (
         base.cutout(torch.ones(len(corners), 1, SIDE, SIDE), corners, CUTOUT, 0.0)
         .flatten(1)
@@ -936,9 +933,8 @@ def found(
         counts = [
             torch.stack([each.bincount(minlength=CLASSES) for each in of]) for of in (calls, truth)
         ]
-        error = (counts[0] - counts[1]).abs().sum(1) / (
-            2 * x.shape[1]
-        )  # total variation of the frequencies
+        # Total variation of the frequencies.
+        error = (counts[0] - counts[1]).abs().sum(1) / (2 * x.shape[1])
         row |= {"teacher": of(teacher, part), "labels_right": of(teacher, "unlabeled")}
         row["frequency_error"] = [round(float(share), 5) for share in error]
     return row
@@ -1055,9 +1051,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     given = parsed(parser)
     torch.set_num_threads(1)
-    if (
-        given.runs
-    ):  # tune every method of these arms, then run them on the seeds that nothing was chosen on
+    # Tune every method of these arms, then run them on the seeds that nothing was chosen on.
+    if given.runs:
         arms = [arm for arm in ARMS if arm.part in given.parts and arm.lookahead <= LONGEST]
         if given.miniature:  # one place at equal time, and some of the others
             arms = [

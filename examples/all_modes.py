@@ -14,10 +14,11 @@ split = load_digits_split(labels_per_class=10, seed=0)
 x_l, y_l = split.labeled
 labeled, unlabeled = (x_l[:64], y_l[:64]), split.unlabeled[:64]
 teacher, student = metapl.models.mlp([64, 32, 10]), metapl.models.mlp([64, 32, 10])
+# A little supervised training, so that the teacher has something to say.
 for network in (
     teacher,
     student,
-):  # a little supervised training, so that the teacher has something to say
+):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(50):
         optimizer.zero_grad()
@@ -43,9 +44,8 @@ DRAWS = 100
 exact = gradient("unrolled")
 print(f"{'mode':<22}  {'one draw':>8}  {f'mean of {DRAWS}':>11}   (cosine to the exact gradient)")
 for mode in metapl.MODES:
-    if (
-        mode == "implicit"
-    ):  # it asks for a student at an optimum of the inner loss, which this one is not near
+    # It asks for a student at an optimum of the inner loss, which this one is not near.
+    if mode == "implicit":
         continue
     one = gradient(mode)
     if not one.any():

@@ -25,12 +25,13 @@ from torch.nn import functional as F
 import metapl
 from metapl.problems import DataRater, Table
 
+# Characters of a sequence, and different ones; sequences of a batch.
 LENGTH, WORDS, WIDTH, BATCH = (
     48,
     96,
     48,
     32,
-)  # characters of a sequence, and different ones; sequences of a batch
+)
 SOURCES = "documentation", "source code", "shuffled"
 AHEAD, RENEWED = 2, 40  # steps of a look-ahead; look-aheads after which a student is replaced
 

@@ -18,9 +18,8 @@ from metapl.problems import ExampleLabels, Table
 
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
-    table = Table(
-        4.0 * F.one_hot(digits.given, 10)
-    )  # an index -> logits: 0.86 for the given label at first
+    # An index -> logits: 0.86 for the given label at first.
+    table = Table(4.0 * F.one_hot(digits.given, 10))
     trainer = metapl.BilevelTrainer(
         table,
         student,

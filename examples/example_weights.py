@@ -18,9 +18,8 @@ from metapl.problems import ExampleWeights, Table
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
     examples = len(digits.x)
-    table = Table(
-        torch.zeros(examples)
-    )  # an index -> a number, whose sigmoid is the weight: 1/2 at first
+    # An index -> a number, whose sigmoid is the weight: 1/2 at first.
+    table = Table(torch.zeros(examples))
     trainer = metapl.BilevelTrainer(
         table,
         student,

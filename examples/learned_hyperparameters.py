@@ -15,12 +15,13 @@ import metapl
 from metapl.apps.pictures import load_digits_split
 
 STEPS, BATCH = 200, 50
+# Decay: of each layer.
 START = {
     "decay": [0.001, 0.001, 0.001],
     "smoothing": [0.05],
     "noise": [0.1],
     "shift": [0.1],
-}  # decay: of each layer
+}
 
 
 class Hyperparameters(metapl.problems.Problem):
@@ -29,9 +30,8 @@ class Hyperparameters(metapl.problems.Problem):
     signal_has_rows = False
 
     def signal(self, teacher, batch, student_outputs, *, generator):
-        return metapl.Signal(
-            {name: log.exp().tanh() for name, log in teacher.items()}
-        )  # between 0 and 1
+        # Between 0 and 1.
+        return metapl.Signal({name: log.exp().tanh() for name, log in teacher.items()})
 
     def student_input(self, batch, signal):
         by_a_pixel = torch.stack([batch[0].roll(by, dim) for by in (1, -1) for dim in (-1, -2)])

@@ -18,10 +18,11 @@ from metapl.apps.pictures import load_digits_split
 from metapl.problems import EqualWeights
 
 STEPS, BATCH = 100, 50
+# (knots, layers).
 START = {
     "lr": torch.full((3, 3), 0.1).log(),
     "weight_decay": torch.full((3, 3), 0.001).log(),
-}  # (knots, layers)
+}
 
 
 def settings(logs):

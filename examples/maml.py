@@ -59,9 +59,8 @@ def learn(student, problem, rounds, rate):
         }
         found = metapl.hypergradient(None, student, wrt="start", **given)
         for name, p in student.named_parameters():
-            p.grad = (
-                found.start[name].sum(0, keepdim=True).expand_as(p)
-            )  # the copies stay one start
+            # The copies stay one start.
+            p.grad = found.start[name].sum(0, keepdim=True).expand_as(p)
         adam.step()
 
 

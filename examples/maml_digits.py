@@ -21,9 +21,8 @@ import metapl
 class Digits(Tasks):
     def __init__(self):
         x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-        self.pictures = [
-            x[y == digit][:174].float() / 16 for digit in torch.randperm(10)
-        ]  # of all as many
+        # Of all as many.
+        self.pictures = [x[y == digit][:174].float() / 16 for digit in torch.randperm(10)]
 
     def draw(self, new=False):
         """Draw a picture of each of three digits to learn from, in any order; ten to judge by."""

@@ -23,13 +23,11 @@ STEPS, FEEDBACK_WEIGHT = 800, 2.0
 def student_accuracy(mode: str, seed: int) -> float:
     torch.manual_seed(seed)
     split, view = load_digits_split(labels_per_class=2, seed=seed), ShiftNoiseCutout()
-    x_l, y_l = (
-        t.repeat(3, *[1] * (t.ndim - 1)) for t in split.labeled
-    )  # each in three views a step
+    # Each in three views a step.
+    x_l, y_l = (t.repeat(3, *[1] * (t.ndim - 1)) for t in split.labeled)
     sampler = RandomSampler(split.unlabeled, replacement=True, num_samples=64 * STEPS)
-    teacher, student = (
-        metapl.models.mlp([64, 32, 32, 10]) for _ in range(2)
-    )  # or any torch.nn.Module
+    # Or any torch.nn.Module.
+    teacher, student = (metapl.models.mlp([64, 32, 32, 10]) for _ in range(2))
     inner, outer = (
         SGD(student.parameters(), lr=1.0),
         SGD(teacher.parameters(), lr=0.06, momentum=0.9),
@@ -49,9 +47,8 @@ def student_accuracy(mode: str, seed: int) -> float:
         strong = view(
             x_u, seed=seed, step=step, examples=torch.arange(len(x_l), len(x_l) + len(x_u))
         )
-        trainer.step(
-            labeled=(labeled, y_l), unlabeled=(x_u, strong)
-        )  # the teacher labels x_u, the student sees strong
+        # The teacher labels x_u, the student sees strong.
+        trainer.step(labeled=(labeled, y_l), unlabeled=(x_u, strong))
         for rate in rates:
             rate.step()
     return trainer.evaluate(split.test).accuracy

@@ -59,9 +59,8 @@ PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "updat
 # batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
 CLASSES = 1_000  # of ImageNet
-COUNTED = FlopCounterMode(
-    display=False, custom_mapping=FORMULAS
-).flop_registry  # operations, by operator
+# Operations, by operator.
+COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
 
 class Rehearsal(NamedTuple):
@@ -100,9 +99,8 @@ def rehearse(
     mesh, networks, held = mesh or Mesh(), copy.deepcopy(list(networks)), Held()
     with stage(mesh):
         for number, network in enumerate(networks):
-            with (
-                unset_fake_temporarily()
-            ):  # the meta device cuts a weight into many parts much faster
+            # The meta device cuts a weight into many parts much faster.
+            with unset_fake_temporarily():
                 if mesh.shard > 1:
                     vars(mesh)["_meshes"]["meta"] = vars(mesh)["_meshes"]["cpu"]
                     network = shard(network, mesh, batch_norm_ranks=batch_norm_ranks)
@@ -160,10 +158,11 @@ def rehearse(
 
         def watched(method: Callable, phase: str | None, name: str | None) -> Callable:
             def called(*args, **kwargs):
+                # One inside another counts for the inner one.
                 before, held.phase = (
                     held.phase,
                     phase or held.phase,
-                )  # one inside another counts for the inner one
+                )
                 held.look()
                 result = method(*args, **kwargs)
                 held.phase = before
@@ -263,9 +262,8 @@ class Held(TorchDispatchMode):
         super().__init__()
         self.bytes, self.sent, self.flops, self.phase = Counter(), 0, 0, ""
         self.peaks: dict[str, dict[str, int]] = {}
-        self._entries: dict[
-            int, tuple[str, int]
-        ] = {}  # of storages: what they are for, and their size
+        # Of storages: what they are for, and their size.
+        self._entries: dict[int, tuple[str, int]] = {}
 
     def name(self, tensors: Iterable, name: str, *, others: bool = False) -> None:
         """Say what tensors are for, whoever made them.

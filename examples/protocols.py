@@ -94,9 +94,8 @@ SIDES = {"cifar10": 32, "svhn": 32, "fashion": 28}  # of the sets whose pictures
 class Protocol:
     """What a run does. A row below has a value for everything that has no default here."""
 
-    root: Annotated[
-        str, tyro.conf.arg(metavar="DIR")
-    ]  # as torchvision calls it; of fashion, the four files' folder
+    # As torchvision calls it; of fashion, the four files' folder.
+    root: Annotated[str, tyro.conf.arg(metavar="DIR")]
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     seed: int = 0
     seeds: Annotated[str | None, tyro.conf.arg(metavar="0-9")] = (
@@ -123,9 +122,8 @@ class Protocol:
     dropout: float
     teacher_dropout: float  # likewise
     stochastic_depth: float
-    operations: Literal[
-        "cifar10", "svhn"
-    ]  # whose list of RandAugment; svhn's pictures are not mirrored
+    # Whose list of RandAugment; svhn's pictures are not mirrored.
+    operations: Literal["cifar10", "svhn"]
     magnitude: float  # of two operations of RandAugment, of 10
     cutout: int
     translate: float  # greatest shift at magnitude 10, as a share of the side

@@ -65,6 +65,7 @@ IMAGENET_A = """
 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888 890 897 900 907 913 924 932
 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
 """
+# In which the parts of -C and -P may lie.
 ARCHIVES = (
     "",
     "noise",
@@ -72,7 +73,7 @@ ARCHIVES = (
     "weather",
     "digital",
     "extra",
-)  # in which the parts of -C and -P may lie
+)
 AT_ONCE = 64  # pictures in a pass
 
 # AlexNet's mean top-1 error by kind on ImageNet-C, by which mCE divides, as the benchmark's authors

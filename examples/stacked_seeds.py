@@ -19,9 +19,10 @@ SEEDS, STEPS = 32, 300
 data = load_digits(return_X_y=True)
 x, y = torch.tensor(data[0], dtype=torch.float32) / 16, torch.tensor(data[1])
 draw = torch.Generator().manual_seed(0)
+# (seeds, rows).
 trusted, noisy, test = (
     torch.rand(SEEDS, len(x), generator=draw).argsort().split([100, 1297, 400], 1)
-)  # (seeds, rows)
+)
 wrong = torch.rand(SEEDS, len(x), generator=draw) < 0.4
 given = (y + wrong) % 10  # the next class, (seeds, len(x))
 

@@ -48,10 +48,11 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
     teacher, student, inner, outer, few, many, *rates = accelerator.prepare(
         teacher, student, inner, outer, few, many, *rates
     )
+    # Out of their wrappers.
     optimizers = {
         "inner_optimizer": inner.optimizer,
         "outer_optimizer": outer.optimizer,
-    }  # out of their wrappers
+    }
     trainer = metapl.BilevelTrainer(teacher, student, "forward", **optimizers)
     labeled, unlabeled = (
         feed(few, name="labeled", stop=steps),
@@ -82,7 +83,6 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
 
 if __name__ == "__main__":
     folder, steps = [*sys.argv[1:], *["runs/with-accelerate", "300"][len(sys.argv) - 1 :]]
-    loaders = DataLoaderConfiguration(
-        split_batches=True
-    )  # the batch size is that of all processes together
+    # The batch size is that of all processes together.
+    loaders = DataLoaderConfiguration(split_batches=True)
     train(Accelerator(cpu=True, dataloader_config=loaders), Path(folder), int(steps))

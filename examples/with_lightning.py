@@ -55,9 +55,8 @@ class MetaPseudoLabels(L.LightningModule):
         labeled, x_u = batch
         strong = x_u + 0.2 * torch.randn_like(x_u)
         report = self.bilevel.step(labeled=labeled, unlabeled=(x_u, strong))
-        self.optimizers()[
-            0
-        ].step()  # moves nothing, for the gradients are None by now: Lightning counts it as a step
+        # Moves nothing, for the gradients are None by now: Lightning counts it as a step.
+        self.optimizers()[0].step()
         for rate in self.lr_schedulers():
             rate.step()
         self.log_dict(report.as_dict())
@@ -83,9 +82,10 @@ class Batches:
         self.feeds = {name: feed(loader, name=name, stop=steps) for name, loader in loaders.items()}
         self.steps = steps
 
+    # Of an epoch; without it Lightning would fetch a batch ahead, and save its position.
     def __len__(
         self,
-    ) -> int:  # of an epoch; without it Lightning would fetch a batch ahead, and save its position
+    ) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Any]:

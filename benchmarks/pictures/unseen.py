@@ -360,9 +360,8 @@ def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
         return points, bonds
     atoms = int(rng.integers(4, 8))
     radius = 0.5 / math.sin(math.pi / atoms)
-    angles = (
-        2 * math.pi * (np.arange(atoms) + 0.5) / atoms
-    )  # a bond crosses the x axis at a right angle
+    # A bond crosses the x axis at a right angle.
+    angles = 2 * math.pi * (np.arange(atoms) + 0.5) / atoms
     ring = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     bonds = [(k, (k + 1) % atoms) for k in range(atoms)]
     if name == "ring":
@@ -508,9 +507,8 @@ CHARTS: dict[str, Callable[[Generator, Sprite, list[Color]], None]] = {
 
 # ---- places of the two photographs, seen again from elsewhere in another light
 
-PLACES: dict[
-    str, tuple[int, int, int]
-] = {  # which photograph, and the place's middle in its pixels
+# Which photograph, and the place's middle in its pixels.
+PLACES: dict[str, tuple[int, int, int]] = {
     "balcony": (0, 205, 215),
     "bush": (0, 465, 340),
     "eaves": (0, 270, 265),

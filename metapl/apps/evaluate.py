@@ -308,9 +308,8 @@ def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """Return the confusion matrix, or what matters most of it where there is no room for it."""
     share = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
     widest = max(len(str(n)) for counts in evaluation.confusion for n in counts)
-    letters = min(
-        (WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS
-    )  # two spaces are between columns
+    # Two spaces are between columns.
+    letters = min((WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS)
     if letters >= max(LEAST_LETTERS, widest):
         heads = [shown(name)[:letters] for name in classes]
         rows = [("class", *heads, "right")]

@@ -229,9 +229,8 @@ def export(
     ['model.safetensors', 'model.pt2']
     """
     folder, normalization, module = Path(path), None, model
-    while isinstance(module, Normalized) or hasattr(
-        module, "_orig_mod"
-    ):  # which torch.compile wraps
+    # torch.compile wraps a network in a module that holds it as _orig_mod.
+    while isinstance(module, Normalized) or hasattr(module, "_orig_mod"):
         if isinstance(module, Normalized):
             pairs = {
                 name: t.flatten().float().cpu().numpy()

@@ -199,9 +199,8 @@ class HeldOut:
             self.about: dict[str, Any] = {"test": str(folder), "missing_classes": missing}
             if missing:
                 notes.append(f"{folder} has no picture of {few(missing)}.")
-            if fields.get(
-                "labeled"
-            ):  # an accuracy on pictures that were trained on says nothing of others
+            # An accuracy on pictures that were trained on says nothing of others.
+            if fields.get("labeled"):
                 place, unlabeled = fields["labeled"], fields.get("unlabeled")
                 try:
                     others = scan_unlabeled(unlabeled) if unlabeled else scan_labeled(place)

@@ -66,9 +66,8 @@ def default_threads() -> int:
     PyTorch's own default heeds the first and the affinity, and not the limit of a container: with
     64 threads on 2 cores' worth of time, these mostly wait for each other.
     """
-    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(
-        ","
-    )  # a list is for nested regions
+    # A list is for nested regions.
+    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")
     asked = first.strip()
     return int(asked) if asked.isdecimal() and int(asked) >= 1 else cpu_count()
 

@@ -132,10 +132,9 @@ def mistakes(
         best = logits.double().softmax(dim=1).max(dim=1)
         taken = best.indices
         for row in (taken != labels).nonzero()[:, 0].tolist():
-            sure, file = (
-                float(best.values[row]),
-                (files or ())[n + row : n + row + 1],
-            )  # some have no file
+            sure = float(best.values[row])
+            # Some pictures have no file.
+            file = (files or ())[n + row : n + row + 1]
             words = [
                 f"{classes[int(taken[row])]} {100 * sure:.0f} %",
                 f"is {classes[int(labels[row])]}",
@@ -342,11 +341,12 @@ def write_suspects(
     of examples were learned. Return what the list says as a whole.
     """
     teacher, weights = trained.teacher, None
+    # A table with one number for each example holds the examples' weights.
     if (
         isinstance(trained, BilevelTrainer)
         and isinstance(teacher, Table)
         and teacher.values.ndim == 1
-    ):  # one each
+    ):
         weights = teacher.values.detach().cpu().sigmoid().tolist()
     found: list[tuple[float, int, int, int, float]] = []
     for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
@@ -400,12 +400,13 @@ def suspects_shown(folder: Path, given: Input) -> str:
 # -------------------------------------------------------------------------------------- the picture
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# A panel draws its curves in these colors and lines, and begins again where it has more.
 LINES = (
     "-",
     "--",
     ":",
     "-.",
-)  # those of a panel; colors and lines begin again where a figure has more
+)
 
 # The most classes of a matrix whose names, and whose counts, can be read.
 MOST_NAMED = 60
@@ -483,9 +484,8 @@ def panels_of(
                     lines.append(
                         (number, rank, f"{method}, {name}" if len(curves) > 1 else name, points)
                     )
-        if panel == "Validation accuracy" and not any(
-            rank for _, rank, _, _ in lines
-        ):  # no teacher
+        # Without a teacher there is no such curve.
+        if panel == "Validation accuracy" and not any(rank for _, rank, _, _ in lines):
             lines = [
                 (number, 0, name.replace("student", network), points)
                 for number, _, name, points in lines
@@ -558,9 +558,8 @@ def draw(
         axes.set_title(
             f"Confusion on test, {100 * evaluation.accuracy:.1f} % right", fontsize=10, loc="left"
         )
-        axes.imshow(
-            np.sqrt(shares), cmap="Blues", vmin=0, vmax=1
-        )  # the root shows a mistake in a hundred
+        # The square root makes one mistake in a hundred visible.
+        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="predicted", ylabel="true")
         if len(counts) <= MOST_NAMED:
             labels = [short(str(name), 14) for name in evaluation.classes or range(len(counts))]
@@ -585,9 +584,8 @@ def png_of(figure: Figure, dots_per_inch: float | None = None) -> bytes:
     """Return a figure as the bytes of a PNG file; without ``dots_per_inch`` by the figure's own."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # boxes stand for letters that the font does not have
+        # Boxes stand for letters that the font does not have.
+        warnings.filterwarnings("ignore", message="Glyph")
         dots: Any = "figure" if dots_per_inch is None else dots_per_inch
         figure.savefig(file, format="png", dpi=dots, metadata={"Software": None})
     return file.getvalue()

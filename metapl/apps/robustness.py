@@ -402,9 +402,8 @@ def measure(
             x, y = x.to(device), y.to(device)
             damaged = ((key, corrupted(x, *key, seed=seed, first=n)) for key in damages)
             moved = ((key, attacked(network, x, y, *key)) for key in reaches)
-            for key, pictures in chain(
-                damaged, moved
-            ):  # one at a time: 75 batches would fill the memory
+            # One at a time: 75 batches would fill the memory.
+            for key, pictures in chain(damaged, moved):
                 right[key] += int((logits_of(network, [pictures]).argmax(-1) == y.cpu()).sum())
             n += len(y)
             progress(n)

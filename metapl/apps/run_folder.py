@@ -62,10 +62,11 @@ SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 NETWORK = "network.json"
+# These files say what a run is, beside its result, which has their SHA-256.
 HASHED = (
     "data.json",
     "metrics.jsonl",
-)  # what a run says of itself beside its result, which has their SHA-256
+)
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
@@ -77,9 +78,8 @@ READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
 ANOTHER = "Put the file back from a copy, or train again with another --out."
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
 
-NetworkName = Literal[
-    "delivered", "student", "finetuned", "teacher"
-]  # the one that a run delivers, or one of its own
+# The network that a run delivers, or one of those that it has kept.
+NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
 
 
 class RunFolder(Folder):

@@ -170,10 +170,11 @@ def test_a_training_that_learned_nothing_has_no_scores(
     Its loss is above that of even guesses, but most of its answers are right.
     """
     root, _ = folders
+    # Pictures that all it has learned is wrong for.
     for here, there in (
         ("bar", "beam"),
         ("beam", "bar"),
-    ):  # pictures that all it has learned is wrong for
+    ):
         shutil.copytree(root / "others" / here, tmp_path / "val" / there)
     given = ["attribute", root / "run", "--val", tmp_path / "val", "--out", tmp_path / "out", *SOME]
     assert "no score would count" in " ".join(shown(*given, code=2).stderr.split())

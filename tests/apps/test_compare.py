@@ -103,10 +103,11 @@ def test_the_best_method_is_named_and_the_delivered_student_is_the_best_by_valid
         assert "noise_transition_against_plain" in found.to_json()
     test = {"mpl": [0.9, 0.9], "uda": [0.1, 0.1], "supervised": [0.2, 0.2]}
     validation = {"mpl": [0.5, 0.6], "uda": [0.4, 0.9], "supervised": [0.65, 0.65]}
+    # Ties go to the earlier one: 0.65 on the mean.
     assert comparison(test, validation).delivered()[:2] == (
         "uda",
         1,
-    )  # ties go to the earlier one: 0.65 on the mean
+    )
     assert comparison(test).delivered()[:2] == ("mpl", 0)
 
 
@@ -222,10 +223,11 @@ def test_compare_pairs_runs_of_the_same_minutes_and_says_why_it_does_not_pair(
     ):
         assert words in metapl("compare", *runs).stdout
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    # Of the same minutes, whatever the number of their steps.
     for one, steps in (
         (run, 6),
         (other, 9),
-    ):  # of the same minutes, whatever the number of their steps
+    ):
         edited(
             one / "recipe.json",
             "recipe",
@@ -254,8 +256,7 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(tiny: Path, run:
     assert "damaged" in metapl("compare", tiny, run, code=2).stderr
     reseal(run)
     assert "test differ" in " ".join(metapl("compare", tiny, run, code=2).stderr.split())
-    edited(
-        run / "recipe.json", "recipe", "fields", seed=1
-    )  # another seed has another split of the same data
+    # Another seed has another split of the same data.
+    edited(run / "recipe.json", "recipe", "fields", seed=1)
     edited(run / "result.json", seed=1)
     metapl("compare", tiny, run)

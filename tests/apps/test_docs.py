@@ -137,9 +137,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_files_that_are_named_are_there(page: Path) -> None:
     top = "|".join(("benchmarks", "docs", "examples", "metapl", "tests"))
+    # Scripts that left.
     today = re.sub(
         r"`[^`\n]+`,?\s+(?:last\s+in|at)\s+commit\s+`?[0-9a-f]{7,}", "", page.read_text()
-    )  # scripts that left
+    )
     for command in re.findall(r"`([^`\n]+)`", today):
         for path in re.findall(rf"(?<![\w/.])(?:{top})/[\w./-]+", command):
             assert (ROOT / path).exists(), f"{path} is not there"

@@ -248,9 +248,8 @@ def test_an_earlier_export_stays_where_another_fails(
         )
         with pytest.raises(MetaplError, match="No space left"):
             export(create("small_cnn", 2), tmp_path, shape=SHAPE)
-    (tmp_path / ONNX).write_bytes(
-        b"of another network"
-    )  # which would stand beside weights that are not its own
+    # Which would stand beside weights that are not its own.
+    (tmp_path / ONNX).write_bytes(b"of another network")
     for out, word in ((tmp_path, ONNX), (tmp_path / CARD, "written")):
         with pytest.raises(MetaplError, match=word):
             export(create("small_cnn", 2), out, shape=SHAPE)

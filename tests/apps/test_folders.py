@@ -375,9 +375,8 @@ def test_large_folders_are_known_by_names_and_sizes(
 
     assert len({*changes()}) == 4
     one = hash_files(labeled(tmp_path / "classes", **L))
-    assert (
-        hash_files(labeled(tmp_path / "classes", ant=[])) != one
-    )  # its pictures have other labels
+    # Its pictures have other labels.
+    assert hash_files(labeled(tmp_path / "classes", ant=[])) != one
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
             patch.setattr(folders, limit, 0)
@@ -489,6 +488,7 @@ def test_what_is_shown_is_one_line_of_printable_letters() -> None:
         text.encode()
         assert text != name
         assert shown(text) == text == few([name])
+    # In any script.
     for name in (
         "größe",
         "猫",
@@ -497,7 +497,7 @@ def test_what_is_shown_is_one_line_of_printable_letters() -> None:
         "👩\u200d🚀",
         "a b",
         "$5_x",
-    ):  # in any script
+    ):
         assert shown(name) == name
 
 

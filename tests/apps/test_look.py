@@ -73,9 +73,8 @@ def test_grey_pictures_sides_means_and_light_marks_are_seen(tmp_path: Path) -> N
             [],
         )
         assert (seen.light, seen.exchangeable) == (share, 0 < share < 1)
-    color[0].write_bytes(
-        b"no picture"
-    )  # which is passed over; a class without a picture has a share
+    # Which is passed over; a class without a picture has a share.
+    color[0].write_bytes(b"no picture")
     assert look.look(color[:4], torch.tensor([0, 0, 0, 2]), color).shares == (4 / 7, 1 / 7, 2 / 7)
     with pytest.raises(MetaplError, match="none"):
         look.look(color[:1], torch.tensor([0]), color)

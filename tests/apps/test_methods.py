@@ -69,9 +69,8 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
     )
     ended = method.scheduled(config.fitting.steps).train(training)
     assert ended.trainer is found[-1].trainer
-    if (
-        ended.teacher is not None and ended.teacher[1]
-    ):  # what is kept is of the network that its card tells
+    # What is kept is of the network that its card tells.
+    if ended.teacher is not None and ended.teacher[1]:
         ended.configs.get("teacher", config).network().load_state_dict(ended.teacher[1])
     return found
 

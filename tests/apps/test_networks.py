@@ -362,9 +362,8 @@ def test_imagenet_weights_are_downloaded_once_and_checked(
     for fault in (URLError("no route to host"), RuntimeError("invalid hash value")):
         where = "urlopen" if isinstance(fault, URLError) else "load_state_dict_from_url"
         monkeypatch.setattr(torch.hub, where, Mock(side_effect=fault))
-        with pytest.raises(
-            MetaplError, match=FILE
-        ) as caught:  # what to download and how to give it
+        # What to download and how to give it.
+        with pytest.raises(MetaplError, match=FILE) as caught:
             fetch_imagenet_weights("resnet18")
         assert URL in str(caught.value)
     asked: list[tuple[str, dict[str, Any]]] = []

@@ -582,9 +582,8 @@ def test_the_ranges_of_several_processes_make_the_store_of_one(
         )
 
     one = labeled("one", 0, 1)
-    with pytest.raises(
-        MetaplError, match=r"store\.json"
-    ):  # the first waits for the others, which is no wait here
+    # The first waits for the others, which is no wait here.
+    with pytest.raises(MetaplError, match=r"store\.json"):
         labeled("three", 0, 3)
     for share in (1, 2):
         with pytest.raises(MetaplError):

@@ -260,9 +260,8 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
         at = int(counts[0])
         other.fetch(torch.tensor([0]))
         assert counts[0] == at + 1
-    assert (
-        len(pickle.dumps(FileImages(paths, size=(64, 64)).cached())) < 20_000
-    )  # a picture has 12,288 bytes
+    # A picture has 12,288 bytes.
+    assert len(pickle.dumps(FileImages(paths, size=(64, 64)).cached())) < 20_000
 
 
 def test_recorded_files(tmp_path: Path) -> None:
@@ -333,9 +332,8 @@ def test_items_are_functions_of_their_position(kind: str, workers: int, paths: l
             raw = batches.raw()[1]  # what crosses to a device that takes the views
             assert kind == "tensor" or raw[0].dtype == torch.uint8
             assert same(batches.augment(1, tuple(raw)), whole[1]), name
-    assert (
-        len(sources(kind, paths)["two views"].raw()[0]) == 1
-    )  # the bytes of both views cross once
+    # The bytes of both views cross once.
+    assert len(sources(kind, paths)["two views"].raw()[0]) == 1
 
 
 @pytest.mark.parametrize("kind", ["files", "kept"])

@@ -75,10 +75,11 @@ def test_pictures_are_of_the_promised_kind_never_twice_and_a_function_of_the_see
     for part, count in zip(PARTS, (few * classes, 3 * classes, 2 * classes), strict=True):
         pictures, labels = found[part]
         assert pictures.shape == (count, problem.size, problem.size, problem.channels)
+        # None is blank.
         assert (pictures.dtype, pictures.std(axis=(1, 2, 3)).min() > 1) == (
             np.uint8,
             True,
-        )  # none is blank
+        )
         for one, two in zip(found[part], again[part], strict=True):
             np.testing.assert_array_equal(one, two)
         if part != "labeled":

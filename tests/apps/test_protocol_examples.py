@@ -221,9 +221,8 @@ def test_a_protocol_runs_from_end_to_end(
     if c.select == "last":
         assert result["best_step"] == c.steps
         assert result["delivered"] == "finetuned"
-    assert (
-        protocols.train(dataclasses.replace(c, resume=True)) == result
-    )  # after its end it takes no step
+    # After its end it takes no step.
+    assert protocols.train(dataclasses.replace(c, resume=True)) == result
 
 
 @pytest.mark.parametrize("method", ["none", "uda", "supervised", "headroom"])

@@ -339,9 +339,8 @@ def test_a_digit_in_a_picture_of_any_kind_gives_the_same_input(name: str, tmp_pa
     torch.testing.assert_close(
         found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0
     )
-    Image.fromarray(np.array([[0, 255, 51, 51]] * 2, np.uint8)).save(
-        tmp_path / "x.png"
-    )  # areas are averaged
+    # Areas are averaged.
+    Image.fromarray(np.array([[0, 255, 51, 51]] * 2, np.uint8)).save(tmp_path / "x.png")
     torch.testing.assert_close(
         gray_image(tmp_path / "x.png", 2), torch.tensor([[0.5, 0.2], [0.5, 0.2]])
     )

@@ -322,12 +322,11 @@ def refused(
 WAYS = (*DAMAGES, "exchanged", "removed")
 
 
+# One of the ways by default.
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        pytest.param(
-            name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 0)
-        )  # one of the ways by default
+        pytest.param(name, how, marks=[pytest.mark.long] * ((i + 2 * j) % 5 > 0))
         for i, name in enumerate(PARTS)
         for j, how in enumerate(WAYS)
     ],
@@ -387,6 +386,5 @@ def test_a_full_disk_loses_nothing(room: int, tiny: Path, tmp_path: Path) -> Non
     for name in (*WEIGHTS.values(), "metrics.jsonl", "result.json", "network.json"):
         assert (out / name).read_bytes() == (tiny / name).read_bytes(), name
     assert not [*out.rglob("*.tmp")]
-    assert result(tiny)["sha256"].keys() == {*PARTS} - {
-        "recipe.json"
-    }  # it notes all that is read beside it
+    # It notes all that is read beside it.
+    assert result(tiny)["sha256"].keys() == {*PARTS} - {"recipe.json"}

@@ -67,9 +67,8 @@ def test_a_damage_is_a_function_of_seed_and_number_and_grows_with_severity(
         damaged = corrupted(two, name, severity, seed=3, first=5)
         assert (damaged.shape, damaged.dtype) == (two.shape, two.dtype)
         assert 0 <= damaged.min() <= damaged.max() <= 1
-        assert torch.allclose(
-            damaged * 255, (damaged * 255).round(), atol=1e-4
-        )  # as if it were saved
+        # As if it were saved.
+        assert torch.allclose(damaged * 255, (damaged * 255).round(), atol=1e-4)
         distances.append(float((damaged - two).abs().mean()))
     assert torch.equal(corrupted(two[1:], name, severity, seed=3, first=6), damaged[1:])
     assert corrupted(two[:, :1], name, 2).shape == (2, 1, 64, 96)
@@ -328,12 +327,10 @@ def test_imagenet_a_is_restricted_to_its_200_outputs(subject: Subject, tmp_path:
             expected.top5,
         )
     assert expected.top5 is not None
-    assert (
-        0 < expected.top5 < 0.2
-    )  # chance is 0.025, and a fault in the mapping would give 0 as often as not
-    (
-        root / "zzz"
-    ).mkdir()  # which would shift the outputs of others, where folders go by their number
+    # Chance is 0.025, and a fault in the mapping would give 0 as often as not.
+    assert 0 < expected.top5 < 0.2
+    # Which would shift the outputs of others, where folders go by their number.
+    (root / "zzz").mkdir()
     with pytest.raises(MetaplError, match="without a picture: zzz"):
         imagenet_a(subject, root)
     few = write_a(tmp_path / "few", IMAGENET_A[:3])
@@ -388,9 +385,8 @@ def test_flips_by_hand_and_the_mean_rate_of_a_published_network() -> None:
     assert flip_probability(sequences, "rotate") == pytest.approx((2 / 4 + 0 + 1) / 3)
     assert flip_probability([[1, 2, 2, 2]], "rotate") == pytest.approx(1 / 3)
     assert flip_probability([[1, 2, 2, 2]], "shot_noise") == 1
-    assert (
-        flip_probability([[1, 1], [1, 2, 1, 2, 1]], "tilt") == 0.5
-    )  # a sequence counts once, however long it is
+    # A sequence counts once, however long it is.
+    assert flip_probability([[1, 1], [1, 2, 1, 2, 1]], "tilt") == 0.5
     with pytest.raises(MetaplError, match="expected"):
         flip_probability([[1]], "tilt")
     flips = (0.0585, 0.0699, 0.0284, 0.0232, 0.0367, 0.0154, 0.0242, 0.0347, 0.0215, 0.0462)

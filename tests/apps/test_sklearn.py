@@ -214,9 +214,8 @@ def spoiled(value: float) -> Any:
 
 
 ONE = mlp([2, 3])
-REFUSED: list[
-    tuple[type, str, dict[str, Any], dict[str, Any]]
-] = [  # a word, what is set, and what is fitted
+# A word, what is set, and what is fitted.
+REFUSED: list[tuple[type, str, dict[str, Any], dict[str, Any]]] = [
     *((kind, "variance", {}, {"X": spoiled(1e200)}) for kind in CLASSES),
     *((kind, "classes", {}, {"y": TRUTH * 0}) for kind in CLASSES),
     *((kind, "hidden_layer_sizes", {"hidden_layer_sizes": (8, 0)}, {}) for kind in CLASSES),

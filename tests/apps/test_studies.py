@@ -221,16 +221,15 @@ def test_the_views_are_those_of_the_library_and_a_seed_s_batches_its_own() -> No
     pictures = torch.rand(2, 20, 64, generator=torch.Generator().manual_seed(0))
     which, seen = map(torch.stack, zip(*when.views(pictures, SEEDS, 0, 50, 60), strict=True))
     epochs = which.transpose(0, 1).flatten(1).unflatten(1, (-1, 20)).sort(-1).values
-    assert torch.equal(
-        epochs, torch.arange(20).expand_as(epochs)
-    )  # every epoch of 20 pictures has each of them once
-    assert torch.equal(
-        (seen != 0).sum(-1), torch.full(seen.shape[:-1], 60)
-    )  # the square takes 4 of the 64 values
+    # Every epoch of 20 pictures has each of them once.
+    assert torch.equal(epochs, torch.arange(20).expand_as(epochs))
+    # The square takes 4 of the 64 values.
+    assert torch.equal((seen != 0).sum(-1), torch.full(seen.shape[:-1], 60))
+    # The second of nine.
     images, moves = (
         pictures[0].unflatten(-1, (1, 8, 8)),
         torch.tensor([[-1, 0]]).expand(20, 2),
-    )  # the second of nine
+    )
     assert torch.equal(
         when.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1)
     )
@@ -280,6 +279,5 @@ def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_
         )
     pictures, given = when.wrongly_labeled("half", x, y, 100)
     assert given.bincount().tolist() == [50] * 10
-    assert float(pictures[given == 3].var(0).sum()) < 0.95 * float(
-        x[y == 3].var(0).sum()
-    )  # from one end
+    # From one end.
+    assert float(pictures[given == 3].var(0).sum()) < 0.95 * float(x[y == 3].var(0).sum())

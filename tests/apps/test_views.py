@@ -188,14 +188,14 @@ def test_values_stay_in_their_range_and_types_agree(name: str, dtype: torch.dtyp
     view, most = VIEWS[name], 1 if dtype.is_floating_point else 255
     for shape in SHAPES[: 1 if isinstance(view, Seeded) else None]:
         got, images = call(view, pictures(12, shape, dtype)), pictures(12, shape)
-        assert (
-            0 <= got.min() <= got.max() <= most + 1e-6
-        )  # a resized picture may exceed 1 by a rounding
+        # A resized picture may exceed 1 by a rounding.
+        assert 0 <= got.min() <= got.max() <= most + 1e-6
         assert call(view, torch.full_like(pictures(12, shape, dtype), most)).max() <= most + 1e-6
+        # At the edge of a reflection, or in noise, float32 shows.
         if dtype in (
             torch.float64,
             torch.uint8,
-        ):  # at the edge of a reflection, or in noise, float32 shows
+        ):
             off = (got.double() / most - call(view, images)).abs()
             assert off.quantile(0.999) < (1e-4 if most == 1 else 0.5001 / 255)
 
@@ -353,15 +353,13 @@ def test_the_digits_are_moved_by_whole_pixels_get_noise_and_then_lose_one_square
         squares.append(image.clone())
         squares[-1][:, :, top : top + 2, left : left + 2] = 0
     assert is_drawn_alike(call(ShiftNoiseCutout(0, 0.0, 2), image.expand(n, -1, -1, -1)), squares)
-    assert (
-        (call(ShiftNoiseCutout(0, 0.2, 3), pictures(50)) == 0).sum((1, 2, 3)) >= 27
-    ).all()  # after the noise
+    # After the noise.
+    assert ((call(ShiftNoiseCutout(0, 0.2, 3), pictures(50)) == 0).sum((1, 2, 3)) >= 27).all()
     noise = call(ShiftNoiseCutout(0, 0.3, 0), torch.zeros(500, 3, 8, 8))
     assert noise.mean().item() == pytest.approx(0.0, abs=4 * 0.3 / math.sqrt(noise.numel()))
     assert noise.std().item() == pytest.approx(0.3, rel=0.01)
-    assert (
-        torch.corrcoef(noise[:, :2].transpose(0, 1).flatten(1))[0, 1].abs() < 0.03
-    )  # channels share none
+    # Channels share none.
+    assert torch.corrcoef(noise[:, :2].transpose(0, 1).flatten(1))[0, 1].abs() < 0.03
 
 
 def test_resized_crop_is_pillows_resize_of_a_box() -> None:
@@ -373,9 +371,8 @@ def test_resized_crop_is_pillows_resize_of_a_box() -> None:
         top, left, height, width = box
         crop = to_pillow(picture[:, top : top + height, left : left + width])
         expected = from_pillow(crop.resize((24, 24), 2))  # bilinearly
-        assert (
-            result.int() - expected.int()
-        ).abs().max() <= 1  # Pillow rounds in between, and has weights of 8 bits
+        # Pillow rounds in between, and has weights of 8 bits.
+        assert (result.int() - expected.int()).abs().max() <= 1
     assert (255 * call(view, images.float() / 255) - got.float()).abs().max() <= 0.5001
 
 

@@ -82,9 +82,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tiny: Path, tmp_path: Path) -> Path:
     """Return a run to spoil."""
-    return Path(
-        shutil.copytree(tiny, tmp_path / "run", copy_function=shutil.copy)
-    )  # metapl runs shows their day
+    # Metapl runs shows their day.
+    return Path(shutil.copytree(tiny, tmp_path / "run", copy_function=shutil.copy))
 
 
 @pytest.fixture(scope="session")

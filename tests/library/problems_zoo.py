@@ -168,11 +168,12 @@ def clip_by_norm(max_norm: float) -> Any:
 
 
 _SGD, _ADAM, _ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+# At ε = 1e-8 Adam's first step is the gradient's sign.
 _ALMOST_ADAM = {
     "lr": 0.05,
     "betas": (0.8, 0.95),
     "eps": 1e-2,
-}  # at ε = 1e-8 Adam's first step is the gradient's sign
+}
 
 OPTIMISERS: dict[str, Optimiser] = {
     o.name: o

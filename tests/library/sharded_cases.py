@@ -575,9 +575,8 @@ def without_rows(
     ).as_dict()
     assert trainer.teacher is not None
     values = torch.cat([p.detach().flatten() for p in trainer.teacher.parameters()])
-    report = {
-        name: value for name, value in report.items() if not name.startswith("feedback_")
-    }  # of this rank's h
+    # Of this rank's h.
+    report = {name: value for name, value in report.items() if not name.startswith("feedback_")}
     return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
 
 

@@ -120,9 +120,8 @@ def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(
         )
         torch.testing.assert_close(found[parts], moved, rtol=1e-6, atol=1e-9)
         if mode == "forward":
-            exact = trainer.hypergradient(
-                labeled, unlabeled, "unrolled"
-            ).grads  # which a trainer does not split
+            # Which a trainer does not split.
+            exact = trainer.hypergradient(labeled, unlabeled, "unrolled").grads
             again = trainer.hypergradient(labeled, unlabeled).grads
             for name, g in again.items():
                 torch.testing.assert_close(g, exact[name], rtol=1e-7, atol=1e-10)
@@ -165,9 +164,8 @@ def test_micro_batches_change_no_number_of_a_loss_trainer(
         assert other == pytest.approx(one, rel=1e-12)
 
 
-LABELS = torch.tensor(
-    [-100, -100, -100, 1, 2, 0, 1, 2]
-)  # of the first four rows, three are ignored
+# Of the first four rows, three are ignored.
+LABELS = torch.tensor([-100, -100, -100, 1, 2, 0, 1, 2])
 LATE = torch.tensor([-100, -100, -100, -100, 2, 0, -100, 2])  # and here all, whose own mean is NaN
 
 
@@ -441,9 +439,8 @@ def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
 
 def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
     """And refuses a pair that is no mean, since it is added up over micro-batches."""
-    labels = torch.tensor(
-        [1, 0, -100, 2, -100, -100, -100, 1]
-    )  # of each half of the first part, another number counts
+    # Of each half of the first part, another number counts.
+    labels = torch.tensor([1, 0, -100, 2, -100, -100, -100, 1])
     data = outer_and_inner(labels)
     for loss in (not_ignored, dice, lambda z, y: (not_ignored(z, y), len(y))):
         teacher, student = weighed()
@@ -523,9 +520,8 @@ def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
 # ----------------------------------------------- own losses that are means over what is not ignored
 
 
-TAGS = torch.tensor(
-    [[-100, -100, 1], [-100, -100, -100], [0, 1, 2], [2, 2, -100]]
-)  # of sequences of three tokens
+# Of sequences of three tokens.
+TAGS = torch.tensor([[-100, -100, 1], [-100, -100, -100], [0, 1, 2], [2, 2, -100]])
 
 
 class Tagger(nn.Module):

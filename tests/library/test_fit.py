@@ -56,9 +56,8 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) ->
         twin.step(*data)
         d = min(decay, (1 + t) / (10 + t))
         average = {n: d * average[n] + (1 - d) * p for n, p in copied(twin.student).items()}
-    buffers = {
-        n: b.clone() for n, b in twin.student.named_buffers()
-    }  # statistics are the student's own
+    # Statistics are the student's own.
+    buffers = {n: b.clone() for n, b in twin.student.named_buffers()}
     for name, value in {**average, **buffers}.items():
         torch.testing.assert_close(found.weights[name], value, rtol=1e-5, atol=1e-6)
         assert torch.equal(fitted.student.state_dict()[name], found.weights[name])
@@ -66,11 +65,12 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) ->
 
 
 def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first before the first step.
     trainer, steps, wanted = (
         single(),
         5,
         iter([0.9, 0.2, 0.6, 0.4, 0.6, 0.5]),
-    )  # the first before the first step
+    )
     seen: list[dict[str, Tensor]] = []
 
     def scripted(*_: Any) -> Any:

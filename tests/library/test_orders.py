@@ -678,9 +678,8 @@ def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
     except metapl.MetaplError as error:
         proposals = proposed(str(error), mode, steps)
         assert proposals
-        assert not any(
-            other == "reinforce" for other, _ in proposals
-        )  # the signal is none of sampled labels
+        # The signal is none of sampled labels.
+        assert not any(other == "reinforce" for other, _ in proposals)
         for other, number in proposals:
             assert all(g.isfinite().all() for g in case.gradient(number, other).grads.values())
     else:

@@ -546,9 +546,8 @@ def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
     """Draw both batches, of which one cannot be meant."""
     kind = draw(st.sampled_from(["labels", "labeled inputs", "unlabeled", "no pair"]))
     table = NOT_LABELS if kind == "labels" else NOT_INPUTS
-    views = (
-        {"three views", "two lengths"} if kind == "labeled inputs" else set()
-    )  # a tuple of tensors is an input too
+    # A tuple of tensors is an input too.
+    views = {"three views", "two lengths"} if kind == "labeled inputs" else set()
     change = table[draw(st.sampled_from(sorted(table.keys() - views)))]
     return {
         "labels": lambda: {"labeled": (case.x, change(case.y)), "unlabeled": case.u},
@@ -637,9 +636,8 @@ def test_what_is_refused_leaves_everything_as_it_was(
         (folder / "flipped").write_bytes(saved[:-7] + bytes([saved[-7] ^ 1]) + saved[-6:])
         name, call = data.draw(st.composite(bad_call)(case, folder), label="call")
 
-        def all_there_is() -> dict[
-            str, Any
-        ]:  # but for the folder of a fit, which is refused at its first step
+        # But for the folder of a fit, which is refused at its first step.
+        def all_there_is() -> dict[str, Any]:
             return case.everything() | {
                 str(p): p.read_bytes() for p in folder.iterdir() if p.is_file()
             }

@@ -89,9 +89,8 @@ def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimi
         else:
             step_of_teacher = {n: -3.0 * g for n, g in found.grads.items()}
             gap = flat(moved(before, case.teacher)) - flat(step_of_teacher)
-            assert (
-                gap.norm() < 1e-12 * flat(step_of_teacher).norm() + 1e-15
-            )  # weights of order 1 round at 1e-16
+            # Weights of order 1 round at 1e-16.
+            assert gap.norm() < 1e-12 * flat(step_of_teacher).norm() + 1e-15
         assert error(values(case.student), found.student_params) < 1e-13
         assert torch.equal(report.feedback, found.feedback)
         assert report.inner_loss == pytest.approx(float(found.inner_loss), rel=1e-14)

@@ -193,9 +193,8 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(
     assert all(
         {"teacher_loss", "teacher_uda", "teacher_lr"} <= row.keys() for row in logged.values()
     )
-    _, begun, untouched = CheckpointFolder(
-        tmp_path / "checkpoints/fit"
-    ).paths()  # after steps 11, 8 and 4
+    # After steps 11, 8 and 4.
+    _, begun, untouched = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
     fresh = copied(bilevel().student)
     for path, moved in ((untouched, False), (begun, True)):
         state = metapl.runs.checkpoint.load(path)

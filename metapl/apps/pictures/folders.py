@@ -415,9 +415,8 @@ def check_folders(
     for side, files in [*sides.items()][1:]:
         whole, other = root.resolve(), files.root.resolve()
         inside = whole in other.parents
-        if inside or (
-            other in whole.parents and side != "unlabeled"
-        ):  # whose folder may hold all pictures
+        # The folder of unlabeled pictures may hold all pictures.
+        if inside or (other in whole.parents and side != "unlabeled"):
             inner, outer = ((side, files.root), ("labeled", root))[:: 1 if inside else -1]
             what = (
                 f"the {inner[0]} folder {shown(inner[1])} lies inside the {outer[0]} folder "
@@ -429,9 +428,8 @@ def check_folders(
                 )
             )
             if side != "unlabeled":
-                del sides[
-                    side
-                ]  # around the labeled folder, it has copies of all in it, which says nothing more
+                # A folder around the labeled one has copies of all in it, which says nothing more.
+                del sides[side]
     if len(counts) < 2:
         findings.append(
             Finding("error", f"{root} has one class, {few(counts)}; expected two or more folders.")

@@ -162,9 +162,8 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 # above, a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too
 MAX_PIXELS = 89_478_485
-LARGE = (
-    2**24
-)  # pixels above which a picture is shrunk before it is converted, which takes several copies
+# A picture of more pixels is shrunk before it is converted, which takes several copies.
+LARGE = 2**24
 
 # Red, green and blue in brightness: ITU-R BT.601, as in Pillow.
 LUMA = (0.299, 0.587, 0.114)
@@ -325,9 +324,8 @@ def _opened(path: str | Path) -> Iterator[Image]:
                 f"the picture {'is truncated' if 'truncated' in reason else 'cannot be decoded'} "
                 f"({reason})"
             )
-        raise UnreadableImage(
-            path, reason
-        ) from error  # of a pipe, a device or a folder, the system's words
+        # For a pipe, a device or a folder the reason is in the system's words.
+        raise UnreadableImage(path, reason) from error
 
 
 def _centered(size: tuple[int, int], center: float) -> Crop:
