@@ -153,10 +153,8 @@ def data(seed: int, half: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Te
 
     x, y = load_digits(return_X_y=True)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    x, y = (
-        torch.tensor(x / 16, dtype=torch.bfloat16 if half else torch.float32)[order],
-        torch.tensor(y)[order],
-    )
+    x = torch.tensor(x / 16, dtype=torch.bfloat16 if half else torch.float32)[order]
+    y = torch.tensor(y)[order]
     return (x[:EXAMPLES], y[:EXAMPLES]), (x[EXAMPLES:], y[EXAMPLES:])
 
 

@@ -316,10 +316,8 @@ def main() -> None:
         steps, rounds, width, most = (
             (4, 1, 16, 1) if given.miniature else (STEPS, ROUNDS, WIDTH, None)
         )
-        example, raters = (
-            problem(),
-            [*every(rater="pairs", seed=SEEDS), *every(rater="transformer", seed=OTHER_SEEDS)],
-        )
+        example = problem()
+        raters = [*every(rater="pairs", seed=SEEDS), *every(rater="transformer", seed=OTHER_SEEDS)]
         jobs: list[Row] = [{"kind": "gain", **job} for job in raters[:most]]
 
         def run(kind: str, **job: Any) -> Row | list[Row]:

@@ -184,10 +184,8 @@ class Parts:
                 code = ended(child)
                 if code == 0:
                     break
-                words, tried = (
-                    self.said.with_suffix(".errors").read_text(errors="replace"),
-                    tried + 1,
-                )
+                words = self.said.with_suffix(".errors").read_text(errors="replace")
+                tried = tried + 1
                 if (
                     code not in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
                     or "Traceback" in words

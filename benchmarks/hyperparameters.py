@@ -91,10 +91,8 @@ def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
 @torch.no_grad()
 def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     """Return loss and accuracy in % on digits that neither training nor validation has seen."""
-    x, y = (
-        torch.cat([split.test[0], split.unlabeled]),
-        torch.cat([split.test[1], split.unlabeled_truth]),
-    )
+    x = torch.cat([split.test[0], split.unlabeled])
+    y = torch.cat([split.test[1], split.unlabeled_truth])
     return F.cross_entropy(student(x), y).item(), 100 * (
         student(x).argmax(1) == y
     ).double().mean().item()

@@ -346,10 +346,8 @@ class Run:
             """Keep the weights where the accuracy on the handful was best, the latest of equals."""
             nonlocal best, kept
             if (reached := self.accuracy("clean")) >= best:
-                best, kept = (
-                    reached,
-                    {name: t.detach().clone() for name, t in self.student.state_dict().items()},
-                )
+                best = reached
+                kept = {name: t.detach().clone() for name, t in self.student.state_dict().items()}
 
         stopping = (
             {"log_every": CHECKED_EVERY, "callbacks": [earliest]}
@@ -469,10 +467,8 @@ def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
     """Return the mean ± standard error."""
     if values is None:
         return NONE
-    digits, error = (
-        1 if scale == 100 else 3,
-        statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else 0.0,
-    )
+    digits = 1 if scale == 100 else 3
+    error = statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else 0.0
     return f"{scale * statistics.fmean(values):.{digits}f} ± {scale * error:.{digits}f}"
 
 
@@ -627,10 +623,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.runs:
         size = MINIATURE if given.miniature else FULL
-        run, about = (
-            partial(one_run, size=size),
-            {"made_with": harness.environment(), **dataclasses.asdict(size)},
-        )
+        run = partial(one_run, size=size)
+        about = {"made_with": harness.environment(), **dataclasses.asdict(size)}
         harness.go_on(given.out, jobs([], size), run, **about)
         harness.go_on(given.out, jobs(harness.read(given.out, "method"), size), run, **about)
     harness.show(given.write, "label_noise", block(given.out))

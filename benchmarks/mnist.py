@@ -135,10 +135,8 @@ def table(rows: list[Row]) -> str:
                 if name == "mpl":
                     lines.append([*cells, "", "", ""])
                     continue
-                gap, p = (
-                    f"{points(of['mpl']) - points(of[name]):+.1f}",
-                    sign_flip(of["mpl"], of[name]),
-                )
+                gap = f"{points(of['mpl']) - points(of[name]):+.1f}"
+                p = sign_flip(of["mpl"], of[name])
                 lines.append([*cells, gap, between(of["mpl"], of[name]), f"{p:.2g}"])
     head = ["labels a class", "method", "steps", "test accuracy, %", "MPL above it", "95 %", "p"]
     seeds = len(next(row["seeds"] for row in rows if row["final"]))

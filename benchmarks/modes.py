@@ -78,10 +78,8 @@ class Mode:
 
 
 ON_AVERAGE, SAME = "up to O(η), on average", "the same in expectation, sampled labels"
-DIFFERENCE_OF_LOSSES, ONE_NUMBER_EACH = (
-    "sampled labels, L(θ) − L(θ′)",
-    "sampled labels, one number each",
-)
+DIFFERENCE_OF_LOSSES = "sampled labels, L(θ) − L(θ′)"
+ONE_NUMBER_EACH = "sampled labels, one number each"
 # Noise and bias are those of the sum over the labels, whose expectation is the gradient; the
 # default is 1/B of it.
 SUM_OF_LOSSES, SUM_OF_SCALAR = LossDifference(reduction="sum"), Reinforce(reduction="sum")

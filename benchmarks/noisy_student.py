@@ -66,10 +66,8 @@ LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
 THRESHOLD = 0.3  # confidence above which unlabeled examples are kept: Noisy Student's
 WIDTHS = (8, 16, 32, 64, 128)
 # Tuned: learning rates, probabilities of dropping a hidden unit.
-RATES, DROPOUTS = (
-    (0.1, 0.2),
-    (0.05, 0.1),
-)
+RATES = (0.1, 0.2)
+DROPOUTS = (0.05, 0.1)
 
 # Lengths of study 6's finetuning, of which the best by validation is taken.
 FINETUNINGS = (
@@ -181,10 +179,8 @@ HEADINGS = {
     "7": "Study 7, batch ratio (Table 14; widths for B4 and for L2 with the teacher of 87.0)",
     "8": "Study 8, warm start (Table 15; B0)",
 }
-SOME, FIFTHS = (
-    ((1 / 16, "a sixteenth"), (1.0, "all")),
-    [*itertools.product(range(5), ("soft", "hard"))],
-)
+SOME = ((1 / 16, "a sixteenth"), (1.0, "all"))
+FIFTHS = [*itertools.product(range(5), ("soft", "hard"))]
 STUDIES: dict[str, Arms] = {
     "noise": printed(
         {
@@ -309,10 +305,8 @@ def supervised(width: int, setting: Setting) -> nn.Module:
     torch.manual_seed(fold_in(setting.seed, 0))
     network = config.network()
     optimizer, decay = config.optimizer("teacher", network), decay_interval(steps)
-    sources, rates = (
-        (drawn(setting.seed).labeled, None),
-        {"schedule": "exponential", "decay_every": decay},
-    )
+    sources = (drawn(setting.seed).labeled, None)
+    rates = {"schedule": "exponential", "decay_every": decay}
     return learned(network, (CrossEntropy(),), optimizer, *sources, steps=steps, **rates)
 
 
@@ -353,10 +347,8 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
     )
     x, view = data.unlabeled.images, noisy_view(data)
     if arm.noisy_teacher:
-        teacher, x = (
-            Noised(teacher, seed),
-            view(x, seed=seed, step=0, examples=torch.arange(len(x))),
-        )
+        teacher = Noised(teacher, seed)
+        x = view(x, seed=seed, step=0, examples=torch.arange(len(x)))
     q = logits_of(teacher, x.split(256)).softmax(dim=1)
     kept = kept_of(arm, q, setting.seed)
     chosen = Chosen(kept, kept, lambda rows: q[rows])
@@ -573,10 +565,8 @@ def block(rows: Sequence[Row]) -> str:
     for study, arms in comparisons(rows).items():
         lines = []
         for name, each in arms.items():
-            cells, printed = (
-                [name, harness.spread(each.first), *[NONE] * 4],
-                STUDIES[study][name][1],
-            )
+            cells = [name, harness.spread(each.first), *[NONE] * 4]
+            printed = STUDIES[study][name][1]
             if each.second:
                 gain, p = harness.difference(each.first, each.second)
                 cells[2:] = [each.beside, gain, harness.between(each.first, each.second), p]

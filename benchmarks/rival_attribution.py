@@ -301,10 +301,8 @@ def lds(case: str, steps: int, seed: int, removals: int) -> Row:
     }
     for number, share in enumerate(SHARES):
         own = range(number * removals, (number + 1) * removals)
-        predicted, true = (
-            [float(scores[sets[i]].sum()) for i in own],
-            [float(without[i] - base) for i in own],
-        )
+        predicted = [float(scores[sets[i]].sum()) for i in own]
+        true = [float(without[i] - base) for i in own]
         row["spearman"][f"{share:g}"] = float(spearmanr(predicted, true)[0])
         row["changes"][f"{share:g}"] = {"predicted": predicted, "retrained": true}
     return row

@@ -514,10 +514,8 @@ def second_derivatives_of_torch() -> list[Row]:
     rows = []
     for name, operation in OPERATIONS.items():
         draw = torch.Generator().manual_seed(0)
-        at, along = (
-            torch.eye(4) + 0.3 * torch.randn(4, 4, generator=draw),
-            torch.randn(4, 4, generator=draw),
-        )
+        at = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=draw)
+        along = torch.randn(4, 4, generator=draw)
 
         def gradient(
             a: Tensor, *, create_graph: bool = False, operation: Any = operation
@@ -576,10 +574,8 @@ def run(given: Any) -> None:
         if given.miniature
         else (*KINDS,)
     )
-    exact, result = (
-        dict[tuple[str, str], Tensor](),
-        {"rows": [], "not_installed": {}, "measured_on": environment()},
-    )
+    exact = dict[tuple[str, str], Tensor]()
+    result = {"rows": [], "not_installed": {}, "measured_on": environment()}
     torch.set_default_dtype(torch.float64)
     result["torch"] = second_derivatives_of_torch()
     with tempfile.TemporaryDirectory() as folder:
@@ -589,10 +585,8 @@ def run(given: Any) -> None:
             if reason:
                 result["not_installed"][way] = reason
                 continue
-            order, asked = (
-                WAYS[way][1],
-                [kind for kind in kinds if way != COMPILED or kind in CAPTURED],
-            )
+            order = WAYS[way][1]
+            asked = [kind for kind in kinds if way != COMPILED or kind in CAPTURED]
             for kind in (kind for kind in asked if (kind, order) not in exact):
                 drawn = order != "branched" or after_real_steps(kind, order) != after_real_steps(
                     kind, ""
@@ -620,10 +614,8 @@ def installed(way: str, folder: Path) -> tuple[str, str]:
 def table(result: Row) -> str:
     """Return tables of how often each way is right, and of what it says of each student."""
     rows = {(row["kind"], row["way"]): row for row in result["rows"]}
-    ways, outcomes = (
-        [way for way in WAYS if any(way == w for _, w in rows)],
-        ("right", "refused", "warned", "wrong"),
-    )
+    ways = [way for way in WAYS if any(way == w for _, w in rows)]
+    outcomes = ("right", "refused", "warned", "wrong")
     lines = []
     for way in ways:
         found = [row for (_, w), row in rows.items() if w == way]

@@ -331,10 +331,8 @@ def table(rows: list[Row]) -> str:
     joined = {arm: list(itertools.chain(*values)) for arm, values in pairs.items()}
     told = []
     for arm in ("plain", "reduced_none"):
-        gap, p = (
-            between(joined["reduced_mpl"], joined[arm]),
-            sign_flip(joined["reduced_mpl"], joined[arm]),
-        )
+        gap = between(joined["reduced_mpl"], joined[arm])
+        p = sign_flip(joined["reduced_mpl"], joined[arm])
         mean = points(joined["reduced_mpl"]) - points(joined[arm])
         what = f"Reduced MPL minus {NAMES[arm]}, finetuned, over {len(joined[arm])} runs"
         told.append(f"{what}: {mean:+.1f} (95 % {gap}; sign-flip p {p:.2g}).")

@@ -165,10 +165,8 @@ def suspected(method: str, seed: int, miniature: bool) -> Row:
             "--out",
             root / "out",
         )
-        result, files = (
-            loaded(root / "out" / "result.json"),
-            [*column(root / "out" / "suspects.csv", "file")],
-        )
+        result = loaded(root / "out" / "result.json")
+        files = [*column(root / "out" / "suspects.csv", "file")]
     return {
         "precision": round(
             statistics.fmean(path in wrong for path in files[: round(FIRST * len(files))]), 4
@@ -188,10 +186,8 @@ def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | 
     """
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
         root = Path(scratch)
-        wrong, out = (
-            write_pictures(root, seed, *CONDITIONS[condition], 120 if miniature else PICTURES),
-            root / "run",
-        )
+        wrong = write_pictures(root, seed, *CONDITIONS[condition], 120 if miniature else PICTURES)
+        out = root / "run"
         few = (
             ["--finetune-steps", "1", "--image-size", "8", "--network", "small_cnn"]
             if miniature

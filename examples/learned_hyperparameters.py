@@ -43,10 +43,8 @@ class Hyperparameters(metapl.problems.Problem):
         )
 
     def inner_loss(self, outputs, signal, batch, params=None):
-        given, any_class = (
-            F.cross_entropy(outputs, batch[1], reduction="none"),
-            -outputs.log_softmax(1).mean(1),
-        )
+        given = F.cross_entropy(outputs, batch[1], reduction="none")
+        any_class = -outputs.log_softmax(1).mean(1)
         squares = torch.stack([p.square().sum() for p in params.values() if p.ndim > 1])
         return given + signal["smoothing"] * (any_class - given) + signal["decay"] @ squares / 2
 

@@ -45,10 +45,8 @@ class Tasks(metapl.problems.EqualWeights):
 
 def learn(student, problem, rounds, rate):
     """Take a step of Adam a round, on the loss after the steps of SGD on 25 tasks."""
-    adam, sgd = (
-        torch.optim.Adam(student.parameters(), 0.003),
-        torch.optim.SGD(student.parameters(), rate),
-    )
+    adam = torch.optim.Adam(student.parameters(), 0.003)
+    sgd = torch.optim.SGD(student.parameters(), rate)
     for _ in range(rounds):
         few, many = problem.draw()
         given = {

@@ -29,10 +29,8 @@ def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> meta
     x, y = torch.tensor(load_digits().data / 16).float(), torch.tensor(load_digits().target)
     few = DataLoader(TensorDataset(x[:100], y[:100]), batch_size=50, shuffle=True)
     many = DataLoader(x[100:1300], batch_size=100, shuffle=True, num_workers=workers)
-    labeled, unlabeled = (
-        feed(few, name="labeled", stop=steps),
-        feed(many, name="unlabeled", stop=steps),
-    )
+    labeled = feed(few, name="labeled", stop=steps)
+    unlabeled = feed(many, name="unlabeled", stop=steps)
     teacher, student = (
         nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))
         for _ in range(2)

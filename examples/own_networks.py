@@ -28,10 +28,8 @@ def student_accuracy(mode: str, seed: int) -> float:
     sampler = RandomSampler(split.unlabeled, replacement=True, num_samples=64 * STEPS)
     # Or any torch.nn.Module.
     teacher, student = (metapl.models.mlp([64, 32, 32, 10]) for _ in range(2))
-    inner, outer = (
-        SGD(student.parameters(), lr=1.0),
-        SGD(teacher.parameters(), lr=0.06, momentum=0.9),
-    )
+    inner = SGD(student.parameters(), lr=1.0)
+    outer = SGD(teacher.parameters(), lr=0.06, momentum=0.9)
     rates = [CosineAnnealingLR(optimizer, STEPS) for optimizer in (inner, outer)]
     trainer = metapl.BilevelTrainer(
         teacher,

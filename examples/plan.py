@@ -336,20 +336,16 @@ class Held(TorchDispatchMode):
         sizes = [
             t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)
         ]
-        name, group = (
-            func.overloadpacket.__name__,
-            given.get("process_group", given.get("group_name")),
-        )
+        name = func.overloadpacket.__name__
+        group = given.get("process_group", given.get("group_name"))
         if not sizes or group is None or name == "wait_tensor":  # a barrier, say
             return
         named = isinstance(group, str)  # by operations of DTensors
         group = (
             distributed_c10d._resolve_process_group(group) if named else ProcessGroup.unbox(group)
         )
-        ranks, whole = (
-            group.size(),
-            max(sizes) * (group.size() if name == "all_gather_into_tensor" else 1),
-        )
+        ranks = group.size()
+        whole = max(sizes) * (group.size() if name == "all_gather_into_tensor" else 1)
         self.sent += (
             (1 + name.replace("_", "").startswith("allreduce")) * whole * (ranks - 1) // ranks
         )

@@ -211,10 +211,8 @@ def of_weights(file: Path, name: str | None) -> Subject:
             module = network.create()
         if network.library == "timm":
             evaluated: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
-            side, middle = (
-                evaluated.get("input_size", (3, side, side))[-1],
-                evaluated.get("crop_pct") or middle,
-            )
+            side = evaluated.get("input_size", (3, side, side))[-1]
+            middle = evaluated.get("crop_pct") or middle
             mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
         elif network.library == "metapl":
             raise MetaplError(

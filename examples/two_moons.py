@@ -191,10 +191,8 @@ def main() -> None:
     parser.add_argument("--out", default="two_moons.png", help="the picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps, weight = (
-        args.steps or (3000 if args.uda else 12_000),
-        args.weight or (10.0 if args.uda else 1.0),
-    )
+    steps = args.steps or (3000 if args.uda else 12_000)
+    weight = args.weight or (10.0 if args.uda else 1.0)
     moons = Moons(range(args.seeds), steps, args.uda, weight)
     accuracies = {method: moons.train(method) for method in METHODS}
     print(f"{'':<14} above 95 %  95 % interval  median run")

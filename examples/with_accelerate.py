@@ -54,10 +54,8 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
         "outer_optimizer": outer.optimizer,
     }
     trainer = metapl.BilevelTrainer(teacher, student, "forward", **optimizers)
-    labeled, unlabeled = (
-        feed(few, name="labeled", stop=steps),
-        feed(many, name="unlabeled", stop=steps),
-    )
+    labeled = feed(few, name="labeled", stop=steps)
+    unlabeled = feed(many, name="unlabeled", stop=steps)
 
     feeds = [
         SimpleNamespace(state_dict=one.state, load_state_dict=one.restore)

@@ -71,10 +71,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
     All of them need ten seconds for asserts to be rewritten.
     """
-    number, processes = (
-        os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:],
-        os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1),
-    )
+    number = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]
+    processes = os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)
     if int(processes) > 1 and session.config.args == session.config.getini("testpaths"):
         for file in sorted(Path(__file__).parent.glob("*/test_*.py"))[
             int(number) :: int(processes)

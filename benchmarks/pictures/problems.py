@@ -149,10 +149,8 @@ def table(problems: tuple[Problem, ...]) -> str:
     """Return the problems' numbers as a Markdown table."""
     lines = []
     for p in problems:
-        kind, found = (
-            "grey" if p.channels == 1 else "color",
-            " (as found)" if p.labels_as_found else "",
-        )
+        kind = "grey" if p.channels == 1 else "color"
+        found = " (as found)" if p.labels_as_found else ""
         cells = [
             p.name,
             f"{p.size} {kind}",

@@ -34,10 +34,8 @@ def reached(rows: list[Row]) -> Means:
 
     A list has each problem's.
     """
-    names, keys = (
-        [problem.name for problem in half("unseen")],
-        {(row["method"], row["minutes"]) for row in rows},
-    )
+    names = [problem.name for problem in half("unseen")]
+    keys = {(row["method"], row["minutes"]) for row in rows}
     of = {key: [row for row in rows if (row["method"], row["minutes"]) == key] for key in keys}
     return {
         key: [
@@ -57,10 +55,8 @@ def table(rows: list[Row]) -> str:
     names, means = [problem.name for problem in half("unseen")], reached(rows)
     lines = []
     for (method, minutes), shares in means.items():
-        own, lead = (
-            [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)],
-            [NONE, NONE],
-        )
+        own = [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)]
+        lead = [NONE, NONE]
         if method != BASELINE:  # in the same minutes
             differences = [a - b for a, b in zip(shares, means[BASELINE, minutes], strict=True)]
             lead = [f"{statistics.fmean(differences):+.1f}", f"{min(differences):+.1f}"]
@@ -93,10 +89,8 @@ def from_backbone(rows: list[Row]) -> str:
 
     The cells are test accuracies in %.
     """
-    found, names = (
-        dict[Any, dict[str, float]](),
-        list(dict.fromkeys(row["problem"] for row in rows)),
-    )
+    found = dict[Any, dict[str, float]]()
+    names = list(dict.fromkeys(row["problem"] for row in rows))
     for row in rows:
         of, baseline = row["settings"], ("linear baseline", "")
         start, head = ("backbone" if "backbone" in of else "scratch"), of.get("tuning") == "head"
@@ -122,10 +116,8 @@ def draw(means: Means, file: Path) -> None:
     """Draw each problem's accuracies on a line, a mark a method and minutes."""
     from matplotlib.figure import Figure
 
-    names, longest = (
-        [problem.name for problem in half("unseen")],
-        max(minutes for _, minutes in means),
-    )
+    names = [problem.name for problem in half("unseen")]
+    longest = max(minutes for _, minutes in means)
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.4), layout="constrained")
     axes = figure.subplots()
     order = sorted(range(len(names)), key=lambda i: means[BASELINE, longest][i])

@@ -181,10 +181,8 @@ RED, BLUE, YELLOW, WHITE, BLACK = (
     (20, 20, 20),
 )
 TRIANGLE = np.array([(0, -0.85), (0.92, 0.72), (-0.92, 0.72)])
-DIAMOND, BOARD = (
-    np.array([(0, -1), (1, 0), (0, 1), (-1, 0)]),
-    np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
-)
+DIAMOND = np.array([(0, -1), (1, 0), (0, 1), (-1, 0)])
+BOARD = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 TURNS = math.pi / 8 + math.pi / 4 * np.arange(8)
 OCTAGON = 0.95 * np.stack([np.cos(TURNS), np.sin(TURNS)], axis=1)
 Parts = tuple[Callable[[Sprite], None], ...]
@@ -353,10 +351,8 @@ def _graph(rng: Generator, name: str) -> tuple[Floats, list[tuple[int, int]]]:
         ways = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         points, bonds = np.concatenate([[[0, 0]], ways]), [(0, 1 + k) for k in range(arms)]
         if twice:
-            points, bonds = (
-                np.concatenate([points, 1.9 * ways]),
-                bonds + [(1 + k, 1 + arms + k) for k in range(arms)],
-            )
+            points = np.concatenate([points, 1.9 * ways])
+            bonds = bonds + [(1 + k, 1 + arms + k) for k in range(arms)]
         return points, bonds
     atoms = int(rng.integers(4, 8))
     radius = 0.5 / math.sin(math.pi / atoms)

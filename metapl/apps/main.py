@@ -142,10 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 # The field is one of a dataclass whose fields are flags, or of a function that is
                 # given them. No flag takes None.
-                flag, expected = (
-                    error.field.replace("_", "-"),
-                    error.expected.removesuffix(" or None"),
-                )
+                flag = error.field.replace("_", "-")
+                expected = error.expected.removesuffix(" or None")
                 error = MetaplError(f"--{flag} {error.value}: expected {expected}.")
             whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
             if whose is not None or isinstance(error, MetaplError):
@@ -193,10 +191,8 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
             print(f"metapl {version('metapl')}")
             raise SystemExit(0)
         group = [name for name in COMMANDS if given and name.split()[0] == given[0]]
-        words, known = (
-            given[: 2 if group else 1],
-            group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)],
-        )
+        words = given[: 2 if group else 1]
+        known = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
         if words and words[0] != "help" and not words[-1].startswith("-"):
             asked = " ".join(words)
             meant = did_you_mean(asked, known) or "."

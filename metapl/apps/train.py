@@ -111,10 +111,8 @@ def train(
     selection: Path | None = getattr(method, "stored_selection", None)
     if selection is not None:
         hashes["selection"] = sha256_of(selection / DESCRIPTION)
-    record, noted = (
-        json.loads(json.dumps({**data.record, "hash": hashes})),
-        folder.path / "data.json",
-    )
+    record = json.loads(json.dumps({**data.record, "hash": hashes}))
+    noted = folder.path / "data.json"
     if noted.exists() and folder.read_json("data.json") != record:
         since = f"since the run in {folder.path} was started (see its data.json)"
         raise MetaplError(

@@ -239,10 +239,8 @@ def test_the_network_of_a_run_is_a_backbone(root: Path, tmp_path: Path) -> None:
     assert (found.network, found.image_size, found.mean) == ("pooled_cnn", SIDE, card.mean)
     from_it = f"train images {PLACES} {FLAGS} --unlabeled-batch 4 --method supervised"
     metapl(*command(from_it, root, again, "--backbone", out, "--tuning", "head"))
-    after, finetuned = (
-        load_file(again / "student.safetensors"),
-        load_file(out / "finetuned_student.safetensors"),
-    )
+    after = load_file(again / "student.safetensors")
+    finetuned = load_file(out / "finetuned_student.safetensors")
     name = next(key for key in after if after[key].ndim == 4)
     assert torch.equal(after[name], finetuned[name])
     shutil.copy(out / "student.safetensors", out / "finetuned_student.safetensors")
@@ -309,10 +307,8 @@ def test_auto_takes_a_backbone_for_color_pictures_that_are_large(
 def test_the_control_is_that_of_a_script_of_ten_lines(
     from_backbone: bool, root: Path, tmp_path: Path
 ) -> None:
-    hard, given = (
-        Path(shutil.copytree(root / "test", tmp_path / "test")),
-        ("--backbone", root / "weights.pt"),
-    )
+    hard = Path(shutil.copytree(root / "test", tmp_path / "test"))
+    given = ("--backbone", root / "weights.pt")
     for file in sorted(hard.rglob("*.png"))[::4]:  # the colors of the other class
         Image.merge("RGB", Image.open(file).split()[::-1]).save(file)
     metapl(

@@ -435,10 +435,8 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(tiny: Path, digit: Pat
 def test_what_goes_wrong_is_a_line_and_an_exit_code(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrapped, told = (
-        MetaplError("x"),
-        MetaplError("the memory of the GPU does not suffice; lower it"),
-    )
+    wrapped = MetaplError("x")
+    told = MetaplError("the memory of the GPU does not suffice; lower it")
     wrapped.__cause__ = told.__cause__ = MemoryError()
     for error, code, word in (
         (MemoryError(), 2, "of this machine"),

@@ -327,10 +327,8 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     tmp_path: Path, others: int
 ) -> None:
     levels = {"cat": [*range(4)], "dog": [*range(10, 14)]}
-    few, many = (
-        labeled(tmp_path / "l", **levels),
-        unlabeled(tmp_path / "u", *levels["cat"], *levels["dog"], *range(100, 100 + others)),
-    )
+    few = labeled(tmp_path / "l", **levels)
+    many = unlabeled(tmp_path / "u", *levels["cat"], *levels["dog"], *range(100, 100 + others))
     given = Images(labeled=str(few.root), unlabeled=str(many.root), val_fraction=0.5, **SMALL)
     config, said = choose_settings(given, METHODS["uda"], lambda text: None)[0], list[str]()
     task = config.data(said.append, progress=False, log=None)

@@ -541,10 +541,8 @@ def test_what_cannot_be_selected_is_refused_and_nothing_is_left(tmp_path: Path) 
 
 
 def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Path) -> None:
-    store, flags = (
-        made(tmp_path / "store"),
-        ("--threshold", "0.3", "--per-class", "50", "--balance"),
-    )
+    store = made(tmp_path / "store")
+    flags = ("--threshold", "0.3", "--per-class", "50", "--balance")
     text, counts = metapl("labels", "stats", store.folder).stdout, statistics(store).counts
     for name, count in zip(SIX, counts, strict=True):
         assert any(line.startswith(name) and f" {count} " in line for line in text.splitlines())

@@ -171,10 +171,8 @@ DEEP = [("timm:vit_tiny_patch16_224", 32), ("resnet18", 32), ("efficientnet_b0_s
 def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -> None:
     torch.manual_seed(0)
     sized = {"image_size": size} if "vit" in name else {}
-    teacher, student = (
-        mlp([3 * size * size, 4]).double(),
-        create(name, 4, dropout=0.3, **sized).double(),
-    )
+    teacher = mlp([3 * size * size, 4]).double()
+    student = create(name, 4, dropout=0.3, **sized).double()
     labeled, unlabeled = (torch.randn(4, 3, size, size).double() for _ in range(2))
     found = {}
     for mode in ("unrolled", "forward", "difference"):
@@ -219,10 +217,8 @@ def test_normalized_takes_pictures_as_they_are() -> None:
     assert network.mean.flatten().tolist() == pytest.approx(mean)
     # As a sharded network does that gathers its weights in bfloat16: the mean and std stay in
     # float32.
-    expected, short = (
-        network(images).float(),
-        Normalized(copy.deepcopy(inner).bfloat16(), mean, std),
-    )
+    expected = network(images).float()
+    short = Normalized(copy.deepcopy(inner).bfloat16(), mean, std)
     found = short(images.bfloat16())
     assert (found.dtype, short.mean.dtype) == (torch.bfloat16, torch.float32)
     assert torch.allclose(found.float(), expected, atol=0.1)

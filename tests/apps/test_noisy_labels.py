@@ -84,10 +84,8 @@ def noisy_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_misplaced_pictures_are_listed_first_and_weigh_less(
     noisy_run: Path, root: Path
 ) -> None:
-    wrong, listed = (
-        {*json.loads((root / "wrong.json").read_text())},
-        rows((noisy_run / "suspects.csv").read_text()),
-    )
+    wrong = {*json.loads((root / "wrong.json").read_text())}
+    listed = rows((noisy_run / "suspects.csv").read_text())
     assert len(listed) == len({row["file"] for row in listed}) == 40
     assert all(Path(row["file"]).parent.name == row["given"] for row in listed)
     of_given = [float(row["p_given"]) for row in listed]

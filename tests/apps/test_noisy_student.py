@@ -523,10 +523,8 @@ WAYS = (
     "flags", [WAYS[0], *(pytest.param(way, marks=pytest.mark.long) for way in WAYS[1:])]
 )
 def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
-    run, tiny = (
-        tmp_path / "run",
-        "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1",
-    )
+    run = tmp_path / "run"
+    tiny = "--steps 4 --hidden 4 --labeled-batch 8 --threshold 0.12 --log-every 1"
     metapl("noisy-student", "digits", *tiny.split(), "--rounds", "1", *flags.split(), "--out", run)
     (only,) = result(run)["rounds"]
     assert 0 < only["kept"] <= only["unlabeled"] == 1180

@@ -354,10 +354,8 @@ def test_crops_are_boxes_of_the_files_and_mirrored(tmp_path: Path) -> None:
     Image.fromarray(np.stack([6 * y, 4 * x, 0 * x], axis=2).astype(np.uint8)).save(
         tmp_path / "a.png"
     )
-    images, crop = (
-        FileImages([tmp_path / "a.png"] * 8, size=(10, 10)),
-        ResizedCrop(10, scale=(0.2, 0.9)),
-    )
+    images = FileImages([tmp_path / "a.png"] * 8, size=(10, 10))
+    crop = ResizedCrop(10, scale=(0.2, 0.9))
     batches = LabeledBatches(
         images, torch.arange(8), StepSampler(8, 8, seed=0), Identity(), seed=0, crop=crop
     )

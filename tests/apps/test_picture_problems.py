@@ -191,10 +191,8 @@ def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     for problem, chance in zip(half("unseen"), by["chance"], strict=False):
         counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
         assert chance == f"{100 * chance_level(counts):.1f}"
-    page, marked = (
-        tmp_path / "page.md",
-        "before\n<!-- {0}:begin -->\n{1}\n<!-- {0}:end -->\nafter\n",
-    )
+    page = tmp_path / "page.md"
+    marked = "before\n<!-- {0}:begin -->\n{1}\n<!-- {0}:end -->\nafter\n"
     page.write_text("".join(marked.format(name, "old") for name in ("unseen", "backbone")))
     command(tables, "--write", page)
     of_backbone = tables.from_backbone(

@@ -144,10 +144,8 @@ def test_a_run_without_a_test_set_has_its_validation_accuracy(run: Path) -> None
 
 def evaluated(counts: Any, classes: Any = None) -> Evaluation:
     counts = np.asarray(counts)
-    share, confusion = (
-        float(np.trace(counts) / max(counts.sum(), 1)),
-        tuple(map(tuple, counts.tolist())),
-    )
+    share = float(np.trace(counts) / max(counts.sum(), 1))
+    confusion = tuple(map(tuple, counts.tolist()))
     return Evaluation(
         int(counts.sum()), share, None, 0.1, 0.1, (1.0,) * len(counts), confusion, classes=classes
     )

@@ -150,10 +150,8 @@ def test_a_search_over_a_pipeline_whose_labels_are_few_or_some_of_whose_rows_are
     assert np.isfinite(cross_val_score(pipeline, X, np.where(FEW == -1, "-1", NAMES), cv=2)).all()
     mask = np.arange(60) % 3 == 0
     mask.setflags(write=False)  # as a column of pandas is
-    pipeline, grid = (
-        make_pipeline(StandardScaler(), REWEIGHTING(**QUICK)),
-        {"metareweightedclassifier__steps": [12]},
-    )
+    pipeline = make_pipeline(StandardScaler(), REWEIGHTING(**QUICK))
+    grid = {"metareweightedclassifier__steps": [12]}
     found = GridSearchCV(pipeline, grid, cv=2).fit(X, NOISY, metareweightedclassifier__trusted=mask)
     weights = found.best_estimator_[-1].weights_
     assert (weights[mask] == 1).all()

@@ -111,10 +111,8 @@ def test_a_seed_of_a_stack_takes_the_steps_of_a_trainer(
             lookahead=rule.lookahead,
             **{"teacher_losses": (CrossEntropy(),), **options},
         )
-        labeled, unlabeled = (
-            [of_seed(s, x) for x, _ in given],
-            [of_seed(s, pair) for _, pairs in given for pair in pairs],
-        )
+        labeled = [of_seed(s, x) for x, _ in given]
+        unlabeled = [of_seed(s, pair) for _, pairs in given for pair in pairs]
         trainer.fit(labeled, unlabeled, steps=STEPS, log_every=STEPS, progress=False)
         assert difference(trainer.student, stack.state.student.params, s) < 1e-12
         assert difference(trainer.teacher, stack.state.teacher.params, s) < 1e-12
@@ -194,10 +192,8 @@ def test_altered_feedback_is_what_it_is_called() -> None:
     import when
 
     g = torch.Generator().manual_seed(0)
-    h, q = (
-        torch.randn(9, 10, generator=g).double(),
-        torch.randn(9, 10, generator=g).double().softmax(-1),
-    )
+    h = torch.randn(9, 10, generator=g).double()
+    q = torch.randn(9, 10, generator=g).double().softmax(-1)
     of = {
         how: when.altered(h, q, how)
         for how in when.ALTERATIONS
@@ -226,10 +222,8 @@ def test_the_views_are_those_of_the_library_and_a_seed_s_batches_its_own() -> No
     # The square takes 4 of the 64 values.
     assert torch.equal((seen != 0).sum(-1), torch.full(seen.shape[:-1], 60))
     # The second of nine.
-    images, moves = (
-        pictures[0].unflatten(-1, (1, 8, 8)),
-        torch.tensor([[-1, 0]]).expand(20, 2),
-    )
+    images = pictures[0].unflatten(-1, (1, 8, 8))
+    moves = torch.tensor([[-1, 0]]).expand(20, 2)
     assert torch.equal(
         when.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1)
     )
@@ -246,10 +240,8 @@ def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_
     import label_noise
     import when
 
-    data, few = (
-        when.drawn(4, (300, 301), 5),
-        torch.tensor(when.apportioned(torch.linspace(5, 1, 10).tolist(), 40)),
-    )
+    data = when.drawn(4, (300, 301), 5)
+    few = torch.tensor(when.apportioned(torch.linspace(5, 1, 10).tolist(), 40))
     assert when.prior_of(when.Arm("worth", "uda", "", labels=4, uneven=5)) == pytest.approx(
         (few / 40).tolist()
     )

@@ -125,10 +125,8 @@ def test_a_view_depends_on_seed_step_and_example_alone(name: str, dtype: torch.d
         if dtype == torch.float32
         else 2
     ]:
-        images, examples = (
-            pictures(10, shape, dtype),
-            draws.bits(0, 0, torch.arange(10), 1)[:, 0].abs() >> 20,
-        )
+        images = pictures(10, shape, dtype)
+        examples = draws.bits(0, 0, torch.arange(10), 1)[:, 0].abs() >> 20
         before, where = images.clone(), {"seed": 3, "step": 9}
         torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
         states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002

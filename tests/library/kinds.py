@@ -249,10 +249,8 @@ class Problem(PseudoLabels):
         vars(self).update(change=change, matrix=change.pop("matrix", None), teacher=None)
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        found, change = (
-            super().signal(teacher, batch, student_outputs, generator=generator),
-            vars(self)["change"],
-        )
+        found = super().signal(teacher, batch, student_outputs, generator=generator)
+        change = vars(self)["change"]
         if self.kind == "hard":
             return change["hard"](found) if "hard" in change else found
         return Signal(change["soft"](self, teacher, batch)) if "soft" in change else found

@@ -590,10 +590,8 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
     for precision in ("float32", "bfloat16"):
         teacher, student = networks(inside, torch.float32)
         mesh = Mesh(shard=dist.get_world_size())
-        teacher, student = (
-            shard(teacher, mesh),
-            shard(student, mesh, precision=precision, blocks=lambda n: n.blocks),
-        )
+        teacher = shard(teacher, mesh)
+        student = shard(student, mesh, precision=precision, blocks=lambda n: n.blocks)
         trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
         gradient = trainer.hypergradient(labeled, unlabeled)
         found[precision] = {name: whole(g) for name, g in gradient.grads.items()}

@@ -91,10 +91,8 @@ def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(
         nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
         for _ in range(2)
     )
-    labeled, unlabeled = (
-        (torch.randn(8, 5).double(), torch.arange(8) % 3),
-        torch.randn(12, 5).double(),
-    )
+    labeled = (torch.randn(8, 5).double(), torch.arange(8) % 3)
+    unlabeled = torch.randn(12, 5).double()
     found = {}
     for parts in (1, 2, 4):
         networks = copy.deepcopy(teacher), copy.deepcopy(student)

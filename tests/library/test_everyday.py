@@ -361,10 +361,8 @@ def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
         return torch.optim.Adam(module.parameters(), lr=0.1)
 
     expected = r"expected that of a {} with the same networks, optimizers and mode\."
-    bilevel_expected, loss_expected = (
-        expected.format("BilevelTrainer"),
-        expected.format("LossTrainer"),
-    )
+    bilevel_expected = expected.format("BilevelTrainer")
+    loss_expected = expected.format("LossTrainer")
     return {
         "SGD's for Adam": (
             lambda: bilevel(adam).load_state_dict(bilevel().state_dict()),

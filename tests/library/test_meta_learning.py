@@ -591,10 +591,8 @@ def test_micro_batches_of_a_loss_of_all_rows_after_each_step(mode: Any) -> None:
 def test_a_teacher_learns_from_a_loss_after_each_step(compile: bool, accumulate: int) -> None:
     case = toy("mlp")
     x, y = (t[:4] for t in case.labeled)
-    outer, inner = (
-        [(x + 0.1 * k, y) for k in range(3)],
-        [case.unlabeled[:4] - 0.1 * k for k in range(3)],
-    )
+    outer = [(x + 0.1 * k, y) for k in range(3)]
+    inner = [case.unlabeled[:4] - 0.1 * k for k in range(3)]
     how: dict[str, Any] = {
         "inner_optimizer": SGD(case.student.parameters(), lr=0.5),
         "compile": compile,

@@ -113,10 +113,8 @@ def by_hand(student: nn.Module, outer: Any, inner: Any) -> tuple[Tensor, nn.Modu
 
     It is by double backward through one step of SGD.
     """
-    moved, weights = (
-        copy.deepcopy(student),
-        torch.full((ROWS,), 0.5, dtype=torch.float64, requires_grad=True),
-    )
+    moved = copy.deepcopy(student)
+    weights = torch.full((ROWS,), 0.5, dtype=torch.float64, requires_grad=True)
     losses = weights * F.cross_entropy(moved(inner[0]), inner[1], reduction="none")
     learned = [p for p in moved.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(losses.mean(), learned, create_graph=True)

@@ -299,10 +299,8 @@ def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
 def test_implicit_beside_double_backward(
     solver: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mode, problem = (
-        Implicit(solver=solver, damping=1.0, step_size=0.1, iterations=5),
-        PseudoLabels(kind=kind),
-    )
+    mode = Implicit(solver=solver, damping=1.0, step_size=0.1, iterations=5)
+    problem = PseudoLabels(kind=kind)
     assert checked(Own(plain), mode, problem=problem) == "right"
     plant(monkeypatch, "a hundredth")
     assert checked(Own(plain), mode, problem=problem) == "refused"
@@ -313,10 +311,8 @@ def result(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
     def call(real: Any, *networks: Any, **given: Any) -> Any:
         found = real(*networks, **given)
-        h, grads = (
-            tuple(map(change, found.feedback)),
-            {n: change(g) for n, g in found.grads.items()},
-        )
+        h = tuple(map(change, found.feedback))
+        grads = {n: change(g) for n, g in found.grads.items()}
         return replace(found, feedback=h, grads=grads)
 
     return call
