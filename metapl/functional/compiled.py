@@ -34,6 +34,7 @@ from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
+from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
     ImpureError,
     Report,
@@ -46,6 +47,7 @@ from metapl.functional.state import (
     settings_of,
     state_of,
     unclipped,
+    with_fields,
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
@@ -296,6 +298,8 @@ class LiveState:
     def __init__(self, trainer: TwoLevelTrainer, updates: Updates) -> None:
         self.updates = updates
         self.state = state_of(trainer, updates)
+        if trainer.compile == "cudagraphs":
+            self.state = with_counts_on_device(self.state, trainer.device)
         # The settings of param groups that the tensors in the state were made of.
         self._settings = [settings_by_group(update) for update in updates]
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
@@ -373,6 +377,20 @@ class LiveState:
             *[id(t) for table in self._tables for t in table.values()],
             *[t.data_ptr() for t in self._weights],
         ]
+
+
+def with_counts_on_device(state: State, device: torch.device) -> State:
+    """Return a state whose optimizers have all their tensors on the device.
+
+    ``torch.optim`` counts steps on the host, where a graph would read each count once. From the
+    first step by graphs on it holds these counts on the device.
+    """
+    optimizers = []
+    for optimizer in (state.inner, state.outer):
+        tensors = pytree.tree_map_only(Tensor, lambda t: t.to(device), optimizer.state)
+        optimizers.append(with_fields(optimizer, state=tensors))
+    inner, outer = optimizers
+    return with_fields(state, inner=inner, outer=outer)
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
@@ -581,12 +599,23 @@ def compile_step(
         )
     trainer.update.follow(trainable(trainer.student))
     updates = updates_of(trainer)
+    step = step_of(trainer, steps, updates)
+    if trainer.compile == "cudagraphs":
+        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
+        return Compiled(key=key, alive=alive, updates=updates, run=by_graphs)
     options = {}
     if trainer.compile == "reduce-overhead":
         # What torch.compile's mode of that name sets, beside the options of backend_of.
         options["triton.cudagraphs"] = True
-    run = captured(step_of(trainer, steps, updates), trainer.device, **options)
+    run = captured(step, trainer.device, **options)
     return Compiled(key=key, alive=alive, updates=updates, run=run)
+
+
+def sources_of(trainer: TwoLevelTrainer) -> list[Any]:
+    """Return the objects whose attributes a step of the trainer reads."""
+    modules = [part for network in networks_of(trainer) for part in network.modules()]
+    losses = trainer.teacher_losses or ()
+    return [*modules, trainer.problem, trainer.mode, *losses]
 
 
 def inner_arguments(
