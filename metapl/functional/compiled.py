@@ -529,7 +529,12 @@ class CompiledStep:
                     moved, report = compiled.run(live.state, outer_batch, inner, noise)
                 step_report = step_report_of(trainer, report, inner_batches)
                 if eager is not None:
-                    refuse_other(live.state, Outcome(moved, step_report), eager)
+                    refuse_other(
+                        live.state,
+                        Outcome(moved, step_report),
+                        eager,
+                        is_reduced=runs_in_half_precision(trainer),
+                    )
         except BaseException:
             start.restore()
             raise
@@ -761,8 +766,20 @@ def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None
                 )
 
 
-def refuse_other(before: State, compiled: Outcome, eager: Outcome) -> None:
-    """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers."""
+def runs_in_half_precision(trainer: TwoLevelTrainer) -> bool:
+    """Return whether passes of the trainer's networks run in half precision."""
+    is_in_region = torch.is_autocast_enabled(trainer.device.type)
+    return trainer.precision != "float32" or is_in_region
+
+
+def refuse_other(
+    before: State, compiled: Outcome, eager: Outcome, *, is_reduced: bool = False
+) -> None:
+    """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers.
+
+    Args:
+        is_reduced: see :func:`refuse_gap`.
+    """
     for role in ("student", "teacher"):
         params_before, params_eager, params_compiled = (
             getattr(state, role).params for state in (before, eager.state, compiled.state)
@@ -777,7 +794,14 @@ def refuse_other(before: State, compiled: Outcome, eager: Outcome) -> None:
     trees_compiled = compared_trees(before, compiled)
     loss = eager.report.scalars["inner_loss"]
     for name, tree in compared_trees(before, eager).items():
-        refuse_gap(name, trees_compiled[name], tree, loss, rounding=name == "h")
+        refuse_gap(
+            name,
+            trees_compiled[name],
+            tree,
+            loss,
+            rounding=name == "h",
+            is_reduced=is_reduced,
+        )
 
 
 def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
@@ -800,6 +824,9 @@ def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tenso
 
 # The greatest difference of a compiled tree from the eager one, by norm and relative to its size.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+# That where passes run in half precision. There ż by forward mode, on the eager road, and ż by the
+# transpose of the pullback round otherwise: by 2e-2 on WRN-28-2 in bfloat16.
+TOLERANCE_OF_HALF = 0.2
 
 
 def refuse_gap(
@@ -809,6 +836,7 @@ def refuse_gap(
     loss: Tensor,
     *,
     rounding: bool = False,
+    is_reduced: bool = False,
 ) -> None:
     """Refuse a tree of tensors that is not the eager one, by norm.
 
@@ -817,11 +845,13 @@ def refuse_gap(
         loss: a loss of the step, in the type in which it was computed.
         rounding: whether the entries are sums that may cancel, which are then allowed the rounding
             of the loss.
+        is_reduced: whether passes run in half precision.
     """
     gaps = {key: as_real(compiled[key]).double() - as_real(t).double() for key, t in eager.items()}
     gap = norm(gaps) if gaps else 0.0 * loss
     size = norm(dict(eager)) if eager else 0.0 * loss
-    allowed = TOLERANCE[loss.dtype] * size
+    tolerance = TOLERANCE_OF_HALF if is_reduced else TOLERANCE[loss.dtype]
+    allowed = tolerance * size
     if rounding:
         allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
     if not bool(gap <= allowed):
