@@ -4,9 +4,11 @@
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
 
-The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
-CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries;
-the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
+The order: the tests that pytest calls ``gpu``; what share of the card's rate a step reaches, beside
+the plain training step of the same network (``card.py``); the MLP and the transformer eager,
+compiled and by CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks;
+other libraries; the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they
+belong.
 
 Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
 over, and a file of the folder when it is done. The rows that a killed part had measured stay, and
@@ -34,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import card
 import peers
 import step
 import torch
@@ -80,7 +83,20 @@ LARGER = {
     ),
     "causal LM, 124 M": partial(large, partial(peers.CausalLM, **LM), (512,), 8, 8, words=50257),
     "ResNet-50": partial(
-        large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128
+        large,
+        partial(torchvision.models.resnet50, num_classes=10),
+        (3, 224, 224),
+        32,
+        128,
+        layout=torch.channels_last,
+    ),
+    "EfficientNet-B0": partial(
+        large,
+        partial(torchvision.models.efficientnet_b0, num_classes=10),
+        (3, 224, 224),
+        32,
+        128,
+        layout=torch.channels_last,
     ),
 }
 LARGE = {
@@ -104,6 +120,7 @@ class Part:
         network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`;
             none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
+        share_ways: the ways of :mod:`card` whose share of the card's rate is measured instead.
     """
 
     seconds: float
@@ -112,16 +129,44 @@ class Part:
     modes: tuple[str, ...] = MODES
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
+    share_ways: tuple[str, ...] = ()
 
 
+CHANNELS_LAST = "WRN-28-2, channels-last"
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
 )
-CHANNELS_LAST = "WRN-28-2, channels-last"
+SHARE = "share of the card"
+BY_GRAPHS = (card.OURS, card.OURS_BY_GRAPHS, card.PLAIN, card.PLAIN_BY_GRAPHS)
+SHARES: dict[str, Part] = {
+    f"{SHARE}, WRN-28-2": Part(
+        30, CHANNELS_LAST, precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, mlp": Part(
+        20, "mlp", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+    ),
+    f"{SHARE}, causal LM": Part(
+        25, "causal LM, 124 M", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, ViT-S": Part(
+        25, "ViT-S", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, ResNet-50": Part(
+        25, "ResNet-50", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, EfficientNet-B0": Part(
+        25, "EfficientNet-B0", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, transformer": Part(
+        20, "transformer", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+    ),
+    f"{SHARE}, mlp compiled": Part(30, "mlp", share_ways=(card.OURS_COMPILED,)),
+}
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
+    **SHARES,
     "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
     "compiled transformer": Part(75, "transformer", modes=("forward",), ways=(EAGER, COMPILED)),
     "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
@@ -142,6 +187,8 @@ PARTS: dict[str, Part] = {
 }
 OF_MINIATURE = (
     TESTS,
+    f"{SHARE}, WRN-28-2",
+    f"{SHARE}, mlp",
     "compiled mlp",
     "WRN-28-2, bf16",
     "other libraries, MLP",
@@ -212,6 +259,18 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
             yield [{"mode": mode, "way": way, "reason": reason, "measured_on": environment()}]
 
 
+def shares(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
+    """Yield the rows of :func:`card.measure` way by way, without those ``done``."""
+    make = LARGE[part.network] if part.network in LARGE else step.NETWORKS[part.network].make
+    if is_small:
+        make = SMALL if part.network in LARGE else step.NETWORKS["tiny"].make
+    ways = part.share_ways
+    if is_small:
+        # Compiling would be most of a miniature.
+        ways = tuple(way for way in ways if way != card.PLAIN_COMPILED)
+    yield from card.measure(make, ways, done, device, part.precision, is_small=is_small)
+
+
 def libraries(
     part: Part, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
@@ -259,13 +318,16 @@ def shown(part: str, row: Row) -> list[str]:
             f"{row['passed']} passed, {len(row['failed'])} failed{failed}",
             "none failed",
         ]
-    what = (
-        f"{part}: {row['library']}"
-        if "library" in row
-        else f"{part}: `{row['mode']}`, {row['way']}"
-    )
+    if "library" in row:
+        what = f"{part}: {row['library']}"
+    elif "mode" in row:
+        what = f"{part}: `{row['mode']}`, {row['way']}"
+    else:
+        what = f"{part}: {row['way']}"
     if "reason" in row:
         return [what, row["reason"], ""]
+    if "share" in row:
+        return [what, card.shown(row), ""]
     if "library" in row:
         result = (
             f"{1e3 * row['seconds']:.3g} ms, {row['bytes'] / 1e6:.3g} MB, error {row['error']:.1e}"
@@ -296,7 +358,11 @@ def measure(name: str, folder: Path, device: str, *, is_small: bool) -> None:
     if name == TESTS:
         rows = tests(folder / "tests.xml", is_small=is_small)
     else:
-        of_kind = libraries if part.libraries else steps
+        of_kind = steps
+        if part.libraries:
+            of_kind = libraries
+        elif part.share_ways:
+            of_kind = shares
         for new in of_kind(part, list(rows), device, is_small=is_small):
             rows += new
             write_json(partial_file, rows)
@@ -352,6 +418,9 @@ def main() -> None:
         "--table", type=Path, metavar="DIR", help="print the table of a folder and stop"
     )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
+    )
     options = parser.parse_args()
     if options.table:
         print(table(options.table))
@@ -372,7 +441,7 @@ def main() -> None:
         done = file_of(name, options.out)
         left = end - time.perf_counter()
         needed = 1 if is_small else PARTS[name].seconds
-        if done.exists() or left < needed:
+        if done.exists() or left < needed or not name.startswith(options.only):
             continue
         print(f"{name} ...", flush=True)
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
