@@ -3,10 +3,12 @@
     python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
+    python benchmarks/gpu.py --plan    # the memory of gpu_large.py, on a CPU, without a number
 
 The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
-CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries;
-the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
+CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks, and those that
+fill a card (``gpu_large.py``); other libraries, one step and ten ahead; the same in float32, and
+WRN-28-2 compiled. Later work inserts its parts where they belong.
 
 Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
 over, and a file of the folder when it is done. The rows that a killed part had measured stay, and
@@ -34,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_large
 import peers
 import step
 import torch
@@ -101,9 +104,11 @@ class Part:
 
     Args:
         seconds: how many have to be left for the part to be begun on a GPU.
-        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`;
-            none: the tests.
+        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, of :data:`peers.NETWORKS`, or of
+            :data:`gpu_large.SETTINGS`; none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
+        student_steps: how many the gradient of these libraries looks ahead.
+        most: seconds that the part may take, if fewer than the others.
     """
 
     seconds: float
@@ -112,12 +117,24 @@ class Part:
     modes: tuple[str, ...] = MODES
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
+    student_steps: int = 1
+    most: float = MOST
 
 
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
+    peers.HAND,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
+)
+# The quickest first, since what a part has measured stays where it is stopped.
+TEN_AHEAD = (
+    peers.FORWARD,
+    peers.HAND,
+    peers.UNROLLED,
+    "TorchOpt 0.7.3",
+    "higher 0.2.1",
+    "BOAT 1.1.1",
 )
 CHANNELS_LAST = "WRN-28-2, channels-last"
 PARTS: dict[str, Part] = {
@@ -128,6 +145,11 @@ PARTS: dict[str, Part] = {
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
+    **{name: Part(60, name, modes=modes, most=75) for name, modes in gpu_large.MODES.items()},
+    **{
+        f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, most=60)
+        for name in ("transformer", "MLP", peers.CAUSAL)
+    },
     **{
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
@@ -144,6 +166,8 @@ OF_MINIATURE = (
     TESTS,
     "compiled mlp",
     "WRN-28-2, bf16",
+    gpu_large.TABLE,
+    "ten steps ahead, MLP",
     "other libraries, MLP",
     "WRN-28-2, float32",
 )
@@ -220,9 +244,10 @@ def libraries(
     All run in one process, without TF32.
     """
     chosen = part.libraries[:1] if is_small else part.libraries
+    ahead = part.student_steps
     with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
         truth = str(Path(folder) / "truth.pt")
-        peers.measure(peers.TRUTH, part.network, 1, calls=0, truth=truth, device=device)
+        peers.measure(peers.TRUTH, part.network, ahead, calls=0, truth=truth, device=device)
         for library in chosen:
             if any(row["library"] == library for row in done):
                 continue
@@ -232,14 +257,15 @@ def libraries(
             lacking = [
                 name for name in names if importlib.util.find_spec(modules.get(name, name)) is None
             ]
-            row: Row = {"library": library, "network": part.network, "measured_on": environment()}
+            row: Row = {"library": library, "network": part.network, "student_steps": ahead}
+            row["measured_on"] = environment()
             if lacking:
                 yield [row | {"reason": f"{', '.join(lacking)} is not installed"}]
                 continue
-            calls = 1 if is_small else 10
+            calls = 1 if is_small else max(3, 10 // ahead)
             try:
                 measured = peers.measure(
-                    library, part.network, 1, calls=calls, truth=truth, device=device
+                    library, part.network, ahead, calls=calls, truth=truth, device=device
                 )
                 yield [row | measured]
             except (
@@ -259,6 +285,8 @@ def shown(part: str, row: Row) -> list[str]:
             f"{row['passed']} passed, {len(row['failed'])} failed{failed}",
             "none failed",
         ]
+    if "setting" in row:
+        return gpu_large.shown(row)
     what = (
         f"{part}: {row['library']}"
         if "library" in row
@@ -296,7 +324,11 @@ def measure(name: str, folder: Path, device: str, *, is_small: bool) -> None:
     if name == TESTS:
         rows = tests(folder / "tests.xml", is_small=is_small)
     else:
-        of_kind = libraries if part.libraries else steps
+        of_kind: Callable[..., Iterator[list[Row]]] = steps
+        if part.libraries:
+            of_kind = libraries
+        elif name in gpu_large.SETTINGS:
+            of_kind = gpu_large.rows
         for new in of_kind(part, list(rows), device, is_small=is_small):
             rows += new
             write_json(partial_file, rows)
@@ -352,7 +384,13 @@ def main() -> None:
         "--table", type=Path, metavar="DIR", help="print the table of a folder and stop"
     )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
+    parser.add_argument(
+        "--plan", action="store_true", help="plan the memory of gpu_large.py on a CPU and stop"
+    )
     options = parser.parse_args()
+    if options.plan:
+        write_json(gpu_large.PLAN, gpu_large.plan_all())
+        return
     if options.table:
         print(table(options.table))
         return
@@ -379,7 +417,7 @@ def main() -> None:
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
-        limit = left if is_small else min(left, options.most)
+        limit = left if is_small else min(left, options.most, PARTS[name].most)
         with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
