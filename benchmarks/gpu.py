@@ -3,12 +3,13 @@
     python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
+    python benchmarks/gpu.py --plan    # the memory of gpu_large.py, on a CPU, without a number
 
-The order: the tests that pytest calls ``gpu``; what share of the card's rate a step reaches, beside
-the plain training step of the same network (``card.py``); the MLP and the transformer eager,
-compiled and by CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks;
-other libraries; the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they
-belong.
+The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
+CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; what share of the card's rate a
+step reaches, beside the plain training step of the same network (``card.py``); larger networks, and
+those that fill a card (``gpu_large.py``); other libraries, one step and ten ahead; the same in
+float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
 
 Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
 over, and a file of the folder when it is done. The rows that a killed part had measured stay, and
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import card
+import gpu_large
 import peers
 import step
 import torch
@@ -117,10 +119,12 @@ class Part:
 
     Args:
         seconds: how many have to be left for the part to be begun on a GPU.
-        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`;
-            none: the tests.
+        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, of :data:`peers.NETWORKS`, or of
+            :data:`gpu_large.SETTINGS`; none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
         share_ways: the ways of :mod:`card` whose share of the card's rate is measured instead.
+        student_steps: how many the gradient of these libraries looks ahead.
+        most: seconds that the part may take, if fewer than the others.
     """
 
     seconds: float
@@ -130,12 +134,15 @@ class Part:
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
     share_ways: tuple[str, ...] = ()
+    student_steps: int = 1
+    most: float = MOST
 
 
 CHANNELS_LAST = "WRN-28-2, channels-last"
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
+    peers.HAND,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
 )
 SHARE = "share of the card"
@@ -164,15 +171,29 @@ SHARES: dict[str, Part] = {
     ),
     f"{SHARE}, mlp compiled": Part(30, "mlp", share_ways=(card.OURS_COMPILED,)),
 }
+# The quickest first, since what a part has measured stays where it is stopped.
+TEN_AHEAD = (
+    peers.FORWARD,
+    peers.HAND,
+    peers.UNROLLED,
+    "TorchOpt 0.7.3",
+    "higher 0.2.1",
+    "BOAT 1.1.1",
+)
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
-    **SHARES,
     "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
     "compiled transformer": Part(75, "transformer", modes=("forward",), ways=(EAGER, COMPILED)),
     "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
+    **SHARES,
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
+    **{name: Part(60, name, modes=modes, most=75) for name, modes in gpu_large.MODES.items()},
+    **{
+        f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, most=60)
+        for name in ("transformer", "MLP", peers.CAUSAL)
+    },
     **{
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
@@ -191,6 +212,8 @@ OF_MINIATURE = (
     f"{SHARE}, mlp",
     "compiled mlp",
     "WRN-28-2, bf16",
+    gpu_large.TABLE,
+    "ten steps ahead, MLP",
     "other libraries, MLP",
     "WRN-28-2, float32",
 )
@@ -279,9 +302,10 @@ def libraries(
     All run in one process, without TF32.
     """
     chosen = part.libraries[:1] if is_small else part.libraries
+    ahead = part.student_steps
     with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
         truth = str(Path(folder) / "truth.pt")
-        peers.measure(peers.TRUTH, part.network, 1, calls=0, truth=truth, device=device)
+        peers.measure(peers.TRUTH, part.network, ahead, calls=0, truth=truth, device=device)
         for library in chosen:
             if any(row["library"] == library for row in done):
                 continue
@@ -291,14 +315,15 @@ def libraries(
             lacking = [
                 name for name in names if importlib.util.find_spec(modules.get(name, name)) is None
             ]
-            row: Row = {"library": library, "network": part.network, "measured_on": environment()}
+            row: Row = {"library": library, "network": part.network, "student_steps": ahead}
+            row["measured_on"] = environment()
             if lacking:
                 yield [row | {"reason": f"{', '.join(lacking)} is not installed"}]
                 continue
-            calls = 1 if is_small else 10
+            calls = 1 if is_small else max(3, 10 // ahead)
             try:
                 measured = peers.measure(
-                    library, part.network, 1, calls=calls, truth=truth, device=device
+                    library, part.network, ahead, calls=calls, truth=truth, device=device
                 )
                 yield [row | measured]
             except (
@@ -318,6 +343,8 @@ def shown(part: str, row: Row) -> list[str]:
             f"{row['passed']} passed, {len(row['failed'])} failed{failed}",
             "none failed",
         ]
+    if "setting" in row:
+        return gpu_large.shown(row)
     if "library" in row:
         what = f"{part}: {row['library']}"
     elif "mode" in row:
@@ -358,11 +385,13 @@ def measure(name: str, folder: Path, device: str, *, is_small: bool) -> None:
     if name == TESTS:
         rows = tests(folder / "tests.xml", is_small=is_small)
     else:
-        of_kind = steps
+        of_kind: Callable[..., Iterator[list[Row]]] = steps
         if part.libraries:
             of_kind = libraries
         elif part.share_ways:
             of_kind = shares
+        elif name in gpu_large.SETTINGS:
+            of_kind = gpu_large.rows
         for new in of_kind(part, list(rows), device, is_small=is_small):
             rows += new
             write_json(partial_file, rows)
@@ -421,7 +450,13 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="plan the memory of gpu_large.py on a CPU and stop"
+    )
     options = parser.parse_args()
+    if options.plan:
+        write_json(gpu_large.PLAN, gpu_large.plan_all())
+        return
     if options.table:
         print(table(options.table))
         return
@@ -448,7 +483,7 @@ def main() -> None:
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
-        limit = left if is_small else min(left, options.most)
+        limit = left if is_small else min(left, options.most, PARTS[name].most)
         with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False

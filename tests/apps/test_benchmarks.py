@@ -159,6 +159,7 @@ def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_re
 def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> None:
     """The first call leaves a part that failed and one that is missing; the next goes on there."""
     harness = importlib.import_module("harness")
+    parts = importlib.import_module("gpu").OF_MINIATURE
 
     def command() -> str:
         options = ("--device", "cpu", "--miniature", "--minutes", "30", "--out", str(tmp_path))
@@ -166,11 +167,13 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
     first = command()
-    assert first.count(" ...\n") == 7
+    assert first.count(" ...\n") == len(parts)
     assert "| tests on the device | 1 passed, 0 failed | none failed |" in first
     assert first.count(" of by hand") == 3 + 2 * 3
     assert first.count(" TFLOP, ") == 4
     assert "| other libraries, MLP: metapl, forward |" in first
+    assert "| ten steps ahead, MLP: metapl, forward |" in first
+    assert "| a billion weights, table: `forward` |" in first
     for file in tmp_path.glob("*.json"):
         made = harness.loaded(file)
         for row in made if isinstance(made, list) else []:
