@@ -88,6 +88,7 @@ def pooled_cnn(
 OWN: dict[str, Callable[..., nn.Module]] = {
     "pooled_cnn": pooled_cnn,
     "small_cnn": small_cnn,
+    "wide_resnet10_1": partial(wide_resnet, 10, 1),
     "wide_resnet28_2": partial(wide_resnet, 28, 2),
     "wide_resnet28_10": partial(wide_resnet, 28, 10),
 }
