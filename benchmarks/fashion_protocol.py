@@ -45,6 +45,8 @@ DEBIAN = "/usr/share/datasets/fashion-mnist"
 PROTOCOLS = ("fashion-4k", "fashion-400")
 STEPS = 1_000
 SEEDS = 3
+SECONDS = 105.0
+"""How long all arms together may take on a card."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ PROBED = 23
 # Seconds for reading the pictures, testing and writing, with five processes on the card.
 RESERVE = 15.0
 LEAST_STEPS = 50
+PROTOCOL_ON_CARD = "fashion-4k"
 # What the process of an arm runs.
 TAKE_PART = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -272,7 +275,7 @@ class Together:
         while not self.plan.exists():
             time.sleep(0.05)
         steps = loaded(self.plan)["steps"]
-        job: Row = {"protocol": self.protocol, "arm": arm, "seed": 0, "steps": steps}
+        job: Row = {"protocol": PROTOCOL_ON_CARD, "arm": arm, "seed": 0, "steps": steps}
         reached = train(
             **job,
             size=self.size,
@@ -297,7 +300,7 @@ class Together:
             shutil.rmtree(out, ignore_errors=True)
             began = time.monotonic()
             train(
-                self.protocol,
+                PROTOCOL_ON_CARD,
                 arm,
                 0,
                 steps,
@@ -330,7 +333,8 @@ def end_with_parent() -> None:
     """End this process when the one that started it has closed its standard input, or is killed."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not by sys.stdin, whose lock this thread would hold when the interpreter ends.
+        os.read(sys.stdin.fileno(), 1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -339,11 +343,11 @@ def end_with_parent() -> None:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def cells(arms: dict[str, list[Row]], arm: str) -> list[str]:
+def cells(rows: Sequence[Row]) -> list[str]:
     """Return what an arm reached on the test set, in percent, as the mean over its seeds."""
     shown = []
-    for role in NETWORKS_OF_ARM:
-        values = [row.get(f"{role}_test_accuracy") for row in arms[arm]]
+    for network in NETWORKS_OF_ARM:
+        values = [row.get(f"{network}_test_accuracy") for row in rows]
         known = [value for value in values if value is not None]
         shown.append(harness.spread(known) if known else NONE)
     return shown
@@ -362,7 +366,7 @@ def table(rows: list[Row]) -> str:
             if arm in arms:
                 protocol, network, steps, batches = group
                 head = [f"`{protocol}`", network, f"{steps:,}", batches, arm, len(arms[arm])]
-                lines.append([*head, *cells(arms, arm)])
+                lines.append([*head, *cells(arms[arm])])
     head = ["row", "network", "steps", "batches", "arm", "seeds", *NETWORKS_OF_ARM]
     return grid(head, lines, "llrll")
 
@@ -370,10 +374,10 @@ def table(rows: list[Row]) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
-def jobs(steps: int, seeds: int) -> Iterator[Row]:
+def jobs(steps: int, seeds: int, protocols: Sequence[str] = PROTOCOLS) -> Iterator[Row]:
     """Yield the arms, all of a seed before the next one."""
     for seed in range(seeds):
-        for protocol in PROTOCOLS:
+        for protocol in protocols:
             for arm in ARMS:
                 yield {"protocol": protocol, "arm": arm, "seed": seed, "steps": steps}
 
@@ -410,8 +414,9 @@ def main() -> None:
 def run_missing(options: argparse.Namespace) -> None:
     """Train the arms that no row has, one after the other."""
     size = MINIATURE if options.miniature else ON_CPU
-    steps = 2 if options.miniature else options.steps
-    seeds = 1 if options.miniature else options.seeds
+    arms = jobs(options.steps, options.seeds)
+    if options.miniature:
+        arms = jobs(2, 1, PROTOCOLS[:1])
 
     def run(**job: Any) -> Row:
         names = [str(job[name]).replace(" ", "_") for name in ("protocol", "arm", "seed", "steps")]
@@ -427,7 +432,7 @@ def run_missing(options: argparse.Namespace) -> None:
         )
         return reached
 
-    sized_jobs = [{**job, **size.columns} for job in jobs(steps, seeds)]
+    sized_jobs = [{**job, **size.columns} for job in arms]
     harness.go_on(options.out, sized_jobs, run, environment=harness.environment())
 
 

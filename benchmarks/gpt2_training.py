@@ -456,23 +456,34 @@ NAMES = {
 }
 
 
-def shown(row: Row) -> list[str]:
-    """Return the cells of a row: what, steps, precision, ms a step, GB, and what else it says."""
+def said(row: Row) -> str:
+    """Return what a row says beside time and memory."""
+    if "spearman" in row:
+        return f"rank correlation of the scores with those in bfloat16 {row['spearman']:.2f}"
+    if "removed" in row:
+        without = f"without {row['without']} {row['removed']}"
+        return f"{without}: loss {row['retrained']:+.4f}, predicted {row['predicted']:+.4f}"
+    if "outer_loss" in row:
+        return f"loss on the files held out {row['outer_loss']:.2f}"
+    return ""
+
+
+def in_words(row: Row) -> str:
+    """Return steps, time and memory of a row in words."""
+    words = f"{row['steps']} steps, {row['precision']}: {row['seconds']:.1f} s"
+    for name, place in (("device_bytes", "card"), ("host_bytes", "host")):
+        if name in row:
+            words += f", {row[name] / 1e9:.1f} GB of the {place}"
+    return words
+
+
+def line(row: Row) -> list[str]:
+    """Return the cells of a row of the table."""
     ms = f"{row['ms_a_step']:.0f}" if "ms_a_step" in row else ""
     on_card = f"{row['device_bytes'] / 1e9:.1f}" if "device_bytes" in row else ""
     on_host = f"{row['host_bytes'] / 1e9:.1f}" if "host_bytes" in row else ""
-    said = ""
-    if "spearman" in row:
-        said = f"rank correlation of the scores with bfloat16 {row['spearman']:.2f}"
-    elif "removed" in row:
-        said = (
-            f"without {row['without']} {row['removed']}: loss {row['retrained']:+.4f}, predicted "
-            f"{row['predicted']:+.4f}"
-        )
-    elif "outer_loss" in row:
-        said = f"loss on the files held out {row['outer_loss']:.2f}"
     cells = [NAMES[row["what"]], f"{row['steps']}", row["precision"], f"{row['seconds']:.1f}"]
-    return [*cells, ms, on_card, on_host, said]
+    return [*cells, ms, on_card, on_host, said(row)]
 
 
 def table(measured: list[Row]) -> str:
@@ -485,7 +496,7 @@ def table(measured: list[Row]) -> str:
         "GB of the card",
         "GB of the host",
     ]
-    return grid([*head, ""], [shown(row) for row in measured], "lrlrrrrl")
+    return grid([*head, ""], [line(row) for row in measured], "lrlrrrrl")
 
 
 def main() -> None:

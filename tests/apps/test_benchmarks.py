@@ -160,10 +160,12 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
     first = command()
-    assert first.count(" ...\n") == 5
+    assert first.count(" ...\n") == 7
     assert "| tests on the device | 1 passed, 0 failed | none failed |" in first
     assert first.count(" of by hand") == 3 + 2 * 3
     assert "| other libraries, MLP: metapl, forward |" in first
+    assert first.count("| fashion-4k, five arms: ") == 5
+    assert first.count("| GPT-2, whole training: ") == 7
     for file in tmp_path.glob("*.json"):
         made = harness.loaded(file)
         for row in made if isinstance(made, list) else []:
