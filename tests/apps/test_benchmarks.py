@@ -174,6 +174,8 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
     assert "| other libraries, MLP: metapl, forward |" in first
     assert "| ten steps ahead, MLP: metapl, forward |" in first
     assert "| a billion weights, table: `forward` |" in first
+    assert first.count("| fashion-4k, five arms: ") == 5
+    assert first.count("| GPT-2, whole training: ") == 7
     for file in tmp_path.glob("*.json"):
         made = harness.loaded(file)
         for row in made if isinstance(made, list) else []:
