@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,8 +46,10 @@ SIDE, SMALL_SIDE = 8192, 128
 """Of the matrices of the product, and of those of a miniature."""
 ROUND = 0.02
 """Seconds that a round takes at least."""
-MOST = 3.0
+MOST = 2.0
 """Seconds in which rounds are begun."""
+LIMIT = 60
+"""Seconds that a way may take."""
 
 
 @dataclass(frozen=True)
@@ -195,38 +198,71 @@ def row_of(run: Callable[[], Any], operations: float, card: Card) -> Row:
     return row
 
 
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise :class:`TimeoutError` in this block after so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A network whose share is measured.
+
+    Args:
+        name: of the network.
+        make: makes a pair of networks and their batches, as :class:`step.Network` has it.
+        precision: ``"bf16"`` or ``"float32"``.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    precision: str
+    ways: tuple[str, ...]
+
+
 def measure(
-    make: Callable[[], Any],
-    ways: Sequence[str],
-    done: Sequence[Row],
-    device: str,
-    precision: str,
-    *,
-    is_small: bool,
+    share: Share, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
     """Yield the row of each way that is not ``done``; what stops is a row with a reason.
 
-    Args:
-        make: makes a pair of networks and their batches, as :class:`step.Network` has it.
+    Raises: what stopped a way, behind its row, where the device can do no more in this process.
     """
+    make = share.make
+    precision = share.precision
+    ways = [way for way in share.ways if (share.name, way) not in names_of(done)]
+    if not ways:
+        return
     with Place(device, "float32").active():
         card = card_of(device, precision, is_small=is_small)
         counted: dict[bool, int] = {}
         for way in ways:
-            if any(row["way"] == way for row in done):
-                continue
             start = time.perf_counter()
-            row: Row = {"way": way, "precision": precision}
+            row: Row = {"network": share.name, "way": way, "precision": precision}
             is_ours = way in COMPILE or way == REPLAY
+            failure: Exception | None = None
             try:
-                if is_ours not in counted:
-                    counted[is_ours] = operations_of(make, card, is_ours=is_ours)
-                row |= row_of(step_by(way, make, card), counted[is_ours], card)
+                with limited(LIMIT):
+                    if is_ours not in counted:
+                        counted[is_ours] = operations_of(make, card, is_ours=is_ours)
+                    row |= row_of(step_by(way, make, card), counted[is_ours], card)
             # Whatever stops a way is what there is to say of it; the next way may run.
             except Exception as error:
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 row["reason"] = f"{type(error).__name__}: {first_line[:200]}"
+                failure = error.with_traceback(None)
             yield [row | {"seconds": time.perf_counter() - start, "measured_on": environment()}]
+            if failure is not None and "CUDA error" in str(failure):
+                raise failure
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -241,6 +277,11 @@ def step_by(way: str, make: Callable[[], Any], card: Card) -> Callable[[], Any]:
     if way in COMPILE:
         return ours(make, way, card)[0]
     return plain(make, way, card)
+
+
+def names_of(rows: Sequence[Row]) -> set[tuple[str, str]]:
+    """Return the network and the way of each row."""
+    return {(row["network"], row["way"]) for row in rows}
 
 
 def operations_of(make: Callable[[], Any], card: Card, *, is_ours: bool) -> int:
