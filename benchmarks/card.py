@@ -27,7 +27,6 @@ from typing import Any
 import step
 import torch
 from harness import Row, environment
-from modes import Place
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -242,30 +241,31 @@ def measure(
     ways = [way for way in share.ways if (share.name, way) not in names_of(done)]
     if not ways:
         return
-    with Place(device, "float32").active():
-        card = card_of(device, precision, is_small=is_small)
-        counted: dict[bool, int] = {}
-        for way in ways:
-            start = time.perf_counter()
-            row: Row = {"network": share.name, "way": way, "precision": precision}
-            is_ours = way in COMPILE or way == REPLAY
-            failure: Exception | None = None
-            try:
-                with limited(LIMIT):
-                    if is_ours not in counted:
-                        counted[is_ours] = operations_of(make, card, is_ours=is_ours)
-                    row |= row_of(step_by(way, make, card), counted[is_ours], card)
-            # Whatever stops a way is what there is to say of it; the next way may run.
-            except Exception as error:
-                first_line = (str(error).strip().splitlines() or [""])[0]
-                row["reason"] = f"{type(error).__name__}: {first_line[:200]}"
-                failure = error.with_traceback(None)
-            yield [row | {"seconds": time.perf_counter() - start, "measured_on": environment()}]
-            if failure is not None and "CUDA error" in str(failure):
-                raise failure
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
+    full_float32_products(device)
+    card = card_of(device, precision, is_small=is_small)
+    counted: dict[bool, int] = {}
+    for way in ways:
+        start = time.perf_counter()
+        row: Row = {"network": share.name, "way": way, "precision": precision}
+        is_ours = way in COMPILE or way == REPLAY
+        failure = ""
+        try:
+            with limited(LIMIT):
+                if is_ours not in counted:
+                    counted[is_ours] = operations_of(make, card, is_ours=is_ours)
+                row |= row_of(step_by(way, make, card), counted[is_ours], card)
+        # Whatever stops a way is what there is to say of it; the next way may run.
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            row["reason"] = f"{type(error).__name__}: {first_line[:200]}"
+            # The error itself would keep the tensors of its frames.
+            failure = str(error)
+        yield [row | {"seconds": time.perf_counter() - start, "measured_on": environment()}]
+        if "CUDA error" in failure:
+            raise RuntimeError(failure)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def step_by(way: str, make: Callable[[], Any], card: Card) -> Callable[[], Any]:
@@ -277,6 +277,16 @@ def step_by(way: str, make: Callable[[], Any], card: Card) -> Callable[[], Any]:
     if way in COMPILE:
         return ours(make, way, card)[0]
     return plain(make, way, card)
+
+
+def full_float32_products(device: str) -> None:
+    """Let products of float32 be taken in float32 in this process.
+
+    No region of autocast is open around the steps: it would keep their casts of weights.
+    """
+    if device == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 def names_of(rows: Sequence[Row]) -> set[tuple[str, str]]:
