@@ -45,7 +45,7 @@ SIDE, SMALL_SIDE = 8192, 128
 """Of the matrices of the product, and of those of a miniature."""
 ROUND = 0.02
 """Seconds that a round takes at least."""
-MOST = 2.0
+MOST = 1.0
 """Seconds in which rounds are begun."""
 LIMIT = 60
 """Seconds that a way may take."""
@@ -120,6 +120,12 @@ def rounds(run: Callable[[], Any], card: Card, *, first: float, most: int = 21) 
     return times
 
 
+def made_on(device: torch.device, make: Callable[[], Any]) -> Any:
+    """Return the pair of networks and the batches on the device, which draws their first values."""
+    with device:
+        return moved(make(), device)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Return the pair of networks, or nested batches, on the device."""
     if isinstance(value, tuple):
@@ -129,7 +135,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def ours(make: Callable[[], Any], way: str, card: Card) -> tuple[Callable[[], Any], Any]:
     """Return a step of a trainer, and the trainer."""
-    pair, data = moved(make(), card.device)
+    pair, data = made_on(card.device, make)
     precision = "bfloat16" if card.precision == "bf16" else "float32"
     trainer = step.trainer("forward", pair, compile=COMPILE[way], precision=precision, verify=False)
     return lambda: trainer.step(*data), trainer
@@ -137,7 +143,7 @@ def ours(make: Callable[[], Any], way: str, card: Card) -> tuple[Callable[[], An
 
 def plain(make: Callable[[], Any], way: str, card: Card) -> Callable[[], Any]:
     """Return a plain training step of the student on the examples of both batches."""
-    (_, network), ((x, y), u) = moved(make(), card.device)
+    (_, network), ((x, y), u) = made_on(card.device, make)
     inputs = torch.cat([x, u])
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         inputs = inputs.contiguous(memory_format=torch.channels_last)

@@ -209,7 +209,8 @@ def test_the_share_of_the_card_is_measured_by_every_way(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", compiler)
     monkeypatch.setattr(card, "MOST", 0.0)
     name, precision, ways = gpu.SHARES[0]
-    share = card.Share(name, gpu.SMALL, precision, (*ways, card.REPLAY))
+    ways = (*ways, card.PLAIN_COMPILED, card.REPLAY)
+    share = card.Share(name, gpu.SMALL, precision, ways)
     rows: list[dict[str, Any]] = []
     for new in card.measure(share, [], "cpu", is_small=True):
         rows += new
