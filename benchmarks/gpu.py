@@ -148,7 +148,6 @@ class Part:
         network: a name of :data:`LARGE` or :data:`step.NETWORKS`, of :data:`peers.NETWORKS`, or of
             :data:`gpu_large.SETTINGS`; none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
-        share_ways: the ways of :mod:`card` whose share of the card's rate is measured instead.
         student_steps: how many the gradient of these libraries looks ahead.
         own_rows: what is measured in the place of steps, by a file of its own.
         limit: the most seconds that the part takes, where these are not ``--most``.
@@ -160,10 +159,48 @@ class Part:
     modes: tuple[str, ...] = MODES
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
-    share_ways: tuple[str, ...] = ()
     student_steps: int = 1
     own_rows: OwnRows | None = None
     limit: float | None = None
+
+
+CHANNELS_LAST = "WRN-28-2, channels-last"
+SHARE = "share of the card"
+BY_GRAPHS = (card.OURS, card.OURS_BY_GRAPHS, card.PLAIN, card.PLAIN_BY_GRAPHS)
+SMALL_WAYS = (card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+# Network, precision and ways, the most worth first.
+SHARES = (
+    (CHANNELS_LAST, "bf16", BY_GRAPHS),
+    ("mlp", "float32", SMALL_WAYS),
+    (CHANNELS_LAST, "bf16", (card.PLAIN_COMPILED,)),
+    ("causal LM, 124 M", "bf16", BY_GRAPHS),
+    ("ViT-S", "bf16", BY_GRAPHS),
+    ("ResNet-50", "bf16", BY_GRAPHS),
+    ("EfficientNet-B0", "bf16", BY_GRAPHS),
+    ("transformer", "float32", SMALL_WAYS),
+    ("causal LM, 124 M", "bf16", (card.PLAIN_COMPILED,)),
+    ("ViT-S", "bf16", (card.PLAIN_COMPILED,)),
+    ("ResNet-50", "bf16", (card.PLAIN_COMPILED,)),
+    ("mlp", "float32", (card.OURS_COMPILED,)),
+    ("transformer", "float32", (card.OURS_COMPILED,)),
+    (CHANNELS_LAST, "bf16", (card.OURS_COMPILED,)),
+)
+# Without compiling, which would be most of a miniature.
+SHARES_OF_MINIATURE = ((CHANNELS_LAST, "bf16", BY_GRAPHS), ("mlp", "float32", SMALL_WAYS))
+
+
+def shares_of_card(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the rows of :func:`card.measure`.
+
+    All networks are in one process: to begin one takes as long as to measure a network.
+    """
+    for network, precision, ways in SHARES_OF_MINIATURE if task.is_small else SHARES:
+        if network in LARGE:
+            make = SMALL if task.is_small else LARGE[network]
+        else:
+            make = step.NETWORKS["tiny" if task.is_small else network].make
+        share = card.Share(network, make, precision, ways)
+        yield from card.measure(share, done, task.device, is_small=task.is_small)
 
 
 def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
@@ -188,38 +225,12 @@ def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     )
 
 
-CHANNELS_LAST = "WRN-28-2, channels-last"
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
     peers.HAND,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
 )
-SHARE = "share of the card"
-# What is recorded comes last: a recording that fails may leave the device unfit for what follows.
-SHARE_WAYS = (
-    card.OURS,
-    card.PLAIN,
-    card.PLAIN_COMPILED,
-    card.OURS_BY_GRAPHS,
-    card.PLAIN_BY_GRAPHS,
-)
-SHARES: dict[str, Part] = {
-    f"{SHARE}, WRN-28-2": Part(30, CHANNELS_LAST, precision="bf16", share_ways=SHARE_WAYS),
-    f"{SHARE}, mlp": Part(
-        20, "mlp", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
-    ),
-    f"{SHARE}, causal LM": Part(25, "causal LM, 124 M", precision="bf16", share_ways=SHARE_WAYS),
-    f"{SHARE}, ViT-S": Part(25, "ViT-S", precision="bf16", share_ways=SHARE_WAYS),
-    f"{SHARE}, ResNet-50": Part(25, "ResNet-50", precision="bf16", share_ways=SHARE_WAYS),
-    f"{SHARE}, EfficientNet-B0": Part(
-        25, "EfficientNet-B0", precision="bf16", share_ways=SHARE_WAYS
-    ),
-    f"{SHARE}, transformer": Part(
-        20, "transformer", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
-    ),
-    f"{SHARE}, mlp compiled": Part(30, "mlp", share_ways=(card.OURS_COMPILED,)),
-}
 # The quickest first, since what a part has measured stays where it is stopped.
 TEN_AHEAD = (
     peers.FORWARD,
@@ -238,7 +249,7 @@ PARTS: dict[str, Part] = {
     "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
-    **SHARES,
+    SHARE: Part(30, own_rows=shares_of_card, limit=240),
     GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
     FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
@@ -261,8 +272,7 @@ PARTS: dict[str, Part] = {
 }
 OF_MINIATURE = (
     TESTS,
-    f"{SHARE}, WRN-28-2",
-    f"{SHARE}, mlp",
+    SHARE,
     "compiled mlp",
     "WRN-28-2, bf16",
     GPT2,
@@ -337,18 +347,6 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
             yield [{"mode": mode, "way": way, "reason": reason, "measured_on": environment()}]
 
 
-def shares(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
-    """Yield the rows of :func:`card.measure` way by way, without those ``done``."""
-    make = LARGE[part.network] if part.network in LARGE else step.NETWORKS[part.network].make
-    if is_small:
-        make = SMALL if part.network in LARGE else step.NETWORKS["tiny"].make
-    ways = part.share_ways
-    if is_small:
-        # Compiling would be most of a miniature.
-        ways = tuple(way for way in ways if way != card.PLAIN_COMPILED)
-    yield from card.measure(make, ways, done, device, part.precision, is_small=is_small)
-
-
 def libraries(
     part: Part, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
@@ -412,7 +410,7 @@ def shown(part: str, row: Row) -> list[str]:
     elif "mode" in row:
         what = f"{part}: `{row['mode']}`, {row['way']}"
     else:
-        what = f"{part}: {row['way']}"
+        what = f"{part}: {row['network']}, {row['way']}"
     if "reason" in row:
         return [what, row["reason"], ""]
     if "share" in row:
@@ -462,11 +460,30 @@ def rows_of(part: Part, task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
         return part.own_rows(task, done)
     if part.libraries:
         return libraries(part, done, task.device, is_small=task.is_small)
-    if part.share_ways:
-        return shares(part, done, task.device, is_small=task.is_small)
     if part.network in gpu_large.SETTINGS:
         return gpu_large.rows(part, done, task.device, is_small=task.is_small)
     return steps(part, done, task.device, is_small=task.is_small)
+
+
+def run_part(command: Sequence[str], name: str, folder: Path, *, seconds: float) -> None:
+    """Run the process of a part until it is done, again where it failed behind new rows.
+
+    Args:
+        seconds: until it is killed.
+    """
+    end = time.perf_counter() + seconds
+    rows_before = -1
+    rows = 0
+    while rows > rows_before and not file_of(name, folder).exists():
+        left = end - time.perf_counter()
+        if left <= 0:
+            return
+        rows_before = rows
+        log_file = file_of(name, folder).with_suffix(".log")
+        with log_file.open("w") as log, suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=left, check=False)
+        partial_file = unfinished(name, folder)
+        rows = len(loaded(partial_file)) if partial_file.exists() else 0
 
 
 def table(folder: Path) -> str:
@@ -569,10 +586,7 @@ def main() -> None:
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
-        with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
-            subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
-            )
+        run_part(command, name, options.out, seconds=limit)
     print(table(options.out))
 
 
