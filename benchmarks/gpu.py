@@ -225,6 +225,11 @@ def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     )
 
 
+def filling(name: str) -> Part:
+    """Return the part of a setting of :mod:`gpu_large`."""
+    return Part(30, name, precision="bf16", modes=gpu_large.MODES[name], limit=75)
+
+
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
@@ -253,7 +258,7 @@ PARTS: dict[str, Part] = {
     GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
     FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
-    **{name: Part(60, name, modes=modes, limit=75) for name, modes in gpu_large.MODES.items()},
+    **{name: filling(name) for name in (gpu_large.L2, gpu_large.TABLE, gpu_large.PAIR)},
     **{
         f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, limit=60)
         for name in ("transformer", "MLP", peers.CAUSAL)
@@ -262,6 +267,7 @@ PARTS: dict[str, Part] = {
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
     },
+    **{name: filling(name) for name in gpu_large.ATTENTION},
     **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
     "compiled WRN-28-2": Part(
         85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)
@@ -548,7 +554,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.plan:
-        write_json(gpu_large.PLAN, gpu_large.plan_all())
+        old = loaded(gpu_large.PLAN) if gpu_large.PLAN.exists() else {}
+        for plans in gpu_large.plan_all(old):
+            write_json(gpu_large.PLAN, plans)
         return
     if options.table:
         print(table(options.table))
