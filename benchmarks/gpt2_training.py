@@ -10,11 +10,11 @@ sequences of 256 words, with weights in float32 and passes in bfloat16, and ``me
 says what each sequence did to the loss on the files that were held out. The states before every
 fifteenth step lie on the host, and the steps of one block of fifteen on the card.
 
-The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training in bfloat16
-and in float32, and the rank correlation of their scores; the whole training; and plain trainings
-without a twentieth of the sequences, the most helpful, the most harmful and any, whose change of
-the loss the scores predict. What does not fit into the seconds that are left is not begun. Where
-the whole training does not fit, it has fewer steps; each row says how many it has.
+The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training; the whole
+training; a tenth in float32, and the rank correlation of its scores with those in bfloat16; and
+plain trainings without a twentieth of the sequences, the most helpful, the most harmful and any,
+whose change of the loss the scores predict. What does not fit into the seconds that are left is not
+begun. Where the whole training does not fit, it has fewer steps; each row says how many it has.
 """
 
 from __future__ import annotations
@@ -399,6 +399,9 @@ def rows(
     tenth = setting.steps // 10
     measurement = Measurement(setting, device)
 
+    def left() -> float:
+        return end - time.perf_counter()
+
     def row_of(what: str, steps: int, precision: str, measured: Row) -> list[Row]:
         count = sum(p.numel() for p in measurement.network.parameters())
         about: Row = {"what": what, "steps": steps, "precision": precision, "weights": count}
@@ -409,30 +412,37 @@ def rows(
     if plain is None:
         (plain,) = row_of("plain", tenth, "bf16", measurement.plain_steps(tenth, "bf16"))
         yield [plain]
-    if "a tenth" not in names or "whole" not in names:
+    in_bf16: metapl.Attribution | None = None
+    if not {"a tenth", "whole", "a tenth in float32"} <= names:
         # The first call loads kernels, and its time is none of a step's.
         measurement.attribute(2, "bf16")
         in_bf16, measured = measurement.attribute(tenth, "bf16")
-        a_step = measured["seconds"] / tenth
+        a_tenth = measured["seconds"]
         if "a tenth" not in names:
             yield row_of("a tenth", tenth, "bf16", measured)
-            in_float32, measured = measurement.attribute(tenth, "float32")
-            measured |= agreement(in_bf16.scores, in_float32.scores, in_bf16.order)
-            yield row_of("a tenth in float32", tenth, "float32", measured)
+    whole: metapl.Attribution | None = None
     if "whole" not in names:
-        # A step is taken once more where its state was not kept: a fifth of its time and more.
-        fitting = int((end - time.perf_counter()) / (1.4 * a_step)) // 10 * 10
-        steps = min(setting.steps, setting.steps if is_small else fitting)
+        steps = setting.steps
+        if not is_small:
+            # The look at the first steps' smoothness takes some more.
+            fitting = int(left() / (1.2 * a_tenth / tenth)) // 10 * 10
+            steps = min(steps, fitting)
         if steps < tenth:
             raise RuntimeError(f"{seconds:.0f} seconds are too few for {tenth} steps")
-        attribution, measured = measurement.attribute(steps, "bf16")
+        whole, measured = measurement.attribute(steps, "bf16")
         yield row_of("whole", steps, "bf16", measured)
+    # The products of float32 take several times those of bfloat16, of which a step is a part.
+    if in_bf16 is not None and (is_small or left() > 4 * a_tenth):
+        in_float32, measured = measurement.attribute(tenth, "float32")
+        measured |= agreement(in_bf16.scores, in_float32.scores, in_bf16.order)
+        yield row_of("a tenth in float32", tenth, "float32", measured)
+    if whole is not None:
         # The loop that trains again takes its steps by metapl's rule, which is slower.
         a_training = 1.5 * steps * plain["ms_a_step"] / 1e3
-        fitting = 3 if is_small else int((end - time.perf_counter()) / a_training)
+        most = 3 if is_small else int(left() / a_training)
         # Of one there is no correlation.
-        if fitting >= 2:
-            for measured in measurement.removals(attribution, "bf16", most=fitting):
+        if most >= 2:
+            for measured in measurement.removals(whole, "bf16", most=most):
                 yield row_of("removal", steps, "bf16", measured)
 
 
@@ -450,8 +460,8 @@ def agreement(first: Tensor, second: Tensor, order: Tensor) -> Row:
 NAMES = {
     "plain": "plain steps, by torch.optim in a loop",
     "a tenth": "attribution of a tenth of the steps",
-    "a tenth in float32": "the same in float32",
     "whole": "attribution of the whole training",
+    "a tenth in float32": "attribution of a tenth, in float32",
     "removal": "plain training without some sequences",
 }
 

@@ -108,14 +108,19 @@ class Task:
     Args:
         folder: of the results.
         source: of the four files of Fashion-MNIST.
-        seconds: until the part is ended.
+        end: when the part is ended, in seconds since the epoch.
     """
 
     folder: Path
     device: str
     source: str
-    seconds: float
+    end: float
     is_small: bool
+
+    @property
+    def seconds_left(self) -> float:
+        """Return for how long the part may still measure, and end before it is ended."""
+        return self.end - time.time() - 3
 
 
 # Yields the rows of a part that is none of step.py's and peers.py's, without those that are done.
@@ -153,9 +158,8 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
         source = str(folder / "noise")
         Path(source).mkdir(parents=True, exist_ok=True)
         protocol_rows.write_noise(Path(source))
-    # The processes of the arms are ended before this one is killed.
     together = fashion_protocol.Together(
-        folder=folder, source=source, seconds=task.seconds - 3, is_small=task.is_small
+        folder=folder, source=source, seconds=task.seconds_left, is_small=task.is_small
     )
     yield from together.rows(done)
 
@@ -163,7 +167,7 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
 def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield what the attribution of a whole training of GPT-2 takes."""
     yield from gpt2_training.rows(
-        done, device=task.device, seconds=task.seconds, is_small=task.is_small
+        done, device=task.device, seconds=task.seconds_left, is_small=task.is_small
     )
 
 
@@ -434,6 +438,9 @@ def main() -> None:
         help="the folder of Fashion-MNIST's four files",
     )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
+    parser.add_argument(
+        "--end", type=float, metavar="TIME", help="of --part, in seconds since the epoch"
+    )
     options = parser.parse_args()
     if options.table:
         print(table(options.table))
@@ -450,7 +457,7 @@ def main() -> None:
             folder=options.out,
             device=options.device,
             source=options.source,
-            seconds=options.most,
+            end=options.end or time.time() + options.most,
             is_small=is_small,
         )
         measure(options.part, task)
@@ -466,7 +473,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         limit = left if is_small else min(left, max(options.most, PARTS[name].limit))
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
-        arguments += ["--source", options.source, "--most", limit]
+        arguments += ["--source", options.source, "--end", time.time() + limit]
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
