@@ -405,7 +405,7 @@ def shown(part: str, row: Row) -> list[str]:
         ]
     if part == GPT2:
         what = f"{part}: {gpt2_training.NAMES[row['what']]}"
-        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.said(row), ""]
+        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.remark(row), ""]
     if part == FASHION:
         teacher, student, finetuned = fashion_protocol.cells([row])
         result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"

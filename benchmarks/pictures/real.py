@@ -149,7 +149,7 @@ def set_of(name: str, source: str) -> PictureSet:
 class Case:
     """How many pictures of a set keep their labels, and how many others have none; None: all."""
 
-    set: str
+    set_name: str
     labels: int
     unlabeled: int | None
 
@@ -180,19 +180,19 @@ class Draw:
     whole: PictureSet
 
     @classmethod
-    def of(cls, case: Case, seed: int, source: str) -> Draw:
+    def from_case(cls, case: Case, seed: int, source: str) -> Draw:
         """Draw the pictures that keep their labels, and of the others the unlabeled ones.
 
         With the same seed a smaller number of labels lies within a larger one.
         """
-        whole = set_of(case.set, source)
+        whole = set_of(case.set_name, source)
         labels = torch.from_numpy(whole.training_labels)
         bits = draws.bits(seed, 0, torch.arange(len(labels)), 1, SPLIT_STREAM)[:, 0]
         order = torch.argsort(bits, stable=True).numpy()
         classes = np.unique(whole.training_labels)
-        each = case.labels // len(classes)
+        per_class = case.labels // len(classes)
         ordered_labels = whole.training_labels[order]
-        labeled = np.concatenate([order[ordered_labels == label][:each] for label in classes])
+        labeled = np.concatenate([order[ordered_labels == label][:per_class] for label in classes])
         others = order[~np.isin(order, labeled)][: case.unlabeled]
         return cls(
             labeled=whole.training[labeled],
@@ -381,7 +381,7 @@ RIVALS = (SCRIPT, FIXMATCH, PIXELS, FROZEN)
 
 
 def run(
-    set: str,
+    set_name: str,
     labels: int,
     unlabeled: int | None,
     draw: int,
@@ -399,7 +399,7 @@ def run(
         settings: of the recipe, beside its defaults.
     """
     torch.set_num_threads(1)
-    pictures = Draw.of(Case(set, labels, unlabeled), draw, source)
+    pictures = Draw.from_case(Case(set_name, labels, unlabeled), draw, source)
     begin = time.process_time()
     if method in (OURS, OURS_TWICE):
         minutes = seconds / 60 * (2 if method == OURS_TWICE else 1)
@@ -449,7 +449,7 @@ def table(rows: list[Row]) -> str:
     """
     cases: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for row in rows:
-        case = (row["set"], row["labels"], row["unlabeled"], row["seconds"])
+        case = (row["set_name"], row["labels"], row["unlabeled"], row["seconds"])
         by_draw = cases.setdefault(case, {}).setdefault(row["method"], {})
         by_draw[row["draw"]] = row["test_accuracy"]
     lines = []
@@ -459,12 +459,12 @@ def table(rows: list[Row]) -> str:
             if method not in by_method:
                 continue
             values = by_method[method]
-            both = sorted(values.keys() & ours.keys())
+            common_draws = sorted(values.keys() & ours.keys())
             ahead = NONE
-            if method != OURS and both:
+            if method != OURS and common_draws:
                 ahead = interval(
-                    [100 * ours[number] for number in both],
-                    [100 * values[number] for number in both],
+                    [100 * ours[number] for number in common_draws],
+                    [100 * values[number] for number in common_draws],
                     form="+.1f",
                 )
             others = "all others" if unlabeled is None else f"{unlabeled:,}"
@@ -499,7 +499,7 @@ def measure(options: Any) -> None:
     if options.backbone is None and FROZEN in methods:
         methods.remove(FROZEN)
         print(f"without --backbone there is no row of {FROZEN}", file=sys.stderr)
-    cases = [case for case in CASES if case.set in options.sets]
+    cases = [case for case in CASES if case.set_name in options.sets]
     if options.labels:
         cases = [case for case in cases if case.labels in options.labels]
     seconds = 60 * options.minutes
