@@ -125,14 +125,19 @@ class Task:
     Args:
         folder: of the results.
         source: of the four files of Fashion-MNIST.
-        seconds: until the part is ended.
+        end: when the part is ended, in seconds since the epoch.
     """
 
     folder: Path
     device: str
     source: str
-    seconds: float
+    end: float
     is_small: bool
+
+    @property
+    def seconds_left(self) -> float:
+        """Return for how long the part may still measure, and end before it is ended."""
+        return self.end - time.time() - 3
 
 
 # Yields the rows of a part that is none of step.py's and peers.py's, without those that are done.
@@ -211,9 +216,8 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
         source = str(folder / "noise")
         Path(source).mkdir(parents=True, exist_ok=True)
         protocol_rows.write_noise(Path(source))
-    # The processes of the arms are ended before this one is killed.
     together = fashion_protocol.Together(
-        folder=folder, source=source, seconds=task.seconds - 3, is_small=task.is_small
+        folder=folder, source=source, seconds=task.seconds_left, is_small=task.is_small
     )
     yield from together.rows(done)
 
@@ -221,7 +225,7 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
 def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield what the attribution of a whole training of GPT-2 takes."""
     yield from gpt2_training.rows(
-        done, device=task.device, seconds=task.seconds, is_small=task.is_small
+        done, device=task.device, seconds=task.seconds_left, is_small=task.is_small
     )
 
 
@@ -404,7 +408,7 @@ def shown(part: str, row: Row) -> list[str]:
         ]
     if part == GPT2:
         what = f"{part}: {gpt2_training.NAMES[row['what']]}"
-        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.said(row), ""]
+        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.remark(row), ""]
     if part == FASHION:
         teacher, student, finetuned = fashion_protocol.cells([row])
         result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"
@@ -547,6 +551,9 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
     parser.add_argument(
+        "--end", type=float, metavar="TIME", help="of --part, in seconds since the epoch"
+    )
+    parser.add_argument(
         "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
     )
     parser.add_argument(
@@ -573,7 +580,7 @@ def main() -> None:
             folder=options.out,
             device=options.device,
             source=options.source,
-            seconds=options.most,
+            end=options.end or time.time() + options.most,
             is_small=is_small,
         )
         measure(options.part, task)
@@ -590,7 +597,7 @@ def main() -> None:
         limit = options.most if PARTS[name].limit is None else PARTS[name].limit
         limit = left if is_small else min(left, limit)
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
-        arguments += ["--source", options.source, "--most", limit]
+        arguments += ["--source", options.source, "--end", time.time() + limit]
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
