@@ -3,9 +3,14 @@
     python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
+    python benchmarks/gpu.py --plan    # the memory of gpu_large.py, on a CPU, without a number
 
 The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
-CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries;
+CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; what share of the card's rate a
+step reaches, beside the plain training step of the same network (``card.py``); the gradient
+through a whole training of GPT-2 (``gpt2_training.py``); the papers' protocol on Fashion-MNIST,
+five arms at once (``fashion_protocol.py``; ``--source`` names the folder of its four files); larger
+networks, and those that fill a card (``gpu_large.py``); other libraries, one step and ten ahead;
 the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
 
 Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
@@ -34,7 +39,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import card
+import fashion_protocol
+import gpt2_training
+import gpu_large
 import peers
+import protocol_rows
 import step
 import torch
 import torchvision
@@ -80,7 +90,20 @@ LARGER = {
     ),
     "causal LM, 124 M": partial(large, partial(peers.CausalLM, **LM), (512,), 8, 8, words=50257),
     "ResNet-50": partial(
-        large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128
+        large,
+        partial(torchvision.models.resnet50, num_classes=10),
+        (3, 224, 224),
+        32,
+        128,
+        layout=torch.channels_last,
+    ),
+    "EfficientNet-B0": partial(
+        large,
+        partial(torchvision.models.efficientnet_b0, num_classes=10),
+        (3, 224, 224),
+        32,
+        128,
+        layout=torch.channels_last,
     ),
 }
 LARGE = {
@@ -95,15 +118,40 @@ SMALL_TEST = "in_bfloat16_it_is_near and forward and convolutions"
 SMALL = partial(large, metapl.models.small_cnn, (3, 16, 16), 2, 6)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Where a part leaves and finds its files, its device, and how long it may take.
+
+    Args:
+        folder: of the results.
+        source: of the four files of Fashion-MNIST.
+        seconds: until the part is ended.
+    """
+
+    folder: Path
+    device: str
+    source: str
+    seconds: float
+    is_small: bool
+
+
+# Yields the rows of a part that is none of step.py's and peers.py's, without those that are done.
+OwnRows = Callable[[Task, Sequence[Row]], Iterator[list[Row]]]
+
+
 @dataclass(frozen=True)
 class Part:
-    """What one process measures: the tests, steps of a network, or other libraries.
+    """What one process measures: the tests, steps of a network, other libraries, or its own rows.
 
     Args:
         seconds: how many have to be left for the part to be begun on a GPU.
-        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`;
-            none: the tests.
+        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, of :data:`peers.NETWORKS`, or of
+            :data:`gpu_large.SETTINGS`; none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
+        share_ways: the ways of :mod:`card` whose share of the card's rate is measured instead.
+        student_steps: how many the gradient of these libraries looks ahead.
+        own_rows: what is measured in the place of steps, by a file of its own.
+        limit: the most seconds that the part takes, where these are not ``--most``.
     """
 
     seconds: float
@@ -112,14 +160,78 @@ class Part:
     modes: tuple[str, ...] = MODES
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
+    share_ways: tuple[str, ...] = ()
+    student_steps: int = 1
+    own_rows: OwnRows | None = None
+    limit: float | None = None
 
 
+def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield what the arms of fashion-4k reach, which share the card."""
+    folder = task.folder / "fashion-4k"
+    source = task.source
+    if task.is_small:
+        source = str(folder / "noise")
+        Path(source).mkdir(parents=True, exist_ok=True)
+        protocol_rows.write_noise(Path(source))
+    # The processes of the arms are ended before this one is killed.
+    together = fashion_protocol.Together(
+        folder=folder, source=source, seconds=task.seconds - 3, is_small=task.is_small
+    )
+    yield from together.rows(done)
+
+
+def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield what the attribution of a whole training of GPT-2 takes."""
+    yield from gpt2_training.rows(
+        done, device=task.device, seconds=task.seconds, is_small=task.is_small
+    )
+
+
+CHANNELS_LAST = "WRN-28-2, channels-last"
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
+    peers.HAND,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
 )
-CHANNELS_LAST = "WRN-28-2, channels-last"
+SHARE = "share of the card"
+BY_GRAPHS = (card.OURS, card.OURS_BY_GRAPHS, card.PLAIN, card.PLAIN_BY_GRAPHS)
+SHARES: dict[str, Part] = {
+    f"{SHARE}, WRN-28-2": Part(
+        30, CHANNELS_LAST, precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, mlp": Part(
+        20, "mlp", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+    ),
+    f"{SHARE}, causal LM": Part(
+        25, "causal LM, 124 M", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, ViT-S": Part(
+        25, "ViT-S", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, ResNet-50": Part(
+        25, "ResNet-50", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, EfficientNet-B0": Part(
+        25, "EfficientNet-B0", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
+    ),
+    f"{SHARE}, transformer": Part(
+        20, "transformer", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+    ),
+    f"{SHARE}, mlp compiled": Part(30, "mlp", share_ways=(card.OURS_COMPILED,)),
+}
+# The quickest first, since what a part has measured stays where it is stopped.
+TEN_AHEAD = (
+    peers.FORWARD,
+    peers.HAND,
+    peers.UNROLLED,
+    "TorchOpt 0.7.3",
+    "higher 0.2.1",
+    "BOAT 1.1.1",
+)
+GPT2 = "GPT-2, whole training"
+FASHION = "fashion-4k, five arms"
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
     "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
@@ -127,7 +239,15 @@ PARTS: dict[str, Part] = {
     "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
+    **SHARES,
+    GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
+    FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
+    **{name: Part(60, name, modes=modes, limit=75) for name, modes in gpu_large.MODES.items()},
+    **{
+        f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, limit=60)
+        for name in ("transformer", "MLP", peers.CAUSAL)
+    },
     **{
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
@@ -142,8 +262,14 @@ PARTS: dict[str, Part] = {
 }
 OF_MINIATURE = (
     TESTS,
+    f"{SHARE}, WRN-28-2",
+    f"{SHARE}, mlp",
     "compiled mlp",
     "WRN-28-2, bf16",
+    GPT2,
+    FASHION,
+    gpu_large.TABLE,
+    "ten steps ahead, MLP",
     "other libraries, MLP",
     "WRN-28-2, float32",
 )
@@ -212,6 +338,18 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
             yield [{"mode": mode, "way": way, "reason": reason, "measured_on": environment()}]
 
 
+def shares(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
+    """Yield the rows of :func:`card.measure` way by way, without those ``done``."""
+    make = LARGE[part.network] if part.network in LARGE else step.NETWORKS[part.network].make
+    if is_small:
+        make = SMALL if part.network in LARGE else step.NETWORKS["tiny"].make
+    ways = part.share_ways
+    if is_small:
+        # Compiling would be most of a miniature.
+        ways = tuple(way for way in ways if way != card.PLAIN_COMPILED)
+    yield from card.measure(make, ways, done, device, part.precision, is_small=is_small)
+
+
 def libraries(
     part: Part, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
@@ -220,9 +358,10 @@ def libraries(
     All run in one process, without TF32.
     """
     chosen = part.libraries[:1] if is_small else part.libraries
+    ahead = part.student_steps
     with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
         truth = str(Path(folder) / "truth.pt")
-        peers.measure(peers.TRUTH, part.network, 1, calls=0, truth=truth, device=device)
+        peers.measure(peers.TRUTH, part.network, ahead, calls=0, truth=truth, device=device)
         for library in chosen:
             if any(row["library"] == library for row in done):
                 continue
@@ -232,14 +371,15 @@ def libraries(
             lacking = [
                 name for name in names if importlib.util.find_spec(modules.get(name, name)) is None
             ]
-            row: Row = {"library": library, "network": part.network, "measured_on": environment()}
+            row: Row = {"library": library, "network": part.network, "student_steps": ahead}
+            row["measured_on"] = environment()
             if lacking:
                 yield [row | {"reason": f"{', '.join(lacking)} is not installed"}]
                 continue
-            calls = 1 if is_small else 10
+            calls = 1 if is_small else max(3, 10 // ahead)
             try:
                 measured = peers.measure(
-                    library, part.network, 1, calls=calls, truth=truth, device=device
+                    library, part.network, ahead, calls=calls, truth=truth, device=device
                 )
                 yield [row | measured]
             # Another library may raise any error, and its text is the row.
@@ -258,13 +398,25 @@ def shown(part: str, row: Row) -> list[str]:
             f"{row['passed']} passed, {len(row['failed'])} failed{failed}",
             "none failed",
         ]
-    what = (
-        f"{part}: {row['library']}"
-        if "library" in row
-        else f"{part}: `{row['mode']}`, {row['way']}"
-    )
+    if part == GPT2:
+        what = f"{part}: {gpt2_training.NAMES[row['what']]}"
+        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.said(row), ""]
+    if part == FASHION:
+        teacher, student, finetuned = fashion_protocol.cells([row])
+        result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"
+        return [f"{part}: {row['arm']}, {row['steps']:,} steps", result, ""]
+    if "setting" in row:
+        return gpu_large.shown(row)
+    if "library" in row:
+        what = f"{part}: {row['library']}"
+    elif "mode" in row:
+        what = f"{part}: `{row['mode']}`, {row['way']}"
+    else:
+        what = f"{part}: {row['way']}"
     if "reason" in row:
         return [what, row["reason"], ""]
+    if "share" in row:
+        return [what, card.shown(row), ""]
     if "library" in row:
         result = (
             f"{1e3 * row['seconds']:.3g} ms, {row['bytes'] / 1e6:.3g} MB, error {row['error']:.1e}"
@@ -288,19 +440,33 @@ def unfinished(name: str, folder: Path) -> Path:
     return file_of(name, folder).with_suffix(".part")
 
 
-def measure(name: str, folder: Path, device: str, *, is_small: bool) -> None:
+def measure(name: str, task: Task) -> None:
     """Measure a part in this process, and write its rows as they come."""
-    part, partial_file = PARTS[name], unfinished(name, folder)
+    part = PARTS[name]
+    folder = task.folder
+    partial_file = unfinished(name, folder)
     rows = loaded(partial_file) if partial_file.exists() else []
     if name == TESTS:
-        rows = tests(folder / "tests.xml", is_small=is_small)
+        rows = tests(folder / "tests.xml", is_small=task.is_small)
     else:
-        of_kind = libraries if part.libraries else steps
-        for new in of_kind(part, list(rows), device, is_small=is_small):
+        for new in rows_of(part, task, list(rows)):
             rows += new
             write_json(partial_file, rows)
     write_json(file_of(name, folder), rows)
     partial_file.unlink(missing_ok=True)
+
+
+def rows_of(part: Part, task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Return the rows of a part that are not done, one measurement after the other."""
+    if part.own_rows is not None:
+        return part.own_rows(task, done)
+    if part.libraries:
+        return libraries(part, done, task.device, is_small=task.is_small)
+    if part.share_ways:
+        return shares(part, done, task.device, is_small=task.is_small)
+    if part.network in gpu_large.SETTINGS:
+        return gpu_large.rows(part, done, task.device, is_small=task.is_small)
+    return steps(part, done, task.device, is_small=task.is_small)
 
 
 def table(folder: Path) -> str:
@@ -350,8 +516,23 @@ def main() -> None:
     parser.add_argument(
         "--table", type=Path, metavar="DIR", help="print the table of a folder and stop"
     )
+    parser.add_argument(
+        "--source",
+        default=fashion_protocol.DEBIAN,
+        metavar="DIR",
+        help="the folder of Fashion-MNIST's four files",
+    )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="plan the memory of gpu_large.py on a CPU and stop"
+    )
     options = parser.parse_args()
+    if options.plan:
+        write_json(gpu_large.PLAN, gpu_large.plan_all())
+        return
     if options.table:
         print(table(options.table))
         return
@@ -363,7 +544,14 @@ def main() -> None:
         parser.error("on the CPU there is the miniature alone; give --miniature as well")
     is_small = options.miniature
     if options.part:
-        measure(options.part, options.out, options.device, is_small=is_small)
+        task = Task(
+            folder=options.out,
+            device=options.device,
+            source=options.source,
+            seconds=options.most,
+            is_small=is_small,
+        )
+        measure(options.part, task)
         return
     end = time.perf_counter() + 60 * options.minutes
     write_json(options.out / "made_with.json", {**environment(), "miniature": is_small})
@@ -371,14 +559,16 @@ def main() -> None:
         done = file_of(name, options.out)
         left = end - time.perf_counter()
         needed = 1 if is_small else PARTS[name].seconds
-        if done.exists() or left < needed:
+        if done.exists() or left < needed or not name.startswith(options.only):
             continue
         print(f"{name} ...", flush=True)
+        limit = options.most if PARTS[name].limit is None else PARTS[name].limit
+        limit = left if is_small else min(left, limit)
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
+        arguments += ["--source", options.source, "--most", limit]
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
-        limit = left if is_small else min(left, options.most)
         with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False

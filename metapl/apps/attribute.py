@@ -57,30 +57,31 @@ LISTED = 5
 class Attribute:
     """Say which labeled pictures of a run help its network, and which harm it.
 
-    A network like that of the run is trained anew, from its start, on the labeled pictures as they
-    are, by plain SGD with momentum at a rate that falls to zero; the loss of the run's own network
-    is stated beside it. A picture's score is minus the derivative, through all of this training, of
-    the loss on the validation pictures (of train noisy without --val, of those of --clean), in the
-    weight of the picture: more of one with a positive score would lower the loss, more of one with
-    a negative score raise it.
+    A network like that of the run is trained anew on the labeled pictures as they are, by SGD with
+    momentum at a rate that falls to zero. A picture's score is minus the derivative, through all of
+    this training, of the loss on the validation pictures in the weight of the picture. For a run
+    of train noisy without --val, the pictures of --clean are taken. A higher weight of a picture
+    with a positive score would lower the loss, and one with a negative score would raise it.
 
-    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again
-    and again, and compares: a correlation near 1 says that the scores can be believed, one near 0
-    that they cannot.
+    A score is a prediction, and it is checked: the network is trained several times without 5 % of
+    the pictures, drawn at random, and its losses are compared with the predicted ones. A
+    correlation near 1 says that the scores can be believed, one near 0 that they cannot.
 
-    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a
-    page of the most harmful and the most helpful ones.
+    The folder of --out gets attribution.csv, with all pictures and the most harmful first, and
+    attribution.html, a page of the most harmful and the most helpful ones.
 
     Args:
-        folder: the folder of a finished run of train images, train noisy or noisy-student images.
-        val: other pictures whose labels are right, in a folder like --labeled.
-        out: the folder to write to; made if need be.
-        removals: how many trainings without pictures the check takes; 0 does without it.
-        steps: number of steps; by default 10 passes over the pictures, and 100 at least.
-        batch: pictures in a step; at most all of them.
+        folder: folder of a finished run of train images, train noisy or noisy-student images.
+        val: folder of other pictures whose labels are right, with a folder for each class in it.
+        out: folder to write to. It is made if it does not exist.
+        removals: number of trainings without some of the pictures, by which the scores are checked.
+            0 leaves the check out.
+        steps: number of training steps. By default they are 10 passes over the pictures, and 100 at
+            least.
+        batch: number of pictures in each step.
         lr: learning rate at the start.
-        seed: seed of the initial weights, the order of the pictures and the removals; by default
-            that of the run.
+        seed: seed of the first weights, of the order of the pictures and of the check. By default
+            it is that of the run.
     """
 
     folder: Run

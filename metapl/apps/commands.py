@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 import tyro
@@ -37,19 +38,25 @@ from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.training import Interrupted
 
-# The methods of each command as tyro's subcommands. The type checker cannot follow a type that is
-# made while the program runs.
-MethodOfImages: TypeAlias = Any
-MethodOfDigits: TypeAlias = Any
-MethodOfNoisy: TypeAlias = Any
+# The flag --method of each command, which takes the names of its methods. The type checker cannot
+# follow a type that is made while the program runs.
+MethodOfImages: TypeAlias = str
+MethodOfDigits: TypeAlias = str
+MethodOfNoisy: TypeAlias = str
 if not TYPE_CHECKING:
 
-    def _subcommands(methods: dict[str, Method]) -> Any:
-        return Flat[tyro.extras.subcommand_type_from_defaults(methods, prefix_names=False)]
+    def _one_of(methods: dict[str, Method]) -> Any:
+        named = tyro.conf.arg(
+            name="method",
+            metavar="NAME",
+            help="how the network is trained. The flags of a method are listed by "
+            "--method NAME --help.",
+        )
+        return Annotated[Literal[tuple(methods)], named]
 
-    MethodOfImages = _subcommands(images.METHODS)
-    MethodOfDigits = _subcommands(digits.METHODS)
-    MethodOfNoisy = _subcommands(noisy_labels.METHODS)
+    MethodOfImages = _one_of(images.METHODS)
+    MethodOfDigits = _one_of(digits.METHODS)
+    MethodOfNoisy = _one_of(noisy_labels.METHODS)
 
 # What a command line begins with that starts a training.
 TRAINING_COMMANDS = ("train", "noisy-student")
@@ -66,8 +73,8 @@ class Place:
     """The flags that say where a run goes.
 
     Args:
-        out: run folder; by default the next free one in runs/.
-        resume: go on with the run in the folder.
+        out: folder that the run is written to. By default it is the next free one in runs/.
+        resume: go on with a run that was stopped, in the folder of --out or the last one in runs/.
     """
 
     out: Folder = None
@@ -79,15 +86,15 @@ class Comparing(Place):
     """The flags that say whether and how methods are compared.
 
     Args:
-        compare: train by other methods too, and compare them.
-        seeds: seeds of --compare, such as 0-4 or 0,3,5.
-        methods: methods of --compare; by default some usual ones.
-        jobs: runs of --compare at a time; by default one a core.
+        compare: train by other methods too, and compare what they reach.
+        seeds: seeds with which --compare trains by each method, such as 0-4 or 0,3,5.
+        methods: methods by which --compare trains. By default it takes some usual ones.
+        jobs: number of trainings that --compare runs at a time. By default it runs one per core.
     """
 
     compare: Switch = False
     seeds: Annotated[str | None, unset("SEEDS")] = None
-    methods: Annotated[str | None, unset("NAME ...")] = None
+    methods: Annotated[tuple[str, ...], unset("NAME ...")] = ()
     jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
 
 
@@ -96,8 +103,9 @@ class Started(Comparing):
     """The flags for processes that torchrun has started, which train together.
 
     Args:
-        replicate: groups of processes, each with a copy of the weights (torchrun).
-        shard: processes of a group, which share one copy of the weights.
+        replicate: number of groups of processes that torchrun has started. Each group has a copy of
+            the weights.
+        shard: number of processes in a group. They share one copy of the weights.
     """
 
     replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
@@ -142,8 +150,27 @@ class Train:
     options: Place
     method: Method
 
-    # The module whose METHODS can be compared; None: there is one method.
+    # The module whose METHODS --method names, and --compare compares; None: there is one method.
     methods: ClassVar[Methods | None] = None
+
+    @classmethod
+    def with_method(cls, name: str) -> type[Train]:
+        """Return the command in which another method is the default, whose settings are flags."""
+        assert cls.methods is not None, "there are methods"
+        method: Any = cls.methods.METHODS[name]
+        command: type[Train] = dataclasses.make_dataclass(
+            cls.__name__,
+            [
+                ("method_name", cls.__annotations__["method_name"], name),
+                ("method", Flat[Method], method),
+            ],
+            bases=(cls,),
+            # The annotations are names of this module.
+            namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
+            frozen=True,
+            kw_only=True,
+        )
+        return command
 
     def run(self) -> int:
         """Train or compare, and return the exit code; what is wrong is refused first."""
@@ -177,7 +204,8 @@ class Train:
         # The run's own method is the first, which is delivered where validation cannot tell.
         names = (self.method.name, *self.methods.COMPARED)
         if options.methods:
-            names = tuple(options.methods.split(","))
+            # Commas may stand between them too.
+            names = tuple(",".join(options.methods).split(","))
         names = tuple(dict.fromkeys(names))
         unknown = [name for name in names if name not in self.methods.METHODS]
         if unknown:
@@ -373,7 +401,8 @@ class TrainImages(Train):
 
     config: Flat[Images]
     options: Flat[Started] = field(default_factory=Started)
-    method: MethodOfImages = images.METHODS["uda"]
+    method_name: MethodOfImages = "uda"
+    method: Flat[Method] = images.METHODS["uda"]
     methods: ClassVar[Methods] = images
 
 
@@ -383,7 +412,8 @@ class TrainDigits(Train):
 
     config: Flat[Digits] = field(default_factory=Digits)
     options: Flat[Started] = field(default_factory=Started)
-    method: MethodOfDigits = digits.METHODS["mpl"]
+    method_name: MethodOfDigits = "mpl"
+    method: Flat[Method] = digits.METHODS["mpl"]
     methods: ClassVar[Methods] = digits
 
 
@@ -393,19 +423,20 @@ class TrainNoisy(Train):
 
     config: Flat[Noisy]
     options: Flat[Comparing] = field(default_factory=Comparing)
-    method: MethodOfNoisy = noisy_labels.METHODS["example_weights"]
+    method_name: MethodOfNoisy = "example_weights"
+    method: Flat[Method] = noisy_labels.METHODS["example_weights"]
     methods: ClassVar[Methods] = noisy_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOfImages(Train):
-    """Train by Noisy Student: a student learns its teacher's labels, and is the next teacher.
+    """Train by Noisy Student on pictures: each student learns the labels of the one before it.
 
     Round 0 trains the first teacher on the labeled examples. In each later round the last network
     labels the unlabeled examples without noise; those it is confident of are kept, as many of each
     class; and a new network of the same size, or larger, learns from both with augmentation,
-    dropout and stochastic depth. --steps are those of each round, and --minutes, of your own
-    pictures, those of all rounds together.
+    dropout and stochastic depth. --steps counts the steps of each round. --minutes, for your own
+    pictures, is the time of all rounds together.
     """
 
     config: Flat[ImagesOfRounds]
@@ -415,7 +446,7 @@ class RoundsOfImages(Train):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOfDigits(Train):
-    __doc__ = RoundsOfImages.__doc__
+    __doc__ = (RoundsOfImages.__doc__ or "").replace("on pictures", "on digits", 1)
 
     config: Flat[DigitsOfRounds] = field(default_factory=DigitsOfRounds)
     options: Flat[Place] = field(default_factory=Place)

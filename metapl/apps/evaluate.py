@@ -34,38 +34,38 @@ EVALUATION, PICTURE, SHEET = "evaluation.json", "evaluation.png", "differences.p
 class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration and confusions.
 
-    Where the accuracy is not the one in the run's result.json, the output says so. Beside it stand
-    its 95 % interval, the chance level, which is what always naming the largest class gives, and
-    what guessing evenly gives. A run without a test set is measured on its validation examples, and
-    the accuracy is called so.
+    The accuracy is printed with its 95 % interval, and with the accuracy of always naming the
+    largest class and of guessing evenly. The output says so if it is not the accuracy in the run's
+    result.json. A run without a test set is measured on its validation examples, and the output
+    says so.
 
-    With --test, it is measured on other pictures: one folder a class, called as the run's classes.
-    A file that cannot be read is left out, with the reason on standard error; the exit code is then
-    1.
+    With --test, the network is measured on other pictures. They stand in one folder for each class,
+    whose name is that of the class. A file that cannot be read is left out, with the reason on
+    standard error; the exit code is then 1.
 
-    The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C
-    (--corruptions), and be moved against the network (--attack); all accuracies are then written to
-    --out, as evaluation.json, and their curves drawn, as evaluation.png.
+    With --corruptions the pictures are damaged in 15 ways and 5 severities each, as in ImageNet-C,
+    and with --attack they are changed to mislead the network. All accuracies are then written to
+    evaluation.json in the folder of --out, and their curves to evaluation.png.
 
-    With --against, another network is measured on the same pictures: how many each alone is right
-    on, with the p of McNemar's exact test; in --out, evaluation.json names those pictures, and
-    differences.png is a sheet of them.
+    With --against, another network is measured on the same pictures. The output says on how many
+    of them one network alone is right, with the p of McNemar's exact test. In the folder of --out,
+    evaluation.json names those pictures, and differences.png shows them.
 
-    ImageNet-A, -C and -P, ReaL, and networks of a file of weights: examples/robustness.py.
+    examples/robustness.py measures on ImageNet-A, -C, -P and ReaL, and takes files of weights.
 
     Args:
-        folder: the run folder.
-        test: folder with one folder a class, to measure on.
+        folder: folder of a run.
+        test: folder of labeled pictures to measure on, with a folder for each class in it.
         corruptions: measure on damaged pictures too: noise, blur, weather and digital damage.
-        attack: measure on pictures that are moved against the network: by one step of the sign of
-            the gradient (fgsm), or by ten (pgd).
-        eps: how far each value of a picture may be moved, in 1/255 of the range from black to
-            white; several can be given.
-        against: another run, or this one with --against-network, to compare with picture by
-            picture; on the pictures as they are, also where they are damaged or attacked besides.
-        against_network: which network of the other run; by default the one that it delivers.
-        out: folder for evaluation.json, and for evaluation.png where pictures are damaged or
-            attacked; made if need be.
+        attack: measure also on pictures that are changed to mislead the network: fgsm takes one
+            step along the sign of the gradient, pgd ten.
+        eps: how far --attack may change each value of a picture, in 1/255 of the range from black
+            to white. Several can be given.
+        against: folder of another run, whose network is compared with this one picture by picture.
+            With --against-network it may be the same run.
+        against_network: which network of the run of --against to take. By default it is the one
+            that the run delivers.
+        out: folder that the figures are written to. It is made if it does not exist.
         json: print JSON.
     """
 

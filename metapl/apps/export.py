@@ -110,9 +110,9 @@ class Export:
     before anything is written.
 
     Args:
-        folder: the run folder; of a comparison, the run that it delivers.
-        out: the folder to write them to; made if need be.
-        onnx: model.onnx too; needs pip install 'metapl[onnx]'.
+        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        out: folder to write to. It is made if it does not exist.
+        onnx: write model.onnx too. It needs pip install 'metapl[onnx]'.
     """
 
     folder: Run

@@ -32,9 +32,12 @@ File = Annotated[Path | None, unset("FILE")]
 ROOM = "expected another --out, a folder with room."
 
 Network = Annotated[
-    NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")
+    NetworkName,
+    unset(help="which of the run's networks to take. By default it is the one that it delivers."),
 ]
-BUILDS = "builds the network of a run that metapl does not know; FILE.py is run."
+BUILDS = (
+    "function that builds the network of the run, if metapl does not know it. FILE.py is executed."
+)
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
 

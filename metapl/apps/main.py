@@ -2,11 +2,13 @@
 
 The words that name a command lead to a dataclass of :data:`COMMANDS`; tyro makes it from the flags,
 ``check_fields`` holds the values against its annotations, and its method ``run`` does the work and
-returns the exit code.
+returns the exit code. Which flags ``metapl train`` has depends on ``--method``, which is looked up
+before tyro is called. Help is written by :mod:`metapl.apps.help_pages`.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import logging
@@ -25,6 +27,7 @@ from typing import Annotated, Any, Union
 import torch
 import tyro
 
+from metapl.apps import help_pages
 from metapl.apps.printing import exit_code, tell
 from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
@@ -58,16 +61,21 @@ COMMANDS = {
 SEVERAL = ("train images", "train digits")
 
 HELP = """\
+usage: metapl COMMAND ...
+
 Train a classifier from a few labeled examples and many unlabeled ones:
 
   metapl train images --labeled few/ --unlabeled many/ --test held_out/
   metapl train digits --compare --seeds 0-4 --out runs/compared
 
+commands:"""
+
+MORE_HELP = """\
 Each command says more with --help.
-
 metapl --print-completion SHELL completes them in bash, zsh or tcsh.
-
 metapl --version says which version this is."""
+
+HELP_FLAGS = ("-h", "--help")
 
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,
@@ -178,87 +186,151 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def parsed(given: Sequence[str]) -> tuple[str, Any]:
+def parsed(words: Sequence[str]) -> tuple[str, Any]:
     """Return the name of the command that the words begin with, and its dataclass.
 
-    The dataclass is made of the other words. Words that name no command end in help, or with what
-    is wrong.
+    The dataclass is made of the other words by tyro.
+
+    Raises:
+        SystemExit: help was asked for and printed, or tyro has printed what is wrong.
+        MetaplError: the words name no command, or a flag of a method that was not asked for.
     """
-    names = " ".join(given[:2]), *given[:1]
-    name = next((name for name in names if name in COMMANDS), None)
+    name = command_named(words)
     if name is None:
-        if given[:1] == ["--version"]:
-            print(f"metapl {version('metapl')}")
-            raise SystemExit(0)
-        group = [name for name in COMMANDS if given and name.split()[0] == given[0]]
-        words = given[: 2 if group else 1]
-        known = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
-        if words and words[0] != "help" and not words[-1].startswith("-"):
-            asked = " ".join(words)
-            meant = did_you_mean(asked, known) or "."
-            raise MetaplError(
-                f"there is no command {shown(asked)!r}{meant} Expected {', '.join(known)}."
-            )
-        other = {"help": ["--help"], "--print-completion": ["--tyro-print-completion", *given[1:]]}
-        args = other.get(given[0], [*given]) if given else ["--help"]
-        return "", tyro.cli(
-            every_command(), prog="metapl", description=HELP, args=args, config=CONFIG
-        )
-    # The names behind --methods become one word, for each of them alone is taken for a method; and
-    # --method NAME, of several the last one, the word NAME in front of the flags.
-    words, method, others = [*given[len(name.split()) :]], list[str](), list[str]()
-    if "--methods" in words:
-        first = words.index("--methods") + 1
-        last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
-        words[first:last] = [",".join(words[first:last])]
-    each = iter(words)
-    for word in each:
-        flag, _, value = word.partition("=")
-        if flag == "--method" and (value := value or next(each, "")):
-            method = [value]
-        else:
-            others.append(word)
-    return name, tyro.cli(
-        found(name), prog=f"metapl {name}", args=[*method, *others], config=CONFIG
-    )
+        print_what_needs_no_command(words)
+        raise SystemExit(0)
+    kind = command_type(name)
+    flags = [*words[len(name.split()) :]]
+    methods: Mapping[str, Any] = {}
+    if hasattr(kind, "method_name"):
+        methods = kind.methods.METHODS
+        method = method_asked(flags)
+        if method is not None:
+            if method not in methods:
+                meant = did_you_mean(method, [*methods]) or "."
+                expected = ", ".join(methods)
+                raise MetaplError(f"--method {shown(method)}{meant} Expected {expected}.")
+            kind = kind.with_method(method)
+    if asks_for_help(flags):
+        tell(help_pages.page(name, kind, methods))
+        raise SystemExit(0)
+    if methods:
+        refuse_flags_of_others(name, kind, flags)
+    return name, tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
 
 
-def found(name: str) -> Any:
+def command_named(words: Sequence[str]) -> str | None:
+    """Return the command that the first two words name, or the first one alone, or None."""
+    for name in (" ".join(words[:2]), *words[:1]):
+        if name in COMMANDS:
+            return name
+    return None
+
+
+def command_type(name: str) -> Any:
+    """Return the dataclass of a command."""
     module, _, kind = COMMANDS[name].rpartition(".")
     return getattr(import_module(f"metapl.apps.{module}"), kind)
 
 
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Return whether one of the words is a flag that asks for help."""
+    return any(word in HELP_FLAGS for word in words)
+
+
+def print_what_needs_no_command(words: Sequence[str]) -> None:
+    """Print the help of all commands, the version, or a shell's completion.
+
+    Raises: MetaplError for words that ask for none of these.
+    """
+    first = words[0] if words else "help"
+    if first == "--version":
+        print(f"metapl {version('metapl')}")
+        return
+    if first == "--print-completion":
+        # tyro prints it, and raises SystemExit.
+        args = ["--tyro-print-completion", *words[1:]]
+        tyro.cli(every_command(), prog="metapl", args=args, config=CONFIG)
+    group = [name for name in COMMANDS if name.split()[0] == first]
+    if first == "help" or first in HELP_FLAGS:
+        listed = help_pages.list_of((name, command_type(name)) for name in COMMANDS)
+        tell(f"{HELP}\n{listed}\n\n{MORE_HELP}")
+        return
+    if group and asks_for_help(words[1:2]):
+        listed = help_pages.list_of((name, command_type(name)) for name in group)
+        tell(f"usage: metapl {first} ...\n\n{listed}\n\n{MORE_HELP}")
+        return
+    asked = first
+    if group and words[1:] and not words[1].startswith("-"):
+        asked = f"{first} {words[1]}"
+    expected = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
+    meant = did_you_mean(asked, expected) or "."
+    raise MetaplError(
+        f"there is no command {shown(asked)!r}{meant} Expected {', '.join(expected)}."
+    )
+
+
+def method_asked(words: Sequence[str]) -> str | None:
+    """Return the last value of ``--method``, which decides what the other flags are, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method")
+    try:
+        method: str | None = parser.parse_known_args(words)[0].method
+    except argparse.ArgumentError:
+        # It has no value, which tyro says.
+        return None
+    return method
+
+
+def refuse_flags_of_others(name: str, kind: Any, words: Sequence[str]) -> None:
+    """Refuse flags that are none of the method's, but of another one's.
+
+    Args:
+        name: of the command.
+        kind: its dataclass, with the method that was asked for.
+        words: the flags as they were given.
+    """
+    flags = {flag.name for flag in help_pages.flags_of(kind)}
+    for word in words:
+        given = word.partition("=")[0].replace("_", "-")
+        if not given.startswith("--") or given in flags:
+            continue
+        owners = []
+        for method in kind.methods.METHODS:
+            others = help_pages.flags_of(kind.with_method(method))
+            if given in {flag.name for flag in others}:
+                owners.append(method)
+        if owners:
+            raise MetaplError(
+                f"{given} is no flag of --method {kind.method_name}; it is one of "
+                f"{', '.join(owners)}. Those of a method: metapl {name} --method "
+                f"{kind.method_name} --help"
+            )
+
+
 def every_command() -> Any:
-    """Return all commands as one type, for help, for completion, and for words that name none."""
-
-    def either(kinds: Mapping[str, Any]) -> Any:
-        summaries = {
-            word: " ".join(kind.__doc__.partition("\n\n")[0].split())
-            for word, kind in kinds.items()
-        }
-        commands = [
-            Annotated[kind, tyro.conf.subcommand(word, description=summaries[word])]
-            for word, kind in kinds.items()
-        ]
-        # `X | Y` has no form for a list that is made while the program runs.
-        return Union[tuple(commands)]  # noqa: UP007
-
-    kinds: dict[str, Any] = {}
+    """Return all commands as one type, of which tyro makes the completion of a shell."""
+    kinds: dict[str, dict[str, Any]] = {}
     for name in COMMANDS:
         first, _, second = name.partition(" ")
-        kinds.setdefault(first, {})[second] = found(name)
-    for first, of in kinds.items():
-        alone = of.pop("", None)
-        kinds[first] = (
-            dataclasses.make_dataclass(first.replace("-", "_"), [("of", either(of))])
-            if of
-            else alone
-        )
-        if of:
-            kinds[first].__doc__ = (
-                alone.__doc__ if alone else f"{', '.join(of)}: each says more with --help."
-            )
-    return either(kinds)
+        kinds.setdefault(first, {})[second] = command_type(name)
+    types_of_words: dict[str, Any] = {}
+    for first, by_second in kinds.items():
+        # "ablate" is a command, and so is "ablate digits": those of two words are completed.
+        of_two_words = {second: kind for second, kind in by_second.items() if second}
+        if of_two_words:
+            group = [("command", one_of(of_two_words))]
+            types_of_words[first] = dataclasses.make_dataclass(first.replace("-", "_"), group)
+        else:
+            types_of_words[first] = by_second[""]
+    return one_of(types_of_words)
+
+
+def one_of(kinds: Mapping[str, Any]) -> Any:
+    """Return a type that is one of these, each a subcommand by its word."""
+    commands = [Annotated[kind, tyro.conf.subcommand(word)] for word, kind in kinds.items()]
+    # `X | Y` has no form for a list that is made while the program runs.
+    return Union[tuple(commands)]  # noqa: UP007
 
 
 # -------------------------------------------------------------------------------- what may go wrong

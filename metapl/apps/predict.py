@@ -28,26 +28,26 @@ HEADER = ("file", "class", "probability")
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what a run's network takes pictures for, as CSV.
+    """Predict the classes of pictures by a run's network, as CSV.
 
-    Its columns are file, class and probability. With --top 3 it adds class_2, probability_2,
-    class_3 and probability_3: the classes that come next. A column for each class, called p(cat)
-    say, is added by --probabilities; these sum to 1.
+    The columns are file, class and probability. With --top 3 there are also class_2, probability_2,
+    class_3 and probability_3: the classes that come next. With --probabilities there is a column
+    for each class, such as p(cat); these sum to 1.
 
-    A picture is read like the training data of the run: the largest centered square of it brought
-    to the network's size, in colors or grey; of runs that were trained on crops, the middle of that
-    square. For digits, the digit is to fill the picture, and is inverted where it is more bright
-    than dark.
+    A picture is read like the training data of the run: its largest centered square is resized to
+    the network's size, in colors or grey. For runs that were trained on crops, the middle of that
+    square is taken. A picture of a digit should be filled by the digit; it is inverted if it is
+    more bright than dark.
 
-    Folders are searched, with all that is in them, for files by their suffixes. A file that cannot
-    be read is left out, with the reason on standard error; the exit code is then 1.
+    Folders are searched for pictures, with all folders in them. A file that cannot be read is left
+    out, with the reason on standard error; the exit code is then 1.
 
     Args:
-        folder: the run folder; of a comparison, the run that it delivers.
-        files: pictures, or folders of them.
-        out: write here rather than to standard output, and only when all is predicted.
-        top: how many classes to give of each picture, the most probable first.
-        probabilities: give the probability of every class.
+        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        files: pictures, or folders of pictures.
+        out: file to write to in the place of standard output. It is written when all is predicted.
+        top: number of classes to give of each picture, the most probable first.
+        probabilities: give the probability of every class too.
     """
 
     folder: Run

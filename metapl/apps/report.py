@@ -60,20 +60,19 @@ MOST_UNFOLDED = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write all there is to see of a run as one web page, for a browser, without other files.
+    """Write a web page of a run: its accuracy, curves, confusions, mistakes and settings.
 
-    A run that ended left such a page already.
-
-    Its accuracy, curves of losses, validation and feedback, the confusion matrix, each class, the
-    surest mistakes on the test set where its pictures are still there, settings, the command and
-    versions. Of a comparison: its methods side by side, the paired test, and the run that it
-    delivers. Of a run that has not ended: how far it has come.
+    The page is one file, and a run that ended has written it already. It shows the accuracy, the
+    curves of losses, validation and feedback, the confusion matrix, each class, the surest mistakes
+    on the test set if its pictures are still there, the settings, the command and the versions. The
+    page of a comparison shows its methods side by side, the paired test, and the run that it
+    delivers. The page of a run that has not ended shows how far it has come.
 
     A page that was written before is replaced; another file is not.
 
     Args:
-        folder: the run folder.
-        out: the page, a file that ends with .html.
+        folder: folder of a run.
+        out: file of the page, whose name ends with .html.
     """
 
     folder: Run

@@ -632,6 +632,7 @@ def test_large_networks_are_told_of_in_one_line(
     for _ in range(2):
         trainer.step(**batches)
     assert (verified, len(caplog.records)) == ([], 1)
+    assert trainer.verification.verdict.startswith("not verified: networks of ")
 
 
 def test_a_hypergradient_verifies_where_it_is_asked(
