@@ -389,9 +389,8 @@ def libraries(
                     library, part.network, ahead, calls=calls, truth=truth, device=device
                 )
                 yield [row | measured]
-            except (
-                Exception
-            ) as error:  # whatever another library raises is what there is to say of it
+            # Another library may raise any error, and its text is the row.
+            except Exception as error:
                 yield [
                     row | {"reason": f"stops: {type(error).__name__}: {str(error).strip()[:120]}"}
                 ]

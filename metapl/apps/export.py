@@ -354,7 +354,8 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
             made = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
             )
-            assert made is not None  # as it is when a file is given
+            # torch.onnx returns None only where it writes a file itself.
+            assert made is not None
             model = made.model_proto
             for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
                 for dim in value.type.tensor_type.shape.dim:
@@ -362,9 +363,8 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
                         # the only size that is not fixed, called s34 or the like so far
                         dim.dim_param = "batch"
             files[ONNX] = model.SerializeToString(deterministic=True)
-    except (
-        Exception
-    ) as error:  # whatever a network of a user's own does while it is traced, or has no translation
+    # A user's network may raise any error while it is traced, or have no translation.
+    except Exception as error:
         raise MetaplError(
             f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}"
         ) from error
@@ -382,7 +382,8 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         for name, output in found.items():
             fits = output.shape == expected.shape
             apart = float((output - expected).abs().max()) if fits else float("inf")
-            if not apart <= AGREES_TO * float(expected.abs().max()):  # NaN is refused as well
+            # Written with "not", the condition refuses NaN as well.
+            if not apart <= AGREES_TO * float(expected.abs().max()):
                 fault = (
                     f"{name} gives {tuple(output.shape)} where the network gives "
                     f"{tuple(expected.shape)}"

@@ -192,11 +192,11 @@ def owned(
         with Folder(folder).locked():
             try:
                 yield
-            except (
-                Exception
-            ):  # a KeyboardInterrupt leaves the files: a stopped run goes on from them
+            # A KeyboardInterrupt leaves the files, for a stopped run goes on from them.
+            except Exception:
                 new = {*os.listdir(folder)} - there
-                if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
+                # With other files in the folder there is something worth keeping.
+                if new <= {*undone, LOCK}:
                     for name in sorted(new, key=LOCK.__eq__):
                         (folder / name).unlink()
                 raise
@@ -205,7 +205,8 @@ def owned(
                     (folder / LOCK).unlink(missing_ok=True)
     finally:
         for place in made:
-            with suppress(OSError):  # there is something in it
+            # A folder that is not empty stays.
+            with suppress(OSError):
                 place.rmdir()
 
 

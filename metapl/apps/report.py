@@ -80,7 +80,8 @@ class Report:
 
     def run(self) -> int:
         out, folder = self.out or self.folder / PAGE, RunFolder(self.folder)
-        if self.out is not None or self.folder.is_dir():  # else there is no run
+        # Without --out and a folder there is no run, which is said further on.
+        if self.out is not None or self.folder.is_dir():
             check_file(out, ".html")
         if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
             raise MetaplError(
