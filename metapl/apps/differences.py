@@ -17,7 +17,7 @@ from metapl.apps.inputs import UNTESTED, HeldOut
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import short, table
 from metapl.apps.progress import count_bar
-from metapl.apps.report import png_of
+from metapl.apps.report_picture import png_of
 from metapl.apps.run_folder import EndedRun, NetworkName, stored_data
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import predict_logits

@@ -16,7 +16,7 @@ from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, che
 from metapl.apps.machine import write_whole
 from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
-from metapl.apps.report import COLORS, LINES, png_of
+from metapl.apps.report_picture import COLORS, LINES, png_of
 from metapl.apps.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.run_folder import WEIGHTS, EndedRun, NetworkName
 from metapl.apps.settings import Switch, unset
