@@ -32,6 +32,7 @@ from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.training.loop import Callback, Fit, FitRequest, FitResult
 from metapl.training.options import FitKeywords, FitOptions, fit_options
+from metapl.updates.optimizers import summary_of
 
 
 class FinetuneKeywords(FitKeywords, total=False):
@@ -90,11 +91,21 @@ class Trainer(ABC):
 
     @property
     @abstractmethod
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizer of each network by its role, the student's first."""
+
+    @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose learning rates the schedule moves.
 
-        The student's, then the teacher's.
+        The student's, then the teacher's. A transform of TorchOpt has no param groups.
         """
+        optimizers = self.optimizers.values()
+        return [one for one in optimizers if isinstance(one, torch.optim.Optimizer)]
+
+    @abstractmethod
+    def _choices(self) -> str:
+        """Return what decides a step beside networks and optimizers, in a few words."""
 
     @abstractmethod
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
@@ -153,6 +164,28 @@ class Trainer(ABC):
         if self.teacher is not None:
             networks["teacher"] = self.teacher
         return networks
+
+    def __repr__(self) -> str:
+        """Return what is trained, and how far it is: a line, and one for each network.
+
+        >>> import metapl
+        >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> rule = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> metapl.BilevelTrainer(teacher, student, mode="reinforce", inner_optimizer=rule)
+        BilevelTrainer: mode 'reinforce', problem PseudoLabels, 0 steps done
+          student: Linear, 15 weights, SGD with lr=0.1
+          teacher: Linear, 15 weights, SGD with lr=0.05
+        >>> metapl.LossTrainer(student, optimizer=rule)
+        LossTrainer: losses CrossEntropy, 0 steps done
+          student: Linear, 15 weights, SGD with lr=0.1
+        """
+        steps = "1 step" if self.steps_done == 1 else f"{self.steps_done:,} steps"
+        lines = [f"{type(self).__name__}: {self._choices()}, {steps} done"]
+        for role, network in self.networks.items():
+            count = sum(p.numel() for p in network.parameters())
+            optimizer = summary_of(self.optimizers[role])
+            lines.append(f"  {role}: {type(network).__name__}, {count:,} weights, {optimizer}")
+        return "\n".join(lines)
 
     # -------------------------------------------------------------------------------------- fitting
 
