@@ -32,8 +32,8 @@ from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
+from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
@@ -164,14 +164,20 @@ class Attribution:
         return ranked[:count], ranked.flip(0)[:count]
 
     def save(self, file: str | Path) -> None:
-        """Write scores, order, outer loss and weights as a file for ``torch.load``.
+        """Write scores, order, outer loss and weights to a file, whole or not at all.
 
-        Its folder is made if need be.
+        The file is in the format of safetensors, so that ``safetensors.torch.load_file`` reads it:
+        "scores", "order", "outer_loss", and "student_params/0.weight" and so on. Its folder is made
+        if need be.
+
+        Args:
+            file: its path, which ends in ``.safetensors``.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and where it cannot be written.
         """
+        checkpoint.check_suffix(file)
         names = ("scores", "order", "outer_loss", "student_params")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(file)) as out:
-            torch.save(gathered({name: getattr(self, name) for name in names}), out)
+        checkpoint.save(file, gathered({name: getattr(self, name) for name in names}))
 
     def _removed(self, removed: Any) -> Tensor:
         """Return which scores of one outer loss are removed, as booleans of their shape."""

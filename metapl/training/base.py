@@ -411,8 +411,16 @@ class Trainer(ABC):
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all.
 
-        A state of sharded networks is not written so.
+        The file is in the format of safetensors: ``safetensors.torch.load_file`` reads its tensors,
+        such as "trainer/student/0.weight", and :meth:`load` all of it. A state of sharded networks
+        is not written so.
+
+        Args:
+            path: of a file that ends in ``.safetensors``.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and where it cannot be written.
         """
+        checkpoint.check_suffix(path)
         checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:

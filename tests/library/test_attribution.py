@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import reference
+import safetensors.torch
 import torch
 from problems_zoo import product
 from reference import error
@@ -395,10 +396,16 @@ def test_what_helps_most_and_what_is_saved(tmp_path: Path) -> None:
     helpful, harmful = attribution.top(3)
     assert attribution.scores[helpful[0]] == attribution.scores.max()
     assert attribution.scores[harmful[0]] == attribution.scores.min()
-    attribution.save(tmp_path / "made" / "scores.pt")
-    saved = torch.load(tmp_path / "made" / "scores.pt")
+    with pytest.raises(MetaplError, match=r"format of safetensors; .* such as scores\.safetensors"):
+        attribution.save(tmp_path / "made" / "scores.pt")
+    assert not [*tmp_path.iterdir()]
+    attribution.save(tmp_path / "made" / "scores.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "made" / "scores.safetensors")
     assert torch.equal(saved["scores"], attribution.scores)
     assert torch.equal(saved["order"], attribution.order)
+    weights = {f"student_params/{name}": t for name, t in attribution.student_params.items()}
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+    assert {*saved} == {"scores", "order", "outer_loss", *weights}
     assert "24" in repr(attribution)
 
 
