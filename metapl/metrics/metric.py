@@ -174,9 +174,13 @@ class Metric:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether a value is as good as the best so far, or better."""
+        return value == best or self.is_better(value, best)
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Return whether a value is better than the best so far, where there is one."""
         if best is None:
             return True
-        return value <= best if self.better == "min" else value >= best
+        return value < best if self.better == "min" else value > best
 
     def _labels(self, batch: Any) -> Tensor:
         labels = labels_of(batch)
@@ -258,11 +262,15 @@ def _better_of(definition: Any) -> Better | None:
     return "max" if is_higher_better else "min"
 
 
-def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+def metric_for(
+    judge: Judge, validation: Any, metric: Metric | None, compares: bool
+) -> Metric | None:
     """Return the metric of the networks on validation data, None without these.
 
-    It is tried by measuring the student on the first batch. ``select``: whether the best network is
-    to be kept.
+    It is tried by measuring the student on the first batch.
+
+    Args:
+        compares: whether its values are compared, to keep the best network or to end early.
     """
     if validation is None:
         if metric is not None:
@@ -285,7 +293,7 @@ def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: boo
             inputs, batch = first
             outputs = logits_of(judge.student, [rows(inputs, 0, 2)])
             metric = default_metric(judge, batch, outputs)
-        if select and metric.better is None:
+        if compares and metric.better is None:
             raise MetaplError(
                 f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside "
                 "it."

@@ -253,7 +253,7 @@ class Trainer(ABC):
                 :class:`metapl.StopFit`; what it draws from torch's default generators is undone.
                 One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
             options: the other fields of :class:`metapl.training.options.FitOptions`, as keywords:
-                ``schedule``, ``warmup``, ``validate_every``, ``ema_decay``, ...
+                ``schedule``, ``warmup``, ``validate_every``, ``patience``, ``ema_decay``, ...
 
         Returns: a :class:`FitResult`.
 

@@ -64,6 +64,10 @@ class FitOptions:
             (the average's, where there is one). The two need the same architecture.
         select: keep the best student by validation, the latest of equals; False: keep the last one,
             whatever validation shows. A few validation examples cannot tell students apart.
+        patience: end the fit after so many validations in a row that were no better than the best
+            one before them, by the metric by which the student is selected. They are counted from
+            where the teacher begins. None: all steps are taken. The schedule stays that of
+            ``steps``, so that with ``"cosine"`` an early end is one at a larger rate.
         validate_every, log_every, save_every: in steps; the last step counts as a multiple of each.
         keep: checkpoints kept.
         num_workers: of the loaders of metapl's own batches; changes nothing but speed.
@@ -79,6 +83,7 @@ class FitOptions:
     ema_decay: Annotated[float, Range(0, 1)] | None = None
     warm_start: bool = False
     select: bool = True
+    patience: AtLeastOne | None = None
     validate_every: AtLeastOne = 100
     log_every: AtLeastOne = 20
     save_every: AtLeastOne = 500
@@ -156,6 +161,7 @@ class FitKeywords(TypedDict, total=False):
     ema_decay: float | None
     warm_start: bool
     select: bool
+    patience: int | None
     validate_every: int
     log_every: int
     save_every: int

@@ -166,11 +166,13 @@ def settings_of(
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS:
             settings[name] = value
-    # Steps of the student alone are compared where there are any; a fit of an earlier version has
-    # no such entry.
+    # Steps of the student alone, and patience, are compared where there are any; a fit of an
+    # earlier version has no such entry.
     del settings["first_steps"]
     if first_steps > 0:
         settings["first_steps"] = first_steps
+    if options.patience is None:
+        del settings["patience"]
     if options.schedule == "constant" or options.decay_every is not None:
         # The rates do not depend on the number of steps.
         del settings["steps"]

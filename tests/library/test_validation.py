@@ -147,6 +147,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a text": {"metric": lambda outputs, batch: "high"},
     "no mode": {"metric": absolute, "mode": None},
     "a mode alone": {"mode": "min"},
+    "patience alone": {"validation": None, "patience": 2},
     "once": {"validation": ((x, y) for x, y in [(X, Y)])},
     "other shapes": {"validation": (X, Y[:7])},
     "not a number": {"metric": lambda outputs, batch: math.nan},
