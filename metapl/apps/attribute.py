@@ -346,7 +346,7 @@ class Pictures:
         images = FileImages(
             [*files.paths()],
             size=size,
-            mode="L" if network_input.channels == 1 else "RGB",
+            colors="L" if network_input.channels == 1 else "RGB",
             center=network_input.center,
         )
         self.images = images.cached()

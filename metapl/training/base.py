@@ -41,7 +41,7 @@ class FinetuneKeywords(FitKeywords, total=False):
     batch_size: int | None
     validation: Any
     metric: MetricLike | None
-    mode: Better | None
+    metric_mode: Better | None
     out: str | Path | Folder | None
     resume: bool | Literal["anyway"]
     progress: bool
@@ -200,7 +200,7 @@ class Trainer(ABC):
         batch_size: int | None = None,
         validation: Any = None,
         metric: MetricLike | None = None,
-        mode: Better | None = None,
+        metric_mode: Better | None = None,
         out: str | Path | Folder | None = None,
         resume: bool | Literal["anyway"] = False,
         progress: bool = True,
@@ -238,9 +238,8 @@ class Trainer(ABC):
 
                 Rows call it by its ``name``, else by that of the function or class:
                 ``student_validation_f1``.
-            mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric
-                is the best; for functions, and objects without ``higher_is_better``. Not the
-                trainer's mode.
+            metric_mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the
+                metric is the best; for functions, and objects without ``higher_is_better``.
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with
                 checkpoints of this phase is refused. So are, by name, other options, losses,
@@ -287,7 +286,7 @@ class Trainer(ABC):
             sources={"labeled": labeled, "unlabeled": unlabeled},
             batch_size=batch_size,
             validation=validation,
-            metric=metric_of(metric, mode),
+            metric=metric_of(metric, metric_mode),
             out=Folder(out) if isinstance(out, str | Path) else out,
             resume=resume,
             shows_progress=progress,
@@ -362,7 +361,7 @@ class Trainer(ABC):
 
         Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N,
         T, V) of a language model; float32 or wider, on the CPU, in the order of the examples. Every
-        module is in the mode (train or eval) that it had. Cost: one forward pass per example, on at
+        module then trains or evaluates as it did before. Cost: one forward pass per example, on at
         most 1,024 at a time, and the outputs of all in memory. Raises: :class:`metapl.MetaplError`
         for data of another kind, and batches whose outputs differ in shape.
 

@@ -249,7 +249,7 @@ def test_patience_is_counted_from_where_the_teacher_begins() -> None:
         return -float(trainer.steps_done)
 
     options: dict[str, Any] = {"first_steps": 6, "validation": TRUSTED[0], "validate_every": 1}
-    result = fit(trainer, steps=20, metric=steps_to_go, mode="max", patience=2, **options)
+    result = fit(trainer, steps=20, metric=steps_to_go, metric_mode="max", patience=2, **options)
     # The student is at its best after step 1; of those with a teacher the one after step 7 is best.
     assert result.step == 1
     assert trainer.steps_done == 9
