@@ -610,7 +610,8 @@ def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[
     if kind == "step":
         return kind, partial(trainer.step, **bad_data(draw, case))
     if kind == "hypergradient":
-        mode = draw(st.sampled_from(ANYWHERE))
+        # Mode "none" does not read the values of the labeled batch.
+        mode = draw(st.sampled_from([mode for mode in ANYWHERE if mode != "none"]))
         return kind, hypergradient(case, mode=mode, **bad_data(draw, case))
     if kind == "fit":
         option = bad_option(draw, NOT_OPTIONS)
