@@ -92,7 +92,7 @@ class Trainer(ABC):
     @property
     @abstractmethod
     def optimizers(self) -> dict[str, Any]:
-        """The optimizer of each network by its role, the student's first."""
+        """The optimizers by the names of the arguments that they are, the student's first."""
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
@@ -101,7 +101,7 @@ class Trainer(ABC):
         The student's, then the teacher's. A transform of TorchOpt has no param groups.
         """
         optimizers = self.optimizers.values()
-        return [one for one in optimizers if isinstance(one, torch.optim.Optimizer)]
+        return [part for part in optimizers if isinstance(part, torch.optim.Optimizer)]
 
     @abstractmethod
     def _choices(self) -> str:
@@ -181,10 +181,12 @@ class Trainer(ABC):
         """
         steps = "1 step" if self.steps_done == 1 else f"{self.steps_done:,} steps"
         lines = [f"{type(self).__name__}: {self._choices()}, {steps} done"]
-        for role, network in self.networks.items():
+        networks_and_optimizers = zip(self.networks.items(), self.optimizers.values(), strict=True)
+        for (role, network), optimizer in networks_and_optimizers:
             count = sum(p.numel() for p in network.parameters())
-            optimizer = summary_of(self.optimizers[role])
-            lines.append(f"  {role}: {type(network).__name__}, {count:,} weights, {optimizer}")
+            lines.append(
+                f"  {role}: {type(network).__name__}, {count:,} weights, {summary_of(optimizer)}"
+            )
         return "\n".join(lines)
 
     # -------------------------------------------------------------------------------------- fitting
@@ -270,7 +272,7 @@ class Trainer(ABC):
         >>> result = trainer.fit([(x, (x[:, 0] > 0).long())], steps=6, log_every=2,
         ...                     callbacks=[lambda step, row, trainer: steps.append(step)])
         >>> steps, sorted(result.history[-1])
-        ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
+        ([2, 4, 6], ['loss', 'loss_cross_entropy', 'lr', 'step'])
         """
         labeled = either(labeled=labeled, outer=outer)
         unlabeled = either(unlabeled=unlabeled, inner=inner)

@@ -117,7 +117,7 @@ class LossTrainer(Trainer):
 
     @property
     def optimizers(self) -> dict[str, Any]:
-        return {"student": self.optimizer}
+        return {"optimizer": self.optimizer}
 
     def _choices(self) -> str:
         return f"losses {' + '.join(type(loss).__name__ for loss in self.losses)}"

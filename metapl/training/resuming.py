@@ -182,7 +182,6 @@ def settings_of(
     settings["validation metric"] = metric and (metric.name, metric.better)
     settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
     for name, optimizer in rates.optimizers.items():
-        role = name.removesuffix("_lr")
         groups_and_rates = zip(optimizer.param_groups, rates.base_rates[name], strict=False)
         for number, (group, rate) in enumerate(groups_and_rates):
             group_settings: dict[str, Any] = {}
@@ -193,7 +192,7 @@ def settings_of(
             group_settings["lr"] = float(rate)
             group_settings["parameters"] = len(group["params"])
             for key, value in group_settings.items():
-                settings[f"{role}.{number}.{key}"] = value
+                settings[f"{name}.{number}.{key}"] = value
     # A frozen dataclass shows its fields; other values may show where they are in memory.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
 

@@ -882,9 +882,9 @@ class BilevelTrainer(Trainer):
 
     @property
     def optimizers(self) -> dict[str, Any]:
-        optimizers = {"student": self.inner_optimizer}
+        optimizers = {"inner_optimizer": self.inner_optimizer}
         if self.outer_optimizer is not None:
-            optimizers["teacher"] = self.outer_optimizer
+            optimizers["outer_optimizer"] = self.outer_optimizer
         return optimizers
 
     def _choices(self) -> str:

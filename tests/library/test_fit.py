@@ -242,8 +242,8 @@ SCALARS = {
         "outer_loss",
         "teacher_loss",
         "teacher_cross_entropy",
-        "student_lr",
-        "teacher_lr",
+        "inner_lr",
+        "outer_lr",
     ),
     *(
         "feedback_mean",
