@@ -37,7 +37,7 @@ from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Schedule, Update, as_one_optimizer, options_by_step, update_of
+from metapl.updates import Settings, Update, as_one_optimizer, options_by_step, update_of
 from metapl.words import summary
 
 # The metasmoothness of the first steps below which scores were unreliable
@@ -195,7 +195,7 @@ def attribute(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: Schedule | None = None,
+    settings: Settings | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
     each: bool = False,
@@ -236,7 +236,8 @@ def attribute(
             tuple of these; it stays as it is. Muon's products are taken in the type of the weights.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may
             hold the end of one pass and the beginning of the next.
-        schedule: of the learning rate, as for :class:`metapl.Lookahead`.
+        settings: of the optimizer in each step, as for :class:`metapl.Lookahead`; those of a
+            scheduler are ``metapl.scheduled_settings(scheduler, steps=K)``.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other
             losses. :class:`metapl.problems.NextToken` for sequences and for their tokens.
@@ -285,7 +286,7 @@ def attribute(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        schedule=schedule,
+        settings=settings,
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
@@ -308,7 +309,7 @@ def attribute(
     ahead = Lookahead(
         lambda number: training.batch(ranks.own_rows(training.order[number])),
         steps=steps,
-        schedule=schedule,
+        settings=settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
     judges: list[Problem] = [training.problem]
@@ -415,7 +416,7 @@ def metasmoothness(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: Schedule | None = None,
+    settings: Settings | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
     clip_norm: AboveZero | None = None,
@@ -437,7 +438,7 @@ def metasmoothness(
 
     Args:
         student, train, outer, optimizer, steps, batch_size: as for :func:`attribute`.
-        schedule, generator, problem, clip_norm, progress: as for :func:`attribute`.
+        settings, generator, problem, clip_norm, progress: as for :func:`attribute`.
         step: h.
         direction: v, as many numbers as there are training examples, (N,); default: standard normal
             ones, by ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the
@@ -465,7 +466,7 @@ def metasmoothness(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        schedule=schedule,
+        settings=settings,
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
@@ -504,7 +505,7 @@ class WeightedTraining:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         steps: int,
         batch_size: int,
-        schedule: Schedule | None,
+        settings: Settings | None,
         generator: torch.Generator | None,
         problem: Problem | None,
         clip_norm: float | None,
@@ -531,8 +532,8 @@ class WeightedTraining:
             self._begun = copied_without_graphs(self.layout.network, self.optimizer)
         self._start = start or RandomState.now(first.device)
         self._options: Any = [[]] * steps
-        if schedule is not None:
-            self._options = options_by_step(self.optimizer, schedule, steps)
+        if settings is not None:
+            self._options = options_by_step(self.optimizer, settings, steps)
         # Repeated in the precision of the scores, wherever it is called.
         device_type = first.device.type
         self._autocast = partial(
