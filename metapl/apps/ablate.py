@@ -22,7 +22,7 @@ from metapl.apps.look import choose_settings
 from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.printing import tell, wrapped
-from metapl.apps.report import png_of
+from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
 from metapl.apps.tuned_networks import begin_as

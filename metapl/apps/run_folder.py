@@ -388,7 +388,8 @@ class EndedRun:
                 if card["architecture"] is not None:
                     fields["architecture"] = Architecture(**card["architecture"])
                 cards[name] = NetworkCard(**fields | {"input": Input(**card["input"])})
-        except (MetaplError, TypeError, KeyError) as error:  # it lacks a field, or has others
+        # The file of another version lacks a field, or has others.
+        except (MetaplError, TypeError, KeyError) as error:
             raise MetaplError(f"{file} is of another version: {error}") from error
         return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
 

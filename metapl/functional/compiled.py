@@ -46,6 +46,7 @@ from metapl.functional.state import (
     impurity,
     leaves_of,
     norm,
+    number_on,
     settings_of,
     state_of,
     unclipped,
@@ -338,7 +339,7 @@ class LiveState:
             self._settings = settings
         self.state = self.state._replace(
             mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
-            step=torch.tensor(trainer.steps_done, device=trainer.device),
+            step=number_on(trainer.device, trainer.steps_done, torch.int64),
         )
 
     def adopt(self, trainer: TwoLevelTrainer, moved: State, steps: int) -> None:

@@ -72,6 +72,9 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
     """
     with torch.cuda.device(device):
         caller_stream = torch.cuda.current_stream()
+        # One stream for all three runs: autograd lets the gradient of a weight wait for the stream
+        # on which its node was made, which may be that of an earlier run, and a recording may wait
+        # for no other stream.
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(caller_stream)
         with torch.cuda.stream(side_stream):
@@ -82,7 +85,9 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, such as one that pins batches, may do what a recording may not.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=side_stream, capture_error_mode="thread_local"
+            ):
                 results = function()
         finally:
             # Where a recording fails, torch leaves its own stream the current one.

@@ -416,6 +416,19 @@ def test_what_cannot_be_recorded_is_refused_and_nothing_moves(what: str) -> None
     assert trainer.steps_done == 0
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+def test_a_step_by_graphs_does_not_wait(cuda_may_not_wait: Any) -> None:
+    """Nor does one with another rate."""
+    _, trainer = trainers(mode=Reinforce(baseline=0.9), optimizer=adamw)
+    batches = batch(0)
+    for _ in range(2):
+        trainer.step(*batches)
+    with cuda_may_not_wait():
+        trainer.step(*batches)
+        trainer.inner_optimizer.param_groups[0]["lr"] = 0.001
+        trainer.step(*batches)
+
+
 def test_networks_on_the_cpu_are_refused_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(cuda_graphs.RECORDERS, "cpu")
     networks = nn.Linear(3, 2), nn.Linear(3, 2)
