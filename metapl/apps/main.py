@@ -235,9 +235,9 @@ def open_closed_streams() -> None:
     such a stream. What would be written there is not, and a file that the command opens does not
     get the number of a standard stream, to which programs that it starts would write.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name, access in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, mode)
+            stream = open(os.devnull, access)
             is_inheritable = True
             os.set_inheritable(stream.fileno(), is_inheritable)
             setattr(sys, name, stream)

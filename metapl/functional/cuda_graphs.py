@@ -98,20 +98,20 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
     """Raise an error in this block where the host would wait for the device."""
-    mode_before = torch.cuda.get_sync_debug_mode()
-    set_mode_of_waiting("error")
+    reaction_before = torch.cuda.get_sync_debug_mode()
+    set_reaction_to_waiting("error")
     try:
         yield
     finally:
-        set_mode_of_waiting(mode_before)
+        set_reaction_to_waiting(reaction_before)
 
 
-def set_mode_of_waiting(mode: int | str) -> None:
+def set_reaction_to_waiting(reaction: int | str) -> None:
     """Set what torch does where the host waits for the device."""
     with warnings.catch_warnings():
-        # Torch warns that the mode is a prototype.
+        # Torch warns that the setting is a prototype.
         warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_sync_debug_mode(reaction)
 
 
 # What records a function, by the type of the device.
