@@ -164,8 +164,6 @@ def plain(make: Callable[[], Any], way: str, card: Card) -> Callable[[], Any]:
 
     if way != PLAIN_BY_GRAPHS:
         return train
-    # The momentum comes with the first step, and a recording reads it.
-    train()
 
     def recorded() -> Any:
         # A region of autocast in a graph keeps no casts of weights.
@@ -262,8 +260,8 @@ def measure(
                 row |= row_of(step_by(way, make, card), counted[is_ours], card)
         # Whatever stops a way is what there is to say of it; the next way may run.
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            row["reason"] = f"{type(error).__name__}: {first_line[:200]}"
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            row["reason"] = f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
             # The error itself would keep the tensors of its frames.
             failure = str(error)
         yield [row | {"seconds": time.perf_counter() - start, "measured_on": environment()}]

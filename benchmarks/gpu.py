@@ -125,14 +125,19 @@ class Task:
     Args:
         folder: of the results.
         source: of the four files of Fashion-MNIST.
-        seconds: until the part is ended.
+        end: when the part is ended, in seconds since the epoch.
     """
 
     folder: Path
     device: str
     source: str
-    seconds: float
+    end: float
     is_small: bool
+
+    @property
+    def seconds_left(self) -> float:
+        """Return for how long the part may still measure, and end before it is ended."""
+        return self.end - time.time() - 3
 
 
 # Yields the rows of a part that is none of step.py's and peers.py's, without those that are done.
@@ -211,9 +216,8 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
         source = str(folder / "noise")
         Path(source).mkdir(parents=True, exist_ok=True)
         protocol_rows.write_noise(Path(source))
-    # The processes of the arms are ended before this one is killed.
     together = fashion_protocol.Together(
-        folder=folder, source=source, seconds=task.seconds - 3, is_small=task.is_small
+        folder=folder, source=source, seconds=task.seconds_left, is_small=task.is_small
     )
     yield from together.rows(done)
 
@@ -221,8 +225,13 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
 def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield what the attribution of a whole training of GPT-2 takes."""
     yield from gpt2_training.rows(
-        done, device=task.device, seconds=task.seconds, is_small=task.is_small
+        done, device=task.device, seconds=task.seconds_left, is_small=task.is_small
     )
+
+
+def filling(name: str) -> Part:
+    """Return the part of a setting of :mod:`gpu_large`."""
+    return Part(30, name, precision="bf16", modes=gpu_large.MODES[name], limit=75)
 
 
 LIBRARIES = (
@@ -253,7 +262,7 @@ PARTS: dict[str, Part] = {
     GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
     FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
-    **{name: Part(60, name, modes=modes, limit=75) for name, modes in gpu_large.MODES.items()},
+    **{name: filling(name) for name in (gpu_large.L2, gpu_large.TABLE, gpu_large.PAIR)},
     **{
         f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, limit=60)
         for name in ("transformer", "MLP", peers.CAUSAL)
@@ -262,6 +271,7 @@ PARTS: dict[str, Part] = {
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
     },
+    **{name: filling(name) for name in gpu_large.ATTENTION},
     **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
     "compiled WRN-28-2": Part(
         85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)
@@ -379,9 +389,8 @@ def libraries(
                     library, part.network, ahead, calls=calls, truth=truth, device=device
                 )
                 yield [row | measured]
-            except (
-                Exception
-            ) as error:  # whatever another library raises is what there is to say of it
+            # Another library may raise any error, and its text is the row.
+            except Exception as error:
                 yield [
                     row | {"reason": f"stops: {type(error).__name__}: {str(error).strip()[:120]}"}
                 ]
@@ -398,7 +407,7 @@ def shown(part: str, row: Row) -> list[str]:
         ]
     if part == GPT2:
         what = f"{part}: {gpt2_training.NAMES[row['what']]}"
-        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.said(row), ""]
+        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.remark(row), ""]
     if part == FASHION:
         teacher, student, finetuned = fashion_protocol.cells([row])
         result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"
@@ -541,6 +550,9 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
     parser.add_argument(
+        "--end", type=float, metavar="TIME", help="of --part, in seconds since the epoch"
+    )
+    parser.add_argument(
         "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
     )
     parser.add_argument(
@@ -548,7 +560,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.plan:
-        write_json(gpu_large.PLAN, gpu_large.plan_all())
+        old = loaded(gpu_large.PLAN) if gpu_large.PLAN.exists() else {}
+        for plans in gpu_large.plan_all(old):
+            write_json(gpu_large.PLAN, plans)
         return
     if options.table:
         print(table(options.table))
@@ -565,7 +579,7 @@ def main() -> None:
             folder=options.out,
             device=options.device,
             source=options.source,
-            seconds=options.most,
+            end=options.end or time.time() + options.most,
             is_small=is_small,
         )
         measure(options.part, task)
@@ -582,7 +596,7 @@ def main() -> None:
         limit = options.most if PARTS[name].limit is None else PARTS[name].limit
         limit = left if is_small else min(left, limit)
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
-        arguments += ["--source", options.source, "--most", limit]
+        arguments += ["--source", options.source, "--end", time.time() + limit]
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")

@@ -141,6 +141,8 @@ def by_metapl(given: Row, way: str = "") -> Any:
         "tree": Forward(keep="tree"),
         "every √K-th": Forward(keep_every=max(2, math.isqrt(len(order)))),
     }
+    factors = [factor(setting, step, len(order)) for step in range(len(order))]
+    rates = setting["lr"] * torch.tensor(factors, dtype=torch.float64)[:, None]
     found = metapl.attribute(
         network,
         given["train"],
@@ -148,7 +150,7 @@ def by_metapl(given: Row, way: str = "") -> Any:
         optimizer=optimizer,
         steps=len(order),
         batch_size=setting["batch"],
-        schedule=lambda step: factor(setting, step, len(order)),
+        settings={"lr": rates},
         generator=torch.Generator().manual_seed(given["seed"]),
         problem=problem,
         mode=modes.get(way, Forward(keep_every=1)),

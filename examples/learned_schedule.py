@@ -53,9 +53,9 @@ def learn(split, seed, rounds=8, rate=0.3):
     adam = torch.optim.Adam(logs.values(), lr=rate, betas=(0.5, 0.9))
     for _ in range(rounds):
         student, optimizer, batches = begin(split, seed)
-        schedule = settings(logs)
-        given = {"outer": split.validation, "inner": metapl.Lookahead(batches, schedule=schedule)}
-        given |= {"inner_optimizer": optimizer, "problem": EqualWeights(), "wrt": (*schedule,)}
+        learned = settings(logs)
+        given = {"outer": split.validation, "inner": metapl.Lookahead(batches, settings=learned)}
+        given |= {"inner_optimizer": optimizer, "problem": EqualWeights(), "wrt": (*learned,)}
         found = metapl.hypergradient(None, student, **given)
         student.load_state_dict(found.student_params)
         yield (
@@ -64,7 +64,7 @@ def learn(split, seed, rounds=8, rate=0.3):
             student,
         )
         adam.zero_grad()
-        for name, t in schedule.items():
+        for name, t in learned.items():
             t.backward(found.settings[name].to(t))
         adam.step()
 

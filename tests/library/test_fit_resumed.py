@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from feed_sources import same
 from fits import (
@@ -333,11 +334,18 @@ def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:
     data = list(zip(*batches(4), strict=True))
     one, other = (bilevel(Reinforce(baseline=0.9), seed, INNER["adamw"]) for seed in (0, 1))
     one.step(*data[0])
-    one.save(tmp_path / "a.ckpt")
+    for name in ("a.pt", "a.ckpt", "a"):
+        with pytest.raises(MetaplError, match=r"format of safetensors; .* such as a\.safetensors"):
+            one.save(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+    one.save(tmp_path / "a.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    for name, t in one.student.state_dict().items():
+        assert torch.equal(tensors[f"trainer/student/{name}"], t)
     ends = []
     for trainer in (one, other):
         if trainer is other:
-            trainer.load(tmp_path / "a.ckpt")
+            trainer.load(tmp_path / "a.safetensors")
         ends.append(
             [
                 trainer.state_dict(),
