@@ -216,9 +216,9 @@ def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch)
     refuse_other = compiled.refuse_other
     comparisons = itertools.count()
 
-    def counted(*arguments: Any) -> None:
+    def counted(*arguments: Any, **options: Any) -> None:
         next(comparisons)
-        refuse_other(*arguments)
+        refuse_other(*arguments, **options)
 
     monkeypatch.setattr(compiled, "refuse_other", counted)
     case = toy("mlp")
