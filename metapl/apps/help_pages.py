@@ -166,7 +166,7 @@ def _flags_of(kind: type, *, instance: Any, part: str) -> list[Flag]:
         if dataclasses.is_dataclass(hint):
             # A field of a class above, such as Method, has the flags of its default.
             is_given = default is not dataclasses.MISSING
-            nested: type = type(default) if is_given else hint
+            nested: Any = type(default) if is_given else hint
             nested_default = default if is_given else None
             flags += _flags_of(nested, instance=nested_default, part=part_of_field)
             continue
