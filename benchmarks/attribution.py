@@ -266,13 +266,16 @@ def plain(setting: Row, seed: int, order: Tensor, train: Any) -> Iterator[dict[s
 def training(setting: Row, seed: int, steps: int) -> Row:
     """Return the arguments of `metapl.attribute` and `metapl.metasmoothness` but for the data."""
     network, optimizer = built(setting, seed)
-    schedule = (lambda k: factor(setting, k, steps)) if setting.get("falls") else None
+    settings = None
+    if setting.get("falls"):
+        factors = [factor(setting, step, steps) for step in range(steps)]
+        settings = {"lr": setting["lr"] * torch.tensor(factors, dtype=torch.float64)[:, None]}
     return {
         "student": network,
         "optimizer": optimizer,
         "steps": steps,
         "batch_size": BATCH,
-        "schedule": schedule,
+        "settings": settings,
         "generator": torch.Generator().manual_seed(seed),
     }
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +27,6 @@ from typing import Any
 import step
 import torch
 from harness import Row, environment
-from modes import Place
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,8 +45,10 @@ SIDE, SMALL_SIDE = 8192, 128
 """Of the matrices of the product, and of those of a miniature."""
 ROUND = 0.02
 """Seconds that a round takes at least."""
-MOST = 3.0
+MOST = 1.0
 """Seconds in which rounds are begun."""
+LIMIT = 60
+"""Seconds that a way may take."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ def rounds(run: Callable[[], Any], card: Card, *, first: float, most: int = 21) 
     return times
 
 
+def made_on(device: torch.device, make: Callable[[], Any]) -> Any:
+    """Return the pair of networks and the batches on the device, which draws their first values."""
+    with device:
+        return moved(make(), device)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Return the pair of networks, or nested batches, on the device."""
     if isinstance(value, tuple):
@@ -127,7 +135,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def ours(make: Callable[[], Any], way: str, card: Card) -> tuple[Callable[[], Any], Any]:
     """Return a step of a trainer, and the trainer."""
-    pair, data = moved(make(), card.device)
+    pair, data = made_on(card.device, make)
     precision = "bfloat16" if card.precision == "bf16" else "float32"
     trainer = step.trainer("forward", pair, compile=COMPILE[way], precision=precision, verify=False)
     return lambda: trainer.step(*data), trainer
@@ -135,7 +143,7 @@ def ours(make: Callable[[], Any], way: str, card: Card) -> tuple[Callable[[], An
 
 def plain(make: Callable[[], Any], way: str, card: Card) -> Callable[[], Any]:
     """Return a plain training step of the student on the examples of both batches."""
-    (_, network), ((x, y), u) = moved(make(), card.device)
+    (_, network), ((x, y), u) = made_on(card.device, make)
     inputs = torch.cat([x, u])
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -156,8 +164,6 @@ def plain(make: Callable[[], Any], way: str, card: Card) -> Callable[[], Any]:
 
     if way != PLAIN_BY_GRAPHS:
         return train
-    # The momentum comes with the first step, and a recording reads it.
-    train()
 
     def recorded() -> Any:
         # A region of autocast in a graph keeps no casts of weights.
@@ -195,41 +201,75 @@ def row_of(run: Callable[[], Any], operations: float, card: Card) -> Row:
     return row
 
 
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise :class:`TimeoutError` in this block after so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A network whose share is measured.
+
+    Args:
+        name: of the network.
+        make: makes a pair of networks and their batches, as :class:`step.Network` has it.
+        precision: ``"bf16"`` or ``"float32"``.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    precision: str
+    ways: tuple[str, ...]
+
+
 def measure(
-    make: Callable[[], Any],
-    ways: Sequence[str],
-    done: Sequence[Row],
-    device: str,
-    precision: str,
-    *,
-    is_small: bool,
+    share: Share, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
     """Yield the row of each way that is not ``done``; what stops is a row with a reason.
 
-    Args:
-        make: makes a pair of networks and their batches, as :class:`step.Network` has it.
+    Raises: what stopped a way, behind its row, where the device can do no more in this process.
     """
-    with Place(device, "float32").active():
-        card = card_of(device, precision, is_small=is_small)
-        counted: dict[bool, int] = {}
-        for way in ways:
-            if any(row["way"] == way for row in done):
-                continue
-            start = time.perf_counter()
-            row: Row = {"way": way, "precision": precision}
-            is_ours = way in COMPILE or way == REPLAY
-            try:
+    make = share.make
+    precision = share.precision
+    ways = [way for way in share.ways if (share.name, way) not in names_of(done)]
+    if not ways:
+        return
+    full_float32_products(device)
+    card = card_of(device, precision, is_small=is_small)
+    counted: dict[bool, int] = {}
+    for way in ways:
+        start = time.perf_counter()
+        row: Row = {"network": share.name, "way": way, "precision": precision}
+        is_ours = way in COMPILE or way == REPLAY
+        failure = ""
+        try:
+            with limited(LIMIT):
                 if is_ours not in counted:
                     counted[is_ours] = operations_of(make, card, is_ours=is_ours)
                 row |= row_of(step_by(way, make, card), counted[is_ours], card)
-            # Whatever stops a way is what there is to say of it; the next way may run.
-            except Exception as error:
-                first_line = (str(error).strip().splitlines() or [""])[0]
-                row["reason"] = f"{type(error).__name__}: {first_line[:200]}"
-            yield [row | {"seconds": time.perf_counter() - start, "measured_on": environment()}]
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        # Whatever stops a way is what there is to say of it; the next way may run.
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            row["reason"] = f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
+            # The error itself would keep the tensors of its frames.
+            failure = str(error)
+        yield [row | {"seconds": time.perf_counter() - start, "measured_on": environment()}]
+        if "CUDA error" in failure:
+            raise RuntimeError(failure)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def step_by(way: str, make: Callable[[], Any], card: Card) -> Callable[[], Any]:
@@ -241,6 +281,21 @@ def step_by(way: str, make: Callable[[], Any], card: Card) -> Callable[[], Any]:
     if way in COMPILE:
         return ours(make, way, card)[0]
     return plain(make, way, card)
+
+
+def full_float32_products(device: str) -> None:
+    """Let products of float32 be taken in float32 in this process.
+
+    No region of autocast is open around the steps: it would keep their casts of weights.
+    """
+    if device == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+def names_of(rows: Sequence[Row]) -> set[tuple[str, str]]:
+    """Return the network and the way of each row."""
+    return {(row["network"], row["way"]) for row in rows}
 
 
 def operations_of(make: Callable[[], Any], card: Card, *, is_ours: bool) -> int:

@@ -10,11 +10,11 @@ sequences of 256 words, with weights in float32 and passes in bfloat16, and ``me
 says what each sequence did to the loss on the files that were held out. The states before every
 fifteenth step lie on the host, and the steps of one block of fifteen on the card.
 
-The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training in bfloat16
-and in float32, and the rank correlation of their scores; the whole training; and plain trainings
-without a twentieth of the sequences, the most helpful, the most harmful and any, whose change of
-the loss the scores predict. What does not fit into the seconds that are left is not begun. Where
-the whole training does not fit, it has fewer steps; each row says how many it has.
+The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training; the whole
+training; a tenth in float32, and the rank correlation of its scores with those in bfloat16; and
+plain trainings without a twentieth of the sequences, the most helpful, the most harmful and any,
+whose change of the loss the scores predict. What does not fit into the seconds that are left is not
+begun. Where the whole training does not fit, it has fewer steps; each row says how many it has.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Text:
     held_out: Tensor
 
     @classmethod
-    def of(cls, texts: Sequence[str], *, words: int, length: int, held_out: int) -> Text:
+    def from_files(cls, texts: Sequence[str], *, words: int, length: int, held_out: int) -> Text:
         """Return the sequences of some texts, every tenth of which is held out.
 
         Args:
@@ -222,7 +222,7 @@ class Setting:
     warmup: int = 20
     rate: float = 3e-4
     eps: float = 1e-6
-    keep_every: int = 15
+    keep_every: int = 8
     files: int | None = None
 
     @property
@@ -255,7 +255,7 @@ class Measurement:
     @cached_property
     def text(self) -> Text:
         setting = self.setting
-        return Text.of(
+        return Text.from_files(
             documentation(setting.files),
             words=setting.words,
             length=setting.length,
@@ -284,17 +284,21 @@ class Measurement:
         """
         text = self.text
         self.reset_peak()
-        with Place(self.device, precision).active(), warnings.catch_warnings(record=True) as said:
+        with Place(self.device, precision).active(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             began = time.perf_counter()
+            optimizer = self.optimizer(self.network)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: self.share_of_rate(step, steps)
+            )
             attribution = metapl.attribute(
                 self.network,
                 (text.training, text.training),
                 (text.held_out, text.held_out),
-                optimizer=self.optimizer(self.network),
+                optimizer=optimizer,
                 steps=steps,
                 batch_size=self.setting.batch_size,
-                schedule=lambda step: self.share_of_rate(step, steps),
+                settings=metapl.scheduled_settings(scheduler, steps),
                 problem=NextToken(),
                 mode=Forward(keep_every=self.setting.keep_every, keep_on="cpu"),
                 progress=False,
@@ -309,7 +313,7 @@ class Measurement:
             "examples": len(attribution.scores),
             "replay_error": attribution.replay_error,
             "kept": attribution.kept,
-            "warned": [str(entry.message) for entry in said],
+            "warned": [str(entry.message) for entry in caught],
             **self.peak(),
         }
         return attribution, row
@@ -347,14 +351,14 @@ class Measurement:
         Yields: a row for the most helpful ones, the most harmful ones and any, of those that the
         training has seen, ``most`` of these at most.
         """
-        seen = attribution.order.unique()
-        count = max(1, len(seen) // 20)
-        helpful_first = seen[attribution.scores.cpu()[seen].argsort(descending=True)]
-        drawn = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
+        trained_on = attribution.order.unique()
+        count = max(1, len(trained_on) // 20)
+        helpful_first = trained_on[attribution.scores.cpu()[trained_on].argsort(descending=True)]
+        order = torch.randperm(len(trained_on), generator=torch.Generator().manual_seed(0))
         sets = {
             "the most helpful": helpful_first[:count],
             "the most harmful": helpful_first[-count:],
-            "any": seen[drawn[:count]],
+            "any": trained_on[order[:count]],
         }
         names = [*sets][:most]
         began = time.perf_counter()
@@ -399,6 +403,9 @@ def rows(
     tenth = setting.steps // 10
     measurement = Measurement(setting, device)
 
+    def seconds_left() -> float:
+        return end - time.perf_counter()
+
     def row_of(what: str, steps: int, precision: str, measured: Row) -> list[Row]:
         count = sum(p.numel() for p in measurement.network.parameters())
         about: Row = {"what": what, "steps": steps, "precision": precision, "weights": count}
@@ -409,30 +416,37 @@ def rows(
     if plain is None:
         (plain,) = row_of("plain", tenth, "bf16", measurement.plain_steps(tenth, "bf16"))
         yield [plain]
-    if "a tenth" not in names or "whole" not in names:
+    in_bf16: metapl.Attribution | None = None
+    if not {"a tenth", "whole", "a tenth in float32"} <= names:
         # The first call loads kernels, and its time is none of a step's.
         measurement.attribute(2, "bf16")
         in_bf16, measured = measurement.attribute(tenth, "bf16")
-        a_step = measured["seconds"] / tenth
+        seconds_of_tenth = measured["seconds"]
         if "a tenth" not in names:
             yield row_of("a tenth", tenth, "bf16", measured)
-            in_float32, measured = measurement.attribute(tenth, "float32")
-            measured |= agreement(in_bf16.scores, in_float32.scores, in_bf16.order)
-            yield row_of("a tenth in float32", tenth, "float32", measured)
+    whole: metapl.Attribution | None = None
     if "whole" not in names:
-        # A step is taken once more where its state was not kept: a fifth of its time and more.
-        fitting = int((end - time.perf_counter()) / (1.4 * a_step)) // 10 * 10
-        steps = min(setting.steps, setting.steps if is_small else fitting)
+        steps = setting.steps
+        if not is_small:
+            # The look at the first steps' smoothness takes some more.
+            fitting = int(seconds_left() / (1.2 * seconds_of_tenth / tenth)) // 10 * 10
+            steps = min(steps, fitting)
         if steps < tenth:
             raise RuntimeError(f"{seconds:.0f} seconds are too few for {tenth} steps")
-        attribution, measured = measurement.attribute(steps, "bf16")
+        whole, measured = measurement.attribute(steps, "bf16")
         yield row_of("whole", steps, "bf16", measured)
+    # The products of float32 take several times those of bfloat16, of which a step is a part.
+    if in_bf16 is not None and (is_small or seconds_left() > 4 * seconds_of_tenth):
+        in_float32, measured = measurement.attribute(tenth, "float32")
+        measured |= agreement(in_bf16.scores, in_float32.scores, in_bf16.order)
+        yield row_of("a tenth in float32", tenth, "float32", measured)
+    if whole is not None:
         # The loop that trains again takes its steps by metapl's rule, which is slower.
-        a_training = 1.5 * steps * plain["ms_a_step"] / 1e3
-        fitting = 3 if is_small else int((end - time.perf_counter()) / a_training)
+        seconds_of_training = 1.5 * steps * plain["ms_a_step"] / 1e3
+        most = 3 if is_small else int(seconds_left() / seconds_of_training)
         # Of one there is no correlation.
-        if fitting >= 2:
-            for measured in measurement.removals(attribution, "bf16", most=fitting):
+        if most >= 2:
+            for measured in measurement.removals(whole, "bf16", most=most):
                 yield row_of("removal", steps, "bf16", measured)
 
 
@@ -440,8 +454,8 @@ def agreement(first: Tensor, second: Tensor, order: Tensor) -> Row:
     """Return the rank correlation of two lists of scores, of the examples that steps have drawn."""
     from scipy import stats
 
-    seen = order.unique()
-    pair = [scores.cpu()[seen].numpy() for scores in (first, second)]
+    trained_on = order.unique()
+    pair = [scores.cpu()[trained_on].numpy() for scores in (first, second)]
     return {"spearman": float(stats.spearmanr(*pair).statistic)}
 
 
@@ -450,13 +464,13 @@ def agreement(first: Tensor, second: Tensor, order: Tensor) -> Row:
 NAMES = {
     "plain": "plain steps, by torch.optim in a loop",
     "a tenth": "attribution of a tenth of the steps",
-    "a tenth in float32": "the same in float32",
     "whole": "attribution of the whole training",
+    "a tenth in float32": "attribution of a tenth, in float32",
     "removal": "plain training without some sequences",
 }
 
 
-def said(row: Row) -> str:
+def remark(row: Row) -> str:
     """Return what a row says beside time and memory."""
     if "spearman" in row:
         return f"rank correlation of the scores with those in bfloat16 {row['spearman']:.2f}"
@@ -483,7 +497,7 @@ def line(row: Row) -> list[str]:
     on_card = f"{row['device_bytes'] / 1e9:.1f}" if "device_bytes" in row else ""
     on_host = f"{row['host_bytes'] / 1e9:.1f}" if "host_bytes" in row else ""
     cells = [NAMES[row["what"]], f"{row['steps']}", row["precision"], f"{row['seconds']:.1f}"]
-    return [*cells, ms, on_card, on_host, said(row)]
+    return [*cells, ms, on_card, on_host, remark(row)]
 
 
 def table(measured: list[Row]) -> str:

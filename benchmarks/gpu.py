@@ -125,14 +125,19 @@ class Task:
     Args:
         folder: of the results.
         source: of the four files of Fashion-MNIST.
-        seconds: until the part is ended.
+        end: when the part is ended, in seconds since the epoch.
     """
 
     folder: Path
     device: str
     source: str
-    seconds: float
+    end: float
     is_small: bool
+
+    @property
+    def seconds_left(self) -> float:
+        """Return for how long the part may still measure, and end before it is ended."""
+        return self.end - time.time() - 3
 
 
 # Yields the rows of a part that is none of step.py's and peers.py's, without those that are done.
@@ -148,7 +153,6 @@ class Part:
         network: a name of :data:`LARGE` or :data:`step.NETWORKS`, of :data:`peers.NETWORKS`, or of
             :data:`gpu_large.SETTINGS`; none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
-        share_ways: the ways of :mod:`card` whose share of the card's rate is measured instead.
         student_steps: how many the gradient of these libraries looks ahead.
         own_rows: what is measured in the place of steps, by a file of its own.
         limit: the most seconds that the part takes, where these are not ``--most``.
@@ -160,10 +164,48 @@ class Part:
     modes: tuple[str, ...] = MODES
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
-    share_ways: tuple[str, ...] = ()
     student_steps: int = 1
     own_rows: OwnRows | None = None
     limit: float | None = None
+
+
+CHANNELS_LAST = "WRN-28-2, channels-last"
+SHARE = "share of the card"
+BY_GRAPHS = (card.OURS, card.OURS_BY_GRAPHS, card.PLAIN, card.PLAIN_BY_GRAPHS)
+SMALL_WAYS = (card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+# Network, precision and ways, the most worth first.
+SHARES = (
+    (CHANNELS_LAST, "bf16", BY_GRAPHS),
+    ("mlp", "float32", SMALL_WAYS),
+    (CHANNELS_LAST, "bf16", (card.PLAIN_COMPILED,)),
+    ("causal LM, 124 M", "bf16", BY_GRAPHS),
+    ("ViT-S", "bf16", BY_GRAPHS),
+    ("ResNet-50", "bf16", BY_GRAPHS),
+    ("EfficientNet-B0", "bf16", BY_GRAPHS),
+    ("transformer", "float32", SMALL_WAYS),
+    ("causal LM, 124 M", "bf16", (card.PLAIN_COMPILED,)),
+    ("ViT-S", "bf16", (card.PLAIN_COMPILED,)),
+    ("ResNet-50", "bf16", (card.PLAIN_COMPILED,)),
+    ("mlp", "float32", (card.OURS_COMPILED,)),
+    ("transformer", "float32", (card.OURS_COMPILED,)),
+    (CHANNELS_LAST, "bf16", (card.OURS_COMPILED,)),
+)
+# Without compiling, which would be most of a miniature.
+SHARES_OF_MINIATURE = ((CHANNELS_LAST, "bf16", BY_GRAPHS), ("mlp", "float32", SMALL_WAYS))
+
+
+def shares_of_card(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the rows of :func:`card.measure`.
+
+    All networks are in one process: to begin one takes as long as to measure a network.
+    """
+    for network, precision, ways in SHARES_OF_MINIATURE if task.is_small else SHARES:
+        if network in LARGE:
+            make = SMALL if task.is_small else LARGE[network]
+        else:
+            make = step.NETWORKS["tiny" if task.is_small else network].make
+        share = card.Share(network, make, precision, ways)
+        yield from card.measure(share, done, task.device, is_small=task.is_small)
 
 
 def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
@@ -174,9 +216,8 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
         source = str(folder / "noise")
         Path(source).mkdir(parents=True, exist_ok=True)
         protocol_rows.write_noise(Path(source))
-    # The processes of the arms are ended before this one is killed.
     together = fashion_protocol.Together(
-        folder=folder, source=source, seconds=task.seconds - 3, is_small=task.is_small
+        folder=folder, source=source, seconds=task.seconds_left, is_small=task.is_small
     )
     yield from together.rows(done)
 
@@ -184,43 +225,21 @@ def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
 def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield what the attribution of a whole training of GPT-2 takes."""
     yield from gpt2_training.rows(
-        done, device=task.device, seconds=task.seconds, is_small=task.is_small
+        done, device=task.device, seconds=task.seconds_left, is_small=task.is_small
     )
 
 
-CHANNELS_LAST = "WRN-28-2, channels-last"
+def filling(name: str) -> Part:
+    """Return the part of a setting of :mod:`gpu_large`."""
+    return Part(30, name, precision="bf16", modes=gpu_large.MODES[name], limit=75)
+
+
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
     peers.HAND,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
 )
-SHARE = "share of the card"
-BY_GRAPHS = (card.OURS, card.OURS_BY_GRAPHS, card.PLAIN, card.PLAIN_BY_GRAPHS)
-SHARES: dict[str, Part] = {
-    f"{SHARE}, WRN-28-2": Part(
-        30, CHANNELS_LAST, precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
-    ),
-    f"{SHARE}, mlp": Part(
-        20, "mlp", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
-    ),
-    f"{SHARE}, causal LM": Part(
-        25, "causal LM, 124 M", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
-    ),
-    f"{SHARE}, ViT-S": Part(
-        25, "ViT-S", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
-    ),
-    f"{SHARE}, ResNet-50": Part(
-        25, "ResNet-50", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
-    ),
-    f"{SHARE}, EfficientNet-B0": Part(
-        25, "EfficientNet-B0", precision="bf16", share_ways=(*BY_GRAPHS, card.PLAIN_COMPILED)
-    ),
-    f"{SHARE}, transformer": Part(
-        20, "transformer", share_ways=(card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
-    ),
-    f"{SHARE}, mlp compiled": Part(30, "mlp", share_ways=(card.OURS_COMPILED,)),
-}
 # The quickest first, since what a part has measured stays where it is stopped.
 TEN_AHEAD = (
     peers.FORWARD,
@@ -239,11 +258,11 @@ PARTS: dict[str, Part] = {
     "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
-    **SHARES,
+    SHARE: Part(30, own_rows=shares_of_card, limit=240),
     GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
     FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
-    **{name: Part(60, name, modes=modes, limit=75) for name, modes in gpu_large.MODES.items()},
+    **{name: filling(name) for name in (gpu_large.L2, gpu_large.TABLE, gpu_large.PAIR)},
     **{
         f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, limit=60)
         for name in ("transformer", "MLP", peers.CAUSAL)
@@ -252,6 +271,7 @@ PARTS: dict[str, Part] = {
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
     },
+    **{name: filling(name) for name in gpu_large.ATTENTION},
     **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
     "compiled WRN-28-2": Part(
         85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)
@@ -262,8 +282,7 @@ PARTS: dict[str, Part] = {
 }
 OF_MINIATURE = (
     TESTS,
-    f"{SHARE}, WRN-28-2",
-    f"{SHARE}, mlp",
+    SHARE,
     "compiled mlp",
     "WRN-28-2, bf16",
     GPT2,
@@ -338,18 +357,6 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
             yield [{"mode": mode, "way": way, "reason": reason, "measured_on": environment()}]
 
 
-def shares(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> Iterator[list[Row]]:
-    """Yield the rows of :func:`card.measure` way by way, without those ``done``."""
-    make = LARGE[part.network] if part.network in LARGE else step.NETWORKS[part.network].make
-    if is_small:
-        make = SMALL if part.network in LARGE else step.NETWORKS["tiny"].make
-    ways = part.share_ways
-    if is_small:
-        # Compiling would be most of a miniature.
-        ways = tuple(way for way in ways if way != card.PLAIN_COMPILED)
-    yield from card.measure(make, ways, done, device, part.precision, is_small=is_small)
-
-
 def libraries(
     part: Part, done: Sequence[Row], device: str, *, is_small: bool
 ) -> Iterator[list[Row]]:
@@ -400,7 +407,7 @@ def shown(part: str, row: Row) -> list[str]:
         ]
     if part == GPT2:
         what = f"{part}: {gpt2_training.NAMES[row['what']]}"
-        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.said(row), ""]
+        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.remark(row), ""]
     if part == FASHION:
         teacher, student, finetuned = fashion_protocol.cells([row])
         result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"
@@ -412,7 +419,7 @@ def shown(part: str, row: Row) -> list[str]:
     elif "mode" in row:
         what = f"{part}: `{row['mode']}`, {row['way']}"
     else:
-        what = f"{part}: {row['way']}"
+        what = f"{part}: {row['network']}, {row['way']}"
     if "reason" in row:
         return [what, row["reason"], ""]
     if "share" in row:
@@ -462,11 +469,30 @@ def rows_of(part: Part, task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
         return part.own_rows(task, done)
     if part.libraries:
         return libraries(part, done, task.device, is_small=task.is_small)
-    if part.share_ways:
-        return shares(part, done, task.device, is_small=task.is_small)
     if part.network in gpu_large.SETTINGS:
         return gpu_large.rows(part, done, task.device, is_small=task.is_small)
     return steps(part, done, task.device, is_small=task.is_small)
+
+
+def run_part(command: Sequence[str], name: str, folder: Path, *, seconds: float) -> None:
+    """Run the process of a part until it is done, again where it failed behind new rows.
+
+    Args:
+        seconds: until it is killed.
+    """
+    end = time.perf_counter() + seconds
+    rows_before = -1
+    rows = 0
+    while rows > rows_before and not file_of(name, folder).exists():
+        left = end - time.perf_counter()
+        if left <= 0:
+            return
+        rows_before = rows
+        log_file = file_of(name, folder).with_suffix(".log")
+        with log_file.open("w") as log, suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=left, check=False)
+        partial_file = unfinished(name, folder)
+        rows = len(loaded(partial_file)) if partial_file.exists() else 0
 
 
 def table(folder: Path) -> str:
@@ -524,6 +550,9 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
     parser.add_argument(
+        "--end", type=float, metavar="TIME", help="of --part, in seconds since the epoch"
+    )
+    parser.add_argument(
         "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
     )
     parser.add_argument(
@@ -531,7 +560,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.plan:
-        write_json(gpu_large.PLAN, gpu_large.plan_all())
+        old = loaded(gpu_large.PLAN) if gpu_large.PLAN.exists() else {}
+        for plans in gpu_large.plan_all(old):
+            write_json(gpu_large.PLAN, plans)
         return
     if options.table:
         print(table(options.table))
@@ -548,7 +579,7 @@ def main() -> None:
             folder=options.out,
             device=options.device,
             source=options.source,
-            seconds=options.most,
+            end=options.end or time.time() + options.most,
             is_small=is_small,
         )
         measure(options.part, task)
@@ -565,14 +596,11 @@ def main() -> None:
         limit = options.most if PARTS[name].limit is None else PARTS[name].limit
         limit = left if is_small else min(left, limit)
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
-        arguments += ["--source", options.source, "--most", limit]
+        arguments += ["--source", options.source, "--end", time.time() + limit]
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
-        with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
-            subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
-            )
+        run_part(command, name, options.out, seconds=limit)
     print(table(options.out))
 
 

@@ -1,4 +1,4 @@
-"""Networks that fill one card: the paper's own pair, and language models of a billion weights.
+"""Networks that fill one card: the paper's own pair, a billion weights, and long sequences.
 
     python benchmarks/gpu.py --plan      # on a CPU; no number is computed: results/large_plan.json
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import importlib
 import math
+import os
 import statistics
 import sys
 import time
@@ -48,17 +49,38 @@ ENOUGH = 5.0
 """Seconds of timed steps after which no other is begun."""
 
 Pair = tuple[nn.Module, nn.Module]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 # ---------------------------------------------------------------------------------------- networks
 
 
-class Block(nn.Module):
-    """A block of a causal transformer, with PyTorch's default attention."""
+def by_pytorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by PyTorch's default, which metapl takes by the math kernel where it has to."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def __init__(self, width: int, head: int) -> None:
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by PyTorch's default, and in blocks of queries where that has no derivative."""
+    return metapl.models.attention(q, k, v, is_causal=True)
+
+
+def by_jvp_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by the kernel of the package jvp-flash-attention, which has a forward mode."""
+    # Of the package: to compile one configuration of its kernel, not to choose among 54.
+    os.environ.setdefault("PYTEST_VERSION", "none")
+    module = importlib.import_module("jvp_flash_attention.jvp_attention")
+    attended: Tensor = module.JVPAttn.fwd_dual(q, k, v, causal=True)
+    return attended
+
+
+class Block(nn.Module):
+    """A block of a causal transformer."""
+
+    def __init__(self, width: int, head: int, attend: Attend) -> None:
         super().__init__()
         self.head_width = head
+        self.attend = attend
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -75,16 +97,18 @@ class Block(nn.Module):
             t.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for t in self.qkv(self.norm(h)).chunk(3, -1)
         )
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        heads = self.attend(q, k, v)
         h = h + self.out(heads.transpose(1, 2).flatten(2))
         mixed: Tensor = h + self.mlp(h)
         return mixed
 
 
 class GPT(nn.Module):
-    """A causal language model, whose blocks are run again in the backward pass.
+    """A causal language model.
 
     Args:
+        attend: how a head attends, from queries, keys and values (B, heads, T, head).
+        reruns: run each block again in the backward pass, in the place of keeping what it computed.
         is_rater: return one score (B, 1) for each sequence, in the place of logits (B, T, words).
     """
 
@@ -96,13 +120,16 @@ class GPT(nn.Module):
         length: int = 512,
         head: int = 128,
         *,
+        attend: Attend = by_pytorch,
+        reruns: bool = True,
         is_rater: bool = False,
     ) -> None:
         super().__init__()
         self.is_rater = is_rater
+        self.reruns = reruns
         self.embed = nn.Embedding(words, width)
         self.place = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList([Block(width, head) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(width, head, attend) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1 if is_rater else words)
 
@@ -110,7 +137,7 @@ class GPT(nn.Module):
         ids = batch["input_ids"]
         h = self.embed(ids) + self.place.weight[: ids.shape[1]]
         for block in self.blocks:
-            h = checkpoint(block, h, use_reentrant=False)
+            h = checkpoint(block, h, use_reentrant=False) if self.reruns else block(h)
         h = self.norm(h)
         outputs: Tensor = self.head(h.mean(1) if self.is_rater else h)
         return outputs
@@ -153,12 +180,12 @@ def small_efficientnets() -> Pair:
     return pair
 
 
-def table_and_gpt(**sizes: int) -> Pair:
-    return TableOfScores(), GPT(**sizes)
+def table_and_gpt(**options: Any) -> Pair:
+    return TableOfScores(), GPT(**options)
 
 
-def two_gpts(**sizes: int) -> Pair:
-    return GPT(is_rater=True, **sizes), GPT(**sizes)
+def two_gpts(**options: Any) -> Pair:
+    return GPT(is_rater=True, **options), GPT(**options)
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -197,6 +224,7 @@ class Setting:
             one.
         accumulate: micro-batches that each batch is split into.
         problem: None: pseudo-labels.
+        attends: whether it is said by which kernels attention ran.
     """
 
     build: Callable[[], Pair]
@@ -204,6 +232,7 @@ class Setting:
     examples: int
     accumulate: int
     problem: metapl.BilevelProblem | None = None
+    attends: bool = False
 
     def trainer(self, mode: str, teacher: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
         """Return a trainer of the pair; SGD, whose state is one number for each weight."""
@@ -229,6 +258,13 @@ LANGUAGE = Setting(
     accumulate=2,
     problem=DataRater(),
 )
+ATTENTION: dict[str, Attend] = {
+    "attention at length 2048, default": by_pytorch,
+    "attention at length 2048, in blocks": in_blocks,
+    "attention at length 2048, jvp-flash": by_jvp_flash,
+}
+"""How the long sequences are attended to."""
+LONG_GPT: Row = {"words": 8_192, "width": 1_024, "depth": 4, "length": 2_048, "head": 64}
 SETTINGS: dict[str, Setting] = {
     L2: Setting(
         build=efficientnet_l2,
@@ -239,7 +275,7 @@ SETTINGS: dict[str, Setting] = {
     TABLE: LANGUAGE,
     PAIR: replace(LANGUAGE, build=two_gpts),
 }
-SMALL_GPT = {"words": 211, "width": 64, "depth": 3, "length": 24, "head": 16}
+SMALL_GPT: Row = {"words": 211, "width": 64, "depth": 3, "length": 24, "head": 16}
 SMALL_LANGUAGE = Setting(
     build=partial(table_and_gpt, **SMALL_GPT),
     draw=partial(sequences, 8, 16, 24, 211),
@@ -262,6 +298,26 @@ MODES: dict[str, tuple[str, ...]] = {
     TABLE: ("none", "forward", "difference"),
     PAIR: ("none", "forward", "difference"),
 }
+for _name, _attend in ATTENTION.items():
+    _long = {"attend": _attend, "reruns": False}
+    SETTINGS[_name] = Setting(
+        build=partial(table_and_gpt, **LONG_GPT, **_long),
+        draw=partial(sequences, 4, 4, 2_048, 8_192),
+        examples=8,
+        accumulate=1,
+        problem=DataRater(),
+        attends=True,
+    )
+    MINIATURES[_name] = Setting(
+        build=partial(table_and_gpt, **{**SMALL_GPT, "length": 320, "depth": 1}, **_long),
+        draw=partial(sequences, 2, 2, 320, 211),
+        examples=4,
+        accumulate=1,
+        problem=DataRater(),
+        attends=True,
+    )
+    # The package's kernel has no second derivative backward.
+    MODES[_name] = ("forward",) if _attend is by_jvp_flash else ("forward", "unrolled")
 
 
 # ---------------------------------------------------------------------------------------- the plan
@@ -291,16 +347,21 @@ def planned(setting: Setting, mode: str) -> Row:
     }
 
 
-def plan_all() -> Row:
-    """Return what is planned for every setting and mode, with what planned it."""
-    plans: Row = {"measured_on": environment()}
+def plan_all(plans: Row) -> Iterator[Row]:
+    """Yield what is planned so far, one setting and mode more at a time, without those in it."""
+    plans = {"measured_on": environment()} | plans
     for name, setting in SETTINGS.items():
+        if ATTENTION.get(name) is by_jvp_flash:
+            # Its kernel runs on a GPU alone, also without numbers.
+            continue
         for mode in MODES[name]:
+            if f"{name}, {mode}" in plans:
+                continue
             start = time.perf_counter()
             plans[f"{name}, {mode}"] = planned(setting, mode)
             took = time.perf_counter() - start
             print(f"{name}, {mode}: {plans[f'{name}, {mode}']}, {took:.0f} s", flush=True)
-    return plans
+            yield plans
 
 
 # ------------------------------------------------------------------------------------ measurements
@@ -321,14 +382,14 @@ def rows(part: Any, done: Sequence[Row], device: str, *, is_small: bool) -> Iter
         if any(row["mode"] == mode for row in done):
             continue
         row: Row = {"setting": name, "mode": mode, "examples": setting.examples}
-        if is_small:
-            row |= planned(setting, mode)
-        else:
-            row |= plans.get(f"{name}, {mode}", {})
+        row |= plans.get(f"{name}, {mode}", {})
         try:
+            if is_small:
+                row |= planned(setting, mode)
             row |= measured(setting, mode, torch.device(device))
-        except (RuntimeError, metapl.MetaplError) as error:
-            row["reason"] = str(error).strip().splitlines()[0][:160]
+        except Exception as error:  # whatever a kernel of another package raises, too
+            lines = str(error).strip().splitlines() or [""]
+            row["reason"] = f"stops: {type(error).__name__}: {lines[0][:160]}"
         # The traceback of an error, and cycles of its frames, hold the networks.
         gc.collect()
         if device == "cuda":
@@ -369,14 +430,36 @@ def measured(setting: Setting, mode: str, device: torch.device) -> Row:
     row["steps"] = len(times)
     row["seconds"] = statistics.median(times)
     row["seconds_per_example"] = row["seconds"] / setting.examples
-    scalars = reports[-1].as_dict()
-    row["inner_loss"] = scalars["inner_loss"]
-    row["is_finite"] = all(map(math.isfinite, scalars.values()))
+    try:
+        scalars = reports[-1].as_dict()
+    except metapl.MetaplError as error:
+        # A check of the step that has failed on the device; the time and the memory are known.
+        row["fault"] = str(error)[:160]
+    else:
+        row["inner_loss"] = scalars["inner_loss"]
+        row["is_finite"] = all(map(math.isfinite, scalars.values()))
     reports.clear()
+    if setting.attends:
+        row["attention"] = attention_kernels(step)
+        reports.clear()
     if device.type == "cpu":
         # The profiler counts what a step adds.
         row["bytes"] = standing_bytes(trainer) + peak_bytes(step, device)
     return row
+
+
+def attention_kernels(step: Callable[[], Any]) -> dict[str, int]:
+    """Return how often a step calls each kernel of ``F.scaled_dot_product_attention``."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        step()
+    calls: dict[str, int] = {}
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::_scaled_dot_product_")
+        if name != event.key and not name.endswith("_backward"):
+            calls[name] = event.count
+    return calls
 
 
 def standing_bytes(trainer: metapl.BilevelTrainer) -> int:
@@ -406,4 +489,9 @@ def shown(row: Row) -> list[str]:
         f"{row['seconds_per_example']:.3g} s an example{rate}, first step "
         f"{row['first_seconds']:.0f} s; {row['verification']}"
     )
+    if "attention" in row:
+        kernels = [f"{count} {name}" for name, count in row["attention"].items()]
+        result += f"; attention by {', '.join(kernels)}"
+    if "fault" in row:
+        result += f"; FAULT: {row['fault']}"
     return [what, result, goal]

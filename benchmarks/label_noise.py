@@ -335,9 +335,13 @@ class Run:
         """
         weights: Any = self.teacher
         steps = self.size.steps
+        optimizer = self.optimizer()
+        cosine = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps))
+        )
         training = metapl.Lookahead(
             self.batches(self.noisy, 0, steps),
-            schedule=lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)),
+            settings=metapl.scheduled_settings(cosine, steps),
         )
         for number in range(DESCENTS + 1):
             gradient = metapl.hypergradient(
@@ -347,7 +351,7 @@ class Run:
                 inner=training,
                 mode=self.mode(self.seed * DESCENTS + number) if number < DESCENTS else "none",
                 problem=problem,
-                inner_optimizer=self.optimizer(),
+                inner_optimizer=optimizer,
             )
             with torch.no_grad():
                 weights.values -= self.config["teacher_lr"] * gradient.grads["values"].sign()

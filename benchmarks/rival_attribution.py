@@ -143,6 +143,8 @@ def by_metapl(inputs: Row, way: str = "") -> Any:
         "tree": Forward(keep="tree"),
         "every √K-th": Forward(keep_every=max(2, math.isqrt(len(order)))),
     }
+    factors = [factor(setting, step, len(order)) for step in range(len(order))]
+    rates = setting["lr"] * torch.tensor(factors, dtype=torch.float64)[:, None]
     attribution_of = metapl.attribute(
         network,
         inputs["train"],
@@ -150,7 +152,7 @@ def by_metapl(inputs: Row, way: str = "") -> Any:
         optimizer=optimizer,
         steps=len(order),
         batch_size=setting["batch"],
-        schedule=lambda step: factor(setting, step, len(order)),
+        settings={"lr": rates},
         generator=torch.Generator().manual_seed(inputs["seed"]),
         problem=problem,
         mode=modes.get(way, Forward(keep_every=1)),

@@ -72,11 +72,13 @@ def learn(split, seed, rounds=8, rate=0.3):
     adam = torch.optim.Adam(logs.parameters(), lr=rate, betas=(0.5, 0.9))
     for _ in range(rounds):
         student, optimizer, batches = begin(split, seed)
+        factors = [falling(step) for step in range(len(batches))]
+        rates = 0.1 * torch.tensor(factors, dtype=torch.float64)[:, None]
         gradient = metapl.hypergradient(
             logs,
             student,
             outer=split.validation,
-            inner=metapl.Lookahead(batches, schedule=falling),
+            inner=metapl.Lookahead(batches, settings={"lr": rates}),
             problem=Hyperparameters(),
             inner_optimizer=optimizer,
         )

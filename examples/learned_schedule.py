@@ -54,15 +54,15 @@ def learn(split, seed, rounds=8, rate=0.3):
     adam = torch.optim.Adam(logs.values(), lr=rate, betas=(0.5, 0.9))
     for _ in range(rounds):
         student, optimizer, batches = begin(split, seed)
-        schedule = settings(logs)
+        learned = settings(logs)
         gradient = metapl.hypergradient(
             None,
             student,
             outer=split.validation,
-            inner=metapl.Lookahead(batches, schedule=schedule),
+            inner=metapl.Lookahead(batches, settings=learned),
             problem=EqualWeights(),
             inner_optimizer=optimizer,
-            wrt=(*schedule,),
+            wrt=(*learned,),
         )
         student.load_state_dict(gradient.student_params)
         yield (
@@ -71,7 +71,7 @@ def learn(split, seed, rounds=8, rate=0.3):
             student,
         )
         adam.zero_grad()
-        for name, t in schedule.items():
+        for name, t in learned.items():
             t.backward(gradient.settings[name].to(t))
         adam.step()
 

@@ -1001,8 +1001,8 @@ def shown(summary: Mapping[str, Any]) -> str:
 
 def settings_of(words: Sequence[str]) -> Protocol:
     """Return the settings that a command line asks for; what does not go together is refused."""
-    asked = tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words))
-    c = scaled(fitted_to_steps(asked, words))
+    c = tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words))
+    c = scaled(fitted_to_steps(c, words))
     check(c)
     return c
 

@@ -129,7 +129,7 @@ class Subject:
     def read(self, path: Path) -> Tensor:
         size, center = (self.side, self.side), self.center
         return in_unit_range(
-            read_image(path, mode="L" if self.grey else "RGB", size=size, center=center)
+            read_image(path, colors="L" if self.grey else "RGB", size=size, center=center)
         )
 
     def outputs_of(

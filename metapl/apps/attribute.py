@@ -22,6 +22,7 @@ from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
 from metapl.apps.printing import short, table, tell, wrapped, written_csv
+from metapl.apps.progress import count_bar
 from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
 from metapl.errors import MetaplError, few
@@ -149,6 +150,9 @@ class Attribute:
         torch.set_num_threads(run.folder.threads())
         torch.manual_seed(seed)
         network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
+        # The rate falls to 0 in a line.
+        shares = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        rates = self.lr * shares[:, None]
         attribution = attribute(
             network,
             train,
@@ -156,7 +160,7 @@ class Attribute:
             optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
             steps=steps,
             batch_size=batch,
-            schedule=lambda step: 1 - step / steps,
+            settings={"lr": rates},
             generator=torch.Generator().manual_seed(seed),
         )
         classes = run.classes
@@ -222,9 +226,7 @@ class Attribute:
                 f"{self.folder} has no validation pictures to judge by; expected --val DIR."
             )
         assert labeled is not None, "a run has been trained on them"
-        train = Pictures(run, labeled.keep(verify_files(labeled).sound))
-        outer = Pictures(run, judges.keep(verify_files(judges).sound))
-        return train, outer
+        return readable(run, labeled, "labeled"), readable(run, judges, "validation")
 
     def check(self, scored: Scored, seed: int) -> str:
         """Train without some pictures, again and again; return how well the scores predict it."""
@@ -346,7 +348,7 @@ class Pictures:
         images = FileImages(
             [*files.paths()],
             size=size,
-            mode="L" if network_input.channels == 1 else "RGB",
+            colors="L" if network_input.channels == 1 else "RGB",
             center=network_input.center,
         )
         self.images = images.cached()
@@ -365,6 +367,13 @@ class Pictures:
                 f"{self.images.path(number)} cannot be read any more; put it back, or remove it."
             )
         return in_unit_range(picture)[0], self.labels[number]
+
+
+def readable(run: EndedRun, files: LabeledFiles, part: str) -> Pictures:
+    """Return the pictures of a part of the data that can be read."""
+    with count_bar(f"looking at {part} files", is_shown=True, total=len(files)) as update:
+        sound = verify_files(files, progress=update).sound
+    return Pictures(run, files.keep(sound))
 
 
 def logits(network: nn.Module, attribution: Attribution, pictures: Pictures) -> Tensor:

@@ -28,8 +28,8 @@ from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.printing import as_flags, exit_code, tell, wrapped
 from metapl.apps.progress import is_watched
-from metapl.apps.report import summary
 from metapl.apps.run_folder import RunFolder, stored_result
+from metapl.apps.run_summary import summary
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.train import check_shares, describe, device, train

@@ -57,7 +57,7 @@ COMMANDS = {
     "ablate digits": "ablate.AblateDigits",
 }
 
-# torchrun may start these commands in several processes.
+# The commands that torchrun may start in several processes.
 SEVERAL = ("train images", "train digits")
 
 HELP = """\
@@ -101,74 +101,131 @@ TOO_LITTLE_MEMORY = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        arguments: the words behind ``metapl``. None: those that the program was started with, which
+            ends with this call.
+
     Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is
     printed; 2 wrong input; 128 + n stopped by signal n.
     """
     open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        # Letters that the stream's encoding does not have are written as their escapes.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="surrogateescape"
-                if stream.encoding.lower() == "utf-8"
-                else "backslashreplace"
-            )
-    if arguments is None:
+    escape_unknown_letters()
+    is_program = arguments is None
+    words = [*sys.argv[1:]] if arguments is None else [*arguments]
+    if is_program:
         # A warning is a line, without its place in the code.
         warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
-    logger, messages = logging.getLogger("metapl"), logging.StreamHandler()
+    with stoppable(for_good=is_program):
+        return run(words)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that the words name, and return the exit code."""
+    command: Any = None
+    try:
+        try:
+            # The command may be what needs a package that is not installed, or its flags.
+            with printed_messages(), needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
+                name, command = parsed(words)
+                refuse_several_processes(name)
+                check_fields(command)
+                return int(command.run())
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        # Help was printed, or tyro has printed what is wrong.
+        return int(end.code or 0)
+    except KeyboardInterrupt as stopped:
+        print("\nmetapl: stopped.", file=sys.stderr)
+        return exit_code(stopped)
+    except Exception as error:
+        code = tell_error(error, command)
+        if code is None:
+            # The error is a fault of metapl itself.
+            raise
+        return code
+
+
+@contextmanager
+def printed_messages() -> Iterator[None]:
+    """Print what the library logs, on standard error, while the block lasts."""
+    logger = logging.getLogger("metapl")
+    messages = logging.StreamHandler()
     messages.setFormatter(logging.Formatter("metapl: %(message)s"))
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
-    command: Any = None
-    with stoppable(for_good=arguments is None):
-        try:
-            try:
-                words = [*(sys.argv[1:] if arguments is None else arguments)]
-                # The command may be what needs a package that is not installed, or its flags.
-                with needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
-                    name, command = parsed(words)
-                    count = os.environ.get("WORLD_SIZE", "1")
-                    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
-                        started = f"torchrun has started {count} processes of metapl {name}"
-                        raise MetaplError(f"{started}, which takes one; start it without.")
-                    check_fields(command)
-                    return int(command.run())
-            finally:
-                logger.removeHandler(messages)
-                sys.stdout.flush()
-        except SystemExit as end:
-            # tyro has printed help, or what is wrong.
-            return int(end.code or 0)
-        except KeyboardInterrupt as stopped:
-            print("\nmetapl: stopped.", file=sys.stderr)
-            return exit_code(stopped)
-        except Exception as error:
-            # An error that is a fault of metapl itself passes through.
-            if isinstance(error, FieldError) and (
-                command is None or error.field in flag_values(command)
-            ):
-                # The field is one of a dataclass whose fields are flags, or of a function that is
-                # given them. No flag takes None.
-                flag = error.field.replace("_", "-")
-                expected = error.expected.removesuffix(" or None")
-                error = MetaplError(f"--{flag} {error.value}: expected {expected}.")
-            whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
-            if whose is not None or isinstance(error, MetaplError):
-                text = error if whose is None else f"the memory {whose} does not suffice; {LESS}."
-                tell(f"metapl: {'' if rank == '0' else f'process {rank}: '}{text}", file=sys.stderr)
-                return 2
-            if not isinstance(error, OSError):
-                raise
-            # Bytes that are still buffered would fail again at exit. The output of a test has no
-            # file.
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            # A broken pipe is no fault: its reader has gone, as head does.
-            if not isinstance(error, BrokenPipeError):
-                name, reason = error.filename or "input or output", error.strerror or error
-                print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
-            return 1
+    try:
+        yield
+    finally:
+        logger.removeHandler(messages)
+
+
+def refuse_several_processes(name: str) -> None:
+    """Refuse a command that torchrun has started in several processes, unless it takes them."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
+        raise MetaplError(
+            f"torchrun has started {count} processes of metapl {name}, which takes one; start it "
+            "without."
+        )
+
+
+def tell_error(error: Exception, command: Any) -> int | None:
+    """Print the line of an error, and return the exit code.
+
+    Args:
+        error: what has ended the command.
+        command: its dataclass; None where the words did not make one.
+
+    Returns: the exit code; None for an error that is a fault of metapl itself, which is not
+    printed.
+    """
+    error = called_by_flag(error, command)
+    lacking = out_of_memory(error)
+    if lacking is not None or isinstance(error, MetaplError):
+        text = str(error)
+        if lacking is not None:
+            text = f"the memory {lacking} does not suffice; {LESS}."
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            text = f"process {rank}: {text}"
+        tell(f"metapl: {text}", file=sys.stderr)
+        return 2
+    if not isinstance(error, OSError):
+        return None
+    # Bytes that are still buffered would fail again at exit. The output of a test has no file.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # A broken pipe is no fault: its reader has gone, as head does.
+    if not isinstance(error, BrokenPipeError):
+        name = error.filename or "input or output"
+        reason = error.strerror or error
+        print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
+    return 1
+
+
+def called_by_flag(error: Exception, command: Any) -> Exception:
+    """Return an error in which the field that has a wrong value is called by its flag.
+
+    The field is one of a dataclass whose fields are flags, or of a function that is given them.
+    Other errors are returned as they are.
+    """
+    if not isinstance(error, FieldError):
+        return error
+    if command is not None and error.field not in flag_values(command):
+        return error
+    flag = error.field.replace("_", "-")
+    # No flag takes None.
+    expected = error.expected.removesuffix(" or None")
+    return MetaplError(f"--{flag} {error.value}: expected {expected}.")
+
+
+def escape_unknown_letters() -> None:
+    """Let the standard streams write letters that their encoding does not have as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_utf8 = stream.encoding.lower() == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 def open_closed_streams() -> None:
@@ -178,9 +235,9 @@ def open_closed_streams() -> None:
     such a stream. What would be written there is not, and a file that the command opens does not
     get the number of a standard stream, to which programs that it starts would write.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name, access in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, mode)
+            stream = open(os.devnull, access)
             is_inheritable = True
             os.set_inheritable(stream.fileno(), is_inheritable)
             setattr(sys, name, stream)
@@ -292,17 +349,17 @@ def refuse_flags_of_others(name: str, kind: Any, words: Sequence[str]) -> None:
     """
     flags = {flag.name for flag in help_pages.flags_of(kind)}
     for word in words:
-        given = word.partition("=")[0].replace("_", "-")
-        if not given.startswith("--") or given in flags:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not flag.startswith("--") or flag in flags:
             continue
         owners = []
         for method in kind.methods.METHODS:
             others = help_pages.flags_of(kind.with_method(method))
-            if given in {flag.name for flag in others}:
+            if flag in {other.name for other in others}:
                 owners.append(method)
         if owners:
             raise MetaplError(
-                f"{given} is no flag of --method {kind.method_name}; it is one of "
+                f"{flag} is no flag of --method {kind.method_name}; it is one of "
                 f"{', '.join(owners)}. Those of a method: metapl {name} --method "
                 f"{kind.method_name} --help"
             )
@@ -337,9 +394,30 @@ def one_of(kinds: Mapping[str, Any]) -> Any:
 
 
 class Terminated(KeyboardInterrupt):
+    """A signal that asks the process to end."""
+
     def __init__(self, signal_number: int) -> None:
         super().__init__()
         self.signal_number = signal_number
+
+
+class Unwinding:
+    """Handles signals by unwinding the main thread, once."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Raise :class:`Terminated`, unless the process is ending already.
+
+        Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant. A fit
+        that was stopped has saved its step already, and says so when it has unwound.
+        """
+        is_ending = self.has_begun or isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if number in END and is_ending:
+            return
+        self.has_begun = True
+        raise Terminated(number)
 
 
 @contextmanager
@@ -349,31 +427,21 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
     Another SIGTERM or SIGHUP that comes meanwhile is not heard. With ``for_good`` the process ends
     with the block: signals that come after it has begun to end are not heard either.
     """
-    stopping = False
-
-    def unwind(number: int, frame: Any) -> None:
-        nonlocal stopping
-        # Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant.
-        # A fit that was stopped has saved its step already, and says so when this has unwound.
-        if number in END and (stopping or isinstance(sys.exc_info()[1], KeyboardInterrupt)):
-            return
-        stopping = True
-        raise Terminated(number)
-
-    before: dict[int, Any] = {}
+    unwinding = Unwinding()
+    former_handlers: dict[int, Any] = {}
     # The main thread alone may handle signals.
     if threading.current_thread() is threading.main_thread():
-        before = {
-            number: signal.signal(number, unwind)
-            for number in filter(is_heard, (signal.SIGINT, *END))
-        }
+        for number in filter(is_heard, (signal.SIGINT, *END)):
+            former_handlers[number] = signal.signal(number, unwinding)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(
-                number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL
-            )
+        for number, handler in former_handlers.items():
+            if for_good and unwinding.has_begun:
+                signal.signal(number, signal.SIG_IGN)
+            else:
+                # The handler of a program in another language is None.
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
@@ -384,9 +452,9 @@ def out_of_memory(error: BaseException | None) -> str | None:
     while error is not None and "does not suffice" not in str(error):
         if isinstance(error, torch.OutOfMemoryError):
             return "of the GPU"
-        if isinstance(error, MemoryError | RuntimeError | OSError) and (
-            isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error))
-        ):
+        says_so = TOO_LITTLE_MEMORY.search(str(error)) is not None
+        is_told_by_text = isinstance(error, RuntimeError | OSError) and says_so
+        if isinstance(error, MemoryError) or is_told_by_text:
             return "of the GPU" if "CUDA" in str(error) else "of this machine"
         error = error.__cause__ or error.__context__
     return None

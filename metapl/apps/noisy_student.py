@@ -54,7 +54,7 @@ from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
-from metapl.metrics.predictions import eval_mode
+from metapl.metrics.predictions import evaluating
 from metapl.problems.losses import CrossEntropy
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
@@ -911,7 +911,7 @@ class LossesApart:
             return {}
         network: nn.Module = trainer.student
         losses: dict[str, float] = {}
-        with eval_mode(network):
+        with evaluating(network):
             for name, source in self.sources.items():
                 has_model_noise = name == "labeled" or self.model_noise
                 with with_model_noise(network, on=has_model_noise):

@@ -17,6 +17,7 @@ from metapl.apps.inputs import Factory, File, Network, Run, check_file, plural
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.pictures.input import Inputs
 from metapl.apps.printing import CsvRows, tell, written_csv
+from metapl.apps.progress import count_bar
 from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
@@ -77,6 +78,8 @@ class Predict:
         network = run.network(name, self.factory).to(run.device)
         inputs = Inputs(run.cards[name].input, self.files)
         count = 0
+        # Rows on a terminal show by themselves how far it is.
+        is_bar_shown = self.out is not None or not sys.stdout.isatty()
         header = list(HEADER)
         for rank in range(2, self.top + 1):
             header += [f"class_{rank}", f"probability_{rank}"]
@@ -85,7 +88,7 @@ class Predict:
         rows: AbstractContextManager[CsvRows] = nullcontext(CsvRows(sys.stdout))
         if self.out is not None:
             rows = written_csv(self.out)
-        with rows as writer:
+        with rows as writer, count_bar("pictures", is_bar_shown, len(inputs.files)) as update:
             writer.writerow(header)
             for example, p in predictions(network, inputs):
                 row = [example]
@@ -95,6 +98,7 @@ class Predict:
                     row += [f"{probability:.6f}" for probability in p]
                 writer.writerow(row)
                 count += 1
+                update(count + inputs.skipped)
         if self.out is not None:
             tell(f"{plural(count, 'prediction')} in {self.out}")
         if inputs.skipped:

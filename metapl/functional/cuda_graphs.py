@@ -72,6 +72,9 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
     """
     with torch.cuda.device(device):
         caller_stream = torch.cuda.current_stream()
+        # One stream for all three runs: autograd lets the gradient of a weight wait for the stream
+        # on which its node was made, which may be that of an earlier run, and a recording may wait
+        # for no other stream.
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(caller_stream)
         with torch.cuda.stream(side_stream):
@@ -82,7 +85,9 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, such as one that pins batches, may do what a recording may not.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=side_stream, capture_error_mode="thread_local"
+            ):
                 results = function()
         finally:
             # Where a recording fails, torch leaves its own stream the current one.
@@ -93,20 +98,20 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
     """Raise an error in this block where the host would wait for the device."""
-    mode_before = torch.cuda.get_sync_debug_mode()
-    set_mode_of_waiting("error")
+    reaction_before = torch.cuda.get_sync_debug_mode()
+    set_reaction_to_waiting("error")
     try:
         yield
     finally:
-        set_mode_of_waiting(mode_before)
+        set_reaction_to_waiting(reaction_before)
 
 
-def set_mode_of_waiting(mode: int | str) -> None:
+def set_reaction_to_waiting(reaction: int | str) -> None:
     """Set what torch does where the host waits for the device."""
     with warnings.catch_warnings():
-        # Torch warns that the mode is a prototype.
+        # Torch warns that the setting is a prototype.
         warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_sync_debug_mode(reaction)
 
 
 # What records a function, by the type of the device.
@@ -382,6 +387,11 @@ def why_not_recorded(error: RuntimeError) -> str:
         return (
             "a network or a loss reads the value of a tensor (.item(), bool(), a mask as an "
             "index), or makes a tensor of numbers in each pass"
+        )
+    if "expected input and grad types to match" in text:
+        return (
+            "torch takes the softmax of attention in float32 in a region of autocast, and its "
+            "gradient in half precision; take precision='float32' or networks of half precision"
         )
     if "captur" in text.lower():
         return " ".join(text.splitlines()[0].split())

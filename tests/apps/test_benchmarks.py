@@ -208,21 +208,65 @@ def test_the_share_of_the_card_is_measured_by_every_way(monkeypatch: pytest.Monk
     compiler = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
     monkeypatch.setattr(card, "MOST", 0.0)
-    part = gpu.PARTS["share of the card, WRN-28-2"]
-    ways = (*part.share_ways, card.REPLAY)
+    name, precision, ways = gpu.SHARES[0]
+    ways = (*ways, card.PLAIN_COMPILED, card.REPLAY)
+    share = card.Share(name, gpu.SMALL, precision, ways)
     rows: list[dict[str, Any]] = []
-    for new in card.measure(gpu.SMALL, ways, [], "cpu", "bf16", is_small=True):
+    for new in card.measure(share, [], "cpu", is_small=True):
         rows += new
-    assert [row["way"] for row in rows] == [*ways]
+    assert [row["way"] for row in rows] == [*share.ways]
     operations = {row["way"]: row["operations"] for row in rows}
     assert 2 < operations[card.OURS] / operations[card.PLAIN] < 6
     assert operations[card.OURS] == operations[card.OURS_BY_GRAPHS] == operations[card.REPLAY]
     for row in rows:
         assert row["share"] is None
         assert row["share_of_product"] > 0
-        assert row["way"] in gpu.shown("share of the card, WRN-28-2", row)[0]
-    (last,) = card.measure(gpu.SMALL, ways, rows[:-1], "cpu", "bf16", is_small=True)
+        assert row["way"] in gpu.shown(gpu.SHARE, row)[0]
+    (last,) = card.measure(share, rows[:-1], "cpu", is_small=True)
     assert [row["way"] for row in last] == [card.REPLAY]
+    # What stops is said, and the next way runs.
+    step_by = card.step_by
+    monkeypatch.setattr(card, "step_by", stopped_by_graphs(card, step_by, "it stopped"))
+    again = [row for new in card.measure(share, [], "cpu", is_small=True) for row in new]
+    assert [row["way"] for row in again if "reason" in row] == [card.OURS_BY_GRAPHS]
+    # Behind an error of the device nothing runs in this process.
+    text = "CUDA error: an illegal memory access"
+    monkeypatch.setattr(card, "step_by", stopped_by_graphs(card, step_by, text))
+    measured = card.measure(share, [], "cpu", is_small=True)
+    seen = [next(measured)[0]["way"] for _ in range(2)]
+    assert seen == [card.OURS, card.OURS_BY_GRAPHS]
+    with pytest.raises(RuntimeError, match="illegal"):
+        next(measured)
+
+
+def stopped_by_graphs(card: Any, step_by: Any, text: str) -> Any:
+    """Return ways' steps as they are, but that by graphs, which stops."""
+
+    def step_or_stop(way: str, make: Any, place: Any) -> Any:
+        if way == card.OURS_BY_GRAPHS:
+            raise RuntimeError(text)
+        return step_by(way, make, place)
+
+    return step_or_stop
+
+
+def test_a_part_that_fails_behind_new_rows_runs_again(tmp_path: Path) -> None:
+    gpu = importlib.import_module("gpu")
+    done = gpu.file_of("a part", tmp_path)
+    partial_file = gpu.unfinished("a part", tmp_path)
+    code = (
+        "import json, pathlib, sys\n"
+        f"done, partial = pathlib.Path({str(done)!r}), pathlib.Path({str(partial_file)!r})\n"
+        "rows = json.loads(partial.read_text()) if partial.exists() else []\n"
+        "rows.append({})\n"
+        "(done if len(rows) == 3 else partial).write_text(json.dumps(rows))\n"
+        "sys.exit(len(rows) < 3)\n"
+    )
+    gpu.run_part([sys.executable, "-c", code], "a part", tmp_path, seconds=60)
+    assert len(json.loads(done.read_text())) == 3
+    done.unlink()
+    gpu.run_part([sys.executable, "-c", "raise SystemExit(1)"], "a part", tmp_path, seconds=60)
+    assert not done.exists()
 
 
 @pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])

@@ -92,7 +92,7 @@ def test_the_network_is_the_smallest_gpt_2() -> None:
 def test_every_tenth_file_is_held_out_and_rare_words_are_unknown() -> None:
     gpt2 = importlib.import_module("gpt2_training")
     texts = ["a a b c"] * 9 + [" d d d d a"]
-    text = gpt2.Text.of(texts, words=3, length=2, held_out=1)
+    text = gpt2.Text.from_files(texts, words=3, length=2, held_out=1)
     # The most frequent pieces are " a" and "a"; with the unknown one they are three words.
     assert text.training.shape == (18, 2)
     assert text.held_out.shape == (1, 2)

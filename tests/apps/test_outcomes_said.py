@@ -18,8 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from metapl.apps.digits import METHODS
 from metapl.apps.methods import with_settings_of
 from metapl.apps.pictures import load_digits_split
-from metapl.apps.report import linear_baseline, panels_of, summary
+from metapl.apps.report_picture import panels_of
 from metapl.apps.run_folder import guessing
+from metapl.apps.run_summary import linear_baseline, summary
 from metapl.apps.settings import with_flags
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare
@@ -207,9 +208,9 @@ def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(
         for row in taught
     )
     panels = panels_of({"MPL": taught}, "network")
-    ((_, _, _, points),) = panels["Size of the feedback"]
-    assert points == [(row["step"], row["feedback_ratio"]) for row in taught]
-    drawn = [name for _, _, name, _ in panels["Feedback to the teacher"]]
+    (curve,) = panels["Size of the feedback"]
+    assert curve.points == [(row["step"], row["feedback_ratio"]) for row in taught]
+    drawn = [curve.name for curve in panels["Feedback to the teacher"]]
     is_scalar = mode in ("reinforce", "loss_difference")
     assert ("standard deviation in a batch" in drawn) == (not is_scalar)
     assert "root mean square in a batch" in drawn

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import reference
+import safetensors.torch
 import torch
 from problems_zoo import product
 from reference import error
@@ -36,6 +37,8 @@ def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(0, 3, (rows,), generator=draw)
 
 
+# A rate of 0.1 that falls to 0 in a line.
+FALLING = {"lr": 0.1 * (1 - torch.arange(STEPS, dtype=torch.float64)[:, None] / STEPS)}
 TRAIN = data(0)
 OUTER = data(1, 5)
 
@@ -111,9 +114,12 @@ def test_the_scores_are_the_derivatives(
 ) -> None:
     network = student(kind)
     state_before = copy.deepcopy(network.state_dict())
-    schedule = (lambda k: 1 - k / STEPS) if scheduled else None
-    attribution = scored(network, optimizer, schedule=schedule, clip_norm=clip)
-    factor = schedule or (lambda _: 1.0)
+    settings = FALLING if scheduled else None
+    attribution = scored(network, optimizer, settings=settings, clip_norm=clip)
+
+    def factor(step: int) -> float:
+        return 1 - step / STEPS if scheduled else 1.0
+
     exact, losses = by_hand(
         copy.deepcopy(network), attribution.order, optimizer, factor, clip or 1e9
     )
@@ -268,7 +274,7 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(
     kind: str, clip: float | None
 ) -> None:
     network = student(kind)
-    attribution = scored(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
+    attribution = scored(network, settings=FALLING, clip_norm=clip)
     sets = [[1, 2], [5], [7, 8, 9]]
     agreement = attribution.validate(sets)
 
@@ -398,10 +404,16 @@ def test_what_helps_most_and_what_is_saved(tmp_path: Path) -> None:
     helpful, harmful = attribution.top(3)
     assert attribution.scores[helpful[0]] == attribution.scores.max()
     assert attribution.scores[harmful[0]] == attribution.scores.min()
-    attribution.save(tmp_path / "made" / "scores.pt")
-    saved = torch.load(tmp_path / "made" / "scores.pt")
+    with pytest.raises(MetaplError, match=r"format of safetensors; .* such as scores\.safetensors"):
+        attribution.save(tmp_path / "made" / "scores.pt")
+    assert not [*tmp_path.iterdir()]
+    attribution.save(tmp_path / "made" / "scores.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "made" / "scores.safetensors")
     assert torch.equal(saved["scores"], attribution.scores)
     assert torch.equal(saved["order"], attribution.order)
+    weights = {f"student_params/{name}": t for name, t in attribution.student_params.items()}
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+    assert {*saved} == {"scores", "order", "outer_loss", *weights}
     assert "24" in repr(attribution)
 
 
@@ -420,7 +432,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a later NaN": {"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)},
     "an infinite outer input": {"outer": (X * torch.inf, Y)},
     "labels that are no classes": {"train": (X, Y + 3)},
-    "a class of schedules": {"schedule": torch.optim.lr_scheduler.CosineAnnealingLR},
+    "a class of schedulers": {"settings": torch.optim.lr_scheduler.CosineAnnealingLR},
     "a clip": {"clip_norm": 0.0},
     "weights that are not 1": {"problem": Twice()},
     "views that differ in a few steps": {"train": Noisy(X, Y), "steps": 3},
@@ -430,10 +442,12 @@ REFUSED: dict[str, dict[str, Any]] = {
         "mode": metapl.feedback.Forward(keep_every=8),
     },
     "another network's optimizer": {"optimizer": OF_ANOTHER_NETWORK},
-    "another optimizer's schedule": {
-        "schedule": torch.optim.lr_scheduler.StepLR(OF_ANOTHER_NETWORK, 1)
+    "a function": {"settings": lambda step: 1.0},
+    "settings of fewer steps": {"settings": {"lr": FALLING["lr"][1:]}},
+    "a rate that diverges": {
+        "settings": {"lr": torch.full((9, 1), 1e307, dtype=torch.float64)},
+        "steps": 9,
     },
-    "a rate that diverges": {"schedule": lambda k: 1e308, "steps": 9},
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchopt
 from problems_zoo import same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -556,3 +557,38 @@ def test_what_an_error_about_a_dataclass_proposes_runs() -> None:
     ):
         step(Records())
     assert tuple(step(WithInputs()).feedback.shape) == (ROWS,)
+
+
+# ------------------------------------------------------------------------- what a trainer is, shown
+
+
+def test_a_trainer_shows_its_parts_and_how_far_it_is() -> None:
+    teacher, student = network(), network()
+    matrices = [p for p in student.parameters() if p.ndim == 2]
+    others = [p for p in student.parameters() if p.ndim != 2]
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        metapl.feedback.Reinforce(baseline=0.9),
+        inner_optimizer=(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.001)),
+    )
+    trainer.step(pair(), pair()[0])
+    mode = "Reinforce(similarity='dot', baseline=0.9, normalization='gradient', reduction='mean')"
+    assert repr(trainer).splitlines() == [
+        f"BilevelTrainer: mode {mode}, problem PseudoLabels, 1 step done",
+        "  student: Sequential, 51 weights, Muon with lr=0.02 and AdamW with lr=0.001",
+        "  teacher: Sequential, 51 weights, SGD with lr=0.05",
+    ]
+
+
+def test_a_trainer_without_a_teacher_shows_a_transform() -> None:
+    trainer = metapl.BilevelTrainer(
+        None,
+        network(),
+        problem=metapl.problems.LearningToReweight(),
+        inner_optimizer=torchopt.sgd(0.1),
+    )
+    assert repr(trainer).splitlines() == [
+        "BilevelTrainer: mode 'forward', problem LearningToReweight, 0 steps done",
+        "  student: Sequential, 51 weights, a transform GradientTransformation",
+    ]

@@ -242,6 +242,19 @@ def test_a_fit_is_not_resumed_with_other_first_steps(tmp_path: Path) -> None:
         fit(weight_trainer(), steps=20, out=tmp_path, resume=True)
 
 
+def test_patience_is_counted_from_where_the_teacher_begins() -> None:
+    trainer = weight_trainer()
+
+    def steps_to_go(outputs: Tensor, batch: Any) -> float:
+        return -float(trainer.steps_done)
+
+    options: dict[str, Any] = {"first_steps": 6, "validation": TRUSTED[0], "validate_every": 1}
+    result = fit(trainer, steps=20, metric=steps_to_go, metric_mode="max", patience=2, **options)
+    # The student is at its best after step 1; of those with a teacher the one after step 7 is best.
+    assert result.step == 1
+    assert trainer.steps_done == 9
+
+
 def test_first_steps_are_with_micro_batches_and_a_clip_what_they_are_without() -> None:
     plain = weight_trainer(clip_norm=0.5)
     parts = weight_trainer(clip_norm=0.5, accumulate=2)

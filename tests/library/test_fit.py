@@ -27,14 +27,17 @@ from fits import (
     batches,
     bilevel,
     copied,
+    end_of,
     events,
     network,
     rows,
     single,
 )
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import metapl
 from metapl import MetaplError, StopFit
 from metapl.execution.ranks import ALONE
 from metapl.metrics import evaluate_logits
@@ -267,8 +270,8 @@ SCALARS = {
     "outer_loss",
     "teacher_loss",
     "teacher_cross_entropy",
-    "student_lr",
-    "teacher_lr",
+    "inner_lr",
+    "outer_lr",
     "feedback_mean",
     "feedback_std",
     "feedback_snr",
@@ -314,6 +317,70 @@ def test_tensorboard_shows_what_the_rows_say_each_step_once(tmp_path: Path) -> N
         assert shown == expected
     finetune_events = events(tmp_path / "tensorboard/finetune")
     assert [event.step for event in finetune_events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def digits_trainer() -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
+    """Return a trainer on handwritten digits, and the options of a fit of it that has patience."""
+    data = load_digits()
+    x = torch.tensor(data.data / 16, dtype=torch.float32)
+    y = torch.tensor(data.target)
+    torch.manual_seed(0)
+    teacher, student = metapl.models.mlp([64, 32, 10]), metapl.models.mlp([64, 32, 10])
+    options: dict[str, Any] = {
+        "labeled": (x[:100], y[:100]),
+        "unlabeled": x[100:1200],
+        "batch_size": 50,
+        "validation": (x[1200:], y[1200:]),
+        "steps": 1000,
+        "validate_every": 10,
+        "save_every": 10,
+        "patience": 4,
+    }
+    return metapl.BilevelTrainer(teacher, student, verify=False), options
+
+
+def test_patience_ends_a_fit_on_digits_at_its_best_student(tmp_path: Path) -> None:
+    trainer, options = digits_trainer()
+    lines: list[str] = []
+    result = trainer.fit(**options, out=tmp_path / "whole", say=lines.append)
+    measured = [row for row in result.history if "student_validation_accuracy" in row]
+    values = [row["student_validation_accuracy"] for row in measured]
+    # No value after the best one is better, and it took no step after the fourth of these.
+    assert trainer.steps_done == measured[-1]["step"] < options["steps"]
+    assert values.index(max(values)) == len(values) - 1 - options["patience"]
+    assert result.value == max(values) > 0.8
+    assert trainer.evaluate(options["validation"]).value == result.value
+    assert lines[-1] == (
+        f"stopped after step {trainer.steps_done} by patience: the last 4 validations have no "
+        f"better accuracy than {max(values):.4g}"
+    )
+
+    # A fit that breaks off between the best validation and the last one counts on.
+    breaks_at = measured[-2]["step"]
+
+    def break_off(step: int, row: Any, trainer: Any) -> None:
+        if step == breaks_at:
+            raise KeyError("break")
+
+    stopped, options = digits_trainer()
+    with pytest.raises(KeyError, match="break"):
+        stopped.fit(**options, out=tmp_path / "stopped", callbacks=[break_off])
+    resumed, options = digits_trainer()
+    again = resumed.fit(**options, out=tmp_path / "stopped", resume=True)
+    end = end_of(trainer, result, tmp_path / "whole")
+    assert same(end, end_of(resumed, again, tmp_path / "stopped"))
+
+
+def test_an_ended_fit_stays_ended_when_it_is_resumed(tmp_path: Path) -> None:
+    trainer, options = digits_trainer()
+    ended = trainer.fit(**options, out=tmp_path)
+    resumed, options = digits_trainer()
+    again = resumed.fit(**options, out=tmp_path, resume=True)
+    assert resumed.steps_done == trainer.steps_done < options["steps"]
+    assert same(ended.weights, again.weights)
+    other, options = digits_trainer()
+    with pytest.raises(MetaplError, match="patience was 4, now 5"):
+        other.fit(**{**options, "patience": 5}, out=tmp_path, resume=True)
 
 
 def test_damaged_lines_are_left_out_and_a_torn_one_is_written_anew(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from feed_sources import same
 from fits import (
@@ -381,14 +382,21 @@ def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:
     data = list(zip(*batches(4), strict=True))
     trainer = bilevel(Reinforce(baseline=0.9), 0, INNER["adamw"])
     trainer.step(*data[0])
-    trainer.save(tmp_path / "a.ckpt")
+    for name in ("a.pt", "a.ckpt", "a"):
+        with pytest.raises(MetaplError, match=r"format of safetensors; .* such as a\.safetensors"):
+            trainer.save(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+    trainer.save(tmp_path / "a.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    for name, t in trainer.student.state_dict().items():
+        assert torch.equal(tensors[f"trainer/student/{name}"], t)
     state = trainer.state_dict()
     feedback = [trainer.step(*batches_of_step).feedback for batches_of_step in data[1:]]
     end = trainer.state_dict()
 
     # The other trainer has seen other random numbers by now, and takes these from the file.
     other = bilevel(Reinforce(baseline=0.9), 1, INNER["adamw"])
-    other.load(tmp_path / "a.ckpt")
+    other.load(tmp_path / "a.safetensors")
     assert same(other.state_dict(), state)
     assert same([other.step(*batches_of_step).feedback for batches_of_step in data[1:]], feedback)
     assert same(other.state_dict(), end)

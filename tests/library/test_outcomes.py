@@ -251,9 +251,7 @@ def test_a_feedback_that_decides_alone_is_said_in_the_third_row() -> None:
     texts: list[str] = []
     outcomes = watched(texts)
     for step, ratio in enumerate([11.0, 30.0, 9.0, 12.0, 500.0], 1):
-        outcomes.recorded(
-            step, {"feedback_ratio": ratio, "teacher_lr": 0.0}, examples=64, labeled=64
-        )
+        outcomes.recorded(step, {"feedback_ratio": ratio, "outer_lr": 0.0}, examples=64, labeled=64)
     assert texts == []
     outcomes.recorded(6, {"feedback_ratio": 57.3}, examples=64, labeled=64)
     outcomes.recorded(7, {"feedback_ratio": 60.0}, examples=64, labeled=64)

@@ -35,7 +35,15 @@ FLOORS = (
     ("apps.methods", "apps.run_folder", "apps.launch"),
     ("apps.inputs", "apps.list_runs", "apps.methods_over_seeds", "apps.images", "apps.digits"),
     ("apps.backbone",),
-    ("apps.labeling", "apps.report", "apps.noisy_labels", "apps.export"),
+    (
+        "apps.labeling",
+        "apps.noisy_labels",
+        "apps.report",
+        "apps.report_picture",
+        "apps.run_summary",
+        "apps.suspects",
+        "apps.export",
+    ),
     ("apps.train",),
     ("apps.look", "apps.several_runs", "apps.differences", "apps.noisy_student"),
     (
@@ -47,7 +55,7 @@ FLOORS = (
         "apps.attribute",
         "apps.ablate",
     ),
-    ("apps.main",),
+    ("apps.help_pages", "apps.main"),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems,
 updates and the execution know nothing of each other's use in feedback, and none of them of a

@@ -207,10 +207,8 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(
     assert of_student == [6, 8, 10, 11]
     assert result.step > wait
     assert [step for step, row in logged.items() if "inner_loss" in row] == list(range(6, 12))
-    assert [row["student_lr"] for step, row in logged.items() if step <= wait] == [0.0] * wait
-    assert all(
-        {"teacher_loss", "teacher_uda", "teacher_lr"} <= row.keys() for row in logged.values()
-    )
+    assert [row["inner_lr"] for step, row in logged.items() if step <= wait] == [0.0] * wait
+    assert all({"teacher_loss", "teacher_uda", "outer_lr"} <= row.keys() for row in logged.values())
     _, after_8_steps, after_4_steps = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
     fresh = copied(bilevel().student)
     for path, has_moved in ((after_4_steps, False), (after_8_steps, True)):

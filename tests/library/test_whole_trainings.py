@@ -167,9 +167,10 @@ def on_both_roads(
     """
     teacher = teacher_of(problem)
     inner_optimizer = OPTIMIZERS[optimizer](student.parameters())
-    schedule = None
+    settings = None
     if is_scheduled:
-        schedule = torch.optim.lr_scheduler.ExponentialLR(inner_optimizer, 0.8)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(inner_optimizer, 0.8)
+        settings = metapl.scheduled_settings(scheduler, steps=STEPS)
 
     def inner_batch(number: int) -> Any:
         x, y = batch(number)
@@ -183,7 +184,7 @@ def on_both_roads(
             teacher,
             student,
             outer=batch(-1),
-            inner=Lookahead(inner_batch, steps=STEPS, schedule=schedule),
+            inner=Lookahead(inner_batch, steps=STEPS, settings=settings),
             inner_optimizer=inner_optimizer,
             problem=problem,
             mode=mode,
@@ -247,13 +248,13 @@ def test_two_graphs_give_the_eager_gradient(
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
 def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor) -> None:
     """A momentum of 0 leaves it as it is, and the first step has no dampening."""
-    schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
+    settings = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
     eager, pure = (
         metapl.hypergradient(
             None,
             STUDENT,
             outer=batch(-1),
-            inner=Lookahead(batch, steps=4, schedule=schedule),
+            inner=Lookahead(batch, steps=4, settings=settings),
             inner_optimizer=SGD(STUDENT.parameters(), lr=0.1),
             problem=PROBLEM,
             wrt=("lr", "dampening"),
@@ -302,7 +303,7 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
             None,
             STUDENT,
             outer=batch(-1),
-            inner=Lookahead(batch, steps=3, schedule=lambda k: k / 3),
+            inner=Lookahead(batch, steps=3, settings={"lr": 0.1 * torch.arange(3.0)[:, None] / 3}),
             inner_optimizer=SGD(STUDENT.parameters(), lr=0.1),
             problem=EqualWeights(),
             compile=True,
@@ -324,10 +325,10 @@ LATE_DECAY = {"weight_decay": torch.tensor([[0.0], [1e-6]])}
 
 
 @pytest.mark.parametrize(
-    ("tasks", "decay", "schedule"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)]
+    ("tasks", "decay", "settings"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)]
 )
 def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
-    tasks: str, decay: float, schedule: Any
+    tasks: str, decay: float, settings: Any
 ) -> None:
     """torch.optim leaves them.
 
@@ -341,7 +342,7 @@ def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
                 None,
                 student,
                 outer=({"a": x, "b": x}, y),
-                inner=Lookahead([({task: x}, y) for task in tasks], schedule=schedule),
+                inner=Lookahead([({task: x}, y) for task in tasks], settings=settings),
                 inner_optimizer=SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay),
                 problem=PROBLEM,
                 compile=True,
@@ -423,9 +424,9 @@ def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[
 
 
 def lookahead(
-    batches: Any = batch, schedule: Any = None, steps: int | None = STEPS
+    batches: Any = batch, settings: Any = None, steps: int | None = STEPS
 ) -> dict[str, Any]:
-    return {"inner": Lookahead(batches, steps=steps, schedule=schedule)}
+    return {"inner": Lookahead(batches, steps=steps, settings=settings)}
 
 
 EAGER: dict[str, Any] = {"compile": False}
@@ -439,15 +440,15 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "unknown name": ("expected", lambda: {"wrt": "lrr"}),
     "no such setting": ("betas", lambda: {"wrt": ["start", "betas"]}),
     "a setting of a transform": ("lr", lambda: {"wrt": "lr", "inner_optimizer": torchopt.sgd(0.1)}),
-    "an unknown schedule": ("lrr", lambda: lookahead(schedule={"lrr": RATES})),
-    "a schedule that ends": ("shape", lambda: lookahead(schedule={"lr": RATES[1:]})),
-    "rates of two groups": ("schedule", lambda: lookahead(schedule=RATES_OF_TWO_GROUPS)),
-    "betas of SGD": ("schedule", lambda: lookahead(schedule=BETAS)),
+    "an unknown setting": ("lrr", lambda: lookahead(settings={"lrr": RATES})),
+    "settings that end": ("shape", lambda: lookahead(settings={"lr": RATES[1:]})),
+    "rates of two groups": ("settings", lambda: lookahead(settings=RATES_OF_TWO_GROUPS)),
+    "betas of SGD": ("settings", lambda: lookahead(settings=BETAS)),
     "another batch": ("for step 2", lambda: lookahead(odd())),
     "always another batch": ("for step 0", lambda: lookahead(odd(steps=range(STEPS)))),
     "NaN": ("step 2", lambda: lookahead(odd(NAN))),
     "NaN in the first step": ("step 0", lambda: lookahead([odd(NAN)(2)] * STEPS)),
-    "a rate of NaN": ("step 1", lambda: lookahead(schedule=lambda k: NAN)),
+    "a rate of NaN": ("step 1", lambda: lookahead(settings={"lr": torch.full((STEPS, 1), NAN)})),
     "NaN in the outer batch": (
         "step 6|the outer loss is NaN or infinite",
         lambda: {"outer": odd(NAN)(2)},
@@ -466,7 +467,7 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {
             "wrt": "momentum",
             "mode": Unrolled(),
-            **lookahead(schedule=RESTED, steps=3),
+            **lookahead(settings=RESTED, steps=3),
             **EAGER,
         },
     ),
@@ -576,7 +577,7 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
         None,
         student,
         outer=batch(-1),
-        inner=Lookahead(batch, steps=steps, schedule=settings),
+        inner=Lookahead(batch, steps=steps, settings=settings),
         inner_optimizer=OPTIMIZERS[optimizer](student.parameters()),
         problem=EqualWeights(),
         mode=mode,

@@ -102,7 +102,7 @@ class FileImages:
 
     A file that cannot be read is replaced by the next one that can, in the order of this set; so
     the batches stay a function of their position. It is recorded, whichever process meets it: as a
-    line of JSON in ``log``, see :func:`replaced_files`, or as a warning. ``size``, ``mode`` and
+    line of JSON in ``log``, see :func:`replaced_files`, or as a warning. ``size``, ``colors`` and
     ``center`` are those of :func:`metapl.apps.pictures.reader.read_image`.
     """
 
@@ -111,7 +111,7 @@ class FileImages:
         paths: Iterable[str | Path],
         *,
         size: tuple[int, int],
-        mode: Literal["RGB", "L"] = "RGB",
+        colors: Literal["RGB", "L"] = "RGB",
         center: float = 1.0,
         log: Path | None = None,
     ) -> None:
@@ -124,7 +124,10 @@ class FileImages:
                 "each."
             )
         self._indices = torch.arange(len(self._paths))
-        self.size, self.mode, self.center, self.log = size, mode, center, log
+        self.size = size
+        self.colors = colors
+        self.center = center
+        self.log = log
         # The pair says which pictures are kept, and holds the pictures. Two processes that read the
         # same picture at once write the same bytes.
         self._kept: tuple[np.ndarray[Any, Any], Tensor] | None = None
@@ -134,7 +137,7 @@ class FileImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (3 if self.mode == "RGB" else 1, *self.size)
+        return (3 if self.colors == "RGB" else 1, *self.size)
 
     def select(self, indices: Tensor) -> FileImages:
         return self._with(_indices=self._indices[indices])
@@ -216,8 +219,8 @@ class FileImages:
         path = str(self.path(index))
         try:
             if crops:
-                return read_crops(path, crops, size=self.size, mode=self.mode)
-            picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
+                return read_crops(path, crops, size=self.size, colors=self.colors)
+            picture = read_image(path, size=self.size, colors=self.colors, center=self.center)
         except UnreadableImage as error:
             if self.log is None:
                 warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)
