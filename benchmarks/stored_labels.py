@@ -59,7 +59,7 @@ from torch.nn import functional as F
 from when_tables import sign_flip
 
 import metapl
-from metapl.models import label_adjuster, mlp
+from metapl.models import LabelAdjuster, mlp
 from metapl.problems import EqualWeights, ReducedLabels
 
 RAW = RESULTS / "stored_labels.jsonl"
@@ -242,7 +242,7 @@ def run(
             given |= {"mode": "forward", "feedback_weight": rules[0]["weight"]}
         trainers = []
         for own, (_, rule) in zip(students, pairs, strict=True):
-            teacher = label_adjuster(q_x.shape[-1])
+            teacher = LabelAdjuster(q_x.shape[-1])
             both = {"inner_optimizer": sgd(own, rule["lr"]), "outer_optimizer": sgd(teacher, 0.05)}
             trainers.append(metapl.BilevelTrainer(teacher, own, **given, **both))
     generators = [torch.Generator().manual_seed(seeds[number]) for number, _ in pairs]

@@ -26,7 +26,7 @@ AHEAD = 10  # steps of the student, in learning the images and in the comparison
 RATE = 0.5
 
 
-class Distilled(metapl.problems.Problem):
+class Distilled(metapl.problems.BilevelProblem):
     """The signal is the image of each class in the batch, learned by the student as that class."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):

@@ -27,7 +27,7 @@ NOISE = 0.5  # of the digits that the student is judged by: the standard deviati
 START = 0.1
 
 
-class Noise(metapl.problems.Problem):
+class Noise(metapl.problems.BilevelProblem):
     """The signal is the noise's standard deviation, one for all examples."""
 
     signal_has_rows = False

@@ -24,7 +24,7 @@ START = {
 }
 
 
-class Hyperparameters(metapl.problems.Problem):
+class Hyperparameters(metapl.problems.BilevelProblem):
     """The signal is a dict of tensors that all examples share."""
 
     signal_has_rows = False

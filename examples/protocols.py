@@ -76,7 +76,7 @@ from metapl.errors import MetaplError
 from metapl.feedback import Forward, LossDifference, Reinforce, ReinforcePerExample
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.problems import ReducedLabels
 from metapl.problems.losses import UDA, CrossEntropy
 
@@ -724,7 +724,7 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     torch.manual_seed(c.seed)
     classes = len(sets.classes)
     if c.method.startswith("reduced"):
-        teacher: nn.Module = label_adjuster(classes).to(c.device)
+        teacher: nn.Module = LabelAdjuster(classes).to(c.device)
     else:
         teacher = build_network(c, classes, c.teacher_dropout, c.network)
     student = build_network(c, classes, c.dropout, c.network)

@@ -1,6 +1,6 @@
 """Bilevel problems: the teacher's signal, and the losses that both networks learn from."""
 
-from metapl.problems.base import BilevelProblem, Problem, Signal
+from metapl.problems.base import BilevelProblem, Signal
 from metapl.problems.doubtful import (
     EqualWeights,
     ExampleLabels,
@@ -26,7 +26,6 @@ __all__ = [
     "MetaWeightNet",
     "NextToken",
     "NoiseTransition",
-    "Problem",
     "PseudoLabels",
     "ReducedLabels",
     "Signal",
