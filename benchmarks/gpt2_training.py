@@ -222,7 +222,7 @@ class Setting:
     warmup: int = 20
     rate: float = 3e-4
     eps: float = 1e-6
-    keep_every: int = 15
+    keep_every: int = 8
     files: int | None = None
 
     @property

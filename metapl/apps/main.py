@@ -349,17 +349,17 @@ def refuse_flags_of_others(name: str, kind: Any, words: Sequence[str]) -> None:
     """
     flags = {flag.name for flag in help_pages.flags_of(kind)}
     for word in words:
-        given = word.partition("=")[0].replace("_", "-")
-        if not given.startswith("--") or given in flags:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not flag.startswith("--") or flag in flags:
             continue
         owners = []
         for method in kind.methods.METHODS:
             others = help_pages.flags_of(kind.with_method(method))
-            if given in {flag.name for flag in others}:
+            if flag in {other.name for other in others}:
                 owners.append(method)
         if owners:
             raise MetaplError(
-                f"{given} is no flag of --method {kind.method_name}; it is one of "
+                f"{flag} is no flag of --method {kind.method_name}; it is one of "
                 f"{', '.join(owners)}. Those of a method: metapl {name} --method "
                 f"{kind.method_name} --help"
             )

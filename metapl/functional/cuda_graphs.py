@@ -388,6 +388,11 @@ def why_not_recorded(error: RuntimeError) -> str:
             "a network or a loss reads the value of a tensor (.item(), bool(), a mask as an "
             "index), or makes a tensor of numbers in each pass"
         )
+    if "expected input and grad types to match" in text:
+        return (
+            "torch takes the softmax of attention in float32 in a region of autocast, and its "
+            "gradient in half precision; take precision='float32' or networks of half precision"
+        )
     if "captur" in text.lower():
         return " ".join(text.splitlines()[0].split())
     return ""

@@ -334,7 +334,7 @@ def test_a_generator_of_labels_is_the_same_on_both_roads() -> None:
 
 def test_a_region_of_autocast_is_followed() -> None:
     """Its casts of weights are not kept from one step to the next."""
-    pair = trainers(network=Attention)
+    pair = trainers()
     for trainer in pair:
         for network in (trainer.teacher, trainer.student):
             network.float()
@@ -427,6 +427,24 @@ def test_a_step_by_graphs_does_not_wait(cuda_may_not_wait: Any) -> None:
         trainer.step(*batches)
         trainer.inner_optimizer.param_groups[0]["lr"] = 0.001
         trainer.step(*batches)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        # Of an H100 with torch 2.11, where the attention of a step runs by autocast.
+        (
+            "expected input and grad types to match, or input to be at::Half and grad to be "
+            "at::Float",
+            "softmax of attention",
+        ),
+        ("called a synchronizing CUDA operation", "reads the value of a tensor"),
+        ("CUDA error: operation not permitted when stream is capturing", "stream is capturing"),
+    ],
+)
+def test_what_torch_says_of_a_recording_is_told_in_one_line(text: str, reason: str) -> None:
+    assert reason in cuda_graphs.why_not_recorded(RuntimeError(text))
+    assert cuda_graphs.why_not_recorded(RuntimeError("something else")) == ""
 
 
 def test_networks_on_the_cpu_are_refused_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
