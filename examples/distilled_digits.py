@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import Table
 
 AHEAD = 10  # steps of the student, in learning the images and in the comparison

@@ -20,7 +20,7 @@ from noisy_digits import batches, fit
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import Table
 
 NOISE = 0.5  # of the digits that the student is judged by: the standard deviation

@@ -12,6 +12,7 @@ from metapl.problems.doubtful import (
     Table,
     WeightNet,
 )
+from metapl.problems.model_noise import NoisyStudentLoss
 from metapl.problems.pseudo_labels import PseudoLabels, ReducedLabels, StoredCrossEntropy
 from metapl.problems.sequences import DataRater, NextToken
 
@@ -26,6 +27,7 @@ __all__ = [
     "MetaWeightNet",
     "NextToken",
     "NoiseTransition",
+    "NoisyStudentLoss",
     "PseudoLabels",
     "ReducedLabels",
     "Signal",
