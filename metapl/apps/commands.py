@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Protocol,
+    Self,
+    TypeAlias,
+    get_type_hints,
+)
 
 import torch
 import tyro
@@ -31,6 +41,7 @@ from metapl.apps.report import summary
 from metapl.apps.run_folder import RunFolder, stored_result
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
+from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
@@ -51,6 +62,19 @@ if not TYPE_CHECKING:
     MethodOfDigits = _subcommands(digits.METHODS)
     MethodOfNoisy = _subcommands(noisy_labels.METHODS)
 
+# --config FILE. The command line has read the file before its flags are, whose defaults it has.
+RecipeFile = Annotated[
+    StoredRecipe | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE",
+        instance_from_str=lambda words: StoredRecipe.read(Path(words[0])),
+        is_instance=lambda value: isinstance(value, StoredRecipe),
+        str_from_instance=lambda recipe: [str(recipe.path)],
+    ),
+    unset("FILE", name="config"),
+]
+
 # What a command line begins with that starts a training.
 TRAINING_COMMANDS = ("train", "noisy-student")
 
@@ -68,10 +92,12 @@ class Place:
     Args:
         out: run folder; by default the next free one in runs/.
         resume: go on with the run in the folder.
+        recipe: recipe.json of a run to repeat; flags override it.
     """
 
     out: Folder = None
     resume: Switch = False
+    recipe: RecipeFile = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +170,30 @@ class Train:
 
     # The module whose METHODS can be compared; None: there is one method.
     methods: ClassVar[Methods | None] = None
+
+    @classmethod
+    def of_recipe(cls, recipe: StoredRecipe) -> Self:
+        """Return the training that repeats the run of a recipe."""
+        config_kind = get_type_hints(cls)["config"]
+        options_kind = get_type_hints(cls)["options"]
+        methods = None if cls.methods is None else cls.methods.METHODS
+        config, method = recipe.settings(config_kind, methods)
+        return cls(config=config, options=options_kind(recipe=recipe), method=method)
+
+    def by_method(self, name: str) -> Self:
+        """Return the training by the method of a name, with the settings that it shares."""
+        if name == self.method.name:
+            return self
+        assert self.methods is not None, "there are several methods"
+        usual = self.methods.METHODS
+        method = with_settings_of(usual[name], self.method, usual[self.method.name])
+        return dataclasses.replace(self, method=method)
+
+    def with_seen_again(self) -> Self:
+        """Return the training with what other pictures than the recipe's show left open."""
+        assert self.options.recipe is not None, "it repeats a run"
+        config, method = self.options.recipe.with_seen_again(self.config, self.method)
+        return dataclasses.replace(self, config=config, method=method)
 
     def run(self) -> int:
         """Train or compare, and return the exit code; what is wrong is refused first."""
@@ -236,15 +286,26 @@ class Train:
         stored = None
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
-        torch.set_num_threads(config.threads or default_threads())
+        recipe = self.options.recipe
+        for note in [] if recipe is None else recipe.notes():
+            say(f"note: {note}")
+        torch.set_num_threads(config.threads or self.usual_threads())
         if isinstance(config, OfPictures):
             config, method = choose_settings(config, self.method, say, stored)
+            if recipe is not None:
+                recipe.check_weights(config.pictures)
         else:
             method = self.method.scheduled(config.fitting.chosen_steps)
         if isinstance(method, NoisyStudent):
             # Networks that do not go on are refused before anything is written.
             noisy_student.configs_of(config, method)
         return config, method
+
+    def usual_threads(self) -> int:
+        """Return the threads of the linear algebra of a new run: those of the run it repeats."""
+        recipe = self.options.recipe
+        repeated_threads = None if recipe is None else recipe.threads
+        return repeated_threads or default_threads()
 
     def methods_like(
         self, method: Method, names: tuple[str, ...], steps: int | None
@@ -269,9 +330,10 @@ class Train:
         others: Others,
     ) -> None:
         """Train by one method, unless the run in the folder has ended, and say what it reached."""
-        torch.set_num_threads(config.threads or folder.threads())
+        threads = folder.threads(usual=self.usual_threads())
+        torch.set_num_threads(config.threads or threads)
         if not folder.ended:
-            others.train(config, method, threads=folder.threads())
+            others.train(config, method, threads=threads)
         with folder.claimed(describe(config, method), resume=self.options.resume):
             if folder.ended:
                 tell(f"{folder.path} is finished already.")

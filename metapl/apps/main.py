@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import torch
@@ -64,6 +65,8 @@ Train a classifier from a few labeled examples and many unlabeled ones:
   metapl train digits --compare --seeds 0-4 --out runs/compared
 
 Each command says more with --help.
+
+metapl train --config runs/digits-001/recipe.json repeats a run.
 
 metapl --print-completion SHELL completes them in bash, zsh or tcsh.
 
@@ -186,6 +189,9 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
     """
     names = " ".join(given[:2]), *given[:1]
     name = next((name for name in names if name in COMMANDS), None)
+    is_training = bool(given) and given[0] in ("train", "noisy-student")
+    if is_training and any(word.partition("=")[0] == "--config" for word in given):
+        return parsed_by_recipe(given)
     if name is None:
         if given[:1] == ["--version"]:
             print(f"metapl {version('metapl')}")
@@ -204,9 +210,17 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
         return "", tyro.cli(
             every_command(), prog="metapl", description=HELP, args=args, config=CONFIG
         )
-    # The names behind --methods become one word, for each of them alone is taken for a method; and
-    # --method NAME, of several the last one, the word NAME in front of the flags.
-    words, method, others = [*given[len(name.split()) :]], list[str](), list[str]()
+    words = words_for_tyro(given[len(name.split()) :])
+    return name, tyro.cli(found(name), prog=f"metapl {name}", args=words, config=CONFIG)
+
+
+def words_for_tyro(given: Sequence[str]) -> list[str]:
+    """Return the words behind the name of a command as tyro reads them.
+
+    The names behind --methods become one word, for each of them alone is taken for a method; and
+    --method NAME, of several the last one, the word NAME in front of the flags.
+    """
+    words, method, others = [*given], list[str](), list[str]()
     if "--methods" in words:
         first = words.index("--methods") + 1
         last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
@@ -218,9 +232,44 @@ def parsed(given: Sequence[str]) -> tuple[str, Any]:
             method = [value]
         else:
             others.append(word)
-    return name, tyro.cli(
-        found(name), prog=f"metapl {name}", args=[*method, *others], config=CONFIG
-    )
+    return [*method, *others]
+
+
+def parsed_by_recipe(given: Sequence[str]) -> tuple[str, Any]:
+    """Return the name of the training command of --config FILE, and its dataclass.
+
+    What no flag says is as in the file. What is trained on may be named before the flags, as the
+    file has it, or left out.
+    """
+    from metapl.apps.stored_recipe import StoredRecipe, flag_value
+
+    path, words = flag_value(given, "--config")
+    assert path is not None, "the flag is among the words"
+    recipe = StoredRecipe.read(Path(path))
+    name = recipe.command
+    if name not in COMMANDS:
+        names = [name.partition(" ")[2] for name in COMMANDS if name.startswith("train ")]
+        meant = did_you_mean(recipe.name, names) or "."
+        raise MetaplError(
+            f"{path}: no command trains on {shown(recipe.name)!r}{meant} Expected one of "
+            f"{', '.join(names)}."
+        )
+    group, kind = name.split()
+    is_named = len(words) > 1 and not words[1].startswith("-")
+    if words[0] != group or (is_named and words[1] != kind):
+        asked = shown(" ".join(words[: 2 if is_named else 1]))
+        raise MetaplError(
+            f"metapl {asked} was asked for, and {path} is the recipe of {name}; expected metapl "
+            f"{name} --config {path}."
+        )
+    command = found(name)
+    default = command.of_recipe(recipe)
+    words = words_for_tyro(words[2 if is_named else 1 :])
+    if words and words[0] in (command.methods.METHODS if command.methods else ()):
+        # A method that is named by a flag has what the file says of the settings that it shares.
+        default = default.by_method(words[0])
+    repeated = tyro.cli(command, prog=f"metapl {name}", args=words, config=CONFIG, default=default)
+    return name, repeated.with_seen_again()
 
 
 def found(name: str) -> Any:

@@ -163,13 +163,14 @@ class RunFolder(Folder):
                     "--out."
                 )
 
-    def threads(self) -> int:
+    def threads(self, usual: int | None = None) -> int:
         """Return the threads of the linear algebra, on whose number rounding depends.
 
-        They are those that the run in the folder was started with.
+        They are those that the run in the folder was started with; of a new run ``usual``, or None
+        for one a core.
         """
         begun = self.description().get("made_with", {}) if self.exists else {}
-        return int(begun.get("threads") or default_threads())
+        return int(begun.get("threads") or usual or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe of the run in the folder."""

@@ -38,6 +38,7 @@ FLOORS = (
     ("apps.labeling", "apps.report", "apps.noisy_labels", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.several_runs", "apps.differences", "apps.noisy_student"),
+    ("apps.stored_recipe",),
     (
         "apps.commands",
         "apps.compare_runs",
