@@ -62,6 +62,12 @@ if not TYPE_CHECKING:
     MethodOfDigits = _subcommands(digits.METHODS)
     MethodOfNoisy = _subcommands(noisy_labels.METHODS)
 
+
+def _words_of_recipe(recipe: StoredRecipe | None) -> list[str]:
+    """Return the words behind --config that name a recipe."""
+    return ["None" if recipe is None else str(recipe.path)]
+
+
 # --config FILE. The command line has read the file before its flags are, whose defaults it has.
 RecipeFile = Annotated[
     StoredRecipe | None,
@@ -69,8 +75,8 @@ RecipeFile = Annotated[
         nargs=1,
         metavar="FILE",
         instance_from_str=lambda words: StoredRecipe.read(Path(words[0])),
-        is_instance=lambda value: isinstance(value, StoredRecipe),
-        str_from_instance=lambda recipe: [str(recipe.path)],
+        is_instance=lambda value: value is None or isinstance(value, StoredRecipe),
+        str_from_instance=_words_of_recipe,
     ),
     unset("FILE", name="config"),
 ]
