@@ -19,7 +19,7 @@ from metapl.training.verification import check_gradient
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:
-    from metapl import ablation, data, distributed, metrics, sklearn  # noqa: F401
+    from metapl import ablation, data, distributed, integrations, metrics, sklearn  # noqa: F401
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
 
@@ -51,7 +51,7 @@ __all__ = [
 
 # Modules, and the modules of functions, that are loaded when they are first used, so that
 # ``import metapl`` loads little beside torch.
-_LAZY_MODULES = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
+_LAZY_MODULES = ("ablation", "apps", "data", "distributed", "integrations", "metrics", "sklearn")
 _MODULES_OF_LAZY_FUNCTIONS = {
     "ablate": "metapl.ablation",
     "attribute": "metapl.training.attribution",

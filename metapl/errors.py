@@ -25,6 +25,7 @@ OPTIONAL_PACKAGES = {
     "huggingface_hub": ("huggingface_hub", "timm"),
     "timm": ("timm", "timm"),
     "torchopt": ("torchopt", "torchopt"),
+    "transformers": ("transformers", "integrations"),
 }
 
 

@@ -27,7 +27,7 @@ FLOORS = (
     ("feedback", "metrics"),
     ("functional", "protocols"),
     ("training",),
-    ("ablation",),
+    ("ablation", "integrations"),
     ("apps.printing", "apps.sklearn", "apps.machine", "apps.model_noise", "apps.progress"),
     ("apps.networks", "apps.network_weights", "apps.tuned_networks"),
     ("apps.pictures",),
