@@ -214,7 +214,7 @@ class StepCall:
             losses = rules.losses_for(batch)
         compares = rules.feedback_size.compares and rules.has_feedback
         detach_signal = all(getattr(loss, "detaches_signal", False) for loss in losses)
-        are_apart = bool(losses) and compares and detach_signal
+        are_apart = len(losses) > 0 and compares and detach_signal
 
         def ask(network: Any) -> tuple[Signal, Tree]:
             signal = rules.problem.signal(

@@ -138,17 +138,17 @@ def test_the_example_on_text_prints_each_way_to_train(
     monkeypatch.setattr(sys, "argv", ["text.py", "--steps", "10"])
     runpy.run_path(str(ROOT / "examples" / "text.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    weight = re.search(r"^seed 0: .* losses is a weight of ([\d.e+-]+)$", printed, re.MULTILINE)
-    assert weight is not None
-    assert float(weight[1]) > 0
-    found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", printed, re.MULTILINE))
-    assert list(found) == [
+    ratio = re.search(r"^seed 0: the feedback .* losses: ([\d.e+-]+)$", printed, re.MULTILINE)
+    assert ratio is not None
+    assert float(ratio[1]) > 0
+    accuracies = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", printed, re.MULTILINE))
+    assert list(accuracies) == [
         "labels alone",
         "no feedback",
         "feedback as it is",
         "feedback 0.1 of the teacher's losses",
     ]
-    assert all(5 < float(value) < 100 for value in found.values())
+    assert all(5 < float(accuracy) < 100 for accuracy in accuracies.values())
 
 
 @pytest.mark.docs

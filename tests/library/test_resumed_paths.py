@@ -20,6 +20,7 @@ import torch
 from feed_sources import same
 from test_long_paths import batch, network
 from torch import nn
+from torch_versions import require_torch
 
 import metapl
 from metapl import Lookahead, MetaplError
@@ -168,6 +169,8 @@ def nothing() -> None:
     ],
 )
 def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path) -> None:
+    if case == "by Inductor":
+        require_torch("2.12", "Inductor has the masks of dropout behind a batch norm")
     reads_in_one_go = itertools.count()
     reads = itertools.count()
     expected = CALLS[case](None, lambda: next(reads_in_one_go))

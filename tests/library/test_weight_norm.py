@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from reference import Tree, cross_entropy, error, own_stream, stepped
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 import metapl
 from metapl.execution.state import Slots
@@ -199,14 +201,20 @@ def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> Non
 @pytest.mark.parametrize("kind", NORMS)
 def test_compiled_it_is_that_of_the_formula(kind: str) -> None:
     problem = case(kind)
-    result = gradient(
-        problem,
-        "forward",
-        [problem.unlabeled] * 3,
-        inner_optimizer=RULE.build(problem.student),
-        compile=True,
-    )
-    assert error(result.grads, by_hand(problem, kind, 3)) < 1e-10
+    expected: AbstractContextManager[Any] = nullcontext()
+    is_refused = kind == "old" and torch.__version__ < TorchVersion("2.14")
+    if is_refused:
+        expected = pytest.raises(metapl.MetaplError, match="weight_norm, as 2.14 does")
+    with expected:
+        result = gradient(
+            problem,
+            "forward",
+            [problem.unlabeled] * 3,
+            inner_optimizer=RULE.build(problem.student),
+            compile=True,
+        )
+    if not is_refused:
+        assert error(result.grads, by_hand(problem, kind, 3)) < 1e-10
 
 
 def test_a_network_without_it_has_nothing_to_exchange() -> None:

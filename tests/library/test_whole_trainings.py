@@ -18,6 +18,7 @@ from problems_zoo import Judged, product
 from reference import error
 from test_muon import muon_and_adamw
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import metapl
 from metapl import Lookahead, MetaplError
@@ -352,6 +353,12 @@ def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
 def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     problem = EqualWeights()
     student = network()
+    if torch.__version__ < TorchVersion("2.12"):
+        # Inductor draws other masks there behind a batch norm.
+        with pytest.raises(metapl.MetaplError, match="as 2.12 does not"):
+            both(problem, "momentum", Forward(keep_every=2), student)
+        student = network(drops=False)
+        graphs._CACHE.clear()
     eager, compiled = both(problem, "momentum", Forward(keep_every=2), student)
     assert_alike(eager, compiled, 1e-9)
     cached = [*graphs._CACHE.values()]
