@@ -29,6 +29,7 @@ from metapl.apps.images import Images, OfPictures
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
 from metapl.apps.launch import Processes, from_first, joined, program
+from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings
 from metapl.apps.machine import default_threads
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
@@ -99,11 +100,13 @@ class Place:
         out: run folder; by default the next free one in runs/.
         resume: go on with the run in the folder.
         recipe: recipe.json of a run to repeat; flags override it.
+        log_to: a function(step, metrics) that gets every recorded row.
     """
 
     out: Folder = None
     resume: Switch = False
     recipe: RecipeFile = None
+    log_to: Annotated[str | None, unset("MODULE:FUNCTION")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +244,10 @@ class Train:
             raise MetaplError(f"--methods {few(unknown)}: expected some of {expected}.")
         if not options.compare:
             return None
+        if options.log_to is not None:
+            raise MetaplError(
+                "--log-to gets the rows of one run, and --compare trains several; leave one out."
+            )
         if mesh.size > 1:
             raise MetaplError(
                 "--compare runs methods side by side, in one process each; leave --mesh out."
@@ -257,6 +264,9 @@ class Train:
         others = Others()
         path: Path | None = self.options.out
         try:
+            log = None
+            if self.options.log_to is not None:
+                log = MetricLog.read(self.options.log_to)
             with open_run_folder(
                 self.options.out, self.config.name, resume=self.options.resume
             ) as folder:
@@ -266,7 +276,9 @@ class Train:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                 config, method = self.choose_open_settings(folder)
                 if comparison is None:
-                    self.train_one(config, method, folder, processes=processes, others=others)
+                    self.train_one(
+                        config, method, folder, processes=processes, others=others, log=log
+                    )
                 else:
                     train_and_compare(
                         config,
@@ -334,6 +346,7 @@ class Train:
         *,
         processes: Processes,
         others: Others,
+        log: MetricLog | None,
     ) -> None:
         """Train by one method, unless the run in the folder has ended, and say what it reached."""
         threads = folder.threads(usual=self.usual_threads())
@@ -356,6 +369,7 @@ class Train:
                     progress=True,
                     say=say,
                     say_progress=None if is_watched() else say,
+                    log=log,
                     processes=processes,
                 )
         for line in summary(result):
