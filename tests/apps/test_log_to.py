@@ -129,8 +129,9 @@ def test_the_module_of_the_page_on_loggers(monkeypatch: pytest.MonkeyPatch) -> N
     Path("own_log.py").write_text(module)
     metapl(*TINY, "--out", "run", "--log-to", "own_log:log")
     run = sys.modules["own_log"].run
-    summary = dict(run.summary)
+    # The last step is written when the run ends.
     run.finish()
+    summary = dict(run.summary)
     assert summary["_step"] == 10
     assert summary["result/test_accuracy"] == result(Path("run"))["test_accuracy"]
     assert "fit/inner_loss" in summary
