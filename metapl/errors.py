@@ -25,7 +25,8 @@ OPTIONAL_PACKAGES = {
     "huggingface_hub": ("huggingface_hub", "timm"),
     "timm": ("timm", "timm"),
     "torchopt": ("torchopt", "torchopt"),
-    "transformers": ("transformers", "integrations"),
+    "accelerate": ("accelerate", "transformers"),
+    "transformers": ("transformers", "transformers"),
 }
 
 

@@ -14,13 +14,9 @@ import importlib.util
 import io
 import json
 import os
-import platform
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath
+from pathlib import Path
 from string import Template
 from typing import Annotated, Any
 
@@ -29,17 +25,25 @@ from safetensors.torch import save
 from torch import nn
 
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
+from metapl.apps.model_card import (
+    CARD,
+    HUB_CONFIG,
+    PROGRAM,
+    WEIGHTS,
+    escaped,
+    markdown_of,
+    sections_of,
+    versions_of,
+)
 from metapl.apps.networks import Architecture
 from metapl.apps.printing import require_packages, tell
-from metapl.apps.report import spoken
-from metapl.apps.run_folder import EndedRun, counts_of, stored_data
+from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
-from metapl.words import shown
 
-WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
+ONNX = "model.onnx"
 # What the input and the output of an ONNX file are called.
 INPUT = "images"
 OUTPUT = "logits"
@@ -113,6 +117,7 @@ class Export:
         folder: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
+        hub: the form of the Hugging Face hub instead: config.json, model.safetensors, README.md.
     """
 
     folder: Run
@@ -120,53 +125,22 @@ class Export:
     network: Network = "delivered"
     factory: Factory = None
     onnx: Switch = False
+    hub: Switch = False
 
     def run(self) -> int:
         run = EndedRun.load(self.folder)
-        name, result, source = run.name(self.network), run.result, run.source
-        own = source.recipe().get("fields", {})
-        check_out(self.out, own)
-        # Figures of this network, and of no others; of the places of files, the last names are
-        # left.
-        card, data = run.cards[name], stored_data(source)
-        tested = result.get("evaluation") or {}
-        sizes: dict[str, Any] = {
-            "test": tested.get("n"),
-            "validation": result.get("validation_size"),
-        }
-        reached = {part: result.get(f"{name}_{part}_accuracy") for part in sizes}
-        fields = {
-            field: PurePath(value).name if isinstance(value, str) and "/" in value else value
-            for field, value in own.items()
-            if field != "classes"
-        }
-        recipe = {"name": result["recipe"], "method": result["method"], "fields": fields}
-        when = (
-            "the last step"
-            if name == "teacher"
-            else f"step {result['best_step']:,} of {result['steps']:,}"
-        )
-        sections: dict[str, Any] = {
-            "Metrics": {
-                f"{part} accuracy": f"{100 * share:.1f} %"
-                if sizes[part] is None
-                else spoken(share, sizes[part], None)
-                for part, share in reached.items()
-                if share is not None
-            },
-            "Data": counts_of(data)
-            | {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()},
-            "Recipe": f"```json\n{json.dumps(recipe, indent=2, sort_keys=True, default=str)}\n```",
-            "Notes": f"- The weights are those of the {card.title}, of {when}.\n- "
-            f"{card.input.note}",
-        }
+        name = run.name(self.network)
+        check_out(self.out, run.source.recipe().get("fields", {}))
+        if self.hub:
+            return self.run_for_hub(run, name)
+        card = run.cards[name]
         with held(self.out):
             digests = export(
                 run.network(name, self.factory),
                 self.out,
                 shape=card.input.shape,
-                title=f"{result['recipe']}: {result['title']}, {card.title}",
-                sections=sections,
+                title=f"{run.result['recipe']}: {run.result['title']}, {card.title}",
+                sections=sections_of(run, name),
                 classes=run.classes,
                 architecture=card.architecture,
                 center=card.input.center,
@@ -181,6 +155,19 @@ class Export:
         if self.onnx and not importlib.util.find_spec("onnxruntime"):
             tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
         tell(f"{self.out / CARD}: how to load them, and how good they are")
+        return 0
+
+    def run_for_hub(self, run: EndedRun, name: str) -> int:
+        """Write a network in the form of the hub, and return the exit code."""
+        if self.onnx:
+            raise MetaplError("--onnx and --hub were given, which write other files; take one.")
+        require_packages("--hub", "huggingface_hub")
+        from metapl.apps.hub import write_for_hub
+
+        with held(self.out):
+            write_for_hub(run, name, self.out, sections=sections_of(run, name))
+        tell(f"{run.heading(name)}\n")
+        tell(f"{self.out}: for metapl.apps.hub.Classifier.from_pretrained; nothing was uploaded")
         return 0
 
 
@@ -242,6 +229,11 @@ def export(
             module.module if isinstance(module, Normalized) else module.get_submodule("_orig_mod")
         )
     state = module.state_dict()
+    if (folder / HUB_CONFIG).exists():
+        raise MetaplError(
+            f"{folder} holds an export for the hub ({HUB_CONFIG}), whose {WEIGHTS} has other "
+            "names; expected another folder."
+        )
     if not onnx and (folder / ONNX).exists():
         fault = (
             f"{folder / ONNX} is of another export and would stand beside weights that are not "
@@ -291,28 +283,11 @@ def export(
     if classes is not None:
         facts["classes"] = ", ".join(classes)
     facts |= {f"SHA-256 of {file}": digest for file, digest in digests.items()}
-    versions = {"python": platform.python_version()}
-    for package in (
-        "metapl",
-        "torch",
-        "torchvision",
-        "timm",
-        *(("onnx", "onnxscript") if onnx else ()),
-    ):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions = versions_of(*(("onnx", "onnxscript") if onnx else ()))
     code["takes"] = "in the range of the training" if normalization is None else "in [0, 1]"
-    text = TEXT.substitute(code, title=_text(title), torch=versions["torch"].partition("+")[0])
+    text = TEXT.substitute(code, title=escaped(title), torch=versions["torch"].partition("+")[0])
     text += ONNX_TEXT.substitute(code) if onnx else ""
-    for name, section in {"Network": facts, **(sections or {}), "Versions": versions}.items():
-        if not isinstance(section, str):
-            texts = {
-                key: f"{value:.6g}" if isinstance(value, float) else str(value)
-                for key, value in section.items()
-            }
-            rows = (f"\n| {_text(key)} | {_text(value)} |" for key, value in texts.items())
-            section = f"| what | value |\n|---|---|{''.join(rows)}"
-        text += f"\n## {name}\n\n{section}\n"
+    text += markdown_of({"Network": facts, **(sections or {}), "Versions": versions})
     files[CARD] = text.encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -391,12 +366,3 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
                     f"{fault}, and differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest."
                 )
     return files
-
-
-def _text(value: object) -> str:
-    r"""Return a name or a value for the card, with nothing that Markdown or HTML would take up.
-
-    >>> _text("<b>|a*b[c]"), _text("n02012849_x")
-    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')
-    """
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(value).replace("\n", " "))

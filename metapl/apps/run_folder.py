@@ -383,12 +383,7 @@ class EndedRun:
         said, cards = folder.read_json(NETWORK), dict[str, NetworkCard]()
         try:
             for name, card in said["networks"].items():
-                fields: dict[str, Any] = {
-                    k: tuple(v) if isinstance(v, list) else v for k, v in card.items()
-                }
-                if card["architecture"] is not None:
-                    fields["architecture"] = Architecture(**card["architecture"])
-                cards[name] = NetworkCard(**fields | {"input": Input(**card["input"])})
+                cards[name] = card_of(card)
         except (MetaplError, TypeError, KeyError) as error:  # it lacks a field, or has others
             raise MetaplError(f"{file} is of another version: {error}") from error
         return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
@@ -458,6 +453,21 @@ class EndedRun:
         return (
             f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
         )
+
+
+def card_of(description: Mapping[str, Any]) -> NetworkCard:
+    """Return the card that ``dataclasses.asdict`` and JSON have made plain.
+
+    Raises: TypeError, KeyError or MetaplError for what is no such card.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in description.items():
+        # JSON has no tuples.
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    if description["architecture"] is not None:
+        fields["architecture"] = Architecture(**description["architecture"])
+    fields["input"] = Input(**description["input"])
+    return NetworkCard(**fields)
 
 
 def function_in(place: str) -> Callable[..., nn.Module]:
