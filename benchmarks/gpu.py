@@ -3,9 +3,14 @@
     python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
     python benchmarks/gpu.py --table runs/gpu
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
+    python benchmarks/gpu.py --plan    # the memory of gpu_large.py, on a CPU, without a number
 
 The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
-CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; larger networks; other libraries;
+CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; what share of the card's rate a
+step reaches, beside the plain training step of the same network (``card.py``); the gradient
+through a whole training of GPT-2 (``gpt2_training.py``); the papers' protocol on Fashion-MNIST,
+five arms at once (``fashion_protocol.py``; ``--source`` names the folder of its four files); larger
+networks, and those that fill a card (``gpu_large.py``); other libraries, one step and ten ahead;
 the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
 
 Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
@@ -34,7 +39,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import card
+import fashion_protocol
+import gpt2_training
+import gpu_large
 import peers
+import protocol_rows
 import step
 import torch
 import torchvision
@@ -80,7 +90,20 @@ LARGER = {
     ),
     "causal LM, 124 M": partial(large, partial(peers.CausalLM, **LM), (512,), 8, 8, words=50257),
     "ResNet-50": partial(
-        large, partial(torchvision.models.resnet50, num_classes=10), (3, 224, 224), 32, 128
+        large,
+        partial(torchvision.models.resnet50, num_classes=10),
+        (3, 224, 224),
+        32,
+        128,
+        layout=torch.channels_last,
+    ),
+    "EfficientNet-B0": partial(
+        large,
+        partial(torchvision.models.efficientnet_b0, num_classes=10),
+        (3, 224, 224),
+        32,
+        128,
+        layout=torch.channels_last,
     ),
 }
 LARGE = {
@@ -95,15 +118,44 @@ SMALL_TEST = "in_bfloat16_it_is_near and forward and convolutions"
 SMALL = partial(large, metapl.models.small_cnn, (3, 16, 16), 2, 6)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Where a part leaves and finds its files, its device, and how long it may take.
+
+    Args:
+        folder: of the results.
+        source: of the four files of Fashion-MNIST.
+        end: when the part is ended, in seconds since the epoch.
+    """
+
+    folder: Path
+    device: str
+    source: str
+    end: float
+    is_small: bool
+
+    @property
+    def seconds_left(self) -> float:
+        """Return for how long the part may still measure, and end before it is ended."""
+        return self.end - time.time() - 3
+
+
+# Yields the rows of a part that is none of step.py's and peers.py's, without those that are done.
+OwnRows = Callable[[Task, Sequence[Row]], Iterator[list[Row]]]
+
+
 @dataclass(frozen=True)
 class Part:
-    """What one process measures: the tests, steps of a network, or other libraries.
+    """What one process measures: the tests, steps of a network, other libraries, or its own rows.
 
     Args:
         seconds: how many have to be left for the part to be begun on a GPU.
-        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, or of :data:`peers.NETWORKS`;
-            none: the tests.
+        network: a name of :data:`LARGE` or :data:`step.NETWORKS`, of :data:`peers.NETWORKS`, or of
+            :data:`gpu_large.SETTINGS`; none: the tests.
         libraries: the libraries that are measured in the place of metapl's steps.
+        student_steps: how many the gradient of these libraries looks ahead.
+        own_rows: what is measured in the place of steps, by a file of its own.
+        limit: the most seconds that the part takes, where these are not ``--most``.
     """
 
     seconds: float
@@ -112,14 +164,93 @@ class Part:
     modes: tuple[str, ...] = MODES
     ways: tuple[str, ...] = (EAGER,)
     libraries: tuple[str, ...] = ()
+    student_steps: int = 1
+    own_rows: OwnRows | None = None
+    limit: float | None = None
+
+
+CHANNELS_LAST = "WRN-28-2, channels-last"
+SHARE = "share of the card"
+BY_GRAPHS = (card.OURS, card.OURS_BY_GRAPHS, card.PLAIN, card.PLAIN_BY_GRAPHS)
+SMALL_WAYS = (card.OURS, card.OURS_BY_GRAPHS, card.REPLAY, card.PLAIN)
+# Network, precision and ways, the most worth first.
+SHARES = (
+    (CHANNELS_LAST, "bf16", BY_GRAPHS),
+    ("mlp", "float32", SMALL_WAYS),
+    (CHANNELS_LAST, "bf16", (card.PLAIN_COMPILED,)),
+    ("causal LM, 124 M", "bf16", BY_GRAPHS),
+    ("ViT-S", "bf16", BY_GRAPHS),
+    ("ResNet-50", "bf16", BY_GRAPHS),
+    ("EfficientNet-B0", "bf16", BY_GRAPHS),
+    ("transformer", "float32", SMALL_WAYS),
+    ("causal LM, 124 M", "bf16", (card.PLAIN_COMPILED,)),
+    ("ViT-S", "bf16", (card.PLAIN_COMPILED,)),
+    ("ResNet-50", "bf16", (card.PLAIN_COMPILED,)),
+    ("mlp", "float32", (card.OURS_COMPILED,)),
+    ("transformer", "float32", (card.OURS_COMPILED,)),
+    (CHANNELS_LAST, "bf16", (card.OURS_COMPILED,)),
+)
+# Without compiling, which would be most of a miniature.
+SHARES_OF_MINIATURE = ((CHANNELS_LAST, "bf16", BY_GRAPHS), ("mlp", "float32", SMALL_WAYS))
+
+
+def shares_of_card(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the rows of :func:`card.measure`.
+
+    All networks are in one process: to begin one takes as long as to measure a network.
+    """
+    for network, precision, ways in SHARES_OF_MINIATURE if task.is_small else SHARES:
+        if network in LARGE:
+            make = SMALL if task.is_small else LARGE[network]
+        else:
+            make = step.NETWORKS["tiny" if task.is_small else network].make
+        share = card.Share(network, make, precision, ways)
+        yield from card.measure(share, done, task.device, is_small=task.is_small)
+
+
+def arms_of_fashion(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield what the arms of fashion-4k reach, which share the card."""
+    folder = task.folder / "fashion-4k"
+    source = task.source
+    if task.is_small:
+        source = str(folder / "noise")
+        Path(source).mkdir(parents=True, exist_ok=True)
+        protocol_rows.write_noise(Path(source))
+    together = fashion_protocol.Together(
+        folder=folder, source=source, seconds=task.seconds_left, is_small=task.is_small
+    )
+    yield from together.rows(done)
+
+
+def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield what the attribution of a whole training of GPT-2 takes."""
+    yield from gpt2_training.rows(
+        done, device=task.device, seconds=task.seconds_left, is_small=task.is_small
+    )
+
+
+def filling(name: str) -> Part:
+    """Return the part of a setting of :mod:`gpu_large`."""
+    return Part(30, name, precision="bf16", modes=gpu_large.MODES[name], limit=75)
 
 
 LIBRARIES = (
     peers.FORWARD,
     peers.UNROLLED,
+    peers.HAND,
     *(name for name, (_, gradient) in peers.PEERS.items() if gradient),
 )
-CHANNELS_LAST = "WRN-28-2, channels-last"
+# The quickest first, since what a part has measured stays where it is stopped.
+TEN_AHEAD = (
+    peers.FORWARD,
+    peers.HAND,
+    peers.UNROLLED,
+    "TorchOpt 0.7.3",
+    "higher 0.2.1",
+    "BOAT 1.1.1",
+)
+GPT2 = "GPT-2, whole training"
+FASHION = "fashion-4k, five arms"
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
     "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
@@ -127,11 +258,20 @@ PARTS: dict[str, Part] = {
     "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
+    SHARE: Part(30, own_rows=shares_of_card, limit=240),
+    GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
+    FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
+    **{name: filling(name) for name in (gpu_large.L2, gpu_large.TABLE, gpu_large.PAIR)},
+    **{
+        f"ten steps ahead, {name}": Part(30, name, libraries=TEN_AHEAD, student_steps=10, limit=60)
+        for name in ("transformer", "MLP", peers.CAUSAL)
+    },
     **{
         f"other libraries, {name}": Part(40, name, libraries=LIBRARIES)
         for name in ("transformer", "WRN-28-2", "MLP")
     },
+    **{name: filling(name) for name in gpu_large.ATTENTION},
     **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
     "compiled WRN-28-2": Part(
         85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)
@@ -142,8 +282,13 @@ PARTS: dict[str, Part] = {
 }
 OF_MINIATURE = (
     TESTS,
+    SHARE,
     "compiled mlp",
     "WRN-28-2, bf16",
+    GPT2,
+    FASHION,
+    gpu_large.TABLE,
+    "ten steps ahead, MLP",
     "other libraries, MLP",
     "WRN-28-2, float32",
 )
@@ -220,9 +365,10 @@ def libraries(
     All run in one process, without TF32.
     """
     chosen = part.libraries[:1] if is_small else part.libraries
+    ahead = part.student_steps
     with tempfile.TemporaryDirectory() as folder, Place(device, "float32").active():
         truth = str(Path(folder) / "truth.pt")
-        peers.measure(peers.TRUTH, part.network, 1, calls=0, truth=truth, device=device)
+        peers.measure(peers.TRUTH, part.network, ahead, calls=0, truth=truth, device=device)
         for library in chosen:
             if any(row["library"] == library for row in done):
                 continue
@@ -232,19 +378,19 @@ def libraries(
             lacking = [
                 name for name in names if importlib.util.find_spec(modules.get(name, name)) is None
             ]
-            row: Row = {"library": library, "network": part.network, "measured_on": environment()}
+            row: Row = {"library": library, "network": part.network, "student_steps": ahead}
+            row["measured_on"] = environment()
             if lacking:
                 yield [row | {"reason": f"{', '.join(lacking)} is not installed"}]
                 continue
-            calls = 1 if is_small else 10
+            calls = 1 if is_small else max(3, 10 // ahead)
             try:
                 measured = peers.measure(
-                    library, part.network, 1, calls=calls, truth=truth, device=device
+                    library, part.network, ahead, calls=calls, truth=truth, device=device
                 )
                 yield [row | measured]
-            except (
-                Exception
-            ) as error:  # whatever another library raises is what there is to say of it
+            # Another library may raise any error, and its text is the row.
+            except Exception as error:
                 yield [
                     row | {"reason": f"stops: {type(error).__name__}: {str(error).strip()[:120]}"}
                 ]
@@ -259,13 +405,25 @@ def shown(part: str, row: Row) -> list[str]:
             f"{row['passed']} passed, {len(row['failed'])} failed{failed}",
             "none failed",
         ]
-    what = (
-        f"{part}: {row['library']}"
-        if "library" in row
-        else f"{part}: `{row['mode']}`, {row['way']}"
-    )
+    if part == GPT2:
+        what = f"{part}: {gpt2_training.NAMES[row['what']]}"
+        return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.remark(row), ""]
+    if part == FASHION:
+        teacher, student, finetuned = fashion_protocol.cells([row])
+        result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"
+        return [f"{part}: {row['arm']}, {row['steps']:,} steps", result, ""]
+    if "setting" in row:
+        return gpu_large.shown(row)
+    if "library" in row:
+        what = f"{part}: {row['library']}"
+    elif "mode" in row:
+        what = f"{part}: `{row['mode']}`, {row['way']}"
+    else:
+        what = f"{part}: {row['network']}, {row['way']}"
     if "reason" in row:
         return [what, row["reason"], ""]
+    if "share" in row:
+        return [what, card.shown(row), ""]
     if "library" in row:
         result = (
             f"{1e3 * row['seconds']:.3g} ms, {row['bytes'] / 1e6:.3g} MB, error {row['error']:.1e}"
@@ -289,19 +447,52 @@ def unfinished(name: str, folder: Path) -> Path:
     return file_of(name, folder).with_suffix(".part")
 
 
-def measure(name: str, folder: Path, device: str, *, is_small: bool) -> None:
+def measure(name: str, task: Task) -> None:
     """Measure a part in this process, and write its rows as they come."""
-    part, partial_file = PARTS[name], unfinished(name, folder)
+    part = PARTS[name]
+    folder = task.folder
+    partial_file = unfinished(name, folder)
     rows = loaded(partial_file) if partial_file.exists() else []
     if name == TESTS:
-        rows = tests(folder / "tests.xml", is_small=is_small)
+        rows = tests(folder / "tests.xml", is_small=task.is_small)
     else:
-        of_kind = libraries if part.libraries else steps
-        for new in of_kind(part, list(rows), device, is_small=is_small):
+        for new in rows_of(part, task, list(rows)):
             rows += new
             write_json(partial_file, rows)
     write_json(file_of(name, folder), rows)
     partial_file.unlink(missing_ok=True)
+
+
+def rows_of(part: Part, task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Return the rows of a part that are not done, one measurement after the other."""
+    if part.own_rows is not None:
+        return part.own_rows(task, done)
+    if part.libraries:
+        return libraries(part, done, task.device, is_small=task.is_small)
+    if part.network in gpu_large.SETTINGS:
+        return gpu_large.rows(part, done, task.device, is_small=task.is_small)
+    return steps(part, done, task.device, is_small=task.is_small)
+
+
+def run_part(command: Sequence[str], name: str, folder: Path, *, seconds: float) -> None:
+    """Run the process of a part until it is done, again where it failed behind new rows.
+
+    Args:
+        seconds: until it is killed.
+    """
+    end = time.perf_counter() + seconds
+    rows_before = -1
+    rows = 0
+    while rows > rows_before and not file_of(name, folder).exists():
+        left = end - time.perf_counter()
+        if left <= 0:
+            return
+        rows_before = rows
+        log_file = file_of(name, folder).with_suffix(".log")
+        with log_file.open("w") as log, suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=left, check=False)
+        partial_file = unfinished(name, folder)
+        rows = len(loaded(partial_file)) if partial_file.exists() else 0
 
 
 def table(folder: Path) -> str:
@@ -351,8 +542,28 @@ def main() -> None:
     parser.add_argument(
         "--table", type=Path, metavar="DIR", help="print the table of a folder and stop"
     )
+    parser.add_argument(
+        "--source",
+        default=fashion_protocol.DEBIAN,
+        metavar="DIR",
+        help="the folder of Fashion-MNIST's four files",
+    )
     parser.add_argument("--part", choices=PARTS, help="this one, in this process")
+    parser.add_argument(
+        "--end", type=float, metavar="TIME", help="of --part, in seconds since the epoch"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="the parts whose names begin so, such as share"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="plan the memory of gpu_large.py on a CPU and stop"
+    )
     options = parser.parse_args()
+    if options.plan:
+        old = loaded(gpu_large.PLAN) if gpu_large.PLAN.exists() else {}
+        for plans in gpu_large.plan_all(old):
+            write_json(gpu_large.PLAN, plans)
+        return
     if options.table:
         print(table(options.table))
         return
@@ -364,7 +575,14 @@ def main() -> None:
         parser.error("on the CPU there is the miniature alone; give --miniature as well")
     is_small = options.miniature
     if options.part:
-        measure(options.part, options.out, options.device, is_small=is_small)
+        task = Task(
+            folder=options.out,
+            device=options.device,
+            source=options.source,
+            end=options.end or time.time() + options.most,
+            is_small=is_small,
+        )
+        measure(options.part, task)
         return
     end = time.perf_counter() + 60 * options.minutes
     write_json(options.out / "made_with.json", {**environment(), "miniature": is_small})
@@ -372,18 +590,17 @@ def main() -> None:
         done = file_of(name, options.out)
         left = end - time.perf_counter()
         needed = 1 if is_small else PARTS[name].seconds
-        if done.exists() or left < needed:
+        if done.exists() or left < needed or not name.startswith(options.only):
             continue
         print(f"{name} ...", flush=True)
+        limit = options.most if PARTS[name].limit is None else PARTS[name].limit
+        limit = left if is_small else min(left, limit)
         arguments = ["--part", name, "--out", options.out, "--device", options.device]
+        arguments += ["--source", options.source, "--end", time.time() + limit]
         command = [sys.executable, __file__, *map(str, arguments)]
         if is_small:
             command.append("--miniature")
-        limit = left if is_small else min(left, options.most)
-        with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
-            subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
-            )
+        run_part(command, name, options.out, seconds=limit)
     print(table(options.out))
 
 

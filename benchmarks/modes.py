@@ -42,7 +42,7 @@ from metapl.ablation.cost import flops, peak_bytes
 from metapl.apps.ablate import DOTS_PER_INCH
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.printing import wrapped
-from metapl.apps.report import png_of
+from metapl.apps.report_picture import png_of
 from metapl.feedback import Difference, Estimator, LossDifference, Reinforce, ReinforcePerExample
 
 # The profiler's own log would go to the terminal.

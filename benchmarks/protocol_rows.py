@@ -87,10 +87,10 @@ def run(row: str, method: str, seed: int, steps: int, root: str, more: Sequence[
     return {name: value for name, value in result.items() if isinstance(value, float)}
 
 
-def write_noise(folder: Path) -> None:
-    """Write 80 pictures of random levels to train on and 20 to test on, as the four files are."""
+def write_noise(folder: Path, training: int = 80) -> None:
+    """Write pictures of random levels to train on and 20 to test on, as the four files are."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", 80), ("t10k", 20)):
+    for part, count in (("train", training), ("t10k", 20)):
         levels = rng.integers(0, 256, count * 28 * 28, dtype=np.uint8).tobytes()
         labels = (np.arange(count, dtype=np.uint8) % 10).tobytes()
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + levels))

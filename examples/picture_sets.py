@@ -49,6 +49,9 @@ from metapl.metrics import Evaluation
 VALIDATION_STREAM = 0x5B17
 LABELED_STREAM = 0x5B18
 
+# Color mixes a picture with its grey copy: where it is drawn, a grey picture stays as it is.
+GREY_OPERATIONS = tuple(name for name in CIFAR_OPERATIONS if name != "Color")
+
 # Every network sees pictures whose values lie in [-2, 2].
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.25, 0.25, 0.25)
@@ -260,15 +263,19 @@ def split_labels(
 
 
 def views_of(
-    c: ViewSettings, *, operations: Literal["cifar10", "svhn"] | None = None
+    c: ViewSettings, *, operations: Literal["cifar10", "svhn", "grey"] | None = None
 ) -> tuple[View, View, ResizedCrop | None]:
     """Return what teacher and student see, and the box that is cut out of a file before either.
 
     ``operations`` says whose list RandAugment draws from; None: that of the data, CIFAR-10's where
-    it has none. With SVHN's, pictures are not mirrored.
+    it has none. With SVHN's, pictures are not mirrored. ``"grey"`` is CIFAR-10's without Color.
     """
     has_digits = (operations or c.data) == "svhn"
-    drawn_from = SVHN_OPERATIONS if has_digits else CIFAR_OPERATIONS
+    drawn_from = CIFAR_OPERATIONS
+    if has_digits:
+        drawn_from = SVHN_OPERATIONS
+    elif operations == "grey":
+        drawn_from = GREY_OPERATIONS
     changed = RandAugment(
         2, c.magnitude, operations=drawn_from, translate=c.translate, cutout=c.cutout
     )

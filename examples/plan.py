@@ -44,7 +44,7 @@ from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState
-from metapl.feedback import base, inner_step, keeping
+from metapl.feedback import base, inner_step, keeping, teacher
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
@@ -217,6 +217,8 @@ def stage(mesh: Mesh):
         # Derivatives without values cannot be compared, or be found to be infinite.
         (inner_step, "slopes_differ", lambda *_: False),
         (base, "refuse_not_finite_feedback", lambda *_: None),
+        # The losses of micro-batches are compared with those of their halves once.
+        (teacher, "refuse_other_than_means", lambda *_, **__: None),
         (keeping, "free_bytes", lambda _: None),  # of another machine
         (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
         (Ranks, "equal", lambda _ranks, *_: None),

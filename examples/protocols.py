@@ -4,9 +4,11 @@
     python examples/protocols.py cifar10-4k --root data/ --out runs/cifar
     python examples/protocols.py svhn-1k-paper --root data/ --out runs/svhn --seeds 0-9
     python examples/protocols.py imagenet-10pct --root data/ --out runs/tenth
+    # 4,000 or 400 labels of Fashion-MNIST's 60,000, which Debian has as a package
+    python examples/protocols.py fashion-4k --root /usr/share/datasets/fashion-mnist --out runs/f
     # each row, in a minute
-    python examples/protocols.py cifar10-4k --data fashion --image-size 28 --network pooled_cnn \\
-        --scale-to 300 --root /usr/share/datasets/fashion-mnist --out runs/small
+    python examples/protocols.py fashion-4k --network wide_resnet10_1 --scale-to 300 \\
+        --root /usr/share/datasets/fashion-mnist --out runs/small
     # all labels, and 12.8 M others
     torchrun --nproc-per-node=8 examples/protocols.py imagenet-jft --mesh.shard 8 --root data/ \\
         --unlabeled pictures/ --out runs/jft
@@ -17,9 +19,11 @@ A row ends in -paper where it is Algorithm 1 with the paper's settings, evaluate
 checkpoint; its neighbor has the exact gradient. --sources prints of every value whether it is the
 paper's text, of the table in its appendix (noted without it at hand: SVHN's and ImageNet's columns
 are to be checked), of the authors' published code, or ours. Every value is a flag: --steps 1000.
---method none trains without feedback, uda one network with the teacher's losses, supervised on the
-labeled pictures alone, headroom on the true labels of all, and reduced_mpl on stored labels. Of
-uda, supervised and headroom, --teacher-lr and --teacher-dropout are the rate and the dropout.
+Where a row's wait and warm-up do not fit into so few steps, they are shortened as by --scale-to,
+and the program says to what. --method none trains without feedback, uda one network with the
+teacher's losses, supervised on the labeled pictures alone, headroom on the true labels of all, and
+reduced_mpl on stored labels. Of uda, supervised and headroom, --teacher-lr and --teacher-dropout
+are the rate and the dropout.
 
 A run leaves weights, metrics.jsonl, split.json, and result.json, whose test accuracies were
 measured once, at the end; and in delivered/ a run that `metapl predict`, `evaluate` and `export`
@@ -122,8 +126,9 @@ class Protocol:
     dropout: float
     teacher_dropout: float  # likewise
     stochastic_depth: float
-    # Whose list of RandAugment; svhn's pictures are not mirrored.
-    operations: Literal["cifar10", "svhn"]
+    # Whose list of RandAugment: grey is cifar10's without Color, which leaves a grey picture as it
+    # is; svhn's pictures are not mirrored.
+    operations: Literal["cifar10", "svhn", "grey"]
     magnitude: float  # of two operations of RandAugment, of 10
     cutout: int
     translate: float  # greatest shift at magnitude 10, as a share of the side
@@ -312,6 +317,23 @@ svhn = svhn_paper.but(
     "SVHN, 1,000 labels and 603,388 others, the exact gradient",
     ours(feedback="exact", feedback_baseline=None, feedback_weight=1.0),
 )
+# A set of CIFAR-10's size on which neither the paper nor the code says anything. The values are
+# those of CIFAR-10 by the paper, in both rows, so that the two differ in the feedback alone. The
+# square that is greyed out is half of a side, as there.
+fashion_paper = cifar_paper.elsewhere().but(
+    "Fashion-MNIST, 4,000 labels, Algorithm 1, the paper's settings for CIFAR-10",
+    ours(data="fashion", labels_per_class=400, validation=5_000, network="wide_resnet28_2"),
+    ours(image_size=28, operations="grey", cutout=14),
+)
+fashion = fashion_paper.but(
+    "Fashion-MNIST, 4,000 labels, the exact gradient",
+    ours(feedback="exact", feedback_baseline=None, feedback_weight=1.0),
+)
+FORTY_A_CLASS = ours(labels_per_class=40)
+fashion_400_paper = fashion_paper.but(
+    "Fashion-MNIST, 400 labels, Algorithm 1, the paper's settings for CIFAR-10", FORTY_A_CLASS
+)
+fashion_400 = fashion.but("Fashion-MNIST, 400 labels, the exact gradient", FORTY_A_CLASS)
 tenth = cifar.but(
     "ImageNet, 128 labels a class, the authors' code, the exact gradient",
     paper(
@@ -417,6 +439,10 @@ ROWS = {
     "cifar10-4k-paper": cifar_paper,
     "svhn-1k": svhn,
     "svhn-1k-paper": svhn_paper,
+    "fashion-4k": fashion,
+    "fashion-4k-paper": fashion_paper,
+    "fashion-400": fashion_400,
+    "fashion-400-paper": fashion_400_paper,
     "imagenet-10pct": tenth.but(tenth.title, for_imagenet),
     "imagenet-10pct-paper": tenth_paper.but(tenth_paper.title, for_imagenet),
     "imagenet-jft": jft.but(jft.title, for_imagenet, ours(unlabeled=tyro.MISSING)),
@@ -488,11 +514,20 @@ def spoken(value: Any) -> str:
 # ----------------------------------------------------------------------------- before anything runs
 
 
-def scaled(c: Protocol) -> Protocol:
+# What is counted in steps: in a shorter run it shrinks in proportion.
+COUNTED = ("wait", "warmup", "uda_ramp", "finetune_steps")
+# After how many steps something is done: in a shorter run five times, or more often.
+INTERVALS = ("log_every", "validate_every", "save_every")
+
+
+def scaled(c: Protocol, unchanged: Sequence[str] = ()) -> Protocol:
     """Return the settings of a shorter run.
 
     What is counted in steps shrinks in the proportion of --scale-to to --steps. It is validated,
     recorded and saved five times, or more often where that is asked for.
+
+    Args:
+        unchanged: names of settings that stay as they are.
     """
     if c.scale_to is None:
         return c
@@ -504,11 +539,47 @@ def scaled(c: Protocol) -> Protocol:
     def shorter(count: int) -> int:
         return max(1, round(count * c.scale_to / c.steps)) if count else 0
 
-    counted = ("wait", "warmup", "uda_ramp", "finetune_steps")
-    intervals = ("log_every", "validate_every", "save_every")
-    changes = {name: shorter(getattr(c, name)) for name in counted}
-    changes |= {name: min(getattr(c, name), max(1, c.scale_to // 5)) for name in intervals}
+    changes = {name: shorter(getattr(c, name)) for name in COUNTED}
+    changes |= {name: min(getattr(c, name), max(1, c.scale_to // 5)) for name in INTERVALS}
+    changes = {name: value for name, value in changes.items() if name not in unchanged}
     return dataclasses.replace(c, steps=c.scale_to, scale_to=None, **changes)
+
+
+def fitted_to_steps(c: Protocol, words: Sequence[str]) -> Protocol:
+    """Return settings whose wait and warm-up fit into --steps, and say so where they change.
+
+    A row's wait and warm-up are of its own number of steps. Where fewer are asked for, into which
+    they do not fit, everything that is counted in steps is shortened as by --scale-to, but for what
+    the command line names.
+
+    Args:
+        c: the settings that the command line asks for.
+        words: the command line.
+    """
+    row = ROWS[next(word for word in words if word in ROWS)].settings()
+    named = named_settings(words)
+    fits = c.steps > waits_of(c) and c.steps >= waits_of(c) + c.warmup
+    if c.scale_to is not None or fits or c.steps > row.steps or named & {"wait", "warmup"}:
+        return c
+    c = scaled(dataclasses.replace(c, steps=row.steps, scale_to=c.steps), [*named])
+    counts = [f"--{name.replace('_', '-')} {getattr(c, name):,}" for name in COUNTED]
+    print(
+        f"protocols.py: --steps {c.steps:,} of a row of {row.steps:,} steps: {', '.join(counts)}, "
+        "shortened as by --scale-to but for what was named",
+        file=sys.stderr,
+    )
+    return c
+
+
+def named_settings(words: Sequence[str]) -> set[str]:
+    """Return the names of the settings that a command line names."""
+    flags = [word for word in words if word.startswith("--")]
+    return {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags}
+
+
+def waits_of(c: Protocol) -> int:
+    """Return for how many steps the student waits; a network that trains alone waits for none."""
+    return c.wait if c.method in ("mpl", "none") else 0
 
 
 def check(c: Protocol) -> None:
@@ -544,7 +615,7 @@ def check(c: Protocol) -> None:
             f"--batch-norm-ranks {c.batch_norm_ranks}: expected a divisor of {c.mesh.shares:,} "
             "processes."
         )
-    waits = c.wait if c.method in ("mpl", "none") else 0
+    waits = waits_of(c)
     if waits + c.warmup > c.steps or waits >= c.steps:
         raise MetaplError(
             f"--steps {c.steps:,}: expected more than --wait {waits:,} and --warmup {c.warmup:,} "
@@ -696,7 +767,7 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
         processes.share(labeled_batches(trained_on, c.labeled_batch, stream=0, seed=c.seed)),
         processes.share(unlabeled) if reads_unlabeled else None,
         steps=c.steps,
-        wait=c.wait if c.method in ("mpl", "none") else 0,
+        wait=waits_of(c),
         warmup=c.warmup,
         ema_decay=c.ema_decay,
         validate_every=c.validate_every,
@@ -930,7 +1001,8 @@ def shown(summary: Mapping[str, Any]) -> str:
 
 def settings_of(words: Sequence[str]) -> Protocol:
     """Return the settings that a command line asks for; what does not go together is refused."""
-    c = scaled(tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words)))
+    c = tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words))
+    c = scaled(fitted_to_steps(c, words))
     check(c)
     return c
 

@@ -27,6 +27,7 @@ __all__ = [
     "Corrector",
     "LabelAdjuster",
     "Logits",
+    "attention",
     "label_adjuster",
     "mlp",
     "small_cnn",
@@ -242,6 +243,75 @@ def wide_resnet28_10(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
     See :func:`wide_resnet`.
     """
     return wide_resnet(28, 10, num_classes=num_classes, dropout=dropout)
+
+
+# torch's switches of fused attention, read on every device; torch.compile traces no public name of
+# them.
+_SWITCHES: Any = torch._C
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rows: int = 256,
+) -> Tensor:
+    r"""Attend as ``F.scaled_dot_product_attention``, in blocks where no fused kernel may be used.
+
+    .. math:: o_i = \sum_j \mathrm{softmax}_j(s\, q_i^\top k_j)\, v_j
+
+    PyTorch's fused kernels hold no matrix of all queries by all keys, and have neither a second
+    derivative nor a forward mode. A pass that needs one of these takes the math kernel, which holds
+    several such matrices at once. This function asks whether fused kernels are switched off, as
+    metapl does in such a pass, and then calls the math kernel for ``rows`` queries at a time; a
+    causal block leaves out the keys behind it. Elsewhere it is PyTorch's function.
+
+    Args:
+        query: (..., T, E).
+        key: (..., L, E).
+        value: (..., L, V).
+        is_causal: whether query i sees the keys up to i alone.
+        scale: s; None: 1/sqrt(E).
+        rows: queries in a block.
+
+    Returns: (..., T, V). Cost: the operations of the math kernel, and half of them if causal. The
+    pass in forward mode of ``forward`` holds ``rows`` / T of its matrices. A graph that is
+    differentiated twice keeps those of all blocks, unless the layer is checkpointed. There is no
+    dropout: blocks would draw other masks than the fused kernel.
+
+    >>> q, k, v = torch.randn(3, 2, 4, 600, 8)
+    >>> attention(q, k, v, is_causal=True).shape
+    torch.Size([2, 4, 600, 8])
+    """
+    # Not by check_arguments, which torch.compile does not trace.
+    if rows < 1:
+        raise MetaplError(f"attention got rows={rows}; expected a whole number, 1 or more.")
+    has_fused_kernel = (
+        _SWITCHES._get_flash_sdp_enabled()
+        or _SWITCHES._get_mem_efficient_sdp_enabled()
+        or _SWITCHES._get_cudnn_sdp_enabled()
+    )
+    queries = query.shape[-2]
+    if has_fused_kernel or queries <= rows:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    blocks: list[Tensor] = []
+    for start in range(0, queries, rows):
+        block = query[..., start : start + rows, :]
+        if not is_causal:
+            blocks.append(F.scaled_dot_product_attention(block, key, value, scale=scale))
+            continue
+        # A key behind the last query of the block is seen by none of them.
+        end = min(start + block.shape[-2], key.shape[-2])
+        pairs = torch.ones(block.shape[-2], end, dtype=torch.bool, device=query.device)
+        is_seen = pairs.tril(start)
+        attended = F.scaled_dot_product_attention(
+            block, key[..., :end, :], value[..., :end, :], attn_mask=is_seen, scale=scale
+        )
+        blocks.append(attended)
+    return torch.cat(blocks, dim=-2)
 
 
 class LabelAdjuster(nn.Module):

@@ -84,7 +84,7 @@ class TwoLevelTrainer(AnyTrainer, Protocol):
     clip_norm: float | None
     precision: Literal["float32", "bfloat16"]
     accumulate: int
-    compile: bool | Literal["reduce-overhead"]
+    compile: bool | Literal["reduce-overhead", "cudagraphs"]
 
     @property
     def has_losses(self) -> bool: ...

@@ -36,27 +36,31 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
     torch.set_num_threads(1)
     problem = named(problem) if isinstance(problem, str) else problem
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        make(problem, seed, place / "pictures")
-        since = time.process_time()
-        asked = {
-            "seed": seed,
-            "minutes": minutes,
-            "steps": REHEARSED,
-            "precision": "bfloat16",
-        } | settings
+        make(problem, seed, Path(folder) / "pictures")
+        asked = {"seed": seed, "precision": "bfloat16"} | settings
+        row = train_within(Path(folder), method=method, minutes=minutes, settings=asked)
+    return {"half": problem.half, **row, "made_with": environment()}
+
+
+def train_within(place: Path, *, method: str, minutes: float, settings: Row) -> Row:
+    """Train on the folders in PLACE/pictures; return steps, what was chosen, and accuracies.
+
+    Args:
+        minutes: of processor time, into which as many steps fit as the settings do not say.
+        settings: of the pictures, the fitting and the method, beside their defaults.
+    """
+    since = time.process_time()
+    pictures = place / "pictures"
+    asked = {"minutes": minutes, "steps": REHEARSED} | settings
+    config, method_ = choose_settings(*configured(pictures, method, asked), say=lambda text: None)
+    if "steps" not in settings:
+        asked["steps"] = steps_within(config, method_, minutes, time.process_time)
         config, method_ = choose_settings(
-            *configured(place / "pictures", method, asked), say=lambda text: None
+            *configured(pictures, method, asked), say=lambda text: None
         )
-        if "steps" not in settings:
-            asked["steps"] = steps_within(config, method_, minutes, time.process_time)
-            config, method_ = choose_settings(
-                *configured(place / "pictures", method, asked), say=lambda text: None
-            )
-        result = Job(config, method_, place / "run", resume=False, threads=1).run()
-        seconds = time.process_time() - since
+    result = Job(config, method_, place / "run", resume=False, threads=1).run()
+    seconds = time.process_time() - since
     return {
-        "half": problem.half,
         "steps": config.fitting.steps,
         "recolor": config.pictures.recolor,
         "image_size": config.pictures.image_size,
@@ -67,7 +71,6 @@ def run(problem: str | Problem, method: str, seed: int, minutes: float, settings
             for name, value in result.items()
             if name.endswith(("test_accuracy", "control_accuracy"))
         },
-        "made_with": environment(),
     }
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import textwrap
 import time
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -301,7 +301,7 @@ def ablate(
         altered: also measure, as controls, the feedback of ``forward``, or else of the first mode
             that runs and gives feedback on each example, altered in three ways
             (:class:`metapl.ablation.Altered`).
-        progress: show on a terminal how far it is.
+        progress: show on a terminal how far it is, and log it elsewhere, every half minute.
 
     Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left
     as they were. Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the
@@ -331,7 +331,7 @@ def ablate(
         raise MetaplError(
             f"ablate was given modes={modes!r}; expected a list of one or more, each name once."
         )
-    study = Study(trainer, by_name, draws=draws)
+    study = Study(trainer, by_name, draws=draws, shows_progress=progress)
     points = tuple(sorted({0, steps // 2, steps}))
     state = trainer.state_dict()
     random = RandomState.now(trainer.device)
@@ -389,12 +389,21 @@ class Study:
         trainer: the networks and the problem, whose state moves between the points.
         modes: the modes by name; the controls are added to them.
         draws: of labels, and of alterations.
+        shows_progress: whether to show how far each measurement is.
     """
 
-    def __init__(self, trainer: BilevelTrainer, modes: Mapping[str, Estimator], draws: int) -> None:
+    def __init__(
+        self,
+        trainer: BilevelTrainer,
+        modes: Mapping[str, Estimator],
+        draws: int,
+        *,
+        shows_progress: bool,
+    ) -> None:
         self.trainer = trainer
         self.modes = dict(modes)
         self.draws = draws
+        self.shows_progress = shows_progress
         # By mode, one at each point.
         self.distances: dict[str, list[ModeDistance]] = {}
         # Why the other modes do not run.
@@ -402,27 +411,32 @@ class Study:
         # The names of modes whose gradient has drawn labels in it.
         self.drawing: set[str] = set()
 
-    def measure(self, names: Iterable[str], batches: Batches, exact_gradient: Tensor) -> None:
+    def measure(self, names: Sequence[str], batches: Batches, exact_gradient: Tensor) -> None:
         """Measure how far these modes are from the exact gradient at the trainer's state.
 
         Modes that have failed before are left out.
         """
-        for name in names:
-            if name in self.reasons:
-                continue
-            try:
-                gradients, draws_labels = self._gradients(self.modes[name], batches)
-            except CANNOT_RUN as error:
-                self.reasons[name] = _reason(error)
-                continue
-            if draws_labels:
-                self.drawing.add(name)
-            # A mode with the mean over the batch gives 1/B of the gradient.
-            factor = 1
-            if getattr(self.modes[name], "reduction", "sum") == "mean":
-                factor = length(InnerBatches.of_trainer(batches[1])[0])
-            distance = _distance(factor * gradients, exact_gradient, factor=factor)
-            self.distances.setdefault(name, []).append(distance)
+        with step_bar(self.shows_progress, len(names), name="modes", start=0) as advance:
+            for name in names:
+                if name not in self.reasons:
+                    self._measure_mode(name, batches, exact_gradient)
+                advance()
+
+    def _measure_mode(self, name: str, batches: Batches, exact_gradient: Tensor) -> None:
+        """Measure how far a mode is from the exact gradient, or note why it cannot run."""
+        try:
+            gradients, draws_labels = self._gradients(self.modes[name], batches)
+        except CANNOT_RUN as error:
+            self.reasons[name] = _reason(error)
+            return
+        if draws_labels:
+            self.drawing.add(name)
+        # A mode with the mean over the batch gives 1/B of the gradient.
+        factor = 1
+        if getattr(self.modes[name], "reduction", "sum") == "mean":
+            factor = length(InnerBatches.of_trainer(batches[1])[0])
+        distance = _distance(factor * gradients, exact_gradient, factor=factor)
+        self.distances.setdefault(name, []).append(distance)
 
     def _gradients(self, mode: Estimator, batches: Batches) -> tuple[Tensor, bool]:
         """Return the gradients of several draws, (draws, weights), and whether the mode draws.
@@ -482,28 +496,35 @@ class Study:
         }
         times: dict[str, list[float]] = {name: [] for name in calls}
         start = time.perf_counter()
-        for number in range(rounds or MOST_ROUNDS):
-            is_long_enough = time.perf_counter() - start > SECONDS_OF_ROUNDS
-            if rounds is None and number >= LEAST_ROUNDS and is_long_enough:
-                break
-            for name, call in calls.items():
-                times[name].append(seconds(call, device))
+        # Without a number of rounds there are more than these only where all of them are short.
+        shown_rounds = rounds or LEAST_ROUNDS
+        with step_bar(self.shows_progress, shown_rounds, name="timings", start=0) as advance:
+            for number in range(rounds or MOST_ROUNDS):
+                is_long_enough = time.perf_counter() - start > SECONDS_OF_ROUNDS
+                if rounds is None and number >= LEAST_ROUNDS and is_long_enough:
+                    break
+                for name, call in calls.items():
+                    times[name].append(seconds(call, device))
+                if number < shown_rounds:
+                    advance()
         costs = {}
-        for name, call in calls.items():
-            distances = self.distances[name]
-            passes = math.nan
-            if operations_of_pass:
-                passes = flops(call) / operations_of_pass
-            costs[name] = ModeCost(
-                cosine=fmean(distance.cosine for distance in distances),
-                relative_error=_root_mean_square([d.relative_error for d in distances]),
-                noise_to_signal=_root_mean_square([d.noise_to_signal for d in distances]),
-                passes=passes,
-                seconds=min(times[name]),
-                peak_bytes=peak_bytes(call, device),
-                length=fmean(distance.length for distance in distances),
-                by_point=tuple(distances),
-            )
+        with step_bar(self.shows_progress, len(calls), name="memory", start=0) as advance:
+            for name, call in calls.items():
+                distances = self.distances[name]
+                passes = math.nan
+                if operations_of_pass:
+                    passes = flops(call) / operations_of_pass
+                costs[name] = ModeCost(
+                    cosine=fmean(distance.cosine for distance in distances),
+                    relative_error=_root_mean_square([d.relative_error for d in distances]),
+                    noise_to_signal=_root_mean_square([d.noise_to_signal for d in distances]),
+                    passes=passes,
+                    seconds=min(times[name]),
+                    peak_bytes=peak_bytes(call, device),
+                    length=fmean(distance.length for distance in distances),
+                    by_point=tuple(distances),
+                )
+                advance()
         return costs
 
     def _student_pass(self, batch: Any) -> None:

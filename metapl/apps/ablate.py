@@ -22,7 +22,7 @@ from metapl.apps.look import choose_settings
 from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training
 from metapl.apps.printing import tell, wrapped
-from metapl.apps.report import png_of
+from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
 from metapl.apps.tuned_networks import begin_as
@@ -42,17 +42,19 @@ class Looking:
     """The options of every ablation.
 
     Args:
-        out: folder for ablation.json and ablation.png, the figures and their picture; by default
-            neither is written.
-        draws: of labels, for modes that draw them, and of alterations.
-        rounds: in which each mode is timed once; by default 5, more for short calls.
-        altered: leave out the controls, the feedback of a mode that is altered: permuted, its mean,
-            with random signs.
+        out: folder that the figures (ablation.json) and their picture (ablation.png) are written
+            to. Without it neither is written.
+        draws: number of random draws for each mode that draws labels, and for each control.
+        rounds: number of times that each mode is timed. By default it is 5, or more for short
+            calls.
+        altered: leave out the controls, which are feedback that is shuffled, replaced by its mean,
+            or given random signs.
     """
 
     out: Folder = None
     modes: Annotated[
-        tuple[str, ...] | None, unset("MODE ...", f"these modes alone, of {', '.join(MODES)}.")
+        tuple[str, ...] | None,
+        unset("MODE ...", f"modes to compare. By default all are compared: {', '.join(MODES)}."),
     ] = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
@@ -89,8 +91,8 @@ class Looking:
 class AblateDigits:
     """Compare the modes on scikit-learn's digits: their gradients, and what each costs.
 
-    The gradients stand beside the exact one. It looks at the beginning, in the middle and at the
-    end of a training of --steps steps.
+    The gradients stand beside the exact one, at the beginning, in the middle and at the end of a
+    training of --steps steps.
     """
 
     config: Flat[Digits] = field(default_factory=Digits)
@@ -104,9 +106,10 @@ class AblateDigits:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateImages:
-    """Compare the modes on your pictures: gradients beside the exact one, and what each costs.
+    """Compare the modes on your pictures: their gradients, and what each costs.
 
-    It looks at the beginning, in the middle and at the end of a training of --steps steps.
+    The gradients stand beside the exact one, at the beginning, in the middle and at the end of a
+    training of --steps steps.
     """
 
     config: Flat[Images]
@@ -134,12 +137,14 @@ def _of_training(config: Any, method: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AblateFactory:
-    """Compare the modes on networks of your own; ablate digits and ablate images do on these.
+    """Compare the modes on networks of your own: their gradients, and what each costs.
 
     Args:
-        factory: module:function of a module in this folder or installed; the function takes nothing
-            and returns a metapl.BilevelTrainer, a source of labeled and one of unlabeled batches.
-        steps: of the training that is looked at, at its beginning, in its middle and at its end.
+        factory: function that builds your networks, as module:function of a module in this folder
+            or an installed one. It takes nothing, and returns a metapl.BilevelTrainer, a source of
+            labeled batches and a source of unlabeled batches.
+        steps: number of steps of the training whose beginning, middle and end are looked at. With 0
+            only the beginning is.
     """
 
     factory: Annotated[str, unset("MODULE:FUNCTION")]

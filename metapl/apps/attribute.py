@@ -22,6 +22,7 @@ from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
 from metapl.apps.printing import short, table, tell, wrapped, written_csv
+from metapl.apps.progress import count_bar
 from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
 from metapl.errors import MetaplError, few
@@ -57,30 +58,31 @@ LISTED = 5
 class Attribute:
     """Say which labeled pictures of a run help its network, and which harm it.
 
-    A network like that of the run is trained anew, from its start, on the labeled pictures as they
-    are, by plain SGD with momentum at a rate that falls to zero; the loss of the run's own network
-    is stated beside it. A picture's score is minus the derivative, through all of this training, of
-    the loss on the validation pictures (of train noisy without --val, of those of --clean), in the
-    weight of the picture: more of one with a positive score would lower the loss, more of one with
-    a negative score raise it.
+    A network like that of the run is trained anew on the labeled pictures as they are, by SGD with
+    momentum at a rate that falls to zero. A picture's score is minus the derivative, through all of
+    this training, of the loss on the validation pictures in the weight of the picture. For a run
+    of train noisy without --val, the pictures of --clean are taken. A higher weight of a picture
+    with a positive score would lower the loss, and one with a negative score would raise it.
 
-    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again
-    and again, and compares: a correlation near 1 says that the scores can be believed, one near 0
-    that they cannot.
+    A score is a prediction, and it is checked: the network is trained several times without 5 % of
+    the pictures, drawn at random, and its losses are compared with the predicted ones. A
+    correlation near 1 says that the scores can be believed, one near 0 that they cannot.
 
-    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a
-    page of the most harmful and the most helpful ones.
+    The folder of --out gets attribution.csv, with all pictures and the most harmful first, and
+    attribution.html, a page of the most harmful and the most helpful ones.
 
     Args:
-        folder: the folder of a finished run of train images, train noisy or noisy-student images.
-        val: other pictures whose labels are right, in a folder like --labeled.
-        out: the folder to write to; made if need be.
-        removals: how many trainings without pictures the check takes; 0 does without it.
-        steps: number of steps; by default 10 passes over the pictures, and 100 at least.
-        batch: pictures in a step; at most all of them.
+        folder: folder of a finished run of train images, train noisy or noisy-student images.
+        val: folder of other pictures whose labels are right, with a folder for each class in it.
+        out: folder to write to. It is made if it does not exist.
+        removals: number of trainings without some of the pictures, by which the scores are checked.
+            0 leaves the check out.
+        steps: number of training steps. By default they are 10 passes over the pictures, and 100 at
+            least.
+        batch: number of pictures in each step.
         lr: learning rate at the start.
-        seed: seed of the initial weights, the order of the pictures and the removals; by default
-            that of the run.
+        seed: seed of the first weights, of the order of the pictures and of the check. By default
+            it is that of the run.
     """
 
     folder: Run
@@ -221,9 +223,7 @@ class Attribute:
                 f"{self.folder} has no validation pictures to judge by; expected --val DIR."
             )
         assert labeled is not None, "a run has been trained on them"
-        train = Pictures(run, labeled.keep(verify_files(labeled).sound))
-        outer = Pictures(run, judges.keep(verify_files(judges).sound))
-        return train, outer
+        return readable(run, labeled, "labeled"), readable(run, judges, "validation")
 
     def check(self, scored: Scored, seed: int) -> str:
         """Train without some pictures, again and again; return how well the scores predict it."""
@@ -364,6 +364,13 @@ class Pictures:
                 f"{self.images.path(number)} cannot be read any more; put it back, or remove it."
             )
         return in_unit_range(picture)[0], self.labels[number]
+
+
+def readable(run: EndedRun, files: LabeledFiles, part: str) -> Pictures:
+    """Return the pictures of a part of the data that can be read."""
+    with count_bar(f"looking at {part} files", is_shown=True, total=len(files)) as update:
+        sound = verify_files(files, progress=update).sound
+    return Pictures(run, files.keep(sound))
 
 
 def logits(network: nn.Module, attribution: Attribution, pictures: Pictures) -> Tensor:

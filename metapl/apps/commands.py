@@ -14,6 +14,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Literal,
     Protocol,
     Self,
     TypeAlias,
@@ -38,8 +39,8 @@ from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.printing import as_flags, exit_code, tell, wrapped
 from metapl.apps.progress import is_watched
-from metapl.apps.report import summary
 from metapl.apps.run_folder import RunFolder, stored_result
+from metapl.apps.run_summary import summary
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
@@ -49,19 +50,25 @@ from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.training import Interrupted
 
-# The methods of each command as tyro's subcommands. The type checker cannot follow a type that is
-# made while the program runs.
-MethodOfImages: TypeAlias = Any
-MethodOfDigits: TypeAlias = Any
-MethodOfNoisy: TypeAlias = Any
+# The flag --method of each command, which takes the names of its methods. The type checker cannot
+# follow a type that is made while the program runs.
+MethodOfImages: TypeAlias = str
+MethodOfDigits: TypeAlias = str
+MethodOfNoisy: TypeAlias = str
 if not TYPE_CHECKING:
 
-    def _subcommands(methods: dict[str, Method]) -> Any:
-        return Flat[tyro.extras.subcommand_type_from_defaults(methods, prefix_names=False)]
+    def _one_of(methods: dict[str, Method]) -> Any:
+        named = tyro.conf.arg(
+            name="method",
+            metavar="NAME",
+            help="how the network is trained. The flags of a method are listed by "
+            "--method NAME --help.",
+        )
+        return Annotated[Literal[tuple(methods)], named]
 
-    MethodOfImages = _subcommands(images.METHODS)
-    MethodOfDigits = _subcommands(digits.METHODS)
-    MethodOfNoisy = _subcommands(noisy_labels.METHODS)
+    MethodOfImages = _one_of(images.METHODS)
+    MethodOfDigits = _one_of(digits.METHODS)
+    MethodOfNoisy = _one_of(noisy_labels.METHODS)
 
 
 def _words_of_recipe(recipe: StoredRecipe | None) -> list[str]:
@@ -97,10 +104,10 @@ class Place:
     """The flags that say where a run goes.
 
     Args:
-        out: run folder; by default the next free one in runs/.
-        resume: go on with the run in the folder.
-        recipe: recipe.json of a run to repeat; flags override it.
-        log_to: a function(step, metrics) that gets every recorded row.
+        out: folder that the run is written to. By default it is the next free one in runs/.
+        resume: go on with a run that was stopped, in the folder of --out or the last one in runs/.
+        recipe: repeat the run that left this recipe.json. Other flags override the file.
+        log_to: a function(step, metrics) of yours that gets every row of metrics.jsonl.
     """
 
     out: Folder = None
@@ -114,15 +121,15 @@ class Comparing(Place):
     """The flags that say whether and how methods are compared.
 
     Args:
-        compare: train by other methods too, and compare them.
-        seeds: seeds of --compare, such as 0-4 or 0,3,5.
-        methods: methods of --compare; by default some usual ones.
-        jobs: runs of --compare at a time; by default one a core.
+        compare: train by other methods too, and compare what they reach.
+        seeds: seeds with which --compare trains by each method, such as 0-4 or 0,3,5.
+        methods: methods by which --compare trains. By default it takes some usual ones.
+        jobs: number of trainings that --compare runs at a time. By default it runs one per core.
     """
 
     compare: Switch = False
     seeds: Annotated[str | None, unset("SEEDS")] = None
-    methods: Annotated[str | None, unset("NAME ...")] = None
+    methods: Annotated[tuple[str, ...], unset("NAME ...")] = ()
     jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
 
 
@@ -131,8 +138,9 @@ class Started(Comparing):
     """The flags for processes that torchrun has started, which train together.
 
     Args:
-        replicate: groups of processes, each with a copy of the weights (torchrun).
-        shard: processes of a group, which share one copy of the weights.
+        replicate: number of groups of processes that torchrun has started. Each group has a copy of
+            the weights.
+        shard: number of processes in a group. They share one copy of the weights.
     """
 
     replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
@@ -177,26 +185,53 @@ class Train:
     options: Place
     method: Method
 
-    # The module whose METHODS can be compared; None: there is one method.
+    # The module whose METHODS --method names, and --compare compares; None: there is one method.
     methods: ClassVar[Methods | None] = None
 
     @classmethod
-    def of_recipe(cls, recipe: StoredRecipe) -> Self:
-        """Return the training that repeats the run of a recipe."""
-        config_kind = get_type_hints(cls)["config"]
-        options_kind = get_type_hints(cls)["options"]
-        methods = None if cls.methods is None else cls.methods.METHODS
-        config, method = recipe.settings(config_kind, methods)
-        return cls(config=config, options=options_kind(recipe=recipe), method=method)
+    def with_method(cls, name: str) -> type[Train]:
+        """Return the command in which another method is the default, whose settings are flags."""
+        assert cls.methods is not None, "there are methods"
+        return cls._with_defaults(method_name=name, method=cls.methods.METHODS[name])
 
-    def by_method(self, name: str) -> Self:
-        """Return the training by the method of a name, with the settings that it shares."""
-        if name == self.method.name:
-            return self
-        assert self.methods is not None, "there are several methods"
-        usual = self.methods.METHODS
-        method = with_settings_of(usual[name], self.method, usual[self.method.name])
-        return dataclasses.replace(self, method=method)
+    @classmethod
+    def with_recipe(cls, recipe: StoredRecipe, method_name: str | None) -> type[Train]:
+        """Return the command whose defaults are the settings of a run.
+
+        Args:
+            recipe: of the run.
+            method_name: another method, which has the settings that it shares; None: the run's.
+        """
+        hints = get_type_hints(cls)
+        methods = None if cls.methods is None else cls.methods.METHODS
+        config, method = recipe.settings(hints["config"], methods)
+        defaults: dict[str, Any] = {"config": config, "options": hints["options"](recipe=recipe)}
+        if methods is not None:
+            name = method_name or method.name
+            if name != method.name:
+                method = with_settings_of(methods[name], method, methods[method.name])
+            defaults["method_name"] = name
+        return cls._with_defaults(**defaults, method=method)
+
+    @classmethod
+    def _with_defaults(cls, **defaults: Any) -> type[Train]:
+        """Return the command with these defaults of its fields."""
+        fields: list[Any] = []
+        for name, default in defaults.items():
+            owner = next(kind for kind in cls.__mro__ if name in kind.__annotations__)
+            annotation = owner.__annotations__[name]
+            # Every command has a method of its own class, whose settings are flags.
+            fields.append((name, Flat[Method] if name == "method" else annotation, default))
+        command: type[Train] = dataclasses.make_dataclass(
+            cls.__name__,
+            fields,
+            bases=(cls,),
+            # The annotations are names of this module.
+            namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
+            frozen=True,
+            kw_only=True,
+        )
+        return command
 
     def with_seen_again(self) -> Self:
         """Return the training with what other pictures than the recipe's show left open."""
@@ -236,7 +271,8 @@ class Train:
         # The run's own method is the first, which is delivered where validation cannot tell.
         names = (self.method.name, *self.methods.COMPARED)
         if options.methods:
-            names = tuple(options.methods.split(","))
+            # Commas may stand between them too.
+            names = tuple(",".join(options.methods).split(","))
         names = tuple(dict.fromkeys(names))
         unknown = [name for name in names if name not in self.methods.METHODS]
         if unknown:
@@ -305,8 +341,9 @@ class Train:
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
         recipe = self.options.recipe
-        for note in [] if recipe is None else recipe.notes():
-            say(f"note: {note}")
+        if recipe is not None:
+            for note in recipe.notes():
+                say(f"note: {note}")
         torch.set_num_threads(config.threads or self.usual_threads())
         if isinstance(config, OfPictures):
             config, method = choose_settings(config, self.method, say, stored)
@@ -455,7 +492,8 @@ class TrainImages(Train):
 
     config: Flat[Images]
     options: Flat[Started] = field(default_factory=Started)
-    method: MethodOfImages = images.METHODS["uda"]
+    method_name: MethodOfImages = "uda"
+    method: Flat[Method] = images.METHODS["uda"]
     methods: ClassVar[Methods] = images
 
 
@@ -465,7 +503,8 @@ class TrainDigits(Train):
 
     config: Flat[Digits] = field(default_factory=Digits)
     options: Flat[Started] = field(default_factory=Started)
-    method: MethodOfDigits = digits.METHODS["mpl"]
+    method_name: MethodOfDigits = "mpl"
+    method: Flat[Method] = digits.METHODS["mpl"]
     methods: ClassVar[Methods] = digits
 
 
@@ -475,19 +514,20 @@ class TrainNoisy(Train):
 
     config: Flat[Noisy]
     options: Flat[Comparing] = field(default_factory=Comparing)
-    method: MethodOfNoisy = noisy_labels.METHODS["example_weights"]
+    method_name: MethodOfNoisy = "example_weights"
+    method: Flat[Method] = noisy_labels.METHODS["example_weights"]
     methods: ClassVar[Methods] = noisy_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOfImages(Train):
-    """Train by Noisy Student: a student learns its teacher's labels, and is the next teacher.
+    """Train by Noisy Student on pictures: each student learns the labels of the one before it.
 
     Round 0 trains the first teacher on the labeled examples. In each later round the last network
     labels the unlabeled examples without noise; those it is confident of are kept, as many of each
     class; and a new network of the same size, or larger, learns from both with augmentation,
-    dropout and stochastic depth. --steps are those of each round, and --minutes, of your own
-    pictures, those of all rounds together.
+    dropout and stochastic depth. --steps counts the steps of each round. --minutes, for your own
+    pictures, is the time of all rounds together.
     """
 
     config: Flat[ImagesOfRounds]
@@ -497,7 +537,7 @@ class RoundsOfImages(Train):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOfDigits(Train):
-    __doc__ = RoundsOfImages.__doc__
+    __doc__ = (RoundsOfImages.__doc__ or "").replace("on pictures", "on digits", 1)
 
     config: Flat[DigitsOfRounds] = field(default_factory=DigitsOfRounds)
     options: Flat[Place] = field(default_factory=Place)

@@ -58,10 +58,10 @@ class Compare:
     test sets differ.
 
     Args:
-        folders: run folders, of single runs or of comparisons.
+        folders: folders of runs, or of comparisons.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
 
     def run(self) -> int:
         """Print the accuracies, and whether the students' differ."""

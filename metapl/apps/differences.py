@@ -11,26 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.apps.inputs import UNTESTED, HeldOut
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import short, table
-from metapl.apps.report import png_of
+from metapl.apps.progress import count_bar
+from metapl.apps.report_picture import png_of
 from metapl.apps.run_folder import EndedRun, NetworkName, stored_data
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import predict_logits
 
 # How many pictures of each kind the sheet shows, and in how many columns.
-SHOWN, COLUMNS = 12, 6
+SHOWN = 12
+COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class Example:
     """An example on which one network alone is right, and what each network says of it.
 
-    ``margin`` is how much more probability the right network gives to the class than the other one
-    does.
+    Args:
+        number: of the example among those that the first network has read.
+        name: of its file, or its number.
+        truth: its class.
+        first, second: the class that each network takes it for, with its probability.
+        margin: how much more probability the right network gives to the class than the other one.
     """
 
     number: int
@@ -40,10 +46,26 @@ class Example:
     second: str
     margin: float
 
+    def to_json(self) -> dict[str, str]:
+        """Return what the example is and is taken for, for evaluation.json."""
+        return {
+            "name": self.name,
+            "truth": self.truth,
+            "first": self.first,
+            "second": self.second,
+        }
+
 
 @dataclass(frozen=True)
 class Differences:
-    """What two networks have in common on the same examples, and where one alone is right."""
+    """What two networks have in common on the same examples, and where one alone is right.
+
+    Args:
+        n: the number of examples.
+        both, neither: on how many of them both networks, or neither one, are right.
+        first_alone, second_alone: those on which one network alone is right, with the greatest
+            margin first.
+    """
 
     n: int
     both: int
@@ -53,27 +75,27 @@ class Differences:
 
     @property
     def p(self) -> float:
-        """The p of McNemar's exact test: as many examples are expected on either side."""
+        """Return the p of McNemar's exact test: as many are expected on either side."""
         from scipy.stats import binomtest
 
         apart = len(self.first_alone) + len(self.second_alone)
-        return 1.0 if not apart else float(binomtest(len(self.first_alone), apart).pvalue)
+        if not apart:
+            return 1.0
+        return float(binomtest(len(self.first_alone), apart).pvalue)
 
     def to_json(self) -> dict[str, Any]:
-        def listed(examples: Sequence[Example]) -> list[dict[str, Any]]:
-            names = ("name", "truth", "first", "second")
-            return [{name: getattr(example, name) for name in names} for example in examples]
-
+        """Return the numbers and the examples, for evaluation.json."""
         return {
             "n": self.n,
             "both_right": self.both,
             "neither_right": self.neither,
-            "first_alone": listed(self.first_alone),
-            "second_alone": listed(self.second_alone),
+            "first_alone": [example.to_json() for example in self.first_alone],
+            "second_alone": [example.to_json() for example in self.second_alone],
             "p": self.p,
         }
 
     def text(self, first: str, second: str) -> str:
+        """Return a table of the numbers, with the names of the two networks, and the test."""
         rows = [
             ("right", "pictures"),
             ("both", f"{self.both:,}"),
@@ -124,7 +146,10 @@ def check_comparable(
 class Judged:
     """What a network says of labeled examples.
 
-    Logits (N, C), labels (N,), and names; of digits there are none.
+    Args:
+        logits: (N, C).
+        labels: (N,).
+        names: of the examples; of digits there are none.
     """
 
     logits: Tensor
@@ -133,7 +158,7 @@ class Judged:
 
     @property
     def places(self) -> dict[str, int]:
-        """The row of each example by its name, or its number where it has none."""
+        """Return the row of each example by its name, or its number where it has none."""
         names = self.names or [str(number) for number in range(len(self.labels))]
         return {name: number for number, name in enumerate(names)}
 
@@ -147,17 +172,15 @@ class Opponent:
 
     @classmethod
     def load(cls, folder: Path, network: NetworkName) -> Opponent:
+        """Read a finished run."""
         run = EndedRun.load(folder)
         return cls(run, run.name(network))
 
     def judge(self, factory: str | None, test: Path | None) -> Judged:
         """Run it on the examples of a folder, or on its own test set, as it reads them."""
-        on = HeldOut(self.run, self.name, test)
+        examples = HeldOut(self.run, self.name, test)
         network = self.run.network(self.name, factory).to(self.run.device)
-        logits, labels = predict_logits(network, on.batches())
-        if on.names:
-            refuse_infinite(logits, on.names)
-        return Judged(logits, labels, [*on.names])
+        return judge(network, examples, "pictures of the other run")
 
     def titles(self, first: EndedRun, name: str) -> tuple[str, str]:
         """Return what the two networks are called.
@@ -169,15 +192,27 @@ class Opponent:
         return str(first.folder.path), str(self.run.folder.path)
 
 
+def judge(network: nn.Module, examples: HeldOut, what: str) -> Judged:
+    """Run a network on examples, and show how many are done.
+
+    Args:
+        network: on its device.
+        examples: that it is run on.
+        what: they are called where they are counted.
+    """
+    with count_bar(what, is_shown=True, total=len(examples)) as update:
+        logits, labels = predict_logits(network, examples.batches(update))
+    if examples.names:
+        refuse_infinite(logits, examples.names)
+    return Judged(logits, labels, [*examples.names])
+
+
 def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differences:
     """Compare what two networks say of the examples that both have read, each by its name."""
+    rows_of_first = first.places
     rows_of_second = second.places
-    rows = {
-        name: (row, rows_of_second[name])
-        for name, row in first.places.items()
-        if name in rows_of_second
-    }
-    if not rows:
+    shared = [name for name in rows_of_first if name in rows_of_second]
+    if not shared:
         raise MetaplError(
             "the two networks have read no picture in common; expected the same pictures for both."
         )
@@ -185,53 +220,73 @@ def differences(first: Judged, second: Judged, classes: Sequence[str]) -> Differ
     second_probabilities = second.logits.double().softmax(dim=1)
     both = 0
     neither = 0
-    alone: dict[bool, list[Example]] = {True: [], False: []}
-    for name, (number, place) in rows.items():
+    first_alone: list[Example] = []
+    second_alone: list[Example] = []
+    for name in shared:
+        number = rows_of_first[name]
         truth = int(first.labels[number])
-        of_first = first_probabilities[number]
-        of_second = second_probabilities[place]
-        said = int(of_first.argmax()), int(of_second.argmax())
-        is_right = said[0] == truth, said[1] == truth
-        if all(is_right):
+        p_first = first_probabilities[number]
+        p_second = second_probabilities[rows_of_second[name]]
+        class_first = int(p_first.argmax())
+        class_second = int(p_second.argmax())
+        if class_first == truth and class_second == truth:
             both += 1
-        elif not any(is_right):
+            continue
+        if class_first != truth and class_second != truth:
             neither += 1
+            continue
+        is_first_right = class_first == truth
+        margin = float(p_first[truth] - p_second[truth])
+        if not is_first_right:
+            margin = -margin
+        example = Example(
+            number=number,
+            name=name,
+            truth=classes[truth],
+            first=f"{classes[class_first]} {float(p_first[class_first]):.0%}",
+            second=f"{classes[class_second]} {float(p_second[class_second]):.0%}",
+            margin=margin,
+        )
+        if is_first_right:
+            first_alone.append(example)
         else:
-            margin = float(of_first[truth] - of_second[truth])
-            example = Example(
-                number=number,
-                name=name,
-                truth=classes[truth],
-                first=f"{classes[said[0]]} {float(of_first[said[0]]):.0%}",
-                second=f"{classes[said[1]]} {float(of_second[said[1]]):.0%}",
-                margin=margin if is_right[0] else -margin,
-            )
-            alone[is_right[0]].append(example)
-    for examples in alone.values():
+            second_alone.append(example)
+    for examples in (first_alone, second_alone):
         examples.sort(key=lambda example: -example.margin)
-    return Differences(len(rows), both, neither, first_alone=alone[True], second_alone=alone[False])
+    return Differences(
+        n=len(shared),
+        both=both,
+        neither=neither,
+        first_alone=first_alone,
+        second_alone=second_alone,
+    )
 
 
-def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
+def sheet(compared: Differences, read: HeldOut, first: str, second: str) -> bytes:
     """Draw the examples that one network alone is right on, as PNG.
 
     Those with the greatest margin come first. Below each stands its class and what either network
-    takes it for. ``on`` reads the pictures once more.
+    takes it for.
+
+    Args:
+        compared: where the networks differ.
+        read: reads the pictures once more.
+        first, second: what the networks are called.
     """
     from matplotlib.figure import Figure
 
+    first_title = f"{short(first)} alone is right: {len(compared.first_alone):,} of {compared.n:,}"
+    second_title = (
+        f"{short(second)} alone is right: {len(compared.second_alone):,} of {compared.n:,}"
+    )
     groups = {
-        f"{short(first)} alone is right: {len(compared.first_alone):,} of "
-        f"{compared.n:,}": compared.first_alone[:SHOWN],
-        f"{short(second)} alone is right: {len(compared.second_alone):,} of "
-        f"{compared.n:,}": compared.second_alone[:SHOWN],
+        first_title: compared.first_alone[:SHOWN],
+        second_title: compared.second_alone[:SHOWN],
     }
-    wanted = {example.number for examples in groups.values() for example in examples}
-    pictures: dict[int, Tensor] = {}
-    number = 0
-    for x, _ in on.batches():
-        pictures |= {number + row: x[row] for row in range(len(x)) if number + row in wanted}
-        number += len(x)
+    wanted: set[int] = set()
+    for examples in groups.values():
+        wanted.update(example.number for example in examples)
+    pictures = pictures_of(read, wanted)
     heights = [max(1, -(-len(examples) // COLUMNS)) for examples in groups.values()]
     figure = Figure((1.9 * COLUMNS, 2.5 * sum(heights) + 0.8), 120, layout="constrained")
     parts = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -243,8 +298,19 @@ def sheet(compared: Differences, on: HeldOut, first: str, second: str) -> bytes:
         for place, example in zip(places, examples, strict=False):
             levels = pictures[example.number].clamp(0, 1).permute(1, 2, 0).squeeze(-1)
             place.imshow(levels.numpy(), cmap="gray", vmin=0, vmax=1)
-            words = [f"is {example.truth}", f"1: {example.first}", f"2: {example.second}"]
-            place.set_title(
-                "\n".join(short(word, 26) for word in words), fontsize=7, parse_math=False
-            )
+            lines = [f"is {example.truth}", f"1: {example.first}", f"2: {example.second}"]
+            title_of_example = "\n".join(short(line, 26) for line in lines)
+            place.set_title(title_of_example, fontsize=7, parse_math=False)
     return png_of(figure)
+
+
+def pictures_of(read: HeldOut, wanted: set[int]) -> dict[int, Tensor]:
+    """Return the pictures with these numbers, (C, H, W) each."""
+    pictures: dict[int, Tensor] = {}
+    number = 0
+    for x, _ in read.batches():
+        for picture in x:
+            if number in wanted:
+                pictures[number] = picture
+            number += 1
+    return pictures

@@ -91,9 +91,9 @@ class Digits:
     augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
 
     Args:
-        labels_per_class: labeled images of each class.
-        unlabeled_batch: unlabeled images in a batch.
-        hidden: widths of the hidden layers.
+        labels_per_class: number of labeled images of each class.
+        unlabeled_batch: number of unlabeled images in each step.
+        hidden: number of units of each hidden layer.
         dropout: dropout rate of the networks.
     """
 

@@ -6,20 +6,22 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from metapl.apps.differences import Judged, Opponent, check_comparable, differences, sheet
+from torch import nn
+
+from metapl.apps.differences import Opponent, check_comparable, differences, judge, sheet
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
-from metapl.apps.labeling import refuse_infinite
 from metapl.apps.machine import write_whole
 from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
-from metapl.apps.report import COLORS, LINES, png_of
+from metapl.apps.report_picture import COLORS, LINES, png_of
 from metapl.apps.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
 from metapl.apps.run_folder import WEIGHTS, EndedRun, NetworkName
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
+from metapl.metrics import Evaluation, evaluate_logits, interval
 from metapl.runs.fields import Range
 from metapl.words import shown
 
@@ -27,45 +29,50 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EVALUATION, PICTURE, SHEET = "evaluation.json", "evaluation.png", "differences.png"
+EVALUATION = "evaluation.json"
+PICTURE = "evaluation.png"
+SHEET = "differences.png"
+
+# How far an attack changes a value where --eps is not given.
+USUAL_EPS = (2.0, 8.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration and confusions.
 
-    Where the accuracy is not the one in the run's result.json, the output says so. Beside it stand
-    its 95 % interval, the chance level, which is what always naming the largest class gives, and
-    what guessing evenly gives. A run without a test set is measured on its validation examples, and
-    the accuracy is called so.
+    The accuracy is printed with its 95 % interval, and with the accuracy of always naming the
+    largest class and of guessing evenly. The output says so if it is not the accuracy in the run's
+    result.json. A run without a test set is measured on its validation examples, and the output
+    says so.
 
-    With --test, it is measured on other pictures: one folder a class, called as the run's classes.
-    A file that cannot be read is left out, with the reason on standard error; the exit code is then
-    1.
+    With --test, the network is measured on other pictures. They stand in one folder for each class,
+    whose name is that of the class. A file that cannot be read is left out, with the reason on
+    standard error; the exit code is then 1.
 
-    The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C
-    (--corruptions), and be moved against the network (--attack); all accuracies are then written to
-    --out, as evaluation.json, and their curves drawn, as evaluation.png.
+    With --corruptions the pictures are damaged in 15 ways and 5 severities each, as in ImageNet-C,
+    and with --attack they are changed to mislead the network. All accuracies are then written to
+    evaluation.json in the folder of --out, and their curves to evaluation.png.
 
-    With --against, another network is measured on the same pictures: how many each alone is right
-    on, with the p of McNemar's exact test; in --out, evaluation.json names those pictures, and
-    differences.png is a sheet of them.
+    With --against, another network is measured on the same pictures. The output says on how many
+    of them one network alone is right, with the p of McNemar's exact test. In the folder of --out,
+    evaluation.json names those pictures, and differences.png shows them.
 
-    ImageNet-A, -C and -P, ReaL, and networks of a file of weights: examples/robustness.py.
+    examples/robustness.py measures on ImageNet-A, -C, -P and ReaL, and takes files of weights.
 
     Args:
-        folder: the run folder.
-        test: folder with one folder a class, to measure on.
+        folder: folder of a run.
+        test: folder of labeled pictures to measure on, with a folder for each class in it.
         corruptions: measure on damaged pictures too: noise, blur, weather and digital damage.
-        attack: measure on pictures that are moved against the network: by one step of the sign of
-            the gradient (fgsm), or by ten (pgd).
-        eps: how far each value of a picture may be moved, in 1/255 of the range from black to
-            white; several can be given.
-        against: another run, or this one with --against-network, to compare with picture by
-            picture; on the pictures as they are, also where they are damaged or attacked besides.
-        against_network: which network of the other run; by default the one that it delivers.
-        out: folder for evaluation.json, and for evaluation.png where pictures are damaged or
-            attacked; made if need be.
+        attack: measure also on pictures that are changed to mislead the network: fgsm takes one
+            step along the sign of the gradient, pgd ten.
+        eps: how far --attack may change each value of a picture, in 1/255 of the range from black
+            to white. Several can be given.
+        against: folder of another run, whose network is compared with this one picture by picture.
+            With --against-network it may be the same run.
+        against_network: which network of the run of --against to take. By default it is the one
+            that the run delivers.
+        out: folder that the figures are written to. It is made if it does not exist.
         json: print JSON.
     """
 
@@ -85,6 +92,7 @@ class Evaluate:
     json: Switch = False
 
     def run(self) -> int:
+        """Measure, print and write the figures; return 1 where files were left out."""
         if self.against_network != "delivered" and self.against is None:
             raise MetaplError(
                 f"--against-network {self.against_network} was given without --against RUN."
@@ -97,125 +105,149 @@ class Evaluate:
         if self.out is not None:
             check_out(self.out, run.source.recipe().get("fields", {}), {"test": self.test})
         with held(self.out):
+            # 1. All that is refused is refused before anything is measured.
             name = run.name(self.network)
-            other = (
-                None if self.against is None else Opponent.load(self.against, self.against_network)
-            )
-            if other is not None:
-                check_comparable(run, other.run, (name, other.name), has_test=self.test is not None)
+            opponent = None
+            if self.against is not None:
+                opponent = Opponent.load(self.against, self.against_network)
+                names = (name, opponent.name)
+                check_comparable(run, opponent.run, names, has_test=self.test is not None)
             network = run.network(name, self.factory).to(run.device)
-            on = HeldOut(run, name, self.test)
-            content: dict[str, Any] = {
-                "run": str(self.folder),
-                **{key: run.result[key] for key in ("recipe", "method", "seed")},
-                "network": name,
-                "weights": WEIGHTS[name],
-                **on.about,
-                "measured_on": on.part,
-            }
-            with count_bar("pictures", is_shown=True) as update:
-                logits, labels = predict_logits(network, on.batches())
-                if on.names:
-                    refuse_infinite(logits, on.names)
-                found = evaluate_logits(logits, labels, run.classes)
-                low, high = interval(round(found.accuracy * found.n), found.n)
-                even = 1 / len(found.confusion)
-                content |= found.to_json() | {
-                    "interval": [low, high],
-                    "chance": found.chance,
-                    "even_guess": even,
-                }
-                rows = [
-                    (
-                        f"{on.part} accuracy",
-                        f"{found.accuracy:.2%} of {found.n:,}{on.remark(found)}",
-                    ),
-                    ("95 % interval", f"{low:.2%} to {high:.2%}"),
-                    (
-                        "chance level",
-                        f"{found.chance:.2%}, the largest class; even guesses: {even:.2%}",
-                    ),
-                    *([] if found.top5 is None else [("top-5 accuracy", f"{found.top5:.2%}")]),
-                    ("expected calibration error", f"{found.expected_calibration_error:.2%}"),
-                    ("negative log-likelihood", f"{found.negative_log_likelihood:.3f}"),
-                ]
-                blocks = [run.heading(name) + ("" if self.test is None else f"\non {self.test}")]
-                blocks += [table(rows, left=2), confusions(found, run.classes)]
-                if self.corruptions or self.attack is not None:
-                    damaged = measure(
-                        network,
-                        on.batches(),
-                        corruptions=tuple(CORRUPTIONS) if self.corruptions else (),
-                        attacks=() if self.attack is None else (self.attack,),
-                        eps=self.eps or (2.0, 8.0),
-                        progress=update,
-                    )
-                    content |= damaged
-                    blocks += robustness_tables(damaged, found)
-            if other is not None:
-                compared = differences(
-                    Judged(logits, labels, [*on.names]),
-                    other.judge(self.factory, self.test),
-                    run.classes,
-                )
-                titles = other.titles(run, name)
+            examples = HeldOut(run, name, self.test)
+
+            # 2. The pictures as they are, then damaged and attacked, then by another network.
+            judged = judge(network, examples, "pictures")
+            evaluation = evaluate_logits(judged.logits, judged.labels, run.classes)
+            content = self.figures(run, name, examples, evaluation)
+            blocks = [
+                run.heading(name) + ("" if self.test is None else f"\non {self.test}"),
+                table(summary_rows(evaluation, examples), left=2),
+                confusions(evaluation, run.classes),
+            ]
+            if self.corruptions or self.attack is not None:
+                damaged = self.measure_damaged(network, examples)
+                content |= damaged
+                blocks += robustness_tables(damaged, evaluation)
+            compared = None
+            titles = ("", "")
+            if opponent is not None:
+                other_judged = opponent.judge(self.factory, self.test)
+                compared = differences(judged, other_judged, run.classes)
+                titles = opponent.titles(run, name)
                 content["against"] = {
                     "run": str(self.against),
-                    "network": other.name,
+                    "network": opponent.name,
                     **compared.to_json(),
                 }
                 blocks.append(compared.text(*titles))
+
+            # 3. The figures are printed, and written.
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
-                write_whole(
-                    self.out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM
-                )
-                written = f"the figures are in {self.out / EVALUATION}"
-                if "corruptions" in content or "attacks" in content:
-                    write_whole(self.out / PICTURE, png_of(robustness_curves(content)), ROOM)
-                    written += f", and drawn in {self.out / PICTURE}"
-                if other is not None:
-                    write_whole(self.out / SHEET, sheet(compared, on, *titles), ROOM)
+                written = self.write(self.out, content)
+                if compared is not None:
+                    write_whole(self.out / SHEET, sheet(compared, examples, *titles), ROOM)
                     written += (
                         f"; the pictures that one alone is right on are shown in {self.out / SHEET}"
                     )
                 if not self.json:
                     tell(f"\n{written}")
-            if on.skipped:
-                tell(f"metapl: {plural(on.skipped, 'file')} left out", file=sys.stderr)
-            return 1 if on.skipped else 0
+            if examples.skipped:
+                tell(f"metapl: {plural(examples.skipped, 'file')} left out", file=sys.stderr)
+            return 1 if examples.skipped else 0
+
+    def figures(
+        self, run: EndedRun, name: str, examples: HeldOut, evaluation: Evaluation
+    ) -> dict[str, Any]:
+        """Return what evaluation.json says of the pictures as they are."""
+        low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
+        return {
+            "run": str(self.folder),
+            "recipe": run.result["recipe"],
+            "method": run.result["method"],
+            "seed": run.result["seed"],
+            "network": name,
+            "weights": WEIGHTS[name],
+            **examples.about,
+            "measured_on": examples.part,
+            **evaluation.to_json(),
+            "interval": [low, high],
+            "chance": evaluation.chance,
+            "even_guess": 1 / len(evaluation.confusion),
+        }
+
+    def measure_damaged(self, network: nn.Module, examples: HeldOut) -> dict[str, Any]:
+        """Measure on damaged and attacked pictures, and show how many are done."""
+        corruptions: tuple[str, ...] = ()
+        if self.corruptions:
+            corruptions = tuple(CORRUPTIONS)
+        attacks: tuple[Attack, ...] = ()
+        if self.attack is not None:
+            attacks = (self.attack,)
+        with count_bar("damaged pictures", is_shown=True, total=len(examples)) as update:
+            return measure(
+                network,
+                examples.batches(),
+                corruptions=corruptions,
+                attacks=attacks,
+                eps=self.eps or USUAL_EPS,
+                progress=update,
+            )
+
+    def write(self, out: Path, content: Mapping[str, Any]) -> str:
+        """Write the figures, and the curves where there are some; return where they are."""
+        write_whole(out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
+        written = f"the figures are in {out / EVALUATION}"
+        if "corruptions" in content or "attacks" in content:
+            write_whole(out / PICTURE, png_of(robustness_curves(content)), ROOM)
+            written += f", and drawn in {out / PICTURE}"
+        return written
 
 
 # ------------------------------------------------------------------------------------ what is shown
 
-# Letters of a class that head a row, and the least that head a column; classes listed where there
-# is no room for all.
-MOST_LETTERS, LEAST_LETTERS, LISTED = 16, 3, 10
+# Letters of a class that head a row, and the least that head a column.
+MOST_LETTERS = 16
+LEAST_LETTERS = 3
+
+# Classes that are listed where there is no room for all.
+LISTED = 10
 
 
-def robustness_tables(found: Mapping[str, Any], clean: Evaluation) -> Iterator[str]:
+def summary_rows(evaluation: Evaluation, examples: HeldOut) -> list[tuple[str, str]]:
+    """Return the names of the figures of an evaluation, and the figures."""
+    low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
+    even = 1 / len(evaluation.confusion)
+    accuracy = f"{evaluation.accuracy:.2%} of {evaluation.n:,}{examples.remark(evaluation)}"
+    chance = f"{evaluation.chance:.2%}, the largest class; even guesses: {even:.2%}"
+    rows = [
+        (f"{examples.part} accuracy", accuracy),
+        ("95 % interval", f"{low:.2%} to {high:.2%}"),
+        ("chance level", chance),
+    ]
+    if evaluation.top5 is not None:
+        rows.append(("top-5 accuracy", f"{evaluation.top5:.2%}"))
+    rows.append(("expected calibration error", f"{evaluation.expected_calibration_error:.2%}"))
+    rows.append(("negative log-likelihood", f"{evaluation.negative_log_likelihood:.3f}"))
+    return rows
+
+
+def robustness_tables(damaged: Mapping[str, Any], clean: Evaluation) -> Iterator[str]:
     """Yield tables of what :func:`measure` found on damaged and on attacked pictures."""
-    if "corruptions" in found:
+    if "corruptions" in damaged:
         rows = [("corruption", "none", *map(str, SEVERITIES), "mean error")]
-        for name, kind in found["corruptions"].items():
-            shares = (
-                f"{accuracy:.1%}" for accuracy in (clean.accuracy, *kind["accuracy_by_severity"])
-            )
+        for name, kind in damaged["corruptions"].items():
+            accuracies = (clean.accuracy, *kind["accuracy_by_severity"])
+            shares = [f"{accuracy:.1%}" for accuracy in accuracies]
             rows.append((name, *shares, f"{kind['error']:.1%}"))
-        mean = f"mean accuracy under corruption {found['mean_corrupted_accuracy']:.1%}"
+        mean = f"mean accuracy under corruption {damaged['mean_corrupted_accuracy']:.1%}"
         yield f"accuracy by severity\n\n{table(rows)}\n\n{mean}"
-    if "attacks" in found:
-        head = ("attack", "ε in 1/255", "accuracy")
-        yield table(
-            [
-                head,
-                *(
-                    (name, eps, f"{a:.1%}")
-                    for name, of in found["attacks"].items()
-                    for eps, a in of.items()
-                ),
-            ]
-        )
+    if "attacks" in damaged:
+        attack_rows = [("attack", "ε in 1/255", "accuracy")]
+        for name, accuracies_by_eps in damaged["attacks"].items():
+            for eps, accuracy in accuracies_by_eps.items():
+                attack_rows.append((name, eps, f"{accuracy:.1%}"))
+        yield table(attack_rows)
 
 
 # The kinds of damage of ImageNet-C, a panel of the figure each: fifteen curves in one cannot be
@@ -260,9 +292,12 @@ def robustness_curves(content: Mapping[str, Any]) -> Figure:
         moved = {float(eps): accuracy for eps, accuracy in by_eps.items()}
         attacks[name] = sorted(({0.0: clean} | moved).items())
     # Panels below one another, 4 inches wide: at 400 pixels the letters are 11 pixels high.
-    rows = len(panels) + bool(attacks)
+    rows = len(panels)
+    if attacks:
+        rows += 1
     figure = Figure((4.0, 1.9 * rows + 0.1), 200, layout="constrained")
     places = [figure.add_subplot(rows, 1, number + 1) for number in range(rows)]
+    # The last place is that of the attacks.
     for axes, (group, curves) in zip(places, panels.items(), strict=False):
         _draw_curves(axes, curves, f"accuracy, {group}", "severity", content["chance"])
         axes.set_xticks([0, *SEVERITIES], ["none", *map(str, SEVERITIES)])
@@ -306,28 +341,25 @@ def _draw_curves(axes: Axes, curves: Curves, title: str, label: str, chance: flo
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """Return the confusion matrix, or what matters most of it where there is no room for it."""
-    share = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
+    shares = ["-" if right is None else f"{right:.1%}" for right in evaluation.per_class]
     widest = max(len(str(n)) for counts in evaluation.confusion for n in counts)
     # Two spaces are between columns.
     letters = min((WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS)
     if letters >= max(LEAST_LETTERS, widest):
         heads = [shown(name)[:letters] for name in classes]
         rows = [("class", *heads, "right")]
-        for name, counts, right in zip(classes, evaluation.confusion, share, strict=True):
-            rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), right))
+        for name, counts, share in zip(classes, evaluation.confusion, shares, strict=True):
+            cells = [str(n) if n else "." for n in counts]
+            rows.append((short(name, MOST_LETTERS), *cells, share))
         head = "how many of a class (row) were taken for which (column), and how many rightly"
         return f"{head}\n\n{table(rows)}"
     rows = [("class", "right", "most often taken for", "times")]
-    for index in sorted(range(len(classes)), key=lambda i: evaluation.per_class[i] or 0)[:LISTED]:
-        others = [0 if other == index else n for other, n in enumerate(evaluation.confusion[index])]
-        n = max(others)
-        rows.append(
-            (
-                short(classes[index]),
-                share[index],
-                short(classes[others.index(n)]) if n else "-",
-                str(n),
-            )
-        )
+    by_share = sorted(range(len(classes)), key=lambda number: evaluation.per_class[number] or 0)
+    for number in by_share[:LISTED]:
+        wrong_counts = list(evaluation.confusion[number])
+        wrong_counts[number] = 0
+        most = max(wrong_counts)
+        taken_for = short(classes[wrong_counts.index(most)]) if most else "-"
+        rows.append((short(classes[number]), shares[number], taken_for, str(most)))
     head = f"the {len(rows) - 1} of {len(classes):,} classes that are right least often"
     return f"{head}\n\n{table(rows)}"

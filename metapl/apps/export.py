@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.model_card import (
@@ -31,9 +31,9 @@ from metapl.apps.model_card import (
     PROGRAM,
     WEIGHTS,
     escaped,
-    markdown_of,
+    package_versions,
+    section_text,
     sections_of,
-    versions_of,
 )
 from metapl.apps.networks import Architecture
 from metapl.apps.printing import require_packages, tell
@@ -44,6 +44,7 @@ from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
 
 ONNX = "model.onnx"
+
 # What the input and the output of an ONNX file are called.
 INPUT = "images"
 OUTPUT = "logits"
@@ -114,10 +115,11 @@ class Export:
     before anything is written.
 
     Args:
-        folder: the run folder; of a comparison, the run that it delivers.
-        out: the folder to write them to; made if need be.
-        onnx: model.onnx too; needs pip install 'metapl[onnx]'.
-        hub: the form of the Hugging Face hub instead: config.json, model.safetensors, README.md.
+        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        out: folder to write to. It is made if it does not exist.
+        onnx: write model.onnx too. It needs pip install 'metapl[onnx]'.
+        hub: write the form of the Hugging Face hub instead: config.json, model.safetensors and
+            README.md. Nothing is uploaded. It needs pip install 'metapl[timm]'.
     """
 
     folder: Run
@@ -128,19 +130,21 @@ class Export:
     hub: Switch = False
 
     def run(self) -> int:
+        """Write the files, and print what they are."""
         run = EndedRun.load(self.folder)
         name = run.name(self.network)
+        card = run.cards[name]
         check_out(self.out, run.source.recipe().get("fields", {}))
         if self.hub:
             return self.run_for_hub(run, name)
-        card = run.cards[name]
+        sections = sections_of(run, name)
         with held(self.out):
             digests = export(
                 run.network(name, self.factory),
                 self.out,
                 shape=card.input.shape,
                 title=f"{run.result['recipe']}: {run.result['title']}, {card.title}",
-                sections=sections_of(run, name),
+                sections=sections,
                 classes=run.classes,
                 architecture=card.architecture,
                 center=card.input.center,
@@ -148,10 +152,8 @@ class Export:
             )
         tell(f"{run.heading(name)}\n")
         for file, sha256 in digests.items():
-            tell(
-                f"{self.out / file}: {(self.out / file).stat().st_size / 1e6:.3g} MB, SHA-256 "
-                f"{sha256}"
-            )
+            megabytes = (self.out / file).stat().st_size / 1e6
+            tell(f"{self.out / file}: {megabytes:.3g} MB, SHA-256 {sha256}")
         if self.onnx and not importlib.util.find_spec("onnxruntime"):
             tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
         tell(f"{self.out / CARD}: how to load them, and how good they are")
@@ -215,154 +217,221 @@ def export(
     >>> [*export(small.create(), tempfile.mkdtemp(), shape=(1, 16, 16), architecture=small)]
     ['model.safetensors', 'model.pt2']
     """
-    folder, normalization, module = Path(path), None, model
-    # torch.compile wraps a network in a module that holds it as _orig_mod.
-    while isinstance(module, Normalized) or hasattr(module, "_orig_mod"):
-        if isinstance(module, Normalized):
-            pairs = {
-                name: t.flatten().float().cpu().numpy()
-                for name, t in module.named_buffers(recurse=False)
-            }
-            # The shortest decimals that give the same float32 numbers.
-            normalization = {name: [float(str(x)) for x in pairs[name]] for name in ("mean", "std")}
-        module = (
-            module.module if isinstance(module, Normalized) else module.get_submodule("_orig_mod")
-        )
-    state = module.state_dict()
+    folder = Path(path)
+    module, normalization = unwrapped(model)
     if (folder / HUB_CONFIG).exists():
         raise MetaplError(
             f"{folder} holds an export for the hub ({HUB_CONFIG}), whose {WEIGHTS} has other "
             "names; expected another folder."
         )
     if not onnx and (folder / ONNX).exists():
-        fault = (
+        raise MetaplError(
             f"{folder / ONNX} is of another export and would stand beside weights that are not "
-            "its own"
+            "its own; export ONNX too (--onnx), remove the file, or take another folder."
         )
+    state = module.state_dict()
+    not_finite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if not_finite:
         raise MetaplError(
-            f"{fault}; export ONNX too (--onnx), remove the file, or take another folder."
+            f"weights that are not finite are not exported: {few(not_finite, 4)}; the training "
+            "diverged."
         )
-    if bad := [name for name, t in state.items() if not t.isfinite().all()]:
-        raise MetaplError(
-            f"weights that are not finite are not exported: {few(bad, 4)}; the training diverged."
-        )
-    metadata = ({} if center == 1.0 else {"center": center}) | {
+
+    # 1. The weights and the programs.
+    metadata: dict[str, Any] = {
         "architecture": None if architecture is None else asdict(architecture),
         "normalization": normalization,
         "classes": None if classes is None else list(classes),
     }
-    # Tensors that share memory, as tied weights do, are written one by one: safetensors refuses
-    # them otherwise.
-    plain = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, t in sorted(state.items())
-    }
-    # One entry, for safetensors writes several in an order that changes from call to call.
-    files = {WEIGHTS: save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})}
-    files |= programs(
-        module if normalization is None else Normalized(module, **normalization), shape, onnx
-    )
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    facts = {"parameters": f"{sum(p.numel() for p in module.parameters()):,}"}
-    code = {"imported": "", "building": "build_network()  # the code that builds the network"}
-    if architecture is not None:
-        built, noise = asdict(architecture), ("dropout", "stochastic_depth")
-        own = {
-            name: value for name, value in built.items() if value is not None and name not in noise
-        }
-        arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
-        facts |= {"architecture": arguments, "names of the weights": architecture.library}
-        code = {
-            "imported": "import metapl.apps.networks\n",
-            "building": f"metapl.apps.networks.create({arguments})",
-        }
+    if center != 1.0:
+        metadata["center"] = center
+    files = {WEIGHTS: safetensors_of(state, metadata)}
+    network = module
     if normalization is not None:
-        facts["normalization"] = (
-            f"(x - mean) / std, mean {normalization['mean']}, std {normalization['std']}"
-        )
+        network = Normalized(module, **normalization)
+    files |= programs(network, shape, onnx)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+    # 2. The card.
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    facts: dict[str, Any] = {"parameters": f"{parameters:,}"}
+    imported = ""
+    building = "build_network()  # the code that builds the network"
+    if architecture is not None:
+        arguments = arguments_of(architecture)
+        facts["architecture"] = arguments
+        facts["names of the weights"] = architecture.library
+        imported = "import metapl.apps.networks\n"
+        building = f"metapl.apps.networks.create({arguments})"
+    takes = "in the range of the training"
+    if normalization is not None:
+        takes = "in [0, 1]"
+        mean = normalization["mean"]
+        std = normalization["std"]
+        facts["normalization"] = f"(x - mean) / std, mean {mean}, std {std}"
     if classes is not None:
         facts["classes"] = ", ".join(classes)
-    facts |= {f"SHA-256 of {file}": digest for file, digest in digests.items()}
-    versions = versions_of(*(("onnx", "onnxscript") if onnx else ()))
-    code["takes"] = "in the range of the training" if normalization is None else "in [0, 1]"
-    text = TEXT.substitute(code, title=escaped(title), torch=versions["torch"].partition("+")[0])
-    text += ONNX_TEXT.substitute(code) if onnx else ""
-    text += markdown_of({"Network": facts, **(sections or {}), "Versions": versions})
+    for name, digest in digests.items():
+        facts[f"SHA-256 of {name}"] = digest
+    versions = package_versions(onnx=onnx)
+    text = TEXT.substitute(
+        imported=imported,
+        building=building,
+        takes=takes,
+        title=escaped(title),
+        torch=versions["torch"].partition("+")[0],
+    )
+    if onnx:
+        text += ONNX_TEXT.substitute(takes=takes)
+    for head, section in {"Network": facts, **(sections or {}), "Versions": versions}.items():
+        text += f"\n## {head}\n\n{section_text(section)}\n"
     files[CARD] = text.encode()
+
+    # 3. The card is the last file, so that it never names files that are not there.
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
+        for name, content in files.items():
             with replacing(folder / name) as file:
-                file.write(data)
+                file.write(content)
     except OSError as error:
         raise MetaplError(f"{folder} could not be written: {error.strerror or error}.") from error
     return digests
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | None]:
+    """Return the network in its wrappers, and the mean and the std of its normalization."""
+    normalization: dict[str, list[float]] | None = None
+    module = model
+    while True:
+        if isinstance(module, Normalized):
+            normalization = {}
+            for name in ("mean", "std"):
+                values = module.get_buffer(name).flatten().float().cpu().numpy()
+                # The shortest decimals that give the same float32 numbers.
+                normalization[name] = [float(str(value)) for value in values]
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            # torch.compile wraps a network in a module that holds it so.
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module, normalization
+
+
+def safetensors_of(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Return a file of weights.
+
+    Tensors that share memory, as tied weights do, are written one by one, for safetensors refuses
+    them otherwise.
+    """
+    plain = {}
+    for name, tensor in sorted(state.items()):
+        plain[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    # One entry, for safetensors writes several in an order that changes from call to call.
+    return save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})
+
+
+def arguments_of(architecture: Architecture) -> str:
+    """Return the arguments that build an architecture, without its noise, which has no weights."""
+    arguments = []
+    for name, value in asdict(architecture).items():
+        if value is not None and name not in ("dropout", "stochastic_depth"):
+            arguments.append(f"{name}={value!r}")
+    return ", ".join(arguments)
 
 
 def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
     """Return a network as programs for pictures of one size, by the names of their files.
 
     They are ``model.pt2``, for ``torch.export.load``, and with ``onnx`` ``model.onnx``: for any
-    number of pictures, float32, in eval mode, with its normalization.
+    number of pictures, float32, in eval mode, with its normalization. Each is compared with the
+    network, ONNX where onnxruntime is installed.
 
-    Each is compared with the network, ONNX where onnxruntime is installed.
+    Args:
+        network: on any device; it is left as it is.
+        shape: (C, H, W) of a picture.
+        onnx: whether ``model.onnx`` is wanted too.
     """
     if onnx:
         require_packages("--onnx", "onnx", "onnxscript")
     network = copy.deepcopy(network).eval().requires_grad_(requires_grad=False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    by = "torch.export"
-    try:
-        # Two, for torch.export takes sizes of 0 and 1 for constants.
-        batch, file = {0: torch.export.Dim("batch", min=1)}, io.BytesIO()
-        program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=(batch,))
-        for module in program.graph_module.modules():
-            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                # Where an operation came from: places of files on this machine, and names of
-                # classes.
-                for note in ("stack_trace", "nn_module_stack", "torch_fn", "custom"):
-                    node.meta.pop(note, None)
-        torch.export.save(program, file)
-        files = {PROGRAM: file.getvalue()}
-        if onnx:
-            by = "torch.onnx"
-            made = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
-            )
-            assert made is not None  # as it is when a file is given
-            model = made.model_proto
-            for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-                for dim in value.type.tensor_type.shape.dim:
-                    if dim.HasField("dim_param"):
-                        # the only size that is not fixed, called s34 or the like so far
-                        dim.dim_param = "batch"
-            files[ONNX] = model.SerializeToString(deterministic=True)
-    except (
-        Exception
-    ) as error:  # whatever a network of a user's own does while it is traced, or has no translation
-        raise MetaplError(
-            f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}"
-        ) from error
+    program = exported_program(network, shape)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    files = {PROGRAM: file.getvalue()}
+    if onnx:
+        files[ONNX] = onnx_of(program)
     generator = torch.Generator().manual_seed(0)
     for count in (1, 3):
         images = torch.rand(count, *shape, generator=generator)
         with torch.inference_mode():
-            expected, found = network(images), {}
-            found[PROGRAM] = torch.export.load(io.BytesIO(files[PROGRAM])).module()(images)
+            expected = network(images)
+            loaded = torch.export.load(io.BytesIO(files[PROGRAM])).module()
+            refuse_other_outputs(PROGRAM, loaded(images), expected)
         if onnx and importlib.util.find_spec("onnxruntime"):
-            session = importlib.import_module("onnxruntime").InferenceSession(
-                files[ONNX], providers=["CPUExecutionProvider"]
-            )
-            found[ONNX] = torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
-        for name, output in found.items():
-            fits = output.shape == expected.shape
-            apart = float((output - expected).abs().max()) if fits else float("inf")
-            if not apart <= AGREES_TO * float(expected.abs().max()):  # NaN is refused as well
-                fault = (
-                    f"{name} gives {tuple(output.shape)} where the network gives "
-                    f"{tuple(expected.shape)}"
-                )
-                raise MetaplError(
-                    f"{fault}, and differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest."
-                )
+            runtime = importlib.import_module("onnxruntime")
+            session = runtime.InferenceSession(files[ONNX], providers=["CPUExecutionProvider"])
+            (logits,) = session.run([OUTPUT], {INPUT: images.numpy()})
+            refuse_other_outputs(ONNX, torch.from_numpy(logits), expected)
     return files
+
+
+def exported_program(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
+    """Trace a network for any number of pictures of one size."""
+    # Two pictures, for torch.export takes sizes of 0 and 1 for constants.
+    pictures = torch.zeros(2, *shape)
+    any_number = {0: torch.export.Dim("batch", min=1)}
+    try:
+        program = torch.export.export(network, (pictures,), dynamic_shapes=(any_number,))
+    except Exception as error:
+        # A network of a user's own may do whatever it likes while it is traced.
+        raise not_exported("torch.export", error) from error
+    for module in program.graph_module.modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            # Where an operation came from: places of files on this machine, and names of classes.
+            for note in ("stack_trace", "nn_module_stack", "torch_fn", "custom"):
+                node.meta.pop(note, None)
+    return program
+
+
+def onnx_of(program: torch.export.ExportedProgram) -> bytes:
+    """Return a program as ONNX, for any number of pictures."""
+    try:
+        translated = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+        )
+    except Exception as error:
+        # Some operations have no translation.
+        raise not_exported("torch.onnx", error) from error
+    assert translated is not None, "it is None where a file is named"
+    model = translated.model_proto
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                # The number of pictures, the only size that is not fixed, is called s34 or so.
+                dim.dim_param = "batch"
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def not_exported(by: str, error: Exception) -> MetaplError:
+    """Return the refusal of a network that a translator has failed on."""
+    return MetaplError(
+        f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}"
+    )
+
+
+def refuse_other_outputs(name: str, output: Tensor, expected: Tensor) -> None:
+    """Refuse a program whose outputs are not those of the network."""
+    distance = float("inf")
+    if output.shape == expected.shape:
+        distance = float((output - expected).abs().max())
+    is_near = distance <= AGREES_TO * float(expected.abs().max())
+    # A distance that is NaN is not near either.
+    if not is_near:
+        raise MetaplError(
+            f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}, "
+            f"and differs by {distance:.2g}; expected {AGREES_TO:g} of its greatest."
+        )

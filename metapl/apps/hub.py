@@ -26,8 +26,8 @@ from metapl.apps.model_card import (
     PROGRAM,
     WEIGHTS,
     escaped,
-    markdown_of,
-    versions_of,
+    package_versions,
+    section_text,
 )
 from metapl.apps.run_folder import EndedRun, card_of
 from metapl.errors import MetaplError, few, needed_for
@@ -155,7 +155,9 @@ def readme(run: EndedRun, name: str, sections: Mapping[str, Any]) -> str:
     else:
         facts["widths"] = ", ".join(str(width) for width in card.widths or ())
     text = TEXT.substitute(metadata=metadata(run, name).to_yaml(), title=escaped(title), folder=".")
-    return text + markdown_of({"Network": facts, **sections, "Versions": versions_of()})
+    for head, section in {"Network": facts, **sections, "Versions": package_versions()}.items():
+        text += f"\n## {head}\n\n{section_text(section)}\n"
+    return text
 
 
 def metadata(run: EndedRun, name: str) -> ModelCardData:

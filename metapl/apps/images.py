@@ -160,18 +160,21 @@ class Pictures:
     What is None is chosen by looking at some pictures.
 
     Args:
-        network: such as pooled_cnn, resnet18, vit_b_16 or timm:NAME.
-        weights: file of pretrained weights; imagenet downloads some.
-        backbone: pretrained network to tune: none, auto, or a name or file on this machine.
-        tuning: what of the backbone is trained: head, lora or all; by default lora.
-        lora_rank: rank of the LoRA updates (4 to 16).
-        image_size: side in pixels that pictures are resized to.
-        grey: read pictures without colors.
-        mirror: mirror half of the pictures; not for letters.
-        recolor: exchange the colors of a picture, and light and dark.
-        crop: learn from random parts of pictures.
+        network: architecture of the networks, such as pooled_cnn, resnet18, vit_b_16 or timm:NAME.
+        weights: file of pretrained weights to begin with, or imagenet to download some.
+        backbone: pretrained network to begin with: the name of one on this machine, a file, auto to
+            take what fits, or none to train from scratch.
+        tuning: how the --backbone is trained: lora adds small matrices (the default), head trains
+            its last layer alone, all trains the whole network.
+        lora_rank: rank of the LoRA updates, from 4 to 16.
+        image_size: side in pixels to which pictures are resized.
+        grey: whether to read pictures without colors. By default it depends on the pictures.
+        mirror: mirror half of the pictures while training. Leave it out for letters.
+        recolor: whether to exchange colors, and light and dark, while training. By default it
+            depends on the pictures.
+        crop: train on random parts of the pictures.
         dropout: dropout rate of the networks.
-        stochastic_depth: probability that the last block of a network is dropped.
+        stochastic_depth: probability that the last block of a network is skipped in a step.
     """
 
     network: Annotated[str | None, unset("NAME")] = None
@@ -467,16 +470,17 @@ class OfPictures:
 class Images(OfPictures):
     """Train on pictures: a few of them in one folder a class, many without labels.
 
-    What is not given is chosen by looking at the pictures, and by how many steps fit into the
-    minutes.
+    Flags that you leave out are chosen by looking at the pictures, and by how many steps fit into
+    the minutes.
 
     Args:
         labeled: folder of labeled pictures, with a folder for each class in it.
         unlabeled: folder of unlabeled pictures, or a .txt file of their paths.
-        val: folder of labeled pictures to select on, like --labeled.
-        test: folder of labeled pictures to report on, like --labeled.
-        unlabeled_batch: unlabeled pictures in a batch.
-        minutes: train for as many steps as fit into these minutes; by default 5.
+        val: folder of other labeled pictures, by which the best network is selected. By default a
+            part of --labeled is set aside.
+        test: folder of other labeled pictures, on which the accuracy is reported at the end.
+        unlabeled_batch: number of unlabeled pictures in each step.
+        minutes: minutes that the training may take. By default it takes 5.
     """
 
     name: ClassVar[str] = "images"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,9 @@ from metapl.apps.settings import unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 
+# Examples (B, C, H, W) and their labels (B,).
+Batch = tuple[Tensor, Tensor]
+
 # The folder of a run, which stands without a flag.
 Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]
 Folder = Annotated[Path | None, unset("DIR")]
@@ -32,9 +35,12 @@ File = Annotated[Path | None, unset("FILE")]
 ROOM = "expected another --out, a folder with room."
 
 Network = Annotated[
-    NetworkName, unset(help="which of the run's networks; by default the one that it delivers.")
+    NetworkName,
+    unset(help="which of the run's networks to take. By default it is the one that it delivers."),
 ]
-BUILDS = "builds the network of a run that metapl does not know; FILE.py is run."
+BUILDS = (
+    "function that builds the network of the run, if metapl does not know it. FILE.py is executed."
+)
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
 
@@ -175,85 +181,113 @@ UNTESTED = (
 class HeldOut:
     """Examples with labels for the network of a run, read as its training data were.
 
-    Without a ``folder`` they are the run's own, of which ``recorded`` is the accuracy in
-    ``result.json``. A folder may lack classes of the run, and is refused where it has others; notes
-    on it go to standard error.
+    Args:
+        run: the run.
+        network: the name of its network.
+        folder: of other pictures, with a folder for each class in it. It may lack classes of the
+            run, and is refused where it has others; notes on it go to standard error. None: the
+            run's own test set, or where it has none its validation examples.
+
+    Attributes:
+        part: "test" or "validation".
+        recorded: the accuracy on them in ``result.json``, or None.
+        about: what a report says of them besides.
+        names: of the examples that the last pass has read; of digits there are none.
+        note: what is said behind an accuracy on examples that the network was selected on.
     """
 
     def __init__(self, run: EndedRun, network: str, folder: Path | None = None) -> None:
-        self.part, self.note, self.names = "test", "", list[str]()
-        self.recorded: float | None = run.result.get(f"{network}_test_accuracy")
+        self.part = "test"
+        self.recorded: float | None = None
+        self.about: dict[str, Any] = {}
+        self.names: list[str] = []
+        self.note = ""
         self._digits: tuple[Tensor, Tensor] | None = None
-        fields = run.source.recipe().get("fields", {})
-        if folder is not None:
-            files, self.recorded = scan_labeled(folder), None
-            counts = files.counts()
-            if unknown := [
-                name for name, count in counts.items() if count and name not in run.classes
-            ]:
-                raise MetaplError(
-                    f"{folder} has pictures of {few(unknown)}, which the run does not know; "
-                    f"expected folders called as its classes: {few(run.classes, 20)}."
-                )
-            missing, notes = [name for name in run.classes if not counts.get(name)], list[str]()
-            self.about: dict[str, Any] = {"test": str(folder), "missing_classes": missing}
-            if missing:
-                notes.append(f"{folder} has no picture of {few(missing)}.")
-            # An accuracy on pictures that were trained on says nothing of others.
-            if fields.get("labeled"):
-                place, unlabeled = fields["labeled"], fields.get("unlabeled")
-                try:
-                    others = scan_unlabeled(unlabeled) if unlabeled else scan_labeled(place)
-                    sides = {
-                        "labeled": scan_labeled(fields.get("clean") or place),
-                        "unlabeled": others,
-                        "test": files,
-                    }
-                    found = find_copies(sides, trained=True)
-                    notes += [finding.message for finding in found if finding.kind == "test copies"]
-                except MetaplError as error:
-                    notes.append(
-                        f"it is not known which of these pictures were trained on: {error}"
-                    )
-            for note in notes:
-                tell(f"metapl: note: {note}", file=sys.stderr)
-        elif run.result["recipe"] == "digits":
-            split, self.about = load_digits_split(fields["labels_per_class"], fields["seed"]), {}
-            self._digits = split.test
+        if folder is None and run.result["recipe"] == "digits":
+            fields = run.source.recipe()["fields"]
+            self._digits = load_digits_split(fields["labels_per_class"], fields["seed"]).test
+            self.recorded = run.result.get(f"{network}_test_accuracy")
         else:
-            own, self.about = files_of(run, "test"), {}
-            if own is None:
-                own, self.part = files_of(run, "validation"), "validation"
-                selected = run.result["delivered_by"] == "validation"
-                self.note = (
-                    "\n  the network was selected on these examples: train was given no --test"
-                    * selected
-                )
-                self.recorded = run.result.get(f"{network}_validation_accuracy")
-            if own is None:
-                raise MetaplError(
-                    f"{UNTESTED.format(run.folder.path)} It has no validation set either."
-                )
-            files = own
-        if self._digits is None:
+            if folder is None:
+                files = self._files_of_run(run, network)
+            else:
+                files = self._other_files(run, folder)
+            targets = files.targets(run.classes).tolist()
+            paths = [Path(path) for path in files.paths()]
             self.root = files.root
-            self._labels = dict(
-                zip(files.paths(), files.targets(run.classes).tolist(), strict=True)
-            )
-            self._inputs = Inputs(run.cards[network].input, [Path(path) for path in files.paths()])
+            self._labels = dict(zip(files.paths(), targets, strict=True))
+            self._inputs = Inputs(run.cards[network].input, paths)
         if folder is None:
             self.about = {"recorded_accuracy": self.recorded}
+
+    def _files_of_run(self, run: EndedRun, network: str) -> LabeledFiles:
+        """Return the run's test files, or its validation files."""
+        self.recorded = run.result.get(f"{network}_test_accuracy")
+        files = files_of(run, "test")
+        if files is not None:
+            return files
+        self.part = "validation"
+        self.recorded = run.result.get(f"{network}_validation_accuracy")
+        if run.result["delivered_by"] == "validation":
+            self.note = "\n  the network was selected on these examples: train was given no --test"
+        files = files_of(run, "validation")
+        if files is None:
+            raise MetaplError(
+                f"{UNTESTED.format(run.folder.path)} It has no validation set either."
+            )
+        return files
+
+    def _other_files(self, run: EndedRun, folder: Path) -> LabeledFiles:
+        """Return the files of another folder; say what is remarkable about them."""
+        files = scan_labeled(folder)
+        counts = files.counts()
+        unknown = [name for name, count in counts.items() if count and name not in run.classes]
+        if unknown:
+            raise MetaplError(
+                f"{folder} has pictures of {few(unknown)}, which the run does not know; "
+                f"expected folders called as its classes: {few(run.classes, 20)}."
+            )
+        missing = [name for name in run.classes if not counts.get(name)]
+        self.about = {"test": str(folder), "missing_classes": missing}
+        notes = []
+        if missing:
+            notes.append(f"{folder} has no picture of {few(missing)}.")
+        fields = run.source.recipe().get("fields", {})
+        if fields.get("labeled"):
+            notes += copies_of_training(fields, files)
+        for note in notes:
+            tell(f"metapl: note: {note}", file=sys.stderr)
+        return files
+
+    def __len__(self) -> int:
+        if self._digits is not None:
+            return len(self._digits[1])
+        return len(self._labels)
 
     @property
     def skipped(self) -> int:
         """Return how many files of the last pass could not be read."""
         return 0 if self._digits is not None else self._inputs.skipped
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the examples and their labels, without files that cannot be read."""
-        if self._digits is not None:
-            yield from zip(*(t.split(BATCH) for t in self._digits), strict=True)
-            return
+    def batches(self, update: Callable[[int], None] | None = None) -> Iterator[Batch]:
+        """Yield the examples and their labels, without files that cannot be read.
+
+        Args:
+            update: is called after each batch with the number of examples, skipped ones included.
+        """
+        count = 0
+        for x, labels in self._digit_batches() if self._digits is not None else self._read():
+            yield x, labels
+            count += len(labels)
+            if update is not None:
+                update(count + self.skipped)
+
+    def _digit_batches(self) -> Iterator[Batch]:
+        assert self._digits is not None
+        images, labels = self._digits
+        yield from zip(images.split(BATCH), labels.split(BATCH), strict=True)
+
+    def _read(self) -> Iterator[Batch]:
         self.names.clear()
         for paths, x in self._inputs.batches():
             self.names += [Path(path).relative_to(self.root).as_posix() for path in paths]
@@ -275,11 +309,31 @@ class HeldOut:
         return f", but {self.recorded:.2%} in result.json:\n  {changed}{self.note}"
 
 
+def copies_of_training(fields: Mapping[str, Any], files: LabeledFiles) -> list[str]:
+    """Return notes on files that are copies of pictures that a run was trained on.
+
+    An accuracy on pictures that were trained on says nothing of others.
+    """
+    place = fields["labeled"]
+    unlabeled = fields.get("unlabeled")
+    try:
+        sides = {
+            "labeled": scan_labeled(fields.get("clean") or place),
+            "unlabeled": scan_unlabeled(unlabeled) if unlabeled else scan_labeled(place),
+            "test": files,
+        }
+        findings = find_copies(sides, trained=True)
+    except MetaplError as error:
+        return [f"it is not known which of these pictures were trained on: {error}"]
+    return [finding.message for finding in findings if finding.kind == "test copies"]
+
+
 def files_of(
     run: EndedRun, part: Literal["labeled", "clean", "validation", "test"]
 ) -> LabeledFiles | None:
     """Return the labeled pictures of a part of a run's data, as it found them, or None."""
-    fields, names = run.source.recipe().get("fields", {}), stored_data(run.source).get(part)
+    fields = run.source.recipe().get("fields", {})
+    names = stored_data(run.source).get(part)
     place = fields.get(part)
     # Validation pictures were given, or set aside.
     if part == "validation" and names:

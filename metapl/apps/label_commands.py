@@ -36,25 +36,26 @@ LIST = "list.txt"
 class Label:
     """Store the class probabilities that a run's network gives many pictures, to train on.
 
-    The network runs in eval mode on pictures as they are. The labels go to a folder of Arrow files,
-    part by part. What is stopped goes on with --resume, and ends with the same files. In the store,
-    a picture is called by its path in PICTURES, and a digit by its number. A file that cannot be
-    read is left out, with the reason on standard error; the exit code is then 1. Needs pip install
-    'metapl[labels]'.
+    The network runs in eval mode on pictures as they are. The labels are written to a folder of
+    Arrow files, part by part. A command that was stopped goes on with --resume, and ends with the
+    same files. In the store, a picture is called by its path in PICTURES, and a digit by its
+    number. A file that cannot be read is left out, with the reason on standard error; the exit code
+    is then 1. It needs pip install 'metapl[labels]'.
 
     Args:
-        folder: the run folder; of a comparison, the run that it delivers.
-        pictures: a folder of pictures, or digits.
-        out: the folder of the store; made if need be.
-        temperature: temperature of the softmax: below 1 sharpens the probabilities, above 1 evens
-            them out.
-        top_k: keep this many of the greatest probabilities of a picture, with their classes; by
+        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        pictures: folder of pictures, or the word digits.
+        out: folder of the store. It is made if it does not exist.
+        temperature: temperature of the softmax. Below 1 it sharpens the probabilities, above 1 it
+            evens them out.
+        top_k: number of the greatest probabilities of a picture to keep, with their classes. By
             default all are kept. When the store is read, the rest is spread evenly over the other
             classes.
-        batch: pictures in a pass of the network.
-        num_workers: number of processes that read pictures; it only changes the speed.
-        resume: go on with the store that is there.
-        check: compare all pictures that are labeled already with what they were, not 1,000 of them.
+        batch: number of pictures that the network takes at a time.
+        num_workers: number of extra processes that read pictures. It only changes the speed.
+        resume: go on with the store that is in the folder.
+        check: with --resume, check that each labeled picture is still the same, and not only 1,000
+            of them.
     """
 
     folder: Run
@@ -138,7 +139,7 @@ class Stats:
     The class of an example is its most probable one, and the confidence is the probability of that.
 
     Args:
-        store: its folder.
+        store: folder of the store.
     """
 
     store: Store
@@ -189,33 +190,32 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Write a store of some of the examples of another one, as the papers select their pictures.
+    """Select examples of a store into a new one, as the papers select their pictures.
 
-    In this order: pictures that stand in a folder are dropped; those with a confidence above a
-    threshold are kept, and not above an upper bound; of each class, the most confident, of equals
-    those whose names come first; classes that have fewer are filled up by counting pictures more
-    than once; and a uniform share of all these is drawn. Beside a selection of files stands
-    list.txt with their paths, which --unlabeled of metapl train images takes in the place of a
-    folder.
+    The flags are applied in this order: --drop-overlap, --threshold and --at-most, --per-class,
+    --balance, --share. Of each class the most confident pictures are kept; of equals, those whose
+    names come first. The new store has a file list.txt with the paths of its pictures, which
+    --unlabeled of metapl train images takes in the place of a folder.
 
     Args:
-        store: its folder.
-        out: folder of the new store; made if need be.
-        threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
-        at_most: drop what the teacher gave a probability above this: --threshold 0.2 --at-most 0.3
-            is an interval of Noisy Student's Figure 5.
-        per_class: greatest number of examples of a class, by the most probable class of each;
-            130000 in Noisy Student.
-        any_class: of each class, keep the --per-class examples with the greatest probability of it,
-            whatever their most probable class is; with 12800, the filter of Meta Pseudo Labels'
-            ResNet-50.
-        balance: duplicate examples of classes that have fewer than --per-class, or without it than
-            the largest class.
-        share: keep a uniform share of what is left, copies counted, as Noisy Student's Table 10
-            does.
-        seed: seed of the draw of the share.
-        drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as
-            your test pictures.
+        store: folder of the store to select from.
+        out: folder of the new store. It is made if it does not exist.
+        threshold: keep examples of which the network is more confident than this. Noisy Student has
+            0.3.
+        at_most: leave out examples of which the network is more confident than this. --threshold
+            0.2 --at-most 0.3 is an interval of Noisy Student's Figure 5.
+        per_class: largest number of examples of a class, by the most probable class of each. Noisy
+            Student has 130000.
+        any_class: keep, for each class, the --per-class examples with the greatest probability of
+            it, even if another class is more probable. With 12800 it is the filter of Meta Pseudo
+            Labels' ResNet-50.
+        balance: repeat examples of classes that have fewer than --per-class, or than the largest
+            class.
+        share: share of the selected examples, with copies, to keep, drawn at random. Noisy
+            Student's Table 10 does so.
+        seed: seed with which --share is drawn.
+        drop_overlap: folder of other pictures, such as your test pictures. Files that are also in
+            it are left out.
     """
 
     store: Store

@@ -6,8 +6,8 @@ All train, and the first one shows and writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ from metapl.apps.model_noise import model_noise
 from metapl.apps.pictures.batches import ExampleBatches
 from metapl.data import StepBatches
 from metapl.distributed import Mesh
+from metapl.errors import MetaplError
 from metapl.execution.batch import length, map_tensors, micro_batches
 
 # How long a process waits for another one before it gives up.
@@ -33,6 +34,11 @@ class Share(StepBatches[Any]):
     Pictures are read and changed for these rows alone, and for those that a view mixes with them,
     as Sample Pairing does. Other sources are made whole, and this process takes its rows of them. A
     run may go on in another number of processes.
+
+    Args:
+        whole: the batches.
+        number: of this share, from 0.
+        shares: how many there are.
     """
 
     whole: StepBatches[Any]
@@ -69,9 +75,10 @@ class Share(StepBatches[Any]):
         return self._rows_of_whole(whole.augment(step, fetched))
 
     def _first_rows(self, batch: Any) -> Any:
+        """Return the rows of this process, which come first in a batch of its share."""
         assert self.own_rows is not None
-        own = self.own_rows.batch_size // self.shares
-        return map_tensors(lambda t: t[:own], batch)
+        rows = self.own_rows.batch_size // self.shares
+        return map_tensors(lambda t: t[:rows], batch)
 
     def _rows_of_whole(self, batch: Any) -> Any:
         assert length(batch) % self.shares == 0, "check_shares has refused it"
@@ -86,12 +93,14 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Return whether this is the first process, which shows and writes."""
         return self.mesh.size == 1 or dist.get_rank() == 0
 
     def share(self, source: Any) -> Any:
         """Return a source of the rows of this process."""
-        alone = self.mesh.size == 1 or source is None
-        return source if alone else Share(source, self.mesh.share, self.mesh.shares)
+        if self.mesh.size == 1 or source is None:
+            return source
+        return Share(source, self.mesh.share, self.mesh.shares)
 
     def seed(self, network: nn.Module, seed: int) -> None:
         """Seed the default generators.
@@ -108,14 +117,16 @@ def program() -> str:
     count = os.environ.get("WORLD_SIZE", "1")
     if count == "1":
         return "metapl"
-    here = os.environ.get("LOCAL_WORLD_SIZE") == count
-    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == count
+    options = f"--nproc-per-node={count}" if is_one_machine else "..."
+    return f"torchrun {options} -m metapl"
 
 
 def from_first(value: Any, patience: timedelta | None = None) -> Any:
     """Return in every process what the first one has.
 
     Args:
+        value: what the first process has; that of the others is not looked at.
         patience: how long the others wait for it, where that may take longer than the steps of a
             training; the same in every process.
     """
@@ -130,6 +141,41 @@ def from_first(value: Any, patience: timedelta | None = None) -> Any:
     dist.broadcast_object_list(values, src=0, group=patient_group)
     dist.destroy_process_group(patient_group)
     return values[0]
+
+
+@dataclass(frozen=True)
+class FailureOfFirst:
+    """What an error in the first process says, which the others end with."""
+
+    text: str
+
+
+def done_by_first(
+    work: Callable[[], Any], processes: Processes, patience: timedelta | None = None
+) -> Any:
+    """Return in every process what the first one's work returns.
+
+    Args:
+        work: what the first process does, and it alone.
+        processes: those that wait for it.
+        patience: how long the others wait, as for :func:`from_first`.
+
+    Raises: in the first process what the work raises; then MetaplError in the others, at once.
+    """
+    result = None
+    if processes.first:
+        try:
+            result = work()
+        except BaseException as error:
+            reason = str(error) or type(error).__name__
+            # Another process may have ended too. The first error is the one to be told.
+            with suppress(RuntimeError):
+                from_first(FailureOfFirst(reason), patience)
+            raise
+    result = from_first(result, patience)
+    if isinstance(result, FailureOfFirst):
+        raise MetaplError(f"the first process has failed: {result.text}")
+    return result
 
 
 @contextmanager

@@ -30,13 +30,13 @@ WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")
 class Runs:
     """List the runs below a folder, the newest last.
 
-    Of a finished run it says the accuracy of the network that it delivers, on test or on validation
-    examples, and which of its networks are not better than guessing; of another one, how many of
-    its steps are done, and whether it is running, interrupted or damaged, and how. A run is a
-    folder with a recipe.json; all others are passed over.
+    The line of a finished run has the accuracy of the network that it delivers, on test or
+    validation examples, and names its networks that are not better than guessing. The line of
+    another run says how many of its steps are done, and whether it is running, interrupted or
+    damaged. A run is a folder with a recipe.json; other folders are passed over.
 
     Args:
-        folder: where to look, in all folders below it; or a run.
+        folder: folder to look in, with all folders below it; or the folder of a run.
         json: print JSON.
     """
 

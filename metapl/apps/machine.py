@@ -34,34 +34,43 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 def environment() -> dict[str, Any]:
     """Return what a file was made with: the versions, the machine, and its precision.
 
-    That is the precision in which products of float32 are taken on its GPU, or on its CPU where it
+    The precision is that in which products of float32 are taken on its GPU, or on its CPU where it
     has none.
     """
-    found: dict[str, Any] = {}
+    about: dict[str, Any] = {}
     for package in ("metapl", "torch", "torchvision", "torchopt"):
-        found[package] = None
+        about[package] = None
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
+            about[package] = version(package)
+    has_gpu = torch.cuda.is_available()
+    about["torch"] = torch.__version__
+    about["python"] = platform.python_version()
+    about["machine"] = platform.machine()
+    about["processor"] = processor()
+    about["cpus"] = cpu_count()
+    about["threads"] = torch.get_num_threads()
+    about["gpu"] = torch.cuda.get_device_name() if has_gpu else None
+    device = torch.device("cuda" if has_gpu else "cpu")
+    for kind, precision in float32_products(device).items():
+        about[f"float32 {kind}"] = precision
+    return about
+
+
+def processor() -> str:
+    """Return the model of the processor, which on Linux the platform module does not know."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return found | {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": next(named, None) or platform.processor(),
-        "cpus": cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{f"float32 {kind}": precision for kind, precision in float32_products(device).items()},
-    }
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.startswith("model name") and value.strip():
+                return value.strip()
+    return platform.processor()
 
 
 def default_threads() -> int:
     """Return the threads of a process that runs alone.
 
-    That is ``OMP_NUM_THREADS`` where it is set, else one for each core that it may use.
+    They are ``OMP_NUM_THREADS`` where it is set, else one for each core that it may use.
 
     PyTorch's own default heeds the first and the affinity, and not the limit of a container: with
     64 threads on 2 cores' worth of time, these mostly wait for each other.
@@ -69,7 +78,10 @@ def default_threads() -> int:
     # A list is for nested regions.
     first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")
     asked = first.strip()
-    return int(asked) if asked.isdecimal() and int(asked) >= 1 else cpu_count()
+    if asked.isdecimal() and int(asked) >= 1:
+        return int(asked)
+    cores: int = cpu_count()
+    return cores
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -78,8 +90,10 @@ def default_threads() -> int:
 def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
     """Return all bytes of a plain file; refuse one that is not as it was written.
 
-    ``sha256`` is None where it is not known, as of files of earlier versions. ``mend`` ends the
-    message of the refusal.
+    Args:
+        path: of the file.
+        sha256: of its bytes; None where it is not known, as of files of earlier versions.
+        mend: what to do about it, the last sentence of the refusal.
     """
     try:
         content = read_plain(path)
@@ -108,6 +122,7 @@ def read_json(path: StrPath, *, mend: str = "") -> dict[str, Any]:
 
 
 def sha256_of(path: StrPath) -> str:
+    """Return the SHA-256 of a plain file."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -118,13 +133,15 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 
 def open_plain(path: StrPath) -> io.BufferedReader:
-    """Open a file for reading its bytes.
+    """Open a plain file for reading its bytes; refuse pipes, devices and folders.
 
     To open a pipe may wait for ever, and a device may never end.
     """
-    descriptor = os.open(
-        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )
+    flags = os.O_RDONLY
+    # Windows has no O_NONBLOCK, and other systems have no O_BINARY.
+    flags |= getattr(os, "O_NONBLOCK", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no plain file", os.fspath(path))
@@ -132,6 +149,7 @@ def open_plain(path: StrPath) -> io.BufferedReader:
 
 
 def read_plain(path: StrPath) -> bytes:
+    """Return the bytes of a plain file."""
     with open_plain(path) as file:
         return file.read()
 
@@ -140,7 +158,7 @@ def read_plain(path: StrPath) -> bytes:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is what :func:`replacing` writes to, such as one that a killed process left.
+    """Return whether a file is one that :func:`replacing` writes to, as a killed process leaves it.
 
     >>> is_temporary("recipe.json.0123abcd.tmp"), is_temporary("recipe.tmp")
     (True, False)
@@ -158,7 +176,10 @@ def remove_temporary(folder: Path) -> None:
 def write_whole(path: Path, content: Any, mend: str) -> None:
     """Write a file by :func:`replacing`.
 
-    ``mend`` says what to do where the disk refuses, and ends the message.
+    Args:
+        path: of the file.
+        content: its bytes.
+        mend: what to do where the disk refuses, the end of the message.
     """
     try:
         with replacing(path) as file:
@@ -179,38 +200,45 @@ def owned(
     """Own a folder, against other processes, until the block ends; it is made where it is missing.
 
     Where the block fails and has made nothing in the folder but the files ``undone``, these are
-    removed, and the folder too if it was made here. ``leaves_lock`` is False for a folder that
-    others get, such as what is exported.
+    removed, and the folder too if it was made here.
+
+    Args:
+        folder: the folder.
+        undone: names of files that are worth nothing by themselves.
+        leaves_lock: whether the file of the lock stays; not in a folder that others get, such as
+            what is exported.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = {*os.listdir(folder)}
+        names_before = {*os.listdir(folder)}
     except OSError as error:
         raise MetaplError(f"the folder {folder} cannot be made: {error.strerror}.") from error
     try:
         with Folder(folder).locked():
             try:
                 yield
-            except (
-                Exception
-            ):  # a KeyboardInterrupt leaves the files: a stopped run goes on from them
-                new = {*os.listdir(folder)} - there
-                if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
-                    for name in sorted(new, key=LOCK.__eq__):
+            except Exception:
+                # A KeyboardInterrupt leaves the files: a stopped run goes on from them.
+                new_names = {*os.listdir(folder)} - names_before
+                # Where there are others, they are worth keeping.
+                if new_names <= {*undone, LOCK}:
+                    # The lock is the last.
+                    for name in sorted(new_names, key=LOCK.__eq__):
                         (folder / name).unlink()
                 raise
             finally:
                 if not leaves_lock:
                     (folder / LOCK).unlink(missing_ok=True)
     finally:
-        for place in made:
-            with suppress(OSError):  # there is something in it
+        for place in missing:
+            # It stays where there is something in it.
+            with suppress(OSError):
                 place.rmdir()
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether somebody owns the folder now."""
+    """Return whether somebody owns the folder now."""
     from filelock import FileLock, Timeout
 
     if not (folder / LOCK).is_file():

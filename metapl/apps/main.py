@@ -2,11 +2,13 @@
 
 The words that name a command lead to a dataclass of :data:`COMMANDS`; tyro makes it from the flags,
 ``check_fields`` holds the values against its annotations, and its method ``run`` does the work and
-returns the exit code.
+returns the exit code. Which flags ``metapl train`` has depends on ``--method``, which is looked up
+before tyro is called. Help is written by :mod:`metapl.apps.help_pages`.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import logging
@@ -21,17 +23,21 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import torch
 import tyro
 
+from metapl.apps import help_pages
 from metapl.apps.printing import exit_code, tell
 from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
 from metapl.words import did_you_mean, shown
+
+if TYPE_CHECKING:
+    from metapl.apps.stored_recipe import StoredRecipe
 
 # Each command is a dataclass whose fields are the flags, with a method ``run``.
 COMMANDS = {
@@ -55,22 +61,26 @@ COMMANDS = {
     "ablate digits": "ablate.AblateDigits",
 }
 
-# torchrun may start these commands in several processes.
+# The commands that torchrun may start in several processes.
 SEVERAL = ("train images", "train digits")
 
 HELP = """\
+usage: metapl COMMAND ...
+
 Train a classifier from a few labeled examples and many unlabeled ones:
 
   metapl train images --labeled few/ --unlabeled many/ --test held_out/
   metapl train digits --compare --seeds 0-4 --out runs/compared
 
+commands:"""
+
+MORE_HELP = """\
 Each command says more with --help.
-
 metapl train --config runs/digits-001/recipe.json repeats a run.
-
 metapl --print-completion SHELL completes them in bash, zsh or tcsh.
-
 metapl --version says which version this is."""
+
+HELP_FLAGS = ("-h", "--help")
 
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,
@@ -96,74 +106,131 @@ TOO_LITTLE_MEMORY = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        arguments: the words behind ``metapl``. None: those that the program was started with, which
+            ends with this call.
+
     Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is
     printed; 2 wrong input; 128 + n stopped by signal n.
     """
     open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        # Letters that the stream's encoding does not have are written as their escapes.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="surrogateescape"
-                if stream.encoding.lower() == "utf-8"
-                else "backslashreplace"
-            )
-    if arguments is None:
+    escape_unknown_letters()
+    is_program = arguments is None
+    words = [*sys.argv[1:]] if arguments is None else [*arguments]
+    if is_program:
         # A warning is a line, without its place in the code.
         warnings.formatwarning = lambda message, *_, **__: f"metapl: {shown(message)}\n"
-    logger, messages = logging.getLogger("metapl"), logging.StreamHandler()
+    with stoppable(for_good=is_program):
+        return run(words)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that the words name, and return the exit code."""
+    command: Any = None
+    try:
+        try:
+            # The command may be what needs a package that is not installed, or its flags.
+            with printed_messages(), needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
+                name, command = parsed(words)
+                refuse_several_processes(name)
+                check_fields(command)
+                return int(command.run())
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        # Help was printed, or tyro has printed what is wrong.
+        return int(end.code or 0)
+    except KeyboardInterrupt as stopped:
+        print("\nmetapl: stopped.", file=sys.stderr)
+        return exit_code(stopped)
+    except Exception as error:
+        code = tell_error(error, command)
+        if code is None:
+            # The error is a fault of metapl itself.
+            raise
+        return code
+
+
+@contextmanager
+def printed_messages() -> Iterator[None]:
+    """Print what the library logs, on standard error, while the block lasts."""
+    logger = logging.getLogger("metapl")
+    messages = logging.StreamHandler()
     messages.setFormatter(logging.Formatter("metapl: %(message)s"))
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
-    command: Any = None
-    with stoppable(for_good=arguments is None):
-        try:
-            try:
-                words = [*(sys.argv[1:] if arguments is None else arguments)]
-                # The command may be what needs a package that is not installed, or its flags.
-                with needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
-                    name, command = parsed(words)
-                    count = os.environ.get("WORLD_SIZE", "1")
-                    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
-                        started = f"torchrun has started {count} processes of metapl {name}"
-                        raise MetaplError(f"{started}, which takes one; start it without.")
-                    check_fields(command)
-                    return int(command.run())
-            finally:
-                logger.removeHandler(messages)
-                sys.stdout.flush()
-        except SystemExit as end:
-            # tyro has printed help, or what is wrong.
-            return int(end.code or 0)
-        except KeyboardInterrupt as stopped:
-            print("\nmetapl: stopped.", file=sys.stderr)
-            return exit_code(stopped)
-        except Exception as error:
-            # An error that is a fault of metapl itself passes through.
-            if isinstance(error, FieldError) and (
-                command is None or error.field in flag_values(command)
-            ):
-                # The field is one of a dataclass whose fields are flags, or of a function that is
-                # given them. No flag takes None.
-                flag = error.field.replace("_", "-")
-                expected = error.expected.removesuffix(" or None")
-                error = MetaplError(f"--{flag} {error.value}: expected {expected}.")
-            whose, rank = out_of_memory(error), os.environ.get("RANK", "0")
-            if whose is not None or isinstance(error, MetaplError):
-                text = error if whose is None else f"the memory {whose} does not suffice; {LESS}."
-                tell(f"metapl: {'' if rank == '0' else f'process {rank}: '}{text}", file=sys.stderr)
-                return 2
-            if not isinstance(error, OSError):
-                raise
-            # Bytes that are still buffered would fail again at exit. The output of a test has no
-            # file.
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            # A broken pipe is no fault: its reader has gone, as head does.
-            if not isinstance(error, BrokenPipeError):
-                name, reason = error.filename or "input or output", error.strerror or error
-                print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
-            return 1
+    try:
+        yield
+    finally:
+        logger.removeHandler(messages)
+
+
+def refuse_several_processes(name: str) -> None:
+    """Refuse a command that torchrun has started in several processes, unless it takes them."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and name not in SEVERAL:
+        raise MetaplError(
+            f"torchrun has started {count} processes of metapl {name}, which takes one; start it "
+            "without."
+        )
+
+
+def tell_error(error: Exception, command: Any) -> int | None:
+    """Print the line of an error, and return the exit code.
+
+    Args:
+        error: what has ended the command.
+        command: its dataclass; None where the words did not make one.
+
+    Returns: the exit code; None for an error that is a fault of metapl itself, which is not
+    printed.
+    """
+    error = called_by_flag(error, command)
+    lacking = out_of_memory(error)
+    if lacking is not None or isinstance(error, MetaplError):
+        text = str(error)
+        if lacking is not None:
+            text = f"the memory {lacking} does not suffice; {LESS}."
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            text = f"process {rank}: {text}"
+        tell(f"metapl: {text}", file=sys.stderr)
+        return 2
+    if not isinstance(error, OSError):
+        return None
+    # Bytes that are still buffered would fail again at exit. The output of a test has no file.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # A broken pipe is no fault: its reader has gone, as head does.
+    if not isinstance(error, BrokenPipeError):
+        name = error.filename or "input or output"
+        reason = error.strerror or error
+        print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
+    return 1
+
+
+def called_by_flag(error: Exception, command: Any) -> Exception:
+    """Return an error in which the field that has a wrong value is called by its flag.
+
+    The field is one of a dataclass whose fields are flags, or of a function that is given them.
+    Other errors are returned as they are.
+    """
+    if not isinstance(error, FieldError):
+        return error
+    if command is not None and error.field not in flag_values(command):
+        return error
+    flag = error.field.replace("_", "-")
+    # No flag takes None.
+    expected = error.expected.removesuffix(" or None")
+    return MetaplError(f"--{flag} {error.value}: expected {expected}.")
+
+
+def escape_unknown_letters() -> None:
+    """Let the standard streams write letters that their encoding does not have as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_utf8 = stream.encoding.lower() == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 def open_closed_streams() -> None:
@@ -181,142 +248,221 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def parsed(given: Sequence[str]) -> tuple[str, Any]:
+def parsed(words: Sequence[str]) -> tuple[str, Any]:
     """Return the name of the command that the words begin with, and its dataclass.
 
-    The dataclass is made of the other words. Words that name no command end in help, or with what
-    is wrong.
+    The dataclass is made of the other words by tyro.
+
+    Raises:
+        SystemExit: help was asked for and printed, or tyro has printed what is wrong.
+        MetaplError: the words name no command, or a flag of a method that was not asked for.
     """
-    names = " ".join(given[:2]), *given[:1]
-    name = next((name for name in names if name in COMMANDS), None)
-    is_training = bool(given) and given[0] in ("train", "noisy-student")
-    if is_training and any(word.partition("=")[0] == "--config" for word in given):
-        return parsed_by_recipe(given)
+    recipe = None
+    if words[:1] and words[0] in ("train", "noisy-student"):
+        # Behind this import are the trainings on pictures.
+        from metapl.apps.stored_recipe import StoredRecipe, flag_value
+
+        path, words = flag_value(words, "--config")
+        if path is not None:
+            recipe = StoredRecipe.read(Path(path))
+            words = words_by_recipe(recipe, words)
+    name = command_named(words)
     if name is None:
-        if given[:1] == ["--version"]:
-            print(f"metapl {version('metapl')}")
-            raise SystemExit(0)
-        group = [name for name in COMMANDS if given and name.split()[0] == given[0]]
-        words = given[: 2 if group else 1]
-        known = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
-        if words and words[0] != "help" and not words[-1].startswith("-"):
-            asked = " ".join(words)
-            meant = did_you_mean(asked, known) or "."
-            raise MetaplError(
-                f"there is no command {shown(asked)!r}{meant} Expected {', '.join(known)}."
-            )
-        other = {"help": ["--help"], "--print-completion": ["--tyro-print-completion", *given[1:]]}
-        args = other.get(given[0], [*given]) if given else ["--help"]
-        return "", tyro.cli(
-            every_command(), prog="metapl", description=HELP, args=args, config=CONFIG
-        )
-    words = words_for_tyro(given[len(name.split()) :])
-    return name, tyro.cli(found(name), prog=f"metapl {name}", args=words, config=CONFIG)
+        print_what_needs_no_command(words)
+        raise SystemExit(0)
+    kind = command_type(name)
+    flags = [*words[len(name.split()) :]]
+    methods: Mapping[str, Any] = {}
+    method = None
+    if hasattr(kind, "method_name"):
+        methods = kind.methods.METHODS
+        method = method_asked(flags)
+        if method is not None:
+            if method not in methods:
+                meant = did_you_mean(method, [*methods]) or "."
+                expected = ", ".join(methods)
+                raise MetaplError(f"--method {shown(method)}{meant} Expected {expected}.")
+            kind = kind.with_method(method)
+    if recipe is not None:
+        kind = kind.with_recipe(recipe, method)
+    if asks_for_help(flags):
+        tell(help_pages.page(name, kind, methods))
+        raise SystemExit(0)
+    if methods:
+        refuse_flags_of_others(name, kind, flags)
+    command = tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
+    if recipe is not None:
+        command = command.with_seen_again()
+    return name, command
 
 
-def words_for_tyro(given: Sequence[str]) -> list[str]:
-    """Return the words behind the name of a command as tyro reads them.
+def words_by_recipe(recipe: StoredRecipe, words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the name of the one that trains by a recipe in front.
 
-    The names behind --methods become one word, for each of them alone is taken for a method; and
-    --method NAME, of several the last one, the word NAME in front of the flags.
+    What is trained on may be named behind ``train``, as the recipe has it, or left out.
+
+    Raises: MetaplError for a recipe of another command, or of none.
     """
-    words, method, others = [*given], list[str](), list[str]()
-    if "--methods" in words:
-        first = words.index("--methods") + 1
-        last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
-        words[first:last] = [",".join(words[first:last])]
-    each = iter(words)
-    for word in each:
-        flag, _, value = word.partition("=")
-        if flag == "--method" and (value := value or next(each, "")):
-            method = [value]
-        else:
-            others.append(word)
-    return [*method, *others]
-
-
-def parsed_by_recipe(given: Sequence[str]) -> tuple[str, Any]:
-    """Return the name of the training command of --config FILE, and its dataclass.
-
-    What no flag says is as in the file. What is trained on may be named before the flags, as the
-    file has it, or left out.
-    """
-    from metapl.apps.stored_recipe import StoredRecipe, flag_value
-
-    path, words = flag_value(given, "--config")
-    assert path is not None, "the flag is among the words"
-    recipe = StoredRecipe.read(Path(path))
     name = recipe.command
     if name not in COMMANDS:
-        names = [name.partition(" ")[2] for name in COMMANDS if name.startswith("train ")]
-        meant = did_you_mean(recipe.name, names) or "."
+        expected = [name.partition(" ")[2] for name in COMMANDS if name.startswith("train ")]
+        meant = did_you_mean(recipe.name, expected) or "."
         raise MetaplError(
-            f"{path}: no command trains on {shown(recipe.name)!r}{meant} Expected one of "
-            f"{', '.join(names)}."
+            f"{recipe.path}: no command trains on {shown(recipe.name)!r}{meant} Expected one of "
+            f"{', '.join(expected)}."
         )
-    group, kind = name.split()
-    is_named = len(words) > 1 and not words[1].startswith("-")
-    if words[0] != group or (is_named and words[1] != kind):
-        asked = shown(" ".join(words[: 2 if is_named else 1]))
+    count = 2 if words[1:] and not words[1].startswith("-") else 1
+    asked = " ".join(words[:count])
+    if not f"{name} ".startswith(f"{asked} "):
         raise MetaplError(
-            f"metapl {asked} was asked for, and {path} is the recipe of {name}; expected metapl "
-            f"{name} --config {path}."
+            f"metapl {shown(asked)} was asked for, and {recipe.path} is the recipe of {name}; "
+            f"expected metapl {name} --config {recipe.path}."
         )
-    command = found(name)
-    default = command.of_recipe(recipe)
-    words = words_for_tyro(words[2 if is_named else 1 :])
-    if words and words[0] in (command.methods.METHODS if command.methods else ()):
-        # A method that is named by a flag has what the file says of the settings that it shares.
-        default = default.by_method(words[0])
-    repeated = tyro.cli(command, prog=f"metapl {name}", args=words, config=CONFIG, default=default)
-    return name, repeated.with_seen_again()
+    return [*name.split(), *words[count:]]
 
 
-def found(name: str) -> Any:
+def command_named(words: Sequence[str]) -> str | None:
+    """Return the command that the first two words name, or the first one alone, or None."""
+    for name in (" ".join(words[:2]), *words[:1]):
+        if name in COMMANDS:
+            return name
+    return None
+
+
+def command_type(name: str) -> Any:
+    """Return the dataclass of a command."""
     module, _, kind = COMMANDS[name].rpartition(".")
     return getattr(import_module(f"metapl.apps.{module}"), kind)
 
 
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Return whether one of the words is a flag that asks for help."""
+    return any(word in HELP_FLAGS for word in words)
+
+
+def print_what_needs_no_command(words: Sequence[str]) -> None:
+    """Print the help of all commands, the version, or a shell's completion.
+
+    Raises: MetaplError for words that ask for none of these.
+    """
+    first = words[0] if words else "help"
+    if first == "--version":
+        print(f"metapl {version('metapl')}")
+        return
+    if first == "--print-completion":
+        # tyro prints it, and raises SystemExit.
+        args = ["--tyro-print-completion", *words[1:]]
+        tyro.cli(every_command(), prog="metapl", args=args, config=CONFIG)
+    group = [name for name in COMMANDS if name.split()[0] == first]
+    if first == "help" or first in HELP_FLAGS:
+        listed = help_pages.list_of((name, command_type(name)) for name in COMMANDS)
+        tell(f"{HELP}\n{listed}\n\n{MORE_HELP}")
+        return
+    if group and asks_for_help(words[1:2]):
+        listed = help_pages.list_of((name, command_type(name)) for name in group)
+        tell(f"usage: metapl {first} ...\n\n{listed}\n\n{MORE_HELP}")
+        return
+    asked = first
+    if group and words[1:] and not words[1].startswith("-"):
+        asked = f"{first} {words[1]}"
+    expected = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
+    meant = did_you_mean(asked, expected) or "."
+    raise MetaplError(
+        f"there is no command {shown(asked)!r}{meant} Expected {', '.join(expected)}."
+    )
+
+
+def method_asked(words: Sequence[str]) -> str | None:
+    """Return the last value of ``--method``, which decides what the other flags are, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method")
+    try:
+        method: str | None = parser.parse_known_args(words)[0].method
+    except argparse.ArgumentError:
+        # It has no value, which tyro says.
+        return None
+    return method
+
+
+def refuse_flags_of_others(name: str, kind: Any, words: Sequence[str]) -> None:
+    """Refuse flags that are none of the method's, but of another one's.
+
+    Args:
+        name: of the command.
+        kind: its dataclass, with the method that was asked for.
+        words: the flags as they were given.
+    """
+    flags = {flag.name for flag in help_pages.flags_of(kind)}
+    for word in words:
+        given = word.partition("=")[0].replace("_", "-")
+        if not given.startswith("--") or given in flags:
+            continue
+        owners = []
+        for method in kind.methods.METHODS:
+            others = help_pages.flags_of(kind.with_method(method))
+            if given in {flag.name for flag in others}:
+                owners.append(method)
+        if owners:
+            raise MetaplError(
+                f"{given} is no flag of --method {kind.method_name}; it is one of "
+                f"{', '.join(owners)}. Those of a method: metapl {name} --method "
+                f"{kind.method_name} --help"
+            )
+
+
 def every_command() -> Any:
-    """Return all commands as one type, for help, for completion, and for words that name none."""
-
-    def either(kinds: Mapping[str, Any]) -> Any:
-        summaries = {
-            word: " ".join(kind.__doc__.partition("\n\n")[0].split())
-            for word, kind in kinds.items()
-        }
-        commands = [
-            Annotated[kind, tyro.conf.subcommand(word, description=summaries[word])]
-            for word, kind in kinds.items()
-        ]
-        # `X | Y` has no form for a list that is made while the program runs.
-        return Union[tuple(commands)]  # noqa: UP007
-
-    kinds: dict[str, Any] = {}
+    """Return all commands as one type, of which tyro makes the completion of a shell."""
+    kinds: dict[str, dict[str, Any]] = {}
     for name in COMMANDS:
         first, _, second = name.partition(" ")
-        kinds.setdefault(first, {})[second] = found(name)
-    for first, of in kinds.items():
-        alone = of.pop("", None)
-        kinds[first] = (
-            dataclasses.make_dataclass(first.replace("-", "_"), [("of", either(of))])
-            if of
-            else alone
-        )
-        if of:
-            kinds[first].__doc__ = (
-                alone.__doc__ if alone else f"{', '.join(of)}: each says more with --help."
-            )
-    return either(kinds)
+        kinds.setdefault(first, {})[second] = command_type(name)
+    types_of_words: dict[str, Any] = {}
+    for first, by_second in kinds.items():
+        # "ablate" is a command, and so is "ablate digits": those of two words are completed.
+        of_two_words = {second: kind for second, kind in by_second.items() if second}
+        if of_two_words:
+            group = [("command", one_of(of_two_words))]
+            types_of_words[first] = dataclasses.make_dataclass(first.replace("-", "_"), group)
+        else:
+            types_of_words[first] = by_second[""]
+    return one_of(types_of_words)
+
+
+def one_of(kinds: Mapping[str, Any]) -> Any:
+    """Return a type that is one of these, each a subcommand by its word."""
+    commands = [Annotated[kind, tyro.conf.subcommand(word)] for word, kind in kinds.items()]
+    # `X | Y` has no form for a list that is made while the program runs.
+    return Union[tuple(commands)]  # noqa: UP007
 
 
 # -------------------------------------------------------------------------------- what may go wrong
 
 
 class Terminated(KeyboardInterrupt):
+    """A signal that asks the process to end."""
+
     def __init__(self, signal_number: int) -> None:
         super().__init__()
         self.signal_number = signal_number
+
+
+class Unwinding:
+    """Handles signals by unwinding the main thread, once."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Raise :class:`Terminated`, unless the process is ending already.
+
+        Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant. A fit
+        that was stopped has saved its step already, and says so when it has unwound.
+        """
+        is_ending = self.has_begun or isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if number in END and is_ending:
+            return
+        self.has_begun = True
+        raise Terminated(number)
 
 
 @contextmanager
@@ -326,31 +472,21 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
     Another SIGTERM or SIGHUP that comes meanwhile is not heard. With ``for_good`` the process ends
     with the block: signals that come after it has begun to end are not heard either.
     """
-    stopping = False
-
-    def unwind(number: int, frame: Any) -> None:
-        nonlocal stopping
-        # Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant.
-        # A fit that was stopped has saved its step already, and says so when this has unwound.
-        if number in END and (stopping or isinstance(sys.exc_info()[1], KeyboardInterrupt)):
-            return
-        stopping = True
-        raise Terminated(number)
-
-    before: dict[int, Any] = {}
+    unwinding = Unwinding()
+    former_handlers: dict[int, Any] = {}
     # The main thread alone may handle signals.
     if threading.current_thread() is threading.main_thread():
-        before = {
-            number: signal.signal(number, unwind)
-            for number in filter(is_heard, (signal.SIGINT, *END))
-        }
+        for number in filter(is_heard, (signal.SIGINT, *END)):
+            former_handlers[number] = signal.signal(number, unwinding)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(
-                number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL
-            )
+        for number, handler in former_handlers.items():
+            if for_good and unwinding.has_begun:
+                signal.signal(number, signal.SIG_IGN)
+            else:
+                # The handler of a program in another language is None.
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
@@ -361,9 +497,9 @@ def out_of_memory(error: BaseException | None) -> str | None:
     while error is not None and "does not suffice" not in str(error):
         if isinstance(error, torch.OutOfMemoryError):
             return "of the GPU"
-        if isinstance(error, MemoryError | RuntimeError | OSError) and (
-            isinstance(error, MemoryError) or TOO_LITTLE_MEMORY.search(str(error))
-        ):
+        says_so = TOO_LITTLE_MEMORY.search(str(error)) is not None
+        is_told_by_text = isinstance(error, RuntimeError | OSError) and says_so
+        if isinstance(error, MemoryError) or is_told_by_text:
             return "of the GPU" if "CUDA" in str(error) else "of this machine"
         error = error.__cause__ or error.__context__
     return None

@@ -294,6 +294,16 @@ class Method:
         """Return what the method is called in a sentence."""
         raise NotImplementedError
 
+    @property
+    def is_control(self) -> bool:
+        """Return whether it is trained only to find out what the feedback of another one does."""
+        return False
+
+    @property
+    def summary(self) -> str:
+        """Return what the method does, in a sentence for the help."""
+        return " ".join((type(self).__doc__ or "").partition("\n\n")[0].split())
+
     def scheduled(self, steps: int) -> Self:
         """Return the method with a value for every field that is a share of the steps.
 
@@ -315,10 +325,10 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised(Method):
-    """The labeled examples alone.
+    """Train one network on the labeled examples alone.
 
     Args:
-        label_smoothing: label smoothing of the loss, in [0, 1].
+        label_smoothing: label smoothing of the loss, from 0 to 1.
     """
 
     label_smoothing: Share = 0.0
@@ -336,14 +346,19 @@ class Consistency:
     """Consistency of the predictions on two views of unlabeled examples.
 
     Args:
-        label_smoothing: label smoothing of the supervised loss.
-        uda_weight: weight of the consistency loss; 0 leaves the loss out.
-        uda_temperature: temperature of the loss's targets; 0 makes them hard labels.
-        uda_threshold: leave out examples whose most probable class has less than this.
-        uda_align: power with which the targets' class shares are moved to those of the labeled
-            examples.
-        uda_start: steps before the loss begins; 40 %, of digits 0.
-        uda_ramp: steps over which its weight grows; 10 %, of digits 0.
+        label_smoothing: label smoothing of the supervised loss, from 0 to 1.
+        uda_weight: weight of the consistency loss, which asks for equal predictions on two views of
+            an unlabeled example. 0 leaves it out.
+        uda_temperature: temperature of the targets of the consistency loss. 0 makes them hard
+            labels.
+        uda_threshold: leave an example out of the consistency loss if its most probable class has
+            less than this probability.
+        uda_align: how far the targets' shares of the classes are moved to those of the labeled
+            examples, from 0 (not at all) to 1.
+        uda_start: number of steps before the consistency loss begins. By default it is 40 % of the
+            steps, and 0 for digits.
+        uda_ramp: number of steps in which the consistency loss grows to its weight. By default it
+            is 10 % of the steps, and 0 for digits.
         uda_prior: shares of the classes that uda_align moves to; None: equal ones.
     """
 
@@ -389,7 +404,7 @@ class Consistency:
 
 @dataclass(frozen=True, kw_only=True)
 class Uda(Method):
-    """UDA: one network, on labeled examples and on its own labels of those that it is sure of."""
+    """Train one network on labeled examples, and on its own labels of unlabeled ones (UDA)."""
 
     uda: Flat[Consistency] = field(default_factory=Consistency)
 
@@ -403,7 +418,7 @@ class Uda(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class FixMatch(Uda):
-    """UDA with the most probable class as the label where the network is sure of it."""
+    """Train as uda does, with hard labels of those examples that the network is sure of."""
 
     uda: Flat[Consistency] = field(
         default_factory=lambda: Consistency(
@@ -417,7 +432,7 @@ class FixMatch(Uda):
 
 @dataclass(frozen=True, kw_only=True)
 class EntMin(Method):
-    """Entropy minimization: one network learns labels, and to be sure of unlabeled examples.
+    """Train one network on labels, and to be sure of unlabeled examples (entropy minimization).
 
     Source: Grandvalet and Bengio (2004), eq. (7).
     """
@@ -454,16 +469,25 @@ class Feedback:
     """How a teacher labels, and what it learns from the student.
 
     Args:
-        mode: how the feedback is found: one of metapl.MODES; metapl ablate compares them.
-        pseudo_labels: soft or hard; by default as the mode needs.
-        temperature: temperature of the softmax that makes the pseudo-labels.
-        student_lr: learning rate of the student.
-        feedback: whole, none, or an altered feedback as a control.
-        feedback_weight: weight of the feedback, the same in every step.
-        feedback_ratio: size of the feedback's gradient, over that of the teacher's own losses.
-        feedback_bound: the most that this ratio may be; by default 0.1.
-        baseline: decay of the average that is subtracted from the feedback.
-        reduction: mean or sum over the batch, of reinforce and other sampled modes.
+        mode: how the feedback is computed: forward and unrolled are exact, and difference,
+            reinforce, reinforce_per_example and loss_difference are estimates. metapl ablate
+            compares them.
+        pseudo_labels: labels that the student learns: soft are the teacher's probabilities, hard is
+            one class for each example. By default the mode decides.
+        temperature: temperature of the softmax that makes the pseudo-labels. Below 1 it sharpens
+            them.
+        student_lr: learning rate of the student. By default it fits the network.
+        feedback: what the teacher learns from: whole is the feedback itself, and none, permuted,
+            class_means and random_sign are controls.
+        feedback_weight: weight of the feedback in the teacher's loss, the same in every step.
+        feedback_ratio: size of the feedback's gradient, as a multiple of the gradient of the
+            teacher's other losses.
+        feedback_bound: largest size of the feedback's gradient, as a multiple of the gradient of
+            the teacher's other losses. By default it is 0.1.
+        baseline: decay of the running average that is subtracted from the feedback, in a mode that
+            draws labels.
+        reduction: whether the teacher's loss is the mean or the sum over the batch, in a mode that
+            draws labels.
     """
 
     mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
@@ -537,14 +561,23 @@ TITLES: dict[FeedbackKind, str] = {
     "random_sign": "MPL, feedback with random signs",
 }
 
+# How a control differs from the method that it is trained beside.
+CONTROLS: dict[str, str] = {
+    "none": "without feedback",
+    "permuted": "with the feedback shuffled among the examples of a batch",
+    "class_means": "with the mean feedback of each class in the place of each example's",
+    "random_sign": "with the sign of each example's feedback drawn at random",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mpl(Method):
-    """Meta Pseudo Labels: a teacher learns from how the student does that learns its labels.
+    """Train a student on a teacher's labels, and the teacher on how that helps (MPL).
 
     Args:
-        wait: steps that the teacher learns alone first; 75 %, of digits 0.
-        warm_start: let the student begin with the teacher's weights after --wait steps.
+        wait: number of steps in which the teacher learns alone, before the student begins. By
+            default it is 75 % of the steps, and 0 for digits.
+        warm_start: whether the student begins with the teacher's weights after --wait steps.
     """
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
@@ -561,6 +594,18 @@ class Mpl(Method):
     def title(self) -> str:
         """Return what is fed back, in words."""
         return TITLES[self.feedback.feedback]
+
+    @property
+    def is_control(self) -> bool:
+        """Return whether the feedback is left out or altered."""
+        return self.feedback.feedback != "whole"
+
+    @property
+    def summary(self) -> str:
+        """Return what is fed back, in a sentence for the help."""
+        if self.is_control:
+            return f"Train as mpl does, {CONTROLS[self.feedback.feedback]}."
+        return super().summary
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a number of steps before the student begins."""
@@ -604,13 +649,15 @@ class Mpl(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels(Method):
-    """A student on the labels of a teacher that learned from the labeled examples alone.
+    """Train a teacher on the labeled examples, and then a student on the teacher's labels.
 
     Args:
-        pseudo_labels: soft or hard.
-        temperature: temperature of the softmax that makes the pseudo-labels.
-        student_lr: learning rate of the student.
-        label_smoothing: label smoothing of the teacher's loss.
+        pseudo_labels: labels that the student learns: soft are the teacher's probabilities, hard is
+            the most probable class of each example.
+        temperature: temperature of the softmax that makes the pseudo-labels. Below 1 it sharpens
+            them.
+        student_lr: learning rate of the student. By default it fits the network.
+        label_smoothing: label smoothing of the teacher's loss, from 0 to 1.
 
     Source: Meta Pseudo Labels, eq. (1).
     """
@@ -644,11 +691,13 @@ class PseudoLabels(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedMpl(Method):
-    """Reduced Meta Pseudo Labels: a small network adjusts stored labels by a student's feedback.
+    """Train a student on stored labels, which a small network adjusts by feedback (Reduced MPL).
 
     Args:
-        label_store: store of labels of --unlabeled, which metapl label wrote.
-        labeled_label_store: store of labels of --labeled, beside --labels.
+        label_store: store of labels of the unlabeled examples, which metapl label wrote. Without it
+            a teacher is trained first, and labels them.
+        labeled_label_store: store of labels of the labeled examples, which metapl label wrote. It
+            needs --labels beside it.
     """
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
@@ -688,6 +737,18 @@ class ReducedMpl(Method):
         if self.feedback.feedback == "none":
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
+
+    @property
+    def is_control(self) -> bool:
+        """Return whether the feedback is left out or altered."""
+        return self.feedback.feedback != "whole"
+
+    @property
+    def summary(self) -> str:
+        """Return what adjusts the labels, in a sentence for the help."""
+        if self.is_control:
+            return f"Train as reduced_mpl does, {CONTROLS[self.feedback.feedback]}."
+        return super().summary
 
     def train(self, t: Training) -> Trained:
         """Train a teacher and store its labels, unless stores are named; then adjust them."""

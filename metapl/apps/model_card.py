@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any
 
-from metapl.apps.report import spoken
 from metapl.apps.run_folder import EndedRun, counts_of, stored_data
+from metapl.apps.run_summary import spoken
 from metapl.words import shown
 
 # The files of an export, and what one in the form of the Hugging Face hub has instead.
@@ -24,77 +24,70 @@ HUB_CARD = "README.md"
 
 
 def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
-    """Return what a model card says of one of a run's networks, by the heads of its sections.
+    """Return what the card says of a network of a run: its figures, data, recipe and notes.
 
-    Figures are of this network, and of no others; of the places of files, the last names are left.
+    The figures are those of this network, and of no others.
     """
     result = run.result
-    card = run.cards[name]
-    data = stored_data(run.source)
-    tested = result.get("evaluation") or {}
-    sizes: dict[str, Any] = {
-        "test": tested.get("n"),
+    sizes: dict[str, int | None] = {
+        "test": (result.get("evaluation") or {}).get("n"),
         "validation": result.get("validation_size"),
     }
-    figures = {}
+    metrics: dict[str, str] = {}
     for part, size in sizes.items():
-        share = result.get(f"{name}_{part}_accuracy")
-        if share is None:
+        accuracy = result.get(f"{name}_{part}_accuracy")
+        if accuracy is None:
             continue
-        # Without a number of examples there is no interval.
-        is_counted = size is not None
-        figures[f"{part} accuracy"] = (
-            spoken(share, size, None) if is_counted else f"{100 * share:.1f} %"
-        )
-    settings = {}
+        if size is None:
+            metrics[f"{part} accuracy"] = f"{100 * accuracy:.1f} %"
+        else:
+            metrics[f"{part} accuracy"] = spoken(accuracy, size, None)
+    data = stored_data(run.source)
+    about_data: dict[str, Any] = dict(counts_of(data))
+    for part, digest in data["hash"].items():
+        about_data[f"SHA-256 of {part}"] = digest
+    fields: dict[str, Any] = {}
     for field, value in run.source.recipe().get("fields", {}).items():
         if field == "classes":
             continue
-        is_path = isinstance(value, str) and "/" in value
-        settings[field] = PurePath(value).name if is_path else value
-    recipe = {"name": result["recipe"], "method": result["method"], "fields": settings}
-    recipe_text = json.dumps(recipe, indent=2, sort_keys=True, default=str)
-    when = f"step {result['best_step']:,} of {result['steps']:,}"
+        # Of the place of a file, the last name alone is left.
+        is_place = isinstance(value, str) and "/" in value
+        fields[field] = PurePath(value).name if is_place else value
+    recipe = {"name": result["recipe"], "method": result["method"], "fields": fields}
+    recipe_json = json.dumps(recipe, indent=2, sort_keys=True, default=str)
+    card = run.cards[name]
+    step = f"step {result['best_step']:,} of {result['steps']:,}"
     if name == "teacher":
-        when = "the last step"
-    hashes = {f"SHA-256 of {part}": digest for part, digest in data["hash"].items()}
-    notes = f"- The weights are those of the {card.title}, of {when}.\n- {card.input.note}"
+        step = "the last step"
     return {
-        "Metrics": figures,
-        "Data": {**counts_of(data), **hashes},
-        "Recipe": f"```json\n{recipe_text}\n```",
-        "Notes": notes,
+        "Metrics": metrics,
+        "Data": about_data,
+        "Recipe": f"```json\n{recipe_json}\n```",
+        "Notes": f"- The weights are those of the {card.title}, of {step}.\n- {card.input.note}",
     }
 
 
-def versions_of(*more: str) -> dict[str, str]:
-    """Return the versions of Python, of what builds and runs networks, and of more packages."""
+def package_versions(*, onnx: bool = False) -> dict[str, str]:
+    """Return the versions of Python and of the packages that an export depends on."""
+    packages = ["metapl", "torch", "torchvision", "timm"]
+    if onnx:
+        packages += ["onnx", "onnxscript"]
     versions = {"python": platform.python_version()}
-    for package in ("metapl", "torch", "torchvision", "timm", *more):
+    for package in packages:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
 
 
-def markdown_of(sections: Mapping[str, str | Mapping[str, Any]]) -> str:
-    """Return the sections of a model card in Markdown, figures and texts by their names as tables.
-
-    >>> print(markdown_of({"Notes": "- one"}).strip())
-    ## Notes
-    <BLANKLINE>
-    - one
-    """
-    text = ""
-    for name, section in sections.items():
-        if isinstance(section, str):
-            text += f"\n## {name}\n\n{section}\n"
-            continue
-        rows = ""
-        for key, value in section.items():
-            value_text = f"{value:.6g}" if isinstance(value, float) else str(value)
-            rows += f"\n| {escaped(key)} | {escaped(value_text)} |"
-        text += f"\n## {name}\n\n| what | value |\n|---|---|{rows}\n"
-    return text
+def section_text(section: str | Mapping[str, Any]) -> str:
+    """Return a part of the card: Markdown as it is, or a table of figures by their names."""
+    if isinstance(section, str):
+        return section
+    lines = ["| what | value |", "|---|---|"]
+    for key, value in section.items():
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        lines.append(f"| {escaped(key)} | {escaped(text)} |")
+    return "\n".join(lines)
 
 
 def escaped(value: object) -> str:

@@ -88,6 +88,7 @@ def pooled_cnn(
 OWN: dict[str, Callable[..., nn.Module]] = {
     "pooled_cnn": pooled_cnn,
     "small_cnn": small_cnn,
+    "wide_resnet10_1": partial(wide_resnet, 10, 1),
     "wide_resnet28_2": partial(wide_resnet, 28, 2),
     "wide_resnet28_10": partial(wide_resnet, 28, 10),
 }
@@ -332,6 +333,7 @@ def create(
                           pooling, for 16x16 to 96x96
     small_cnn             four convolutions, for 16x16       before the head      none
     wide_resnet28_2/_10   WRN-28-2 and WRN-28-10, for 32x32  inside each block    none
+    wide_resnet10_1       WRN-10-1, of 77,850 weights        inside each block    none
     resnet18 … resnet152  torchvision's                      before the head      none
     efficientnet_b0 … b7  torchvision's                      before the head      linear rule
     efficientnet_b0_svhn  B0 whose stages 2 and 3 keep the   before the head      linear rule

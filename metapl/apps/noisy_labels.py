@@ -22,7 +22,7 @@ from metapl.apps.images import (
     Pictures,
     refuse_errors,
 )
-from metapl.apps.methods import Data, Doubtful, Method, Trained, Training
+from metapl.apps.methods import CONTROLS, Data, Doubtful, Method, Trained, Training
 from metapl.apps.network_weights import parameter_groups
 from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
 from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
@@ -66,6 +66,14 @@ TITLES = {
     "noise_transition": "a learned matrix of label noise",
 }
 ALTERED = {"permuted": "feedback permuted", "random_sign": "feedback with random signs"}
+
+# What the methods do, for the help.
+SUMMARIES = {
+    "example_weights": "Learn a weight for each picture.",
+    "meta_weight_net": "Learn the weight of a picture as a function of its loss.",
+    "label_correction": "Learn a second network that corrects the labels.",
+    "noise_transition": "Learn how often each class is taken for each other one.",
+}
 LearnedKind = Literal["example_weights", "meta_weight_net", "label_correction", "noise_transition"]
 
 
@@ -85,6 +93,13 @@ class Plain(Method):
         """Return which labels are learned, in words."""
         return "plain, clean labels alone" if self.clean_alone else "plain, given and clean labels"
 
+    @property
+    def summary(self) -> str:
+        """Return which labels are learned, in a sentence for the help."""
+        if self.clean_alone:
+            return "Train on the pictures of --clean alone."
+        return "Train on all pictures, with their labels as they are."
+
     def train(self, t: Training) -> Trained:
         """Train the student by itself."""
         labeled = t.data.labeled if self.clean_alone else t.data.everything
@@ -100,9 +115,11 @@ class Learned(Method):
     class is taken for each other (noise_transition).
 
     Args:
-        mode: how the feedback is found: forward or difference.
-        warm_steps: steps on all labels as they are, at first; 20 %.
-        feedback: whole, or an altered feedback as a control.
+        mode: how the feedback is computed: forward is exact, difference an approximation.
+        warm_steps: number of steps on all labels as they are, at the start. By default it is 20 %
+            of the steps.
+        feedback: what is learned from: whole is the feedback itself, permuted and random_sign are
+            controls.
 
     Source: the papers that :mod:`metapl.problems` names beside each problem.
     """
@@ -125,6 +142,18 @@ class Learned(Method):
         if self.feedback == "whole":
             return TITLES[self.kind]
         return f"{TITLES[self.kind]}, {ALTERED[self.feedback]}"
+
+    @property
+    def is_control(self) -> bool:
+        """Return whether the feedback is altered."""
+        return self.feedback != "whole"
+
+    @property
+    def summary(self) -> str:
+        """Return what is learned, in a sentence for the help."""
+        if self.is_control:
+            return f"Train as {self.kind} does, {CONTROLS[self.feedback]}."
+        return SUMMARIES[self.kind]
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a number of warm steps."""
@@ -227,16 +256,17 @@ class IndexedBatches(LabeledBatches):
 class Noisy(OfPictures):
     """Train on pictures whose labels may be wrong, and on a few whose labels are right.
 
-    What is not given is chosen by looking at the pictures, and by how many steps fit into the
-    minutes.
+    Flags that you leave out are chosen by looking at the pictures, and by how many steps fit into
+    the minutes.
 
     Args:
-        labeled: folder of pictures with doubtful labels, with a folder for each class in it.
-        clean: folder of a few pictures with right labels, like --labeled.
-        val: folder of more pictures with right labels, to select on.
-        test: folder of more pictures with right labels, to report on.
-        clean_batch: pictures of --clean in a batch.
-        minutes: train for as many steps as fit into these minutes; by default 5.
+        labeled: folder of pictures whose labels may be wrong, with a folder for each class in it.
+        clean: folder of a few pictures with right labels, with the same folders in it.
+        val: folder of other pictures with right labels, by which the best network is selected.
+        test: folder of other pictures with right labels, on which the accuracy is reported at the
+            end.
+        clean_batch: number of pictures of --clean in each step.
+        minutes: minutes that the training may take. By default it takes 5.
     """
 
     name: ClassVar[str] = "noisy"

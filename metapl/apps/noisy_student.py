@@ -110,26 +110,36 @@ class NoisyStudent(Method):
     """Noisy Student: a teacher labels, a noisy student learns its labels, and labels next.
 
     Args:
-        networks: one a round; the last serves on.
-        rounds: students, each on the last one's labels.
-        allow_smaller: let students be smaller.
-        labels: soft, or hard: the likeliest class.
-        select_by: each round, once, or a folder: a store.
-        threshold: keep what the teacher is surer of.
-        at_most: and drop what it is surer of than this.
-        balance: repeat examples of smaller classes.
-        per_class: the most examples of a class.
-        share: a uniform share of those selected.
-        ratio: unlabeled by labeled; 1, of digits 3.
-        loss: mean over the batch, or two_means added.
-        training: joint, pretrain_finetune or pretrain.
-        warm_start: begin with the teacher's weights.
-        warm_steps: steps of a student that does.
-        noisy_teacher: label augmented, with dropout.
-        unlabeled_noise: all, standard, model or none.
-        finetune_size: larger side, at the end (FixRes).
-        frozen: share of the layers that are then.
-        label_smoothing: on labeled examples.
+        networks: network of each round, that of the first teacher first. The last one that is named
+            is also the network of all later rounds.
+        rounds: number of students. Each learns from the labels of the network before it.
+        allow_smaller: allow a student with fewer parameters than its teacher.
+        labels: labels that a student learns: soft are its teacher's probabilities, hard is the most
+            probable class of each example.
+        select_by: when unlabeled examples are selected: in each round, once in the first round, or
+            beforehand, in the store of this folder, which metapl labels select wrote.
+        threshold: keep unlabeled examples of which the teacher is more confident than this.
+        at_most: leave out unlabeled examples of which the teacher is more confident than this.
+        balance: whether to repeat examples of classes that have fewer, so that all have as many.
+        per_class: largest number of unlabeled examples of a class.
+        share: share of the selected examples to keep, drawn at random.
+        ratio: number of unlabeled examples in a batch for each labeled one. By default it is 1, and
+            3 for digits.
+        loss: how the losses of labeled and unlabeled examples are joined: mean is the mean over the
+            batch, two_means the sum of a mean over each kind.
+        training: order in which a student learns: joint learns from labeled and unlabeled examples
+            in each step, pretrain from unlabeled ones alone, and pretrain_finetune from labeled
+            ones after that.
+        warm_start: let each student begin with its teacher's weights.
+        warm_steps: number of steps of a student that begins with its teacher's weights.
+        noisy_teacher: let the teacher label augmented examples, with dropout.
+        unlabeled_noise: noise with which a student learns unlabeled examples: all is strong
+            augmentation with dropout and stochastic depth, standard has weak augmentation, model
+            has none, and none has no noise at all.
+        finetune_size: side in pixels of larger pictures, on which the last student is finetuned at
+            the end (FixRes).
+        frozen: share of the layers that are kept as they are in the finetuning of --finetune-size.
+        label_smoothing: label smoothing of the loss on labeled examples, from 0 to 1.
     """
 
     name: ClassVar[str] = "noisy_student"
@@ -234,8 +244,10 @@ class PicturesOfRounds(Pictures):
     What is None is chosen by looking at some pictures.
 
     Args:
-        dropout: where it has one; 0.2, B2 to L2 more.
-        stochastic_depth: of the last block; 0.2, likewise.
+        dropout: dropout rate of the networks. By default it is 0.2, and 0.3 to 0.5 for the larger
+            EfficientNets.
+        stochastic_depth: probability that the last block of a network is skipped in a step. By
+            default it is 0.2 for networks that have it.
     """
 
     # Without a number, what its size asks for, of each network that has such noise and is trained
@@ -258,7 +270,10 @@ class PicturesOfRounds(Pictures):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesOfRounds(Images):
-    """Pictures, likewise."""
+    """Pictures, with the schedule of a training of minutes.
+
+    A batch has --ratio unlabeled ones for each labeled one.
+    """
 
     usual_ratio: ClassVar[int] = RATIO_OF_PICTURES
 

@@ -17,6 +17,7 @@ from metapl.apps.inputs import Factory, File, Network, Run, check_file, plural
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.pictures.input import Inputs
 from metapl.apps.printing import CsvRows, tell, written_csv
+from metapl.apps.progress import count_bar
 from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
@@ -28,26 +29,26 @@ HEADER = ("file", "class", "probability")
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what a run's network takes pictures for, as CSV.
+    """Predict the classes of pictures by a run's network, as CSV.
 
-    Its columns are file, class and probability. With --top 3 it adds class_2, probability_2,
-    class_3 and probability_3: the classes that come next. A column for each class, called p(cat)
-    say, is added by --probabilities; these sum to 1.
+    The columns are file, class and probability. With --top 3 there are also class_2, probability_2,
+    class_3 and probability_3: the classes that come next. With --probabilities there is a column
+    for each class, such as p(cat); these sum to 1.
 
-    A picture is read like the training data of the run: the largest centered square of it brought
-    to the network's size, in colors or grey; of runs that were trained on crops, the middle of that
-    square. For digits, the digit is to fill the picture, and is inverted where it is more bright
-    than dark.
+    A picture is read like the training data of the run: its largest centered square is resized to
+    the network's size, in colors or grey. For runs that were trained on crops, the middle of that
+    square is taken. A picture of a digit should be filled by the digit; it is inverted if it is
+    more bright than dark.
 
-    Folders are searched, with all that is in them, for files by their suffixes. A file that cannot
-    be read is left out, with the reason on standard error; the exit code is then 1.
+    Folders are searched for pictures, with all folders in them. A file that cannot be read is left
+    out, with the reason on standard error; the exit code is then 1.
 
     Args:
-        folder: the run folder; of a comparison, the run that it delivers.
-        files: pictures, or folders of them.
-        out: write here rather than to standard output, and only when all is predicted.
-        top: how many classes to give of each picture, the most probable first.
-        probabilities: give the probability of every class.
+        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        files: pictures, or folders of pictures.
+        out: file to write to in the place of standard output. It is written when all is predicted.
+        top: number of classes to give of each picture, the most probable first.
+        probabilities: give the probability of every class too.
     """
 
     folder: Run
@@ -77,6 +78,8 @@ class Predict:
         network = run.network(name, self.factory).to(run.device)
         inputs = Inputs(run.cards[name].input, self.files)
         count = 0
+        # Rows on a terminal show by themselves how far it is.
+        is_bar_shown = self.out is not None or not sys.stdout.isatty()
         header = list(HEADER)
         for rank in range(2, self.top + 1):
             header += [f"class_{rank}", f"probability_{rank}"]
@@ -85,7 +88,7 @@ class Predict:
         rows: AbstractContextManager[CsvRows] = nullcontext(CsvRows(sys.stdout))
         if self.out is not None:
             rows = written_csv(self.out)
-        with rows as writer:
+        with rows as writer, count_bar("pictures", is_bar_shown, len(inputs.files)) as update:
             writer.writerow(header)
             for example, p in predictions(network, inputs):
                 row = [example]
@@ -95,6 +98,7 @@ class Predict:
                     row += [f"{probability:.6f}" for probability in p]
                 writer.writerow(row)
                 count += 1
+                update(count + inputs.skipped)
         if self.out is not None:
             tell(f"{plural(count, 'prediction')} in {self.out}")
         if inputs.skipped:

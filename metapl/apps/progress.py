@@ -15,10 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from metapl.apps.printing import tell
+from metapl.runs.terminal import Pace
 from metapl.training import Say
-
-# Seconds between two lines: a log of a day has some 3,000.
-LINE_EVERY = 30.0
 
 # Seconds between two updates of a count on a terminal.
 BAR_EVERY = 0.1
@@ -35,60 +33,6 @@ def is_watched() -> bool:
     and the log has the lines.
     """
     return sys.stdout.isatty() and sys.stderr.isatty()
-
-
-def spoken_time(seconds: float) -> str:
-    """Say how long something takes, in the greatest unit of which there are two.
-
-    >>> spoken_time(0.2), spoken_time(110), spoken_time(130), spoken_time(8000), spoken_time(2e5)
-    ('1 s', '110 s', '2 min', '2.2 h', '2.3 days')
-    """
-    if seconds < 120:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 2 * 3600:
-        return f"{round(seconds / 60)} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
-
-
-class Pace:
-    """When the next line is due, and how much time is left.
-
-    Args:
-        total: how many steps there are.
-        done: how many were done when this began, before the time that is measured; None where that
-            is not known before the first of them is counted, as in a fit that is resumed.
-        clock: gives seconds.
-    """
-
-    def __init__(
-        self, total: int, done: int | None = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.total = total
-        self.done_at_start = done
-        self.clock = clock
-        self.started = clock()
-        self.last_line = self.started
-
-    def is_due(self) -> bool:
-        """Return whether half a minute has gone by since the last line; then it counts as said."""
-        now = self.clock()
-        if now - self.last_line < LINE_EVERY:
-            return False
-        self.last_line = now
-        return True
-
-    def time_left(self, done: int) -> str:
-        """Return ", 4 min left" as the steps so far went, or nothing where none has been timed."""
-        if self.done_at_start is None:
-            self.done_at_start = done
-            self.started = self.clock()
-        steps_timed = done - self.done_at_start
-        if steps_timed <= 0:
-            return ""
-        seconds_per_step = (self.clock() - self.started) / steps_timed
-        return f", {spoken_time(seconds_per_step * (self.total - done))} left"
 
 
 class FitLines:

@@ -384,7 +384,8 @@ class EndedRun:
         try:
             for name, card in said["networks"].items():
                 cards[name] = card_of(card)
-        except (MetaplError, TypeError, KeyError) as error:  # it lacks a field, or has others
+        # The file of another version lacks a field, or has others.
+        except (MetaplError, TypeError, KeyError) as error:
             raise MetaplError(f"{file} is of another version: {error}") from error
         return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
 

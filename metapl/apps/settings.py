@@ -72,34 +72,37 @@ class Fitting:
     What is None is chosen where the training begins.
 
     Args:
-        steps: number of training steps.
-        seed: seed of everything that is drawn.
-        labeled_batch: labeled examples in a batch.
-        lr: learning rate of the teacher, or of the only network.
-        schedule: learning rate over time: cosine, constant or exponential.
-        warmup: steps over which the learning rates grow from zero.
-        ema_decay: decay of the average of the weights that is kept.
-        finetune_steps: steps on labeled examples alone, at the end.
-        validate_every: steps between two validations.
-        log_every: steps between two rows of metrics.jsonl.
-        save_every: steps between two checkpoints.
-        accumulate: parts that a batch is computed in, to save memory.
-        precision: float32 or bfloat16.
-        num_workers: number of processes that read pictures.
-        device: auto, cpu or cuda.
+        steps: number of training steps. Of your own pictures it follows from --minutes by default.
+        seed: seed of all random numbers. The same seed gives the same run.
+        labeled_batch: number of labeled examples in each step.
+        lr: learning rate of the teacher, or of the only network. By default it fits the network.
+        schedule: how the learning rate changes over time: cosine, constant or exponential.
+        warmup: number of steps in which the learning rate grows from zero. Of your own pictures it
+            is 5 % of the steps by default.
+        ema_decay: decay of the running average of the weights, such as 0.99. If it is given, the
+            average is the network that is kept.
+        finetune_steps: number of steps on labeled examples alone at the end.
+        validate_every: number of steps between two measurements on the validation examples. Of your
+            own pictures there are 20 measurements by default.
+        log_every: number of steps between two rows of metrics.jsonl.
+        save_every: number of steps between two checkpoints.
+        accumulate: number of parts into which a batch is split to save memory.
+        precision: number type in which the networks compute: float32 or bfloat16.
+        num_workers: number of extra processes that read pictures.
+        device: what to compute on: cpu, cuda, or auto for a GPU if there is one.
     """
 
-    steps: Annotated[Steps | None, unset()] = None
+    steps: Steps | None = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     labeled_batch: Batch = 32
     lr: Annotated[AboveZero | None, unset()] = None
     schedule: Annotated[
         Literal["cosine", "constant", "exponential"], tyro.conf.arg(metavar="NAME")
     ] = "cosine"
-    warmup: Annotated[SomeSteps | None, unset()] = None
-    ema_decay: Annotated[Share | None, unset()] = None
+    warmup: SomeSteps | None = None
+    ema_decay: Share | None = None
     finetune_steps: SomeSteps = 200
-    validate_every: Annotated[Steps | None, unset()] = None
+    validate_every: Steps | None = None
     log_every: Steps = 20
     save_every: Steps = 500
     accumulate: Batch = 1

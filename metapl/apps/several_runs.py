@@ -24,7 +24,7 @@ from metapl.apps.machine import default_threads, read_sealed
 from metapl.apps.methods import Method, TrainingConfig
 from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import table, tell, wrapped
-from metapl.apps.report import SUSPECTS, linear_baseline, write_report
+from metapl.apps.report import write_report
 from metapl.apps.run_folder import (
     ANOTHER,
     NETWORK,
@@ -33,7 +33,9 @@ from metapl.apps.run_folder import (
     RunFolder,
     stored_result,
 )
+from metapl.apps.run_summary import linear_baseline
 from metapl.apps.settings import with_flags
+from metapl.apps.suspects import SUSPECTS
 from metapl.apps.train import describe, device, train
 from metapl.errors import MetaplError
 

@@ -16,16 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.apps.backbone import Control
 from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
-from metapl.apps.launch import Processes, from_first
+from metapl.apps.launch import Processes, done_by_first
 from metapl.apps.log_to import MetricLog
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Method, ReducedMpl, Training, TrainingConfig
 from metapl.apps.model_noise import model_noise
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
-from metapl.apps.report import SUSPECTS, Mistakes, mistakes, write_report, write_suspects
+from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run_folder import EndedRun, RunFolder, seal
 from metapl.apps.settings import flag_values
+from metapl.apps.suspects import SUSPECTS, write_suspects
 from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
@@ -211,12 +212,13 @@ def train(
             return stored_labels(network, config, reader, folder.path, data, say)
         # All processes gather the weights, which no pass of one process alone could do.
         weights = weights_of(inside(network))
-        stored = None
-        if processes.first:
+
+        def stored_by_first() -> dict[str, Tensor]:
             labeler = config.network().to(place)
             labeler.load_state_dict(weights)
-            stored = stored_labels(labeler, config, reader, folder.path, data, say)
-        labels: dict[str, Tensor] = from_first(stored, patience=LABELING)
+            return stored_labels(labeler, config, reader, folder.path, data, say)
+
+        labels: dict[str, Tensor] = done_by_first(stored_by_first, processes, patience=LABELING)
         return labels
 
     training = Training(

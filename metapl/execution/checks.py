@@ -8,7 +8,8 @@ is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,14 +43,25 @@ class Fault:
 
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
+_has_values: ContextVar[bool] = ContextVar("has_values", default=True)
 
 
 def transformed() -> bool:
-    """Return whether this runs inside a transform of ``torch.func``, or is being compiled.
+    """Return whether this runs inside a transform of ``torch.func``, or is compiled or recorded.
 
     No value can be read then.
     """
-    return torch.compiler.is_compiling() or _interpreters() is not None
+    return torch.compiler.is_compiling() or _interpreters() is not None or not _has_values.get()
+
+
+@contextmanager
+def no_values() -> Iterator[None]:
+    """Let no value of a tensor be read in this block, whose operations are to be recorded."""
+    token = _has_values.set(False)
+    try:
+        yield
+    finally:
+        _has_values.reset(token)
 
 
 NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."

@@ -168,7 +168,7 @@ def state_of(trainer: TwoLevelTrainer, updates: tuple[Update, Update | None]) ->
         inner=optimizer_of(inner, device),
         outer=optimizer_of(outer, device),
         mode={name: t.to(device, wide(weight).dtype) for name, t in trainer.mode_state.items()},
-        step=torch.tensor(trainer.steps_done, device=device),
+        step=number_on(device, trainer.steps_done, torch.int64),
     )
 
 
@@ -182,13 +182,18 @@ def optimizer_of(update: Update | None, device: torch.device) -> Optimizer:
     return Optimizer(rule.read_state(), [])
 
 
+def number_on(device: torch.device, number: float, dtype: torch.dtype) -> Tensor:
+    """Return a 0-D tensor; a device fills it by itself, where a copy would make the host wait."""
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 def settings_of(numbers: Any, device: torch.device) -> Any:
     """Return the numbers of param groups as tensors, as precise as a number of Python is."""
 
     def as_tensor(number: Any) -> Tensor:
         if isinstance(number, Tensor):
             return number.detach().to(device, torch.float64, copy=True)
-        return torch.tensor(number, dtype=torch.float64, device=device)
+        return number_on(device, number, torch.float64)
 
     return pytree.tree_map(as_tensor, numbers)
 

@@ -58,12 +58,13 @@ class TeacherLoss(Protocol):
 
 
 def only_where_declared(subclass: type) -> None:
-    """Let a subclass of a loss say for itself whether it detaches the signal.
+    """Let a subclass of a loss say for itself whether it detaches the signal, and is a mean.
 
-    It does not inherit the attribute, since what it adds may have a gradient through the signal.
+    It does not inherit these attributes: what it adds may have a gradient through the signal, and
+    need not be a mean over rows.
     """
-    declared = vars(subclass).get("detaches_signal", False)
-    subclass.detaches_signal = declared  # type: ignore[attr-defined]
+    for name in ("detaches_signal", "is_mean_over_rows"):
+        setattr(subclass, name, vars(subclass).get(name, False))
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class CrossEntropy:
 
     name: ClassVar[str] = "cross_entropy"
     detaches_signal: ClassVar[bool] = True
+    is_mean_over_rows: ClassVar[bool] = True
     of_classes: ClassVar[bool] = True
     """Whether the outputs of the network are class logits."""
 
@@ -176,6 +178,7 @@ class UDA:
 
     name: ClassVar[str] = "uda"
     detaches_signal: ClassVar[bool] = True
+    is_mean_over_rows: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         only_where_declared(cls)

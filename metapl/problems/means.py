@@ -122,12 +122,17 @@ def refuse_other_than_means(
 
     What cannot be told is not refused: where a pass or a loss draws random numbers, where a batch
     norm keeps no statistics, and losses that are meant to be of each micro-batch
-    (``of_micro_batches``). Sharded networks are compared at their own weights alone.
+    (``of_micro_batches``). Nor are metapl's own losses compared, which are such means
+    (``is_mean_over_rows``). Sharded networks are compared at their own weights alone.
 
     Cost: 21 passes on two micro-batches without a graph, and a copy of the weights, in the first
     step; of a loss that is refused two passes and a copy more.
     """
-    compared = [loss for loss in losses if not getattr(loss, "of_micro_batches", False)]
+    compared = []
+    for loss in losses:
+        is_mean = getattr(loss, "is_mean_over_rows", False)
+        if not is_mean and not getattr(loss, "of_micro_batches", False):
+            compared.append(loss)
     if not compared or has_norms_without_statistics(network):
         return
     rows = RowsOfTwo(

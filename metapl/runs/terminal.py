@@ -1,14 +1,26 @@
-"""What a long run shows of how far it is, and how it is asked to end."""
+"""What a long run shows of how far it is, and how it is asked to end.
+
+On a terminal a bar shows it. Elsewhere, as in a pipe or a log file, a line every half minute goes
+to the logger "metapl" at the level INFO, which the command prints on standard error.
+"""
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
+
+LOG = logging.getLogger("metapl")
+
+# Seconds between two lines: a log of a day has some 3,000.
+LINE_EVERY = 30.0
 
 # What matters most comes first: what a narrow terminal has no room for is cut off at the end.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
@@ -36,11 +48,98 @@ def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
     )
 
 
+def spoken_time(seconds: float) -> str:
+    """Say how long something takes, in the greatest unit of which there are two.
+
+    >>> spoken_time(0.2), spoken_time(110), spoken_time(130), spoken_time(8000), spoken_time(2e5)
+    ('1 s', '110 s', '2 min', '2.2 h', '2.3 days')
+    """
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 2 * 3600:
+        return f"{round(seconds / 60)} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+class Pace:
+    """When the next line is due, and how much time is left.
+
+    Args:
+        total: how many steps there are.
+        done: how many were done when this began, before the time that is measured; None where that
+            is not known before the first of them is counted, as in a fit that is resumed.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self, total: int, done: int | None = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total = total
+        self.done_at_start = done
+        self.clock = clock
+        self.started = clock()
+        self.last_line = self.started
+
+    def is_due(self) -> bool:
+        """Return whether half a minute has gone by since the last line; then it counts as said."""
+        now = self.clock()
+        if now - self.last_line < LINE_EVERY:
+            return False
+        self.last_line = now
+        return True
+
+    def time_left(self, done: int) -> str:
+        """Return ", 4 min left" as the steps so far went, or nothing where none has been timed."""
+        if self.done_at_start is None:
+            self.done_at_start = done
+            self.started = self.clock()
+        steps_timed = done - self.done_at_start
+        if steps_timed <= 0:
+            return ""
+        seconds_per_step = (self.clock() - self.started) / steps_timed
+        return f", {spoken_time(seconds_per_step * (self.total - done))} left"
+
+
 @contextmanager
 def step_bar(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[], object]]:
-    """Give a function to call after each step, which advances the bar of :func:`progress`."""
+    """Give a function to call after each step.
+
+    It advances the bar of :func:`progress`. Where standard error is no terminal it logs a line
+    every half minute, with the steps that are done and the time that is left.
+    """
+    logs_lines = shown and not sys.stderr.isatty()
     with progress(shown, name=name, start=start, steps=steps) as bar:
-        yield bar.update
+        yield ShownSteps(name, steps, start, bar=bar, logs_lines=logs_lines).advance
+
+
+class ShownSteps:
+    """The steps that a bar shows, or that are logged.
+
+    Args:
+        name: what they are called.
+        steps: how many there are.
+        start: how many were done when this began.
+        bar: of tqdm.
+        logs_lines: whether a line is logged every half minute.
+    """
+
+    def __init__(self, name: str, steps: int, start: int, *, bar: Any, logs_lines: bool) -> None:
+        self.name = name
+        self.steps = steps
+        self.done = start
+        self.bar = bar
+        self.logs_lines = logs_lines
+        self.pace = Pace(steps, start)
+
+    def advance(self) -> None:
+        """Count one step as done."""
+        self.bar.update()
+        self.done += 1
+        if self.logs_lines and self.pace.is_due():
+            time_left = self.pace.time_left(self.done)
+            LOG.info("%s: %s of %s%s", self.name, f"{self.done:,}", f"{self.steps:,}", time_left)
 
 
 def is_heard(number: int) -> bool:

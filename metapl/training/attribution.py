@@ -243,7 +243,8 @@ def attribute(
         compile: one step and its adjoint as two compiled graphs, as for
             :func:`metapl.hypergradient`; with ``each``, the adjoint takes all M outer losses at
             once, in the memory of M sets of weights and optimizer states.
-        progress: show on standard error how far it is, where that is a terminal.
+        progress: show on standard error how far it is, where that is a terminal; log it elsewhere,
+            every half minute.
         replay_tolerance: the most that ``replay_error`` of the result may be, as for
             :func:`metapl.hypergradient`; above it the call is refused.
 

@@ -41,6 +41,7 @@ from metapl.feedback.report import Report, StepReport
 from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
 from metapl.feedback.teacher import Teaching
 from metapl.functional.compiled import CompiledStep, functional
+from metapl.functional.cuda_graphs import refuse_device
 from metapl.functional.state import State
 from metapl.functional.step import Step
 from metapl.metrics.metric import Term
@@ -171,6 +172,10 @@ class BilevelTrainer(Trainer):
             one process, with SGD, Adam, AdamW or Muon on both levels and at most 3 steps ahead,
             without ``accumulate``. The first step is compared with an eager one.
             ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state.
+            ``"cudagraphs"``: the pure step by CUDA graphs alone, without a compiler, recorded in
+            the time of three eager steps for each shape of batches, for another copy of all state
+            too. What a network or a loss reads from a global variable, or deep in its attributes,
+            is then a constant. A network alone (:meth:`finetune`) is eager with it.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at
             the first step and where the networks are changed (their modes, frozen parts, hooks),
             and refuse one that is wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it;
@@ -209,7 +214,7 @@ class BilevelTrainer(Trainer):
         clip_norm: AboveZero | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         accumulate: MicroBatches = 1,
-        compile: bool | Literal["reduce-overhead"] = False,
+        compile: bool | Literal["reduce-overhead", "cudagraphs"] = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
         verify: bool | AtLeastZero | Literal["warn"] = True,
     ) -> None:
@@ -243,6 +248,8 @@ class BilevelTrainer(Trainer):
             teacher, student, differentiated=gives_feedback or bool(compile)
         )
         checks.generator_of(generator, self.device, "the networks are on")
+        if compile == "cudagraphs":
+            refuse_device(self.device)
         # The layouts of the networks that there are, the teacher's first.
         self.layouts = [self.layout]
         self.teacher = None
@@ -972,7 +979,7 @@ class BilevelTrainer(Trainer):
             clip_norm=self.clip_norm,
             precision=self.precision,
             accumulate=self.accumulate,
-            compile=bool(self.compile),
+            compile=self.compile in (True, "reduce-overhead"),
         )
         options.setdefault("phase", "finetune")
         return trainer.fit(labeled, steps=steps, **options)

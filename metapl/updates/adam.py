@@ -98,7 +98,8 @@ class Adam(TorchUpdate):
             held = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
             d, m_hat, root, steps, _ = _moments(*held, group)
             size = plus(root, group["eps"])
-            of_m = div(mul([v[n] for n in names], -lr), size)  # of m̂
+            # The cotangent of m̂, which becomes that of m below.
+            of_m = div(mul([v[n] for n in names], -lr), size)
             of_n = div(div(mul(of_m, m_hat), size), root)
             of_n = mul(of_n, [-0.5 / (1 - beta2**t) for t in steps])
             of_m = div(of_m, [1 - beta1**t for t in steps])

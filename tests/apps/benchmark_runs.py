@@ -22,7 +22,9 @@ FIRST = (
     "endurance",
     "attribution",
     "data_rater",
+    "fashion_protocol",
     "feedback_size",
+    "gpt2_training",
     "modes",
     "noisy_student",
     "scale",
@@ -67,6 +69,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
 }
 MINUTES = (
     "endurance",
+    "fashion_protocol",
     "hyperparameters",
     "label_noise",
     "peers",

@@ -28,8 +28,8 @@ from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import choose_settings
 from metapl.apps.networks import create
 from metapl.apps.pictures import MemoryImages
-from metapl.apps.report import summary
 from metapl.apps.run_folder import WEIGHTS, EndedRun
+from metapl.apps.run_summary import summary
 from metapl.apps.settings import Fitting
 from metapl.apps.tuned_networks import Normalized, Tuned, begin_as, merged
 from metapl.errors import MetaplError

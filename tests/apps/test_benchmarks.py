@@ -2,6 +2,7 @@
 
 import contextlib
 import doctest
+import functools
 import importlib
 import io
 import json
@@ -10,8 +11,10 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from benchmark_runs import (
     BENCHMARKS,
     MARKS,
@@ -23,6 +26,9 @@ from benchmark_runs import (
     miniatures,
     run,
 )
+from tape import record_on_tape
+
+from metapl.functional import cuda_graphs
 
 pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
@@ -153,6 +159,7 @@ def test_the_harness_goes_on_shows_figures_as_it_says_and_keeps_the_committed_re
 def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> None:
     """The first call leaves a part that failed and one that is missing; the next goes on there."""
     harness = importlib.import_module("harness")
+    parts = importlib.import_module("gpu").OF_MINIATURE
 
     def command() -> str:
         options = ("--device", "cpu", "--miniature", "--minutes", "30", "--out", str(tmp_path))
@@ -160,10 +167,15 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
     first = command()
-    assert first.count(" ...\n") == 5
+    assert first.count(" ...\n") == len(parts)
     assert "| tests on the device | 1 passed, 0 failed | none failed |" in first
     assert first.count(" of by hand") == 3 + 2 * 3
+    assert first.count(" TFLOP, ") == 4
     assert "| other libraries, MLP: metapl, forward |" in first
+    assert "| ten steps ahead, MLP: metapl, forward |" in first
+    assert "| a billion weights, table: `forward` |" in first
+    assert first.count("| fashion-4k, five arms: ") == 5
+    assert first.count("| GPT-2, whole training: ") == 7
     for file in tmp_path.glob("*.json"):
         made = harness.loaded(file)
         for row in made if isinstance(made, list) else []:
@@ -183,6 +195,78 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
     assert second.count(" ...\n") == 1
     assert "0.12 of by hand" in second
     assert len(harness.loaded(tmp_path / "WRN-28-2-float32.json")) == 3
+
+
+def test_the_share_of_the_card_is_measured_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape of operations stands for the graph, and Dynamo alone for the compiler.
+
+    A step of ours takes four to six times the operations of a plain step on all examples.
+    """
+    gpu = importlib.import_module("gpu")
+    card = importlib.import_module("card")
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", record_on_tape)
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(card, "MOST", 0.0)
+    name, precision, ways = gpu.SHARES[0]
+    ways = (*ways, card.PLAIN_COMPILED, card.REPLAY)
+    share = card.Share(name, gpu.SMALL, precision, ways)
+    rows: list[dict[str, Any]] = []
+    for new in card.measure(share, [], "cpu", is_small=True):
+        rows += new
+    assert [row["way"] for row in rows] == [*share.ways]
+    operations = {row["way"]: row["operations"] for row in rows}
+    assert 2 < operations[card.OURS] / operations[card.PLAIN] < 6
+    assert operations[card.OURS] == operations[card.OURS_BY_GRAPHS] == operations[card.REPLAY]
+    for row in rows:
+        assert row["share"] is None
+        assert row["share_of_product"] > 0
+        assert row["way"] in gpu.shown(gpu.SHARE, row)[0]
+    (last,) = card.measure(share, rows[:-1], "cpu", is_small=True)
+    assert [row["way"] for row in last] == [card.REPLAY]
+    # What stops is said, and the next way runs.
+    step_by = card.step_by
+    monkeypatch.setattr(card, "step_by", stopped_by_graphs(card, step_by, "it stopped"))
+    again = [row for new in card.measure(share, [], "cpu", is_small=True) for row in new]
+    assert [row["way"] for row in again if "reason" in row] == [card.OURS_BY_GRAPHS]
+    # Behind an error of the device nothing runs in this process.
+    text = "CUDA error: an illegal memory access"
+    monkeypatch.setattr(card, "step_by", stopped_by_graphs(card, step_by, text))
+    measured = card.measure(share, [], "cpu", is_small=True)
+    seen = [next(measured)[0]["way"] for _ in range(2)]
+    assert seen == [card.OURS, card.OURS_BY_GRAPHS]
+    with pytest.raises(RuntimeError, match="illegal"):
+        next(measured)
+
+
+def stopped_by_graphs(card: Any, step_by: Any, text: str) -> Any:
+    """Return ways' steps as they are, but that by graphs, which stops."""
+
+    def step_or_stop(way: str, make: Any, place: Any) -> Any:
+        if way == card.OURS_BY_GRAPHS:
+            raise RuntimeError(text)
+        return step_by(way, make, place)
+
+    return step_or_stop
+
+
+def test_a_part_that_fails_behind_new_rows_runs_again(tmp_path: Path) -> None:
+    gpu = importlib.import_module("gpu")
+    done = gpu.file_of("a part", tmp_path)
+    partial_file = gpu.unfinished("a part", tmp_path)
+    code = (
+        "import json, pathlib, sys\n"
+        f"done, partial = pathlib.Path({str(done)!r}), pathlib.Path({str(partial_file)!r})\n"
+        "rows = json.loads(partial.read_text()) if partial.exists() else []\n"
+        "rows.append({})\n"
+        "(done if len(rows) == 3 else partial).write_text(json.dumps(rows))\n"
+        "sys.exit(len(rows) < 3)\n"
+    )
+    gpu.run_part([sys.executable, "-c", code], "a part", tmp_path, seconds=60)
+    assert len(json.loads(done.read_text())) == 3
+    done.unlink()
+    gpu.run_part([sys.executable, "-c", "raise SystemExit(1)"], "a part", tmp_path, seconds=60)
+    assert not done.exists()
 
 
 @pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from command import metapl
 from safetensors.torch import load_file
-from test_bits import check, here, lines, one_thread, outcome
+from test_bits import check, json_lines, one_thread, outcome, this_machine
 from tiny_runs import colored_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,5 +184,5 @@ def test_a_run_ends_on_the_same_weights(
 if __name__ == "__main__":
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         root = colored_pictures(Path(folder, "pictures"))
-        found = {name: of_run(name, root, Path(folder, name)) for name in RUNS}
-    STORED.write_text(lines({"runs": found, "machine": here()}))
+        outcomes = {name: of_run(name, root, Path(folder, name)) for name in RUNS}
+    STORED.write_text(json_lines({"runs": outcomes, "machine": this_machine()}))

@@ -34,6 +34,7 @@ from metapl.training.hypergradient import hypergradient
 
 COUNTS = [
     *(
+        ("wide_resnet10_1", 77_850),
         ("wide_resnet28_2", 1_467_610),
         ("wide_resnet28_10", 36_479_194),
         ("small_cnn", 80_266),

@@ -28,7 +28,13 @@ import training_accuracy
 from benchmark_runs import BENCHMARKS, SCRIPTS, committed
 from benchmark_runs import run as run_benchmark
 from command import metapl
-from test_protocol_examples import WNIDS, write_cifar, write_fashion, write_imagenet, write_svhn
+from test_protocol_examples import (
+    WNIDS,
+    write_cifar,
+    write_fashion_folder,
+    write_imagenet,
+    write_svhn,
+)
 from test_robustness import save
 from tiny_runs import color_folders
 
@@ -254,11 +260,6 @@ def write_data(root: Path) -> None:
                 / f"{frame}.png",
                 frame,
             )
-
-
-def write_fashion_folder(folder: Path) -> None:
-    folder.mkdir()
-    write_fashion(folder)
 
 
 def write_imagenet_network(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,16 +19,16 @@ import pytest
 from command import metapl
 from tiny_runs import TINY, images_command
 
-from metapl.apps import progress
 from metapl.apps.main import main
 from metapl.apps.progress import CountLines, FitLines, count_bar
+from metapl.runs import terminal
 
 # The command with a line at every row that is recorded, for a test has no half minute.
 AT_EVERY_ROW = """
 import sys
-from metapl.apps import progress
+from metapl.runs import terminal
 from metapl.__main__ import main
-progress.LINE_EVERY = 0.0
+terminal.LINE_EVERY = 0.0
 if __name__ == "__main__":
     raise SystemExit(main())
 """
@@ -96,7 +97,7 @@ def test_a_count_is_said_every_half_minute() -> None:
 def test_a_count_is_not_shown_unless_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
     for is_shown in (False, True):
         with count_bar("files", is_shown, total=2) as count:
             count(1)
@@ -108,7 +109,7 @@ def test_a_count_is_not_shown_unless_asked_for(
 def test_a_run_and_each_run_of_a_comparison_speak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
     alone = metapl(*TINY, "--out", tmp_path / "run").stdout
     line = r"step 2 of 6, loss [\d.]+, validation [\d.]+%(, \d+ s left)?\n"
     assert re.search(f"^{line}", alone, re.MULTILINE), alone
@@ -120,11 +121,58 @@ def test_a_run_and_each_run_of_a_comparison_speak(
 
 
 def test_labels_are_counted(tmp_path: Path, colors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
     words = ["label", colors / "run", colors / "unlabeled", "--out", tmp_path / "labels"]
     told = metapl(*words, "--batch", "8")
     assert "batches labeled: 1 of 3" in told.stderr
     assert "batches" not in told.stdout
+
+
+# A small ablation, and an attribution without the check.
+ABLATE = ("ablate", "digits", "--hidden", "4", "--steps", "2", "--rounds", "1", "--draws", "2")
+ATTRIBUTE = ("--val", "{test}", "--steps", "12", "--batch", "4", "--lr", "0.03", "--removals")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("predict {run} {test}", r"pictures: \d+ of \d+"),
+        ("evaluate {run}", r"pictures: \d+ of \d+"),
+        ("evaluate {run} --attack fgsm --eps 1 --out {out}", r"damaged pictures: \d+ of \d+"),
+        (" ".join(ABLATE), r"metapl: steps: 1 of 3"),
+        (" ".join(ABLATE), r"metapl: modes: 1 of 8, \d+ s left"),
+        (" ".join(ABLATE), r"metapl: timings: 1 of 1"),
+        (f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 0", r"metapl: steps: 7 of 12"),
+        (
+            f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 8",
+            r"metapl: trainings without examples: 8 of 8",
+        ),
+    ],
+)
+def test_commands_that_read_a_run_speak_on_standard_error(
+    words: str, expected: str, tmp_path: Path, colors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    places = {"run": colors / "run", "test": colors / "test", "out": tmp_path / "out"}
+    said = metapl(*words.format(**places).split())
+    assert re.search(f"^{expected}", said.stderr, re.MULTILINE), said.stderr
+    assert not re.search(f"^{expected}", said.stdout, re.MULTILINE)
+
+
+def test_a_step_is_logged_only_where_it_is_to_be_shown_and_no_terminal_shows_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    caplog.set_level("INFO", logger="metapl")
+    for is_shown in (False, True):
+        with terminal.step_bar(is_shown, 1000, "steps", 998) as advance:
+            advance()
+    assert [record.getMessage() for record in caplog.records] == ["steps: 999 of 1,000, 1 s left"]
+    caplog.clear()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with terminal.step_bar(is_shown, 1000, "steps", 998) as advance:
+        advance()
+    assert not caplog.records
 
 
 def test_closed_streams_are_nothing() -> None:
@@ -158,14 +206,29 @@ def test_workers_of_a_comparison_speak_into_the_pipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_terminal_shows_a_bar_and_no_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "bar", "line"),
+    [
+        (TINY, r"\rfit: .*\|.*\| \d/6", "step 4 of 6"),
+        (ABLATE, r"\rsteps: .*\|.*\| \d/3", "steps: 1 of 3"),
+        (
+            ("attribute", "{run}", *ATTRIBUTE, "0"),
+            r"\rsteps back: .*\|.*\| \d+/12",
+            "steps back: 1 of 12",
+        ),
+    ],
+)
+def test_a_terminal_shows_a_bar_and_no_lines(
+    words: Sequence[str], bar: str, line: str, tmp_path: Path, colors: Path
+) -> None:
     pty = pytest.importorskip("pty", reason="the system has no pseudo-terminals")
     termios = pytest.importorskip("termios")
-    command = [*program(tmp_path), *TINY, "--out", str(tmp_path / "run")]
-    reader, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
-        os.close(terminal)
+    named = [word.format(run=colors / "run", test=colors / "test") for word in words]
+    command = [*program(tmp_path), *named, "--out", str(tmp_path / "run")]
+    reader, screen = pty.openpty()
+    termios.tcsetwinsize(screen, (24, 80))
+    with subprocess.Popen(command, stdout=screen, stderr=screen) as process:
+        os.close(screen)
         shown = b""
         while True:
             try:
@@ -179,8 +242,8 @@ def test_a_terminal_shows_a_bar_and_no_lines(tmp_path: Path) -> None:
     os.close(reader)
     text = shown.decode()
     assert process.returncode == 0, text
-    assert re.search(r"\rfit: .*\|.*\| \d/6", text), text
-    assert "step 4 of 6" not in text
+    assert re.search(bar, text), text
+    assert line not in text
 
 
 @pytest.mark.long

@@ -92,9 +92,9 @@ def write_svhn(root: Path) -> None:
         scipy.io.savemat(root / datasets.SVHN.split_list[split][1], {"X": pictures, "y": labels})
 
 
-def write_fashion(root: Path) -> None:
-    """Write 40 pictures to train on, 15 to test on; picture i has the level i, label i mod 10."""
-    for part, count in (("train", 40), ("t10k", 15)):
+def write_fashion(root: Path, training: int = 40) -> None:
+    """Write pictures to train on, 15 to test on; picture i has the level i, label i mod 10."""
+    for part, count in (("train", training), ("t10k", 15)):
         numbers = np.arange(count, dtype=np.uint8)
         pictures = np.repeat(numbers, 28 * 28).tobytes()
         (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
@@ -125,10 +125,22 @@ def write_imagenet(root: Path) -> None:
                 )
 
 
+def write_fashion_folder(root: Path) -> None:
+    """Write so many pictures that some are left when others have labels or are held out."""
+    root.mkdir(parents=True)
+    write_fashion(root, training=60)
+
+
 def written(data: str, root: Path, patch: pytest.MonkeyPatch) -> str:
     for of in ("cifar", "svhn"):
         patch.setattr(f"torchvision.datasets.{of}.check_integrity", lambda *given: True)
-    {"cifar10": write_cifar, "svhn": write_svhn, "imagenet": write_imagenet}[data](root)
+    write_by_name = {
+        "cifar10": write_cifar,
+        "svhn": write_svhn,
+        "fashion": write_fashion_folder,
+        "imagenet": write_imagenet,
+    }
+    write_by_name[data](root)
     return str(root)
 
 
@@ -178,6 +190,7 @@ def stored(folder: str, place: Path) -> str:
 
 # Rows of which another one has all that is theirs.
 LONG = {"cifar10-4k-paper", "svhn-1k", "imagenet-10pct-paper", "imagenet-l2", "imagenet-b6-wide"}
+LONG |= {"fashion-4k-paper", "fashion-400", "fashion-400-paper"}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +266,9 @@ def test_every_value_of_a_row_has_a_source() -> None:
         assert without_default - {"root", "out"} <= row.sources.keys() == row.values.keys(), name
         assert {*row.sources.values()} <= {"paper", "table", "code", "ours"}
     # No row of another data set says that the code or the table had its values.
-    for name in ("imagenet-jft", "imagenet-l2", "imagenet-b6-wide", "imagenet-b7-reduced"):
+    others = [name for name in protocols.ROWS if name.startswith("fashion")]
+    others += ["imagenet-jft", "imagenet-l2", "imagenet-b6-wide", "imagenet-b7-reduced"]
+    for name in others:
         assert {*protocols.ROWS[name].sources.values()} == {"paper", "ours"}
 
 
@@ -267,7 +282,7 @@ def test_the_table_of_the_page_is_that_of_the_program() -> None:
 
 def test_the_rows_of_the_paper_are_algorithm_1() -> None:
     rows = {name: c for name, (_, c) in protocols.PROTOCOLS.items() if name.endswith("-paper")}
-    assert len(rows) == 3
+    assert len(rows) == 5
     for c in rows.values():
         assert (c.select, c.feedback, c.feedback_baseline, c.feedback_weight) == (
             "last",
@@ -344,6 +359,67 @@ def test_a_short_run_shortens_what_is_counted_in_steps() -> None:
         dataclasses.replace(protocols.PROTOCOLS["cifar10-4k-paper"][1], scale_to=300)
     )
     assert (c.wait, c.warmup, c.uda_ramp, c.finetune_steps) == (0, 1, 0, 1)
+
+
+def settings(words: str, tmp_path: Path) -> protocols.Protocol:
+    return protocols.settings_of([*words.split(), "--root", str(tmp_path), "--out", "none"])
+
+
+def test_steps_into_which_a_row_s_warm_up_does_not_fit_shorten_it_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the docstring proposes, --steps 1000."""
+    for name in protocols.ROWS:
+        if name.startswith(("fashion", "cifar10", "svhn")):
+            c = settings(f"{name} --steps 1000", tmp_path)
+            assert c.steps == 1_000
+            assert c.wait + c.warmup < 100
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 8
+    assert said[0] == (
+        "protocols.py: --steps 1,000 of a row of 300,000 steps: --wait 10, --warmup 17, --uda-ramp "
+        "17, --finetune-steps 3, shortened as by --scale-to but for what was named"
+    )
+    by_scale = settings("cifar10-4k --scale-to 1000", tmp_path)
+    assert settings("cifar10-4k --steps 1000", tmp_path) == by_scale
+
+
+def test_steps_leave_alone_what_fits_and_what_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    c = settings("cifar10-4k --steps 10000", tmp_path)
+    assert (c.wait, c.warmup, c.finetune_steps) == (3_000, 5_000, 1_000)
+    # A network that trains alone does not wait.
+    c = settings("cifar10-4k --steps 5000 --method uda", tmp_path)
+    assert c.warmup == 5_000
+    assert capsys.readouterr().err == ""
+    c = settings("cifar10-4k --steps=1000 --finetune-steps=50 --save_every 7", tmp_path)
+    assert (c.warmup, c.finetune_steps, c.save_every, c.log_every) == (17, 50, 7, 100)
+    with pytest.raises(MetaplError, match="--steps 1,000: expected more than --wait 3,000"):
+        settings("cifar10-4k --steps 1000 --warmup 5000", tmp_path)
+
+
+def test_the_rows_of_fashion_differ_in_the_feedback_and_in_the_labels(tmp_path: Path) -> None:
+    rows = {name: row.values for name, row in protocols.ROWS.items() if name.startswith("fashion")}
+    changed = {
+        name for name, value in rows["fashion-4k"].items() if rows["fashion-400"][name] != value
+    }
+    assert changed == {"labels_per_class"}
+    changed = {
+        name
+        for name, value in rows["fashion-4k"].items()
+        if rows["fashion-4k-paper"][name] != value
+    }
+    assert changed == {"feedback"}
+    # The paper's values for CIFAR-10, but for what the pictures ask for.
+    of_cifar = protocols.ROWS["cifar10-4k-paper"].values
+    changed = {name for name, value in of_cifar.items() if rows["fashion-4k-paper"][name] != value}
+    assert changed == {"data", "image_size", "operations", "cutout"}
+    _, strong, _ = picture_sets.views_of(
+        settings("fashion-4k", tmp_path), operations=rows["fashion-4k"]["operations"]
+    )
+    (_, changes, _) = strong.views
+    assert {*picture_sets.CIFAR_OPERATIONS} - {*changes.operations} == {"Color"}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -3,6 +3,7 @@
 They go on when killed, are refused in a line; and how many cores and threads a process takes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
 from metapl.apps.label_store import LabelStore, LabelWriter
+from metapl.apps.launch import PATIENCE
 from metapl.apps.machine import default_threads
 from metapl.apps.pictures import scan_unlabeled
 from metapl.apps.run_folder import WEIGHTS
@@ -32,6 +35,14 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     """Return the exit code of the command on this rank, and what it showed."""
     done = metapl(*arguments, code=None)
     return done.returncode, done.stdout, done.stderr
+
+
+def command_without_room_for_labels(arguments: list[str]) -> tuple[int, str, str]:
+    """Return what :func:`command` does where the first process cannot write the labels."""
+    full = OSError(errno.ENOSPC, "No space left on device", "labels/unlabeled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metapl.apps.train.stored_labels", Mock(side_effect=full))
+        return command(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +164,23 @@ def test_a_refusal_of_one_process_ends_both(two: Ranks, tiny: Path, tmp_path: Pa
         said = two.run("command", arguments=[*TINY, *mesh, *words])
         assert [code for code, _, _ in said] == [2, 2], said
         assert word in " ".join(said[0][2].split())
+
+
+def test_an_error_in_the_first_process_while_it_labels_ends_the_others_at_once(
+    two: Ranks, tmp_path: Path
+) -> None:
+    words = [*TINY, "--method", "reduced_mpl", "--mesh.replicate", "2"]
+    arguments = [*words, "--out", str(tmp_path / "run")]
+    started = time.monotonic()
+    first, second = two.run("command_without_room_for_labels", arguments=arguments)
+    assert time.monotonic() - started < PATIENCE.total_seconds()
+    assert first[0] == 1, first
+    assert first[2] == "metapl: labels/unlabeled: No space left on device.\n"
+    assert second[0] == 2, second
+    assert "the first process has failed: [Errno 28] No space left on device" in second[2]
+    assert not (tmp_path / "run" / "result.json").exists()
+    # The processes go on together.
+    assert "Test accuracy" in trained(two, words, tmp_path / "again")
 
 
 @pytest.mark.long

@@ -722,6 +722,35 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
         weights_after(2, OwnMean())
 
 
+def test_the_librarys_own_losses_are_means_and_are_not_compared_at_the_first_step() -> None:
+    """A subclass of one need not be, and is."""
+
+    class Doubled(CrossEntropy):
+        pass
+
+    def passes_of_first_step(loss: Any) -> int:
+        teacher, student = _networks()
+        count = 0
+
+        def counted(*_: Any) -> None:
+            nonlocal count
+            count += 1
+
+        teacher.register_forward_hook(counted)
+        draws = torch.Generator().manual_seed(4)
+        weak, strong = torch.randn(2, 12, 5, generator=draws, dtype=torch.float64)
+        trainer = metapl.BilevelTrainer(
+            teacher, student, teacher_losses=(loss, UDA()), accumulate=2, verify=False
+        )
+        labeled = torch.randn(8, 5, generator=draws, dtype=torch.float64), torch.arange(8) % 3
+        trainer.step(labeled, (weak, strong))
+        return count
+
+    # Of each micro-batch: the signal twice, the labeled rows, and the strong view.
+    assert passes_of_first_step(CrossEntropy()) == 2 * 4
+    assert passes_of_first_step(Doubled()) > 2 * 4 + 20
+
+
 def test_a_training_with_micro_batches_ends_where_that_on_whole_batches_does() -> None:
     """150 steps on the digits, of which every third label is ignored, at the usual rates."""
     from sklearn.datasets import load_digits

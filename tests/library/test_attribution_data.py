@@ -1,6 +1,7 @@
 """What ``attribute`` reads.
 
-Dicts of columns, dataclasses, data sets and loaders of dicts; or a line that leads on.
+It reads dicts of columns, dataclasses, data sets and loaders of dicts. Of other data it says in a
+line how to go on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from metapl import MetaplError
 from metapl.problems import EqualWeights, NextToken
 from metapl.training.attribution import Attribution
 
-N, STEPS = 20, 5
+N = 20
+STEPS = 5
 
 
 def digits(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def digits(first: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 IDS, LABELS = digits(0, N)
-JUDGED, TRUE = digits(100, 8)
+OUTER_IDS, OUTER_LABELS = digits(100, 8)
 MASK = (torch.arange(64) < 50).long().repeat(N, 1)
 
 
@@ -52,12 +54,16 @@ class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(17, 6), nn.Linear(6, 4)
+        self.embed = nn.Embedding(17, 6)
+        self.head = nn.Linear(6, 4)
         self.double()
 
     def forward(self, batch: Any) -> Tensor:
-        is_dict = isinstance(batch, dict)
-        ids, mask = (batch["input_ids"], batch["attention_mask"]) if is_dict else batch
+        if isinstance(batch, dict):
+            ids = batch["input_ids"]
+            mask = batch["attention_mask"]
+        else:
+            ids, mask = batch
         outputs: Tensor = self.head((self.embed(ids).tanh() * mask[..., None]).mean(1))
         return outputs
 
@@ -65,10 +71,16 @@ class Bag(nn.Module):
 def attributed(
     train: Any, outer: Any, network: nn.Module | None = None, **options: Any
 ) -> Attribution:
-    network = Bag() if network is None else network
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
-    given = {"optimizer": optimizer, "steps": STEPS, "batch_size": 8, "progress": False, **options}
-    return metapl.attribute(network, train, outer, **given)
+    """Return the scores for a ``Bag`` or another network, by default in batches of 8."""
+    if network is None:
+        network = Bag()
+    defaults = {
+        "optimizer": torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9),
+        "steps": STEPS,
+        "batch_size": 8,
+        "progress": False,
+    }
+    return metapl.attribute(network, train, outer, **{**defaults, **options})
 
 
 def columns(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -88,85 +100,116 @@ class Records(Dataset[Any]):
         return {name: t[number] for name, t in self.columns.items()}
 
 
-def pairs(of: dict[str, Tensor]) -> Any:
-    return {name: t for name, t in of.items() if name != "labels"}, of["labels"]
+def pair(table: dict[str, Tensor]) -> Any:
+    """Return the columns other than the labels in a dict, and the labels."""
+    inputs = {name: t for name, t in table.items() if name != "labels"}
+    return inputs, table["labels"]
+
+
+def with_label_for_labels(table: dict[str, Tensor]) -> dict[str, Tensor]:
+    inputs, labels = pair(table)
+    return {**inputs, "label": labels}
+
+
+def list_of_dicts(table: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    records = Records(table)
+    return [records[number] for number in range(len(records))]
+
+
+def collate_as_a_tokenizer(rows: list[dict[str, Tensor]]) -> UserDict[str, Tensor]:
+    return UserDict(torch.utils.data.default_collate(rows))
 
 
 FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-    "one dict": lambda of: of,
-    "one dict, label": lambda of: {
-        ("label" if name == "labels" else name): t for name, t in of.items()
-    },
+    "one dict": dict,
+    "one dict, label": with_label_for_labels,
     "a tokenizer's": UserDict,
-    "a dict of arrays": lambda of: {name: t.numpy() for name, t in of.items()},
+    "a dict of arrays": lambda table: {name: t.numpy() for name, t in table.items()},
     "a data set of dicts": Records,
-    "a list of dicts": lambda of: [Records(of)[i] for i in range(len(of["labels"]))],
-    "a loader of dicts": lambda of: DataLoader(Records(of), batch_size=3, shuffle=True),
-    "a loader that gives what tokenizers do": lambda of: DataLoader(
-        Records(of), collate_fn=lambda rows: UserDict(torch.utils.data.default_collate(rows))
+    "a list of dicts": list_of_dicts,
+    "a loader of dicts": lambda table: DataLoader(Records(table), batch_size=3, shuffle=True),
+    "a loader that gives what tokenizers do": lambda table: DataLoader(
+        Records(table), collate_fn=collate_as_a_tokenizer
     ),
-    "a loader of pairs": lambda of: DataLoader([pairs(row) for row in Records(of)], batch_size=7),
+    "a loader of pairs": lambda table: DataLoader(
+        [pair(row) for row in list_of_dicts(table)], batch_size=7
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def expected() -> Attribution:
-    return attributed(pairs(columns(IDS, LABELS)), pairs(columns(JUDGED, TRUE)))
+    return attributed(pair(columns(IDS, LABELS)), pair(columns(OUTER_IDS, OUTER_LABELS)))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_form_changes_no_score(form: str, expected: Attribution) -> None:
     make = FORMS[form]
-    found = attributed(make(columns(IDS, LABELS)), make(columns(JUDGED, TRUE)))
-    assert torch.equal(found.scores, expected.scores)
-    assert torch.equal(found.outer_loss, expected.outer_loss)
+    attribution = attributed(make(columns(IDS, LABELS)), make(columns(OUTER_IDS, OUTER_LABELS)))
+    assert torch.equal(attribution.scores, expected.scores)
+    assert torch.equal(attribution.outer_loss, expected.outer_loss)
+
+
+def slope_in_weight(attribution: Attribution, number: int) -> Any:
+    """Return the central difference of the outer losses of trainings, in one example's weight."""
+    move = torch.zeros(N, dtype=torch.float64)
+    move[number] = 1e-4
+    upper = attribution._losses_with(1 + move)
+    lower = attribution._losses_with(1 - move)
+    return (upper - lower) / 2e-4
 
 
 def test_the_scores_of_a_dict_are_differences_of_trainings() -> None:
-    found = attributed(columns(IDS, LABELS), columns(JUDGED, TRUE))
-    assert found.scores.abs().max() > 1e-4
+    attribution = attributed(columns(IDS, LABELS), columns(OUTER_IDS, OUTER_LABELS))
+    assert attribution.scores.abs().max() > 1e-4
     for number in (0, 7, 13):
-        move = torch.zeros(N, dtype=torch.float64)
-        move[number] = 1e-4
-        slope = (found._losses_with(1 + move) - found._losses_with(1 - move)) / 2e-4
-        assert float(-slope) == pytest.approx(float(found.scores[number]), rel=1e-5, abs=1e-9)
+        score = -float(slope_in_weight(attribution, number))
+        assert score == pytest.approx(float(attribution.scores[number]), rel=1e-5, abs=1e-9)
 
 
 def test_each_outer_example_of_a_dict() -> None:
-    by_dict, by_pair = (
-        attributed(make(columns(IDS, LABELS)), make(columns(JUDGED, TRUE)), each=True)
-        for make in (dict, pairs)
-    )
+    train = columns(IDS, LABELS)
+    outer = columns(OUTER_IDS, OUTER_LABELS)
+    by_dict = attributed(train, outer, each=True)
+    by_pair = attributed(pair(train), pair(outer), each=True)
     assert by_dict.scores.shape == (8, N)
     assert torch.equal(by_dict.scores, by_pair.scores)
     network = Bag()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    given: dict[str, Any] = {"optimizer": optimizer, "steps": 3, "batch_size": 8, "progress": False}
-    loader = DataLoader(Records(columns(JUDGED, TRUE)))
-    assert metapl.metasmoothness(network, columns(IDS, LABELS), loader, **given).agreement > 0.9
+    smoothness = metapl.metasmoothness(
+        network,
+        train,
+        DataLoader(Records(outer)),
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+        steps=3,
+        batch_size=8,
+        progress=False,
+    )
+    assert smoothness.agreement > 0.9
 
 
 def test_tokens_of_a_dict_are_scored_too() -> None:
     """NextToken on one dict of ids, a mask and labels, as (dict, labels) is."""
     torch.manual_seed(0)
     ids = torch.randint(17, (10, 6))
-    of = {"input_ids": ids, "labels": ids.clone()}
+    table = {"input_ids": ids, "labels": ids.clone()}
 
     class Words(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(1)
-            self.embed, self.head = nn.Embedding(17, 5).double(), nn.Linear(5, 17).double()
+            self.embed = nn.Embedding(17, 5).double()
+            self.head = nn.Linear(5, 17).double()
 
         def forward(self, batch: Any) -> Tensor:
             return self.head(self.embed(batch["input_ids"]).cumsum(1).tanh())
 
-    scores = [
-        attributed(make(of), make(of), Words(), problem=NextToken(per="token"), batch_size=5).scores
-        for make in (dict, pairs, Records, lambda of: DataLoader(Records(of)))
-    ]
-    assert scores[0].shape == (10, 6)
-    assert all(torch.equal(one, scores[1]) for one in scores)
+    def token_scores(data: Any) -> Tensor:
+        return attributed(data, data, Words(), problem=NextToken(per="token"), batch_size=5).scores
+
+    expected = token_scores(pair(table))
+    assert expected.shape == (10, 6)
+    for data in (table, Records(table), DataLoader(Records(table))):
+        assert torch.equal(token_scores(data), expected)
 
 
 @dataclass(frozen=True)
@@ -183,8 +226,8 @@ class Named(NamedTuple):
 
 
 def field(batch: Any, name: str) -> Tensor:
-    found: Tensor = batch[name] if isinstance(batch, dict) else getattr(batch, name)
-    return found
+    column: Tensor = batch[name] if isinstance(batch, dict) else getattr(batch, name)
+    return column
 
 
 class OfFields(EqualWeights):
@@ -238,11 +281,11 @@ def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
     These are taken by a loop over trainings.
     """
 
-    def made(ids: Tensor, labels: Tensor) -> Any:
+    def build(ids: Tensor, labels: Tensor) -> Any:
         tensors = ids.double() / 16, labels, torch.linspace(0.5, 2, len(ids)).double()
-        as_dict = dict(zip(("x", "y", "scale"), tensors, strict=True))
+        table = dict(zip(("x", "y", "scale"), tensors, strict=True))
         if form == "dict":
-            return as_dict
+            return table
         if form == "dataclass":
             return Record(*tensors)
         if form == "named tuple":
@@ -251,28 +294,28 @@ def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
             return tensors
         if form == "data set of tuples":
             return TensorDataset(*tensors)
-        rows = [{name: t[i] for name, t in as_dict.items()} for i in range(len(ids))]
+        rows = [{name: t[i] for name, t in table.items()} for i in range(len(ids))]
         if form == "data set of dicts":
             return rows
-        return DataLoader(
-            rows,
-            batch_size=2,
-            collate_fn=lambda given: Record(*(torch.stack([r[n] for r in given]) for n in as_dict)),
-        )
+        return DataLoader(rows, batch_size=2, collate_fn=collate_record)
+
+    def collate_record(rows: list[dict[str, Tensor]]) -> Record:
+        return Record(**torch.utils.data.default_collate(rows))
 
     torch.manual_seed(0)
     network = nn.Linear(64, 4).double()
-    problem = OfColumns() if "tuple" in form and "named" not in form else OfFields()
-    train, outer = made(IDS, LABELS), made(JUDGED, TRUE)
-    found = attributed(train, outer, network, problem=problem, each=each)
-    move = torch.zeros(N, dtype=torch.float64)
-    move[3] = 1e-4
-    slope = (found._losses_with(1 + move) - found._losses_with(1 - move)) / 2e-4
-    torch.testing.assert_close(-slope, found.scores[..., 3], rtol=1e-5, atol=1e-9)
-    plain = attributed(
-        (IDS.double() / 16, LABELS), (JUDGED.double() / 16, TRUE), network, each=each
+    has_columns_by_place = form in ("tuple", "data set of tuples")
+    problem = OfColumns() if has_columns_by_place else OfFields()
+    train = build(IDS, LABELS)
+    outer = build(OUTER_IDS, OUTER_LABELS)
+    scaled = attributed(train, outer, network, problem=problem, each=each)
+    slope = slope_in_weight(scaled, 3)
+    torch.testing.assert_close(-slope, scaled.scores[..., 3], rtol=1e-5, atol=1e-9)
+    unscaled = attributed(
+        (IDS.double() / 16, LABELS), (OUTER_IDS.double() / 16, OUTER_LABELS), network, each=each
     )
-    assert not torch.allclose(found.scores, plain.scores, rtol=1e-2)  # the scale was read
+    # Scores that differ show that the scale was read.
+    assert not torch.allclose(scaled.scores, unscaled.scores, rtol=1e-2)
 
 
 def test_a_loader_may_pad_its_batches() -> None:
@@ -280,38 +323,36 @@ def test_a_loader_may_pad_its_batches() -> None:
 
     The padded columns give the same scores.
     """
-    lengths = [3 + i % 5 for i in range(N)]
+    rows = []
+    for number in range(N):
+        length = 3 + number % 5
+        rows.append({"input_ids": IDS[number, 20 : 20 + length], "labels": LABELS[number]})
 
-    def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence(
-            [torch.ones(len(row["input_ids"])).long() for row in rows], batch_first=True
-        )
+    def pad(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows]
+        masks = [torch.ones(len(row["input_ids"])).long() for row in rows]
         return {
-            "input_ids": ids,
-            "attention_mask": mask,
+            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True),
+            "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
             "labels": torch.stack([row["labels"] for row in rows]),
         }
 
     class Sums(Bag):
-        def forward(self, batch: Any) -> Tensor:
-            return self.head(
-                (self.embed(batch["input_ids"]).tanh() * batch["attention_mask"][..., None]).sum(1)
-                / 8
-            )
+        """A bag whose sum is over tokens, so that its outputs do not depend on the padding."""
 
-    rows = [
-        {"input_ids": IDS[i, 20 : 20 + length], "labels": LABELS[i]}
-        for i, length in enumerate(lengths)
-    ]
-    loader = DataLoader(rows, batch_size=4, collate_fn=padded)
-    whole = padded(rows)
-    by_loader, by_columns = (attributed(train, whole, Sums()).scores for train in (loader, whole))
+        def forward(self, batch: Any) -> Tensor:
+            features = self.embed(batch["input_ids"]).tanh()
+            mask = batch["attention_mask"][..., None]
+            return self.head((features * mask).sum(1) / 8)
+
+    table = pad(rows)
+    loader = DataLoader(rows, batch_size=4, collate_fn=pad)
+    by_loader = attributed(loader, table, Sums()).scores
+    by_columns = attributed(table, table, Sums()).scores
     torch.testing.assert_close(by_loader, by_columns, rtol=1e-9, atol=1e-12)
-    with pytest.raises(
-        MetaplError, match="a DataLoader with a collate_fn that makes a batch of them"
-    ):
-        attributed(rows, whole, Sums())
+    text = "a DataLoader with a collate_fn that makes a batch of them"
+    with pytest.raises(MetaplError, match=text):
+        attributed(rows, table, Sums())
 
 
 # ------------------------------------------------------------------------------- lines that lead on
@@ -352,13 +393,15 @@ def test_a_graph_is_refused_with_the_call_that_scores_its_nodes() -> None:
     torch.manual_seed(1)
     x = torch.randn(6, 3, dtype=torch.float64)
     graph = {"x": x, "edge_index": torch.randint(6, (2, 9)), "y": torch.arange(6) % 2}
-    student, problem, steps = Graph(), OfNodes(), 3
+    student = Graph()
+    problem = OfNodes()
+    steps = 3
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
-    with pytest.raises(MetaplError, match=r"x'\] 6, \['edge_index'\] 2, \['y'\] 6") as refused:
+    with pytest.raises(MetaplError, match=r"x'\] 6, \['edge_index'\] 2, \['y'\] 6") as refusal:
         metapl.attribute(
             student, graph, graph, problem=problem, optimizer=optimizer, steps=steps, batch_size=6
         )
-    text = str(refused.value)
+    text = str(refusal.value)
     call = text[text.index("metapl.hypergradient(") : text.index(".feedback.")] + ".feedback"
     names = {
         "metapl": metapl,
@@ -366,19 +409,22 @@ def test_a_graph_is_refused_with_the_call_that_scores_its_nodes() -> None:
         "graph": graph,
         "steps": steps,
         "problem": problem,
+        "optimizer": optimizer,
     }
-    feedback = eval(call, names | {"optimizer": optimizer})
+    feedback = eval(call, names)
+
     w = torch.ones(6, dtype=torch.float64, requires_grad=True)
-    weight, bias = (p.detach().clone().requires_grad_() for p in student.parameters())
+    theta = [p.detach().clone().requires_grad_() for p in student.parameters()]
     source, target = graph["edge_index"]
-    seen = x + torch.zeros_like(x).index_add(0, target, x[source])
-    theta = [weight, bias]
+    neighborhood = x + torch.zeros_like(x).index_add(0, target, x[source])
     for _ in range(steps):
-        loss = (w * F.cross_entropy(F.linear(seen, *theta), graph["y"], reduction="none")).mean()
-        g = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = [p - 0.5 * d for p, d in zip(theta, g, strict=True)]
-    outer = F.cross_entropy(F.linear(seen, *theta), graph["y"])
-    torch.testing.assert_close(sum(feedback), -torch.autograd.grad(outer, w)[0])
+        logits = F.linear(neighborhood, *theta)
+        loss = (w * F.cross_entropy(logits, graph["y"], reduction="none")).mean()
+        gradients = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = [p - 0.5 * g for p, g in zip(theta, gradients, strict=True)]
+    outer_loss = F.cross_entropy(F.linear(neighborhood, *theta), graph["y"])
+    (gradient,) = torch.autograd.grad(outer_loss, w)
+    torch.testing.assert_close(sum(feedback), -gradient)
 
 
 class Stream(IterableDataset[Any]):
@@ -386,37 +432,43 @@ class Stream(IterableDataset[Any]):
         return iter(Records(columns(IDS, LABELS)))
 
 
-OF = columns(IDS, LABELS)
+TABLE = columns(IDS, LABELS)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "lists of a tokenizer": (lambda: {**OF, "input_ids": IDS.tolist()}, "return_tensors='pt'"),
-    "texts": (lambda: {**OF, "text": np.array(["a"] * N)}, "train holds data of ndarray"),
-    "a dict without "
-    "labels": (lambda: {name: t for name, t in OF.items() if name != "labels"}, "under 'labels'"),
-    "a number beside the "
-    "columns": (lambda: {**OF, "temperature": torch.tensor(1.0)}, r"\['temperature'\] 0"),
-    "no rows": (lambda: {name: t[:0] for name, t in OF.items()}, "rows"),
+    "lists of a tokenizer": (lambda: {**TABLE, "input_ids": IDS.tolist()}, "return_tensors='pt'"),
+    "texts": (lambda: {**TABLE, "text": np.array(["a"] * N)}, "train holds data of ndarray"),
+    "a dict without labels": (lambda: pair(TABLE)[0], "under 'labels'"),
+    "a number beside the columns": (
+        lambda: {**TABLE, "temperature": torch.tensor(1.0)},
+        r"\['temperature'\] 0",
+    ),
+    "no rows": (lambda: {name: t[:0] for name, t in TABLE.items()}, "rows"),
     "a stream": (lambda: DataLoader(Stream()), r"train=list\(dataset\)"),
-    "a generator": (lambda: iter(Records(OF)), r"train=list\(...\)"),
+    "a generator": (lambda: iter(Records(TABLE)), r"train=list\(...\)"),
     "a weighted sampler": (
-        lambda: DataLoader(Records(OF), sampler=WeightedRandomSampler([1.0] * N, N)),
-        "WeightedRandomSampler"),
-    "a subset's "
-    "sampler": (lambda: DataLoader(Records(OF), sampler=SubsetRandomSampler(range(5))), "Subset"),
-    "a loader of batches": (lambda: DataLoader(Records(OF), batch_size=None), "batch_size=None"),
-    "a data set without examples": (lambda: Subset(Records(OF), []), "train has no examples"),
+        lambda: DataLoader(Records(TABLE), sampler=WeightedRandomSampler([1.0] * N, N)),
+        "WeightedRandomSampler",
+    ),
+    "a subset's sampler": (
+        lambda: DataLoader(Records(TABLE), sampler=SubsetRandomSampler(range(5))),
+        "Subset",
+    ),
+    "a loader of batches": (lambda: DataLoader(Records(TABLE), batch_size=None), "batch_size=None"),
+    "a data set without examples": (lambda: Subset(Records(TABLE), []), "train has no examples"),
     "a dataclass for the usual problem": (
         lambda: Record(IDS.double(), LABELS, torch.ones(N)),
-        r"give the problem a method student_input\(batch\)"),
+        r"give the problem a method student_input\(batch\)",
+    ),
     "a number": (lambda: 3, "a data set of examples by number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_read_is_refused_in_a_line(case: str) -> None:
-    make, words = REFUSED[case]
+    make, text = REFUSED[case]
     network = Bag()
-    before = [p.detach().clone() for p in network.parameters()]
-    with pytest.raises(MetaplError, match=words) as refused:
-        attributed(make(), columns(JUDGED, TRUE), network)
-    assert "\n" not in str(refused.value)
-    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+    weights_before = [p.detach().clone() for p in network.parameters()]
+    with pytest.raises(MetaplError, match=text) as refusal:
+        attributed(make(), columns(OUTER_IDS, OUTER_LABELS), network)
+    assert "\n" not in str(refusal.value)
+    for weight, weight_before in zip(network.parameters(), weights_before, strict=True):
+        assert torch.equal(weight, weight_before)

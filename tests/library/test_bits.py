@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,265 +29,295 @@ import metapl
 from metapl import UDA, CrossEntropy, Lookahead
 
 STORED = Path(__file__).with_name("bits.json")
-STEPS, ROWS, LABELED, WIDTH, CLASSES = 20, 12, 8, 16, 4
+STEPS = 20
+ROWS = 12
+LABELED = 8
+WIDTH = 16
+CLASSES = 4
 
 
 def network(kind: str, scale: float = 1.0) -> nn.Module:
     """Return a network smooth everywhere, so that other rounding ends near the same weights."""
     if kind == "conv":
-        layers: list[nn.Module] = [
+        return nn.Sequential(
             nn.Unflatten(1, (1, 4, 4)),
             nn.Conv2d(1, 6, 3, padding=1),
             nn.BatchNorm2d(6),
             nn.SiLU(),
-        ]
-        return nn.Sequential(
-            *layers, nn.Conv2d(6, 6, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(6, CLASSES)
+            nn.Conv2d(6, 6, 3, stride=2),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(6, CLASSES),
         )
-    norm = [nn.BatchNorm1d(10)] if "norm" in kind else [nn.LayerNorm(10)]
-    drop = [nn.Dropout(0.2 * scale)] if "dropout" in kind else []
-    return nn.Sequential(
-        nn.Linear(WIDTH, 10),
-        *norm,
-        nn.GELU(),
-        *drop,
-        nn.Linear(10, 10),
-        nn.Tanh(),
-        nn.Linear(10, 4),
-    )
+    layers: list[nn.Module] = [nn.Linear(WIDTH, 10)]
+    layers.append(nn.BatchNorm1d(10) if "norm" in kind else nn.LayerNorm(10))
+    layers.append(nn.GELU())
+    if "dropout" in kind:
+        layers.append(nn.Dropout(0.2 * scale))
+    layers += [nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 4)]
+    return nn.Sequential(*layers)
 
 
-Optimizer = Callable[[nn.Module], Any]
+BuildOptimizer = Callable[[nn.Module], Any]
+"""A function that builds an optimizer of a network's trainable weights."""
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
+def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def two_groups(build: Any, **options: Any) -> Optimizer:
+def with_two_groups(optimizer_class: Any, **options: Any) -> BuildOptimizer:
     """Return what builds an optimizer: matrices decay, at a rate of their own; others do not."""
 
-    def of(module: nn.Module) -> Any:
-        flat, deep = (
-            [p for p in trained(module) if (p.ndim > 1) == which] for which in (False, True)
-        )
-        return build(
-            [{"params": deep, "lr": 0.02, "weight_decay": 0.05}, {"params": flat, "lr": 0.05}],
-            **options,
-        )
+    def build(module: nn.Module) -> Any:
+        matrices = [p for p in trainable(module) if p.ndim > 1]
+        vectors = [p for p in trainable(module) if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "lr": 0.02, "weight_decay": 0.05},
+            {"params": vectors, "lr": 0.05},
+        ]
+        return optimizer_class(groups, **options)
 
-    return of
-
-
-def of_torch(build: Any, **options: Any) -> Optimizer:
-    return lambda module: build(trained(module), **options)
+    return build
 
 
-NESTEROV = of_torch(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+def with_one_group(optimizer_class: Any, **options: Any) -> BuildOptimizer:
+    return lambda module: optimizer_class(trainable(module), **options)
+
+
+NESTEROV = with_one_group(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 # Adam divides by the root of its second moment: with a tiny eps the first steps would magnify
 # rounding.
-ADAM = of_torch(torch.optim.Adam, lr=0.02, betas=(0.8, 0.95), eps=1e-3)
-ADAMW = of_torch(torch.optim.AdamW, lr=0.02, eps=1e-3, weight_decay=0.1)
+ADAM = with_one_group(torch.optim.Adam, lr=0.02, betas=(0.8, 0.95), eps=1e-3)
+ADAMW = with_one_group(torch.optim.AdamW, lr=0.02, eps=1e-3, weight_decay=0.1)
 
 
 def torchopt_sgd(module: nn.Module) -> Any:
     return torchopt.sgd(0.1, momentum=0.9)
 
 
-Row = dict[str, Any]
+@dataclass(frozen=True)
+class Row:
+    """One training.
 
+    A row does not depend on defaults: unless its options say otherwise, the feedback has the weight
+    1, and that of a whole batch is times the sum of its labels' terms.
 
-def row(
-    mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any
-) -> Row:
-    """Return one training.
-
-    What is not an option of the trainer is ``ahead`` (K inner batches a step), ``views`` (a weak
-    and a strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance
-    without hashes).
-
-    The feedback has the weight 1, and that of a whole batch is times the sum of its labels' terms,
-    unless a row says otherwise: a row does not depend on defaults.
+    Attributes:
+        options: further arguments of the trainer.
+        net: what :func:`network` builds.
+        lookahead: K inner batches a step.
+        has_views: each inner batch is a weak and a strong view.
+        is_frozen: the first layer of both networks is not trained.
+        tolerance: what each number may be off, of the norm, where hashes are not compared.
     """
-    if not {"feedback_ratio", "feedback_bound"} & options.keys():
-        options["feedback_weight"] = 1.0
-    return {"mode": mode, "inner": inner, "outer": outer, "net": net, **options}
+
+    mode: Any
+    inner: BuildOptimizer
+    outer: BuildOptimizer = NESTEROV
+    net: str = "plain"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"feedback_weight": 1.0})
+    lookahead: int = 1
+    has_views: bool = False
+    is_frozen: bool = False
+    tolerance: float = 1e-5
 
 
 FEEDBACK = metapl.feedback
-
-
 TANGENT = FEEDBACK.Forward(by="tangent")
 GRAPH = FEEDBACK.Forward(by="graph")
 SUM = FEEDBACK.Reinforce(reduction="sum")
+SGD_GROUPS = with_two_groups(torch.optim.SGD)
+ADAMW_GROUPS = with_two_groups(torch.optim.AdamW, eps=1e-3)
+WEIGHT_ONE = {"feedback_weight": 1.0}
+
 TABLE: dict[str, Row] = {
-    "forward nesterov norm dropout": row(TANGENT, NESTEROV, net="norm dropout"),
-    "forward adam accumulate": row(TANGENT, ADAM, NESTEROV, accumulate=2),
-    "forward adamw groups conv": row(
-        TANGENT, two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"
+    "forward nesterov norm dropout": Row(TANGENT, NESTEROV, net="norm dropout"),
+    "forward adam accumulate": Row(TANGENT, ADAM, options={**WEIGHT_ONE, "accumulate": 2}),
+    "forward adamw groups conv": Row(TANGENT, ADAMW_GROUPS, ADAMW, net="conv"),
+    "forward nesterov K=3 norm dropout": Row(
+        TANGENT, NESTEROV, ADAM, net="norm dropout", lookahead=3
     ),
-    "forward nesterov K=3 norm dropout": row(TANGENT, NESTEROV, ADAM, "norm dropout", ahead=3),
-    "forward nesterov bfloat16": row(
-        TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2
+    "forward nesterov bfloat16": Row(
+        TANGENT,
+        NESTEROV,
+        net="norm",
+        options={**WEIGHT_ONE, "precision": "bfloat16"},
+        tolerance=5e-2,
     ),
-    "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
-    "forward by graph adamw groups conv": row(
-        GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"
-    ),
-    "reinforce nesterov UDA norm dropout": row(SUM, NESTEROV, net="norm dropout", views=True),
-    "reinforce plain frozen groups": row(
-        SUM, two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True
-    ),
+    "forward nesterov UDA": Row(TANGENT, NESTEROV, net="norm dropout", has_views=True),
+    "forward by graph adamw groups conv": Row(GRAPH, ADAMW_GROUPS, ADAM, net="conv"),
+    "reinforce nesterov UDA norm dropout": Row(SUM, NESTEROV, net="norm dropout", has_views=True),
+    "reinforce plain frozen groups": Row(SUM, SGD_GROUPS, SGD_GROUPS, is_frozen=True),
     # Not with one number for all examples: that of a step of clipped length is 0.
-    "per example adam ratio": row(
-        "reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4
+    "per example adam ratio": Row(
+        "reinforce_per_example",
+        ADAM,
+        net="norm dropout",
+        options={"feedback_ratio": 0.5},
+        tolerance=1e-4,
     ),
-    "unrolled adamw K=3 groups": row(
-        "unrolled", two_groups(torch.optim.AdamW, eps=1e-3), ahead=3, net="norm"
-    ),
+    "unrolled adamw K=3 groups": Row("unrolled", ADAMW_GROUPS, net="norm", lookahead=3),
     # A difference of outputs in float32 has few digits.
-    "difference nesterov norm dropout": row(
-        "difference", NESTEROV, net="norm dropout", within=1e-3
+    "difference nesterov norm dropout": Row(
+        "difference", NESTEROV, net="norm dropout", tolerance=1e-3
     ),
-    "loss difference torchopt baseline": row(
-        FEEDBACK.LossDifference(baseline=0.5, reduction="sum"), torchopt_sgd, within=1e-4
+    "loss difference torchopt baseline": Row(
+        FEEDBACK.LossDifference(baseline=0.5, reduction="sum"), torchopt_sgd, tolerance=1e-4
     ),
-    "none adam K=3 dropout": row("none", ADAM, ADAM, "dropout", ahead=3),
-    "reinforce mean bound": row("reinforce", NESTEROV, net="norm", feedback_bound=0.1),
-    "forward bound accumulate": row(TANGENT, NESTEROV, ADAM, accumulate=2, feedback_bound=0.05),
-    "implicit series": row(
+    "none adam K=3 dropout": Row("none", ADAM, ADAM, net="dropout", lookahead=3),
+    "reinforce mean bound": Row("reinforce", NESTEROV, net="norm", options={"feedback_bound": 0.1}),
+    "forward bound accumulate": Row(
+        TANGENT, NESTEROV, ADAM, options={"accumulate": 2, "feedback_bound": 0.05}
+    ),
+    "implicit series": Row(
         FEEDBACK.Implicit(solver="neumann", iterations=3, damping=0.1), NESTEROV
     ),
 }
 
 
-def batches(steps: int, ahead: int, views: bool) -> list[tuple[Any, Any]]:
+def batches(row: Row) -> list[tuple[Any, Any]]:
     """Return all batches, from a generator of their own: steps alone use the default one."""
-    draw = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
 
-    def inner() -> Any:
-        x = torch.randn(ROWS, WIDTH, generator=draw)
-        return (x, x + 0.3 * torch.randn(ROWS, WIDTH, generator=draw)) if views else x
+    def inner_batch() -> Any:
+        x = torch.randn(ROWS, WIDTH, generator=generator)
+        if not row.has_views:
+            return x
+        strong = x + 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
+        return x, strong
 
-    found = []
-    for _ in range(steps):
-        labeled = (
-            torch.randn(LABELED, WIDTH, generator=draw),
-            torch.randint(CLASSES, (LABELED,), generator=draw),
-        )
-        found.append(
-            (labeled, Lookahead([inner() for _ in range(ahead)]) if ahead > 1 else inner())
-        )
-    return found
+    pairs: list[tuple[Any, Any]] = []
+    for _ in range(STEPS):
+        x = torch.randn(LABELED, WIDTH, generator=generator)
+        y = torch.randint(CLASSES, (LABELED,), generator=generator)
+        if row.lookahead > 1:
+            inner: Any = Lookahead([inner_batch() for _ in range(row.lookahead)])
+        else:
+            inner = inner_batch()
+        pairs.append(((x, y), inner))
+    return pairs
 
 
-def losses(views: bool) -> list[Any]:
+def teacher_losses(row: Row) -> list[Any]:
     """Return losses with all settings, so that a row does not depend on defaults.
 
     UDA's labels are soft, which rounding cannot flip.
     """
-    return [
-        CrossEntropy(label_smoothing=0.1),
-        *([UDA(temperature=0.7, threshold=0.0, ramp=10, start=2)] if views else []),
-    ]
+    losses: list[Any] = [CrossEntropy(label_smoothing=0.1)]
+    if row.has_views:
+        losses.append(UDA(temperature=0.7, threshold=0.0, ramp=10, start=2))
+    return losses
 
 
-def train(given: Row) -> Any:
+def freeze_first_layer(module: nn.Module) -> None:
+    linear_layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    linear_layers[0].requires_grad_(requires_grad=False)
+
+
+def train(row: Row) -> tuple[metapl.BilevelTrainer, list[Tensor]]:
     """Return the trainer after its steps, and the feedback of each."""
-    options = {name: value for name, value in given.items() if name not in NOT_OPTIONS}
     torch.manual_seed(0)
-    teacher, student = network(given["net"]), network(given["net"], 1.5)
-    for module in (teacher, student) if given.get("frozen") else ():
-        for p in next(
-            layer for layer in module.modules() if isinstance(layer, nn.Linear)
-        ).parameters():
-            p.requires_grad_(requires_grad=False)
-    views, ahead = given.get("views", False), given.get("ahead", 1)
+    teacher = network(row.net)
+    student = network(row.net, 1.5)
+    if row.is_frozen:
+        freeze_first_layer(teacher)
+        freeze_first_layer(student)
+    options: dict[str, Any] = {
+        "teacher_losses": teacher_losses(row),
+        # Two rows have a first step that is verified, which draws nothing.
+        "verify": row.has_views,
+        **row.options,
+    }
+    if row.lookahead > 1:
+        options["lookahead"] = row.lookahead
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
-        given["mode"],
-        inner_optimizer=given["inner"](student),
-        outer_optimizer=given["outer"](teacher),
-        **({"lookahead": ahead} if ahead > 1 else {}),
-        # Two rows have a first step that is verified, which draws nothing.
-        **{"teacher_losses": losses(views), "verify": views, **options},
+        row.mode,
+        inner_optimizer=row.inner(student),
+        outer_optimizer=row.outer(teacher),
+        **options,
     )
-    drawn = batches(STEPS, ahead, views)
+    pairs = batches(row)
     torch.manual_seed(2)
     feedback: list[Tensor] = []
-    for labeled, unlabeled in drawn:
-        h = trainer.step(labeled, unlabeled).feedback
+    for outer, inner in pairs:
+        h = trainer.step(outer, inner).feedback
         feedback += h if isinstance(h, tuple) else (h,)
     return trainer, feedback
 
 
-NOT_OPTIONS = ("mode", "inner", "outer", "net", "ahead", "views", "frozen", "within")
+def tensors_by_part(
+    trainer: metapl.BilevelTrainer, feedback: Iterable[Tensor] = ()
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that a training leaves: buffers, student, teacher, feedback, by name.
 
-
-def parts(trainer: Any, feedback: Iterable[Tensor] = ()) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors that a training leaves, by what they are and by name."""
-    found: dict[str, dict[str, Tensor]] = {"buffers": {}}
-    for name in ("student", "teacher"):
-        module = getattr(trainer, name)
-        found[name] = {key: p.detach() for key, p in module.named_parameters()}
-        found["buffers"] |= {f"{name}.{key}": b for key, b in module.named_buffers()}
-    found["feedback"] = {f"{number:03}": h for number, h in enumerate(feedback)}
-    return {part: tensors for part, tensors in found.items() if tensors}
+    A part without tensors is left out.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"buffers": {}}
+    for role in ("student", "teacher"):
+        module = getattr(trainer, role)
+        parts[role] = {name: p.detach() for name, p in module.named_parameters()}
+        for name, buffer in module.named_buffers():
+            parts["buffers"][f"{role}.{name}"] = buffer
+    parts["feedback"] = {f"{number:03}": h for number, h in enumerate(feedback)}
+    return {part: tensors for part, tensors in parts.items() if tensors}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of names, types, shapes and bytes, in the order of the names."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, t in sorted(tensors.items()):
-        found.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        found.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        sha256.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
-def measured(tensors: Mapping[str, Tensor]) -> list[float]:
+def norm_and_products(tensors: Mapping[str, Tensor]) -> list[float]:
     """Return the norm of all numbers together, and their products with three vectors.
 
     Each is a vector of cosines with a frequency of its own: float64, and no greater than a norm.
     """
     flat = torch.cat([t.detach().double().flatten() for _, t in sorted(tensors.items())])
     place = torch.arange(len(flat), dtype=torch.float64)
-    return [
-        float(flat.norm()),
-        *(float((flat * torch.cos(place * f + f)).sum()) for f in (0.7, 1.9, 2.8)),
-    ]
+    numbers = [float(flat.norm())]
+    for frequency in (0.7, 1.9, 2.8):
+        cosines = torch.cos(place * frequency + frequency)
+        numbers.append(float((flat * cosines).sum()))
+    return numbers
 
 
 def outcome(
-    found: Mapping[str, Mapping[str, Tensor]], generator: Tensor | None = None
+    parts: Mapping[str, Mapping[str, Tensor]], generator: Tensor | None = None
 ) -> dict[str, Any]:
     """Return what is stored of a row."""
-    hashes = {part: digest(tensors) for part, tensors in found.items()}
+    hashes = {part: digest(tensors) for part, tensors in parts.items()}
     if generator is not None:
         hashes["generator"] = digest({"state": generator})
     return {
         "sha256": hashes,
-        "numbers": {part: measured(tensors) for part, tensors in found.items()},
+        "numbers": {part: norm_and_products(tensors) for part, tensors in parts.items()},
     }
 
 
-def here() -> dict[str, Any]:
+def this_machine() -> dict[str, Any]:
     """Return what the bits depend on."""
-    capability = torch.backends.cpu.get_cpu_capability()
     return {
         "torch": torch.__version__,
-        "capability": capability,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 
 
 @contextmanager
-def one_thread() -> Any:
+def one_thread() -> Iterator[None]:
     """Set one thread, on whose number rounding depends.
 
     The default generator is left as it was.
     """
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    state = torch.get_rng_state()
     torch.set_num_threads(1)
     try:
         yield
@@ -296,36 +327,39 @@ def one_thread() -> Any:
 
 
 def check(
-    found: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], within: float = 1e-5
+    result: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], tolerance: float = 1e-5
 ) -> None:
-    """Assert that a row is as it is stored.
+    """Assert that a row's outcome is as it is stored.
 
-    To the bit where the machine is that of the store, else to ``within`` of each norm.
+    To the bit where the machine is that of the store, else to ``tolerance`` of each norm.
     """
-    apart = [part for part, known in stored["sha256"].items() if found["sha256"].get(part) != known]
-    if machine == here():
-        assert not apart, f"other bits in {apart}"
-    assert found["numbers"].keys() == stored["numbers"].keys()
-    for part, known in stored["numbers"].items():
-        scale = max(known[0], 1e-30)  # the norm
-        gaps = [abs(a - b) / scale for a, b in zip(found["numbers"][part], known, strict=True)]
-        assert max(gaps) <= within, (part, gaps)
+    hashes = result["sha256"]
+    other_parts = [part for part, sha256 in stored["sha256"].items() if hashes.get(part) != sha256]
+    if machine == this_machine():
+        assert not other_parts, f"other bits in {other_parts}"
+    assert result["numbers"].keys() == stored["numbers"].keys()
+    for part, stored_numbers in stored["numbers"].items():
+        norm = stored_numbers[0]
+        scale = max(norm, 1e-30)
+        numbers = result["numbers"][part]
+        gaps = [abs(a - b) / scale for a, b in zip(numbers, stored_numbers, strict=True)]
+        assert max(gaps) <= tolerance, (part, gaps)
 
 
 @pytest.fixture(name="stored", scope="module")
 def _stored() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(STORED.read_text())
-    return found
+    stored: dict[str, Any] = json.loads(STORED.read_text())
+    return stored
 
 
 def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
     assert stored["rows"].keys() == TABLE.keys()
 
 
-def of_row(name: str) -> dict[str, Any]:
+def outcome_of_row(name: str) -> dict[str, Any]:
     with one_thread():
         trainer, feedback = train(TABLE[name])
-        return outcome(parts(trainer, feedback), torch.get_rng_state())
+        return outcome(tensors_by_part(trainer, feedback), torch.get_rng_state())
 
 
 LONG = {
@@ -336,29 +370,43 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in TABLE]
-)
+def row_names() -> list[Any]:
+    """Return the names of all rows, those of ``LONG`` with that mark."""
+    names: list[Any] = []
+    for name in TABLE:
+        if name in LONG:
+            names.append(pytest.param(name, marks=pytest.mark.long))
+        else:
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("name", row_names())
 def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) -> None:
     with one_thread():
         check(
-            of_row(name), stored["rows"][name], stored["machine"], TABLE[name].get("within", 1e-5)
+            outcome_of_row(name),
+            stored["rows"][name],
+            machine=stored["machine"],
+            tolerance=TABLE[name].tolerance,
         )
 
 
 def main() -> None:
-    """Write what is found here and now."""
+    """Store what every row ends on, on this machine."""
     with one_thread():
-        machine = here()
-    STORED.write_text(lines({"machine": machine, "rows": {name: of_row(name) for name in TABLE}}))
+        machine = this_machine()
+    rows = {name: outcome_of_row(name) for name in TABLE}
+    STORED.write_text(json_lines({"machine": machine, "rows": rows}))
 
 
-def lines(stored: dict[str, Any]) -> str:
+def json_lines(stored: dict[str, Any]) -> str:
     """Return JSON with a line for each row."""
     fields = []
-    for name, value in stored.items():
-        inside = ",\n".join(f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())
-        fields.append(f' "{name}": {{\n{inside}\n }}')
+    for name, entries in stored.items():
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items()]
+        text = ",\n".join(lines)
+        fields.append(f' "{name}": {{\n{text}\n }}')
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 

@@ -29,7 +29,8 @@ from metapl.functional.compiled import eager_step
 from metapl.functional.state import State
 from metapl.problems.base import gumbel
 
-CLASSES, WIDE = 3, 5
+CLASSES = 3
+WIDE = 5
 ROWS = 6
 MODES = [
     "forward",
@@ -44,15 +45,15 @@ MODES = [
 
 def muon_and_adamw(params: list[Any]) -> Any:
     """Return Muon for the matrices, those of two groups at two rates, and AdamW for the others."""
-    groups = [one if isinstance(one, dict) else {"params": [one]} for one in params]
+    groups = [entry if isinstance(entry, dict) else {"params": [entry]} for entry in params]
 
     def part(*, of_matrices: bool) -> list[Any]:
-        found = []
+        parts = []
         for group in groups:
             fitting = [p for p in group["params"] if (p.ndim == 2) == of_matrices]
             if fitting:
-                found.append({**group, "params": fitting})
-        return found
+                parts.append({**group, "params": fitting})
+        return parts
 
     muon = torch.optim.Muon(part(of_matrices=True), lr=0.1)
     return muon, torch.optim.AdamW(part(of_matrices=False), lr=0.02)
@@ -109,18 +110,18 @@ def network(*features: str) -> nn.Module:
         layers.append(nn.BatchNorm1d(8))
     if "dropout" in features:
         layers.append(nn.Dropout(0.3))
-    made = nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    module = nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, CLASSES)).double()
     if "frozen" in features:
-        made[0].weight.requires_grad_(requires_grad=False)
-    return made
+        module[0].weight.requires_grad_(requires_grad=False)
+    return module
 
 
 def weights(module: nn.Module, *features: str) -> list[Any]:
     """Return what an optimizer takes: the trained weights, or two groups of them."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in module.parameters() if p.requires_grad]
     if "groups" in features:
-        return [{"params": trained[:1], "lr": 0.05}, {"params": trained[1:]}]
-    return trained
+        return [{"params": trainable[:1], "lr": 0.05}, {"params": trainable[1:]}]
+    return trainable
 
 
 def build(
@@ -149,19 +150,21 @@ def build(
 
 def batches(*features: str, seed: int = 1) -> tuple[Any, Any]:
     """Return an outer and an inner batch; for UDA the inner one has two views."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def rows() -> Tensor:
-        return torch.randn(ROWS, WIDE, dtype=torch.float64, generator=draw)
+    def inputs() -> Tensor:
+        return torch.randn(ROWS, WIDE, dtype=torch.float64, generator=generator)
 
-    outer = rows(), torch.arange(ROWS) % CLASSES
-    weak = rows()
-    return outer, (weak, rows()) if "uda" in features else weak
+    outer = inputs(), torch.arange(ROWS) % CLASSES
+    weak = inputs()
+    if "uda" in features:
+        return outer, (weak, inputs())
+    return outer, weak
 
 
-def error(found: Any, expected: Any) -> float:
+def error(tree: Any, expected: Any) -> float:
     """Return the norm of the difference of two trees over that of the second."""
-    a = entries(found)
+    a = entries(tree)
     b = entries(expected)
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
@@ -195,27 +198,31 @@ def trees(state: State) -> dict[str, Any]:
 
 
 def agree(
-    trainer: metapl.BilevelTrainer, data: tuple[Any, Any], tolerance: float, ahead: bool = False
+    trainer: metapl.BilevelTrainer,
+    data: tuple[Any, Any],
+    tolerance: float,
+    is_lookahead: bool = False,
 ) -> None:
     """Compare one step by both roads, from the same generator."""
     outer, inner = data
-    inner_batches = InnerBatches.of_one_step(inner)
-    if ahead:
+    if is_lookahead:
         inner_batches = InnerBatches(list(inner), is_lookahead=True)
+    else:
+        inner_batches = InnerBatches.of_one_step(inner)
     torch.manual_seed(3)
-    expected, report = eager_step(trainer, outer, inner_batches)
+    eager_state, eager_report = eager_step(trainer, outer, inner_batches)
     step, state = trainer.functional()
-    moved, found = step(state, outer, tuple(inner_batches) if ahead else inner_batches[0])
-    assert error(found.feedback, report.feedback) < tolerance
-    assert error(found.student_outputs, report.student_outputs) < 1e-12
-    for name, t in trees(expected).items():
-        assert error(trees(moved)[name], t) < tolerance, name
-    shown = report.as_dict()
+    state, report = step(state, outer, tuple(inner_batches) if is_lookahead else inner)
+    assert error(report.feedback, eager_report.feedback) < tolerance
+    assert error(report.student_outputs, eager_report.student_outputs) < 1e-12
+    for name, tree in trees(eager_state).items():
+        assert error(trees(state)[name], tree) < tolerance, name
+    eager_numbers = eager_report.as_dict()
     for name in ("inner_loss", "outer_loss", "teacher_loss", "step_rounding"):
-        if name in shown:
-            assert float(getattr(found, name)) == pytest.approx(shown[name], rel=1e-9)
-    assert float(found.flag) < tolerance
-    assert int(moved.step) == int(expected.step)
+        if name in eager_numbers:
+            assert float(getattr(report, name)) == pytest.approx(eager_numbers[name], rel=1e-9)
+    assert float(report.flag) < tolerance
+    assert int(state.step) == int(eager_state.step)
 
 
 def fits(mode: str, feature: str) -> bool:
@@ -278,11 +285,13 @@ OPTIONS: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("mode", "options"), OPTIONS)
 def test_options_of_modes_and_trainers(mode: Any, options: dict[str, Any]) -> None:
-    trainer, data = build(mode, **options), batches()
+    trainer = build(mode, **options)
+    data = batches()
+    tolerance = 1e-5 if "ifference" in repr(mode) else 1e-9
     for seed in (2, 3):
         trainer.step(*data)
         data = batches(seed=seed)
-        agree(trainer, data, 1e-5 if "ifference" in repr(mode) else 1e-9)
+        agree(trainer, data, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +304,11 @@ def test_options_of_modes_and_trainers(mode: Any, options: dict[str, Any]) -> No
 )
 def test_several_steps_ahead(mode: Any, optimizer: str) -> None:
     trainer = build(mode, optimizer, "batch_norm", lookahead=3)
-    data = batches()[0], tuple(batches(seed=seed)[1] for seed in range(3))
-    agree(trainer, data, 1e-9, ahead=True)
-    trainer.step(data[0], metapl.Lookahead(list(data[1])))
-    agree(trainer, data, 1e-9, ahead=True)
+    outer, _ = batches()
+    inner = tuple(batches(seed=seed)[1] for seed in range(3))
+    agree(trainer, (outer, inner), 1e-9, is_lookahead=True)
+    trainer.step(outer, metapl.Lookahead(list(inner)))
+    agree(trainer, (outer, inner), 1e-9, is_lookahead=True)
 
 
 def test_a_problem_without_a_teacher_revises_its_signal() -> None:
@@ -320,13 +330,14 @@ class Sharpened(metapl.problems.PseudoLabels):
 
 
 def test_a_teacher_gets_the_feedback_on_its_own_signal_and_not_on_the_revised_one() -> None:
-    trainer = metapl.BilevelTrainer(network(), network("tanh"), "forward", problem=Sharpened())
-    before = [p.detach().clone() for p in trainer.teacher.parameters()]  # type: ignore[union-attr]
-    data = batches()
-    agree(trainer, data, 1e-9)
+    teacher = network()
+    trainer = metapl.BilevelTrainer(teacher, network("tanh"), "forward", problem=Sharpened())
+    weights_before = [p.detach().clone() for p in teacher.parameters()]
+    outer, inner = batches()
+    agree(trainer, (outer, inner), 1e-9)
     step, state = trainer.functional()
-    moved, _ = step(state, data[0], data[1])
-    assert not all(map(torch.equal, before, moved.teacher.params.values()))
+    state, _ = step(state, outer, inner)
+    assert not all(map(torch.equal, weights_before, state.teacher.params.values()))
 
 
 def test_two_losses_in_half_precision_are_refused_by_name() -> None:
@@ -357,51 +368,57 @@ class Modulus(nn.Linear):
 @pytest.mark.parametrize("mode", ["forward", "difference", "reinforce"])
 def test_complex_weights_run_pure(mode: str) -> None:
     student = Modulus(WIDE, CLASSES, dtype=torch.complex128)
-    agree(
-        metapl.BilevelTrainer(network(), student, mode),
-        batches(),
-        1e-6 if mode == "difference" else 1e-9,
-    )
+    trainer = metapl.BilevelTrainer(network(), student, mode)
+    agree(trainer, batches(), 1e-6 if mode == "difference" else 1e-9)
 
 
 @pytest.mark.parametrize(
     "build_transform", [lambda: torchopt.sgd(0.2, momentum=0.9), lambda: torchopt.adamw(0.02)]
 )
 def test_a_transform_of_torchopt_runs_pure(build_transform: Any) -> None:
-    student, teacher = network(), network()
-    outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
-    given = {"inner_optimizer": build_transform(), "outer_optimizer": outer}
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", **given)
+    student = network()
+    teacher = network()
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        "forward",
+        inner_optimizer=build_transform(),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.1),
+    )
     agree(trainer, batches(), 1e-9)
     trainer.step(*batches())
     agree(trainer, batches(seed=2), 1e-9)
 
 
 def test_a_transform_that_hides_state_is_refused() -> None:
-    hidden: list[Any] = []
+    earlier_gradients: list[Any] = []
 
     def update(grads: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
-        hidden.append(grads)
-        return {n: -0.1 / len(hidden) * g for n, g in grads.items()}, state
+        earlier_gradients.append(grads)
+        rate = 0.1 / len(earlier_gradients)
+        return {name: -rate * g for name, g in grads.items()}, state
 
     transform = torchopt.base.GradientTransformation(lambda params: (), update)
+    trainer = metapl.BilevelTrainer(network(), network(), "forward", inner_optimizer=transform)
     with pytest.raises(MetaplError, match="hidden"):
-        metapl.BilevelTrainer(
-            network(), network(), "forward", inner_optimizer=transform
-        ).functional()
+        trainer.functional()
 
 
 def test_a_ratio_is_that_of_the_gradients_of_feedback_and_own_losses() -> None:
     def gradient(**options: Any) -> Tensor:
+        """Return what one step of SGD takes from the teacher's weights."""
         trainer = build("forward", "sgd", **options)
-        step, state = trainer.functional()
-        moved, _ = step(state, *batches())
-        pairs = zip(state.teacher.params.values(), moved.teacher.params.values(), strict=True)
-        return torch.cat([(before - after).flatten() for before, after in pairs])
+        step, start = trainer.functional()
+        end, _ = step(start, *batches())
+        differences = []
+        for name, p in start.teacher.params.items():
+            differences.append((p - end.teacher.params[name]).flatten())
+        return torch.cat(differences)
 
-    own, both, scaled = gradient(feedback_weight=0.0), gradient(), gradient(feedback_ratio=0.5)
-    feedback = both - own
-    assert error(scaled, own + 0.5 * own.norm() / feedback.norm() * feedback) < 1e-9
+    of_losses = gradient(feedback_weight=0.0)
+    of_feedback = gradient() - of_losses
+    expected = of_losses + 0.5 * of_losses.norm() / of_feedback.norm() * of_feedback
+    assert error(gradient(feedback_ratio=0.5), expected) < 1e-9
 
 
 def noise_of(seed: int) -> Tensor:
@@ -418,25 +435,32 @@ def noise_of(seed: int) -> Tensor:
     ),
 )
 def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
-    """Of states that differ in everything, on data and noise of their own."""
-    singles, data, noises = (
-        [],
-        [batches(seed=seed) for seed in range(3)],
-        [noise_of(seed) for seed in range(3)],
-    )
+    """The states differ in everything, and each has data and noise of its own."""
+    data = [batches(seed=seed) for seed in range(3)]
+    noises = [noise_of(seed) for seed in range(3)]
     step, state = build(mode, optimizer, "batch_norm", "clip").functional()
-    for number in range(3):  # the states after 0, 1 and 2 steps
-        singles.append(state)
+    # These are the states after 0, 1 and 2 steps.
+    states = []
+    for number in range(3):
+        states.append(state)
         state, _ = step(state, *data[number], noises[number])
-    expected = [
-        step(one, *each, noise) for one, each, noise in zip(singles, data, noises, strict=True)
-    ]
-    found = torch.func.vmap(step)(stack(singles), *stack(data), torch.stack(noises))
-    for a, b in zip(unstack(found), expected, strict=True):
-        if mode == "none":  # it computes no outer loss
-            a, b = ((moved, report._replace(outer_loss=report.flag)) for moved, report in (a, b))
+    singles = []
+    for number in range(3):
+        singles.append(step(states[number], *data[number], noises[number]))
+    stacked = torch.func.vmap(step)(stack(states), *stack(data), torch.stack(noises))
+    tolerance = 1e-6 if mode == "difference" else 1e-12
+    for a, b in zip(unstack(stacked), singles, strict=True):
+        if mode == "none":
+            a = without_outer_loss(*a)
+            b = without_outer_loss(*b)
         if optimizer == "muon_and_adamw":
             a, b = but_for_bfloat16(a, b)
+            # Algorithm 1's scalar of Muon is rounding alone, as is_meaningful says.
             if mode == "reinforce":
                 continue
-        assert error(a, b) < 1e-6 if mode == "difference" else error(a, b) < 1e-12
+        assert error(a, b) < tolerance
+
+
+def without_outer_loss(state: Any, report: Any) -> tuple[Any, Any]:
+    """Return a step of the mode ``none``, which computes no outer loss, with the flag for it."""
+    return state, report._replace(outer_loss=report.flag)

@@ -44,14 +44,12 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.where, self.out = (
-            nn.Linear(8, width),
-            nn.Linear(width, 6),
-            nn.Linear(8, 3),
-        )
+        self.hidden = nn.Linear(8, width)
+        self.grid = nn.Linear(width, 6)
+        self.out = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        theta = 0.3 * self.where(self.hidden(x).tanh()).view(-1, 2, 3)
+        theta = 0.3 * self.grid(self.hidden(x).tanh()).view(-1, 2, 3)
         grid = F.affine_grid(theta, [len(x), 1, 2, 4], align_corners=False)
         return self.out(F.grid_sample(x.view(-1, 1, 2, 4), grid, align_corners=False).flatten(1))
 
@@ -244,8 +242,8 @@ def ctc_task(width: int) -> Task:
 
 
 def close(result: Any, expected: Tensor, tolerance: float = 1e-6) -> None:
-    (found,) = result.grads.values()
-    assert torch.dist(found.double().view(-1), expected) <= tolerance * expected.norm()
+    (gradient,) = result.grads.values()
+    assert torch.dist(gradient.double().view(-1), expected) <= tolerance * expected.norm()
 
 
 SIZES = {"small": 6, "large": 3000}
@@ -343,10 +341,9 @@ def test_an_order_is_forced_and_all_agree(by: Any, steps: int, size: str) -> Non
     close(result, case.reference(steps))
     if steps > 1:
         close(case.gradient(steps, Forward(by=by, keep_every=2)), case.reference(steps))
-        last = case.gradient(steps, Forward(by=by, truncate=2)).feedback
-        torch.testing.assert_close(
-            last, case.gradient(steps, Forward(by="tangent", truncate=2)).feedback
-        )
+        truncated = case.gradient(steps, Forward(by=by, truncate=2))
+        by_tangent = case.gradient(steps, Forward(by="tangent", truncate=2))
+        torch.testing.assert_close(truncated.feedback, by_tangent.feedback)
 
 
 @pytest.mark.parametrize("by", ["graph", "tangent", "double_backward"])
@@ -359,16 +356,19 @@ def test_micro_batches_take_every_order(by: Any) -> None:
 
 def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() -> None:
     require_torch("2.12", "the second derivative of grid_sample is there")
-    kind, operation = Transformer, "grid_sampler_2d"
     if torch.__version__ >= TorchVersion(SECOND_DERIVATIVE_SINCE[Prototypes]):
-        kind, operation = Prototypes, "_cdist_forward"
+        kind = Prototypes
+        operation = "_cdist_forward"
+    else:
+        kind = Transformer
+        operation = "grid_sampler_2d"
     case = task(kind, 6)
-    with pytest.raises(
-        metapl.MetaplError, match=rf'{operation}.*expected Forward\(by="graph"\)'
-    ) as caught:
+    text = rf'{operation}.*expected Forward\(by="graph"\)'
+    with pytest.raises(metapl.MetaplError, match=text) as refusal:
         case.gradient(1, Forward(by="tangent"))
-    assert 'Forward(by="double_backward")' in str(caught.value)
-    for by in ("graph", "double_backward"):  # both proposals
+    assert 'Forward(by="double_backward")' in str(refusal.value)
+    # Both proposals run.
+    for by in ("graph", "double_backward"):
         close(case.gradient(1, Forward(by=by)), case.reference(1))
     with pytest.raises(metapl.MetaplError, match=r'expected Forward\(by="double_backward"\)'):
         case.gradient(3, Forward(by="tangent"))
@@ -378,49 +378,45 @@ def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() ->
 @pytest.mark.parametrize("width", [60, 128])
 @pytest.mark.parametrize("mode", [ReinforcePerExample(), "implicit"])
 def test_other_modes_with_a_tangent_run_where_forward_does(mode: Any, width: int) -> None:
-    """Sampled labels of an LSTM, against finite differences of the outputs.
+    """Sampled labels of an LSTM are compared with finite differences of the outputs.
 
-    And the implicit mode's identity.
+    The implicit mode has the solver ``identity``.
     """
     torch.manual_seed(2)
-    teacher, student = nn.Linear(8, 3), Recurrent(width)
+    teacher = nn.Linear(8, 3)
+    student = Recurrent(width)
     batches: dict[str, Any] = {
         "outer": (torch.randn(5, 8), torch.arange(5) % 3),
         "inner": torch.randn(6, 8),
     }
     batches["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
     if mode == "implicit":
-        mode, reference = metapl.feedback.Implicit(solver="identity", step_size=0.1), "forward"
-        assert (
-            metapl.hypergradient(teacher, student, **batches, mode=mode).order == "double_backward"
-        )
+        mode = metapl.feedback.Implicit(solver="identity", step_size=0.1)
+        implicit = metapl.hypergradient(teacher, student, **batches, mode=mode)
+        assert implicit.order == "double_backward"
         return
     torch.manual_seed(5)
-    found = metapl.hypergradient(teacher, student, **batches, mode=mode)
+    gradient = metapl.hypergradient(teacher, student, **batches, mode=mode)
     torch.manual_seed(5)
     reference = metapl.hypergradient(
         teacher, student, **batches, mode=ReinforcePerExample(tangent="difference")
     )
-    assert (found.order, reference.order) == (
-        "graph" if width == 60 else "double_backward",
-        "outputs",
-    )
-    assert torch.dist(found.feedback, reference.feedback) <= 2e-2 * reference.feedback.norm()
+    assert gradient.order == ("graph" if width == 60 else "double_backward")
+    assert reference.order == "outputs"
+    assert torch.dist(gradient.feedback, reference.feedback) <= 2e-2 * reference.feedback.norm()
 
 
 # -------------------------------------------------------------------------------------- the trainer
 
 
 def trainer_of(case: Task, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
-    optimizer = torch.optim.SGD(case.student.parameters(), lr=LEARNING_RATE)
-    outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
-    given: dict[str, Any] = {
-        "inner_optimizer": optimizer,
-        "outer_optimizer": outer_optimizer,
+    defaults: dict[str, Any] = {
+        "inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=LEARNING_RATE),
+        "outer_optimizer": torch.optim.SGD(case.teacher.parameters(), lr=1.0),
         "verify": False,
     }
     return metapl.BilevelTrainer(
-        case.teacher, case.student, mode, problem=case.problem, **given | options
+        case.teacher, case.student, mode, problem=case.problem, **defaults | options
     )
 
 
@@ -428,35 +424,35 @@ def test_a_trainer_tries_once_and_its_checkpoints_keep_the_choice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = task(Derivative, 3000)
-    trainer, tries = trainer_of(case), list[bool]()
+    trainer = trainer_of(case)
+    tries: list[bool] = []
     in_order = metapl.BilevelTrainer._step_in_order
 
-    def counted(self: Any, order: Any, is_tried: bool, **options: Any) -> Any:
+    def noting_tries(self: Any, order: Any, is_tried: bool, **options: Any) -> Any:
         tries.append(is_tried)
         return in_order(self, order, is_tried, **options)
 
-    monkeypatch.setattr(metapl.BilevelTrainer, "_step_in_order", counted)
+    monkeypatch.setattr(metapl.BilevelTrainer, "_step_in_order", noting_tries)
     expected = case.reference(1)
-    before = next(case.teacher.parameters()).detach().clone()
+    weight = next(case.teacher.parameters())
+    weight_before = weight.detach().clone()
     report = trainer.step(outer=case.outer, inner=case.inner)
-    moved = next(case.teacher.parameters()).detach() - before
-    assert torch.dist(-moved.view(-1), expected) <= 1e-6 * expected.norm()
+    movement = weight.detach() - weight_before
+    assert torch.dist(-movement.view(-1), expected) <= 1e-6 * expected.norm()
+    assert report.order == "double_backward"
     for _ in range(2):
-        assert (
-            trainer.step(outer=case.outer, inner=case.inner).order
-            == report.order
-            == "double_backward"
-        )
-    assert tries == [True, True, False, False]  # tangent, double backward; then that alone
+        assert trainer.step(outer=case.outer, inner=case.inner).order == "double_backward"
+    # The first step tries the tangent and double backward, later steps take the latter alone.
+    assert tries == [True, True, False, False]
 
-    again = task(Derivative, 3000)
-    resumed = trainer_of(again)
+    resumed_case = task(Derivative, 3000)
+    resumed = trainer_of(resumed_case)
     resumed.load_state_dict(trainer.state_dict())
-    del tries[:]
-    for one, of in ((trainer, case), (resumed, again)):
-        one.step(outer=of.outer, inner=of.inner)
+    tries.clear()
+    trainer.step(outer=case.outer, inner=case.inner)
+    resumed.step(outer=resumed_case.outer, inner=resumed_case.inner)
     assert tries == [False, False]
-    for p, q in zip(case.student.parameters(), again.student.parameters(), strict=True):
+    for p, q in zip(case.student.parameters(), resumed_case.student.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
@@ -468,12 +464,12 @@ def test_a_resumed_fit_keeps_the_order_bit_for_bit(tmp_path: Path) -> None:
         assert trainer.orders.state_dict() == {"tangent, double_backward": "double_backward"}
         return [*case.student.parameters(), *case.teacher.parameters()]
 
-    whole = fitted(out=tmp_path / "run", save_every=2)
-    (tmp_path / "run/checkpoints/fit/step-00000004.ckpt").unlink()
-    for one, other in zip(
-        whole, fitted(out=tmp_path / "run", save_every=2, resume=True), strict=True
-    ):
-        assert torch.equal(one, other)
+    out = tmp_path / "run"
+    uninterrupted = fitted(out=out, save_every=2)
+    (out / "checkpoints/fit/step-00000004.ckpt").unlink()
+    resumed = fitted(out=out, save_every=2, resume=True)
+    for p, q in zip(uninterrupted, resumed, strict=True):
+        assert torch.equal(p, q)
 
 
 def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> None:
@@ -494,8 +490,8 @@ def test_an_attempt_that_fails_leaves_generators_and_buffers_as_they_were() -> N
         ends.append(
             [*case.student.state_dict().values(), *case.teacher.parameters(), torch.get_rng_state()]
         )
-    for one, other in zip(*ends, strict=True):
-        assert torch.equal(one, other)
+    for tensor, other in zip(*ends, strict=True):
+        assert torch.equal(tensor, other)
 
 
 @pytest.mark.parametrize("kind", [Prototypes, Derivative, Spread])
@@ -646,20 +642,16 @@ def test_a_training_of_ctc_verifies_and_comes_out() -> None:
 
 def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, int]]:
     """Return the modes that an error proposes, each with its number of steps."""
-    found = []
+    classes = {"Forward": Forward, "ReinforcePerExample": ReinforcePerExample}
+    proposals: list[tuple[Estimator | str, int]] = []
     for text in error.rsplit("expected ", 1)[1].rstrip(".").split(", or "):
         number = 1 if "with one student step" in text else steps
         text = text.removesuffix(" with one student step")
-        names = {"Forward": Forward, "ReinforcePerExample": ReinforcePerExample}
-        found.append(
-            (
-                text.removeprefix("mode ").strip("'")
-                if text.startswith("mode")
-                else eval(text, names),
-                number,
-            )
-        )
-    return found
+        if text.startswith("mode"):
+            proposals.append((text.removeprefix("mode ").strip("'"), number))
+        else:
+            proposals.append((eval(text, classes), number))
+    return proposals
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -690,15 +682,20 @@ def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
 @pytest.mark.parametrize("mode", ["forward", "unrolled", ReinforcePerExample()])
 def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
     torch.manual_seed(0)
-    given: dict[str, Any] = {
-        "outer": (torch.randn(5, 8), torch.arange(5) % 3),
-        "inner": torch.randn(6, 8),
-    }
-    teacher, student = nn.Linear(8, 3), Opaque(6)
-    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-    with pytest.raises(metapl.MetaplError, match="Once lacks a derivative") as caught:
-        metapl.hypergradient(teacher, student, **given, mode=mode)
-    proposals = proposed(str(caught.value), mode, 1)
+    outer = torch.randn(5, 8), torch.arange(5) % 3
+    inner = torch.randn(6, 8)
+    teacher = nn.Linear(8, 3)
+    student = Opaque(6)
+    sgd = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+
+    def gradient(mode: Any) -> None:
+        metapl.hypergradient(
+            teacher, student, outer=outer, inner=inner, inner_optimizer=sgd, mode=mode
+        )
+
+    with pytest.raises(metapl.MetaplError, match="Once lacks a derivative") as refusal:
+        gradient(mode)
+    proposals = proposed(str(refusal.value), mode, 1)
     assert len(proposals) == 2
-    for other, _ in proposals:
-        metapl.hypergradient(teacher, student, **given, mode=other)
+    for proposed_mode, _ in proposals:
+        gradient(proposed_mode)

@@ -1,12 +1,14 @@
 """Networks of unusual build on the pure road.
 
-Right, with the user's network whole afterwards, or one line.
+A step is right and leaves the user's network as it was, or it ends in one line.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ from metapl import Lookahead, MetaplError
 from metapl.functional import compiled, graphs, stack, unstack
 from metapl.problems import EqualWeights, ExampleWeights, Table
 
-ROWS, RATE = 6, 0.3
+ROWS = 6
+RATE = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,7 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     else:
-        monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 class Head(nn.Module):
@@ -69,7 +72,8 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
         self.b.weight = self.a.weight
         self.backbone = nn.ModuleDict({"first": self.a, "second": self.b})
         self.net = nn.Sequential(
@@ -85,8 +89,11 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 3)
+        self.b.weight = self.a.weight
+        self.b.bias = self.a.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.a(x).tanh()).tanh())
@@ -102,10 +109,15 @@ def network(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 def batches(seed: int = 1) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(seed)
-    x, u = (torch.randn(ROWS, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    x_outer = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)
+    x_inner = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)
     labels = torch.arange(ROWS) % 3
-    return {"outer": (x, labels), "inner": (u, labels.flip(0), torch.arange(ROWS))}
+    return {"outer": (x_outer, labels), "inner": (x_inner, labels.flip(0), torch.arange(ROWS))}
+
+
+def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def by_hand(student: nn.Module, outer: Any, inner: Any) -> tuple[Tensor, nn.Module]:
@@ -113,56 +125,75 @@ def by_hand(student: nn.Module, outer: Any, inner: Any) -> tuple[Tensor, nn.Modu
 
     It is by double backward through one step of SGD.
     """
-    moved = copy.deepcopy(student)
+    x_outer, y_outer = outer
+    x_inner, y_inner, _ = inner
+    start = copy.deepcopy(student)
     weights = torch.full((ROWS,), 0.5, dtype=torch.float64, requires_grad=True)
-    losses = weights * F.cross_entropy(moved(inner[0]), inner[1], reduction="none")
-    learned = [p for p in moved.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(losses.mean(), learned, create_graph=True)
-    after = copy.deepcopy(student)
-    after(inner[0])  # which moves the statistics
-    at = [p for p in after.parameters() if p.requires_grad]
+    losses = weights * F.cross_entropy(start(x_inner), y_inner, reduction="none")
+    theta = list(trainable(start).values())
+    gradients = torch.autograd.grad(losses.mean(), theta, create_graph=True)
+
+    stepped = copy.deepcopy(student)
+    # This pass moves the running statistics, as the inner pass of a step does.
+    stepped(x_inner)
     with torch.no_grad():
-        for p, g in zip(at, gradients, strict=True):
+        for p, g in zip(trainable(stepped).values(), gradients, strict=True):
             p -= RATE * g
-    judged = copy.deepcopy(after)
-    reached = [p for p in judged.parameters() if p.requires_grad]
-    v = torch.autograd.grad(F.cross_entropy(judged(outer[0]), outer[1]), reached)
+
+    # L(θ′) leaves the running statistics alone, so a copy computes it.
+    judged = copy.deepcopy(stepped)
+    outer_loss = F.cross_entropy(judged(x_outer), y_outer)
+    v = torch.autograd.grad(outer_loss, list(trainable(judged).values()))
     slope = sum((g * v_i).sum() for g, v_i in zip(gradients, v, strict=True))
     (h,) = torch.autograd.grad(RATE * slope, weights)
-    return h, after
+    return h, stepped
 
 
-def trainer(student: nn.Module, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
-    given: dict[str, Any] = {"problem": ExampleWeights(), "verify": False}
-    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=RATE)
-    return metapl.BilevelTrainer(
-        Table(torch.zeros(ROWS, dtype=torch.float64)), student, mode, **given | options
-    )
+def table_of_weights() -> Table:
+    return Table(torch.zeros(ROWS, dtype=torch.float64))
 
 
-class Whole:
+def sgd(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=RATE)
+
+
+def trainer_of(student: nn.Module, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
+    """Return a trainer of one weight per example, by SGD and unverified unless options say more."""
+    defaults: dict[str, Any] = {
+        "problem": ExampleWeights(),
+        "verify": False,
+        "inner_optimizer": sgd(student),
+    }
+    return metapl.BilevelTrainer(table_of_weights(), student, mode, **defaults | options)
+
+
+class Snapshot:
     """A network's parts and tensors, which a call is to leave as they are."""
 
-    def __init__(self, student: nn.Module) -> None:
-        self.student = student
-        self.places = self.read()
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.places = self.read_places()
         self.values = [t.clone() for t in self.tensors()]
 
     def tensors(self) -> list[Tensor]:
-        return [*self.student.parameters(), *self.student.buffers()]
+        return [*self.network.parameters(), *self.network.buffers()]
 
-    def read(self) -> list[tuple[str, int, type]]:
-        parameters = self.student.named_parameters(remove_duplicate=False)
-        buffers = self.student.named_buffers(remove_duplicate=False)
+    def read_places(self) -> list[tuple[str, int, type]]:
+        """Return each tensor's name, identity and class, with the tied ones under every name."""
+        parameters = self.network.named_parameters(remove_duplicate=False)
+        buffers = self.network.named_buffers(remove_duplicate=False)
         return [(name, id(t), type(t)) for name, t in (*parameters, *buffers)]
 
-    def check(self, *, moved: bool = False) -> None:
-        assert self.read() == self.places
-        copy.deepcopy(self.student)
-        if not moved:
-            assert all(
-                torch.equal(t, was) for t, was in zip(self.tensors(), self.values, strict=True)
-            )
+    def check_places(self) -> None:
+        """Assert that the tensors stand where they stood, though values may have moved."""
+        assert self.read_places() == self.places
+        copy.deepcopy(self.network)
+
+    def check(self) -> None:
+        """Assert that places and values are as they were."""
+        self.check_places()
+        for tensor, value in zip(self.tensors(), self.values, strict=True):
+            assert torch.equal(tensor, value)
 
 
 @built_oddly
@@ -170,85 +201,105 @@ class Whole:
 def test_a_pure_step_is_right_and_leaves_the_network_whole(
     build: Callable[[], nn.Module], mode: str
 ) -> None:
-    student, data = network(build), batches()
-    expected, after = by_hand(student, **data)
-    made, whole = trainer(student, mode), Whole(student)
-    step, state = made.functional()
+    student = network(build)
+    data = batches()
+    expected, stepped = by_hand(student, **data)
+    trainer = trainer_of(student, mode)
+    snapshot = Snapshot(student)
+    step, state = trainer.functional()
     state, report = step(state, **data)
-    whole.check()
-    assert error({"h": report.feedback}, {"h": expected}) < (
-        1e-6 if mode == "difference" else 1e-12
-    )
-    assert (
-        error(state.student.params, {n: p for n, p in after.named_parameters() if p.requires_grad})
-        < 1e-12
-    )
-    made.step(**data)  # of the same optimizer: its parameters are the network's
-    whole.check(moved=True)
-    assert error(dict(student.state_dict()), dict(after.state_dict())) < 1e-12
+    snapshot.check()
+    tolerance = 1e-6 if mode == "difference" else 1e-12
+    assert error({"h": report.feedback}, {"h": expected}) < tolerance
+    assert error(state.student.params, trainable(stepped)) < 1e-12
+    # The eager step has the same optimizer, whose parameters are still the network's.
+    trainer.step(**data)
+    snapshot.check_places()
+    assert error(dict(student.state_dict()), dict(stepped.state_dict())) < 1e-12
 
 
 @built_oddly
 def test_stacked_steps_are_single_ones(build: Callable[[], nn.Module]) -> None:
-    student, data = network(build), batches()
-    others = network(build, seed=7)
-    whole = Whole(student)
-    (step, first), (_, second) = (trainer(net).functional() for net in (student, others))
-    states = [first, second]
-    found, reports = torch.func.vmap(step, in_dims=(0, None, None))(
-        stack(states), data["outer"], data["inner"]
-    )
-    whole.check()
-    for number, net in enumerate((student, others)):
-        expected, after = by_hand(net, **data)
+    students = [network(build), network(build, seed=7)]
+    data = batches()
+    snapshot = Snapshot(students[0])
+    step, first_state = trainer_of(students[0]).functional()
+    _, second_state = trainer_of(students[1]).functional()
+    stacked_step = torch.func.vmap(step, in_dims=(0, None, None))
+    states, reports = stacked_step(stack([first_state, second_state]), data["outer"], data["inner"])
+    snapshot.check()
+    for number, student in enumerate(students):
+        expected, stepped = by_hand(student, **data)
         assert error({"h": reports.feedback[number]}, {"h": expected}) < 1e-12
-        params = {n: p for n, p in after.named_parameters() if p.requires_grad}
-        assert error(unstack(found)[number].student.params, params) < 1e-12
+        assert error(unstack(states)[number].student.params, trainable(stepped)) < 1e-12
 
 
-@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
+@pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 @pytest.mark.parametrize("build", [Repeated, Backbone], ids=lambda build: build.__name__)
-def test_compiled_steps_and_paths_are_right(build: Callable[[], nn.Module], how: str) -> None:
-    student, data = network(build), batches()
-    expected, after = by_hand(student, **data)
-    whole, inner = Whole(student), torch.optim.SGD(student.parameters(), lr=RATE)
-    table = Table(torch.zeros(ROWS, dtype=torch.float64))
-    given: Any = {"problem": ExampleWeights(), "inner_optimizer": inner, "mode": "forward", **data}
-    found = metapl.hypergradient(table, student, compile=True, **given)
-    assert error({"h": found.feedback}, {"h": expected}) < 1e-12
-    whole.check()
-    (x, y), train = data["outer"], data["inner"][:2]
-    rows: Any = {"optimizer": inner, "steps": 3, "batch_size": ROWS, "progress": False}
-    pure, eager = (
-        metapl.attribute(student, train, (x, y), compile=on, **rows).scores for on in (True, False)
+def test_compiled_steps_and_paths_are_right(build: Callable[[], nn.Module], backend: str) -> None:
+    student = network(build)
+    data = batches()
+    expected, stepped = by_hand(student, **data)
+    snapshot = Snapshot(student)
+    optimizer = sgd(student)
+
+    gradient = metapl.hypergradient(
+        table_of_weights(),
+        student,
+        **data,
+        problem=ExampleWeights(),
+        inner_optimizer=optimizer,
+        mode="forward",
+        compile=True,
     )
-    assert error({"scores": pure}, {"scores": eager}) < 1e-9
-    whole.check()
-    report = trainer(student, compile=True).step(**data)
+    assert error({"h": gradient.feedback}, {"h": expected}) < 1e-12
+    snapshot.check()
+
+    attribution: dict[str, Any] = {
+        "optimizer": optimizer,
+        "steps": 3,
+        "batch_size": ROWS,
+        "progress": False,
+    }
+    rows = data["inner"][:2]
+    pure = metapl.attribute(student, rows, data["outer"], compile=True, **attribution)
+    eager = metapl.attribute(student, rows, data["outer"], compile=False, **attribution)
+    assert error({"scores": pure.scores}, {"scores": eager.scores}) < 1e-9
+    snapshot.check()
+
+    report = trainer_of(student, compile=True).step(**data)
     assert error({"h": report.feedback}, {"h": expected}) < 1e-12
-    assert error(dict(student.state_dict()), dict(after.state_dict())) < 1e-12
-    whole.check(moved=True)
+    assert error(dict(student.state_dict()), dict(stepped.state_dict())) < 1e-12
+    snapshot.check_places()
 
 
 @built_oddly
 def test_a_teacher_of_such_parts_is_right_and_whole(build: Callable[[], nn.Module]) -> None:
     """Its gradient is that of the eager road, which is compared with double backward elsewhere."""
-    ends = []
+    teacher_params = []
     for is_pure in (False, True):
-        teacher, student = network(build), network(Head, seed=3)
-        optimizers = [torch.optim.SGD(net.parameters(), lr=RATE) for net in (student, teacher)]
-        given: Any = dict(zip(("inner_optimizer", "outer_optimizer"), optimizers, strict=True))
-        made = metapl.BilevelTrainer(teacher, student, "forward", verify=False, **given)
-        whole, (x, y) = Whole(teacher), batches()["outer"]
+        teacher = network(build)
+        student = network(Head, seed=3)
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            "forward",
+            inner_optimizer=sgd(student),
+            outer_optimizer=sgd(teacher),
+            verify=False,
+        )
+        snapshot = Snapshot(teacher)
+        x, y = batches()["outer"]
         if is_pure:
-            step, state = made.functional()
+            step, state = trainer.functional()
             state, _ = step(state, (x, y), x)
-            whole.check()
-            ends.append(state.teacher.params)
+            snapshot.check()
+            teacher_params.append(state.teacher.params)
         else:
-            made.step((x, y), x)
-            ends.append({n: p for n, p in teacher.named_parameters() if p.requires_grad})
-    assert error(ends[1], ends[0]) < 1e-12
+            trainer.step((x, y), x)
+            teacher_params.append(trainable(teacher))
+    eager, pure = teacher_params
+    assert error(pure, eager) < 1e-12
 
 
 class Filled(nn.Module):
@@ -263,8 +314,8 @@ class Filled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mean is None:
             self.mean = x.mean(0).detach()
-        found: Tensor = self.layer(x - self.mean)
-        return found
+        outputs: Tensor = self.layer(x - self.mean)
+        return outputs
 
 
 def test_a_buffer_that_a_pure_pass_fills_has_to_be_there_before() -> None:
@@ -273,37 +324,39 @@ def test_a_buffer_that_a_pure_pass_fills_has_to_be_there_before() -> None:
     L(θ′) would be taken with a buffer of the outer batch.
     """
     student = network(Filled)
-    made, whole = trainer(student), Whole(student)
-    step, state = made.functional()
+    trainer = trainer_of(student)
+    snapshot = Snapshot(student)
+    step, state = trainer.functional()
     with pytest.raises(
         MetaplError,
         match=r"^the student makes a buffer .*\(mean\).* run the network once on a batch",
     ):
         step(state, **batches())
-    whole.check()
+    snapshot.check()
     student(batches()["inner"][0])
     with pytest.raises(MetaplError, match=r"functional\(\) again"):
         step(state, **batches())
     expected, _ = by_hand(student, **batches())
-    step, state = made.functional()
+    step, state = trainer.functional()
     state, report = step(state, **batches())
     assert "mean" in state.student.state
     assert error({"h": report.feedback}, {"h": expected}) < 1e-12
 
 
-class Kept(nn.Module):
+class Caching(nn.Module):
     """A forward that keeps a tensor of a pass for later ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.kept = nn.Linear(4, 3), dict[int, Tensor]()
+        self.layer = nn.Linear(4, 3)
+        self.features: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.kept.setdefault(len(x), self.layer(x).tanh())
+        features = self.features.setdefault(len(x), self.layer(x).tanh())
         return self.layer(x) + features.mean(0)
 
 
-class Started(nn.Linear):
+class Writing(nn.Linear):
     """A forward that begins by a write to its weights."""
 
     def __init__(self) -> None:
@@ -317,16 +370,16 @@ class Started(nn.Linear):
 
 @pytest.mark.parametrize(
     ("build", "text"),
-    [(Kept, "keeps a tensor of a pass"), (Started, "writes in a pass to its weights")],
+    [(Caching, "keeps a tensor of a pass"), (Writing, "writes in a pass to its weights")],
 )
 def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(
     build: Callable[[], nn.Module], text: str
 ) -> None:
-    step, state = trainer(network(build)).functional()
+    step, state = trainer_of(network(build)).functional()
 
     def two_steps() -> None:
-        moved, _ = step(state, **batches())
-        step(moved, **batches())
+        next_state, _ = step(state, **batches())
+        step(next_state, **batches())
 
     with pytest.raises(MetaplError, match=f"^the student {text}.*; expected a registered buffer"):
         two_steps()
@@ -338,19 +391,20 @@ def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(
 class Slopes(nn.Module):
     """A forward that has the derivative of its outputs in its inputs."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, derivative: str) -> None:
         super().__init__()
-        self.how, self.net = how, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.derivative = derivative
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.how == "torch.func":
+        if self.derivative == "torch.func":
             slopes = torch.func.grad(lambda x: self.net(x).sum())(x)
         else:
             with torch.enable_grad():
                 x = x.clone().requires_grad_()
                 (slopes,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
-        found: Tensor = self.net(x) + slopes[:, :3]
-        return found
+        outputs: Tensor = self.net(x) + slopes[:, :3]
+        return outputs
 
 
 class Sine(torch.autograd.Function):
@@ -378,7 +432,9 @@ class SineWithContext(Sine):
 class WithOperation(nn.Module):
     def __init__(self, operation: Any) -> None:
         super().__init__()
-        self.a, self.b, self.operation = nn.Linear(4, 8), nn.Linear(8, 3), operation
+        self.a = nn.Linear(4, 8)
+        self.b = nn.Linear(8, 3)
+        self.operation = operation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.operation.apply(self.a(x)))
@@ -390,172 +446,236 @@ class Heads(nn.Module):
     The latter detaches them.
     """
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, stacking: str) -> None:
         super().__init__()
-        self.how, self.body = how, nn.Linear(4, 8)
+        self.stacking = stacking
+        self.body = nn.Linear(4, 8)
         self.heads = nn.ModuleList([nn.Linear(8, 3) for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
         heads: list[Any] = [*self.heads]
-        if self.how == "torch.stack":
+        if self.stacking == "torch.stack":
             stacked = {
-                name: torch.stack([getattr(head, name) for head in heads])
-                for name in ("weight", "bias")
+                "weight": torch.stack([head.weight for head in heads]),
+                "bias": torch.stack([head.bias for head in heads]),
             }
         else:
             stacked = torch.func.stack_module_state(heads)[0]
         hidden = self.body(x).tanh()
-        outputs = torch.vmap(
-            lambda params: torch.func.functional_call(heads[0], params, (hidden,))
-        )(stacked)
-        found: Tensor = outputs.mean(0)
-        return found
+
+        def head_outputs(params: dict[str, Tensor]) -> Tensor:
+            outputs: Tensor = torch.func.functional_call(heads[0], params, (hidden,))
+            return outputs
+
+        mean: Tensor = torch.vmap(head_outputs)(stacked).mean(0)
+        return mean
 
 
-IMPURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
-    "autograd.grad": (lambda: Slopes("autograd"), lambda: Slopes("torch.func"), "torch.func.grad"),
-    "a function of autograd": (
-        lambda: WithOperation(Sine), lambda: WithOperation(SineWithContext), "setup_context"),
-    "stack_module_state": (
-        lambda: Heads("stack_module_state"), lambda: Heads("torch.stack"), "torch.stack"),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Impure:
+    """A network that torch.func cannot transform, and the one that its error proposes."""
+
+    build: Callable[[], nn.Module]
+    build_instead: Callable[[], nn.Module]
+    proposal: str
 
 
-@pytest.mark.parametrize("what", IMPURE)
-def test_what_torch_func_cannot_transform_is_said_with_what_to_write_instead(what: str) -> None:
-    """Of ``functional()``, of a student and of a teacher.
+IMPURE = {
+    "autograd.grad": Impure(
+        lambda: Slopes("autograd"), lambda: Slopes("torch.func"), "torch.func.grad"
+    ),
+    "a function of autograd": Impure(
+        lambda: WithOperation(Sine), lambda: WithOperation(SineWithContext), "setup_context"
+    ),
+    "stack_module_state": Impure(
+        lambda: Heads("stack_module_state"), lambda: Heads("torch.stack"), "torch.stack"
+    ),
+}
 
-    And what the line proposes is right there.
+
+@pytest.mark.parametrize("kind", IMPURE)
+def test_what_torch_func_cannot_transform_is_said_with_what_to_write_instead(kind: str) -> None:
+    """``functional()`` says it of a student and of a teacher.
+
+    The network that the line proposes is right there.
     """
-    impure, instead, proposed = IMPURE[what]
-    student, data = network(impure), batches()
-    whole = Whole(student)
-    step, state = trainer(student).functional()
-    with pytest.raises(MetaplError, match=rf"^the student .*{proposed}") as said:
+    impure = IMPURE[kind]
+    student = network(impure.build)
+    data = batches()
+    snapshot = Snapshot(student)
+    step, state = trainer_of(student).functional()
+    with pytest.raises(MetaplError, match=rf"^the student .*{impure.proposal}") as refusal:
         step(state, **data)
-    assert "\n" not in str(said.value)
-    whole.check()
-    teacher, (x, y) = network(impure), data["outer"]
-    step, state = metapl.BilevelTrainer(
-        teacher, network(Head), "forward", verify=False
-    ).functional()
-    with pytest.raises(MetaplError, match=rf"^the teacher .*{proposed}"):
+    assert "\n" not in str(refusal.value)
+    snapshot.check()
+
+    teacher = network(impure.build)
+    x, y = data["outer"]
+    trainer = metapl.BilevelTrainer(teacher, network(Head), "forward", verify=False)
+    step, state = trainer.functional()
+    with pytest.raises(MetaplError, match=rf"^the teacher .*{impure.proposal}"):
         step(state, (x, y), x)
-    other = network(instead)
-    expected, _ = by_hand(other, **data)
-    step, state = trainer(other).functional()
-    assert error({"h": step(state, **data)[1].feedback}, {"h": expected}) < 1e-12
+
+    proposed = network(impure.build_instead)
+    expected, _ = by_hand(proposed, **data)
+    step, state = trainer_of(proposed).functional()
+    _, report = step(state, **data)
+    assert error({"h": report.feedback}, {"h": expected}) < 1e-12
 
 
-@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
-@pytest.mark.parametrize("what", IMPURE)
-def test_compiled_one_line_ends_with_leave_compile_out(what: str, how: str) -> None:
-    student, data = network(IMPURE[what][0]), batches()
-    whole, inner = Whole(student), torch.optim.SGD(student.parameters(), lr=RATE)
-    (x, y), train = data["outer"], data["inner"][:2]
-    table = Table(torch.zeros(ROWS, dtype=torch.float64))
-    given: Any = {"problem": ExampleWeights(), "inner_optimizer": inner, **data}
-    rows: Any = {"optimizer": inner, "steps": 2, "batch_size": ROWS, "progress": False}
-    calls: list[Callable[[], Any]] = [
-        lambda: metapl.hypergradient(table, student, compile=True, **given),
-        lambda: metapl.attribute(student, train, (x, y), compile=True, **rows),
-    ]
-    if what != "stack_module_state" or how == "plain":  # a whole step of it is captured, and right
-        calls.append(lambda: trainer(student, compile=True, inner_optimizer=inner).step(**data))
-    random = torch.get_rng_state()
+@pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", IMPURE)
+def test_compiled_one_line_ends_with_leave_compile_out(kind: str, backend: str) -> None:
+    student = network(IMPURE[kind].build)
+    data = batches()
+    snapshot = Snapshot(student)
+    optimizer = sgd(student)
+
+    def hypergradient() -> None:
+        metapl.hypergradient(
+            table_of_weights(),
+            student,
+            **data,
+            problem=ExampleWeights(),
+            inner_optimizer=optimizer,
+            compile=True,
+        )
+
+    def attribute() -> None:
+        metapl.attribute(
+            student,
+            data["inner"][:2],
+            data["outer"],
+            optimizer=optimizer,
+            steps=2,
+            batch_size=ROWS,
+            compile=True,
+            progress=False,
+        )
+
+    def step() -> None:
+        trainer_of(student, compile=True, inner_optimizer=optimizer).step(**data)
+
+    calls = [hypergradient, attribute]
+    # A whole step with stack_module_state is captured, and right.
+    if kind != "stack_module_state" or backend == "plain":
+        calls.append(step)
+    random_state = torch.get_rng_state()
     for call in calls:
-        with pytest.raises(MetaplError, match=r"leave compile out\.$") as said:
+        with pytest.raises(MetaplError, match=r"leave compile out\.$") as refusal:
             call()
-        assert "\n" not in str(said.value)
-        whole.check()
-        assert torch.equal(random, torch.get_rng_state())
+        assert "\n" not in str(refusal.value)
+        snapshot.check()
+        assert torch.equal(random_state, torch.get_rng_state())
 
 
 # ------------------------------------------------------------------------------ under torch.compile
 
 
-def by_function(student: nn.Module) -> nn.Module:
-    made: Any = REAL_COMPILE(student, backend="aot_eager")
-    return made
-
-
-def by_method(student: nn.Module) -> nn.Module:
-    student.compile(backend="aot_eager")
-    return student
-
-
-def in_part(student: Any) -> nn.Module:
-    student[0] = REAL_COMPILE(student[0], backend="aot_eager")
-    return student
-
-
 REAL_COMPILE: Any = torch.compile
+
+
+def by_function(network: nn.Module) -> nn.Module:
+    compiled_network: Any = REAL_COMPILE(network, backend="aot_eager")
+    return compiled_network
+
+
+def by_method(network: nn.Module) -> nn.Module:
+    network.compile(backend="aot_eager")
+    return network
+
+
+def in_part(network: Any) -> nn.Module:
+    network[0] = REAL_COMPILE(network[0], backend="aot_eager")
+    return network
+
+
 WRAPPINGS = {"torch.compile": by_function, "compile()": by_method, "a part": in_part}
 
 
-@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_a_network_under_torch_compile_is_refused_at_the_door(wrapping: str, who: str) -> None:
+def test_a_network_under_torch_compile_is_refused_at_the_door(wrapping: str, role: str) -> None:
     case = toy("mlp")
-    plain = metapl.BilevelTrainer(**case.networks(), mode="none", verify=False)
+    trainer = metapl.BilevelTrainer(**case.networks(), mode="none", verify=False)
     networks: dict[str, Any] = case.networks()
-    networks[who] = WRAPPINGS[wrapping](networks[who])
-    before, (x, y) = everything(case), case.labeled
-    inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
-    given: Any = {**networks, "labeled": case.labeled, "unlabeled": case.unlabeled}
-    rows: Any = {"optimizer": inner, "steps": 2, "batch_size": len(x), "progress": False}
-    calls: list[Callable[[], Any]] = [
-        lambda: metapl.check_gradient(**given, inner_optimizer=inner),
-        lambda: metapl.BilevelTrainer(**networks, mode="none", verify=False).functional(),
-        lambda: metapl.BilevelTrainer(**networks, mode="none", compile=True),
-    ]
+    networks[role] = WRAPPINGS[wrapping](networks[role])
+    tensors_before = everything(case)
+    optimizer = torch.optim.SGD(case.student.parameters(), lr=0.1)
+
+    def check_gradient() -> None:
+        metapl.check_gradient(**networks, **case.data(), inner_optimizer=optimizer)
+
+    def functional() -> None:
+        metapl.BilevelTrainer(**networks, mode="none", verify=False).functional()
+
+    def compiled_trainer() -> None:
+        metapl.BilevelTrainer(**networks, mode="none", compile=True)
+
+    def trainer_in(mode: str) -> None:
+        metapl.BilevelTrainer(**networks, mode=mode)
+
+    def hypergradient_in(mode: str) -> None:
+        metapl.hypergradient(**networks, **case.data(), mode=mode, inner_optimizer=optimizer)
+
+    def attribute() -> None:
+        metapl.attribute(
+            networks["student"],
+            case.labeled,
+            case.labeled,
+            optimizer=optimizer,
+            steps=2,
+            batch_size=len(case.labeled[0]),
+            progress=False,
+        )
+
+    calls: list[Callable[[], None]] = [check_gradient, functional, compiled_trainer]
     for mode in metapl.MODES:
         if mode != "none":
-            calls.append(lambda mode=mode: metapl.BilevelTrainer(**networks, mode=mode))  # type: ignore[misc]
-            calls.append(
-                lambda mode=mode: metapl.hypergradient(**given, mode=mode, inner_optimizer=inner)
-            )  # type: ignore[misc]
-    if who == "student":
-        calls.append(lambda: metapl.attribute(networks["student"], (x, y), (x, y), **rows))
+            calls.append(partial(trainer_in, mode))
+            calls.append(partial(hypergradient_in, mode))
+    if role == "student":
+        calls.append(attribute)
+    text = rf"^the {role} is under torch.compile.*plain module, and compile=True"
     for call in calls:
-        with pytest.raises(
-            MetaplError, match=rf"^the {who} is under torch.compile.*plain module, and compile=True"
-        ):
+        with pytest.raises(MetaplError, match=text):
             call()
-    assert all(torch.equal(a, b) for a, b in zip(before, everything(case), strict=True))
-    assert plain.student is case.student
+    for tensor_before, tensor in zip(tensors_before, everything(case), strict=True):
+        assert torch.equal(tensor_before, tensor)
+    assert trainer.student is case.student
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_without_feedback_a_compiled_network_trains(wrapping: str) -> None:
     """Nothing is differentiated there but by plain backward passes."""
-    ends = []
+    tensors = []
     for wrap in (WRAPPINGS[wrapping], lambda network: network):
         case = toy("mlp")
-        networks: dict[str, Any] = {name: wrap(net) for name, net in case.networks().items()}
-        made = metapl.BilevelTrainer(**networks, mode="none")
+        networks = {name: wrap(net) for name, net in case.networks().items()}
+        trainer = metapl.BilevelTrainer(**networks, mode="none")
         for _ in range(2):
-            made.step(case.labeled, case.unlabeled)
-        ends.append(everything(case))
-    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+            trainer.step(case.labeled, case.unlabeled)
+        tensors.append(everything(case))
+    wrapped, plain = tensors
+    torch.testing.assert_close(wrapped, plain, rtol=1e-9, atol=1e-12)
 
 
 def test_the_plain_module_and_compile_are_what_the_line_proposes() -> None:
-    student, data = network(Head), batches()
+    student = network(Head)
+    data = batches()
     with pytest.raises(MetaplError, match="compile=True"):
-        trainer(by_function(student))
+        trainer_of(by_function(student))
     expected, _ = by_hand(student, **data)
-    report = trainer(student, compile=True).step(**data)
+    report = trainer_of(student, compile=True).step(**data)
     assert error({"h": report.feedback}, {"h": expected}) < 1e-12
-    ahead = Lookahead([data["inner"][:2]])
     with pytest.raises(MetaplError, match=r"under torch\.compile"):
         metapl.hypergradient(
             None,
             by_method(network(Head)),
             outer=data["outer"],
-            inner=ahead,
+            inner=Lookahead([data["inner"][:2]]),
             problem=EqualWeights(),
-            inner_optimizer=torch.optim.SGD(student.parameters(), lr=RATE),
+            inner_optimizer=sgd(student),
         )
 
 
@@ -564,9 +684,12 @@ class NamesTheStudent(ExampleWeights):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        vars(self)["penalty"] = lambda: torch.stack(
-            [p.square().sum() for p in student.parameters()]
-        ).sum()
+
+        def penalty() -> Tensor:
+            return torch.stack([p.square().sum() for p in student.parameters()]).sum()
+
+        # A problem is frozen, so its attribute is written past the dataclass.
+        vars(self)["penalty"] = penalty
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
         return super().outer_loss(outputs, batch) + 0.5 * vars(self)["penalty"]()
@@ -574,12 +697,18 @@ class NamesTheStudent(ExampleWeights):
 
 def test_the_eager_step_of_a_compiled_one_reads_the_copy_by_a_closure_too() -> None:
     """Else L(θ′) of the copy has the penalty of θ, and the compiled step is refused."""
-    student, data = network(Head), batches()
-    table = Table(torch.zeros(ROWS, dtype=torch.float64))
-    inner = torch.optim.SGD(student.parameters(), lr=RATE)
-    options: Any = {"problem": NamesTheStudent(student), "inner_optimizer": inner, "compile": True}
-    made = metapl.BilevelTrainer(table, student, "forward", **options)
-    before = [p.detach().clone() for p in student.parameters()]
+    student = network(Head)
+    data = batches()
+    trainer = metapl.BilevelTrainer(
+        table_of_weights(),
+        student,
+        "forward",
+        problem=NamesTheStudent(student),
+        inner_optimizer=sgd(student),
+        compile=True,
+    )
+    weights_before = [p.detach().clone() for p in student.parameters()]
     for _ in range(2):
-        made.step(**data)
-    assert not any(map(torch.equal, before, student.parameters()))
+        trainer.step(**data)
+    for weight_before, weight in zip(weights_before, student.parameters(), strict=True):
+        assert not torch.equal(weight_before, weight)

@@ -42,7 +42,14 @@ FLOORS = (
     ("apps.methods", "apps.run_folder", "apps.launch"),
     ("apps.inputs", "apps.list_runs", "apps.methods_over_seeds", "apps.images", "apps.digits"),
     ("apps.backbone",),
-    ("apps.labeling", "apps.report", "apps.noisy_labels"),
+    (
+        "apps.labeling",
+        "apps.noisy_labels",
+        "apps.report",
+        "apps.report_picture",
+        "apps.run_summary",
+        "apps.suspects",
+    ),
     ("apps.model_card", "apps.hub", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.several_runs", "apps.differences", "apps.noisy_student"),
@@ -56,7 +63,7 @@ FLOORS = (
         "apps.attribute",
         "apps.ablate",
     ),
-    ("apps.main",),
+    ("apps.help_pages", "apps.main"),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems,
 updates and the execution know nothing of each other's use in feedback, and none of them of a

@@ -53,8 +53,9 @@ def trainer_for(case: Toy, mode: Any, **options: Any) -> metapl.BilevelTrainer:
     return metapl.BilevelTrainer(**case.networks(), mode=mode, **options)
 
 
-def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach() - before[n] for n, p in net.named_parameters()}
+def movement(weights_before: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return by how much each weight has moved."""
+    return {name: p.detach() - weights_before[name] for name, p in network.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -71,34 +72,36 @@ def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimi
 
     The teacher moves by −grads exactly, the student to θ′, and the state goes on.
     """
-    case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None
+    case = toy(student, teacher=noisy_teacher)
+    state = None
     for p in (*case.student.parameters(), *case.teacher.parameters()):
         p.grad = torch.ones_like(p)
-    inner = rule.build(case.student)
+    inner = OPTIMISERS[optimiser].build(case.student)
     trainer = trainer_for(case, mode, inner_optimizer=inner, feedback_weight=3.0)
     for step in range(2):
         torch.manual_seed(step)
-        found = gradient(case, mode, inner_optimizer=inner, inner_state=state)
-        drawn_to, before = torch.get_rng_state(), values(case.teacher)
+        expected = gradient(case, mode, inner_optimizer=inner, inner_state=state)
+        random_state = torch.get_rng_state()
+        weights_before = values(case.teacher)
         torch.manual_seed(step)
         report = trainer.step(**case.data())
-        state = found.inner_state
-        assert torch.equal(torch.get_rng_state(), drawn_to)
+        state = expected.inner_state
+        assert torch.equal(torch.get_rng_state(), random_state)
         if mode == "none":
-            assert all(d.abs().max() == 0 for d in moved(before, case.teacher).values())
+            assert all(d.abs().max() == 0 for d in movement(weights_before, case.teacher).values())
         else:
-            step_of_teacher = {n: -3.0 * g for n, g in found.grads.items()}
-            gap = flat(moved(before, case.teacher)) - flat(step_of_teacher)
+            step_of_teacher = {n: -3.0 * g for n, g in expected.grads.items()}
+            gap = flat(movement(weights_before, case.teacher)) - flat(step_of_teacher)
             # Weights of order 1 round at 1e-16.
             assert gap.norm() < 1e-12 * flat(step_of_teacher).norm() + 1e-15
-        assert error(values(case.student), found.student_params) < 1e-13
-        assert torch.equal(report.feedback, found.feedback)
-        assert report.inner_loss == pytest.approx(float(found.inner_loss), rel=1e-14)
+        assert error(values(case.student), expected.student_params) < 1e-13
+        assert torch.equal(report.feedback, expected.feedback)
+        assert report.inner_loss == pytest.approx(float(expected.inner_loss), rel=1e-14)
         if mode != "none":
-            assert report.outer_loss == pytest.approx(float(found.outer_loss), rel=1e-12)
+            assert report.outer_loss == pytest.approx(float(expected.outer_loss), rel=1e-12)
         assert report.step == step
-    held = [p.grad for net in case.networks().values() for p in net.parameters()]
-    assert all(g is None or (g == 1).all() for g in held), "no gradients but the caller's own"
+    gradients = [p.grad for net in case.networks().values() for p in net.parameters()]
+    assert all(g is None or (g == 1).all() for g in gradients), "no gradients but the caller's own"
 
 
 def twice(
@@ -163,29 +166,32 @@ def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(
     twin.student.append(nn.Dropout(0.2))
     torch.manual_seed(4)
     trainer_for(case, mode, recompute_teacher=recompute).step(**case.data())
-    after = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     torch.manual_seed(4)
     twin.student(twin.unlabeled[1])
     q = twin.teacher(twin.unlabeled[0]).softmax(-1)
     if mode in SAMPLED:
         reference.drawn(q)
-    assert torch.equal(after, torch.get_rng_state())
-    for name in ("student", "teacher"):
-        buffers = (dict(net.networks()[name].named_buffers()) for net in (case, twin))
-        first, second = buffers
-        assert first
-        assert all(torch.equal(first[k], second[k]) for k in second)
+    assert torch.equal(random_state, torch.get_rng_state())
+    for role in ("student", "teacher"):
+        buffers = dict(case.networks()[role].named_buffers())
+        buffers_of_twin = dict(twin.networks()[role].named_buffers())
+        assert buffers
+        assert same([*buffers.values()], [*buffers_of_twin.values()])
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", *SAMPLED])
 def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode: str) -> None:
-    kind = {
+    kinds = {
         "reinforce": "batch_mean",
         "reinforce_per_example": "score",
         "loss_difference": "score",
-    }.get(mode, "soft")
-    case, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"]
-    inner, before = rule.build(case.student), values(case.teacher)
+    }
+    kind = kinds.get(mode, "soft")
+    case = toy("batch_norm", views=True)
+    rule = OPTIMISERS["torch_sgd_nesterov"]
+    inner = rule.build(case.student)
+    weights_before = values(case.teacher)
     case.draw_from_start()
     expected = reference.pseudo_labels(**case.networks(), **case.data(), rule=rule.rule, kind=kind)
     case.draw_from_start()
@@ -193,7 +199,8 @@ def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode
     report = trainer.step(**case.data())
     assert error(values(case.student), expected.student_params) < 1e-12
     if mode != "loss_difference":
-        assert error(moved(before, case.teacher), {n: -g for n, g in expected.grads.items()}) < 1e-4
+        step_of_teacher = {n: -g for n, g in expected.grads.items()}
+        assert error(movement(weights_before, case.teacher), step_of_teacher) < 1e-4
     if mode in SAMPLED:
         assert torch.equal(report.signal.value, expected.labels)
 
@@ -206,12 +213,13 @@ def smoothed_cross_entropy(
 
 
 def uda(
-    teacher: nn.Module, pair: tuple[Tensor, Tensor], temperature: float, threshold: float
+    teacher: nn.Module, views: tuple[Tensor, Tensor], temperature: float, threshold: float
 ) -> Tensor:
-    weak = teacher(pair[0]).detach()
-    target = (weak / temperature).softmax(-1)
-    kept = (weak.softmax(-1).max(-1).values > threshold).double()
-    return (kept * reference.cross_entropy(target, teacher(pair[1]))).mean()
+    weak, strong = views
+    logits = teacher(weak).detach()
+    target = (logits / temperature).softmax(-1)
+    is_confident = (logits.softmax(-1).max(-1).values > threshold).double()
+    return (is_confident * reference.cross_entropy(target, teacher(strong))).mean()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.42])
@@ -230,14 +238,16 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
         case, "forward", teacher_losses=losses, recompute_teacher=recompute, feedback_weight=2.0
     )
     for ramp in (0.0, 0.5, 1.0):
-        before = values(case.teacher)
-        found = gradient(case, inner_optimizer=trainer.inner_optimizer)
+        weights_before = values(case.teacher)
+        of_feedback = gradient(case, inner_optimizer=trainer.inner_optimizer).grads
         supervised = 0.7 * smoothed_cross_entropy(case.teacher, case.labeled, 0.2)
         consistency = 1.5 * ramp * uda(case.teacher, case.unlabeled, temperature, threshold)
-        own = torch.autograd.grad(supervised + consistency, list(case.teacher.parameters()))
-        expected = {n: -(2.0 * found.grads[n] + g) for n, g in zip(before, own, strict=True)}
+        of_losses = torch.autograd.grad(supervised + consistency, list(case.teacher.parameters()))
+        expected = {}
+        for name, g in zip(weights_before, of_losses, strict=True):
+            expected[name] = -(2.0 * of_feedback[name] + g)
         report = trainer.step(**case.data())
-        assert error(moved(before, case.teacher), expected) < 1e-12
+        assert error(movement(weights_before, case.teacher), expected) < 1e-12
         assert report.teacher_cross_entropy == pytest.approx(supervised.item(), rel=1e-12)
         assert report.teacher_uda == pytest.approx(consistency.item(), rel=1e-12)
         assert report.teacher_loss == pytest.approx((supervised + consistency).item(), rel=1e-12)
@@ -246,18 +256,20 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torchopt_sgd_nesterov"])
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", "reinforce_per_example"])
 def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> None:
-    """Two steps with an active clip of 0.05 on both networks.
+    """Two steps have an active clip of 0.05 on both networks.
 
-    θ′, and the feedback through the clip's derivative.
+    θ′ is compared, and the feedback through the clip's derivative.
     """
-    case, rule = toy("group_norm"), OPTIMISERS[optimiser]
+    case = toy("group_norm")
+    rule = OPTIMISERS[optimiser]
     trainer = trainer_for(
         case, mode, inner_optimizer=rule.build(case.student), clip_norm=0.05, feedback_weight=100.0
     )
-    clipped, state = reference.clipped(0.05, rule.rule), None
+    clipped = reference.clipped(0.05, rule.rule)
+    state = None
     kind = "score" if mode == "reinforce_per_example" else "soft"
     for _ in range(2):
-        before = values(case.teacher)
+        weights_before = values(case.teacher)
         case.draw_from_start()
         expected = reference.pseudo_labels(
             **case.networks(), **case.data(), rule=clipped, state=state, kind=kind
@@ -270,16 +282,14 @@ def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> N
         assert error(values(case.student), expected.student_params) < 1e-12
         length = 100.0 * flat(expected.grads).norm()
         scale = 100.0 * min(1.0, 0.05 / float(length + 1e-6))
-        assert (
-            error(moved(before, case.teacher), {n: -scale * g for n, g in expected.grads.items()})
-            < bound
-        )
+        step_of_teacher = {n: -scale * g for n, g in expected.grads.items()}
+        assert error(movement(weights_before, case.teacher), step_of_teacher) < bound
 
 
 def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> None:
     """The teacher's score term stays log p(ŷ): smoothing it too would bias the feedback."""
     case = replace(toy("mlp"), teacher=mlp().double())
-    before = values(case.teacher)
+    weights_before = values(case.teacher)
     trainer = trainer_for(case, "reinforce", problem=metapl.PseudoLabels(label_smoothing=0.3))
     twin_logits = case.teacher(case.unlabeled)
     torch.manual_seed(0)
@@ -287,22 +297,23 @@ def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> Non
     score = F.cross_entropy(twin_logits, report.signal.value, reduction="mean")
     (g,) = torch.autograd.grad(report.feedback * score, twin_logits)
     # The last bias moves by minus the sum over the batch of the gradient at the outputs.
-    assert error(moved(before, case.teacher)["3.bias"], -g.sum(0)) < 1e-12
+    assert error(movement(weights_before, case.teacher)["3.bias"], -g.sum(0)) < 1e-12
 
 
 def test_a_step_of_one_network_is_torchs_own_on_the_sum_of_the_losses() -> None:
     torch.manual_seed(0)
-    ours, theirs = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    ours = nn.Linear(4, 3).double()
+    theirs = nn.Linear(4, 3).double()
     theirs.load_state_dict(ours.state_dict())
     labeled = (torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1]))
     weak, strong = torch.randn(2, 6, 4).double()
-    held, optimizer = (
-        torch.optim.SGD(one.parameters(), lr=0.2, momentum=0.9) for one in (ours, theirs)
-    )
+    our_optimizer = torch.optim.SGD(ours.parameters(), lr=0.2, momentum=0.9)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=0.9)
     ours.frozen = nn.Parameter(torch.ones(2).double(), requires_grad=False)
-    ours.frozen.grad = torch.full((2,), 1e3).double()  # an old one, which no norm counts
+    # The old gradient of a frozen weight is in no norm.
+    ours.frozen.grad = torch.full((2,), 1e3).double()
     losses = CrossEntropy(label_smoothing=0.1), UDA(temperature=0.5, weight=2.0)
-    trainer = LossTrainer(ours, losses, optimizer=held, clip_norm=0.3)
+    trainer = LossTrainer(ours, losses, optimizer=our_optimizer, clip_norm=0.3)
     for _ in range(3):
         report = trainer.step(labeled, (weak, strong)).as_dict()
         supervised = F.cross_entropy(theirs(labeled[0]), labeled[1], label_smoothing=0.1)
@@ -315,8 +326,8 @@ def test_a_step_of_one_network_is_torchs_own_on_the_sum_of_the_losses() -> None:
         assert report["loss"] == pytest.approx((supervised + consistency).item(), rel=1e-6)
         assert report["loss_cross_entropy"] == pytest.approx(supervised.item(), rel=1e-6)
         assert report["loss_uda"] == pytest.approx(consistency.item(), rel=1e-6)
-    for name, b in theirs.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name), b, rtol=1e-9, atol=1e-12)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-9, atol=1e-12)
 
 
 class Table(nn.Module):
@@ -369,33 +380,38 @@ LOSSES = [(metapl.CrossEntropy(0.1),), (metapl.CrossEntropy(0.1), OfTheSignal())
 def distance(**options: Any) -> tuple[Tensor, Any]:
     """Return how far a step has moved the teacher, and its report."""
     case = toy("mlp")
-    before = parameters_to_vector(case.teacher.parameters()).detach()
-    trainer = trainer_for(
-        case, generator=torch.Generator().manual_seed(3), **{"teacher_losses": None, **options}
-    )
-    report = trainer.step(tuple(t[:4] for t in case.labeled), case.unlabeled)
-    return parameters_to_vector(case.teacher.parameters()).detach() - before, report
+    start = parameters_to_vector(case.teacher.parameters()).detach()
+    defaults = {"teacher_losses": None, "generator": torch.Generator().manual_seed(3)}
+    trainer = trainer_for(case, **{**defaults, **options})
+    x, y = case.labeled
+    report = trainer.step((x[:4], y[:4]), case.unlabeled)
+    end = parameters_to_vector(case.teacher.parameters()).detach()
+    return end - start, report
 
 
 @pytest.mark.parametrize("losses", LOSSES)
-@pytest.mark.parametrize("given", [{}, {"accumulate": 2}, {"recompute_teacher": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"recompute_teacher": True}], ids=str)
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_the_norms_of_the_two_gradients_have_this_ratio(
-    mode: str, given: dict[str, Any], losses: tuple[Any, ...]
+    mode: str, options: dict[str, Any], losses: tuple[Any, ...]
 ) -> None:
-    """And the step is that of the weight which the report says."""
-    found, report = distance(mode=mode, feedback_ratio=0.25, teacher_losses=losses, **given)
-    own, _ = distance(mode=mode, feedback_weight=0.0, teacher_losses=losses, **given)
-    assert float((found - own).norm() / own.norm()) == pytest.approx(0.25)
-    by_weight, _ = distance(
-        mode=mode, feedback_weight=report.feedback_weight, teacher_losses=losses, **given
-    )
-    torch.testing.assert_close(found, by_weight)
+    """The step is also that of the weight which the report says."""
+
+    def distance_by(**size: float) -> tuple[Tensor, Any]:
+        return distance(mode=mode, teacher_losses=losses, **size, **options)
+
+    by_ratio, report = distance_by(feedback_ratio=0.25)
+    by_losses, _ = distance_by(feedback_weight=0.0)
+    by_feedback = by_ratio - by_losses
+    assert float(by_feedback.norm() / by_losses.norm()) == pytest.approx(0.25)
+    by_weight, _ = distance_by(feedback_weight=report.feedback_weight)
+    torch.testing.assert_close(by_ratio, by_weight)
 
 
 def test_without_feedback_there_is_no_size_of_it() -> None:
-    found, report = distance(mode="none", feedback_ratio=0.25)
-    torch.testing.assert_close(found, distance(mode="none")[0])
+    by_ratio, report = distance(mode="none", feedback_ratio=0.25)
+    by_default, _ = distance(mode="none")
+    torch.testing.assert_close(by_ratio, by_default)
     assert not {"feedback_weight", "feedback_ratio"} & set(report.scalars)
 
 
@@ -406,9 +422,10 @@ def test_a_state_dict_is_a_snapshot(inner: str) -> None:
     optimizer = OPTIMISERS[inner].build(case.student)
     trainer = trainer_for(case, metapl.feedback.Reinforce(baseline=0.9), inner_optimizer=optimizer)
     trainer.step(**case.data())
-    best, runs = trainer.state_dict(), []
+    state = trainer.state_dict()
+    runs = []
     for _ in range(2):
-        trainer.load_state_dict(best)
+        trainer.load_state_dict(state)
         torch.manual_seed(0)
         for _ in range(3):
             trainer.step(**case.data())
@@ -432,9 +449,9 @@ def test_what_a_first_evaluation_makes_is_trained_with_afterwards() -> None:
     student = nn.Sequential(Caches(), nn.Linear(5, 3))
     trainer = metapl.BilevelTrainer(nn.Linear(5, 3), student, "forward")
     trainer.predict(torch.randn(4, 5))
-    before = student[1].weight.detach().clone()
+    weight_before = student[1].weight.detach().clone()
     trainer.step((torch.randn(4, 5), torch.arange(4) % 3), torch.randn(6, 5))
-    assert not torch.equal(student[1].weight, before)
+    assert not torch.equal(student[1].weight, weight_before)
 
 
 def in_threads(*runs: Callable[[], Any]) -> None:
@@ -455,18 +472,18 @@ def in_threads(*runs: Callable[[], Any]) -> None:
 
 
 def test_two_threads_take_turns() -> None:
-    """Two trainers as well.
+    """Two trainers do as well.
 
     Dropout masks are replayed by generators that the whole process shares.
     """
     under_way: list[int] = []
 
     class Watching(metapl.PseudoLabels):
-        def signal(self, *given: Any, **options: Any) -> metapl.Signal:
+        def signal(self, *args: Any, **options: Any) -> metapl.Signal:
             assert under_way == []
             under_way.append(threading.get_ident())
             time.sleep(0.002)
-            return super().signal(*given, **options)
+            return super().signal(*args, **options)
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
             assert under_way == [threading.get_ident()]
@@ -536,10 +553,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_what_changes_between_steps_is_seen(change: str, mode: Any) -> None:
     """The next step is that of a trainer which has been built after the change."""
     torch.manual_seed(0)
-    teacher, student = (
-        nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3))
-        for _ in range(2)
-    )
+    teacher = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3))
+    student = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3))
     groups = [
         {"params": [*student[0].parameters()], "lr": 0.1},
         {"params": [*student[3].parameters()], "lr": 0.3},
@@ -554,18 +569,14 @@ def test_what_changes_between_steps_is_seen(change: str, mode: Any) -> None:
         trainer.step(labeled, torch.randn(6, 4))
     CHANGES[change](trainer)
     teacher, student, inner, outer = copy.deepcopy((teacher, student, inner, outer))
-    again = metapl.BilevelTrainer(
+    new_trainer = metapl.BilevelTrainer(
         teacher, student, mode, inner_optimizer=inner, outer_optimizer=outer, verify=False
     )
-    found = []
-    for one in (trainer, again):
+
+    def tensors_after_step(stepping: metapl.BilevelTrainer) -> list[Tensor]:
         torch.manual_seed(1)
-        report = one.step(labeled, torch.randn(6, 4))
-        found.append(
-            [
-                report.feedback,
-                *one.student.state_dict().values(),
-                *one.teacher.state_dict().values(),
-            ]
-        )
-    assert all(map(torch.equal, *found))
+        report = stepping.step(labeled, torch.randn(6, 4))
+        weights_of_teacher = stepping.teacher.state_dict().values()  # type: ignore[union-attr]
+        return [report.feedback, *stepping.student.state_dict().values(), *weights_of_teacher]
+
+    assert same(tensors_after_step(trainer), tensors_after_step(new_trainer))

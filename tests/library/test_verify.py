@@ -1,6 +1,6 @@
 """Verification: what it says of students, problems and planted faults, mode by mode.
 
-Beside that is when a trainer asks it.
+Other tests hold when a trainer verifies.
 """
 
 from __future__ import annotations
@@ -53,17 +53,16 @@ def check_of(
 ) -> GradientCheck:
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
-    sgd = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9)
-    x = [torch.randn(8, 4) for _ in range(steps)]
-    given: dict[str, Any] = {
+    batches = [torch.randn(8, 4) for _ in range(steps)]
+    defaults: dict[str, Any] = {
         "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
-        "inner_optimizer": sgd,
+        "unlabeled": batches[0] if steps == 1 else Lookahead(batches),
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9),
     }
-    given |= {"unlabeled": x[0] if steps == 1 else Lookahead(x), "mode": mode, **options}
-    problem = given.get("problem")
+    problem = options.get("problem")
     if isinstance(problem, Problem):
         vars(problem)["teacher"] = teacher
-    return metapl.check_gradient(given.pop("teacher", teacher), student, **given)
+    return metapl.check_gradient(teacher, student, mode=mode, **{**defaults, **options})
 
 
 def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
@@ -104,44 +103,53 @@ def by_the_pure_step(
 
     The teacher's gradient is that of its step.
     """
-    options["inner_optimizer"], outer = (
-        options["inner_optimizer"].optimizer,
-        torch.optim.SGD(teacher.parameters(), 1.0),
-    )
-    options |= {
-        "outer_optimizer": outer,
-        "teacher_losses": (),
-        "lookahead": len(unlabeled),
-        "verify": False,
-    }
-    weight = 1e-4  # for a clip_norm, which is for both networks, and here for the student's alone
+    # The rate of 1 makes the step the gradient. A clip_norm is for both networks, and is meant here
+    # for the student's alone: so small a weight keeps the teacher's gradient within it.
+    weight = 1e-4
+    inner_optimizer = options.pop("inner_optimizer").optimizer
+    is_lookahead = len(unlabeled) > 1
     try:
-        step, state = metapl.BilevelTrainer(
-            teacher, student, feedback_weight=weight, **options
-        ).functional()
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            inner_optimizer=inner_optimizer,
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), 1.0),
+            teacher_losses=(),
+            feedback_weight=weight,
+            lookahead=len(unlabeled),
+            verify=False,
+            **options,
+        )
+        step, state = trainer.functional()
         with torch.no_grad():
-            moved, report = step(
-                state, labeled, unlabeled[0] if len(unlabeled) == 1 else tuple(unlabeled)
-            )
-    except (RuntimeError, AttributeError) as error:  # functional_call gives a module plain tensors
+            inner = tuple(unlabeled) if is_lookahead else unlabeled[0]
+            next_state, report = step(state, labeled, inner)
+    except (RuntimeError, AttributeError) as error:
+        # functional_call gives a module plain tensors, which some modules cannot take.
         raise MetaplError("no function") from error
     assert report.flag < 0.1
     h = tuple(report.feedback) if isinstance(report.feedback, list) else (report.feedback,)
-    grads = {n: (p - moved.teacher.params[n]) / weight for n, p in state.teacher.params.items()}
+    grads = {}
+    for name, p in state.teacher.params.items():
+        grads[name] = (p - next_state.teacher.params[name]) / weight
     return SimpleNamespace(feedback=h, grads=grads, direct={}, outer_loss=report.outer_loss)
 
 
 def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
-    """Return each kind in every column.
+    """Return the rows of each kind: its name, and the letters that are expected by column.
 
-    By default in the first column of each of its letters, of both roads.
+    A long row has every column. The other has the first column of each letter, and the pure road
+    where its letter differs from the eager one's.
     """
     rows = []
     for kind, (letters, *_) in kinds.items():
         expected = dict(zip(COLUMNS, letters.replace(" ", ""), strict=True))
-        first = {letter: column for column, letter in reversed(expected.items())}
-        few = {column: letter for column, letter in expected.items() if column in first.values()}
-        few |= {"pure": expected["pure"]} if expected["pure"] != expected["graph"] else {}
+        first_columns: dict[str, str] = {}
+        for column, letter in expected.items():
+            first_columns.setdefault(letter, column)
+        few = {column: expected[column] for column in COLUMNS if column in first_columns.values()}
+        if expected["pure"] != expected["graph"]:
+            few["pure"] = expected["pure"]
         if kind not in long:
             rows.append(pytest.param(kind, few, id=kind))
         rows.append(
@@ -150,22 +158,27 @@ def rows_of(kinds: dict[str, tuple[Any, ...]], long: set[str]) -> list[Any]:
     return rows
 
 
-def statuses(
-    expected: dict[str, str], student: Callable[[], nn.Module], patch: Any, **options: Any
+def assert_statuses(
+    expected: dict[str, str],
+    build_student: Callable[[], nn.Module],
+    patch: pytest.MonkeyPatch,
+    **options: Any,
 ) -> None:
     """Compare the statuses in these columns."""
-    found = {}
+    letters = {name: letter for letter, name in LETTERS.items()}
+    statuses = {}
     for column in expected:
         mode, steps = COLUMNS[column]
         if column.startswith("pure"):
             verify_by(patch, by_the_pure_step)
         torch.manual_seed(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the old norms are deprecated
-            made = student()
-        status = checked(made, mode, steps, **options)
-        found[column] = next((letter for letter, name in LETTERS.items() if name == status), status)
-    assert found == expected
+            # The old norms are deprecated.
+            warnings.simplefilter("ignore")
+            student = build_student()
+        status = checked(student, mode, steps, **options)
+        statuses[column] = letters.get(status, status)
+    assert statuses == expected
 
 
 LONG = {
@@ -174,26 +187,25 @@ LONG = {
     "a detached average",
     "an average in a buffer",
     "a codebook",
-}
-LONG |= {
     "a binary layer",
     "a doubled backward",
     "the old weight norm",
     "an average of earlier passes",
-}
-LONG |= {
     "masks in a checkpoint",
     "a reentrant checkpoint of a function",
     "an embedding within max_norm",
+    "numpy's random numbers",
+    "weights written by numpy",
+    "clamped weights",
+    "float32 alone",
 }
-LONG |= {"numpy's random numbers", "weights written by numpy", "clamped weights", "float32 alone"}
 
 
 @pytest.mark.parametrize(("kind", "expected"), rows_of(KINDS, LONG))
 def test_kinds_of_students(
     kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    statuses(expected, lambda: Own(*KINDS[kind][1:]), monkeypatch)
+    assert_statuses(expected, lambda: Own(*KINDS[kind][1:]), monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "expected"), rows_of(PROBLEMS, set()))
@@ -201,7 +213,8 @@ def test_kinds_of_problems(
     kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, change, options = PROBLEMS[kind]
-    statuses(expected, lambda: Own(plain), monkeypatch, problem=Problem(**change), **options)
+    problem = Problem(**change)
+    assert_statuses(expected, lambda: Own(plain), monkeypatch, problem=problem, **options)
 
 
 def gru(student: Any, x: Tensor) -> Tensor:
@@ -253,44 +266,57 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
     "a zero in a relu": lambda: model(nn.Linear(4, 6), Own(lambda s, x: (0 * x).relu() + x)),
 }
 MODES = [mode for mode in metapl.MODES if mode not in ("implicit", "none")]
-EACH = [*MODES, Forward(by="tangent")]
+MODES_AND_TANGENT = [*MODES, Forward(by="tangent")]
 
 
-@pytest.mark.parametrize(
-    ("student", "modes"),
-    [pytest.param(name, EACH[i % len(EACH) :][:1], id=name) for i, name in enumerate(CLEAN)]
-    + [
-        pytest.param(name, EACH, id=f"{name}, every mode", marks=pytest.mark.long) for name in CLEAN
-    ],
-)
+def clean_rows() -> list[Any]:
+    """Return a row of each clean student in one mode, in turn, and a long one in all modes."""
+    rows = []
+    for number, name in enumerate(CLEAN):
+        mode = MODES_AND_TANGENT[number % len(MODES_AND_TANGENT)]
+        rows.append(pytest.param(name, [mode], id=name))
+    for name in CLEAN:
+        marks = pytest.mark.long
+        rows.append(pytest.param(name, MODES_AND_TANGENT, id=f"{name}, every mode", marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize(("student", "modes"), clean_rows())
 def test_clean_students_are_right_in_every_mode(student: str, modes: list[Any]) -> None:
     for mode in modes:
         torch.manual_seed(0)
-        found = check_of(CLEAN[student](), mode)
-        assert (mode, found.status) == (mode, "right"), str(found)
+        gradient_check = check_of(CLEAN[student](), mode)
+        assert (mode, gradient_check.status) == (mode, "right"), str(gradient_check)
 
 
 @pytest.mark.parametrize(
     "optimizer",
     [
         torch.optim.Adam,
-        *(
-            pytest.param(one, marks=pytest.mark.long)
-            for one in (torch.optim.AdamW, torch.optim.SGD)
-        ),
+        pytest.param(torch.optim.AdamW, marks=pytest.mark.long),
+        pytest.param(torch.optim.SGD, marks=pytest.mark.long),
     ],
 )
 def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
     torch.manual_seed(0)
-    networks = [model(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 6), nn.ReLU()) for _ in range(2)]
-    for p in networks[0].parameters():
-        nn.init.zeros_(p) if p.ndim == 1 else None
-    x = torch.randn(16, 4) * (torch.arange(16) % 2)[:, None]  # half of the inputs are blank
-    given = {"labeled": (torch.randn(16, 4), torch.arange(16) % C), "unlabeled": x}
+    teacher = model(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 6), nn.ReLU())
+    student = model(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 6), nn.ReLU())
+    for p in teacher.parameters():
+        if p.ndim == 1:
+            nn.init.zeros_(p)
+    # Half of the inputs are blank, so that there the units stand at zero.
+    x = torch.randn(16, 4) * (torch.arange(16) % 2)[:, None]
+    labeled = (torch.randn(16, 4), torch.arange(16) % C)
     for mode in MODES:
-        inner = optimizer(networks[1].parameters(), lr=1e-3)
-        found = metapl.check_gradient(*networks, **given, mode=mode, inner_optimizer=inner)
-        assert (mode, found.status) == (mode, "right"), str(found)
+        gradient_check = metapl.check_gradient(
+            teacher,
+            student,
+            labeled=labeled,
+            unlabeled=x,
+            mode=mode,
+            inner_optimizer=optimizer(student.parameters(), lr=1e-3),
+        )
+        assert (mode, gradient_check.status) == (mode, "right"), str(gradient_check)
 
 
 @pytest.mark.parametrize(
@@ -306,46 +332,63 @@ def test_implicit_beside_double_backward(
     assert checked(Own(plain), mode, problem=problem) == "refused"
 
 
-def result(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+Fault = Callable[..., Any]
+"""A call of a real gradient function with its networks and options, in which something is wrong."""
+
+
+def with_result(change: Callable[[Tensor], Tensor]) -> Fault:
     """Return a call in which the mode's h is changed, and so the teacher's gradient."""
 
-    def call(real: Any, *networks: Any, **given: Any) -> Any:
-        found = real(*networks, **given)
-        h = tuple(map(change, found.feedback))
-        grads = {n: change(g) for n, g in found.grads.items()}
-        return replace(found, feedback=h, grads=grads)
+    def call(real: Any, *networks: Any, **options: Any) -> Any:
+        gradient = real(*networks, **options)
+        h = tuple(map(change, gradient.feedback))
+        grads = {name: change(g) for name, g in gradient.grads.items()}
+        return replace(gradient, feedback=h, grads=grads)
 
     return call
 
 
-def given(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
+def with_options(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Fault:
     """Return a call in which what the mode computes from is changed, beside the real step."""
     return lambda real, *networks, **options: real(*networks, **(options | change(options)))
 
 
-def views(change: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
-    return given(
-        lambda options: {"unlabeled": Lookahead([change(*views) for views in options["unlabeled"]])}
-    )
+def with_views(change: Callable[[Tensor, Tensor], Any]) -> Fault:
+    def changed(options: dict[str, Any]) -> dict[str, Any]:
+        batches = [change(weak, strong) for weak, strong in options["unlabeled"]]
+        return {"unlabeled": Lookahead(batches)}
+
+    return with_options(changed)
 
 
-def other_option(name: str, value: Any) -> Callable[..., Any]:
+def with_setting(name: str, value: Any) -> Fault:
     def change(options: dict[str, Any]) -> dict[str, Any]:
         options["inner_optimizer"].optimizer.param_groups[0][name] = value
         return {}
 
-    return given(change)
+    return with_options(change)
 
 
-def state_forgotten(options: dict[str, Any]) -> dict[str, Any]:
+def clear_state(options: dict[str, Any]) -> dict[str, Any]:
     options["inner_optimizer"].optimizer.state.clear()
     return {}
 
 
-def first_lost(real: Any, *networks: Any, **options: Any) -> Any:
-    found = real(*networks, **options)
-    first = next(iter(found.grads))
-    return replace(found, grads=found.grads | {first: torch.zeros_like(found.grads[first])})
+def without_last_row(options: dict[str, Any]) -> dict[str, Any]:
+    x, y = options["labeled"]
+    return {"labeled": (x[:-1], y[:-1])}
+
+
+def with_rolled_labels(options: dict[str, Any]) -> dict[str, Any]:
+    x, y = options["labeled"]
+    return {"labeled": (x, y.roll(1))}
+
+
+def without_first_gradient(real: Any, *networks: Any, **options: Any) -> Any:
+    gradient = real(*networks, **options)
+    name = next(iter(gradient.grads))
+    zeros = torch.zeros_like(gradient.grads[name])
+    return replace(gradient, grads=gradient.grads | {name: zeros})
 
 
 def in_eval(real: Any, teacher: Any, student: Any, **options: Any) -> Any:
@@ -357,33 +400,33 @@ def other_masks(real: Any, *networks: Any, **options: Any) -> Any:
     return real(*networks, **options)
 
 
-FAULTS: dict[str, Callable[..., Any]] = {
-    "none": given(lambda o: {}),
-    "none, with a clip": given(lambda o: {}),
-    "the sign": result(torch.neg),
-    "a mean for a sum": result(lambda t: t / 8),
-    "a hundredth": result(lambda t: 1.01 * t),
-    "5e-5": result(lambda t: (1 + 5e-5) * t),
-    "an offset": result(lambda t: t + 1e-3 * t.abs().max()),
-    "float16": result(lambda t: (16384 * t).half().to(t) / 16384),
-    "a parameter lost": first_lost,
-    "another rate": other_option("lr", 0.101),
-    "no momentum": other_option("momentum", 0.0),
-    "another momentum": other_option("momentum", 0.9001),
-    "no decay": other_option("weight_decay", 0.0),
-    "no nesterov": other_option("nesterov", value=False),
-    "a velocity forgotten": given(state_forgotten),
-    "ascent": other_option("maximize", value=True),
-    "no clip": given(lambda o: {"clip_norm": None}),
-    "another clip": given(lambda o: {"clip_norm": 0.0501}),
-    "labels of the other view": views(lambda weak, strong: (strong, weak)),
-    "the weak view learned": views(lambda weak, strong: (weak, weak)),
-    "other labels": given(lambda o: {"labeled": (o["labeled"][0], o["labeled"][1].roll(1))}),
-    "a row of the outer batch lost": given(
-        lambda o: {"labeled": tuple(t[:-1] for t in o["labeled"])}
+FAULTS: dict[str, Fault] = {
+    "none": with_options(lambda o: {}),
+    "none, with a clip": with_options(lambda o: {}),
+    "the sign": with_result(torch.neg),
+    "a mean for a sum": with_result(lambda t: t / 8),
+    "a hundredth": with_result(lambda t: 1.01 * t),
+    "5e-5": with_result(lambda t: (1 + 5e-5) * t),
+    "an offset": with_result(lambda t: t + 1e-3 * t.abs().max()),
+    "float16": with_result(lambda t: (16384 * t).half().to(t) / 16384),
+    "a parameter lost": without_first_gradient,
+    "another rate": with_setting("lr", 0.101),
+    "no momentum": with_setting("momentum", 0.0),
+    "another momentum": with_setting("momentum", 0.9001),
+    "no decay": with_setting("weight_decay", 0.0),
+    "no nesterov": with_setting("nesterov", value=False),
+    "a velocity forgotten": with_options(clear_state),
+    "ascent": with_setting("maximize", value=True),
+    "no clip": with_options(lambda o: {"clip_norm": None}),
+    "another clip": with_options(lambda o: {"clip_norm": 0.0501}),
+    "labels of the other view": with_views(lambda weak, strong: (strong, weak)),
+    "the weak view learned": with_views(lambda weak, strong: (weak, weak)),
+    "other labels": with_options(with_rolled_labels),
+    "a row of the outer batch lost": with_options(without_last_row),
+    "a temperature": with_options(lambda o: {"problem": replace(o["problem"], temperature=1.001)}),
+    "smoothing forgotten": with_options(
+        lambda o: {"problem": replace(o["problem"], label_smoothing=0.0)}
     ),
-    "a temperature": given(lambda o: {"problem": replace(o["problem"], temperature=1.001)}),
-    "smoothing forgotten": given(lambda o: {"problem": replace(o["problem"], label_smoothing=0.0)}),
     "other masks": other_masks,
     "eval": in_eval,
 }
@@ -403,28 +446,28 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
 )
 def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = toy("dropout", views=True, rows=6)
-    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}
-    sgd = torch.optim.SGD(case.student.parameters(), **options)
+    sgd = torch.optim.SGD(
+        case.student.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05
+    )
     for p in case.student.parameters():
         p.grad = torch.ones_like(p)
     sgd.step()
-    given = {
-        **case.data(),
-        "inner_optimizer": sgd,
-        "problem": PseudoLabels(label_smoothing=0.1),
-        "clip_norm": 0.05,
-    }
-    given |= {"mode": mode} | ({} if "clip" in fault else {"clip_norm": None})
     plant(monkeypatch, fault)
-    assert metapl.check_gradient(case.teacher, case.student, **given).passed is fault.startswith(
-        "none"
+    gradient_check = metapl.check_gradient(
+        **case.networks(),
+        **case.data(),
+        mode=mode,
+        inner_optimizer=sgd,
+        problem=PseudoLabels(label_smoothing=0.1),
+        clip_norm=0.05 if "clip" in fault else None,
     )
+    assert gradient_check.passed is fault.startswith("none")
 
 
 def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a small rate.
+    """A small rate moves what a short type rounds away.
 
-    And of sampled labels too, whose drowned numbers count as zero in float64.
+    So it is with sampled labels too, whose drowned numbers count as zero in float64.
     """
     plant(monkeypatch, "the sign")
     for dtype, lr in ((torch.bfloat16, 0.3), (torch.float32, 1e-4)):
@@ -437,23 +480,27 @@ def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "reinforce_per_example"])
 def test_a_way_past_the_signal_is_seen_where_the_loss_hardly_moves(mode: str) -> None:
-    """Under a fresh AdamW, whose step is a sign."""
+    """It hardly moves under a fresh AdamW, whose step is a sign."""
     torch.manual_seed(0)
-    inner = {
-        "inner": lambda self, losses, z, x, params: losses * (1 + self.teacher(x).softmax(1)[:, 0])
-    }
+
+    def weighted_by_teacher(problem: Any, losses: Tensor, z: Any, x: Any, params: Any) -> Tensor:
+        return losses * (1 + problem.teacher(x).softmax(1)[:, 0])
+
     student = Own(plain)
     adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    found = check_of(student, mode, problem=Problem(**inner), inner_optimizer=adam)
-    assert found.status == "refused", str(found)
-    assert "past the signal" in found.verdict
+    problem = Problem(inner=weighted_by_teacher)
+    gradient_check = check_of(student, mode, problem=problem, inner_optimizer=adam)
+    assert gradient_check.status == "refused", str(gradient_check)
+    assert "past the signal" in gradient_check.verdict
 
 
-def trainer(
+def build(
     student: nn.Module | None = None, mode: Any = "forward", **options: Any
 ) -> tuple[Any, dict[str, Any]]:
+    """Return a trainer, and the batches of its steps."""
     torch.manual_seed(0)
-    student = Own(plain) if student is None else student
+    if student is None:
+        student = Own(plain)
     batches = {
         "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
         "unlabeled": torch.randn(8, 4),
@@ -464,30 +511,32 @@ def trainer(
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the modes that have been verified."""
-    seen, real = list[str](), check.verify_step
-    monkeypatch.setattr(
-        check,
-        "verify_step",
-        lambda step, mode, *parts: seen.append(mode.name) or real(step, mode, *parts),
-    )
-    return seen
+    modes: list[str] = []
+    verify_step = check.verify_step
+
+    def noting(step: Any, mode: Any, *parts: Any) -> Any:
+        modes.append(mode.name)
+        return verify_step(step, mode, *parts)
+
+    monkeypatch.setattr(check, "verify_step", noting)
+    return modes
 
 
 def test_the_first_step_and_each_new_fingerprint(verified: list[str]) -> None:
-    made, batches = trainer()
-    for act in (
-        made.student.train,
-        made.student.eval,
-        made.student.train,
-        lambda: made.student.a.requires_grad_(requires_grad=False),
-    ):
+    trainer, batches = build()
+
+    def freeze_first_layer() -> None:
+        trainer.student.a.requires_grad_(requires_grad=False)
+
+    student = trainer.student
+    for act in (student.train, student.eval, student.train, freeze_first_layer):
         act()
-        made.step(**batches)
-        made.step(**batches)
+        trainer.step(**batches)
+        trainer.step(**batches)
     assert len(verified) == 3
-    resumed, _ = trainer()
-    made.student.a.requires_grad_(requires_grad=True)
-    resumed.load_state_dict(made.state_dict())
+    resumed, _ = build()
+    trainer.student.a.requires_grad_(requires_grad=True)
+    resumed.load_state_dict(trainer.state_dict())
     resumed.step(**batches)
     assert len(verified) == 3
     assert resumed.state_dict()["verification"]["verdict"].startswith("right")
@@ -495,9 +544,9 @@ def test_the_first_step_and_each_new_fingerprint(verified: list[str]) -> None:
 
 @pytest.mark.parametrize(("setting", "times"), [(True, 1), ("warn", 1), (False, 0), (0, 0), (2, 2)])
 def test_settings(setting: Any, times: int, verified: list[str]) -> None:
-    made, batches = trainer(verify=setting)
+    trainer, batches = build(verify=setting)
     for _ in range(4):
-        made.step(**batches)
+        trainer.step(**batches)
     assert len(verified) == times
 
 
@@ -525,22 +574,25 @@ LATE: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
 @pytest.mark.parametrize("kind", LATE)
 def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None:
     expected, forward = LATE[kind]
-    random.seed(0)  # two draws of it may be alike
-    found = ""
+    # Two draws of Python's generator may be alike.
+    random.seed(0)
+
+    def plain_at_first(student: Any, x: Tensor) -> Tensor:
+        return forward(student, x) if student.is_late else student.plain(x)
+
+    letters = ""
     for mode, steps in ((Forward(by="tangent"), 1), (Forward(by="graph"), 1), ("difference", 10)):
-        student = Own(
-            lambda s, x: forward(s, x) if s.late else s.plain(x), put("late", lambda s: False)
-        )
-        made, batches = trainer(student, mode)
-        made.step(**batches)
-        student.late = True
+        student = Own(plain_at_first, put("is_late", lambda s: False))
+        trainer, batches = build(student, mode)
+        trainer.step(**batches)
+        student.is_late = True
         try:
             for _ in range(steps):
-                made.step(**batches)
-            found += "-"
+                trainer.step(**batches)
+            letters += "-"
         except MetaplError:
-            found += "X"
-    assert re.fullmatch(expected, found), found
+            letters += "X"
+    assert re.fullmatch(expected, letters), letters
 
 
 @pytest.mark.parametrize(
@@ -556,53 +608,60 @@ def test_a_refusal_moves_nothing_and_comes_again(
     case = toy("dropout")
     plant(monkeypatch, "the sign")
     inner = torch.optim.SGD(case.student.parameters(), lr=rate)
-    made = metapl.BilevelTrainer(case.teacher, case.student, mode, inner_optimizer=inner)
-    python = random.getstate()
-    with unmoved(case, made.inner_optimizer, made.outer_optimizer):
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, mode, inner_optimizer=inner)
+    random_state = random.getstate()
+    with unmoved(case, trainer.inner_optimizer, trainer.outer_optimizer):
         for _ in range(2):
             with pytest.raises(MetaplError, match="mode"):
-                made.step(**case.data())
-    assert random.getstate() == python
+                trainer.step(**case.data())
+    assert random.getstate() == random_state
 
 
 def test_a_warning_names_the_reason() -> None:
-    made, batches = trainer(Own(lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))))
+    trainer, batches = build(Own(lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))))
     with pytest.warns(VerificationWarning, match="straight-through"):
-        made.step(**batches)
-    made.step(**batches)
+        trainer.step(**batches)
+    trainer.step(**batches)
 
 
 def test_large_networks_are_told_of_in_one_line(
     verified: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(check, "MOST_WEIGHTS", 10)
-    made, batches = trainer()
+    trainer, batches = build()
     for _ in range(2):
-        made.step(**batches)
+        trainer.step(**batches)
     assert (verified, len(caplog.records)) == ([], 1)
+    assert trainer.verification.verdict.startswith("not verified: networks of ")
 
 
 def test_a_hypergradient_verifies_where_it_is_asked(
     monkeypatch: pytest.MonkeyPatch, verified: list[str]
 ) -> None:
     case = toy()
-    given = {**case.data(), "inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.1)}
-    metapl.hypergradient(case.teacher, case.student, **given)
-    metapl.hypergradient(case.teacher, case.student, **given, verify=True)
+    inputs: dict[str, Any] = {
+        **case.networks(),
+        **case.data(),
+        "inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.1),
+    }
+    metapl.hypergradient(**inputs)
+    metapl.hypergradient(**inputs, verify=True)
     assert verified == ["forward"]
     plant(monkeypatch, "the sign")
     with pytest.raises(MetaplError, match="mode"):
-        metapl.hypergradient(case.teacher, case.student, **given, verify=True)
+        metapl.hypergradient(**inputs, verify=True)
+
+
+def double_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    torch._foreach_mul_([p.data for p in optimizer.param_groups[0]["params"]], 2)
 
 
 def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
-    """Which is on no other optimizer: the mode knows the rule alone."""
+    """No other optimizer has the hook: the mode knows the rule alone."""
     student = Own(plain)
     sgd = torch.optim.SGD(student.parameters(), lr=0.3)
     assert check_of(student, inner_optimizer=sgd).status == "right"
-    sgd.register_step_post_hook(
-        lambda one, *_: torch._foreach_mul_([p.data for p in one.param_groups[0]["params"]], 2)
-    )
+    sgd.register_step_post_hook(double_weights)
     assert check_of(student, inner_optimizer=sgd).status == "refused"
 
 

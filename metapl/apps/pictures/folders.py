@@ -359,7 +359,8 @@ def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
     for index, path in enumerate(files.paths()):
         try:
             if decode:
-                read_image(path, size=(1, 1))  # of a size, JPEGs are decoded several times as fast
+                # With a size, JPEGs are decoded several times as fast.
+                read_image(path, size=(1, 1))
             elif not size_of(path):
                 raise UnreadableImage(path, "the file is empty")
             sound.append(index)

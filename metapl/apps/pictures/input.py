@@ -131,20 +131,28 @@ class NetworkCard:
 class Inputs:
     """Pictures in files and in folders, without those that cannot be read.
 
-    ``skipped`` is the number of these in the last pass.
+    Args:
+        network_input: how a network reads a picture.
+        paths: of files and folders.
+
+    Attributes:
+        files: the paths of all pictures.
+        skipped: how many of these could not be read in the last pass.
     """
 
-    def __init__(self, given: Input, paths: Sequence[Path]) -> None:
-        self.input, self.skipped = given, 0
+    def __init__(self, network_input: Input, paths: Sequence[Path]) -> None:
+        self.input = network_input
+        self.skipped = 0
         self.files: list[str] = []
         for path in paths:
             self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
 
     def batches(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Where each picture stands, and the network's input (B, C, H, W)."""
+        """Yield where each picture stands, and the network's input (B, C, H, W)."""
         self.skipped = 0
         for start in range(0, len(self.files), BATCH):
-            names, pictures = list[str](), list[Tensor]()
+            names: list[str] = []
+            pictures: list[Tensor] = []
             for file in self.files[start : start + BATCH]:
                 try:
                     pictures.append(self.input.read(Path(file)))

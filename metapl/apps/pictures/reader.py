@@ -168,7 +168,8 @@ LARGE = 2**24
 # Red, green and blue in brightness: ITU-R BT.601, as in Pillow.
 LUMA = (0.299, 0.587, 0.114)
 
-_ORIENTATION = 0x0112  # of EXIF
+# The number of the orientation in EXIF.
+_ORIENTATION = 0x0112
 
 Mode = Literal["RGB", "L"]
 
@@ -251,7 +252,8 @@ def read_crops(
             image.load()
         try:
             turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        except Exception:  # as in _turned
+        # A broken EXIF orientation does not lose the picture, as in _turned.
+        except Exception:
             turned = False
         width, height = image.size[::-1] if turned else image.size
         boxes = [crop(height, width) for crop in crops]
@@ -270,7 +272,8 @@ def read_crops(
         ):
             exif = image.getexif()
             image = image.reduce(math.floor(shrink))
-            image.getexif().update(exif)  # which side is up
+            # The reduced picture has lost which side is up.
+            image.getexif().update(exif)
         upright = _plain(_turned(image), mode)
         return [_resized(upright, size, box, (width, height)) for box in boxes]
 
@@ -317,7 +320,8 @@ def _opened(path: str | Path) -> Iterator[Image]:
     except UnidentifiedImageError:
         reason = "not a picture of a known format" if size_of(path) else "the file is empty"
         raise UnreadableImage(path, reason) from None
-    except Exception as error:  # each of Pillow's readers has exceptions of its own
+    # Each of Pillow's readers has exceptions of its own.
+    except Exception as error:
         reason = reason_of(error)
         if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR):
             reason = (
@@ -344,8 +348,10 @@ def _turned(image: Image) -> Image:
 
     image.load()
     try:
-        ImageOps.exif_transpose(image, in_place=True)  # no copy of a picture that is upright
-    except Exception:  # a broken EXIF orientation should not lose the picture
+        # In place, for it would else return a copy of a picture that is upright.
+        ImageOps.exif_transpose(image, in_place=True)
+    # A broken EXIF orientation does not lose the picture.
+    except Exception:
         return image
     return image
 

@@ -285,6 +285,7 @@ class Verification:
 
     def __init__(self, setting: Setting = True) -> None:
         self.setting = setting
+        # What came of the last time that it was due, in words; empty before the first step.
         self.verdict = ""
         self.every = 0 if isinstance(setting, bool | str) else setting
         self.verified_marks: set[int] = set()
@@ -307,6 +308,7 @@ class Verification:
         )
         if in_several_processes or (weights > MOST_WEIGHTS and not self.every):
             what = "several processes" if in_several_processes else f"{weights:,} weights"
+            self.verdict = f"not verified: networks of {what}"
             if trainer.ranks.first:
                 LOG.warning(
                     "Networks of %s are not verified: give metapl.check_gradient small ones of "

@@ -1,0 +1,130 @@
+"""What a run reached, in sentences: ``result.json`` in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from metapl.apps.run_folder import guessing
+from metapl.metrics import Evaluation, interval
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """Return what a run reached, in sentences.
+
+    Args:
+        content: what ``result.json`` holds.
+    """
+    words = content["networks"]
+    delivered = words[content["delivered"]]
+    tested = content.get("evaluation")
+    validation_accuracy = content.get("validation_accuracy")
+    lines: list[str] = []
+    if tested is not None:
+        chance = Evaluation(**tested).chance
+        accuracy = spoken(tested["accuracy"], tested["n"], chance)
+        lines.append(f"Test accuracy of the {delivered}: {accuracy}.")
+    if validation_accuracy is not None:
+        size = content["validation_size"]
+        accuracy = spoken(validation_accuracy, size, content["validation_chance"])
+        lines.append(f"Validation accuracy: {accuracy}.")
+    if not lines:
+        lines.append(
+            f"The {delivered} is delivered; without --test and --val nothing says how good it is."
+        )
+    part = "test" if tested is not None else "validation"
+    accuracies = []
+    for name, word in words.items():
+        value = content.get(f"{name}_{part}_accuracy")
+        if value is not None:
+            accuracies.append(f"{word} {100 * value:.1f} %")
+    if accuracies:
+        reason = reason_of_delivery(content)
+        listed = ", ".join(accuracies)
+        lines.append(f"On {part}: {listed}; delivered is the {delivered} ({reason}).")
+    guesses = guessing(content)
+    if guesses:
+        named = [f"the {words[name]} ({100 * value:.1f} %)" for name, value in guesses.items()]
+        lines.append(
+            f"Not shown to be better than guessing on {part}: {', '.join(named)}. It may need more "
+            "steps, or lower learning rates."
+        )
+    lines += linear_baseline(content)
+    lines += better_round(content)
+    return lines
+
+
+def reason_of_delivery(content: Mapping[str, Any]) -> str:
+    """Return why the network is delivered that is."""
+    is_validated = content["delivered_by"] == "validation"
+    if content.get("rounds") is None:
+        return "by validation" if is_validated else "the rule where validation cannot tell"
+    if content["delivered"] == "teacher":
+        return "by validation, for the last round ended far behind it"
+    if is_validated:
+        return "of the last round, at its best step by validation"
+    return "of the last round"
+
+
+def better_round(content: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on an earlier round that reached more on test than the last one."""
+    tested = content.get("evaluation")
+    rounds = content.get("rounds")
+    if tested is None or not rounds:
+        return []
+    earlier = [rounds[0]["teacher"], *rounds[:-1]]
+    accuracies = [record.get("test_accuracy") or 0.0 for record in earlier]
+    best = max(accuracies)
+    if best <= tested["accuracy"]:
+        return []
+    return [
+        f"Round {accuracies.index(best)} reached {100 * best:.1f} % on test, more than the last, "
+        "which is delivered by rule: the test set chooses nothing."
+    ]
+
+
+def linear_baseline(content: Mapping[str, Any]) -> list[str]:
+    """Return what the linear baseline reached, and what to do where the run is behind it."""
+    if "control_accuracy" not in content:
+        return []
+    part = "test" if "test_accuracy" in content else "validation"
+    examples = content.get("control_on", "labeled pictures")
+    accuracy = f"{100 * content['control_accuracy']:.1f} %"
+    lines = [
+        f"The linear baseline, logistic regression on the {content['control_of']} of the "
+        f"{examples} alone: {accuracy} on {part}."
+    ]
+    if content[f"{part}_accuracy"] < content["control_accuracy"]:
+        lines.append(f"This run is behind its linear baseline. {next_try(content)}")
+    return lines
+
+
+def next_try(content: Mapping[str, Any]) -> str:
+    """Return what to do about a run that is behind its linear baseline."""
+    if content.get("recipe") == "digits":
+        return (
+            f"Try more steps (it took {content.get('steps', 0):,}: --steps), other learning rates "
+            "(--lr, --student-lr), or other methods beside it (--compare)."
+        )
+    # The baseline sees the features of a backbone, where there is one.
+    start = "training its head alone (--tuning head)"
+    if content["control_of"] == "pixels":
+        start = "a pretrained network (--backbone auto)"
+    if content.get("recipe") == "noisy":
+        return (
+            f"Try more time (--minutes), {start}, more clean pictures, or these alone (--method "
+            "clean)."
+        )
+    return f"Try more time (--minutes), {start}, or more labeled pictures."
+
+
+def spoken(accuracy: float, n: int, chance: float | None) -> str:
+    """Return an accuracy in words, with n, its 95 % interval, and what guessing reaches.
+
+    >>> spoken(131 / 150, 150, 0.1)
+    '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'
+    """
+    low, high = interval(round(accuracy * n), n)
+    ends = f"{100 * low:.1f}-{100 * high:.1f}"
+    guessed = "" if chance is None else f", chance {100 * chance:.1f} %"
+    return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {ends}{guessed})"

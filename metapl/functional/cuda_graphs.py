@@ -1,0 +1,393 @@
+"""A pure step as CUDA graphs, without a compiler.
+
+A CUDA graph is a list of kernels with the addresses that they read and write. It is recorded while
+the step runs once, and repeated by one call of the host. So no trace of the networks is needed, and
+recording takes about as long as three eager steps. In return everything is a constant of the graph
+that the host knew while it was recorded: shapes, numbers of Python, and addresses. What may vary
+between steps has one of three places here:
+
+- The tensors of networks and optimizers are read where they are. Where others take their place, the
+  step is recorded again.
+- Batches, noise, settings of optimizers, the state of the mode and the number of the step are
+  copied into memory of the graph before each replay.
+- All else that a step reads is compared with what it was: shapes and numbers of batches, numbers
+  and tensors in attributes of the networks and losses, and switches of PyTorch. Where something
+  differs, the step is recorded for that too.
+
+A value of a tensor that the host reads would be a constant in silence. So the second of the two
+steps before a recording runs in a mode of PyTorch in which this is an error. Numbers that a network
+or a loss reads from elsewhere, such as a global variable, are those of the recording.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.checks import described
+from metapl.execution.numerics import float32_products
+from metapl.execution.state import RandomState
+from metapl.functional.state import Report, State, with_fields
+from metapl.functional.step import Step
+
+Results = tuple[State, Report]
+
+# Recordings of one step that are kept. Each holds a state's worth of results.
+MOST_RECORDINGS = 8
+
+# The types of attributes and of parts of a batch that are constants of a graph.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class Recording(NamedTuple):
+    """What a function did, to be done again.
+
+    Attributes:
+        results: what the function returned. Only a replay fills these tensors with values.
+        replay: does again what the function did, with the same memory.
+    """
+
+    results: Results
+    replay: Callable[[], Any]
+
+
+def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: Any) -> Recording:
+    """Return a function's kernels as a CUDA graph.
+
+    The function runs three times: once in which libraries choose their kernels and take their
+    memory, once in which it may not read the value of a tensor, and once to be recorded.
+
+    Args:
+        pool: of memory for the graph's intermediate values. Graphs may share one if the results of
+            each are copied before the next of them is replayed.
+    """
+    with torch.cuda.device(device):
+        caller_stream = torch.cuda.current_stream()
+        # One stream for all three runs: autograd lets the gradient of a weight wait for the stream
+        # on which its node was made, which may be that of an earlier run, and a recording may wait
+        # for no other stream.
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(caller_stream)
+        with torch.cuda.stream(side_stream):
+            function()
+            with waiting_is_an_error():
+                function()
+        caller_stream.wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as one that pins batches, may do what a recording may not.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=side_stream, capture_error_mode="thread_local"
+            ):
+                results = function()
+        finally:
+            # Where a recording fails, torch leaves its own stream the current one.
+            torch.cuda.set_stream(caller_stream)
+    return Recording(results, graph.replay)
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raise an error in this block where the host would wait for the device."""
+    mode_before = torch.cuda.get_sync_debug_mode()
+    set_mode_of_waiting("error")
+    try:
+        yield
+    finally:
+        set_mode_of_waiting(mode_before)
+
+
+def set_mode_of_waiting(mode: int | str) -> None:
+    """Set what torch does where the host waits for the device."""
+    with warnings.catch_warnings():
+        # Torch warns that the mode is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+# What records a function, by the type of the device.
+RECORDERS: dict[str, Callable[[Callable[[], Results], torch.device, Any], Recording]] = {
+    "cuda": record_on_cuda
+}
+
+
+def refuse_device(device: torch.device) -> None:
+    """Refuse a device that has no graphs."""
+    if device.type not in RECORDERS:
+        raise MetaplError(
+            f'compile="cudagraphs" was given, and the networks are on {device}; expected networks '
+            "on a CUDA device, or compile=True."
+        )
+
+
+class Varying(NamedTuple):
+    """What is copied into the memory of a graph before each replay."""
+
+    inner_settings: Any
+    outer_settings: Any
+    mode: Any
+    step: Tensor
+    outer_batch: Any
+    inner_batch: Any
+    noise: Any
+
+
+@dataclass
+class RecordedStep:
+    """A step as a graph, and what it holds for.
+
+    Attributes:
+        state: the state whose tensors of networks and optimizers the graph reads.
+        kind: what else it was recorded for, see :meth:`StepByGraphs.kind_of`.
+        constants: the tensors whose addresses are in the kind, which are held here.
+        inputs: the memory of the tensors that vary.
+        recording: the graph.
+    """
+
+    state: State
+    kind: list[Any]
+    constants: list[Tensor]
+    inputs: list[Tensor]
+    recording: Recording
+
+
+class StepByGraphs:
+    """A pure step that is recorded when it is called, and repeated when it is called alike.
+
+    Args:
+        step: the pure step.
+        sources: objects whose attributes the step reads: modules, the problem, losses and the mode.
+    """
+
+    def __init__(self, step: Step, device: torch.device, sources: Sequence[Any]) -> None:
+        self.step = step
+        self.device = device
+        self.sources = [vars(source) for source in sources if hasattr(source, "__dict__")]
+        # The latest last.
+        self.recorded: list[RecordedStep] = []
+        self.recordings_made = 0
+        self._pool: Any = None
+
+    def __call__(self, state: State, outer: Any, inner: Any, noise: Any = None) -> Results:
+        """Return the state after a step, and its report.
+
+        The networks and optimizers of that state lie in memory that the next step writes to.
+
+        Raises: :class:`metapl.MetaplError` for a step that cannot be recorded.
+        """
+        varying = Varying(
+            inner_settings=state.inner.settings,
+            outer_settings=state.outer.settings,
+            mode=state.mode,
+            step=state.step,
+            outer_batch=outer,
+            inner_batch=inner,
+            noise=noise,
+        )
+        leaves, structure = pytree.tree_flatten(varying)
+        constants, attributes = attributes_of(self.sources)
+        kind = [structure, [kind_of(leaf) for leaf in leaves], attributes, switches(self.device)]
+        recorded = self._find(state, kind)
+        if recorded is None:
+            recorded = self._record(state, leaves, structure, kind=kind, constants=constants)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        torch._foreach_copy_(recorded.inputs, tensors)
+        recorded.recording.replay()
+        moved, report = recorded.recording.results
+        # These outlive the next step. The other tensors are copied into those of modules and
+        # optimizers before it.
+        mode, step, report = pytree.tree_map_only(
+            Tensor, torch.clone, (moved.mode, moved.step, report)
+        )
+        return with_fields(moved, mode=mode, step=step), report
+
+    def _find(self, state: State, kind: list[Any]) -> RecordedStep | None:
+        """Return the step that was recorded for this state and kind, or None."""
+        if self.recorded and not reads_the_same(self.recorded[-1].state, state):
+            # No later step has the tensors that these read.
+            self.recorded.clear()
+        for index, recorded in enumerate(self.recorded):
+            if recorded.kind == kind:
+                self.recorded.append(self.recorded.pop(index))
+                return recorded
+        return None
+
+    def _record(
+        self,
+        state: State,
+        leaves: Sequence[Any],
+        structure: Any,
+        *,
+        kind: list[Any],
+        constants: list[Tensor],
+    ) -> RecordedStep:
+        """Record the step for a state and a kind; no generator moves."""
+        self._warn_of_many()
+        refuse_other_devices(state, leaves, self.device)
+        static_leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def run() -> Results:
+            varying: Varying = pytree.tree_unflatten(static_leaves, structure)
+            graph_state = with_fields(
+                state,
+                inner=with_fields(state.inner, settings=varying.inner_settings),
+                outer=with_fields(state.outer, settings=varying.outer_settings),
+                mode=varying.mode,
+                step=varying.step,
+            )
+            with checks.no_values(), without_cache_of_casts():
+                return self.step(
+                    graph_state, varying.outer_batch, varying.inner_batch, varying.noise
+                )
+
+        if self._pool is None and self.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        start = RandomState.now(self.device, outside=True)
+        try:
+            recording = RECORDERS[self.device.type](run, self.device, self._pool)
+            refuse_draws_of_the_host(start, RandomState.now(self.device, outside=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = why_not_recorded(error)
+            if not reason:
+                raise
+            raise MetaplError(
+                f'compile="cudagraphs" cannot take this step: {reason}; leave compile out.'
+            ) from error
+        finally:
+            start.restore()
+        recorded = RecordedStep(
+            state=state,
+            kind=kind,
+            constants=constants,
+            inputs=[leaf for leaf in static_leaves if isinstance(leaf, Tensor)],
+            recording=recording,
+        )
+        self.recorded.append(recorded)
+        del self.recorded[:-MOST_RECORDINGS]
+        self.recordings_made += 1
+        return recorded
+
+    def _warn_of_many(self) -> None:
+        """Warn once of steps that are recorded again and again."""
+        if self.recordings_made == MOST_RECORDINGS:
+            warnings.warn(
+                f'compile="cudagraphs" records the step for the {MOST_RECORDINGS + 1}th time, and '
+                "each time takes as long as three eager steps; expected batches of few shapes, and "
+                "no number in a batch, or in an attribute of a network or loss, that changes often",
+                stacklevel=2,
+            )
+
+
+def reads_the_same(recorded: State, state: State) -> bool:
+    """Return whether two states have the same objects for networks and optimizers."""
+    return (
+        recorded.teacher is state.teacher
+        and recorded.student is state.student
+        and recorded.inner.state is state.inner.state
+        and recorded.outer.state is state.outer.state
+    )
+
+
+def kind_of(leaf: Any) -> Any:
+    """Return what of a part of a batch is a constant of a graph."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    if isinstance(leaf, PLAIN):
+        return type(leaf), leaf
+    raise MetaplError(
+        f'compile="cudagraphs" was given a batch with a part {described(leaf)}; expected tensors '
+        "and numbers in tuples, lists and dicts."
+    )
+
+
+def attributes_of(sources: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Any]]:
+    """Return the tensors in attributes of objects, and all that a graph has of their attributes.
+
+    That is the numbers and texts, and the addresses of the tensors.
+
+    Args:
+        sources: the ``__dict__`` of each object.
+    """
+    tensors: list[Tensor] = []
+    attributes: list[Any] = []
+    for source in sources:
+        for value in source.values():
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                attributes.append((id(value), value.data_ptr()))
+            elif isinstance(value, PLAIN):
+                attributes.append(value)
+    return tensors, attributes
+
+
+def switches(device: torch.device) -> list[Any]:
+    """Return the settings of PyTorch that a step depends on."""
+    return [
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        float32_products(device),
+    ]
+
+
+@contextmanager
+def without_cache_of_casts() -> Iterator[None]:
+    """Let a region of autocast, which may be the caller's, keep no casts of weights."""
+    keeps_casts = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps_casts)
+
+
+def refuse_other_devices(state: State, leaves: Sequence[Any], device: torch.device) -> None:
+    """Refuse tensors that a graph on the device does not read, or would read once."""
+    groups = {
+        "a batch": leaves,
+        "the teacher": pytree.tree_leaves(state.teacher),
+        "the student": pytree.tree_leaves(state.student),
+    }
+    for owner, values in groups.items():
+        for value in values:
+            if isinstance(value, Tensor) and value.device.type != device.type:
+                raise MetaplError(
+                    f'compile="cudagraphs" was given {described(value)} in {owner}; expected all '
+                    f"tensors on {device}."
+                )
+
+
+def refuse_draws_of_the_host(start: RandomState, end: RandomState) -> None:
+    """Refuse a step that draws on the host, whose draws would be the same in every replay."""
+    draws_on_host = start.device.type != "cpu" and not torch.equal(start.cpu, end.cpu)
+    if draws_on_host or end.has_drawn_outside(start):
+        raise MetaplError(
+            'compile="cudagraphs" cannot take this step: a network or a loss draws from a '
+            "generator of Python, NumPy or torch's CPU; expected draws on the device, or leave "
+            "compile out."
+        )
+
+
+def why_not_recorded(error: RuntimeError) -> str:
+    """Return what an error says of a step that cannot be recorded; "" for any other error."""
+    text = str(error).strip()
+    if "synchronizing CUDA operation" in text:
+        return (
+            "a network or a loss reads the value of a tensor (.item(), bool(), a mask as an "
+            "index), or makes a tensor of numbers in each pass"
+        )
+    if "captur" in text.lower():
+        return " ".join(text.splitlines()[0].split())
+    return ""
