@@ -16,6 +16,7 @@ from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 from metapl.training.verification import check_gradient
+from metapl.updates import scheduled_settings
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "metasmoothness",
     "models",
     "problems",
+    "scheduled_settings",
 ]
 
 # Modules, and the modules of functions, that are loaded when they are first used, so that

@@ -73,12 +73,12 @@ class Doubtful:
 
     Args:
         examples: batches of all of them, with their positions as labels.
-        given: their labels, int64 (n,).
+        given_labels: their labels, int64 (n,).
         names: what they are called, such as their files.
     """
 
     examples: Any
-    given: Tensor
+    given_labels: Tensor
     names: tuple[str, ...]
 
 

@@ -319,7 +319,7 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
 
 
 @cache
-def load_forward_mode() -> None:
+def load_dual_numbers() -> None:
     """Create the first dual number, for which PyTorch loads its rules.
 
     It warns of a deprecation then, which is silenced here.
@@ -330,9 +330,9 @@ def load_forward_mode() -> None:
 
 
 @contextmanager
-def forward_mode() -> Iterator[None]:
+def dual_numbers() -> Iterator[None]:
     """Run a pass in forward mode in this block, on kernels that have it."""
-    load_forward_mode()
+    load_dual_numbers()
     with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True):
         yield
 

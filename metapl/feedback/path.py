@@ -676,7 +676,7 @@ def take_steps(
         credits: what gets the feedback.
         truncate: how many of the last steps are differentiated; None: all.
         keep: chooses which steps keep their states; None: all do.
-        updates: U of each step, where they differ by a schedule, or have settings that are leaves.
+        updates: U of each step, where they differ by step, or have settings that are leaves.
         wrt: what the gradient is in besides the signals.
         step_losses: an outer loss for each step.
         replays: compares steps that are computed again with the first time.

@@ -144,7 +144,7 @@ def refuse_other_than_means(
     tolerance = TOLERANCES[coarsest_dtype([p.dtype for p in network.parameters()], device)]
     refusal = ""
     random = RandomState.now(device)
-    with torch.no_grad(), no_fast_path(), evaluation_mode(network):
+    with torch.no_grad(), no_fast_path(), evaluating(network):
         slots = Slots(network)
         for loss in compared:
             comparison = Comparison(
@@ -320,19 +320,19 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode in this block.
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation in this block.
 
-    Afterwards each of its modules is in the mode that it was in.
+    Afterwards each of its modules trains or evaluates as it did before.
     """
-    modes = [(module, module.training) for module in network.modules()]
+    training_flags = [(module, module.training) for module in network.modules()]
     try:
-        for module, _ in modes:
+        for module, _ in training_flags:
             module.training = False
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, training in training_flags:
+            module.training = training
 
 
 def joined_batches(parts: Sequence[Any]) -> Any:

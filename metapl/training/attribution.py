@@ -32,12 +32,12 @@ from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
+from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Schedule, Update, as_one_optimizer, options_by_step, update_of
+from metapl.updates import Settings, Update, as_one_optimizer, options_by_step, update_of
 from metapl.words import summary
 
 # The metasmoothness of the first steps below which scores were unreliable
@@ -164,14 +164,20 @@ class Attribution:
         return ranked[:count], ranked.flip(0)[:count]
 
     def save(self, file: str | Path) -> None:
-        """Write scores, order, outer loss and weights as a file for ``torch.load``.
+        """Write scores, order, outer loss and weights to a file, whole or not at all.
 
-        Its folder is made if need be.
+        The file is in the format of safetensors, so that ``safetensors.torch.load_file`` reads it:
+        "scores", "order", "outer_loss", and "student_params/0.weight" and so on. Its folder is made
+        if need be.
+
+        Args:
+            file: its path, which ends in ``.safetensors``.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and where it cannot be written.
         """
+        checkpoint.check_suffix(file)
         names = ("scores", "order", "outer_loss", "student_params")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(file)) as out:
-            torch.save(gathered({name: getattr(self, name) for name in names}), out)
+        checkpoint.save(file, gathered({name: getattr(self, name) for name in names}))
 
     def _removed(self, removed: Any) -> Tensor:
         """Return which scores of one outer loss are removed, as booleans of their shape."""
@@ -189,7 +195,7 @@ def attribute(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: Schedule | None = None,
+    settings: Settings | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
     each: bool = False,
@@ -230,7 +236,8 @@ def attribute(
             tuple of these; it stays as it is. Muon's products are taken in the type of the weights.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may
             hold the end of one pass and the beginning of the next.
-        schedule: of the learning rate, as for :class:`metapl.Lookahead`.
+        settings: of the optimizer in each step, as for :class:`metapl.Lookahead`; those of a
+            scheduler are ``metapl.scheduled_settings(scheduler, steps=K)``.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other
             losses. :class:`metapl.problems.NextToken` for sequences and for their tokens.
@@ -280,7 +287,7 @@ def attribute(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        schedule=schedule,
+        settings=settings,
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
@@ -303,7 +310,7 @@ def attribute(
     ahead = Lookahead(
         lambda number: training.batch(ranks.own_rows(training.order[number])),
         steps=steps,
-        schedule=schedule,
+        settings=settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
     judges: list[Problem] = [training.problem]
@@ -410,7 +417,7 @@ def metasmoothness(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: Schedule | None = None,
+    settings: Settings | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
     clip_norm: AboveZero | None = None,
@@ -432,7 +439,7 @@ def metasmoothness(
 
     Args:
         student, train, outer, optimizer, steps, batch_size: as for :func:`attribute`.
-        schedule, generator, problem, clip_norm, progress: as for :func:`attribute`.
+        settings, generator, problem, clip_norm, progress: as for :func:`attribute`.
         step: h.
         direction: v, as many numbers as there are training examples, (N,); default: standard normal
             ones, by ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the
@@ -460,7 +467,7 @@ def metasmoothness(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        schedule=schedule,
+        settings=settings,
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
@@ -499,7 +506,7 @@ class WeightedTraining:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         steps: int,
         batch_size: int,
-        schedule: Schedule | None,
+        settings: Settings | None,
         generator: torch.Generator | None,
         problem: Problem | None,
         clip_norm: float | None,
@@ -526,8 +533,8 @@ class WeightedTraining:
             self._begun = copied_without_graphs(self.layout.network, self.optimizer)
         self._start = start or RandomState.now(first.device)
         self._options: Any = [[]] * steps
-        if schedule is not None:
-            self._options = options_by_step(self.optimizer, schedule, steps)
+        if settings is not None:
+            self._options = options_by_step(self.optimizer, settings, steps)
         # Repeated in the precision of the scores, wherever it is called.
         device_type = first.device.type
         self._autocast = partial(
