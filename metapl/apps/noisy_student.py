@@ -29,7 +29,6 @@ from metapl.apps.label_selection import check_interval, select, statistics
 from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
-from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
@@ -56,6 +55,7 @@ from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import evaluating
 from metapl.problems.losses import CrossEntropy
+from metapl.problems.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
