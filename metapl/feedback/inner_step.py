@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
-from metapl.execution.batch import joined, leaves_of, map_tensors, micro_batches
+from metapl.execution.batch import Batch, joined, leaves_of, map_tensors, micro_batches
 from metapl.execution.compare import (
     BY_DIFFERENCE,
     EXACTLY,
@@ -100,7 +100,7 @@ class SignalInput:
         inputs: the student's input; without a graph unless ``in_graph``.
     """
 
-    def __init__(self, problem: Problem, batch: Any, signal: Signal, *, in_graph: bool) -> None:
+    def __init__(self, problem: Problem, batch: Batch, signal: Signal, *, in_graph: bool) -> None:
         fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
         self.fields = fields if in_graph else plain_leaves(fields)
         self._input_with_graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
@@ -145,7 +145,7 @@ class SignalInput:
 def inner_loss(
     problem: Problem,
     signal: Signal,
-    batch: Any,
+    batch: Batch,
     readable: bool,
     factors: Tensor | None,
     outputs: Tensor,
@@ -194,7 +194,7 @@ class InnerStep:
     problem: Problem
     update: Update
     passes: Sequence[Pass]
-    inner_batch: Any
+    inner_batch: Batch
     signal: Signal
     inner_loss: Tensor
     grads: Tree
@@ -223,7 +223,7 @@ class InnerStep:
         inner_batch = None if batch_too else self.inner_batch
         return replace(self, grads={}, state=None, inner_batch=inner_batch)
 
-    def recomputed(self, params: Tree, state: Any, inner_batch: Any = None) -> InnerStep:
+    def recomputed(self, params: Tree, state: Any, inner_batch: Batch = None) -> InnerStep:
         """Return a forgotten step with θ, g, s and its batch.
 
         Args:
@@ -556,7 +556,7 @@ class InnerStep:
             for name, pieces_of_field in pieces.items()
         }
 
-    def _loss(self, signal: Signal, batch: Any, factors: Tensor | None = None) -> Loss:
+    def _loss(self, signal: Signal, batch: Batch, factors: Tensor | None = None) -> Loss:
         """Return the inner loss of a micro-batch, as a function of outputs and weights."""
         readable = self.student.has_whole_weights
         return partial(inner_loss, self.problem, signal, batch, readable, factors)

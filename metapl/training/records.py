@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
 from metapl.problems.base import Problem, Signal, field_name, has_rows
 
 
 @torch.no_grad()
-def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mapping[str, Tensor]:
+def figures(report: Any, problem: Problem, labeled: Batch, ranks: Ranks) -> Mapping[str, Tensor]:
     r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
     ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its
@@ -121,7 +122,7 @@ def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
     return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def class_indices_in(labeled: Any) -> Tensor | None:
+def class_indices_in(labeled: Batch) -> Tensor | None:
     """Return the labels of a labeled batch, (B,), where they are whole numbers."""
     if not isinstance(labeled, tuple | list) or len(labeled) < 2:
         return None
