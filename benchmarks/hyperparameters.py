@@ -28,8 +28,8 @@ from harness import RESULTS, Row, arguments, best, go_on, grid, interval, parsed
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
 from metapl.errors import MetaplError
+from metapl.pictures import load_digits_split
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 

@@ -46,11 +46,11 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.ablation import Altered
-from metapl.apps.pictures import load_digits_split
 from metapl.data.steps import StepSampler
 from metapl.feedback import Forward
 from metapl.metrics import paired_test
 from metapl.models import mlp
+from metapl.pictures import load_digits_split
 from metapl.problems import (
     ExampleWeights,
     LabelCorrection,

@@ -40,10 +40,10 @@ import metapl
 from metapl.ablation import Ablation
 from metapl.ablation.cost import flops, peak_bytes
 from metapl.apps.ablate import DOTS_PER_INCH
-from metapl.apps.pictures import load_digits_split
 from metapl.apps.printing import wrapped
 from metapl.apps.report_picture import png_of
 from metapl.feedback import Difference, Estimator, LossDifference, Reinforce, ReinforcePerExample
+from metapl.pictures import load_digits_split
 
 # The profiler's own log would go to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -43,7 +43,6 @@ from metapl.apps.digits import Digits, fitting
 from metapl.apps.label_selection import select
 from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.methods import Data
-from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (
     Chosen,
     Noised,
@@ -58,6 +57,7 @@ from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
+from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 

@@ -34,7 +34,7 @@ import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.apps.digits import METHODS
 from metapl.apps.networks import create
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.problems import ReducedLabels
 
 RAW = RESULTS / "reduced.jsonl"
@@ -82,7 +82,7 @@ def measure(case: str, name: str, steps: int) -> Row:
     step: Callable[[], Any] = plain
     if method != "plain":
         reduced = method == "reduced"
-        networks.append(label_adjuster(CLASSES) if reduced else create(network, CLASSES))
+        networks.append(LabelAdjuster(CLASSES) if reduced else create(network, CLASSES))
         options: Row = {
             "problem": ReducedLabels() if reduced else None,
             "inner_optimizer": optimizer,

@@ -59,7 +59,7 @@ from torch.nn import functional as F
 from when_tables import sign_flip
 
 import metapl
-from metapl.models import label_adjuster, mlp
+from metapl.models import LabelAdjuster, mlp
 from metapl.problems import EqualWeights, ReducedLabels
 
 RAW = RESULTS / "stored_labels.jsonl"
@@ -244,7 +244,7 @@ def run(
         if arm == "reduced_mpl":
             options |= {"mode": "forward", "feedback_weight": rules[0]["weight"]}
         for student, (_, rule) in zip(students, pairs, strict=True):
-            teacher = label_adjuster(q_x.shape[-1])
+            teacher = LabelAdjuster(q_x.shape[-1])
             trainer = metapl.BilevelTrainer(
                 teacher,
                 student,

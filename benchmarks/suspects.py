@@ -50,8 +50,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from metapl.apps.main import main as command
-from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
+from metapl.pictures import load_digits_split
 
 RAW = RESULTS / "suspects.jsonl"
 CLEAN = 10

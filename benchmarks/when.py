@@ -52,10 +52,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.views import base
 from metapl.functional import stack
 from metapl.models import mlp
+from metapl.pictures import load_digits_split
 from metapl.problems import EqualWeights
 
 RAW = RESULTS / "when.jsonl"

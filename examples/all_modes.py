@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 
 torch.manual_seed(0)
 split = load_digits_split(labels_per_class=10, seed=0)

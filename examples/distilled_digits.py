@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import Table
 
 # The steps of the student, in learning the images and in the comparison.
@@ -27,7 +27,7 @@ AHEAD = 10
 RATE = 0.5
 
 
-class Distilled(metapl.problems.Problem):
+class Distilled(metapl.problems.BilevelProblem):
     """The signal is the image of each class in the batch, learned by the student as that class."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):

@@ -20,7 +20,7 @@ from noisy_digits import batches, fit
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import Table
 
 # The standard deviation of the noise on the digits that the student is judged by.
@@ -28,7 +28,7 @@ NOISE = 0.5
 START = 0.1
 
 
-class Noise(metapl.problems.Problem):
+class Noise(metapl.problems.BilevelProblem):
     """The signal is the noise's standard deviation, one for all examples."""
 
     signal_has_rows = False

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 
 STEPS = 200
 BATCH = 50
@@ -25,7 +25,7 @@ START = {
 }
 
 
-class Hyperparameters(metapl.problems.Problem):
+class Hyperparameters(metapl.problems.BilevelProblem):
     """The signal is a dict of tensors that all examples share."""
 
     signal_has_rows = False

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import EqualWeights
 
 STEPS = 100

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
+from metapl.pictures import load_digits_split
 
 # The steps on the noisy labels as they are, before a method begins.
 WARM_UP = 60

@@ -57,8 +57,6 @@ import metapl
 from metapl.apps.label_selection import check_interval, select
 from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter
 from metapl.apps.launch import Processes, joined
-from metapl.apps.model_noise import NoisyStudentLoss
-from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Chosen,
     LossesApart,
@@ -67,7 +65,18 @@ from metapl.apps.noisy_student import (
     end_matched,
     freeze_first_layers,
 )
-from metapl.apps.pictures import (
+from metapl.apps.pictures.batches import Images, in_unit_range
+from metapl.apps.pictures.folders import digest as file_digest
+from metapl.apps.train import device as device_of
+from metapl.data import StepSampler
+from metapl.data.draws import fold_in
+from metapl.distributed import Mesh, shard
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import digest
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.networks import Architecture
+from metapl.pictures import (
     CIFAR_OPERATIONS,
     Chain,
     EvaluationBatches,
@@ -80,16 +89,7 @@ from metapl.apps.pictures import (
     Weak,
     scan_unlabeled,
 )
-from metapl.apps.pictures.batches import Images, in_unit_range
-from metapl.apps.pictures.folders import digest as file_digest
-from metapl.apps.train import device as device_of
-from metapl.data import StepSampler
-from metapl.data.draws import fold_in
-from metapl.distributed import Mesh, shard
-from metapl.errors import MetaplError, few
-from metapl.execution.batch import digest
-from metapl.metrics import Evaluation, evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of
+from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 
 # Pictures that are labeled in one pass. The stores of several processes are cut between such

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, RandomSampler
 
 import metapl
-from metapl.apps.pictures import ShiftNoiseCutout, load_digits_split
+from metapl.pictures import ShiftNoiseCutout, load_digits_split
 
 STEPS = 800
 FEEDBACK_WEIGHT = 2.0

@@ -15,14 +15,23 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.folders import check_folders, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.pictures.views.base import Chain
-from metapl.apps.pictures.views.transforms import Affine, Color, Hole
 from metapl.apps.run_folder import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.pictures import (
+    Affine,
+    Chain,
+    Color,
+    EvaluationBatches,
+    FileImages,
+    Hole,
+    LabeledBatches,
+    UnlabeledBatches,
+    check_folders,
+    scan_labeled,
+    scan_unlabeled,
+)
 from metapl.problems.losses import UDA, CrossEntropy
 
 # The side of a picture in pixels.

@@ -48,7 +48,7 @@ from metapl.feedback import base, inner_step, keeping, teacher
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 
@@ -435,7 +435,7 @@ def main() -> None:
         on_meta = dataclasses.replace(c, device="meta")
         student = build_network(on_meta, CLASSES, c.dropout, c.network)
         if is_reduced:
-            teacher: nn.Module = label_adjuster(CLASSES)
+            teacher: nn.Module = LabelAdjuster(CLASSES)
         else:
             teacher = build_network(on_meta, CLASSES, c.teacher_dropout, c.network)
 

@@ -180,14 +180,15 @@ class RunFolder(Folder):
                     "--out."
                 )
 
-    def threads(self) -> int:
+    def threads(self, usual: int | None = None) -> int:
         """Return the threads of the linear algebra, on whose number rounding depends.
 
-        They are those that the run in the folder was started with.
+        They are those that the run in the folder was started with; of a new run ``usual``, or None
+        for one a core.
         """
-        threads = None
+        threads = usual
         if self.exists:
-            threads = self.description().get("made_with", {}).get("threads")
+            threads = self.description().get("made_with", {}).get("threads", usual)
         return int(threads or default_threads())
 
     def recipe(self) -> dict[str, Any]:
@@ -524,18 +525,18 @@ class EndedRun:
         return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({file})"
 
 
-def card_of(card: Mapping[str, Any]) -> NetworkCard:
-    """Return what a network is, as ``network.json`` says it.
+def card_of(description: Mapping[str, Any]) -> NetworkCard:
+    """Return the card that ``dataclasses.asdict`` and JSON have made plain.
 
-    Raises: MetaplError, TypeError or KeyError where it has other fields.
+    Raises: TypeError, KeyError or MetaplError for what is no such card.
     """
     fields: dict[str, Any] = {}
-    for name, value in card.items():
+    for name, value in description.items():
         # JSON has no tuples.
         fields[name] = tuple(value) if isinstance(value, list) else value
-    if card["architecture"] is not None:
-        fields["architecture"] = Architecture(**card["architecture"])
-    fields["input"] = Input(**card["input"])
+    if description["architecture"] is not None:
+        fields["architecture"] = Architecture(**description["architecture"])
+    fields["input"] = Input(**description["input"])
     return NetworkCard(**fields)
 
 

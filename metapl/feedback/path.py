@@ -23,7 +23,7 @@ from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.order import Order
 from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
-    Problem,
+    BilevelProblem,
     Signal,
     enters_input,
     is_mean_over_rows,
@@ -120,7 +120,7 @@ class Path:
         earlier_outer_losses: L_k by k, of all steps but the last.
     """
 
-    problem: Problem
+    problem: BilevelProblem
     student: LocalStudent
     update: Update
     outer_micro_batches: Sequence[Any]
@@ -642,7 +642,7 @@ def take_steps(
     student: LocalStudent,
     update: Update,
     *,
-    problem: Problem,
+    problem: BilevelProblem,
     outer_batch: Batch,
     inner_batches: InnerBatches,
     teach: Teach,

@@ -46,7 +46,7 @@ from metapl.functional.state import (
     tensors_of,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, overrides, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, entry_shape, is_nonzero, options_of, update_of
 
@@ -61,14 +61,14 @@ class PathRequest:
 
     teacher: nn.Module | None
     student: nn.Module
-    problem: Problem
+    problem: BilevelProblem
     optimizer: torch.optim.Optimizer
     mode: Estimator
     outer: Any
     ahead: Lookahead
     clip_norm: float | None
     wrt: Sequence[str]
-    judging: Sequence[Problem]
+    judging: Sequence[BilevelProblem]
     outer_losses: OuterLosses | None
     shows_progress: bool
     replay_tolerance: float
@@ -82,7 +82,7 @@ class PathRequest:
 def differentiate(
     teacher: nn.Module | None,
     student: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     optimizer: torch.optim.Optimizer,
     mode: Estimator,
     outer: Batch,
@@ -90,7 +90,7 @@ def differentiate(
     *,
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
-    judging: Sequence[Problem] = (),
+    judging: Sequence[BilevelProblem] = (),
     outer_losses: OuterLosses | None = None,
     accumulate: int = 1,
     progress: bool = False,
@@ -170,7 +170,7 @@ def differentiate(
 
 def why_not_compiled(
     mode: Estimator,
-    problem: Problem,
+    problem: BilevelProblem,
     *,
     student: Layout,
     teacher: Layout | None,

@@ -30,7 +30,7 @@ from metapl.feedback.keeping import SHARE_OF_MEMORY, folder_of, free_bytes, gene
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
-from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
@@ -197,7 +197,7 @@ def attribute(
     batch_size: AtLeastOne,
     settings: Settings | None = None,
     generator: torch.Generator | None = None,
-    problem: Problem | None = None,
+    problem: BilevelProblem | None = None,
     each: bool = False,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
@@ -313,7 +313,7 @@ def attribute(
         settings=settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
-    judges: list[Problem] = [training.problem]
+    judges: list[BilevelProblem] = [training.problem]
     if each:
         judges = [
             judged_by_example(training.problem, number, ranks)
@@ -419,7 +419,7 @@ def metasmoothness(
     batch_size: AtLeastOne,
     settings: Settings | None = None,
     generator: torch.Generator | None = None,
-    problem: Problem | None = None,
+    problem: BilevelProblem | None = None,
     clip_norm: AboveZero | None = None,
     step: AboveZero = 0.1,
     direction: Tensor | None = None,
@@ -508,7 +508,7 @@ class WeightedTraining:
         batch_size: int,
         settings: Settings | None,
         generator: torch.Generator | None,
-        problem: Problem | None,
+        problem: BilevelProblem | None,
         clip_norm: float | None,
         start: RandomState | None = None,
     ) -> None:
@@ -608,7 +608,7 @@ class WeightedTraining:
         return Metasmoothness(agreement, torch.stack(losses)), total
 
     def repeated(
-        self, weights: Tensor, judges: Sequence[Problem], steps: int | None = None
+        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Train again with weights of the examples, by a plain loop.
 
@@ -675,7 +675,7 @@ class WeightedTraining:
             nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
         rule.take_differentiated_step(params, gradients_of(params))
 
-    def _outer_losses(self, network: nn.Module, judges: Sequence[Problem]) -> Tensor:
+    def _outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""
         ranks = self.layout.ranks
         batch = self.problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
@@ -690,7 +690,7 @@ class WeightedTraining:
         return totals / counts
 
 
-def with_weights_of_one(problem: Problem) -> EqualWeights:
+def with_weights_of_one(problem: BilevelProblem) -> EqualWeights:
     """Return a problem whose signal is weights of 1, and refuse any other.
 
     A score is a derivative in weights that are 1.
@@ -732,7 +732,7 @@ def gradients_of(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in params.items() if p.grad is not None}
 
 
-def judged_by_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
+def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> BilevelProblem:
     """Return a problem as it is judged by one outer example.
 
     The network sees them all, as for the whole outer loss.

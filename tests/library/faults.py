@@ -24,7 +24,7 @@ from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize
 from metapl.feedback.teacher import Teaching
-from metapl.problems import Problem, PseudoLabels, pseudo_labels
+from metapl.problems import BilevelProblem, PseudoLabels, pseudo_labels
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range
 from metapl.updates.base import Clipped
@@ -129,7 +129,7 @@ def smoothed_score(patch: pytest.MonkeyPatch) -> None:
 
 def batch_taken_in_parts(patch: pytest.MonkeyPatch) -> None:
     """Ask for a signal of the batch as a whole micro-batch by micro-batch."""
-    to_patch = [Problem]
+    to_patch = [BilevelProblem]
     while to_patch:
         kind = to_patch.pop()
         patch.setattr(kind, "signal_of_batch", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ def code(page: Path) -> str:
         body = block[1].splitlines()
         lines[start : start + len(body)] = body
     return "\n".join(lines) + "\n"
+
+
+def named(name: str) -> object:
+    """Return the module, or the part of one, that has a dotted name.
+
+    Raises: AttributeError where there is none.
+    """
+    return pkgutil.resolve_name(name)
 
 
 def check_printed(source: str, printed: str) -> None:

@@ -29,7 +29,7 @@ class Penalties(nn.Module):
         return self.log_penalty.exp()
 
 
-class Ridge(metapl.problems.Problem):
+class Ridge(metapl.problems.BilevelProblem):
     """Least squares with a penalty per feature, judged by squares on other data."""
 
     def signal(

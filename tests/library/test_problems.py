@@ -21,15 +21,15 @@ from torch.nn import functional as F
 import metapl
 from metapl import MetaplError, Signal
 from metapl.feedback import Implicit
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.problems import (
+    BilevelProblem,
     ExampleLabels,
     ExampleWeights,
     LabelCorrection,
     LearningToReweight,
     MetaWeightNet,
     NoiseTransition,
-    Problem,
     ReducedLabels,
     Table,
     WeightNet,
@@ -83,7 +83,7 @@ class Method:
     outputs.
     """
 
-    problem: Problem
+    problem: BilevelProblem
     teacher: Callable[[], nn.Module]
     batch: Any
     losses: Callable[[nn.Module, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
@@ -106,7 +106,7 @@ def adjuster() -> nn.Module:
 
     At its start, its first layers get no gradient.
     """
-    network = label_adjuster(CLASSES, hidden=7, layers=3).double()
+    network = LabelAdjuster(CLASSES, hidden=7, layers=3).double()
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -310,7 +310,7 @@ def test_the_adjuster_begins_as_the_identity(classes: int) -> None:
     q[0] = 0
     q[0, 1] = 1
     q /= q.sum(1, keepdim=True)
-    assert (label_adjuster(classes)(q).softmax(-1) - q).abs().max() < 1e-5
+    assert (LabelAdjuster(classes)(q).softmax(-1) - q).abs().max() < 1e-5
 
 
 def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import metapl
 
 
-class Weighted(metapl.problems.Problem):
+class Weighted(metapl.problems.BilevelProblem):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
     ) -> metapl.Signal:
