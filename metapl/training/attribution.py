@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import labeled_pair, map_tensors
+from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
@@ -552,7 +552,7 @@ class WeightedTraining:
                 f"{name} is {count}; expected a multiple of {ranks}, the ranks that share a batch."
             )
 
-    def batch(self, numbers: Tensor) -> Any:
+    def batch(self, numbers: Tensor) -> Batch:
         """Return a batch of training examples as the problem reads it.
 
         (inputs, labels), unless it says otherwise.
@@ -740,7 +740,7 @@ def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> Bil
     """
     judge = copy.copy(problem)
 
-    def outer_loss(outputs: Tensor, batch: Any) -> Any:
+    def outer_loss(outputs: Tensor, batch: Batch) -> Any:
         place = number - ranks.rank * len(outputs)
         if not 0 <= place < len(outputs):
             # Another rank has it.
