@@ -222,7 +222,7 @@ class Setting:
     warmup: int = 20
     rate: float = 3e-4
     eps: float = 1e-6
-    keep_every: int = 15
+    keep_every: int = 8
     files: int | None = None
 
     @property
@@ -287,14 +287,18 @@ class Measurement:
         with Place(self.device, precision).active(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             began = time.perf_counter()
+            optimizer = self.optimizer(self.network)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: self.share_of_rate(step, steps)
+            )
             attribution = metapl.attribute(
                 self.network,
                 (text.training, text.training),
                 (text.held_out, text.held_out),
-                optimizer=self.optimizer(self.network),
+                optimizer=optimizer,
                 steps=steps,
                 batch_size=self.setting.batch_size,
-                schedule=lambda step: self.share_of_rate(step, steps),
+                settings=metapl.scheduled_settings(scheduler, steps),
                 problem=NextToken(),
                 mode=Forward(keep_every=self.setting.keep_every, keep_on="cpu"),
                 progress=False,

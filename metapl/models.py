@@ -28,7 +28,6 @@ __all__ = [
     "LabelAdjuster",
     "Logits",
     "attention",
-    "label_adjuster",
     "mlp",
     "small_cnn",
     "wide_resnet",
@@ -329,7 +328,7 @@ class LabelAdjuster(nn.Module):
             layers.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
-    >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
+    >>> torch.allclose(LabelAdjuster(3)(stored).softmax(-1), stored, atol=1e-7)
     True
 
     Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers
@@ -357,7 +356,6 @@ class LabelAdjuster(nn.Module):
 
 
 # The name beside those of the other networks, which are functions.
-label_adjuster = LabelAdjuster
 
 
 class Corrector(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from metapl.apps.images import Images
 from metapl.apps.inputs import ROOM, Folder, held
 from metapl.apps.look import choose_settings
 from metapl.apps.machine import write_whole
-from metapl.apps.methods import Mpl, Training
+from metapl.apps.methods import Mpl, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
@@ -31,10 +32,16 @@ from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 
-FIGURES, PICTURE = "ablation.json", "ablation.png"
+FIGURES = "ablation.json"
+PICTURE = "ablation.png"
 
-# Of a picture that is 4 inches wide.
+# The picture is 4 inches wide.
 DOTS_PER_INCH = 200
+
+
+EXPECTED_FACTORY = (
+    "expected module:function, such as my_networks:build of my_networks.py in this folder"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,30 +68,66 @@ class Looking:
     # The flag is --no-altered.
     altered: Annotated[bool, unset()] = True
 
-    def look(self, subject: dict[str, Any]) -> int:
-        for name in self.modes or ():
-            estimator(name)
+    def look(self, subject: Subject) -> int:
+        """Compare the modes on networks and data, and print and write what was measured."""
+        modes: list[Any] | None = None
+        if self.modes is not None:
+            modes = [*self.modes]
+            for name in modes:
+                # It refuses a name that there is not, before anything is measured.
+                estimator(name)
         with held(self.out):
-            asked: Any = {
-                "modes": self.modes,
-                "draws": self.draws,
-                "rounds": self.rounds,
-                "altered": self.altered,
-            }
-            found = ablate(**subject, **asked, progress=True)
-            several = len(found.points) > 1
-            where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
-            tell(f"gradients at {where} of the training{', costs at the last of them' * several};")
-            tell("error and noise are over the length of the exact gradient, and of B times the")
-            tell(f"gradient where a mode takes the mean over the batch\n\n{found.table()}\n")
-            tell(wrapped(found.recommendation))
+            ablation = ablate(
+                subject.trainer,
+                subject.labeled,
+                subject.unlabeled,
+                modes,
+                steps=subject.steps,
+                draws=self.draws,
+                rounds=self.rounds,
+                altered=self.altered,
+                progress=True,
+            )
+            tell(explained(ablation.points))
+            tell(f"\n{ablation.table()}\n")
+            tell(wrapped(ablation.recommendation))
             if self.out is not None:
-                write_whole(self.out / FIGURES, found.to_json().encode(), ROOM)
-                write_whole(self.out / PICTURE, png_of(found.plot(), DOTS_PER_INCH), ROOM)
-                tell(
-                    f"\nthe figures are in {self.out / FIGURES}, and drawn in {self.out / PICTURE}"
-                )
+                figures = self.out / FIGURES
+                picture = self.out / PICTURE
+                write_whole(figures, ablation.to_json().encode(), ROOM)
+                write_whole(picture, png_of(ablation.plot(), DOTS_PER_INCH), ROOM)
+                tell(f"\nthe figures are in {figures}, and drawn in {picture}")
         return 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Networks and data, on which the modes are compared.
+
+    Args:
+        trainer: the networks and the problem.
+        labeled, unlabeled: sources of batches.
+        steps: of the training that is looked at.
+    """
+
+    trainer: BilevelTrainer
+    labeled: Any
+    unlabeled: Any
+    steps: int
+
+
+def explained(points: Sequence[int]) -> str:
+    """Return what the columns of the table say, of gradients at these steps."""
+    place = "the start"
+    costs = ""
+    if len(points) > 1:
+        place = f"steps {', '.join(map(str, points))}"
+        costs = ", costs at the last of them"
+    return (
+        f"gradients at {place} of the training{costs};\n"
+        "error and noise are over the length of the exact gradient, and of B times the\n"
+        "gradient where a mode takes the mean over the batch"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +143,9 @@ class AblateDigits:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
+        """Compare the modes in a training on the digits."""
         steps = self.config.fitting.steps or 1
-        return self.looking.look(_of_training(self.config, self.method.scheduled(steps)))
+        return self.looking.look(subject_of(self.config, self.method.scheduled(steps)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,22 +161,29 @@ class AblateImages:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
-        return self.looking.look(_of_training(*choose_settings(self.config, self.method, tell)))
+        """Compare the modes in a training on the pictures."""
+        config, method = choose_settings(self.config, self.method, tell)
+        return self.looking.look(subject_of(config, method))
 
 
-def _of_training(config: Any, method: Any) -> dict[str, Any]:
-    """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
+def subject_of(config: TrainingConfig, method: Mpl) -> Subject:
+    """Return the networks of a training as they are at its start, and its data."""
     torch.manual_seed(config.fitting.seed)
     data = config.data(tell, progress=True, log=None)
     place = device(config.fitting.device)
-    teacher, student = (config.network().to(place) for _ in range(2))
+    teacher = config.network().to(place)
+    student = config.network().to(place)
     begin_as(teacher, student)
     unused: Any = None
     training = Training(
         config=config, data=data, teacher=teacher, student=student, fit=unused, label=unused
     )
-    sources = {"labeled": data.labeled, "unlabeled": data.unlabeled}
-    return {"trainer": method.trainer(training), "steps": config.fitting.steps, **sources}
+    return Subject(
+        trainer=method.trainer(training),
+        labeled=data.labeled,
+        unlabeled=data.unlabeled,
+        steps=config.fitting.steps or 0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,29 +203,26 @@ class AblateFactory:
     looking: Flat[Looking] = field(default_factory=Looking)
 
     def run(self) -> int:
-        expected = (
-            "expected module:function, such as my_networks:build of my_networks.py in this folder"
-        )
+        """Compare the modes on what the function returns."""
         # Of os.getcwd, say, the function would be called before anything is known of it.
         if ":" not in self.factory:
-            raise MetaplError(f"--factory {self.factory} names no function; {expected}.")
+            raise MetaplError(f"--factory {self.factory} names no function; {EXPECTED_FACTORY}.")
         # The function may import from this folder too.
         sys.path.insert(0, os.getcwd())
         try:
-            made = pkgutil.resolve_name(self.factory)()
+            built = pkgutil.resolve_name(self.factory)()
         except (ImportError, AttributeError, TypeError, SystemExit) as error:
             raise MetaplError(
-                f"--factory {self.factory} failed: {type(error).__name__}: {error}; {expected}."
+                f"--factory {self.factory} failed: {type(error).__name__}: {error}; "
+                f"{EXPECTED_FACTORY}."
             ) from error
         finally:
             sys.path.pop(0)
-        if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
-            expected = (
-                "(trainer, labeled, unlabeled), a metapl.BilevelTrainer and sources of batches as "
-                "for its fit"
-            )
+        is_triple = isinstance(built, tuple) and len(built) == 3
+        if not is_triple or not isinstance(built[0], BilevelTrainer):
             raise MetaplError(
-                f"--factory {self.factory} returned {made!r:.60}; expected {expected}."
+                f"--factory {self.factory} returned {built!r:.60}; expected (trainer, labeled, "
+                "unlabeled), a metapl.BilevelTrainer and sources of batches as for its fit."
             )
-        own = dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))
-        return self.looking.look({"steps": self.steps, **own})
+        trainer, labeled, unlabeled = built
+        return self.looking.look(Subject(trainer, labeled, unlabeled, self.steps))

@@ -166,7 +166,7 @@ def _flags_of(kind: type, *, instance: Any, part: str) -> list[Flag]:
         if dataclasses.is_dataclass(hint):
             # A field of a class above, such as Method, has the flags of its default.
             is_given = default is not dataclasses.MISSING
-            nested: type = type(default) if is_given else hint
+            nested: Any = type(default) if is_given else hint
             nested_default = default if is_given else None
             flags += _flags_of(nested, instance=nested_default, part=part_of_field)
             continue
@@ -341,17 +341,17 @@ def grouped(kind: type, flags: Sequence[Flag]) -> dict[str, list[Flag]]:
             groups["arguments" if flag.is_positional else "flags"].append(flag)
         return {title: members for title, members in groups.items() if members}
     # No two flags of a command have the same field.
-    rest = {flag.field: flag for flag in flags}
+    ungrouped = {flag.field: flag for flag in flags}
     of_training = [flag.field for flag in flags if GROUPS_OF_PARTS.get(flag.part) != ABLATION]
     most_used = [field for field in MOST_USED if field in of_training][:MOST_USED_COUNT]
-    groups = {"most used": [rest.pop(field) for field in most_used]}
+    groups = {"most used": [ungrouped.pop(field) for field in most_used]}
     method = getattr(kind, "method_name", None)
     for group, fields in GROUPS.items():
         of_part = [flag.field for flag in flags if GROUPS_OF_PARTS.get(flag.part) == group]
-        members = [rest.pop(field) for field in (*fields, *of_part) if field in rest]
+        members = [ungrouped.pop(field) for field in (*fields, *of_part) if field in ungrouped]
         title = f"method {method}" if group == METHOD and method is not None else group
         groups[title] = members
-    groups["other"] = [*rest.values()]
+    groups["other"] = [*ungrouped.values()]
     return {title: members for title, members in groups.items() if members}
 
 

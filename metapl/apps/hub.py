@@ -53,7 +53,7 @@ With metapl, and huggingface_hub beside it; by the folder, or the name of a repo
 files:
 
 ```python
-from metapl.apps.hub import Classifier
+from metapl.integrations.hub import Classifier
 
 model = Classifier.from_pretrained("$folder")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from metapl.errors import MetaplError, reason_of, shown
-from metapl.words import did_you_mean
+from metapl.errors import MetaplError, reason_of
+from metapl.words import did_you_mean, shown
 
 Function = Callable[[int, dict[str, float]], object]
 

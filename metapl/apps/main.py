@@ -240,9 +240,9 @@ def open_closed_streams() -> None:
     such a stream. What would be written there is not, and a file that the command opens does not
     get the number of a standard stream, to which programs that it starts would write.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name, access in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, mode)
+            stream = open(os.devnull, access)
             is_inheritable = True
             os.set_inheritable(stream.fileno(), is_inheritable)
             setattr(sys, name, stream)
@@ -394,17 +394,17 @@ def refuse_flags_of_others(name: str, kind: Any, words: Sequence[str]) -> None:
     """
     flags = {flag.name for flag in help_pages.flags_of(kind)}
     for word in words:
-        given = word.partition("=")[0].replace("_", "-")
-        if not given.startswith("--") or given in flags:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not flag.startswith("--") or flag in flags:
             continue
         owners = []
         for method in kind.methods.METHODS:
             others = help_pages.flags_of(kind.with_method(method))
-            if given in {flag.name for flag in others}:
+            if flag in {other.name for other in others}:
                 owners.append(method)
         if owners:
             raise MetaplError(
-                f"{given} is no flag of --method {kind.method_name}; it is one of "
+                f"{flag} is no flag of --method {kind.method_name}; it is one of "
                 f"{', '.join(owners)}. Those of a method: metapl {name} --method "
                 f"{kind.method_name} --help"
             )

@@ -302,9 +302,9 @@ def rounds_shown(rounds: Sequence[Mapping[str, Any]]) -> str:
     last = rounds[-1]
     cells_of_classes = []
     for name, count in last["labeled_per_class"].items():
-        kept = f"{last['kept_per_class'][name]:,}"
-        copies = f"{last['copies_per_class'][name]:,}"
-        cells_of_classes.append((name, f"{count:,}", kept, copies))
+        count_kept = last["kept_per_class"][name]
+        with_copies = last["copies_per_class"][name]
+        cells_of_classes.append((name, f"{count:,}", f"{count_kept:,}", f"{with_copies:,}"))
     of_classes = web.rows(cells_of_classes, ("class", "labeled so", "kept", "with copies"))
     head = ("round", "kept", "with copies", "labels changed", "test accuracy")
     return web.section(

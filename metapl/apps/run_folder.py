@@ -28,7 +28,7 @@ import os
 import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,8 @@ from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, interval
 from metapl.runs.folder import LOCK, Folder
 
-FORMAT = 4  # the layout of run folders that this version writes and reads
+# The layout of run folders that this version writes and reads.
+FORMAT = 4
 
 # Settings in which the parts of a run may differ, for they change nothing but speed; and those that
 # say where the data lie, which may have moved: what they hold is compared by its hashes.
@@ -62,18 +63,18 @@ SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "clean", "val", "test")
 
 NETWORK = "network.json"
+
 # These files say what a run is, beside its result, which has their SHA-256.
-HASHED = (
-    "data.json",
-    "metrics.jsonl",
-)
+HASHED = ("data.json", "metrics.jsonl")
+
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
     "teacher": "teacher.safetensors",
 }
 # What is compared: the network that a run delivers, the student, and the student finetuned.
-READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
+STUDENT_READOUT = "student_test_accuracy"
+READOUTS = ("test_accuracy", STUDENT_READOUT, "finetuned_test_accuracy")
 
 ANOTHER = "Put the file back from a copy, or train again with another --out."
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
@@ -87,65 +88,79 @@ class RunFolder(Folder):
 
     # Files that are written before anything was trained.
     undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl")
-    command: str | None = None  # what starts the run, for the record
+
+    # What starts the run, for the record.
+    command: str | None = None
+
     _is_locked = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """:func:`owned`; within it, this value may be locked again, which changes nothing."""
-        with nullcontext() if self._is_locked else owned(self.path, self.undone):
-            before, self._is_locked = self._is_locked, True
+        """Own the folder, as :func:`owned`, until the block ends.
+
+        Within the block this value may be locked again, which changes nothing.
+        """
+        if self._is_locked:
+            yield
+            return
+        with owned(self.path, self.undone):
+            self._is_locked = True
             try:
                 yield
             finally:
-                self._is_locked = before
+                self._is_locked = False
 
     @property
     def exists(self) -> bool:
+        """Return whether there is a run in the folder."""
         return os.path.lexists(self.path / "recipe.json")
 
     @property
     def ended(self) -> bool:
+        """Return whether the run in the folder has ended."""
         return os.path.lexists(self.path / "result.json")
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`locked`, by a run of this recipe.
+        """Lock the folder for a run of this recipe, until the block ends.
 
-        A new one, or with ``resume`` the one that is there, of the same.
+        Args:
+            recipe: of the run.
+            resume: whether it is the run that is there, which is of the same recipe then. Else it
+                is a new one.
         """
         with self.locked():
             self.check(resume)
-            if not self.exists:
+            if self.exists:
+                self.refuse_other_recipe(json.loads(json.dumps(dict(recipe))))
+                remove_temporary(self.path)
+            else:
                 content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
-                self.write_json(
-                    "recipe.json", content | ({"command": self.command} if self.command else {})
-                )
-                yield
-                return
-            before, now = (
-                {**content, **content.get("fields", {}), "fields": None}
-                for content in (self.recipe(), json.loads(json.dumps(dict(recipe))))
-            )
-            moved = {
-                name
-                for name in PLACES
-                if isinstance(before.get(name), str) and isinstance(now.get(name), str)
-            }
-            known = sorted({*before, *now} - {*SPEED_ALONE, *moved})
-            changed = [
-                f"{k} was {before.get(k)!r}, now {now.get(k)!r}"
-                for k in known
-                if before.get(k) != now.get(k)
-            ]
-            if changed:
-                what = ", ".join(changed[:4])
-                raise MetaplError(
-                    f"{self.path} holds a run of another recipe ({what}); resume it as it was "
-                    "started."
-                )
-            remove_temporary(self.path)
+                if self.command:
+                    content["command"] = self.command
+                self.write_json("recipe.json", content)
             yield
+
+    def refuse_other_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a recipe that is not that of the run in the folder.
+
+        Folders of pictures may have moved, and what changes speed alone may differ.
+        """
+        stored_fields = fields_of(self.recipe())
+        new_fields = fields_of(recipe)
+        changes = []
+        for name in sorted({*stored_fields, *new_fields}):
+            stored = stored_fields.get(name)
+            new = new_fields.get(name)
+            has_moved = name in PLACES and isinstance(stored, str) and isinstance(new, str)
+            if stored != new and not has_moved and name not in SPEED_ALONE:
+                changes.append(f"{name} was {stored!r}, now {new!r}")
+        if changes:
+            listed = ", ".join(changes[:4])
+            raise MetaplError(
+                f"{self.path} holds a run of another recipe ({listed}); resume it as it was "
+                "started."
+            )
 
     def check(self, resume: bool) -> None:
         """Refuse a folder with a run that is not to be resumed, or with files of no run."""
@@ -156,8 +171,10 @@ class RunFolder(Folder):
             )
         if not self.exists and self.path.is_dir():
             # Hidden files are a file manager's; the other kind is what a killed start left.
-            left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
-            if others := sorted(name for name in os.listdir(self.path) if not left.fullmatch(name)):
+            negligible = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
+            names = sorted(os.listdir(self.path))
+            others = [name for name in names if not negligible.fullmatch(name)]
+            if others:
                 raise MetaplError(
                     f"{self.path} holds files that are not a run's ({few(others)}); give another "
                     "--out."
@@ -169,8 +186,10 @@ class RunFolder(Folder):
         They are those that the run in the folder was started with; of a new run ``usual``, or None
         for one a core.
         """
-        begun = self.description().get("made_with", {}) if self.exists else {}
-        return int(begun.get("threads") or usual or default_threads())
+        threads = None
+        if self.exists:
+            threads = self.description().get("made_with", {}).get("threads")
+        return int(threads or usual or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe of the run in the folder."""
@@ -184,12 +203,10 @@ class RunFolder(Folder):
         """
         content = self.read_json("recipe.json")
         if content.get("format") != FORMAT:
-            made = content.get("made_with", {}).get("metapl", "?")
-            fault = (
-                f"{self.path} was written in run format {content.get('format')!r} by metapl {made}"
-            )
+            writer = content.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
-                f"{fault}; this metapl {version('metapl')} reads format {FORMAT}: train again."
+                f"{self.path} was written in run format {content.get('format')!r} by metapl "
+                f"{writer}; this metapl {version('metapl')} reads format {FORMAT}: train again."
             )
         return self.unsealed("recipe.json", content)
 
@@ -197,8 +214,10 @@ class RunFolder(Folder):
         """Return what a file holds without its own SHA-256; refuse it where that is another."""
         noted = content.get("sha256")
         if not isinstance(noted, dict) or noted.pop(name, None) != json_sha256(content):
-            fault = "its SHA-256 is not the one that was noted"
-            raise MetaplError(f"{self.path / name} is damaged or was edited: {fault}. {ANOTHER}")
+            raise MetaplError(
+                f"{self.path / name} is damaged or was edited: its SHA-256 is not the one that was "
+                f"noted. {ANOTHER}"
+            )
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -206,20 +225,21 @@ class RunFolder(Folder):
         return read_json(self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one of the folder's JSON files; the recipe and the result have their SHA-256."""
         if name in ("recipe.json", "result.json"):
             plain = json.loads(json.dumps({"sha256": {}, **content}))
             content = {**plain, "sha256": {**plain["sha256"], name: json_sha256(plain)}}
-        write_whole(
-            self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND
-        )
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        write_whole(self.path / name, text.encode(), _MEND)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
         """Write weights as safetensors, the same ones as the same bytes; return their SHA-256."""
         from safetensors.torch import save
 
-        content = save(
-            {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
-        )
+        plain = {}
+        for key, tensor in sorted(state.items()):
+            plain[key] = tensor.detach().cpu().contiguous().clone()
+        content = save(plain)
         write_whole(self.path / name, content, _MEND)
         return hashlib.sha256(content).hexdigest()
 
@@ -229,10 +249,10 @@ class RunFolder(Folder):
 
         file = self.path / name
         if not file.is_file():
-            left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
+            others = [network for network in WEIGHTS if (self.path / WEIGHTS[network]).is_file()]
             raise MetaplError(
                 f"{file} is missing; expected it, or --network with what is left: "
-                f"{', '.join(left)}."
+                f"{', '.join(others)}."
             )
         weights: dict[str, Tensor] = load(read_sealed(file, sha256, mend=ANOTHER))
         return weights
@@ -240,18 +260,30 @@ class RunFolder(Folder):
 
 def stored_result(folder: RunFolder) -> dict[str, Any]:
     """Return what ``result.json`` holds; refuse one that is damaged or of another recipe."""
-    file, result, of = folder.path / "result.json", folder.read_json("result.json"), folder.recipe()
+    result = folder.read_json("result.json")
+    recipe = folder.recipe()
     result = folder.unsealed("result.json", result)
-    # Both have the same name in every folder.
-    own = ("methods", "compare") if "compare" in of else ("method", "method")
-    if sorted(result.get(own[0], ())) != sorted(of.get(own[1], ())) or (
-        "compare" not in of and result.get("seed") != of.get("fields", {}).get("seed")
-    ):
+    # Both files have the same name in every folder, so one may have been put beside another.
+    if "compare" in recipe:
+        key = "methods"
+        is_same = sorted(result.get("methods", ())) == sorted(recipe["compare"])
+    else:
+        key = "method"
+        is_same_method = result.get("method") == recipe.get("method")
+        is_same = is_same_method and result.get("seed") == recipe.get("fields", {}).get("seed")
+    if not is_same:
         raise MetaplError(
-            f"{file} is damaged or of another run: its {own[0]} or its seed is not that of "
-            "recipe.json."
+            f"{folder.path / 'result.json'} is damaged or of another run: its {key} or its seed is "
+            "not that of recipe.json."
         )
     return result
+
+
+def fields_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a recipe says, its fields beside the rest."""
+    content = {name: value for name, value in recipe.items() if name != "fields"}
+    content |= recipe.get("fields", {})
+    return content
 
 
 def guessing(result: Mapping[str, Any]) -> dict[str, float]:
@@ -260,20 +292,25 @@ def guessing(result: Mapping[str, Any]) -> dict[str, float]:
     They are those on the test examples or, without these, on the validation examples, by the names
     of the networks. Guessing lies in their 95 % interval, or above it.
     """
-    part, n, chance = "validation", result["validation_size"], result.get("validation_chance")
+    part = "validation"
+    n = result["validation_size"]
+    chance = result.get("validation_chance")
     if "evaluation" in result:
         tested = Evaluation(**result["evaluation"])
-        part, n, chance = "test", tested.n, tested.chance
-    found: dict[str, float] = {}
+        part = "test"
+        n = tested.n
+        chance = tested.chance
+    guesses: dict[str, float] = {}
+    if chance is None:
+        return guesses
     for name in result["networks"]:
         accuracy = result.get(f"{name}_{part}_accuracy")
-        if (
-            accuracy is not None
-            and chance is not None
-            and interval(round(accuracy * n), n)[0] <= chance
-        ):
-            found[name] = accuracy
-    return found
+        if accuracy is None:
+            continue
+        low, _ = interval(round(accuracy * n), n)
+        if low <= chance:
+            guesses[name] = accuracy
+    return guesses
 
 
 def results_within(
@@ -281,22 +318,22 @@ def results_within(
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Return what the runs of a comparison ended with, by method and seed.
 
-    ``compared`` is the comparison's own ``result.json``.
+    Args:
+        path: the folder of the comparison.
+        compared: what its own ``result.json`` holds.
     """
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    results: dict[tuple[str, int], dict[str, Any]] = {}
     for method, accuracies in compared["methods"].items():
-        for seed, accuracy in zip(compared["seeds"], accuracies[READOUTS[1]], strict=True):
+        for seed, accuracy in zip(compared["seeds"], accuracies[STUDENT_READOUT], strict=True):
             folder = RunFolder(path / method / f"seed-{seed}")
-            result = found[method, seed] = stored_result(folder)
-            if (result["method"], result["seed"], result.get(READOUTS[1])) != (
-                method,
-                seed,
-                accuracy,
-            ):
+            result = stored_result(folder)
+            is_same_run = result["method"] == method and result["seed"] == seed
+            if not is_same_run or result.get(STUDENT_READOUT) != accuracy:
                 raise MetaplError(
                     f"{folder.path} holds another run than the one that was compared. {ANOTHER}"
                 )
-    return found
+            results[method, seed] = result
+    return results
 
 
 def seal(
@@ -308,15 +345,25 @@ def seal(
 ) -> dict[str, str]:
     """Write ``network.json`` and the weights.
 
-    Return the SHA-256 of these and of :data:`HASHED` by their names.
+    Args:
+        folder: of the run, which the caller has locked.
+        title: what the run is called.
+        classes: the names of the classes.
+        cards: what the networks are, by their names.
+        weights: of the networks, by their names.
+
+    Returns: the SHA-256 of the files, and of those of :data:`HASHED`, by their names.
     """
     networks = {name: dataclasses.asdict(card) for name, card in cards.items()}
     folder.write_json(NETWORK, {"title": title, "classes": list(classes), "networks": networks})
-    found = {
-        WEIGHTS[name]: folder.write_weights(WEIGHTS[name], state) for name, state in weights.items()
-    }
-    there = (name for name in (NETWORK, *HASHED) if (folder.path / name).is_file())
-    return found | {name: sha256_of(folder.path / name) for name in there}
+    digests: dict[str, str] = {}
+    for name, state in weights.items():
+        file = WEIGHTS[name]
+        digests[file] = folder.write_weights(file, state)
+    for file in (NETWORK, *HASHED):
+        if (folder.path / file).is_file():
+            digests[file] = sha256_of(folder.path / file)
+    return digests
 
 
 def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
@@ -338,12 +385,13 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
 
 def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
     """Return how many examples each part of the data of :func:`stored_data` has."""
-    found = {
-        part: data[part]
-        for part in ("labeled", "unlabeled", "clean", "validation", "test")
-        if part in data
-    }
-    return {part: len(of) if isinstance(of, list) else of for part, of in found.items()}
+    counts: dict[str, int] = {}
+    for part in ("labeled", "unlabeled", "clean", "validation", "test"):
+        if part in data:
+            # It has the names of the examples, or their number.
+            names = data[part]
+            counts[part] = len(names) if isinstance(names, list) else names
+    return counts
 
 
 @dataclass(frozen=True)
@@ -351,14 +399,22 @@ class EndedRun:
     """A run that has ended, read from its folder alone.
 
     Of a comparison, the run whose networks it delivers.
+
+    Args:
+        folder: of the run.
+        title: what it is called.
+        classes: the names of the classes.
+        cards: what its networks are, by their names: student, teacher and finetuned.
+        description: what recipe.json says of how it was made.
+        result: what result.json holds.
     """
 
     folder: RunFolder
     title: str
     classes: tuple[str, ...]
-    cards: Mapping[str, NetworkCard]  # by the names of networks: student, teacher, finetuned
-    description: Mapping[str, Any]  # what recipe.json says of how it was made
-    result: Mapping[str, Any]  # what result.json holds
+    cards: Mapping[str, NetworkCard]
+    description: Mapping[str, Any]
+    result: Mapping[str, Any]
 
     @classmethod
     def load(cls, path: Path) -> EndedRun:
@@ -373,72 +429,88 @@ class EndedRun:
             command = folder.description().get(
                 "command", f"the command that started it, with --out {path}"
             )
-            more = "" if "--resume" in command.split() else " --resume"
-            raise MetaplError(
-                f"the run in {path} is not finished; go on with it by {command}{more}"
-            )
+            if "--resume" not in command.split():
+                command += " --resume"
+            raise MetaplError(f"the run in {path} is not finished; go on with it by {command}")
+        description = folder.recipe()
+        result = stored_result(folder)
         file = path / NETWORK
-        description, result = folder.recipe(), stored_result(folder)
         refuse_changed(file, result)
-        said, cards = folder.read_json(NETWORK), dict[str, NetworkCard]()
+        about = folder.read_json(NETWORK)
+        cards: dict[str, NetworkCard] = {}
         try:
-            for name, card in said["networks"].items():
+            for name, card in about["networks"].items():
                 cards[name] = card_of(card)
-        # The file of another version lacks a field, or has others.
         except (MetaplError, TypeError, KeyError) as error:
+            # It lacks a field, or has others.
             raise MetaplError(f"{file} is of another version: {error}") from error
-        return cls(folder, said["title"], tuple(said["classes"]), cards, description, result)
+        return cls(
+            folder=folder,
+            title=about["title"],
+            classes=tuple(about["classes"]),
+            cards=cards,
+            description=description,
+            result=result,
+        )
 
     @property
     def is_comparison(self) -> bool:
+        """Return whether it is a comparison."""
         return "compare" in self.description
 
     @property
     def source(self) -> RunFolder:
-        """Where its data are described; of a comparison, in the run that it delivers."""
-        own = f"{self.result['method']}/seed-{self.result['seed']}" if self.is_comparison else ""
-        return RunFolder(self.folder.path / own)
+        """Return where its data are described; of a comparison, in the run that it delivers."""
+        if not self.is_comparison:
+            return RunFolder(self.folder.path)
+        return RunFolder(self.folder.path / self.result["method"] / f"seed-{self.result['seed']}")
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Those whose weights are there."""
-        return tuple(
-            name
-            for name, file in WEIGHTS.items()
-            if name in self.cards and (self.folder.path / file).is_file()
-        )
+        """Return the names of the networks whose weights are there."""
+        names = []
+        for name, file in WEIGHTS.items():
+            if name in self.cards and (self.folder.path / file).is_file():
+                names.append(name)
+        return tuple(names)
 
     @property
     def device(self) -> torch.device:
-        there = torch.cuda.is_available() and self.description["fields"].get("device") != "cpu"
-        return torch.device("cuda" if there else "cpu")
+        """Return the GPU, unless there is none or the run was asked to do without."""
+        on_cpu = self.description["fields"].get("device") == "cpu"
+        has_gpu = torch.cuda.is_available()
+        return torch.device("cuda" if has_gpu and not on_cpu else "cpu")
 
     def name(self, asked: NetworkName) -> str:
-        """Which network is meant; refused where the run has no such network."""
+        """Return the name of the network that is meant; refuse one that the run does not have."""
         if asked == "delivered":
             return str(self.result["delivered"])
         if asked not in self.networks:
-            has = f"{self.folder.path} has no {WEIGHTS[asked]}"
             raise MetaplError(
-                f"--network {asked}: {has}; expected one of its networks: "
-                f"{', '.join(self.networks)}."
+                f"--network {asked}: {self.folder.path} has no {WEIGHTS[asked]}; expected one of "
+                f"its networks: {', '.join(self.networks)}."
             )
         return asked
 
     def network(self, name: str, factory: str | None = None) -> nn.Module:
         """Build one of the run's networks with its weights.
 
-        ``factory`` is FILE.py:FUNCTION for one of its own.
+        Args:
+            name: of the network.
+            factory: FILE.py:FUNCTION, which builds a network that metapl does not know; or None.
         """
         torch.set_num_threads(self.folder.threads())
         file = self.folder.path / WEIGHTS[name]
         weights = self.folder.read_weights(file.name, self.result["sha256"].get(file.name))
-        network = self.cards[name].create(None if factory is None else function_in(factory))
-        given, expected = (
-            {key: tuple(value.shape) for key, value in tensors.items()}
-            for tensors in (weights, network.state_dict())
-        )
-        if differing := sorted({name for name, _ in given.items() ^ expected.items()}):
+        build = None if factory is None else function_in(factory)
+        network = self.cards[name].create(build)
+        expected = network.state_dict()
+        differing = []
+        for key in sorted({*weights, *expected}):
+            is_in_both = key in weights and key in expected
+            if not is_in_both or weights[key].shape != expected[key].shape:
+                differing.append(key)
+        if differing:
             raise MetaplError(
                 f"{file} does not fit its network: {few(differing)} differ in name or shape."
             )
@@ -446,28 +518,25 @@ class EndedRun:
         return network
 
     def heading(self, name: str) -> str:
-        which = (
-            f", delivered by {self.result['delivered_by']}"
-            if name == self.result["delivered"]
-            else ""
-        )
-        return (
-            f"{self.folder.path}: {self.title}, {self.cards[name].title} ({WEIGHTS[name]}{which})"
-        )
+        """Return a line on the run and one of its networks."""
+        file = WEIGHTS[name]
+        if name == self.result["delivered"]:
+            file += f", delivered by {self.result['delivered_by']}"
+        return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({file})"
 
 
-def card_of(description: Mapping[str, Any]) -> NetworkCard:
-    """Return the card that ``dataclasses.asdict`` and JSON have made plain.
+def card_of(card: Mapping[str, Any]) -> NetworkCard:
+    """Return what a network is, as ``network.json`` says it.
 
-    Raises: TypeError, KeyError or MetaplError for what is no such card.
+    Raises: MetaplError, TypeError or KeyError where it has other fields.
     """
     fields: dict[str, Any] = {}
-    for name, value in description.items():
+    for name, value in card.items():
         # JSON has no tuples.
         fields[name] = tuple(value) if isinstance(value, list) else value
-    if description["architecture"] is not None:
-        fields["architecture"] = Architecture(**description["architecture"])
-    fields["input"] = Input(**description["input"])
+    if card["architecture"] is not None:
+        fields["architecture"] = Architecture(**card["architecture"])
+    fields["input"] = Input(**card["input"])
     return NetworkCard(**fields)
 
 
@@ -478,10 +547,10 @@ def function_in(place: str) -> Callable[..., nn.Module]:
         raise MetaplError(
             f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION."
         )
-    if (function := runpy.run_path(file).get(name)) is None:
+    function: Callable[..., nn.Module] | None = runpy.run_path(file).get(name)
+    if function is None:
         raise MetaplError(f"--factory {place}: {file} has no function {name!r}.")
-    found: Callable[..., nn.Module] = function
-    return found
+    return function
 
 
 def save(
@@ -515,6 +584,8 @@ def save(
     about = {"name": name, "method": name, "fields": fields}
     with folder.claimed(about, resume=False):
         folder.write_json("data.json", {"hash": {}})
+        cards = {"student": card}
+        digests = seal(folder, name, classes, cards, {"student": network.state_dict()})
         result: dict[str, Any] = {
             "recipe": name,
             "method": name,
@@ -526,14 +597,10 @@ def save(
             "validation_size": 0,
             "delivered": "student",
             "delivered_by": "rule",
-            "sha256": seal(
-                folder, name, classes, {"student": card}, {"student": network.state_dict()}
-            ),
+            "sha256": digests,
         }
         if evaluation is not None:
-            reached = {
-                "test_accuracy": evaluation.accuracy,
-                "student_test_accuracy": evaluation.accuracy,
-            }
-            result |= {"evaluation": evaluation.to_json(), **reached}
+            result["evaluation"] = evaluation.to_json()
+            result["test_accuracy"] = evaluation.accuracy
+            result[STUDENT_READOUT] = evaluation.accuracy
         folder.write_json("result.json", result)

@@ -48,15 +48,30 @@ Network = Callable[[int, int], nn.Module]
 ZeroOrMore = Annotated[float, Range(0)]
 AtLeastTwo = Annotated[int, Range(2)]
 
-_DRAWING = threading.RLock()  # the default generators are those of all threads
+# Rows in a pass of a network that predicts.
+AT_ONCE = 1024
+
+# Whoever draws holds this lock, for the default generators are those of all threads.
+_DRAWING = threading.RLock()
+
+# How a missing label reads.
+_MISSING = ("None", "nan", "<NA>", "NaT")
+
+# How it also reads where some of the rows may have no label.
+_UNLABELED = ("-1", "-1.0")
 
 
 @dataclass(frozen=True)
 class _Rows(StepBatches[Any]):
     """Shuffled batches of the same rows of each column.
 
-    With ``weights``, rows are drawn in proportion to these; with a ``noise``, views of the only
-    column are given.
+    Args:
+        columns: tensors with a row for each example.
+        sampler: of the rows.
+        noise: standard deviation of the noise of a second view of the only column; with 0 there is
+            one view. None: the columns are given as they are.
+        weights: rows are drawn in proportion to these; None: all are, in shuffled passes.
+        steps: None, for the batches have no end.
     """
 
     columns: tuple[Tensor, ...]
@@ -66,19 +81,19 @@ class _Rows(StepBatches[Any]):
     steps: None = None
 
     def batch(self, step: int) -> Any:
-        draw = torch.Generator().manual_seed(fold_in(self.sampler.seed, step))
+        """Return the batch of a step."""
+        generator = torch.Generator().manual_seed(fold_in(self.sampler.seed, step))
         rows = self.sampler.indices(step)
         if self.weights is not None:
-            rows = torch.multinomial(self.weights, len(rows), replacement=True, generator=draw)
-        found = tuple(column[rows] for column in self.columns)
-        if not self.noise:
-            return found if self.noise is None else found[0]
-        noise = torch.randn(found[0].shape, generator=draw, dtype=found[0].dtype)
-        return found[0], found[0] + self.noise * noise.to(found[0].device)
-
-
-# How a missing label reads; the last two where some of the rows may have none.
-_MISSING = ("None", "nan", "<NA>", "NaT", "-1", "-1.0")
+            rows = torch.multinomial(self.weights, len(rows), replacement=True, generator=generator)
+        columns = tuple(column[rows] for column in self.columns)
+        if self.noise is None:
+            return columns
+        x = columns[0]
+        if self.noise == 0:
+            return x
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x, x + self.noise * noise.to(x.device)
 
 
 @dataclass(eq=False, repr=False)
@@ -96,13 +111,16 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # unty
     device: str = "cpu"
     verbose: bool = False
     random_state: Any = None
-    _partly: ClassVar[bool] = False  # whether rows may have no label
+
+    # Whether rows may have no label.
+    _partly: ClassVar[bool] = False
 
     def predict_proba(self, X: Any) -> Array:
-        """Class probabilities (n, classes) of the rows of X, in the order of ``classes_``."""
+        """Return the class probabilities of the rows of X, (n, classes), as in ``classes_``."""
         check_is_fitted(self)
         x = self._standardized(validate_data(self, X, reset=False, dtype=np.float64))
-        return logits_of(self.network_, x.split(1024)).double().softmax(-1).numpy()
+        logits = logits_of(self.network_, x.split(AT_ONCE))
+        return logits.double().softmax(-1).numpy()
 
     def predict(self, X: Any) -> Array:
         """Return the most probable class of each row of X."""
@@ -116,27 +134,34 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # unty
         So cross-validation does without the others.
         """
         predicted = self.predict(X)
-        known, y = self._known(predicted, y)
-        weights = None if sample_weight is None else np.asarray(sample_weight)[known]
-        return float(accuracy_score(y, predicted[known], sample_weight=weights))
+        is_labeled, labels = self._labels_of(predicted, y)
+        weights = None
+        if sample_weight is not None:
+            weights = np.asarray(sample_weight)[is_labeled]
+        return float(accuracy_score(labels, predicted[is_labeled], sample_weight=weights))
 
-    def _known(self, X: Array, y: Any, *, warn: bool = False) -> tuple[Array, Array]:
-        """Which rows have a label, and these labels."""
-        # As objects, for an array of texts would take NaN for one of them.
-        y = column_or_1d(np.array(y, object) if isinstance(y, list | tuple) else y, warn=warn)
+    def _labels_of(self, X: Array, y: Any, *, warn: bool = False) -> tuple[Array, Array]:
+        """Return which rows have a label, and these labels."""
+        if isinstance(y, list | tuple):
+            # An array of texts would take NaN for one of them.
+            y = np.array(y, object)
+        y = column_or_1d(y, warn=warn)
         check_consistent_length(X, y)
-        known = ~np.isin([str(label) for label in y], _MISSING[: None if self._partly else -2])
-        if not self._partly and not known.all():
+        missing = (*_MISSING, *_UNLABELED) if self._partly else _MISSING
+        is_labeled = ~np.isin([str(label) for label in y], missing)
+        if not self._partly and not is_labeled.all():
             raise MetaplError(
-                f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each "
-                "row."
+                f"y contains NaN or None, in {np.sum(~is_labeled):,} rows; expected a label for "
+                "each row."
             )
-        y = y[known]
-        if y.dtype == object and not any(isinstance(label, str) for label in y):
-            y = np.array(y.tolist())  # numbers, of a column with None
-        return known, y
+        labels = y[is_labeled]
+        if labels.dtype == object and not any(isinstance(label, str) for label in labels):
+            # They are the numbers of a column that has None too.
+            labels = np.array(labels.tolist())
+        return is_labeled, labels
 
     def _standardized(self, X: Array) -> Tensor:
+        """Return the rows in deviations from the means of the columns; refuse infinite ones."""
         with np.errstate(over="ignore", invalid="ignore"):
             x = self.scaler_.transform(X).astype(np.float32)
             assert_all_finite(x, input_name="standardized X")
@@ -151,12 +176,14 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # unty
         """
         check_fields(self)
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
-        known, y = self._known(X, y, warn=True)
+        is_labeled, y = self._labels_of(X, y, warn=True)
         assert_all_finite(y, input_name="y")
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            mend = "; -1 is a missing label here, and no class" * self._partly
+            mend = ""
+            if self._partly:
+                mend = "; -1 is a missing label here, and no class"
             raise MetaplError(
                 f"y has the classes {few(self.classes_)}; expected labels of two or more{mend}."
             )
@@ -169,25 +196,28 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # unty
             generators = rng_state()
             try:
                 torch.manual_seed(seed)
-                yield x, known, codes, seed
+                yield x, is_labeled, codes, seed
             finally:
                 set_rng_state(generators)
 
     def _built(self, x: Tensor) -> nn.Module:
         """Build a network for the rows x, with first weights of its own."""
-        columns, classes = x.shape[1], len(self.classes_)
+        columns = x.shape[1]
+        classes = len(self.classes_)
         if self.network is None:
-            return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
-        found = self.network(columns, classes).to(x)
-        shape = tuple(logits_of(found, [x[:2]]).shape)
+            hidden = np.atleast_1d(self.hidden_layer_sizes).tolist()
+            return mlp([columns, *hidden, classes]).to(x)
+        network = self.network(columns, classes).to(x)
+        shape = tuple(logits_of(network, [x[:2]]).shape)
         if shape != (2, classes):
             raise MetaplError(
                 f"the network of network= gives outputs {shape} for 2 rows; expected "
                 f"{(2, classes)}."
             )
-        return found
+        return network
 
     def _optimizer(self, network: nn.Module) -> torch.optim.SGD:
+        """Build the optimizer of a network."""
         return torch.optim.SGD(
             network.parameters(),
             lr=self.learning_rate,
@@ -199,8 +229,10 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # unty
     def _batches(
         self, seed: int, *columns: Tensor, noise: float | None = None, weights: Tensor | None = None
     ) -> _Rows:
+        """Return shuffled batches of the rows of these columns, as :class:`_Rows` has them."""
         size = len(columns[0])
-        return _Rows(columns, StepSampler(size, min(self.batch_size, size), seed), noise, weights)
+        sampler = StepSampler(size, min(self.batch_size, size), seed)
+        return _Rows(columns, sampler, noise=noise, weights=weights)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -236,7 +268,8 @@ class MetaPseudoLabelsClassifier(_Classifier):
 
     >>> from sklearn.datasets import make_moons
     >>> X, y = make_moons(200, noise=0.1, random_state=0)
-    >>> y[10:] = -1  # ten rows keep their labels
+    >>> # Ten rows keep their labels.
+    >>> y[10:] = -1
     >>> MetaPseudoLabelsClassifier(steps=20, random_state=0).fit(X, y).predict_proba(X).shape
     (200, 2)
     """
@@ -259,17 +292,16 @@ class MetaPseudoLabelsClassifier(_Classifier):
         Returns: this classifier.
         Raises: ValueError; :class:`metapl.MetaplError` is one.
         """
-        with self._fitting(X, y) as (x, known, codes, seed):
-            if known.all():
-                why = (
-                    "a VotingClassifier, or another that numbers the labels anew, makes a class "
-                    "of -1"
-                )
+        with self._fitting(X, y) as (x, is_labeled, codes, seed):
+            if is_labeled.all():
                 warnings.warn(
-                    f"every row of y has a label, and none -1 for a missing one; {why}",
+                    "every row of y has a label, and none -1 for a missing one; a "
+                    "VotingClassifier, or another that numbers the labels anew, makes a class of "
+                    "-1",
                     stacklevel=2,
                 )
-            teacher, student = self._built(x), self._built(x)
+            teacher = self._built(x)
+            student = self._built(x)
             trainer = BilevelTrainer(
                 teacher,
                 student,
@@ -280,7 +312,8 @@ class MetaPseudoLabelsClassifier(_Classifier):
                 feedback_ratio=self.feedback_ratio,
                 feedback_bound=self.feedback_bound,
             )
-            labeled = self._batches(seed, x[known], torch.from_numpy(codes).to(x.device))
+            labels = torch.from_numpy(codes).to(x.device)
+            labeled = self._batches(seed, x[is_labeled], labels)
             trainer.fit(
                 labeled,
                 self._batches(seed + 1, x, noise=self.noise),
@@ -326,7 +359,8 @@ class MetaReweightedClassifier(_Classifier):
     >>> from sklearn.datasets import make_moons
     >>> X, y = make_moons(200, noise=0.1, random_state=0)
     >>> trusted = np.arange(200) < 20
-    >>> y[20:60] = 1 - y[20:60]  # wrong labels
+    >>> # Forty labels are wrong.
+    >>> y[20:60] = 1 - y[20:60]
     >>> found = MetaReweightedClassifier(random_state=0).fit(X, y, trusted=trusted)
     >>> bool(found.weights_[20:60].mean() < found.weights_[60:].mean())
     True
@@ -365,7 +399,8 @@ class MetaReweightedClassifier(_Classifier):
             rows = self._batches(seed + 2, x, labels, weights=weights)
             trainer = LossTrainer(network, optimizer=self._optimizer(network))
             trainer.fit(rows, steps=self.steps, progress=self.verbose)
-            self.weights_, self.network_ = weights.numpy(), network.cpu()
+            self.weights_ = weights.numpy()
+            self.network_ = network.cpu()
         return self
 
     def _trusted_mask(self, trusted: Any, codes: Array) -> Tensor:
@@ -375,7 +410,8 @@ class MetaReweightedClassifier(_Classifier):
             raise MetaplError(
                 f"trusted= is {described(mask)}; expected {len(codes)} truth values, one a row."
             )
-        if len(missing := np.setdiff1d(np.arange(len(self.classes_)), codes[mask])):
+        missing = np.setdiff1d(np.arange(len(self.classes_)), codes[mask])
+        if len(missing):
             # The weights of a class that is not among them would fall to 0.
             raise MetaplError(
                 f"no trusted row is of {few(self.classes_[missing])}; expected all classes."
@@ -425,7 +461,7 @@ class MetaReweightedClassifier(_Classifier):
             rows = self._batches(seed + 3 + fold, x[~is_checked], labels[~is_checked])
             trainer = LossTrainer(network, optimizer=self._optimizer(network))
             trainer.fit(rows, steps=steps, progress=self.verbose)
-            predicted = logits_of(network, x[is_checked].split(1024)).argmax(-1)
+            predicted = logits_of(network, x[is_checked].split(AT_ONCE)).argmax(-1)
             weights[is_checked] = (predicted == labels[is_checked].cpu()).double()
         for code in labels.unique():
             is_of_class = (labels == code).cpu()

@@ -14,9 +14,9 @@ from metapl.apps.machine import environment, json_sha256, read_json
 from metapl.apps.noisy_student import NoisyStudent
 from metapl.apps.run_folder import FORMAT
 from metapl.apps.settings import with_flags
-from metapl.errors import MetaplError, few, shown
+from metapl.errors import MetaplError, few
 from metapl.runs.fields import unmet
-from metapl.words import did_you_mean
+from metapl.words import did_you_mean, shown
 
 # What recipe.json holds, and what its recipe does.
 CONTENT = ("format", "recipe", "made_with", "command", "sha256")

@@ -35,14 +35,14 @@ class Suspect:
     Args:
         log_p_given: the log-probability of the given label.
         number: of the example.
-        given: the given label.
+        given_label: the given label.
         probable: the most probable class.
         log_p_probable: its log-probability.
     """
 
     log_p_given: float
     number: int
-    given: int
+    given_label: int
     probable: int
     log_p_probable: float
 
@@ -67,7 +67,7 @@ def write_suspects(
         for suspect in sorted(suspects):
             cells = [
                 doubtful.names[suspect.number],
-                classes[suspect.given],
+                classes[suspect.given_label],
                 classes[suspect.probable],
                 f"{math.exp(suspect.log_p_given):.3g}",
                 f"{math.exp(suspect.log_p_probable):.3g}",
@@ -75,7 +75,7 @@ def write_suspects(
             if weights is not None:
                 cells.append(f"{weights[suspect.number]:.3g}")
             writer.writerow(cells)
-    others = sum(suspect.probable != suspect.given for suspect in suspects)
+    others = sum(suspect.probable != suspect.given_label for suspect in suspects)
     text = f"of {others:,} of {len(suspects):,} the network finds another class more probable"
     # A network that agrees with few of the labels says little of them.
     if 2 * others > len(suspects):
@@ -87,16 +87,16 @@ def judged(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
     """Return what the student says of the given label of each example."""
     suspects: list[Suspect] = []
     for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
-        given = doubtful.given[positions]
-        logits, _ = predict_logits(trained.student, [(inputs, given)])
+        given_labels = doubtful.given_labels[positions]
+        logits, _ = predict_logits(trained.student, [(inputs, given_labels)])
         log_p = logits.double().log_softmax(dim=1)
         best = log_p.max(dim=1)
-        log_p_given = log_p.gather(1, given[:, None])[:, 0]
-        for row in range(len(given)):
+        log_p_given = log_p.gather(1, given_labels[:, None])[:, 0]
+        for row in range(len(given_labels)):
             suspect = Suspect(
                 log_p_given=float(log_p_given[row]),
                 number=int(positions[row]),
-                given=int(given[row]),
+                given_label=int(given_labels[row]),
                 probable=int(best.indices[row]),
                 log_p_probable=float(best.values[row]),
             )

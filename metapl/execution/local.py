@@ -36,7 +36,7 @@ from metapl.execution.numerics import (
     MissingDerivative,
     Tree,
     asks_for_gradient,
-    forward_mode,
+    dual_numbers,
     full_float32,
     is_layout_refused,
     mean_tree,
@@ -646,7 +646,7 @@ class Pass:
 
         Exact, one pass of about three plain ones, no graph.
         """
-        with forward_mode():
+        with dual_numbers():
             try:
                 with self.student.along(
                     self.params, w, random=self._random_state, state=self._state

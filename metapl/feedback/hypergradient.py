@@ -186,7 +186,7 @@ class Differentiation:
         problem: the problem with a kind of signal that the mode takes.
         inner_optimizer: one optimizer, also where several were given.
         inner_batches: one for each step of the student.
-        ahead: the same as a look-ahead, with its schedule, also where one batch was given.
+        ahead: the same as a look-ahead, with its settings, also where one batch was given.
         wrt: the names of what the gradient is in.
         step_losses: an outer loss for each step, where the outer batch is a look-ahead.
 

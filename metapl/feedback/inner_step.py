@@ -53,7 +53,7 @@ from metapl.execution.numerics import (
     wide,
 )
 from metapl.feedback.order import Order
-from metapl.problems.base import Problem, Signal, has_rows
+from metapl.problems.base import BilevelProblem, Signal, has_rows
 from metapl.updates import Cotangents, Options, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
@@ -100,7 +100,9 @@ class SignalInput:
         inputs: the student's input; without a graph unless ``in_graph``.
     """
 
-    def __init__(self, problem: Problem, batch: Any, signal: Signal, *, in_graph: bool) -> None:
+    def __init__(
+        self, problem: BilevelProblem, batch: Any, signal: Signal, *, in_graph: bool
+    ) -> None:
         fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
         self.fields = fields if in_graph else plain_leaves(fields)
         self._input_with_graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
@@ -143,7 +145,7 @@ class SignalInput:
 
 
 def inner_loss(
-    problem: Problem,
+    problem: BilevelProblem,
     signal: Signal,
     batch: Any,
     readable: bool,
@@ -191,7 +193,7 @@ class InnerStep:
         space: products and norms over all processes that hold parts of the weights.
     """
 
-    problem: Problem
+    problem: BilevelProblem
     update: Update
     passes: Sequence[Pass]
     inner_batch: Any

@@ -23,7 +23,7 @@ from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.order import Order
 from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
-    Problem,
+    BilevelProblem,
     Signal,
     enters_input,
     is_mean_over_rows,
@@ -120,7 +120,7 @@ class Path:
         earlier_outer_losses: L_k by k, of all steps but the last.
     """
 
-    problem: Problem
+    problem: BilevelProblem
     student: LocalStudent
     update: Update
     outer_micro_batches: Sequence[Any]
@@ -642,7 +642,7 @@ def take_steps(
     student: LocalStudent,
     update: Update,
     *,
-    problem: Problem,
+    problem: BilevelProblem,
     outer_batch: Any,
     inner_batches: InnerBatches,
     teach: Teach,
@@ -676,7 +676,7 @@ def take_steps(
         credits: what gets the feedback.
         truncate: how many of the last steps are differentiated; None: all.
         keep: chooses which steps keep their states; None: all do.
-        updates: U of each step, where they differ by a schedule, or have settings that are leaves.
+        updates: U of each step, where they differ by step, or have settings that are leaves.
         wrt: what the gradient is in besides the signals.
         step_losses: an outer loss for each step.
         replays: compares steps that are computed again with the first time.

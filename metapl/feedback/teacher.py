@@ -26,8 +26,8 @@ from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.problems.base import (
+    BilevelProblem,
     Kind,
-    Problem,
     Signal,
     enters_input,
     kind_of,
@@ -83,7 +83,7 @@ class Teaching:
     def __init__(
         self,
         layout: Layout | None,
-        problem: Problem,
+        problem: BilevelProblem,
         *,
         mode: Estimator,
         generator: torch.Generator | None,
@@ -463,7 +463,9 @@ def plus(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse else a + b
 
 
-def check_signal(signal: Any, mode: Estimator, problem: Problem, *, student_steps: int) -> None:
+def check_signal(
+    signal: Any, mode: Estimator, problem: BilevelProblem, *, student_steps: int
+) -> None:
     """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in.
 
     Args:
@@ -499,7 +501,7 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, *, student_step
         )
 
 
-def refuse_signal(problem: Problem, *, given: str) -> NoReturn:
+def refuse_signal(problem: BilevelProblem, *, given: str) -> NoReturn:
     raise MetaplError(
         f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
         "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."

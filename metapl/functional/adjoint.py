@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.numerics import Tree
 from metapl.functional.state import Function, as_dict, norm
-from metapl.problems.base import Problem, Signal, enters_input
+from metapl.problems.base import BilevelProblem, Signal, enters_input
 from metapl.updates import Update
 
 vjp: Any = torch.func.vjp
@@ -96,7 +96,7 @@ class AdjointFunction(Protocol):
 def make_training(
     teacher: nn.Module | None,
     student: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     update: Update,
     constants: Sequence[dict[str, Any]],
     *,
@@ -194,7 +194,7 @@ def make_training(
 
 def signal_of(
     T: Function,
-    problem: Problem,
+    problem: BilevelProblem,
     *,
     phi: Tree,
     carry: Carry,

@@ -225,14 +225,17 @@ def captured(function: Any, device: torch.device, **options: Any) -> Any:
 
 @contextmanager
 def without_warnings_of_tracing() -> Iterator[None]:
-    """Ignore what torch warns of itself while it traces a function.
+    """Ignore what torch warns of itself while it traces a function and prepares its graphs.
 
     It asks every tensor that the function reads for its ``.grad``. The weight that the old weight
-    norm leaves in a module is no leaf, and warns.
+    norm leaves in a module is no leaf, and warns. Before the first CUDA graph Inductor records an
+    empty one, for the memory that it brings, and this warns too.
     """
+    of_tracing = r"The \.grad attribute of a Tensor that is not a leaf"
+    of_recording = "The CUDA Graph is empty"
     with warnings.catch_warnings():
-        message = r"The \.grad attribute of a Tensor that is not a leaf"
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        for message in (of_tracing, of_recording):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 

@@ -30,7 +30,7 @@ from metapl.functional.architecture import (
 )
 from metapl.functional.compiled import captured
 from metapl.functional.state import clipped, constants_of
-from metapl.problems.base import Problem
+from metapl.problems.base import BilevelProblem
 from metapl.updates import TorchUpdate, parts_of
 
 # The structure of a batch, and the shapes of its tensors.
@@ -81,7 +81,7 @@ MOST_CACHED = 4
 def graphs_of(
     teacher: nn.Module | None,
     student: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     update: TorchUpdate,
     *,
     clip_norm: float | None,
@@ -164,7 +164,7 @@ class Subject(NamedTuple):
 
 
 def described(
-    teacher: nn.Module | None, student: nn.Module, problem: Problem, rule: tuple[Any, ...]
+    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[Any, ...]
 ) -> Subject:
     """Return bare copies of networks and problem, with their description as the key.
 
@@ -181,7 +181,7 @@ def described(
 
 
 def by_identity(
-    teacher: nn.Module | None, student: nn.Module, problem: Problem, rule: tuple[Any, ...]
+    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[Any, ...]
 ) -> Subject:
     """Return networks and problem themselves, with the addresses of all their parts in the key."""
     networks = [network for network in (teacher, student) if network is not None]

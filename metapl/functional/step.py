@@ -50,7 +50,7 @@ from metapl.functional.state import (
     with_fields,
 )
 from metapl.problems.base import (
-    Problem,
+    BilevelProblem,
     Signal,
     enters_input,
     overrides,
@@ -131,7 +131,7 @@ def revised(path: PurePath, h: Any) -> End:
 def make_step(
     teacher: nn.Module | None,
     student: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     mode: Estimator,
     inner_update: Update,
     outer_update: Update | None,

@@ -174,9 +174,13 @@ class Metric:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether a value is as good as the best so far, or better."""
+        return value == best or self.is_better(value, best)
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Return whether a value is better than the best so far, where there is one."""
         if best is None:
             return True
-        return value <= best if self.better == "min" else value >= best
+        return value < best if self.better == "min" else value > best
 
     def _labels(self, batch: Any) -> Tensor:
         labels = labels_of(batch)
@@ -208,15 +212,16 @@ def _is_updated(definition: Any) -> bool:
     return all(hasattr(definition, method) for method in ("update", "compute", "reset"))
 
 
-def metric_of(definition: Any, mode: Better | None = None) -> Metric | None:
+def metric_of(definition: Any, metric_mode: Better | None = None) -> Metric | None:
     """Return the metric that a user asks for, or None for the default one.
 
-    ``mode`` says which of its values is the best.
+    ``metric_mode`` says which of its values is the best.
     """
-    if mode not in (None, "min", "max") or (definition is None and mode is not None):
+    is_alone = definition is None and metric_mode is not None
+    if metric_mode not in (None, "min", "max") or is_alone:
         raise MetaplError(
-            f"mode={mode!r} was given with metric={definition!r}; expected 'min' or 'max', and a "
-            "metric."
+            f"metric_mode={metric_mode!r} was given with metric={definition!r}; expected 'min' or "
+            "'max', and a metric."
         )
     if definition is None:
         return None
@@ -225,17 +230,17 @@ def metric_of(definition: Any, mode: Better | None = None) -> Metric | None:
     elif (_is_updated(definition) or callable(definition)) and not isinstance(definition, type):
         better = _better_of(definition)
         if better is None:
-            better = mode
+            better = metric_mode
         metric = Metric(_name_of(definition), better, definition=definition)
     else:
         raise MetaplError(
             f"metric is {described(definition)}; expected 'accuracy', 'loss', a function (outputs, "
             "batch) -> number, or one of torchmetrics."
         )
-    if mode not in (None, metric.better):
+    if metric_mode not in (None, metric.better):
         raise MetaplError(
-            f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is "
-            "best."
+            f"metric_mode={metric_mode!r} was given, and of the metric {metric.name!r} the "
+            f"{metric.better} is best."
         )
     return metric
 
@@ -258,11 +263,15 @@ def _better_of(definition: Any) -> Better | None:
     return "max" if is_higher_better else "min"
 
 
-def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+def metric_for(
+    judge: Judge, validation: Any, metric: Metric | None, compares: bool
+) -> Metric | None:
     """Return the metric of the networks on validation data, None without these.
 
-    It is tried by measuring the student on the first batch. ``select``: whether the best network is
-    to be kept.
+    It is tried by measuring the student on the first batch.
+
+    Args:
+        compares: whether its values are compared, to keep the best network or to end early.
     """
     if validation is None:
         if metric is not None:
@@ -285,10 +294,10 @@ def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: boo
             inputs, batch = first
             outputs = logits_of(judge.student, [rows(inputs, 0, 2)])
             metric = default_metric(judge, batch, outputs)
-        if select and metric.better is None:
+        if compares and metric.better is None:
             raise MetaplError(
-                f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside "
-                "it."
+                f"metric {metric.name!r}: expected metric_mode='max', or metric_mode='min' of an "
+                "error, beside it."
             )
         metric.over(judge, judge.student, [first])
     return metric

@@ -84,7 +84,7 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
 
     try:
         # Not inference mode: what a module keeps of it can have no gradient later.
-        with eval_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield outputs_of
     finally:
         reshard(model)
@@ -147,21 +147,21 @@ def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode in this block.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation in this block.
 
-    Afterwards every submodule is in the mode that it had.
+    Afterwards every submodule trains or evaluates as it did before.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    training_flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in training_flags:
             # A `train` of its own may do more, such as merge weights.
             if type(module).train is not nn.Module.train:
                 module.train(training)
         # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen
         # in eval mode.
-        for module, training in modes:
+        for module, training in training_flags:
             module.training = training

@@ -287,14 +287,14 @@ class BilevelProblem(ABC):
         """
         return first_input(batch)
 
-    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> BilevelProblem:
         """Return the problem with a kind of signal that the mode takes.
 
         ``labels`` are the mode's kinds, by preference.
         """
         return self
 
-    def exact(self) -> Problem | None:
+    def exact(self) -> BilevelProblem | None:
         """Return the same problem with a differentiable signal, or None where there is none.
 
         Its exact gradient is what other modes are compared with.
@@ -354,20 +354,17 @@ class BilevelProblem(ABC):
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
 
-Problem = BilevelProblem
-
-
 def kind_of(problem: Any) -> str:
     """Return the name of a problem's class."""
     return type(problem).__name__
 
 
-def overrides(problem: Problem, method: str) -> bool:
+def overrides(problem: BilevelProblem, method: str) -> bool:
     """Return whether a problem has a method of its own in the place of the default one."""
     return getattr(type(problem), method) is not getattr(BilevelProblem, method)
 
 
-def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
+def has_rows(problem: BilevelProblem, signal: Signal, rows: int) -> dict[str, bool]:
     """Return whether each field of a signal's value has a row for each of so many examples.
 
     Where the problem does not say so, a field has rows if its length is that of the batch.
@@ -396,7 +393,7 @@ def _parameter_count(method: Callable[..., Any]) -> int:
     return len(inspect.signature(method).parameters)
 
 
-def enters_input(problem: Problem) -> bool:
+def enters_input(problem: BilevelProblem) -> bool:
     """Return whether the signal enters the student's input in the inner batch.
 
     It does if the method is ``student_input(self, batch, signal)``.
@@ -404,7 +401,7 @@ def enters_input(problem: Problem) -> bool:
     return _parameter_count(type(problem).student_input) > 2
 
 
-def reads_signal_in_outer_input(problem: Problem) -> bool:
+def reads_signal_in_outer_input(problem: BilevelProblem) -> bool:
     """Return whether the signal enters the student's input in the outer batch.
 
     It does if the method is ``outer_input(self, batch, signal)``.
@@ -412,7 +409,7 @@ def reads_signal_in_outer_input(problem: Problem) -> bool:
     return _parameter_count(type(problem).outer_input) > 2
 
 
-def outer_input(problem: Problem, batch: Any, signal: Signal) -> Any:
+def outer_input(problem: BilevelProblem, batch: Any, signal: Signal) -> Any:
     """Return the student's input in an outer batch, made with the signal where it enters it."""
     if reads_signal_in_outer_input(problem):
         return problem.outer_input(batch, signal)  # type: ignore[call-arg]
@@ -428,7 +425,7 @@ def mean_over_rows(outer_loss: Method) -> Method:
     return outer_loss
 
 
-def is_mean_over_rows(problem: Problem) -> bool:
+def is_mean_over_rows(problem: BilevelProblem) -> bool:
     """Return whether a problem's ``outer_loss`` is one that :func:`mean_over_rows` has marked."""
     return getattr(problem.outer_loss, "is_mean_over_rows", False)
 

@@ -26,7 +26,15 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, OuterLoss, Params, Problem, Random, Signal, mean_over_rows
+from metapl.problems.base import (
+    BilevelProblem,
+    Kind,
+    OuterLoss,
+    Params,
+    Random,
+    Signal,
+    mean_over_rows,
+)
 from metapl.runs.fields import AtLeastOne, check_arguments
 
 
@@ -50,7 +58,7 @@ def optimizer_of_rows(teacher: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(teacher.parameters(), lr=rate, betas=(0.0, 0.9))
 
 
-class Classification(Problem):
+class Classification(BilevelProblem):
     """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
     classifies: ClassVar[bool] = True

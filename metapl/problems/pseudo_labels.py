@@ -18,7 +18,15 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, Params, Problem, Random, Signal, draw_classes, mean_over_rows
+from metapl.problems.base import (
+    BilevelProblem,
+    Kind,
+    Params,
+    Random,
+    Signal,
+    draw_classes,
+    mean_over_rows,
+)
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
 
@@ -28,7 +36,7 @@ _LOSSES_OF_TWO_VIEWS: tuple[TeacherLoss, ...] = (*_LOSSES_OF_ONE_VIEW, UDA())
 
 
 @dataclass(frozen=True)
-class PseudoLabels(Problem):
+class PseudoLabels(BilevelProblem):
     r"""The teacher labels the unlabeled batch, and the student learns these labels.
 
     The student is then judged on the labeled batch.
@@ -180,12 +188,12 @@ class ReducedLabels(PseudoLabels):
 
     An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B,
     C) of the same examples; without the teacher's supervised loss the outer one may be (x, y). The
-    teacher maps stored distributions to logits (B, C): :func:`metapl.models.label_adjuster`, which
+    teacher maps stored distributions to logits (B, C): :class:`metapl.models.LabelAdjuster`, which
     begins as the identity, so that the first steps are those of plain pseudo-labels. Its own loss
     is by default :class:`StoredCrossEntropy`.
 
     >>> import metapl, torch
-    >>> teacher, student = metapl.models.label_adjuster(3), torch.nn.Linear(4, 3)
+    >>> teacher, student = metapl.models.LabelAdjuster(3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=ReducedLabels())
     >>> stored = torch.rand(6, 3).softmax(-1)
     >>> labeled = torch.randn(6, 4), torch.arange(6) % 3, stored

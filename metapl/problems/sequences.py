@@ -14,7 +14,7 @@ from metapl.execution import checks
 from metapl.execution.batch import inputs_of, plain
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
-from metapl.problems.base import Params, Problem, Random, Signal
+from metapl.problems.base import BilevelProblem, Params, Random, Signal
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.fields import check_fields
 
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class DataRater(Problem):
+class DataRater(BilevelProblem):
     r"""The weight of a training sequence is a softmax, over the batch, of the teacher's scores.
 
     .. math:: a_i = B\, \mathrm{softmax}(s)_i, \qquad s_i = T(x_i), \qquad

@@ -54,7 +54,7 @@ def hypergradient(
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
 
     Args:
-        teacher, student: modules on one device, in the mode (train or eval) that they are in. In
+        teacher, student: modules on one device, which train or evaluate, as they are. In
             several processes, both in ``DistributedDataParallel`` or sharded by ``fully_shard``:
             the batches are then this rank's equal share, and the results of sharded networks
             DTensors. No teacher, None, for a problem that has none, such as

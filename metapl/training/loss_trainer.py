@@ -116,8 +116,11 @@ class LossTrainer(Trainer):
                 self.network = torch.compile(self.student, dynamic=False, **compiled.BACKEND)
 
     @property
-    def schedulable(self) -> list[torch.optim.Optimizer]:
-        return [self.optimizer]
+    def optimizers(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer}
+
+    def _choices(self) -> str:
+        return f"losses {' + '.join(type(loss).__name__ for loss in self.losses)}"
 
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """Take a step on a labeled batch and, for losses that read one, an unlabeled batch.

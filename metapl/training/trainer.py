@@ -21,7 +21,7 @@ from metapl.execution.numerics import no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
-from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
+from metapl.feedback import MODES, Estimator, Mode, check_mode, check_teacher, estimator, prepare
 from metapl.feedback.advice import advice_on
 from metapl.feedback.door import (
     FirstLook,
@@ -881,10 +881,17 @@ class BilevelTrainer(Trainer):
     # ---------------------------------------------------------------------------------------- state
 
     @property
-    def schedulable(self) -> list[torch.optim.Optimizer]:
-        optimizers = (self.inner_optimizer, self.outer_optimizer)
-        # A transform of TorchOpt has no param groups.
-        return [one for one in optimizers if isinstance(one, torch.optim.Optimizer)]
+    def optimizers(self) -> dict[str, Any]:
+        optimizers = {"inner_optimizer": self.inner_optimizer}
+        if self.outer_optimizer is not None:
+            optimizers["outer_optimizer"] = self.outer_optimizer
+        return optimizers
+
+    def _choices(self) -> str:
+        mode = repr(self.mode)
+        if self.mode.name in MODES and self.mode == estimator(self.mode.name):
+            mode = repr(self.mode.name)
+        return f"mode {mode}, problem {kind_of(self.problem)}"
 
     def settings(self) -> dict[str, Any]:
         names = (

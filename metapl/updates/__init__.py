@@ -22,7 +22,7 @@ from metapl.updates.optimizers import (
     refuse_state_of_another,
 )
 from metapl.updates.own_step import RULES, OwnStep
-from metapl.updates.schedules import Schedule, options_by_step
+from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
 from metapl.updates.several import Several, SeveralRules, as_one_optimizer
 from metapl.updates.sgd import SGD
 from metapl.updates.torch_optim import TorchUpdate
@@ -34,7 +34,7 @@ __all__ = [
     "Options",
     "OwnStep",
     "Parameters",
-    "Schedule",
+    "Settings",
     "TorchUpdate",
     "Update",
     "as_one_optimizer",
@@ -48,6 +48,7 @@ __all__ = [
     "refuse_missing",
     "refuse_rates_by_entry",
     "refuse_state_of_another",
+    "scheduled_settings",
     "update_of",
 ]
 

@@ -126,7 +126,7 @@ class Update(ABC):
     def with_options(self, options: Options) -> Update:
         """Return the same update with other options, such as the learning rates of a later step."""
         raise MetaplError(
-            "schedule was given with a TorchOpt transform; expected torchopt.schedule in the "
+            "settings was given with a TorchOpt transform; expected torchopt.schedule in the "
             "transform."
         )
 

@@ -29,6 +29,27 @@ def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, .
     return parts
 
 
+def summary_of(optimizer: Any) -> str:
+    """Return an optimizer in a few words: its kind, and its learning rates by param group.
+
+    >>> weight, bias = torch.nn.Linear(2, 2).parameters()
+    >>> groups = [{"params": [weight]}, {"params": [bias], "lr": 0.5}]
+    >>> summary_of(torch.optim.Adam(groups, lr=0.01))
+    'Adam with lr=0.01, 0.5'
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return f"a transform {type(optimizer).__name__}"
+    summaries = []
+    for part in parts_of(optimizer):
+        rates: dict[str, None] = {}
+        for group in part.param_groups:
+            rate = "one by entry" if has_entries(group) else f"{float(group['lr']):g}"
+            # Each rate once, in the order of the groups.
+            rates[rate] = None
+        summaries.append(f"{type(part).__name__} with lr={', '.join(rates)}")
+    return " and ".join(summaries)
+
+
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return copies of the options of the param groups.
 

@@ -30,17 +30,20 @@ from metapl.apps.pictures.reader import (
 from metapl.errors import MetaplError, few, reason_of
 from metapl.words import shown
 
+# Called now and then with the number of files that are done.
 Progress = Callable[[int], object]
-"""Called now and then with the number of files done."""
 
 FilesT = TypeVar("FilesT", bound="Files")
 T = TypeVar("T")
 
-WHOLE_UP_TO, WHOLE_BYTES = 5_000, 2**30
-"""Files of a folder whose bytes are all hashed, and how many bytes.
+# The most files of a folder whose bytes are all hashed, and the most bytes. Of larger folders,
+# names and sizes are taken.
+WHOLE_UP_TO = 5_000
+WHOLE_BYTES = 2**30
 
-Of larger folders, names and sizes are taken.
-"""
+# The most files that are decoded before a training, and the most bytes.
+DECODE_UP_TO = 5_000
+DECODE_BYTES = 2**29
 
 
 def silent(done: int) -> None:
@@ -49,9 +52,13 @@ def silent(done: int) -> None:
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures below a folder, and the number of other files by suffix.
+    """The pictures below a folder.
 
-    Names are relative to the folder, with slashes, in the order of their characters.
+    Args:
+        root: the folder.
+        names: of the pictures, relative to the folder, with slashes, in the order of their
+            characters.
+        passed_over: the number of other files by suffix.
     """
 
     root: Path
@@ -62,11 +69,11 @@ class Files:
         return len(self.names)
 
     def path(self, index: int) -> Path:
-        """Where a file is."""
+        """Return where a file is."""
         return self.root / self.names[index]
 
     def paths(self) -> Iterator[str]:
-        """Where the files are."""
+        """Return where the files are."""
         folder = os.path.join(self.root, "")
         return (folder + name for name in self.names)
 
@@ -77,18 +84,20 @@ class Files:
 
 @dataclass(frozen=True)
 class LabeledFiles(Files):
-    """The pictures of a folder that holds one folder a class."""
+    """The pictures of a folder that holds one folder a class.
 
-    # The names of the class folders, in the order of their characters.
+    Args:
+        classes: the names of the class folders, in the order of their characters.
+        labels: of each file, an index into the classes.
+    """
+
     classes: tuple[str, ...] = ()
-
-    # Of each file, an index into the classes.
     labels: tuple[int, ...] = ()
 
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
-        return dataclasses.replace(
-            super().keep(indices), labels=tuple(self.labels[i] for i in indices)
-        )
+        """Return the same folder with some of its files, and their labels."""
+        labels = tuple(self.labels[i] for i in indices)
+        return dataclasses.replace(super().keep(indices), labels=labels)
 
     def targets(self, classes: Sequence[str] | None = None) -> Tensor:
         """Return the labels, int64 (n,), as indices into ``classes``, or into the folder's own.
@@ -96,16 +105,15 @@ class LabeledFiles(Files):
         Raises:
             MetaplError: there are pictures of another class.
         """
-        known = {
-            name: index for index, name in enumerate(self.classes if classes is None else classes)
-        }
-        if unknown := sorted({self.classes[label] for label in self.labels} - known.keys()):
+        expected = self.classes if classes is None else classes
+        numbers = {name: number for number, name in enumerate(expected)}
+        names = [self.classes[label] for label in self.labels]
+        unknown = sorted({*names} - numbers.keys())
+        if unknown:
             raise MetaplError(
-                f"{self.root} has pictures of {few(unknown)}; expected {few(known, 20)} alone."
+                f"{self.root} has pictures of {few(unknown)}; expected {few(numbers, 20)} alone."
             )
-        return torch.tensor(
-            [known[self.classes[label]] for label in self.labels], dtype=torch.int64
-        )
+        return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
 
     def counts(self) -> dict[str, int]:
         """Return the number of pictures of each class."""
@@ -131,34 +139,61 @@ def scan_unlabeled(folder: str | Path) -> Files:
     """
     root = Path(folder).expanduser()
     if root.suffix == ".txt" and root.is_file():
-        lines = root.read_text("utf-8", "surrogateescape").splitlines()
-        listed = {os.path.abspath(root.parent / line) for line in lines if line}
-        root = Path(
-            os.path.commonpath([os.path.dirname(path) for path in listed]) if listed else root
-        )
-        names, passed_over = _pictures(os.path.relpath(path, root) for path in listed)
+        root, files = _files_of_list(root)
     else:
-        names, passed_over = _pictures(name for _, files in _listed(root) for name in files)
+        files = _files_below(root)
+    names, passed_over = _pictures(files)
     if not names and passed_over[TAR]:
-        listed = set()
-        for tar in (name for _, files in _listed(root) for name in files if name.endswith(TAR)):
-            inside = [
-                name
-                for name, _, _ in tar_members(root / tar)
-                if all(map(_is_visible, name.split("/")))
-            ]
-            if twice := [name for name, times in Counter(inside).items() if times > 1]:
-                raise MetaplError(
-                    f"{shown(root / tar)} has {few(twice)} more than once; expected each name once."
-                )
-            listed |= {f"{tar}/{name}" for name in inside}
-        names, passed_over = _pictures(listed)
+        files_in_tars: list[str] = []
+        for name in files:
+            if name.endswith(TAR):
+                files_in_tars += [f"{name}/{member}" for member in _members_of(root / name)]
+        names, passed_over = _pictures(files_in_tars)
     _refuse_none(names, root, passed_over)
     return Files(root, names, passed_over)
 
 
+def _files_of_list(file: Path) -> tuple[Path, list[str]]:
+    """Return the folder that the files of a list have in common, and the files relative to it."""
+    lines = file.read_text("utf-8", "surrogateescape").splitlines()
+    paths = {os.path.abspath(file.parent / line) for line in lines if line}
+    if not paths:
+        return file, []
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return Path(root), [os.path.relpath(path, root) for path in paths]
+
+
+def _files_below(root: Path, above: Path | None = None) -> list[str]:
+    """Return all visible files below a folder, relative to it.
+
+    Args:
+        root: the folder.
+        above: a folder that counts as listed already.
+    """
+    files: list[str] = []
+    for _, files_of_folder in _listed(root, above):
+        files += files_of_folder
+    return files
+
+
+def _members_of(tar: Path) -> list[str]:
+    """Return the names of the visible members of a tar file; refuse a name that stands twice."""
+    names = []
+    for name, _, _ in tar_members(tar):
+        if all(map(_is_visible, name.split("/"))):
+            names.append(name)
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise MetaplError(
+            f"{shown(tar)} has {few(repeated)} more than once; expected each name once."
+        )
+    return names
+
+
 def scan_labeled(folder: str | Path) -> LabeledFiles:
-    """List the pictures of a folder that holds one folder a class, likewise; below those, any tree.
+    """List the pictures of a folder that holds one folder a class, with all folders in those.
+
+    Files are found as by :func:`scan_unlabeled`, without lists and tar files.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
@@ -171,33 +206,35 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
     root = Path(folder).expanduser()
     classes, files = next(_listed(root))
     if not classes:
-        example = f"{root / 'cat'}, {root / 'dog'}"
         raise MetaplError(
-            f"{root} has no folder in it; expected one folder a class, with its pictures: {example}"
+            f"{root} has no folder in it; expected one folder a class, with its pictures: "
+            f"{root / 'cat'}, {root / 'dog'}"
         )
     # Pictures beside the class folders have no class.
     _, passed_over = _pictures(files)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        below, others = _pictures(
-            file for _, files in _listed(root / name, above=root) for file in files
-        )
-        names += (f"{name}/{picture}" for picture in below)
-        labels += [label] * len(below)
+        pictures, others = _pictures(_files_below(root / name, above=root))
+        for picture in pictures:
+            names.append(f"{name}/{picture}")
+            labels.append(label)
         passed_over.update(others)
     _refuse_none(names, root, passed_over)
     return LabeledFiles(root, tuple(names), passed_over, tuple(classes), tuple(labels))
 
 
 def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int]) -> None:
-    if not names:
-        kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
-        others = f", only {kinds}" if kinds else ""
-        raise MetaplError(
-            f"{root} has no picture in it{others}; expected files that end with "
-            f"{', '.join(SUFFIXES)}."
-        )
+    """Refuse a folder without pictures, and say what is in it."""
+    if names:
+        return
+    others = ""
+    if passed_over:
+        kinds = [f"{count} with {suffix}" for suffix, count in sorted(passed_over.items())]
+        others = f", only {', '.join(kinds)}"
+    raise MetaplError(
+        f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}."
+    )
 
 
 def _pictures(files: Iterable[str]) -> tuple[tuple[str, ...], Counter[str]]:
@@ -214,9 +251,9 @@ def _pictures(files: Iterable[str]) -> tuple[tuple[str, ...], Counter[str]]:
 
 
 def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], list[str]]]:
-    """As :func:`walk`, without hidden names.
+    """Yield the folders in each folder, and its files relative to the root.
 
-    The folders in each folder, and its files relative to the root.
+    They are those of :func:`walk`, without hidden names.
     """
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
@@ -225,16 +262,16 @@ def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], 
     def refuse(error: OSError) -> NoReturn:
         raise MetaplError(f"{shown(error.filename)} cannot be listed: {error.strerror}.") from error
 
-    for folder, inside, files in walk(root, refuse, above):
-        inside[:] = filter(_is_visible, inside)
-        below = os.path.relpath(folder, root)
-        yield (
-            inside,
-            [name if below == "." else f"{below}/{name}" for name in files if _is_visible(name)],
-        )
+    for folder, folders, files in walk(root, refuse, above):
+        # What is not in the list is not gone into.
+        folders[:] = filter(_is_visible, folders)
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else f"{relative}/"
+        yield folders, [prefix + name for name in files if _is_visible(name)]
 
 
 def _is_visible(name: str) -> bool:
+    """Return whether a file or folder is one of the user's, and not of the system."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
@@ -244,28 +281,33 @@ def walk(
     """Yield folders, each once, with the sorted names of the folders and the files in them.
 
     Links are followed. What is taken from the list of a folder's folders is not gone into.
-    ``refuse`` is called with the error where a folder cannot be listed; the folder ``above`` counts
-    as listed already.
+
+    Args:
+        root: the first folder.
+        refuse: is called with the error where a folder cannot be listed.
+        above: a folder that counts as listed already.
     """
-
-    def identity(folder: str) -> tuple[int, int]:
-        status = os.stat(folder)
-        # What a folder and a link to it have in common.
-        return status.st_dev, status.st_ino
-
-    seen = set() if above is None else {identity(os.fspath(above))}
-    for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
-        known = ask(identity, folder)
-        if known is None or known in seen:
-            inside.clear()
+    listed: set[tuple[int, int]] = set()
+    if above is not None:
+        listed.add(_identity(os.fspath(above)))
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        identity = ask(_identity, folder)
+        if identity is None or identity in listed:
+            folders.clear()
             continue
-        seen.add(known)
-        inside.sort()
-        yield folder, inside, sorted(files)
+        listed.add(identity)
+        folders.sort()
+        yield folder, folders, sorted(files)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """Return what a folder and a link to it have in common."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def digest(path: str) -> bytes:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with open_picture(path) as file:
         return hashlib.file_digest(file, "sha256").digest()
 
@@ -288,59 +330,66 @@ def hash_files(files: Files) -> str:
     with "names and sizes:". Files that cannot be read count by their names.
     """
     sizes = [ask(size_of, path) for path in files.paths()]
-    whole = len(sizes) <= WHOLE_UP_TO and sum(size or 0 for size in sizes) <= WHOLE_BYTES
+    bytes_of_all = sum(size or 0 for size in sizes)
+    reads_bytes = len(sizes) <= WHOLE_UP_TO and bytes_of_all <= WHOLE_BYTES
     sha256 = hashlib.sha256()
-    labels = files.labels if isinstance(files, LabeledFiles) else [None] * len(sizes)
+    labels: Sequence[int | None] = [None] * len(sizes)
+    if isinstance(files, LabeledFiles):
+        labels = files.labels
     for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
-        content = (ask(digest, path) or b"") if whole else str(size).encode()
+        content = str(size).encode()
+        if reads_bytes:
+            content = ask(digest, path) or b""
         sha256.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
-    return sha256.hexdigest() if whole else f"names and sizes: {sha256.hexdigest()}"
+    if reads_bytes:
+        return sha256.hexdigest()
+    return f"names and sizes: {sha256.hexdigest()}"
 
 
 def hashes(**parts: Any) -> dict[str, str]:
-    """SHA-256 of each part of examples in memory, in hexadecimal: tensors, or tuples of them.
+    """Return the SHA-256 of each part of examples in memory: tensors, or tuples of them.
 
     >>> hashes(x=torch.zeros(2))["x"][:8]
     '46d4846c'
     """
-    found = {}
+    digests = {}
     for name, part in parts.items():
         sha256 = hashlib.sha256()
         for tensor in pytree.tree_leaves(part):
             sha256.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
             sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        found[name] = sha256.hexdigest()
-    return found
+        digests[name] = sha256.hexdigest()
+    return digests
 
 
 # -------------------------------------------------------------------------------- files, one by one
-
-DECODE_UP_TO, DECODE_BYTES = 5_000, 2**29
 
 
 @dataclass(frozen=True)
 class Verified:
     """What :func:`verify_files` found.
 
-    These are the indices of the files that passed, and the names of the others with the reason.
+    Args:
+        sound: the indices of the files that can be used.
+        skipped: the names of the others, each with the reason.
     """
 
     sound: tuple[int, ...]
     skipped: dict[str, str]
 
     def summary(self) -> str:
-        """One line a reason, the most frequent first, with the number of files and the first few.
+        """Return a line for each reason, the most frequent first, with the first few files.
 
         >>> Verified((0,), {"a.png": "the file is empty", "b.png": "the file is empty"}).summary()
         '2 skipped: the file is empty (a.png, b.png)'
         """
-        reasons = defaultdict(list)
+        names_by_reason: defaultdict[str, list[str]] = defaultdict(list)
         for name, reason in self.skipped.items():
-            reasons[reason.split(" (")[0]].append(name)  # without what is the file's own
-        ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
-        return "\n".join(
-            f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked
-        )
+            # What stands in brackets is of this file alone.
+            names_by_reason[reason.split(" (")[0]].append(name)
+        ranked = sorted(names_by_reason.items(), key=lambda entry: -len(entry[1]))
+        lines = [f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked]
+        return "\n".join(lines)
 
 
 def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
@@ -348,18 +397,22 @@ def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
 
     Up to 5,000 files and half a gigabyte are decoded; of more, the size alone is asked for, and
     what is found broken while training is replaced there (see
-    :class:`metapl.apps.pictures.FileImages`). ``progress`` is called with the number of files
-    examined.
+    :class:`metapl.apps.pictures.FileImages`).
+
+    Args:
+        files: to look at.
+        progress: is called with the number of files that were looked at.
 
     Cost: per file, about 0.01 ms for the size, or one decoding.
     """
     sizes = [ask(size_of, path) or 0 for path in files.paths()]
-    decode = len(sizes) <= DECODE_UP_TO and sum(sizes) <= DECODE_BYTES
-    sound, skipped = [], {}
+    decodes = len(sizes) <= DECODE_UP_TO and sum(sizes) <= DECODE_BYTES
+    sound: list[int] = []
+    skipped: dict[str, str] = {}
     for index, path in enumerate(files.paths()):
         try:
-            if decode:
-                # With a size, JPEGs are decoded several times as fast.
+            if decodes:
+                # To a small size, JPEGs are decoded several times as fast.
                 read_image(path, size=(1, 1))
             elif not size_of(path):
                 raise UnreadableImage(path, "the file is empty")
@@ -404,187 +457,269 @@ def check_folders(
     without pictures; a class of validation or test that training does not know; a picture of test
     or validation, by its bytes, among the labeled or unlabeled ones, or in two classes. Warnings: a
     picture of test in validation; a class that validation or test lacks; all labeled pictures among
-    the unlabeled ones. ``progress`` is called with the number of files whose bytes were compared;
-    without ``copies``, none are.
+    the unlabeled ones.
+
+    Args:
+        labeled: the pictures with labels.
+        unlabeled, validation, test: the others, as far as there are any.
+        progress: is called with the number of files whose bytes were compared.
+        copies: whether bytes are compared.
 
     Cost: one question to the file system for each file. Bytes are read only of files that another
     side has with the same size, and beyond 4 KiB only where these agree too.
     """
-    named = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
-    sides: dict[str, Any] = {side: files for side, files in named.items() if files is not None}
-    root, counts, findings = labeled.root, labeled.counts(), list[Finding]()
-    for side, files in [*sides.items()][1:]:
-        whole, other = root.resolve(), files.root.resolve()
-        inside = whole in other.parents
-        # The folder of unlabeled pictures may hold all pictures.
-        if inside or (other in whole.parents and side != "unlabeled"):
-            inner, outer = ((side, files.root), ("labeled", root))[:: 1 if inside else -1]
-            what = (
-                f"the {inner[0]} folder {shown(inner[1])} lies inside the {outer[0]} folder "
-                f"{shown(outer[1])}"
-            )
-            findings.append(
-                Finding(
-                    "error", f"{what}, every subfolder of which is a class; expected one beside it."
-                )
-            )
+    sides: dict[str, Files] = {"labeled": labeled}
+    if unlabeled is not None:
+        sides["unlabeled"] = unlabeled
+    if validation is not None:
+        sides["validation"] = validation
+    if test is not None:
+        sides["test"] = test
+    root = labeled.root
+    counts = labeled.counts()
+    findings: list[Finding] = []
+
+    # 1. Folders in each other.
+    for side in ("unlabeled", "validation", "test"):
+        if side not in sides:
+            continue
+        nested = _nested(labeled, side, sides[side])
+        if nested is not None:
+            findings.append(nested)
             if side != "unlabeled":
                 # A folder around the labeled one has copies of all in it, which says nothing more.
                 del sides[side]
+
+    # 2. Classes to learn.
     if len(counts) < 2:
-        findings.append(
-            Finding("error", f"{root} has one class, {few(counts)}; expected two or more folders.")
-        )
-    if empty := [name for name, count in counts.items() if count == 0]:
-        findings.append(
-            Finding(
-                "error", f"{root} has no picture of {few(empty)}; add some, or remove the folder."
-            )
-        )
+        text = f"{root} has one class, {few(counts)}; expected two or more folders."
+        findings.append(Finding("error", text))
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        text = f"{root} has no picture of {few(empty)}; add some, or remove the folder."
+        findings.append(Finding("error", text))
+
+    # 3. The same pictures on several sides.
     if copies:
         findings += find_copies(sides, progress)
+
+    # 4. Classes that are measured.
     for side, held_out in (("validation", validation), ("test", test)):
         if held_out is None:
             continue
-        found, folder = held_out.counts(), f"the {side} folder {held_out.root}"
-        if unknown := [label for label, count in found.items() if label not in counts and count]:
-            what = (
+        held_out_counts = held_out.counts()
+        folder = f"the {side} folder {held_out.root}"
+        unknown = [name for name, count in held_out_counts.items() if count and name not in counts]
+        if unknown:
+            text = (
                 f"{folder} has classes that {root} does not: {few(unknown)}; expected folders of "
                 "the same names."
             )
-            findings.append(Finding("error", what))
-        if missing := [label for label in counts if not found.get(label)]:
-            what = f"{folder} has no picture of {few(missing)}: nothing is measured there."
-            findings.append(Finding("warning", what))
+            findings.append(Finding("error", text))
+        missing = [name for name in counts if not held_out_counts.get(name)]
+        if missing:
+            text = f"{folder} has no picture of {few(missing)}: nothing is measured there."
+            findings.append(Finding("warning", text))
     return sorted(findings, key=lambda finding: finding.level != "error")
+
+
+def _nested(labeled: LabeledFiles, side: str, files: Files) -> Finding | None:
+    """Return an error where a folder lies in the labeled one, or around it."""
+    labeled_root = labeled.root.resolve()
+    other_root = files.root.resolve()
+    labeled_folder = f"the labeled folder {shown(labeled.root)}"
+    other_folder = f"the {side} folder {shown(files.root)}"
+    if labeled_root in other_root.parents:
+        inner = other_folder
+        outer = labeled_folder
+    elif other_root in labeled_root.parents and side != "unlabeled":
+        inner = labeled_folder
+        outer = other_folder
+    else:
+        # The folder of unlabeled pictures may hold all pictures.
+        return None
+    return Finding(
+        "error",
+        f"{inner} lies inside {outer}, every subfolder of which is a class; expected one beside "
+        "it.",
+    )
 
 
 # ------------------------------------------------------------------------------------------- copies
 
+# The sides whose pictures are to be on no other one, with the others.
+APART = (
+    ("test", "labeled"),
+    ("test", "unlabeled"),
+    ("validation", "labeled"),
+    ("validation", "unlabeled"),
+    ("test", "validation"),
+)
+
 
 class _File(NamedTuple):
+    """A file, the side that it is on, and its label there."""
+
     side: str
     path: str
     label: int = 0
 
 
+# Files with the same bytes.
+_Group = list[_File]
+
+
 def find_copies(
     sides: Mapping[str, Files], progress: Progress = silent, *, trained: bool = False
 ) -> Iterator[Finding]:
-    """Find pictures that stand on several sides, or in several classes, by their bytes.
+    """Yield what is wrong with pictures that stand on several sides, or in several classes.
 
-    See :func:`check_folders`.
+    They are compared by their bytes. See :func:`check_folders`.
 
     Args:
         sides: the labeled files, and of unlabeled, validation and test ones what there is.
-        trained: the labeled and unlabeled ones were already trained on, so that the others are to
-            be mended.
+        progress: is called with the number of files whose bytes were compared.
+        trained: whether the labeled and unlabeled ones were already trained on, so that the others
+            are to be mended.
     """
-
-    def on(group: list[_File], side: str) -> list[str]:
-        return [file.path for file in group if file.side == side]
-
-    def contradict(group: list[_File]) -> bool:
-        return len({file.label for file in group if file.side == "labeled"}) > 1
-
-    groups = _same_bytes(
-        sides, lambda group: contradict(group) or len({file.side for file in group}) > 1, progress
-    )
-    for held_out, other in (
-        *(
-            (held_out, other)
-            for held_out in ("test", "validation")
-            for other in ("labeled", "unlabeled")
-        ),
-        ("test", "validation"),
-    ):
-        pairs = [
-            (path, copy)
-            for group in groups
-            for copy in on(group, other)[:1]
-            for path in on(group, held_out)
-        ]
+    groups = _same_bytes(sides, _is_remarkable, progress)
+    for held_out, other in APART:
+        pairs = []
+        for group in groups:
+            copies = _paths_on(group, other)
+            if copies:
+                pairs += [(path, copies[0]) for path in _paths_on(group, held_out)]
         if pairs:
-            harmless = other == "validation"
-            named = few(path + f" is {copy}" * (path != copy) for path, copy in pairs)
-            spoilt = (
-                "what is selected on them looks better than it is"
-                if harmless
-                else "the result would be too good"
-            )
-            yield Finding(
-                "warning" if harmless else "error",
-                f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; "
-                f"{spoilt}: remove them from the {held_out if trained else other} folder.",
-                f"{held_out} copies",
-            )
-    twice = sum(len(on(group, "labeled")) for group in groups if on(group, "unlabeled"))
-    if "unlabeled" in sides and twice == len(sides["labeled"]):
+            yield _copies_found(pairs, held_out, other, trained=trained)
+    repeated = 0
+    contradicting = []
+    for group in groups:
+        labeled_paths = _paths_on(group, "labeled")
+        if _paths_on(group, "unlabeled"):
+            repeated += len(labeled_paths)
+        if _has_several_labels(group):
+            contradicting.append(" and ".join(labeled_paths))
+    if "unlabeled" in sides and repeated == len(sides["labeled"]):
         # Usual in the papers, and of no use where there are no others.
-        note = f"they are {twice:,} of its {len(sides['unlabeled']):,}"
-        what = (
-            f"all labeled pictures are in the unlabeled folder {sides['unlabeled'].root} too: "
-            f"{note}"
+        unlabeled = sides["unlabeled"]
+        text = (
+            f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: they are "
+            f"{repeated:,} of its {len(unlabeled):,}"
         )
-        yield Finding("warning", what, "labeled copies")
-    if doubtful := [on(group, "labeled") for group in groups if contradict(group)]:
-        what = (
-            f"pictures in more than one class, {len(doubtful)}: "
-            f"{few(map(' and '.join, doubtful))}; keep one."
+        yield Finding("warning", text, "labeled copies")
+    if contradicting:
+        text = (
+            f"pictures in more than one class, {len(contradicting)}: {few(contradicting)}; keep "
+            "one."
         )
-        yield Finding("error", what, "contradiction")
+        yield Finding("error", text, "contradiction")
+
+
+def _copies_found(
+    pairs: Sequence[tuple[str, str]], held_out: str, other: str, *, trained: bool
+) -> Finding:
+    """Return what is wrong with pictures of a held-out side that are on another one too.
+
+    Args:
+        pairs: the path of each picture, and that of a copy.
+        held_out: the side of the pictures.
+        other: the side of the copies.
+        trained: as for :func:`find_copies`.
+    """
+    named = [path if path == copy else f"{path} is {copy}" for path, copy in pairs]
+    level: Literal["error", "warning"] = "error"
+    harm = "the result would be too good"
+    if other == "validation":
+        level = "warning"
+        harm = "what is selected on them looks better than it is"
+    mended = held_out if trained else other
+    return Finding(
+        level,
+        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {few(named)}; {harm}: "
+        f"remove them from the {mended} folder.",
+        f"{held_out} copies",
+    )
+
+
+def _paths_on(group: _Group, side: str) -> list[str]:
+    """Return the paths of the files of a group that are on a side."""
+    return [file.path for file in group if file.side == side]
+
+
+def _has_several_labels(group: _Group) -> bool:
+    """Return whether labeled files of a group are in several classes."""
+    return len({file.label for file in group if file.side == "labeled"}) > 1
+
+
+def _is_on_several_sides(group: _Group) -> bool:
+    return len({file.side for file in group}) > 1
+
+
+def _is_remarkable(group: _Group) -> bool:
+    """Return whether files of a group are on several sides, or labeled ones in several classes."""
+    return _has_several_labels(group) or _is_on_several_sides(group)
 
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the paths in one folder, and in another, of each picture that both have."""
-    for group in _same_bytes(
-        {"own": files, "other": others}, lambda group: len({file.side for file in group}) == 2
-    ):
-        yield (
-            [file.path for file in group if file.side == "own"],
-            [f.path for f in group if f.side == "other"],
-        )
+    for group in _same_bytes({"files": files, "others": others}, _is_on_several_sides):
+        yield _paths_on(group, "files"), _paths_on(group, "others")
 
 
-def without_copies(files: FilesT, of: Files) -> FilesT:
-    """Those of the files that another folder does not have too."""
-    copies = {path for own, _ in same_pictures(files, of) for path in own}
-    return (
-        files.keep([i for i, path in enumerate(files.paths()) if path not in copies])
-        if copies
-        else files
-    )
+def without_copies(files: FilesT, others: Files) -> FilesT:
+    """Return those of the files that another folder does not have too."""
+    copies: set[str] = set()
+    for paths, _ in same_pictures(files, others):
+        copies.update(paths)
+    if not copies:
+        return files
+    return files.keep([i for i, path in enumerate(files.paths()) if path not in copies])
 
 
 def _same_bytes(
-    sides: Mapping[str, Files], matters: Callable[[list[_File]], bool], progress: Progress = silent
-) -> list[list[_File]]:
-    """Yield groups of files with the same bytes.
+    sides: Mapping[str, Files], matters: Callable[[_Group], bool], progress: Progress = silent
+) -> list[_Group]:
+    """Return groups of files with the same bytes.
 
-    ``matters`` says of a group that is alike so far whether it is compared further. Each key costs
-    more than the one before and sees fewer files. Uncompressed pictures all have one size, so a
-    piece of them is compared before all their bytes.
+    Files are compared by one key after another. Each costs more than the one before, and sees fewer
+    files. Uncompressed pictures all have one size, so a piece of them is compared before all their
+    bytes.
+
+    Args:
+        sides: the files.
+        matters: says of a group that is alike so far whether it is compared further.
+        progress: is called with the number of files whose bytes were compared.
     """
-    groups, compared = [list[_File]()], 0
+    all_files: _Group = []
     for side, files in sides.items():
-        labels = files.labels if isinstance(files, LabeledFiles) else [0] * len(files)
-        groups[0] += (_File(side, *one) for one in zip(files.paths(), labels, strict=True))
+        labels: Sequence[int] = [0] * len(files)
+        if isinstance(files, LabeledFiles):
+            labels = files.labels
+        for path, label in zip(files.paths(), labels, strict=True):
+            all_files.append(_File(side, path, label))
+    groups = [all_files]
+    compared = 0
     for key in (size_of, _middle, digest):
-        alike = []
+        groups_alike: list[_Group] = []
         for group in groups:
-            by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
+            files_by_key: defaultdict[Hashable, _Group] = defaultdict(list)
             for file in group:
-                by_key[ask(key, file.path)].append(file)
-                compared += key is _middle
-            by_key.pop(None, None)
-            alike += [same for same in by_key.values() if len(same) > 1 and matters(same)]
+                files_by_key[ask(key, file.path)].append(file)
+                if key is _middle:
+                    compared += 1
+            # Files that cannot be read are like no others.
+            files_by_key.pop(None, None)
+            for alike in files_by_key.values():
+                if len(alike) > 1 and matters(alike):
+                    groups_alike.append(alike)
             progress(compared)
-        groups = alike
+        groups = groups_alike
     return groups
 
 
 def _middle(path: str) -> bytes:
-    """4 KiB from the middle: the beginning is often a header that all files share."""
+    """Return 4 KiB from the middle: the beginning is often a header that all files share."""
     with open_picture(path) as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) // 2 - 2048))
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length // 2 - 2048))
         return file.read(4096)

@@ -17,7 +17,7 @@ import stat
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -67,13 +67,15 @@ def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
 def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
     """Open a file, or a member of a tar file, for reading its bytes.
 
-    An OSError where there is none.
+    Raises:
+        OSError: there is none.
     """
-    tar = _tar_and_member(path)
-    if tar is None:
+    place = _tar_and_member(path)
+    if place is None:
         return open_plain(path)
-    start, size = _place_in_tar(*tar)
-    with open_plain(tar[0]) as file:
+    tar, member = place
+    start, size = _place_in_tar(tar, member)
+    with open_plain(tar) as file:
         file.seek(start)
         return io.BytesIO(file.read(size))
 
@@ -84,8 +86,11 @@ def size_of(path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: there is none.
     """
-    if (tar := _tar_and_member(path)) is not None:
-        return _place_in_tar(*tar)[1]
+    place = _tar_and_member(path)
+    if place is not None:
+        tar, member = place
+        _, size = _place_in_tar(tar, member)
+        return size
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no plain file")
@@ -94,20 +99,24 @@ def size_of(path: str | os.PathLike[str]) -> int:
 
 def _tar_and_member(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """Return the tar file and the name in it of a path that leads into one."""
-    text, at = os.fspath(path), -1
-    while (at := text.find(f"{TAR}/", at + 1)) >= 0:
-        end = at + len(TAR)
+    text = os.fspath(path)
+    # A folder may be called like a tar file too.
+    position = text.find(f"{TAR}/")
+    while position >= 0:
+        end = position + len(TAR)
         if os.path.isfile(text[:end]):
             return text[:end], text[end + 1 :]
+        position = text.find(f"{TAR}/", position + 1)
     return None
 
 
 def _place_in_tar(tar: str, name: str) -> tuple[int, int]:
-    """Where a member of a tar file starts, and its size."""
-    status, wanted = os.stat(tar), _name_hash(name)
+    """Return where a member of a tar file starts, and its size."""
+    status = os.stat(tar)
     hashes, starts, sizes = _tar_index(tar, status.st_size, status.st_mtime_ns)
-    row = int(np.searchsorted(hashes, wanted))
-    if row == len(hashes) or hashes[row] != wanted:
+    name_hash = _name_hash(name)
+    row = int(np.searchsorted(hashes, name_hash))
+    if row == len(hashes) or hashes[row] != name_hash:
         raise FileNotFoundError(errno.ENOENT, "No such file in the tar file")
     return int(starts[row]), int(sizes[row])
 
@@ -119,85 +128,93 @@ def _tar_index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
     They are hashes of the names in rising order, starts and sizes: 24 bytes a member, in arrays
     that forked worker processes share.
     """
+    rows = []
     try:
-        found = sorted(
-            (_name_hash(name), start, length) for name, start, length in tar_members(tar)
-        )
+        for name, start, length in tar_members(tar):
+            rows.append((_name_hash(name), start, length))
     except MetaplError as error:
         raise OSError(errno.EIO, str(error)) from error
-    index = np.array(found, dtype=np.int64).reshape(-1, 3).T.copy()
+    index = np.array(sorted(rows), dtype=np.int64).reshape(-1, 3).T.copy()
     if not np.diff(index[0]).all():
         raise OSError(errno.EIO, f"{tar} has a name twice")
     return index
 
 
 def _name_hash(name: str) -> int:
+    """Return 64 bits of a hash of a name."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 # -------------------------------------------------------------------------- from a file to a tensor
 
-_KINDS = (
-    "bmp",
-    "gif",
-    "jfif",
-    "jpe",
-    "jpeg",
-    "jpg",
-    "pbm",
-    "pgm",
-    "png",
-    "pnm",
-    "ppm",
-    "tif",
-    "tiff",
-    "webp",
+# How the names of pictures end.
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
 )
-SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
 
 # Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the
 # file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
-# above, a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too
+# A picture of more pixels is refused unread: it is a quarter of a gigabyte of RGB, and Pillow's own
+# limit too.
 MAX_PIXELS = 89_478_485
+
 # A picture of more pixels is shrunk before it is converted, which takes several copies.
 LARGE = 2**24
 
 # Red, green and blue in brightness: ITU-R BT.601, as in Pillow.
 LUMA = (0.299, 0.587, 0.114)
 
-# The number of the orientation in EXIF.
+# The tag of EXIF that says which side is up, and its values for a picture that lies on a side.
 _ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
-Mode = Literal["RGB", "L"]
+Colors = Literal["RGB", "L"]
 
+# Left, top, right and bottom edges in pixels, from the upper left corner of the picture.
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom edges in pixels, from the upper left corner of the picture."""
 
+# From the height and width of a picture to a box of it.
 Crop = Callable[[int, int], Box]
-"""From the height and width of a picture to a box of it."""
 
 
 class UnreadableImage(MetaplError):
     """A file that is no usable picture.
 
-    What it alone has stands in brackets at the end of the ``reason``.
+    Args:
+        path: of the file.
+        reason: why; what is of this file alone stands in brackets at its end.
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{shown(path)}: {reason}.")
-        self.path, self.reason = Path(path), reason
+        self.path = Path(path)
+        self.reason = reason
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        """Return how it is made again, for it comes from worker processes."""
         return type(self), (self.path, self.reason)
 
 
 def read_image(
     path: str | Path,
     *,
-    mode: Mode = "RGB",
+    colors: Colors = "RGB",
     size: tuple[int, int] | None = None,
     center: float = 1.0,
 ) -> Tensor:
@@ -209,6 +226,7 @@ def read_image(
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
+        colors: "RGB", or "L" for brightness.
         size: (height, width), or None for the picture's own. The largest centered box of this shape
             is resized to it, bilinearly over areas: a side that is too long loses both ends.
         center: share of the sides of that box that is used, about its center: 224/256 for ImageNet;
@@ -230,18 +248,23 @@ def read_image(
             f"read_image got center {center}; expected a share of the sides, above 0 and at most 1."
         )
     if size is not None:
-        return read_crops(path, [_centered(size, center)], size=size, mode=mode)[0]
+        return read_crops(path, [_centered(size, center)], size=size, colors=colors)[0]
     with _opened(path) as image:
-        return _as_tensor(_plain(_turned(image), mode))
+        return _as_tensor(_plain(_turned(image), colors))
 
 
 def read_crops(
-    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB"
+    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], colors: Colors = "RGB"
 ) -> list[Tensor]:
     """Read boxes of a picture, decoding it once.
 
-    For each crop of the upright picture it returns uint8 (3, H, W) or (1, H, W) of this size; else
-    it is as :func:`read_image`.
+    Args:
+        path: of the picture, as for :func:`read_image`.
+        crops: give the boxes of the upright picture.
+        size: (height, width) to which each box is resized.
+        colors: as for :func:`read_image`.
+
+    Returns: uint8 (3, H, W) or (1, H, W) for each crop.
     """
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
@@ -250,32 +273,51 @@ def read_crops(
         if not is_jpeg:
             # Which side is up may stand behind the pixels.
             image.load()
-        try:
-            turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        # A broken EXIF orientation does not lose the picture, as in _turned.
-        except Exception:
-            turned = False
-        width, height = image.size[::-1] if turned else image.size
+        width, height = image.size
+        if _is_on_its_side(image):
+            height, width = image.size
         boxes = [crop(height, width) for crop in crops]
-        # Twice the resolution of the result, so that the resampling has something to average over.
-        shrinks = (
-            min((bottom - top) / size[0], (right - left) / size[1]) / 2
-            for left, top, right, bottom in boxes
-        )
-        shrink = max(1.0, min(shrinks))
+        shrink = _most_shrinking(boxes, size)
         if is_jpeg:
+            # It is decoded at a half, a quarter or an eighth of its size, and not below this one.
             image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        elif (
-            image.width * image.height > LARGE
-            and shrink >= 2
-            and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
-        ):
+        elif _is_to_be_reduced(image, shrink):
             exif = image.getexif()
             image = image.reduce(math.floor(shrink))
-            # The reduced picture has lost which side is up.
+            # It says which side is up.
             image.getexif().update(exif)
-        upright = _plain(_turned(image), mode)
+        upright = _plain(_turned(image), colors)
         return [_resized(upright, size, box, (width, height)) for box in boxes]
+
+
+def _is_on_its_side(image: Image) -> bool:
+    """Return whether the camera lay on its side, so that height and width are exchanged."""
+    try:
+        return image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    except Exception:
+        # A broken EXIF should not lose the picture.
+        return False
+
+
+def _most_shrinking(boxes: Sequence[Box], size: tuple[int, int]) -> float:
+    """Return how much smaller a picture may be decoded, 1 or more.
+
+    It has twice the resolution of the result then, so that the resampling has something to average
+    over.
+    """
+    height, width = size
+    shrinks = []
+    for left, top, right, bottom in boxes:
+        shrinks.append((bottom - top) / height / 2)
+        shrinks.append((right - left) / width / 2)
+    return max(1.0, min(shrinks))
+
+
+def _is_to_be_reduced(image: Image, shrink: float) -> bool:
+    """Return whether a picture that is no JPEG is shrunk before it is converted."""
+    is_large = image.width * image.height > LARGE
+    is_of_levels = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
+    return is_large and is_of_levels and shrink >= 2
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
@@ -297,7 +339,7 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 def _opened(path: str | Path) -> Iterator[Image]:
     """Open a picture and read its header.
 
-    Whatever Pillow raises in the block says which file and why.
+    Whatever Pillow raises in the block becomes an error that says which file and why.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -320,15 +362,14 @@ def _opened(path: str | Path) -> Iterator[Image]:
     except UnidentifiedImageError:
         reason = "not a picture of a known format" if size_of(path) else "the file is empty"
         raise UnreadableImage(path, reason) from None
-    # Each of Pillow's readers has exceptions of its own.
     except Exception as error:
+        # Each of Pillow's readers has exceptions of its own.
         reason = reason_of(error)
-        if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR):
-            reason = (
-                f"the picture {'is truncated' if 'truncated' in reason else 'cannot be decoded'} "
-                f"({reason})"
-            )
         # For a pipe, a device or a folder the reason is in the system's words.
+        is_no_file = isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EISDIR)
+        if not is_no_file:
+            fault = "is truncated" if "truncated" in reason else "cannot be decoded"
+            reason = f"the picture {fault} ({reason})"
         raise UnreadableImage(path, reason) from error
 
 
@@ -337,59 +378,72 @@ def _centered(size: tuple[int, int], center: float) -> Crop:
 
     def box(height: int, width: int) -> Box:
         scale = center * min(height / size[0], width / size[1])
-        left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
+        left = (width - size[1] * scale) / 2
+        top = (height - size[0] * scale) / 2
         return left, top, width - left, height - top
 
     return box
 
 
 def _turned(image: Image) -> Image:
+    """Return the picture turned as the camera noted; one that is upright is not copied."""
     from PIL import ImageOps
 
     image.load()
-    try:
-        # In place, for it would else return a copy of a picture that is upright.
+    # A broken EXIF orientation should not lose the picture.
+    with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    # A broken EXIF orientation does not lose the picture.
-    except Exception:
-        return image
     return image
 
 
-def _plain(image: Image, mode: Mode) -> Image:
+def _plain(image: Image, colors: Colors) -> Image:
     """Return the picture in 8 bits and without transparency."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
         # Brightness of 16 bits is scaled down; Pillow's own conversion would clip it at 255.
         values = np.asarray(image)
-        if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
-            kind = "floating point" if image.mode == "F" else "32 bits"
+        is_float = image.mode == "F"
+        if is_float or (values.size and (values.min() < 0 or values.max() > 65535)):
+            kind = "floating point" if is_float else "32 bits"
             raise ValueError(
                 f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits"
             )
-        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        levels = (values.astype(np.uint32) + 128) // 257
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "P":
         image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
+    return image if image.mode == colors else image.convert(colors)
 
 
-def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, int]) -> Tensor:
-    """Return a box of the picture at the size asked for.
+def _resized(image: Image, size: tuple[int, int], box: Box, full: tuple[int, int]) -> Tensor:
+    """Return a box of the picture at another size.
 
-    The box counts in the pixels of the full picture.
+    Args:
+        image: the picture, perhaps decoded at a smaller size.
+        size: (height, width) of the result.
+        box: in the pixels of the full picture.
+        full: width and height of the full picture.
     """
     from PIL import Image
 
-    x, y = image.width / full[0], image.height / full[1]
-    left, top, right, bottom = max(part[0] * x, 0), max(part[1] * y, 0), part[2] * x, part[3] * y
-    box = (left, top, min(right, image.width), min(bottom, image.height))
-    return _as_tensor(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    x_scale = image.width / full[0]
+    y_scale = image.height / full[1]
+    left, top, right, bottom = box
+    scaled_box = (
+        max(left * x_scale, 0),
+        max(top * y_scale, 0),
+        min(right * x_scale, image.width),
+        min(bottom * y_scale, image.height),
+    )
+    height, width = size
+    return _as_tensor(image.resize((width, height), Image.Resampling.BILINEAR, scaled_box))
 
 
 def _as_tensor(image: Image) -> Tensor:
+    """Return the levels of a picture, uint8 (C, H, W)."""
     levels = torch.from_numpy(np.atleast_3d(np.array(image, dtype=np.uint8)))
     return rearrange(levels, "h w c -> c h w").contiguous()

@@ -21,7 +21,7 @@ from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
 from metapl.feedback.lookahead import InnerBatches
-from metapl.problems.base import Problem, Signal, enters_input, outer_input, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
 Tree = dict[Any, Tensor]
@@ -70,7 +70,7 @@ class RealStep:
 
     teacher: nn.Module | None
     student: nn.Module
-    problem: Problem
+    problem: BilevelProblem
     update: Update
     outer_batch: Any
     inner_batches: list[Any]
