@@ -65,10 +65,9 @@ def predict(images):
 """)
 
 
-# The type checker cannot see the class where huggingface_hub is not installed.
-class Classifier(  # type: ignore[misc]
+class Classifier(
     nn.Module,
-    PyTorchModelHubMixin,  # type: ignore[misc]
+    PyTorchModelHubMixin,
     library_name="metapl",
     pipeline_tag=TASK,
 ):
