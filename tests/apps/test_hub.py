@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
-from metapl.apps.hub import Classifier  # noqa: E402
+from metapl.integrations.hub import Classifier  # noqa: E402
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 
