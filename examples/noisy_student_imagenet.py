@@ -593,18 +593,18 @@ def selection_in_words(c: Settings) -> str:
     if c.select_by not in ("once", "each"):
         return f"that of {c.select_by}, for all rounds"
     if c.select_by == "each":
-        who = "each round anew, by its teacher"
+        selector = "each round anew, by its teacher"
     elif filter_of(c) is not None:
-        who = f"once, by the filter {c.filter_network}"
+        selector = f"once, by the filter {c.filter_network}"
     else:
-        who = f"once, by the first teacher {c.networks[0]}"
-    kept = f"confidence above {c.threshold:g}"
+        selector = f"once, by the first teacher {c.networks[0]}"
+    confidence = f"confidence above {c.threshold:g}"
     if c.at_most is not None:
-        kept += f" and at most {c.at_most:g}"
+        confidence += f" and at most {c.at_most:g}"
     most = "all of a class" if c.per_class is None else f"the surest {c.per_class:,} of a class"
     copies = "smaller classes repeated" if c.balance else "not balanced"
     share = "" if c.share is None else f", a uniform share of {c.share:g} of these"
-    return f"{who}; {kept}, {most}, {copies}{share}"
+    return f"{selector}; {confidence}, {most}, {copies}{share}"
 
 
 UNLABELED_NOISE = {

@@ -60,10 +60,14 @@ class SetSettings(Protocol):
     """Which set is read, from where, and how large the pictures of files become."""
 
     @property
-    def data(self) -> str: ...  # "cifar10", "svhn", "fashion" or "imagenet"
+    def data(self) -> str:
+        """Return "cifar10", "svhn", "fashion" or "imagenet"."""
+        ...
 
     @property
-    def root(self) -> str: ...  # the folder, as torchvision calls it
+    def root(self) -> str:
+        """Return the folder, as torchvision calls it."""
+        ...
 
     @property
     def image_size(self) -> int: ...
@@ -79,13 +83,19 @@ class ViewSettings(Protocol):
     def image_size(self) -> int: ...
 
     @property
-    def magnitude(self) -> float: ...  # of RandAugment, of 10
+    def magnitude(self) -> float:
+        """Return the magnitude of RandAugment, at most 10."""
+        ...
 
     @property
-    def translate(self) -> float: ...  # the greatest shift at magnitude 10, as a share of the side
+    def translate(self) -> float:
+        """Return the greatest shift at magnitude 10, as a share of the side."""
+        ...
 
     @property
-    def cutout(self) -> int: ...  # side of the grey square, in pixels; 0: none
+    def cutout(self) -> int:
+        """Return the side of the grey square, in pixels; 0 for none."""
+        ...
 
 
 class NetworkSettings(Protocol):

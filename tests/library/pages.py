@@ -59,7 +59,9 @@ def check_alike(printed: Sequence[str], expected: Sequence[str]) -> None:
         NUMBER.sub("#", line) for line in expected
     ]
     for line, promise in zip(printed, expected, strict=True):
-        for found, told in zip(NUMBER.findall(line), NUMBER.findall(promise), strict=True):
-            assert abs(float(found) - float(told)) <= TOLERANCE, (
+        for printed_number, promised_number in zip(
+            NUMBER.findall(line), NUMBER.findall(promise), strict=True
+        ):
+            assert abs(float(printed_number) - float(promised_number)) <= TOLERANCE, (
                 f"{line!r} was printed, the page says {promise!r}"
             )

@@ -263,6 +263,10 @@ def evaluation(trainer: metapl.BilevelTrainer) -> None:
     trainer.student[1].eval()
 
 
+def other_activation(trainer: metapl.BilevelTrainer) -> None:
+    trainer.student[2].approximate = "tanh"
+
+
 def other_momentum(trainer: metapl.BilevelTrainer) -> None:
     for optimizer in trainer.schedulable:
         optimizer.param_groups[0]["momentum"] = 0.5
@@ -277,6 +281,7 @@ CHANGES: dict[str, Any] = {
     "a frozen part": frozen_part,
     "another dropout": other_dropout,
     "a part in evaluation": evaluation,
+    "another activation": other_activation,
     "another momentum": other_momentum,
 }
 
@@ -319,6 +324,24 @@ def test_numbers_of_a_batch_and_of_a_loss_are_followed() -> None:
         take(pair, number, (labeled, {"x": unlabeled, "factor": of_batch}))
         compare(pair[1], pair[0])
     assert graphs_of(pair[1]).recordings_made == 3
+
+
+class Keeping(Attention):
+    """A network that keeps what it last saw."""
+
+    seen: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach()
+        return super().forward(x)
+
+
+def test_a_tensor_that_a_pass_puts_into_an_attribute_is_no_reason_to_record_again() -> None:
+    pair = trainers(network=Keeping, noisy_teacher=Keeping)
+    for number in range(3):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert graphs_of(pair[1]).recordings_made == 1
 
 
 def test_a_generator_of_labels_is_the_same_on_both_roads() -> None:

@@ -181,11 +181,11 @@ def by_double_backward(
     theta = reference.weights(student)
     phi = reference.weights(teacher)
     for _ in range(steps):
-        losses = METHODS[name].losses(teacher, phi, theta, reference.at(student, theta, X))
+        losses = METHODS[name].losses(teacher, phi, theta, reference.outputs_at(student, theta, X))
         after_inner = torch.get_rng_state()
         theta, state = reference.stepped(losses.mean(), theta, rule, state)
     torch.set_rng_state(reference.own_stream(after_inner))
-    outer = F.cross_entropy(reference.at(student, theta, labeled[0]), labeled[1])
+    outer = F.cross_entropy(reference.outputs_at(student, theta, labeled[0]), labeled[1])
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 
 
@@ -247,9 +247,9 @@ def weights_by_hand(
     """
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
-    inner = (epsilon * plain(reference.at(student, theta, X))).mean()
+    inner = (epsilon * plain(reference.outputs_at(student, theta, X))).mean()
     moved, _ = reference.stepped(inner, theta, look, state)
-    outer = F.cross_entropy(reference.at(student, moved, labeled[0]), labeled[1])
+    outer = F.cross_entropy(reference.outputs_at(student, moved, labeled[0]), labeled[1])
     h = -torch.autograd.grad(outer, epsilon)[0]
     helpful = h.clamp_min(0)
     return h, helpful / (helpful.sum() if helpful.sum() > 0 else 1)
@@ -292,7 +292,7 @@ def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(
         look = (reference.sgd(lr=1.0), None) if mode == PAPER else (rule, state)
         h, w = weights_by_hand(mirror, trusted, *look)
         theta = reference.weights(mirror)
-        loss = (w * plain(reference.at(mirror, theta, X))).sum()
+        loss = (w * plain(reference.outputs_at(mirror, theta, X))).sum()
         moved, state = reference.stepped(loss, theta, rule, state)
         mirror.load_state_dict({name: t.detach() for name, t in moved.items()})
         report = trainer.step(trusted, (X, Y))

@@ -88,7 +88,7 @@ def modules() -> dict[str, Path]:
     return names
 
 
-def imports(source: str, known: set[str]) -> set[str]:
+def imports(source: str, module_names: set[str]) -> set[str]:
     """Return the package's modules that a file imports.
 
     Those that only a type checker sees are included.
@@ -99,14 +99,14 @@ def imports(source: str, known: set[str]) -> set[str]:
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            imported |= {name if name in known else str(node.module) for name in whole}
+            full_names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {name if name in module_names else str(node.module) for name in full_names}
         elif isinstance(node, ast.Call):
             for name in imports_by_string(node):
                 if isinstance(name, ast.Constant):
                     # "metapl.training:verify" names a part of a module.
                     imported.add(str(name.value).partition(":")[0])
-    return imported & known
+    return imported & module_names
 
 
 IMPORTERS = ("import_module", "__import__", "run_module", "resolve_name")
@@ -142,8 +142,8 @@ def computed_imports(source: str) -> list[int]:
 
 @cache
 def graph() -> dict[str, set[str]]:
-    known = modules()
-    return {name: imports(path.read_text(), {*known}) - {name} for name, path in known.items()}
+    paths = modules()
+    return {name: imports(path.read_text(), {*paths}) - {name} for name, path in paths.items()}
 
 
 def room(module: str) -> str:
