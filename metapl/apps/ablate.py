@@ -70,7 +70,9 @@ class Looking:
 
     def look(self, subject: Subject) -> int:
         """Compare the modes on networks and data, and print and write what was measured."""
-        for name in self.modes or ():
+        # The names are checked here, which the type checker cannot see.
+        modes: Any = self.modes
+        for name in modes or ():
             # It refuses a name that there is not, before anything is measured.
             estimator(name)
         with held(self.out):
@@ -78,7 +80,7 @@ class Looking:
                 subject.trainer,
                 subject.labeled,
                 subject.unlabeled,
-                self.modes,
+                modes,
                 steps=subject.steps,
                 draws=self.draws,
                 rounds=self.rounds,
