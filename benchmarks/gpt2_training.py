@@ -8,7 +8,7 @@ the head tied to the embedding. The text is Python's own documentation, the docs
 standard library, in words; every tenth file is held out. It is trained by 200 steps of AdamW on 8
 sequences of 256 words, with weights in float32 and passes in bfloat16, and ``metapl.attribute``
 says what each sequence did to the loss on the files that were held out. The states before every
-fifteenth step lie on the host, and the steps of one block of fifteen on the card.
+eighth step lie on the host, and the steps of one block of eight on the card.
 
 The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training; the whole
 training; a tenth in float32, and the rank correlation of its scores with those in bfloat16; and
@@ -222,7 +222,7 @@ class Setting:
     warmup: int = 20
     rate: float = 3e-4
     eps: float = 1e-6
-    keep_every: int = 15
+    keep_every: int = 8
     files: int | None = None
 
     @property
@@ -287,14 +287,18 @@ class Measurement:
         with Place(self.device, precision).active(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             began = time.perf_counter()
+            optimizer = self.optimizer(self.network)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: self.share_of_rate(step, steps)
+            )
             attribution = metapl.attribute(
                 self.network,
                 (text.training, text.training),
                 (text.held_out, text.held_out),
-                optimizer=self.optimizer(self.network),
+                optimizer=optimizer,
                 steps=steps,
                 batch_size=self.setting.batch_size,
-                schedule=lambda step: self.share_of_rate(step, steps),
+                settings=metapl.scheduled_settings(scheduler, steps),
                 problem=NextToken(),
                 mode=Forward(keep_every=self.setting.keep_every, keep_on="cpu"),
                 progress=False,

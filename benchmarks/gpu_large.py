@@ -259,9 +259,9 @@ LANGUAGE = Setting(
     problem=DataRater(),
 )
 ATTENTION: dict[str, Attend] = {
-    "length 2,048, PyTorch's attention": by_pytorch,
-    "length 2,048, attention in blocks": in_blocks,
-    "length 2,048, jvp-flash-attention": by_jvp_flash,
+    "attention at length 2048, default": by_pytorch,
+    "attention at length 2048, in blocks": in_blocks,
+    "attention at length 2048, jvp-flash": by_jvp_flash,
 }
 """How the long sequences are attended to."""
 LONG_GPT: Row = {"words": 8_192, "width": 1_024, "depth": 4, "length": 2_048, "head": 64}

@@ -16,10 +16,21 @@ from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 from metapl.training.verification import check_gradient
+from metapl.updates import scheduled_settings
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:
-    from metapl import ablation, data, distributed, metrics, sklearn  # noqa: F401
+    from metapl import (  # noqa: F401
+        ablation,
+        data,
+        distributed,
+        integrations,
+        labels,
+        metrics,
+        networks,
+        pictures,
+        sklearn,
+    )
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
 
@@ -47,11 +58,23 @@ __all__ = [
     "metasmoothness",
     "models",
     "problems",
+    "scheduled_settings",
 ]
 
 # Modules, and the modules of functions, that are loaded when they are first used, so that
 # ``import metapl`` loads little beside torch.
-_LAZY_MODULES = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
+_LAZY_MODULES = (
+    "ablation",
+    "apps",
+    "data",
+    "distributed",
+    "integrations",
+    "labels",
+    "metrics",
+    "networks",
+    "pictures",
+    "sklearn",
+)
 _MODULES_OF_LAZY_FUNCTIONS = {
     "ablate": "metapl.ablation",
     "attribute": "metapl.training.attribution",

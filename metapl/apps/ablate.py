@@ -70,11 +70,12 @@ class Looking:
 
     def look(self, subject: Subject) -> int:
         """Compare the modes on networks and data, and print and write what was measured."""
-        # The names are checked here, which the type checker cannot see.
-        modes: Any = self.modes
-        for name in modes or ():
-            # It refuses a name that there is not, before anything is measured.
-            estimator(name)
+        modes: list[Any] | None = None
+        if self.modes is not None:
+            modes = [*self.modes]
+            for name in modes:
+                # It refuses a name that there is not, before anything is measured.
+                estimator(name)
         with held(self.out):
             ablation = ablate(
                 subject.trainer,

@@ -150,6 +150,9 @@ class Attribute:
         torch.set_num_threads(run.folder.threads())
         torch.manual_seed(seed)
         network = run.cards["student"].create(weights=fields.get("weights")).to(run.device)
+        # The rate falls to 0 in a line.
+        shares = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        rates = self.lr * shares[:, None]
         attribution = attribute(
             network,
             train,
@@ -157,7 +160,7 @@ class Attribute:
             optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
             steps=steps,
             batch_size=batch,
-            schedule=lambda step: 1 - step / steps,
+            settings={"lr": rates},
             generator=torch.Generator().manual_seed(seed),
         )
         classes = run.classes
@@ -345,7 +348,7 @@ class Pictures:
         images = FileImages(
             [*files.paths()],
             size=size,
-            mode="L" if network_input.channels == 1 else "RGB",
+            colors="L" if network_input.channels == 1 else "RGB",
             center=network_input.center,
         )
         self.images = images.cached()

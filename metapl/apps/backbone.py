@@ -21,7 +21,7 @@ from metapl.apps.printing import require_packages
 from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
 from metapl.apps.tuned_networks import Tuned
 from metapl.errors import MetaplError
-from metapl.metrics.predictions import batches_of, eval_mode
+from metapl.metrics.predictions import batches_of, evaluating
 
 # The mean and the standard deviation of each channel that pretrained weights expect.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -306,7 +306,7 @@ class Control:
         """Yield the features and the labels of the pictures of each batch."""
         network = self.network
         device = next(network.parameters()).device
-        with eval_mode(network):
+        with evaluating(network):
             for x, labels in batches_of(data, device):
                 if isinstance(network, Tuned):
                     x = network.features(x)

@@ -253,8 +253,8 @@ class Pictures:
         So training starts at once.
         """
         side = self.input.size
-        mode: Literal["L", "RGB"] = "L" if self.grey else "RGB"
-        images = FileImages([*paths], size=(side, side), mode=mode, log=log)
+        colors: Literal["L", "RGB"] = "L" if self.grey else "RGB"
+        images = FileImages([*paths], size=(side, side), colors=colors, log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.crop else images
 

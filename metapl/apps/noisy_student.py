@@ -29,7 +29,6 @@ from metapl.apps.label_selection import check_interval, select, statistics
 from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
-from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
@@ -54,8 +53,9 @@ from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
-from metapl.metrics.predictions import eval_mode
+from metapl.metrics.predictions import evaluating
 from metapl.problems.losses import CrossEntropy
+from metapl.problems.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
@@ -943,7 +943,7 @@ class LossesApart:
             return {}
         network: nn.Module = trainer.student
         losses: dict[str, float] = {}
-        with eval_mode(network):
+        with evaluating(network):
             for name, source in self.sources.items():
                 has_model_noise = name == "labeled" or self.model_noise
                 with with_model_noise(network, on=has_model_noise):

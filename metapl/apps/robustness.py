@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from metapl.data.draws import fold_in
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.metrics.predictions import eval_mode, logits_of
+from metapl.metrics.predictions import evaluating, logits_of
 
 Picture = NDArray[np.float64]  # (H, W, C) in [0, 1]
 
@@ -173,7 +173,7 @@ def elastic_transform(
     matrix = np.linalg.solve(np.c_[moved, np.ones(3)], corners).T  # from where a pixel comes
     noise = [rng.uniform(-1, 1, (height, width, 1)) for _ in range(2)]
     field = [
-        amount * side * _blurred(each, sigma * side, mode="reflect", truncate=3)[..., 0]
+        amount * side * _blurred(each, sigma * side, edges="reflect", truncate=3)[..., 0]
         for each in noise
     ]
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
@@ -248,9 +248,9 @@ def _length(pixels: float, x: Picture) -> float:
     return pixels * float(min(x.shape[:2])) / SIDE
 
 
-def _blurred(x: Picture, sigma: float, mode: str = "nearest", truncate: float = 4) -> Picture:
+def _blurred(x: Picture, sigma: float, edges: str = "nearest", truncate: float = 4) -> Picture:
     return np.asarray(
-        scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode=mode, truncate=truncate)
+        scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode=edges, truncate=truncate)
     )
 
 
@@ -263,7 +263,7 @@ def _disk(radius: float, edge: float) -> Picture:
     offsets = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
     inside = (offsets[:, None] ** 2 + offsets[None] ** 2 <= max(radius, 0.5) ** 2).astype(float)
     kernel = inside.reshape(2 * reach + 1, fine, 2 * reach + 1, fine).mean(axis=(1, 3))[..., None]
-    kernel = _blurred(kernel, edge, mode="constant")
+    kernel = _blurred(kernel, edge, edges="constant")
     return np.asarray(kernel / kernel.sum())
 
 
@@ -393,7 +393,7 @@ def measure(
     reaches = dict.fromkeys((attack, float(reach)) for attack in attacks for reach in eps)
     right: Counter[tuple[str, float]] = Counter()
     n = 0
-    with eval_mode(network):
+    with evaluating(network):
         for x, y in batches:
             if x.ndim != 4 or x.shape[1] not in (1, 3):
                 raise MetaplError(

@@ -17,9 +17,9 @@ from metapl.apps.backbone import Control
 from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, done_by_first
+from metapl.apps.log_to import MetricLog
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
-from metapl.apps.model_noise import model_noise
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
@@ -32,6 +32,7 @@ from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.problems.model_noise import model_noise
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
@@ -87,6 +88,7 @@ def train(
     progress: bool = False,
     say: Say = lambda text: None,
     say_progress: Say | None = None,
+    log: MetricLog | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
@@ -100,6 +102,7 @@ def train(
         progress: show a bar on standard error, where that is a terminal.
         say: where the lines about the data and the result go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
+        log: is given every recorded row, and the accuracies at the end; None: nobody.
         processes: those that train together; None: one.
 
     Returns: what ``result.json`` holds.
@@ -159,6 +162,7 @@ def train(
         options=options,
         say=say,
         say_progress=say_progress,
+        log=log,
     )
     training = Training(
         config=config,
@@ -243,6 +247,8 @@ def train(
     if processes.first:
         run = EndedRun(folder, title, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
+    if log is not None:
+        log.end(content)
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
     unread = replaced_files(skipped)
@@ -296,6 +302,7 @@ class Phases:
         options: of every fit.
         say: where messages go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
+        log: is given every recorded row; None: nobody.
     """
 
     config: TrainingConfig
@@ -308,6 +315,7 @@ class Phases:
     options: Mapping[str, Any]
     say: Say
     say_progress: Say | None
+    log: MetricLog | None
 
     def fit(
         self,
@@ -345,8 +353,10 @@ class Phases:
                 resume=fit_options["resume"],
             )
             all_callbacks.append(lines)
+        if self.log is not None:
+            all_callbacks.append(self.log.of_phase(phase))
         try:
-            return trainer.fit(
+            result = trainer.fit(
                 self.processes.share(labeled),
                 self.processes.share(unlabeled),
                 phase=phase,
@@ -362,6 +372,9 @@ class Phases:
             raise MetaplError(
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
+        if self.log is not None:
+            self.log.end_phase(fit_options["steps"])
+        return result
 
     def lay_out(self, network: nn.Module) -> nn.Module:
         """Lay a network out over the processes that train together."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -75,11 +75,20 @@ def scaled(tree: Tree, factor: float | Tensor) -> Tree:
     return {name: factor * t for name, t in tree.items()}
 
 
+# From how many entries on products are summed tensor by tensor, so that one product is held at a
+# time, and not all of them twice. Of a network of a billion weights that is 8 GB less; of a small
+# one it would be several calls for each tensor in the place of one.
+MANY_ENTRIES = 2**25
+
+
 class Space:
     """Products of trees of weights, here of trees that this process holds whole."""
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         """Return ⟨a, b⟩ over the parameters that both have, a scalar."""
+        if self.count(a) >= MANY_ENTRIES:
+            product, _ = self._slope_by_tensor(a, b)
+            return product
         return self._terms(a, b).sum()
 
     def norm(self, a: Tree) -> Tensor:
@@ -93,8 +102,25 @@ class Space:
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
         """Return ⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
+        if self.count(a) >= MANY_ENTRIES:
+            return self._slope_by_tensor(a, b)
         terms = self._terms(a, b)
         return terms.sum(), torch.linalg.vector_norm(terms)
+
+    def _slope_by_tensor(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`slope` does, with the product of one parameter held at a time."""
+        sums: list[Tensor] = []
+        norms: list[Tensor] = []
+        for name, t in a.items():
+            if name not in b:
+                continue
+            first, second = wide_list([t, b[name]])
+            product = first * second
+            if product.is_sparse:
+                product = product.to_dense()
+            sums.append(product.sum())
+            norms.append(torch.linalg.vector_norm(product))
+        return torch.stack(sums).sum(), torch.linalg.vector_norm(torch.stack(norms))
 
     def _terms(self, a: Tree, b: Tree) -> Tensor:
         """Return the products of the entries of two trees, as one vector."""
@@ -114,19 +140,32 @@ class Space:
 WHOLE = Space()
 
 
-def sum_tree(trees: Sequence[Tree]) -> Tree:
-    """Return the sum of trees, in which a parameter that is missing counts as zero."""
-    total: Tree = {}
-    for name in dict.fromkeys(name for tree in trees for name in tree):
-        total[name] = torch.stack([tree[name] for tree in trees if name in tree]).sum(0)
-    return total
+class TreeSum:
+    """A sum of trees, of which no more than the sum is held.
 
+    A parameter that is missing in a tree counts as zero there.
 
-def mean_tree(trees: Sequence[Tree]) -> Tree:
-    """Return the mean of trees, in which a parameter that is missing counts as zero."""
-    if len(trees) == 1:
-        return trees[0]
-    return {name: total / len(trees) for name, total in sum_tree(trees).items()}
+    Attributes:
+        total: the sum.
+        count: how many trees were added.
+    """
+
+    def __init__(self, trees: Iterable[Tree] = ()) -> None:
+        self.total: Tree = {}
+        self.count = 0
+        for tree in trees:
+            self.add(tree)
+
+    def add(self, tree: Tree) -> None:
+        self.count += 1
+        for name, t in tree.items():
+            self.total[name] = self.total[name] + t if name in self.total else t
+
+    def mean(self) -> Tree:
+        """Return the mean of the trees; of one tree the tree itself."""
+        if self.count == 1:
+            return self.total
+        return {name: t / self.count for name, t in self.total.items()}
 
 
 # torch.backends, whose stubs lack some of its attributes.
@@ -280,7 +319,7 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
 
 
 @cache
-def load_forward_mode() -> None:
+def load_dual_numbers() -> None:
     """Create the first dual number, for which PyTorch loads its rules.
 
     It warns of a deprecation then, which is silenced here.
@@ -291,9 +330,9 @@ def load_forward_mode() -> None:
 
 
 @contextmanager
-def forward_mode() -> Iterator[None]:
+def dual_numbers() -> Iterator[None]:
     """Run a pass in forward mode in this block, on kernels that have it."""
-    load_forward_mode()
+    load_dual_numbers()
     with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True):
         yield
 

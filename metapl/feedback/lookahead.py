@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import plain
+from metapl.execution.batch import Batch, plain
 from metapl.runs.fields import Range, check_fields
-from metapl.updates import Schedule, options_by_step
+from metapl.updates import Settings, options_by_step
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,11 @@ class Lookahead(Sequence[Any]):
             not held: it is called again for them, and one that returns another batch then is
             refused.
         steps: K; None: as many as the sequence has.
-        schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it,
-            which takes a step after each of the student's, or the factor of the first rate as a
-            function of the step's number, as in ``LambdaLR``; of several optimizers also a tuple,
-            one for each. Or a dict of settings by name, in each step and param group: ``{"lr": (K,
+        settings: of the inner optimizer in each step and param group, by name: ``{"lr": (K,
             groups), "weight_decay": (K, groups)}``, as ``wrt=`` gives the gradient in them; where a
             group has a rate for each entry of its weight, ``{"lr": [(K, ...), ...]}``, by group.
-            With :func:`metapl.hypergradient`, where optimizer and schedule stay as they are.
+            Those of a ``torch.optim.lr_scheduler`` are :func:`metapl.scheduled_settings`. With
+            :func:`metapl.hypergradient`, where the optimizer stays as it is.
         weights: of outer batches, ``hypergradient(outer=Lookahead([...], weights=...))``: K
             numbers, by which the outer losses after the steps are added; None: 1 each.
 
@@ -50,7 +48,7 @@ class Lookahead(Sequence[Any]):
 
     batches: Sequence[Any] | Callable[[int], Any]
     steps: Annotated[int, Range(1, of="a number of student steps")] | None = None
-    schedule: Schedule | None = None
+    settings: Settings | None = None
     weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -100,16 +98,16 @@ class Lookahead(Sequence[Any]):
     def options(self, optimizer: Any) -> list[list[dict[str, Any]]]:
         """Return the options of the inner optimizer in each step, by param group.
 
-        Empty without a schedule: they are the same in all steps.
+        Empty without settings: they are the same in all steps.
         """
-        if self.schedule is None:
+        if self.settings is None:
             return []
         if not isinstance(optimizer, Optimizer):
             raise MetaplError(
-                "Lookahead(schedule=) is for torch.optim; expected torchopt.schedule in the "
+                "Lookahead(settings=) is for torch.optim; expected torchopt.schedule in the "
                 "transform."
             )
-        return options_by_step(optimizer, self.schedule, len(self))
+        return options_by_step(optimizer, self.settings, len(self))
 
 
 def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[float]]:
@@ -117,9 +115,9 @@ def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[f
 
     Refuse what does not go with the steps.
     """
-    if outer.schedule is not None:
+    if outer.settings is not None:
         raise MetaplError(
-            "outer=Lookahead(schedule=) was given; the schedule is of the inner optimizer: "
+            "outer=Lookahead(settings=) was given; settings are of the inner optimizer: "
             "expected weights=."
         )
     if len(outer) != len(inner):
@@ -133,7 +131,7 @@ def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[f
     return list(outer), torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
 
 
-def refuse_outer_lookahead(outer: Any) -> None:
+def refuse_outer_lookahead(outer: Batch) -> None:
     """Refuse outer batches of several steps, which the function ``hypergradient`` alone takes."""
     if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
         raise MetaplError(
@@ -157,12 +155,12 @@ class InnerBatches(Sequence[Any]):
     is_lookahead: bool
 
     @staticmethod
-    def of_one_step(inner: Any) -> InnerBatches:
+    def of_one_step(inner: Batch) -> InnerBatches:
         """Return the one batch of one student step."""
         return InnerBatches([plain(inner)], is_lookahead=False)
 
     @staticmethod
-    def of_trainer(inner: Any, lookahead: int = 1) -> InnerBatches:
+    def of_trainer(inner: Batch, lookahead: int = 1) -> InnerBatches:
         """Return the batches of a trainer's step, all of them in memory.
 
         Args:
@@ -177,15 +175,15 @@ class InnerBatches(Sequence[Any]):
                     f"{lookahead} batches."
                 )
             return InnerBatches.of_one_step(inner)
-        if inner.schedule is not None:
+        if inner.settings is not None:
             raise MetaplError(
-                "Lookahead(schedule=) is for metapl.hypergradient; a trainer's optimizer has its "
+                "Lookahead(settings=) is for metapl.hypergradient; a trainer's optimizer has its "
                 "own rate."
             )
         return InnerBatches(list(inner), is_lookahead=True)
 
     @staticmethod
-    def of_hypergradient(inner: Any) -> InnerBatches:
+    def of_hypergradient(inner: Batch) -> InnerBatches:
         """Return the batches of a hypergradient; those of a function are read as they are taken."""
         if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
             return InnerBatches.of_one_step(inner)

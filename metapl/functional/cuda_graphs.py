@@ -10,9 +10,9 @@ between steps has one of three places here:
   step is recorded again.
 - Batches, noise, settings of optimizers, the state of the mode and the number of the step are
   copied into memory of the graph before each replay.
-- All else that a step reads is compared with what it was: shapes and numbers of batches, numbers
-  and tensors in attributes of the networks and losses, and switches of PyTorch. Where something
-  differs, the step is recorded for that too.
+- All else that a step reads is compared with what it was: shapes and numbers of batches, attributes
+  of the networks and losses, and switches of PyTorch. Where something differs, the step is recorded
+  for that too.
 
 A value of a tensor that the host reads would be a constant in silence. So the second of the two
 steps before a recording runs in a mode of PyTorch in which this is an error. Numbers that a network
@@ -25,14 +25,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.batch import Batch
 from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState
@@ -98,20 +100,20 @@ def record_on_cuda(function: Callable[[], Results], device: torch.device, pool: 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
     """Raise an error in this block where the host would wait for the device."""
-    mode_before = torch.cuda.get_sync_debug_mode()
-    set_mode_of_waiting("error")
+    reaction_before = torch.cuda.get_sync_debug_mode()
+    set_reaction_to_waiting("error")
     try:
         yield
     finally:
-        set_mode_of_waiting(mode_before)
+        set_reaction_to_waiting(reaction_before)
 
 
-def set_mode_of_waiting(mode: int | str) -> None:
+def set_reaction_to_waiting(reaction: int | str) -> None:
     """Set what torch does where the host waits for the device."""
     with warnings.catch_warnings():
-        # Torch warns that the mode is a prototype.
+        # Torch warns that the setting is a prototype.
         warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_sync_debug_mode(reaction)
 
 
 # What records a function, by the type of the device.
@@ -136,8 +138,8 @@ class Varying(NamedTuple):
     outer_settings: Any
     mode: Any
     step: Tensor
-    outer_batch: Any
-    inner_batch: Any
+    outer_batch: Batch
+    inner_batch: Batch
     noise: Any
 
 
@@ -147,17 +149,27 @@ class RecordedStep:
 
     Attributes:
         state: the state whose tensors of networks and optimizers the graph reads.
-        kind: what else it was recorded for, see :meth:`StepByGraphs.kind_of`.
-        constants: the tensors whose addresses are in the kind, which are held here.
+        kind: the structure, the shapes and the numbers of what varies, and PyTorch's switches.
+        attributes: the values of attributes that were read last and are the same to the graph as
+            those of the recording, which are held here.
         inputs: the memory of the tensors that vary.
         recording: the graph.
     """
 
     state: State
     kind: list[Any]
-    constants: list[Tensor]
+    attributes: list[Any]
     inputs: list[Tensor]
     recording: Recording
+
+    def has_attributes(self, attributes: list[Any]) -> bool:
+        """Return whether these are the same to the graph as those of the recording."""
+        if len(attributes) == len(self.attributes) and all(map(is_, attributes, self.attributes)):
+            return True
+        if constants_of(attributes) != constants_of(self.attributes):
+            return False
+        self.attributes = attributes
+        return True
 
 
 class StepByGraphs:
@@ -171,13 +183,13 @@ class StepByGraphs:
     def __init__(self, step: Step, device: torch.device, sources: Sequence[Any]) -> None:
         self.step = step
         self.device = device
-        self.sources = [vars(source) for source in sources if hasattr(source, "__dict__")]
+        self.attributes = Attributes(sources)
         # The latest last.
         self.recorded: list[RecordedStep] = []
         self.recordings_made = 0
         self._pool: Any = None
 
-    def __call__(self, state: State, outer: Any, inner: Any, noise: Any = None) -> Results:
+    def __call__(self, state: State, outer: Batch, inner: Batch, noise: Any = None) -> Results:
         """Return the state after a step, and its report.
 
         The networks and optimizers of that state lie in memory that the next step writes to.
@@ -193,61 +205,53 @@ class StepByGraphs:
             inner_batch=inner,
             noise=noise,
         )
-        leaves, structure = pytree.tree_flatten(varying)
-        constants, attributes = attributes_of(self.sources)
-        kind = [structure, [kind_of(leaf) for leaf in leaves], attributes, switches(self.device)]
-        recorded = self._find(state, kind)
+        tensors: list[Tensor] = []
+        kind = switches(self.device)
+        for value in varying:
+            take_apart(value, tensors, kind)
+        attributes = self.attributes.values()
+        recorded = self._find(state, kind, attributes)
         if recorded is None:
-            recorded = self._record(state, leaves, structure, kind=kind, constants=constants)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            recorded = self._record(state, varying, kind=kind)
         torch._foreach_copy_(recorded.inputs, tensors)
         recorded.recording.replay()
         moved, report = recorded.recording.results
         # These outlive the next step. The other tensors are copied into those of modules and
         # optimizers before it.
-        mode, step, report = pytree.tree_map_only(
-            Tensor, torch.clone, (moved.mode, moved.step, report)
-        )
-        return with_fields(moved, mode=mode, step=step), report
+        moved = with_fields(moved, mode=copied(moved.mode), step=moved.step.clone())
+        return moved, copied(report)
 
-    def _find(self, state: State, kind: list[Any]) -> RecordedStep | None:
-        """Return the step that was recorded for this state and kind, or None."""
+    def _find(self, state: State, kind: list[Any], attributes: list[Any]) -> RecordedStep | None:
+        """Return the step that was recorded for all this, or None."""
         if self.recorded and not reads_the_same(self.recorded[-1].state, state):
             # No later step has the tensors that these read.
             self.recorded.clear()
-        for index, recorded in enumerate(self.recorded):
-            if recorded.kind == kind:
+        for index in reversed(range(len(self.recorded))):
+            recorded = self.recorded[index]
+            if recorded.kind == kind and recorded.has_attributes(attributes):
                 self.recorded.append(self.recorded.pop(index))
                 return recorded
         return None
 
-    def _record(
-        self,
-        state: State,
-        leaves: Sequence[Any],
-        structure: Any,
-        *,
-        kind: list[Any],
-        constants: list[Tensor],
-    ) -> RecordedStep:
+    def _record(self, state: State, varying: Varying, *, kind: list[Any]) -> RecordedStep:
         """Record the step for a state and a kind; no generator moves."""
         self._warn_of_many()
-        refuse_other_devices(state, leaves, self.device)
-        static_leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        refuse_other_devices(state, varying, self.device)
+        static: Varying = copied(varying)
+        inputs: list[Tensor] = []
+        for value in static:
+            take_apart(value, inputs, [])
+        graph_state = with_fields(
+            state,
+            inner=with_fields(state.inner, settings=static.inner_settings),
+            outer=with_fields(state.outer, settings=static.outer_settings),
+            mode=static.mode,
+            step=static.step,
+        )
 
         def run() -> Results:
-            varying: Varying = pytree.tree_unflatten(static_leaves, structure)
-            graph_state = with_fields(
-                state,
-                inner=with_fields(state.inner, settings=varying.inner_settings),
-                outer=with_fields(state.outer, settings=varying.outer_settings),
-                mode=varying.mode,
-                step=varying.step,
-            )
             with checks.no_values(), without_cache_of_casts():
-                return self.step(
-                    graph_state, varying.outer_batch, varying.inner_batch, varying.noise
-                )
+                return self.step(graph_state, static.outer_batch, static.inner_batch, static.noise)
 
         if self._pool is None and self.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -269,8 +273,9 @@ class StepByGraphs:
         recorded = RecordedStep(
             state=state,
             kind=kind,
-            constants=constants,
-            inputs=[leaf for leaf in static_leaves if isinstance(leaf, Tensor)],
+            # A pass may have put a tensor into one. No pass runs in a replay.
+            attributes=self.attributes.values(),
+            inputs=inputs,
             recording=recording,
         )
         self.recorded.append(recorded)
@@ -299,36 +304,93 @@ def reads_the_same(recorded: State, state: State) -> bool:
     )
 
 
-def kind_of(leaf: Any) -> Any:
-    """Return what of a part of a batch is a constant of a graph."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    if isinstance(leaf, PLAIN):
-        return type(leaf), leaf
-    raise MetaplError(
-        f'compile="cudagraphs" was given a batch with a part {described(leaf)}; expected tensors '
-        "and numbers in tuples, lists and dicts."
-    )
+def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
+    """Append the tensors of a nested value, and what of it is a constant of a graph.
+
+    PyTorch's pytrees would take ten times as long.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        kind.append((value.shape, value.stride(), value.dtype, value.device))
+    elif isinstance(value, PLAIN):
+        kind.append((type(value), value))
+    elif isinstance(value, tuple | list):
+        kind.append((type(value), len(value)))
+        for part in value:
+            take_apart(part, tensors, kind)
+    elif isinstance(value, dict):
+        kind.append((type(value), tuple(value)))
+        for part in value.values():
+            take_apart(part, tensors, kind)
+    else:
+        raise MetaplError(
+            f'compile="cudagraphs" was given a batch with a part {described(value)}; expected '
+            "tensors and numbers in tuples, lists and dicts."
+        )
 
 
-def attributes_of(sources: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Any]]:
-    """Return the tensors in attributes of objects, and all that a graph has of their attributes.
+def copied(value: Any) -> Any:
+    """Return a nested value with copies of its tensors, in the order of :func:`take_apart`."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: copied(part) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(copied, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(copied, value))
+    return value
 
-    That is the numbers and texts, and the addresses of the tensors.
+
+class Attributes:
+    """The attributes of objects that a step reads.
 
     Args:
-        sources: the ``__dict__`` of each object.
+        sources: the objects. Of modules, what every module has is left out: tables of tensors,
+            parts and hooks, and the mode, which are looked at in each step elsewhere.
     """
-    tensors: list[Tensor] = []
-    attributes: list[Any] = []
-    for source in sources:
-        for value in source.values():
-            if isinstance(value, Tensor):
-                tensors.append(value)
-                attributes.append((id(value), value.data_ptr()))
-            elif isinstance(value, PLAIN):
-                attributes.append(value)
-    return tensors, attributes
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self._tables = [vars(source) for source in sources if hasattr(source, "__dict__")]
+        self._sizes: list[int] = []
+        self._places: list[tuple[dict[str, Any], str]] = []
+
+    def values(self) -> list[Any]:
+        """Return the values of all attributes, as they are now."""
+        sizes = [*map(len, self._tables)]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._places = [
+                (table, name)
+                for table in self._tables
+                for name in table
+                if name not in ATTRIBUTES_OF_ALL_MODULES
+            ]
+        try:
+            return [table[name] for table, name in self._places]
+        except KeyError:
+            # As many attributes, of other names.
+            self._sizes = []
+            return self.values()
+
+
+ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+def constants_of(attributes: Sequence[Any]) -> list[Any]:
+    """Return what of the values of attributes is a constant of a graph.
+
+    That is numbers and texts, also in tuples, and which objects the others are.
+    """
+    constants: list[Any] = []
+    for value in attributes:
+        if isinstance(value, PLAIN):
+            constants.append((type(value), value))
+        elif isinstance(value, tuple):
+            constants.append(constants_of(value))
+        else:
+            constants.append(id(value))
+    return constants
 
 
 def switches(device: torch.device) -> list[Any]:
@@ -353,10 +415,10 @@ def without_cache_of_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(keeps_casts)
 
 
-def refuse_other_devices(state: State, leaves: Sequence[Any], device: torch.device) -> None:
+def refuse_other_devices(state: State, varying: Varying, device: torch.device) -> None:
     """Refuse tensors that a graph on the device does not read, or would read once."""
     groups = {
-        "a batch": leaves,
+        "a batch": pytree.tree_leaves(varying),
         "the teacher": pytree.tree_leaves(state.teacher),
         "the student": pytree.tree_leaves(state.student),
     }
@@ -387,6 +449,11 @@ def why_not_recorded(error: RuntimeError) -> str:
         return (
             "a network or a loss reads the value of a tensor (.item(), bool(), a mask as an "
             "index), or makes a tensor of numbers in each pass"
+        )
+    if "expected input and grad types to match" in text:
+        return (
+            "torch takes the softmax of attention in float32 in a region of autocast, and its "
+            "gradient in half precision; take precision='float32' or networks of half precision"
         )
     if "captur" in text.lower():
         return " ".join(text.splitlines()[0].split())

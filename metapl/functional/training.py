@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import digest
+from metapl.execution.batch import Batch, digest
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
@@ -46,7 +46,7 @@ from metapl.functional.state import (
     tensors_of,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, overrides, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, entry_shape, is_nonzero, options_of, update_of
 
@@ -61,14 +61,14 @@ class PathRequest:
 
     teacher: nn.Module | None
     student: nn.Module
-    problem: Problem
+    problem: BilevelProblem
     optimizer: torch.optim.Optimizer
     mode: Estimator
     outer: Any
     ahead: Lookahead
     clip_norm: float | None
     wrt: Sequence[str]
-    judging: Sequence[Problem]
+    judging: Sequence[BilevelProblem]
     outer_losses: OuterLosses | None
     shows_progress: bool
     replay_tolerance: float
@@ -82,15 +82,15 @@ class PathRequest:
 def differentiate(
     teacher: nn.Module | None,
     student: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     optimizer: torch.optim.Optimizer,
     mode: Estimator,
-    outer: Any,
+    outer: Batch,
     ahead: Lookahead,
     *,
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
-    judging: Sequence[Problem] = (),
+    judging: Sequence[BilevelProblem] = (),
     outer_losses: OuterLosses | None = None,
     accumulate: int = 1,
     progress: bool = False,
@@ -170,7 +170,7 @@ def differentiate(
 
 def why_not_compiled(
     mode: Estimator,
-    problem: Problem,
+    problem: BilevelProblem,
     *,
     student: Layout,
     teacher: Layout | None,
@@ -215,10 +215,10 @@ class PathPlan:
             those of the steps that are not differentiated count too.
         keeping: which steps keep their states.
         spacings: as at the head of :mod:`metapl.feedback.keeping`, down to 1.
-        compared_step: the first step that moves the student, for a schedule may begin with a rate
+        compared_step: the first step that moves the student, for a warm-up may begin with a rate
             of 0. The graphs are compared with the eager road in it.
-        compared_schedule: the settings in that step, as the schedule of one step; None where there
-            is no schedule.
+        compared_settings: the settings in that step, as those of one step; None where they are the
+            same in all steps.
     """
 
     steps: int
@@ -232,7 +232,7 @@ class PathPlan:
     keeping: Keeping
     spacings: tuple[int, ...]
     compared_step: int
-    compared_schedule: dict[str, Any] | None
+    compared_settings: dict[str, Any] | None
 
     def rates_of(self, number: int) -> Settings:
         """Return the settings in a step, as tensors."""
@@ -265,7 +265,7 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
         device=device,
         options=options,
         rates=tensor_settings(
-            options, update, request.wrt, is_scheduled=bool(ahead.schedule), device=device
+            options, update, request.wrt, is_scheduled=bool(ahead.settings), device=device
         ),
         start=Carry(theta, optimizer_state, state, teacher_state),
         phi=phi,
@@ -274,8 +274,8 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
         keeping=way_of_keeping,
         spacings=(*way_of_keeping.spacings, 1),
         compared_step=compared_step,
-        compared_schedule=(
-            schedule_of_step(options, compared_step, update, device) if ahead.schedule else None
+        compared_settings=(
+            settings_of_step(options, compared_step, update, device) if ahead.settings else None
         ),
     )
 
@@ -342,14 +342,14 @@ def first_moving_step(options: Sequence[OptionsOfStep]) -> int:
     return 0
 
 
-def schedule_of_step(
+def settings_of_step(
     options: Sequence[OptionsOfStep], number: int, update: TorchUpdate, device: torch.device
 ) -> dict[str, Any] | None:
-    """Return the settings in one step as a schedule of one step, for :class:`metapl.Lookahead`.
+    """Return the settings in one step as those of one step, for :class:`metapl.Lookahead`.
 
     The weight decay is the greatest of all steps, which moves what no loss reaches.
     """
-    schedule: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in update.numbers:
         missing = (0.0, 0.0) if name == "betas" else 0.0
         values = [group.get(name, missing) for group in options[number]]
@@ -357,10 +357,10 @@ def schedule_of_step(
             by_group = zip(*options, strict=True)
             values = [max(group[name] for group in groups) for groups in by_group]
         if any(entry_shape(value) for value in values):
-            schedule[name] = [settings_of(value, device)[None] for value in values]
+            settings[name] = [settings_of(value, device)[None] for value in values]
         else:
-            schedule[name] = torch.tensor([values], dtype=torch.float64)
-    return schedule or None
+            settings[name] = torch.tensor([values], dtype=torch.float64)
+    return settings or None
 
 
 # ---------------------------------------------------------------------------------------- the book
@@ -394,7 +394,7 @@ class StepBook:
     kind_numbers: list[int] = field(default_factory=list)
     kinds: dict[Shapes, SignalKind] = field(default_factory=dict)
 
-    def note_batch(self, number: int, batch: Any) -> None:
+    def note_batch(self, number: int, batch: Batch) -> None:
         """Note a batch that was read; refuse one that is another than when it was read before."""
         batch_digest = digest(batch)
         if number == len(self.digests):
@@ -402,7 +402,7 @@ class StepBook:
         if bool(self.digests[number] != batch_digest):
             raise MetaplError(OTHER_BATCH.format(number))
 
-    def note_signal(self, number: int, batch: Any, signal: Mapping[str, Any]) -> None:
+    def note_signal(self, number: int, batch: Batch, signal: Mapping[str, Any]) -> None:
         """Note what the signal about a batch is like; refuse one that is drawn."""
         shapes = shapes_of(batch)
         if shapes not in self.kinds:
@@ -822,7 +822,9 @@ def moved_since(start: Tree, now: Tree) -> Tree:
 # ---------------------------------------------------------------------------------- the comparison
 
 
-def refuse_other_gradient(request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Any) -> None:
+def refuse_other_gradient(
+    request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Batch
+) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not the eager one.
 
     Batches of shapes that were compared before are let through.
@@ -830,7 +832,7 @@ def refuse_other_gradient(request: PathRequest, plan: PathPlan, graphs: Graphs, 
     shapes = shapes_of(batch)
     if shapes in graphs.compared:
         return
-    one_step = Lookahead([batch], schedule=plan.compared_schedule)
+    one_step = Lookahead([batch], settings=plan.compared_settings)
     begun = RandomState.now(plan.device)
     # The step by which they are compared is a step by these graphs too, and not compared.
     graphs.compared[shapes] = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import LABEL_KEYS, length, rows, to_device
+from metapl.execution.batch import LABEL_KEYS, Batch, Inputs, length, rows, to_device
 from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
 from metapl.metrics.classification import Evaluation, evaluate_logits
@@ -41,7 +41,7 @@ class Judge(Protocol):
     device: torch.device
     classifies: bool
 
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         """Return the student's inputs in a labeled batch, and the batch as its loss reads it."""
 
     def outer_terms(self) -> Sequence[Term]:
@@ -151,7 +151,7 @@ class Metric:
     def _term(self, outputs_of: Callable[[Any], Tensor]) -> Term:
         """Return the user's function as a term of a loss."""
 
-        def term(network: Any, inputs: Any, batch: Any) -> Tensor:
+        def term(network: Any, inputs: Inputs, batch: Batch) -> Tensor:
             value = float(self.definition(outputs_of(inputs), batch))
             return torch.tensor(value, dtype=torch.float64)
 
@@ -174,11 +174,15 @@ class Metric:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether a value is as good as the best so far, or better."""
+        return value == best or self.is_better(value, best)
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Return whether a value is better than the best so far, where there is one."""
         if best is None:
             return True
-        return value <= best if self.better == "min" else value >= best
+        return value < best if self.better == "min" else value > best
 
-    def _labels(self, batch: Any) -> Tensor:
+    def _labels(self, batch: Batch) -> Tensor:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor):
             raise MetaplError(
@@ -192,7 +196,7 @@ ACCURACY = Metric("accuracy", "max", definition="accuracy")
 LOSS = Metric("loss", "min", definition="loss")
 
 
-def _examples_in(inputs: Any, batch: Any) -> int:
+def _examples_in(inputs: Inputs, batch: Batch) -> int:
     """Return the number of examples in a batch: the rows of the inputs, or else of the labels.
 
     Other tensors of a batch, such as weights of classes, may be longer than it has examples.
@@ -208,15 +212,16 @@ def _is_updated(definition: Any) -> bool:
     return all(hasattr(definition, method) for method in ("update", "compute", "reset"))
 
 
-def metric_of(definition: Any, mode: Better | None = None) -> Metric | None:
+def metric_of(definition: Any, metric_mode: Better | None = None) -> Metric | None:
     """Return the metric that a user asks for, or None for the default one.
 
-    ``mode`` says which of its values is the best.
+    ``metric_mode`` says which of its values is the best.
     """
-    if mode not in (None, "min", "max") or (definition is None and mode is not None):
+    is_alone = definition is None and metric_mode is not None
+    if metric_mode not in (None, "min", "max") or is_alone:
         raise MetaplError(
-            f"mode={mode!r} was given with metric={definition!r}; expected 'min' or 'max', and a "
-            "metric."
+            f"metric_mode={metric_mode!r} was given with metric={definition!r}; expected 'min' or "
+            "'max', and a metric."
         )
     if definition is None:
         return None
@@ -225,17 +230,17 @@ def metric_of(definition: Any, mode: Better | None = None) -> Metric | None:
     elif (_is_updated(definition) or callable(definition)) and not isinstance(definition, type):
         better = _better_of(definition)
         if better is None:
-            better = mode
+            better = metric_mode
         metric = Metric(_name_of(definition), better, definition=definition)
     else:
         raise MetaplError(
             f"metric is {described(definition)}; expected 'accuracy', 'loss', a function (outputs, "
             "batch) -> number, or one of torchmetrics."
         )
-    if mode not in (None, metric.better):
+    if metric_mode not in (None, metric.better):
         raise MetaplError(
-            f"mode={mode!r} was given, and of the metric {metric.name!r} the {metric.better} is "
-            "best."
+            f"metric_mode={metric_mode!r} was given, and of the metric {metric.name!r} the "
+            f"{metric.better} is best."
         )
     return metric
 
@@ -258,11 +263,15 @@ def _better_of(definition: Any) -> Better | None:
     return "max" if is_higher_better else "min"
 
 
-def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+def metric_for(
+    judge: Judge, validation: Any, metric: Metric | None, compares: bool
+) -> Metric | None:
     """Return the metric of the networks on validation data, None without these.
 
-    It is tried by measuring the student on the first batch. ``select``: whether the best network is
-    to be kept.
+    It is tried by measuring the student on the first batch.
+
+    Args:
+        compares: whether its values are compared, to keep the best network or to end early.
     """
     if validation is None:
         if metric is not None:
@@ -285,21 +294,21 @@ def metric_for(judge: Judge, validation: Any, metric: Metric | None, select: boo
             inputs, batch = first
             outputs = logits_of(judge.student, [rows(inputs, 0, 2)])
             metric = default_metric(judge, batch, outputs)
-        if select and metric.better is None:
+        if compares and metric.better is None:
             raise MetaplError(
-                f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside "
-                "it."
+                f"metric {metric.name!r}: expected metric_mode='max', or metric_mode='min' of an "
+                "error, beside it."
             )
         metric.over(judge, judge.student, [first])
     return metric
 
 
-def default_metric(judge: Judge, batch: Any, outputs: Tensor) -> Metric:
+def default_metric(judge: Judge, batch: Batch, outputs: Tensor) -> Metric:
     """Return accuracy where the problem is one of classes (:func:`of_classes`), else its loss."""
     return ACCURACY if of_classes(judge, batch, outputs) else LOSS
 
 
-def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
+def of_classes(judge: Judge, batch: Batch, outputs: Tensor) -> bool:
     """Return whether outputs (B, C) are class logits.
 
     They are where the labels of the batch are the indices of classes, integers (B,) from 0 to C −
@@ -317,7 +326,7 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     return judge.classifies or bool(((labels >= 0) & (labels < outputs.shape[1])).all())
 
 
-def labels_of(batch: Any) -> Any:
+def labels_of(batch: Batch) -> Any:
     """Return the second element of a tuple, or what a dict has under ``labels``.
 
     None where there is neither.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import (
+    Batch,
+    Inputs,
     as_tensors,
     inputs_of,
     is_array,
@@ -77,14 +79,14 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
     """Give a function from inputs to the network's outputs, in eval mode and without gradients."""
     first_parameter = next(model.parameters(), None)
 
-    def outputs_of(inputs: Any) -> Tensor:
+    def outputs_of(inputs: Inputs) -> Tensor:
         if first_parameter is not None:
             inputs = to_device(inputs, first_parameter.device)
         return checks.logits(model(inputs), "network")
 
     try:
         # Not inference mode: what a module keeps of it can have no gradient later.
-        with eval_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield outputs_of
     finally:
         reshard(model)
@@ -109,7 +111,7 @@ def batches_of(
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield (inputs, labels) on the device, from one labeled batch or an iterable of such."""
 
-    def read(batch: Any, name_of_batch: str) -> tuple[Any, Tensor]:
+    def read(batch: Batch, name_of_batch: str) -> tuple[Any, Tensor]:
         inputs, labels, *_ = labeled_pair(batch, name_of_batch)
         return inputs, labels
 
@@ -147,21 +149,21 @@ def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode in this block.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation in this block.
 
-    Afterwards every submodule is in the mode that it had.
+    Afterwards every submodule trains or evaluates as it did before.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    training_flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in training_flags:
             # A `train` of its own may do more, such as merge weights.
             if type(module).train is not nn.Module.train:
                 module.train(training)
         # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen
         # in eval mode.
-        for module, training in modes:
+        for module, training in training_flags:
             module.training = training

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import length, map_tensors
+from metapl.execution.batch import Batch, length, map_tensors
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import RandomState, Slot, Slots, replay, stand_in
-from metapl.problems.base import Problem, Signal, has_rows, joined_signals
+from metapl.problems.base import BilevelProblem, Signal, has_rows, joined_signals
 
 # How far the mean of two halves may be from the loss of both, relative to them. The rows of a batch
 # are computed by other kernels in batches of another size.
@@ -106,7 +106,7 @@ def refuse_other_than_means(
     labeled: Sequence[Any],
     unlabeled: Sequence[Any],
     signals: Sequence[Signal],
-    problem: Problem | None,
+    problem: BilevelProblem | None,
     *,
     step: int,
     ranks: Ranks,
@@ -144,7 +144,7 @@ def refuse_other_than_means(
     tolerance = TOLERANCES[coarsest_dtype([p.dtype for p in network.parameters()], device)]
     refusal = ""
     random = RandomState.now(device)
-    with torch.no_grad(), no_fast_path(), evaluation_mode(network):
+    with torch.no_grad(), no_fast_path(), evaluating(network):
         slots = Slots(network)
         for loss in compared:
             comparison = Comparison(
@@ -175,10 +175,10 @@ def refuse_other_than_means(
 class RowsOfTwo:
     """The rows of two micro-batches, of which a loss is taken of all and by halves."""
 
-    labeled: Any
-    unlabeled: Any
+    labeled: Batch
+    unlabeled: Batch
     signal: Signal
-    problem: Problem | None
+    problem: BilevelProblem | None
 
 
 @dataclass(frozen=True)
@@ -320,19 +320,19 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode in this block.
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation in this block.
 
-    Afterwards each of its modules is in the mode that it was in.
+    Afterwards each of its modules trains or evaluates as it did before.
     """
-    modes = [(module, module.training) for module in network.modules()]
+    training_flags = [(module, module.training) for module in network.modules()]
     try:
-        for module, _ in modes:
+        for module, _ in training_flags:
             module.training = False
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, training in training_flags:
+            module.training = training
 
 
 def joined_batches(parts: Sequence[Any]) -> Any:
@@ -370,7 +370,7 @@ def index_of_rows(count: int, stride: int, half: int | None) -> list[int]:
     return order[count // 2 :]
 
 
-def in_order(batch: Any, stride: int, half: int | None) -> Any:
+def in_order(batch: Batch, stride: int, half: int | None) -> Any:
     """Return a half of the rows of a batch, or all, in the order of :func:`index_of_rows`."""
 
     def taken(t: Tensor) -> Tensor:
@@ -382,7 +382,7 @@ def in_order(batch: Any, stride: int, half: int | None) -> Any:
 
 
 def signal_in_order(
-    signal: Signal, problem: Problem | None, rows: int, stride: int, half: int | None
+    signal: Signal, problem: BilevelProblem | None, rows: int, stride: int, half: int | None
 ) -> Signal:
     """Return the signal about a half of the rows, or about all.
 

@@ -83,6 +83,20 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         ) from error
 
 
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that does not say the format in which :func:`save` writes.
+
+    >>> check_suffix("run/trainer.safetensors")
+
+    Raises: :class:`metapl.MetaplError`.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise MetaplError(
+            f"{path} would be written in the format of safetensors; expected a name that says so, "
+            f"such as {Path(path).stem}.safetensors."
+        )
+
+
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what :func:`save` wrote, its tensors on the host.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import labeled_pair, map_tensors
+from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
@@ -30,14 +30,14 @@ from metapl.feedback.keeping import SHARE_OF_MEMORY, folder_of, free_bytes, gene
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
-from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
+from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.runs.folder import replacing
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Schedule, Update, as_one_optimizer, options_by_step, update_of
+from metapl.updates import Settings, Update, as_one_optimizer, options_by_step, update_of
 from metapl.words import summary
 
 # The metasmoothness of the first steps below which scores were unreliable
@@ -127,9 +127,10 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
-        if not sets:
+        if len(sets) < 2:
             raise MetaplError(
-                "validate was given no sets of examples; expected three or more, for a correlation."
+                f"validate was given {len(sets)} sets of examples; expected three or more, "
+                "for a correlation."
             )
         changes = list[Tensor]()
         with step_bar(progress, len(sets), "trainings without examples", 0) as advance:
@@ -164,14 +165,20 @@ class Attribution:
         return ranked[:count], ranked.flip(0)[:count]
 
     def save(self, file: str | Path) -> None:
-        """Write scores, order, outer loss and weights as a file for ``torch.load``.
+        """Write scores, order, outer loss and weights to a file, whole or not at all.
 
-        Its folder is made if need be.
+        The file is in the format of safetensors, so that ``safetensors.torch.load_file`` reads it:
+        "scores", "order", "outer_loss", and "student_params/0.weight" and so on. Its folder is made
+        if need be.
+
+        Args:
+            file: its path, which ends in ``.safetensors``.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and where it cannot be written.
         """
+        checkpoint.check_suffix(file)
         names = ("scores", "order", "outer_loss", "student_params")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(file)) as out:
-            torch.save(gathered({name: getattr(self, name) for name in names}), out)
+        checkpoint.save(file, gathered({name: getattr(self, name) for name in names}))
 
     def _removed(self, removed: Any) -> Tensor:
         """Return which scores of one outer loss are removed, as booleans of their shape."""
@@ -189,9 +196,9 @@ def attribute(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: Schedule | None = None,
+    settings: Settings | None = None,
     generator: torch.Generator | None = None,
-    problem: Problem | None = None,
+    problem: BilevelProblem | None = None,
     each: bool = False,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
@@ -230,7 +237,8 @@ def attribute(
             tuple of these; it stays as it is. Muon's products are taken in the type of the weights.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may
             hold the end of one pass and the beginning of the next.
-        schedule: of the learning rate, as for :class:`metapl.Lookahead`.
+        settings: of the optimizer in each step, as for :class:`metapl.Lookahead`; those of a
+            scheduler are ``metapl.scheduled_settings(scheduler, steps=K)``.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other
             losses. :class:`metapl.problems.NextToken` for sequences and for their tokens.
@@ -280,7 +288,7 @@ def attribute(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        schedule=schedule,
+        settings=settings,
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
@@ -303,10 +311,10 @@ def attribute(
     ahead = Lookahead(
         lambda number: training.batch(ranks.own_rows(training.order[number])),
         steps=steps,
-        schedule=schedule,
+        settings=settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
-    judges: list[Problem] = [training.problem]
+    judges: list[BilevelProblem] = [training.problem]
     if each:
         judges = [
             judged_by_example(training.problem, number, ranks)
@@ -410,9 +418,9 @@ def metasmoothness(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: Schedule | None = None,
+    settings: Settings | None = None,
     generator: torch.Generator | None = None,
-    problem: Problem | None = None,
+    problem: BilevelProblem | None = None,
     clip_norm: AboveZero | None = None,
     step: AboveZero = 0.1,
     direction: Tensor | None = None,
@@ -432,7 +440,7 @@ def metasmoothness(
 
     Args:
         student, train, outer, optimizer, steps, batch_size: as for :func:`attribute`.
-        schedule, generator, problem, clip_norm, progress: as for :func:`attribute`.
+        settings, generator, problem, clip_norm, progress: as for :func:`attribute`.
         step: h.
         direction: v, as many numbers as there are training examples, (N,); default: standard normal
             ones, by ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the
@@ -460,7 +468,7 @@ def metasmoothness(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        schedule=schedule,
+        settings=settings,
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
@@ -499,9 +507,9 @@ class WeightedTraining:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         steps: int,
         batch_size: int,
-        schedule: Schedule | None,
+        settings: Settings | None,
         generator: torch.Generator | None,
-        problem: Problem | None,
+        problem: BilevelProblem | None,
         clip_norm: float | None,
         start: RandomState | None = None,
     ) -> None:
@@ -526,8 +534,8 @@ class WeightedTraining:
             self._begun = copied_without_graphs(self.layout.network, self.optimizer)
         self._start = start or RandomState.now(first.device)
         self._options: Any = [[]] * steps
-        if schedule is not None:
-            self._options = options_by_step(self.optimizer, schedule, steps)
+        if settings is not None:
+            self._options = options_by_step(self.optimizer, settings, steps)
         # Repeated in the precision of the scores, wherever it is called.
         device_type = first.device.type
         self._autocast = partial(
@@ -544,7 +552,7 @@ class WeightedTraining:
                 f"{name} is {count}; expected a multiple of {ranks}, the ranks that share a batch."
             )
 
-    def batch(self, numbers: Tensor) -> Any:
+    def batch(self, numbers: Tensor) -> Batch:
         """Return a batch of training examples as the problem reads it.
 
         (inputs, labels), unless it says otherwise.
@@ -601,7 +609,7 @@ class WeightedTraining:
         return Metasmoothness(agreement, torch.stack(losses)), total
 
     def repeated(
-        self, weights: Tensor, judges: Sequence[Problem], steps: int | None = None
+        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Train again with weights of the examples, by a plain loop.
 
@@ -668,7 +676,7 @@ class WeightedTraining:
             nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
         rule.take_differentiated_step(params, gradients_of(params))
 
-    def _outer_losses(self, network: nn.Module, judges: Sequence[Problem]) -> Tensor:
+    def _outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""
         ranks = self.layout.ranks
         batch = self.problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
@@ -683,7 +691,7 @@ class WeightedTraining:
         return totals / counts
 
 
-def with_weights_of_one(problem: Problem) -> EqualWeights:
+def with_weights_of_one(problem: BilevelProblem) -> EqualWeights:
     """Return a problem whose signal is weights of 1, and refuse any other.
 
     A score is a derivative in weights that are 1.
@@ -725,14 +733,14 @@ def gradients_of(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in params.items() if p.grad is not None}
 
 
-def judged_by_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
+def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> BilevelProblem:
     """Return a problem as it is judged by one outer example.
 
     The network sees them all, as for the whole outer loss.
     """
     judge = copy.copy(problem)
 
-    def outer_loss(outputs: Tensor, batch: Any) -> Any:
+    def outer_loss(outputs: Tensor, batch: Batch) -> Any:
         place = number - ranks.rank * len(outputs)
         if not 0 <= place < len(outputs):
             # Another rank has it.

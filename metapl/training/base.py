@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import as_tensors, either, inputs_of, rows
+from metapl.execution.batch import Batch, Inputs, as_tensors, either, inputs_of, rows
 from metapl.execution.checks import described
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
@@ -32,6 +32,7 @@ from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.training.loop import Callback, Fit, FitRequest, FitResult
 from metapl.training.options import FitKeywords, FitOptions, fit_options
+from metapl.updates.optimizers import summary_of
 
 
 class FinetuneKeywords(FitKeywords, total=False):
@@ -40,7 +41,7 @@ class FinetuneKeywords(FitKeywords, total=False):
     batch_size: int | None
     validation: Any
     metric: MetricLike | None
-    mode: Better | None
+    metric_mode: Better | None
     out: str | Path | Folder | None
     resume: bool | Literal["anyway"]
     progress: bool
@@ -90,18 +91,28 @@ class Trainer(ABC):
 
     @property
     @abstractmethod
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizers by the names of the arguments that they are, the student's first."""
+
+    @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose learning rates the schedule moves.
 
-        The student's, then the teacher's.
+        The student's, then the teacher's. A transform of TorchOpt has no param groups.
         """
+        optimizers = self.optimizers.values()
+        return [part for part in optimizers if isinstance(part, torch.optim.Optimizer)]
+
+    @abstractmethod
+    def _choices(self) -> str:
+        """Return what decides a step beside networks and optimizers, in a few words."""
 
     @abstractmethod
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """Take one step."""
 
     @abstractmethod
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         """Return the student's inputs in a labeled batch, and the batch as its loss reads it.
 
         Args:
@@ -154,6 +165,30 @@ class Trainer(ABC):
             networks["teacher"] = self.teacher
         return networks
 
+    def __repr__(self) -> str:
+        """Return what is trained, and how far it is: a line, and one for each network.
+
+        >>> import metapl
+        >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> rule = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> metapl.BilevelTrainer(teacher, student, mode="reinforce", inner_optimizer=rule)
+        BilevelTrainer: mode 'reinforce', problem PseudoLabels, 0 steps done
+          student: Linear, 15 weights, SGD with lr=0.1
+          teacher: Linear, 15 weights, SGD with lr=0.05
+        >>> metapl.LossTrainer(student, optimizer=rule)
+        LossTrainer: losses CrossEntropy, 0 steps done
+          student: Linear, 15 weights, SGD with lr=0.1
+        """
+        steps = "1 step" if self.steps_done == 1 else f"{self.steps_done:,} steps"
+        lines = [f"{type(self).__name__}: {self._choices()}, {steps} done"]
+        networks_and_optimizers = zip(self.networks.items(), self.optimizers.values(), strict=True)
+        for (role, network), optimizer in networks_and_optimizers:
+            count = sum(p.numel() for p in network.parameters())
+            lines.append(
+                f"  {role}: {type(network).__name__}, {count:,} weights, {summary_of(optimizer)}"
+            )
+        return "\n".join(lines)
+
     # -------------------------------------------------------------------------------------- fitting
 
     def fit(
@@ -167,7 +202,7 @@ class Trainer(ABC):
         batch_size: int | None = None,
         validation: Any = None,
         metric: MetricLike | None = None,
-        mode: Better | None = None,
+        metric_mode: Better | None = None,
         out: str | Path | Folder | None = None,
         resume: bool | Literal["anyway"] = False,
         progress: bool = True,
@@ -205,9 +240,8 @@ class Trainer(ABC):
 
                 Rows call it by its ``name``, else by that of the function or class:
                 ``student_validation_f1``.
-            mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric
-                is the best; for functions, and objects without ``higher_is_better``. Not the
-                trainer's mode.
+            metric_mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the
+                metric is the best; for functions, and objects without ``higher_is_better``.
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with
                 checkpoints of this phase is refused. So are, by name, other options, losses,
@@ -220,7 +254,7 @@ class Trainer(ABC):
                 :class:`metapl.StopFit`; what it draws from torch's default generators is undone.
                 One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
             options: the other fields of :class:`metapl.training.options.FitOptions`, as keywords:
-                ``schedule``, ``warmup``, ``validate_every``, ``ema_decay``, ...
+                ``schedule``, ``warmup``, ``validate_every``, ``patience``, ``ema_decay``, ...
 
         Returns: a :class:`FitResult`.
 
@@ -238,7 +272,7 @@ class Trainer(ABC):
         >>> result = trainer.fit([(x, (x[:, 0] > 0).long())], steps=6, log_every=2,
         ...                     callbacks=[lambda step, row, trainer: steps.append(step)])
         >>> steps, sorted(result.history[-1])
-        ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
+        ([2, 4, 6], ['loss', 'loss_cross_entropy', 'lr', 'step'])
         """
         labeled = either(labeled=labeled, outer=outer)
         unlabeled = either(unlabeled=unlabeled, inner=inner)
@@ -254,7 +288,7 @@ class Trainer(ABC):
             sources={"labeled": labeled, "unlabeled": unlabeled},
             batch_size=batch_size,
             validation=validation,
-            metric=metric_of(metric, mode),
+            metric=metric_of(metric, metric_mode),
             out=Folder(out) if isinstance(out, str | Path) else out,
             resume=resume,
             shows_progress=progress,
@@ -311,7 +345,7 @@ class Trainer(ABC):
             )
         return replace(result, classes=tuple(classes))
 
-    def read_input(self, batch: Any) -> Any:
+    def read_input(self, batch: Batch) -> Inputs:
         """Return the student's input in what :meth:`predict` is given."""
         return inputs_of(batch)
 
@@ -329,7 +363,7 @@ class Trainer(ABC):
 
         Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N,
         T, V) of a language model; float32 or wider, on the CPU, in the order of the examples. Every
-        module is in the mode (train or eval) that it had. Cost: one forward pass per example, on at
+        module then trains or evaluates as it did before. Cost: one forward pass per example, on at
         most 1,024 at a time, and the outputs of all in memory. Raises: :class:`metapl.MetaplError`
         for data of another kind, and batches whose outputs differ in shape.
 
@@ -378,8 +412,16 @@ class Trainer(ABC):
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all.
 
-        A state of sharded networks is not written so.
+        The file is in the format of safetensors: ``safetensors.torch.load_file`` reads its tensors,
+        such as "trainer/student/0.weight", and :meth:`load` all of it. A state of sharded networks
+        is not written so.
+
+        Args:
+            path: of a file that ends in ``.safetensors``.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and where it cannot be written.
         """
+        checkpoint.check_suffix(path)
         checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, length
+from metapl.execution.batch import Batch, as_tensors, length
 from metapl.execution.checks import Fault
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
@@ -31,6 +31,7 @@ from metapl.runs.terminal import progress, stop_requests
 from metapl.training.fittable import Fittable, is_two_level
 from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
+from metapl.training.patience import Patience
 from metapl.training.records import figures
 from metapl.training.resuming import (
     Checkpoints,
@@ -63,23 +64,7 @@ class StopFit(Exception):
     ...     if row["loss"] < 0.1:
     ...         raise metapl.StopFit(f"the loss is {row['loss']:.2f}")
 
-    To stop once the validation has not become better for a while, a callback counts, and keeps its
-    count in the checkpoints:
-
-    >>> class Patience:
-    ...     best, since = float("-inf"), 0
-    ...     def __call__(self, step, row, trainer):
-    ...         if "student_validation_accuracy" in row:
-    ...             value = row["student_validation_accuracy"]
-    ...             self.since += 1
-    ...             if value > self.best:
-    ...                 self.best, self.since = value, 0
-    ...             if self.since == 5:
-    ...                 raise metapl.StopFit("five validations without a better one")
-    ...     def state_dict(self):
-    ...         return dict(vars(self))
-    ...     def load_state_dict(self, state):
-    ...         vars(self).update(state)
+    To stop once the validation has not become better for a while is ``fit(patience=)``.
     """
 
 
@@ -180,13 +165,19 @@ class Fit:
         self.sources = Sources(request.sources, request.batch_size, trainer.dtype)
         self.rates = Rates(trainer, options)
         self.outcomes = Outcomes(trainer, options, self.say)
-        self.metric = metric_for(trainer, validation, request.metric, options.select)
+        if options.patience is not None and validation is None:
+            raise MetaplError(
+                f"patience={options.patience} was given without validation data; expected both."
+            )
+        compares = options.select or options.patience is not None
+        self.metric = metric_for(trainer, validation, request.metric, compares)
+        self.patience = Patience(options.patience, self.metric)
         self.selection = Selection(trainer, options, validation, self.metric, self.outcomes)
         self.checkpoints = Checkpoints(self.ranks, options.phase)
         self.callbacks_with_state: list[Any] = [
             c for c in request.callbacks if hasattr(c, "state_dict")
         ]
-        # How far the fit is, and whether a callback has ended it.
+        # How far the fit is, and whether a callback, or its patience, has ended it.
         self.step = 0
         self.is_ended = False
         # What may have gone wrong in steps so far: on the device until something is read anyway.
@@ -301,6 +292,7 @@ class Fit:
             callback.load_state_dict(callback_state)
         self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
         self.selection.load_state_dict(state)
+        self.patience.load_state_dict(state.get("patience", {}))
         self.step = state["step"]
         self.is_ended = state["ended"]
         self.outcomes.load_state_dict(state.get("outcomes", {}))
@@ -363,7 +355,7 @@ class Fit:
 
     # ------------------------------------------------------------------------------- what it showed
 
-    def observe(self, report: Report, labeled: Any, *, student_waits: bool) -> dict[str, float]:
+    def observe(self, report: Report, labeled: Batch, *, student_waits: bool) -> dict[str, float]:
         """Log, validate and call the callbacks after a step, where that is due.
 
         Returns the row that is recorded.
@@ -378,22 +370,29 @@ class Fit:
             self.log(report, labeled, row)
         if validates:
             row.update(self.validate())
+            # A student that learned alone has been validated without what its teacher is to add.
+            if self.metric is not None and self.step > self.teacher_begins:
+                self.patience.validated(row[self.selection.student_column])
         # The step alone is nothing to record.
         if len(row) == 1:
             return row
         try:
             reasons = self.call_back(row)
             if reasons:
-                self.end_early(reasons, student_waits=student_waits)
+                self.end_early("by a callback", reasons, student_waits=student_waits)
                 if not validates:
                     # As after the last step of any fit.
                     row.update(self.validate())
+            elif options.patience is not None and validates and self.step < options.steps:
+                # Values of several processes may differ by rounding, and all of them end together.
+                if self.ranks.any(self.patience.is_exhausted):
+                    self.end_early("by patience", [self.patience.reason()], student_waits=False)
         finally:
             # What a callback raises comes out, and the step was done.
             self.records.add(row)
         return row
 
-    def log(self, report: Report, labeled: Any, row: dict[str, float]) -> None:
+    def log(self, report: Report, labeled: Batch, row: dict[str, float]) -> None:
         """Put the numbers of a step into its row."""
         row.update(report.as_dict())
         row.update(self.rates.now())
@@ -439,10 +438,10 @@ class Fit:
                 row.update(numbers)
         return reasons
 
-    def end_early(self, reasons: Sequence[str], *, student_waits: bool) -> None:
+    def end_early(self, cause: str, reasons: Sequence[str], *, student_waits: bool) -> None:
         """End the fit after this step, and say why."""
         self.is_ended = True
-        text = f"stopped after step {self.step} by a callback"
+        text = f"stopped after step {self.step} {cause}"
         named = "; ".join(reason for reason in reasons if reason)
         if named:
             text += f": {named}"
@@ -478,6 +477,7 @@ class Fit:
         state.update(self.live_state())
         state["callbacks"] = [callback.state_dict() for callback in self.callbacks_with_state]
         state["outcomes"] = self.outcomes.state_dict()
+        state["patience"] = self.patience.state_dict()
         # What differs between processes.
         process_state = {
             "rng": rng_state(),

@@ -64,6 +64,10 @@ class FitOptions:
             (the average's, where there is one). The two need the same architecture.
         select: keep the best student by validation, the latest of equals; False: keep the last one,
             whatever validation shows. A few validation examples cannot tell students apart.
+        patience: end the fit after so many validations in a row that were no better than the best
+            one before them, by the metric by which the student is selected. They are counted from
+            where the teacher begins. None: all steps are taken. The schedule stays that of
+            ``steps``, so that with ``"cosine"`` an early end is one at a larger rate.
         validate_every, log_every, save_every: in steps; the last step counts as a multiple of each.
         keep: checkpoints kept.
         num_workers: of the loaders of metapl's own batches; changes nothing but speed.
@@ -79,6 +83,7 @@ class FitOptions:
     ema_decay: Annotated[float, Range(0, 1)] | None = None
     warm_start: bool = False
     select: bool = True
+    patience: AtLeastOne | None = None
     validate_every: AtLeastOne = 100
     log_every: AtLeastOne = 20
     save_every: AtLeastOne = 500
@@ -156,6 +161,7 @@ class FitKeywords(TypedDict, total=False):
     ema_decay: float | None
     warm_start: bool
     select: bool
+    patience: int | None
     validate_every: int
     log_every: int
     save_every: int
@@ -182,23 +188,29 @@ def fit_options(steps: int, keywords: FitKeywords, others: Sequence[str]) -> Fit
 
 
 class Rates:
-    """The rates that the optimizers of a trainer came with, and what the schedule makes of them."""
+    """The rates that the optimizers of a trainer came with, and what the schedule makes of them.
+
+    Attributes:
+        optimizers: those of ``torch.optim`` by the names of their arguments, such as
+            ``"inner_optimizer"``, whose rate has the column ``"inner_lr"``.
+    """
 
     def __init__(self, trainer: AnyTrainer, options: FitOptions) -> None:
-        optimizers = trainer.schedulable
-        names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
-        # A transform of TorchOpt, which has no rate to move, is left out; it is the student's.
-        names = names[len(names) - len(optimizers) :]
         self.options = options
-        self.optimizers = dict(zip(names, optimizers, strict=True))
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.base_rates: dict[str, list[Any]] = {}
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in trainer.optimizers.items():
+            # A transform of TorchOpt has no rate to move.
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                continue
+            self.optimizers[name] = optimizer
             self.base_rates[name] = [group["lr"] for group in optimizer.param_groups]
 
     def move(self, step: int | None) -> None:
         """Set the rates of a step; None: the base rates."""
         for name, optimizer in self.optimizers.items():
-            wait = self.options.wait if name == "student_lr" else 0
+            # While the teacher trains alone, the student waits.
+            wait = 0 if name == "outer_optimizer" else self.options.wait
             factor = 1.0 if step is None else self.options.rate(step, wait)
             groups = optimizer.param_groups
             base_rates = self.base_rates[name]
@@ -212,7 +224,8 @@ class Rates:
         """Return the rates of the first param groups, by column of a row."""
         rates = {}
         for name, optimizer in self.optimizers.items():
-            rates[name] = optimizer.param_groups[0]["lr"]
+            column = name.removesuffix("optimizer") + "lr"
+            rates[column] = optimizer.param_groups[0]["lr"]
         return rates
 
 

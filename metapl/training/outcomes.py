@@ -246,7 +246,7 @@ class Outcomes:
             return
         if not is_two_level(self.trainer) or not is_taught(self.trainer):
             return
-        if row.get("teacher_lr") == 0:
+        if row.get("outer_lr") == 0:
             return
         size = root_mean_square(self.start)
         move = root_mean_square(sample - self.start)

@@ -166,11 +166,13 @@ def settings_of(
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS:
             settings[name] = value
-    # Steps of the student alone are compared where there are any; a fit of an earlier version has
-    # no such entry.
+    # Steps of the student alone, and patience, are compared where there are any; a fit of an
+    # earlier version has no such entry.
     del settings["first_steps"]
     if first_steps > 0:
         settings["first_steps"] = first_steps
+    if options.patience is None:
+        del settings["patience"]
     if options.schedule == "constant" or options.decay_every is not None:
         # The rates do not depend on the number of steps.
         del settings["steps"]
@@ -180,7 +182,6 @@ def settings_of(
     settings["validation metric"] = metric and (metric.name, metric.better)
     settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
     for name, optimizer in rates.optimizers.items():
-        role = name.removesuffix("_lr")
         groups_and_rates = zip(optimizer.param_groups, rates.base_rates[name], strict=False)
         for number, (group, rate) in enumerate(groups_and_rates):
             group_settings: dict[str, Any] = {}
@@ -191,7 +192,7 @@ def settings_of(
             group_settings["lr"] = float(rate)
             group_settings["parameters"] = len(group["params"])
             for key, value in group_settings.items():
-                settings[f"{role}.{number}.{key}"] = value
+                settings[f"{name}.{number}.{key}"] = value
     # A frozen dataclass shows its fields; other values may show where they are in memory.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
 

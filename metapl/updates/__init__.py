@@ -9,7 +9,7 @@ import torch
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
-from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
+from metapl.updates.base import Clipped, Cotangents, OptimizerState, Options, Parameters, Update
 from metapl.updates.muon import Muon, rounded_options
 from metapl.updates.optimizers import (
     entry_shape,
@@ -22,8 +22,8 @@ from metapl.updates.optimizers import (
     refuse_state_of_another,
 )
 from metapl.updates.own_step import RULES, OwnStep
-from metapl.updates.schedules import Schedule, options_by_step
-from metapl.updates.several import Several, SeveralRules, as_one_optimizer
+from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
+from metapl.updates.several import InnerOptimizer, Several, SeveralRules, as_one_optimizer
 from metapl.updates.sgd import SGD
 from metapl.updates.torch_optim import TorchUpdate
 from metapl.updates.torchopt import TransformUpdate, is_transform
@@ -31,10 +31,11 @@ from metapl.updates.torchopt import TransformUpdate, is_transform
 __all__ = [
     "Clipped",
     "Cotangents",
+    "InnerOptimizer",
     "Options",
     "OwnStep",
     "Parameters",
-    "Schedule",
+    "Settings",
     "TorchUpdate",
     "Update",
     "as_one_optimizer",
@@ -48,6 +49,7 @@ __all__ = [
     "refuse_missing",
     "refuse_rates_by_entry",
     "refuse_state_of_another",
+    "scheduled_settings",
     "update_of",
 ]
 
@@ -62,7 +64,7 @@ _UPDATES: dict[type, type[TorchUpdate]] = {
 def update_of(
     optimizer: Any,
     parameters: Parameters,
-    state: Any = None,
+    state: OptimizerState = None,
     name: str = "inner_optimizer",
     *,
     is_differentiated: bool = True,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError, few
-from metapl.updates.base import Parameters
+from metapl.updates.base import OptimizerState, Parameters
 
 # Entries of a param group that are no settings of an optimizer. Schedulers add the first.
 _NO_SETTINGS = {"initial_lr", "params", "param_names"}
@@ -27,6 +27,27 @@ def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, .
     """Return the optimizers of :class:`metapl.updates.several.Several`; any other one alone."""
     parts: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "optimizers", (optimizer,))
     return parts
+
+
+def summary_of(optimizer: Any) -> str:
+    """Return an optimizer in a few words: its kind, and its learning rates by param group.
+
+    >>> weight, bias = torch.nn.Linear(2, 2).parameters()
+    >>> groups = [{"params": [weight]}, {"params": [bias], "lr": 0.5}]
+    >>> summary_of(torch.optim.Adam(groups, lr=0.01))
+    'Adam with lr=0.01, 0.5'
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return f"a transform {type(optimizer).__name__}"
+    summaries = []
+    for part in parts_of(optimizer):
+        rates: dict[str, None] = {}
+        for group in part.param_groups:
+            rate = "one by entry" if has_entries(group) else f"{float(group['lr']):g}"
+            # Each rate once, in the order of the groups.
+            rates[rate] = None
+        summaries.append(f"{type(part).__name__} with lr={', '.join(rates)}")
+    return " and ".join(summaries)
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -156,7 +177,9 @@ def refuse_rates_by_entry(optimizer: torch.optim.Optimizer, name: str) -> None:
             )
 
 
-def refuse_state_of_another(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
+def refuse_state_of_another(
+    state: OptimizerState, optimizer: torch.optim.Optimizer, name: str
+) -> None:
     """Refuse the state of an optimizer of another kind.
 
     torch would take over its settings in part, or miss them. A state of another version of torch

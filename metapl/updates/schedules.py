@@ -1,11 +1,10 @@
-"""The options of an optimizer's param groups in each of several steps, by a schedule."""
+"""The options of an optimizer's param groups in each of several steps."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,69 +12,73 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metapl.errors import MetaplError, few
-from metapl.updates.optimizers import entry_shape, options_of, parts_of
+from metapl.execution.checks import described
+from metapl.updates.optimizers import entry_shape, options_of
 
-# Settings by name: a tensor (K, groups), or a tensor (K, ...) for each param group.
 Settings = Mapping[str, Tensor | Sequence[Tensor]]
+"""Settings of an optimizer in each of K steps and each of its param groups, by name.
 
-Schedule = (
-    LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Settings
-)
-"""Of a learning rate, by a scheduler or by factors.
-
-Of several optimizers, also one for each; or settings by name.
+A tensor (K, groups), of betas (K, groups, 2), or a tensor (K, ...) for each group.
 """
 
 # The options of every param group in one step.
 StepOptions = list[dict[str, Any]]
 
 
-def options_by_step(
-    optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int
-) -> list[StepOptions]:
-    """Return the options of the param groups in each of so many steps of a schedule.
+def scheduled_settings(
+    scheduler: LRScheduler | Sequence[LRScheduler], steps: int
+) -> dict[str, Tensor | list[Tensor]]:
+    """Return what a scheduler of torch makes of an optimizer's settings in each of K steps.
 
-    The schedule itself stays where it stands.
+    :class:`metapl.Lookahead` and :func:`metapl.attribute` take it as ``settings``. The scheduler
+    and its optimizer stay where they stand.
+
+    Args:
+        scheduler: a ``torch.optim.lr_scheduler`` of the step alone, which would take a step after
+            each of the student's; ``LambdaLR`` makes one of a function. Of a tuple of optimizers,
+            one for each.
+        steps: K, from the step at which the scheduler stands.
+
+    Returns: ``"lr"``, and what else the scheduler moves, such as ``"momentum"``: (K, groups) in
+    float64, of betas (K, groups, 2); a list of (K, ...) by group where a group has its rate in a
+    tensor, perhaps one for each entry of its weight.
+
+    Raises: :class:`metapl.MetaplError` for what is no such scheduler.
+
+    >>> weights = [torch.zeros(2, requires_grad=True)]
+    >>> optimizer = torch.optim.SGD(weights, lr=0.1)
+    >>> falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    >>> scheduled_settings(falling, steps=4)["lr"].flatten().tolist()
+    [0.1, 0.07500000000000001, 0.05, 0.025]
     """
-    parts = parts_of(optimizer)
-    if isinstance(schedule, tuple | list) and len(schedule) == len(parts):
-        by_part = [
-            options_by_step(part, part_schedule, steps=steps)
-            for part, part_schedule in zip(parts, schedule, strict=True)
-        ]
-        return [[*chain.from_iterable(step)] for step in zip(*by_part, strict=True)]
-    groups = options_of(optimizer)
-    if isinstance(schedule, Mapping):
-        return options_by_settings(groups, schedule, steps=steps)
-    reads_losses_or_is_class = isinstance(schedule, ReduceLROnPlateau | type)
-    if reads_losses_or_is_class or not (isinstance(schedule, LRScheduler) or callable(schedule)):
-        raise MetaplError(
-            f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler of the step alone, "
-            "a function from the step's number to a factor; of several optimizers a tuple; or a "
-            "dict of settings, (K, param groups)."
-        )
-    if not isinstance(schedule, LRScheduler):
-        by_step: list[StepOptions] = []
-        for number in range(steps):
-            by_step.append([{**group, "lr": group["lr"] * schedule(number)} for group in groups])
-        return by_step
-    if schedule.optimizer is not optimizer:
-        raise MetaplError("schedule is of another optimizer than inner_optimizer.")
-    return _by_scheduler(optimizer, schedule, steps=steps)
+    schedulers = scheduler if isinstance(scheduler, tuple | list) else [scheduler]
+    groups_by_step: list[StepOptions] = [[] for _ in range(steps)]
+    for part in schedulers:
+        if not isinstance(part, LRScheduler) or isinstance(part, ReduceLROnPlateau):
+            raise MetaplError(
+                f"scheduler is {part!r:.80}; expected a torch.optim.lr_scheduler of the step alone."
+            )
+        for groups, groups_of_part in zip(
+            groups_by_step, _options_by_scheduler(part, steps=steps), strict=True
+        ):
+            groups.extend(groups_of_part)
+    settings: dict[str, Tensor | list[Tensor]] = {}
+    for name in _moved_settings(groups_by_step):
+        settings[name] = _table(name, groups_by_step)
+    return settings
 
 
-def _by_scheduler(
-    optimizer: torch.optim.Optimizer, schedule: LRScheduler, steps: int
-) -> list[StepOptions]:
+def _options_by_scheduler(scheduler: LRScheduler, steps: int) -> list[StepOptions]:
     """Return the options in each step by a copy of the scheduler.
 
     The copy runs on an optimizer with the same options and nothing to move.
     """
+    optimizer = scheduler.optimizer
     kind: Any = type(optimizer)
     stand_in = kind(
         [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in options_of(optimizer)]
     )
-    scheduler = copy.deepcopy(schedule, {id(optimizer): stand_in})
+    scheduler = copy.deepcopy(scheduler, {id(optimizer): stand_in})
     by_step: list[StepOptions] = []
     with warnings.catch_warnings():
         # torch warns of a scheduler that runs ahead of its optimizer.
@@ -85,6 +88,58 @@ def _by_scheduler(
                 scheduler.step()
             by_step.append(options_of(stand_in))
     return by_step
+
+
+def _moved_settings(groups_by_step: Sequence[StepOptions]) -> list[str]:
+    """Return the names of the settings that change from step to step, and that of the rate."""
+    names = ["lr"]
+    for groups in groups_by_step[1:]:
+        for group, first_group in zip(groups, groups_by_step[0], strict=True):
+            for name, value in group.items():
+                # A rate by entry is a tensor, which has no one truth value; it is there anyway.
+                if name not in names and value != first_group[name]:
+                    names.append(name)
+    return names
+
+
+def _table(name: str, groups_by_step: Sequence[StepOptions]) -> Tensor | list[Tensor]:
+    """Return a setting of all steps and groups as one tensor, or as one for each group."""
+    is_tensor = any(isinstance(group.get(name), Tensor) for group in groups_by_step[0])
+    # What stands where a group has no such setting is not read.
+    missing: Any = (0.0, 0.0) if name == "betas" else 0.0
+    columns: list[list[Any]] = []
+    for groups in zip(*groups_by_step, strict=True):
+        columns.append([group.get(name, missing) for group in groups])
+    by_group: list[Tensor] = []
+    for column in columns:
+        if isinstance(column[0], Tensor):
+            by_group.append(torch.stack(column))
+        else:
+            by_group.append(torch.tensor(column, dtype=torch.float64))
+    # Tensors of several groups may differ in shape and type.
+    return by_group if is_tensor else torch.stack(by_group, dim=1)
+
+
+def options_by_step(
+    optimizer: torch.optim.Optimizer, settings: Settings, steps: int
+) -> list[StepOptions]:
+    """Return the options of the param groups in each of so many steps, by these settings.
+
+    Raises: :class:`metapl.MetaplError` for what are no settings.
+    """
+    if not isinstance(settings, Mapping):
+        raise MetaplError(
+            f"settings is {settings!r:.80}; expected a dict of tensors by the settings' names, "
+            "(K, param groups), such as metapl.scheduled_settings(scheduler, steps=K)."
+        )
+    for name, values in settings.items():
+        parts = [values] if isinstance(values, Tensor) else values
+        if not isinstance(parts, Sequence) or not all(isinstance(t, Tensor) for t in parts):
+            raise MetaplError(
+                f"settings has {name!r} that is {described(values)}; expected a tensor (K, param "
+                "groups), or a list of one for each group."
+            )
+    return options_by_settings(options_of(optimizer), settings, steps=steps)
 
 
 def options_by_settings(
@@ -114,7 +169,7 @@ def _rows_of_tensor(
     is_known = any(name in group for group in groups)
     if values.shape[1:] != shape[1:] or len(values) < steps or not is_known:
         raise MetaplError(
-            f"schedule has {name!r} of shape {tuple(values.shape)}; expected settings of "
+            f"settings has {name!r} of shape {tuple(values.shape)}; expected settings of "
             f"inner_optimizer, {shape}."
         )
     return [list(row) for row in zip(*values.tolist(), strict=True)]
@@ -134,12 +189,15 @@ def _rows_of_groups(
     if shapes != expected_shapes or min(map(len, values)) < steps or not is_known:
         given_shapes = few([str(tuple(t.shape)) for t in values], 3)
         raise MetaplError(
-            f"schedule has {name!r} of shapes {given_shapes}; expected settings of "
+            f"settings has {name!r} of shapes {given_shapes}; expected settings of "
             f"inner_optimizer, for each param group {few(map(str, expected_shapes), 3)}."
         )
     rows: list[list[Any]] = []
-    for t in values:
-        if t.ndim == 1:
+    for group, t in zip(groups, values, strict=True):
+        setting = group.get(name)
+        # torch.optim steps by other operations where a number is in a tensor.
+        stays_tensor = isinstance(setting, Tensor) and setting.dtype == t.dtype
+        if t.ndim == 1 and not stays_tensor:
             rows.append(t.tolist())
         else:
             rows.append(list(t.detach().unbind()))

@@ -86,8 +86,8 @@ def test_what_does_not_fit_is_a_row_and_the_next_mode_is_measured(
 def test_a_row_says_by_which_kernels_attention_ran(mode: str) -> None:
     """Of 320 tokens the math kernel takes a block of 256 and one of 64."""
     gpu_large = importlib.import_module("gpu_large")
-    (whole,) = measured("length 2,048, PyTorch's attention", mode)
-    (blocks,) = measured("length 2,048, attention in blocks", mode)
+    (whole,) = measured("attention at length 2048, default", mode)
+    (blocks,) = measured("attention at length 2048, in blocks", mode)
     for row in (whole, blocks):
         assert row["verification"].startswith("right"), row
         assert row["bytes"] == pytest.approx(row["planned_bytes"], rel=0.2)
@@ -99,7 +99,7 @@ def test_a_row_says_by_which_kernels_attention_ran(mode: str) -> None:
 
 
 def test_a_kernel_that_is_not_installed_is_a_row_with_its_reason() -> None:
-    (row,) = measured("length 2,048, jvp-flash-attention", "forward")
+    (row,) = measured("attention at length 2048, jvp-flash", "forward")
     assert row["reason"].startswith("stops: ")
 
 

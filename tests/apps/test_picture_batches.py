@@ -198,7 +198,7 @@ def test_a_broken_file_is_replaced_by_the_next_of_its_set_or_left_out(
 
 
 def test_pictures_in_memory_are_those_in_files(paths: list[Path]) -> None:
-    files = FileImages(paths, size=(6, 6), mode="L").select(torch.tensor(SOUND))
+    files = FileImages(paths, size=(6, 6), colors="L").select(torch.tensor(SOUND))
     memory = MemoryImages(files.fetch(torch.arange(len(SOUND)))[0])
     assert files.shape == memory.shape == (1, 6, 6)
     order = torch.tensor([4, 2, 0])

@@ -37,7 +37,7 @@ READERS: dict[str, Callable[[Path], Tensor]] = {
     "box": lambda path: read_crops(
         path, [lambda height, width: (0, 0, width, height)], size=(2, 2)
     )[0],
-    "brightness": lambda path: read_image(path, mode="L"),
+    "brightness": lambda path: read_image(path, colors="L"),
     "averaged": lambda path: (255 * gray_image(path, 2))[None],
 }
 

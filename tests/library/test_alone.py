@@ -77,8 +77,8 @@ for resume, steps in ((False, 4), (True, 4)):
 assert any("TensorBoard" in text for text in said), said
 assert 0 <= trainer.evaluate((x, y)).accuracy <= 1
 assert trainer.predict(x).shape == (12, 3)
-trainer.save(sys.argv[1] + "/trainer.ckpt")
-trainer.load(sys.argv[1] + "/trainer.ckpt")
+trainer.save(sys.argv[1] + "/trainer.safetensors")
+trainer.load(sys.argv[1] + "/trainer.safetensors")
 student = networks()["student"]
 optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
 losses = metapl.LossTrainer(student, [metapl.CrossEntropy()], optimizer=optimizer)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import reference
+import safetensors.torch
 import torch
 from problems_zoo import product
 from reference import error
@@ -26,7 +27,8 @@ from metapl.execution.state import RandomState, replayed
 from metapl.problems import EqualWeights, NextToken
 from metapl.training.attribution import Attribution, Metasmoothness
 
-N, STEPS = 24, 9
+N = 24
+STEPS = 9
 
 
 def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,8 @@ def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(0, 3, (rows,), generator=draw)
 
 
+# A rate of 0.1 that falls to 0 in a line.
+FALLING = {"lr": 0.1 * (1 - torch.arange(STEPS, dtype=torch.float64)[:, None] / STEPS)}
 TRAIN = data(0)
 OUTER = data(1, 5)
 
@@ -81,14 +85,16 @@ def by_hand(
     state = None
     torch.manual_seed(3)
     for step, chosen in enumerate(order):
-        z = reference.at(network, theta, TRAIN[0][chosen])
+        z = reference.outputs_at(network, theta, TRAIN[0][chosen])
         loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
         lr = 0.1 * factor(step)
         rule = reference.sgd(lr, 0.9)
         if optimizer == "adamw":
             rule = reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
         theta, state = reference.stepped(loss, theta, reference.clipped(clip, rule), state)
-    losses = F.cross_entropy(reference.at(network, theta, OUTER[0]), OUTER[1], reduction="none")
+    losses = F.cross_entropy(
+        reference.outputs_at(network, theta, OUTER[0]), OUTER[1], reduction="none"
+    )
     rows = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
     return -torch.stack(rows), losses.detach()
 
@@ -107,16 +113,19 @@ def test_the_scores_are_the_derivatives(
     kind: str, optimizer: str, scheduled: bool, clip: float | None
 ) -> None:
     network = student(kind)
-    before = copy.deepcopy(network.state_dict())
-    schedule = (lambda k: 1 - k / STEPS) if scheduled else None
-    attribution = scored(network, optimizer, schedule=schedule, clip_norm=clip)
-    factor = schedule or (lambda _: 1.0)
+    state_before = copy.deepcopy(network.state_dict())
+    settings = FALLING if scheduled else None
+    attribution = scored(network, optimizer, settings=settings, clip_norm=clip)
+
+    def factor(step: int) -> float:
+        return 1 - step / STEPS if scheduled else 1.0
+
     exact, losses = by_hand(
         copy.deepcopy(network), attribution.order, optimizer, factor, clip or 1e9
     )
     assert error(attribution.scores, exact.mean(0)) < 1e-7
     assert error(attribution.outer_loss, losses.mean()) < 1e-10
-    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert all(torch.equal(t, state_before[name]) for name, t in network.state_dict().items())
 
 
 def test_the_scores_of_each_outer_example_are_the_derivatives() -> None:
@@ -148,12 +157,12 @@ class Causal(nn.Module):
 
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
-    "how", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)]
+    "road", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)]
 )
 def test_the_scores_of_tokens_are_the_derivatives(
-    each: bool, how: str, monkeypatch: pytest.MonkeyPatch
+    each: bool, road: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if how == "by two graphs":
+    if road == "by two graphs":
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 5, (6, 4), generator=draw)
@@ -169,7 +178,7 @@ def test_the_scores_of_tokens_are_the_derivatives(
         "steps": 5,
         "batch_size": 4,
         "each": each,
-        "compile": how != "eager",
+        "compile": road != "eager",
     }
     attribution = scored(network, problem=NextToken(per="token"), **options)
 
@@ -193,7 +202,7 @@ def test_the_scores_of_tokens_are_the_derivatives(
     exact = -torch.autograd.functional.jacobian(judged_after, torch.ones(6, 4).double())
     assert attribution.scores.shape == ((3, 6, 4) if each else (6, 4))
     assert error(attribution.scores, exact) < 1e-7
-    if how != "eager":
+    if road != "eager":
         return
     of_sequences = scored(Causal(), problem=NextToken(), **options)
     assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
@@ -203,6 +212,8 @@ def test_the_scores_of_tokens_are_the_derivatives(
     # Without some sequences, and without one token of each.
     is_third = torch.zeros(6, 4, dtype=torch.bool)
     is_third[:, 2] = True
+    with pytest.raises(MetaplError, match="given 1 sets of examples; expected three or more"):
+        attribution.validate([[1, 3]])
     agreement = attribution.validate([[1, 3], [2], is_third])
     retrained = of_sequences.validate([[1, 3], [2], [5]]).retrained
     assert error(agreement.retrained[:2], retrained[:2]) < 1e-10
@@ -265,7 +276,7 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(
     kind: str, clip: float | None
 ) -> None:
     network = student(kind)
-    attribution = scored(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
+    attribution = scored(network, settings=FALLING, clip_norm=clip)
     sets = [[1, 2], [5], [7, 8, 9]]
     agreement = attribution.validate(sets)
 
@@ -277,10 +288,10 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(
         )
         return loss
 
-    whole = loss_without([])
-    changes = torch.stack([loss_without(removed) - whole for removed in sets])
+    loss_with_all = loss_without([])
+    changes = torch.stack([loss_without(removed) - loss_with_all for removed in sets])
     predicted = torch.stack([attribution.predict(removed) for removed in sets])
-    assert error(attribution.outer_loss, whole) < 1e-12
+    assert error(attribution.outer_loss, loss_with_all) < 1e-12
     assert error(agreement.retrained, changes) < 1e-10
     assert error(agreement.predicted, predicted) < 1e-12
 
@@ -316,11 +327,11 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
 
     agreements: dict[float, float] = {}
     for rate in (0.02, 2.0):
-        found = smoothness(rate, v)
+        result = smoothness(rate, v)
         agreement, losses = by_definition(rate)
-        assert found.agreement == pytest.approx(agreement, abs=1e-12)
-        assert error(found.outer_loss, losses) < 1e-10
-        agreements[rate] = found.agreement
+        assert result.agreement == pytest.approx(agreement, abs=1e-12)
+        assert error(result.outer_loss, losses) < 1e-10
+        agreements[rate] = result.agreement
     assert agreements[0.02] > 0.99
     assert agreements[2.0] < 0.6
     with pytest.raises(MetaplError):
@@ -361,13 +372,13 @@ def test_a_training_with_all_examples_is_the_one_that_was_differentiated(case: s
     network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
     train, outer = ((x.to(dtype), y) for x, y in (TRAIN, OUTER))
     if case == "a graph in a module":
-        network.left = network(train[0])
+        network.graph = network(train[0])
     problem = Named() if case == "outer_batch" else EqualWeights()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         attribution = scored(network, train=train, outer=outer, problem=problem)
-    whole = attribution._losses_with(torch.ones(N))
+    loss_with_all = attribution._losses_with(torch.ones(N))
     assert attribution.scores.dtype == torch.float32
-    assert error(whole, attribution.outer_loss) < 1e-6
+    assert error(loss_with_all, attribution.outer_loss) < 1e-6
 
 
 class Named(EqualWeights):
@@ -395,10 +406,16 @@ def test_what_helps_most_and_what_is_saved(tmp_path: Path) -> None:
     helpful, harmful = attribution.top(3)
     assert attribution.scores[helpful[0]] == attribution.scores.max()
     assert attribution.scores[harmful[0]] == attribution.scores.min()
-    attribution.save(tmp_path / "made" / "scores.pt")
-    saved = torch.load(tmp_path / "made" / "scores.pt")
+    with pytest.raises(MetaplError, match=r"format of safetensors; .* such as scores\.safetensors"):
+        attribution.save(tmp_path / "made" / "scores.pt")
+    assert not [*tmp_path.iterdir()]
+    attribution.save(tmp_path / "made" / "scores.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "made" / "scores.safetensors")
     assert torch.equal(saved["scores"], attribution.scores)
     assert torch.equal(saved["order"], attribution.order)
+    weights = {f"student_params/{name}": t for name, t in attribution.student_params.items()}
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+    assert {*saved} == {"scores", "order", "outer_loss", *weights}
     assert "24" in repr(attribution)
 
 
@@ -417,7 +434,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a later NaN": {"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)},
     "an infinite outer input": {"outer": (X * torch.inf, Y)},
     "labels that are no classes": {"train": (X, Y + 3)},
-    "a class of schedules": {"schedule": torch.optim.lr_scheduler.CosineAnnealingLR},
+    "a class of schedulers": {"settings": torch.optim.lr_scheduler.CosineAnnealingLR},
     "a clip": {"clip_norm": 0.0},
     "weights that are not 1": {"problem": Twice()},
     "views that differ in a few steps": {"train": Noisy(X, Y), "steps": 3},
@@ -427,10 +444,12 @@ REFUSED: dict[str, dict[str, Any]] = {
         "mode": metapl.feedback.Forward(keep_every=8),
     },
     "another network's optimizer": {"optimizer": OF_ANOTHER_NETWORK},
-    "another optimizer's schedule": {
-        "schedule": torch.optim.lr_scheduler.StepLR(OF_ANOTHER_NETWORK, 1)
+    "a function": {"settings": lambda step: 1.0},
+    "settings of fewer steps": {"settings": {"lr": FALLING["lr"][1:]}},
+    "a rate that diverges": {
+        "settings": {"lr": torch.full((9, 1), 1e307, dtype=torch.float64)},
+        "steps": 9,
     },
-    "a rate that diverges": {"schedule": lambda k: 1e308, "steps": 9},
 }
 
 

@@ -263,6 +263,10 @@ def evaluation(trainer: metapl.BilevelTrainer) -> None:
     trainer.student[1].eval()
 
 
+def other_activation(trainer: metapl.BilevelTrainer) -> None:
+    trainer.student[2].approximate = "tanh"
+
+
 def other_momentum(trainer: metapl.BilevelTrainer) -> None:
     for optimizer in trainer.schedulable:
         optimizer.param_groups[0]["momentum"] = 0.5
@@ -277,6 +281,7 @@ CHANGES: dict[str, Any] = {
     "a frozen part": frozen_part,
     "another dropout": other_dropout,
     "a part in evaluation": evaluation,
+    "another activation": other_activation,
     "another momentum": other_momentum,
 }
 
@@ -321,6 +326,24 @@ def test_numbers_of_a_batch_and_of_a_loss_are_followed() -> None:
     assert graphs_of(pair[1]).recordings_made == 3
 
 
+class Keeping(Attention):
+    """A network that keeps what it last saw."""
+
+    seen: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach()
+        return super().forward(x)
+
+
+def test_a_tensor_that_a_pass_puts_into_an_attribute_is_no_reason_to_record_again() -> None:
+    pair = trainers(network=Keeping, noisy_teacher=Keeping)
+    for number in range(3):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert graphs_of(pair[1]).recordings_made == 1
+
+
 def test_a_generator_of_labels_is_the_same_on_both_roads() -> None:
     pair = trainers("reinforce")
     for trainer in pair:
@@ -334,7 +357,7 @@ def test_a_generator_of_labels_is_the_same_on_both_roads() -> None:
 
 def test_a_region_of_autocast_is_followed() -> None:
     """Its casts of weights are not kept from one step to the next."""
-    pair = trainers(network=Attention)
+    pair = trainers()
     for trainer in pair:
         for network in (trainer.teacher, trainer.student):
             network.float()
@@ -427,6 +450,24 @@ def test_a_step_by_graphs_does_not_wait(cuda_may_not_wait: Any) -> None:
         trainer.step(*batches)
         trainer.inner_optimizer.param_groups[0]["lr"] = 0.001
         trainer.step(*batches)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        # Of an H100 with torch 2.11, where the attention of a step runs by autocast.
+        (
+            "expected input and grad types to match, or input to be at::Half and grad to be "
+            "at::Float",
+            "softmax of attention",
+        ),
+        ("called a synchronizing CUDA operation", "reads the value of a tensor"),
+        ("CUDA error: operation not permitted when stream is capturing", "stream is capturing"),
+    ],
+)
+def test_what_torch_says_of_a_recording_is_told_in_one_line(text: str, reason: str) -> None:
+    assert reason in cuda_graphs.why_not_recorded(RuntimeError(text))
+    assert cuda_graphs.why_not_recorded(RuntimeError("something else")) == ""
 
 
 def test_networks_on_the_cpu_are_refused_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:

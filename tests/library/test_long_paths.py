@@ -30,7 +30,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam_rate_in_a_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
 }
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "constant": lambda _: None,
     "one_cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=STEPS + 1),
     "warm_restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 40),
     "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
@@ -43,7 +42,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     ),
     # It cycles the momentum too.
     "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=7),
-    "function": lambda _: lambda k: 1 - k / STEPS,
+    "function": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 - k / STEPS),
 }
 
 
@@ -62,7 +61,7 @@ def network(seed: int = 0) -> nn.Module:
 def gradient(
     student: nn.Module,
     optimizer: Any,
-    ahead: Lookahead,
+    lookahead: Lookahead,
     mode: Forward,
     clip_norm: float | None = None,
 ) -> metapl.Hypergradient:
@@ -71,7 +70,7 @@ def gradient(
         None,
         student,
         outer=batch(-1),
-        inner=ahead,
+        inner=lookahead,
         inner_optimizer=optimizer,
         problem=EqualWeights(),
         mode=mode,
@@ -81,20 +80,25 @@ def gradient(
 
 @pytest.mark.parametrize(
     ("optimizer", "schedule", "clip"),
-    product(OPTIMIZERS, SCHEDULES, (None, 0.5), usual=("adam", "one_cycle", 0.5)),
+    product(OPTIMIZERS, ["constant", *SCHEDULES], (None, 0.5), usual=("adam", "one_cycle", 0.5)),
 )
 def test_the_path_is_the_training_bit_for_bit(
     optimizer: str, schedule: str, clip: float | None
 ) -> None:
     student = network()
     inner_optimizer = OPTIMIZERS[optimizer](student.parameters())
-    inner_schedule = SCHEDULES[schedule](inner_optimizer)
+    settings = None
+    if schedule != "constant":
+        scheduler = SCHEDULES[schedule](inner_optimizer)
+        epoch_before = scheduler.last_epoch
+        settings = metapl.scheduled_settings(scheduler, steps=STEPS)
+        # The scheduler stays where it stands.
+        assert epoch_before == scheduler.last_epoch
     state_before = copy.deepcopy(inner_optimizer.state_dict())
-    epoch_before = getattr(inner_schedule, "last_epoch", None)
     result = gradient(
         student,
         inner_optimizer,
-        Lookahead(batch, steps=STEPS, schedule=inner_schedule),
+        Lookahead(batch, steps=STEPS, settings=settings),
         mode=Forward(keep="tree"),
         clip_norm=clip,
     )
@@ -102,9 +106,9 @@ def test_the_path_is_the_training_bit_for_bit(
     plain = network()
     torch.manual_seed(5)
     plain_optimizer = OPTIMIZERS[optimizer](plain.parameters())
-    plain_schedule = SCHEDULES[schedule](plain_optimizer)
-    if schedule == "function":
-        plain_schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, plain_schedule)
+    plain_scheduler = None
+    if schedule != "constant":
+        plain_scheduler = SCHEDULES[schedule](plain_optimizer)
     for number in range(STEPS):
         x, y = batch(number)
         plain_optimizer.zero_grad()
@@ -112,13 +116,11 @@ def test_the_path_is_the_training_bit_for_bit(
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
         plain_optimizer.step()
-        if plain_schedule is not None:
-            plain_schedule.step()
+        if plain_scheduler is not None:
+            plain_scheduler.step()
     for name, p in plain.named_parameters():
         assert torch.equal(result.student_params[name], p), name
-    # Optimizer and schedule stay where they stand.
     assert str(state_before) == str(inner_optimizer.state_dict())
-    assert epoch_before == getattr(inner_schedule, "last_epoch", None)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -144,14 +146,12 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None) -> None:
     student = network()
     inner = OPTIMIZERS[optimizer](student.parameters())
-
-    def schedule(number: int) -> float:
-        return 1 - number / STEPS
-
-    in_memory = Lookahead([batch(number) for number in range(STEPS)], schedule=schedule)
+    shares = 1 - torch.arange(STEPS, dtype=torch.float64) / STEPS
+    settings = {"lr": inner.param_groups[0]["lr"] * shares[:, None]}
+    in_memory = Lookahead([batch(number) for number in range(STEPS)], settings=settings)
     expected = gradient(student, inner, in_memory, mode=Forward(keep_every=1, truncate=truncate))
     for name, options in WAYS.items():
-        read_again = Lookahead(batch, steps=STEPS, schedule=schedule)
+        read_again = Lookahead(batch, steps=STEPS, settings=settings)
         result = gradient(student, inner, read_again, mode=Forward(truncate=truncate, **options))
         pairs = zip(result.feedback, expected.feedback, strict=True)
         assert all(torch.equal(h, h_expected) for h, h_expected in pairs), name
@@ -161,7 +161,7 @@ def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None) -> N
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
     """The networks have dropout and batch norm, and most steps are computed again."""
     results = []
-    for ahead, mode in (
+    for lookahead, mode in (
         (Lookahead([batch(k)[0] for k in range(STEPS)]), Forward(keep_every=1)),
         (Lookahead(lambda k: batch(k)[0], steps=STEPS), Forward(keep="tree")),
     ):
@@ -171,7 +171,7 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
             network(),
             student,
             outer=batch(-1),
-            inner=ahead,
+            inner=lookahead,
             mode=mode,
             problem=metapl.PseudoLabels(kind),
             inner_optimizer=OPTIMIZERS["adam"](student.parameters()),
@@ -207,8 +207,22 @@ WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "batches in the same tensors": lambda _: Lookahead(in_the_same_tensors(), steps=3),
     "no steps": lambda _: Lookahead(batch),
     "more steps than batches": lambda _: Lookahead([batch(0)], steps=2),
-    "a schedule that needs a metric": lambda o: Lookahead(
-        batch, steps=STEPS, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)
+    "a scheduler that needs a metric": lambda o: Lookahead(
+        batch,
+        steps=STEPS,
+        settings=metapl.scheduled_settings(
+            torch.optim.lr_scheduler.ReduceLROnPlateau(o), steps=STEPS
+        ),
+    ),
+    "a scheduler that is not converted": lambda o: Lookahead(
+        batch,
+        steps=STEPS,
+        settings=torch.optim.lr_scheduler.StepLR(o, 1),  # type: ignore[arg-type]
+    ),
+    "settings that are no tensor": lambda _: Lookahead(
+        batch,
+        steps=STEPS,
+        settings={"lr": [0.1] * STEPS},  # type: ignore[list-item]
     ),
 }
 
@@ -217,10 +231,10 @@ WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 def test_wrong_paths_are_refused(case: str) -> None:
     student = network()
     inner = OPTIMIZERS["adam"](student.parameters())
-    before = copy.deepcopy(student.state_dict())
+    state_before = copy.deepcopy(student.state_dict())
     with pytest.raises(MetaplError):
         gradient(student, inner, WRONG[case](inner), Forward(keep_every=8))
-    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+    assert all(torch.equal(t, state_before[name]) for name, t in student.state_dict().items())
 
 
 def test_the_default_keeps_what_half_of_the_free_memory_holds(

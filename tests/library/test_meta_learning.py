@@ -217,12 +217,12 @@ def test_central_differences_of_real_steps_in_a_rate() -> None:
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("mode", [Forward(), Unrolled()])
-def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(
+def test_numbers_stand_beside_rates_for_each_entry_and_settings_have_both(
     mode: Any, compile: bool
 ) -> None:
     """Of three groups the first has a rate for each entry, the others a number for two and three.
 
-    The schedule has the shape of the result.
+    The settings have the shape of the result.
     """
     student = network()
     weights = dict(student.named_parameters())
@@ -234,10 +234,10 @@ def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(
         {"params": [weights[name] for name in names[3:]], "lr": torch.tensor(0.15)},
     ]
     decline = torch.linspace(1, 0.7, STEPS).double()
-    schedule = [decline.view(-1, 1, 1) * rates[names[0]], 0.2 * decline, 0.15 * decline]
+    rates_by_group = [decline.view(-1, 1, 1) * rates[names[0]], 0.2 * decline, 0.15 * decline]
 
     start = reference.weights(student)
-    leaves = [rate.clone().requires_grad_() for rate in schedule]
+    leaves = [rate.clone().requires_grad_() for rate in rates_by_group]
     group_of_weight = [0, 1, 1, 2, 2, 2]
     rates_of_steps = []
     for k in range(STEPS):
@@ -251,7 +251,7 @@ def test_numbers_stand_beside_rates_for_each_entry_and_a_schedule_has_both(
     gradient = hypergradient(
         student,
         SGD(groups, lr=0.1, momentum=0.5),
-        inner=Lookahead(INNER, schedule={"lr": schedule}),
+        inner=Lookahead(INNER, settings={"lr": rates_by_group}),
         mode=mode,
         compile=compile,
         wrt="lr",
@@ -372,17 +372,19 @@ def test_a_rate_that_requires_a_gradient_is_refused_with_what_to_give() -> None:
         hypergradient(student, with_entries(student, rates), wrt="lr")
 
 
-def test_a_schedule_that_does_not_fit_the_rates_is_refused() -> None:
+def test_settings_that_do_not_fit_the_rates_are_refused() -> None:
     student = network()
     rates = rates_of(student)
     optimizer = with_entries(student, rates)
-    schedules = [rate.expand(STEPS, *rate.shape) for rate in rates.values()]
-    without_a_group = schedules[:-1]
-    without_a_step = [schedule[1:] for schedule in schedules]
-    with_another_shape = [schedules[1], *schedules[1:]]
-    for schedule in (without_a_group, without_a_step, with_another_shape):
+    tables = [rate.expand(STEPS, *rate.shape) for rate in rates.values()]
+    without_a_group = tables[:-1]
+    without_a_step = [table[1:] for table in tables]
+    with_another_shape = [tables[1], *tables[1:]]
+    for rates_by_group in (without_a_group, without_a_step, with_another_shape):
         with pytest.raises(MetaplError, match="for each param group"):
-            hypergradient(student, optimizer, inner=Lookahead(INNER, schedule={"lr": schedule}))
+            hypergradient(
+                student, optimizer, inner=Lookahead(INNER, settings={"lr": rates_by_group})
+            )
 
 
 def test_a_feedback_in_units_of_a_rate_for_each_entry_is_refused() -> None:
@@ -705,9 +707,9 @@ def outer_with_nan() -> list[Any]:
 WRONG_OUTER: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "fewer": ("an outer batch for each step", lambda: {"outer": Lookahead(OUTER[:-1])}),
     "one step": ("takes 1 step;", lambda: {"outer": Lookahead(OUTER), "inner": INNER[0]}),
-    "a schedule": (
+    "settings": (
         "expected weights=",
-        lambda: {"outer": Lookahead(OUTER, schedule=lambda k: 1.0)},
+        lambda: {"outer": Lookahead(OUTER, settings={"lr": torch.ones(len(OUTER), 1)})},
     ),
     "weights of inner batches": (
         "of outer batches",

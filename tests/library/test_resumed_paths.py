@@ -44,7 +44,7 @@ def gradient(
     problem: Any = None,
     batch: Callable[[int], Any] = batch,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-    schedule: Any = None,
+    settings: Any = None,
     clip_norm: float | None = None,
     mode: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -78,7 +78,7 @@ def gradient(
             teacher,
             student,
             outer=test_long_paths.batch(-1),
-            inner=Lookahead(read, steps=STEPS, schedule=schedule),
+            inner=Lookahead(read, steps=STEPS, settings=settings),
             mode=Forward(**{"keep_every": 7, **(mode or {})}, keep_on=folder),
             inner_optimizer=(optimizer or adam)(student),
             problem=problem or EqualWeights(),
@@ -109,8 +109,13 @@ def adam(student: nn.Module, first: int = 3) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.01, amsgrad=True)
 
 
+# The rates of both param groups of `adam`, halved, and such as fall to 0 in a line.
+RATES = torch.tensor([0.01, 0.02], dtype=torch.float64)
+HALVED = 0.5 * RATES.expand(STEPS, 2)
+FALLING = {"lr": RATES * (1 - torch.arange(STEPS, dtype=torch.float64)[:, None] / STEPS)}
+
 CALLS: dict[str, Call] = {
-    "plain": lambda *a: gradient(*a, schedule=lambda k: 1 - k / STEPS),
+    "plain": lambda *a: gradient(*a, settings=FALLING),
     "tree": lambda *a: gradient(*a, mode={"keep_every": None, "keep": "tree"}),
     "truncated": lambda *a: gradient(*a, mode={"truncate": 20}),
     "teacher": lambda *a: gradient(
@@ -201,7 +206,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "weights": {"seed": 1},
     "rate": {"optimizer": lambda s: torch.optim.SGD(s.parameters(), lr=0.2)},
     "param groups": {"optimizer": lambda s: adam(s, first=2)},
-    "schedule": {"schedule": lambda k: 0.5},
+    "settings": {"settings": {"lr": HALVED}},
     "clip": {"clip_norm": 0.5},
     "mode": {"mode": {"keep_every": 6}},
     "batches": {"batch": lambda k: batch(k + 1)},

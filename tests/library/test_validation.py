@@ -131,7 +131,13 @@ def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     trainer = bilevel()
     result = trainer.fit(
-        [(x, y)], [x], steps=4, validation=batches, metric=Recall(), mode="max", validate_every=2
+        [(x, y)],
+        [x],
+        steps=4,
+        validation=batches,
+        metric=Recall(),
+        metric_mode="max",
+        validate_every=2,
     )
     is_first_class = y == 0
     for role, network in trainer.networks.items():
@@ -145,8 +151,9 @@ def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "a text": {"metric": lambda outputs, batch: "high"},
-    "no mode": {"metric": absolute, "mode": None},
-    "a mode alone": {"mode": "min"},
+    "no mode": {"metric": absolute, "metric_mode": None},
+    "a mode alone": {"metric_mode": "min"},
+    "patience alone": {"validation": None, "patience": 2},
     "once": {"validation": ((x, y) for x, y in [(X, Y)])},
     "other shapes": {"validation": (X, Y[:7])},
     "not a number": {"metric": lambda outputs, batch: math.nan},
@@ -154,18 +161,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_metric_or_data_that_cannot_be_measured_is_refused(what: str) -> None:
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_metric_or_data_that_cannot_be_measured_is_refused(reason: str) -> None:
     """All but what is no finite number before the first step."""
     trainer = regression()
     options = {
         "validation": (X, Y),
-        "mode": "min" if "metric" in REFUSED[what] else None,
-        **REFUSED[what],
+        "metric_mode": "min" if "metric" in REFUSED[reason] else None,
+        **REFUSED[reason],
     }
     with pytest.raises((MetaplError, TypeError, RuntimeError)):
         trainer.fit([(X, Y)], steps=2, progress=False, **options)
-    assert (trainer.steps_done == 0) != (what == "not a number")
+    assert (trainer.steps_done == 0) != (reason == "not a number")
 
 
 def test_arrays_are_served_in_shuffled_epochs() -> None:

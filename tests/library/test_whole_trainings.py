@@ -38,8 +38,8 @@ ADAMW = torch.optim.AdamW
 def muon_beside_adamw(params: list[Any]) -> Any:
     """Return Muon for the matrices, and AdamW for the rest."""
     matrices = [p for p in params if p.ndim == 2]
-    others = [p for p in params if p.ndim != 2]
-    return torch.optim.Muon(matrices, lr=0.02), ADAMW(others, lr=0.01, eps=1e-3)
+    vectors = [p for p in params if p.ndim != 2]
+    return torch.optim.Muon(matrices, lr=0.02), ADAMW(vectors, lr=0.01, eps=1e-3)
 
 
 def sgd_in_groups(params: Any) -> torch.optim.Optimizer:
@@ -149,10 +149,10 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     elif "inductor" not in request.node.name:
-        monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-def both(
+def on_both_roads(
     problem: Any,
     optimizer: str,
     mode: Any,
@@ -167,9 +167,10 @@ def both(
     """
     teacher = teacher_of(problem)
     inner_optimizer = OPTIMIZERS[optimizer](student.parameters())
-    schedule = None
+    settings = None
     if is_scheduled:
-        schedule = torch.optim.lr_scheduler.ExponentialLR(inner_optimizer, 0.8)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(inner_optimizer, 0.8)
+        settings = metapl.scheduled_settings(scheduler, steps=STEPS)
 
     def inner_batch(number: int) -> Any:
         x, y = batch(number)
@@ -183,7 +184,7 @@ def both(
             teacher,
             student,
             outer=batch(-1),
-            inner=Lookahead(inner_batch, steps=STEPS, schedule=schedule),
+            inner=Lookahead(inner_batch, steps=STEPS, settings=settings),
             inner_optimizer=inner_optimizer,
             problem=problem,
             mode=mode,
@@ -213,9 +214,9 @@ def assert_alike(
 
 
 @pytest.mark.parametrize(("optimizer", "problem", "keep", "clip", "schedule", "frozen"), ROWS)
-@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
+@pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 def test_two_graphs_give_the_eager_gradient(
-    how: str,
+    backend: str,
     optimizer: str,
     problem: str,
     keep: str,
@@ -224,8 +225,8 @@ def test_two_graphs_give_the_eager_gradient(
     frozen: bool,
 ) -> None:
     student = network(drops=problem != "enters_the_input", frozen=frozen)
-    before = copy.deepcopy(student.state_dict())
-    eager, pure = both(
+    state_before = copy.deepcopy(student.state_dict())
+    eager, pure = on_both_roads(
         PROBLEMS[problem](),
         optimizer,
         KEEPS[keep],
@@ -237,8 +238,8 @@ def test_two_graphs_give_the_eager_gradient(
         # On the eager road, double backward keeps its graph.
         pure = replace(pure, kept=eager.kept)
     assert_alike(eager, pure, 1e-9)
-    assert error(before, student.state_dict()) == 0
-    assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
+    assert error(state_before, student.state_dict()) == 0
+    assert all(torch.equal(state_before[name], t) for name, t in student.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -247,13 +248,13 @@ def test_two_graphs_give_the_eager_gradient(
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
 def test_a_buffer_is_that_of_torch_optim(dampening: float, momentum: Tensor) -> None:
     """A momentum of 0 leaves it as it is, and the first step has no dampening."""
-    schedule = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
+    settings = {"momentum": momentum, "dampening": torch.full((4, 1), dampening)}
     eager, pure = (
         metapl.hypergradient(
             None,
             STUDENT,
             outer=batch(-1),
-            inner=Lookahead(batch, steps=4, schedule=schedule),
+            inner=Lookahead(batch, steps=4, settings=settings),
             inner_optimizer=SGD(STUDENT.parameters(), lr=0.1),
             problem=PROBLEM,
             wrt=("lr", "dampening"),
@@ -291,8 +292,8 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
         step, adjoint = make_training(*arguments, **options)
 
         def adjoint_with_twice_h(*arguments: Any) -> Any:
-            bars, h, *others = adjoint(*arguments)
-            return bars, {name: 2 * t for name, t in h.items()}, *others
+            bars, h, *results = adjoint(*arguments)
+            return bars, {name: 2 * t for name, t in h.items()}, *results
 
         return step, adjoint_with_twice_h
 
@@ -302,7 +303,7 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
             None,
             STUDENT,
             outer=batch(-1),
-            inner=Lookahead(batch, steps=3, schedule=lambda k: k / 3),
+            inner=Lookahead(batch, steps=3, settings={"lr": 0.1 * torch.arange(3.0)[:, None] / 3}),
             inner_optimizer=SGD(STUDENT.parameters(), lr=0.1),
             problem=EqualWeights(),
             compile=True,
@@ -324,10 +325,10 @@ LATE_DECAY = {"weight_decay": torch.tensor([[0.0], [1e-6]])}
 
 
 @pytest.mark.parametrize(
-    ("tasks", "decay", "schedule"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)]
+    ("tasks", "decay", "settings"), [("ab", 0.0, None), ("aa", 1e-6, None), ("aa", 0, LATE_DECAY)]
 )
 def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
-    tasks: str, decay: float, schedule: Any
+    tasks: str, decay: float, settings: Any
 ) -> None:
     """torch.optim leaves them.
 
@@ -341,7 +342,7 @@ def test_weights_that_some_batches_do_not_reach_are_refused_each_time(
                 None,
                 student,
                 outer=({"a": x, "b": x}, y),
-                inner=Lookahead([({task: x}, y) for task in tasks], schedule=schedule),
+                inner=Lookahead([({task: x}, y) for task in tasks], settings=settings),
                 inner_optimizer=SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=decay),
                 problem=PROBLEM,
                 compile=True,
@@ -356,10 +357,10 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     if torch.__version__ < TorchVersion("2.12"):
         # Inductor draws other masks there behind a batch norm.
         with pytest.raises(metapl.MetaplError, match="as 2.12 does not"):
-            both(problem, "momentum", Forward(keep_every=2), student)
+            on_both_roads(problem, "momentum", Forward(keep_every=2), student)
         student = network(drops=False)
         graphs._CACHE.clear()
-    eager, compiled = both(problem, "momentum", Forward(keep_every=2), student)
+    eager, compiled = on_both_roads(problem, "momentum", Forward(keep_every=2), student)
     assert_alike(eager, compiled, 1e-9)
     cached = [*graphs._CACHE.values()]
     assert len(cached) == 1
@@ -422,8 +423,10 @@ def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[
     return odd_batch
 
 
-def ahead(batches: Any = batch, schedule: Any = None, steps: int | None = STEPS) -> dict[str, Any]:
-    return {"inner": Lookahead(batches, steps=steps, schedule=schedule)}
+def lookahead(
+    batches: Any = batch, settings: Any = None, steps: int | None = STEPS
+) -> dict[str, Any]:
+    return {"inner": Lookahead(batches, steps=steps, settings=settings)}
 
 
 EAGER: dict[str, Any] = {"compile": False}
@@ -437,15 +440,15 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "unknown name": ("expected", lambda: {"wrt": "lrr"}),
     "no such setting": ("betas", lambda: {"wrt": ["start", "betas"]}),
     "a setting of a transform": ("lr", lambda: {"wrt": "lr", "inner_optimizer": torchopt.sgd(0.1)}),
-    "an unknown schedule": ("lrr", lambda: ahead(schedule={"lrr": RATES})),
-    "a schedule that ends": ("shape", lambda: ahead(schedule={"lr": RATES[1:]})),
-    "rates of two groups": ("schedule", lambda: ahead(schedule=RATES_OF_TWO_GROUPS)),
-    "betas of SGD": ("schedule", lambda: ahead(schedule=BETAS)),
-    "another batch": ("for step 2", lambda: ahead(odd())),
-    "always another batch": ("for step 0", lambda: ahead(odd(steps=range(STEPS)))),
-    "NaN": ("step 2", lambda: ahead(odd(NAN))),
-    "NaN in the first step": ("step 0", lambda: ahead([odd(NAN)(2)] * STEPS)),
-    "a rate of NaN": ("step 1", lambda: ahead(schedule=lambda k: NAN)),
+    "an unknown setting": ("lrr", lambda: lookahead(settings={"lrr": RATES})),
+    "settings that end": ("shape", lambda: lookahead(settings={"lr": RATES[1:]})),
+    "rates of two groups": ("settings", lambda: lookahead(settings=RATES_OF_TWO_GROUPS)),
+    "betas of SGD": ("settings", lambda: lookahead(settings=BETAS)),
+    "another batch": ("for step 2", lambda: lookahead(odd())),
+    "always another batch": ("for step 0", lambda: lookahead(odd(steps=range(STEPS)))),
+    "NaN": ("step 2", lambda: lookahead(odd(NAN))),
+    "NaN in the first step": ("step 0", lambda: lookahead([odd(NAN)(2)] * STEPS)),
+    "a rate of NaN": ("step 1", lambda: lookahead(settings={"lr": torch.full((STEPS, 1), NAN)})),
     "NaN in the outer batch": (
         "step 6|the outer loss is NaN or infinite",
         lambda: {"outer": odd(NAN)(2)},
@@ -464,7 +467,7 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {
             "wrt": "momentum",
             "mode": Unrolled(),
-            **ahead(schedule=RESTED, steps=3),
+            **lookahead(settings=RESTED, steps=3),
             **EAGER,
         },
     ),
@@ -539,7 +542,7 @@ def by_hand(
 
     def loss(number: int) -> Tensor:
         x, y = batch(number)
-        return nn.functional.cross_entropy(reference.at(student, theta, x), y)
+        return nn.functional.cross_entropy(reference.outputs_at(student, theta, x), y)
 
     groups = range(settings["lr"].shape[1])
     for k in range(steps):
@@ -552,12 +555,12 @@ MODES = [Forward(keep_every=2), Forward(), Unrolled()]
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "mode", "steps", "how"),
+    ("optimizer", "mode", "steps", "backend"),
     product(SETTINGS, MODES, [1, 5], ["eager", "plain"], usual=[*SETTINGS, MODES[0], 5, "plain"])
     + product(SETTINGS, MODES, [1, 5], ["captured"], usual=[]),
 )
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
-    optimizer: str, mode: Any, steps: int, how: str
+    optimizer: str, mode: Any, steps: int, backend: str
 ) -> None:
     student = network(drops=False)
     settings: dict[str, Tensor] = {}
@@ -574,11 +577,11 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
         None,
         student,
         outer=batch(-1),
-        inner=Lookahead(batch, steps=steps, schedule=settings),
+        inner=Lookahead(batch, steps=steps, settings=settings),
         inner_optimizer=OPTIMIZERS[optimizer](student.parameters()),
         problem=EqualWeights(),
         mode=mode,
-        compile=how != "eager",
+        compile=backend != "eager",
         wrt=["start", *settings],
     )
     by_name = dict(zip([*start, *settings], expected, strict=True))

@@ -111,7 +111,7 @@ class FileImages:
 
     Args:
         paths: of the files.
-        size, mode, center: as for :func:`metapl.apps.pictures.reader.read_image`.
+        size, colors, center: as for :func:`metapl.apps.pictures.reader.read_image`.
         log: the file in which broken files are recorded, a line of JSON each, see
             :func:`replaced_files`. None: a warning tells of each.
     """
@@ -121,7 +121,7 @@ class FileImages:
         paths: Iterable[str | Path],
         *,
         size: tuple[int, int],
-        mode: Literal["RGB", "L"] = "RGB",
+        colors: Literal["RGB", "L"] = "RGB",
         center: float = 1.0,
         log: Path | None = None,
     ) -> None:
@@ -135,7 +135,7 @@ class FileImages:
             )
         self._indices = torch.arange(len(self._paths))
         self.size = size
-        self.mode = mode
+        self.colors = colors
         self.center = center
         self.log = log
         self._kept: KeptPictures | None = None
@@ -146,7 +146,7 @@ class FileImages:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of every picture."""
-        return (3 if self.mode == "RGB" else 1, *self.size)
+        return (3 if self.colors == "RGB" else 1, *self.size)
 
     def select(self, indices: Tensor) -> FileImages:
         """Select pictures, in the order of ``indices`` (n,) int64; nothing is read."""
@@ -237,8 +237,8 @@ class FileImages:
         path = str(self.path(index))
         try:
             if crops:
-                return read_crops(path, crops, size=self.size, mode=self.mode)
-            picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
+                return read_crops(path, crops, size=self.size, colors=self.colors)
+            picture = read_image(path, size=self.size, colors=self.colors, center=self.center)
         except UnreadableImage as error:
             if self.log is None:
                 warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)

@@ -74,9 +74,9 @@ class Input:
     def read(self, path: Path) -> Tensor:
         """Return the network's input for a picture in a file."""
         if self.kind == "picture":
-            mode: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
+            colors: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
             return in_unit_range(
-                read_image(path, mode=mode, size=self.shape[1:], center=self.center)
+                read_image(path, colors=colors, size=self.shape[1:], center=self.center)
             )
         image = gray_image(path, self.size)
         # The digits are bright ink on dark, paper is the other way round.

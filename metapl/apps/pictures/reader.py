@@ -184,7 +184,7 @@ LUMA = (0.299, 0.587, 0.114)
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
-Mode = Literal["RGB", "L"]
+Colors = Literal["RGB", "L"]
 
 # Left, top, right and bottom edges in pixels, from the upper left corner of the picture.
 Box = tuple[float, float, float, float]
@@ -214,7 +214,7 @@ class UnreadableImage(MetaplError):
 def read_image(
     path: str | Path,
     *,
-    mode: Mode = "RGB",
+    colors: Colors = "RGB",
     size: tuple[int, int] | None = None,
     center: float = 1.0,
 ) -> Tensor:
@@ -226,7 +226,7 @@ def read_image(
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
-        mode: "RGB", or "L" for brightness.
+        colors: "RGB", or "L" for brightness.
         size: (height, width), or None for the picture's own. The largest centered box of this shape
             is resized to it, bilinearly over areas: a side that is too long loses both ends.
         center: share of the sides of that box that is used, about its center: 224/256 for ImageNet;
@@ -248,13 +248,13 @@ def read_image(
             f"read_image got center {center}; expected a share of the sides, above 0 and at most 1."
         )
     if size is not None:
-        return read_crops(path, [_centered(size, center)], size=size, mode=mode)[0]
+        return read_crops(path, [_centered(size, center)], size=size, colors=colors)[0]
     with _opened(path) as image:
-        return _as_tensor(_plain(_turned(image), mode))
+        return _as_tensor(_plain(_turned(image), colors))
 
 
 def read_crops(
-    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB"
+    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], colors: Colors = "RGB"
 ) -> list[Tensor]:
     """Read boxes of a picture, decoding it once.
 
@@ -262,7 +262,7 @@ def read_crops(
         path: of the picture, as for :func:`read_image`.
         crops: give the boxes of the upright picture.
         size: (height, width) to which each box is resized.
-        mode: as for :func:`read_image`.
+        colors: as for :func:`read_image`.
 
     Returns: uint8 (3, H, W) or (1, H, W) for each crop.
     """
@@ -286,7 +286,7 @@ def read_crops(
             image = image.reduce(math.floor(shrink))
             # It says which side is up.
             image.getexif().update(exif)
-        upright = _plain(_turned(image), mode)
+        upright = _plain(_turned(image), colors)
         return [_resized(upright, size, box, (width, height)) for box in boxes]
 
 
@@ -396,7 +396,7 @@ def _turned(image: Image) -> Image:
     return image
 
 
-def _plain(image: Image, mode: Mode) -> Image:
+def _plain(image: Image, colors: Colors) -> Image:
     """Return the picture in 8 bits and without transparency."""
     from PIL import Image
 
@@ -416,7 +416,7 @@ def _plain(image: Image, mode: Mode) -> Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "P":
         image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
+    return image if image.mode == colors else image.convert(colors)
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, full: tuple[int, int]) -> Tensor:

@@ -128,11 +128,11 @@ def with_model_noise(network: nn.Module, on: bool) -> Iterator[None]:
     ...     [part.training for part in network]
     [False, True]
     """
-    modes = {part: part.training for part in model_noise(network)}
+    training_flags = {part: part.training for part in model_noise(network)}
     try:
-        for part in modes:
+        for part in training_flags:
             part.training = on
         yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        for part, training in training_flags.items():
+            part.training = training
