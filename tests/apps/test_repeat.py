@@ -205,7 +205,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another version": (
         lambda content: content.update(format=3),
-        "was written in run format 3 by metapl",
+        "was written in run format 3; this metapl",
+    ),
+    "another version, of other keys": (
+        lambda content: content.update(format=5, settings=content.pop("recipe")),
+        "was written in run format 5; this metapl",
     ),
     "another recipe": (
         lambda content: content["recipe"].update(name="digit"),
