@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,15 +161,24 @@ def data(seed: int, half: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Te
 
 def built(setting: Row, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    more = {name: setting[name] for name in ("norm", "pool", "outputs") if name in setting}
-    network = NETWORKS[setting["network"]](getattr(nn, setting["act"])(), setting["width"], **more)
-    network = network.bfloat16() if setting.get("half") == "weights" else network
+    options = {name: setting[name] for name in ("norm", "pool", "outputs") if name in setting}
+    build = NETWORKS[setting["network"]]
+    network = build(getattr(nn, setting["act"])(), setting["width"], **options)
+    if setting.get("half") == "weights":
+        network = network.bfloat16()
+    optimizer: torch.optim.Optimizer
     if setting["rule"] == "adam":
-        how = {"eps": setting["eps"], "weight_decay": setting.get("decay", 0.0)}
-        return network, torch.optim.AdamW(network.parameters(), lr=setting["lr"], **how)
-    return network, torch.optim.SGD(
-        network.parameters(), lr=setting["lr"], momentum=setting["momentum"]
-    )
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=setting["lr"],
+            eps=setting["eps"],
+            weight_decay=setting.get("decay", 0.0),
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            network.parameters(), lr=setting["lr"], momentum=setting["momentum"]
+        )
+    return network, optimizer
 
 
 def factor(setting: Row, step: int, steps: int) -> float:
@@ -224,11 +234,10 @@ def retrained(
 
 
 def loss_of(
-    network: nn.Module, params: dict[str, Tensor], given: Any, reduction: str = "mean"
+    network: nn.Module, params: dict[str, Tensor], batch: Any, reduction: str = "mean"
 ) -> Tensor:
-    return F.cross_entropy(
-        functional_call(network, params, (given[0],)), given[1], reduction=reduction
-    )
+    x, y = batch
+    return F.cross_entropy(functional_call(network, params, (x,)), y, reduction=reduction)
 
 
 def along(
@@ -261,20 +270,21 @@ def training(setting: Row, seed: int, steps: int) -> Row:
     if setting.get("falls"):
         factors = [factor(setting, step, steps) for step in range(steps)]
         settings = {"lr": setting["lr"] * torch.tensor(factors, dtype=torch.float64)[:, None]}
-    given: Row = {
+    return {
         "student": network,
         "optimizer": optimizer,
         "steps": steps,
         "batch_size": BATCH,
         "settings": settings,
+        "generator": torch.Generator().manual_seed(seed),
     }
-    return given | {"generator": torch.Generator().manual_seed(seed)}
 
 
 def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
-    found = metapl.attribute(train=train, outer=outer, **training(setting, seed, len(order)))
-    assert torch.equal(found.order, order)
-    return found.scores
+    options = training(setting, seed, len(order))
+    attribution = metapl.attribute(train=train, outer=outer, **options)
+    assert torch.equal(attribution.order, order)
+    return attribution.scores
 
 
 def by_dot_products(
@@ -285,12 +295,15 @@ def by_dot_products(
     Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end.
     """
     network, _ = built(setting, seed)
-    at = {len(order) * (number + 1) // checkpoints for number in range(checkpoints)}
+    steps_of_checkpoints = {
+        len(order) * (number + 1) // checkpoints for number in range(checkpoints)
+    }
+    outer_gradient = grad(lambda params: loss_of(network, params, outer))
     scores = torch.zeros(EXAMPLES)
     for step, params in enumerate(plain(setting, seed, order, train)):
-        if step in at:
-            held = {n: p.clone() for n, p in params.items()}
-            scores += along(network, held, train, grad(lambda p: loss_of(network, p, outer))(held))
+        if step in steps_of_checkpoints:
+            checkpoint = {name: p.clone() for name, p in params.items()}
+            scores += along(network, checkpoint, train, outer_gradient(checkpoint))
     return scores
 
 
@@ -326,8 +339,8 @@ def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
             **{n: part.view_as(params[n]) for n, part in zip(names, parts, strict=True)},
         }
 
-    def loss(vector: Tensor, given: Any) -> Tensor:
-        return loss_of(network, with_last(vector), given)
+    def loss(vector: Tensor, batch: Any) -> Tensor:
+        return loss_of(network, with_last(vector), batch)
 
     curved = hessian(loss)(flat, train).double() + DAMPING * torch.eye(len(flat))
     direction = with_last(torch.linalg.solve(curved, grad(loss)(flat, outer).double()).float())
@@ -339,8 +352,8 @@ INFLUENCE = "influence functions, last layer"
 METHODS: dict[str, Callable[..., Tensor]] = {
     "attribute": by_attribute,
     "one-step look-ahead, every step": by_one_step,
-    "gradient dot products, 10 checkpoints": lambda *given: by_dot_products(*given, CHECKPOINTS),
-    "gradient dot products, at the end": lambda *given: by_dot_products(*given, 1),
+    "gradient dot products, 10 checkpoints": partial(by_dot_products, checkpoints=CHECKPOINTS),
+    "gradient dot products, at the end": partial(by_dot_products, checkpoints=1),
     INFLUENCE: by_influence,
 }
 
@@ -371,7 +384,7 @@ def removed(
     return sets, weights
 
 
-def one(
+def row_of(
     name: str,
     steps: int,
     seed: int,
@@ -381,10 +394,8 @@ def one(
 ) -> Row:
     setting = {**SETTINGS, **SMOOTH_NAMED}[name]
     train, outer = data(seed, setting.get("half") == "weights")
-    order, (sets, weights) = (
-        order_of(EXAMPLES, steps, BATCH, seed),
-        removed(EXAMPLES, shares, removals, seed),
-    )
+    order = order_of(EXAMPLES, steps, BATCH, seed)
+    sets, weights = removed(EXAMPLES, shares, removals, seed)
     start = time.process_time()
     losses = retrained(setting, seed, order, train, outer, weights)
     row: Row = {
@@ -406,11 +417,14 @@ def one(
         start = time.process_time()
         scores = METHODS[method](setting, seed, order, train, outer)
         row["seconds"][method] = time.process_time() - start
-        predicted, row["scores"][method] = [float(scores[chosen].sum()) for chosen in sets], {}
+        predicted = [float(scores[chosen].sum()) for chosen in sets]
+        correlations = {}
         for number, share in enumerate(shares):
-            own = slice(number * removals, (number + 1) * removals)
-            found = (float(by(predicted[own], changes[own])[0]) for by in (spearmanr, pearsonr))
-            row["scores"][method][f"{share:g}"] = tuple(found)
+            of_share = slice(number * removals, (number + 1) * removals)
+            spearman = float(spearmanr(predicted[of_share], changes[of_share])[0])
+            pearson = float(pearsonr(predicted[of_share], changes[of_share])[0])
+            correlations[f"{share:g}"] = (spearman, pearson)
+        row["scores"][method] = correlations
     return row
 
 
@@ -423,10 +437,10 @@ def smoothness(name: str, steps: int, seed: int) -> Row:
     train, outer = data(seed, setting.get("half") == "weights")
     row: Row = {"setting": name, "steps": steps, "seed": seed}
     for part, name in ((1, "metasmoothness"), (10, "first tenth"))[seed in TUNING_SEEDS[1:] :]:
-        given = training(setting, seed, steps) | {"steps": steps // part}
+        options = training(setting, seed, steps) | {"steps": steps // part}
         start = time.process_time()
-        found = metapl.metasmoothness(train=train, outer=outer, **given)
-        row[name] = {"agreement": found.agreement, "losses": found.outer_loss.tolist()}
+        measured = metapl.metasmoothness(train=train, outer=outer, **options)
+        row[name] = {"agreement": measured.agreement, "losses": measured.outer_loss.tolist()}
         row[name]["seconds"] = time.process_time() - start
     return row
 
@@ -446,81 +460,94 @@ def asked(miniature: bool) -> Iterator[Any]:
 
 
 def mean(rows: list[Row], method: str, share: float) -> str:
-    values = [found[0] for row in rows if (found := row["scores"][method].get(f"{share:g}"))]
+    values = []
+    for row in rows:
+        if correlations := row["scores"][method].get(f"{share:g}"):
+            spearman, _ = correlations
+            values.append(spearman)
     return f"{statistics.fmean(values):.2f}" if values else NONE
 
 
-def ahead(rows: list[Row], share: float) -> str:
+def above_influence(rows: list[Row], share: float) -> str:
     """Return how far attribute's correlation is above influence functions', by paired seeds.
 
     The 95 % interval is behind it.
     """
-    key, names = f"{share:g}", ("attribute", INFLUENCE)
-    pairs = [
-        [row["scores"][name][key][0] for name in names]
-        for row in rows
-        if key in row["scores"][INFLUENCE]
-    ]
-    return interval(*zip(*pairs, strict=True), form="+.2f") if len(pairs) > 1 else NONE
+    key = f"{share:g}"
+    by_attribute = []
+    by_influence = []
+    for row in rows:
+        if key in row["scores"][INFLUENCE]:
+            by_attribute.append(row["scores"]["attribute"][key][0])
+            by_influence.append(row["scores"][INFLUENCE][key][0])
+    if len(by_attribute) < 2:
+        return NONE
+    return interval(by_attribute, by_influence, form="+.2f")
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Return the tables by their marks in the page."""
-    rough, rows = [r for r in rows if "scores" not in r], [r for r in rows if "scores" in r]
+    smoothness_rows = [r for r in rows if "scores" not in r]
+    rows = [r for r in rows if "scores" in r]
     tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
-    lines, columns = list[list[Any]](), list[tuple[float, ...]]()
+    lines: list[list[Any]] = []
+    columns: list[tuple[float, ...]] = []
     for name in METASMOOTH:
-        mine, its = ([r for r in of if r["setting"] == name] for of in (tuning, rough))
-        if mine and its:
-            loss = statistics.fmean(r["loss"] for r in mine)
-            measured = (
-                [r[part]["agreement"] for r in its if part in r]
+        scored = [r for r in tuning if r["setting"] == name]
+        measured = [r for r in smoothness_rows if r["setting"] == name]
+        if scored and measured:
+            loss = statistics.fmean(r["loss"] for r in scored)
+            agreements = [
+                statistics.fmean(r[part]["agreement"] for r in measured if part in r)
                 for part in ("metasmoothness", "first tenth")
-            )
-            whole, first = map(statistics.fmean, measured)
-            removed = [mean(mine, "attribute", share) for share in FEW]
-            lines.append([name, f"{loss:.3f}", *removed, len(mine), f"{whole:.3f}", f"{first:.4f}"])
-            columns.append((whole, first, *map(float, removed)))
+            ]
+            of_training, of_first_tenth = agreements
+            removed = [mean(scored, "attribute", share) for share in FEW]
+            cells = [f"{of_training:.3f}", f"{of_first_tenth:.4f}"]
+            lines.append([name, f"{loss:.3f}", *removed, len(scored), *cells])
+            columns.append((of_training, of_first_tenth, *map(float, removed)))
     final = []
     for name, steps in FINAL:
         mine = [
             r for r in rows if r["seed"] in SEEDS and (r["setting"], r["steps"]) == (name, steps)
         ]
-        for method in METHODS if mine else ():
+        if not mine:
+            continue
+        for method in METHODS:
             cells = [mean(mine, method, share) for share in SHARES]
             cost = statistics.median(
                 r["seconds"][method] / r["seconds"]["one training"] for r in mine
             )
             final.append([name, f"{steps:,}", len(mine), method, *cells, f"{cost:.1f}"])
-        if mine:
-            cells = [ahead(mine, share) for share in SHARES]
-            final.append(
-                [name, f"{steps:,}", len(mine), "*attribute − influence functions*", *cells, ""]
-            )
-    whole, first, *shares = zip(*columns, strict=True) if len(columns) > 2 else ((),) * 4
-    found = [
-        f"{spearmanr(by, share)[0]:.2f}" if by else NONE
-        for by in (whole, first)
-        for share in shares
-    ]
+        cells = [above_influence(mine, share) for share in SHARES]
+        final.append(
+            [name, f"{steps:,}", len(mine), "*attribute − influence functions*", *cells, ""]
+        )
+    correlations = [NONE] * 4
+    if len(columns) > 2:
+        of_trainings, of_first_tenths, *shares = zip(*columns, strict=True)
+        correlations = []
+        for agreement, share in itertools.product((of_trainings, of_first_tenths), shares):
+            correlations.append(f"{spearmanr(agreement, share)[0]:.2f}")
+    at_1, at_5, at_1_by_tenth, at_5_by_tenth = correlations
     correlated = (
         f"Over these {len(columns)} trainings Spearman's correlation between metasmoothness and "
-        f"these figures is {found[0]} at 1 % and {found[1]} at 5 %, of the first tenth {found[2]} "
-        f"and {found[3]}."
+        f"these figures is {at_1} at 1 % and {at_5} at 5 %, of the first tenth {at_1_by_tenth} "
+        f"and {at_5_by_tenth}."
     )
-    smooth = []  # what makes a convolutional network predictable
+    # These rows say what makes a convolutional network predictable.
+    smooth = []
     for name in SMOOTH:
         mine = [r for r in tuning if r["setting"] == f"convolutional: {name}"]
         if mine:
-            loss, accuracy = (
-                statistics.fmean(r[key] for r in mine) for key in ("loss", "accuracy")
-            )
-            each = [r["scores"]["attribute"]["0.01"][0] for r in mine]
-            ranged = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+            loss = statistics.fmean(r["loss"] for r in mine)
+            accuracy = statistics.fmean(r["accuracy"] for r in mine)
+            values = [r["scores"]["attribute"]["0.01"][0] for r in mine]
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
             cells = [
                 f"{loss:.3f}",
                 f"{100 * accuracy:.1f}",
-                f"{statistics.fmean(each):.2f}{ranged}",
+                f"{statistics.fmean(values):.2f}{spread}",
             ]
             smooth.append([name, len(mine), *cells])
     heads = (
@@ -545,19 +572,21 @@ def tables(rows: list[Row]) -> dict[str, str]:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    args = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    rows = read(given.out)
-    there = {(r["setting"], r["steps"], r["seed"], "scores" in r) for r in rows}
-    for job in asked(given.miniature) if given.runs else ():
-        if (*job[:3], len(job) > 3) not in there:
-            half = SETTINGS.get(job[0], {}).get("half") == "autocast"
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                rows.append(one(*job) if len(job) > 3 else smoothness(*job))
-            append(given.out, rows[-1])
+    rows = read(args.out)
+    done = {(r["setting"], r["steps"], r["seed"], "scores" in r) for r in rows}
+    jobs = asked(args.miniature) if args.runs else ()
+    for job in jobs:
+        has_scores = len(job) > 3
+        if (*job[:3], has_scores) not in done:
+            is_half = SETTINGS.get(job[0], {}).get("half") == "autocast"
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+                rows.append(row_of(*job) if has_scores else smoothness(*job))
+            append(args.out, rows[-1])
             print(*job[:3], rows[-1].get("loss", rows[-1]), file=sys.stderr, flush=True)
     for mark, table in tables(rows).items():
-        show(given.write, mark, table)
+        show(args.write, mark, table)
 
 
 if __name__ == "__main__":

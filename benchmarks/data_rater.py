@@ -38,14 +38,15 @@ from metapl.problems import DataRater
 
 RAW = RESULTS / "data_rater.jsonl"
 SEEDS, OTHER_SEEDS, STEPS, ROUNDS = (10, 11, 12, 13, 14), (10, 11, 12), 100, 5
-AHEAD, WIDTH, RATE = 5, 128, 1e-3
-BY_HAND, FORWARD, UNROLLED, TORCHOPT = (
-    "double backward by hand",
-    "metapl, forward",
-    "metapl, unrolled",
-    "TorchOpt",
-)
-EVERYTHING, CLEAN = "everything", "documentation alone"
+AHEAD = 5
+WIDTH = 128
+RATE = 1e-3
+BY_HAND = "double backward by hand"
+FORWARD = "metapl, forward"
+UNROLLED = "metapl, unrolled"
+TORCHOPT = "TorchOpt"
+EVERYTHING = "everything"
+CLEAN = "documentation alone"
 RATED = "the half of each batch that is rated best"
 OUTER = "the half that is likeliest by counts in the outer text"
 BOTH = "the half that is likeliest beside counts in the mixture"
@@ -91,11 +92,14 @@ def counted(example: Any, ids: Tensor) -> Tensor:
 
 
 def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
-    data, start = example.Data(seed), time.process_time()
+    data = example.Data(seed)
+    start = time.process_time()
     torch.manual_seed(seed)
-    network, rate = example.Rater(torch.zeros(example.WORDS**2)), 0.03
+    network = example.Rater(torch.zeros(example.WORDS**2))
+    rate = 0.03
     if rater == "transformer":
-        network, rate = Mean(example.Transformer()), 1e-3
+        network = Mean(example.Transformer())
+        rate = 1e-3
     example.learn_rater(network, data, seed, steps, rate=rate)
     row: Row = {
         "steps": steps,
@@ -106,10 +110,8 @@ def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
     row["scores"], row["auc"] = example.found(network, data)
     if rater == "pairs":
         start = time.process_time()
-        outer, mixed = (
-            counted(example, data.outer),
-            counted(example, data.mixture(len(data.outer))[0]),
-        )
+        outer = counted(example, data.outer)
+        mixed = counted(example, data.mixture(len(data.outer))[0])
         row["seconds_of_counts"] = time.process_time() - start
         raters = {RATED: network, OUTER: example.Rater(outer), BOTH: example.Rater(outer - mixed)}
         row["auc_of_counts"] = {
@@ -149,8 +151,10 @@ def by_hand(
     params: dict[str, Tensor] = dict(student.named_parameters())
     first, second = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
     for step, ids in enumerate(inner, 1):
-        at = params
-        loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), rater, ids)  # type: ignore[misc]
+        leaves = params
+        loss = inner_loss(
+            lambda x, leaves=leaves: functional_call(student, leaves, (x,)), rater, ids
+        )  # type: ignore[misc]
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         moved = {}
         for (name, p), g in zip(params.items(), grads, strict=True):
@@ -168,17 +172,18 @@ def by_torchopt(
 ) -> Sequence[Tensor]:
     import torchopt
 
-    tiny = torch.finfo(torch.float32).tiny  # as by hand
+    # The same number as by hand.
+    tiny = torch.finfo(torch.float32).tiny
     optimizer = torchopt.MetaAdamW(
         student, lr=RATE, weight_decay=0.01, eps_root=tiny, moment_requires_grad=True
     )
-    before = torchopt.extract_state_dict(student, by="reference", with_buffers=True)
+    state_before = torchopt.extract_state_dict(student, by="reference", with_buffers=True)
     try:
         for ids in inner:
             optimizer.step(inner_loss(student, rater, ids))
         return torch.autograd.grad(outer_loss(student(outer), outer), list(rater.parameters()))
     finally:
-        torchopt.recover_state_dict(student, before)
+        torchopt.recover_state_dict(student, state_before)
 
 
 def by_metapl(mode: Any) -> Callable[..., Sequence[Tensor]]:
@@ -186,14 +191,14 @@ def by_metapl(mode: Any) -> Callable[..., Sequence[Tensor]]:
         rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.01)
-        given: Row = {
+        options: Row = {
             "outer": outer,
             "inner": metapl.Lookahead(inner),
             "inner_optimizer": optimizer,
         }
         return list(
             metapl.hypergradient(
-                rater, student, mode=mode, problem=DataRater(), **given
+                rater, student, mode=mode, problem=DataRater(), **options
             ).grads.values()
         )
 
@@ -212,13 +217,12 @@ def costs(example: Any, rounds: int, width: int) -> list[Row]:
     """Return the costs of one outer step, with each kernel of attention."""
     torch.manual_seed(0)
     example.WIDTH = width
-    data, rater, student = (
-        example.Data(0),
-        example.Rater(torch.zeros(example.WORDS**2)),
-        example.Transformer(),
-    )
+    data = example.Data(0)
+    rater = example.Rater(torch.zeros(example.WORDS**2))
+    student = example.Transformer()
     nn.init.normal_(rater.values, std=0.1)
-    outer, inner = data.some(data.outer, 16), [data.mixture(16)[0] for _ in range(AHEAD)]
+    outer = data.some(data.outer, 16)
+    inner = [data.mixture(16)[0] for _ in range(AHEAD)]
     double = copy.deepcopy((rater, student))
     with sdpa_kernel(SDPBackend.MATH):
         exact = torch.cat(
@@ -241,7 +245,8 @@ def costs(example: Any, rounds: int, width: int) -> list[Row]:
                     measured.append((row, run))
                 except RuntimeError as error:
                     row["reason"] = str(error).splitlines()[0]
-            for row, run in measured * rounds:  # in turns
+            # The ways are measured by turns.
+            for row, run in measured * rounds:
                 start = time.process_time()
                 run()
                 row["seconds"].append(time.process_time() - start)
@@ -268,7 +273,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
             for other in (EVERYTHING, RATED)
         ]
         lines.append([title, f"{statistics.fmean(reached[name]):.2f}", *cells])
-    found = {
+    rows_by_name = {
         "a rater: a score for each pair of characters": [r["auc"] for r in gains],
         "a rater: a transformer": [
             r["auc"] for r in rows if r["kind"] == "gain" and r["rater"] == "transformer"
@@ -278,10 +283,11 @@ def tables(rows: list[Row]) -> dict[str, str]:
     }
     scores = [
         [n, len(areas), *(interval([a[k] for a in areas]) for k in (1, 0))]
-        for n, areas in found.items()
+        for n, areas in rows_by_name.items()
         if areas
     ]
-    measured, ways = [r for r in rows if r["kind"] == "cost"], []
+    measured = [r for r in rows if r["kind"] == "cost"]
+    ways = []
     (hand,) = (r for r in measured if (r["way"], r["attention"]) == (BY_HAND, "math"))
     for r in measured:
         cells = ["stops", NONE, NONE, NONE]
@@ -310,11 +316,11 @@ def tables(rows: list[Row]) -> dict[str, str]:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    args = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if given.runs:
+    if args.runs:
         steps, rounds, width, most = (
-            (4, 1, 16, 1) if given.miniature else (STEPS, ROUNDS, WIDTH, None)
+            (4, 1, 16, 1) if args.miniature else (STEPS, ROUNDS, WIDTH, None)
         )
         example = problem()
         raters = [*every(rater="pairs", seed=SEEDS), *every(rater="transformer", seed=OTHER_SEEDS)]
@@ -327,9 +333,9 @@ def main() -> None:
                 else gain(example, **job, steps=steps)
             )
 
-        go_on(given.out, [*jobs, {"kind": "cost"}], run)
-    for mark, table in tables(read(given.out)).items():
-        show(given.write, mark, table)
+        go_on(args.out, [*jobs, {"kind": "cost"}], run)
+    for mark, table in tables(read(args.out)).items():
+        show(args.write, mark, table)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ FORMS_RAW = RESULTS / "digits_study_forms.jsonl"
 # of the averaged student in the final runs; tuning runs select a checkpoint and have no average
 EMA_DECAY = 0.995
 
-STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
+STUDENT = "test_accuracy"
+FINETUNED = "finetuned_test_accuracy"
 Config = dict[str, Any]
 
 
@@ -185,14 +186,16 @@ def one_run(
     """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
     since = time.perf_counter()
-    entry, final_decay = ENTRIES[method], EMA_DECAY if final else None
-    kept = {
+    entry = ENTRIES[method]
+    final_decay = EMA_DECAY if final else None
+    settings = {
         "ema_decay": final_decay,
         "finetune_steps": size.finetune_steps,
         "lr": config.get("teacher_lr", 0.06),
     }
-    of = fitting(seed=seed, steps=size.steps, log_every=size.steps, **kept)
-    digits, named = Digits(labels_per_class=labels_per_class, fitting=of), METHODS[entry.method]
+    fit_options = fitting(seed=seed, steps=size.steps, log_every=size.steps, **settings)
+    digits = Digits(labels_per_class=labels_per_class, fitting=fit_options)
+    named = METHODS[entry.method]
     asked = {"mode": entry.mode, "student_lr": config.get("student_lr", 0.5)}
     asked |= {"feedback_weight": config.get("weight", 1.0), "pseudo_labels": entry.labels} | config
     asked |= {"reduction": entry.reduction, "baseline": entry.baseline}
@@ -207,9 +210,10 @@ def one_run(
     )
     looked_at = {"validation": data.validation, "select": not final, "progress": False}
 
-    def phase(trainer: Any, *sources: Any, truth: Any = None, **own: Any) -> FitResult:
+    def phase(trainer: Any, *sources: Any, truth: Any = None, **fit_settings: Any) -> FitResult:
         return trainer.fit(
-            *sources, **{"steps": size.steps, **digits.fitting.options(), **looked_at, **own}
+            *sources,
+            **{"steps": size.steps, **digits.fitting.options(), **looked_at, **fit_settings},
         )
 
     torch.manual_seed(seed)
@@ -218,14 +222,15 @@ def one_run(
     trained = named.train(
         Training(config=digits, data=data, **networks, fit=phase, label=lambda network: {})
     )
-    found: Row = {"validation_accuracy": trained.result.validation_accuracy}
+    figures: Row = {"validation_accuracy": trained.result.validation_accuracy}
     if final:
-        found = {"selected": False, STUDENT: trained.trainer.evaluate(data.test).accuracy}
-        student, steps = trained.trainer.student, digits.fitting.finetune_steps
+        figures = {"selected": False, STUDENT: trained.trainer.evaluate(data.test).accuracy}
+        student = trained.trainer.student
+        steps = digits.fitting.finetune_steps
         tuner = LossTrainer(student, optimizer=digits.finetuner(student))
         tuner.fit(data.finetuning, steps=steps, validation=None, log_every=steps, progress=False)
-        found[FINETUNED] = tuner.evaluate(data.test).accuracy
-    return found | {"seconds": round(time.perf_counter() - since, 2)}
+        figures[FINETUNED] = tuner.evaluate(data.test).accuracy
+    return figures | {"seconds": round(time.perf_counter() - since, 2)}
 
 
 def chosen(rows: Sequence[Row]) -> dict[str, Config]:
@@ -235,22 +240,24 @@ def chosen(rows: Sequence[Row]) -> dict[str, Config]:
     """
     tuning = [row for row in rows if not row["final"]]
     taken = {name: entry.tuned_as or name for name, entry in ENTRIES.items()}
-    found = {name: [row for row in tuning if row["method"] == name] for name in taken.values()}
+    rows_by_method = {
+        name: [row for row in tuning if row["method"] == name] for name in taken.values()
+    }
     return {
-        name: best(found[of], "config", "validation_accuracy")
-        for name, of in taken.items()
-        if found[of]
+        name: best(rows_by_method[method_taken], "config", "validation_accuracy")
+        for name, method_taken in taken.items()
+        if rows_by_method[method_taken]
     }
 
 
 def column(rows: Sequence[Row], method: str, labels: int, read_out: str) -> list[float]:
     """Return a method's test accuracies in the order of the seeds."""
-    of = [
+    rows_of = [
         row
         for row in rows
         if row["final"] and (row["method"], row["labels_per_class"]) == (method, labels)
     ]
-    return [row[read_out] for row in sorted(of, key=lambda row: int(row["seed"]))]
+    return [row[read_out] for row in sorted(rows_of, key=lambda row: int(row["seed"]))]
 
 
 PAIRS = (
@@ -276,18 +283,18 @@ def block(rows: Sequence[Row]) -> str:
             )
             beside = (NONE, NONE) if name == "none" else difference(student, controls[better])
             lines.append([ENTRIES[name].title, spread(student), spread(finetuned), *beside])
-        which = "student" if better == STUDENT else "finetuned student"
+        words = "student" if better == STUDENT else "finetuned student"
         parts += [
             f"**{labels} labels a class** (difference: the method's student against the control's "
-            f"{which}, its better read-out)",
+            f"{words}, its better read-out)",
             grid(["method", "student", "finetuned", "difference", "p"], lines),
         ]
     lines = []
     for labels, other, read_out in PAIRS:
         gain, p = difference(*(column(rows, name, labels, read_out) for name in ("mpl", other)))
-        which = "student" if read_out == STUDENT else "finetuned"
+        words = "student" if read_out == STUDENT else "finetuned"
         lines.append(
-            [f"{ENTRIES['mpl'].title} − {ENTRIES[other].title}", which, str(labels), gain, p]
+            [f"{ENTRIES['mpl'].title} − {ENTRIES[other].title}", words, str(labels), gain, p]
         )
     parts.append(
         grid(
@@ -335,9 +342,9 @@ SECONDS_A_RUN = 9
 """Of one core, in the mean over the methods, as the older rows have it."""
 
 
-def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
+def run_study(names: dict[int, tuple[str, ...]], args: Any, raw: Any) -> None:
     """Tune these methods, by labels a class, then run them on seeds that nothing was chosen on."""
-    size = MINIATURE if given.miniature else FULL
+    size = MINIATURE if args.miniature else FULL
     made_with = {"made_with": harness.environment(), "steps": size.steps}
     run = partial(one_run, size=size)
     tuned = [name for name in ENTRIES if name in names[2]]
@@ -354,7 +361,7 @@ def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
         "core",
         flush=True,
     )
-    rows = harness.go_on(raw, tuning, run, given.workers, **made_with)
+    rows = harness.go_on(raw, tuning, run, args.workers, **made_with)
     settings = chosen([row for row in rows if "method" in row])
     final = [
         {
@@ -368,7 +375,7 @@ def run_study(names: dict[int, tuple[str, ...]], given: Any, raw: Any) -> None:
         for seed in size.seeds
         for name in methods_of
     ]
-    harness.go_on(raw, final, run, given.workers, **made_with)
+    harness.go_on(raw, final, run, args.workers, **made_with)
 
 
 def main() -> None:
@@ -377,12 +384,12 @@ def main() -> None:
     parser.add_argument(
         "--forms", action="store_true", help="the forms of Algorithm 1 beside each other"
     )
-    given = harness.parsed(parser)
-    raw = FORMS_RAW if given.forms and given.out == RAW else given.out
-    if given.runs:
-        run_study({2: FORMS} if given.forms else COMPARED, given, raw)
-    mark, tables = ("digits-forms", forms_block) if given.forms else ("digits", block)
-    harness.show(given.write, mark, tables(read(raw, "method")))
+    args = harness.parsed(parser)
+    raw = FORMS_RAW if args.forms and args.out == RAW else args.out
+    if args.runs:
+        run_study({2: FORMS} if args.forms else COMPARED, args, raw)
+    mark, tables = ("digits-forms", forms_block) if args.forms else ("digits", block)
+    harness.show(args.write, mark, tables(read(raw, "method")))
 
 
 if __name__ == "__main__":

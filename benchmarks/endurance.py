@@ -38,7 +38,8 @@ from metapl.apps.main import main as metapl_command
 from metapl.apps.pictures.reader import read_image
 
 RESULT = RESULTS / "endurance.json"
-HUNG = 120.0  # seconds after which something that takes two counts as hanging
+# After so many seconds something that takes two counts as hanging.
+HUNG = 120.0
 
 RUN = (
     *(
@@ -74,7 +75,8 @@ PARTS = {
     "files": "files of a run with bytes flipped, cut or added",
     "pictures": "mutated pictures",
 }
-Faults = Iterator[str | None]  # one for each try: what was wrong with it
+# One for each try: what was wrong with it, or None.
+Faults = Iterator[str | None]
 
 
 def forked(words: tuple[str | Path, ...], said: Path) -> int:
@@ -116,8 +118,8 @@ def ended(child: int) -> int | None:
     """
     give_up = time.monotonic() + HUNG
     while time.monotonic() < give_up:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
+        process, status = os.waitpid(child, os.WNOHANG)
+        if process:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
@@ -147,7 +149,9 @@ class Parts:
     """
 
     def __init__(self, folder: Path, share: float) -> None:
-        self.folder, self.share, self.said = folder, share, folder / "said.txt"
+        self.folder = folder
+        self.share = share
+        self.said = folder / "said.txt"
         self.reference = folder / "reference"
         since = time.monotonic()
         code, _, errors = self.ran(*RUN, "--out", self.reference)
@@ -171,9 +175,12 @@ class Parts:
 
         The run is resumed until it ends, and then equals the run that was left alone.
         """
-        draw, tried, life = random.Random(0), 0, 0
+        draw = random.Random(0)
+        tried = 0
+        life = 0
         while tried < self.times(64):
-            out, life = self.folder / f"killed-{life}", life + 1
+            out = self.folder / f"killed-{life}"
+            life = life + 1
             for number in itertools.count():
                 resumed = ["--resume"] if any(out.glob("*.json")) else []
                 child = forked((*RUN, "--out", out, *resumed), self.said)
@@ -203,20 +210,22 @@ class Parts:
         Each command ends with an exit code and one line, and what predicts, predicts as before;
         what is resumed ends as before.
         """
-        draw, picture, run = random.Random(3), self.folder / "digit.png", self.folder / "damaged"
+        draw = random.Random(3)
+        picture = self.folder / "digit.png"
+        run = self.folder / "damaged"
         Image.fromarray((numpy.arange(64).reshape(8, 8) * 4).astype("uint8")).save(picture)
-        _, before, _ = self.ran("predict", self.reference, picture, "--probabilities")
-        every = sorted(
+        _, text_before, _ = self.ran("predict", self.reference, picture, "--probabilities")
+        places = sorted(
             path.relative_to(self.reference) for path in self.reference.rglob("*") if path.is_file()
         )
-        kinds = [kind for kind in every if kind.name != ".lock"]
+        kinds = [kind for kind in places if kind.name != ".lock"]
         for kind, number in itertools.product(kinds, range(-(-self.times(310) // len(kinds)))):
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(self.reference, run)
             (run / kind).write_bytes(mutated((self.reference / kind).read_bytes(), draw))
             code, out, error = self.ran("predict", run, picture, "--probabilities")
             fault = ending(code, error)
-            if fault is None and code == 0 and out != before:
+            if fault is None and code == 0 and out != text_before:
                 fault = "was taken for another prediction"
             if number % 6 == 0 and fault is None:
                 code, _, error = self.ran(
@@ -234,18 +243,21 @@ class Parts:
 
     def pictures(self) -> Faults:
         """Flip, cut and add bytes in pictures of every format: each gives a tensor, or a reason."""
-        draw, path, rng = random.Random(4), self.folder / "picture.bin", numpy.random.default_rng(0)
-        whole, forms = [], ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+        draw = random.Random(4)
+        path = self.folder / "picture.bin"
+        rng = numpy.random.default_rng(0)
+        intact, forms = [], ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
         for form, mode in itertools.product(forms, ("L", "RGB", "RGBA", "P")):
             image = Image.fromarray(
                 rng.integers(0, 256, (24, 32, 4), dtype="uint8"), "RGBA"
             ).convert(mode)
             file = io.BytesIO()
-            with contextlib.suppress(OSError):  # not every format has every mode
+            # Not every format has every mode.
+            with contextlib.suppress(OSError):
                 image.save(file, form)
-                whole.append((f"{form} {mode}", file.getvalue()))
+                intact.append((f"{form} {mode}", file.getvalue()))
         for number in range(self.times(1000)):
-            name, content = whole[number % len(whole)]
+            name, content = intact[number % len(intact)]
             path.write_bytes(mutated(content, draw, most=4))
             fault = None
             faulthandler.dump_traceback_later(HUNG, exit=True)
@@ -270,18 +282,22 @@ def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:
     for _ in range(draw.randint(1, most)):
         if not changed:
             break
-        at, kind = draw.randrange(len(changed)), draw.choice(("flip", "flip", "cut", "lose", "add"))
+        position = draw.randrange(len(changed))
+        kind = draw.choice(("flip", "flip", "cut", "lose", "add"))
         if kind == "flip":
-            changed[at] ^= 1 << draw.randrange(8)
+            changed[position] ^= 1 << draw.randrange(8)
         else:
-            end = {"cut": len(changed), "lose": at + draw.randint(1, 16), "add": at}[kind]
-            changed[at:end] = draw.randbytes(draw.randint(1, 16)) if kind == "add" else b""
+            end = {"cut": len(changed), "lose": position + draw.randint(1, 16), "add": position}[
+                kind
+            ]
+            changed[position:end] = draw.randbytes(draw.randint(1, 16)) if kind == "add" else b""
     return bytes(changed) if bytes(changed) != content else content[:-1]
 
 
 def table(result: Row) -> str:
     """Return a table of what was tried how often, and how often it failed."""
-    setup, rows = result["setup"], result["parts"]
+    setup = result["setup"]
+    rows = result["parts"]
     lines = [
         [PARTS[name], *(f"{rows[name][key]:,.0f}" for key in ("tried", "failed", "seconds"))]
         for name in rows
@@ -294,7 +310,7 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RESULT))
+    args = parsed(arguments(__doc__, RESULT))
     torch.set_num_threads(1)
     for name in (
         "matplotlib.figure",
@@ -302,23 +318,25 @@ def main() -> None:
         "torch._dynamo",
         "torch.utils.tensorboard.summary",
     ):
-        import_module(name)  # here, and not in each forked process
-    if given.runs:
+        # The import is here, and not in each forked process.
+        import_module(name)
+    if args.runs:
         result: Row = {"setup": {**environment(), "command": "make endurance"}, "parts": {}}
         with tempfile.TemporaryDirectory(prefix="metapl-endurance-") as folder:
-            parts = Parts(Path(folder), 0.02 if given.miniature else 1.0)
+            parts = Parts(Path(folder), 0.02 if args.miniature else 1.0)
             for name in PARTS:
-                since, faults = time.monotonic(), list(getattr(parts, name)())
+                since = time.monotonic()
+                faults = list(getattr(parts, name)())
                 failures = [fault[:300] for fault in faults if fault is not None]
-                found = {
+                counts = {
                     "tried": len(faults),
                     "failed": len(failures),
                     "seconds": time.monotonic() - since,
                 }
-                result["parts"][name] = {**found, "failures": failures[:20]}
-                print(name, found, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
-                write_json(given.out, result)
-    show(given.write, "endurance", table(loaded(given.out)))
+                result["parts"][name] = {**counts, "failures": failures[:20]}
+                print(name, counts, *failures[:20], sep="\n  ", file=sys.stderr, flush=True)
+                write_json(args.out, result)
+    show(args.write, "endurance", table(loaded(args.out)))
 
 
 if __name__ == "__main__":

@@ -214,8 +214,10 @@ def jobs_of(rules: Sequence[str], problems: Sequence[str], ways: Sequence[str]) 
     """Return the jobs of these rules: the controls' first, then those that take the longest."""
     chosen = [cell for cell in CELLS if cell.problem in problems and cell.way in ways]
     controls = [Job(cell, control, NO_RULE) for cell in chosen for control in CONTROLS.values()]
-    others = [Job(cell, option, rule) for rule in rules for cell in chosen for option in OPTIONS]
-    return [*longest_first(controls), *longest_first(others)]
+    jobs_of_cells = [
+        Job(cell, option, rule) for rule in rules for cell in chosen for option in OPTIONS
+    ]
+    return [*longest_first(controls), *longest_first(jobs_of_cells)]
 
 
 NO_RULE = "none"
@@ -488,28 +490,28 @@ def verdicts(rows: Sequence[Row], rule: str) -> list[Verdict]:
     by_key: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         by_key.setdefault(key_of(row), []).append(row)
-    found: list[Verdict] = []
+    verdict_list: list[Verdict] = []
     for option in OPTIONS:
         compared: list[CellResult] = []
         for cell in CELLS:
-            own = by_key.get(key_of(Job(cell, option, rule).columns()), [])
+            rows_of_job = by_key.get(key_of(Job(cell, option, rule).columns()), [])
             controls = by_key.get(key_of(Job(cell, CONTROLS[option.labels], NO_RULE).columns()), [])
-            if own and controls:
-                compared.append(cell_result(cell, own, controls))
+            if rows_of_job and controls:
+                compared.append(cell_result(cell, rows_of_job, controls))
         verdict = Verdict(option, tuple(compared))
         if verdict.measured:
-            found.append(verdict)
-    return found
+            verdict_list.append(verdict)
+    return verdict_list
 
 
 def in_points(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:+.1f}"
 
 
-def table_of_rule(found: Sequence[Verdict]) -> str:
+def table_of_rule(verdict_list: Sequence[Verdict]) -> str:
     """Return a row for each option: its means, its worst cell, its failures and the verdict."""
     lines = []
-    for verdict in found:
+    for verdict in verdict_list:
         worst = verdict.worst
         means = [in_points(verdict.mean_of(problem)) for problem in PROBLEMS]
         lines.append(
@@ -540,10 +542,10 @@ def table_of_rule(found: Sequence[Verdict]) -> str:
     return grid(head, lines)
 
 
-def table_of_failures(found: Sequence[Verdict]) -> str:
+def table_of_failures(verdict_list: Sequence[Verdict]) -> str:
     """Return a row for each cell that is far below its control, at chance, or has an error."""
     lines = []
-    for verdict in found:
+    for verdict in verdict_list:
         for result in verdict.cells:
             is_far_below = bool(result.gains) and result.gain <= -CELL_LIMIT
             if not (is_far_below or result.at_chance or result.errors):
@@ -568,8 +570,8 @@ def table_of_controls(rows: Sequence[Row]) -> str:
         line = [cell.title]
         for control in CONTROLS.values():
             wanted = key_of(Job(cell, control, NO_RULE).columns())
-            own = [row for row in rows if key_of(row) == wanted and "error" not in row]
-            line += [mean_in_percent(own, role) for role in ("student", "teacher")]
+            rows_of_control = [row for row in rows if key_of(row) == wanted and "error" not in row]
+            line += [mean_in_percent(rows_of_control, role) for role in ("student", "teacher")]
         if any(value != NONE for value in line[1:]):
             lines.append(line)
     head = [
@@ -590,21 +592,22 @@ def block(rows: Sequence[Row]) -> str:
     """Return the tables of the page."""
     parts = []
     for rule in RULES:
-        found = verdicts(rows, rule)
-        if not found:
+        verdict_list = verdicts(rows, rule)
+        if not verdict_list:
             continue
-        held = sum(verdict.holds for verdict in found)
+        number_that_hold = sum(verdict.holds for verdict in verdict_list)
         arguments = (
             ", ".join(f"{name}={value}" for name, value in RULES[rule].items()) or "no argument"
         )
-        average = in_points(statistics.fmean(verdict.mean for verdict in found))
+        average = in_points(statistics.fmean(verdict.mean for verdict in verdict_list))
         parts.append(
-            f"### {rule}: {arguments}\n\nIt holds for {held} of {len(found)} options; their mean "
+            f"### {rule}: {arguments}\n\nIt holds for {number_that_hold} of {len(verdict_list)} "
+            "options; their mean "
             f"is {average}."
         )
-        parts.append(table_of_rule(found))
-        if not all(verdict.holds for verdict in found):
-            parts.append(table_of_failures(found))
+        parts.append(table_of_rule(verdict_list))
+        if not all(verdict.holds for verdict in verdict_list):
+            parts.append(table_of_failures(verdict_list))
     parts.append("### Accuracies without feedback, %")
     parts.append(table_of_controls(rows))
     return "\n\n".join(parts)
@@ -625,12 +628,16 @@ def estimate(rules: Sequence[str]) -> str:
 def miniature_jobs(rule: str) -> list[Job]:
     """Return each option in a cell of the first problem, and ``Forward()`` in one of the others."""
     first = CELLS[0]
-    others = [cell for cell in CELLS if cell.problem != first.problem and cell.rate == RATES[0]]
+    other_cells = [
+        cell for cell in CELLS if cell.problem != first.problem and cell.rate == RATES[0]
+    ]
     jobs = [
-        Job(cell, control, NO_RULE) for cell in (first, *others) for control in CONTROLS.values()
+        Job(cell, control, NO_RULE)
+        for cell in (first, *other_cells)
+        for control in CONTROLS.values()
     ]
     jobs += [Job(first, option, rule) for option in OPTIONS]
-    jobs += [Job(cell, OPTIONS[0], rule) for cell in others]
+    jobs += [Job(cell, OPTIONS[0], rule) for cell in other_cells]
     return jobs
 
 

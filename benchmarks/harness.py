@@ -62,14 +62,13 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
     A miniature does not take the place of the committed result.
     """
-    given = parser.parse_args()
-    given.runs = given.write is None and not given.table
-    if given.miniature and given.out.resolve() == parser.get_default("out").resolve():
+    args = parser.parse_args()
+    args.runs = args.write is None and not args.table
+    if args.miniature and args.out.resolve() == parser.get_default("out").resolve():
         parser.error(
-            f"--miniature would write its figures to {given.out}; give it another file by --out "
-            "FILE"
+            f"--miniature would write its figures to {args.out}; give it another file by --out FILE"
         )
-    return given
+    return args
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -112,11 +111,11 @@ def environment() -> Row:
 
     The machine, the versions, the commit, and torch's switches.
     """
-    found = machine.environment()
-    switches: Row = {name: found.pop(name) for name in [*found] if name.startswith("float32 ")}
+    facts = machine.environment()
+    switches: Row = {name: facts.pop(name) for name in [*facts] if name.startswith("float32 ")}
     switches["deterministic algorithms"] = torch.are_deterministic_algorithms_enabled()
     switches["cudnn.benchmark"] = torch.backends.cudnn.benchmark
-    return {**found, "commit": commit(), "switches": switches}
+    return {**facts, "commit": commit(), "switches": switches}
 
 
 def go_on(
@@ -138,7 +137,8 @@ def go_on(
 
     Returns: all rows.
     """
-    rows, said = read(file), False
+    rows = read(file)
+    said = False
 
     def missing() -> Iterator[Row]:
         for job in jobs:
@@ -146,9 +146,9 @@ def go_on(
             if not any(stored.items() <= row.items() for row in rows):
                 yield job
 
-    def keep(job: Row, found: Row | list[Row]) -> None:
+    def keep(job: Row, measured: Row | list[Row]) -> None:
         nonlocal said
-        new = [{**job, **one} for one in (found if isinstance(found, list) else [found])]
+        new = [{**job, **row} for row in (measured if isinstance(measured, list) else [measured])]
         append(file, *[about] * (bool(about) and not said), *new)
         said = True
         rows.extend(json.loads(json.dumps(new)))
@@ -179,17 +179,17 @@ def every(**axes: Any) -> tuple[Row, ...]:
     return tuple(dict(zip(axes, point, strict=True)) for point in itertools.product(*columns))
 
 
-def best(rows: Iterable[Row], of: str, by: str | Callable[[Row], float]) -> Any:
+def best(rows: Iterable[Row], column: str, score: str | Callable[[Row], float]) -> Any:
     """Return the value of a column with the highest mean of another one over its rows.
 
     Of equals it is the first. A value may be a run's settings.
     """
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(json.dumps(row[of]), []).append(
-            row[by] if isinstance(by, str) else by(row)
+        values.setdefault(json.dumps(row[column]), []).append(
+            row[score] if isinstance(score, str) else score(row)
         )
-    return json.loads(max(found, key=lambda value: statistics.fmean(found[value])))
+    return json.loads(max(values, key=lambda value: statistics.fmean(values[value])))
 
 
 def apart(use: str, python: str = sys.executable) -> Any:
@@ -314,12 +314,13 @@ def show(page: Path | None, name: str, tables: str) -> None:
     if page is None:
         print(tables, end="\n\n")
         return
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    begin = f"<!-- {name}:begin -->"
+    end = f"<!-- {name}:end -->"
     text = page.read_text()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise SystemExit(f"{page} must contain {begin} and {end} once each, in this order")
-    before, rest = text.split(begin)
-    page.write_text(f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}")
+    head, tail = text.split(begin)
+    page.write_text(f"{head}{begin}\n{tables}\n{end}{tail.split(end)[1]}")
 
 
 def figure_of(page: Path, name: str) -> Path:
@@ -331,11 +332,9 @@ def figure_of(page: Path, name: str) -> Path:
 
 
 # Of Okabe and Ito's colors, which the color-blind can tell apart.
-BLUE, ORANGE, GREEN = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-)
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
 
 
 @dataclass(frozen=True)
@@ -364,11 +363,11 @@ def bars(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = {name: len(own) + 2.5 for name, own in panels.items()}
+    heights = {name: len(bars_of_panel) + 2.5 for name, bars_of_panel in panels.items()}
     shares: list[list[str]] = [[] for _ in range(columns)]
     for number, height in zip(heights, itertools.accumulate(heights.values()), strict=True):
         shares[min(columns - 1, int(columns * (height - 1) / sum(heights.values())))].append(number)
-    tallest = max(sum(heights[name] for name in own) for own in shares)
+    tallest = max(sum(heights[name] for name in share) for share in shares)
     figure = Figure(
         figsize=(9.5 if columns == 1 else 6.5 * columns, 0.8 + 0.22 * tallest), layout="constrained"
     )

@@ -28,8 +28,8 @@ from harness import RESULTS, Row, arguments, best, go_on, grid, interval, parsed
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
 from metapl.errors import MetaplError
+from metapl.pictures import load_digits_split
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -40,11 +40,13 @@ from learned_hyperparameters import Hyperparameters
 RAW = RESULTS / "hyperparameters.jsonl"
 STUDIES: dict[str, Any] = {"hyperparameters": learned_hyperparameters, "schedule": learned_schedule}
 TUNING_SEEDS = {"hyperparameters": (100, 101), "schedule": (100,)}
-SEEDS, ROUNDS = {"hyperparameters": range(10, 18), "schedule": range(10, 15)}, 8
+SEEDS = {"hyperparameters": range(10, 18), "schedule": range(10, 15)}
+ROUNDS = 8
 SETTINGS = {"metagradients": (0.1, 0.3, 1.0, 3.0), "random search": (0.5, 1.0, 2.0, 4.0)}
 UNTUNED = "the start of both"
 Logs = dict[str, torch.Tensor]
-Found = tuple[float, Logs, Any]  # validation loss, logarithms, and network
+# The validation loss, the logarithms, and the network.
+Found = tuple[float, Logs, Any]
 
 
 def around_start(study: str, width: float, generator: torch.Generator | None = None) -> Logs:
@@ -67,16 +69,18 @@ def values(study: str, logs: Logs) -> Any:
 def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
     """Train without a derivative, by plain PyTorch, and return what is found."""
     student, optimizer, batches = STUDIES[study].begin(split, seed)
-    problem, params, now = Hyperparameters(), dict(student.named_parameters()), values(study, logs)
+    problem = Hyperparameters()
+    params = dict(student.named_parameters())
+    settings_of_study = values(study, logs)
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
         if study == "schedule":
             for layer, group in enumerate(optimizer.param_groups):
-                group.update({name: t[step, layer].item() for name, t in now.items()})
+                group.update({name: t[step, layer].item() for name, t in settings_of_study.items()})
             F.cross_entropy(student(batch[0]), batch[1]).backward()
         else:
             optimizer.param_groups[0]["lr"] = 0.1 * learned_hyperparameters.falling(step)
-            signal = metapl.Signal(now)
+            signal = metapl.Signal(settings_of_study)
             outputs = student(problem.student_input(batch, signal))
             problem.inner_loss(outputs, signal, batch, params).mean().backward()
         optimizer.step()
@@ -98,31 +102,35 @@ def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     ).double().mean().item()
 
 
-def one(
+def row_of(
     study: str, arm: str, setting: float | None, seed: int, final: bool, raw: Path, rounds: int
 ) -> Row:
-    split, since = load_digits_split(10, seed), time.process_time()
+    split = load_digits_split(10, seed)
+    since = time.process_time()
     descent, search = SETTINGS
-    if arm == search:  # for as long as the descents of this seed took
+    # A search goes on for as long as the descents of this seed took.
+    if arm == search:
         same = (
             r
             for r in of_study(read(raw), study)
             if (r["arm"], r["seed"], r["final"]) == (descent, seed, final)
         )
         budget = statistics.median(row["seconds"] for row in same)
-        found, generator = [], torch.Generator().manual_seed(seed)
+        results = []
+        generator = torch.Generator().manual_seed(seed)
         while time.process_time() - since < budget:
-            found.append(
+            results.append(
                 trained(study, split, seed, around_start(study, cast("float", setting), generator))
             )
     elif arm == descent:
-        found = []
-        with suppress(MetaplError):  # of a round that diverges; those before it count
-            found.extend(STUDIES[study].learn(split, seed, rounds, setting))
+        results = []
+        # A round may diverge, and the ones before it count.
+        with suppress(MetaplError):
+            results.extend(STUDIES[study].learn(split, seed, rounds, setting))
     else:
-        found = [trained(study, split, seed, around_start(study, 0.0))]
-    row: Row = {"trainings": len(found), "seconds": time.process_time() - since}
-    row["validation_loss"], logs, student = min(found, key=lambda one: one[0])
+        results = [trained(study, split, seed, around_start(study, 0.0))]
+    row: Row = {"trainings": len(results), "seconds": time.process_time() - since}
+    row["validation_loss"], logs, student = min(results, key=lambda result: result[0])
     learned = logs if study == "schedule" else values(study, logs)
     row["six" if study == "hyperparameters" else "logs"] = {
         name: [round(v, 6) for v in t.flatten().tolist()] for name, t in learned.items()
@@ -191,17 +199,17 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    args = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
     for study in STUDIES:
-        if given.runs:
-            few = 1 if given.miniature else None
+        if args.runs:
+            few = 1 if args.miniature else None
             go_on(
-                given.out,
-                jobs(study, given.out, few),
-                partial(one, raw=given.out, rounds=few or ROUNDS),
+                args.out,
+                jobs(study, args.out, few),
+                partial(row_of, raw=args.out, rounds=few or ROUNDS),
             )
-        show(given.write, study, table(of_study(read(given.out), study)))
+        show(args.write, study, table(of_study(read(args.out), study)))
 
 
 if __name__ == "__main__":

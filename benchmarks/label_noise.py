@@ -46,11 +46,11 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.ablation import Altered
-from metapl.apps.pictures import load_digits_split
 from metapl.data.steps import StepSampler
 from metapl.feedback import Forward
 from metapl.metrics import paired_test
 from metapl.models import mlp
+from metapl.pictures import load_digits_split
 from metapl.problems import (
     ExampleWeights,
     LabelCorrection,
@@ -64,16 +64,18 @@ from metapl.problems.losses import CrossEntropy
 
 RAW = RESULTS / "label_noise.jsonl"
 # Trusted labels of each class, examples in a batch, hidden units.
-CLASSES, HANDFUL, BATCH, HIDDEN = (
-    10,
-    10,
-    64,
-    32,
-)
+CLASSES = 10
+HANDFUL = 10
+BATCH = 64
+HIDDEN = 32
 
-MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
-STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
-DESCENTS, LONGER = 5, 8
+MOMENTUM = 0.9
+FINETUNE_LR = 0.02
+CHECKED_EVERY = 25
+STUDENT = "test_accuracy"
+FINETUNED = "finetuned_test_accuracy"
+DESCENTS = 5
+LONGER = 8
 """Whole trainings that are differentiated, one after another, before the last one; and how many
 times as many steps cost a one-step method the same passes."""
 
@@ -81,7 +83,8 @@ times as many steps cost a one-step method the same passes."""
 # 0.86
 TRUSTED = 4.0
 
-RAREST, MOST = 20, 100
+RAREST = 20
+MOST = 100
 """How many times rarer the rarest class is than the most frequent one, and the size of that one."""
 
 CONDITIONS = {
@@ -121,13 +124,20 @@ MINIATURE = Size(
 
 @dataclass(frozen=True)
 class Entry:
-    """A method."""
+    """A method.
+
+    Attributes:
+        problem: what is learned beside the student, or what a student alone learns from.
+        grid: its four configurations; without any, those of ``problem`` are taken.
+        alteration: that of its feedback.
+        times: how many times the steps of the others it takes.
+    """
 
     title: str
-    problem: str  # what is learned beside the student, or what a student alone learns from
-    grid: tuple[Config, ...] = ()  # its 4 configurations; of none, those of ``problem`` are taken
-    how: str | None = None  # its feedback is altered
-    times: int = 1  # as many steps as the others
+    problem: str
+    grid: tuple[Config, ...] = ()
+    alteration: str | None = None
+    times: int = 1
 
 
 STUDENT_LR = (0.05, 0.2)
@@ -156,8 +166,8 @@ ENTRIES: dict[str, Entry] = {
     "early_stopping": Entry("plain, noisy, stopped early", "noisy", SMOOTHED),
     **{name: Entry(title, name, GRIDS[name]) for name, (title, _) in LEARNED.items()},
     **{
-        f"{name}_{how}": Entry(f"{title}, {words}", name, how=how)
-        for how, words in ALTERATIONS.items()
+        f"{name}_{alteration}": Entry(f"{title}, {words}", name, alteration=alteration)
+        for alteration, words in ALTERATIONS.items()
         for name, (title, _) in LEARNED.items()
     },
     "example_weights_long": Entry(
@@ -180,7 +190,7 @@ class Data:
     """
 
     x: Tensor
-    given: Tensor
+    labels: Tensor
     wrong: Tensor
     clean: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -191,21 +201,26 @@ class Data:
 def drawn(condition: str, seed: int) -> Data:
     """Return the digits of a seed with the condition's noise."""
     split = load_digits_split(HANDFUL, seed)
-    x, y = split.unlabeled, split.unlabeled_truth
+    x = split.unlabeled
+    y = split.unlabeled_truth
     generator = torch.Generator().manual_seed(seed)
     kind, percent = condition.split("_")
-    if kind == "imbalance":  # classes get rarer geometrically, in an order that is drawn
+    # With imbalance, classes get rarer geometrically, in an order that is drawn.
+    if kind == "imbalance":
         order = torch.randperm(CLASSES, generator=generator).tolist()
         sizes = {c: round(MOST * RAREST ** (-rank / (CLASSES - 1))) for rank, c in enumerate(order)}
-        kept = torch.cat([(y == c).nonzero()[: sizes[c], 0] for c in range(CLASSES)])
-        x, y = x[kept], y[kept]
-        given = y
+        rows = torch.cat([(y == c).nonzero()[: sizes[c], 0] for c in range(CLASSES)])
+        x = x[rows]
+        y = y[rows]
+        labels = y
     else:
-        noisy = torch.rand(len(y), generator=generator) < int(percent) / 100
-        # Any class but the true one.
-        others = torch.randint(1, CLASSES, y.shape, generator=generator)
-        given = torch.where(noisy, (y + (others if kind == "symmetric" else 1)) % CLASSES, y)
-    return Data(x, given, given != y, split.labeled, split.validation, split.test)
+        is_noisy = torch.rand(len(y), generator=generator) < int(percent) / 100
+        # A symmetrically wrong label is any class but the true one, another is the next class.
+        shifts = torch.randint(1, CLASSES, y.shape, generator=generator)
+        if kind != "symmetric":
+            shifts = torch.ones_like(shifts)
+        labels = torch.where(is_noisy, (y + shifts) % CLASSES, y)
+    return Data(x, labels, labels != y, split.labeled, split.validation, split.test)
 
 
 class Corrector(nn.Module):
@@ -219,10 +234,10 @@ class Corrector(nn.Module):
         self.network = mlp([64 + CLASSES, HIDDEN, CLASSES])
         nn.init.zeros_(self.network[-1].weight)
 
-    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return logits (B, C) of inputs (B, ...) and labels (B,)."""
-        labels = F.one_hot(given, CLASSES).to(x)
-        logits: Tensor = self.network(torch.cat([x.flatten(1), labels], 1)) + TRUSTED * labels
+        one_hot = F.one_hot(labels, CLASSES).to(x)
+        logits: Tensor = self.network(torch.cat([x.flatten(1), one_hot], 1)) + TRUSTED * one_hot
         return logits
 
 
@@ -230,15 +245,13 @@ class Run:
     """A method with a configuration, on the digits of a seed."""
 
     def __init__(self, method: str, config: Config, condition: str, seed: int, size: Size) -> None:
-        self.method, self.entry, self.config, self.seed, self.size = (
-            method,
-            ENTRIES[method],
-            config,
-            seed,
-            size,
-        )
+        self.method = method
+        self.entry = ENTRIES[method]
+        self.config = config
+        self.seed = seed
+        self.size = size
         self.data = drawn(condition, seed)
-        self.noisy = (self.data.x, self.data.given, torch.arange(len(self.data.x)))
+        self.noisy = (self.data.x, self.data.labels, torch.arange(len(self.data.x)))
         torch.manual_seed(seed)
         self.student = mlp([64, HIDDEN, CLASSES])
         self.teacher: nn.Module | None = None
@@ -274,19 +287,25 @@ class Run:
         problem: Any
         match self.entry.problem:
             case "meta_weight_net":
-                problem, self.teacher = MetaWeightNet(), WeightNet()
+                problem = MetaWeightNet()
+                self.teacher = WeightNet()
             case "learning_to_reweight":
                 problem = LearningToReweight()
             case "label_correction":
-                problem, self.teacher = LabelCorrection(), Corrector()
+                problem = LabelCorrection()
+                self.teacher = Corrector()
             case "noise_transition":
-                problem, self.teacher = NoiseTransition(), Table(TRUSTED * torch.eye(CLASSES))
+                problem = NoiseTransition()
+                self.teacher = Table(TRUSTED * torch.eye(CLASSES))
             case _:
-                problem, self.teacher = ExampleWeights(), Table(torch.zeros(len(self.data.x)))
+                problem = ExampleWeights()
+                self.teacher = Table(torch.zeros(len(self.data.x)))
         (self._descend if self.entry.problem == "metagradient_descent" else self._bilevel)(problem)
 
     def mode(self, seed: int) -> Any:
-        return Altered(Forward(), self.entry.how, seed) if self.entry.how else Forward()  # type: ignore[arg-type]
+        if self.entry.alteration is None:
+            return Forward()
+        return Altered(Forward(), self.entry.alteration, seed)  # type: ignore[arg-type]
 
     def _bilevel(self, problem: Any) -> None:
         warm = 0 if self.method.endswith("_cold") else self.size.warm
@@ -303,7 +322,8 @@ class Run:
             *pair, self.mode(self.seed), problem=problem, **of_student, **of_teacher
         )
         parts = self.noisy if isinstance(problem, ExampleWeights) else self.noisy[:2]
-        outer, inner = self.batches(self.data.clean, 1, steps), self.batches(parts, 0, steps)
+        outer = self.batches(self.data.clean, 1, steps)
+        inner = self.batches(parts, 0, steps)
         # The student has been warmed up, or is to begin without, as the setting says.
         trainer.fit(outer, inner, steps=steps, log_every=steps, first_steps=0, progress=False)
 
@@ -324,7 +344,7 @@ class Run:
             settings=metapl.scheduled_settings(cosine, steps),
         )
         for number in range(DESCENTS + 1):
-            found = metapl.hypergradient(
+            gradient = metapl.hypergradient(
                 weights,
                 self.student,
                 outer=self.data.clean,
@@ -334,33 +354,40 @@ class Run:
                 inner_optimizer=optimizer,
             )
             with torch.no_grad():
-                weights.values -= self.config["teacher_lr"] * found.grads["values"].sign()
-        self.student.load_state_dict(found.student_params)
+                weights.values -= self.config["teacher_lr"] * gradient.grads["values"].sign()
+        self.student.load_state_dict(gradient.student_params)
 
     def _plain(self) -> None:
-        clean, noisy, best, kept = self.data.clean, self.noisy[:2], -1.0, dict[str, Tensor]()
+        clean_x, clean_labels = self.data.clean
+        noisy_x, noisy_labels, _ = self.noisy
+        best = -1.0
+        best_weights: dict[str, Tensor] = {}
         copies = int(self.config.get("clean_weight", 0))
-        both = (
-            torch.cat([noisy[0], *[clean[0]] * copies]),
-            torch.cat([noisy[1], *[clean[1]] * copies]),
-        )
-        pool = {"both": both, "clean": clean, "noisy": noisy}[self.entry.problem]
+        pools = {
+            "both": (
+                torch.cat([noisy_x, *[clean_x] * copies]),
+                torch.cat([noisy_labels, *[clean_labels] * copies]),
+            ),
+            "clean": (clean_x, clean_labels),
+            "noisy": (noisy_x, noisy_labels),
+        }
+        pool = pools[self.entry.problem]
 
         def earliest(step: int, row: dict[str, float], trainer: Any) -> None:
             """Keep the weights where the accuracy on the handful was best, the latest of equals."""
-            nonlocal best, kept
-            if (reached := self.accuracy("clean")) >= best:
-                best = reached
-                kept = {name: t.detach().clone() for name, t in self.student.state_dict().items()}
+            nonlocal best, best_weights
+            accuracy = self.accuracy("clean")
+            if accuracy >= best:
+                best = accuracy
+                state = self.student.state_dict()
+                best_weights = {name: t.detach().clone() for name, t in state.items()}
 
-        stopping = (
-            {"log_every": CHECKED_EVERY, "callbacks": [earliest]}
-            if self.method == "early_stopping"
-            else {}
-        )
+        stopping: dict[str, Any] = {}
+        if self.method == "early_stopping":
+            stopping = {"log_every": CHECKED_EVERY, "callbacks": [earliest]}
         self.supervised(pool, 0, self.size.steps, self.config["student_lr"], **stopping)
-        if kept:
-            self.student.load_state_dict(kept)
+        if best_weights:
+            self.student.load_state_dict(best_weights)
 
     @torch.no_grad()
     def accuracy(self, part: str) -> float:
@@ -374,19 +401,21 @@ class Run:
         They are the student's loss on its given label, and what the teacher has learned: a low
         weight, or the probability that the label is wrong.
         """
-        x, given, index = self.noisy
-        z, of_label = self.student(x), (torch.arange(len(x)), given)
-        found = {"auc_by_loss": F.cross_entropy(z, given, reduction="none")}
+        x, labels, index = self.noisy
+        z = self.student(x)
+        of_label = torch.arange(len(x)), labels
+        doubts = {"auc_by_loss": F.cross_entropy(z, labels, reduction="none")}
         if isinstance(self.teacher, WeightNet):
-            found["auc"] = -self.teacher(found["auc_by_loss"])
+            doubts["auc"] = -self.teacher(doubts["auc_by_loss"])
         elif isinstance(self.teacher, Corrector):
-            found["auc"] = 1 - self.teacher(x, given).softmax(-1)[of_label]
+            doubts["auc"] = 1 - self.teacher(x, labels).softmax(-1)[of_label]
         elif isinstance(self.teacher, Table) and self.teacher.values.ndim == 1:
-            found["auc"] = -self.teacher(index)
-        elif isinstance(self.teacher, Table):  # 1 - p_k M_kk / Σ_j p_j M_jk
-            joint = z.softmax(-1) * self.teacher().softmax(-1).T[given]
-            found["auc"] = 1 - joint[of_label] / joint.sum(1)
-        return found
+            doubts["auc"] = -self.teacher(index)
+        elif isinstance(self.teacher, Table):
+            # This is 1 - p_k M_kk / Σ_j p_j M_jk.
+            joint = z.softmax(-1) * self.teacher().softmax(-1).T[labels]
+            doubts["auc"] = 1 - joint[of_label] / joint.sum(1)
+        return doubts
 
 
 def auc(wrong: Tensor, doubt: Tensor) -> float | None:
@@ -401,7 +430,9 @@ def auc(wrong: Tensor, doubt: Tensor) -> float | None:
 
 def one_run(method: str, config: Config, final: bool, condition: str, seed: int, size: Size) -> Row:
     """Run once; tuning runs read the validation images, final runs the test images."""
-    since, run, row = time.perf_counter(), Run(method, config, condition, seed, size), Row()
+    since = time.perf_counter()
+    run = Run(method, config, condition, seed, size)
+    row = Row()
     run.train()
     if final:
         row |= {name: auc(run.data.wrong, doubt) for name, doubt in run.doubts().items()}
@@ -419,15 +450,14 @@ def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
 
     Of equals, the first.
     """
-    of = {
+    key = {
         "method": method if ENTRIES[method].grid else ENTRIES[method].problem,
         "condition": condition,
         "final": False,
     }
-    found: Config = harness.best(
-        (row for row in rows if of.items() <= row.items()), "config", "validation_accuracy"
-    )
-    return found
+    tuning = (row for row in rows if key.items() <= row.items())
+    config: Config = harness.best(tuning, "config", "validation_accuracy")
+    return config
 
 
 def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:
@@ -435,14 +465,14 @@ def jobs(rows: Sequence[Row], size: Size) -> Iterator[Row]:
 
     Nobody has looked at the final seeds.
     """
-    for (name, entry), at in itertools.product(ENTRIES.items(), CONDITIONS):
-        configs = [chosen(rows, name, at)] if rows else entry.grid[: size.configurations]
+    for (name, entry), condition in itertools.product(ENTRIES.items(), CONDITIONS):
+        configs = [chosen(rows, name, condition)] if rows else entry.grid[: size.configurations]
         for config, seed in itertools.product(configs, size.seeds if rows else size.tuning_seeds):
             yield {
                 "method": name,
                 "config": config,
                 "final": bool(rows),
-                "condition": at,
+                "condition": condition,
                 "seed": seed,
             }
 
@@ -456,15 +486,12 @@ def columns(rows: Sequence[Row]) -> Columns:
     A key is there where all seeds have a figure.
     """
     final = sorted((row for row in rows if row["final"]), key=lambda row: int(row["seed"]))
-    found: Columns = {}
+    figures: Columns = {}
     for row, name in itertools.product(final, (STUDENT, FINETUNED, "auc", "auc_by_loss")):
         if row.get(name) is not None:
-            found.setdefault((row["method"], row["condition"], name), []).append(float(row[name]))
-    return {
-        key: values
-        for key, values in found.items()
-        if len(values) == len({row["seed"] for row in final})
-    }
+            figures.setdefault((row["method"], row["condition"], name), []).append(float(row[name]))
+    seeds = {row["seed"] for row in final}
+    return {key: values for key, values in figures.items() if len(values) == len(seeds)}
 
 
 def mean(values: Sequence[float] | None, scale: float = 100.0) -> str:
@@ -505,137 +532,123 @@ def by_condition(
 def block(raw: Path) -> str:
     """Return what stands in the documentation."""
     rows = harness.read(raw, "method")
-    found = columns(rows)
-    there = [name for name in ENTRIES if all((name, at, STUDENT) in found for at in CONDITIONS)]
-    titles = {name: ENTRIES[name].title for name in there}
+    figures = columns(rows)
+    shown = []
+    for name in ENTRIES:
+        if all((name, condition, STUDENT) in figures for condition in CONDITIONS):
+            shown.append(name)
+    titles = {name: ENTRIES[name].title for name in shown}
 
-    def best_plain(at: str) -> list[float]:
+    def best_plain(condition: str) -> list[float]:
         """Return the plain students' highest mean on the test set, which favors them.
 
         They may be finetuned or not.
         """
-        of_plain = [
-            found.get((name, at, read_out))
-            for name in BASELINES
-            for read_out in (STUDENT, FINETUNED)
-        ]
-        return max((values for values in of_plain if values is not None), key=statistics.fmean)
+        of_plain = []
+        for name, read_out in itertools.product(BASELINES, (STUDENT, FINETUNED)):
+            if (values := figures.get((name, condition, read_out))) is not None:
+                of_plain.append(values)
+        return max(of_plain, key=statistics.fmean)
+
+    # Each row of a table has a function that gives the cell of a condition.
+    def mean_of(name: str, read_out: str, scale: float = 100.0) -> Callable[[str], str]:
+        return lambda condition: mean(figures.get((name, condition, read_out)), scale)
 
     def against(first: str, second: str) -> Callable[[str], str]:
-        return lambda at: gain(found.get((first, at, STUDENT)), found.get((second, at, STUDENT)))
+        return lambda condition: gain(
+            figures.get((first, condition, STUDENT)), figures.get((second, condition, STUDENT))
+        )
 
-    pairs = [
-        (name, f"{name}_{how}", words) for name in BILEVEL for how, words in ALTERATIONS.items()
-    ]
-    others = [(name, "plain") for name in BILEVEL]
-    others += [
-        ("metagradient_descent", name) for name in ("example_weights", "example_weights_long")
-    ]
-    pairs += [(a, b, titles[b]) for a, b in others]
-    detected = [
-        (
-            f"{titles[name]}, {what}",
-            lambda at, key=(name, kind): mean(found.get((key[0], at, key[1])), 1.0),
+    def against_best_plain(name: str) -> Callable[[str], str]:
+        return lambda condition: gain(
+            figures.get((name, condition, FINETUNED)), best_plain(condition)
         )
-        for name in there
-        for kind, what in (
-            ("auc", "by what it learned about labels"),
-            ("auc_by_loss", "by its student's loss"),
+
+    def settings_of(name: str) -> Callable[[str], str]:
+        return lambda condition: ", ".join(
+            f"{key} {value:g}" for key, value in chosen(rows, name, condition).items()
         )
-        if all((name, at, kind) in found for at in CONDITIONS if not at.startswith("imbalance"))
-    ]
-    tuned = [
-        (
-            e.title,
-            lambda at, n=n: ", ".join(
-                f"{key} {value:g}" for key, value in chosen(rows, n, at).items()
-            ),
-        )
-        for n, e in ENTRIES.items()
-        if e.grid
-    ]
+
+    pairs = []
+    for name in BILEVEL:
+        for alteration, words in ALTERATIONS.items():
+            pairs.append((name, f"{name}_{alteration}", words))
+    for name in BILEVEL:
+        pairs.append((name, "plain", titles["plain"]))
+    for name in ("example_weights", "example_weights_long"):
+        pairs.append(("metagradient_descent", name, titles[name]))
+
+    with_noise = [name for name in CONDITIONS if not name.startswith("imbalance")]
+    readings = {"auc": "by what it learned about labels", "auc_by_loss": "by its student's loss"}
+    detected = []
+    for name in shown:
+        for reading, words in readings.items():
+            if all((name, condition, reading) in figures for condition in with_noise):
+                detected.append((f"{titles[name]}, {words}", mean_of(name, reading, 1.0)))
+    tuned = [(entry.title, settings_of(name)) for name, entry in ENTRIES.items() if entry.grid]
+
+    heads = {STUDENT: "student", FINETUNED: "student, finetuned on the handful"}
+    tables = []
+    for read_out, head in heads.items():
+        lines = [(titles[name], mean_of(name, read_out)) for name in shown]
+        tables.append(by_condition(head, lines))
+    lines = [(f"{titles[a]} − {words}", against(a, b)) for a, b, words in pairs]
+    tables.append(by_condition("student against student", lines))
+    lines = [(titles[name], against_best_plain(name)) for name in BILEVEL]
+    tables.append(by_condition("finetuned student against the best plain read-out", lines))
+    tables.append(by_condition("AUC", detected, noisy=True))
+    tables.append(by_condition("chosen", tuned))
+
     (row,) = harness.read(raw, "costs")[-1:] or [{"costs": {}}]
-    costs = [
-        [ENTRIES[n].title, f"{s:.1f}", f"{s / row['costs']['plain']:.1f}"]
-        for n, s in row["costs"].items()
-    ]
-    return "\n\n".join(
-        [
-            *(
-                by_condition(
-                    head,
-                    [
-                        (titles[n], lambda at, n=n, by=by: mean(found.get((n, at, by))))
-                        for n in there
-                    ],
-                )
-                for by, head in (
-                    (STUDENT, "student"),
-                    (FINETUNED, "student, finetuned on the handful"),
-                )
-            ),
-            by_condition(
-                "student against student",
-                [(f"{titles[a]} − {w}", against(a, b)) for a, b, w in pairs],
-            ),
-            by_condition(
-                "finetuned student against the best plain read-out",
-                [
-                    (titles[n], lambda at, n=n: gain(found.get((n, at, FINETUNED)), best_plain(at)))
-                    for n in BILEVEL
-                ],
-            ),
-            by_condition("AUC", detected, noisy=True),
-            by_condition("chosen", tuned),
-            *(
-                [harness.grid(["cost", "processor time, s", "over plain training"], costs)]
-                if costs
-                else []
-            ),
-        ]
-    )
+    costs = []
+    for name, seconds in row["costs"].items():
+        over_plain = seconds / row["costs"]["plain"]
+        costs.append([ENTRIES[name].title, f"{seconds:.1f}", f"{over_plain:.1f}"])
+    if costs:
+        head_of_costs = ["cost", "processor time, s", "over plain training"]
+        tables.append(harness.grid(head_of_costs, costs))
+    return "\n\n".join(tables)
 
 
-def draw(path: Path, found: Columns) -> None:
+def draw(path: Path, figures: Columns) -> None:
     """Draw how far a method's own feedback is above altered feedback, a panel a condition."""
-    panels = {
-        title: [
-            Bar(f"{ENTRIES[name].title} − {how.replace('_', ' ')}", own, altered, color)
-            for name in BILEVEL
-            for how, color in zip(ALTERATIONS, (BLUE, GREEN), strict=True)
-            if (own := found.get((name, at, STUDENT)))
-            and (altered := found.get((f"{name}_{how}", at, STUDENT)))
-        ]
-        for at, title in CONDITIONS.items()
-    }
-    gains = [
-        100
-        * paired_test(
-            *(found[f"example_weights{how}", at, STUDENT] for how in ("", "_permuted"))
-        ).mean
-        for at in CONDITIONS
-    ]
-    heading = "Learned weights (ExampleWeights): their own feedback is "
-    heading += (
-        f"{min(gains):+.1f} to {max(gains):+.1f} points above feedback given to the wrong examples"
+    panels = {}
+    for condition, title in CONDITIONS.items():
+        bars = []
+        for name in BILEVEL:
+            for alteration, color in zip(ALTERATIONS, (BLUE, GREEN), strict=True):
+                unaltered = figures.get((name, condition, STUDENT))
+                altered = figures.get((f"{name}_{alteration}", condition, STUDENT))
+                if unaltered and altered:
+                    label = f"{ENTRIES[name].title} − {alteration.replace('_', ' ')}"
+                    bars.append(Bar(label, unaltered, altered, color))
+        panels[title] = bars
+    gains = []
+    for condition in CONDITIONS:
+        unaltered = figures["example_weights", condition, STUDENT]
+        permuted = figures["example_weights_permuted", condition, STUDENT]
+        gains.append(100 * paired_test(unaltered, permuted).mean)
+    heading = (
+        f"Learned weights (ExampleWeights): their own feedback is {min(gains):+.1f} to "
+        f"{max(gains):+.1f} points above feedback given to the wrong examples"
     )
     harness.bars(path, panels, heading, "points of the student's test accuracy, 95 %", columns=2)
 
 
 def main() -> None:
-    given = harness.parsed(harness.arguments(__doc__, RAW))
+    args = harness.parsed(harness.arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if given.runs:
-        size = MINIATURE if given.miniature else FULL
+    if args.runs:
+        size = MINIATURE if args.miniature else FULL
         run = partial(one_run, size=size)
         about = {"made_with": harness.environment(), **dataclasses.asdict(size)}
-        harness.go_on(given.out, jobs([], size), run, **about)
-        harness.go_on(given.out, jobs(harness.read(given.out, "method"), size), run, **about)
-    harness.show(given.write, "label_noise", block(given.out))
-    if given.write:
+        harness.go_on(args.out, jobs([], size), run, **about)
+        harness.go_on(args.out, jobs(harness.read(args.out, "method"), size), run, **about)
+    harness.show(args.write, "label_noise", block(args.out))
+    if args.write:
         draw(
-            harness.figure_of(given.write, f"{given.out.stem}.png"),
-            columns(harness.read(given.out, "method")),
+            harness.figure_of(args.write, f"{args.out.stem}.png"),
+            columns(harness.read(args.out, "method")),
         )
 
 

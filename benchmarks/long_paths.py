@@ -97,7 +97,8 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         student = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     elif name == "causal":
-        student, rows = CausalLM(), 16
+        student = CausalLM()
+        rows = 16
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, eps=1e-4)
     else:
         student = nn.Sequential(
@@ -105,7 +106,8 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         )
         optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
     data = load_digits()
-    pictures, labels = torch.tensor(data.data).float() / 16, torch.tensor(data.target)
+    pictures = torch.tensor(data.data).float() / 16
+    labels = torch.tensor(data.target)
 
     def batch(number: int) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(number)
@@ -148,14 +150,16 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
     theta = sum(p.nbytes for p in student.parameters())
     state = sum(
         t.nbytes
-        for held in optimizer.state.values()
-        for t in held.values()
+        for state_of_weight in optimizer.state.values()
+        for t in state_of_weight.values()
         if isinstance(t, Tensor)
     )
     mode = mode_of(way, steps)
     lengths = (steps, *keeping(steps, 0, CPU, mode.keep or mode.keep_every, None).spacings, 1)
-    *kept, held = (math.ceil(min(longer, steps) / shorter) for longer, shorter in pairwise(lengths))
-    return sum(kept) * (theta + state) + held * ((1 if way == COMPILED else 2) * theta + state)
+    *counts, last = (
+        math.ceil(min(longer, steps) / shorter) for longer, shorter in pairwise(lengths)
+    )
+    return sum(counts) * (theta + state) + last * ((1 if way == COMPILED else 2) * theta + state)
 
 
 def path(name: str, steps: int, way: str) -> Callable[[], Any]:
@@ -164,13 +168,17 @@ def path(name: str, steps: int, way: str) -> Callable[[], Any]:
     A compiled one runs the same graphs again.
     """
     student, optimizer, batch = network(name)
-    given: Any = {
+    inputs: Any = {
         "outer": batch(-1),
         "inner": Lookahead(batch, steps=steps),
         "problem": EqualWeights(),
     }
-    given |= {"inner_optimizer": optimizer, "mode": mode_of(way, steps), "compile": way == COMPILED}
-    return partial(metapl.hypergradient, None, student, **given)
+    inputs |= {
+        "inner_optimizer": optimizer,
+        "mode": mode_of(way, steps),
+        "compile": way == COMPILED,
+    }
+    return partial(metapl.hypergradient, None, student, **inputs)
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
@@ -179,9 +187,10 @@ def adjoint_by_hand(name: str, steps: int) -> None:
     It takes a Hessian product a step.
     """
     student, optimizer, batch = network(name)
-    params, kept = list(student.parameters()), list[list[Tensor]]()
+    params = list(student.parameters())
+    states = list[list[Tensor]]()
     for number in range(steps):
-        kept.append([p.detach().clone() for p in params])
+        states.append([p.detach().clone() for p in params])
         x, y = batch(number)
         optimizer.zero_grad()
         F.cross_entropy(student(x), y).backward()
@@ -191,7 +200,7 @@ def adjoint_by_hand(name: str, steps: int) -> None:
     momentum = [torch.zeros_like(p) for p in params]
     for number in reversed(range(steps)):
         with torch.no_grad():
-            torch._foreach_copy_(params, kept.pop())
+            torch._foreach_copy_(params, states.pop())
         torch._foreach_mul_(momentum, 0.9)
         torch._foreach_add_(momentum, v, alpha=-0.01)
         x, y = batch(number)
@@ -211,7 +220,8 @@ def by_hand(name: str, steps: int) -> None:
         n: p.detach().requires_grad_() for n, p in student.named_parameters()
     }
     first = {n: torch.zeros_like(p) for n, p in params.items()}
-    second, weights = dict(first), []
+    second = dict(first)
+    weights = []
     for number in range(steps):
         x, y = batch(number)
         weights.append(torch.ones(len(x), requires_grad=True))
@@ -220,7 +230,8 @@ def by_hand(name: str, steps: int) -> None:
             (weights[-1] * losses).mean(), list(params.values()), create_graph=True
         )
         for (n, p), g in zip(list(params.items()), grads, strict=True):
-            first[n], second[n] = 0.9 * first[n] + 0.1 * g, 0.999 * second[n] + 0.001 * g * g
+            first[n] = 0.9 * first[n] + 0.1 * g
+            second[n] = 0.999 * second[n] + 0.001 * g * g
             root = (second[n] / (1 - 0.999 ** (number + 1)) + 1e-30).sqrt() + 1e-3
             params[n] = p - 1e-3 / (1 - 0.9 ** (number + 1)) * first[n] / root
     x, y = batch(-1)
@@ -232,7 +243,8 @@ def by_torchopt(name: str, steps: int) -> None:
     import torchopt
 
     student, _, batch = network(name)
-    optimizer, weights = torchopt.MetaAdam(student, lr=1e-3, eps=1e-3, eps_root=1e-30), []
+    optimizer = torchopt.MetaAdam(student, lr=1e-3, eps=1e-3, eps_root=1e-30)
+    weights = []
     for number in range(steps):
         x, y = batch(number)
         weights.append(torch.ones(len(x), requires_grad=True))
@@ -245,7 +257,8 @@ RIVALS = {"adjoint by hand": adjoint_by_hand, "double backward": by_hand, "Torch
 
 
 def seconds(run: Callable[[], None]) -> float:
-    gc.collect()  # of what was measured before
+    # What was measured earlier is garbage by now.
+    gc.collect()
     start = time.process_time()
     run()
     return time.process_time() - start
@@ -254,30 +267,33 @@ def seconds(run: Callable[[], None]) -> float:
 def measured(network: str, steps: int, way: str) -> Row:
     """Return times and memory of a method, between two plain trainings."""
     plain(network, 2)
-    path(network, 2, "all kept")()  # what is loaded at the first call is not timed
-    one = peak_bytes(partial(plain, network, 1), CPU)
+    # What is loaded at the first call is not timed.
+    path(network, 2, "all kept")()
+    bytes_of_one_step = peak_bytes(partial(plain, network, 1), CPU)
     run: Callable[[], Any] = lambda: path(network, steps, way)()  # noqa: E731
     if way in RIVALS:
         run = partial(RIVALS[way], network, steps)
     RIVALS.get(way, plain)(network, 2)
     if way == COMPILED:
         run = path(network, steps, way)
-        begun = time.perf_counter()  # a compiler's processes have times of their own
+        # A compiler's processes have times of their own, so this is wall time.
+        begun = time.perf_counter()
         run()
         cold = time.perf_counter() - begun
-    before = seconds(partial(plain, network, steps))
+    seconds_before = seconds(partial(plain, network, steps))
     took = seconds(run)
-    base = (before + seconds(partial(plain, network, steps))) / 2
+    base = (seconds_before + seconds(partial(plain, network, steps))) / 2
     row = {"cpu": environment()["processor"], "time": took / base, "plain_seconds": base}
     if way == COMPILED:
         row["compile_seconds"] = cold - took
-    row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
+    row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": bytes_of_one_step}
     return row | {"kept_bytes": kept_bytes(network, steps, way)}
 
 
 def table(rows: list[Row]) -> str:
     lines = []
-    networks, ways = [*TITLES], [COMPILED, "all kept", PYTORCHS, "every √K-th", "tree", *RIVALS]
+    networks = [*TITLES]
+    ways = [COMPILED, "all kept", PYTORCHS, "every √K-th", "tree", *RIVALS]
 
     def ratio(network: str, steps: int, way: str) -> float:
         same = (
@@ -291,20 +307,22 @@ def table(rows: list[Row]) -> str:
         return networks.index(row["network"]), row["steps"], ways.index(row["way"])
 
     for _, same in groupby(sorted(rows, key=place), place):
-        row, *again = same
-        times = sorted(each["time"] for each in (row, *again))
-        spread = f" ({times[0]:.1f} to {times[-1]:.1f})" if again else ""
+        row, *repeats = same
+        times = sorted(repeat["time"] for repeat in (row, *repeats))
+        spread = f" ({times[0]:.1f} to {times[-1]:.1f})" if repeats else ""
         cells = [
             TITLES[row["network"]],
             f"{row['steps']:,}",
             row["way"],
             f"{statistics.median(times):.1f}{spread}",
         ]
-        peak, one, kept = (row[f"{name}_bytes"] for name in ("peak", "one_step", "kept"))
+        peak, one_step, kept_bytes_of_row = (
+            row[f"{name}_bytes"] for name in ("peak", "one_step", "kept")
+        )
         cells += [
-            f"{peak / one:.1f}",
+            f"{peak / one_step:.1f}",
             f"{peak / 1e6:,.0f}",
-            f"{(peak - kept) / one:.1f}" if kept else NONE,
+            f"{(peak - kept_bytes_of_row) / one_step:.1f}" if kept_bytes_of_row else NONE,
         ]
         compiling = ""
         if "compile_seconds" in row:
@@ -327,19 +345,19 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    args = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
     # A first call compiles, whatever ran before.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
-    cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if given.miniature else CASES
-    if given.runs:
+    cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if args.miniature else CASES
+    if args.runs:
         jobs = (
             {"network": name, "steps": steps, "way": way}
             for (name, steps), ways in cases.items()
             for way in ways
         )
-        go_on(given.out, jobs, measured, machine=environment())
-    show(given.write, "long_paths", table(read(given.out, "way")))
+        go_on(args.out, jobs, measured, machine=environment())
+    show(args.write, "long_paths", table(read(args.out, "way")))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ from when_tables import TITLES, sign_flip
 
 RAW = RESULTS / "mnist.jsonl"
 LABELS, METHODS = (2, 4, 10), ("mpl", "uda_aligned", "uda", "none")
-AGAIN, VALIDATION, TEST = "worth, on other seeds", 500, 1000
+AGAIN = "worth, on other seeds"
+VALIDATION = 500
+TEST = 1000
 
 
 @lru_cache(maxsize=1)
@@ -60,17 +62,20 @@ def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> whe
 
     parts = []
     for seed in seeds:
-        rest, test = train_test_split(range(len(y)), test_size=TEST, stratify=y, random_state=seed)
-        rest, validation = train_test_split(
-            rest, test_size=VALIDATION, stratify=y[rest], random_state=seed
+        remaining, test = train_test_split(
+            range(len(y)), test_size=TEST, stratify=y, random_state=seed
         )
-        rows = torch.tensor(rest)  # shuffled, so that the first of each class are a random choice
+        remaining, validation = train_test_split(
+            remaining, test_size=VALIDATION, stratify=y[remaining], random_state=seed
+        )
+        # They are shuffled, so that the first of each class are a random choice.
+        rows = torch.tensor(remaining)
         few = torch.cat([rows[y[rows] == c][:labels] for c in range(when.CLASSES)])
         many = rows[~torch.isin(rows, few)]
         parts.append(
             [
-                (x[each], y[each])
-                for each in (few, many, torch.tensor(validation), torch.tensor(test))
+                (x[rows], y[rows])
+                for rows in (few, many, torch.tensor(validation), torch.tensor(test))
             ]
         )
     return when.Data(
@@ -80,18 +85,20 @@ def drawn_from(x: Tensor, y: Tensor, labels: int, seeds: tuple[int, ...]) -> whe
 
 def arms(labels: int, methods: Sequence[str]) -> list[when.Arm]:
     """Return the arms; a method's settings are chosen at each number of labels where it is run."""
-    found = []
+    arms_of_methods = []
     for method in methods:
         cost, begins, _ = when.WORTH[method]
         arm = when.Arm("worth", method, "", labels=labels, steps=round(6000 / cost), begins=begins)
-        found.append(dataclasses.replace(arm, tuned=f"{method}, {arm.place}"))
-    return found
+        arms_of_methods.append(dataclasses.replace(arm, tuned=f"{method}, {arm.place}"))
+    return arms_of_methods
 
 
 def run(size: when.Size, raw: Path) -> None:
     """Run the study of ``when.py`` with other pictures in the place of the digits."""
     x, y = pictures(size.miniature)
-    when.SIDE, when.CUTOUT, when.SIZES = 14, 4, [196, *when.SIZES[1:]]
+    when.SIDE = 14
+    when.CUTOUT = 4
+    when.SIZES = [196, *when.SIZES[1:]]
     when.drawn = lru_cache(maxsize=2)(
         lambda labels, seeds, uneven=1: drawn_from(x, y, labels, seeds)
     )
@@ -112,11 +119,11 @@ def run(size: when.Size, raw: Path) -> None:
         when.SEEDS["worth"][0],
         tuple(range(400, 440)),
     )
-    again = [
+    repeated = [
         (dataclasses.replace(arm, part=AGAIN), when.rule_of(arm, rows))
         for arm in arms(2, METHODS[:2])
     ]
-    when.run_missing(again, size, raw, final=True)
+    when.run_missing(repeated, size, raw, final=True)
 
 
 def table(rows: list[Row]) -> str:
@@ -127,17 +134,17 @@ def table(rows: list[Row]) -> str:
             for row in rows
             if row["final"] and (row["labels"], row["part"]) == (labels, part)
         }
-        of = {name: row[when.chosen(rows, row["tuned"])[1]] for name, row in final.items()}
+        column_of = {name: row[when.chosen(rows, row["tuned"])[1]] for name, row in final.items()}
         place = f"{labels}, other seeds" if part == AGAIN else labels
         for name in METHODS:
-            if name in of and "mpl" in of:
-                cells = [place, TITLES[name], f"{final[name]['steps']:,}", spread(of[name])]
+            if name in column_of and "mpl" in column_of:
+                cells = [place, TITLES[name], f"{final[name]['steps']:,}", spread(column_of[name])]
                 if name == "mpl":
                     lines.append([*cells, "", "", ""])
                     continue
-                gap = f"{points(of['mpl']) - points(of[name]):+.1f}"
-                p = sign_flip(of["mpl"], of[name])
-                lines.append([*cells, gap, between(of["mpl"], of[name]), f"{p:.2g}"])
+                gap = f"{points(column_of['mpl']) - points(column_of[name]):+.1f}"
+                p = sign_flip(column_of["mpl"], column_of[name])
+                lines.append([*cells, gap, between(column_of["mpl"], column_of[name]), f"{p:.2g}"])
     head = ["labels a class", "method", "steps", "test accuracy, %", "MPL above it", "95 %", "p"]
     seeds = len(next(row["seeds"] for row in rows if row["final"]))
     return (
@@ -147,12 +154,12 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
+    args = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if given.runs:
-        run(when.Size(given.miniature), given.out)
+    if args.runs:
+        run(when.Size(args.miniature), args.out)
         return
-    show(given.write, "mnist", table(when.read(given.out)))
+    show(args.write, "mnist", table(when.read(args.out)))
 
 
 if __name__ == "__main__":

@@ -40,17 +40,19 @@ import metapl
 from metapl.ablation import Ablation
 from metapl.ablation.cost import flops, peak_bytes
 from metapl.apps.ablate import DOTS_PER_INCH
-from metapl.apps.pictures import load_digits_split
 from metapl.apps.printing import wrapped
 from metapl.apps.report_picture import png_of
 from metapl.feedback import Difference, Estimator, LossDifference, Reinforce, ReinforcePerExample
+from metapl.pictures import load_digits_split
 
 # The profiler's own log would go to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-LEARNING_RATE = 0.05  # η of the step whose gradient is judged
+# η of the step whose gradient is judged.
+LEARNING_RATE = 0.05
 RESULT = RESULTS / "modes.json"
-ABLATION, FIGURE = RESULTS / "ablate_digits.json", "ablate_digits.png"
+ABLATION = RESULTS / "ablate_digits.json"
+FIGURE = "ablate_digits.png"
 
 
 class Network(NamedTuple):
@@ -77,12 +79,14 @@ class Mode:
     recompute_teacher: bool = False
 
 
-ON_AVERAGE, SAME = "up to O(η), on average", "the same in expectation, sampled labels"
+ON_AVERAGE = "up to O(η), on average"
+SAME = "the same in expectation, sampled labels"
 DIFFERENCE_OF_LOSSES = "sampled labels, L(θ) − L(θ′)"
 ONE_NUMBER_EACH = "sampled labels, one number each"
 # Noise and bias are those of the sum over the labels, whose expectation is the gradient; the
 # default is 1/B of it.
-SUM_OF_LOSSES, SUM_OF_SCALAR = LossDifference(reduction="sum"), Reinforce(reduction="sum")
+SUM_OF_LOSSES = LossDifference(reduction="sum")
+SUM_OF_SCALAR = Reinforce(reduction="sum")
 MODES = [
     Mode("none", "no feedback, the control", NONE, "none", "soft"),
     Mode("loss_difference", DIFFERENCE_OF_LOSSES, ON_AVERAGE, SUM_OF_LOSSES, "hard", noisy=True),
@@ -177,9 +181,9 @@ def step_of(
     networks = [network.build().to(place.device) for _ in range(2)]
     unlabeled = torch.randn(batch, 3, network.side, network.side, device=place.device)
     labeled = torch.randn_like(unlabeled), torch.arange(batch, device=place.device) % 10
-    given: Row = {"problem": metapl.PseudoLabels(mode.kind), "teacher_losses": ()}
+    options: Row = {"problem": metapl.PseudoLabels(mode.kind), "teacher_losses": ()}
     trainer = metapl.BilevelTrainer(
-        *networks, mode.mode, **given, recompute_teacher=mode.recompute_teacher
+        *networks, mode.mode, **options, recompute_teacher=mode.recompute_teacher
     )
 
     def step() -> None:
@@ -194,11 +198,11 @@ def passes(mode: Mode, place: Place, network: Network) -> float:
     """Return one step's FLOPs over those of the student's forward pass on the same batch."""
     step, student, unlabeled = step_of(mode, place, 2, network)
 
-    def one() -> None:
+    def one_step() -> None:
         with torch.no_grad(), place.active():
             student(unlabeled)
 
-    return flops(step) / flops(one)
+    return flops(step) / flops(one_step)
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:
@@ -206,13 +210,13 @@ def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, 
 
     The modes take turns, so that what else the machine does hits all.
     """
-    found: dict[str, list[float]] = {mode.name: [] for mode in MODES}
+    seconds_by_mode: dict[str, list[float]] = {mode.name: [] for mode in MODES}
     steps = {mode.name: step_of(mode, place, batch, network)[0] for mode in MODES}
     for turn in range(rounds):
         names = list(steps) if turn % 2 == 0 else list(steps)[::-1]
         for name in names:
-            found[name].append(place.seconds(steps[name]))
-    return found
+            seconds_by_mode[name].append(place.seconds(steps[name]))
+    return seconds_by_mode
 
 
 @dataclass(frozen=True)
@@ -232,12 +236,17 @@ class Subject:
         double: bool = False,
     ) -> Tensor:
         """Return the teacher's gradient, flat, float64 on the host."""
-        teacher, student, x_l, x_u = self.teacher, self.student, self.labeled[0], self.unlabeled
+        teacher = self.teacher
+        student = self.student
+        x_l = self.labeled[0]
+        x_u = self.unlabeled
         if double:
-            teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
-            x_l, x_u = x_l.double(), x_u.double()
+            teacher = copy.deepcopy(teacher).double()
+            student = copy.deepcopy(student).double()
+            x_l = x_l.double()
+            x_u = x_u.double()
         with contextlib.nullcontext() if double else place.active():
-            found = metapl.hypergradient(
+            result = metapl.hypergradient(
                 teacher,
                 student,
                 labeled=(x_l, self.labeled[1]),
@@ -247,7 +256,7 @@ class Subject:
                 inner_optimizer=torch.optim.SGD(student.parameters(), lr=LEARNING_RATE),
                 generator=generator,
             )
-        return torch.cat([g.double().flatten() for g in found.grads.values()]).cpu()
+        return torch.cat([g.double().flatten() for g in result.grads.values()]).cpu()
 
 
 def subject_of(place: Place, network: Network | None = None) -> Subject:
@@ -268,21 +277,25 @@ def subject_of(place: Place, network: Network | None = None) -> Subject:
             )
         return images.to(place.device)
 
-    images, labels = prepared(split.labeled[0]), split.labeled[1].to(place.device)
+    images = prepared(split.labeled[0])
+    labels = split.labeled[1].to(place.device)
     networks = []
     for _ in range(2):
-        one = (metapl.models.mlp([64, 32, 10]) if network is None else network.build()).to(
+        build = (metapl.models.mlp([64, 32, 10]) if network is None else network.build()).to(
             place.device
         )
-        optimizer = torch.optim.SGD(one.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(build.parameters(), lr=0.05, momentum=0.9)
         for _ in range(steps):
-            at = torch.randint(len(images), (max(batch, 16),))
+            rows = torch.randint(len(images), (max(batch, 16),))
             optimizer.zero_grad()
-            F.cross_entropy(one(images[at]), labels[at]).backward()
+            F.cross_entropy(build(images[rows]), labels[rows]).backward()
             optimizer.step()
-        networks.append(one)
-    at, of = torch.randperm(len(images))[:batch], torch.randperm(len(split.unlabeled))[:batch]
-    return Subject(*networks, (images[at], labels[at]), prepared(split.unlabeled[of]))
+        networks.append(build)
+    rows = torch.randperm(len(images))[:batch]
+    unlabeled_rows = torch.randperm(len(split.unlabeled))[:batch]
+    return Subject(
+        *networks, (images[rows], labels[rows]), prepared(split.unlabeled[unlabeled_rows])
+    )
 
 
 def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
@@ -294,7 +307,7 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
     reference = next(mode for mode in MODES if mode.mode == "unrolled")
     exact = subject.gradient(reference, place, double=True)
     size = exact.norm()
-    found: dict[str, dict[str, Any]] = {}
+    noise_by_mode: dict[str, dict[str, Any]] = {}
     for mode in MODES:
         if mode.mode == "none":
             continue
@@ -304,13 +317,13 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
         mean = g.mean(0)
         spread = float(((g - mean).square().sum() / max(1, n - 1)).sqrt() / size)
         bias = float((mean - exact).norm() / size)
-        found[mode.name] = {
+        noise_by_mode[mode.name] = {
             "draws": n,
             "bias": bias,
             "noise": spread,
             "bias_floor": spread / n**0.5,
         }
-    return found
+    return noise_by_mode
 
 
 def measured(
@@ -329,19 +342,20 @@ def measured(
     small = noise(subject_of(place), place, draws)
     large = noise(subject_of(place, network), place, draws_wrn)
     print("FLOPs and memory", flush=True)
-    rows, device = list[Row](), torch.device(place.device)
+    rows = list[Row]()
+    device = torch.device(place.device)
     memory = {
         m.name: peak_bytes(step_of(m, place, memory_batch, network)[0], device) for m in MODES
     }
     for mode in MODES:
-        here = seconds[mode.name]
+        seconds_of_mode = seconds[mode.name]
         row: Row = {"mode": mode.name, "what": mode.what, "exact": mode.exact}
         row |= {
             "passes": passes(mode, place, network),
-            "seconds": {"median": statistics.median(here)},
+            "seconds": {"median": statistics.median(seconds_of_mode)},
             "peak_bytes": memory[mode.name],
         }
-        ratios = [a / b for a, b in zip(here, seconds["forward"], strict=True)]
+        ratios = [a / b for a, b in zip(seconds_of_mode, seconds["forward"], strict=True)]
         row["time_over_forward"] = {"median": statistics.median(ratios)}
         row["memory_over_forward"] = memory[mode.name] / memory["forward"]
         rows.append(
@@ -354,9 +368,9 @@ def table(run: Row) -> str:
     """Return the table of a place."""
     lines = []
     for row in run["modes"]:
-        (first, _, rest), own = row["mode"].partition(", "), row["gradient_small"]
+        (first, _, options), of_small = row["mode"].partition(", "), row["gradient_small"]
         cells = [
-            f"`{first}`, {rest}" if rest else f"`{first}`",
+            f"`{first}`, {options}" if options else f"`{first}`",
             row["what"],
             row["exact"],
             f"{row['passes']:.1f}",
@@ -367,10 +381,16 @@ def table(run: Row) -> str:
             NONE,
             NONE,
         ]
-        if own is not None:
-            bias = f"{own['bias']:.1e}" if own["bias"] < 0.001 else f"{own['bias']:.2g}"
-            bias = f"≤ {own['bias']:.2g}" if own["bias"] < 2 * own["bias_floor"] else bias
-            cells[-2:] = ["0" if own["noise"] == 0 else f"{own['noise']:.2g}", bias]
+        if of_small is not None:
+            bias = (
+                f"{of_small['bias']:.1e}" if of_small["bias"] < 0.001 else f"{of_small['bias']:.2g}"
+            )
+            bias = (
+                f"≤ {of_small['bias']:.2g}"
+                if of_small["bias"] < 2 * of_small["bias_floor"]
+                else bias
+            )
+            cells[-2:] = ["0" if of_small["noise"] == 0 else f"{of_small['noise']:.2g}", bias]
         lines.append(cells)
     lines.append([*NOT_MEASURED, *[NONE] * 4])
     head = [
@@ -391,30 +411,31 @@ def ablation(page: Path | None) -> str:
 
     Where there is a page, draw the figure beside it.
     """
-    found = Ablation.from_json(ABLATION.read_text())
+    result = Ablation.from_json(ABLATION.read_text())
     if page is not None:
-        harness.figure_of(page, FIGURE).write_bytes(png_of(found.plot(), DOTS_PER_INCH))
-    return f"```\n{found.table()}\n\n{wrapped(found.recommendation)}\n```"
+        harness.figure_of(page, FIGURE).write_bytes(png_of(result.plot(), DOTS_PER_INCH))
+    return f"```\n{result.table()}\n\n{wrapped(result.recommendation)}\n```"
 
 
 def main() -> None:
-    given = harness.parsed(harness.arguments(__doc__, RESULT))
-    if given.runs:
+    args = harness.parsed(harness.arguments(__doc__, RESULT))
+    if args.runs:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
-        where, start = places(), time.perf_counter()
-        cuda = where[0].device == "cuda"
+        place_list = places()
+        start = time.perf_counter()
+        cuda = place_list[0].device == "cuda"
         sizes = {"batch": 128 if cuda else 8, "rounds": 21, "memory_batch": 128 if cuda else 32}
         sizes |= {"draws": 2000, "draws_wrn": 24}
-        if given.miniature:
+        if args.miniature:
             sizes = {"batch": 2, "rounds": 1, "memory_batch": 2, "draws": 2, "draws_wrn": 2}
-        network = MINIATURE_NETWORK if given.miniature else NETWORK
-        result = {"runs": [measured(place, network, **sizes) for place in where]}
+        network = MINIATURE_NETWORK if args.miniature else NETWORK
+        result = {"runs": [measured(place, network, **sizes) for place in place_list]}
         setup = {**harness.environment(), "command": "python benchmarks/modes.py", **sizes}
         harness.write_json(
-            given.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result}
+            args.out, {"setup": setup | {"minutes": (time.perf_counter() - start) / 60}, **result}
         )
-    harness.show(given.write, "modes", "\n\n".join(map(table, harness.loaded(given.out)["runs"])))
-    harness.show(given.write, "ablation", ablation(given.write))
+    harness.show(args.write, "modes", "\n\n".join(map(table, harness.loaded(args.out)["runs"])))
+    harness.show(args.write, "ablation", ablation(args.write))
 
 
 if __name__ == "__main__":

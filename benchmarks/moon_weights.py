@@ -33,7 +33,10 @@ from metapl.metrics import interval
 
 RAW = RESULTS / "two_moons_weights.jsonl"
 SEEDS = tuple(range(100, 132))
-STEPS, BATCH, RATE, SCALE = 12_000, 32, 0.1, 0.1
+STEPS = 12_000
+BATCH = 32
+RATE = 0.1
+SCALE = 0.1
 CHUNK = 200
 """Steps whose points and labels are drawn at once."""
 SUCCESS = 0.95
@@ -76,14 +79,14 @@ ARMS: tuple[Row, ...] = (
 
 def network(seed: int) -> nn.Module:
     """Return a network as it begins, all its weights uniform in ±0.1."""
-    made = nn.Sequential(
+    module = nn.Sequential(
         nn.Linear(2, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 2)
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in module.parameters():
             p.copy_(SCALE * (2 * torch.rand(p.shape, generator=generator) - 1))
-    return made
+    return module
 
 
 def points(seed: int) -> tuple[Tensor, Tensor]:
@@ -103,16 +106,18 @@ def draws(seeds: tuple[int, ...], x: Tensor, steps: int) -> Iterator[tuple[Tenso
     for first in range(0, steps, CHUNK):
         count = min(CHUNK, steps - first)
         places = [
-            torch.randint(6, x.shape[1], (count, BATCH), generator=each) for each in generators
+            torch.randint(6, x.shape[1], (count, BATCH), generator=generator)
+            for generator in generators
         ]
-        uniform = [torch.rand(count, BATCH, 2, generator=each) for each in generators]
+        uniform = [torch.rand(count, BATCH, 2, generator=generator) for generator in generators]
         gumbel = torch.stack(uniform, 1).clamp_min(1e-20).log().neg().log().neg()
         for place, noise in zip(torch.stack(places, 1), gumbel, strict=True):
             yield x[rows, place], noise
 
 
 def trainer(form: str, weight: float, own_loss: bool, seed: int) -> metapl.BilevelTrainer:
-    teacher, student = network(2 * seed), network(2 * seed + 1)
+    teacher = network(2 * seed)
+    student = network(2 * seed + 1)
     size: dict[str, Any] = {} if form.startswith("none") else {"feedback_weight": weight}
     return metapl.BilevelTrainer(
         teacher,
@@ -174,15 +179,13 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=1, help="arms at a time")
-    given = harness.parsed(parser)
-    if given.runs:
+    args = harness.parsed(parser)
+    if args.runs:
         print(f"{len(ARMS)} arms: some {len(ARMS) / 2:.0f} minutes of one core", flush=True)
         about = {"made_with": harness.environment()}
-        harness.go_on(
-            given.out, ARMS, partial(run, miniature=given.miniature), given.workers, **about
-        )
+        harness.go_on(args.out, ARMS, partial(run, miniature=args.miniature), args.workers, **about)
         return
-    show(given.write, "moon-weights", table(read(given.out, "form")))
+    show(args.write, "moon-weights", table(read(args.out, "form")))
 
 
 if __name__ == "__main__":

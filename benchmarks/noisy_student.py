@@ -43,7 +43,6 @@ from metapl.apps.digits import Digits, fitting
 from metapl.apps.label_selection import select
 from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.methods import Data
-from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (
     Chosen,
     Noised,
@@ -58,12 +57,17 @@ from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
+from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 
 RAW = RESULTS / "noisy_student.jsonl"
-LABELS, LABELED_BATCH, STEPS, FINETUNE_LR = 4, 32, 1500, 0.02
-THRESHOLD = 0.3  # confidence above which unlabeled examples are kept: Noisy Student's
+LABELS = 4
+LABELED_BATCH = 32
+STEPS = 1500
+FINETUNE_LR = 0.02
+# Unlabeled examples are kept above this confidence, which is Noisy Student's.
+THRESHOLD = 0.3
 WIDTHS = (8, 16, 32, 64, 128)
 # Tuned: learning rates, probabilities of dropping a hidden unit.
 RATES = (0.1, 0.2)
@@ -82,30 +86,41 @@ FINETUNINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A network and how it is trained."""
+    """A network and how it is trained.
 
-    width: int  # of its hidden layers
-    teacher: int | None = (
-        None  # width of the network that labels; None: it learns from the labeled examples alone
-    )
-    rounds: int = 0  # students that the teacher itself is the last of, each of its width
-    ratio: int = 1  # unlabeled examples in a batch for each labeled one
-    share: float = 1.0  # of the unlabeled examples that there are, drawn evenly
-    fifth: int | None = (
-        # of them by the teacher's confidence, the least confident first; None: by the threshold
-        None
-    )
-    hard: bool = False  # learn the most probable class, not the distribution
-    # As many of each class, the most confident ones, and copies where there are fewer.
+    Attributes:
+        width: the width of its hidden layers.
+        teacher: the width of the network that labels; None: it learns from the labeled examples
+            alone.
+        rounds: so many students, each of its width, the teacher itself is the last of.
+        ratio: unlabeled examples in a batch for each labeled one.
+        share: the share of the unlabeled examples that are used, drawn evenly.
+        fifth: a fifth of them by the teacher's confidence, the least confident first; None: they
+            are selected by the threshold.
+        hard: the most probable class is learned, and not the distribution.
+        balanced: there are as many of each class, the most confident ones, and copies where there
+            are fewer.
+        augment, dropout: on unlabeled examples; labeled ones always have both.
+        noisy_teacher: the teacher labels augmented examples, with dropout.
+        training: on both at once, or first on the unlabeled ones.
+        steps: those of all, in percent of the usual number.
+        warm: begin with the teacher's weights, at a rate that ends as usual.
+    """
+
+    width: int
+    teacher: int | None = None
+    rounds: int = 0
+    ratio: int = 1
+    share: float = 1.0
+    fifth: int | None = None
+    hard: bool = False
     balanced: bool = True
-    augment: bool = True  # unlabeled examples; labeled ones always are
-    dropout: bool = True  # on unlabeled examples, likewise
-    noisy_teacher: bool = False  # the teacher labels augmented examples, with dropout
-    training: Literal["joint", "pretrain", "pretrain_finetune"] = (
-        "joint"  # on both, or first on the unlabeled ones
-    )
-    steps: float = 100.0  # of all, in percent of the usual
-    warm: bool = False  # begin with the teacher's weights, at a rate that ends as usual
+    augment: bool = True
+    dropout: bool = True
+    noisy_teacher: bool = False
+    training: Literal["joint", "pretrain", "pretrain_finetune"] = "joint"
+    steps: float = 100.0
+    warm: bool = False
 
 
 def _same(width: int, **changes: Any) -> Arm:
@@ -121,7 +136,8 @@ BEST = {
 }
 
 Arms = dict[str, tuple[Arm, float | None]]
-KINDS: dict[str, Callable[[int], Arm]] = {  # by their width
+# Arms by their width.
+KINDS: dict[str, Callable[[int], Arm]] = {
     "supervised": lambda width: Arm(width=width),
     "same teacher": partial(_same, ratio=3),
     "best teacher": lambda width: Arm(width=width, **BEST, ratio=3),
@@ -132,7 +148,8 @@ KINDS: dict[str, Callable[[int], Arm]] = {  # by their width
     "joint": _same,
     **{f"{ratio}:1": partial(_same, ratio=ratio) for ratio in (1, 3, 7)},
 }
-NOISE: dict[str, Callable[[float], Arm]] = {  # by the share of the unlabeled examples
+# Arms by the share of the unlabeled examples.
+NOISE: dict[str, Callable[[float], Arm]] = {
     "supervised": lambda share: Arm(width=32),
     "Noisy Student": lambda share: _same(32, share=share),
     "student without augmentation": lambda share: _same(32, share=share, augment=False),
@@ -163,8 +180,8 @@ def printed(arms: dict[str, Arm], values: str) -> Arms:
 
     "-" stands where it prints none.
     """
-    found = [None if value == "-" else float(value) for value in values.split()]
-    return {name: (arm, value) for (name, arm), value in zip(arms.items(), found, strict=True)}
+    numbers = [None if value == "-" else float(value) for value in values.split()]
+    return {name: (arm, value) for (name, arm), value in zip(arms.items(), numbers, strict=True)}
 
 
 HEADINGS = {
@@ -277,11 +294,11 @@ class Setting(NamedTuple):
         return max(2, steps // self.divisor)
 
     def config(self, width: int) -> Digits:
-        of = fitting(
+        options = fitting(
             seed=self.seed, labeled_batch=LABELED_BATCH, lr=self.lr, schedule="exponential"
         )
         return Digits(
-            labels_per_class=LABELS, hidden=(width, width), dropout=self.dropout, fitting=of
+            labels_per_class=LABELS, hidden=(width, width), dropout=self.dropout, fitting=options
         )
 
 
@@ -301,10 +318,12 @@ def learned(
 @cache
 def supervised(width: int, setting: Setting) -> nn.Module:
     """Return a network that learned from the labeled examples alone, with noise."""
-    config, steps = setting.config(width), setting.steps(STEPS)
+    config = setting.config(width)
+    steps = setting.steps(STEPS)
     torch.manual_seed(fold_in(setting.seed, 0))
     network = config.network()
-    optimizer, decay = config.optimizer("teacher", network), decay_interval(steps)
+    optimizer = config.optimizer("teacher", network)
+    decay = decay_interval(steps)
     sources = (drawn(setting.seed).labeled, None)
     rates = {"schedule": "exponential", "decay_every": decay}
     return learned(network, (CrossEntropy(),), optimizer, *sources, steps=steps, **rates)
@@ -330,32 +349,38 @@ def kept_of(arm: Arm, q: Tensor, seed: int) -> Tensor:
     threshold = THRESHOLD if float(confidence.max()) > THRESHOLD else 0.0
     most = -(-len(pool) // q.shape[1]) if arm.balanced else None
     with tempfile.TemporaryDirectory() as folder:
-        every, kept = Path(folder) / "every", Path(folder) / "kept"
-        with LabelWriter(every, Digits.classes, provenance={}) as writer:
+        all_labels = Path(folder) / "every"
+        selected_labels = Path(folder) / "kept"
+        with LabelWriter(all_labels, Digits.classes, provenance={}) as writer:
             writer.add(pool.tolist(), q[pool])
-        select(LabelStore(every), kept, threshold=threshold, per_class=most, balance=arm.balanced)
-        store = LabelStore(kept)
+        select(
+            LabelStore(all_labels),
+            selected_labels,
+            threshold=threshold,
+            per_class=most,
+            balance=arm.balanced,
+        )
+        store = LabelStore(selected_labels)
         return torch.from_numpy(store.column("id"))[store.rows_with_copies()].sort().values
 
 
 def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.Module:
     """Return a network that learned the labels of its teacher, in the round of this number."""
-    config, data, seed = (
-        setting.config(arm.width),
-        drawn(setting.seed),
-        fold_in(setting.seed, number),
-    )
-    x, view = data.unlabeled.images, noisy_view(data)
+    config = setting.config(arm.width)
+    data = drawn(setting.seed)
+    seed = fold_in(setting.seed, number)
+    x = data.unlabeled.images
+    view = noisy_view(data)
     if arm.noisy_teacher:
         teacher = Noised(teacher, seed)
         x = view(x, seed=seed, step=0, examples=torch.arange(len(x)))
     q = logits_of(teacher, x.split(256)).softmax(dim=1)
-    kept = kept_of(arm, q, setting.seed)
-    chosen = Chosen(kept, kept, lambda rows: q[rows])
-    sampler = StepSampler(len(kept), arm.ratio * LABELED_BATCH, seed=seed, stream=1)
+    labels_of_selection = kept_of(arm, q, setting.seed)
+    chosen = Chosen(labels_of_selection, labels_of_selection, lambda rows: q[rows])
+    sampler = StepSampler(len(labels_of_selection), arm.ratio * LABELED_BATCH, seed=seed, stream=1)
     seen = view if arm.augment else Identity()
     pairs = PseudoLabeledBatches(
-        data.unlabeled.images[kept], sampler, seen, None, seed, chosen=chosen
+        data.unlabeled.images[labels_of_selection], sampler, seen, None, seed, chosen=chosen
     )
     labeled = dataclasses.replace(
         data.labeled, seed=seed, sampler=dataclasses.replace(data.labeled.sampler, seed=seed)
@@ -366,8 +391,10 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
         losses, sources = (NoisyStudentLoss(hard=arm.hard, model_noise=arm.dropout),), (pairs, None)
     torch.manual_seed(seed)
     network = copy.deepcopy(teacher) if arm.warm else config.network()
-    usual, steps = setting.steps(STEPS), setting.steps(round(STEPS * arm.steps / 100))
-    optimizer, decay = config.optimizer("teacher", network), decay_interval(usual)
+    usual = setting.steps(STEPS)
+    steps = setting.steps(round(STEPS * arm.steps / 100))
+    optimizer = config.optimizer("teacher", network)
+    decay = decay_interval(usual)
     # A run that is shorter ends at the rate of a usual one: study 8.
     for group in optimizer.param_groups:
         group["lr"] *= end_matched(steps, usual)
@@ -376,11 +403,12 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
     )
     if arm.training != "pretrain_finetune":
         return network
-    tuned = [copy.deepcopy(network) for _ in FINETUNINGS]  # for as many steps as validate best
-    for one, steps in zip(tuned, FINETUNINGS, strict=True):
-        slow = torch.optim.SGD(one.parameters(), lr=FINETUNE_LR, momentum=0.9)
+    # Each is finetuned for another number of steps, and the one that validates best is taken.
+    tuned = [copy.deepcopy(network) for _ in FINETUNINGS]
+    for candidate, steps in zip(tuned, FINETUNINGS, strict=True):
+        slow = torch.optim.SGD(candidate.parameters(), lr=FINETUNE_LR, momentum=0.9)
         learned(
-            one,
+            candidate,
             (CrossEntropy(),),
             slow,
             data.finetuning,
@@ -388,7 +416,7 @@ def student(arm: Arm, teacher: nn.Module, setting: Setting, number: int) -> nn.M
             steps=setting.steps(steps),
             schedule="constant",
         )
-    return max(tuned, key=lambda one: evaluated(one, data.validation).accuracy)
+    return max(tuned, key=lambda candidate: evaluated(candidate, data.validation).accuracy)
 
 
 def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
@@ -398,8 +426,12 @@ def reached(arm: Arm, setting: Setting, parts: Sequence[str]) -> list[float]:
     else:
         network = student(arm, labeler(arm.teacher, arm.rounds, setting), setting, arm.rounds + 1)
     data = drawn(setting.seed)
-    of: dict[str, Any] = {"validation": data.validation, "test": data.test, "unlabeled": data.truth}
-    return [evaluated(network, of[part]).accuracy for part in parts]
+    parts_to_judge: dict[str, Any] = {
+        "validation": data.validation,
+        "test": data.test,
+        "unlabeled": data.truth,
+    }
+    return [evaluated(network, parts_to_judge[part]).accuracy for part in parts]
 
 
 # ---------------------------------------------------------------------------------------- the study
@@ -426,11 +458,14 @@ def study(
     def run(
         final: bool, seeds: tuple[int, ...], lr: float, dropout: float, arm: Row | None = None
     ) -> Row:
-        began, parts = time.perf_counter(), ("test", "unlabeled") if final else ("validation",)
+        began = time.perf_counter()
+        parts = ("test", "unlabeled") if final else ("validation",)
         trained = Arm(**arm) if arm else _same(32)
-        each = [reached(trained, Setting(lr, dropout, seed, divisor), parts) for seed in seeds]
-        found: Row = dict(zip(parts, map(list, zip(*each, strict=True)), strict=True))
-        return {**found, "seconds": round(time.perf_counter() - began, 1)}
+        rows_of_seeds = [
+            reached(trained, Setting(lr, dropout, seed, divisor), parts) for seed in seeds
+        ]
+        columns: Row = dict(zip(parts, map(list, zip(*rows_of_seeds, strict=True)), strict=True))
+        return {**columns, "seconds": round(time.perf_counter() - began, 1)}
 
     grid = itertools.product(RATES, DROPOUTS)
     tuning = (
@@ -458,7 +493,8 @@ SURE = 0.05
 
 def reference(study: str, name: str) -> str | None:
     """Return the arm that an arm is compared with; None for the one that the others have."""
-    width, first = name.partition(":")[0], name.partition(",")[0]
+    width = name.partition(":")[0]
+    first = name.partition(",")[0]
     other = {
         "noise": f"Noisy Student, {name.partition(', ')[2]}",
         "1": f"{width}: supervised",
@@ -467,7 +503,8 @@ def reference(study: str, name: str) -> str | None:
         "7": f"{width}: 1:1",
         "8": "100 %, no warm start",
     }.get(study, "supervised")
-    if study == "4":  # a student with its teacher, and a teacher with one of half its width
+    # Here a student is compared with its teacher, and a teacher with one of half its width.
+    if study == "4":
         other = first if first.startswith("teacher") else f"teacher {int(first.split()[-1]) // 2}"
     return None if other == name else other
 
@@ -499,32 +536,37 @@ class Compared(NamedTuple):
 
 def comparisons(rows: Sequence[Row]) -> dict[str, dict[str, Compared]]:
     """Return the comparisons by study and arm, of the arms that have a row."""
-    known = [(row["arm"], row["test"]) for row in rows if row["final"]]
-    found: dict[str, dict[str, Compared]] = {}
+    results = [(row["arm"], row["test"]) for row in rows if row["final"]]
+    arms_by_table: dict[str, dict[str, Compared]] = {}
     for study, arms in STUDIES.items():
-        own = {
+        accuracies = {
             n: test
             for n, (arm, _) in arms.items()
-            for of, test in known
-            if of == dataclasses.asdict(arm)
+            for name_of_arm, test in results
+            if name_of_arm == dataclasses.asdict(arm)
         }
-        for name, values in own.items():
-            other, paper, beside = reference(study, name), None, NONE
-            if other in own and other is not None:
-                printed = [arms[each][1] for each in (name, other)]
+        for name, values in accuracies.items():
+            other = reference(study, name)
+            paper = None
+            beside = NONE
+            if other in accuracies and other is not None:
+                printed = [arms[name_of_pair][1] for name_of_pair in (name, other)]
                 paper = None if None in printed else round(printed[0] - printed[1], 1)  # type: ignore[operator]
                 beside = other.partition(": ")[2] or other.partition(", ")[0]
             compared = Compared(
-                values, own.get(other or ""), "no warm start" if study == "8" else beside, paper
+                values,
+                accuracies.get(other or ""),
+                "no warm start" if study == "8" else beside,
+                paper,
             )
-            found.setdefault(study, {})[name] = compared
-    return found
+            arms_by_table.setdefault(study, {})[name] = compared
+    return arms_by_table
 
 
 def verdicts(rows: Sequence[Row]) -> Counter[str]:
     """Return how often each verdict is given, of the paper's differences that are not zero."""
-    every = (each for arms in comparisons(rows).values() for each in arms.values())
-    return Counter(each.verdict for each in every if each.paper)
+    compared = (comparison for arms in comparisons(rows).values() for comparison in arms.values())
+    return Counter(comparison.verdict for comparison in compared if comparison.paper)
 
 
 def further(arms: dict[str, Compared], pairs: Sequence[tuple[str, str]]) -> str:
@@ -532,11 +574,12 @@ def further(arms: dict[str, Compared], pairs: Sequence[tuple[str, str]]) -> str:
     pairs = [pair for pair in pairs if set(pair) <= arms.keys()]
     lines = []
     for first, second in pairs:
-        values, others = arms[first].first, arms[second].first
-        gain, p = harness.difference(values, others)
-        exact = paired_test(values, others).p
+        values = arms[first].first
+        other_values = arms[second].first
+        gain, p = harness.difference(values, other_values)
+        exact = paired_test(values, other_values).p
         corrected = NONE if exact is None else f"{min(1.0, len(pairs) * exact):.2g}"
-        interval = harness.between(values, others)
+        interval = harness.between(values, other_values)
         lines.append([first, second, gain, interval, p, corrected])
     head = ["arm", "minus", "difference", "95 %", "p", f"p, {len(pairs)} times"]
     return harness.grid(head, lines, names=2)
@@ -564,15 +607,24 @@ def block(rows: Sequence[Row]) -> str:
     ]
     for study, arms in comparisons(rows).items():
         lines = []
-        for name, each in arms.items():
-            cells = [name, harness.spread(each.first), *[NONE] * 4]
+        for name, comparison in arms.items():
+            cells = [name, harness.spread(comparison.first), *[NONE] * 4]
             printed = STUDIES[study][name][1]
-            if each.second:
-                gain, p = harness.difference(each.first, each.second)
-                cells[2:] = [each.beside, gain, harness.between(each.first, each.second), p]
+            if comparison.second:
+                gain, p = harness.difference(comparison.first, comparison.second)
+                cells[2:] = [
+                    comparison.beside,
+                    gain,
+                    harness.between(comparison.first, comparison.second),
+                    p,
+                ]
             cells.append(NONE if printed is None else f"{printed:.1f}")
             lines.append(
-                [*cells, NONE if each.paper is None else f"{each.paper:+.1f}", each.verdict]
+                [
+                    *cells,
+                    NONE if comparison.paper is None else f"{comparison.paper:+.1f}",
+                    comparison.verdict,
+                ]
             )
         parts.append(f"**{HEADINGS[study]}**\n\n{harness.grid(head, lines, 'lrlrrrrrl')}")
         for question, pairs in FURTHER.get(study, {}).items():
@@ -585,10 +637,10 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     panels = {
         HEADINGS[study].partition(" (")[0]: [
             Bar(f"{name.replace('augmentation', 'aug.').replace(' of the unlabeled', '')} − "
-                f"{each.beside}",
-                each.first, each.second, other=each.paper)
-            for name, each in arms.items()
-            if each.second
+                f"{comparison.beside}",
+                comparison.first, comparison.second, other=comparison.paper)
+            for name, comparison in arms.items()
+            if comparison.second
         ]
         for study, arms in comparisons(rows).items()
     }  # fmt: skip
@@ -602,16 +654,16 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    given = harness.parsed(harness.arguments(__doc__, RAW))
+    args = harness.parsed(harness.arguments(__doc__, RAW))
     torch.set_num_threads(1)
-    if given.runs and given.miniature:
-        study((300, 301), (320,), ARMS[::5], 10**9, given.out)
-    elif given.runs:
-        study(tuple(range(300, 312)), (320, 321, 322), ARMS, 1, given.out)
-    rows = harness.read(given.out, "final")
-    harness.show(given.write, "noisy-student-studies", block(rows))
-    if given.write:
-        draw(harness.figure_of(given.write, f"{given.out.stem}.png"), rows)
+    if args.runs and args.miniature:
+        study((300, 301), (320,), ARMS[::5], 10**9, args.out)
+    elif args.runs:
+        study(tuple(range(300, 312)), (320, 321, 322), ARMS, 1, args.out)
+    rows = harness.read(args.out, "final")
+    harness.show(args.write, "noisy-student-studies", block(rows))
+    if args.write:
+        draw(harness.figure_of(args.write, f"{args.out.stem}.png"), rows)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ from torchvision.ops import StochasticDepth
 from metapl.apps.images import Pictures
 from metapl.apps.label_selection import select
 from metapl.apps.label_store import LabelStore, LabelWriter
-from metapl.apps.model_noise import NoisyStudentLoss
 from metapl.apps.noisy_student import (
     STOCHASTIC_DEPTH,
     THRESHOLD,
@@ -55,7 +54,12 @@ from metapl.apps.noisy_student import (
     PseudoLabeledBatches,
     end_matched,
 )
-from metapl.apps.pictures import (
+from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.train import evaluated
+from metapl.data.draws import fold_in
+from metapl.data.steps import StepSampler
+from metapl.metrics.predictions import logits_of
+from metapl.pictures import (
     EvaluationBatches,
     Identity,
     LabeledBatches,
@@ -64,11 +68,7 @@ from metapl.apps.pictures import (
     Weak,
     load_digits_split,
 )
-from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.train import evaluated
-from metapl.data.draws import fold_in
-from metapl.data.steps import StepSampler
-from metapl.metrics.predictions import logits_of
+from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import decay_interval

@@ -54,8 +54,10 @@ RESULT = RESULTS / "peers.json"
 LEARNING_RATE = 0.1
 CAUSAL = "causal LM, default attention"
 NETWORKS = ("MLP", "transformer", CAUSAL, "WRN-28-2")
-TRUTH, HAND = "double backward by hand, float64", "double backward by hand"
-FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
+TRUTH = "double backward by hand, float64"
+HAND = "double backward by hand"
+FORWARD = "metapl, forward"
+UNROLLED = "metapl, unrolled"
 RECOMPUTED = f"{FORWARD}, teacher recomputed"
 COMPILED = f"{FORWARD}, compiled"
 OWN = (FORWARD, RECOMPUTED, UNROLLED, COMPILED)
@@ -75,7 +77,8 @@ class Tokens(nn.Module):
         layer = nn.TransformerEncoderLayer(
             64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
         )
-        self.embed, self.head = nn.Linear(8, 64), nn.Linear(64, 10)
+        self.embed = nn.Linear(8, 64)
+        self.head = nn.Linear(64, 10)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,8 +101,10 @@ class CausalLM(nn.Module):
         outputs: int = 256,
     ) -> None:
         super().__init__()
-        self.embed, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
-        self.each, self.head = head, nn.Linear(width, outputs)
+        self.embed = nn.Embedding(words, width)
+        self.place = nn.Embedding(length, width)
+        self.of_token = head
+        self.head = nn.Linear(width, outputs)
         self.blocks = nn.ModuleList()
         for _ in range(depth):
             block = {
@@ -120,7 +125,7 @@ class CausalLM(nn.Module):
         h = self.embed(x) + self.place.weight
         for block in self.blocks:
             parts = block["qkv"](block["norm"](h)).chunk(3, -1)
-            q, k, v = (t.unflatten(-1, (-1, self.each)).transpose(1, 2) for t in parts)
+            q, k, v = (t.unflatten(-1, (-1, self.of_token)).transpose(1, 2) for t in parts)
             heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             h = h + block["out"](heads.transpose(1, 2).flatten(2))
             h = h + block["mlp"](h)
@@ -140,13 +145,17 @@ def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
     elif network == "transformer":
         teacher, student, shape = Tokens(), Tokens(), (32, 16, 8)
     elif network == CAUSAL:
-        teacher, student = CausalLM().to(device, dtype), CausalLM().to(device, dtype)
+        teacher = CausalLM().to(device, dtype)
+        student = CausalLM().to(device, dtype)
         x, u = (torch.randint(0, 256, (16, 32), device=device) for _ in range(2))
         return teacher, student, (x, torch.randint(0, 256, (16,), device=device)), u
     else:
         teacher, student, shape = wide_resnet28_2(), wide_resnet28_2(), (16, 3, 32, 32)
-    x, u, y = torch.randn(shape), torch.randn(shape), torch.randint(0, 10, shape[:1])
-    teacher, student = teacher.to(device, dtype), student.to(device, dtype)
+    x = torch.randn(shape)
+    u = torch.randn(shape)
+    y = torch.randint(0, 10, shape[:1])
+    teacher = teacher.to(device, dtype)
+    student = student.to(device, dtype)
     return teacher, student, (x.to(device, dtype), y.to(device)), u.to(device, dtype)
 
 
@@ -194,9 +203,13 @@ def by_metapl(mode: Any, **options: Any) -> Any:
         unlabeled = u if steps == 1 else metapl.Lookahead([u] * steps)
         if student not in optimizers:
             optimizers[student] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-        given = {"labeled": labeled, "unlabeled": unlabeled, "inner_optimizer": optimizers[student]}
-        found = metapl.hypergradient(teacher, student, mode=mode, **given, **options)
-        return list(found.grads.values())
+        inputs = {
+            "labeled": labeled,
+            "unlabeled": unlabeled,
+            "inner_optimizer": optimizers[student],
+        }
+        result = metapl.hypergradient(teacher, student, mode=mode, **inputs, **options)
+        return list(result.grads.values())
 
     return gradient
 
@@ -225,13 +238,13 @@ def by_torchopt(
     import torchopt
 
     inner = torchopt.MetaSGD(student, lr=LEARNING_RATE)
-    before = torchopt.extract_state_dict(student, by="reference", with_buffers=True)
+    state_before = torchopt.extract_state_dict(student, by="reference", with_buffers=True)
     for _ in range(steps):
         inner.step(inner_loss(student, teacher, u))
     outer = F.cross_entropy(student(labeled[0]), labeled[1])
-    found = torch.autograd.grad(outer, list(teacher.parameters()))
-    torchopt.recover_state_dict(student, before)
-    return found
+    gradients = torch.autograd.grad(outer, list(teacher.parameters()))
+    torchopt.recover_state_dict(student, state_before)
+    return gradients
 
 
 def lower_level(
@@ -303,15 +316,15 @@ def plain_steps(
     params: dict[str, Tensor] = {
         name: p.detach().requires_grad_() for name, p in student.named_parameters()
     }
-    found = [params]
+    path = [params]
     for _ in range(steps):
         with torch.no_grad():
             q = teacher(u).softmax(-1)
         loss = F.cross_entropy(functional_call(student, params, (u,)), q)
         pairs = zip(params.items(), torch.autograd.grad(loss, list(params.values())), strict=True)
         params = {name: (p.detach() - LEARNING_RATE * g).requires_grad_() for (name, p), g in pairs}
-        found.append(params)
-    return found
+        path.append(params)
+    return path
 
 
 def by_betty(
@@ -329,15 +342,15 @@ def by_betty(
     size = 0.01 / torch.linalg.vector_norm(torch.cat([g.flatten() for g in v]))
     sides = []
     for sign in (1, -1):
-        at = {
+        moved = {
             n: (p.detach() + sign * size * g).requires_grad_()
             for (n, p), g in zip(params.items(), v, strict=True)
         }
         sides.append(
-            torch.autograd.grad(inner_loss(student, teacher, u, at), list(teacher.parameters()))
+            torch.autograd.grad(inner_loss(student, teacher, u, moved), list(teacher.parameters()))
         )
     return [
-        -LEARNING_RATE * (ahead - behind) / (2 * size) for ahead, behind in zip(*sides, strict=True)
+        -LEARNING_RATE * (plus - minus) / (2 * size) for plus, minus in zip(*sides, strict=True)
     ]
 
 
@@ -351,20 +364,20 @@ def by_mixflow(
     networks; each step's passes are run again from its kept weights, and no graph outlives its
     step.
     """
-    *before, last = plain_steps(teacher, student, u, steps)
+    *earlier, last = plain_steps(teacher, student, u, steps)
     outer = F.cross_entropy(functional_call(student, last, (labeled[0],)), labeled[1])
     v = torch.autograd.grad(outer, list(last.values()))
     learned = list(teacher.parameters())
     total = [torch.zeros_like(p) for p in learned]
-    for number, params in reversed(list(enumerate(before))):
+    for number, params in reversed(list(enumerate(earlier))):
         with forward_ad.dual_level():
             pairs = zip(params.items(), v, strict=True)
-            at = {name: forward_ad.make_dual(p, -LEARNING_RATE * g) for (name, p), g in pairs}
-            loss = inner_loss(student, teacher, u, at)
+            duals = {name: forward_ad.make_dual(p, -LEARNING_RATE * g) for (name, p), g in pairs}
+            loss = inner_loss(student, teacher, u, duals)
             # The first step needs no product with the Hessian.
             ends = [
                 *learned,
-                *(at.values() if number else ()),
+                *(duals.values() if number else ()),
             ]
             slopes = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss, ends)]
         total = [t if s is None else t + s for t, s in zip(total, slopes, strict=False)]
@@ -400,33 +413,33 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
     options = {RECOMPUTED: {"recompute_teacher": True}, COMPILED: {"compile": True}}.get(
         library, {}
     )
-    own = by_metapl(library.split(", ")[1], **options) if library in OWN else None
+    rival_of_ours = by_metapl(library.split(", ")[1], **options) if library in OWN else None
     # Of (teacher, student, both batches, steps).
-    gradient = by_hand if library in (TRUTH, HAND) else own or PEERS[library][1]
+    gradient = by_hand if library in (TRUTH, HAND) else rival_of_ours or PEERS[library][1]
     # By hand one knows that the default attention has no second derivative.
     if network != CAUSAL or library in (TRUTH, HAND):
         gradient = sdpa_kernel(SDPBackend.MATH)(gradient)
     if library == TRUTH:
         torch.save(gradient(*case(network, device, torch.float64), steps), truth)
         return {}
-    given = case(network, device)
+    inputs = case(network, device)
     exact = torch.cat([g.flatten() for g in torch.load(truth)])
     began = time.perf_counter()
-    found = torch.cat([g.flatten().double() for g in gradient(*given, steps)])
+    gradient_vector = torch.cat([g.flatten().double() for g in gradient(*inputs, steps)])
     first = time.perf_counter() - began
     clock = time.perf_counter if device == "cuda" else time.process_time
     seconds = []
     for _ in range(calls):
         since = clock()
-        gradient(*given, steps)
+        gradient(*inputs, steps)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(clock() - since)
     return {
-        "error": float((found - exact).norm() / exact.norm()),
+        "error": float((gradient_vector - exact).norm() / exact.norm()),
         "seconds": statistics.median(seconds),
         "first": first,
-        "bytes": peak_bytes(lambda: gradient(*given, steps), torch.device(device)),
+        "bytes": peak_bytes(lambda: gradient(*inputs, steps), torch.device(device)),
     }
 
 
@@ -440,12 +453,14 @@ def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
     """
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
-    where = [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    here = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
-    theirs = subprocess.run(
-        [python, *where[1:]], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    (Path(theirs) / "shared.pth").write_text(here + "\n")
+
+    def printed(interpreter: str) -> str:
+        command = [interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    # A .pth file in the packages of the new environment lets it read those of this one.
+    packages_here = printed(sys.executable)
+    (Path(printed(python)) / "shared.pth").write_text(packages_here + "\n")
     install = [python, "-m", "pip", "install", "--quiet", *["--no-deps"] * alone, *packages]
     words = subprocess.run(install, capture_output=True, text=True, check=False)
     if words.returncode == 0:
@@ -462,10 +477,10 @@ def installed(packages: Sequence[str], folder: Path, alone: bool = True) -> str:
     )
 
 
-def call(python: str, *given: Any) -> Row:
+def call(python: str, *words: Any) -> Row:
     """Return :func:`measure` in a process of its own; what it raised is in ``reason``."""
     try:
-        row: Row = apart(f"peers.measure(*{given!r})", python)
+        row: Row = apart(f"peers.measure(*{words!r})", python)
     except RuntimeError as error:
         raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*Error\b", line)]
         return {"reason": f"stops: {(raised or [str(error)])[-1][:150].split(' because ')[0]}"}
@@ -478,7 +493,8 @@ def interpreters(folder: Path, miniature: bool) -> tuple[dict[str, str], dict[st
     A miniature takes what is installed here.
     """
     ours = OWN[:1] if miniature else OWN
-    pythons, reasons = dict.fromkeys(ours, sys.executable), dict[str, str]()
+    pythons = dict.fromkeys(ours, sys.executable)
+    reasons = dict[str, str]()
     for library, (packages, gradient) in PEERS.items():
         is_here = (
             library.startswith("TorchOpt") and importlib.util.find_spec("torchopt") is not None
@@ -513,16 +529,16 @@ def summary(rows: Sequence[Row]) -> Row:
     return medians | {"each": [row["seconds"] for row in rows]}
 
 
-def run(given: Any) -> None:
+def run(args: Any) -> None:
     """Measure all, each round in a drawn order; the result is written after each round."""
     result: Row = {"measured_on": environment()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = ("MLP",) if given.miniature else NETWORKS
-    ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
+    networks = ("MLP",) if args.miniature else NETWORKS
+    lookaheads, rounds = ((2,), 1) if args.miniature else ((1, 10), args.rounds)
     measured: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        pythons, result["not_installed"] = interpreters(Path(folder), given.miniature)
-        cases = [(network, steps) for network in networks for steps in ahead]
+        pythons, result["not_installed"] = interpreters(Path(folder), args.miniature)
+        cases = [(network, steps) for network in networks for steps in lookaheads]
         truths = {case: str(Path(folder) / f"{case[0]}-{case[1]}.pt") for case in cases}
         for network, steps in cases:
             truth = call(sys.executable, TRUTH, network, steps, 0, truths[network, steps], device)
@@ -548,9 +564,9 @@ def run(given: Any) -> None:
                         device,
                     )
                 measured.setdefault((library, network, steps), []).append(row)
-                where = f"round {number}, {done}/{len(jobs)}"
+                progress = f"round {number}, {done}/{len(jobs)}"
                 print(
-                    f"[{where}] {library}, {network}, K = {steps}: {row}",
+                    f"[{progress}] {library}, {network}, K = {steps}: {row}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -558,7 +574,7 @@ def run(given: Any) -> None:
                 {"library": library, "network": network, "steps": steps, **summary(rows)}
                 for (library, network, steps), rows in sorted(measured.items())
             ]
-            write_json(given.out, result)
+            write_json(args.out, result)
 
 
 def table(result: Row) -> str:
@@ -566,9 +582,9 @@ def table(result: Row) -> str:
     rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
     lines = []
     for network, steps in sorted(
-        {key[:2] for key in rows}, key=lambda at: (NETWORKS.index(at[0]), at[1])
+        {key[:2] for key in rows}, key=lambda size: (NETWORKS.index(size[0]), size[1])
     ):
-        own = rows[network, steps, FORWARD]
+        ours = rows[network, steps, FORWARD]
         for library in (library for library in (*OWN, *PEERS) if (network, steps, library) in rows):
             row = rows[network, steps, library]
             cold = (
@@ -580,7 +596,7 @@ def table(result: Row) -> str:
             if "reason" not in row:
                 cells = [
                     f"{row['error']:.1e}",
-                    *(f"{row[key] / own[key]:.2f}" for key in ("seconds", "bytes")),
+                    *(f"{row[key] / ours[key]:.2f}" for key in ("seconds", "bytes")),
                 ]
                 cells += [f"{1e3 * row['seconds']:.3g}", f"{row['bytes'] / 1e6:.3g}"]
             lines.append([network, steps, library + cold, *cells])
@@ -606,10 +622,10 @@ def missing(result: Row) -> str:
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
-    given = parsed(parser)
-    if given.runs:
-        run(given)
-    show(given.write, "peers", table(loaded(given.out)))
+    args = parsed(parser)
+    if args.runs:
+        run(args)
+    show(args.write, "peers", table(loaded(args.out)))
 
 
 if __name__ == "__main__":

@@ -134,24 +134,24 @@ def main() -> None:
     parser.add_argument(
         "--root", default="/usr/share/datasets/fashion-mnist", help="the folder of the four files"
     )
-    given = harness.parsed(parser)
-    if given.runs:
+    args = harness.parsed(parser)
+    if args.runs:
         torch.set_num_threads(1)
-        steps = 6 if given.miniature else STEPS
+        steps = 6 if args.miniature else STEPS
         jobs = [
             {"row": row, "method": method, "seed": 0, "steps": steps}
             for method in METHODS
             for row in ROWS
         ]
         with tempfile.TemporaryDirectory() as folder:
-            train = partial(run, root=given.root)
-            if given.miniature:
+            train = partial(run, root=args.root)
+            if args.miniature:
                 write_noise(Path(folder))
                 train = partial(
                     run, root=folder, more=("--labels-per-class", "2", "--validation", "10")
                 )
-            harness.go_on(given.out, jobs, train, environment=harness.environment())
-    show(given.write, "protocol_rows", table(read(given.out, having="row")))
+            harness.go_on(args.out, jobs, train, environment=harness.environment())
+    show(args.write, "protocol_rows", table(read(args.out, having="row")))
 
 
 if __name__ == "__main__":

@@ -34,13 +34,14 @@ import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.apps.digits import METHODS
 from metapl.apps.networks import create
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.problems import ReducedLabels
 
 RAW = RESULTS / "reduced.jsonl"
 PLAIN = "plain training on stored labels"
 BOTH = "plain training on stored and on given labels"
-STEPS: dict[str, tuple[str, str]] = {  # method and mode
+# Each has a method and a mode.
+STEPS: dict[str, tuple[str, str]] = {
     PLAIN: ("plain", "none"),
     BOTH: ("plain", "labeled too"),
     "Reduced MPL, reinforce": ("reduced", "reinforce"),
@@ -50,7 +51,8 @@ STEPS: dict[str, tuple[str, str]] = {  # method and mode
     "MPL, forward": ("mpl", "forward"),
 }
 CASES = {"WRN-28-2": ("wide_resnet28_2", 16, 32), "EfficientNet-B0": ("efficientnet_b0", 8, 64)}
-SMALL = {"pooled_cnn": ("pooled_cnn", 4, 16)}  # of a miniature
+# The case of a miniature.
+SMALL = {"pooled_cnn": ("pooled_cnn", 4, 16)}
 CLASSES = 10
 READOUTS = ("student", "finetuned")
 
@@ -61,7 +63,8 @@ def measure(case: str, name: str, steps: int) -> Row:
     torch.manual_seed(0)
     student = create(network, CLASSES)
     x, u = (torch.randn(batch, 3, side, side) for _ in range(2))
-    y, stored = torch.randint(0, CLASSES, (batch,)), torch.rand(batch, CLASSES).softmax(-1)
+    y = torch.randint(0, CLASSES, (batch,))
+    stored = torch.rand(batch, CLASSES).softmax(-1)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -79,10 +82,13 @@ def measure(case: str, name: str, steps: int) -> Row:
     step: Callable[[], Any] = plain
     if method != "plain":
         reduced = method == "reduced"
-        networks.append(label_adjuster(CLASSES) if reduced else create(network, CLASSES))
-        given: Row = {"problem": ReducedLabels() if reduced else None, "inner_optimizer": optimizer}
+        networks.append(LabelAdjuster(CLASSES) if reduced else create(network, CLASSES))
+        options: Row = {
+            "problem": ReducedLabels() if reduced else None,
+            "inner_optimizer": optimizer,
+        }
         trainer = metapl.BilevelTrainer(
-            networks[1], student, mode, **given, recompute_teacher=not reduced
+            networks[1], student, mode, **options, recompute_teacher=not reduced
         )
         batches: Any = ((x, y, stored), (u, stored)) if reduced else ((x, y), u)
 
@@ -107,11 +113,15 @@ def step_of(case: str, name: str, turns: int) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Return tables of the costs of a step, and of the accuracies on the digits."""
-    known = {(row["case"], row["name"]): row for row in rows if "case" in row}
-    cases = sorted({case for case, _ in known})
-    costs, lines = list[Any](), list[Any]()
-    for case, name in ((case, name) for case in cases for name in STEPS if (case, name) in known):
-        row, plain = known[case, name], known[case, PLAIN]
+    rows_by_name = {(row["case"], row["name"]): row for row in rows if "case" in row}
+    cases = sorted({case for case, _ in rows_by_name})
+    costs = list[Any]()
+    lines = list[Any]()
+    for case, name in (
+        (case, name) for case in cases for name in STEPS if (case, name) in rows_by_name
+    ):
+        row = rows_by_name[case, name]
+        plain = rows_by_name[case, PLAIN]
         over = [f"{row[key] / plain[key]:.2f}" for key in ("seconds", "bytes")]
         size = [
             f"{1e3 * row['seconds']:.0f}",
@@ -126,12 +136,12 @@ def table(rows: Sequence[Row]) -> str:
             [row[f"{name}_test"] for row in final if row["method"] == method] for name in READOUTS
         ]
 
-    own = column("reduced_mpl")
+    of_reduced_mpl = column("reduced_mpl")
     for method in dict.fromkeys(row["method"] for row in final):
         reached = column(method)
         beside = [NONE] * 6
         if method != "reduced_mpl":
-            pairs = zip(own, reached, strict=True)
+            pairs = zip(of_reduced_mpl, reached, strict=True)
             beside = [
                 cell
                 for a, b in pairs
@@ -142,7 +152,7 @@ def table(rows: Sequence[Row]) -> str:
     about = [
         "method",
         *READOUTS,
-        *(f"{name}: {what}" for name in READOUTS for what in ("difference", "p", "95 %")),
+        *(f"{name}: {figure}" for name in READOUTS for figure in ("difference", "p", "95 %")),
     ]
     return "\n\n".join(
         [harness.grid(head, costs, names=2), *([harness.grid(about, lines)] if lines else [])]
@@ -150,16 +160,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    given = harness.parsed(harness.arguments(__doc__, RAW))
-    if given.runs:
-        turns, cases = (1, SMALL) if given.miniature else (3, CASES)
-        names = (PLAIN, "Reduced MPL, reinforce") if given.miniature else STEPS
+    args = harness.parsed(harness.arguments(__doc__, RAW))
+    if args.runs:
+        turns, cases = (1, SMALL) if args.miniature else (3, CASES)
+        names = (PLAIN, "Reduced MPL, reinforce") if args.miniature else STEPS
         jobs = list(harness.every(case=tuple(cases), name=tuple(names)))
         random.Random(0).shuffle(jobs)
         harness.go_on(
-            given.out, jobs, partial(step_of, turns=turns), measured_on=harness.environment()
+            args.out, jobs, partial(step_of, turns=turns), measured_on=harness.environment()
         )
-    harness.show(given.write, "reduced", table(harness.read(given.out)))
+    harness.show(args.write, "reduced", table(harness.read(args.out)))
 
 
 if __name__ == "__main__":

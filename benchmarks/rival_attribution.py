@@ -75,7 +75,8 @@ WORDS = FALLS | {
 }
 SETTINGS = {"perceptron, SGD": FALLS, "causal transformer, AdamW": WORDS}
 SETTINGS["causal transformer, AdamW, ε = 1e-3"] = WORDS | {"eps": 1e-3}
-COSTS = {"perceptron, SGD": (500, 3), "causal transformer, AdamW": (50, 1)}  # steps and rounds
+# Each has steps and rounds.
+COSTS = {"perceptron, SGD": (500, 3), "causal transformer, AdamW": (50, 1)}
 SCORED = (
     ("perceptron, SGD", 100),
     ("perceptron, SGD", 500),
@@ -111,22 +112,23 @@ def training(setting: Row, steps: int, seed: int, dtype: torch.dtype) -> Row:
     }
 
 
-def begun(given: Row) -> tuple[nn.Module, torch.optim.Optimizer]:
-    network, optimizer = attribution.built(given["setting"], given["seed"])
-    network.to(next(iter(given["weights"].values())).dtype).load_state_dict(given["weights"])
+def begun(inputs: Row) -> tuple[nn.Module, torch.optim.Optimizer]:
+    network, optimizer = attribution.built(inputs["setting"], inputs["seed"])
+    network.to(next(iter(inputs["weights"].values())).dtype).load_state_dict(inputs["weights"])
     return network, optimizer
 
 
-HELD = dict[Tensor, Any]()  # a compiled training is known by its problem, student and optimizer
+# A compiled training is known by its problem, student and optimizer, which are kept here.
+KEPT_TRAININGS = dict[Tensor, Any]()
 
 
-def by_metapl(given: Row, way: str = "") -> Any:
+def by_metapl(inputs: Row, way: str = "") -> Any:
     """Return scores, (N,), and the outer loss; no way: a plain training."""
     (network, optimizer), (x, y), order, setting = (
-        begun(given),
-        given["train"],
-        given["order"],
-        given["setting"],
+        begun(inputs),
+        inputs["train"],
+        inputs["order"],
+        inputs["setting"],
     )
     if not way:
         for step, rows in enumerate(order):
@@ -136,38 +138,39 @@ def by_metapl(given: Row, way: str = "") -> Any:
             optimizer.step()
         return None
     problem: Any = metapl.problems.NextToken() if setting["network"] == "words" else None
-    network, optimizer, problem = HELD.setdefault(x, (network, optimizer, problem))
+    network, optimizer, problem = KEPT_TRAININGS.setdefault(x, (network, optimizer, problem))
     modes = {
         "tree": Forward(keep="tree"),
         "every √K-th": Forward(keep_every=max(2, math.isqrt(len(order)))),
     }
     factors = [factor(setting, step, len(order)) for step in range(len(order))]
     rates = setting["lr"] * torch.tensor(factors, dtype=torch.float64)[:, None]
-    found = metapl.attribute(
+    attribution_of = metapl.attribute(
         network,
-        given["train"],
-        given["outer"],
+        inputs["train"],
+        inputs["outer"],
         optimizer=optimizer,
         steps=len(order),
         batch_size=setting["batch"],
         settings={"lr": rates},
-        generator=torch.Generator().manual_seed(given["seed"]),
+        generator=torch.Generator().manual_seed(inputs["seed"]),
         problem=problem,
         mode=modes.get(way, Forward(keep_every=1)),
         compile=way.startswith("compiled"),
         progress=False,
     )
-    assert torch.equal(found.order, order)
-    return found.scores, found.outer_loss
+    assert torch.equal(attribution_of.order, order)
+    return attribution_of.scores, attribution_of.outer_loss
 
 
 class Stream:
     """What bergson's Trainer asks of a data stream."""
 
-    requires_grad, device = True, torch.device("cpu")
+    requires_grad = True
+    device = torch.device("cpu")
 
-    def __init__(self, given: Row) -> None:
-        (self.x, self.y), self.order = given["train"], given["order"]
+    def __init__(self, inputs: Row) -> None:
+        (self.x, self.y), self.order = inputs["train"], inputs["order"]
         self.weights = nn.Parameter(torch.ones(len(self.x), dtype=torch.float64))
 
     def __len__(self) -> int:
@@ -189,7 +192,7 @@ class Weighted(nn.Module):
         return (weights * losses_of(self.network(input_ids), y)).mean()
 
 
-def by_bergson(given: Row, way: str = "") -> Any:
+def by_bergson(inputs: Row, way: str = "") -> Any:
     """Return scores and outer loss likewise; bergson's save modes are the ways."""
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
@@ -197,21 +200,27 @@ def by_bergson(given: Row, way: str = "") -> Any:
     # TorchOpt's step counts become tensors of the default type, and with them rates and bias
     # corrections.
     torch.set_default_dtype(torch.float32 if way == NARROW else torch.float64)
-    setting, steps, mode = given["setting"], len(given["order"]), way.split(",")[0] or "all"
+    setting = inputs["setting"]
+    steps = len(inputs["order"])
+    mode = way.split(",")[0] or "all"
     rate = partial(lambda step: setting["lr"] * factor(setting, step, steps))
     rule = torchopt.sgd(rate, momentum=setting["momentum"])
-    if setting["rule"] == "adam":  # the root of zero has no derivative
+    # The root of zero has no derivative, so AdamW's has a small number under it.
+    if setting["rule"] == "adam":
         rule = torchopt.adamw(
             rate, eps=setting["eps"], eps_root=1e-30, weight_decay=setting["decay"]
         )
     with sdpa_kernel(SDPBackend.MATH), tempfile.TemporaryDirectory() as folder:
-        trainer, state = Trainer.initialize(Weighted(begun(given)[0]), rule)
-        stream, kept = Stream(given), folder if way else None
-        state = trainer.train(state.detach_(), stream, inplace=True, save_dir=kept, save_mode=mode)
+        trainer, state = Trainer.initialize(Weighted(begun(inputs)[0]), rule)
+        stream = Stream(inputs)
+        keep_on = folder if way else None
+        state = trainer.train(
+            state.detach_(), stream, inplace=True, save_dir=keep_on, save_mode=mode
+        )
         if not way:
             return None
         with state.activate(trainer.model) as params:
-            outer = trainer.model(*given["outer"])
+            outer = trainer.model(*inputs["outer"])
             grads = dict(
                 zip(params, torch.autograd.grad(outer, list(params.values())), strict=True)
             )
@@ -221,23 +230,25 @@ def by_bergson(given: Row, way: str = "") -> Any:
     return -adjoint.weight_grads.detach(), outer.detach()
 
 
-def measure(library: str, given: Row, rounds: int, ways: tuple[str, ...]) -> list[Row]:
+def measure(library: str, inputs: Row, rounds: int, ways: tuple[str, ...]) -> list[Row]:
     """Measure some ways of a library, in the process that it is called in.
 
     What a first call loads or compiles is not timed.
     """
-    by: Any = {"metapl": by_metapl, "bergson": by_bergson}[library]
+    score: Any = {"metapl": by_metapl, "bergson": by_bergson}[library]
     rows: dict[str, Row] = {way: {"way": way, "seconds": [], "plain_seconds": []} for way in ways}
-    found = {way: by(given | {"order": given["order"][:3]}, way) for way in ("", *ways)}
+    scores_by_way = {
+        way: score(inputs | {"order": inputs["order"][:3]}, way) for way in ("", *ways)
+    }
     for _ in range(rounds):
         for way, row in rows.items():
-            for name, own in (("plain_seconds", ""), ("seconds", way)):
+            for name, way_of_column in (("plain_seconds", ""), ("seconds", way)):
                 start = time.process_time()
-                found[own] = by(given, own)
+                scores_by_way[way_of_column] = score(inputs, way_of_column)
                 row[name].append(time.process_time() - start)
     for way, row in rows.items():
-        row["bytes"] = peak_bytes(partial(by, given, way), torch.device("cpu"))
-        row |= {"scores": found[way][0].tolist(), "loss": float(found[way][1])}
+        row["bytes"] = peak_bytes(partial(score, inputs, way), torch.device("cpu"))
+        row |= {"scores": scores_by_way[way][0].tolist(), "loss": float(scores_by_way[way][1])}
         row |= {"torch": torch.__version__, "version": version(library)}
     return list(rows.values())
 
@@ -247,15 +258,13 @@ def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bo
 
     One round leaves the first way out.
     """
-    given, scores, rows = (
-        training(SETTINGS[case], steps, 0, torch.float64),
-        dict[str, Tensor](),
-        list[Row](),
-    )
+    inputs = training(SETTINGS[case], steps, 0, torch.float64)
+    scores = dict[str, Tensor]()
+    rows = list[Row]()
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(given, Path(folder) / "training.pt")
-        for library, every in LIBRARIES.items():
-            ways = every[rounds == 1 :]
+        torch.save(inputs, Path(folder) / "training.pt")
+        for library, ways_of_library in LIBRARIES.items():
+            ways = ways_of_library[1:] if rounds == 1 else ways_of_library
             if library == "bergson" and python is None:
                 rows.append({"library": library, "reason": "skipped: no --rival-python"})
                 continue
@@ -265,35 +274,47 @@ def costs(case: str, steps: int, rounds: int, python: Path | None, miniature: bo
             )
             with_library = str(python) if library == "bergson" else sys.executable
             try:
-                found = (
-                    measure(library, given, rounds, ways) if miniature else apart(use, with_library)
+                measured_rows = (
+                    measure(library, inputs, rounds, ways)
+                    if miniature
+                    else apart(use, with_library)
                 )
             except RuntimeError as error:
                 rows.append(
                     {"library": library, "reason": f"stops: {str(error).splitlines()[-1][:150]}"}
                 )
                 continue
-            for own in found:
-                scores[own["way"]] = torch.tensor(own.pop("scores"), dtype=torch.float64)
-                rows.append({"library": library, **own})
+            for row_of_library in measured_rows:
+                scores[row_of_library["way"]] = torch.tensor(
+                    row_of_library.pop("scores"), dtype=torch.float64
+                )
+                rows.append({"library": library, **row_of_library})
     for row in rows:
         if row.get("way"):
-            own, exact = scores[row["way"]], scores["all kept"]
-            row["error"] = float((own - exact).abs().max() / exact.abs().max())
-            row["cosine"] = float(F.cosine_similarity(own, exact, dim=0))
+            of_way = scores[row["way"]]
+            exact = scores["all kept"]
+            row["error"] = float((of_way - exact).abs().max() / exact.abs().max())
+            row["cosine"] = float(F.cosine_similarity(of_way, exact, dim=0))
     return rows
 
 
 def lds(case: str, steps: int, seed: int, removals: int) -> Row:
-    given = training(SETTINGS[case], steps, seed, torch.float32)
+    inputs = training(SETTINGS[case], steps, seed, torch.float32)
     start = time.process_time()
-    scores, loss = by_metapl(given, "all kept")
+    scores, loss = by_metapl(inputs, "all kept")
     row: Row = {"removals": removals, "seconds": {"scores": time.process_time() - start}}
     sets, weights = attribution.removed(len(scores), SHARES, removals, seed)
     start = time.process_time()
     with sdpa_kernel(SDPBackend.MATH):
-        how = given["setting"], seed, given["order"], given["train"], given["outer"], weights
-        base, *without = attribution.retrained(*how).double()
+        retraining = (
+            inputs["setting"],
+            seed,
+            inputs["order"],
+            inputs["train"],
+            inputs["outer"],
+            weights,
+        )
+        base, *without = attribution.retrained(*retraining).double()
     row["seconds"]["trainings"] = time.process_time() - start
     row |= {
         "loss": float(base),
@@ -302,9 +323,9 @@ def lds(case: str, steps: int, seed: int, removals: int) -> Row:
         "changes": {},
     }
     for number, share in enumerate(SHARES):
-        own = range(number * removals, (number + 1) * removals)
-        predicted = [float(scores[sets[i]].sum()) for i in own]
-        true = [float(without[i] - base) for i in own]
+        of_share = range(number * removals, (number + 1) * removals)
+        predicted = [float(scores[sets[i]].sum()) for i in of_share]
+        true = [float(without[i] - base) for i in of_share]
         row["spearman"][f"{share:g}"] = float(spearmanr(predicted, true)[0])
         row["changes"][f"{share:g}"] = {"predicted": predicted, "retrained": true}
     return row
@@ -332,12 +353,12 @@ def tables(rows: list[Row]) -> dict[str, str]:
                 f"{of_torch:.1f}",
                 f"{row['bytes'] / 1e6:.1f}",
             ]
-        by = (
+        by_key = (
             row["library"]
             if "reason" in row
             else f"{row['library']} {row['version']}, {row['way']}"
         )
-        lines.append([row["case"], row["steps"], by, *cells])
+        lines.append([row["case"], row["steps"], by_key, *cells])
     head = [
         "training",
         "K",
@@ -348,11 +369,15 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "peak memory, MB",
     ]
     costs = grid(head, lines, "lrl")
-    scored, lines = [row for row in rows if row["kind"] == "lds"], []
+    scored = [row for row in rows if row["kind"] == "lds"]
+    lines = []
     for name, steps in dict.fromkeys((row["case"], row["steps"]) for row in scored):
         same = [row for row in scored if (row["case"], row["steps"]) == (name, steps)]
-        each = [[row["spearman"][f"{share:g}"] for row in same] for share in SHARES]
-        ranges = [f"{statistics.fmean(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in each]
+        columns = [[row["spearman"][f"{share:g}"] for row in same] for share in SHARES]
+        ranges = [
+            f"{statistics.fmean(column):.2f} ({min(column):.2f} to {max(column):.2f})"
+            for column in columns
+        ]
         lines.append(
             [
                 name,
@@ -371,13 +396,13 @@ def main() -> None:
     parser.add_argument(
         "--rival-python", type=Path, metavar="FILE", help="an interpreter that has bergson"
     )
-    given = parsed(parser)
+    args = parsed(parser)
     torch.set_num_threads(1)
-    sizes = dict.fromkeys(COSTS, (3, 1)) if given.miniature else COSTS
+    sizes = dict.fromkeys(COSTS, (3, 1)) if args.miniature else COSTS
     scored = (
         [(case, 3, 0) for case in COSTS]
-        if given.miniature
-        else [(*of, seed) for of in SCORED for seed in SEEDS]
+        if args.miniature
+        else [(*training_of, seed) for training_of in SCORED for seed in SEEDS]
     )
     jobs: list[Row] = [
         {"kind": "cost", "case": case, "steps": steps} for case, (steps, _) in sizes.items()
@@ -388,18 +413,18 @@ def main() -> None:
 
     def measured(kind: str, **job: Any) -> Row | list[Row]:
         if kind == "lds":
-            return lds(**job, removals=4 if given.miniature else REMOVALS)
+            return lds(**job, removals=4 if args.miniature else REMOVALS)
         return costs(
             **job,
             rounds=sizes[job["case"]][1],
-            python=given.rival_python,
-            miniature=given.miniature,
+            python=args.rival_python,
+            miniature=args.miniature,
         )
 
-    if given.runs:
-        go_on(given.out, jobs, measured, machine=environment())
-    for mark, table in tables(read(given.out, "kind")).items():
-        show(given.write, mark, table)
+    if args.runs:
+        go_on(args.out, jobs, measured, machine=environment())
+    for mark, table in tables(read(args.out, "kind")).items():
+        show(args.write, mark, table)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,9 @@ def measure(
 
     torch.manual_seed(0)
     teacher, student = (metapl.models.mlp(widths) for _ in range(2))
-    own: list[nn.Module] = [teacher, student]
+    networks: list[nn.Module] = [teacher, student]
     if sizes:
-        teacher, student = (shard(network, Mesh(**sizes)) for network in own)  # type: ignore[assignment]
+        teacher, student = (shard(network, Mesh(**sizes)) for network in networks)  # type: ignore[assignment]
     trainer = metapl.BilevelTrainer(teacher, student, mode)
     draw = torch.Generator().manual_seed(rank)
     x, u = (torch.randn(ROWS, widths[0], generator=draw) for _ in range(2))
@@ -95,13 +95,13 @@ def measure(
 
     for _ in range(2):
         step()
-    before = time.process_time()
+    start = time.process_time()
     for _ in range(steps):
         step()
-    row: Row = {"seconds": (time.process_time() - before) / steps}
+    row: Row = {"seconds": (time.process_time() - start) / steps}
     if not count:
         return row
-    with runpy.run_path(str(HERE.parent / "examples" / "plan.py"))["Held"]() as seen:
+    with runpy.run_path(str(HERE.parent / "examples" / "plan.py"))["Memory"]() as seen:
         step()
     peaks = []
     for _ in range(3):
@@ -109,13 +109,15 @@ def measure(
         peaks.append(peak_bytes(step, torch.device("cpu")))
     # Beside the peak, what lies there before a step; replicas have a bucket for each weight.
     states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
-    tensors = [t for network in own for t in (*network.parameters(), *network.buffers())]
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     tensors += [t for t in pytree.tree_leaves([states, labeled, u]) if isinstance(t, Tensor)]
     tensors += (
-        [p for network in own for p in network.parameters()] if set(sizes) == {"replicate"} else []
+        [p for network in networks for p in network.parameters()]
+        if set(sizes) == {"replicate"}
+        else []
     )
-    held = sum(t.numel() * t.element_size() for t in map(local, tensors))
-    return row | {"flops": seen.flops, "sent": seen.sent, "bytes": held + min(peaks)}
+    bytes_of_tensors = sum(t.numel() * t.element_size() for t in map(local, tensors))
+    return row | {"flops": seen.flops, "sent": seen.sent, "bytes": bytes_of_tensors + min(peaks)}
 
 
 def measured(miniature: bool) -> Row:
@@ -123,17 +125,17 @@ def measured(miniature: bool) -> Row:
     modes = ("none", "forward") if miniature else MODES
     turns, steps, widths = (1, 1, (8, 8, 4)) if miniature else (3, 3, WIDTHS)
     load = os.getloadavg()[0]
-    found: dict[tuple[str, str], list[Sequence[Row]]] = {}
+    rows_by_way: dict[tuple[str, str], list[Sequence[Row]]] = {}
     for turn in range(turns):
         cases = [
             {"mode": mode, "widths": widths, "steps": steps, "count": turn == 0} for mode in modes
         ]
         for name in names:
             for mode, ranks in zip(modes, run(LAYOUTS[name], cases), strict=True):
-                found.setdefault((mode, name), []).append(ranks)
+                rows_by_way.setdefault((mode, name), []).append(ranks)
         print(f"turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
     rows = []
-    for (mode, name), by_turn in found.items():
+    for (mode, name), by_turn in rows_by_way.items():
         seconds = [max(rank["seconds"] for rank in ranks) for ranks in by_turn]
         most = {key: max(rank[key] for rank in by_turn[0]) for key in ("flops", "sent", "bytes")}
         times = {"seconds": statistics.median(seconds), "turns": seconds}
@@ -152,15 +154,17 @@ def table(result: Row) -> str:
     names = [
         name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)
     ]
-    times, amounts = list[list[str]](), list[list[str]]()
+    times = list[list[str]]()
+    amounts = list[list[str]]()
     for mode in dict.fromkeys(mode for mode, _ in rows):
-        alone, others = rows[mode, ALONE], [rows[mode, name] for name in names]
-        ratios = [f"{row['seconds'] / alone['seconds']:.2f}" for row in others]
-        operations = max(row["flops"] / alone["flops"] for row in others)
+        alone = rows[mode, ALONE]
+        sharded = [rows[mode, name] for name in names]
+        ratios = [f"{row['seconds'] / alone['seconds']:.2f}" for row in sharded]
+        operations = max(row["flops"] / alone["flops"] for row in sharded)
         times.append([f"`{mode}`", f"{1e3 * alone['seconds']:.1f}", *ratios, f"{operations:.2f}"])
-        sent = [f"{row['sent'] / 1e6:.1f}" for row in others]
+        sent = [f"{row['sent'] / 1e6:.1f}" for row in sharded]
         amounts.append(
-            [f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))]
+            [f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *sharded))]
         )
     head = [
         "mode",
@@ -171,10 +175,10 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RESULT))
-    if given.runs:
-        write_json(given.out, measured(given.miniature))
-    show(given.write, "scale", table(loaded(given.out)))
+    args = parsed(arguments(__doc__, RESULT))
+    if args.runs:
+        write_json(args.out, measured(args.miniature))
+    show(args.write, "scale", table(loaded(args.out)))
 
 
 if __name__ == "__main__":

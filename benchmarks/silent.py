@@ -62,10 +62,14 @@ from metapl.execution.state import RandomState
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "library"))
 from kinds import KINDS as TESTED
-from kinds import C, Own, embedded, plain, put
+from kinds import C, TwoLayers, embedded, plain, put
 
 RESULT = RESULTS / "silent.json"
-STEPS, TOLERANCE, CLOSE, IN_BFLOAT16, STAR = 3, 1e-3, 1e-5, 5e-2, "\\*"
+STEPS = 3
+TOLERANCE = 1e-3
+CLOSE = 1e-5
+IN_BFLOAT16 = 5e-2
+STAR = "\\*"
 RATE = peers.LEARNING_RATE = 1.0
 Gradient = Sequence[Tensor]
 
@@ -111,7 +115,8 @@ def in_bfloat16(student: Any, x: Tensor) -> Tensor:
 
 def normed_in(dtype: torch.dtype) -> Any:
     def forward(student: Any, x: Tensor) -> Tensor:
-        h, norm = student.a(x).to(dtype), student.n
+        h = student.a(x).to(dtype)
+        norm = student.n
         return student.b(
             F.layer_norm(h, (6,), norm.weight.to(dtype), norm.bias.to(dtype)).to(x.dtype).tanh()
         )
@@ -139,10 +144,10 @@ def graph_convolution(student: Any, x: Tensor) -> Tensor:
 def packed(student: Any, x: Tensor) -> Tensor:
     lengths = 1 + torch.arange(len(x)) % 2
     sequences = student.a(x).unflatten(1, (2, 3))
-    found, _ = student.g(
+    outputs, _ = student.g(
         pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
     )
-    return student.b(pad_packed_sequence(found, batch_first=True)[0].sum(1))
+    return student.b(pad_packed_sequence(outputs, batch_first=True)[0].sum(1))
 
 
 def twice(student: Any, x: Tensor) -> Tensor:
@@ -150,7 +155,7 @@ def twice(student: Any, x: Tensor) -> Tensor:
 
 
 def one_block(student: Any) -> None:
-    student.block = student.again = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    student.block = student.block_again = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
 
 
 def connectionist(student: Any, x: Tensor) -> Tensor:
@@ -176,8 +181,9 @@ def mapped(student: Any, x: Tensor) -> Tensor:
     return student.b(torch.func.vmap(lambda row: student.n(row[None])[0])(student.a(x)).tanh())
 
 
-LEARNED_RATE, COMPILED_STUDENT = "a learned rate", "a compiled student"
-# the arguments of Own: a forward, and what is added to two linear layers
+LEARNED_RATE = "a learned rate"
+COMPILED_STUDENT = "a compiled student"
+# the arguments of TwoLayers: a forward, and what is added to two linear layers
 KINDS: dict[str, tuple[Any, ...]] = {
     "two layers": (plain,),
     "tied weights": TESTED["a shared layer"][1:],
@@ -259,8 +265,11 @@ def case(
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the old norm is deprecated
-        student = Own(*(WITHOUT_BFLOAT16 if exact and kind in WITHOUT_BFLOAT16 else KINDS)[kind])
+        # The old norm is deprecated.
+        warnings.simplefilter("ignore")
+        student = TwoLayers(
+            *(WITHOUT_BFLOAT16 if exact and kind in WITHOUT_BFLOAT16 else KINDS)[kind]
+        )
     if kind == COMPILED_STUDENT and not exact:
         # Of the compiler only the part that decides about derivatives; what follows makes kernels
         # for a minute.
@@ -289,14 +298,16 @@ def after_real_steps(
     rate = float(teacher.log_rate.detach().exp()) if kind == LEARNED_RATE else RATE
     sgd = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=rate)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of checkpoints
+        # Checkpoints warn.
+        warnings.simplefilter("ignore")
         for _ in range(STEPS):
             q = teacher(u).softmax(-1).detach()
             losses = F.cross_entropy(student(u), q, reduction="none")
             sgd.zero_grad()
             (losses if weights is None else weights * losses).mean().backward()
             sgd.step()
-        if order == "branched":  # metapl draws the masks of the outer loss from streams of its own
+        # metapl draws the masks of the outer loss from streams of its own.
+        if order == "branched":
             RandomState.now(torch.device("cpu")).branch().restore()
         with torch.enable_grad() if kind in TAKES_GRADIENTS else torch.no_grad():
             return float(F.cross_entropy(student(x), y))
@@ -308,19 +319,20 @@ def truth(kind: str, order: str) -> Tensor:
     Differences of two sizes have to agree.
     """
     teacher, _, _, u = case(kind)
-    phi, found = nn.utils.parameters_to_vector(teacher.parameters()).detach(), []
-    name, at = ("weights", torch.ones(len(u))) if order == "weights" else ("phi", phi)
+    phi = nn.utils.parameters_to_vector(teacher.parameters()).detach()
+    slopes = []
+    name, point = ("weights", torch.ones(len(u))) if order == "weights" else ("phi", phi)
     for move in (1e-5, 3e-6):
         ends = [
-            [after_real_steps(kind, order, **{name: at + d}) for d in (e, -e)]
-            for e in move * torch.eye(len(at))
+            [after_real_steps(kind, order, **{name: point + d}) for d in (e, -e)]
+            for e in move * torch.eye(len(point))
         ]
-        found.append(torch.tensor([(ahead - behind) / (2 * move) for ahead, behind in ends]))
-    if torch.dist(*found) > 1e-2 * TOLERANCE * found[0].norm():
+        slopes.append(torch.tensor([(plus - minus) / (2 * move) for plus, minus in ends]))
+    if torch.dist(*slopes) > 1e-2 * TOLERANCE * slopes[0].norm():
         raise SystemExit(
             f"{kind}: the differences do not agree, so that there is nothing to compare with"
         )
-    return found[0]
+    return slopes[0]
 
 
 def at_the_end(student: Any, teacher: nn.Module, labeled: Any) -> Gradient:
@@ -331,10 +343,11 @@ def at_the_end(student: Any, teacher: nn.Module, labeled: Any) -> Gradient:
 
 def by_swapping(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
     """Go backward twice through the module itself, the moved weight put in each weight's place."""
-    own = [
-        (part, *one) for part in student.modules() for one in part.named_parameters(recurse=False)
-    ]
-    places = [(part, name) for part, name, p in own if p.requires_grad]
+    places = []
+    for part in student.modules():
+        for name, p in part.named_parameters(recurse=False):
+            if p.requires_grad:
+                places.append((part, name))
     params = [getattr(part, name) for part, name in places]
     for _ in range(STEPS):
         loss = F.cross_entropy(student(u), teacher(u).softmax(-1))
@@ -445,7 +458,8 @@ def by_metapl(mode: Any, **options: Any) -> Any:
 
 
 COMPILED = "metapl, forward, compiled"
-CAPTURED = (  # each compiles for half a minute
+# Each of these compiles for half a minute.
+CAPTURED = (
     *(
         "two layers",
         "dropout",
@@ -472,23 +486,24 @@ WAYS: dict[str, tuple[str, str, Any]] = {
 
 def judged(way: str, kind: str, exact: Tensor) -> Row:
     """Return what a way says of a student, in this process."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warnings_seen:
         warnings.simplefilter("always")
         try:
-            found = torch.cat([g.detach().flatten() for g in WAYS[way][2](*case(kind))])
-        except Exception as error:  # whatever a library raises is its refusal
+            gradient_vector = torch.cat([g.detach().flatten() for g in WAYS[way][2](*case(kind))])
+        # Whatever a library raises is its refusal.
+        except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return {
                 "outcome": "refused",
                 "said": f"{type(error).__name__}: {(lines or [''])[-1][:300]}",
             }
-    off = float(torch.dist(found, exact) / exact.norm())
+    off = float(torch.dist(gradient_vector, exact) / exact.norm())
     if off <= (IN_BFLOAT16 if "bfloat16" in kind else TOLERANCE):
         return {"outcome": "right", "error": off}
     about = [
-        str(one.message)[:300]
-        for one in told
-        if not issubclass(one.category, DeprecationWarning | FutureWarning)
+        str(warning.message)[:300]
+        for warning in warnings_seen
+        if not issubclass(warning.category, DeprecationWarning | FutureWarning)
     ]
     # Of bergson's checkpoints.
     said = [words for words in about if not words.startswith("torch.distributed")]
@@ -514,7 +529,7 @@ def second_derivatives_of_torch() -> list[Row]:
     rows = []
     for name, operation in OPERATIONS.items():
         draw = torch.Generator().manual_seed(0)
-        at = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=draw)
+        point = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=draw)
         along = torch.randn(4, 4, generator=draw)
 
         def gradient(
@@ -522,37 +537,44 @@ def second_derivatives_of_torch() -> list[Row]:
         ) -> Tensor:
             return torch.autograd.grad(operation(a), a, create_graph=create_graph)[0]
 
-        ahead, behind = (gradient((at + side * 1e-6 * along).requires_grad_()) for side in (1, -1))
-        exact, found = (ahead - behind) / 2e-6, dict[str, Tensor]()
-        a = at.clone().requires_grad_()
-        found["reverse over reverse"] = torch.autograd.grad(
+        plus, minus = (gradient((point + side * 1e-6 * along).requires_grad_()) for side in (1, -1))
+        exact = (plus - minus) / 2e-6
+        results = dict[str, Tensor]()
+        a = point.clone().requires_grad_()
+        results["reverse over reverse"] = torch.autograd.grad(
             (gradient(a, create_graph=True) * along).sum(), a
         )[0]
         with warnings.catch_warnings(), forward_ad.dual_level():
-            warnings.simplefilter("ignore")  # of the first dual number
+            # The first dual number of a process warns.
+            warnings.simplefilter("ignore")
             dual = forward_ad.make_dual(a, along)
-            found["reverse over forward"] = torch.autograd.grad(
+            results["reverse over forward"] = torch.autograd.grad(
                 forward_ad.unpack_dual(operation(dual)).tangent, a
             )[0]
             slope = forward_ad.unpack_dual(gradient(dual, create_graph=True)).tangent
-            found["forward over reverse"] = slope.detach()
+            results["forward over reverse"] = slope.detach()
         rows += [
             {"operation": name, "order": order, "error": float(torch.dist(t, exact) / exact.norm())}
-            for order, t in found.items()
+            for order, t in results.items()
         ]
     return rows
 
 
 def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
     """Return a row for each student; each has a process of its own, which may die."""
-    for name in ("torch._dynamo", WAYS[way][0]):  # once, and not in each process
+    # They are imported once, and not in each process.
+    for name in ("torch._dynamo", WAYS[way][0]):
         importlib.import_module(name)
     torch.set_num_threads(1)
-    fork, exact, rows = multiprocessing.get_context("fork"), torch.load(truths), list[Row]()
+    fork = multiprocessing.get_context("fork")
+    exact = torch.load(truths)
+    rows = list[Row]()
     for kind in kinds:
         receiver, sender = fork.Pipe(duplex=False)
         process = fork.Process(
-            target=lambda at=kind, to=sender: to.send(judged(way, at, exact[at, WAYS[way][1]]))
+            target=lambda kind_of_case=kind, pipe=sender: pipe.send(
+                judged(way, kind_of_case, exact[kind_of_case, WAYS[way][1]])
+            )
         )
         process.start()
         sender.close()
@@ -566,12 +588,12 @@ def answer(way: str, kinds: Sequence[str], truths: str) -> list[Row]:
     return rows
 
 
-def run(given: Any) -> None:
+def run(args: Any) -> None:
     """Write all rows, way by way; the exact derivatives are found by this process."""
     torch.set_num_threads(1)
     kinds = (
         ("two layers", "weights clamped in forward", "rounding, straight-through")
-        if given.miniature
+        if args.miniature
         else (*KINDS,)
     )
     exact = dict[tuple[str, str], Tensor]()
@@ -580,7 +602,7 @@ def run(given: Any) -> None:
     result["torch"] = second_derivatives_of_torch()
     with tempfile.TemporaryDirectory() as folder:
         truths = Path(folder) / "truths.pt"
-        for way in ("by hand, functional_call", "metapl, forward") if given.miniature else WAYS:
+        for way in ("by hand, functional_call", "metapl, forward") if args.miniature else WAYS:
             python, reason = installed(way, Path(folder))
             if reason:
                 result["not_installed"][way] = reason
@@ -591,11 +613,11 @@ def run(given: Any) -> None:
                 drawn = order != "branched" or after_real_steps(kind, order) != after_real_steps(
                     kind, ""
                 )
-                at = kind, order if drawn else ""
-                exact[kind, order] = exact[at] if at in exact else truth(*at)
+                key = kind, order if drawn else ""
+                exact[kind, order] = exact[key] if key in exact else truth(*key)
             torch.save(exact, truths)
             result["rows"] += apart(f"silent.answer({way!r}, {asked!r}, {str(truths)!r})", python)
-            write_json(given.out, result)
+            write_json(args.out, result)
     torch.set_default_dtype(torch.float32)
 
 
@@ -618,11 +640,15 @@ def table(result: Row) -> str:
     outcomes = ("right", "refused", "warned", "wrong")
     lines = []
     for way in ways:
-        found = [row for (_, w), row in rows.items() if w == way]
-        counts = [sum(row["outcome"] == what for row in found) for what in outcomes]
-        counts.insert(1, sum(row["outcome"] == "right" and row["error"] <= CLOSE for row in found))
-        purpose = sum(row["outcome"] == "wrong" and row["kind"] in ON_PURPOSE for row in found)
-        lines.append([way, len(found), *counts, purpose])
+        rows_of_way = [row for (_, w), row in rows.items() if w == way]
+        counts = [sum(row["outcome"] == outcome for row in rows_of_way) for outcome in outcomes]
+        counts.insert(
+            1, sum(row["outcome"] == "right" and row["error"] <= CLOSE for row in rows_of_way)
+        )
+        purpose = sum(
+            row["outcome"] == "wrong" and row["kind"] in ON_PURPOSE for row in rows_of_way
+        )
+        lines.append([way, len(rows_of_way), *counts, purpose])
     bounds = ["right", "to 1e-5"]
     counted = grid(
         ["way", "students", *bounds, "refused", "warned", "silently wrong", "on purpose"], lines
@@ -637,8 +663,8 @@ def table(result: Row) -> str:
                 f"**wrong{off}**" if row.get("outcome") == "wrong" else row.get("outcome", "") + off
             )
         lines.append([kind + STAR * (kind in ON_PURPOSE), *cells])
-    each = grid(["student", *ways], lines, names=1 + len(ways))
-    tables = [counted, each]
+    table_of_ways = grid(["student", *ways], lines, names=1 + len(ways))
+    tables = [counted, table_of_ways]
     # Rows that were made before torch's own derivatives were asked for have none of them.
     of_torch = [
         [row["operation"], row["order"], f"{row['error']:.0e}"] for row in result.get("torch", ())
@@ -649,10 +675,10 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RESULT))
-    if given.runs:
-        run(given)
-    show(given.write, "silent", table(loaded(given.out)))
+    args = parsed(arguments(__doc__, RESULT))
+    if args.runs:
+        run(args)
+    show(args.write, "silent", table(loaded(args.out)))
 
 
 if __name__ == "__main__":

@@ -55,10 +55,16 @@ from metapl.ablation.cost import peak_bytes
 # Of the profiler, which would write into the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 RESULT = RESULTS / "step.json"
-RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
+RATE = 0.01
+MOMENTUM = 0.9
+DECAY = 5e-4
 SEEDS = 32
-HAND, EAGER, COMPILED, GRAPHS = "by hand", "as it is", "compiled", "compiled, CUDA graphs"
-STACKED, BOTH = f"{SEEDS} stacked", f"{SEEDS} stacked, compiled"
+HAND = "by hand"
+EAGER = "as it is"
+COMPILED = "compiled"
+GRAPHS = "compiled, CUDA graphs"
+STACKED = f"{SEEDS} stacked"
+BOTH = f"{SEEDS} stacked, compiled"
 MODES, WAYS = ("forward", "reinforce", "unrolled"), (EAGER, COMPILED, STACKED, BOTH)
 PARTS = {"eager": (EAGER,), "compiled": (COMPILED,), "stacked": (STACKED, BOTH)}
 COMPILE: dict[str, Any] = {EAGER: False, COMPILED: True, GRAPHS: "reduce-overhead"}
@@ -111,23 +117,24 @@ def optimizer(network: nn.Module) -> torch.optim.Optimizer:
 def by_hand(mode: str, pair: Pair, data: Data) -> Step:
     """Return the step as one would write it for one pair of networks, without any checks."""
     (teacher, student), ((x, y), u) = pair, data
-    inner, outer = optimizer(student), optimizer(teacher)
+    inner = optimizer(student)
+    outer = optimizer(teacher)
     params: dict[str, Tensor] = dict(student.named_parameters())
-    weights, learned, own = (
-        [*params.values()],
-        [*teacher.parameters()],
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-    )
+    weights = [*params.values()]
+    learned = [*teacher.parameters()]
+    teacher_loss = nn.CrossEntropyLoss(label_smoothing=0.1)
     # Of θ' in g; in the first step, whose momentum begins with g, too.
     slope = -RATE * (1 + MOMENTUM)
 
-    def move(by: torch.optim.Optimizer, of: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        for p, g in zip(of, grads, strict=True):
+    def move(
+        optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> None:
+        for p, g in zip(params, grads, strict=True):
             p.grad = g.detach()
-        by.step()
+        optimizer.step()
 
     def teach(loss: Tensor) -> None:
-        move(outer, learned, torch.autograd.grad(loss + own(teacher(x), y), learned))
+        move(outer, learned, torch.autograd.grad(loss + teacher_loss(teacher(x), y), learned))
 
     def reinforce() -> None:
         logits = teacher(u)
@@ -140,15 +147,16 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
 
     def forward() -> None:
         q = teacher(u).softmax(-1)
-        signal, z = q.detach().requires_grad_(), student(u)
+        signal = q.detach().requires_grad_()
+        z = student(u)
         g = torch.autograd.grad(F.cross_entropy(z, signal), weights)
-        before = [p.detach().clone() for p in weights]
+        weights_before = [p.detach().clone() for p in weights]
         move(inner, weights, g)
         v = torch.autograd.grad(F.cross_entropy(student(x), y), weights)
         with forward_ad.dual_level():
             duals = {
                 n: forward_ad.make_dual(p, slope * d)
-                for n, p, d in zip(params, before, v, strict=True)
+                for n, p, d in zip(params, weights_before, v, strict=True)
             }
             tangent = forward_ad.unpack_dual(functional_call(student, duals, (u,))).tangent
         leaf = z.detach().requires_grad_()
@@ -160,14 +168,14 @@ def by_hand(mode: str, pair: Pair, data: Data) -> Step:
         g = torch.autograd.grad(
             F.cross_entropy(student(u), teacher(u).softmax(-1)), weights, create_graph=True
         )
-        after = {}
+        moved = {}
         for (name, p), g_p in zip(params.items(), g, strict=True):
             d = g_p + DECAY * p
-            before = inner.state[p].get("momentum_buffer") if p in inner.state else None
-            after[name] = p - RATE * (
-                d + MOMENTUM * (d if before is None else MOMENTUM * before + d)
+            buffer = inner.state[p].get("momentum_buffer") if p in inner.state else None
+            moved[name] = p - RATE * (
+                d + MOMENTUM * (d if buffer is None else MOMENTUM * buffer + d)
             )
-        teach(F.cross_entropy(functional_call(student, after, (x,)), y))
+        teach(F.cross_entropy(functional_call(student, moved, (x,)), y))
         move(inner, weights, g)
 
     step = {"forward": forward, "reinforce": reinforce, "unrolled": unrolled}[mode]
@@ -190,22 +198,22 @@ def trainer(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
 def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.Module]:
     """Return a way with networks and optimizers of its own, and its teacher."""
     pair, ((x, y), u) = NETWORKS[network].make()
-    for one in pair:
-        one.to(place.device)
+    for module in pair:
+        module.to(place.device)
     data = (x.to(place.device), y.to(place.device)), u.to(place.device)
     if name == HAND:
         return by_hand(mode, pair, data), pair[0]
     if name in COMPILE:
-        own = trainer(mode, pair, compile=COMPILE[name])
-        return lambda: own.step(*data), pair[0]
+        stepping = trainer(mode, pair, compile=COMPILE[name])
+        return lambda: stepping.step(*data), pair[0]
     seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
-    found = [(trainer(mode, pair).functional(), data) for pair, data in seeds]
-    step = torch.func.vmap(found[0][0][0], randomness="different")
+    steps_of_seeds = [(trainer(mode, pair).functional(), data) for pair, data in seeds]
+    step = torch.func.vmap(steps_of_seeds[0][0][0], randomness="different")
     step = torch.compile(step, fullgraph=True) if name == BOTH else step
-    state = [metapl.functional.stack([state for (_, state), _ in found])]  # type: ignore[attr-defined]
+    state = [metapl.functional.stack([state for (_, state), _ in steps_of_seeds])]  # type: ignore[attr-defined]
     x, y, u = (
         torch.stack(of_seeds)
-        for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in found), strict=True)
+        for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in steps_of_seeds), strict=True)
     )
 
     def all_seeds() -> None:
@@ -219,20 +227,21 @@ def entered(step: Step) -> Row:
 
     Functions are what ``def`` or ``lambda`` makes, not comprehensions.
     """
-    found, root = set[tuple[str, int]](), str(Path(metapl.__file__).parent)
+    functions = set[tuple[str, int]]()
+    root = str(Path(metapl.__file__).parent)
 
     def look(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         named = not code.co_name.startswith("<") or code.co_name == "<lambda>"
         if event == "call" and named and code.co_filename.startswith(root):
-            found.add((code.co_filename, code.co_firstlineno))
+            functions.add((code.co_filename, code.co_firstlineno))
 
     sys.setprofile(look)
     try:
         step()
     finally:
         sys.setprofile(None)
-    return {"files": len({file for file, _ in found}), "functions": len(found)}
+    return {"files": len({file for file, _ in functions}), "functions": len(functions)}
 
 
 def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tensor, Row]:
@@ -247,7 +256,7 @@ def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tens
         clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     step, teacher = way_of(name, mode, network, place)
-    before = nn.utils.parameters_to_vector(teacher.parameters()).detach().clone()
+    start = nn.utils.parameters_to_vector(teacher.parameters()).detach().clone()
     cold = place.seconds(step)
     facts |= {"cold_seconds": cold} if compiles else {}
     with place.active():
@@ -256,24 +265,24 @@ def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tens
             facts |= entered(step)
         else:
             step()
-    return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - before, facts
+    return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - start, facts
 
 
 def measure(
     network: str, mode: str, ways: Sequence[str], rounds: int, place: Place = CPU
 ) -> list[Row]:
     """Return a row for each way, all in turns with the same by hand."""
-    torch._dynamo.reset()  # which counts how often a function has been compiled anew
+    # Dynamo counts how often a function has been compiled anew.
+    torch._dynamo.reset()
     ready = {name: warmed(name, mode, network, place) for name in (HAND, *ways)}
     calls = NETWORKS[network].steps if rounds > 1 else 1
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):
         for name, (step, _, _) in ready.items():
             clock = time.process_time if place.device == "cpu" else time.perf_counter
-            each = (
-                1e3 * place.seconds(lambda step=step: [step() for _ in range(calls)], clock) / calls
-            )
-            times[name].append(each / SEEDS if name in (STACKED, BOTH) else each)
+            seconds = place.seconds(lambda step=step: [step() for _ in range(calls)], clock)
+            milliseconds = 1e3 * seconds / calls
+            times[name].append(milliseconds / SEEDS if name in (STACKED, BOTH) else milliseconds)
     rows = []
     for name in ways:
         ratios = [a / b for a, b in zip(times[name], times[HAND], strict=True)]
@@ -286,10 +295,13 @@ def measure(
             "ratio": middle,
         }
         row |= {"quartiles": [low, high], "rounds": rounds, "steps": calls, **ready[name][2]}
-        for of, end in ((name, ""), (HAND, "_by_hand")):
-            held = peak_bytes(partial(place.seconds, ready[of][0]), torch.device(place.device))
-            row |= {f"ms{end}": statistics.median(times[of]), f"bytes{end}": held}
-        if mode != "reinforce" and name in COMPILE:  # labels are drawn otherwise by hand
+        for way, end in ((name, ""), (HAND, "_by_hand")):
+            bytes_of_way = peak_bytes(
+                partial(place.seconds, ready[way][0]), torch.device(place.device)
+            )
+            row |= {f"ms{end}": statistics.median(times[way]), f"bytes{end}": bytes_of_way}
+        # By hand labels are drawn otherwise.
+        if mode != "reinforce" and name in COMPILE:
             gone = ready[HAND][1]
             row["apart"] = float((ready[name][1] - gone).norm() / gone.norm())
         if "cold_seconds" in row:
@@ -337,22 +349,24 @@ def main() -> None:
     parser.add_argument(
         "--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay"
     )
-    given = parsed(parser)
+    args = parsed(parser)
     torch.set_num_threads(1)
-    if given.runs:
-        names, rounds = (["tiny"], 1) if given.miniature else ([*NETWORKS], 15)
-        ways = [way for part in given.parts.split(",") for way in PARTS[part]]
+    if args.runs:
+        names, rounds = (["tiny"], 1) if args.miniature else ([*NETWORKS], 15)
+        ways = [way for part in args.parts.split(",") for way in PARTS[part]]
         rows = [
             row for name in names for mode in MODES for row in measure(name, mode, ways, rounds)
         ]
-        old = loaded(given.out)["rows"] if given.out.exists() else []
-        known = {
+        old = loaded(args.out)["rows"] if args.out.exists() else []
+        rows_by_name = {
             tuple(row[key] for key in ("label", "network", "mode", "way")): row
             for row in [*old, *rows]
         }
-        order = sorted(known, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2], WAYS.index(k[3])))
-        write_json(given.out, {"rows": [known[key] for key in order]})
-    show(given.write, "step", table(loaded(given.out)))
+        order = sorted(
+            rows_by_name, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2], WAYS.index(k[3]))
+        )
+        write_json(args.out, {"rows": [rows_by_name[key] for key in order]})
+    show(args.write, "step", table(loaded(args.out)))
 
 
 if __name__ == "__main__":

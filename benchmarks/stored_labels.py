@@ -59,13 +59,14 @@ from torch.nn import functional as F
 from when_tables import sign_flip
 
 import metapl
-from metapl.models import label_adjuster, mlp
+from metapl.models import LabelAdjuster, mlp
 from metapl.problems import EqualWeights, ReducedLabels
 
 RAW = RESULTS / "stored_labels.jsonl"
 TUNING, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
 MEMBERS, BATCH, STEPS, FINETUNED = 5, 64, 1000, 200
-CHEAPER = 3.0  # steps of ``plain`` for one of ``reduced_mpl``; each row has what its step took
+# Steps of ``plain`` for one of ``reduced_mpl``; each row has what its step took.
+CHEAPER = 3.0
 NAMES = {
     "reduced_mpl": "Reduced MPL",
     "reduced_none": "the same, no feedback",
@@ -75,7 +76,8 @@ RULES: dict[str, list[Row]] = {
     "reduced_mpl": [{"lr": lr, "weight": weight} for weight in (10.0, 100.0) for lr in (0.05, 0.1)],
     "plain": [{"lr": lr, "temperature": t} for lr in (0.02, 0.1) for t in (1.0, 0.5)],
 }
-Parts = list[tuple[Tensor, Tensor]]  # labeled, unlabeled and test: inputs (n, d) and labels (n,)
+# Labeled, unlabeled and test examples: inputs (n, d) and labels (n,).
+Parts = list[tuple[Tensor, Tensor]]
 
 
 def problem_of(name: str, seed: int, backbone: Path | None) -> Parts:
@@ -115,11 +117,11 @@ def textures(seed: int, backbone: Path | None) -> Parts:
     for part in ("labeled", "unlabeled", "test"):
         x = torch.tensor(getattr(drawn, part)).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
-            found = [
-                features(backbone)(F.interpolate(some, 64, mode="bilinear"))
-                for some in x.split(128)
+            pieces = [
+                features(backbone)(F.interpolate(pictures, 64, mode="bilinear"))
+                for pictures in x.split(128)
             ]
-        parts.append((torch.cat(found), torch.tensor(getattr(drawn, f"{part}_labels"))))
+        parts.append((torch.cat(pieces), torch.tensor(getattr(drawn, f"{part}_labels"))))
     return parts
 
 
@@ -145,11 +147,11 @@ class BothLosses(EqualWeights):
         return torch.cat([batch[0], batch[2]])
 
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        given, seen = outputs.split([len(batch[0]), len(batch[2])])
-        losses = F.cross_entropy(given, batch[1], reduction="none") / len(given)
-        return len(outputs) * torch.cat(
-            [losses, F.cross_entropy(seen, batch[3], reduction="none") / len(seen)]
-        )
+        x, y, u, targets = batch
+        of_labeled, of_unlabeled = outputs.split([len(x), len(u)])
+        labeled_losses = F.cross_entropy(of_labeled, y, reduction="none") / len(x)
+        unlabeled_losses = F.cross_entropy(of_unlabeled, targets, reduction="none") / len(u)
+        return len(outputs) * torch.cat([labeled_losses, unlabeled_losses])
 
 
 def alone(student: nn.Module, problem: EqualWeights, lr: float) -> metapl.BilevelTrainer:
@@ -161,15 +163,16 @@ def alone(student: nn.Module, problem: EqualWeights, lr: float) -> metapl.Bileve
 
 def batches(x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield which examples of (S, n, d), (S, B), in shuffled epochs; a view of them, (S, B, d)."""
-    size, each = min(BATCH, x.shape[1]), torch.arange(len(x))[:, None]
+    size = min(BATCH, x.shape[1])
+    all_seeds = torch.arange(len(x))[:, None]
     while True:
         orders = torch.stack([torch.randperm(x.shape[1], generator=g) for g in generators])
         for rows in orders.split(size, 1):
             if rows.shape[1] == size:
-                seen, shape = x[each, rows], (size, x.shape[2])
+                shape = (size, x.shape[2])
                 noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-                kept = torch.stack([torch.rand(shape, generator=g) for g in generators]) > 0.2
-                yield rows, (seen + 0.2 * noise) * kept
+                is_kept = torch.stack([torch.rand(shape, generator=g) for g in generators]) > 0.2
+                yield rows, (x[all_seeds, rows] + 0.2 * noise) * is_kept
 
 
 @lru_cache(maxsize=1)
@@ -188,23 +191,24 @@ def stored(
     x, y, u = (t.repeat_interleave(MEMBERS, 0) for t in (*parts[0], parts[1][0]))
     networks = [network(u, int(y.max()) + 1, 1000 + number) for number in range(len(u))]
     members = when.Stacked(
-        [alone(own, when.NoTeacher(metapl.UDA(0.5, 0.85)), 0.05) for own in networks]
+        [alone(member, when.NoTeacher(metapl.UDA(0.5, 0.85)), 0.05) for member in networks]
     )
     generators = [
         torch.Generator().manual_seed(1000 * seed + n) for seed in seeds for n in range(MEMBERS)
     ]
-    of_labeled, of_unlabeled, each = (
-        batches(x, generators),
-        batches(u, generators),
-        torch.arange(len(u))[:, None],
-    )
+    labeled_batches = batches(x, generators)
+    unlabeled_batches = batches(u, generators)
+    all_members = torch.arange(len(u))[:, None]
     for number in range(steps):
-        (rows, seen), (others, strong) = next(of_labeled), next(of_unlabeled)
-        labeled = seen, y.gather(1, rows)
-        members.step(labeled, (*labeled, u[each, others], strong), when.cosine(number, steps))
-    return [
+        labeled_rows, seen = next(labeled_batches)
+        unlabeled_rows, strong = next(unlabeled_batches)
+        labeled = seen, y.gather(1, labeled_rows)
+        weak = u[all_members, unlabeled_rows]
+        members.step(labeled, (*labeled, weak, strong), when.cosine(number, steps))
+    distributions = [
         members.outputs(rows).softmax(-1).unflatten(0, (-1, MEMBERS)).mean(1) for rows in (x, u)
-    ], parts
+    ]
+    return distributions, parts
 
 
 def run(
@@ -221,67 +225,77 @@ def run(
     """
     (q_x, q_u), parts = stored(problem, seeds, backbone, steps)
     pairs = [(number, rule) for number in range(len(seeds)) for rule in rules]
-    which, each = torch.tensor([number for number, _ in pairs]), torch.arange(len(pairs))[:, None]
-    (x, y), (u, truth), (t, labels) = [(a[which], b[which]) for a, b in parts]
-    q_x, q_u, students = (
-        q_x[which],
-        q_u[which],
-        [network(u, q_x.shape[-1], seeds[number]) for number, _ in pairs],
-    )
+    seed_of_pair = torch.tensor([number for number, _ in pairs])
+    all_pairs = torch.arange(len(pairs))[:, None]
+    (x, y), (u, truth), (t, labels) = [(a[seed_of_pair], b[seed_of_pair]) for a, b in parts]
+    q_x = q_x[seed_of_pair]
+    q_u = q_u[seed_of_pair]
+    students = [network(u, q_x.shape[-1], seeds[number]) for number, _ in pairs]
     right = (q_u.argmax(-1) == truth).float().mean(1)
+    trainers = []
     if arm == "plain":
-        sharper = torch.tensor([rule["temperature"] for _, rule in pairs])[:, None, None]
-        q_u, steps = (q_u.log() / sharper).softmax(-1), round(CHEAPER * steps)
-        trainers = [
-            alone(own, BothLosses(), rule["lr"])
-            for own, (_, rule) in zip(students, pairs, strict=True)
-        ]
+        temperatures = torch.tensor([rule["temperature"] for _, rule in pairs])[:, None, None]
+        q_u = (q_u.log() / temperatures).softmax(-1)
+        steps = round(CHEAPER * steps)
+        for student, (_, rule) in zip(students, pairs, strict=True):
+            trainers.append(alone(student, BothLosses(), rule["lr"]))
     else:
-        given: Row = {"mode": "none", "problem": ReducedLabels()}
+        options: Row = {"mode": "none", "problem": ReducedLabels()}
         if arm == "reduced_mpl":
-            given |= {"mode": "forward", "feedback_weight": rules[0]["weight"]}
-        trainers = []
-        for own, (_, rule) in zip(students, pairs, strict=True):
-            teacher = label_adjuster(q_x.shape[-1])
-            both = {"inner_optimizer": sgd(own, rule["lr"]), "outer_optimizer": sgd(teacher, 0.05)}
-            trainers.append(metapl.BilevelTrainer(teacher, own, **given, **both))
+            options |= {"mode": "forward", "feedback_weight": rules[0]["weight"]}
+        for student, (_, rule) in zip(students, pairs, strict=True):
+            teacher = LabelAdjuster(q_x.shape[-1])
+            trainer = metapl.BilevelTrainer(
+                teacher,
+                student,
+                inner_optimizer=sgd(student, rule["lr"]),
+                outer_optimizer=sgd(teacher, 0.05),
+                **options,
+            )
+            trainers.append(trainer)
     generators = [torch.Generator().manual_seed(seeds[number]) for number, _ in pairs]
-    stacked, of_labeled, of_unlabeled = (
-        when.Stacked(trainers),
-        batches(x, generators),
-        batches(u, generators),
-    )
+    stacked = when.Stacked(trainers)
+    labeled_batches = batches(x, generators)
+    unlabeled_batches = batches(u, generators)
     for step in range(steps):
+        # The first step records the graph, and is not in the time.
         if step < 2:
-            since = time.process_time()  # the first step records the graph
-        (rows, seen), (others, strong) = next(of_labeled), next(of_unlabeled)
-        labeled, target = (seen, y.gather(1, rows)), q_u[each, others]
+            since = time.process_time()
+        labeled_rows, seen = next(labeled_batches)
+        unlabeled_rows, strong = next(unlabeled_batches)
+        labeled = seen, y.gather(1, labeled_rows)
+        target = q_u[all_pairs, unlabeled_rows]
+        rate = when.cosine(step, steps)
         if arm == "plain":
-            stacked.step(labeled, (*labeled, strong, target), when.cosine(step, steps))
+            stacked.step(labeled, (*labeled, strong, target), rate)
         else:
-            stacked.step((*labeled, q_x[each, rows]), (strong, target), when.cosine(step, steps))
+            stacked.step((*labeled, q_x[all_pairs, labeled_rows]), (strong, target), rate)
     seconds = time.process_time() - since
-    tuned = when.Stacked([alone(own, EqualWeights(), 1e-3) for own in students])
+    tuned = when.Stacked([alone(student, EqualWeights(), 1e-3) for student in students])
     tuned.state = tuned.state._replace(student=stacked.state.student)
     for _ in range(FINETUNED):
-        rows, seen = next(of_labeled)
+        rows, seen = next(labeled_batches)
         tuned.step((seen, y.gather(1, rows)), (seen, y.gather(1, rows)), 1.0)
-    before, after = (
-        (of.outputs(t).argmax(-1) == labels).float().mean(1).tolist() for of in (stacked, tuned)
-    )
-    found = zip(pairs, before, after, right.tolist(), strict=True)
+
+    def accuracies(networks: when.Stacked) -> list[float]:
+        is_right = networks.outputs(t).argmax(-1) == labels
+        accuracies_of_pairs: list[float] = is_right.float().mean(1).tolist()
+        return accuracies_of_pairs
+
     about = {"steps": steps, "ms": round(1e3 * seconds / (steps - 1) / len(pairs), 3)}
-    return [
-        {
+    results = zip(pairs, accuracies(stacked), accuracies(tuned), right.tolist(), strict=True)
+    rows_of_pairs = []
+    for (number, rule), student_accuracy, finetuned_accuracy, share_right in results:
+        row = {
             **about,
-            "seed": seeds[n],
+            "seed": seeds[number],
             "rule": rule,
-            "student": a,
-            "finetuned": b,
-            "labels_right": right,
+            "student": student_accuracy,
+            "finetuned": finetuned_accuracy,
+            "labels_right": share_right,
         }
-        for (n, rule), a, b, right in found
-    ]
+        rows_of_pairs.append(row)
+    return rows_of_pairs
 
 
 def chosen(rows: list[Row], problem: str, arm: str) -> Row:
@@ -291,30 +305,33 @@ def chosen(rows: list[Row], problem: str, arm: str) -> Row:
         for row in rows
         if row["seed"] in TUNING and (row["problem"], row["arm"]) == (problem, arm)
     )
-    found: Row = best(tuning, "rule", "finetuned")
-    return found
+    rule: Row = best(tuning, "rule", "finetuned")
+    return rule
 
 
 def table(rows: list[Row]) -> str:
     final = [row for row in rows if row["seed"] in SEEDS]
-    lines, pairs = [], dict[str, list[list[float]]]()
+    lines = []
+    finetuned_by_arm: dict[str, list[float]] = {}
     for problem in dict.fromkeys(row["problem"] for row in final):
-        of = {
-            arm: [r for r in final if (r["problem"], r["arm"]) == (problem, arm)] for arm in NAMES
-        }
-        labels = [row["labels_right"] for row in of["plain"]]
-        own = [row["finetuned"] for row in of["reduced_mpl"]]
-        for arm, some in of.items():
-            student, finetuned = (
-                [row[column] for row in some] for column in ("student", "finetuned")
-            )
-            pairs.setdefault(arm, []).append(finetuned)
-            gap = "" if arm == "reduced_mpl" else f"{points(own) - points(finetuned):+.1f}"
+        rows_by_arm: dict[str, list[Row]] = {arm: [] for arm in NAMES}
+        for row in final:
+            if row["problem"] == problem:
+                rows_by_arm[row["arm"]].append(row)
+        labels = [row["labels_right"] for row in rows_by_arm["plain"]]
+        of_reduced_mpl = [row["finetuned"] for row in rows_by_arm["reduced_mpl"]]
+        for arm, rows_of_arm in rows_by_arm.items():
+            student = [row["student"] for row in rows_of_arm]
+            finetuned = [row["finetuned"] for row in rows_of_arm]
+            finetuned_by_arm.setdefault(arm, []).extend(finetuned)
+            gap = ""
+            if arm != "reduced_mpl":
+                gap = f"{points(of_reduced_mpl) - points(finetuned):+.1f}"
             cells = [
                 spread(student),
                 spread(finetuned),
                 gap,
-                f"{statistics.median(r['ms'] for r in some):.2f}",
+                f"{statistics.median(row['ms'] for row in rows_of_arm):.2f}",
             ]
             lines.append(
                 [problem if arm == "reduced_mpl" else "", spread(labels), NAMES[arm], *cells]
@@ -328,15 +345,16 @@ def table(rows: list[Row]) -> str:
         "Reduced MPL above it",
         "ms a step",
     ]
-    joined = {arm: list(itertools.chain(*values)) for arm, values in pairs.items()}
-    told = []
+    sentences = []
+    reduced_mpl = finetuned_by_arm["reduced_mpl"]
     for arm in ("plain", "reduced_none"):
-        gap = between(joined["reduced_mpl"], joined[arm])
-        p = sign_flip(joined["reduced_mpl"], joined[arm])
-        mean = points(joined["reduced_mpl"]) - points(joined[arm])
-        what = f"Reduced MPL minus {NAMES[arm]}, finetuned, over {len(joined[arm])} runs"
-        told.append(f"{what}: {mean:+.1f} (95 % {gap}; sign-flip p {p:.2g}).")
-    return "\n\n".join([grid(head, lines, "llllrrr"), *told])
+        other = finetuned_by_arm[arm]
+        gap = between(reduced_mpl, other)
+        p = sign_flip(reduced_mpl, other)
+        mean = points(reduced_mpl) - points(other)
+        pair = f"Reduced MPL minus {NAMES[arm]}, finetuned, over {len(other)} runs"
+        sentences.append(f"{pair}: {mean:+.1f} (95 % {gap}; sign-flip p {p:.2g}).")
+    return "\n\n".join([grid(head, lines, "llllrrr"), *sentences])
 
 
 def main() -> None:
@@ -344,34 +362,37 @@ def main() -> None:
     parser.add_argument(
         "--backbone", type=Path, help="weights of tf_efficientnet_lite0 under timm's names"
     )
-    given = parsed(parser)
+    args = parsed(parser)
     torch.set_num_threads(1)
-    tuning, final, steps = (TUNING[:1], SEEDS[:2], 5) if given.miniature else (TUNING, SEEDS, STEPS)
-    problems = ("digits",) if given.miniature else ("digits", "mnist", "textures")
-    jobs = (
-        {"problem": name, "arm": arm, "seed": seeds[-1]}
-        for name in problems
-        for seeds, arms in ((tuning, RULES), (final, NAMES))
-        for arm in arms
-    )
+    if args.miniature:
+        tuning = TUNING[:1]
+        final = SEEDS[:2]
+        steps = 5
+        problems: tuple[str, ...] = ("digits",)
+    else:
+        tuning = TUNING
+        final = SEEDS
+        steps = STEPS
+        problems = ("digits", "mnist", "textures")
+    jobs = []
+    for name in problems:
+        jobs += [{"problem": name, "arm": arm, "seed": tuning[-1]} for arm in RULES]
+        jobs += [{"problem": name, "arm": arm, "seed": final[-1]} for arm in NAMES]
 
     def rows_of(problem: str, arm: str, seed: int) -> list[Row]:
         """Return the rows of the seed and of the others beside it."""
         if seed == final[-1]:
             kind = "plain" if arm == "plain" else "reduced_mpl"
-            return run(
-                problem, arm, final, [chosen(read(given.out), problem, kind)], steps, given.backbone
-            )
-        groups = itertools.groupby(RULES[arm], lambda rule: rule.get("weight"))
-        return [
-            row
-            for _, group in groups
-            for row in run(problem, arm, tuning, [*group], steps, given.backbone)
-        ]
+            rule = chosen(read(args.out), problem, kind)
+            return run(problem, arm, final, [rule], steps, args.backbone)
+        rows = []
+        for _, rules in itertools.groupby(RULES[arm], lambda rule: rule.get("weight")):
+            rows += run(problem, arm, tuning, [*rules], steps, args.backbone)
+        return rows
 
-    if given.runs:
-        go_on(given.out, jobs, rows_of)
-    show(given.write, "stored_labels", table(read(given.out)))
+    if args.runs:
+        go_on(args.out, jobs, rows_of)
+    show(args.write, "stored_labels", table(read(args.out)))
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from metapl.apps.main import main as command
-from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
+from metapl.pictures import load_digits_split
 
 RAW = RESULTS / "suspects.jsonl"
-CLEAN, FIRST, SIDE = 10, 0.1, 16
+CLEAN = 10
+FIRST = 0.1
+SIDE = 16
 METHODS = {
     "example_weights": "example_weights (the default)",
     "noise_transition": "noise_transition",
@@ -93,15 +95,16 @@ def write_pictures(
     root: Path, seed: int, share: float = 0.1, next_one: bool = False, most: int | None = None
 ) -> set[str]:
     """Write the folders noisy, clean and test of a seed; return the mislabeled pictures' paths."""
-    split, draw = load_digits_split(CLEAN, seed), torch.Generator().manual_seed(seed)
+    split = load_digits_split(CLEAN, seed)
+    draw = torch.Generator().manual_seed(seed)
     truth = split.unlabeled_truth[:most]
     wrong = torch.zeros(len(truth), dtype=torch.bool)
     wrong[torch.randperm(len(truth), generator=draw)[: round(share * len(truth))]] = True
     away = torch.ones_like(truth) if next_one else torch.randint(1, 10, truth.shape, generator=draw)
     test = split.test[0][:most], split.test[1][:most]
-    given = split.unlabeled[:most], torch.where(wrong, (truth + away) % 10, truth)
+    noisy = split.unlabeled[:most], torch.where(wrong, (truth + away) % 10, truth)
     planted = set()
-    for name, (images, labels) in {"noisy": given, "clean": split.labeled, "test": test}.items():
+    for name, (images, labels) in {"noisy": noisy, "clean": split.labeled, "test": test}.items():
         for digit in range(10):
             (root / name / str(digit)).mkdir(parents=True)
         for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -114,14 +117,14 @@ def write_pictures(
 
 def by_clean(root: Path, seed: int, out: Path) -> None:
     """Write each noisy picture's loss, by a perceptron of 100 steps on all of the clean ones."""
-    found = []
+    parts = []
     for name in ("clean", "noisy"):
         files = sorted((root / name).resolve().glob("*/*.png"))
         pixels = np.stack([np.asarray(Image.open(file), np.float32) / 255 for file in files])
-        found.append(
+        parts.append(
             (torch.from_numpy(pixels), torch.tensor([int(file.parent.name) for file in files]))
         )
-    (x, y), (noisy, given) = found
+    (x, y), (noisy, labels) = parts
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -129,7 +132,7 @@ def by_clean(root: Path, seed: int, out: Path) -> None:
         optimizer.zero_grad()
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
-    losses = F.cross_entropy(network(noisy), given, reduction="none").tolist()
+    losses = F.cross_entropy(network(noisy), labels, reduction="none").tolist()
     with out.open("w", newline="") as table:
         csv.writer(table).writerows([("file", "loss"), *zip(files, losses, strict=True)])
 
@@ -212,22 +215,24 @@ def listed(condition: str, seed: int, tuned: bool, miniature: bool, lr: float | 
             out,
             *few,
         )
-        given = ["--lr", lr] if tuned else []
-        given += (
+        options = ["--lr", lr] if tuned else []
+        options += (
             ["--steps", "4", "--removals", "8"]
             if miniature
             else ["--removals", "0"] * (seed not in CHECKED)
         )
         since = time.perf_counter()
-        told = " ".join(metapl("attribute", out, "--out", out, *given).split())
-        found = {
-            name: re.search(rf"{name} [a-z ]+ (-?[0-9.]*[0-9])", told)
+        printed = " ".join(metapl("attribute", out, "--out", out, *options).split())
+        matches = {
+            name: re.search(rf"{name} [a-z ]+ (-?[0-9.]*[0-9])", printed)
             for name in ("Spearman", "loss there")
         }
         by_clean(root, seed, out / "clean.csv")
         row: Row = {"lr": lr or 0.03, "seconds": round(time.perf_counter() - since, 1), "lists": {}}
         row |= {
-            name.split()[0].lower(): float(one[1]) for name, one in found.items() if one is not None
+            name.split()[0].lower(): float(match[1])
+            for name, match in matches.items()
+            if match is not None
         }
         for name, (file, key, sign) in LISTS.items():
             if not tuned or file == "attribution.csv":
@@ -258,16 +263,25 @@ def with_interval(values: Sequence[float], sign: str = "", digits: int = 2) -> s
 
 def table(rows: Sequence[Row]) -> str:
     """Return a table of the first tenth, of the seeds that every method has."""
-    by = {name: {row["seed"]: row for row in rows if row["method"] == name} for name in METHODS}
-    by = {name: own for name, own in by.items() if own}
-    seeds = sorted(set.intersection(*(set(own) for own in by.values())))
+    rows_by_method = {
+        name: {row["seed"]: row for row in rows if row["method"] == name} for name in METHODS
+    }
+    rows_by_method = {
+        name: rows_by_seed for name, rows_by_seed in rows_by_method.items() if rows_by_seed
+    }
+    seeds = sorted(
+        set.intersection(*(set(rows_by_seed) for rows_by_seed in rows_by_method.values()))
+    )
     columns = ("precision", "student_test_accuracy", "finetuned_test_accuracy")
     lines = [
         [
             METHODS[name],
-            *(with_interval([100 * own[s][key] for s in seeds], digits=1) for key in columns),
+            *(
+                with_interval([100 * rows_by_seed[s][key] for s in seeds], digits=1)
+                for key in columns
+            ),
         ]
-        for name, own in by.items()
+        for name, rows_by_seed in rows_by_method.items()
     ]
     head = [
         "method",
@@ -280,12 +294,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def harmful_table(rows: Sequence[Row]) -> str:
     """Return how well each list finds the wrong ones, and what was tuned and checked."""
-    score, lines = next(iter(LISTS)), []
+    score = next(iter(LISTS))
+    lines = []
     for condition in CONDITIONS:
         mine = [row["lists"] for row in rows if row["condition"] == condition and not row["tuned"]]
         for name in LISTS if mine else ():
             area, first = (
-                with_interval([lists[name][which] for lists in mine]) for which in (0, 1)
+                with_interval([lists[name][list_number] for lists in mine])
+                for list_number in (0, 1)
             )
             lead = (
                 ""
@@ -317,20 +333,21 @@ def main() -> None:
     parser.add_argument(
         "--harmful", action="store_true", help="beside the lists of `metapl attribute`"
     )
-    given = parsed(parser)
-    small, out = given.miniature, given.out
-    if given.harmful:
-        out = RAW.with_name("harmful_pictures.jsonl") if given.out == RAW else given.out
+    args = parsed(parser)
+    small = args.miniature
+    out = args.out
+    if args.harmful:
+        out = RAW.with_name("harmful_pictures.jsonl") if args.out == RAW else args.out
         jobs = [*every(condition=TUNED_ON, seed=TUNING_SEEDS, tuned=True, lr=RATES)]
         jobs += every(seed=SEEDS, condition=(*CONDITIONS,), tuned=False)
     else:
         jobs = [*every(seed=(0, 1, 2), method=(*METHODS,))]
     if small:
-        jobs = [job for job in jobs if job["seed"] == 0][: 1 if given.harmful else 2]
-    if given.runs:
-        go_on(out, jobs, partial(listed if given.harmful else suspected, miniature=small))
-    mark, tables = ("harmful_pictures", harmful_table) if given.harmful else ("suspects", table)
-    show(given.write, mark, tables(read(out)))
+        jobs = [job for job in jobs if job["seed"] == 0][: 1 if args.harmful else 2]
+    if args.runs:
+        go_on(out, jobs, partial(listed if args.harmful else suspected, miniature=small))
+    mark, tables = ("harmful_pictures", harmful_table) if args.harmful else ("suspects", table)
+    show(args.write, mark, tables(read(out)))
 
 
 if __name__ == "__main__":

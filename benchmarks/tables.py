@@ -36,11 +36,9 @@ from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 RAW = RESULTS / "tables.jsonl"
 PROBLEMS = ("digits", "iris", "quantiles")
 # Labels of a class, the share of wrong labels, that of trusted ones.
-FEW, WRONG, TRUSTED = (
-    5,
-    0.3,
-    0.1,
-)
+FEW = 5
+WRONG = 0.3
+TRUSTED = 0.1
 OWN = {
     "few labels": "Meta Pseudo Labels",
     "any wrong class": "reweighted",
@@ -72,26 +70,32 @@ def drawn(problem: str, seed: int) -> list[np.ndarray]:
 
 def some_of_each(y: np.ndarray, share: float | int, seed: int) -> np.ndarray:
     """Return a mask of so many rows of each class, or of that share of it."""
-    order, mask = np.random.default_rng(seed).permutation(len(y)), np.zeros(len(y), bool)
+    order = np.random.default_rng(seed).permutation(len(y))
+    mask = np.zeros(len(y), bool)
     for label in np.unique(y):
         rows = order[y[order] == label]
         mask[rows[: share if share >= 1 else round(share * len(rows))]] = True
     return mask
 
 
-def few_labels(X: np.ndarray, y: np.ndarray, seed: int, **own: Any) -> Iterator[tuple[str, Any]]:
+def few_labels(
+    X: np.ndarray, y: np.ndarray, seed: int, **options: Any
+) -> Iterator[tuple[str, Any]]:
     """Yield each arm, fitted to few labels."""
-    known = some_of_each(y, FEW, seed)
-    given = np.where(known, y, -1)
-    yield "Meta Pseudo Labels", MetaPseudoLabelsClassifier(random_state=seed, **own).fit(X, given)
+    is_labeled = some_of_each(y, FEW, seed)
+    labels = np.where(is_labeled, y, -1)
+    yield (
+        "Meta Pseudo Labels",
+        MetaPseudoLabelsClassifier(random_state=seed, **options).fit(X, labels),
+    )
     yield (
         "the same without feedback",
-        MetaPseudoLabelsClassifier(random_state=seed, mode="none", **own).fit(X, given),
+        MetaPseudoLabelsClassifier(random_state=seed, mode="none", **options).fit(X, labels),
     )
     regression = LogisticRegression(max_iter=2000)
-    yield "SelfTraining(LogisticRegression)", SelfTrainingClassifier(regression).fit(X, given)
-    yield "LabelSpreading(kernel='knn')", LabelSpreading(kernel="knn").fit(X, given)
-    yield from plain(X[known], y[known], seed)
+    yield "SelfTraining(LogisticRegression)", SelfTrainingClassifier(regression).fit(X, labels)
+    yield "LabelSpreading(kernel='knn')", LabelSpreading(kernel="knn").fit(X, labels)
+    yield from plain(X[is_labeled], y[is_labeled], seed)
 
 
 def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
@@ -102,33 +106,36 @@ def plain(X: np.ndarray, y: np.ndarray, seed: int) -> Iterator[tuple[str, Any]]:
 
 
 def wrong_labels(
-    X: np.ndarray, y: np.ndarray, seed: int, kind: str, **own: Any
+    X: np.ndarray, y: np.ndarray, seed: int, kind: str, **options: Any
 ) -> Iterator[tuple[str, Any]]:
     """Yield each arm, fitted to wrong labels."""
-    draw, classes, trusted = (
-        np.random.default_rng(seed),
-        y.max() + 1,
-        some_of_each(y, TRUSTED, seed),
-    )
+    draw = np.random.default_rng(seed)
+    classes = y.max() + 1
+    trusted = some_of_each(y, TRUSTED, seed)
     other = (y + (1 if kind == "the next class" else draw.integers(1, classes, len(y)))) % classes
-    given = np.where((draw.random(len(y)) < WRONG) & ~trusted, other, y)
-    found = MetaReweightedClassifier(random_state=seed, **own).fit(X, given, trusted=trusted)
-    yield "reweighted", found
-    forest = RandomForestClassifier(random_state=seed).fit(X, given, sample_weight=found.weights_)
+    noisy_labels = np.where((draw.random(len(y)) < WRONG) & ~trusted, other, y)
+    reweighted = MetaReweightedClassifier(random_state=seed, **options).fit(
+        X, noisy_labels, trusted=trusted
+    )
+    yield "reweighted", reweighted
+    forest = RandomForestClassifier(random_state=seed).fit(
+        X, noisy_labels, sample_weight=reweighted.weights_
+    )
     yield "RandomForestClassifier with its `weights_`", forest
     yield (
         "LogisticRegression, trusted rows alone",
         LogisticRegression(max_iter=2000).fit(X[trusted], y[trusted]),
     )
-    yield from plain(X, given, seed)
+    yield from plain(X, noisy_labels, seed)
 
 
-def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
+def row_of(seed: int, labels: str, problem: str, **options: Any) -> Row:
     """Return the accuracy of each arm."""
     X, y, test, truth = drawn(problem, seed)
-    few, begun = labels == "few labels", time.process_time()
-    arms = few_labels(X, y, seed, **own) if few else wrong_labels(X, y, seed, labels, **own)
-    accuracies = {name: round(100 * each.score(test, truth), 2) for name, each in arms}
+    few = labels == "few labels"
+    begun = time.process_time()
+    arms = few_labels(X, y, seed, **options) if few else wrong_labels(X, y, seed, labels, **options)
+    accuracies = {name: round(100 * classifier.score(test, truth), 2) for name, classifier in arms}
     return {
         "accuracy": accuracies,
         "seconds": round(time.process_time() - begun, 1),
@@ -139,21 +146,21 @@ def one(seed: int, labels: str, problem: str, **own: Any) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Return a table for each kind of labels, of the seeds that all of it has."""
     problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
-    known = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
+    accuracy_of = {(row["labels"], row["problem"], row["seed"]): row["accuracy"] for row in rows}
     cases = [*itertools.product(OWN, problems)]
     seeds = sorted(
-        s for s in {row["seed"] for row in rows} if all((*case, s) in known for case in cases)
+        s for s in {row["seed"] for row in rows} if all((*case, s) in accuracy_of for case in cases)
     )
     parts = []
-    for labels, own in OWN.items():
+    for labels, our_arm in OWN.items():
         lines = []
-        for arm in known[labels, problems[0], seeds[0]]:
+        for arm in accuracy_of[labels, problems[0], seeds[0]]:
             cells = []
             for problem in problems:
-                scores, ours = (
-                    [known[labels, problem, seed][one] for seed in seeds] for one in (arm, own)
-                )
-                test = paired_test(ours, scores)
+                rows_of_problem = [accuracy_of[labels, problem, seed] for seed in seeds]
+                scores = [accuracies[arm] for accuracies in rows_of_problem]
+                our_scores = [accuracies[our_arm] for accuracies in rows_of_problem]
+                test = paired_test(our_scores, scores)
                 beside = (
                     f" ({test.interval[0]:+.1f} to {test.interval[1]:+.1f})"
                     if test.interval
@@ -166,14 +173,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    given = parsed(arguments(__doc__, RAW))
-    problems, seeds = (PROBLEMS[1:2], 2) if given.miniature else (PROBLEMS, 5)
+    args = parsed(arguments(__doc__, RAW))
+    problems, seeds = (PROBLEMS[1:2], 2) if args.miniature else (PROBLEMS, 5)
     jobs = every(seed=tuple(range(seeds)), labels=(*OWN,), problem=problems)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        if given.runs:
-            go_on(given.out, jobs, partial(one, **{"steps": 2} if given.miniature else {}))
-    show(given.write, "tables", table(read(given.out)))
+        if args.runs:
+            go_on(args.out, jobs, partial(row_of, **{"steps": 2} if args.miniature else {}))
+    show(args.write, "tables", table(read(args.out)))
 
 
 if __name__ == "__main__":

@@ -52,16 +52,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.views import base
 from metapl.functional import stack
 from metapl.models import mlp
+from metapl.pictures import load_digits_split
 from metapl.problems import EqualWeights
 
 RAW = RESULTS / "when.jsonl"
-CLASSES, SIZES, BATCH, EMA_DECAY, MOMENTUM = 10, [64, 32, 32, 10], 64, 0.995, 0.9
-BESIDE = 9  # arms trained side by side at most; what is stopped before it has rows begins again
-BESIDE_IN_PROCESS = 4  # the same where there are several processes
+CLASSES = 10
+SIZES = [64, 32, 32, 10]
+BATCH = 64
+EMA_DECAY = 0.995
+MOMENTUM = 0.9
+# So many arms are trained side by side at most. What is stopped before it has rows begins again.
+BESIDE = 9
+# The same where there are several processes.
+BESIDE_IN_PROCESS = 4
 
 COMPILED = 3000
 """Trainings of so many steps are compiled, which takes as long as a thousand steps without."""
@@ -69,7 +75,8 @@ COMPILED = 3000
 LABELED, UNLABELED, FINETUNING, BEFORE = range(4)
 """Streams of batches."""
 
-Weights = dict[str, Tensor]  # by name, of all seeds: (S, ...)
+Weights = dict[str, Tensor]
+"""The weights of all seeds by name, (S, ...)."""
 
 # ----------------------------------------------------------------------------------------- the arms
 
@@ -81,45 +88,66 @@ class Rule:
     ``feedback`` says what sets its size: ``"gradient"``: ``size`` is ``feedback_weight``, so that
     it dies with the student's rate; ``"learning_rate"``: the same for h divided by that rate;
     ``"ratio"``: ``size`` is ``feedback_ratio``; ``"none"``: there is none.
+
+    Attributes:
+        student_lr, teacher_lr: base rates of SGD, which a cosine takes to 0.
+        momentum: the teacher's.
+        alteration: that of the feedback, see :func:`altered`; ``"zero"``: none at these rates.
+        own_loss: the teacher learns from the labeled batch too.
+        lookahead: student steps a teacher step.
+        uda: the weight of the teacher's consistency loss on unlabeled pictures,
+            :class:`metapl.UDA`, whose prior is the labels' shares; 0: there is none.
+        temperature, threshold, align: settings of that loss.
+        mode: ``"reinforce"`` is with the mean of the labels' cross-entropies.
+        similarity, baseline: settings of ``"reinforce"``.
     """
 
-    student_lr: float = 1.0  # base rates of SGD, which a cosine takes to 0
+    student_lr: float = 1.0
     teacher_lr: float = 0.06
-    momentum: float = MOMENTUM  # the teacher's
+    momentum: float = MOMENTUM
     feedback: Literal["none", "gradient", "learning_rate", "ratio"] = "gradient"
     size: float = 1.0
-    alteration: str | None = None  # of the feedback, see altered(), or "zero": none at these rates
-    own_loss: bool = True  # the teacher learns from the labeled batch too
-    lookahead: int = 1  # student steps a teacher step
-    # weight of the teacher's consistency loss on unlabeled pictures, metapl.UDA; 0: there is none
+    alteration: str | None = None
+    own_loss: bool = True
+    lookahead: int = 1
     uda: float = 0.0
-    temperature: float = 1.0  # of that loss, whose prior is the labels' shares; likewise:
+    temperature: float = 1.0
     threshold: float = 0.0
     align: float = 0.0
-    mode: Literal["forward", "reinforce"] = (
-        "forward"  # the latter with the mean of the labels' cross-entropies; of it:
-    )
+    mode: Literal["forward", "reinforce"] = "forward"
     similarity: Literal["dot", "cosine"] = "dot"
     baseline: float | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A run over all seeds."""
+    """A run over all seeds.
 
-    part: str  # the question that it belongs to
-    method: str  # its name there
-    tuned: str  # the entry of GRIDS that its settings are chosen from
-    condition: Condition = "right"  # what the teacher has learned before, see CONDITIONS
-    labels: int = 2  # a class, on average
-    steps: int = 1500  # of the teacher
-    outer: int = BATCH  # labeled pictures in a batch
+    Attributes:
+        part: the question that it belongs to.
+        method: its name there.
+        tuned: the entry of ``GRIDS`` that its settings are chosen from.
+        condition: what the teacher has learned before, see ``CONDITIONS``.
+        labels: labels of a class, on average.
+        steps: those of the teacher.
+        outer: labeled pictures in a batch.
+        uneven: how often the most frequent class is there for one of the least frequent.
+        begins: the share of the steps after which the student begins, as the teacher's average.
+            With 0 it begins at the start, with weights of its own; with 1 it never does, and the
+            teacher is what is trained.
+    """
+
+    part: str
+    method: str
+    tuned: str
+    condition: Condition = "right"
+    labels: int = 2
+    steps: int = 1500
+    outer: int = BATCH
     alteration: str | None = None
     lookahead: int = 1
-    uneven: int = 1  # how often the most frequent class is there for one of the least frequent
-    # share of the steps after which the student begins, as the teacher's average: 0: from the
+    uneven: int = 1
     begins: float = 0.0
-    # start, with weights of its own; 1: never, the teacher is what is trained
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -171,11 +199,12 @@ LONG_RATES: dict[str, Any] = {
     "student_lr": STUDENT_LR,
     "teacher_lr": (0.06, 0.12, 0.24),
 }
-METHODS: dict[str, tuple[Rule, ...]] = {  # six configurations of each, beside right labels
+# Each method has six configurations beside right labels.
+METHODS: dict[str, tuple[Rule, ...]] = {
     "none": _rules(feedback="none", student_lr=STUDENT_LR, teacher_lr=(0.03, 0.06, 0.12)),
     **{
-        how: _rules(feedback=how, student_lr=STUDENT_LR, size=sizes)
-        for how, sizes in SIZES_OF.items()
+        feedback: _rules(feedback=feedback, student_lr=STUDENT_LR, size=sizes)
+        for feedback, sizes in SIZES_OF.items()
     },
 }
 # Four configurations of each, after a teacher has learned wrong labels.
@@ -199,9 +228,9 @@ LATER: dict[str, tuple[Rule, ...]] = {
 ALONE = {"uda": 1.0, "feedback": "none", "teacher_lr": (0.03, 0.06, 0.12, 0.24)}
 PAIR = {"uda": 1.0, "teacher_lr": (0.03, 0.06), "temperature": (1.0, 0.5)}
 SCALAR = {"mode": "reinforce"}
-COST_OF_SCALAR = (
-    0.95  # compiled steps of 40 seeds, by turns with forward's: dot 0.95, cosine 0.96 (none 0.65)
-)
+# Measured on compiled steps of 40 seeds, by turns with forward's: dot 0.95, cosine 0.96 (none
+# 0.65).
+COST_OF_SCALAR = 0.95
 WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
     "uda": (0.404, 1.0, _rules(**ALONE, temperature=(1.0, 0.5))),
     "uda_aligned": (0.418, 1.0, _rules(**ALONE, temperature=(1.0, 0.5), align=1.0)),
@@ -249,22 +278,24 @@ def _arms() -> Iterator[Arm]:
     def lengths(steps: int, labels: int, methods: Sequence[str] = (*METHODS,)) -> list[Arm]:
         return [Arm("length", method, method, labels=labels, steps=steps) for method in methods]
 
-    def altered(method: str, hows: Sequence[str], **where: Any) -> list[Arm]:
+    def altered(method: str, alterations: Sequence[str], **settings: Any) -> list[Arm]:
         return [
-            Arm(method=f"{method} {how}", tuned=method, alteration=how, **where) for how in hows
+            Arm(method=f"{method} {alteration}", tuned=method, alteration=alteration, **settings)
+            for alteration in alterations
         ]
 
     def wrong(condition: Condition) -> list[Arm]:
-        where: dict[str, Any] = {"part": "wrong", "condition": condition, "labels": 4}
-        arms = [Arm(method=method, tuned=method, **where) for method in WRONG]
-        return arms + altered("alone", ALTERATIONS_OF_WRONG, **where)
+        settings: dict[str, Any] = {"part": "wrong", "condition": condition, "labels": 4}
+        arms = [Arm(method=method, tuned=method, **settings) for method in WRONG]
+        return arms + altered("alone", ALTERATIONS_OF_WRONG, **settings)
 
-    def ahead(what: str) -> list[Arm]:
-        pairs = itertools.product(AHEAD, ("none", "gradient"))
-        steps = {K: 1500 // (K if what == "student steps" else 1) for K in AHEAD}
-        return [
-            Arm("ahead", f"{m} as many {what}", m, steps=steps[K], lookahead=K) for K, m in pairs
-        ]
+    def lookahead(unit: str) -> list[Arm]:
+        """Return arms with as many student steps, or as many teacher steps."""
+        arms = []
+        for K, method in itertools.product(AHEAD, ("none", "gradient")):
+            steps = 1500 // K if unit == "student steps" else 1500
+            arms.append(Arm("ahead", f"{method} as many {unit}", method, steps=steps, lookahead=K))
+        return arms
 
     short, long, longest = LENGTHS
     yield from [*lengths(short, 4), *lengths(short, 2)]
@@ -274,21 +305,24 @@ def _arms() -> Iterator[Arm]:
     # The weight keeps what a part of h has; the ratio gives every part the same size.
     yield from altered("gradient", ALTERATIONS, part="part")
     yield from altered("ratio", ("balance", "rest"), part="part")
-    yield from [*wrong("style"), *lengths(long, 2)[:3], *ahead("student steps")]
+    yield from [*wrong("style"), *lengths(long, 2)[:3], *lookahead("student steps")]
     yield from (
         Arm("outer", method, method, outer=outer)
         for outer in OUTER
         for method in ("none", "gradient")
     )
     yield from [*wrong("asymmetric"), *wrong("half")]
-    yield from altered("ratio", [how for how in ALTERATIONS if how != "rest"], part="part")
+    yield from altered("ratio", [name for name in ALTERATIONS if name != "rest"], part="part")
     yield from [
         *lengths(long, 2)[3:],
         *lengths(long, 4),
         *lengths(longest, 2),
         *lengths(longest, 4),
     ]
-    yield from [*ahead("teacher steps"), *altered("ratio", ["balance"], part="length", steps=long)]
+    yield from [
+        *lookahead("teacher steps"),
+        *altered("ratio", ["balance"], part="length", steps=long),
+    ]
     yield from lengths(long, 2, (*LATER,))
     for (labels, uneven), (method, (cost, begins, _)) in itertools.product(PLACES, WORTH.items()):
         arm = Arm(
@@ -322,13 +356,16 @@ GRIDS: dict[str, tuple[Arm, tuple[Rule, ...]]] = {
 """What is chosen from: the configurations of a method, and where they are tried."""
 
 
-SEEDS = {  # for tuning, and for final runs
+# The seeds for tuning, and those for final runs.
+SEEDS = {
     "worth": (tuple(range(110, 115)), tuple(range(300, 340))),
     "others": (tuple(range(100, 105)), tuple(range(200, 220))),
     "miniature": ((100,), (200, 201)),
 }
-FINETUNED, TAUGHT = 200, 1500
-"""Steps of finetuning, and of a teacher on wrong labels."""
+FINETUNED = 200
+"""Steps of finetuning."""
+TAUGHT = 1500
+"""Steps of a teacher on wrong labels."""
 
 
 @dataclass(frozen=True)
@@ -344,9 +381,14 @@ class Size:
         return 2 if self.miniature else steps
 
     def seeds(self, arm: Arm, final: bool) -> tuple[int, ...]:
-        return SEEDS["miniature" if self.miniature else "worth" if arm.of_worth else "others"][
-            final
-        ]
+        if self.miniature:
+            name = "miniature"
+        elif arm.of_worth:
+            name = "worth"
+        else:
+            name = "others"
+        for_tuning, for_final_runs = SEEDS[name]
+        return for_final_runs if final else for_tuning
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -358,53 +400,54 @@ class Altered(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, how: str, drawn: Tensor | None) -> Tensor:
+    def forward(q: Tensor, alteration: str, drawn: Tensor | None) -> Tensor:
         return q.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:
-        q, ctx.how, drawn = inputs
+        q, ctx.alteration, drawn = inputs
         ctx.save_for_backward(q, drawn)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         q, drawn = ctx.saved_tensors
-        return altered(g, q, ctx.how, drawn), None, None
+        return altered(g, q, ctx.alteration, drawn), None, None
 
 
-def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
+def altered(g: Tensor, q: Tensor, alteration: str, drawn: Any = None) -> Tensor:
     """Return -h as the controls have it, from -h and the labels, (B, C) each.
 
     Three are those of :class:`metapl.ablation.Altered`.
     """
-    if how == "permuted":  # rows of other examples
+    # The rows of other examples.
+    if alteration == "permuted":
         return g[drawn]
-    if how == "random_sign":
+    if alteration == "random_sign":
         return g * drawn[:, None]
-    if how == "negated":
+    if alteration == "negated":
         return -g
-    if how == "sign":  # at the mean size in the batch
+    # The sign, at the mean size in the batch.
+    if alteration == "sign":
         return g.sign() * g.abs().mean()
-    if (
-        how == "balance"
-        # no h at all, but what descends the cross-entropy of the mean label against equal
-        # frequencies
-    ):
+    # There is no h at all, but what descends the cross-entropy of the mean label against equal
+    # frequencies.
+    if alteration == "balance":
         return -(1 / (q.shape[0] * q.shape[1] * q.mean(0))).expand_as(q)
     mean = g.mean(0).expand_as(g)
     # The teacher's most probable class.
-    own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(g)
-    means = own @ (own.T @ g / own.sum(0)[:, None].clamp_min(1))
+    is_top_class = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(g)
+    sizes = is_top_class.sum(0)[:, None].clamp_min(1)
+    means_of_class = is_top_class @ (is_top_class.T @ g / sizes)
     parts = {
         "class_means": mean,
         "rest": g - mean,
-        "own_class_means": means,
-        "within_class": g - means,
+        "own_class_means": means_of_class,
+        "within_class": g - means_of_class,
+        "one_number": is_top_class * g,
     }
-    return {**parts, "one_number": own * g}[how]
+    return parts[alteration]
 
 
-@dataclass(frozen=True)
 class Labels(metapl.PseudoLabels):
     """Meta Pseudo Labels with altered feedback.
 
@@ -463,8 +506,12 @@ def trainer(
         return metapl.BilevelTrainer(
             None, student, "none", problem=NoTeacher(uda), inner_optimizer=optimizer
         )
-    how, losses = rule.alteration, [metapl.CrossEntropy()] * rule.own_loss + [uda] * bool(rule.uda)
-    silent = rule.feedback == "none" or how == "zero"
+    losses: list[Any] = []
+    if rule.own_loss:
+        losses.append(metapl.CrossEntropy())
+    if rule.uda:
+        losses.append(uda)
+    silent = rule.feedback == "none" or rule.alteration == "zero"
     normalization: Any = "learning_rate" if rule.feedback == "learning_rate" else "gradient"
     estimator: metapl.feedback.Estimator = metapl.feedback.Forward(normalization=normalization)
     if rule.mode == "reinforce":
@@ -481,7 +528,7 @@ def trainer(
         "none" if silent else estimator,
         problem=Labels(
             kind="hard" if rule.mode == "reinforce" else "soft",
-            alteration=None if how == "zero" else how,
+            alteration=None if rule.alteration == "zero" else rule.alteration,
         ),
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=rule.student_lr),
         outer_optimizer=torch.optim.SGD(
@@ -507,15 +554,19 @@ class Stacked:
     def __init__(
         self, trainers: Sequence[metapl.BilevelTrainer], kind: Any = None, compiled: bool = False
     ) -> None:
-        made = [one.functional() for one in trainers]
-        self.like, self.one, self.state = (
-            trainers[0].student,
-            made[0][0],
-            stack([state for _, state in made]),
-        )
-        self.kind, self.compiled = object() if kind is None else kind, compiled
+        states = []
+        for trainer_of_seed in trainers:
+            step, state = trainer_of_seed.functional()
+            states.append(state)
+        # The steps of all seeds are one function, which differs in its state alone.
+        self.single_step = step
+        self.student = trainers[0].student
+        self.state = stack(states)
+        self.kind = object() if kind is None else kind
+        self.compiled = compiled
         self.rates = [
-            [own["lr"] for own in of.settings] for of in (self.state.inner, self.state.outer)
+            [group["lr"] for group in self.state.inner.settings],
+            [group["lr"] for group in self.state.outer.settings],
         ]
 
     def step(
@@ -530,32 +581,33 @@ class Stacked:
 
         ``noise`` (S, B, C) draws labels.
         """
-        at = []
-        for of, rates, factor in zip(
+        optimizers = []
+        for optimizer, rates, factor in zip(
             (self.state.inner, self.state.outer), self.rates, (of_student, of_teacher), strict=True
         ):
-            settings = [
-                own | {"lr": factor * rate} for own, rate in zip(of.settings, rates, strict=True)
-            ]
-            at.append(of._replace(settings=settings))
-        given: tuple[Any, ...] = (self.state._replace(inner=at[0], outer=at[1]), outer, inner)
+            settings = []
+            for group, rate in zip(optimizer.settings, rates, strict=True):
+                settings.append(group | {"lr": factor * rate})
+            optimizers.append(optimizer._replace(settings=settings))
+        state = self.state._replace(inner=optimizers[0], outer=optimizers[1])
+        arguments: tuple[Any, ...] = (state, outer, inner)
         if noise is not None:
-            given = (*given, noise)
-        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves(given[1:]))
+            arguments = (*arguments, noise)
+        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves(arguments[1:]))
         key = (self.kind, self.compiled, shapes, self.rates[0][0].dtype)
         if key not in self.graphs:
-            graph = make_fx(lambda *given: vmap(self.one)(*given)[0])(*given)
+            graph = make_fx(lambda *args: vmap(self.single_step)(*args)[0])(*arguments)
             graph.graph.eliminate_dead_code()
             graph.recompile()
             self.graphs[key] = torch.compile(graph, dynamic=False) if self.compiled else graph
-        self.state = self.graphs[key](*given)
+        self.state = self.graphs[key](*arguments)
 
     @torch.no_grad()
     def outputs(self, x: Tensor, params: Weights | None = None) -> Tensor:
         """Return all seeds' outputs, (S, n, C), of the students or by other networks' weights."""
         weights = self.state.student.params if params is None else params
-        found: Tensor = vmap(functional_call, (None, 0, 0))(self.like, weights, x)
-        return found
+        outputs: Tensor = vmap(functional_call, (None, 0, 0))(self.student, weights, x)
+        return outputs
 
 
 class Stack(Stacked):
@@ -573,11 +625,9 @@ class Stack(Stacked):
         prior: Any = None,
         compiled: bool = False,
     ) -> None:
-        self.rule, self.alone, pairs = (
-            rule,
-            teachers is None,
-            zip(teachers or [None] * len(students), students, strict=True),
-        )
+        self.rule = rule
+        self.alone = teachers is None
+        pairs = zip(teachers or [None] * len(students), students, strict=True)
         kind = (
             dataclasses.replace(rule, student_lr=0, teacher_lr=0),
             self.alone,
@@ -585,7 +635,8 @@ class Stack(Stacked):
             next(students[0].parameters()).dtype,
         )
         super().__init__([trainer(rule, *pair, prior) for pair in pairs], kind, compiled)
-        self.average, self.steps_done = self.state.student.params, 0
+        self.average = self.state.student.params
+        self.steps_done = 0
 
     def step(
         self,
@@ -606,18 +657,16 @@ class Stack(Stacked):
         self.average = {name: t.lerp(params[name], 1 - decay) for name, t in self.average.items()}
         self.steps_done += 1
 
-    def going_on_from(self, before: Stack, averaged: bool = False) -> Stack:
+    def going_on_from(self, finished: Stack, averaged: bool = False) -> Stack:
         """Return the stack, its teachers begun as the networks of another one that had none.
 
         With ``averaged`` its students begin as their average.
         """
-        self.state = self.state._replace(teacher=before.state.student)
+        self.state = self.state._replace(teacher=finished.state.student)
         if averaged:
-            student = self.state.student._replace(params=before.average)
-            self.state, self.average = (
-                self.state._replace(outer=before.state.inner, student=student),
-                before.average,
-            )
+            student = self.state.student._replace(params=finished.average)
+            self.state = self.state._replace(outer=finished.state.inner, student=student)
+            self.average = finished.average
         return self
 
 
@@ -692,7 +741,8 @@ def prior_of(arm: Arm) -> tuple[float, ...] | None:
     return None if arm.uneven == 1 else tuple(n / sum(counts) for n in counts)
 
 
-SHARE, KEPT = 0.3, 50
+SHARE = 0.3
+KEPT = 50
 
 
 def wrongly_labeled(condition: Condition, x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -712,15 +762,18 @@ def wrongly_labeled(condition: Condition, x: Tensor, y: Tensor, seed: int) -> tu
         if condition != "half":
             ranks[mine] /= len(mine)
     if condition == "half":
-        kept = ranks < KEPT
-        return x[kept], y[kept]
+        is_kept = ranks < KEPT
+        return x[is_kept], y[is_kept]
     return x, torch.where(ranks < SHARE, (y + 1) % CLASSES, y)
 
 
 CHUNK = 25
 """Steps whose batches are drawn at once. Another number gives other draws."""
 
-SHIFT, NOISE, CUTOUT, SIDE = 1, 0.2, 2, 8
+SHIFT = 1
+NOISE = 0.2
+CUTOUT = 2
+SIDE = 8
 """Of the digits' view, :class:`metapl.apps.pictures.ShiftNoiseCutout`, and a picture's side."""
 
 
@@ -743,8 +796,9 @@ def views(
         1, (steps, batch)
     )
     generators = [torch.Generator().manual_seed(1_000 * seed + stream) for seed in seeds]
-    table = torch.stack([shifted(each) for each in pictures])
-    (_, shifts, n, _), table = table.shape, table.flatten(0, 2)
+    table = torch.stack([shifted(pictures_of_seed) for pictures_of_seed in pictures])
+    _, shifts, n, _ = table.shape
+    table = table.flatten(0, 2)
     # Of the square that is left out.
     corners = torch.tensor([*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)])
     holes = (
@@ -752,25 +806,28 @@ def views(
         .flatten(1)
         .to(pictures)
     )
-    for which in order.transpose(0, 1).split(CHUNK):  # (T, S, B)
+    # The rows of each chunk are (T, S, B).
+    for rows in order.transpose(0, 1).split(CHUNK):
         place = torch.empty((len(seeds), CHUNK, batch), dtype=torch.int64)
         noise = torch.empty((*place.shape, SIDE * SIDE))
         for s, generator in enumerate(generators):
             place[s].random_(0, shifts * len(holes), generator=generator)
             noise[s].normal_(generator=generator)
-        place, noise = (t.transpose(0, 1)[: len(which)] for t in (place, noise))
+        place = place.transpose(0, 1)[: len(rows)]
+        noise = noise.transpose(0, 1)[: len(rows)]
         first = torch.arange(len(seeds))[:, None] * shifts + place % shifts
         seen = (
-            table[first * n + which]
+            table[first * n + rows]
             .add_(noise.to(pictures), alpha=NOISE)
             .mul_(holes[place // shifts])
         )
-        yield from zip(which, seen, strict=True)
+        yield from zip(rows, seen, strict=True)
 
 
 def shifted(pictures: Tensor) -> Tensor:
     """Return the pictures, (n, 64), moved by each pair of (-1, 0, 1): (9, n, 64)."""
-    images, steps = pictures.unflatten(-1, (1, SIDE, SIDE)), range(-SHIFT, SHIFT + 1)
+    images = pictures.unflatten(-1, (1, SIDE, SIDE))
+    steps = range(-SHIFT, SHIFT + 1)
     moves = [torch.tensor(move).expand(len(images), 2) for move in itertools.product(steps, steps)]
     return torch.stack([base.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
 
@@ -784,20 +841,17 @@ def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:
     return keys.argsort(1).flatten()[:length]
 
 
-def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Tensor, ...]:
+def drawn_to_alter(alteration: str | None, seeds: Sequence[int], step: int) -> tuple[Tensor, ...]:
     """Return the permutations or signs that :class:`metapl.ablation.Altered` draws, if any.
 
     They are those of these seeds in a step.
     """
-    each = [torch.Generator().manual_seed(seed * 1_000_003 + step) for seed in seeds]
-    if how == "permuted":
-        return (torch.stack([torch.randperm(BATCH, generator=generator) for generator in each]),)
-    if how == "random_sign":
-        return (
-            torch.stack([torch.randint(0, 2, (BATCH,), generator=generator) for generator in each])
-            * 2
-            - 1,
-        )
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + step) for seed in seeds]
+    if alteration == "permuted":
+        return (torch.stack([torch.randperm(BATCH, generator=g) for g in generators]),)
+    if alteration == "random_sign":
+        bits = torch.stack([torch.randint(0, 2, (BATCH,), generator=g) for g in generators])
+        return (2 * bits - 1,)
     return ()
 
 
@@ -832,8 +886,8 @@ def supervised(
     networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int
 ) -> Stack:
     """Return networks without teachers, after so many steps on these labels."""
-    for step, (which, seen) in enumerate(views(x, seeds, stream, BATCH, steps)):
-        batch = seen, y.gather(1, which)
+    for step, (rows, seen) in enumerate(views(x, seeds, stream, BATCH, steps)):
+        batch = seen, y.gather(1, rows)
         networks.step(batch, batch, cosine(step, steps))
     return networks
 
@@ -846,75 +900,80 @@ def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int
         wrongly_labeled(condition, x, y, seed)
         for x, y, seed in zip(pictures, truth, seeds, strict=True)
     ]
-    x, given = map(torch.stack, zip(*pairs, strict=True))
-    return supervised(Stack(Rule(), None, first_networks(seeds)[0]), x, given, seeds, BEFORE, steps)
+    x, labels_of_x = map(torch.stack, zip(*pairs, strict=True))
+    teachers, _ = first_networks(seeds)
+    return supervised(Stack(Rule(), None, teachers), x, labels_of_x, seeds, BEFORE, steps)
 
 
 def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -> list[Stack]:
     """Return stacks that are trained side by side on the batches of an arm."""
-    data, steps, prior = drawn(arm.labels, seeds, arm.uneven), size.steps(arm.steps), prior_of(arm)
+    data = drawn(arm.labels, seeds, arm.uneven)
+    steps = size.steps(arm.steps)
+    prior = prior_of(arm)
     teachers, students = first_networks(seeds)
-    begins, compiled = round(arm.begins * steps), steps >= COMPILED
+    begins = round(arm.begins * steps)
+    compiled = steps >= COMPILED
 
-    alone, together = (
-        partial(Stack, prior=prior, compiled=compiled, students=of) for of in (teachers, students)
-    )
+    alone = partial(Stack, prior=prior, compiled=compiled, students=teachers)
+    together = partial(Stack, prior=prior, compiled=compiled, students=students)
     stacks = [alone(rule, None) if begins else together(rule, teachers) for rule in rules]
     if arm.condition != "right":
         first = taught(arm.condition, arm.labels, seeds, size.steps(TAUGHT))
-        stacks = [each.going_on_from(first) for each in stacks]
+        stacks = [stacked.going_on_from(first) for stacked in stacks]
     unlabeled = views(data.unlabeled[0], seeds, UNLABELED, BATCH, steps * arm.lookahead)
     labels = drawn_to_label(seeds, steps)
-    rows = torch.arange(len(seeds))[:, None]
-    for step, (which, seen) in enumerate(views(data.labeled[0], seeds, LABELED, arm.outer, steps)):
-        batch = seen, data.labeled[1].gather(1, which)
+    all_seeds = torch.arange(len(seeds))[:, None]
+    for step, (rows, seen) in enumerate(views(data.labeled[0], seeds, LABELED, arm.outer, steps)):
+        batch = seen, data.labeled[1].gather(1, rows)
         pairs = [
-            (data.unlabeled[0][rows, at], strong)
-            for at, strong in itertools.islice(unlabeled, arm.lookahead)
+            (data.unlabeled[0][all_seeds, rows_of_pair], strong)
+            for rows_of_pair, strong in itertools.islice(unlabeled, arm.lookahead)
         ]
         rates = cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins))
         noise = next(labels) if any(rule.mode == "reinforce" for rule in rules) else None
-        for place, each in enumerate(stacks):
-            if begins and step == begins:
-                each = stacks[place] = together(each.rule, teachers).going_on_from(
-                    each, averaged=True
-                )
-            if each.alone:
-                each.step(batch, (*batch, *pairs[0]), rates[0])
-            else:
-                extra = drawn_to_alter(each.rule.alteration, seeds, step)
-                inner = tuple((*pair, *extra) for pair in pairs)
-                drawn_by = noise if each.rule.mode == "reinforce" else None
-                each.step(batch, inner if arm.lookahead > 1 else inner[0], *rates, noise=drawn_by)
+        if begins and step == begins:
+            stacks = [
+                together(stacked.rule, teachers).going_on_from(stacked, averaged=True)
+                for stacked in stacks
+            ]
+        for stacked in stacks:
+            if stacked.alone:
+                stacked.step(batch, (*batch, *pairs[0]), rates[0])
+                continue
+            extra = drawn_to_alter(stacked.rule.alteration, seeds, step)
+            inner = tuple((*pair, *extra) for pair in pairs)
+            noise_of_rule = noise if stacked.rule.mode == "reinforce" else None
+            stacked.step(
+                batch, inner if arm.lookahead > 1 else inner[0], *rates, noise=noise_of_rule
+            )
     return stacks
 
 
 def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
     """Return the accuracy of each seed, as if the classes had their shares."""
     shares = torch.linspace(uneven, 1, CLASSES, dtype=torch.float64)
-    counts = torch.stack([each.bincount(minlength=CLASSES) for each in truth])
-    weight = (
-        torch.ones(truth.shape, dtype=torch.float64)
-        if uneven == 1
-        else (shares / counts).gather(1, truth)
-    )
+    counts = torch.stack([truth_of_seed.bincount(minlength=CLASSES) for truth_of_seed in truth])
+    if uneven == 1:
+        weight = torch.ones(truth.shape, dtype=torch.float64)
+    else:
+        weight = (shares / counts).gather(1, truth)
     right = (classes == truth) * weight
     return [round(float(share), 5) for share in right.sum(1) / weight.sum(1)]
 
 
-def found(
+def row_of(
     arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size, final: bool
 ) -> Row:
     """Return a row: tuning runs read the validation pictures, final runs the test pictures."""
     data = drawn(arm.labels, seeds, arm.uneven)
 
-    def of(weights: Weights, part: str) -> list[float]:
+    def accuracies_of(weights: Weights, part: str) -> list[float]:
         x, y = getattr(data, part)
-        return accuracies(
-            stack.outputs(x, weights).argmax(-1), y, 1 if part == "unlabeled" else arm.uneven
-        )
+        uneven = 1 if part == "unlabeled" else arm.uneven
+        return accuracies(stack.outputs(x, weights).argmax(-1), y, uneven)
 
-    steps, part = size.steps(arm.steps), "test" if final else "validation"
+    steps = size.steps(arm.steps)
+    part = "test" if final else "validation"
     tuned = Stack(Rule(teacher_lr=0.02, momentum=0.0), None, first_networks(seeds)[0])
     tuned.state = tuned.state._replace(student=tuned.state.student._replace(params=stack.average))
     supervised(tuned, *data.labeled, seeds, FINETUNING, size.steps(FINETUNED))
@@ -924,18 +983,19 @@ def found(
         "steps_run": steps,
         "rule": dataclasses.asdict(rule),
     }
-    row |= {"seeds": list(seeds), "student": of(stack.average, part)}
-    row["finetuned"] = of(tuned.state.student.params, part)
+    row["seeds"] = list(seeds)
+    row["student"] = accuracies_of(stack.average, part)
+    row["finetuned"] = accuracies_of(tuned.state.student.params, part)
     if final:
         teacher = (stack.state.student if stack.alone else stack.state.teacher).params
         x, truth = data.unlabeled
         calls = stack.outputs(x, stack.average).argmax(-1)
-        counts = [
-            torch.stack([each.bincount(minlength=CLASSES) for each in of]) for of in (calls, truth)
-        ]
+        count_of_calls = torch.stack([classes.bincount(minlength=CLASSES) for classes in calls])
+        count_of_truth = torch.stack([classes.bincount(minlength=CLASSES) for classes in truth])
         # Total variation of the frequencies.
-        error = (counts[0] - counts[1]).abs().sum(1) / (2 * x.shape[1])
-        row |= {"teacher": of(teacher, part), "labels_right": of(teacher, "unlabeled")}
+        error = (count_of_calls - count_of_truth).abs().sum(1) / (2 * x.shape[1])
+        row["teacher"] = accuracies_of(teacher, part)
+        row["labels_right"] = accuracies_of(teacher, "unlabeled")
         row["frequency_error"] = [round(float(share), 5) for share in error]
     return row
 
@@ -956,11 +1016,14 @@ def arm_of(row: Row) -> Arm:
 def run_group(group: Sequence[tuple[Arm, Rule]], size: Size, final: bool) -> list[Row]:
     """Return the rows of jobs that see the same batches, run side by side."""
     torch.set_num_threads(1)
-    began, arm, seeds = time.process_time(), group[0][0], size.seeds(group[0][0], final)
+    began = time.process_time()
+    arm = group[0][0]
+    seeds = size.seeds(group[0][0], final)
     with torch.no_grad():
         stacks = train(arm, [rule for _, rule in group], seeds, size)
         rows = [
-            found(*job, stack, seeds, size, final) for job, stack in zip(group, stacks, strict=True)
+            row_of(*job, stack, seeds, size, final)
+            for job, stack in zip(group, stacks, strict=True)
         ]
     seconds = round((time.process_time() - began) / len(group), 1)
     return [{**row, "seconds": seconds} for row in rows]
@@ -1000,7 +1063,8 @@ def run_missing(
         )
     for number, rows in enumerate(rows_of_groups(groups, size, final, workers), 1):
         append(raw, *rows)
-        group, seconds = arm_of(rows[0]).group, rows[0]["seconds"]
+        group = arm_of(rows[0]).group
+        seconds = rows[0]["seconds"]
         print(
             f"{number}/{len(groups)} groups: {len(rows)} runs of {group}, {seconds} s each",
             flush=True,
@@ -1049,41 +1113,43 @@ def main() -> None:
         "--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
-    given = parsed(parser)
+    args = parsed(parser)
     torch.set_num_threads(1)
     # Tune every method of these arms, then run them on the seeds that nothing was chosen on.
-    if given.runs:
-        arms = [arm for arm in ARMS if arm.part in given.parts and arm.lookahead <= LONGEST]
-        if given.miniature:  # one place at equal time, and some of the others
+    if args.runs:
+        arms = [arm for arm in ARMS if arm.part in args.parts and arm.lookahead <= LONGEST]
+        # In miniature there is one place at equal time, and some of the others.
+        if args.miniature:
             arms = [
                 *arms[:50:12],
                 *(arm for arm in arms if arm.of_worth and (arm.labels, arm.uneven) == PLACES[0]),
             ]
-        needed, size = {arm.tuned for arm in arms}, Size(given.miniature)
+        needed = {arm.tuned for arm in arms}
+        size = Size(args.miniature)
         grids = [
-            (arm, rules[:1] if given.miniature else rules)
+            (arm, rules[:1] if args.miniature else rules)
             for arm, rules in GRIDS.values()
             if arm.tuned in needed
         ]
         run_missing(
             [(arm, rule) for arm, rules in grids for rule in rules],
             size,
-            given.out,
+            args.out,
             final=False,
-            workers=given.workers,
+            workers=args.workers,
         )
-        rows = read(given.out)
+        rows = read(args.out)
         run_missing(
             [(arm, rule_of(arm, rows)) for arm in arms],
             size,
-            given.out,
+            args.out,
             final=True,
-            workers=given.workers,
+            workers=args.workers,
         )
         return
     import when_tables
 
-    when_tables.write(given.write, given.out)
+    when_tables.write(args.write, args.out)
 
 
 if __name__ == "__main__":

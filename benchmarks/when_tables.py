@@ -85,19 +85,20 @@ Study = dict[Arm, Found]
 
 def collected(rows: Sequence[Row]) -> Study:
     """Return the final rows by their arms, in the order of the list."""
-    final, found = {arm_of(row): row for row in rows if row["final"]}, {}
+    final = {arm_of(row): row for row in rows if row["final"]}
+    study = {}
     for arm in ARMS:
         if (row := final.get(arm)) is not None:
             better = max(READ_OUTS, key=lambda name: statistics.fmean(row[name]))
-            found[arm] = Found(arm, row, chosen(rows, arm.tuned)[1] if arm.of_worth else better)
-    return found
+            study[arm] = Found(arm, row, chosen(rows, arm.tuned)[1] if arm.of_worth else better)
+    return study
 
 
-def beside(found: Study, arm: Arm, method: str) -> Found | None:
+def beside(study: Study, arm: Arm, method: str) -> Found | None:
     """Return the arm of a method, with nothing altered, that saw the same batches."""
     same = (
         f
-        for other, f in found.items()
+        for other, f in study.items()
         if (other.group, other.of_worth) == (arm.group, arm.of_worth)
     )
     return next(
@@ -106,7 +107,7 @@ def beside(found: Study, arm: Arm, method: str) -> Found | None:
     )
 
 
-def control(found: Study, arm: Arm) -> Found | None:
+def control(study: Study, arm: Arm) -> Found | None:
     """Return the same loop without feedback: same data, same batches, same first weights."""
     silent = (
         "fixed"
@@ -115,7 +116,7 @@ def control(found: Study, arm: Arm) -> Found | None:
         if arm.method == "gradient_uda"
         else "none"
     )
-    return beside(found, arm, silent)
+    return beside(study, arm, silent)
 
 
 def against(first: Found, second: Found | None) -> tuple[str, str, str]:
@@ -134,7 +135,7 @@ def title(arm: Arm) -> str:
     return {"alone": "", "gradient": "weight: "}.get(method, "ratio: ") + ALTERED[arm.alteration]
 
 
-def where(arm: Arm) -> str:
+def place_words(arm: Arm) -> str:
     """Return what sets an arm apart from those of other groups in its table."""
     return {
         "length": f"{arm.labels} labels, {arm.steps:,} steps",
@@ -144,18 +145,18 @@ def where(arm: Arm) -> str:
     }.get(arm.part, "")
 
 
-def table(found: Study, part: str) -> str:
+def table(study: Study, part: str) -> str:
     """Return the table of a question's arms."""
-    mine = [arm for arm in found if arm.part == part]
+    mine = [arm for arm in study if arm.part == part]
     if part == "part":
         # Whose parts they are, and the control of them all.
-        whole = (
-            [arm for arm in found if arm.part == "length" and arm.group == mine[0].group]
+        all_rows = (
+            [arm for arm in study if arm.part == "length" and arm.group == mine[0].group]
             if mine
             else []
         )
         mine = [
-            arm for arm in whole if arm.method in ("none", "gradient zero", "gradient", "ratio")
+            arm for arm in all_rows if arm.method in ("none", "gradient zero", "gradient", "ratio")
         ] + mine
     # The two without feedback side by side.
     mine.sort(key=lambda arm: (arm.method != "none", arm.alteration != "zero"))
@@ -176,21 +177,23 @@ def table(found: Study, part: str) -> str:
         "p",
     ]
     head += ["against the true feedback", "p"] if altered else []
-    lines, before = [], ""
+    lines = []
+    last_place = ""
     for arm in mine:
-        row, place = found[arm].row, where(arm) if arm.part == part else ""
-        if place != before:
-            before = place
+        row = study[arm].row
+        place = place_words(arm) if arm.part == part else ""
+        if place != last_place:
+            last_place = place
             lines.append([f"*{place}*", *[""] * (len(head) - 1)])
         cells = [title(arm), harness.spread(row["student"]), harness.spread(row["finetuned"])]
         cells += [
             f"{harness.points(row['labels_right']):.1f}",
             f"{harness.points(row['frequency_error']):.1f}",
         ]
-        cells += against(found[arm], control(found, arm))
+        cells += against(study[arm], control(study, arm))
         if altered:
-            true = beside(found, arm, arm.method.split()[0]) if arm.alteration else None
-            cells += against(found[arm], true)[::2]
+            true = beside(study, arm, arm.method.split()[0]) if arm.alteration else None
+            cells += against(study[arm], true)[::2]
         lines.append(cells)
     return f"**{HEADINGS[part]}**\n\n{harness.grid(head, lines)}".replace("|  |", "| |").replace(
         "|  |", "| |"
@@ -212,52 +215,57 @@ def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_
 
 
 def picked(
-    first: Sequence[float], others: Sequence[Sequence[float]], flips: int = 200_000
+    first: Sequence[float], rivals: Sequence[Sequence[float]], flips: int = 200_000
 ) -> float:
     """Return the share of random signs under which the best of the others is as far ahead.
 
     A sign is of a seed, the same for all. The others are ahead of the first in units of the root
     mean square of their differences.
     """
-    d = np.asarray(others) - np.asarray(first)
-    ahead = (d / np.maximum(np.sqrt((d**2).mean(1, keepdims=True)), 1e-12)).T
-    best = ahead.sum(0)[d.sum(1).argmax()]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (flips, len(ahead)))
-    return float(((signs @ ahead).max(1) >= best - 1e-9).mean())
+    d = np.asarray(rivals) - np.asarray(first)
+    standardized = (d / np.maximum(np.sqrt((d**2).mean(1, keepdims=True)), 1e-12)).T
+    best = standardized.sum(0)[d.sum(1).argmax()]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (flips, len(standardized)))
+    return float(((signs @ standardized).max(1) >= best - 1e-9).mean())
 
 
-def places(found: Study) -> dict[str, dict[str, Found]]:
+def places(study: Study) -> dict[str, dict[str, Found]]:
     """Return the arms at equal time by place and method.
 
     In a place every arm has a row, but for the forms of Algorithm 1, which came last.
     """
-    by: dict[str, dict[str, Found]] = {}
-    for arm, one in found.items():
+    by_place: dict[str, dict[str, Found]] = {}
+    for arm, outcome in study.items():
         if arm.part == "worth":
-            by.setdefault(arm.place, {})[arm.method] = one
+            by_place.setdefault(arm.place, {})[arm.method] = outcome
     needed = {arm.method for arm in ARMS if arm.of_worth and arm.method not in FORMS}
-    return {place: arms for place, arms in by.items() if needed <= {*arms}}
+    return {place: arms for place, arms in by_place.items() if needed <= {*arms}}
 
 
 def gap(first: Found, second: Found) -> tuple[str, str, str]:
     """Return the mean difference in points, its 95 % interval, and p of sign flips."""
-    one, other = first.accuracy, second.accuracy
-    p = f"{sign_flip(one, other):.2g}"
-    return f"{100 * paired_test(one, other).mean:+.1f}", harness.between(one, other), p
+    accuracy = first.accuracy
+    other_accuracy = second.accuracy
+    p = f"{sign_flip(accuracy, other_accuracy):.2g}"
+    return (
+        f"{100 * paired_test(accuracy, other_accuracy).mean:+.1f}",
+        harness.between(accuracy, other_accuracy),
+        p,
+    )
 
 
 def primary(arms: dict[str, Found]) -> str:
     """Return the primary test in words."""
     mpl = arms["mpl"]
-    others = [one for name, one in arms.items() if name not in ("mpl", *AFTER)]
-    rival = max(others, key=lambda one: float(np.mean(one.accuracy)))
+    rivals = [outcome for name, outcome in arms.items() if name not in ("mpl", *AFTER)]
+    rival = max(rivals, key=lambda outcome: float(np.mean(outcome.accuracy)))
     gain, interval, p = gap(mpl, rival)
-    share = picked(mpl.accuracy, [one.accuracy for one in others])
+    share = picked(mpl.accuracy, [outcome.accuracy for outcome in rivals])
     return (
         f"Primary test ({mpl.arm.place}): Meta Pseudo Labels minus {TITLES[rival.arm.method]}, the "
         f"best other arm: {gain} points (95 % {interval}), sign-flip p = {p}, {len(mpl.accuracy)} "
         "seeds. These seeds picked that arm: under random signs of all differences, in "
-        f"{100 * share:.0f} % of draws one of the {len(others)} others is ahead as clearly."
+        f"{100 * share:.0f} % of draws one of the {len(rivals)} others is ahead as clearly."
     )
 
 
@@ -275,15 +283,16 @@ def place_table(arms: dict[str, Found]) -> str:
         "p",
     ]
     lines = []
-    for name, one in arms.items():
-        values, row = one.accuracy, one.row
-        cells = [TITLES[name], f"{one.arm.steps:,}"]
+    for name, outcome in arms.items():
+        values = outcome.accuracy
+        row = outcome.row
+        cells = [TITLES[name], f"{outcome.arm.steps:,}"]
         cells += [
             f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}",
             f"{100 * min(values):.1f}",
         ]
         cells += [f"{100 * np.mean(row[key]):.1f}" for key in ("labels_right", "frequency_error")]
-        lines.append([*cells, *(("–", "–", "–") if name == "mpl" else gap(arms["mpl"], one))])
+        lines.append([*cells, *(("–", "–", "–") if name == "mpl" else gap(arms["mpl"], outcome))])
     said = []
     for name in ("uda_aligned", "none_aligned"):
         gain, interval, p = gap(arms["mpl_aligned"], arms[name])
@@ -312,16 +321,18 @@ def beside_form(arms: dict[str, Found], form: str, name: str) -> tuple[str, str]
     return gain, f"({interval}, p = {p})"
 
 
-def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:
+def draw_worth(path: Path, by_place: dict[str, dict[str, Found]]) -> None:
     """Draw Meta Pseudo Labels minus each other arm, a panel a place."""
-    by: dict[str, list[Bar]] = {}
-    for place, arms in found.items():
+    bars_by_place: dict[str, list[Bar]] = {}
+    for place, arms in by_place.items():
         mpl = arms["mpl"].accuracy
-        for name, one in arms.items():
+        for name, outcome in arms.items():
             if name not in ("mpl", *AFTER):
-                color = BLUE if np.mean(mpl) > np.mean(one.accuracy) else ORANGE
-                by.setdefault(place, []).append(Bar(TITLES[name], mpl, one.accuracy, color))
-    first, arms = next(iter(found.items()))
+                color = BLUE if np.mean(mpl) > np.mean(outcome.accuracy) else ORANGE
+                bars_by_place.setdefault(place, []).append(
+                    Bar(TITLES[name], mpl, outcome.accuracy, color)
+                )
+    first, arms = next(iter(by_place.items()))
     above = [gap(arms["mpl"], arms[name])[0] for name in ("uda", "uda_aligned")]
     heading = (
         f"At equal time MPL is {above[0]} points against UDA and {above[1]} against aligned UDA "
@@ -331,7 +342,7 @@ def draw_worth(path: Path, found: dict[str, dict[str, Found]]) -> None:
         f"points of test accuracy, {len(arms['mpl'].accuracy)} seeds, 95 %; right of 0 Meta "
         "Pseudo Labels is ahead"
     )
-    harness.bars(path, by, heading, axis, least=-14)
+    harness.bars(path, bars_by_place, heading, axis, least=-14)
 
 
 def write(page: Path | None, raw: Path) -> None:
@@ -339,12 +350,12 @@ def write(page: Path | None, raw: Path) -> None:
 
     Without a page, print the tables.
     """
-    found = collected(read(raw))
-    if any(not arm.of_worth for arm in found):
-        tables = [table(found, part) for part in HEADINGS if any(arm.part == part for arm in found)]
+    study = collected(read(raw))
+    if any(not arm.of_worth for arm in study):
+        tables = [table(study, part) for part in HEADINGS if any(arm.part == part for arm in study)]
         harness.show(page, "when", "\n\n".join(tables))
-    if by := places(found):
-        worth = [primary(next(iter(by.values()))), *map(place_table, by.values())]
+    if by_place := places(study):
+        worth = [primary(next(iter(by_place.values()))), *map(place_table, by_place.values())]
         harness.show(page, "feedback-worth", "\n\n".join(worth))
         if page is not None:
-            draw_worth(harness.figure_of(page, "feedback_worth.png"), by)
+            draw_worth(harness.figure_of(page, "feedback_worth.png"), by_place)

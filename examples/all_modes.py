@@ -7,13 +7,14 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 
 torch.manual_seed(0)
 split = load_digits_split(labels_per_class=10, seed=0)
 x_l, y_l = split.labeled
 labeled, unlabeled = (x_l[:64], y_l[:64]), split.unlabeled[:64]
-teacher, student = metapl.models.mlp([64, 32, 10]), metapl.models.mlp([64, 32, 10])
+teacher = metapl.models.mlp([64, 32, 10])
+student = metapl.models.mlp([64, 32, 10])
 # A little supervised training, so that the teacher has something to say.
 for network in (
     teacher,
@@ -29,7 +30,7 @@ for network in (
 def gradient(mode: str) -> torch.Tensor:
     """Return the teacher's gradient, as one vector."""
     inner_optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
-    found = metapl.hypergradient(
+    result = metapl.hypergradient(
         teacher,
         student,
         labeled=labeled,
@@ -37,7 +38,7 @@ def gradient(mode: str) -> torch.Tensor:
         mode=mode,
         inner_optimizer=inner_optimizer,
     )
-    return torch.cat([g.flatten() for g in found.grads.values()])
+    return torch.cat([g.flatten() for g in result.grads.values()])
 
 
 DRAWS = 100
@@ -47,12 +48,12 @@ for mode in metapl.MODES:
     # It asks for a student at an optimum of the inner loss, which this one is not near.
     if mode == "implicit":
         continue
-    one = gradient(mode)
-    if not one.any():
+    of_one_draw = gradient(mode)
+    if not of_one_draw.any():
         print(f"{mode:<22}  {'0':>8}  {'0':>11}   (no gradient)")
         continue
     mean = sum(gradient(mode) for _ in range(DRAWS)) / DRAWS
     print(
-        f"{mode:<22}  {cosine_similarity(one, exact, 0):8.4f}  "
+        f"{mode:<22}  {cosine_similarity(of_one_draw, exact, 0):8.4f}  "
         f"{cosine_similarity(mean, exact, 0):11.4f}"
     )

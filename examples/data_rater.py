@@ -26,14 +26,15 @@ import metapl
 from metapl.problems import DataRater, Table
 
 # Characters of a sequence, and different ones; sequences of a batch.
-LENGTH, WORDS, WIDTH, BATCH = (
-    48,
-    96,
-    48,
-    32,
-)
+LENGTH = 48
+WORDS = 96
+WIDTH = 48
+BATCH = 32
 SOURCES = "documentation", "source code", "shuffled"
-AHEAD, RENEWED = 2, 40  # steps of a look-ahead; look-aheads after which a student is replaced
+# The steps of a look-ahead.
+AHEAD = 2
+# After so many look-aheads a student is replaced.
+RENEWED = 40
 
 
 class Rater(Table):
@@ -51,7 +52,8 @@ class Transformer(nn.Module):
         layer = nn.TransformerEncoderLayer(
             WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
         )
-        self.embed, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.places = nn.Embedding(LENGTH, WIDTH)
         self.layers = nn.TransformerEncoder(
             layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False
         )
@@ -106,7 +108,9 @@ class Data:
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
         self.code = sequences("\n".join(file.read_text(errors="replace") for file in files))
         shuffled = documentation[torch.randperm(len(documentation), generator=self.draw)]
-        self.test, self.outer, self.clean = shuffled[:500], shuffled[500:2500], shuffled[2500:]
+        self.test = shuffled[:500]
+        self.outer = shuffled[500:2500]
+        self.clean = shuffled[2500:]
 
     def some(self, pool, count):
         return pool[torch.randint(len(pool), (count,), generator=self.draw)]
@@ -123,24 +127,32 @@ class Data:
 
 def learn_rater(rater, data, seed, steps, hf=False, rate=0.03):
     torch.manual_seed(seed)
-    outer, trainers = torch.optim.Adam(rater.parameters(), lr=rate), []
+    outer = torch.optim.Adam(rater.parameters(), lr=rate)
+    trainers = []
     for step in range(steps):
         if len(trainers) < 2 or step % RENEWED == 0:
-            student, inner = new_student(hf)
-            options = {"problem": DataRater(), "inner_optimizer": inner, "outer_optimizer": outer}
-            trainers = [*trainers[-1:], metapl.BilevelTrainer(rater, student, "forward", **options)]
-        ahead = metapl.Lookahead([data.mixture(BATCH)[0] for _ in range(AHEAD)])
-        trainers[step % len(trainers)].step(outer=data.some(data.outer, BATCH), inner=ahead)
+            student, optimizer = new_student(hf)
+            trainer = metapl.BilevelTrainer(
+                rater,
+                student,
+                "forward",
+                problem=DataRater(),
+                inner_optimizer=optimizer,
+                outer_optimizer=outer,
+            )
+            trainers = [*trainers[-1:], trainer]
+        inner = metapl.Lookahead([data.mixture(BATCH)[0] for _ in range(AHEAD)])
+        trainers[step % len(trainers)].step(outer=data.some(data.outer, BATCH), inner=inner)
 
 
 @torch.no_grad()
-def found(rater, data):
+def scores_by_source(rater, data):
     """Return mean scores by source, and areas under documentation's curves against the others."""
     ids, source = data.mixture(2000)
     scores = [rater(ids)[source == number] for number in range(len(SOURCES))]
-    return [s.mean().item() for s in scores], [
-        (scores[0][:, None] > s).double().mean().item() for s in scores[1:]
-    ]
+    means = [s.mean().item() for s in scores]
+    areas = [(scores[0][:, None] > s).double().mean().item() for s in scores[1:]]
+    return means, areas
 
 
 def best_half(rater, data):
@@ -170,9 +182,10 @@ def perplexity(batch, data, seed, steps, hf=False):
 
 
 def main(seed, steps, hf):
-    rater, data = Rater(torch.zeros(WORDS**2)), Data(seed)
+    rater = Rater(torch.zeros(WORDS**2))
+    data = Data(seed)
     learn_rater(rater, data, seed, steps, hf)
-    scores, areas = found(rater, data)
+    scores, areas = scores_by_source(rater, data)
     print(
         f"seed {seed}: mean scores",
         ", ".join(f"{n} {s:+.2f}" for n, s in zip(SOURCES, scores, strict=True)),
@@ -200,6 +213,6 @@ if __name__ == "__main__":
         "--steps", type=int, default=100, help="of the rater; a model takes three times as many"
     )
     parser.add_argument("--hf", action="store_true")
-    given = parser.parse_args()
-    for number in given.seeds:
-        main(number, given.steps, given.hf)
+    args = parser.parse_args()
+    for seed in args.seeds:
+        main(seed, args.steps, args.hf)

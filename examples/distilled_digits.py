@@ -19,14 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import Table
 
-AHEAD = 10  # steps of the student, in learning the images and in the comparison
+# The steps of the student, in learning the images and in the comparison.
+AHEAD = 10
 RATE = 0.5
 
 
-class Distilled(metapl.problems.Problem):
+class Distilled(metapl.problems.BilevelProblem):
     """The signal is the image of each class in the batch, learned by the student as that class."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):
@@ -50,13 +51,15 @@ def network(seed):
 
 def distill(x, y, seed, steps):
     """Return the ten images, learned from noise."""
-    classes, generator = torch.arange(10), torch.Generator().manual_seed(seed)
+    classes = torch.arange(10)
+    generator = torch.Generator().manual_seed(seed)
     images = Table(0.1 * torch.randn(10, *x.shape[1:], generator=generator))
     learned = torch.optim.Adam(images.parameters(), lr=0.05)
     for step in range(steps):
-        student, optimizer = network(1000 * seed + step)  # images for any network, not for one
+        # A new network in each step: the images are for any network, not for one.
+        student, optimizer = network(1000 * seed + step)
         rows = torch.randint(len(x), (256,), generator=generator)
-        found = metapl.hypergradient(
+        gradient = metapl.hypergradient(
             images,
             student,
             labeled=(x[rows], y[rows]),
@@ -66,7 +69,7 @@ def distill(x, y, seed, steps):
             inner_optimizer=optimizer,
         )
         for name, p in images.named_parameters():
-            p.grad = found.grads[name]
+            p.grad = gradient.grads[name]
         learned.step()
     return images(classes).detach()
 
@@ -96,8 +99,10 @@ def main():
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
-        split, generator = load_digits_split(10, seed), torch.Generator().manual_seed(seed)
-        x, y = split.unlabeled, split.unlabeled_truth
+        split = load_digits_split(10, seed)
+        generator = torch.Generator().manual_seed(seed)
+        x = split.unlabeled
+        y = split.unlabeled_truth
         order = torch.randperm(len(y), generator=generator)
         real = x[[next(int(i) for i in order if y[i] == c) for c in range(10)]]
         learned = distill(x, y, seed, args.steps)

@@ -19,7 +19,7 @@ from metapl.problems import ExampleLabels, Table
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
     # An index -> logits: 0.86 for the given label at first.
-    table = Table(4.0 * F.one_hot(digits.given, 10))
+    table = Table(4.0 * F.one_hot(digits.labels, 10))
     trainer = metapl.BilevelTrainer(
         table,
         student,

@@ -29,7 +29,10 @@ def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
         outer_optimizer=torch.optim.Adam(table.parameters(), lr=0.4),
     )
     return fit(
-        trainer, [digits.trusted], digits.noisy_batches(digits.given, torch.arange(examples)), steps
+        trainer,
+        [digits.trusted],
+        digits.noisy_batches(digits.labels, torch.arange(examples)),
+        steps,
     )
 
 

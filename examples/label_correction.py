@@ -24,9 +24,9 @@ class Corrector(nn.Module):
         super().__init__()
         self.change = metapl.models.mlp([64 + 10, 32, 10])
 
-    def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        label = F.one_hot(given, 10).to(x.dtype)
-        return 4 * label + self.change(torch.cat([x.flatten(1), label], 1))
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        one_hot = F.one_hot(labels, 10).to(x.dtype)
+        return 4 * one_hot + self.change(torch.cat([x.flatten(1), one_hot], 1))
 
 
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:

@@ -20,14 +20,15 @@ from noisy_digits import batches, fit
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import Table
 
-NOISE = 0.5  # of the digits that the student is judged by: the standard deviation
+# The standard deviation of the noise on the digits that the student is judged by.
+NOISE = 0.5
 START = 0.1
 
 
-class Noise(metapl.problems.Problem):
+class Noise(metapl.problems.BilevelProblem):
     """The signal is the noise's standard deviation, one for all examples."""
 
     signal_has_rows = False
@@ -83,18 +84,19 @@ def main():
                 strength(torch.zeros(1, dtype=torch.int64)).exp().item(),
             ]
         student, optimizer = network(seed)
-        both = (
+        all_labels = (
             (torch.cat([x, trusted[0]]), torch.cat([y, trusted[1]]))
             for x, y in batches(64, seed, *clean)
         )
-        plain = fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, args.steps)
+        plain = fit(metapl.LossTrainer(student, optimizer=optimizer), all_labels, None, args.steps)
         rows.append([*row, 100 * plain.evaluate(test).accuracy])
-    learned, noise, fixed, _, told, _, plain = torch.tensor(rows).mean(0).tolist()
+    learned, noise, with_start, _, with_noise, _, plain = torch.tensor(rows).mean(0).tolist()
     drawn_by = "one seed" if len(rows) == 1 else f"mean over {len(rows)} seeds"
     print(
         f"test accuracy in % on digits with noise {NOISE}, {drawn_by}: {learned:.1f} with noise "
-        f"that was learned ({START} -> {noise:.2f}), {fixed:.1f} with {START}, {told:.1f} with "
-        f"{NOISE}, {plain:.1f} with plain training on clean digits and 100 with noise"
+        f"that was learned ({START} -> {noise:.2f}), {with_start:.1f} with {START}, "
+        f"{with_noise:.1f} with {NOISE}, {plain:.1f} with plain training on clean digits and 100 "
+        "with noise"
     )
 
 

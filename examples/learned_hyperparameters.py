@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 
-STEPS, BATCH = 200, 50
+STEPS = 200
+BATCH = 50
 # Decay: of each layer.
 START = {
     "decay": [0.001, 0.001, 0.001],
@@ -24,7 +25,7 @@ START = {
 }
 
 
-class Hyperparameters(metapl.problems.Problem):
+class Hyperparameters(metapl.problems.BilevelProblem):
     """The signal is a dict of tensors that all examples share."""
 
     signal_has_rows = False
@@ -34,19 +35,18 @@ class Hyperparameters(metapl.problems.Problem):
         return metapl.Signal({name: log.exp().tanh() for name, log in teacher.items()})
 
     def student_input(self, batch, signal):
-        by_a_pixel = torch.stack([batch[0].roll(by, dim) for by in (1, -1) for dim in (-1, -2)])
-        moved = by_a_pixel[torch.randint(4, batch[0].shape[:1]), torch.arange(len(batch[0]))]
-        return (
-            batch[0]
-            + signal["shift"] * (moved - batch[0])
-            + signal["noise"] * torch.randn_like(batch[0])
-        )
+        x = batch[0]
+        # Pictures that are moved by a pixel to the right, down, to the left and up, (4, B, ...).
+        by_a_pixel = torch.stack([x.roll(1, -1), x.roll(1, -2), x.roll(-1, -1), x.roll(-1, -2)])
+        moved = by_a_pixel[torch.randint(4, x.shape[:1]), torch.arange(len(x))]
+        return x + signal["shift"] * (moved - x) + signal["noise"] * torch.randn_like(x)
 
     def inner_loss(self, outputs, signal, batch, params=None):
-        given = F.cross_entropy(outputs, batch[1], reduction="none")
-        any_class = -outputs.log_softmax(1).mean(1)
+        of_label = F.cross_entropy(outputs, batch[1], reduction="none")
+        of_any_class = -outputs.log_softmax(1).mean(1)
         squares = torch.stack([p.square().sum() for p in params.values() if p.ndim > 1])
-        return given + signal["smoothing"] * (any_class - given) + signal["decay"] @ squares / 2
+        smoothed = of_label + signal["smoothing"] * (of_any_class - of_label)
+        return smoothed + signal["decay"] @ squares / 2
 
     def outer_loss(self, outputs, batch):
         return F.cross_entropy(outputs, batch[1])
@@ -74,19 +74,22 @@ def learn(split, seed, rounds=8, rate=0.3):
         student, optimizer, batches = begin(split, seed)
         factors = [falling(step) for step in range(len(batches))]
         rates = 0.1 * torch.tensor(factors, dtype=torch.float64)[:, None]
-        inner = metapl.Lookahead(batches, settings={"lr": rates})
-        given = {"outer": split.validation, "inner": inner}
-        found = metapl.hypergradient(
-            logs, student, problem=Hyperparameters(), inner_optimizer=optimizer, **given
+        gradient = metapl.hypergradient(
+            logs,
+            student,
+            outer=split.validation,
+            inner=metapl.Lookahead(batches, settings={"lr": rates}),
+            problem=Hyperparameters(),
+            inner_optimizer=optimizer,
         )
-        student.load_state_dict(found.student_params)
+        student.load_state_dict(gradient.student_params)
         yield (
-            found.outer_loss.item(),
+            gradient.outer_loss.item(),
             {name: log.detach().clone() for name, log in logs.items()},
             student,
         )
         for name, log in logs.items():
-            log.grad = found.grads[name]
+            log.grad = gradient.grads[name]
         adam.step()
 
 

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 from metapl.problems import EqualWeights
 
-STEPS, BATCH = 100, 50
+STEPS = 100
+BATCH = 50
 # (knots, layers).
 START = {
     "lr": torch.full((3, 3), 0.1).log(),
@@ -54,18 +55,24 @@ def learn(split, seed, rounds=8, rate=0.3):
     for _ in range(rounds):
         student, optimizer, batches = begin(split, seed)
         learned = settings(logs)
-        given = {"outer": split.validation, "inner": metapl.Lookahead(batches, settings=learned)}
-        given |= {"inner_optimizer": optimizer, "problem": EqualWeights(), "wrt": (*learned,)}
-        found = metapl.hypergradient(None, student, **given)
-        student.load_state_dict(found.student_params)
+        gradient = metapl.hypergradient(
+            None,
+            student,
+            outer=split.validation,
+            inner=metapl.Lookahead(batches, settings=learned),
+            problem=EqualWeights(),
+            inner_optimizer=optimizer,
+            wrt=(*learned,),
+        )
+        student.load_state_dict(gradient.student_params)
         yield (
-            found.outer_loss.item(),
+            gradient.outer_loss.item(),
             {name: log.detach().clone() for name, log in logs.items()},
             student,
         )
         adam.zero_grad()
         for name, t in learned.items():
-            t.backward(found.settings[name].to(t))
+            t.backward(gradient.settings[name].to(t))
         adam.step()
 
 

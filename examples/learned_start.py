@@ -27,30 +27,39 @@ def learn(network, x, y, steps):
     sgd = torch.optim.SGD(network.parameters(), 0.03, momentum=0.9)
     for _ in range(steps):
         few, many = draw(x, y, 1, [20, 200])
-        given = {"outer": many, "inner": metapl.Lookahead([few] * 20), "problem": EQUAL_WEIGHTS}
-        found = metapl.hypergradient(None, network, inner_optimizer=sgd, wrt="start", **given)
+        gradient = metapl.hypergradient(
+            None,
+            network,
+            outer=many,
+            inner=metapl.Lookahead([few] * 20),
+            problem=EQUAL_WEIGHTS,
+            inner_optimizer=sgd,
+            wrt="start",
+        )
         for name, p in network.named_parameters():
-            p.grad = found.start[name]
+            p.grad = gradient.start[name]
         adam.step()
 
 
 def accuracies(seed, seconds=8.0, steps=40):
     """Fine-tune the pretrained start, one that was pretrained longer, and the learned one."""
     torch.manual_seed(seed)
-    known, new = split()
+    old, new = split()
     first = metapl.models.mlp([64, 128, 10])
-    pretrain(first, *known, seconds)
-    longer, learned = copy.deepcopy(first), copy.deepcopy(first)
+    pretrain(first, *old, seconds)
+    longer = copy.deepcopy(first)
+    learned = copy.deepcopy(first)
     since = time.process_time()
-    learn(learned, *known, steps)
-    pretrain(longer, *known, time.process_time() - since)
+    learn(learned, *old, steps)
+    pretrain(longer, *old, time.process_time() - since)
     for network in (first, longer, learned):
-        torch.manual_seed(seed)  # the same digits and angles for each
-        by_rate = [accuracy(network, *known, rate) for rate in RATES]
+        # Each network gets the same digits and angles.
+        torch.manual_seed(seed)
+        by_rate = [accuracy(network, *old, rate) for rate in RATES]
         yield accuracy(network, *new, RATES[by_rate.index(max(by_rate))])
 
 
 if __name__ == "__main__":
     columns = zip(*(accuracies(seed) for seed in map(int, sys.argv[1:] or range(5))), strict=True)
-    for name, found in zip(("pretrained", "pretrained longer", "learned"), columns, strict=True):
-        print(f"{name}: {statistics.fmean(found):.1f} ({min(found):.1f} to {max(found):.1f})")
+    for name, column in zip(("pretrained", "pretrained longer", "learned"), columns, strict=True):
+        print(f"{name}: {statistics.fmean(column):.1f} ({min(column):.1f} to {max(column):.1f})")

@@ -17,7 +17,8 @@ from metapl.problems import LearningToReweight
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
     trainer = metapl.BilevelTrainer(
-        None,  # nothing is learned but the student
+        # Nothing is learned but the student.
+        None,
         student,
         "forward",
         problem=LearningToReweight(),

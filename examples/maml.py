@@ -11,7 +11,8 @@ from torch.func import functional_call, vmap
 
 import metapl
 
-TASKS, STEPS = 25, 5
+TASKS = 25
+STEPS = 5
 
 
 class EachTask(nn.Module):
@@ -37,7 +38,8 @@ class Tasks(metapl.problems.EqualWeights):
     """
 
     def inner_loss(self, outputs, signal, batch, params=None):
-        return TASKS * signal.value * self.losses(outputs, batch[1])  # metapl takes their mean
+        # metapl takes the mean over tasks, and the loss is their sum.
+        return TASKS * signal.value * self.losses(outputs, batch[1])
 
     def outer_loss(self, outputs, batch):
         return self.losses(outputs, batch[1]).mean()
@@ -49,28 +51,31 @@ def learn(student, problem, rounds, rate):
     sgd = torch.optim.SGD(student.parameters(), rate)
     for _ in range(rounds):
         few, many = problem.draw()
-        given = {
-            "problem": problem,
-            "inner_optimizer": sgd,
-            "inner": metapl.Lookahead([few] * STEPS),
-            "outer": many,
-        }
-        found = metapl.hypergradient(None, student, wrt="start", **given)
+        gradient = metapl.hypergradient(
+            None,
+            student,
+            outer=many,
+            inner=metapl.Lookahead([few] * STEPS),
+            problem=problem,
+            inner_optimizer=sgd,
+            wrt="start",
+        )
         for name, p in student.named_parameters():
             # The copies stay one start.
-            p.grad = found.start[name].sum(0, keepdim=True).expand_as(p)
+            p.grad = gradient.start[name].sum(0, keepdim=True).expand_as(p)
         adam.step()
 
 
 def score(student, problem, rate, new=True):
     """Return the mean over 250 tasks, after the steps of SGD on each."""
     scores = []
-    for (x, y), (others, truth) in (problem.draw(new) for _ in range(10)):
-        own = copy.deepcopy(student)
-        sgd = torch.optim.SGD(own.parameters(), rate)
+    for _ in range(10):
+        (x, y), (test, truth) = problem.draw(new)
+        tuned = copy.deepcopy(student)
+        sgd = torch.optim.SGD(tuned.parameters(), rate)
         for _ in range(STEPS):
             sgd.zero_grad()
-            problem.losses(own(x), y).sum().backward()
+            problem.losses(tuned(x), y).sum().backward()
             sgd.step()
-        scores.append(problem.score(own(others), truth).mean().item())
+        scores.append(problem.score(tuned(test), truth).mean().item())
     return sum(scores) / len(scores)

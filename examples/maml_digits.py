@@ -21,7 +21,7 @@ import metapl
 class Digits(Tasks):
     def __init__(self):
         x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-        # Of all as many.
+        # Each digit has as many.
         self.pictures = [x[y == digit][:174].float() / 16 for digit in torch.randperm(10)]
 
     def draw(self, new=False):
@@ -31,7 +31,8 @@ class Digits(Tasks):
             torch.stack([self.pictures[digit][torch.randperm(174)[:11]] for digit in task], 1)
             for task in tasks
         ]
-        x = torch.stack(drawn)  # (tasks, 11, 3, 64)
+        # (tasks, 11, 3, 64)
+        x = torch.stack(drawn)
         y = torch.arange(3).expand(x.shape[:3])
         return (x[:, 0], y[:, 0]), (x[:, 1:].flatten(1, 2), y[:, 1:].flatten(1, 2))
 
@@ -44,34 +45,30 @@ class Digits(Tasks):
 
 def accuracies(seed, rounds=200):
     torch.manual_seed(seed)
-    problem, (start, known, learned) = Digits(), (metapl.models.mlp([64, 64, 6]) for _ in range(3))
-    adam, x, y = (
-        torch.optim.Adam(known.parameters(), 0.003),
-        torch.cat(problem.pictures[:6]),
-        torch.arange(6 * 174),
-    )
+    problem = Digits()
+    start, trained, learned = (metapl.models.mlp([64, 64, 6]) for _ in range(3))
+    adam = torch.optim.Adam(trained.parameters(), 0.003)
+    x = torch.cat(problem.pictures[:6])
+    y = torch.arange(6 * 174)
     for rows in torch.randint(len(x), (500, 100)):
         adam.zero_grad()
-        F.cross_entropy(known(x[rows]), y[rows] // 174).backward()
+        F.cross_entropy(trained(x[rows]), y[rows] // 174).backward()
         adam.step()
-    known[-1].apply(lambda layer: [p.data.zero_() for p in layer.parameters()])
-    start, known, learned = map(EachTask, (start, known, learned))
+    for p in trained[-1].parameters():
+        p.data.zero_()
+    start, trained, learned = map(EachTask, (start, trained, learned))
     learn(learned, problem, rounds, rate=0.3)
+    rates = 0.03, 0.1, 0.3, 1.0
     for new in (True, False):
-        best = [
-            max(score(one, problem, rate, new) for rate in (0.03, 0.1, 0.3, 1.0))
-            for one in (start, known)
-        ]
-        yield from (*best, score(learned, problem, 0.3, new))
+        yield max(score(start, problem, rate, new) for rate in rates)
+        yield max(score(trained, problem, rate, new) for rate in rates)
+        yield score(learned, problem, 0.3, new)
 
 
 if __name__ == "__main__":
     columns = zip(*(accuracies(seed) for seed in map(int, sys.argv[1:] or range(5))), strict=True)
     starts = "random", "trained on six digits", "learned"
-    for name, found in zip(
-        [f"{start}, {on}" for on in ("new", "known") for start in starts], columns, strict=True
-    ):
-        print(
-            f"{name} digits: accuracy {statistics.fmean(found):.1f} ({min(found):.1f} to "
-            f"{max(found):.1f})"
-        )
+    names = [f"{start}, {digits} digits" for digits in ("new", "known") for start in starts]
+    for name, column in zip(names, columns, strict=True):
+        mean = statistics.fmean(column)
+        print(f"{name}: accuracy {mean:.1f} ({min(column):.1f} to {max(column):.1f})")

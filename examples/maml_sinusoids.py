@@ -18,7 +18,8 @@ import metapl
 class Sinusoids(Tasks):
     def draw(self, new=False):
         """Draw ten points to learn from, ten to judge by, of sinusoids of any height and shift."""
-        height, shift = 0.1 + 4.9 * torch.rand(TASKS, 1, 1), torch.pi * torch.rand(TASKS, 1, 1)
+        height = 0.1 + 4.9 * torch.rand(TASKS, 1, 1)
+        shift = torch.pi * torch.rand(TASKS, 1, 1)
         x = 10 * torch.rand(TASKS, 20, 1) - 5
         y = height * (x - shift).sin()
         return (x[:, :10], y[:, :10]), (x[:, 10:], y[:, 10:])
@@ -42,14 +43,14 @@ def errors(seed, rounds=500):
             p.grad = p.grad.sum(0, keepdim=True).expand_as(p)
         adam.step()
     learn(learned, problem, rounds, rate=0.01)
-    best = [
-        min(score(one, problem, rate) for rate in (0.001, 0.003, 0.01, 0.03))
-        for one in (start, together)
-    ]
-    return *best, score(learned, problem, 0.01)
+    rates = 0.001, 0.003, 0.01, 0.03
+    error_of_start = min(score(start, problem, rate) for rate in rates)
+    error_of_together = min(score(together, problem, rate) for rate in rates)
+    return error_of_start, error_of_together, score(learned, problem, 0.01)
 
 
 if __name__ == "__main__":
     columns = zip(*(errors(seed) for seed in map(int, sys.argv[1:] or range(5))), strict=True)
-    for name, found in zip(("random", "trained together", "learned"), columns, strict=True):
-        print(f"{name}: error {statistics.fmean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+    for name, column in zip(("random", "trained together", "learned"), columns, strict=True):
+        mean = statistics.fmean(column)
+        print(f"{name}: error {mean:.2f} ({min(column):.2f} to {max(column):.2f})")

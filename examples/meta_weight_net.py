@@ -18,7 +18,8 @@ from metapl.problems import MetaWeightNet, WeightNet
 
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
-    weights = WeightNet()  # a loss -> a weight in (0, 1)
+    # The teacher maps a loss to a weight in (0, 1).
+    weights = WeightNet()
     trainer = metapl.BilevelTrainer(
         weights,
         student,

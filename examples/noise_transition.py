@@ -17,7 +17,8 @@ from metapl.problems import NoiseTransition, Table
 
 def train(digits: Digits, steps: int) -> metapl.BilevelTrainer:
     student, optimizer = digits.student()
-    table = Table(2 * torch.eye(10))  # logits of P(given | true), near "no noise" at first
+    # The logits of P(noisy label | true label) are near "no noise" at first.
+    table = Table(2 * torch.eye(10))
     trainer = metapl.BilevelTrainer(
         table,
         student,

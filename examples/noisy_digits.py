@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
+from metapl.pictures import load_digits_split
 
-WARM_UP = 60  # steps on the given labels as they are, before a method begins
+# The steps on the noisy labels as they are, before a method begins.
+WARM_UP = 60
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Digits:
     """Images with their given labels, and (images, labels) that are trusted and to test on."""
 
     x: Tensor
-    given: Tensor
+    labels: Tensor
     wrong: Tensor
     trusted: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -36,7 +37,7 @@ class Digits:
 
         The columns are the given labels, unless others are named.
         """
-        return batches(64, self.seed, self.x, *(columns or (self.given,)))
+        return batches(64, self.seed, self.x, *(columns or (self.labels,)))
 
     def student(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return a small network after some steps on the labels as given, and its optimizer."""
@@ -55,11 +56,12 @@ class Digits:
 
 def draw(seed: int, noise: str) -> Digits:
     """Return the digits of a seed, with "symmetric" or "asymmetric" noise."""
-    split, generator = load_digits_split(10, seed), torch.Generator().manual_seed(seed)
+    split = load_digits_split(10, seed)
+    generator = torch.Generator().manual_seed(seed)
     y = split.unlabeled_truth
     other = torch.randint(1, 10, y.shape, generator=generator) if noise == "symmetric" else 1
-    given = torch.where(torch.rand(len(y), generator=generator) < 0.4, (y + other) % 10, y)
-    return Digits(split.unlabeled, given, given != y, split.labeled, split.test, seed)
+    labels = torch.where(torch.rand(len(y), generator=generator) < 0.4, (y + other) % 10, y)
+    return Digits(split.unlabeled, labels, labels != y, split.labeled, split.test, seed)
 
 
 def batches(size: int, seed: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -77,13 +79,13 @@ def fit(trainer: Any, labeled: Any, unlabeled: Any, steps: int, schedule: str = 
 
 
 def plain(digits: Digits, steps: int) -> Any:
-    """Train on both: each batch has 64 given labels and the trusted ones."""
+    """Train on all labels: each batch has 64 noisy ones and the trusted ones."""
     student, optimizer = digits.student()
-    both = (
+    batches = (
         tuple(map(torch.cat, zip(batch, digits.trusted, strict=True)))
         for batch in digits.noisy_batches()
     )
-    return fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, steps)
+    return fit(metapl.LossTrainer(student, optimizer=optimizer), batches, None, steps)
 
 
 def compare(name: str, train: Callable[[Digits, int], Any]) -> None:
@@ -98,14 +100,15 @@ def compare(name: str, train: Callable[[Digits, int], Any]) -> None:
     drawn_by = "one seed, which decides nothing" if count == 1 else f"mean over {count} seeds"
     print(f"test accuracy in %, {drawn_by}; 40 % of the labels are wrong")
     for noise in ("symmetric", "asymmetric"):
-        drawn = [draw(seed, noise) for seed in args.seeds]
-        own, others = (
-            [100 * how(d, args.steps).evaluate(d.test).accuracy for d in drawn]
-            for how in (train, plain)
-        )
-        test = paired_test(own, others)
+        by_method = []
+        by_plain = []
+        for seed in args.seeds:
+            digits = draw(seed, noise)
+            by_method.append(100 * train(digits, args.steps).evaluate(digits.test).accuracy)
+            by_plain.append(100 * plain(digits, args.steps).evaluate(digits.test).accuracy)
+        test = paired_test(by_method, by_plain)
         spread = "" if count == 1 else f" ± {test.std:.1f} (standard deviation)"
         print(
-            f"{noise}: {sum(own) / len(own):.1f} by {name}, {sum(others) / len(others):.1f} by "
+            f"{noise}: {sum(by_method) / count:.1f} by {name}, {sum(by_plain) / count:.1f} by "
             f"plain training, difference {test.mean:+.1f}{spread}"
         )

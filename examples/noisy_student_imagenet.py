@@ -57,8 +57,6 @@ import metapl
 from metapl.apps.label_selection import check_interval, select
 from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter
 from metapl.apps.launch import Processes, joined
-from metapl.apps.model_noise import NoisyStudentLoss
-from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Chosen,
     LossesApart,
@@ -67,7 +65,18 @@ from metapl.apps.noisy_student import (
     end_matched,
     freeze_first_layers,
 )
-from metapl.apps.pictures import (
+from metapl.apps.pictures.batches import Images, in_unit_range
+from metapl.apps.pictures.folders import digest as file_digest
+from metapl.apps.train import device as device_of
+from metapl.data import StepSampler
+from metapl.data.draws import fold_in
+from metapl.distributed import Mesh, shard
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import digest
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.networks import Architecture
+from metapl.pictures import (
     CIFAR_OPERATIONS,
     Chain,
     EvaluationBatches,
@@ -80,16 +89,7 @@ from metapl.apps.pictures import (
     Weak,
     scan_unlabeled,
 )
-from metapl.apps.pictures.batches import Images, in_unit_range
-from metapl.apps.pictures.folders import digest as file_digest
-from metapl.apps.train import device as device_of
-from metapl.data import StepSampler
-from metapl.data.draws import fold_in
-from metapl.distributed import Mesh, shard
-from metapl.errors import MetaplError, few
-from metapl.execution.batch import digest
-from metapl.metrics import Evaluation, evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of
+from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 
 # Pictures that are labeled in one pass. The stores of several processes are cut between such
@@ -593,18 +593,18 @@ def selection_in_words(c: Settings) -> str:
     if c.select_by not in ("once", "each"):
         return f"that of {c.select_by}, for all rounds"
     if c.select_by == "each":
-        who = "each round anew, by its teacher"
+        selector = "each round anew, by its teacher"
     elif filter_of(c) is not None:
-        who = f"once, by the filter {c.filter_network}"
+        selector = f"once, by the filter {c.filter_network}"
     else:
-        who = f"once, by the first teacher {c.networks[0]}"
-    kept = f"confidence above {c.threshold:g}"
+        selector = f"once, by the first teacher {c.networks[0]}"
+    confidence = f"confidence above {c.threshold:g}"
     if c.at_most is not None:
-        kept += f" and at most {c.at_most:g}"
+        confidence += f" and at most {c.at_most:g}"
     most = "all of a class" if c.per_class is None else f"the surest {c.per_class:,} of a class"
     copies = "smaller classes repeated" if c.balance else "not balanced"
     share = "" if c.share is None else f", a uniform share of {c.share:g} of these"
-    return f"{who}; {kept}, {most}, {copies}{share}"
+    return f"{selector}; {confidence}, {most}, {copies}{share}"
 
 
 UNLABELED_NOISE = {

@@ -26,7 +26,8 @@ from metapl.runs.checkpoint import rng_state, set_rng_state
 def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> metapl.BilevelTrainer:
     # 1. Build everything, from the same seed in every life of the run.
     torch.manual_seed(0)
-    x, y = torch.tensor(load_digits().data / 16).float(), torch.tensor(load_digits().target)
+    x = torch.tensor(load_digits().data / 16).float()
+    y = torch.tensor(load_digits().target)
     few = DataLoader(TensorDataset(x[:100], y[:100]), batch_size=50, shuffle=True)
     many = DataLoader(x[100:1300], batch_size=100, shuffle=True, num_workers=workers)
     labeled = feed(few, name="labeled", stop=steps)
@@ -84,7 +85,8 @@ def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> meta
                 rng=rng_state(),
             )
             print(f"step {done}: validation accuracy {100 * accuracy:.1f} %", flush=True)
-    unlabeled.close()  # its workers
+    # The workers of its loader end here.
+    unlabeled.close()
     events.close()
     return trainer
 

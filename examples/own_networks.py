@@ -15,14 +15,16 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, RandomSampler
 
 import metapl
-from metapl.apps.pictures import ShiftNoiseCutout, load_digits_split
+from metapl.pictures import ShiftNoiseCutout, load_digits_split
 
-STEPS, FEEDBACK_WEIGHT = 800, 2.0
+STEPS = 800
+FEEDBACK_WEIGHT = 2.0
 
 
 def student_accuracy(mode: str, seed: int) -> float:
     torch.manual_seed(seed)
-    split, view = load_digits_split(labels_per_class=2, seed=seed), ShiftNoiseCutout()
+    split = load_digits_split(labels_per_class=2, seed=seed)
+    view = ShiftNoiseCutout()
     # Each in three views a step.
     x_l, y_l = (t.repeat(3, *[1] * (t.ndim - 1)) for t in split.labeled)
     sampler = RandomSampler(split.unlabeled, replacement=True, num_samples=64 * STEPS)
@@ -62,7 +64,8 @@ for seed in map(int, sys.argv[1:] or ["0"]):
         flush=True,
     )
 if len(differences) > 1:
-    mean, std = torch.tensor(differences).mean(), torch.tensor(differences).std()
+    mean = torch.tensor(differences).mean()
+    std = torch.tensor(differences).std()
     print(f"difference: {mean:+.1f} ± {std:.1f} (standard deviation over {len(differences)} seeds)")
 else:
     print(

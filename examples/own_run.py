@@ -15,24 +15,36 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.pictures import EvaluationBatches, FileImages, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.folders import check_folders, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.pictures.views.base import Chain
-from metapl.apps.pictures.views.transforms import Affine, Color, Hole
 from metapl.apps.run_folder import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.pictures import (
+    Affine,
+    Chain,
+    Color,
+    EvaluationBatches,
+    FileImages,
+    Hole,
+    LabeledBatches,
+    UnlabeledBatches,
+    check_folders,
+    scan_labeled,
+    scan_unlabeled,
+)
 from metapl.problems.losses import UDA, CrossEntropy
 
-SIDE, CLASSES = 32, 3  # pixels; how many folders --labeled has
+# The side of a picture in pixels.
+SIDE = 32
+# The number of folders that --labeled has.
+CLASSES = 3
 
 
 def network() -> nn.Module:
     """Return a small convnet of colored pictures from 0 to 1."""
 
-    def stage(before: int, after: int) -> list[nn.Module]:
-        return [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.GELU()]
+    def stage(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.GELU()]
 
     features = [*stage(3, 24), *stage(24, 48), *stage(48, 96)]
     return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, CLASSES))
@@ -42,21 +54,20 @@ def train(
     labeled: Path, unlabeled: Path, test: Path, out: Path, steps: int = 400, seed: int = 0
 ) -> float:
     # 1. The pictures: listed, and refused where a test picture would be trained on.
-    few, many, held_out = scan_labeled(labeled), scan_unlabeled(unlabeled), scan_labeled(test)
+    few = scan_labeled(labeled)
+    many = scan_unlabeled(unlabeled)
+    held_out = scan_labeled(test)
     for finding in check_folders(few, many, None, held_out):
         if finding.level == "error":
             raise SystemExit(finding.message)
     if len(few.classes) != CLASSES:
-        given = (
-            f"{labeled} has {len(few.classes)} folders of classes, and the network {CLASSES} "
-            "outputs"
-        )
         raise SystemExit(
-            f"{given}; expected as many: write CLASSES = {len(few.classes)} into "
+            f"{labeled} has {len(few.classes)} folders of classes, and the network {CLASSES} "
+            f"outputs; expected as many: write CLASSES = {len(few.classes)} into "
             f"{Path(__file__).name}."
         )
-    images, others, tests = (
-        FileImages([*f.paths()], size=(SIDE, SIDE)).cached() for f in (few, many, held_out)
+    labeled_images, unlabeled_images, test_images = (
+        FileImages([*files.paths()], size=(SIDE, SIDE)).cached() for files in (few, many, held_out)
     )
 
     # 2. Batches: that of step t is a function of the seed and t.
@@ -64,16 +75,15 @@ def train(
     strong = Chain(
         (Affine(20.0, 0.125, (0.75, 1.33), 10.0), Color(0.4, 0.4, 0.4, 0.0), Hole((0.1, 0.5)))
     )
-    inner = UnlabeledBatches(
-        others, StepSampler(len(others), 32, seed=seed, stream=1), weak, strong, seed
-    )
-    outer = LabeledBatches(
-        images, few.targets(), StepSampler(len(images), 16, seed=seed, stream=0), strong, seed
-    )
+    inner_rows = StepSampler(len(unlabeled_images), 32, seed=seed, stream=1)
+    inner = UnlabeledBatches(unlabeled_images, inner_rows, weak, strong, seed)
+    outer_rows = StepSampler(len(labeled_images), 16, seed=seed, stream=0)
+    outer = LabeledBatches(labeled_images, few.targets(), outer_rows, strong, seed)
 
     # 3. Teacher and student by Meta Pseudo Labels.
     torch.manual_seed(seed)
-    teacher, student = network(), network()
+    teacher = network()
+    student = network()
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
@@ -85,7 +95,7 @@ def train(
 
     # 4. What it reached, and the run that the command reads.
     logits, labels = predict_logits(
-        student, EvaluationBatches(tests, held_out.targets(few.classes), 256)
+        student, EvaluationBatches(test_images, held_out.targets(few.classes), 256)
     )
     reached = evaluate_logits(logits, labels, [*few.classes])
     places = {"labeled": str(labeled), "unlabeled": str(unlabeled), "test": str(test)}

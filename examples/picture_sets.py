@@ -19,10 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import datasets
 
-from metapl.apps.label_store import LabelStore
 from metapl.apps.labeling import called
-from metapl.apps.networks import Architecture, create
-from metapl.apps.pictures import (
+from metapl.apps.pictures.batches import Images
+from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.apps.run_folder import save
+from metapl.data import draws
+from metapl.errors import MetaplError
+from metapl.labels import LabelStore
+from metapl.metrics import Evaluation
+from metapl.networks import Architecture, Normalized, create
+from metapl.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
     Chain,
@@ -36,13 +42,6 @@ from metapl.apps.pictures import (
     Weak,
     scan_unlabeled,
 )
-from metapl.apps.pictures.batches import Images
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.run_folder import save
-from metapl.apps.tuned_networks import Normalized
-from metapl.data import draws
-from metapl.errors import MetaplError
-from metapl.metrics import Evaluation
 
 # The streams of the two draws of a split. They keep these draws apart from every other use of a
 # seed.
@@ -61,10 +60,14 @@ class SetSettings(Protocol):
     """Which set is read, from where, and how large the pictures of files become."""
 
     @property
-    def data(self) -> str: ...  # "cifar10", "svhn", "fashion" or "imagenet"
+    def data(self) -> str:
+        """Return "cifar10", "svhn", "fashion" or "imagenet"."""
+        ...
 
     @property
-    def root(self) -> str: ...  # the folder, as torchvision calls it
+    def root(self) -> str:
+        """Return the folder, as torchvision calls it."""
+        ...
 
     @property
     def image_size(self) -> int: ...
@@ -80,13 +83,19 @@ class ViewSettings(Protocol):
     def image_size(self) -> int: ...
 
     @property
-    def magnitude(self) -> float: ...  # of RandAugment, of 10
+    def magnitude(self) -> float:
+        """Return the magnitude of RandAugment, at most 10."""
+        ...
 
     @property
-    def translate(self) -> float: ...  # the greatest shift at magnitude 10, as a share of the side
+    def translate(self) -> float:
+        """Return the greatest shift at magnitude 10, as a share of the side."""
+        ...
 
     @property
-    def cutout(self) -> int: ...  # side of the grey square, in pixels; 0: none
+    def cutout(self) -> int:
+        """Return the side of the grey square, in pixels; 0 for none."""
+        ...
 
 
 class NetworkSettings(Protocol):
@@ -351,7 +360,7 @@ def deliver(
 
     Args:
         method: the word that the run names its training by.
-        name: of the network, as :func:`metapl.apps.networks.create` takes it.
+        name: of the network, as :func:`metapl.networks.create` takes it.
         size: side of the pictures that it was tested on, which are ``test``.
         evaluation: what it reached on them.
     """

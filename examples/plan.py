@@ -48,7 +48,7 @@ from metapl.feedback import base, inner_step, keeping, teacher
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.teacher import Teaching
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 
@@ -58,7 +58,8 @@ PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "updat
 # What tensors are for. Activations are everything that no name was given to: gathered weights and
 # batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
-CLASSES = 1_000  # of ImageNet
+# ImageNet's number of classes.
+CLASSES = 1_000
 # Operations, by operator.
 COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
@@ -96,7 +97,9 @@ def rehearse(
         batch_norm_ranks: how many ranks share the statistics of batch norms, as for
             :func:`metapl.distributed.shard`.
     """
-    mesh, networks, held = mesh or Mesh(), copy.deepcopy(list(networks)), Held()
+    mesh = mesh or Mesh()
+    networks = copy.deepcopy(list(networks))
+    memory = Memory()
     with stage(mesh):
         for number, network in enumerate(networks):
             # The meta device cuts a weight into many parts much faster.
@@ -110,92 +113,91 @@ def rehearse(
             networks[number] = Replicated(network) if mesh.size > mesh.shard == 1 else network
         with unset_fake_temporarily():
             trainer = train(*networks)
-        for optimizer in trainer.schedulable:  # it makes its state by a step on gradients of zero
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                p.grad = torch.zeros_like(p)
+        # An optimizer makes its state by a step, which is taken on gradients of zero.
+        for optimizer in trainer.schedulable:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
-        kept = [*networks[-1].parameters(), *networks[-1].buffers()] if averaged else []
-        average, given, optimizers = (
-            [torch.empty_like(local(t)) for t in kept],
-            batches(),
-            trainer.schedulable,
-        )
+        averaged_tensors = [*networks[-1].parameters(), *networks[-1].buffers()] if averaged else []
+        average = [torch.empty_like(local(t)) for t in averaged_tensors]
+        arguments = batches()
+        optimizers = trainer.schedulable
         # Functions by their class or module and name, the phase that each is, and what it returns
         # is for.
-        seams = [(type(each), "step", "update", None) for each in (optimizers[1:] or optimizers)]
-        seams += [(Layout, "mean_gradients", "update", None)]
+        seams = [
+            (type(optimizer), "step", "update", None)
+            for optimizer in (optimizers[1:] or optimizers)
+        ]
+        seams.append((Layout, "mean_gradients", "update", None))
         if isinstance(trainer, LossTrainer):
-            trained = by_backward = [trainer.student]
-            seams += [(LossTrainer, "step", "student step", None)]
+            trained = [trainer.student]
+            by_backward = trained
+            seams.append((LossTrainer, "step", "student step", None))
         else:
-            trainer.verification.setting = False  # there are no values to compare
+            # There are no values to compare.
+            trainer.verification.setting = False
             trained = [
                 network for network in (trainer.teacher, trainer.student) if network is not None
             ]
             by_backward = trained[:-1]
+            update = type(trainer.update)
             seams += [
                 (trainers, "take_steps", "student step", None),
                 (Pass, "gradient", None, "gradients"),
-            ]
-            seams += [
                 (Path, "outer_gradient", "labeled gradient", "for feedback"),
                 (Path, "commit", "update", None),
-            ]
-            seams += [
                 (Path, "_outer_loss_at", "labeled gradient", None),
                 (Teaching, "backward", "teacher step", None),
-            ]
-            seams += [(type(trainer.mode), "feedback", "feedback", "for feedback")]
-            seams += [
-                (InnerStep, name, None, "for feedback")
-                for name in ("pullback", "tangent", "second_derivatives")
-            ]
-            seams += [
-                (type(trainer.update), name, None, "for feedback")
-                for name in ("update", "stepped", "vjp")
+                (type(trainer.mode), "feedback", "feedback", "for feedback"),
+                (InnerStep, "pullback", None, "for feedback"),
+                (InnerStep, "tangent", None, "for feedback"),
+                (InnerStep, "second_derivatives", None, "for feedback"),
+                (update, "update", None, "for feedback"),
+                (update, "stepped", None, "for feedback"),
+                (update, "vjp", None, "for feedback"),
             ]
 
         def watched(method: Callable, phase: str | None, name: str | None) -> Callable:
             def called(*args, **kwargs):
                 # One inside another counts for the inner one.
-                before, held.phase = (
-                    held.phase,
-                    phase or held.phase,
-                )
-                held.look()
+                outer_phase = memory.phase
+                memory.phase = phase or memory.phase
+                memory.look()
                 result = method(*args, **kwargs)
-                held.phase = before
-                found = [(h.h, h.others) for h in result[0]] if phase == "feedback" else result
+                memory.phase = outer_phase
+                tensors = [(h.h, h.others) for h in result[0]] if phase == "feedback" else result
                 if name is not None:
-                    held.name(pytree.tree_leaves(found), name, others=True)
+                    memory.name(pytree.tree_leaves(tensors), name, only_unnamed=True)
                 return result
 
             return called
 
-        for p in (p for network in by_backward for p in network.parameters() if p.requires_grad):
-            p.register_post_accumulate_grad_hook(
-                lambda p: held.name([p.grad], "gradients", others=True)
-            )
-        with held, ExitStack() as watching:
-            for owner, at, *about in seams:
-                watching.enter_context(patch.object(owner, at, watched(getattr(owner, at), *about)))
-            held.name(
-                [*average, *(t for net in trained for t in (*net.parameters(), *net.buffers()))],
-                "weights",
-            )
-            held.name(
-                [t for net in networks if isinstance(net, Replicated) for t in net.buckets],
-                "gradients",
-            )
-            held.name(
-                pytree.tree_leaves([optimizer.state for optimizer in optimizers]), "optimizer"
-            )
-            held.name(pytree.tree_leaves(given), "activations")
-            trainer.step(*given)  # the second of the optimizers, so that their states are there
-    return Rehearsal(
-        {name: held.peaks[name] for name in PHASES if name in held.peaks}, held.flops, held.sent
-    )
+        def name_gradient(p: Tensor) -> None:
+            memory.name([p.grad], "gradients", only_unnamed=True)
+
+        for network in by_backward:
+            for p in network.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(name_gradient)
+        with memory, ExitStack() as watching:
+            for owner, attribute, phase, name in seams:
+                method = watched(getattr(owner, attribute), phase, name)
+                watching.enter_context(patch.object(owner, attribute, method))
+            memory.name(average, "weights")
+            for network in trained:
+                memory.name([*network.parameters(), *network.buffers()], "weights")
+            for network in networks:
+                if isinstance(network, Replicated):
+                    memory.name(network.buckets, "gradients")
+            states = [optimizer.state for optimizer in optimizers]
+            memory.name(pytree.tree_leaves(states), "optimizer")
+            memory.name(pytree.tree_leaves(arguments), "activations")
+            # This step is the second of the optimizers, so that their states are there.
+            trainer.step(*arguments)
+    phases = {name: memory.peaks[name] for name in PHASES if name in memory.peaks}
+    return Rehearsal(phases, memory.flops, memory.sent)
 
 
 @contextmanager
@@ -205,8 +207,10 @@ def stage(mesh: Mesh):
     The other ranks say what it says.
     """
 
-    waits, outside = checks.waits, unset_fake_temporarily()  # as a decorator
-    changed = [
+    waits = checks.waits
+    # Used as a decorator, it runs a function outside of the block's mode.
+    outside = unset_fake_temporarily()
+    replacements = [
         # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
         (checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)),
         (RandomState, "now", staticmethod(outside(RandomState.now))),
@@ -219,19 +223,21 @@ def stage(mesh: Mesh):
         (base, "refuse_not_finite_feedback", lambda *_: None),
         # The losses of micro-batches are compared with those of their halves once.
         (teacher, "refuse_other_than_means", lambda *_, **__: None),
-        (keeping, "free_bytes", lambda _: None),  # of another machine
+        # This machine's memory says nothing of the one that is planned for.
+        (keeping, "free_bytes", lambda _: None),
         (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
         (Ranks, "equal", lambda _ranks, *_: None),
         (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
-        (Ranks, "any", lambda _ranks, here: here),
+        (Ranks, "any", lambda _ranks, is_so: is_so),
     ]
     with ExitStack() as stack:
         if mesh.size > 1:
             dist.init_process_group("fake", rank=0, world_size=mesh.size, store=FakeStore())
             stack.callback(dist.destroy_process_group)
-            mesh.devices("cpu")  # while tensors have values
-        for each in changed:
-            stack.enter_context(patch.object(*each))
+            # The mesh is made here, while tensors have values.
+            mesh.devices("cpu")
+        for owner, attribute, replacement in replacements:
+            stack.enter_context(patch.object(owner, attribute, replacement))
         # A tangent may be wider than the weight that it meets; only this way such a product is let
         # through, as it is.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -246,15 +252,16 @@ class Replicated(DistributedDataParallel):
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
-        self.module, self.process_group = module, dist.group.WORLD
+        self.module = module
+        self.process_group = dist.group.WORLD
         self.buckets = [torch.empty_like(p) for p in module.parameters() if p.requires_grad]
 
     def __del__(self) -> None:
         pass
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of all storages that operations in this block make while each lives.
+class Memory(TorchDispatchMode):
+    """A count of the bytes of all storages that operations in this block make while each lives.
 
     They count with values or without: ``bytes`` now, by name, and ``peaks`` by phase; bytes
     ``sent`` in rings; ``flops`` of products and convolutions.
@@ -262,21 +269,28 @@ class Held(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.sent, self.flops, self.phase = Counter(), 0, 0, ""
+        self.bytes = Counter()
+        self.sent = 0
+        self.flops = 0
+        self.phase = ""
         self.peaks: dict[str, dict[str, int]] = {}
         # Of storages: what they are for, and their size.
         self._entries: dict[int, tuple[str, int]] = {}
 
-    def name(self, tensors: Iterable, name: str, *, others: bool = False) -> None:
+    def name(self, tensors: Iterable, name: str, *, only_unnamed: bool = False) -> None:
         """Say what tensors are for, whoever made them.
 
-        With ``others``, those alone that have no name yet.
+        With ``only_unnamed``, those alone that have no name yet.
         """
-        for storage in (local(t).untyped_storage() for t in tensors if isinstance(t, Tensor)):
-            if not others or self._entries.get(id(storage), ("activations", 0))[0] == "activations":
+        for t in tensors:
+            if not isinstance(t, Tensor):
+                continue
+            storage = local(t).untyped_storage()
+            name_so_far, _ = self._entries.get(id(storage), ("activations", 0))
+            if not only_unnamed or name_so_far == "activations":
                 self._count(storage, name)
 
-    def __enter__(self) -> "Held":
+    def __enter__(self) -> "Memory":
         resize = UntypedStorage.resize_
 
         def resized(storage: UntypedStorage, size: int):
@@ -296,9 +310,11 @@ class Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(kind, "redistribute") for kind in types):
-            return NotImplemented  # a DTensor: what it does with its parts is seen afterwards
+            # Of a DTensor, what it does with its parts is seen afterwards.
+            return NotImplemented
+        # Half of all calls are of this kind, and need no count.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # half of all calls
+            return args[0].fake_device
         if func.namespace in ("c10d", "_c10d_functional"):
             self._count_sent(func, args)
         result = func(*args, **(kwargs or {}))
@@ -314,10 +330,11 @@ class Held(TorchDispatchMode):
         """Count the storage as it is now, under a new name if there is one, until it is freed."""
         if id(storage) not in self._entries:
             weakref.finalize(storage, self._free, id(storage))
-        before, was = self._entries.get(id(storage), ("activations", 0))
-        self._entries[id(storage)] = (name or before, storage.nbytes())
-        self.bytes[before] -= was
-        self.bytes[name or before] += storage.nbytes()
+        old_name, old_size = self._entries.get(id(storage), ("activations", 0))
+        new_name = name or old_name
+        self._entries[id(storage)] = (new_name, storage.nbytes())
+        self.bytes[old_name] -= old_size
+        self.bytes[new_name] += storage.nbytes()
 
     def _free(self, key: int) -> None:
         name, size = self._entries.pop(key)
@@ -332,25 +349,27 @@ class Held(TorchDispatchMode):
 
         It is (n − 1)/n of what is gathered or scattered, twice that in a reduction.
         """
-        given = dict(
-            zip((argument.name for argument in func._schema.arguments), args, strict=False)
-        )
+        names = [argument.name for argument in func._schema.arguments]
+        arguments = dict(zip(names, args, strict=False))
         sizes = [
             t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)
         ]
         name = func.overloadpacket.__name__
-        group = given.get("process_group", given.get("group_name"))
-        if not sizes or group is None or name == "wait_tensor":  # a barrier, say
+        group = arguments.get("process_group", arguments.get("group_name"))
+        # A barrier, for example, sends no tensor.
+        if not sizes or group is None or name == "wait_tensor":
             return
-        named = isinstance(group, str)  # by operations of DTensors
-        group = (
-            distributed_c10d._resolve_process_group(group) if named else ProcessGroup.unbox(group)
-        )
+        # Operations of DTensors name their group.
+        if isinstance(group, str):
+            group = distributed_c10d._resolve_process_group(group)
+        else:
+            group = ProcessGroup.unbox(group)
         ranks = group.size()
-        whole = max(sizes) * (group.size() if name == "all_gather_into_tensor" else 1)
-        self.sent += (
-            (1 + name.replace("_", "").startswith("allreduce")) * whole * (ranks - 1) // ranks
-        )
+        size = max(sizes)
+        if name == "all_gather_into_tensor":
+            size *= ranks
+        rounds = 2 if name.replace("_", "").startswith("allreduce") else 1
+        self.sent += rounds * size * (ranks - 1) // ranks
 
 
 def main() -> None:
@@ -359,7 +378,7 @@ def main() -> None:
     It is EfficientNet-L2 twice, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures, a million
     steps.
     """
-    # Not above, for who takes rehearse alone does not need the protocols beside it.
+    # The import stands here, for a user of rehearse alone need not have the protocols beside it.
     from protocols import ROWS, Feedback, build_network, trainer_of
 
     names = [name for name, row in ROWS.items() if row.values["data"] == "imagenet"]
@@ -367,26 +386,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("row", nargs="?", choices=names, default="imagenet-l2")
-    instead = {"network": str, "size": int, "labeled": int, "unlabeled": int, "steps": int}
-    instead |= {"replicate": int, "shard": int, "batch-norm-ranks": int}
-    for name, kind in instead.items():
+    settings = {
+        "network": str,
+        "size": int,
+        "labeled": int,
+        "unlabeled": int,
+        "steps": int,
+        "replicate": int,
+        "shard": int,
+        "batch-norm-ranks": int,
+    }
+    for name, kind in settings.items():
         parser.add_argument(f"--{name}", type=kind, help="instead of the row's")
     parser.add_argument("--feedback", choices=get_args(Feedback), help="instead of the row's")
     parser.add_argument("--flops-per-second", type=float, default=2e14, help="of a rank")
-    given = parser.parse_args()
-    row = ROWS[given.row].settings()
-    mesh = Mesh(
-        replicate=given.replicate or row.mesh.replicate, shard=given.shard or row.mesh.shard
-    )
+    args = parser.parse_args()
+    row = ROWS[args.row].settings()
+    mesh = Mesh(replicate=args.replicate or row.mesh.replicate, shard=args.shard or row.mesh.shard)
     c = dataclasses.replace(
         row,
         mesh=mesh,
-        network=given.network or row.network,
-        image_size=given.size or row.image_size,
-        labeled_batch=given.labeled or row.labeled_batch,
-        unlabeled_batch=given.unlabeled or row.unlabeled_batch,
-        steps=given.steps or row.steps,
-        feedback=given.feedback or row.feedback,
+        network=args.network or row.network,
+        image_size=args.size or row.image_size,
+        labeled_batch=args.labeled or row.labeled_batch,
+        unlabeled_batch=args.unlabeled or row.unlabeled_batch,
+        steps=args.steps or row.steps,
+        feedback=args.feedback or row.feedback,
         precision="bfloat16",
         device="cpu",
         channels_last=False,
@@ -398,7 +423,7 @@ def main() -> None:
             parser.error(f"{size:,} {name} pictures do not fall into {mesh.shares:,} equal shares")
     labeled = c.labeled_batch // mesh.shares
     unlabeled = c.unlabeled_batch // mesh.shares
-    batch_norm_ranks = given.batch_norm_ranks or min(
+    batch_norm_ranks = args.batch_norm_ranks or min(
         row.batch_norm_ranks or mesh.shares, mesh.shares
     )
     if mesh.shares % batch_norm_ranks:
@@ -410,7 +435,7 @@ def main() -> None:
         on_meta = dataclasses.replace(c, device="meta")
         student = build_network(on_meta, CLASSES, c.dropout, c.network)
         if is_reduced:
-            teacher: nn.Module = label_adjuster(CLASSES)
+            teacher: nn.Module = LabelAdjuster(CLASSES)
         else:
             teacher = build_network(on_meta, CLASSES, c.teacher_dropout, c.network)
 
@@ -431,7 +456,7 @@ def main() -> None:
         batch_norm_ranks=batch_norm_ranks,
     )
     weights = sum(p.numel() for p in student.parameters())
-    hours = c.steps * step.flops / given.flops_per_second / 3600
+    hours = c.steps * step.flops / args.flops_per_second / 3600
     twice = "on stored labels" if is_reduced else "twice"
     print(
         f"{c.network} {twice}, {weights:,} weights, feedback {c.feedback}, on {mesh.size:,} ranks"
@@ -446,8 +471,8 @@ def main() -> None:
     )
     print(f"a statistic of a batch norm sees {seen}, of {batch_norm_ranks:,} ranks\n")
     print(f"{'MB of a rank':17}{''.join(f'{name:>13}' for name in (*NAMES, 'sum'))}")
-    for phase, held in step.phases.items():
-        row = [*(held.get(name, 0) for name in NAMES), sum(held.values())]
+    for phase, sizes in step.phases.items():
+        row = [*(sizes.get(name, 0) for name in NAMES), sum(sizes.values())]
         print(f"{phase:17}{''.join(f'{size / 1e6:13,.1f}' for size in row)}")
     print(
         f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} "

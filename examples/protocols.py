@@ -56,17 +56,8 @@ from picture_sets import (
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.label_store import LabelStore
 from metapl.apps.launch import Processes, joined
 from metapl.apps.methods_over_seeds import parse_seeds
-from metapl.apps.network_weights import parameter_groups
-from metapl.apps.pictures import (
-    EvaluationBatches,
-    FileImages,
-    LabeledBatches,
-    UnlabeledBatches,
-    scan_unlabeled,
-)
 from metapl.apps.printing import exit_code
 from metapl.apps.train import Truth
 from metapl.apps.train import device as device_of
@@ -74,9 +65,18 @@ from metapl.data import StepSampler
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.feedback import Forward, LossDifference, Reinforce, ReinforcePerExample
+from metapl.labels import LabelStore
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
+from metapl.networks import parameter_groups
+from metapl.pictures import (
+    EvaluationBatches,
+    FileImages,
+    LabeledBatches,
+    UnlabeledBatches,
+    scan_unlabeled,
+)
 from metapl.problems import ReducedLabels
 from metapl.problems.losses import UDA, CrossEntropy
 
@@ -724,7 +724,7 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     torch.manual_seed(c.seed)
     classes = len(sets.classes)
     if c.method.startswith("reduced"):
-        teacher: nn.Module = label_adjuster(classes).to(c.device)
+        teacher: nn.Module = LabelAdjuster(classes).to(c.device)
     else:
         teacher = build_network(c, classes, c.teacher_dropout, c.network)
     student = build_network(c, classes, c.dropout, c.network)

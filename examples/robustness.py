@@ -41,18 +41,18 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from metapl.apps.backbone import IMAGENET
 from metapl.apps.network_weights import load_weights, read_weights
-from metapl.apps.networks import Architecture
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, read_image
 from metapl.apps.robustness import CORRUPTIONS, SEVERITIES, by_severity
 from metapl.apps.run_folder import EndedRun
-from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
+from metapl.networks import Architecture, Normalized
 
-OUTPUTS = 1000  # ImageNet's
+# The number of ImageNet's classes.
+OUTPUTS = 1000
 # Which of them ImageNet-A's 200 folders are, in the order of both (hendrycks/natural-adv-examples,
 # eval.py).
 IMAGENET_A = """
@@ -74,7 +74,8 @@ ARCHIVES = (
     "digital",
     "extra",
 )
-AT_ONCE = 64  # pictures in a pass
+# The pictures of one pass.
+AT_ONCE = 64
 
 # AlexNet's mean top-1 error by kind on ImageNet-C, by which mCE divides, as the benchmark's authors
 # publish it; and its flip probability by perturbation of ImageNet-P, by which mFR divides, rounded
@@ -110,14 +111,19 @@ class Subject:
     """A network that gives logits (B, K) of pictures (B, C, side, side) in [0, 1].
 
     Only the middle of a picture is looked at.
+
+    Attributes:
+        classes: None where their names are not known.
+        center: the share of the sides that is looked at; pictures of ImageNet-C and -P were
+            released as crops.
     """
 
     network: nn.Module
     side: int
-    classes: Sequence[str] | None  # None: names are not known
+    classes: Sequence[str] | None
     outputs: int
     grey: bool = False
-    center: float = 1.0  # share of the sides; pictures of ImageNet-C and -P were released as crops
+    center: float = 1.0
 
     def read(self, path: Path) -> Tensor:
         size, center = (self.side, self.side), self.center
@@ -132,8 +138,8 @@ class Subject:
 
         It is found by the folder's name, or by its place among the ``published`` ones.
         """
-        known = {name: output for output, name in enumerate(self.classes or ())}
-        if unknown := [name for name in folders if name not in known]:
+        output_of_class = {name: output for output, name in enumerate(self.classes or ())}
+        if unknown := [name for name in folders if name not in output_of_class]:
             if self.outputs == OUTPUTS and len(folders) == len(published):
                 return list(published)
             raise MetaplError(
@@ -141,16 +147,17 @@ class Subject:
                 f"{few(unknown, 3)} stand for; expected folders called as its classes, or all "
                 f"{len(published):,} of the set and of ImageNet."
             )
-        return [known[name] for name in folders]
+        return [output_of_class[name] for name in folders]
 
     def logits(self, paths: Sequence[Path]) -> Tensor:
         """Return the logits of pictures in files, (N, K)."""
-        with ThreadPoolExecutor(cpu_count()) as pool:  # Pillow decodes without Python's lock
-            pieces = (
-                pool.map(self.read, paths[at : at + AT_ONCE])
-                for at in range(0, len(paths), AT_ONCE)
-            )
-            return torch.cat([logits_of(self.network, [torch.stack([*piece])]) for piece in pieces])
+        logits = []
+        # Pillow decodes without Python's lock, so threads are enough.
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            for first in range(0, len(paths), AT_ONCE):
+                pictures = torch.stack([*pool.map(self.read, paths[first : first + AT_ONCE])])
+                logits.append(logits_of(self.network, [pictures]))
+        return torch.cat(logits)
 
 
 def of_run(folder: Path) -> Subject:
@@ -194,12 +201,19 @@ def of_weights(file: Path, name: str | None) -> Subject:
 
     The name says the library that has the network, too.
     """
-    told = {key: value for key, value in read_metadata(file).items() if value is not None}
-    side, middle, (mean, std) = 224, 224 / 256, IMAGENET  # as torchvision evaluates its own
-    if "architecture" in told:
-        network = replace(Architecture(**told["architecture"]), dropout=0.0, stochastic_depth=0.0)
-        side, middle = network.image_size or side, told.get("center", 1.0)
-        mean, std = (told.get("normalization", {}).get(key) for key in ("mean", "std"))
+    metadata = {key: value for key, value in read_metadata(file).items() if value is not None}
+    # This is how torchvision evaluates its networks.
+    side = 224
+    middle = 224 / 256
+    mean, std = IMAGENET
+    if "architecture" in metadata:
+        architecture = Architecture(**metadata["architecture"])
+        network = replace(architecture, dropout=0.0, stochastic_depth=0.0)
+        side = network.image_size or side
+        middle = metadata.get("center", 1.0)
+        normalization = metadata.get("normalization", {})
+        mean = normalization.get("mean")
+        std = normalization.get("std")
     else:
         if name is None:
             raise MetaplError(
@@ -213,7 +227,8 @@ def of_weights(file: Path, name: str | None) -> Subject:
             evaluated: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
             side = evaluated.get("input_size", (3, side, side))[-1]
             middle = evaluated.get("crop_pct") or middle
-            mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
+            mean = evaluated.get("mean", mean)
+            std = evaluated.get("std", std)
         elif network.library == "metapl":
             raise MetaplError(
                 f"{file} does not say how its pictures are normalized; expected one of metapl "
@@ -230,7 +245,7 @@ def of_weights(file: Path, name: str | None) -> Subject:
     module = (module if mean is None else Normalized(module, mean, std)).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     return Subject(
-        module, side, told.get("classes"), network.num_classes, network.in_channels == 1, middle
+        module, side, metadata.get("classes"), network.num_classes, network.in_channels == 1, middle
     )
 
 
@@ -238,9 +253,9 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def figures(found: Evaluation) -> dict[str, Any]:
-    kept = ("n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error")
-    return {name: getattr(found, name) for name in kept}
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    names = ("n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error")
+    return {name: getattr(evaluation, name) for name in names}
 
 
 def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
@@ -258,12 +273,13 @@ def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
 def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
     """Return accuracies by corruption and severity, and mCE where all fifteen are there."""
     folders = parts(root, CORRUPTIONS, "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
-    found = {
-        name: [filled(folder / str(severity)) for severity in SEVERITIES]
-        for name, folder in folders.items()
-    }
-    n, accuracies = 0, dict[str, list[float]]()
-    for name, sets in found.items():
+    # All folders are listed first, so that a missing one is said before any picture is read.
+    sets_by_name = {}
+    for name, folder in folders.items():
+        sets_by_name[name] = [filled(folder / str(severity)) for severity in SEVERITIES]
+    n = 0
+    accuracies: dict[str, list[float]] = {}
+    for name, sets in sets_by_name.items():
         for files in sets:
             outputs = torch.tensor(subject.outputs_of(files.root, files.classes))
             guesses = replace(subject, center=1.0).logits([*map(Path, files.paths())]).argmax(1)
@@ -279,20 +295,28 @@ def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
 def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
     """Return how often predictions change along the sequences, in videos or in frames, and mFR."""
     folders = parts(root, FLIPS_OF_ALEXNET, "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
-    flips, sequences, frames, right = dict[str, float](), 0, 0, 0
+    flips = dict[str, float]()
+    sequences = 0
+    frames = 0
+    right = 0
     for name, folder in folders.items():
-        found = [path for kind in visible(folder) if kind.is_dir() for path in visible(kind)]
-        found = [path for path in found if path.is_dir() or path.suffix.lower() == ".mp4"]
-        if not found:
+        paths: list[Path] = []
+        for class_folder in visible(folder):
+            if class_folder.is_dir():
+                for path in visible(class_folder):
+                    if path.is_dir() or path.suffix.lower() == ".mp4":
+                        paths.append(path)
+        if not paths:
             raise MetaplError(
                 f"{folder} has no sequence; expected a folder a class, of .mp4 or folders of "
                 "frames."
             )
-        classes = sorted({path.parent.name for path in found})
+        classes = sorted({path.parent.name for path in paths})
         output = dict(zip(classes, subject.outputs_of(folder, classes), strict=True))
         predictions: list[list[int]] = []
-        for path in found:
-            inputs, taken = frames_of(path, replace(subject, center=1.0)), list[int]()
+        for path in paths:
+            inputs = frames_of(path, replace(subject, center=1.0))
+            taken = list[int]()
             while piece := [*islice(inputs, AT_ONCE)]:
                 taken += logits_of(subject.network, [torch.stack(piece)]).argmax(1).tolist()
             predictions.append(taken)
@@ -383,13 +407,13 @@ def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
 def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
     """Return the folders of a set's parts that are there, in the order of ``names``."""
     places = [root / archive for archive in ARCHIVES]
-    found = {name: place / name for name in names for place in places if (place / name).is_dir()}
-    if not found:
+    folders = {name: place / name for name in names for place in places if (place / name).is_dir()}
+    if not folders:
         raise MetaplError(
             f"{root} has none of the folders of the set, {few(names, 20)}; expected "
             f"{root / example}."
         )
-    return found
+    return folders
 
 
 def filled(root: Path) -> LabeledFiles:
@@ -440,27 +464,27 @@ def main() -> None:
     )
     for flag in ("--test", "--real", "--imagenet-a", "--imagenet-c", "--imagenet-p"):
         parser.add_argument(flag, type=Path)
-    given = parser.parse_args()
-    found: dict[str, Any] = {"network": str(given.network)}
+    args = parser.parse_args()
+    results: dict[str, Any] = {"network": str(args.network)}
     try:
-        subject = (
-            of_run(given.network)
-            if given.network.is_dir()
-            else of_weights(given.network, given.name)
-        )
-        if given.test:
-            files = scan_labeled(given.test)
-            outputs = torch.tensor(subject.outputs_of(given.test, files.classes))
-            logits = subject.logits(paths := [*map(Path, files.paths())])
-            found |= figures(evaluate_logits(logits, outputs[torch.tensor(files.labels)]))
-            if given.real:
-                found["real"] = real(given.real, paths, logits.argmax(1).tolist())
+        if args.network.is_dir():
+            subject = of_run(args.network)
+        else:
+            subject = of_weights(args.network, args.name)
+        if args.test:
+            files = scan_labeled(args.test)
+            outputs = torch.tensor(subject.outputs_of(args.test, files.classes))
+            paths = [*map(Path, files.paths())]
+            logits = subject.logits(paths)
+            results |= figures(evaluate_logits(logits, outputs[torch.tensor(files.labels)]))
+            if args.real:
+                results["real"] = real(args.real, paths, logits.argmax(1).tolist())
         for measure in (imagenet_a, imagenet_c, imagenet_p):
-            if folder := getattr(given, measure.__name__):
-                found[measure.__name__] = measure(subject, folder)
+            if folder := getattr(args, measure.__name__):
+                results[measure.__name__] = measure(subject, folder)
     except MetaplError as error:
         parser.error(str(error))
-    print(json.dumps(found, indent=1))
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

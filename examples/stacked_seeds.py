@@ -15,37 +15,47 @@ import metapl
 from metapl.functional import stack
 from metapl.problems import EqualWeights, LearningToReweight
 
-SEEDS, STEPS = 32, 300
+SEEDS = 32
+STEPS = 300
 data = load_digits(return_X_y=True)
-x, y = torch.tensor(data[0], dtype=torch.float32) / 16, torch.tensor(data[1])
-draw = torch.Generator().manual_seed(0)
-# (seeds, rows).
+x = torch.tensor(data[0], dtype=torch.float32) / 16
+y = torch.tensor(data[1])
+generator = torch.Generator().manual_seed(0)
+# Each is (seeds, rows).
 trusted, noisy, test = (
-    torch.rand(SEEDS, len(x), generator=draw).argsort().split([100, 1297, 400], 1)
+    torch.rand(SEEDS, len(x), generator=generator).argsort().split([100, 1297, 400], 1)
 )
-wrong = torch.rand(SEEDS, len(x), generator=draw) < 0.4
-given = (y + wrong) % 10  # the next class, (seeds, len(x))
+is_wrong = torch.rand(SEEDS, len(x), generator=generator) < 0.4
+# A wrong label is the next class, (seeds, len(x)).
+noisy_labels = (y + is_wrong) % 10
 
 
 def accuracies(mode, problem):
     students = [
         nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)) for _ in range(SEEDS)
     ]
-    alike = [
-        metapl.BilevelTrainer(None, student, mode, problem=problem).functional()
-        for student in students
-    ]
-    take, states = torch.func.vmap(alike[0][0]), stack([state for _, state in alike])
+    states = []
+    for student in students:
+        step, state = metapl.BilevelTrainer(None, student, mode, problem=problem).functional()
+        states.append(state)
+    # All students have one step, which differs in its state alone.
+    stacked_step = torch.func.vmap(step)
+    stacked = stack(states)
     for k in range(STEPS):
         rows = noisy[:, torch.arange(64 * k, 64 * (k + 1)) % noisy.shape[1]]
-        states, _ = take(states, (x[trusted], y[trusted]), (x[rows], given.gather(1, rows)))
+        outer = x[trusted], y[trusted]
+        inner = x[rows], noisy_labels.gather(1, rows)
+        stacked, _ = stacked_step(stacked, outer, inner)
     outputs = torch.func.vmap(torch.func.functional_call, (None, 0, 0))(
-        students[0], states.student.params, x[test]
+        students[0], stacked.student.params, x[test]
     )
-    return 100 * (outputs.argmax(-1) == y[test]).float().mean(1)  # (seeds,)
+    # (seeds,)
+    return 100 * (outputs.argmax(-1) == y[test]).float().mean(1)
 
 
 torch.manual_seed(0)
-weighted, equal = accuracies("forward", LearningToReweight()), accuracies("none", EqualWeights())
-for name, found in {"weights": weighted, "none": equal, "difference": weighted - equal}.items():
-    print(f"{name:10} {found.mean():6.1f} ± {found.std():.1f} %")
+weighted = accuracies("forward", LearningToReweight())
+equal = accuracies("none", EqualWeights())
+results = {"weights": weighted, "none": equal, "difference": weighted - equal}
+for name, values in results.items():
+    print(f"{name:10} {values.mean():6.1f} ± {values.std():.1f} %")

@@ -25,7 +25,8 @@ from torch import Tensor
 import metapl
 from metapl.metrics import paired_test
 
-NOISE = 0.5  # of the strong view, in standard deviations of each measurement
+# The noise of the strong view, in standard deviations of each measurement.
+NOISE = 0.5
 METHODS = ("logistic regression", "MPL", "MPL's teacher", "no feedback")
 Rows = tuple[Tensor, Tensor]
 
@@ -96,19 +97,19 @@ def main() -> None:
     parser.add_argument("--labels-per-class", type=int, default=5)
     args = parser.parse_args()
     for table in ("breast cancer", "wine"):
-        found = [accuracies(table, args.labels_per_class, seed) for seed in args.seeds]
-        drawn_by = "one seed" if len(found) == 1 else f"{len(found)} seeds"
+        rows = [accuracies(table, args.labels_per_class, seed) for seed in args.seeds]
+        drawn_by = "one seed" if len(rows) == 1 else f"{len(rows)} seeds"
         print(
             f"{table}, {args.labels_per_class} labels a class, test accuracy in % over {drawn_by}"
         )
-        for name, column in zip(METHODS, zip(*found, strict=True), strict=True):
-            test = paired_test(column, [row[0] for row in found])
+        for name, column in zip(METHODS, zip(*rows, strict=True), strict=True):
+            test = paired_test(column, [row[0] for row in rows])
             line = f"  {name:<20} {np.mean(column):5.1f}"
-            if len(found) > 1:
+            if len(rows) > 1:
                 line += f" ± {np.std(column, ddof=1):<4.1f}"
             if name != METHODS[0]:
                 line += f" {test.mean:+5.1f}"
-                line += "" if len(found) == 1 else f" ± {test.std:.1f}"
+                line += "" if len(rows) == 1 else f" ± {test.std:.1f}"
             print(line)
     print("Right: paired difference to logistic regression. ±: standard deviation over seeds.")
 

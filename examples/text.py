@@ -35,8 +35,14 @@ except ModuleNotFoundError as error:
 
 PACKAGES = "torch", "scipy", "matplotlib", "sklearn"
 NAMES = {*PACKAGES, "pytorch", "numpy", "np", "mpl", "plt", "pyplot", "scikit"}
-PAD, MASK, UNKNOWN, WORDS, LENGTH, WIDTH = 0, 1, 2, 2000, 32, 32
-Text = dict[str, Tensor]  # input_ids and attention_mask, (B, LENGTH)
+PAD = 0
+MASK = 1
+UNKNOWN = 2
+WORDS = 2000
+LENGTH = 32
+WIDTH = 32
+Text = dict[str, Tensor]
+"""``input_ids`` and ``attention_mask``, (B, LENGTH)."""
 
 
 def docstrings(package: str, files: int = 150) -> list[str]:
@@ -47,17 +53,15 @@ def docstrings(package: str, files: int = 150) -> list[str]:
     paths = sorted(
         path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts
     )
-    found = []
+    texts = []
     for path in random.Random(0).sample(paths, min(files, len(paths))):
         with suppress(SyntaxError):
             nodes = ast.walk(ast.parse(path.read_text(errors="ignore")))
             kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-            found += [
-                text
-                for node in nodes
-                if isinstance(node, kinds) and (text := ast.get_docstring(node))
-            ]
-    return found
+            for node in nodes:
+                if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+                    texts.append(text)
+    return texts
 
 
 def words_of(text: str) -> list[str]:
@@ -67,9 +71,9 @@ def words_of(text: str) -> list[str]:
     ][:LENGTH]
 
 
-def encoded(texts: list[list[str]], known: dict[str, int]) -> Text:
-    """Return what a tokenizer gives."""
-    rows = [[known.get(word, UNKNOWN) for word in words] for words in texts]
+def encoded(texts: list[list[str]], numbers: dict[str, int]) -> Text:
+    """Return what a tokenizer gives, by the words' numbers."""
+    rows = [[numbers.get(word, UNKNOWN) for word in words] for words in texts]
     ids = torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
@@ -81,22 +85,24 @@ def corpus() -> dict[str, tuple[Text, Tensor]]:
         all_words = [words_of(text) for text in docstrings(package)]
         of_package.append([*{tuple(w[:8]): w for w in all_words if len(w) >= 12}.values()])
     size = min(map(len, of_package))
-    parts, ends = {}, [0, size // 10, size // 4, size]
-    texts = {
-        name: [(words, label) for label, own in enumerate(of_package) for words in own[start:end]]
-        for name, start, end in zip(
-            ("validation", "test", "training"), ends, ends[1:], strict=False
-        )
+    ranges = {
+        "validation": slice(0, size // 10),
+        "test": slice(size // 10, size // 4),
+        "training": slice(size // 4, size),
     }
+    texts = {}
+    for name, rows in ranges.items():
+        texts[name] = [
+            (words, label) for label, texts_of in enumerate(of_package) for words in texts_of[rows]
+        ]
     counts = Counter(word for words, _ in texts["training"] for word in words if word != "[mask]")
-    known = {"[mask]": MASK} | {
-        word: UNKNOWN + 1 + i for i, (word, _) in enumerate(counts.most_common(WORDS))
-    }
+    numbers = {"[mask]": MASK}
+    for rank, (word, _) in enumerate(counts.most_common(WORDS)):
+        numbers[word] = UNKNOWN + 1 + rank
+    parts = {}
     for name, pairs in texts.items():
-        parts[name] = (
-            encoded([words for words, _ in pairs], known),
-            torch.tensor([label for _, label in pairs]),
-        )
+        labels = torch.tensor([label for _, label in pairs])
+        parts[name] = encoded([words for words, _ in pairs], numbers), labels
     return parts
 
 
@@ -124,7 +130,8 @@ def network(vectors: Tensor) -> Logits:
     )
     bert = BertForSequenceClassification(config)
     bert.get_input_embeddings().weight.data.copy_(vectors)
-    return Logits(bert)  # the dict goes in as keyword arguments, and the tensor of logits comes out
+    # The dict goes in as keyword arguments, and the tensor of logits comes out.
+    return Logits(bert)
 
 
 def masked(text: Text, share: float = 0.15) -> Text:
@@ -144,11 +151,11 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
     """Return the finetuned student's test accuracy, by the way to train it."""
     torch.manual_seed(seed)
     parts = corpus()
-    (text, y), validation = parts["training"], parts["validation"]
+    text, y = parts["training"]
     few = torch.cat(
         [(y == c).nonzero()[:, 0][torch.randperm(int((y == c).sum()))[:labels]] for c in range(4)]
     )
-    known = [({name: t[few] for name, t in text.items()}, y[few])]
+    labeled = [({name: t[few] for name, t in text.items()}, y[few])]
     many = TensorDataset(text["input_ids"], text["attention_mask"])
     vectors = word_vectors(text["input_ids"])
     ways: dict[str, dict[str, Any]] = {
@@ -156,11 +163,16 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
         "feedback as it is": {"mode": "forward"},
         "feedback 0.1 of the teacher's losses": {"mode": "forward", "feedback_ratio": 0.1},
     }
-    fit: dict[str, Any] = {"validation": validation, "validate_every": 25, "progress": False}
-    found = {}
+    fit: dict[str, Any] = {
+        "validation": parts["validation"],
+        "validate_every": 25,
+        "progress": False,
+    }
+    accuracy_of_way = {}
     for way, options in ways.items():
         torch.manual_seed(seed)
-        teacher, student = network(vectors), network(vectors)
+        teacher = network(vectors)
+        student = network(vectors)
         trainer = metapl.BilevelTrainer(
             teacher,
             student,
@@ -169,27 +181,28 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
             **options,
         )
         unlabeled = DataLoader(many, batch_size=64, shuffle=True, collate_fn=two_views)
-        result = trainer.fit(known, unlabeled, steps=steps, log_every=10, **fit)
+        result = trainer.fit(labeled, unlabeled, steps=steps, log_every=10, **fit)
         if ratio := options.get("feedback_ratio"):
             weights = sorted(
                 row["feedback_weight"] for row in result.history if "feedback_weight" in row
             )
-            as_it_is = ratio / weights[len(weights) // 2]  # at the weight 1
+            # The ratio that the feedback would have with the weight 1.
+            as_it_is = ratio / weights[len(weights) // 2]
             print(
                 f"seed {seed}: the feedback as it is, beside the teacher's losses: {as_it_is:.2g}"
             )
         trainer.finetune(
-            known,
+            labeled,
             steps=min(50, steps),
             optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4),
             **fit,
         )
-        found[way] = trainer.evaluate(parts["test"]).accuracy
+        accuracy_of_way[way] = trainer.evaluate(parts["test"]).accuracy
     torch.manual_seed(seed)
     alone = network(vectors)
     supervised = metapl.LossTrainer(alone, optimizer=torch.optim.AdamW(alone.parameters(), lr=1e-3))
-    supervised.fit(known, steps=steps, **fit)
-    return {"labels alone": supervised.evaluate(parts["test"]).accuracy, **found}
+    supervised.fit(labeled, steps=steps, **fit)
+    return {"labels alone": supervised.evaluate(parts["test"]).accuracy, **accuracy_of_way}
 
 
 if __name__ == "__main__":
@@ -198,8 +211,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    given = parser.parse_args()
-    rows = [accuracies(seed, given.steps) for seed in given.seeds]
+    args = parser.parse_args()
+    rows = [accuracies(seed, args.steps) for seed in args.seeds]
     for way in rows[0]:
         values = 100 * torch.tensor([row[way] for row in rows])
         print(

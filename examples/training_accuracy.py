@@ -82,9 +82,9 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("training_accuracy.png"), metavar="FILE")
-    given = parser.parse_args(words)
+    args = parser.parse_args(words)
     try:
-        draw(given.runs, given.out)
+        draw(args.runs, args.out)
     except MetaplError as error:
         print(f"training_accuracy.py: {error}", file=sys.stderr)
         return 2

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 def split():
     """Return 1,000 digits (x, y) and the others."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    x, order = x.view(-1, 1, 8, 8).float() / 16, torch.randperm(len(x))
-    return [(x[own], y[own]) for own in (order[:1000], order[1000:])]
+    x = x.view(-1, 1, 8, 8).float() / 16
+    order = torch.randperm(len(x))
+    return [(x[rows], y[rows]) for rows in (order[:1000], order[1000:])]
 
 
 def draw(x, y, angles, sizes):
@@ -39,18 +40,21 @@ def fit(network, optimizer, x, y):
 
 
 def pretrain(network, x, y, seconds):
-    adam, since = torch.optim.Adam(network.parameters(), 0.003), time.process_time()
+    adam = torch.optim.Adam(network.parameters(), 0.003)
+    since = time.process_time()
     while time.process_time() - since < seconds:
         fit(network, adam, *draw(x, y, 100, [100])[0])
 
 
 def accuracy(network, x, y, rate):
     """Return the mean over 10 angles, at each after 20 steps on 20 digits."""
-    found = []
-    for few, (others, truth) in (draw(x, y, 1, [20, len(x) - 20]) for _ in range(10)):
-        own = copy.deepcopy(network)
-        sgd = torch.optim.SGD(own.parameters(), rate, momentum=0.9)
+    accuracies = []
+    for _ in range(10):
+        few, (test, truth) = draw(x, y, 1, [20, len(x) - 20])
+        tuned = copy.deepcopy(network)
+        sgd = torch.optim.SGD(tuned.parameters(), rate, momentum=0.9)
         for _ in range(20):
-            fit(own, sgd, *few)
-        found.append(100 * (own(others).argmax(1) == truth).float().mean().item())
-    return statistics.fmean(found)
+            fit(tuned, sgd, *few)
+        is_right = tuned(test).argmax(1) == truth
+        accuracies.append(100 * is_right.float().mean().item())
+    return statistics.fmean(accuracies)

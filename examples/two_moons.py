@@ -74,7 +74,10 @@ class Moons:
     """
 
     def __init__(self, seeds: range, steps: int, uda: bool, weight: float) -> None:
-        self.seeds, self.steps, self.uda, self.weight = seeds, steps, uda, weight
+        self.seeds = seeds
+        self.steps = steps
+        self.uda = uda
+        self.weight = weight
         self.x, self.y = map(torch.stack, zip(*map(draw, seeds), strict=True))
         self.few = self.x[:, :6].flatten(0, 1), self.y[:, :6].flatten()
         self.losses: tuple[Any, ...] = (
@@ -108,10 +111,13 @@ class Moons:
         (teacher, outer), (student, inner), losses = self.fresh(0), self.fresh(1), self.losses
         trainer: Any
         if method == "supervised":
-            trainer, student = metapl.LossTrainer(teacher, losses, optimizer=outer), teacher
+            trainer = metapl.LossTrainer(teacher, losses, optimizer=outer)
+            student = teacher
         else:
-            if method == "pseudo-labels":  # a teacher without losses stays as it is
-                teacher, losses = self.networks["supervised"], ()
+            # In this method the teacher stays as it is, for it has no losses.
+            if method == "pseudo-labels":
+                teacher = self.networks["supervised"]
+                losses = ()
                 outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
             trainer = metapl.BilevelTrainer(
                 teacher,
@@ -144,7 +150,8 @@ def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
     figure, axes = plt.subplots(
         2, 4, figsize=(16, 5.6), height_ratios=(3, 1), layout="constrained", sharex="row"
     )
-    low, high = moons.x.amin((0, 1)) - 0.2, moons.x.amax((0, 1)) + 0.2
+    low = moons.x.amin((0, 1)) - 0.2
+    high = moons.x.amax((0, 1)) + 0.2
     columns = [torch.linspace(float(a), float(b), 200) for a, b in zip(low, high, strict=True)]
     plane = torch.stack(torch.meshgrid(*columns, indexing="xy"), -1).flatten(0, 1)
     for (above, below), (method, accuracy) in zip(axes.T, accuracies.items(), strict=True):
@@ -155,7 +162,8 @@ def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
                 .argmax(1)
                 .view(-1, 200, 200)[run]
             )
-        points, classes = moons.x[run].numpy(), moons.y[run].numpy()
+        points = moons.x[run].numpy()
+        classes = moons.y[run].numpy()
         extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
         above.imshow(
             regions.numpy(),
@@ -197,14 +205,16 @@ def main() -> None:
     accuracies = {method: moons.train(method) for method in METHODS}
     print(f"{'':<14} above 95 %  95 % interval  median run")
     for method, accuracy in accuracies.items():
-        right, runs = int((accuracy > SUCCESS).sum()), len(accuracy)
+        right = int((accuracy > SUCCESS).sum())
+        runs = len(accuracy)
         low, high = (100 * end for end in interval(right, runs))
         print(
             f"{method:<14} {right:>4} of {runs:<3} {low:>8.0f}-{high:.0f} % "
             f"{100 * accuracy.median():>10.1f} %"
         )
     mpl, control = (accuracies[method] > SUCCESS for method in METHODS[2:])
-    alone, differing = int((mpl & ~control).sum()), int((mpl != control).sum())
+    alone = int((mpl & ~control).sum())
+    differing = int((mpl != control).sum())
     p = binomtest(alone, differing).pvalue if differing else 1.0
     print(
         f"MPL and the same loop without feedback: p = {p:.2g} (McNemar's exact test on paired "

@@ -34,7 +34,8 @@ except ModuleNotFoundError as error:
 
 def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> metapl.BilevelTrainer:
     torch.manual_seed(0)
-    x, y = torch.tensor(load_digits().data / 16).float(), torch.tensor(load_digits().target)
+    x = torch.tensor(load_digits().data / 16).float()
+    y = torch.tensor(load_digits().target)
     views = TensorDataset(x[100:1300], x[100:1300] + 0.2 * torch.randn(1200, 64))
     few = DataLoader(
         TensorDataset(x[:100], y[:100]), batch_size=50, shuffle=True, generator=torch.Generator()
@@ -48,18 +49,20 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
     teacher, student, inner, outer, few, many, *rates = accelerator.prepare(
         teacher, student, inner, outer, few, many, *rates
     )
-    # Out of their wrappers.
-    optimizers = {
-        "inner_optimizer": inner.optimizer,
-        "outer_optimizer": outer.optimizer,
-    }
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", **optimizers)
+    # The trainer takes the optimizers out of accelerate's wrappers.
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        "forward",
+        inner_optimizer=inner.optimizer,
+        outer_optimizer=outer.optimizer,
+    )
     labeled = feed(few, name="labeled", stop=steps)
     unlabeled = feed(many, name="unlabeled", stop=steps)
 
     feeds = [
-        SimpleNamespace(state_dict=one.state, load_state_dict=one.restore)
-        for one in (labeled, unlabeled)
+        SimpleNamespace(state_dict=feed_of_batches.state, load_state_dict=feed_of_batches.restore)
+        for feed_of_batches in (labeled, unlabeled)
     ]
     accelerator.register_for_checkpointing(trainer, *feeds)
     if out.exists():

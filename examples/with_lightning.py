@@ -32,7 +32,9 @@ class MetaPseudoLabels(L.LightningModule):
     def __init__(self, teacher: nn.Module, student: nn.Module, steps: int) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.teacher, self.student, self.steps = teacher, student, steps
+        self.teacher = teacher
+        self.student = student
+        self.steps = steps
         self.resumed: dict[str, Any] = {}
 
     def configure_optimizers(self) -> Any:
@@ -42,14 +44,16 @@ class MetaPseudoLabels(L.LightningModule):
             CosineAnnealingLR(optimizer, self.steps) for optimizer in (inner, outer)
         ]
 
-    def on_train_start(self) -> None:  # the networks are on their device by now
+    def on_train_start(self) -> None:
+        # The networks are on their device by now.
         inner, outer = (wrapper.optimizer for wrapper in self.optimizers())
         self.bilevel = metapl.BilevelTrainer(
             self.teacher, self.student, "forward", inner_optimizer=inner, outer_optimizer=outer
         )
         if self.resumed:
             self.bilevel.load_state_dict(self.resumed["bilevel"])
-            set_rng_state(self.resumed["rng"])  # last, for nothing may draw after it
+            # This comes last, for nothing may draw after it.
+            set_rng_state(self.resumed["rng"])
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         labeled, x_u = batch
@@ -90,21 +94,22 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield [one.next() for one in self.feeds.values()]
+            yield [source.next() for source in self.feeds.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: one.state() for name, one in self.feeds.items()}
+        return {name: source.state() for name, source in self.feeds.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, one in self.feeds.items():
-            one.restore(state[name])
+        for name, source in self.feeds.items():
+            source.restore(state[name])
 
 
 def train(
     out: Path, steps: int, save_every: int = 50, **options: Any
 ) -> tuple[L.Trainer, MetaPseudoLabels]:
     L.seed_everything(0)
-    x, y = torch.tensor(load_digits().data / 16).float(), torch.tensor(load_digits().target)
+    x = torch.tensor(load_digits().data / 16).float()
+    y = torch.tensor(load_digits().target)
     batches = Batches(
         steps,
         labeled=DataLoader(TensorDataset(x[:100], y[:100]), batch_size=50, shuffle=True),

@@ -20,8 +20,9 @@ class PairWeights(metapl.BilevelProblem):
     """An example's weight is looked up by its given label and by what the student takes it for."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):
-        given, predicted = batch[1], student_outputs.argmax(1)
-        return metapl.Signal(teacher(10 * given + predicted).sigmoid())
+        labels = batch[1]
+        predictions = student_outputs.argmax(1)
+        return metapl.Signal(teacher(10 * labels + predictions).sigmoid())
 
     def inner_loss(self, outputs, signal, batch, params=None):
         return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")

@@ -20,7 +20,17 @@ from metapl.updates import scheduled_settings
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:
-    from metapl import ablation, data, distributed, metrics, sklearn  # noqa: F401
+    from metapl import (  # noqa: F401
+        ablation,
+        data,
+        distributed,
+        integrations,
+        labels,
+        metrics,
+        networks,
+        pictures,
+        sklearn,
+    )
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
 
@@ -53,7 +63,18 @@ __all__ = [
 
 # Modules, and the modules of functions, that are loaded when they are first used, so that
 # ``import metapl`` loads little beside torch.
-_LAZY_MODULES = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
+_LAZY_MODULES = (
+    "ablation",
+    "apps",
+    "data",
+    "distributed",
+    "integrations",
+    "labels",
+    "metrics",
+    "networks",
+    "pictures",
+    "sklearn",
+)
 _MODULES_OF_LAZY_FUNCTIONS = {
     "ablate": "metapl.ablation",
     "attribute": "metapl.training.attribution",

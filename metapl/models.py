@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import Inputs
 from metapl.execution.checks import class_labels, described, tensor_in
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
@@ -28,7 +29,6 @@ __all__ = [
     "LabelAdjuster",
     "Logits",
     "attention",
-    "label_adjuster",
     "mlp",
     "small_cnn",
     "wide_resnet",
@@ -329,7 +329,7 @@ class LabelAdjuster(nn.Module):
             layers.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
-    >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
+    >>> torch.allclose(LabelAdjuster(3)(stored).softmax(-1), stored, atol=1e-7)
     True
 
     Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers
@@ -357,7 +357,6 @@ class LabelAdjuster(nn.Module):
 
 
 # The name beside those of the other networks, which are functions.
-label_adjuster = LabelAdjuster
 
 
 class Corrector(nn.Module):
@@ -414,7 +413,7 @@ class Logits(nn.Module):
         self.network = network
         self.arguments = _Arguments.of(network)
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         if isinstance(inputs, Mapping) and self.arguments.take_keywords(inputs):
             outputs = self.network(**inputs)
         elif isinstance(inputs, tuple | list) and self.arguments.take_positions(inputs):

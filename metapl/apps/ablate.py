@@ -70,15 +70,18 @@ class Looking:
 
     def look(self, subject: Subject) -> int:
         """Compare the modes on networks and data, and print and write what was measured."""
-        for name in self.modes or ():
-            # It refuses a name that there is not, before anything is measured.
-            estimator(name)
+        modes: list[Any] | None = None
+        if self.modes is not None:
+            modes = [*self.modes]
+            for name in modes:
+                # It refuses a name that there is not, before anything is measured.
+                estimator(name)
         with held(self.out):
             ablation = ablate(
                 subject.trainer,
                 subject.labeled,
                 subject.unlabeled,
-                self.modes,
+                modes,
                 steps=subject.steps,
                 draws=self.draws,
                 rounds=self.rounds,

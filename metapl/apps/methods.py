@@ -36,7 +36,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Say, Trainer
@@ -765,7 +765,7 @@ class ReducedMpl(Method):
         assert isinstance(unlabeled, UnlabeledBatches)
         # The small network begins alike, whatever was drawn for the labels.
         torch.manual_seed(t.config.fitting.seed)
-        adjuster = t.lay_out(label_adjuster(len(t.data.classes)).to(t.place))
+        adjuster = t.lay_out(LabelAdjuster(len(t.data.classes)).to(t.place))
         adjuster_losses: tuple[problems.StoredCrossEntropy, ...] = ()
         if "labeled" in stored:
             adjuster_losses = (problems.StoredCrossEntropy(self.uda.label_smoothing),)

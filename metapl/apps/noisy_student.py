@@ -29,7 +29,6 @@ from metapl.apps.label_selection import check_interval, select, statistics
 from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
-from metapl.apps.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
@@ -56,6 +55,7 @@ from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import evaluating
 from metapl.problems.losses import CrossEntropy
+from metapl.problems.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
@@ -63,16 +63,24 @@ from metapl.training.options import DECAY, decay_interval
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase
 # that finetunes the last student on larger pictures.
-FIRST, FINETUNED, LARGER = "round-0", "-finetune", "resolution"
+FIRST = "round-0"
+FINETUNED = "-finetune"
+LARGER = "resolution"
 
 # Where a run keeps the stores of its rounds: of the examples that were labeled, and of the selected
 # ones.
 FOLDER = "rounds"
-LABELS, SELECTED = "labels", "selected"
-MOST_ROUNDS, MOST_RATIO = 1000, 2**12
+LABELS = "labels"
+SELECTED = "selected"
+
+MOST_ROUNDS = 1000
+MOST_RATIO = 2**12
 
 # How often a selection is made, beside the folder of a store that has one.
-EACH, ONCE = "each", "once"
+EACH = "each"
+ONCE = "once"
+
+# Of examples of which the teacher is less confident nothing is learned.
 THRESHOLD = 0.3
 
 # Model noise, for networks that have it. The rate of dropout before the head is that of the
@@ -100,9 +108,13 @@ STOCHASTIC_DEPTH = 0.2
 USUAL_RATIO = 3
 RATIO_OF_PICTURES = 1
 
+# The share of the layers that are kept as they are in finetuning.
+USUAL_FROZEN = 0.5
+
 # How many examples of each kind the losses with and without noise are measured on, and how many in
 # a pass.
-MEASURED_ON, MEASURED_AT_ONCE = 128, 64
+MEASURED_ON = 128
+MEASURED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,45 +179,45 @@ class NoisyStudent(Method):
         Literal["all", "standard", "model", "none"], tyro.conf.arg(metavar="KIND")
     ] = "all"
     finetune_size: Annotated[Steps | None, unset("PIXELS")] = None
-    frozen: Share = 0.5
+    frozen: Share = USUAL_FROZEN
     label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_interval(self.threshold, self.at_most)
-        require(
-            self, self.warm_steps is None or self.warm_start, "warm_steps", "--warm-start beside it"
-        )
+        starts_warm = self.warm_steps is None or self.warm_start
+        require(self, starts_warm, "warm_steps", "--warm-start beside it")
         has_means = self.training == "joint" or self.loss == "mean"
         require(self, has_means, "loss", f"mean with training={self.training}, which has no sum")
-        require(
-            self,
-            self.finetune_size is not None or self.frozen == 0.5,
-            "frozen",
-            "--finetune-size beside it",
-        )
+        finetunes = self.finetune_size is not None or self.frozen == USUAL_FROZEN
+        require(self, finetunes, "frozen", "--finetune-size beside it")
         most_names = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most_names)
         if self.stored_selection is not None:
-            usual = {
-                "threshold": THRESHOLD,
-                "at_most": None,
-                "balance": True,
-                "per_class": None,
-                "share": None,
-            }
-            for name, value in usual.items():
-                selects_here = (
-                    f"no such flag beside --select-by {self.select_by}, which is selected already"
-                )
-                require(self, getattr(self, name) == value, name, selects_here)
+            self._refuse_flags_of_selection()
+
+    def _refuse_flags_of_selection(self) -> None:
+        """Refuse flags that select, beside a store in which examples are selected already."""
+        usual = {
+            "threshold": THRESHOLD,
+            "at_most": None,
+            "balance": True,
+            "per_class": None,
+            "share": None,
+        }
+        expected = f"no such flag beside --select-by {self.select_by}, which is selected already"
+        for name, value in usual.items():
+            require(self, getattr(self, name) == value, name, expected)
 
     @property
     def stored_selection(self) -> Path | None:
         """Return the store that another network has selected, where --select-by names one."""
-        return None if self.select_by in (EACH, ONCE) else Path(self.select_by)
+        if self.select_by in (EACH, ONCE):
+            return None
+        return Path(self.select_by)
 
     def scheduled(self, steps: int) -> Self:
+        """Return the method with a ratio; refuse more warm steps than steps."""
         if self.warm_steps is not None and self.warm_steps > steps:
             raise MetaplError(
                 f"--warm-steps {self.warm_steps:,}: expected 1 to {steps:,}, or more --steps."
@@ -213,6 +225,7 @@ class NoisyStudent(Method):
         return dataclasses.replace(self, ratio=self.ratio or USUAL_RATIO)
 
     def train(self, t: Training) -> Trained:
+        """Train the first teacher, and then the student of each round."""
         rounds = Rounds(self, t)
         rounds.train_first_teacher()
         for number in range(1, self.rounds + 1):
@@ -256,15 +269,22 @@ class PicturesOfRounds(Pictures):
     stochastic_depth: Annotated[Share | None, unset()] = None  # type: ignore[assignment]
 
     def noise(self, architecture: Architecture) -> tuple[float, float]:
+        """Return the rates of dropout and of stochastic depth of a network.
+
+        Where they were not given they are the usual ones of a network that is trained whole, and
+        zero for others: what is frozen has no noise.
+        """
         is_whole = self.backbone == "none" or self.tuning == "all"
         dropout = self.dropout
-        stochastic_depth = self.stochastic_depth
         if dropout is None:
-            dropout = DROPOUTS.get(architecture.name, USUAL_DROPOUT) if is_whole else 0.0
+            dropout = 0.0
+            if is_whole:
+                dropout = DROPOUTS.get(architecture.name, USUAL_DROPOUT)
+        stochastic_depth = self.stochastic_depth
         if stochastic_depth is None:
-            stochastic_depth = (
-                STOCHASTIC_DEPTH if is_whole and architecture.has_stochastic_depth else 0.0
-            )
+            stochastic_depth = 0.0
+            if is_whole and architecture.has_stochastic_depth:
+                stochastic_depth = STOCHASTIC_DEPTH
         return dropout, stochastic_depth
 
 
@@ -443,10 +463,12 @@ class Rounds:
 
     @property
     def usual_steps(self) -> int:
+        """Return the steps of a round that does not begin with its teacher's weights."""
         steps: int = self.config.fitting.chosen_steps
         return steps
 
     def seed_of(self, number: int) -> int:
+        """Return the seed of a round."""
         return fold_in(self.seed, number)
 
     def schedule(self, steps: int) -> dict[str, Any]:
@@ -676,7 +698,8 @@ class Rounds:
             raise MetaplError(
                 f"--select-by {store.folder} has none of the {len(images):,} unlabeled pictures."
             )
-        if missing := len(store) - int(is_there.sum()):
+        missing = len(store) - int(is_there.sum())
+        if missing:
             self.training.say(
                 f"note: {missing:,} pictures of {store.folder} are not among the unlabeled ones"
             )
@@ -698,7 +721,16 @@ class Rounds:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Selected:
-    """Unlabeled examples that were selected: int64 (n,), ascending, and how often each counts."""
+    """Unlabeled examples that were selected.
+
+    Args:
+        positions: int64 (n,), ascending, their numbers among all unlabeled examples.
+        copies: how often each counts, int64 (n,).
+        rows: how many examples there were to select from.
+        unsure: how many were dropped because the teacher was not confident of them.
+        threshold: the confidence above which they were kept; None: another store has selected them.
+        store: where the selection is.
+    """
 
     positions: Values
     copies: Values
@@ -727,9 +759,10 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
     configs = [config if name is None else config.with_network(name) for name in names]
     sizes: dict[str | None, int] = {}
     with torch.device("meta"):
-        for name, sized in dict(zip(names, configs, strict=True)).items():
-            network = with_flags(sized, weights=None).network()
-            sizes[name] = sum(p.numel() for p in network.parameters())
+        for name, config_of_round in zip(names, configs, strict=True):
+            if name not in sizes:
+                network = with_flags(config_of_round, weights=None).network()
+                sizes[name] = sum(p.numel() for p in network.parameters())
     for number, (teacher, student) in enumerate(pairwise(names), 1):
         if sizes[student] < sizes[teacher] and not settings.allow_smaller:
             raise MetaplError(
@@ -850,9 +883,11 @@ class PseudoLabeledBatches(UnlabeledBatches):
 
     @property
     def columns(self) -> dict[str, Tensor]:
+        """Return what stands beside the images: the rows of their labels in the store."""
         return {"rows": self.chosen.rows}
 
     def fetch(self, step: int) -> Fetched:
+        """Return the images of a step, and their labels in the place of the rows."""
         *images, rows = super().fetch(step)
         return (*images, self.chosen.labels(rows))
 
@@ -894,12 +929,8 @@ class LossesApart:
         self.hard = loss.hard
         self.model_noise = loss.model_noise
         # The batches of a training may be too large for one pass of one process.
-        labeled, pairs = (
-            dataclasses.replace(
-                source, sampler=dataclasses.replace(source.sampler, batch_size=MEASURED_AT_ONCE)
-            )
-            for source in (labeled, pairs)
-        )
+        labeled = in_batches_of(labeled, MEASURED_AT_ONCE)
+        pairs = in_batches_of(pairs, MEASURED_AT_ONCE)
         self.sources = {"labeled": labeled, "unlabeled": pairs}
         self.clean = {
             "labeled": dataclasses.replace(labeled, view=Identity(), crop=None),
@@ -907,6 +938,7 @@ class LossesApart:
         }
 
     def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> dict[str, float]:
+        """Return the losses of a step at which they are measured."""
         if step % self.every and step != self.steps:
             return {}
         network: nn.Module = trainer.student
@@ -936,6 +968,12 @@ class LossesApart:
         return total / count
 
 
+def in_batches_of(source: Any, size: int) -> Any:
+    """Return a source of batches with batches of another size."""
+    sampler = dataclasses.replace(source.sampler, batch_size=size)
+    return dataclasses.replace(source, sampler=sampler)
+
+
 # -------------------------------------------------------------------------------- labels of a round
 
 
@@ -947,6 +985,7 @@ class Augmented(ToLabel):
     seed: int
 
     def batch(self, step: int) -> Read:
+        """Return the batch of a step, augmented."""
         x, numbers, digests, skipped = super().batch(step)
         return self.view(x, seed=self.seed, step=step, examples=numbers), numbers, digests, skipped
 
@@ -963,6 +1002,7 @@ class Noised(nn.Module):
         self.seed = seed
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch, with its own masks."""
         content = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).digest()
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), with_model_noise(self.network, on=True):

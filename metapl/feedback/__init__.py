@@ -27,7 +27,7 @@ from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Problem, enters_input, kind_of, overrides
+from metapl.problems.base import BilevelProblem, Kind, enters_input, kind_of, overrides
 from metapl.words import did_you_mean
 
 __all__ = [
@@ -116,12 +116,12 @@ def estimator(mode: str | Estimator) -> Estimator:
 
 # Compiled graphs are known by their problem, so that all trainers without one share it.
 @cache
-def default_problem(labels: tuple[Kind, ...], mode: str) -> Problem:
+def default_problem(labels: tuple[Kind, ...], mode: str) -> BilevelProblem:
     """Return pseudo-labels of a kind that the mode takes; in each call the same value."""
     return PseudoLabels().for_modes(labels, mode)
 
 
-def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
+def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
     """Return the problem (default: pseudo-labels) with a kind of signal that the mode takes."""
     if problem is None:
         return default_problem(mode.labels, mode.name)
@@ -137,7 +137,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     return problem.for_modes(mode.labels, mode.name)
 
 
-def check_teacher(teacher: nn.Module | None, problem: Problem, **is_given: bool) -> None:
+def check_teacher(teacher: nn.Module | None, problem: BilevelProblem, **is_given: bool) -> None:
     """Refuse a missing teacher, one that is not used, and options for one that is not there.
 
     Args:
@@ -160,7 +160,7 @@ def check_teacher(teacher: nn.Module | None, problem: Problem, **is_given: bool)
             )
 
 
-def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
+def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: Layout) -> None:
     """Refuse what the mode, the problem and the student's layout cannot do together.
 
     Args:

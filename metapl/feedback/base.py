@@ -49,7 +49,7 @@ from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.order import NotFiniteFeedback, Order
 from metapl.feedback.path import Path
 from metapl.feedback.roads import Gradients, StudentPath, StudentStep
-from metapl.problems.base import Kind, Problem, Signal, field_name, kind_of
+from metapl.problems.base import BilevelProblem, Kind, Signal, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
@@ -256,7 +256,7 @@ class Estimator(ABC):
         """Return one :class:`Feedback` per step of the path, and the next state."""
 
     def orders(
-        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         """Return the orders of differentiation that a path may take, the preferred first.
 

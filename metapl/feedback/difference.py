@@ -23,7 +23,7 @@ from metapl.feedback.base import (
 from metapl.feedback.inner_step import Credited, Move
 from metapl.feedback.order import Order
 from metapl.feedback.roads import StudentPath, StudentStep
-from metapl.problems.base import Kind, Problem
+from metapl.problems.base import BilevelProblem, Kind
 from metapl.runs.fields import Range
 
 ROUNDINGS = 30.0
@@ -90,7 +90,7 @@ class Difference(Estimator):
         return [h.divided_by(divisor(self.normalization, step, w))], state
 
     def orders(
-        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return "outputs", "losses"
 

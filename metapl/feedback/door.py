@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
+from metapl.execution.batch import Batch, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
-from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
 from metapl.feedback.lookahead import InnerBatches, Lookahead
-from metapl.problems.base import Problem, kind_of, reads_signal_in_outer_input
+from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
 from metapl.updates import Clipped, Update, parts_of
 
 MODES_WITH_DIRECT_TERM = ("forward", "unrolled", "difference", "implicit")
@@ -38,7 +38,7 @@ class PastTheSignal(MetaplError):
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_gradients_of_batches(outer: Any, inner_batches: InnerBatches) -> None:
+def refuse_gradients_of_batches(outer: Batch, inner_batches: InnerBatches) -> None:
     """Refuse a tensor of a batch that requires a gradient, which the feedback would leave out.
 
     Batches that a function returns as they are taken are looked at by the first look alone.
@@ -125,7 +125,7 @@ def refuse_hooks(student: nn.Module) -> None:
 # ------------------------------------------------------------------ what an outer loss may read too
 
 
-def outer_variables(problem: Problem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:
+def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:
     """Return the teacher's parameters that the outer loss may read, by their names in the teacher.
 
     An outer loss reads outer variables through a module that the problem holds, which is the
@@ -146,14 +146,14 @@ def outer_variables(problem: Problem, teacher: nn.Module | None) -> dict[str, nn
     return variables
 
 
-def outer_loss_reads_more(problem: Problem, teacher: nn.Module | None) -> bool:
+def outer_loss_reads_more(problem: BilevelProblem, teacher: nn.Module | None) -> bool:
     """Return whether the outer loss may read outer variables, or its input the signal."""
     if teacher is None:
         return False
     return bool(outer_variables(problem, teacher)) or reads_signal_in_outer_input(problem)
 
 
-def has_direct_term(mode_name: str, problem: Problem, teacher: nn.Module | None) -> bool:
+def has_direct_term(mode_name: str, problem: BilevelProblem, teacher: nn.Module | None) -> bool:
     """Return whether the teacher's gradient has a direct term besides that of the feedback.
 
     That is ∂L(θ′; φ)/∂φ at fixed θ′. It is left out in ``none``, which has no feedback, and in the
@@ -162,7 +162,7 @@ def has_direct_term(mode_name: str, problem: Problem, teacher: nn.Module | None)
     return mode_name in MODES_WITH_DIRECT_TERM and outer_loss_reads_more(problem, teacher)
 
 
-def refuse_direct_term_in_parts(problem: Problem, *, parts: int, is_alone: bool) -> None:
+def refuse_direct_term_in_parts(problem: BilevelProblem, *, parts: int, is_alone: bool) -> None:
     """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
     if not is_alone:
         raise MetaplError(
@@ -201,12 +201,12 @@ class FirstLook:
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        problem: Problem,
-        outer_batch: Any,
+        problem: BilevelProblem,
+        outer_batch: Batch,
         inner_batches: InnerBatches,
         *,
         blocks: Sequence[Any] = (),
-        named_by: tuple[nn.Module | None, Problem, nn.Module] | None = None,
+        named_by: tuple[nn.Module | None, BilevelProblem, nn.Module] | None = None,
     ) -> None:
         self.problem = problem
         self.named_by = [(teacher, problem, student)]

@@ -43,7 +43,7 @@ from metapl.feedback.inner_step import credited
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.order import Order
 from metapl.feedback.roads import StudentPath
-from metapl.problems.base import Kind, Problem, enters_input
+from metapl.problems.base import BilevelProblem, Kind, enters_input
 
 SMALL = 2**15
 """The number of a student's weights up to which the graph of one step is kept (measured in
@@ -54,7 +54,7 @@ By = Literal["graph", "tangent", "double_backward"]
 
 def exact_orders(
     steps: int,
-    problem: Problem,
+    problem: BilevelProblem,
     student: LocalStudent,
     wrt: Sequence[str] = (),
     by: By | None = None,
@@ -170,7 +170,7 @@ class Forward(Estimator):
         return self.truncate is None and self.normalization == "gradient"
 
     def orders(
-        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return exact_orders(steps, problem, student, wrt, self.by)
 

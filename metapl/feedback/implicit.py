@@ -26,7 +26,7 @@ from metapl.feedback.base import Estimator, Feedback, State, exact_feedback
 from metapl.feedback.order import Order
 from metapl.feedback.path import Path
 from metapl.feedback.roads import StudentPath
-from metapl.problems.base import Kind, Problem, enters_input
+from metapl.problems.base import BilevelProblem, Kind, enters_input
 from metapl.runs.fields import Range
 
 Product = Callable[[Tree], Tree]
@@ -78,7 +78,7 @@ class Implicit(Estimator):
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
     def orders(
-        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         if enters_input(problem):
             return ("double_backward",)

@@ -35,7 +35,7 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import digest
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.state import RandomState
-from metapl.problems.base import Problem, kind_of
+from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder as OwnedFolder
 from metapl.updates import Update
@@ -388,7 +388,7 @@ def generators_at_start(folder: str | None, device: torch.device) -> RandomState
 def path_number(
     student: nn.Module,
     teacher: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     mode: Any,
     update: Update,
     optimizer: torch.optim.Optimizer,

@@ -14,7 +14,7 @@ from metapl.feedback.forward import exact_orders
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.order import Order
 from metapl.feedback.roads import StudentPath
-from metapl.problems.base import Kind, Problem
+from metapl.problems.base import BilevelProblem, Kind
 
 # Made once, since checking its fields is nothing that a compiled step could trace.
 BY_DIFFERENCE = Difference()
@@ -58,7 +58,7 @@ class ReinforcePerExample(Estimator):
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
     def orders(
-        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         if self.tangent == "difference":
             return BY_DIFFERENCE.orders(steps, problem, student, wrt)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import micro_batches
+from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
@@ -26,8 +26,8 @@ from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.problems.base import (
+    BilevelProblem,
     Kind,
-    Problem,
     Signal,
     enters_input,
     kind_of,
@@ -54,7 +54,7 @@ class TeacherPass:
         state: of the network, before such a pass.
     """
 
-    inner_batch: Any
+    inner_batch: Batch
     student_outputs: Tensor | None
     signal: Signal
     random: RandomState | None = None
@@ -83,7 +83,7 @@ class Teaching:
     def __init__(
         self,
         layout: Layout | None,
-        problem: Problem,
+        problem: BilevelProblem,
         *,
         mode: Estimator,
         generator: torch.Generator | None,
@@ -110,7 +110,7 @@ class Teaching:
         self.slots = slots or Slots(self.network)
         self.passes: list[TeacherPass] = []
 
-    def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
+    def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
 
         Args:
@@ -136,7 +136,7 @@ class Teaching:
             self.passes.append(teacher_pass)
         return teacher_pass.signal
 
-    def with_graph(self, teacher_pass: TeacherPass, batch: Any) -> Signal:
+    def with_graph(self, teacher_pass: TeacherPass, batch: Batch) -> Signal:
         """Return the signal of a pass with the teacher's graph.
 
         It is computed again if it was computed without one, and refused where it comes out
@@ -152,7 +152,7 @@ class Teaching:
             check_same_outputs(fields[name].detach(), first.detach(), tolerance, "teacher")
         return signal
 
-    def _ask(self, batch: Any, outputs: Tensor | None) -> Signal:
+    def _ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
         check_signal(signal, self.mode, self.problem, student_steps=self.student_steps)
@@ -214,7 +214,7 @@ class Teaching:
         feedback: Sequence[Feedback],
         losses: Sequence[TeacherLoss],
         *,
-        outer_batch: Any,
+        outer_batch: Batch,
         step: int,
         size: FeedbackSize,
         measure: bool = False,
@@ -397,8 +397,8 @@ class Teaching:
         self,
         losses: Sequence[TeacherLoss],
         *,
-        outer_batch: Any,
-        inner_batch: Any,
+        outer_batch: Batch,
+        inner_batch: Batch,
         signal: Signal,
         step: int,
         shares: Shares,
@@ -463,7 +463,9 @@ def plus(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse else a + b
 
 
-def check_signal(signal: Any, mode: Estimator, problem: Problem, *, student_steps: int) -> None:
+def check_signal(
+    signal: Any, mode: Estimator, problem: BilevelProblem, *, student_steps: int
+) -> None:
     """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in.
 
     Args:
@@ -499,7 +501,7 @@ def check_signal(signal: Any, mode: Estimator, problem: Problem, *, student_step
         )
 
 
-def refuse_signal(problem: Problem, *, given: str) -> NoReturn:
+def refuse_signal(problem: BilevelProblem, *, given: str) -> NoReturn:
     raise MetaplError(
         f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
         "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."

@@ -10,7 +10,7 @@ from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Feedback, State, Truncation, feedback_from, padded
 from metapl.feedback.order import Order
 from metapl.feedback.roads import StudentPath
-from metapl.problems.base import Kind, Problem
+from metapl.problems.base import BilevelProblem, Kind
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Unrolled(Estimator):
         return self.truncate is None
 
     def orders(
-        self, steps: int, problem: Problem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return ("double_backward",)
 

@@ -21,7 +21,7 @@ from metapl.functional.state import (
     State,
 )
 from metapl.problems.base import (
-    Problem,
+    BilevelProblem,
     Signal,
     sum_and_weight,
 )
@@ -57,7 +57,7 @@ class StepRules:
 
     teacher: Function
     student: Function
-    problem: Problem
+    problem: BilevelProblem
     mode: Estimator
     inner_update: Update
     outer_update: Update | None

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import digest
+from metapl.execution.batch import Batch, digest
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
@@ -46,7 +46,7 @@ from metapl.functional.state import (
     tensors_of,
     with_fields,
 )
-from metapl.problems.base import Problem, Signal, overrides, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, entry_shape, is_nonzero, options_of, update_of
 
@@ -61,14 +61,14 @@ class PathRequest:
 
     teacher: nn.Module | None
     student: nn.Module
-    problem: Problem
+    problem: BilevelProblem
     optimizer: torch.optim.Optimizer
     mode: Estimator
     outer: Any
     ahead: Lookahead
     clip_norm: float | None
     wrt: Sequence[str]
-    judging: Sequence[Problem]
+    judging: Sequence[BilevelProblem]
     outer_losses: OuterLosses | None
     shows_progress: bool
     replay_tolerance: float
@@ -82,15 +82,15 @@ class PathRequest:
 def differentiate(
     teacher: nn.Module | None,
     student: nn.Module,
-    problem: Problem,
+    problem: BilevelProblem,
     optimizer: torch.optim.Optimizer,
     mode: Estimator,
-    outer: Any,
+    outer: Batch,
     ahead: Lookahead,
     *,
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
-    judging: Sequence[Problem] = (),
+    judging: Sequence[BilevelProblem] = (),
     outer_losses: OuterLosses | None = None,
     accumulate: int = 1,
     progress: bool = False,
@@ -170,7 +170,7 @@ def differentiate(
 
 def why_not_compiled(
     mode: Estimator,
-    problem: Problem,
+    problem: BilevelProblem,
     *,
     student: Layout,
     teacher: Layout | None,
@@ -394,7 +394,7 @@ class StepBook:
     kind_numbers: list[int] = field(default_factory=list)
     kinds: dict[Shapes, SignalKind] = field(default_factory=dict)
 
-    def note_batch(self, number: int, batch: Any) -> None:
+    def note_batch(self, number: int, batch: Batch) -> None:
         """Note a batch that was read; refuse one that is another than when it was read before."""
         batch_digest = digest(batch)
         if number == len(self.digests):
@@ -402,7 +402,7 @@ class StepBook:
         if bool(self.digests[number] != batch_digest):
             raise MetaplError(OTHER_BATCH.format(number))
 
-    def note_signal(self, number: int, batch: Any, signal: Mapping[str, Any]) -> None:
+    def note_signal(self, number: int, batch: Batch, signal: Mapping[str, Any]) -> None:
         """Note what the signal about a batch is like; refuse one that is drawn."""
         shapes = shapes_of(batch)
         if shapes not in self.kinds:
@@ -822,7 +822,9 @@ def moved_since(start: Tree, now: Tree) -> Tree:
 # ---------------------------------------------------------------------------------- the comparison
 
 
-def refuse_other_gradient(request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Any) -> None:
+def refuse_other_gradient(
+    request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Batch
+) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not the eager one.
 
     Batches of shapes that were compared before are let through.

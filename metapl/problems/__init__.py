@@ -1,6 +1,6 @@
 """Bilevel problems: the teacher's signal, and the losses that both networks learn from."""
 
-from metapl.problems.base import BilevelProblem, Problem, Signal
+from metapl.problems.base import BilevelProblem, Signal
 from metapl.problems.doubtful import (
     EqualWeights,
     ExampleLabels,
@@ -12,6 +12,7 @@ from metapl.problems.doubtful import (
     Table,
     WeightNet,
 )
+from metapl.problems.model_noise import NoisyStudentLoss
 from metapl.problems.pseudo_labels import PseudoLabels, ReducedLabels, StoredCrossEntropy
 from metapl.problems.sequences import DataRater, NextToken
 
@@ -26,7 +27,7 @@ __all__ = [
     "MetaWeightNet",
     "NextToken",
     "NoiseTransition",
-    "Problem",
+    "NoisyStudentLoss",
     "PseudoLabels",
     "ReducedLabels",
     "Signal",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import first_input, joined, labeled_pair
+from metapl.execution.batch import Batch, Inputs, first_input, joined, labeled_pair
 from metapl.execution.checks import described, scalar_loss, transformed
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, sharing
@@ -221,7 +221,7 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Any, *, generator: Random
     ) -> Signal:
         """Return the teacher's signal about ``batch``.
 
@@ -231,7 +231,7 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return ℓ_i, shape (B,), without the mean over the batch, which metapl takes.
 
@@ -239,7 +239,7 @@ class BilevelProblem(ABC):
         """
 
     @abstractmethod
-    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
         """Return L of the student's outputs on the labeled ``batch``.
 
         L is a scalar, any function of the rows, or a pair (sum, weight) of scalars for a mean, such
@@ -252,7 +252,7 @@ class BilevelProblem(ABC):
         of theirs.
         """
 
-    def student_input(self, batch: Any) -> Any:
+    def student_input(self, batch: Batch) -> Inputs:
         """Return the student's input in an inner batch.
 
         That is a tensor or a dict itself, or the first element of a tuple.
@@ -263,7 +263,7 @@ class BilevelProblem(ABC):
         """
         return first_input(batch)
 
-    def outer_batch(self, batch: Any) -> Any:
+    def outer_batch(self, batch: Batch) -> Batch:
         """Return the outer batch as :meth:`outer_loss` reads it.
 
         By default that is (inputs, labels), and any other batch is refused. To read other batches,
@@ -273,7 +273,7 @@ class BilevelProblem(ABC):
             batch, mend=" For other batches, give the problem a method outer_batch(batch)."
         )
 
-    def outer_input(self, batch: Any) -> Any:
+    def outer_input(self, batch: Batch) -> Inputs:
         """Return the student's input in an outer batch.
 
         That is a tensor or a dict itself, or the first element of a tuple.
@@ -287,14 +287,14 @@ class BilevelProblem(ABC):
         """
         return first_input(batch)
 
-    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> BilevelProblem:
         """Return the problem with a kind of signal that the mode takes.
 
         ``labels`` are the mode's kinds, by preference.
         """
         return self
 
-    def exact(self) -> Problem | None:
+    def exact(self) -> BilevelProblem | None:
         """Return the same problem with a differentiable signal, or None where there is none.
 
         Its exact gradient is what other modes are compared with.
@@ -311,13 +311,13 @@ class BilevelProblem(ABC):
         return None
 
     # By default there is nothing to refuse.
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027
+    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:  # noqa: B027
         """Refuse batches that do not fit the student's outputs, before anything moves.
 
         Raises: :class:`metapl.MetaplError`.
         """
 
-    def default_teacher_losses(self, batch: Any) -> tuple[Any, ...]:
+    def default_teacher_losses(self, batch: Batch) -> tuple[Any, ...]:
         """Return the teacher's own losses for an inner batch.
 
         They are used if the trainer was built without ``teacher_losses``.
@@ -348,13 +348,10 @@ class BilevelProblem(ABC):
         return 0
 
     def first_signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Any, *, generator: Random
     ) -> Signal:
         """Return the signal of the :meth:`first_steps`; by default that of the teacher as it is."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
-
-
-Problem = BilevelProblem
 
 
 def kind_of(problem: Any) -> str:
@@ -362,12 +359,12 @@ def kind_of(problem: Any) -> str:
     return type(problem).__name__
 
 
-def overrides(problem: Problem, method: str) -> bool:
+def overrides(problem: BilevelProblem, method: str) -> bool:
     """Return whether a problem has a method of its own in the place of the default one."""
     return getattr(type(problem), method) is not getattr(BilevelProblem, method)
 
 
-def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
+def has_rows(problem: BilevelProblem, signal: Signal, rows: int) -> dict[str, bool]:
     """Return whether each field of a signal's value has a row for each of so many examples.
 
     Where the problem does not say so, a field has rows if its length is that of the batch.
@@ -396,7 +393,7 @@ def _parameter_count(method: Callable[..., Any]) -> int:
     return len(inspect.signature(method).parameters)
 
 
-def enters_input(problem: Problem) -> bool:
+def enters_input(problem: BilevelProblem) -> bool:
     """Return whether the signal enters the student's input in the inner batch.
 
     It does if the method is ``student_input(self, batch, signal)``.
@@ -404,7 +401,7 @@ def enters_input(problem: Problem) -> bool:
     return _parameter_count(type(problem).student_input) > 2
 
 
-def reads_signal_in_outer_input(problem: Problem) -> bool:
+def reads_signal_in_outer_input(problem: BilevelProblem) -> bool:
     """Return whether the signal enters the student's input in the outer batch.
 
     It does if the method is ``outer_input(self, batch, signal)``.
@@ -412,7 +409,7 @@ def reads_signal_in_outer_input(problem: Problem) -> bool:
     return _parameter_count(type(problem).outer_input) > 2
 
 
-def outer_input(problem: Problem, batch: Any, signal: Signal) -> Any:
+def outer_input(problem: BilevelProblem, batch: Batch, signal: Signal) -> Inputs:
     """Return the student's input in an outer batch, made with the signal where it enters it."""
     if reads_signal_in_outer_input(problem):
         return problem.outer_input(batch, signal)  # type: ignore[call-arg]
@@ -428,7 +425,7 @@ def mean_over_rows(outer_loss: Method) -> Method:
     return outer_loss
 
 
-def is_mean_over_rows(problem: Problem) -> bool:
+def is_mean_over_rows(problem: BilevelProblem) -> bool:
     """Return whether a problem's ``outer_loss`` is one that :func:`mean_over_rows` has marked."""
     return getattr(problem.outer_loss, "is_mean_over_rows", False)
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import length, map_tensors
+from metapl.execution.batch import Batch, length, map_tensors
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import RandomState, Slot, Slots, replay, stand_in
-from metapl.problems.base import Problem, Signal, has_rows, joined_signals
+from metapl.problems.base import BilevelProblem, Signal, has_rows, joined_signals
 
 # How far the mean of two halves may be from the loss of both, relative to them. The rows of a batch
 # are computed by other kernels in batches of another size.
@@ -106,7 +106,7 @@ def refuse_other_than_means(
     labeled: Sequence[Any],
     unlabeled: Sequence[Any],
     signals: Sequence[Signal],
-    problem: Problem | None,
+    problem: BilevelProblem | None,
     *,
     step: int,
     ranks: Ranks,
@@ -175,10 +175,10 @@ def refuse_other_than_means(
 class RowsOfTwo:
     """The rows of two micro-batches, of which a loss is taken of all and by halves."""
 
-    labeled: Any
-    unlabeled: Any
+    labeled: Batch
+    unlabeled: Batch
     signal: Signal
-    problem: Problem | None
+    problem: BilevelProblem | None
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ def index_of_rows(count: int, stride: int, half: int | None) -> list[int]:
     return order[count // 2 :]
 
 
-def in_order(batch: Any, stride: int, half: int | None) -> Any:
+def in_order(batch: Batch, stride: int, half: int | None) -> Any:
     """Return a half of the rows of a batch, or all, in the order of :func:`index_of_rows`."""
 
     def taken(t: Tensor) -> Tensor:
@@ -382,7 +382,7 @@ def in_order(batch: Any, stride: int, half: int | None) -> Any:
 
 
 def signal_in_order(
-    signal: Signal, problem: Problem | None, rows: int, stride: int, half: int | None
+    signal: Signal, problem: BilevelProblem | None, rows: int, stride: int, half: int | None
 ) -> Signal:
     """Return the signal about a half of the rows, or about all.
 

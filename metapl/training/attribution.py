@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import labeled_pair, map_tensors
+from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
@@ -30,7 +30,7 @@ from metapl.feedback.keeping import SHARE_OF_MEMORY, folder_of, free_bytes, gene
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
-from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
@@ -127,9 +127,10 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
-        if not sets:
+        if len(sets) < 2:
             raise MetaplError(
-                "validate was given no sets of examples; expected three or more, for a correlation."
+                f"validate was given {len(sets)} sets of examples; expected three or more, "
+                "for a correlation."
             )
         changes = list[Tensor]()
         with step_bar(progress, len(sets), "trainings without examples", 0) as advance:
@@ -197,7 +198,7 @@ def attribute(
     batch_size: AtLeastOne,
     settings: Settings | None = None,
     generator: torch.Generator | None = None,
-    problem: Problem | None = None,
+    problem: BilevelProblem | None = None,
     each: bool = False,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
@@ -313,7 +314,7 @@ def attribute(
         settings=settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
-    judges: list[Problem] = [training.problem]
+    judges: list[BilevelProblem] = [training.problem]
     if each:
         judges = [
             judged_by_example(training.problem, number, ranks)
@@ -419,7 +420,7 @@ def metasmoothness(
     batch_size: AtLeastOne,
     settings: Settings | None = None,
     generator: torch.Generator | None = None,
-    problem: Problem | None = None,
+    problem: BilevelProblem | None = None,
     clip_norm: AboveZero | None = None,
     step: AboveZero = 0.1,
     direction: Tensor | None = None,
@@ -508,7 +509,7 @@ class WeightedTraining:
         batch_size: int,
         settings: Settings | None,
         generator: torch.Generator | None,
-        problem: Problem | None,
+        problem: BilevelProblem | None,
         clip_norm: float | None,
         start: RandomState | None = None,
     ) -> None:
@@ -551,7 +552,7 @@ class WeightedTraining:
                 f"{name} is {count}; expected a multiple of {ranks}, the ranks that share a batch."
             )
 
-    def batch(self, numbers: Tensor) -> Any:
+    def batch(self, numbers: Tensor) -> Batch:
         """Return a batch of training examples as the problem reads it.
 
         (inputs, labels), unless it says otherwise.
@@ -608,7 +609,7 @@ class WeightedTraining:
         return Metasmoothness(agreement, torch.stack(losses)), total
 
     def repeated(
-        self, weights: Tensor, judges: Sequence[Problem], steps: int | None = None
+        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Train again with weights of the examples, by a plain loop.
 
@@ -675,7 +676,7 @@ class WeightedTraining:
             nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
         rule.take_differentiated_step(params, gradients_of(params))
 
-    def _outer_losses(self, network: nn.Module, judges: Sequence[Problem]) -> Tensor:
+    def _outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""
         ranks = self.layout.ranks
         batch = self.problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
@@ -690,7 +691,7 @@ class WeightedTraining:
         return totals / counts
 
 
-def with_weights_of_one(problem: Problem) -> EqualWeights:
+def with_weights_of_one(problem: BilevelProblem) -> EqualWeights:
     """Return a problem whose signal is weights of 1, and refuse any other.
 
     A score is a derivative in weights that are 1.
@@ -732,14 +733,14 @@ def gradients_of(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in params.items() if p.grad is not None}
 
 
-def judged_by_example(problem: Problem, number: int, ranks: Ranks) -> Problem:
+def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> BilevelProblem:
     """Return a problem as it is judged by one outer example.
 
     The network sees them all, as for the whole outer loss.
     """
     judge = copy.copy(problem)
 
-    def outer_loss(outputs: Tensor, batch: Any) -> Any:
+    def outer_loss(outputs: Tensor, batch: Batch) -> Any:
         place = number - ranks.rank * len(outputs)
         if not 0 <= place < len(outputs):
             # Another rank has it.

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
-from metapl.problems.base import Problem, Signal, field_name, has_rows
+from metapl.problems.base import BilevelProblem, Signal, field_name, has_rows
 
 
 @torch.no_grad()
-def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mapping[str, Tensor]:
+def figures(
+    report: Any, problem: BilevelProblem, labeled: Batch, ranks: Ranks
+) -> Mapping[str, Tensor]:
     r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
     ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its
@@ -91,7 +94,7 @@ def figures_of_feedback(
     }
 
 
-def in_teacher_outputs(h: Tensor, signal: Signal, problem: Problem) -> Tensor:
+def in_teacher_outputs(h: Tensor, signal: Signal, problem: BilevelProblem) -> Tensor:
     """Return the gradient g_i of each example in the teacher's logits, (B, C).
 
     In the signal itself, (B, 1, ...), where the teacher gives no logits of classes.
@@ -121,7 +124,7 @@ def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
     return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def class_indices_in(labeled: Any) -> Tensor | None:
+def class_indices_in(labeled: Batch) -> Tensor | None:
     """Return the labels of a labeled batch, (B,), where they are whole numbers."""
     if not isinstance(labeled, tuple | list) or len(labeled) < 2:
         return None
@@ -132,7 +135,7 @@ def class_indices_in(labeled: Any) -> Tensor | None:
 
 
 def figures_of_labels(
-    signal: Signal, outputs: Tensor, *, problem: Problem, labels: Tensor | None, ranks: Ranks
+    signal: Signal, outputs: Tensor, *, problem: BilevelProblem, labels: Tensor | None, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Return what pseudo-labels are like.
 

@@ -119,6 +119,17 @@ def anchors(page: Path) -> set[str]:
     }
 
 
+def test_the_reference_documents_nothing_of_the_application() -> None:
+    """What users import has a name in the library; :mod:`metapl.pictures` is one, say."""
+    documented: list[str] = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        documented += re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+    assert len(documented) > 100
+    assert [name for name in documented if name.startswith("metapl.apps")] == []
+    for name in documented:
+        pages.named(name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)

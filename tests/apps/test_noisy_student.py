@@ -27,7 +27,6 @@ from metapl.apps.images import Images
 from metapl.apps.label_selection import select
 from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.look import choose_settings
-from metapl.apps.model_noise import NoisyStudentLoss, model_noise
 from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Chosen,
@@ -48,6 +47,7 @@ from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
 from metapl.problems.base import Signal
+from metapl.problems.model_noise import NoisyStudentLoss, model_noise
 from metapl.training import FitOptions
 
 NOTHING = Signal(torch.zeros(0))

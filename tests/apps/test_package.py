@@ -27,15 +27,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 EXTRAS = PROJECT["optional-dependencies"]
 
-OF_USERS = ("apps", "labels", "onnx", "timm", "torchopt")
+OF_USERS = ("apps", "labels", "onnx", "timm", "torchopt", "transformers")
 """The extras of what the package can do; the others are for those who work on it."""
 
 DISTRIBUTIONS = {module: package for module, (package, _) in OPTIONAL_PACKAGES.items()}
 """By their modules, some of which are called otherwise."""
 
-INDIRECT = {"onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
-"""Declared for torch.onnx and torch.utils.tensorboard, which import them themselves, for programs
-that run in another process, and for users, who hand over TorchOpt's transforms."""
+INDIRECT = {"accelerate", "onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
+"""Declared for transformers, torch.onnx and torch.utils.tensorboard, which import them themselves,
+for programs that run in another process, and for users, who hand over TorchOpt's transforms."""
 
 AT_THE_TOP = {"numpy", "safetensors", "torch", "tqdm"}
 """What a module of the library may import as it is loaded. The rest of the core, scipy and
@@ -83,8 +83,8 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     library = files_of(application=False)
     application = files_of(application=True)
     assert imported([*library, *application]) == (core | optional) - INDIRECT
-    # In the library, matplotlib is for a figure alone.
-    assert imported(library) == core | {"matplotlib"}
+    # In the library, matplotlib is for a figure alone, and transformers for its Trainer.
+    assert imported(library) == core | {"matplotlib", "transformers"}
     assert imported(library, anywhere=False) == AT_THE_TOP
     # matplotlib is slow to load.
     late = {"matplotlib"}.union(*(declared(EXTRAS[extra]) for extra in OF_USERS if extra != "apps"))
@@ -103,14 +103,16 @@ def test_each_optional_package_is_named_with_the_extra_that_installs_it() -> Non
 
 WITHOUT_APPS = """
 import sys
-for name in ("tyro", "sklearn"):
+for name in ("tyro", "sklearn", "einops"):
     sys.modules[name] = None
+from importlib import import_module
 from metapl.__main__ import main
 assert main() == 2
-try:
-    import metapl.sklearn
-except ImportError as error:
-    print(error)
+for module in ("sklearn", "pictures", "labels", "networks"):
+    try:
+        import_module(f"metapl.{module}")
+    except ImportError as error:
+        print(error)
 """
 
 
@@ -119,10 +121,18 @@ def test_without_the_extra_of_the_command_a_line_names_it() -> None:
         [sys.executable, "-c", WITHOUT_APPS], capture_output=True, text=True, check=True
     )
     command = "the command metapl: expected the package tyro"
-    classifiers = "metapl.sklearn: expected the package scikit-learn"
     end = "which `pip install 'metapl[apps]'` installs.\n"
     assert done.stderr == f"metapl: {command}, {end}"
-    assert done.stdout == f"{classifiers}, {end}"
+    missing = [
+        "metapl.sklearn: expected the package scikit-learn",
+        "metapl.pictures: expected the package einops",
+        "metapl.labels: expected the package einops",
+        "metapl.networks: expected the package",
+    ]
+    lines = done.stdout.splitlines()
+    for line, start in zip(lines, missing, strict=True):
+        assert line.startswith(start)
+        assert f"{line}\n".endswith(end)
 
 
 def test_a_package_that_a_command_imports_late_is_named_in_a_line(

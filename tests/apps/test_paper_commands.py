@@ -207,6 +207,7 @@ def test_the_numbers_of_a_study_are_those_that_its_command_prints(study: str) ->
 
 # Folders and files of data that the page names, and that no command there leaves.
 DATA = (
+    "fashion-mnist",
     "data",
     "pictures",
     "yfcc100m",

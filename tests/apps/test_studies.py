@@ -259,10 +259,11 @@ def test_uneven_classes_have_their_shares_and_wrong_labels_are_as_wrong_as_they_
             for c in range(10)
         )
     for condition in label_noise.CONDITIONS:
-        of, (kind, percent) = label_noise.drawn(condition, 7), condition.split("_")
+        data = label_noise.drawn(condition, 7)
+        kind, percent = condition.split("_")
         shares = (
-            float(of.wrong.double().mean()),
-            [*of.given.bincount(minlength=10).sort().values[[0, -1]]],
+            float(data.wrong.double().mean()),
+            [*data.labels.bincount(minlength=10).sort().values[[0, -1]]],
         )
         assert (
             shares == (0, [5, 100])

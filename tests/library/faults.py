@@ -24,7 +24,7 @@ from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize
 from metapl.feedback.teacher import Teaching
-from metapl.problems import Problem, PseudoLabels, pseudo_labels
+from metapl.problems import BilevelProblem, PseudoLabels, pseudo_labels
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range
 from metapl.updates.base import Clipped
@@ -68,11 +68,11 @@ def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
     real = base.Feedback.teacher_loss
 
     def teacher_loss(self: base.Feedback, signal: Signal) -> Tensor:
-        others: dict[str, Tensor] = {}
+        fields: dict[str, Tensor] = {}
         for name, h in self.others.items():
-            one_per_row = self.h.reshape(-1, *[1] * (h.ndim - 1))
-            others[name] = one_per_row.expand_as(h)
-        return real(replace(self, others=others), signal)
+            h_of_row = self.h.reshape(-1, *[1] * (h.ndim - 1))
+            fields[name] = h_of_row.expand_as(h)
+        return real(replace(self, others=fields), signal)
 
     patch.setattr(base.Feedback, "teacher_loss", teacher_loss)
 
@@ -129,7 +129,7 @@ def smoothed_score(patch: pytest.MonkeyPatch) -> None:
 
 def batch_taken_in_parts(patch: pytest.MonkeyPatch) -> None:
     """Ask for a signal of the batch as a whole micro-batch by micro-batch."""
-    to_patch = [Problem]
+    to_patch = [BilevelProblem]
     while to_patch:
         kind = to_patch.pop()
         patch.setattr(kind, "signal_of_batch", False)
@@ -160,10 +160,10 @@ def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
 
 def new_minus_old(patch: pytest.MonkeyPatch) -> None:
     """Take the loss difference the wrong way round, as public implementations have it."""
-    before = Path.outer_loss_before.func
-    after = Path.outer_loss.func
-    patch.setattr(Path, "outer_loss_before", property(after))
-    patch.setattr(Path, "outer_loss", property(before))
+    loss_before = Path.outer_loss_before.func
+    loss_after = Path.outer_loss.func
+    patch.setattr(Path, "outer_loss_before", property(loss_after))
+    patch.setattr(Path, "outer_loss", property(loss_before))
 
 
 def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
-def made(source: Any, **options: Any) -> Feed:
+def feed_from(source: Any, **options: Any) -> Feed:
     return feed(source, **{"name": "labeled", "stop": 100, **options})
 
 

@@ -54,7 +54,8 @@ def bilevel(
     mode: Any = "forward", seed: int = 0, inner: Inner = SGD, **options: Any
 ) -> metapl.BilevelTrainer:
     torch.manual_seed(seed)
-    teacher, student = network(), network()
+    teacher = network()
+    student = network()
     outer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
     return metapl.BilevelTrainer(
         teacher,
@@ -84,16 +85,18 @@ def rows(folder: Path, phase: str = "fit") -> list[dict[str, Any]]:
 
 
 class Counting(list[Any]):
-    """Batches that do something when a step's batch is taken."""
+    """Batches that act when the batch of this number is taken."""
 
-    def __init__(self, items: list[Any], at: int, what: Callable[[], None]) -> None:
+    def __init__(self, items: list[Any], number: int, act: Callable[[], None]) -> None:
         super().__init__(items)
-        self.taken, self.at, self.what = 0, at, what
+        self.taken = 0
+        self.number = number
+        self.act = act
 
     def __getitem__(self, place: Any) -> Any:
         self.taken += 1
-        if self.taken == self.at:
-            self.what()
+        if self.taken == self.number:
+            self.act()
         return super().__getitem__(place)
 
 
@@ -130,13 +133,14 @@ def events(folder: Path) -> Any:
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
 
 
-def end_of(trainer: Trainer, found: FitResult, folder: Path) -> Any:
+def end_of(trainer: Trainer, result: FitResult, folder: Path) -> Any:
+    """Return all that a fit leaves."""
     newest = CheckpointFolder(folder / "checkpoints/fit").newest()
     assert newest is not None
     return (
-        found.weights,
-        found.step,
-        found.validation_accuracy,
+        result.weights,
+        result.step,
+        result.validation_accuracy,
         newest.state,
         (folder / "metrics.jsonl").read_bytes(),
     )

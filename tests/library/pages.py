@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,14 @@ def code(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def named(name: str) -> object:
+    """Return the module, or the part of one, that has a dotted name.
+
+    Raises: AttributeError where there is none.
+    """
+    return pkgutil.resolve_name(name)
+
+
 def check_printed(source: str, printed: str) -> None:
     """Assert that each ``print`` says beside it what it prints.
 
@@ -50,7 +59,9 @@ def check_alike(printed: Sequence[str], expected: Sequence[str]) -> None:
         NUMBER.sub("#", line) for line in expected
     ]
     for line, promise in zip(printed, expected, strict=True):
-        for found, told in zip(NUMBER.findall(line), NUMBER.findall(promise), strict=True):
-            assert abs(float(found) - float(told)) <= TOLERANCE, (
+        for printed_number, promised_number in zip(
+            NUMBER.findall(line), NUMBER.findall(promise), strict=True
+        ):
+            assert abs(float(printed_number) - float(promised_number)) <= TOLERANCE, (
                 f"{line!r} was printed, the page says {promise!r}"
             )

@@ -31,10 +31,12 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, CLASSES)
+        self.qkv = nn.Linear(4, 12)
+        self.head = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x.flatten(1, 2))[:, None].chunk(3, -1)  # (B, one head, length, width)
+        # Each is (B, 1, length, width), with one head.
+        q, k, v = self.qkv(x.flatten(1, 2))[:, None].chunk(3, -1)
         return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1))
 
 
@@ -43,11 +45,13 @@ def product(*values: Iterable[Any], usual: Iterable[Any]) -> list[Any]:
 
     Those of two or more values that are not ``usual`` are long.
     """
-    known = [*usual]
-    return [
-        pytest.param(*case, marks=[pytest.mark.long] * (sum(one not in known for one in case) > 1))
-        for case in itertools.product(*values)
-    ]
+    usual_values = [*usual]
+    params = []
+    for case in itertools.product(*values):
+        unusual_values = [value for value in case if value not in usual_values]
+        marks = [pytest.mark.long] if len(unusual_values) > 1 else []
+        params.append(pytest.param(*case, marks=marks))
+    return params
 
 
 class Judged(metapl.BilevelProblem):
@@ -167,7 +171,9 @@ def clip_by_norm(max_norm: float) -> Any:
     return torchopt.base.GradientTransformation(lambda params: (), update)
 
 
-_SGD, _ADAM, _ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+_SGD = torch.optim.SGD
+_ADAM = torch.optim.Adam
+_ADAMW = torch.optim.AdamW
 # At ε = 1e-8 Adam's first step is the gradient's sign.
 _ALMOST_ADAM = {
     "lr": 0.05,
@@ -290,17 +296,19 @@ def everything(
     These are weights, buffers, gradients, optimiser states (with their step ``counts``) and the
     generator.
     """
-    found = [t for net in (problem.teacher, problem.student) for t in net.state_dict().values()]
-    found += [torch.ones(()) if p.grad is None else p.grad for p in problem.student.parameters()]
-    found += [torch.ones(()) if p.grad is None else p.grad for p in problem.teacher.parameters()]
+    networks = (problem.teacher, problem.student)
+    tensors = [t for network in networks for t in network.state_dict().values()]
+    for network in (problem.student, problem.teacher):
+        for p in network.parameters():
+            tensors.append(torch.ones(()) if p.grad is None else p.grad)
     for optimizer in optimizers:
         for state in optimizer.state.values():
-            found += [
-                t
-                for name, t in state.items()
-                if isinstance(t, Tensor) and (counts or name != "step")
-            ]
-    return [t.detach().clone() for t in found] + [torch.get_rng_state()] * generator
+            for name, t in state.items():
+                if isinstance(t, Tensor) and (counts or name != "step"):
+                    tensors.append(t)
+    if generator:
+        tensors.append(torch.get_rng_state())
+    return [t.detach().clone() for t in tensors]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -318,32 +326,37 @@ def unmoved(
 
     The ``generator`` may move, if the argument says so.
     """
-    before = everything(problem, *optimizers, generator=generator)
-    slots = [
-        [id(t) for t in net.state_dict(keep_vars=True).values()]
-        for net in problem.networks().values()
-    ]
+    tensors_before = everything(problem, *optimizers, generator=generator)
+    places_before = places(problem)
     yield
-    after = [
-        [id(t) for t in net.state_dict(keep_vars=True).values()]
-        for net in problem.networks().values()
-    ]
-    assert slots == after, "a network holds other tensors than before"
-    assert same(before, everything(problem, *optimizers, generator=generator)), "something moved"
+    assert places_before == places(problem), "a network holds other tensors than before"
+    tensors = everything(problem, *optimizers, generator=generator)
+    assert same(tensors_before, tensors), "something moved"
+
+
+def places(problem: Toy) -> list[list[int]]:
+    """Return the identities of the tensors that each network holds."""
+    ids = []
+    for network in problem.networks().values():
+        ids.append([id(t) for t in network.state_dict(keep_vars=True).values()])
+    return ids
 
 
 def gradient(
-    case: Toy, mode: Any = "forward", ahead: Iterable[Any] | None = None, **options: Any
+    case: Toy, mode: Any = "forward", lookahead: Iterable[Any] | None = None, **options: Any
 ) -> Any:
-    """Return the hypergradient of a case, or over the batches ``ahead``.
+    """Return the hypergradient of a case, or over the batches of a ``lookahead``.
 
     The inner optimizer is SGD, if no other is named.
     """
-    batches = case.unlabeled if ahead is None else metapl.Lookahead([*ahead])
-    given = {"labeled": case.labeled, "unlabeled": batches, "mode": mode, **options}
-    if "inner_optimizer" not in given:
-        given["inner_optimizer"] = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    return metapl.hypergradient(**case.networks(), **given)
+    arguments = {
+        "labeled": case.labeled,
+        "unlabeled": case.unlabeled if lookahead is None else metapl.Lookahead([*lookahead]),
+        **options,
+    }
+    if "inner_optimizer" not in arguments:
+        arguments["inner_optimizer"] = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    return metapl.hypergradient(**case.networks(), mode=mode, **arguments)
 
 
 def trainer_for(case: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:

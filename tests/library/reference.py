@@ -106,13 +106,13 @@ def adamw(**options: Any) -> Rule:
     return adam(**options, decoupled=True)
 
 
-def clipped(max_norm: float, then: Rule) -> Rule:
+def clipped(max_norm: float, rule_of_clipped: Rule) -> Rule:
     """Return a rule on gradients that are clipped by their global norm before."""
 
     def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         length = sum(g.square().sum() for g in grads.values()).sqrt()
         factor = torch.clamp(max_norm / (length + 1e-6), max=1.0)
-        return then(params, {name: factor * g for name, g in grads.items()}, state)
+        return rule_of_clipped(params, {name: factor * g for name, g in grads.items()}, state)
 
     return rule
 
@@ -133,7 +133,7 @@ class Found:
     labels: Tensor | None = None
 
 
-def at(module: nn.Module, params: Tree, x: Tensor) -> Tensor:
+def outputs_at(module: nn.Module, params: Tree, x: Tensor) -> Tensor:
     """Return the outputs of a copy of the module at other weights; running statistics stay."""
     with sdpa_kernel(SDPBackend.MATH):
         return functional_call(copy.deepcopy(module), params, (x,))
@@ -212,9 +212,9 @@ def pseudo_labels(
     theta = weights(student)
     phi = weights(teacher)
     # The student draws first, then the teacher, then the labels.
-    z = at(student, theta, strong)
+    z = outputs_at(student, theta, strong)
     after_inner = torch.get_rng_state()
-    log_q = torch.log_softmax(at(teacher, phi, weak) / temperature, -1)
+    log_q = torch.log_softmax(outputs_at(teacher, phi, weak) / temperature, -1)
     q = log_q.exp()
     rows = len(q)
     classes = q.shape[-1]
@@ -231,7 +231,7 @@ def pseudo_labels(
     inner = (u * cross_entropy(target, z)).mean()
     moved, new_state = stepped(inner, theta, rule, state)
     torch.set_rng_state(own_stream(after_inner))
-    outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
+    outer = F.cross_entropy(outputs_at(student, moved, labeled[0]), labeled[1])
     torch.set_rng_state(end)
 
     if kind in ("soft", "expected"):
@@ -287,9 +287,9 @@ def several_steps(
     signals = []
     for batch, rule_of_step in zip(batches, rules, strict=True):
         weak, strong = views(batch)
-        z = at(student, theta, strong)
+        z = outputs_at(student, theta, strong)
         after_inner = torch.get_rng_state()
-        q = torch.softmax(at(teacher, phi, weak), -1)
+        q = torch.softmax(outputs_at(teacher, phi, weak), -1)
         value = q
         if kind == "expected":
             value = F.one_hot(drawn(q), q.shape[-1]).to(q)
@@ -299,7 +299,7 @@ def several_steps(
         theta, state = stepped(cross_entropy(leaf, z).mean(), theta, rule_of_step, state)
     end = torch.get_rng_state()
     torch.set_rng_state(own_stream(after_inner))
-    outer = F.cross_entropy(at(student, theta, labeled[0]), labeled[1])
+    outer = F.cross_entropy(outputs_at(student, theta, labeled[0]), labeled[1])
     torch.set_rng_state(end)
     signal_grads = torch.autograd.grad(outer, leaves)
     objective = sum((g * q).sum() for g, q in zip(signal_grads, signals, strict=True))
@@ -319,9 +319,9 @@ def flat(tree: Tree | Tensor) -> Tensor:
     return tree.detach().double()
 
 
-def error(found: Tree | Tensor, expected: Tree | Tensor) -> float:
+def error(value: Tree | Tensor, expected: Tree | Tensor) -> float:
     """Return ‖found − expected‖ / ‖expected‖ over all entries."""
-    a = flat(found)
+    a = flat(value)
     b = flat(expected)
     assert b.norm() > 0, "an expected value of zero proves nothing here"
     return float((a - b).norm() / b.norm())

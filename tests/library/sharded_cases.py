@@ -177,8 +177,8 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
             "blocks.*.inner": ColwiseParallel(),
             "blocks.*.outer": RowwiseParallel(),
         }
-        others = {layout.removeprefix("tensor_by_"): world // 2}
-        return shard(network, Mesh(tensor=2, **others), plan=plan)
+        second_axis = {layout.removeprefix("tensor_by_"): world // 2}
+        return shard(network, Mesh(tensor=2, **second_axis), plan=plan)
     if layout == "tensor":
         for block in network.blocks:
             plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
@@ -197,7 +197,7 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
     return fully_shard(network, mesh=mesh)
 
 
-def whole(t: Any) -> Tensor:
+def gathered(t: Any) -> Tensor:
     """Return a copy of a tensor, gathered where it is sharded."""
     if hasattr(t, "full_tensor"):
         t = t.full_tensor()
@@ -261,15 +261,17 @@ def train(
         if gradients and step == 0:
             generator = torch.Generator().manual_seed(6)
             gradient = trainer.hypergradient(labeled, unlabeled, generator=generator)
-            result["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
-            result["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
+            result["gradients"].append({name: gathered(g) for name, g in gradient.grads.items()})
+            result["moved"].append(
+                {name: gathered(p) for name, p in gradient.student_params.items()}
+            )
         report = trainer.step(labeled, unlabeled)
         result["scalars"].append(report.as_dict())
         result["feedback"].append(joined_feedback(report.feedback))
     for network_layout in trainer.layouts:
         network_layout.reshard()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
-        result[name] = {path: whole(p) for path, p in network.named_parameters()}
+        result[name] = {path: gathered(p) for path, p in network.named_parameters()}
         result[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
     return result
 
@@ -330,10 +332,10 @@ def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [train(**case) for case in cases]
 
 
-def refused(how: str) -> str:
+def refused(call: str) -> str:
     """Return the text with which something is refused on this rank, before anything moved."""
     try:
-        REFUSED[how]()
+        REFUSED[call]()
     except MetaplError as error:
         return str(error)
     return "not refused"
@@ -342,28 +344,28 @@ def refused(how: str) -> str:
 def _unequal() -> None:
     trainer = built("forward", "fsdp")
     labeled, unlabeled = share(batches(1)[0])
-    before = [whole(p) for p in trainer.student.parameters()]
+    weights_before = [gathered(p) for p in trainer.student.parameters()]
     try:
         trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
     finally:
-        after = [whole(p) for p in trainer.student.parameters()]
-        assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+        weights = [gathered(p) for p in trainer.student.parameters()]
+        assert all(torch.equal(p, q) for p, q in zip(weights_before, weights, strict=True))
 
 
-def interrupted(layout: str, at: int) -> float:
-    """Return how far a plain gradient is from that before a failed look-ahead.
+def interrupted(layout: str, failing_call: int) -> float:
+    """Return how far a plain gradient after a failed look-ahead is from that of one process.
 
-    The student failed in one of its calls.
+    The student fails in the call of this number.
     """
     teacher, student = networks()
-    plain = student.state_dict()
+    state = student.state_dict()
     student = laid_out(student, layout)
     (x, y), u = share(batches(1)[0])
     calls: list[int] = []
 
     def fail(*_: Any) -> None:
         calls.append(0)
-        if len(calls) == at:
+        if len(calls) == failing_call:
             raise ZeroDivisionError
 
     handle = student.blocks[0].inner.register_forward_pre_hook(fail)
@@ -381,11 +383,11 @@ def interrupted(layout: str, at: int) -> float:
     assert root._get_fsdp_state()._state_ctx.iter_forward_root is None
     nn.functional.cross_entropy(student(x), y).backward()
     _, unsharded = networks()
-    unsharded.load_state_dict(plain)
+    unsharded.load_state_dict(state)
     ((inputs, labels), _), *_ = batches(1)
     nn.functional.cross_entropy(unsharded(inputs), labels).backward()
     pairs = zip(student.parameters(), unsharded.parameters(), strict=True)
-    return max(float((whole(p.grad) - q.grad).abs().max()) for p, q in pairs)
+    return max(float((gathered(p.grad) - q.grad).abs().max()) for p, q in pairs)
 
 
 def _another_batch_on_one() -> None:
@@ -487,15 +489,18 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
-    real, through = inner_step._slope, InnerStep.in_signal
-    patch.setattr(
-        inner_step, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size
-    )
+    real_slope = inner_step._slope
+    real_in_signal = InnerStep.in_signal
 
-    def in_signal(self: InnerStep, *given: Any) -> Any:
+    def slope(step: InnerStep, *args: Any, **options: Any) -> Any:
+        return real_slope(step, *args, **options) * step.student.ranks.size
+
+    def in_signal(self: InnerStep, *args: Any) -> Any:
         size = self.student.ranks.size
-        return {name: None if t is None else t * size for name, t in through(self, *given).items()}
+        derivatives = real_in_signal(self, *args)
+        return {name: None if t is None else t * size for name, t in derivatives.items()}
 
+    patch.setattr(inner_step, "_slope", slope)
     patch.setattr(InnerStep, "in_signal", in_signal)
 
 
@@ -548,7 +553,8 @@ class Both(Judged):
     def inner_loss(
         self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
     ) -> Tensor:
-        scale, weight = signal.value["scale"], signal.value["weight"]
+        scale = signal.value["scale"]
+        weight = signal.value["weight"]
         return weight * nn.functional.cross_entropy(scale * outputs, batch[1], reduction="none")
 
 
@@ -562,7 +568,8 @@ def without_rows(
     start = (
         4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + CLASSES).double()
     )
-    student, teacher = networks()[1], metapl.problems.Table(start)
+    student = networks()[1]
+    teacher = metapl.problems.Table(start)
     student, teacher = (
         laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher)
     )
@@ -585,7 +592,7 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
 
     Beside it is what ``difference`` says.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     labeled, unlabeled = share(batches(1, dtype=torch.float32)[0])
     for precision in ("float32", "bfloat16"):
         teacher, student = networks(inside, torch.float32)
@@ -594,25 +601,24 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
         student = shard(student, mesh, precision=precision, blocks=lambda n: n.blocks)
         trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
         gradient = trainer.hypergradient(labeled, unlabeled)
-        found[precision] = {name: whole(g) for name, g in gradient.grads.items()}
+        results[precision] = {name: gathered(g) for name, g in gradient.grads.items()}
         trainer.step(labeled, unlabeled)
-    found["dtypes"] = {str(p.dtype) for p in student.parameters()}
-    found["blocks"] = [
+    results["dtypes"] = {str(p.dtype) for p in student.parameters()}
+    results["blocks"] = [
         name for name, part in student.named_modules() if isinstance(part, FSDPModule)
     ]
     try:
         trainer.hypergradient(labeled, unlabeled, mode="difference")
     except MetaplError as error:
-        found["difference"] = str(error)
-    return found
+        results["difference"] = str(error)
+    return results
 
 
 class Share(list[Any]):
     """This rank's rows of batches that all ranks have whole."""
 
-    def __init__(self, whole: list[Any], ranks: Ranks) -> None:
-        super().__init__(micro_batches(batch, ranks.size, "whole")[ranks.rank] for batch in whole)
-        self.whole = whole
+    def __init__(self, batches: list[Any], ranks: Ranks) -> None:
+        super().__init__(micro_batches(batch, ranks.size, "whole")[ranks.rank] for batch in batches)
 
 
 def whole_training(
@@ -624,42 +630,45 @@ def whole_training(
     """
     network = networks(inside)[1]
     student = laid_out(network, layout)
-    inner = OPTIMIZERS[optimizer](student.parameters())
-    torch.manual_seed(3 + (dist.get_rank() if dist.is_initialized() else 0))  # of dropout
-    ((x, y), _), (outer, _), *more = batches(4)
-    before = [whole(t) for t in (*network.parameters(), *network.buffers())]
-    given = {
-        "optimizer": inner,
+    inner_optimizer = OPTIMIZERS[optimizer](student.parameters())
+    # Dropout masks differ by rank.
+    torch.manual_seed(3 + (dist.get_rank() if dist.is_initialized() else 0))
+    (train, _), (outer, _), *inner = batches(4)
+    tensors_before = [gathered(t) for t in (*network.parameters(), *network.buffers())]
+    defaults = {
+        "optimizer": inner_optimizer,
         "steps": 4,
         "batch_size": 8,
         "mode": metapl.feedback.Forward(keep_every=2),
+        "progress": False,
     }
-    found = metapl.attribute(student, (x, y), outer, progress=False, **{**given, **options})
-    ahead = metapl.Lookahead([share(labeled) for labeled, _ in more])
-    problem = metapl.problems.EqualWeights()
-    given = {
-        "inner_optimizer": inner,
-        "problem": problem,
-        "wrt": ("teacher", "start"),
-        "accumulate": 3,
-    }
-    gradient = metapl.hypergradient(None, student, outer=share(outer), inner=ahead, **given)
-    after = [whole(t) for t in (*network.parameters(), *network.buffers())]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    numbers = {
-        "scores": found.scores,
-        "losses": found.outer_loss,
+    attribution = metapl.attribute(student, train, outer, **{**defaults, **options})
+    gradient = metapl.hypergradient(
+        None,
+        student,
+        outer=share(outer),
+        inner=metapl.Lookahead([share(labeled) for labeled, _ in inner]),
+        inner_optimizer=inner_optimizer,
+        problem=metapl.problems.EqualWeights(),
+        wrt=("teacher", "start"),
+        accumulate=3,
+    )
+    tensors = [gathered(t) for t in (*network.parameters(), *network.buffers())]
+    assert all(torch.equal(a, b) for a, b in zip(tensors_before, tensors, strict=True))
+    results = {
+        "scores": attribution.scores,
+        "losses": attribution.outer_loss,
         "start_loss": gradient.outer_loss,
     }
     trees = {
-        "params": found.student_params,
+        "params": attribution.student_params,
         "start": gradient.start,
         "moved": gradient.student_params,
     }
-    return {
-        **numbers,
-        **{f"{kind} {n}": whole(t) for kind, tree in trees.items() for n, t in tree.items()},
-    }
+    for kind, tree in trees.items():
+        for name, t in tree.items():
+            results[f"{kind} {name}"] = gathered(t)
+    return results
 
 
 def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
@@ -668,25 +677,26 @@ def gathered_at_once(**case: Any) -> tuple[dict[str, Any], int, int]:
     Return the training, the most weights that were gathered at once, and those of a block and the
     root.
     """
-    alive: list[tuple[int, Any]] = []  # numbers of weights, and whether they are still there
+    # A reference to each gathered tensor, which is None once the tensor is gone.
+    references: list[weakref.ref[Tensor]] = []
     most = 0
-    real = sharded.whole_together
+    whole_together = sharded.whole_together
 
-    def spied(parts: Any, likes: Any) -> list[Tensor]:
+    def watched(parts: Any, likes: Any) -> list[Tensor]:
         nonlocal most
-        found = real(parts, likes)
-        alive.extend((t.numel(), weakref.ref(t)) for t in found)
-        most = max(most, sum(count for count, there in alive if there() is not None))
-        return found
+        tensors = whole_together(parts, likes)
+        references.extend(weakref.ref(t) for t in tensors)
+        alive = [t for reference in references if (t := reference()) is not None]
+        most = max(most, sum(t.numel() for t in alive))
+        return tensors
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded, "whole_together", spied)
+        patch.setattr(sharded, "whole_together", watched)
         training = whole_training(**case)
     student = networks()[1]
-    block, every = (
-        sum(p.numel() for p in part.parameters()) for part in (student.blocks[0], student)
-    )
-    return training, most, every - block
+    weights_of_block = sum(p.numel() for p in student.blocks[0].parameters())
+    weights = sum(p.numel() for p in student.parameters())
+    return training, most, weights - weights_of_block
 
 
 class Aside(Block):
@@ -717,23 +727,24 @@ def _past_arguments() -> None:
 def _attributed(
     student: nn.Module | None = None, layout: str = "fsdp", **options: Any
 ) -> metapl.Attribution:
-    student = laid_out(networks()[1] if student is None else student, layout)
-    (x, y), _ = batches(1)[0]
-    given = {
+    if student is None:
+        student = networks()[1]
+    student = laid_out(student, layout)
+    labeled, _ = batches(1)[0]
+    defaults = {
         "optimizer": OPTIMIZERS["sgd"](student.parameters()),
         "steps": 2,
         "batch_size": 8,
         "progress": False,
     }
-    return metapl.attribute(student, (x, y), (x, y), **{**given, **options})
+    return metapl.attribute(student, labeled, labeled, **{**defaults, **options})
 
 
 def trained_again(inside: str) -> Tensor:
     """Return by how much replicas' outer loss changes without no example, and without one."""
-    found = _attributed(networks(inside)[1], "ddp", steps=4, clip_norm=0.5)
-    return found.validate(
-        [torch.zeros(LABELED, dtype=torch.bool), [0], [1]], progress=False
-    ).retrained
+    attribution = _attributed(networks(inside)[1], "ddp", steps=4, clip_norm=0.5)
+    no_example = torch.zeros(LABELED, dtype=torch.bool)
+    return attribution.validate([no_example, [0], [1]], progress=False).retrained
 
 
 REFUSED |= {
@@ -761,38 +772,50 @@ def fitted(
     It begins at the start, or goes on from where it was stopped.
     """
     trainer = built("reinforce", layout, "adamw", inside=inside)
-    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
-    labeled, unlabeled = (Share([*part], trainer.ranks) for part in zip(*batches(4), strict=True))
+    # Dropout masks differ by rank.
+    has_own_masks = inside == "dropout" and dist.is_initialized()
+    torch.manual_seed(7 + (dist.get_rank() if has_own_masks else 0))
+    pairs = batches(4)
+    labeled = Share([outer for outer, _ in pairs], trainer.ranks)
+    unlabeled = Share([inner for _, inner in pairs], trainer.ranks)
 
     def end(step: int, row: Any, trainer: Any) -> None:
         if stop is not None and step >= stop:
             raise Stopped
 
-    given: dict[str, Any] = {
-        "validation": batches(5)[4][0],
-        "validate_every": 2,
-        "log_every": 1,
-        "save_every": 2,
-    }
-    given |= {
-        "ema_decay": ema_decay,
-        "wait": 1,
-        "callbacks": [end],
-        "say": lambda text: None,
-        "progress": False,
-    }
     try:
-        found = trainer.fit(labeled, unlabeled, steps=4, out=out, resume=resume, **given)
+        fit = trainer.fit(
+            labeled,
+            unlabeled,
+            steps=4,
+            out=out,
+            resume=resume,
+            validation=batches(5)[4][0],
+            validate_every=2,
+            log_every=1,
+            save_every=2,
+            ema_decay=ema_decay,
+            wait=1,
+            callbacks=[end],
+            say=lambda text: None,
+            progress=False,
+        )
     except Stopped:
         return {}
-    tuned = trainer.finetune(labeled, steps=2, progress=False).weights
-    weights = {"weights": found.weights, "teacher": found.teacher_weights, "tuned": tuned}
-    return {"history": found.history, "step": found.step, **weights}
+    tuned = trainer.finetune(labeled, steps=2, progress=False)
+    return {
+        "history": fit.history,
+        "step": fit.step,
+        "weights": fit.weights,
+        "teacher": fit.teacher_weights,
+        "tuned": tuned.weights,
+    }
 
 
 def said(layout: str | None) -> list[str]:
     """Return what a fit says whose teacher hardly moves."""
-    trainer, lines = built("forward", layout), list[str]()
+    trainer = built("forward", layout)
+    lines = list[str]()
     optimizer: Any = trainer.outer_optimizer
     optimizer.param_groups[0]["lr"] = 1e-9
     labeled, unlabeled = (Share([*part], trainer.ranks) for part in zip(*batches(30), strict=True))
@@ -808,7 +831,7 @@ def said(layout: str | None) -> list[str]:
 
 
 def unwritten(folder: str) -> list[str]:
-    """Return what each rank hears of two checkpoints that fail on the first rank alone.
+    """Return the errors on this rank of two checkpoints that fail on the first rank alone.
 
     One fails in its part, the other at the end.
     """
@@ -819,16 +842,16 @@ def unwritten(folder: str) -> list[str]:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("a bug")
 
-    told = []
-    for where, name in ((FileSystemWriter, "write_data"), (checkpoint, "save")):
+    errors = []
+    for owner, name in ((FileSystemWriter, "write_data"), (checkpoint, "save")):
         writer = checkpoint.PartsFolder(Path(folder), 2)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 0:
-                patch.setattr(where, name, refuse)
+                patch.setattr(owner, name, refuse)
             try:
                 writer.write(1, {"weight": torch.ones(3)})
                 writer.finish()
             except checkpoint.CheckpointError as error:
-                told.append(str(error))
+                errors.append(str(error))
         writer.close()
-    return told
+    return errors

@@ -24,14 +24,14 @@ EXACT = ("unrolled", "forward", "difference")
 QUICK: dict[str, Any] = {"draws": 2, "rounds": 1}
 
 
-def found(kind: str = "dropout", modes: Any = None, **options: Any) -> Ablation:
+def ablation_of(kind: str = "dropout", modes: Any = None, **options: Any) -> Ablation:
     problem = toy(kind, dtype=torch.float32, rows=8)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="reinforce")
     return ablate(trainer, problem.labeled, problem.unlabeled, modes, **{**QUICK, **options})
 
 
 def test_the_figures_are_what_is_known_of_the_modes() -> None:
-    modes = found(draws=16).modes
+    modes = ablation_of(draws=16).modes
     assert tuple(modes) == metapl.MODES
     assert isinstance(modes["implicit"], str)
     assert "optimum" in modes["implicit"]
@@ -76,7 +76,7 @@ def test_nothing_moves_though_it_trains_in_between() -> None:
 
 
 def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
-    ablation = found("mlp", ["none", "difference", "unrolled"], draws=20)
+    ablation = ablation_of("mlp", ["none", "difference", "unrolled"], draws=20)
     assert [*ablation.altered] == [
         "difference_permuted",
         "difference_class_means",
@@ -89,9 +89,12 @@ def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
     # Signs are drawn anew for every draw.
     assert signs.noise_to_signal > 0.3
     assert abs(signs.cosine) < 0.9
-    assert not found("mlp", ["reinforce"]).altered
-    assert not found("mlp", ["forward"], altered=False).altered
-    assert "forward_permuted" in found("mlp", ["forward", Altered(Forward(), "permuted")]).altered
+    assert not ablation_of("mlp", ["reinforce"]).altered
+    assert not ablation_of("mlp", ["forward"], altered=False).altered
+    assert (
+        "forward_permuted"
+        in ablation_of("mlp", ["forward", Altered(Forward(), "permuted")]).altered
+    )
 
 
 class TooLarge(Difference):
@@ -102,7 +105,7 @@ class TooLarge(Difference):
 
 
 def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
-    result = found("mlp", ["unrolled", TooLarge(), "implicit"])
+    result = ablation_of("mlp", ["unrolled", TooLarge(), "implicit"])
     assert result.recommended == "unrolled"
     assert "MemoryError" in str(reason := result.modes["difference"])
     assert json.loads(result.to_json())["modes"]["difference"] == {"reason": reason}
@@ -287,7 +290,7 @@ def test_no_feedback_and_the_gradient_at_an_optimum_are_never_recommended() -> N
     modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
     assert recommendation(modes, (), ())[0] == "own"
     assert recommendation({"forward": "it cannot", **modes}, ("forward",), ("own",))[0] is None
-    assert found("mlp", ["none"]).recommended is None
+    assert ablation_of("mlp", ["none"]).recommended is None
 
 
 class Steps(Estimator):
@@ -348,8 +351,8 @@ def test_permuted_gives_the_rows_to_others() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(altered_by_step, altered(H, "permuted"), strict=True)
     )
-    others = altered(H, "permuted", seed=1)
-    assert any(not torch.equal(a, b) for a, b in zip(altered_by_step, others, strict=True))
+    of_another_seed = altered(H, "permuted", seed=1)
+    assert any(not torch.equal(a, b) for a, b in zip(altered_by_step, of_another_seed, strict=True))
 
 
 def test_class_means_leave_nothing_of_the_single_example() -> None:

@@ -71,13 +71,13 @@ def _after(
 )
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) -> None:
-    whole, report = _after(mode, 1, clip_norm=0.5)
-    parts, same = _after(mode, accumulate, clip_norm=0.5)
-    for a, b in zip(whole, parts, strict=True):
+    weights, report = _after(mode, 1, clip_norm=0.5)
+    weights_by_parts, report_by_parts = _after(mode, accumulate, clip_norm=0.5)
+    for a, b in zip(weights, weights_by_parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
-    assert report.keys() == same.keys()
+    assert report.keys() == report_by_parts.keys()
     for name, value in report.items():
-        assert same[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
+        assert report_by_parts[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -85,7 +85,7 @@ def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) 
 def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(
     mode: str, recompute: bool
 ) -> None:
-    """With batch norm in both networks, where micro-batches do change the numbers."""
+    """With batch norm in both networks, micro-batches do change the numbers."""
     torch.manual_seed(0)
     teacher, student = (
         nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -93,49 +93,51 @@ def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(
     )
     labeled = (torch.randn(8, 5).double(), torch.arange(8) % 3)
     unlabeled = torch.randn(12, 5).double()
-    found = {}
+    gradients = {}
     for parts in (1, 2, 4):
-        networks = copy.deepcopy(teacher), copy.deepcopy(student)
+        teacher_of_parts = copy.deepcopy(teacher)
+        student_of_parts = copy.deepcopy(student)
         trainer = metapl.BilevelTrainer(
-            *networks,
+            teacher_of_parts,
+            student_of_parts,
             mode,
-            inner_optimizer=torch.optim.SGD(networks[1].parameters(), lr=0.3, momentum=0.9),
-            outer_optimizer=torch.optim.SGD(networks[0].parameters(), lr=1.0),
+            inner_optimizer=torch.optim.SGD(student_of_parts.parameters(), lr=0.3, momentum=0.9),
+            outer_optimizer=torch.optim.SGD(teacher_of_parts.parameters(), lr=1.0),
             teacher_losses=(),
             recompute_teacher=recompute,
             accumulate=parts,
             verify=False,
             generator=torch.Generator().manual_seed(3),
         )
-        seen = trainer.hypergradient(
+        looked_at = trainer.hypergradient(
             labeled, unlabeled, generator=torch.Generator().manual_seed(3)
-        ).grads
-        before = {name: p.detach().clone() for name, p in networks[0].named_parameters()}
-        trainer.step(labeled, unlabeled)
-        found[parts] = torch.cat([g.flatten() for g in seen.values()])
-        moved = torch.cat(
-            [(before[name] - p.detach()).flatten() for name, p in networks[0].named_parameters()]
         )
-        torch.testing.assert_close(found[parts], moved, rtol=1e-6, atol=1e-9)
+        gradients[parts] = torch.cat([g.flatten() for g in looked_at.grads.values()])
+        start = nn.utils.parameters_to_vector(teacher_of_parts.parameters()).detach()
+        trainer.step(labeled, unlabeled)
+        end = nn.utils.parameters_to_vector(teacher_of_parts.parameters()).detach()
+        torch.testing.assert_close(gradients[parts], start - end, rtol=1e-6, atol=1e-9)
         if mode == "forward":
-            # Which a trainer does not split.
+            # A trainer does not split the batch of another mode than its own.
             exact = trainer.hypergradient(labeled, unlabeled, "unrolled").grads
-            again = trainer.hypergradient(labeled, unlabeled).grads
-            for name, g in again.items():
+            for name, g in trainer.hypergradient(labeled, unlabeled).grads.items():
                 torch.testing.assert_close(g, exact[name], rtol=1e-7, atol=1e-10)
-    assert not torch.allclose(found[1], found[2], rtol=1e-2)
+    assert not torch.allclose(gradients[1], gradients[2], rtol=1e-2)
 
 
-def _alone(accumulate: int, losses: tuple[TeacherLoss, ...]) -> tuple[nn.Module, list[dict]]:
+def _alone(
+    accumulate: int, losses: tuple[TeacherLoss, ...]
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Return a network after three steps of a ``LossTrainer``, and their reports."""
     model, _ = _networks()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     trainer = LossTrainer(model, losses, optimizer=optimizer, clip_norm=0.5, accumulate=accumulate)
-    draws = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     reports = []
     for _ in range(3):
-        labels = torch.randint(0, 3, (8,), generator=draws)
+        labels = torch.randint(0, 3, (8,), generator=generator)
         x, weak, strong = (
-            torch.randn(n, 5, generator=draws, dtype=torch.float64) for n in (8, 12, 12)
+            torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (8, 12, 12)
         )
         unlabeled = (weak, strong) if len(losses) > 1 else None
         reports.append(trainer.step((x, labels), unlabeled).as_dict())
@@ -154,17 +156,18 @@ def _alone(accumulate: int, losses: tuple[TeacherLoss, ...]) -> tuple[nn.Module,
 def test_micro_batches_change_no_number_of_a_loss_trainer(
     accumulate: int, losses: tuple[TeacherLoss, ...]
 ) -> None:
-    whole, reports = _alone(1, losses)
-    parts, same = _alone(accumulate, losses)
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+    network, reports = _alone(1, losses)
+    network_by_parts, reports_by_parts = _alone(accumulate, losses)
+    for a, b in zip(network.parameters(), network_by_parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    for one, other in zip(reports, same, strict=True):
-        assert other == pytest.approx(one, rel=1e-12)
+    for report, report_by_parts in zip(reports, reports_by_parts, strict=True):
+        assert report_by_parts == pytest.approx(report, rel=1e-12)
 
 
 # Of the first four rows, three are ignored.
 LABELS = torch.tensor([-100, -100, -100, 1, 2, 0, 1, 2])
-LATE = torch.tensor([-100, -100, -100, -100, 2, 0, -100, 2])  # and here all, whose own mean is NaN
+# Here all labels of the first half are ignored, so that its own mean is NaN.
+LATE = torch.tensor([-100, -100, -100, -100, 2, 0, -100, 2])
 
 
 def not_ignored(z: Tensor, y: Tensor) -> Tensor:
@@ -200,7 +203,8 @@ class Judged(metapl.problems.ExampleWeights):
     """
 
     def __init__(self, loss: Any, penalized: nn.Module | None = None) -> None:
-        self.loss, self.penalized = loss, penalized
+        self.loss = loss
+        self.penalized = penalized
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Check nothing: labels may be ignored ones."""
@@ -260,28 +264,20 @@ def test_an_outer_loss_that_is_no_mean_over_rows(
 ) -> None:
     """In micro-batches the gradient is that of all rows: double backward by hand, in each mode."""
     teacher, student = weighed()
-    data, problem = outer_and_inner(labels), Judged(loss, student if penalty else None)
+    data = outer_and_inner(labels)
     expected = by_double_backward(teacher, student, loss, data, penalty)
     assert expected.norm() > 1e-4
-    inner = torch.optim.SGD(student.parameters(), lr=0.5)
-    for mode, exact in (("forward", 1e-10), ("difference", 1e-5)):
-        found = metapl.hypergradient(
-            teacher,
-            student,
-            **data,
-            problem=problem,
-            mode=mode,
-            inner_optimizer=inner,
-            accumulate=parts,
-        )
-        (gradient,) = found.grads.values()
+    sgd = torch.optim.SGD(student.parameters(), lr=0.5)
+    problem = Judged(loss, student if penalty else None)
+    inputs: dict[str, Any] = {**data, "problem": problem, "inner_optimizer": sgd}
+    for mode, tolerance in (("forward", 1e-10), ("difference", 1e-5)):
+        by_parts = metapl.hypergradient(teacher, student, **inputs, mode=mode, accumulate=parts)
+        (gradient,) = by_parts.grads.values()
         torch.testing.assert_close(
-            gradient, expected, rtol=exact, atol=exact * float(expected.norm())
+            gradient, expected, rtol=tolerance, atol=tolerance * float(expected.norm())
         )
-        whole = metapl.hypergradient(
-            teacher, student, **data, problem=problem, mode=mode, inner_optimizer=inner
-        )
-        torch.testing.assert_close(found.outer_loss, whole.outer_loss)
+        by_batch = metapl.hypergradient(teacher, student, **inputs, mode=mode)
+        torch.testing.assert_close(by_parts.outer_loss, by_batch.outer_loss)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +286,7 @@ def test_an_outer_loss_that_is_no_mean_over_rows(
 def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
     """Steps end on the weights of the whole batches', whatever the mode.
 
-    Two student steps as well.
+    In one mode the student takes two steps.
     """
 
     class Ignoring(metapl.PseudoLabels):
@@ -322,13 +318,13 @@ def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
             trainer.step((x, labels), metapl.Lookahead(u) if trainer.lookahead > 1 else u[0])
         return [p.detach() for module in (teacher, student) for p in module.parameters()]
 
-    for whole, split in zip(ends(1), ends(2), strict=True):
-        torch.testing.assert_close(split, whole, rtol=1e-7, atol=1e-9)
+    for by_batch, by_parts in zip(ends(1), ends(2), strict=True):
+        torch.testing.assert_close(by_parts, by_batch, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "checkpoint", "bfloat16", "its own gradient"])
 def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> None:
-    """With dropout masks, recomputed blocks and autocast's kept casts, in every micro-batch."""
+    """There are dropout masks, recomputed blocks and autocast's kept casts in each micro-batch."""
 
     class Recomputed(nn.Module):
         def __init__(self, network: nn.Module) -> None:
@@ -343,10 +339,13 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
 
         def __init__(self, network: nn.Module) -> None:
             super().__init__()
-            self.network, self.other = network, nn.Linear(5, 3)
+            self.network = network
+            self.other = nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.network(x) + self.other(x) if x[0, 0] > 5 else self.network(x)
+            if x[0, 0] > 5:
+                return self.network(x) + self.other(x)
+            return self.network(x)
 
     class OwnGradient(nn.Module):
         """A forward that takes a gradient itself."""
@@ -360,7 +359,7 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
             outputs = self.network(x)
             return outputs + torch.autograd.grad(outputs.sum(), x, create_graph=True)[0][:, :3]
 
-    found = {}
+    gradients = []
     for loss in (not_ignored, as_pair):
         teacher, student = weighed(dropout=0.4)
         if kind == "its own gradient":
@@ -368,7 +367,8 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
         if kind == "checkpoint":
             student = Recomputed(student)
         if kind == "bfloat16":
-            teacher, student = teacher.float(), Routed(student).float()
+            teacher = teacher.float()
+            student = Routed(student).float()
         data = outer_and_inner(LABELS)
         if kind == "bfloat16":
             data["outer"][0][4:, 0] = data["inner"][0][6:, 0] = 9.0
@@ -377,7 +377,7 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
             )
         torch.manual_seed(2)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "bfloat16"):
-            found[loss] = metapl.hypergradient(
+            gradient = metapl.hypergradient(
                 teacher,
                 student,
                 **data,
@@ -385,10 +385,12 @@ def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> Non
                 inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
                 accumulate=2,
             )
-    one, other = found.values()
-    close = 0.05 if kind == "bfloat16" else 1e-10
-    assert torch.dist(one.feedback, other.feedback) < close * other.feedback.norm()
-    assert one.outer_loss.item() == pytest.approx(other.outer_loss.item(), rel=close)
+        gradients.append(gradient)
+    by_scalar, by_pair = gradients
+    tolerance = 0.05 if kind == "bfloat16" else 1e-10
+    gap = torch.dist(by_scalar.feedback, by_pair.feedback)
+    assert gap < tolerance * by_pair.feedback.norm()
+    assert by_scalar.outer_loss.item() == pytest.approx(by_pair.outer_loss.item(), rel=tolerance)
 
 
 def test_what_the_outer_loss_costs_in_micro_batches() -> None:
@@ -396,23 +398,30 @@ def test_what_the_outer_loss_costs_in_micro_batches() -> None:
 
     Another scalar takes two.
     """
+    problems = {
+        "pair": Judged(as_pair),
+        "scalar": Judged(not_ignored),
+        "own": metapl.problems.ExampleWeights(),
+    }
     passes = {}
-    for name, problem in (
-        ("pair", Judged(as_pair)),
-        ("scalar", Judged(not_ignored)),
-        ("own", metapl.problems.ExampleWeights()),
-    ):
+    for name, problem in problems.items():
         teacher, student = weighed()
-        seen = list[int]()
-        student.register_forward_hook(
-            lambda module, given, outputs, seen=seen: seen.append(len(given[0]))
-        )
-        data = outer_and_inner(LABELS.clamp_min(0))
+        rows_of_passes: list[int] = []
+
+        def note_rows(module: nn.Module, inputs: Any, rows: list[int] = rows_of_passes) -> None:
+            rows.append(len(inputs[0]))
+
+        student.register_forward_pre_hook(note_rows)
         metapl.hypergradient(
-            teacher, student, **data, problem=problem, accumulate=2,
+            teacher,
+            student,
+            **outer_and_inner(LABELS.clamp_min(0)),
+            problem=problem,
+            accumulate=2,
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
-        )  # fmt: skip
-        passes[name] = seen.count(4)  # rows of an outer micro-batch; an inner one has six
+        )
+        # An outer micro-batch has four rows, an inner one six.
+        passes[name] = rows_of_passes.count(4)
     assert passes == {"pair": 2, "scalar": 4, "own": 2}
 
 
@@ -420,7 +429,8 @@ def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
     class Counting(nn.Module):
         def __init__(self, network: nn.Module) -> None:
             super().__init__()
-            self.network, self.calls = network, 0
+            self.network = network
+            self.calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += len(x) == 4
@@ -430,9 +440,13 @@ def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
     student = Counting(student)
     with pytest.raises(metapl.MetaplError, match="returns other outputs when its pass is repeated"):
         metapl.hypergradient(
-            teacher, student, **outer_and_inner(LABELS), problem=Judged(not_ignored), accumulate=2,
+            teacher,
+            student,
+            **outer_and_inner(LABELS),
+            problem=Judged(not_ignored),
+            accumulate=2,
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
-        )  # fmt: skip
+        )
 
 
 def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
@@ -475,17 +489,20 @@ def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
 
     _, student = weighed()
     teacher = nn.Linear(5, 1).double()
-    given: dict[str, Any] = {"problem": Scored(teacher), **outer_and_inner(LABELS)}
-    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.5)
-    whole = metapl.hypergradient(teacher, student, **given, verify=True)
+    inputs: dict[str, Any] = {
+        **outer_and_inner(LABELS),
+        "problem": Scored(teacher),
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5),
+    }
+    by_batch = metapl.hypergradient(teacher, student, **inputs, verify=True)
     for parts in (2, 4):
-        found = metapl.hypergradient(teacher, student, **given, accumulate=parts)
-        for name, g in whole.grads.items():
-            torch.testing.assert_close(found.grads[name], g, rtol=1e-9, atol=1e-12)
+        by_parts = metapl.hypergradient(teacher, student, **inputs, accumulate=parts)
+        for name, g in by_batch.grads.items():
+            torch.testing.assert_close(by_parts.grads[name], g, rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(
-                found.direct[name], whole.direct[name], rtol=1e-9, atol=1e-12
+                by_parts.direct[name], by_batch.direct[name], rtol=1e-9, atol=1e-12
             )
-    assert whole.direct["weight"].norm() > 1e-3
+    assert by_batch.direct["weight"].norm() > 1e-3
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -495,24 +512,24 @@ def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
     layers: list[nn.Module] = [nn.BatchNorm1d(8).eval()] if norm else []
     student = nn.Sequential(nn.Linear(5, 8), *layers, nn.Tanh(), nn.Linear(8, 3)).double()
     teacher = metapl.problems.Table(torch.linspace(-1, 1, 12)).double()
-    outers, inners = [], []
-    for labels in (LABELS, LATE, LABELS.flip(0)):
+    outer_batches = []
+    inner_batches = []
+    for number, labels in enumerate((LABELS, LATE, LABELS.flip(0))):
         data = outer_and_inner(labels)
-        outers.append(
-            tuple(t + 0.1 * len(outers) if t.is_floating_point() else t for t in data["outer"])
-        )
-        inners.append(data["inner"])
-    given: dict[str, Any] = {"outer": metapl.Lookahead(outers), "inner": metapl.Lookahead(inners)}
-    given |= {
+        x, y = data["outer"]
+        outer_batches.append((x + 0.1 * number, y))
+        inner_batches.append(data["inner"])
+    inputs: dict[str, Any] = {
+        "outer": metapl.Lookahead(outer_batches),
+        "inner": metapl.Lookahead(inner_batches),
         "problem": Judged(not_ignored),
         "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5),
     }
-    whole, parts = (
-        metapl.hypergradient(teacher, student, **given, accumulate=parts) for parts in (1, 2)
-    )
-    torch.testing.assert_close(parts.outer_losses, whole.outer_losses)
-    for name, g in whole.grads.items():
-        torch.testing.assert_close(parts.grads[name], g, rtol=1e-9, atol=1e-12)
+    by_batch = metapl.hypergradient(teacher, student, **inputs, accumulate=1)
+    by_parts = metapl.hypergradient(teacher, student, **inputs, accumulate=2)
+    torch.testing.assert_close(by_parts.outer_losses, by_batch.outer_losses)
+    for name, g in by_batch.grads.items():
+        torch.testing.assert_close(by_parts.grads[name], g, rtol=1e-9, atol=1e-12)
 
 
 # ----------------------------------------------- own losses that are means over what is not ignored
@@ -561,7 +578,7 @@ class SaidMean(OwnMean):
 class Contrast(OwnMean):
     """A loss that compares the rows of a batch with each other."""
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, **others: Any) -> Tensor:
+    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
         return contrast(teacher(labeled[0]), labeled[1])
 
 
@@ -607,7 +624,8 @@ def test_own_losses_are_means_over_all_labels_that_are_not_ignored(
     by_hand = Tagger().double()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.3)
     x, y = tagged_batch()
-    smoothing, weight = getattr(loss, "label_smoothing", 0.0), getattr(loss, "weight", 1.0)
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    weight = getattr(loss, "weight", 1.0)
     for _ in range(2):
         optimizer.zero_grad()
         value = weight * F.cross_entropy(by_hand(x), y, label_smoothing=smoothing)
@@ -626,13 +644,13 @@ def test_own_losses_that_are_no_means_are_refused_before_anything_moves(
 ) -> None:
     model, _ = _networks()
     batch = torch.randn(8, 5, dtype=torch.float64), LABELS
-    before = copy.deepcopy(model.state_dict())
+    state_before = copy.deepcopy(model.state_dict())
     trainer = LossTrainer(
         model, (loss,), optimizer=torch.optim.SGD(model.parameters()), accumulate=accumulate
     )
     with pytest.raises(metapl.MetaplError, match="it is no mean over rows"):
         trainer.step(batch)
-    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(torch.equal(state_before[name], t) for name, t in model.state_dict().items())
     assert model.training
     # With one micro-batch it is right.
     LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters())).step(batch)
@@ -692,7 +710,9 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
             inner = [torch.randn(12, 5, generator=draws, dtype=torch.float64) for _ in range(steps)]
             outer = torch.randn(8, 5, generator=draws, dtype=torch.float64), LABELS
         else:
-            teacher, student, problem = Tagger().double(), Tagger().double(), Weighing()
+            teacher = Tagger().double()
+            student = Tagger().double()
+            problem = Weighing()
             x = [torch.randn(4, 3, 5, generator=draws, dtype=torch.float64) for _ in range(steps)]
             inner = [(inputs, torch.randint(0, 3, (4, 3), generator=draws)) for inputs in x]
             outer = tagged_batch()
@@ -714,10 +734,10 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
             [*teacher.parameters(), *student.parameters()]
         ).detach()
 
-    said = SaidMean()
-    whole = weights_after(1, said)
-    torch.testing.assert_close(weights_after(2, said), whole, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(weights_after(4, said), whole, rtol=1e-9, atol=1e-11)
+    loss = SaidMean()
+    by_batch = weights_after(1, loss)
+    torch.testing.assert_close(weights_after(2, loss), by_batch, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(weights_after(4, loss), by_batch, rtol=1e-9, atol=1e-11)
     with pytest.raises(metapl.MetaplError, match="it is no mean over rows"):
         weights_after(2, OwnMean())
 

@@ -126,18 +126,18 @@ SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_another_student_of_the_architecture_compiles_nothing() -> None:
     first = student()
     gradient(first)
-    before = graphs_compiled()
+    compiled_before = graphs_compiled()
     for make in SAME.values():
         network = make(first)
         weights = {name: t.clone() for name, t in network.state_dict().items()}
         assert_is_eager(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
-    assert graphs_compiled() == before
+    assert graphs_compiled() == compiled_before
     assert len(graphs._CACHE) == 1
 
 
 def hooked(network: Any) -> None:
-    network.first.register_forward_hook(lambda module, given, outputs: 1.5 * outputs)
+    network.first.register_forward_hook(lambda module, inputs, outputs: 1.5 * outputs)
 
 
 def shadowed(network: Any) -> None:
@@ -183,12 +183,12 @@ def test_what_computes_something_else_is_never_taken_for_it(
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(graphs, "MOST_CACHED", 100)
     gradient(student())
-    for what, change in CHANGES.items():
+    for name, change in CHANGES.items():
         network = student()
         keys_before = {*graphs._CACHE}
         change(network)
         assert_is_eager(gradient(network), network)
-        assert {*graphs._CACHE} - keys_before, what
+        assert {*graphs._CACHE} - keys_before, name
     # One that is not changed is served by what was made for the first, not for a changed one.
     unchanged = student(1)
     keys_before = {*graphs._CACHE}
@@ -197,7 +197,7 @@ def test_what_computes_something_else_is_never_taken_for_it(
 
 
 @pytest.mark.parametrize(
-    "where",
+    "owner",
     [
         "method",
         pytest.param("class", marks=pytest.mark.long),
@@ -205,19 +205,19 @@ def test_what_computes_something_else_is_never_taken_for_it(
     ],
 )
 def test_what_a_class_and_its_module_hold_counts(
-    where: str, monkeypatch: pytest.MonkeyPatch
+    owner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = student()
-    before = gradient(network)
-    if where == "class":
+    gradient_before = gradient(network)
+    if owner == "class":
         monkeypatch.setattr(Student, "power", 2.0)
-    elif where == "module":
+    elif owner == "module":
         monkeypatch.setitem(globals(), "SHIFT", torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64))
     else:
         monkeypatch.setattr(Student, "forward", lambda self, x: self.last(self.first(x).sin()))
-    after = gradient(network)
-    assert error({"h": after}, {"h": before}) > 1e-3
-    assert_is_eager(after, network)
+    gradient_after = gradient(network)
+    assert error({"h": gradient_after}, {"h": gradient_before}) > 1e-3
+    assert_is_eager(gradient_after, network)
 
 
 def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ def test_what_has_no_description_says_so(value: Any) -> None:
 
 def test_parts_that_networks_share_are_told_from_parts_of_their_own() -> None:
     shared = nn.Linear(3, 3)
-    another = nn.Linear(3, 3)
+    other_layer = nn.Linear(3, 3)
     together = description_of_networks([nn.Sequential(shared), nn.Sequential(shared)])
-    apart = description_of_networks([nn.Sequential(shared), nn.Sequential(another)])
+    apart = description_of_networks([nn.Sequential(shared), nn.Sequential(other_layer)])
     assert together != apart

@@ -27,7 +27,8 @@ from metapl.execution.state import RandomState, replayed
 from metapl.problems import EqualWeights, NextToken
 from metapl.training.attribution import Attribution, Metasmoothness
 
-N, STEPS = 24, 9
+N = 24
+STEPS = 9
 
 
 def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
@@ -84,14 +85,16 @@ def by_hand(
     state = None
     torch.manual_seed(3)
     for step, chosen in enumerate(order):
-        z = reference.at(network, theta, TRAIN[0][chosen])
+        z = reference.outputs_at(network, theta, TRAIN[0][chosen])
         loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
         lr = 0.1 * factor(step)
         rule = reference.sgd(lr, 0.9)
         if optimizer == "adamw":
             rule = reference.adamw(lr=lr, eps=1e-3, weight_decay=0.01)
         theta, state = reference.stepped(loss, theta, reference.clipped(clip, rule), state)
-    losses = F.cross_entropy(reference.at(network, theta, OUTER[0]), OUTER[1], reduction="none")
+    losses = F.cross_entropy(
+        reference.outputs_at(network, theta, OUTER[0]), OUTER[1], reduction="none"
+    )
     rows = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
     return -torch.stack(rows), losses.detach()
 
@@ -110,7 +113,7 @@ def test_the_scores_are_the_derivatives(
     kind: str, optimizer: str, scheduled: bool, clip: float | None
 ) -> None:
     network = student(kind)
-    before = copy.deepcopy(network.state_dict())
+    state_before = copy.deepcopy(network.state_dict())
     settings = FALLING if scheduled else None
     attribution = scored(network, optimizer, settings=settings, clip_norm=clip)
 
@@ -122,7 +125,7 @@ def test_the_scores_are_the_derivatives(
     )
     assert error(attribution.scores, exact.mean(0)) < 1e-7
     assert error(attribution.outer_loss, losses.mean()) < 1e-10
-    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert all(torch.equal(t, state_before[name]) for name, t in network.state_dict().items())
 
 
 def test_the_scores_of_each_outer_example_are_the_derivatives() -> None:
@@ -154,12 +157,12 @@ class Causal(nn.Module):
 
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
-    "how", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)]
+    "road", ["eager", "by two graphs", pytest.param("captured", marks=pytest.mark.long)]
 )
 def test_the_scores_of_tokens_are_the_derivatives(
-    each: bool, how: str, monkeypatch: pytest.MonkeyPatch
+    each: bool, road: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if how == "by two graphs":
+    if road == "by two graphs":
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 5, (6, 4), generator=draw)
@@ -175,7 +178,7 @@ def test_the_scores_of_tokens_are_the_derivatives(
         "steps": 5,
         "batch_size": 4,
         "each": each,
-        "compile": how != "eager",
+        "compile": road != "eager",
     }
     attribution = scored(network, problem=NextToken(per="token"), **options)
 
@@ -199,7 +202,7 @@ def test_the_scores_of_tokens_are_the_derivatives(
     exact = -torch.autograd.functional.jacobian(judged_after, torch.ones(6, 4).double())
     assert attribution.scores.shape == ((3, 6, 4) if each else (6, 4))
     assert error(attribution.scores, exact) < 1e-7
-    if how != "eager":
+    if road != "eager":
         return
     of_sequences = scored(Causal(), problem=NextToken(), **options)
     assert error(attribution.scores.sum(-1), of_sequences.scores) < 1e-10
@@ -209,6 +212,8 @@ def test_the_scores_of_tokens_are_the_derivatives(
     # Without some sequences, and without one token of each.
     is_third = torch.zeros(6, 4, dtype=torch.bool)
     is_third[:, 2] = True
+    with pytest.raises(MetaplError, match="given 1 sets of examples; expected three or more"):
+        attribution.validate([[1, 3]])
     agreement = attribution.validate([[1, 3], [2], is_third])
     retrained = of_sequences.validate([[1, 3], [2], [5]]).retrained
     assert error(agreement.retrained[:2], retrained[:2]) < 1e-10
@@ -283,10 +288,10 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(
         )
         return loss
 
-    whole = loss_without([])
-    changes = torch.stack([loss_without(removed) - whole for removed in sets])
+    loss_with_all = loss_without([])
+    changes = torch.stack([loss_without(removed) - loss_with_all for removed in sets])
     predicted = torch.stack([attribution.predict(removed) for removed in sets])
-    assert error(attribution.outer_loss, whole) < 1e-12
+    assert error(attribution.outer_loss, loss_with_all) < 1e-12
     assert error(agreement.retrained, changes) < 1e-10
     assert error(agreement.predicted, predicted) < 1e-12
 
@@ -322,11 +327,11 @@ def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
 
     agreements: dict[float, float] = {}
     for rate in (0.02, 2.0):
-        found = smoothness(rate, v)
+        result = smoothness(rate, v)
         agreement, losses = by_definition(rate)
-        assert found.agreement == pytest.approx(agreement, abs=1e-12)
-        assert error(found.outer_loss, losses) < 1e-10
-        agreements[rate] = found.agreement
+        assert result.agreement == pytest.approx(agreement, abs=1e-12)
+        assert error(result.outer_loss, losses) < 1e-10
+        agreements[rate] = result.agreement
     assert agreements[0.02] > 0.99
     assert agreements[2.0] < 0.6
     with pytest.raises(MetaplError):
@@ -367,13 +372,13 @@ def test_a_training_with_all_examples_is_the_one_that_was_differentiated(case: s
     network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
     train, outer = ((x.to(dtype), y) for x, y in (TRAIN, OUTER))
     if case == "a graph in a module":
-        network.left = network(train[0])
+        network.graph = network(train[0])
     problem = Named() if case == "outer_batch" else EqualWeights()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         attribution = scored(network, train=train, outer=outer, problem=problem)
-    whole = attribution._losses_with(torch.ones(N))
+    loss_with_all = attribution._losses_with(torch.ones(N))
     assert attribution.scores.dtype == torch.float32
-    assert error(whole, attribution.outer_loss) < 1e-6
+    assert error(loss_with_all, attribution.outer_loss) < 1e-6
 
 
 class Named(EqualWeights):

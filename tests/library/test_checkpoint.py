@@ -42,7 +42,7 @@ TREES: dict[str, Any] = {
     "shapes": {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "strided": WEIGHT.T},
     "complex": {"conj": (1j * WEIGHT).conj()},
     "an optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(2))]).state_dict(),
-}  # fmt: skip
+}
 
 
 def same(a: Any, b: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from kinds import KINDS, C, Own
+from kinds import KINDS, C, TwoLayers
 from problems_zoo import everything, noisy_teacher, same, toy
 from test_attribution import Named
 from test_functional import (
@@ -168,13 +168,13 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_between_steps_counts(
-    what: str, how: str, monkeypatch: pytest.MonkeyPatch
+    change: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compare weights, statistics and optimizers' states with those of the eager road."""
-    if how == "plain":
+    if backend == "plain":
         monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     ends = []
     for case, trainer in pair("forward", sgd):
@@ -182,7 +182,7 @@ def test_what_is_changed_between_steps_counts(
         trainer.step(**case.data())
         trainer.step(**case.data())
         torch.manual_seed(3)
-        CHANGES[what](case, trainer)
+        CHANGES[change](case, trainer)
         for number in range(3):
             torch.manual_seed(number)
             trainer.step(**case.data())
@@ -222,7 +222,7 @@ def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(compiled, "refuse_other", counted)
     case = toy("mlp")
-    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
     trainer = metapl.BilevelTrainer(
         case.teacher, case.student, "forward", inner_optimizer=inner, compile=True
@@ -234,23 +234,25 @@ def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch)
     assert next(comparisons) == 2
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(what: str) -> None:
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
+    reason: str,
+) -> None:
     case = toy("mlp")
     expected: type[Exception] = MetaplError
-    if what == "a reentrant checkpoint":
+    if reason == "a reentrant checkpoint":
         case.student.append(Reentrant())
         # It is torch that refuses it.
         expected = RuntimeError
-    options: dict[str, Any] = {"mode": "forward", **REFUSED[what]}
+    options: dict[str, Any] = {"mode": "forward", **REFUSED[reason]}
     trainer = metapl.BilevelTrainer(**case.networks(), **options, compile=True)
-    before = everything(case)
+    tensors_before = everything(case)
     inner = case.unlabeled
     if trainer.lookahead == 4:
         inner = metapl.Lookahead([case.unlabeled] * 4)
     with pytest.raises(expected):
         trainer.step(case.labeled, inner)
-    assert same(before, everything(case))
+    assert same(tensors_before, everything(case))
 
 
 @pytest.mark.long
@@ -263,11 +265,11 @@ def test_without_a_compiler_one_error_says_so(
     # What was compiled before, and is in the cache, needs no compiler.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     (_, _), (case, trainer) = pair("reinforce")
-    before = everything(case)
+    tensors_before = everything(case)
     nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
     with nowhere, pytest.raises(MetaplError, match="compile"):
         trainer.step(**case.data())
-    assert same(before, everything(case))
+    assert same(tensors_before, everything(case))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -352,17 +354,21 @@ STATUSES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "how"),
+    ("kind", "backend"),
     [("straight-through", "plain"), ("weights written by .data", "plain")]
     + [pytest.param(kind, "captured", marks=pytest.mark.long) for kind in STATUSES],
 )
-def test_kinds_of_students_compiled(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if how == "plain":
+def test_kinds_of_students_compiled(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "plain":
         monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     torch.manual_seed(0)
     labeled = torch.randn(8, 4), torch.randint(C, (8,))
     unlabeled = torch.randn(8, 4)
-    trainer = metapl.BilevelTrainer(nn.Linear(4, C), Own(*KINDS[kind][1:]), "forward", compile=True)
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, C), TwoLayers(*KINDS[kind][1:]), "forward", compile=True
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", VerificationWarning)
         try:

@@ -13,7 +13,8 @@ from metapl.execution.numerics import full_float32, reduced_float32
 from metapl.feedback import Difference, Estimator, Implicit
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
+BEGIN = "<!-- modes:begin -->"
+END = "<!-- modes:end -->"
 BOUNDS: list[tuple[str | Estimator, float]] = [
     ("none", 6.1),
     ("loss_difference", 8.1),
@@ -45,9 +46,9 @@ def passes(mode: str | Estimator, has_losses: bool = False, by_weight: bool = Fa
     trainer.step(labeled, unlabeled)
     with FlopCounterMode(display=False) as step:
         trainer.step(labeled, unlabeled)
-    with FlopCounterMode(display=False) as one, torch.no_grad():
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
         student(unlabeled)
-    return step.get_total_flops() / one.get_total_flops()
+    return step.get_total_flops() / forward.get_total_flops()
 
 
 @pytest.mark.parametrize(("mode", "bound"), BOUNDS, ids=str)
@@ -68,11 +69,13 @@ def test_the_default_size_of_the_feedback_takes_no_pass_more_than_a_weight(mode:
 
 def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> None:
     page = (ROOT / "docs" / "modes.md").read_text()
-    (fixed, each) = re.findall(r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE)[0]
+    (fixed, per_iteration) = re.findall(
+        r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE
+    )[0]
     (alone,) = re.findall(r'and (\d+) passes in all with `solver="identity"`', page)
     assert passes(Implicit(solver="identity")) == pytest.approx(int(alone), abs=0.2)
     assert passes(Implicit(iterations=2, damping=1e5)) == pytest.approx(
-        int(fixed) + 2 * int(each), abs=0.2
+        int(fixed) + 2 * int(per_iteration), abs=0.2
     )
 
 
@@ -86,7 +89,9 @@ def test_every_mode_has_a_bound() -> None:
 
 
 def _settings() -> list[object]:
-    cuda, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    cuda = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    cpu = torch.backends.mkldnn
     return [
         *(
             switch.fp32_precision
@@ -104,9 +109,9 @@ def test_full_float32_puts_the_settings_back(device: str, precision: str) -> Non
     start = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        before = _settings()
+        settings_before = _settings()
         with full_float32(torch.device(device)):
             assert not reduced_float32(torch.device(device))
-        assert _settings() == before
+        assert _settings() == settings_before
     finally:
         torch.set_float32_matmul_precision(start)

@@ -106,10 +106,10 @@ def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, 
     rule = reference.adamw(**ADAMW)
     for batch in inner:
         p = rater(batch)[:, 0].softmax(0)
-        sequences = losses_of(reference.at(student, theta, batch), batch)
+        sequences = losses_of(reference.outputs_at(student, theta, batch), batch)
         loss = sum(p[i] * tokens.mean() for i, tokens in enumerate(sequences) if len(tokens))
         theta, state = reference.stepped(loss, theta, rule, state)
-    judged = torch.cat(losses_of(reference.at(student, theta, outer), outer)).mean()
+    judged = torch.cat(losses_of(reference.outputs_at(student, theta, outer), outer)).mean()
     grads = torch.autograd.grad(judged, list(rater.parameters()))
     named_grads = dict(zip((n for n, _ in rater.named_parameters()), grads, strict=True))
     return named_grads, {n: t.detach() for n, t in theta.items()}, judged.detach()
@@ -157,11 +157,11 @@ def test_the_gradient_is_that_of_the_formulas(mode: str, steps: int, kind: str) 
 def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     """Their rows have other lengths, and other scores."""
     batches = tokens(4, 1), [tokens(4, 2), tokens(4, 3)]
-    once = by_metapl(*batches, mode)
-    split = by_metapl(*batches, mode, accumulate=2)
-    assert error(split.grads, once.grads) < 1e-12
-    assert error(torch.cat(list(split.feedback)), torch.cat(list(once.feedback))) < 1e-12
-    assert error(split.grads, by_hand(*batches)[0]) < 1e-9
+    by_batch = by_metapl(*batches, mode)
+    by_parts = by_metapl(*batches, mode, accumulate=2)
+    assert error(by_parts.grads, by_batch.grads) < 1e-12
+    assert error(torch.cat(list(by_parts.feedback)), torch.cat(list(by_batch.feedback))) < 1e-12
+    assert error(by_parts.grads, by_hand(*batches)[0]) < 1e-9
 
 
 # --------------------------------------------------------------------------------------- what it is

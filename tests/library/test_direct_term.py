@@ -17,7 +17,8 @@ import metapl
 from metapl import Lookahead, MetaplError, Signal
 from metapl.feedback import Implicit
 
-ROWS, CLASSES = 6, 3
+ROWS = 6
+CLASSES = 3
 
 
 class Teacher(nn.Module):
@@ -37,7 +38,8 @@ class ReadsModule(metapl.BilevelProblem):
     """The outer loss reads a module of the teacher, which the problem holds."""
 
     def __init__(self, teacher: Teacher, indirect: bool = True) -> None:
-        self.scale, self.indirect = teacher.scale, indirect
+        self.scale = teacher.scale
+        self.indirect = indirect
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         return Signal(teacher(batch[0]))
@@ -133,15 +135,20 @@ def test_the_sum_is_that_of_double_backward(kind: str, mode: Any, steps: int) ->
     problem = PROBLEMS[kind](teacher)
     expected = by_hand(teacher, student, problem, outer, inner[:steps])
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    given: dict[str, Any] = {"outer": outer, "inner": Lookahead(inner[:steps]), "problem": problem}
-    given |= {"inner_optimizer": sgd, "mode": mode}
-    found = metapl.hypergradient(teacher, student, **given)
-    assert close(found.grads, expected, 1e-6 if mode == "difference" else 1e-10)
-    assert any(float(t.norm()) > 0 for t in found.direct.values())
-    check = metapl.check_gradient(teacher, student, **given)
+    inputs: dict[str, Any] = {
+        "outer": outer,
+        "inner": Lookahead(inner[:steps]),
+        "problem": problem,
+        "inner_optimizer": sgd,
+        "mode": mode,
+    }
+    gradient = metapl.hypergradient(teacher, student, **inputs)
+    assert close(gradient.grads, expected, 1e-6 if mode == "difference" else 1e-10)
+    assert any(float(t.norm()) > 0 for t in gradient.direct.values())
+    check = metapl.check_gradient(teacher, student, **inputs)
     assert check.status == "right", str(check)
     for verify in (True, False):
-        metapl.hypergradient(teacher, student, **given, verify=verify)
+        metapl.hypergradient(teacher, student, **inputs, verify=verify)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +160,9 @@ def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(
 ) -> None:
     """The teacher's step, by plain SGD at rate 1, is minus its gradient.
 
-    λ times the sum, and its own losses.
+    The gradient is λ times the sum, and that of the teacher's own losses.
     """
-    moved = []
+    gradients = []
     for road in ("eager", "pure", "compiled"):
         teacher, student, outer, inner = networks()
         problem = PROBLEMS[kind](teacher)
@@ -172,22 +179,24 @@ def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(
             compile=road == "compiled",
             **options,
         )
-        before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+        start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
         expected = by_hand(teacher, student, problem, outer, inner[:1])
         if road == "pure":
             step, state = trainer.functional()
             with torch.no_grad():
                 state, _ = step(state, outer, inner[0])
-            after = state.teacher.params
+            end = state.teacher.params
         else:
             report = trainer.step(outer=outer, inner=inner[0])
             assert report.direct_term == "included"
-            after = dict(teacher.named_parameters())
-        moved.append({name: before[name] - after[name].detach() for name in before})
+            end = dict(teacher.named_parameters())
+        gradient = {name: start[name] - end[name].detach() for name in start}
+        gradients.append(gradient)
         if "feedback_weight" in size:
-            assert close(moved[-1], {name: 0.7 * g for name, g in expected.items()}, 1e-8), road
-    assert close(moved[1], moved[0], 1e-8)
-    assert close(moved[2], moved[0], 1e-8)
+            assert close(gradient, {name: 0.7 * g for name, g in expected.items()}, 1e-8), road
+    eager, pure, by_compiler = gradients
+    assert close(pure, eager, 1e-8)
+    assert close(by_compiler, eager, 1e-8)
 
 
 class OwnLoss:
@@ -207,29 +216,28 @@ def test_stacked_steps_have_the_direct_term_too() -> None:
     step, state = trainer.functional()
     stacked = metapl.functional.stack([state, state])
     with torch.no_grad():
-        alone, _ = step(state, outer, inner[0])
-        both, _ = torch.func.vmap(step, in_dims=(0, None, None), randomness="same")(
-            stacked, outer, inner[0]
-        )
-    for name, t in alone.teacher.params.items():
-        assert torch.allclose(both.teacher.params[name][1], t, atol=1e-12)
-    assert not torch.equal(
-        alone.teacher.params["scale.weight"], state.teacher.params["scale.weight"]
-    )
+        single, _ = step(state, outer, inner[0])
+        stacked_step = torch.func.vmap(step, in_dims=(0, None, None), randomness="same")
+        next_states, _ = stacked_step(stacked, outer, inner[0])
+    for name, t in single.teacher.params.items():
+        assert torch.allclose(next_states.teacher.params[name][1], t, atol=1e-12)
+    weight = state.teacher.params["scale.weight"]
+    assert not torch.equal(single.teacher.params["scale.weight"], weight)
 
 
 def test_micro_batches_have_the_sum_of_whole_ones() -> None:
     teacher, student, outer, inner = networks()
     problem = ReadsModule(teacher)
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "outer": outer,
         "inner": inner[0],
         "problem": problem,
         "inner_optimizer": sgd,
     }
-    whole, parts = (metapl.hypergradient(teacher, student, **given, accumulate=n) for n in (1, 2))
-    assert close(parts.grads, whole.grads, 1e-10)
+    by_batch = metapl.hypergradient(teacher, student, **inputs, accumulate=1)
+    by_parts = metapl.hypergradient(teacher, student, **inputs, accumulate=2)
+    assert close(by_parts.grads, by_batch.grads, 1e-10)
 
 
 @pytest.mark.parametrize("mode", ["reinforce", "none", "loss_difference"])
@@ -258,24 +266,31 @@ def test_implicit_has_it() -> None:
     teacher, student, outer, inner = networks()
     problem = ReadsModule(teacher)
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "outer": outer,
         "inner": inner[0],
         "problem": problem,
         "inner_optimizer": sgd,
     }
-    found = metapl.hypergradient(teacher, student, **given, mode=Implicit(damping=1.0))
-    exact = metapl.hypergradient(teacher, student, **given)
-    assert float(found.direct["scale.weight"].norm()) > 0
-    assert close(found.direct, exact.direct, 1e-12)
+    implicit = metapl.hypergradient(teacher, student, **inputs, mode=Implicit(damping=1.0))
+    by_a_step = metapl.hypergradient(teacher, student, **inputs)
+    assert float(implicit.direct["scale.weight"].norm()) > 0
+    assert close(implicit.direct, by_a_step.direct, 1e-12)
 
 
 def test_what_cannot_have_it_is_refused() -> None:
     teacher, student, outer, inner = networks()
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    given: dict[str, Any] = {"outer": outer, "inner": Lookahead(inner), "inner_optimizer": sgd}
     with pytest.raises(MetaplError, match="expected compile=False"):
-        metapl.hypergradient(teacher, student, **given, problem=ReadsModule(teacher), compile=True)
+        metapl.hypergradient(
+            teacher,
+            student,
+            outer=outer,
+            inner=Lookahead(inner),
+            inner_optimizer=sgd,
+            problem=ReadsModule(teacher),
+            compile=True,
+        )
     with pytest.raises(MetaplError, match="accumulate=2; expected 1"):
         metapl.BilevelTrainer(teacher, student, "forward", problem=Architecture(), accumulate=2)
 
@@ -286,7 +301,8 @@ def test_an_architecture_search_comes_out() -> None:
     So the weight of that operation grows.
     """
     torch.manual_seed(0)
-    teacher, student = Teacher(), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    teacher = Teacher()
+    student = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
     x = torch.randn(400, 4)
     y = (x.square().sum(1) > 3.4).long()
     adam = torch.optim.Adam(teacher.parameters(), lr=0.03)

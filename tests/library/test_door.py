@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from metapl.problems import ExampleWeights, MetaWeightNet, Table, WeightNet
 from metapl.training import trainer as trainer_module
 from metapl.training.verification import VerificationWarning
 
-ROWS, CLASSES = 8, 3
+ROWS = 8
+CLASSES = 3
 MODES = ["forward", "unrolled", "difference"]
 
 
@@ -44,7 +46,9 @@ class Mixed(nn.Module):
 
     def __init__(self, weights: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.weights = nn.Linear(4, CLASSES), nn.Linear(4, CLASSES), weights
+        self.a = nn.Linear(4, CLASSES)
+        self.b = nn.Linear(4, CLASSES)
+        self.weights = weights
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weights().softmax(0)
@@ -58,13 +62,13 @@ def batches() -> dict[str, Any]:
 
 def refused(call: Callable[[], Any], *networks: nn.Module, naming: str) -> None:
     """See a call refused by one line that names something, with all networks as they were."""
-    before = [t.clone() for network in networks for t in network.state_dict().values()]
+    tensors_before = [t.clone() for network in networks for t in network.state_dict().values()]
     generator = torch.get_rng_state()
-    with pytest.raises(MetaplError, match=naming) as caught:
+    with pytest.raises(MetaplError, match=naming) as refusal:
         call()
-    assert "\n" not in str(caught.value)
-    after = [t for network in networks for t in network.state_dict().values()]
-    assert all(t.equal(t_before) for t, t_before in zip(after, before, strict=True))
+    assert "\n" not in str(refusal.value)
+    tensors = [t for network in networks for t in network.state_dict().values()]
+    assert all(t.equal(t_before) for t, t_before in zip(tensors, tensors_before, strict=True))
     assert generator.equal(torch.get_rng_state())
 
 
@@ -105,11 +109,11 @@ def test_a_student_that_reads_the_teacher_past_the_signal(mode: Any) -> None:
         three_doors(
             teacher, student, batches(), r"the teacher's alpha", mode=mode, problem=MetaWeightNet()
         )
-    in_a_list = Mixed(lambda: nn.Parameter(torch.zeros(2)))
-    in_a_list.held = [torch.zeros(2, requires_grad=True)]
-    in_a_list.weights = lambda: in_a_list.held[0]
+    with_a_list = Mixed(lambda: nn.Parameter(torch.zeros(2)))
+    with_a_list.numbers = [torch.zeros(2, requires_grad=True)]
+    with_a_list.weights = lambda: with_a_list.numbers[0]
     three_doors(
-        teacher, in_a_list, batches(), "the student's held", mode=mode, problem=MetaWeightNet()
+        teacher, with_a_list, batches(), "the student's numbers", mode=mode, problem=MetaWeightNet()
     )
 
 
@@ -152,20 +156,22 @@ class ReadsTeacher(MetaWeightNet):
         return loss if t is None else loss * (1 + t.sum())
 
 
-@pytest.mark.parametrize("which", ["inner", "outer"])
-def test_a_loss_that_reads_another_tensor(which: str) -> None:
+@pytest.mark.parametrize("loss", ["inner", "outer"])
+def test_a_loss_that_reads_another_tensor(loss: str) -> None:
     torch.manual_seed(0)
-    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    teacher = Weigher()
+    student = nn.Linear(4, CLASSES)
     somewhere = torch.ones(2, requires_grad=True)
-    options: Any = {"problem": ReadsTeacher(**{which: somewhere}), "mode": "forward"}
-    three_doors(teacher, student, batches(), rf"the {which} loss depends on", **options)
-    options = {"problem": ReadsTeacher(**{which: somewhere.detach()}), "mode": "forward"}
+    options: Any = {"problem": ReadsTeacher(**{loss: somewhere}), "mode": "forward"}
+    three_doors(teacher, student, batches(), rf"the {loss} loss depends on", **options)
+    options = {"problem": ReadsTeacher(**{loss: somewhere.detach()}), "mode": "forward"}
     metapl.BilevelTrainer(teacher, student, **options).step(**batches())
 
 
 def test_a_batch_that_requires_a_gradient() -> None:
     torch.manual_seed(0)
-    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    teacher = Weigher()
+    student = nn.Linear(4, CLASSES)
     options: Any = {"mode": "forward", "problem": MetaWeightNet()}
     data = batches()
     learned = {**data, "inner": (teacher.pictures, data["inner"][1])}
@@ -175,29 +181,32 @@ def test_a_batch_that_requires_a_gradient() -> None:
         teacher, student, {**data, "outer": (x.requires_grad_(), y)}, r"outer\[0\]", **options
     )
     sgd = torch.optim.SGD(student.parameters(), lr=0.1)
-    given: Any = {
+    inputs: Any = {
         **batches(),
         "inner": Lookahead([(teacher.pictures, y)]),
         "inner_optimizer": sgd,
         **options,
     }
     refused(
-        lambda: metapl.hypergradient(teacher, student, **given), teacher, naming=r"inner\[0\]\[0\]"
+        partial(metapl.hypergradient, teacher, student, **inputs),
+        teacher,
+        naming=r"inner\[0\]\[0\]",
     )
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
 def test_a_setting_of_the_inner_optimizer_that_requires_a_gradient(name: str) -> None:
     torch.manual_seed(0)
-    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    teacher = Weigher()
+    student = nn.Linear(4, CLASSES)
     for value in (teacher.log_rate.exp(), torch.tensor(0.1, requires_grad=True)):
         sgd = torch.optim.SGD(student.parameters(), lr=0.1)
         sgd.param_groups[0][name] = value
         options: Any = {"problem": MetaWeightNet(), "mode": "forward", "inner_optimizer": sgd}
         three_doors(teacher, student, batches(), f"{name} of the inner optimizer", **options)
-        given: Any = {**batches(), **options}
+        inputs: Any = {**batches(), **options}
         refused(
-            lambda g=given: metapl.hypergradient(teacher, student, **g),
+            partial(metapl.hypergradient, teacher, student, **inputs),
             teacher,
             naming=f"{name} of the inner",
         )
@@ -205,12 +214,13 @@ def test_a_setting_of_the_inner_optimizer_that_requires_a_gradient(name: str) ->
 
 def test_a_transform_that_reads_a_learned_rate() -> None:
     torch.manual_seed(0)
-    teacher, student = Weigher(), nn.Linear(4, CLASSES)
+    teacher = Weigher()
+    student = nn.Linear(4, CLASSES)
     inner = torchopt.sgd(lr=lambda step: teacher.log_rate.exp())
     options: Any = {"problem": MetaWeightNet(), "mode": "forward", "inner_optimizer": inner}
     three_doors(teacher, student, batches(), "result of the TorchOpt transform", **options)
-    given: Any = {**batches(), **options}
-    refused(lambda: metapl.hypergradient(teacher, student, **given), teacher, naming="TorchOpt")
+    inputs: Any = {**batches(), **options}
+    refused(lambda: metapl.hypergradient(teacher, student, **inputs), teacher, naming="TorchOpt")
     options["inner_optimizer"] = torchopt.sgd(lr=lambda step: teacher.log_rate.exp().item())
     with pytest.warns(VerificationWarning, match="reads the teacher"):
         metapl.BilevelTrainer(teacher, student, **options).step(**batches())
@@ -223,11 +233,13 @@ def test_a_transform_that_reads_a_learned_rate() -> None:
 def test_a_hook_on_a_parameter(mode: Any) -> None:
     case = toy()
     sgd = torch.optim.SGD(case.student.parameters(), lr=0.1)
-    given: Any = {**case.data(), "inner_optimizer": sgd, "mode": mode}
+    inputs: Any = {**case.data(), "inner_optimizer": sgd, "mode": mode}
     handle = next(case.student.parameters()).register_hook(lambda g: 2 * g)
-    refused(lambda: metapl.check_gradient(case.teacher, case.student, **given), naming="have hooks")
     refused(
-        lambda: metapl.hypergradient(case.teacher, case.student, **given, verify=True),
+        lambda: metapl.check_gradient(case.teacher, case.student, **inputs), naming="have hooks"
+    )
+    refused(
+        lambda: metapl.hypergradient(case.teacher, case.student, **inputs, verify=True),
         naming="have hooks",
     )
     handle.remove()
@@ -244,13 +256,13 @@ class InPlace(nn.Linear):
 def test_a_batch_that_a_pass_changes_is_put_back() -> None:
     torch.manual_seed(0)
     student = InPlace(4, CLASSES)
-    for which in (True, False):
-        trainer = metapl.BilevelTrainer(nn.Linear(4, CLASSES), student, "forward", verify=which)
+    for verify in (True, False):
+        trainer = metapl.BilevelTrainer(nn.Linear(4, CLASSES), student, "forward", verify=verify)
         x = torch.randn(ROWS, 4)
-        before = x.clone()
+        x_before = x.clone()
         with pytest.raises(MetaplError, match="a batch is changed in place"):
             trainer.step(outer=(torch.randn(ROWS, 4), torch.arange(ROWS) % CLASSES), inner=x)
-        assert x.equal(before)
+        assert x.equal(x_before)
 
 
 class OfDerivatives(nn.Module):
@@ -279,7 +291,8 @@ def test_a_leaf_that_a_pass_makes_for_itself_is_no_way_past_the_signal(
     if mode == "difference" and steps > 1:
         pytest.skip("difference takes one step")
     torch.manual_seed(0)
-    teacher, student = Table(torch.zeros(ROWS)), OfDerivatives()
+    teacher = Table(torch.zeros(ROWS))
+    student = OfDerivatives()
     data = batches()
     inner = (*data["inner"], torch.arange(ROWS))
     data["inner"] = inner if steps == 1 else Lookahead([inner] * steps)
@@ -291,21 +304,23 @@ def test_a_leaf_that_a_pass_makes_for_itself_is_no_way_past_the_signal(
 
 
 def test_only_the_first_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-    real = trainer_module.FirstLook
-    monkeypatch.setattr(
-        trainer_module,
-        "FirstLook",
-        lambda *given, **options: made.append(given) or real(*given, **options),
-    )
+    looks = 0
+    first_look = trainer_module.FirstLook
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return first_look(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "FirstLook", counted)
     case = toy()
     trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", verify=False)
     for _ in range(3):
         trainer.step(**case.data())
-    assert len(made) == 1
+    assert looks == 1
     case.student.eval()
     trainer.step(**case.data())
-    assert len(made) == 2
+    assert looks == 2
 
 
 def test_a_refused_step_is_looked_at_again() -> None:

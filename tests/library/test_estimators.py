@@ -99,8 +99,16 @@ PUBLIC = (
 
 
 def test_dir_shows_the_public_names_alone() -> None:
-    others = {"ablation", "apps", "data", "distributed", "metrics", "sklearn", "__version__"}
-    assert {*dir(metapl)} == {*metapl.__all__, *others}
+    names_of_modules = {
+        "ablation",
+        "apps",
+        "data",
+        "distributed",
+        "metrics",
+        "sklearn",
+        "__version__",
+    }
+    assert {*dir(metapl)} == {*metapl.__all__, *names_of_modules}
     for name in PUBLIC:
         module = import_module(f"metapl.{name}")
         assert dir(module) == sorted(module.__all__)

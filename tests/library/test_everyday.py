@@ -23,7 +23,9 @@ from metapl import MetaplError
 from metapl.feedback import Forward
 from metapl.problems import EqualWeights, ExampleWeights, Table
 
-ROWS, WIDTH, CLASSES = 8, 4, 3
+ROWS = 8
+WIDTH = 4
+CLASSES = 3
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -66,13 +68,13 @@ def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify:
     The teacher has no losses that would be refused before.
     """
     trainer = metapl.BilevelTrainer(network(), network(), mode, teacher_losses=(), verify=verify)
-    before = weights(trainer.teacher, trainer.student)
+    weights_before = weights(trainer.teacher, trainer.student)
     with pytest.raises(
         MetaplError,
         match=r"the outer loss is NaN or infinite: the outer batch \(labeled\) has no rows",
     ):
         trainer.step(OUTER[outer](*pair()), pair()[0])
-    assert same(weights(trainer.teacher, trainer.student), before)
+    assert same(weights(trainer.teacher, trainer.student), weights_before)
     trainer.step(pair(), pair()[0])
 
 
@@ -211,15 +213,15 @@ def test_a_loss_that_is_no_mean_over_rows_is_seen_where_all_rows_have_the_same_l
     torch.manual_seed(0)
     model = make()
     x, labels = tags()
-    whole = F.cross_entropy(model(x), labels, ignore_index=-100)
+    mean = F.cross_entropy(model(x), labels, ignore_index=-100)
     parts = [F.cross_entropy(model(x[i::4]), labels[i::4], ignore_index=-100) for i in range(4)]
     if make is Tagger:
-        assert whole.item() == pytest.approx(sum(parts).item() / 4, rel=1e-6)
-    before = weights(model)
+        assert mean.item() == pytest.approx(sum(parts).item() / 4, rel=1e-6)
+    weights_before = weights(model)
     trainer = metapl.LossTrainer(model, (OfTokens(),), optimizer=sgd(model), accumulate=4)
     with pytest.raises(MetaplError, match="it is no mean over rows"):
         trainer.step((x, labels))
-    assert same(weights(model), before)
+    assert same(weights(model), weights_before)
 
 
 @pytest.mark.parametrize("loss", [OfRows(), OfFactors()])
@@ -300,19 +302,21 @@ EVALUATIONS: dict[str, Callable[[metapl.BilevelTrainer], Any]] = {
 
 @pytest.mark.parametrize("call", EVALUATIONS)
 def test_an_outer_input_of_a_signal_is_refused_outside_of_a_step(call: str) -> None:
-    teacher, student = Scales(), network(torch.float64)
+    teacher = Scales()
+    student = network(torch.float64)
     trainer = metapl.BilevelTrainer(teacher, student, problem=BySignal(teacher))
-    before = weights(teacher, student)
+    weights_before = weights(teacher, student)
     with pytest.raises(
         MetaplError,
         match=r"outside of a step there is no signal; expected outer_input\(self, batch\)",
     ):
         EVALUATIONS[call](trainer)
-    assert same(weights(teacher, student), before)
+    assert same(weights(teacher, student), weights_before)
 
 
 def test_what_that_error_proposes_has_the_same_gradient_and_is_evaluated() -> None:
-    teacher, student = Scales(), network(torch.float64)
+    teacher = Scales()
+    student = network(torch.float64)
     batches: dict[str, Any] = {"outer": pair(5, torch.float64), "inner": pair(dtype=torch.float64)}
     by_signal, by_module = (
         metapl.hypergradient(
@@ -426,10 +430,10 @@ def fit(**options: Any) -> Any:
 
 def validated_by_nothing() -> Any:
     student = network()
-    found = metapl.attribute(
+    attribution = metapl.attribute(
         student, pair(), pair(), optimizer=sgd(student), steps=2, batch_size=4, progress=False
     )
-    return found.validate([])
+    return attribution.validate([])
 
 
 def with_rates_of_the_teacher() -> Any:
@@ -451,7 +455,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: metapl.Lookahead([pair()] * 3, weights="all"),  # type: ignore[arg-type]
         "weights that are of type str; expected 3 numbers",
     ),
-    "no removals": (validated_by_nothing, "no sets of examples; expected three or more"),
+    "no removals": (validated_by_nothing, "0 sets of examples; expected three or more"),
     "a callback that is a number": (
         lambda: fit(callbacks=[3]),
         "callbacks is a list of 1; expected a list of functions",

@@ -40,13 +40,13 @@ class EstimatorCase:
     Attributes:
         mode: the estimator.
         labels: the kind of the problem's labels.
-        told: the ``kind`` of :func:`reference.pseudo_labels`.
+        kind_of_reference: the ``kind`` of :func:`reference.pseudo_labels`.
         tolerance: on h and the teacher's gradient.
     """
 
     mode: Any
     labels: str
-    told: str
+    kind_of_reference: str
     tolerance: float | None = None
 
 
@@ -92,7 +92,7 @@ def check_against_reference(
     """
     case = ESTIMATORS[estimator]
     tolerance = max(optimiser.tolerance, case.tolerance or 0.0, at_least or 0.0)
-    is_scalar = case.told == "batch_mean"
+    is_scalar = case.kind_of_reference == "batch_mean"
     if is_scalar and "clip" in optimiser.name:
         # Behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6.
         tolerance = 1e-6
@@ -107,10 +107,10 @@ def check_against_reference(
         **problem.data(),
         rule=optimiser.rule,
         state=rule_state,
-        kind=case.told,
+        kind=case.kind_of_reference,
         **labels,
     )
-    drawn_to = torch.get_rng_state()
+    random_state = torch.get_rng_state()
 
     problem.draw_from_start()
     pseudo_labels = metapl.PseudoLabels(
@@ -118,29 +118,30 @@ def check_against_reference(
         label_smoothing=labels.get("smoothing", 0.0),
         temperature=labels.get("temperature", 1.0),
     )
-    found = gradient(
+    result = gradient(
         problem,
         case.mode,
         problem=pseudo_labels,
         inner_optimizer=inner,
         inner_state=inner_state,
     )
-    assert error(found.grads, expected.grads) < tolerance
+    assert error(result.grads, expected.grads) < tolerance
     signal_grad = expected.signal_grad.squeeze() if is_scalar else expected.signal_grad
-    assert found.feedback.shape == signal_grad.shape
-    assert error(found.feedback, -signal_grad) < tolerance
-    assert error(found.student_params, expected.student_params) < optimiser.tolerance
-    assert error(found.inner_loss, expected.inner_loss) < 1e-12
-    assert error(found.outer_loss, expected.outer_loss) < optimiser.tolerance
-    assert torch.equal(torch.get_rng_state(), drawn_to), (
+    assert result.feedback.shape == signal_grad.shape
+    assert error(result.feedback, -signal_grad) < tolerance
+    assert error(result.student_params, expected.student_params) < optimiser.tolerance
+    assert error(result.inner_loss, expected.inner_loss) < 1e-12
+    assert error(result.outer_loss, expected.outer_loss) < optimiser.tolerance
+    assert torch.equal(torch.get_rng_state(), random_state), (
         "the generator is not where one forward pass leaves it"
     )
-    return found, expected
+    return result, expected
 
 
 @pytest.mark.parametrize(("estimator", "student", "optimiser"), EVERY)
 def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
-    problem, rule = toy(student), OPTIMISERS[optimiser]
+    problem = toy(student)
+    rule = OPTIMISERS[optimiser]
     inner = rule.build(problem.student)
     with unmoved_but_for_draws(problem, inner):
         check_against_reference(estimator, problem, rule, inner, None, None)
@@ -148,7 +149,8 @@ def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
 
 @pytest.mark.parametrize(("estimator", "student", "optimiser"), WARMED)
 def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
-    problem, rule = toy(student), OPTIMISERS[optimiser]
+    problem = toy(student)
+    rule = OPTIMISERS[optimiser]
     inner, inner_state, rule_state = warm(problem, rule)
     with unmoved_but_for_draws(problem, inner):
         check_against_reference(estimator, problem, rule, inner, inner_state, rule_state)
@@ -173,15 +175,18 @@ def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
     ),
 )
 def test_three_steps_chained_by_inner_state(estimator: str, student: str, optimiser: str) -> None:
-    """Each step with a transform built anew, as after a resume."""
-    problem, rule = toy(student), OPTIMISERS[optimiser]
-    inner_state = rule_state = None
+    """Each step has a transform that is built anew, as after a resume."""
+    problem = toy(student)
+    rule = OPTIMISERS[optimiser]
+    inner_state = None
+    rule_state = None
     for _ in range(3):
         transform = rule.build(problem.student)
-        found, expected = check_against_reference(
+        result, expected = check_against_reference(
             estimator, problem, rule, transform, inner_state, rule_state
         )
-        inner_state, rule_state = found.inner_state, expected.state
+        inner_state = result.inner_state
+        rule_state = expected.state
         problem.student.load_state_dict(expected.student_params, strict=False)
 
 
@@ -200,7 +205,7 @@ def test_the_reference_agrees_with_central_differences_of_real_steps(optimiser: 
 
     def labeled_loss(distance: float) -> torch.Tensor:
         moved = {name: p + distance * direction[name] for name, p in phi.items()}
-        q = reference.at(problem.teacher, moved, problem.unlabeled)
+        q = reference.outputs_at(problem.teacher, moved, problem.unlabeled)
         student = toy("mlp").student
         loss = reference.cross_entropy(q.softmax(-1).detach(), student(problem.unlabeled)).mean()
         params = dict(student.named_parameters())
@@ -231,7 +236,8 @@ def test_two_views_temperature_and_smoothing(estimator: str, smoothing: float) -
 
     Smoothing is the student's own.
     """
-    problem, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"]
+    problem = toy("batch_norm", views=True)
+    rule = OPTIMISERS["torch_sgd_nesterov"]
     inner = rule.build(problem.student)
     labels = {"temperature": 0.7, "smoothing": smoothing}
     check_against_reference(estimator, problem, rule, inner, None, None, **labels)
@@ -240,7 +246,8 @@ def test_two_views_temperature_and_smoothing(estimator: str, smoothing: float) -
 @pytest.mark.parametrize("student", ["batch_norm", "dropout"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_eval_mode_is_left_and_used(estimator: str, student: str) -> None:
-    problem, rule = toy(student), OPTIMISERS["torch_sgd_momentum"]
+    problem = toy(student)
+    rule = OPTIMISERS["torch_sgd_momentum"]
     problem.student.eval()
     problem.teacher.eval()
     check_against_reference(estimator, problem, rule, rule.build(problem.student), None, None)
@@ -251,7 +258,8 @@ def test_eval_mode_is_left_and_used(estimator: str, student: str) -> None:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_teacher_with_dropout_and_batch_norm(estimator: str, student: str) -> None:
     """The teacher's masks are drawn after the student's inner pass, and its labels after them."""
-    problem, rule = toy(student, teacher=noisy_teacher), OPTIMISERS["torch_sgd_momentum"]
+    problem = toy(student, teacher=noisy_teacher)
+    rule = OPTIMISERS["torch_sgd_momentum"]
     with unmoved_but_for_draws(problem, None):
         check_against_reference(estimator, problem, rule, rule.build(problem.student), None, None)
 

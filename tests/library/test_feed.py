@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from feed_sources import SOURCES, Noisy, OwnGenerators, Stream, made, same, seeded, take
+from feed_sources import SOURCES, Noisy, OwnGenerators, Stream, feed_from, same, seeded, take
 from torch import Tensor
 from torch.multiprocessing import active_children
 from torch.utils import _pytree as pytree
@@ -77,7 +77,7 @@ def disturb() -> None:
 
 def check_going_on(source: Callable[[], Any], cuts: range) -> None:
     disturb()
-    whole_run = made(source())
+    whole_run = feed_from(source())
     states = []
     batches = []
     for _ in range(max(cuts) + 6):
@@ -86,7 +86,7 @@ def check_going_on(source: Callable[[], Any], cuts: range) -> None:
     whole_run.close()
     for cut in cuts:
         disturb()
-        resumed = made(source())
+        resumed = feed_from(source())
         resumed.restore(through_a_file(states[cut]))
         assert same(resumed.state(), states[cut])
         for number in range(cut, cut + 6):
@@ -102,8 +102,8 @@ def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callabl
     # An epoch has three or four batches.
     check_going_on(source, range(6))
     outside_state = checkpoint.rng_state()
-    stream = made(source())
-    uninterrupted = made(source())
+    stream = feed_from(source())
+    uninterrupted = feed_from(source())
     take(stream, 6)
     uninterrupted.restore(stream.state())
     uninterrupted.next()
@@ -120,14 +120,14 @@ def test_goes_on_exactly_with_workers(source: str) -> None:
 
 @pytest.mark.parametrize("source", [SOURCES["shuffled"], SOURCES["re-iterable"]])
 def test_draws_by_seed_and_name(source: Callable[[], Any]) -> None:
-    batches = take(made(source()), 8)
-    assert same(take(made(source()), 8), batches)
-    assert not same(take(made(source(), seed=1), 8), batches)
-    assert not same(take(made(source(), name="unlabeled"), 8), batches)
+    batches = take(feed_from(source()), 8)
+    assert same(take(feed_from(source()), 8), batches)
+    assert not same(take(feed_from(source(), seed=1), 8), batches)
+    assert not same(take(feed_from(source(), name="unlabeled"), 8), batches)
 
 
 def test_every_epoch_is_whole_and_shuffled_anew() -> None:
-    stream = made(DataLoader(Noisy(9), batch_size=3, shuffle=True))
+    stream = feed_from(DataLoader(Noisy(9), batch_size=3, shuffle=True))
     epochs = [torch.cat(take(stream, 3)) for _ in range(3)]
     orders = [epoch[:, 0].tolist() for epoch in epochs]
     assert all(sorted(order) == list(range(9)) for order in orders)
@@ -136,13 +136,13 @@ def test_every_epoch_is_whole_and_shuffled_anew() -> None:
 
 
 def test_an_iterator_is_served_once() -> None:
-    stream = made((torch.tensor([i]) for i in range(3)), stop=5)
+    stream = feed_from((torch.tensor([i]) for i in range(3)), stop=5)
     assert [int(x) for x in take(stream, 3)] == [0, 1, 2]
     state = through_a_file(stream.state())
     with pytest.raises(MetaplError):
         stream.next()
     with pytest.raises(MetaplError):
-        made(iter([1, 2, 3])).restore(state)
+        feed_from(iter([1, 2, 3])).restore(state)
 
 
 class UsedUp:
@@ -155,51 +155,50 @@ class UsedUp:
 
 def served(source: Any, batches: int, **options: Any) -> Any:
     """Return a feed that has served so many batches."""
-    stream = made(source, **options)
+    stream = feed_from(source, **options)
     take(stream, batches)
     return stream
 
 
 def restored(
-    source: Any, state: Callable[[dict[str, Any]], Any] = lambda own: own, of: Any = None
+    source: Any, change: Callable[[dict[str, Any]], Any] | None = None, other_feed: Any = None
 ) -> None:
-    """Restore a feed of a source from what ``state`` makes of the state of another.
-
-    That is the state of a feed of ``of``, or of the same source.
-    """
-    stream = made(source)
-    stream.restore(state((stream if of is None else of).state()))
+    """Restore a feed of a source from the state of another feed, or from its own with a change."""
+    feed = feed_from(source)
+    state = feed.state() if other_feed is None else other_feed.state()
+    feed.restore(state if change is None else change(state))
 
 
 OWN: Callable[[], Any] = SOURCES["own generator"]
 UNORDERED = {"batch_size": 2, "num_workers": 2, "in_order": False}
 
 REFUSED: dict[str, Callable[[], object]] = {
-    "a number": lambda: made(3),
-    "a data set": lambda: made(TensorDataset(torch.ones(2))),
-    "an empty list": lambda: made([]),
-    "too few steps": lambda: made(Doubles(5), stop=6),
+    "a number": lambda: feed_from(3),
+    "a data set": lambda: feed_from(TensorDataset(torch.ones(2))),
+    "an empty list": lambda: feed_from([]),
+    "too few steps": lambda: feed_from(Doubles(5), stop=6),
     "beyond its end": lambda: served(Doubles(5), 2, stop=2).next(),
-    "an empty epoch": lambda: made(DataLoader([])).next(),  # type: ignore[arg-type]
-    "an epoch smaller than a batch": lambda: made(
+    "an empty epoch": lambda: feed_from(DataLoader([])).next(),  # type: ignore[arg-type]
+    "an epoch smaller than a batch": lambda: feed_from(
         DataLoader(Noisy(2), batch_size=3, drop_last=True)
     ).next(),
     "a used-up epoch": lambda: served(UsedUp(), 2).next(),
-    "a state of another kind": lambda: restored([1, 2], of=made(OWN())),
+    "a state of another kind": lambda: restored([1, 2], other_feed=feed_from(OWN())),
     "a source that has shrunk": lambda: restored(
-        DataLoader(Noisy(6), batch_size=2), of=served(DataLoader(Noisy(10), batch_size=2), 5)
+        DataLoader(Noisy(6), batch_size=2),
+        other_feed=served(DataLoader(Noisy(10), batch_size=2), 5),
     ),
     "no order to resume in": lambda: restored(
-        DataLoader(Noisy(), **UNORDERED), lambda own: {**own, "position": 2}
+        DataLoader(Noisy(), **UNORDERED), lambda state: {**state, "position": 2}
     ),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_served_is_refused_and_no_generator_moves(what: str) -> None:
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_served_is_refused_and_no_generator_moves(reason: str) -> None:
     outside_state = checkpoint.rng_state()
     with pytest.raises(MetaplError, match="labeled"):
-        REFUSED[what]()
+        REFUSED[reason]()
     assert same(checkpoint.rng_state(), outside_state)
 
 
@@ -218,7 +217,7 @@ class Failing(Noisy):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_failed_step_is_not_skipped(num_workers: int) -> None:
-    stream = made(Doubles(bad=3), num_workers=num_workers)
+    stream = feed_from(Doubles(bad=3), num_workers=num_workers)
     take(stream, 3)
     for _ in range(2):
         with pytest.raises(KeyError):
@@ -230,8 +229,8 @@ def test_a_failed_step_is_not_skipped(num_workers: int) -> None:
     "error", [KeyboardInterrupt(), OSError("for a moment")], ids=["Ctrl-C", "error"]
 )
 def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
-    expected = take(made(DataLoader(Failing(), batch_size=2, shuffle=True)), 8)
-    stream = made(DataLoader(Failing(error), batch_size=2, shuffle=True))
+    expected = take(feed_from(DataLoader(Failing(), batch_size=2, shuffle=True)), 8)
+    stream = feed_from(DataLoader(Failing(error), batch_size=2, shuffle=True))
     outside_state = checkpoint.rng_state()
     batches: list[Any] = []
     with pytest.raises(type(error)):
@@ -240,7 +239,7 @@ def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     state = stream.state()
     batches += take(stream, 8 - len(batches))
     assert same(batches, expected)
-    resumed = made(DataLoader(Failing(), batch_size=2, shuffle=True))
+    resumed = feed_from(DataLoader(Failing(), batch_size=2, shuffle=True))
     resumed.restore(state)
     assert same(resumed.next(), expected[state["position"]])
 
@@ -293,7 +292,7 @@ class Bytes(StepBatches[Tensor]):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bytes_cross_to_the_device_and_are_finished_there_by_their_step(workers: int) -> None:
     source = Halves()
-    stream = made(source, num_workers=workers, device="meta")
+    stream = feed_from(source, num_workers=workers, device="meta")
     stream.restore({"kind": "steps", "position": 5})
     batch = take(stream, 2)[-1]
     stream.close()
@@ -303,9 +302,9 @@ def test_bytes_cross_to_the_device_and_are_finished_there_by_their_step(workers:
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_every_source_is_served_on_the_device(source: Callable[[], Any]) -> None:
-    plain = made(source())
-    on_device = made(source(), device="meta")
-    on_cpu = made(source(), device="cpu")
+    plain = feed_from(source())
+    on_device = feed_from(source(), device="meta")
+    on_cpu = feed_from(source(), device="cpu")
     for _ in range(3):
         batch = plain.next()
         assert same(on_cpu.next(), batch)

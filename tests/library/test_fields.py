@@ -48,9 +48,9 @@ MISFITS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("given", FITS)
-def test_what_fits_is_taken(given: dict[str, Any]) -> None:
-    Plain(**given)
+@pytest.mark.parametrize("values", FITS)
+def test_what_fits_is_taken(values: dict[str, Any]) -> None:
+    Plain(**values)
 
 
 @pytest.mark.parametrize(

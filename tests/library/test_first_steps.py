@@ -229,7 +229,7 @@ def test_a_fit_that_is_stopped_in_its_first_steps_ends_as_one_that_was_not(tmp_p
     options: dict[str, Any] = {"first_steps": 6, "out": tmp_path, "save_every": 2}
     torch.manual_seed(5)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(parts, Counting(given_batches(), at=6, what=stop), **options)
+        fit(parts, Counting(given_batches(), 6, stop), **options)
     resumed = weight_trainer()
     torch.manual_seed(99)
     fit(resumed, resume=True, **options)
@@ -268,7 +268,7 @@ def test_first_steps_are_with_micro_batches_and_a_clip_what_they_are_without() -
 
 def test_a_look_ahead_draws_one_batch_in_a_first_step() -> None:
     trainer = weight_trainer(lookahead=2)
-    batches = Counting(given_batches(20), at=99, what=lambda: None)
+    batches = Counting(given_batches(20), 99, lambda: None)
     fit(trainer, batches, steps=6, first_steps=3)
     assert trainer.steps_done == 6
     assert batches.taken <= 3 + 2 * 3 + 1

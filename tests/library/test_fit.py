@@ -10,7 +10,10 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -48,9 +51,11 @@ from metapl.training.records import figures
 
 @pytest.mark.parametrize(("decay", "validation"), [(0.3, None), (0.99, VALIDATION)])
 def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) -> None:
-    fitted, twin, (labeled, unlabeled) = bilevel(), bilevel(), batches(8)
+    fitted = bilevel()
+    twin = bilevel()
+    labeled, unlabeled = batches(8)
     torch.manual_seed(1)
-    found = fitted.fit(
+    result = fitted.fit(
         labeled, unlabeled, steps=8, schedule="constant", ema_decay=decay, validation=validation
     )
     torch.manual_seed(1)
@@ -62,61 +67,58 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float, validation: Any) ->
     # Statistics are the student's own.
     buffers = {n: b.clone() for n, b in twin.student.named_buffers()}
     for name, value in {**average, **buffers}.items():
-        torch.testing.assert_close(found.weights[name], value, rtol=1e-5, atol=1e-6)
-        assert torch.equal(fitted.student.state_dict()[name], found.weights[name])
-    assert any(not torch.equal(found.weights[n], p) for n, p in twin.student.named_parameters())
+        torch.testing.assert_close(result.weights[name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(fitted.student.state_dict()[name], result.weights[name])
+    assert any(not torch.equal(result.weights[n], p) for n, p in twin.student.named_parameters())
 
 
 def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first before the first step.
-    trainer, steps, wanted = (
-        single(),
-        5,
-        iter([0.9, 0.2, 0.6, 0.4, 0.6, 0.5]),
-    )
-    seen: list[dict[str, Tensor]] = []
+    trainer = single()
+    steps = 5
+    # The first accuracy is that before the first step.
+    accuracies = iter([0.9, 0.2, 0.6, 0.4, 0.6, 0.5])
+    validated: list[dict[str, Tensor]] = []
 
     def scripted(*_: Any) -> Any:
-        seen.append(copied(trainer.student))
-        accuracy = next(wanted)
-        return type("Found", (), {"value": accuracy, "n": len(VALIDATION[1])})
+        validated.append(copied(trainer.student))
+        return SimpleNamespace(value=next(accuracies), n=len(VALIDATION[1]))
 
     monkeypatch.setattr("metapl.metrics.metric.evaluate_logits", scripted)
-    found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
-    assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 4, 1 + steps)
-    assert same(found.weights, seen[4])
-    assert same(copied(trainer.student), seen[4])
-    assert not same(seen[2], seen[4])
+    result = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
+    assert (result.validation_accuracy, result.step, len(validated)) == (0.6, 4, 1 + steps)
+    assert same(result.weights, validated[4])
+    assert same(copied(trainer.student), validated[4])
+    assert not same(validated[2], validated[4])
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
     trainer = single()
-    found = trainer.fit(
+    result = trainer.fit(
         batches(4)[0], steps=30, validation=VALIDATION, validate_every=7, ema_decay=ema
     )
-    assert found.step in (7, 14, 21, 28, 30)
-    assert found.validation_accuracy == trainer.evaluate(VALIDATION).accuracy
+    assert result.step in (7, 14, 21, 28, 30)
+    assert result.validation_accuracy == trainer.evaluate(VALIDATION).accuracy
     model = network().eval()
-    model.load_state_dict(found.weights)
-    assert (
-        evaluate_logits(model(VALIDATION[0]), VALIDATION[1]).accuracy == found.validation_accuracy
-    )
+    model.load_state_dict(result.weights)
+    x, y = VALIDATION
+    assert evaluate_logits(model(x), y).accuracy == result.validation_accuracy
 
 
-def poisoned(number: int, at: int) -> list[Any]:
-    """Return batches whose inputs are finite throughout.
+def poisoned(number: int, step: int) -> list[Any]:
+    """Return so many batches, whose inputs are finite throughout.
 
-    The network of :func:`trapped` is not finite on batch ``at``.
+    The network of :func:`trapped` is not finite on the batch of ``step``.
     """
-    labeled = batches(number)[0]
-    labeled[at - 1][0][0, 0] = 1e6
+    labeled, _ = batches(number)
+    x, _ = labeled[step - 1]
+    x[0, 0] = 1e6
     return labeled
 
 
 def trapped(trainer: Any) -> Any:
-    def trap(module: nn.Module, given: tuple[Tensor], logits: Tensor) -> Tensor:
-        return logits * (math.nan if given[0].max() > 1e5 else 1.0)
+    def trap(module: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        return logits * (math.nan if inputs[0].max() > 1e5 else 1.0)
 
     trainer.student.register_forward_hook(trap)
     return trainer
@@ -128,8 +130,9 @@ def test_a_nan_stops_the_run_at_its_step(
     trainer: Callable[[], Trainer], bad: int, tmp_path: Path
 ) -> None:
     """Between the steps that are logged, validated or saved as well as on them."""
-    labeled, unlabeled = poisoned(20, bad), batches(20)[1]
-    saved = 4 * ((bad - 1) // 4)
+    labeled = poisoned(20, bad)
+    _, unlabeled = batches(20)
+    last_saved_step = 4 * ((bad - 1) // 4)
     with pytest.raises(MetaplError, match=f"step {bad}\\b"):
         trapped(trainer()).fit(
             labeled,
@@ -141,14 +144,14 @@ def test_a_nan_stops_the_run_at_its_step(
             validate_every=6,
             out=tmp_path,
         )
-    kept = CheckpointFolder(tmp_path / "checkpoints/fit").newest()
-    assert (kept.state["step"] if kept else 0) == saved
-    if (tmp_path / "metrics.jsonl").exists():  # a first step that is refused leaves nothing
+    checkpoint = CheckpointFolder(tmp_path / "checkpoints/fit").newest()
+    assert (checkpoint.state["step"] if checkpoint else 0) == last_saved_step
+    # A first step that is refused leaves no file.
+    if (tmp_path / "metrics.jsonl").exists():
         assert all(row["step"] < bad for row in rows(tmp_path))
-    if kept:
-        assert all(
-            torch.isfinite(t).all() for t in pytree.tree_leaves(kept.state) if isinstance(t, Tensor)
-        )
+    if checkpoint:
+        leaves = pytree.tree_leaves(checkpoint.state)
+        assert all(torch.isfinite(leaf).all() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path: Path) -> None:
@@ -164,102 +167,124 @@ def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path
 QUIET: dict[str, Any] = {"say": lambda _: None, "schedule": "constant", "log_every": 2}
 
 
-def stop_at(step: int, reason: str = "enough") -> Callable[..., None]:
-    def stop(at: int, row: Any, trainer: Any) -> None:
-        if at == step:
+def stop_at(last_step: int, reason: str = "enough") -> Callable[..., None]:
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        if step == last_step:
             raise StopFit(reason)
 
     return stop
 
 
-@pytest.mark.parametrize("trainer", [single, bilevel])
+@dataclass(frozen=True)
+class Call:
+    """A call of a callback of this name."""
+
+    callback: str
+    step: int
+    row: dict[str, Any]
+    trainer: Any
+
+
+@pytest.mark.parametrize("build", [single, bilevel])
 def test_each_callback_sees_every_recorded_row_in_turn(
-    trainer: Callable[[], Any], tmp_path: Path
+    build: Callable[[], Any], tmp_path: Path
 ) -> None:
-    one, seen = trainer(), []
-    calls = [lambda *given, name=name: seen.append((name, *given)) for name in "ab"]
-    found = one.fit(
+    trainer = build()
+    calls: list[Call] = []
+
+    def note(callback: str, step: int, row: dict[str, Any], trainer: Any) -> None:
+        calls.append(Call(callback, step, row, trainer))
+
+    result = trainer.fit(
         *batches(4),
         steps=7,
         log_every=2,
         validation=VALIDATION,
         validate_every=3,
         out=tmp_path,
-        callbacks=calls,
+        callbacks=[partial(note, "a"), partial(note, "b")],
     )
-    assert [(name, step) for name, step, _, _ in seen] == [
-        (n, step) for step in (2, 3, 4, 6, 7) for n in "ab"
-    ]
-    assert all(who is one for *_, who in seen)
-    logged = [
-        {name: value for name, value in row.items() if name != "phase"} for row in rows(tmp_path)
-    ]
-    assert [row for name, _, row, _ in seen if name == "a"] == logged == found.history
-    assert [
-        row["step"]
-        for row in single().fit(batches(4)[0], steps=4, log_every=2, validate_every=1).history
-    ] == [
-        2,
-        4,
-    ]
-    assert "student_validation_accuracy" in found.history[1]
-    assert "loss_cross_entropy" in found.history[0] or "outer_loss" in found.history[0]
+    expected = [(name, step) for step in (2, 3, 4, 6, 7) for name in ("a", "b")]
+    assert [(call.callback, call.step) for call in calls] == expected
+    assert all(call.trainer is trainer for call in calls)
+    logged = []
+    for row in rows(tmp_path):
+        logged.append({name: value for name, value in row.items() if name != "phase"})
+    assert [call.row for call in calls if call.callback == "a"] == logged
+    assert logged == result.history
+    without_validation = single().fit(batches(4)[0], steps=4, log_every=2, validate_every=1)
+    assert [row["step"] for row in without_validation.history] == [2, 4]
+    assert "student_validation_accuracy" in result.history[1]
+    assert "loss_cross_entropy" in result.history[0] or "outer_loss" in result.history[0]
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_fit_that_is_stopped_is_one_of_so_many_steps(ema: float | None, tmp_path: Path) -> None:
     """The steps that were done are kept, and saved; the other callbacks see the last row too."""
-    ends, seen, said = [], [], []
-    for steps, calls in ((20, [stop_at(6), lambda step, *_: seen.append(step)]), (6, [])):
+    ends = []
+    texts: list[str] = []
+    steps_seen: list[int] = []
+
+    def note_step(step: int, *_: Any) -> None:
+        steps_seen.append(step)
+
+    for steps, callbacks in ((20, [stop_at(6), note_step]), (6, [])):
         trainer = bilevel()
         torch.manual_seed(1)
         out = tmp_path / str(steps)
-        how = QUIET | {
-            "say": said.append,
+        options = QUIET | {
             "save_every": 5,
             "ema_decay": ema,
             "validation": VALIDATION,
             "select": False,
         }
-        found = trainer.fit(*batches(4), steps=steps, out=out, callbacks=calls, **how)
-        last = CheckpointFolder(out / "checkpoints/fit").newest()
-        assert last is not None
-        assert (found.step, last.state["step"]) == (6, 6)
-        ends.append((trainer.state_dict(), found.weights, last.state["trainer"]))
-        again = bilevel().fit(
-            *batches(4), steps=steps, out=out, resume=True, **how | {"say": lambda _: None}
+        result = trainer.fit(
+            *batches(4),
+            steps=steps,
+            out=out,
+            callbacks=callbacks,
+            **options | {"say": texts.append},
         )
-        assert (again.step, again.value) == (6, found.value), "it has ended"
-    assert same(*ends)
-    assert (seen, said) == ([2, 4, 6], ["stopped after step 6 by a callback: enough"])
+        checkpoint = CheckpointFolder(out / "checkpoints/fit").newest()
+        assert checkpoint is not None
+        assert (result.step, checkpoint.state["step"]) == (6, 6)
+        ends.append((trainer.state_dict(), result.weights, checkpoint.state["trainer"]))
+        resumed = bilevel().fit(
+            *batches(4),
+            steps=steps,
+            out=out,
+            resume=True,
+            **options | {"say": lambda _: None},
+        )
+        assert (resumed.step, resumed.value) == (6, result.value), "it has ended"
+    stopped, complete = ends
+    assert same(stopped, complete)
+    assert steps_seen == [2, 4, 6]
+    assert texts == ["stopped after step 6 by a callback: enough"]
 
 
 # ---------------------------------------------------------------------------------- what is written
 
 SCALARS = {
-    *(
-        "inner_loss",
-        "outer_loss",
-        "teacher_loss",
-        "teacher_cross_entropy",
-        "inner_lr",
-        "outer_lr",
-    ),
-    *(
-        "feedback_mean",
-        "feedback_std",
-        "feedback_snr",
-        "pseudo_label_confidence",
-        "pseudo_label_entropy",
-        "agreement",
-    ),
-    *(
-        "feedback_rms",
-        "pseudo_label_class_entropy",
-        "student_class_entropy",
-        "labeled_class_entropy",
-    ),
-    *("class_shares_vs_labeled", "student_validation_accuracy", "teacher_validation_accuracy"),
+    "inner_loss",
+    "outer_loss",
+    "teacher_loss",
+    "teacher_cross_entropy",
+    "inner_lr",
+    "outer_lr",
+    "feedback_mean",
+    "feedback_std",
+    "feedback_snr",
+    "pseudo_label_confidence",
+    "pseudo_label_entropy",
+    "agreement",
+    "feedback_rms",
+    "pseudo_label_class_entropy",
+    "student_class_entropy",
+    "labeled_class_entropy",
+    "class_shares_vs_labeled",
+    "student_validation_accuracy",
+    "teacher_validation_accuracy",
 }
 
 
@@ -269,28 +294,29 @@ def test_tensorboard_shows_what_the_rows_say_each_step_once(tmp_path: Path) -> N
     A second phase with the same step numbers may stand beside them.
     """
     labeled, unlabeled = batches(5)
-    how: dict[str, Any] = {**OPTIONS, "steps": 17, "out": tmp_path, "log_every": 2}
-    breaking = Counting(labeled, 9, lambda: (_ for _ in ()).throw(KeyError("stop")))
+    options: dict[str, Any] = {**OPTIONS, "steps": 17, "out": tmp_path, "log_every": 2}
+
+    def stop() -> None:
+        raise KeyError("stop")
+
+    breaking = Counting(labeled, 9, stop)
     with pytest.raises(KeyError, match="stop"):
-        bilevel().fit(breaking, unlabeled, **how)
+        bilevel().fit(breaking, unlabeled, **options)
     trainer = bilevel()
-    trainer.fit(labeled, unlabeled, resume=True, say=lambda _: None, **how)
+    trainer.fit(labeled, unlabeled, resume=True, say=lambda _: None, **options)
     trainer.finetune(labeled, steps=6, out=tmp_path, log_every=1)
-    found, logged = events(tmp_path / "tensorboard/fit"), rows(tmp_path)
-    assert set(found.Tags()["scalars"]) >= SCALARS
+    fit_events = events(tmp_path / "tensorboard/fit")
+    logged = rows(tmp_path)
+    assert set(fit_events.Tags()["scalars"]) >= SCALARS
     for name in SCALARS:
-        shown = [(event.step, event.value) for event in found.Scalars(name)]
-        assert shown == [
-            (row["step"], pytest.approx(row[name], rel=1e-6)) for row in logged if name in row
-        ]
-    assert [e.step for e in events(tmp_path / "tensorboard/finetune").Scalars("loss")] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+        shown = [(event.step, event.value) for event in fit_events.Scalars(name)]
+        expected = []
+        for row in logged:
+            if name in row:
+                expected.append((row["step"], pytest.approx(row[name], rel=1e-6)))
+        assert shown == expected
+    finetune_events = events(tmp_path / "tensorboard/finetune")
+    assert [event.step for event in finetune_events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def digits_trainer() -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
@@ -358,66 +384,66 @@ def test_an_ended_fit_stays_ended_when_it_is_resumed(tmp_path: Path) -> None:
 
 
 def test_damaged_lines_are_left_out_and_a_torn_one_is_written_anew(tmp_path: Path) -> None:
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "schedule": "constant",
         "log_every": 1,
         "say": lambda _: None,
         "out": tmp_path,
     }
-    single().fit(batches(5)[0], steps=4, **how)
+    single().fit(batches(5)[0], steps=4, **options)
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"x" + file.read_bytes() + b'{"phase": "fit", "st')
-    found = single().fit(batches(5)[0], steps=6, resume=True, **how)
-    assert (
-        [row["step"] for row in rows(tmp_path)]
-        == [row["step"] for row in found.history]
-        == [2, 3, 4, 5, 6]
-    )
+    result = single().fit(batches(5)[0], steps=6, resume=True, **options)
+    assert [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 5, 6]
+    assert [row["step"] for row in result.history] == [2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce_per_example", "reinforce"])
 def test_figures_of_the_feedback_are_those_of_a_loop_by_hand(mode: str) -> None:
-    labeled, unlabeled = (one[0] for one in batches(1))
+    labeled, unlabeled = (feed[0] for feed in batches(1))
     trainer = bilevel(mode)
     report = trainer.step(labeled, unlabeled)
-    found = {name: float(t) for name, t in figures(report, trainer.problem, labeled, ALONE).items()}
-    h, logits = report.feedback.double(), report.signal.outputs
-    assert found["feedback_mean"] == pytest.approx(float(h.mean()), rel=1e-6)
-    assert found["feedback_std"] == pytest.approx(float(h.std(correction=0)), rel=1e-6)
+    numbers = figures(report, trainer.problem, labeled, ALONE)
+    row = {name: float(t) for name, t in numbers.items()}
+    h = report.feedback.double()
+    logits = report.signal.outputs
+    assert row["feedback_mean"] == pytest.approx(float(h.mean()), rel=1e-6)
+    assert row["feedback_std"] == pytest.approx(float(h.std(correction=0)), rel=1e-6)
     q = logits.softmax(1).double()
-    assert found["pseudo_label_entropy"] == pytest.approx(
-        float(-(q * q.log()).sum(1).mean()), rel=1e-5
-    )
-    assert found["feedback_rms"] == pytest.approx(float(h.square().mean().sqrt()), rel=1e-6)
+    entropy = float(-(q * q.log()).sum(1).mean())
+    assert row["pseudo_label_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert row["feedback_rms"] == pytest.approx(float(h.square().mean().sqrt()), rel=1e-6)
     shares = torch.bincount(labeled[1], minlength=3) / len(labeled[1])
     of_student = report.student_outputs.softmax(1)
-    for name, mean in (
-        ("pseudo_label", q.mean(0)),
-        ("student", of_student.mean(0)),
-        ("labeled", shares),
-    ):
+    class_shares = {"pseudo_label": q.mean(0), "student": of_student.mean(0), "labeled": shares}
+    for name, mean in class_shares.items():
         entropy = float(-(mean * mean.clamp_min(1e-30).log()).sum())
-        assert found[f"{name}_class_entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert found["class_shares_vs_labeled"] == pytest.approx(
-        float((q.mean(0) - shares).abs().sum() / 2), rel=1e-5
-    )
+        assert row[f"{name}_class_entropy"] == pytest.approx(entropy, rel=1e-5)
+    distance = float((q.mean(0) - shares).abs().sum() / 2)
+    assert row["class_shares_vs_labeled"] == pytest.approx(distance, rel=1e-5)
     if mode == "reinforce":
-        assert "feedback_snr" not in found  # one number for all rows
+        # One number for all rows has no ratio of signal to noise.
+        assert "feedback_snr" not in row
         return
     z = logits.detach().double().requires_grad_()
-    spoken = (
-        z.softmax(1) if h.ndim == 2 else z.log_softmax(1)[range(len(h)), report.signal.value.long()]
+    if h.ndim == 2:
+        signal = z.softmax(1)
+    else:
+        signal = z.log_softmax(1)[range(len(h)), report.signal.value.long()]
+    [g] = torch.autograd.grad((h * signal).sum(), z)
+    count = len(g)
+    square_of_mean = g.mean(0).square().sum()
+    mean_of_squares = g.square().sum(1).mean()
+    expected = float(
+        (count * square_of_mean - mean_of_squares) / (mean_of_squares - square_of_mean)
     )
-    [g] = torch.autograd.grad((h * spoken).sum(), z)
-    mean, square, count = g.mean(0).square().sum(), g.square().sum(1).mean(), len(g)
-    expected = float((count * mean - square) / (square - mean))
-    assert math.isfinite(found["feedback_snr"])
-    assert found["feedback_snr"] == pytest.approx(expected, rel=1e-4)
+    assert math.isfinite(row["feedback_snr"])
+    assert row["feedback_snr"] == pytest.approx(expected, rel=1e-4)
 
 
-def held(out: Path, begun: Any) -> None:
+def hold_lock(out: Path, is_locked: Any) -> None:
     with folders.Folder(out).locked():
-        begun.set()
+        is_locked.set()
         time.sleep(60)
 
 
@@ -426,17 +452,18 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
 ) -> None:
     monkeypatch.setattr(folders, "PATIENCE", 0.2)
     processes = multiprocessing.get_context("fork")
-    begun = processes.Event()
-    other = processes.Process(target=held, args=(tmp_path, begun))
+    is_locked = processes.Event()
+    other = processes.Process(target=hold_lock, args=(tmp_path, is_locked))
     other.start()
-    begun.wait(60)
+    is_locked.wait(60)
     with pytest.raises(MetaplError, match="process"):
         single().fit(batches(3)[0], steps=3, out=tmp_path)
     other.kill()
     other.join()
     single().fit(batches(3)[0], steps=3, out=tmp_path)
     folder = folders.Folder(tmp_path)
-    with folder.locked():  # which may be locked again, as several phases in one folder do
+    # Several phases in one folder lock it once more in the same process.
+    with folder.locked():
         single().fit(batches(3)[0], steps=3, out=folder, phase="finetune")
     assert [row["step"] for row in rows(tmp_path, "finetune")] == [3]
 
@@ -447,34 +474,38 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(
         ({"checkpoint_every": 2}, "save_every"),
         ({"valdation": VALIDATION}, "validation"),
         ({"workers": 2}, "num_workers"),
-        ({"zzz": 1}, "validate_every"),  # nothing is like it: all are named
+        # No option is like this one, so all are named.
+        ({"zzz": 1}, "validate_every"),
     ],
     ids=str,
 )
 def test_an_option_that_is_none_is_refused_with_the_nearest_names(
     wrong: dict[str, Any], nearest: str, tmp_path: Path
 ) -> None:
-    alone, both, source = single(), bilevel(), batches(2)
+    of_student = single()
+    of_both = bilevel()
+    labeled, _ = batches(2)
     calls: list[tuple[Trainer, Callable[..., Any]]] = [
-        (alone, alone.fit),
-        (both, both.fit),
-        (both, both.finetune),
+        (of_student, of_student.fit),
+        (of_both, of_both.fit),
+        (of_both, of_both.finetune),
     ]
     for trainer, fit in calls:
-        before = copied(trainer.student)
-        with pytest.raises(MetaplError) as refused:
-            fit(source[0], steps=2, out=tmp_path / "run", **wrong)
-        text = str(refused.value)
+        weights_before = copied(trainer.student)
+        with pytest.raises(MetaplError) as refusal:
+            fit(labeled, steps=2, out=tmp_path / "run", **wrong)
+        text = str(refusal.value)
         assert text.startswith(f"fit has no option {next(iter(wrong))!r}; ")
         assert nearest in text
         assert "\n" not in text
-        assert same(copied(trainer.student), before)
+        assert same(copied(trainer.student), weights_before)
         assert trainer.steps_done == 0
     assert not (tmp_path / "run").exists()
 
 
 def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
-    options, keywords = get_type_hints(FitOptions), get_type_hints(FitKeywords)
+    options = get_type_hints(FitOptions)
+    keywords = get_type_hints(FitKeywords)
     options.pop("steps")
     assert keywords == options
     parameters = inspect.signature(Trainer.fit).parameters

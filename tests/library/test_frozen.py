@@ -34,15 +34,14 @@ def problem(tuning: str) -> Toy:
     body = nn.Conv2d(1, 4, 3), nn.Linear(16, 6)
     networks = []
     for _ in range(2):
-        conv, layer = nn.Conv2d(1, 4, 3), nn.Linear(16, 6)
-        for own, held in zip((conv, layer), body, strict=True):
-            own.weight, own.bias = (
-                held.weight.requires_grad_(requires_grad=False),
-                held.bias.requires_grad_(requires_grad=False),
-            )
+        conv = nn.Conv2d(1, 4, 3)
+        layer = nn.Linear(16, 6)
+        for part, shared_part in zip((conv, layer), body, strict=True):
+            part.weight = shared_part.weight.requires_grad_(requires_grad=False)
+            part.bias = shared_part.bias.requires_grad_(requires_grad=False)
             if tuning == "lora":
-                parametrize.register_parametrization(own, "weight", LowRank(own.weight))
-        parts = (
+                parametrize.register_parametrization(part, "weight", LowRank(part.weight))
+        network = nn.Sequential(
             conv,
             nn.BatchNorm2d(4).eval(),
             nn.Tanh(),
@@ -51,7 +50,7 @@ def problem(tuning: str) -> Toy:
             nn.Tanh(),
             nn.Linear(6, CLASSES),
         )
-        networks.append(nn.Sequential(*parts).double())
+        networks.append(network.double())
     x_l, x_u = (torch.randn(n, 1, 4, 4, dtype=torch.float64) for n in (5, 4))
     return Toy(networks[0], networks[1], (x_l, torch.randint(CLASSES, (5,))), x_u, 0)
 
@@ -62,17 +61,18 @@ def problem(tuning: str) -> Toy:
 def test_the_gradient_in_what_is_learned_is_that_of_double_backward(
     mode: str, optimiser: str, tuning: str
 ) -> None:
-    toy, rule = problem(tuning), OPTIMISERS[optimiser]
+    toy = problem(tuning)
+    rule = OPTIMISERS[optimiser]
     frozen = {name: p for name, p in toy.teacher.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(p is toy.student.get_parameter(name) for name, p in frozen.items())
-    before = {name: p.clone() for name, p in frozen.items()}
+    frozen_before = {name: p.clone() for name, p in frozen.items()}
     expected = reference.pseudo_labels(**toy.networks(), **toy.data(), rule=rule.rule)
-    found = gradient(toy, mode, inner_optimizer=rule.build(toy.student), verify=True)
-    assert found.grads.keys() == expected.grads.keys()
-    assert error(found.grads, expected.grads) < (1e-4 if mode == "difference" else 1e-9)
-    assert error(found.student_params, expected.student_params) < 1e-9
-    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    result = gradient(toy, mode, inner_optimizer=rule.build(toy.student), verify=True)
+    assert result.grads.keys() == expected.grads.keys()
+    assert error(result.grads, expected.grads) < (1e-4 if mode == "difference" else 1e-9)
+    assert error(result.student_params, expected.student_params) < 1e-9
+    assert all(torch.equal(p, frozen_before[name]) for name, p in frozen.items())
 
 
 @pytest.mark.parametrize("tuning", ["head", "lora"])

@@ -14,7 +14,8 @@ import metapl
 from metapl import MetaplError
 from metapl.feedback import Implicit
 
-N, D = 12, 4
+N = 12
+D = 4
 
 
 class Penalties(nn.Module):
@@ -28,7 +29,7 @@ class Penalties(nn.Module):
         return self.log_penalty.exp()
 
 
-class Ridge(metapl.problems.Problem):
+class Ridge(metapl.problems.BilevelProblem):
     """Least squares with a penalty per feature, judged by squares on other data."""
 
     def signal(
@@ -73,9 +74,13 @@ def student() -> nn.Linear:
     return network
 
 
-def found(mode: Implicit, inner: Any = None) -> metapl.Hypergradient:
+def implicit_gradient(mode: Implicit, inner: Any = None) -> metapl.Hypergradient:
     inner_batch, outer_batch = data()
     network = student()
+    if inner is None:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    else:
+        optimizer = inner(network)
     return metapl.hypergradient(
         Penalties(),
         network,
@@ -83,9 +88,7 @@ def found(mode: Implicit, inner: Any = None) -> metapl.Hypergradient:
         unlabeled=inner_batch,
         mode=mode,
         problem=Ridge(),
-        inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1)
-        if inner is None
-        else inner(network),
+        inner_optimizer=optimizer,
     )
 
 
@@ -95,12 +98,13 @@ def found(mode: Implicit, inner: Any = None) -> metapl.Hypergradient:
         (Implicit(iterations=D), 1e-8),
         (Implicit(iterations=30), 1e-8),
         (Implicit(solver="neumann", iterations=500, step_size=0.2), 1e-6),
-        (Implicit(solver="neumann", iterations=1000), 1e-6),  # the student's learning rate
+        # Its step size is the student's learning rate.
+        (Implicit(solver="neumann", iterations=1000), 1e-6),
     ],
     ids=str,
 )
 def test_ridge_regression_with_a_penalty_per_feature(mode: Implicit, tolerance: float) -> None:
-    assert error(found(mode).grads["log_penalty"], closed_form()) < tolerance
+    assert error(implicit_gradient(mode).grads["log_penalty"], closed_form()) < tolerance
 
 
 def test_damping_and_the_identity_are_what_they_say() -> None:
@@ -111,20 +115,27 @@ def test_damping_and_the_identity_are_what_they_say() -> None:
     hessian = x.T @ x / N + torch.diag(penalty)
     # g = Hθ − xᵀy/N, so ∂g/∂log λ = diag(λ θ).
     damped = -torch.linalg.solve(hessian + 0.7 * torch.eye(D).double(), v) * penalty * theta
-    assert error(found(Implicit(iterations=D, damping=0.7)).grads["log_penalty"], damped) < 1e-8
     assert (
-        error(found(Implicit(solver="identity")).grads["log_penalty"], -v * penalty * theta) < 1e-10
+        error(implicit_gradient(Implicit(iterations=D, damping=0.7)).grads["log_penalty"], damped)
+        < 1e-8
     )
     assert (
         error(
-            found(Implicit(solver="identity", step_size=0.3)).grads["log_penalty"],
+            implicit_gradient(Implicit(solver="identity")).grads["log_penalty"],
+            -v * penalty * theta,
+        )
+        < 1e-10
+    )
+    assert (
+        error(
+            implicit_gradient(Implicit(solver="identity", step_size=0.3)).grads["log_penalty"],
             -0.3 * v * penalty * theta,
         )
         < 1e-10
     )
     short = Implicit(solver="neumann", iterations=1, step_size=0.1)
     series = -(0.1 * v + 0.1 * (v - 0.1 * hessian @ v)) * penalty * theta
-    assert error(found(short).grads["log_penalty"], series) < 1e-10
+    assert error(implicit_gradient(short).grads["log_penalty"], series) < 1e-10
 
 
 def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner: Any) -> Tensor:
@@ -140,9 +151,11 @@ def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner:
         return -(q * logits(flat, x).log_softmax(-1)).sum(-1).mean()
 
     hessian = torch.autograd.functional.hessian(inner_loss, theta)
-    at = theta.clone().requires_grad_()
-    (v,) = torch.autograd.grad(nn.functional.cross_entropy(logits(at, labeled[0]), labeled[1]), at)
-    (g,) = torch.autograd.grad(inner_loss(at), at, create_graph=True)
+    flat_theta = theta.clone().requires_grad_()
+    (v,) = torch.autograd.grad(
+        nn.functional.cross_entropy(logits(flat_theta, labeled[0]), labeled[1]), flat_theta
+    )
+    (g,) = torch.autograd.grad(inner_loss(flat_theta), flat_theta, create_graph=True)
     w = -torch.linalg.pinv(hessian, rtol=1e-10) @ v
     return -torch.autograd.grad(g @ w, q)[0]
 
@@ -159,10 +172,11 @@ def test_conjugate_gradients_end_where_they_have_converged(
     draw = torch.Generator().manual_seed(3)
     x, z = (torch.randn(n, D, generator=draw, dtype=dtype) for n in (rows, 8))
     table = metapl.problems.Table(torch.randn(40, 4, generator=draw, dtype=dtype))
-    y, index = torch.randint(4, (8,), generator=draw), torch.randint(40, (rows,), generator=draw)
+    y = torch.randint(4, (8,), generator=draw)
+    index = torch.randint(40, (rows,), generator=draw)
     torch.manual_seed(3)
     network = nn.Linear(D, 4).to(dtype)
-    found = metapl.hypergradient(
+    gradient = metapl.hypergradient(
         table,
         network,
         labeled=(z, y),
@@ -171,10 +185,8 @@ def test_conjugate_gradients_end_where_they_have_converged(
         problem=metapl.problems.ExampleLabels(),
         inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
     )
-    assert (
-        error(found.feedback.double(), by_pseudo_inverse(network, table, (z, y), (x, index)))
-        < tolerance
-    )
+    expected = by_pseudo_inverse(network, table, (z, y), (x, index))
+    assert error(gradient.feedback.double(), expected) < tolerance
 
 
 def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_moves() -> None:
@@ -184,10 +196,10 @@ def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_m
         Implicit(solver="neumann", iterations=20, step_size=50.0),
     ):
         trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, verify=False)
-        before = everything(problem)
+        tensors_before = everything(problem)
         with pytest.raises(MetaplError):
             trainer.step(problem.labeled, problem.unlabeled)
-        assert same(before, everything(problem))
+        assert same(tensors_before, everything(problem))
 
 
 @pytest.mark.parametrize("step_size", [None, 50.0])

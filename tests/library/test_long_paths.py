@@ -61,7 +61,7 @@ def network(seed: int = 0) -> nn.Module:
 def gradient(
     student: nn.Module,
     optimizer: Any,
-    ahead: Lookahead,
+    lookahead: Lookahead,
     mode: Forward,
     clip_norm: float | None = None,
 ) -> metapl.Hypergradient:
@@ -70,7 +70,7 @@ def gradient(
         None,
         student,
         outer=batch(-1),
-        inner=ahead,
+        inner=lookahead,
         inner_optimizer=optimizer,
         problem=EqualWeights(),
         mode=mode,
@@ -161,7 +161,7 @@ def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None) -> N
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
     """The networks have dropout and batch norm, and most steps are computed again."""
     results = []
-    for ahead, mode in (
+    for lookahead, mode in (
         (Lookahead([batch(k)[0] for k in range(STEPS)]), Forward(keep_every=1)),
         (Lookahead(lambda k: batch(k)[0], steps=STEPS), Forward(keep="tree")),
     ):
@@ -171,7 +171,7 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
             network(),
             student,
             outer=batch(-1),
-            inner=ahead,
+            inner=lookahead,
             mode=mode,
             problem=metapl.PseudoLabels(kind),
             inner_optimizer=OPTIMIZERS["adam"](student.parameters()),
@@ -231,10 +231,10 @@ WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 def test_wrong_paths_are_refused(case: str) -> None:
     student = network()
     inner = OPTIMIZERS["adam"](student.parameters())
-    before = copy.deepcopy(student.state_dict())
+    state_before = copy.deepcopy(student.state_dict())
     with pytest.raises(MetaplError):
         gradient(student, inner, WRONG[case](inner), Forward(keep_every=8))
-    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+    assert all(torch.equal(t, state_before[name]) for name, t in student.state_dict().items())
 
 
 def test_the_default_keeps_what_half_of_the_free_memory_holds(

@@ -18,6 +18,7 @@ from problems_zoo import (
     toy,
     trainer_for,
     unmoved,
+    values,
     warm,
 )
 from reference import error
@@ -41,42 +42,59 @@ UPDATES = ["torch_sgd_nesterov", "torch_adam_amsgrad", "torch_adamw", "torchopt_
 
 
 def batches(steps: int, problem: Toy, views: bool = False) -> list[Any]:
-    draw, like = torch.Generator().manual_seed(3), problem.labeled[0]
-    one = lambda: torch.randn(4, *like.shape[1:], generator=draw, dtype=like.dtype)  # noqa: E731
-    return [(one(), one()) if views else one() for _ in range(steps)]
+    generator = torch.Generator().manual_seed(3)
+    like, _ = problem.labeled
+
+    def inputs() -> Tensor:
+        return torch.randn(4, *like.shape[1:], generator=generator, dtype=like.dtype)
+
+    if views:
+        return [(inputs(), inputs()) for _ in range(steps)]
+    return [inputs() for _ in range(steps)]
 
 
 def check(
     estimator: str,
     problem: Toy,
     optimiser: str,
-    ahead: list[Any],
+    inner_batches: list[Any],
     warmed: int = 2,
     tolerance: float = 1e-8,
 ) -> None:
-    mode, kind, told = ESTIMATORS[estimator]
+    mode, kind, kind_of_reference = ESTIMATORS[estimator]
     rule = OPTIMISERS[optimiser]
     inner, inner_state, rule_state = warm(problem, rule, warmed)
     problem.draw_from_start()
-    data = {"labeled": problem.labeled, "batches": ahead}
     expected = reference.several_steps(
-        **problem.networks(), **data, rule=rule.rule, state=rule_state, kind=told
+        **problem.networks(),
+        labeled=problem.labeled,
+        batches=inner_batches,
+        rule=rule.rule,
+        state=rule_state,
+        kind=kind_of_reference,
     )
-    drawn_to = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     problem.draw_from_start()
-    with unmoved(problem, *([inner] if rule.torch_class else []), generator=False):
-        optimizer = {"inner_optimizer": inner, "inner_state": inner_state}
-        found = gradient(problem, mode, ahead, problem=metapl.PseudoLabels(kind=kind), **optimizer)
+    optimizers_of_torch = [inner] if rule.torch_class else []
+    with unmoved(problem, *optimizers_of_torch, generator=False):
+        result = gradient(
+            problem,
+            mode,
+            inner_batches,
+            problem=metapl.PseudoLabels(kind=kind),
+            inner_optimizer=inner,
+            inner_state=inner_state,
+        )
     tolerance = max(tolerance, rule.tolerance)
-    assert isinstance(found.feedback, tuple)
-    for h, g in zip(found.feedback, expected.signal_grads, strict=True):
+    assert isinstance(result.feedback, tuple)
+    for h, g in zip(result.feedback, expected.signal_grads, strict=True):
         assert error(h, -g) < tolerance
-    assert error(found.grads, expected.grads) < tolerance
-    assert error(found.student_params, expected.student_params) < tolerance
-    assert error(found.outer_loss, expected.outer_loss) < tolerance
-    assert torch.equal(torch.get_rng_state(), drawn_to)
-    handed_on = [t for t in pytree.tree_leaves(found.inner_state) if isinstance(t, Tensor)]
-    assert not any(t.requires_grad for t in handed_on), "it keeps the graphs of all calls before"
+    assert error(result.grads, expected.grads) < tolerance
+    assert error(result.student_params, expected.student_params) < tolerance
+    assert error(result.outer_loss, expected.outer_loss) < tolerance
+    assert torch.equal(torch.get_rng_state(), random_state)
+    next_state = [t for t in pytree.tree_leaves(result.inner_state) if isinstance(t, Tensor)]
+    assert not any(t.requires_grad for t in next_state), "it keeps the graphs of all calls before"
 
 
 @pytest.mark.parametrize(
@@ -99,17 +117,18 @@ def test_every_update_from_its_first_step_on(optimiser: str) -> None:
 @pytest.mark.parametrize("kind", [Forward, Unrolled])
 def test_truncation_differentiates_the_last_steps_alone(kind: Any) -> None:
     problem = toy("mlp")
-    ahead = batches(4, problem)
+    inner_batches = batches(4, problem)
     inner = OPTIMISERS["torch_adamw"].build(problem.student)
-    modes = kind(), kind(truncate=2), kind(truncate=9)
-    whole, cut, far = (gradient(problem, mode, ahead, inner_optimizer=inner) for mode in modes)
-    assert all(not h.any() for h in cut.feedback[:2])
-    for h, expected in zip(cut.feedback[2:], whole.feedback[2:], strict=True):
+    complete = gradient(problem, kind(), inner_batches, inner_optimizer=inner)
+    last_two = gradient(problem, kind(truncate=2), inner_batches, inner_optimizer=inner)
+    more_than_all = gradient(problem, kind(truncate=9), inner_batches, inner_optimizer=inner)
+    assert all(not h.any() for h in last_two.feedback[:2])
+    for h, expected in zip(last_two.feedback[2:], complete.feedback[2:], strict=True):
         assert error(h, expected) < 1e-12
-    assert error(far.grads, whole.grads) < 1e-12
-    for wrong in (-1, 1.5):
+    assert error(more_than_all.grads, complete.grads) < 1e-12
+    for truncate in (-1, 1.5):
         with pytest.raises(MetaplError):
-            kind(truncate=wrong)
+            kind(truncate=truncate)
 
 
 @pytest.mark.parametrize(
@@ -119,32 +138,38 @@ def test_truncation_differentiates_the_last_steps_alone(kind: Any) -> None:
         ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"),
         usual=["forward", "torch_adamw"],
     ),
-)  # fmt: skip
+)
 def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimiser: str) -> None:
     problem = toy("batch_norm")
-    ahead, rule = batches(3, problem), OPTIMISERS[optimiser]
-    outer = torch.optim.SGD(problem.teacher.parameters(), lr=0.5)
-    before = {n: p.detach().clone() for n, p in problem.teacher.named_parameters()}
+    inner_batches = batches(3, problem)
+    rule = OPTIMISERS[optimiser]
+    weights_before = values(problem.teacher)
     expected = reference.several_steps(
-        **problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule.rule
+        **problem.networks(), labeled=problem.labeled, batches=inner_batches, rule=rule.rule
     )
-    optimizers = {"inner_optimizer": rule.build(problem.student), "outer_optimizer": outer}
-    trainer = trainer_for(problem, mode, **optimizers, teacher_losses=())
-    report = trainer.step(problem.labeled, Lookahead(ahead))
+    trainer = trainer_for(
+        problem,
+        mode,
+        inner_optimizer=rule.build(problem.student),
+        outer_optimizer=torch.optim.SGD(problem.teacher.parameters(), lr=0.5),
+        teacher_losses=(),
+    )
+    report = trainer.step(problem.labeled, Lookahead(inner_batches))
     assert error(dict(problem.student.named_parameters()), expected.student_params) < 1e-9
-    assert int(problem.student[1].num_batches_tracked) == 3, (
-        "running statistics move once a student step"
-    )
-    moved = {n: (before[n] - p.detach()) / 0.5 for n, p in problem.teacher.named_parameters()}
+    # The running statistics move once a student step.
+    assert int(problem.student[1].num_batches_tracked) == 3
+    gradients = {}
+    for name, p in problem.teacher.named_parameters():
+        gradients[name] = (weights_before[name] - p.detach()) / 0.5
     if mode == "none":
-        assert not any(t.any() for t in moved.values())
+        assert not any(t.any() for t in gradients.values())
     else:
-        assert error(moved, expected.grads) < 1e-9
+        assert error(gradients, expected.grads) < 1e-9
     assert isinstance(report.feedback, tuple)
     assert len(report.feedback) == 3
     assert report.as_dict()["inner_loss"] > 0
-    again = trainer.step(problem.labeled, Lookahead(ahead))
-    assert again.step == 1
+    second_report = trainer.step(problem.labeled, Lookahead(inner_batches))
+    assert second_report.step == 1
 
 
 def test_a_verified_step_calls_the_function_of_a_look_ahead_once_for_each_batch() -> None:
@@ -177,29 +202,36 @@ def test_keeping_few_steps_takes_less_memory_where_the_weights_are_most_of_it() 
         "inner_optimizer": torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3),
     }
 
-    def held(mode: Forward) -> int:
+    def peak_bytes_of(mode: Forward) -> int:
         return peak_bytes(
             lambda: metapl.hypergradient(teacher, student, **data, mode=mode), torch.device("cpu")
         )
 
-    assert held(Forward(keep_every=6)) < 0.6 * held(Forward())
+    assert peak_bytes_of(Forward(keep_every=6)) < 0.6 * peak_bytes_of(Forward())
 
 
 def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
-    problem, by_hand = toy("mlp"), toy("mlp")
-    drawn, ends = batches(6, problem), []
-    for one in (problem, by_hand):
-        trainer = trainer_for(one, lookahead=3)
-        if one is problem:
-            found = trainer.fit(
-                [one.labeled] * 2, drawn, steps=5, progress=False, log_every=1, schedule="constant"
-            )
-            assert len(found.history) == 5
-        else:
-            for t in range(5):
-                trainer.step(one.labeled, Lookahead([drawn[(3 * t + k) % 6] for k in range(3)]))
-        ends.append([*trainer.teacher.parameters()])
-    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+    problem = toy("mlp")
+    inner_batches = batches(6, problem)
+    trainer = trainer_for(problem, lookahead=3)
+    result = trainer.fit(
+        [problem.labeled] * 2,
+        inner_batches,
+        steps=5,
+        progress=False,
+        log_every=1,
+        schedule="constant",
+    )
+    assert len(result.history) == 5
+
+    twin = toy("mlp")
+    trainer_by_hand = trainer_for(twin, lookahead=3)
+    for t in range(5):
+        batches_of_step = [inner_batches[(3 * t + k) % 6] for k in range(3)]
+        trainer_by_hand.step(twin.labeled, Lookahead(batches_of_step))
+    torch.testing.assert_close(
+        [*problem.teacher.parameters()], [*twin.teacher.parameters()], rtol=1e-12, atol=1e-14
+    )
 
 
 class Branches(nn.Module):
@@ -212,10 +244,8 @@ class Branches(nn.Module):
         super().__init__()
         torch.manual_seed(4)
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh())
-        self.heads, self.idle = (
-            nn.ModuleList([nn.Linear(5, CLASSES) for _ in range(2)]),
-            nn.Linear(2, 2),
-        )
+        self.heads = nn.ModuleList([nn.Linear(5, CLASSES) for _ in range(2)])
+        self.idle = nn.Linear(2, 2)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,34 +255,37 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("order", ["11", "10", "010"])
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_parameters_that_some_of_the_steps_do_not_reach(mode: str, order: str) -> None:
-    """As torch.optim has it, such a step leaves weight and momentum alone, weight decay and all."""
+    """Such a step leaves weight and momentum alone, as torch.optim does, weight decay and all."""
     base = toy("mlp")
     problem = Toy(base.teacher, Branches(), base.labeled, None, 0)
-    ahead = batches(len(order), problem)
-    for x, which in zip([*ahead, problem.labeled[0]], [*order, "1"], strict=True):
-        x.view(-1)[0] = 1.0 if which == "1" else -1.0
+    inner_batches = batches(len(order), problem)
+    # The sign of its first number says which branch a batch takes.
+    for x, branch in zip([*inner_batches, problem.labeled[0]], [*order, "1"], strict=True):
+        x.view(-1)[0] = 1.0 if branch == "1" else -1.0
 
     def rule(params: Any, grads: Any, state: Any) -> Any:
-        new, velocity = dict(params), dict(state or {})
+        moved = dict(params)
+        velocity = dict(state or {})
         for name, g in grads.items():
-            if g is not None:
-                d = g + 0.1 * params[name]
-                velocity[name] = 0.9 * velocity[name] + 0.8 * d if name in velocity else d
-                new[name] = params[name] - 0.3 * velocity[name]
-        return new, velocity
+            if g is None:
+                continue
+            direction = g + 0.1 * params[name]
+            if name in velocity:
+                velocity[name] = 0.9 * velocity[name] + 0.8 * direction
+            else:
+                velocity[name] = direction
+            moved[name] = params[name] - 0.3 * velocity[name]
+        return moved, velocity
 
-    options = {"lr": 0.3, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
     expected = reference.several_steps(
-        **problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule
+        **problem.networks(), labeled=problem.labeled, batches=inner_batches, rule=rule
     )
-    found = gradient(
-        problem,
-        mode,
-        ahead,
-        inner_optimizer=torch.optim.SGD(problem.student.parameters(), **options),
+    sgd = torch.optim.SGD(
+        problem.student.parameters(), lr=0.3, momentum=0.9, dampening=0.2, weight_decay=0.1
     )
-    assert error(found.grads, expected.grads) < 1e-9
-    assert error(found.student_params, expected.student_params) < 1e-9
+    result = gradient(problem, mode, inner_batches, inner_optimizer=sgd)
+    assert error(result.grads, expected.grads) < 1e-9
+    assert error(result.student_params, expected.student_params) < 1e-9
 
 
 class Confident(metapl.PseudoLabels):
@@ -262,28 +295,29 @@ class Confident(metapl.PseudoLabels):
         super().__init__()
         self.student = student
 
-    def signal(self, teacher: nn.Module, batch: Any, *given: Any, **options: Any) -> Any:
-        signal = super().signal(teacher, batch, *given, **options)
-        return metapl.Signal(
-            signal.value * self.student(batch).detach().softmax(1).amax(1, keepdim=True)
-        )
+    def signal(self, teacher: nn.Module, batch: Any, *args: Any, **options: Any) -> Any:
+        signal = super().signal(teacher, batch, *args, **options)
+        confidence = self.student(batch).detach().softmax(1).amax(1, keepdim=True)
+        return metapl.Signal(signal.value * confidence)
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "none"])
 def test_a_signal_that_reads_the_student_reads_it_as_it_is_in_the_step(mode: str) -> None:
     problem = toy("mlp")
-    ahead, step = batches(3, problem), torch.optim.SGD(problem.student.parameters(), lr=0.5)
-    found = gradient(problem, mode, ahead, problem=Confident(problem.student), inner_optimizer=step)
-    for x in ahead:  # three plain steps
+    inner_batches = batches(3, problem)
+    sgd = torch.optim.SGD(problem.student.parameters(), lr=0.5)
+    confident = Confident(problem.student)
+    result = gradient(problem, mode, inner_batches, problem=confident, inner_optimizer=sgd)
+    # Three plain steps by hand.
+    for x in inner_batches:
         z = problem.student(x)
-        labels = problem.teacher(x).softmax(1).detach() * z.detach().softmax(1).amax(
-            1, keepdim=True
-        )
-        step.zero_grad()
+        confidence = z.detach().softmax(1).amax(1, keepdim=True)
+        labels = problem.teacher(x).softmax(1).detach() * confidence
+        sgd.zero_grad()
         (-labels * z.log_softmax(1)).sum(1).mean().backward()
-        step.step()
+        sgd.step()
     for name, p in problem.student.named_parameters():
-        torch.testing.assert_close(found.student_params[name], p.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(result.student_params[name], p.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("fault", FAULTS_AHEAD)

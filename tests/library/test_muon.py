@@ -77,12 +77,12 @@ def muon_and_adamw(
         return math.sqrt(max(1.0, rows / columns))
 
     def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        others = {name: p for name, p in params.items() if p.ndim != 2}
-        grads_of_others = {name: grads[name] for name in others}
-        new_params, adamw_state = adamw_rule(others, grads_of_others, state and state["adamw"])
+        vectors = {name: p for name, p in params.items() if p.ndim != 2}
+        grads_of_vectors = {name: grads[name] for name in vectors}
+        new_params, adamw_state = adamw_rule(vectors, grads_of_vectors, state and state["adamw"])
         buffers = {}
         for name, p in params.items():
-            if name in others:
+            if name in vectors:
                 continue
             old_buffer = state["muon"][name] if state else torch.zeros_like(p)
             buffers[name] = momentum * old_buffer + (1 - momentum) * grads[name]
@@ -111,8 +111,8 @@ def toy_of_matrices() -> Toy:
 
 def optimizers(network: nn.Module, settings: dict[str, Any] = NESTEROV) -> tuple[Any, Any]:
     matrices = [p for p in network.parameters() if p.ndim == 2]
-    others = [p for p in network.parameters() if p.ndim != 2]
-    return torch.optim.Muon(matrices, **settings), torch.optim.AdamW(others, **ADAMW)
+    vectors = [p for p in network.parameters() if p.ndim != 2]
+    return torch.optim.Muon(matrices, **settings), torch.optim.AdamW(vectors, **ADAMW)
 
 
 def weights_of(network: nn.Module) -> Tree:
@@ -159,10 +159,13 @@ def relative_distance(theta: Tree, exact: Tree, taken: Tree) -> float:
 @pytest.mark.parametrize(
     ("mode", "settings", "steps", "warm"),
     product(
-        ("unrolled", "forward", Forward(by="tangent", keep_every=2)), SETTINGS, (1, 3), (0, 2),
+        ("unrolled", "forward", Forward(by="tangent", keep_every=2)),
+        SETTINGS,
+        (1, 3),
+        (0, 2),
         usual=["unrolled", "forward", "nesterov", 3, 2],
     ),
-)  # fmt: skip
+)
 def test_the_gradient_is_that_of_double_backward_by_hand(
     mode: Any, settings: str, steps: int, warm: int
 ) -> None:
@@ -174,9 +177,9 @@ def test_the_gradient_is_that_of_double_backward_by_hand(
     expected = reference.several_steps(
         **case.networks(), labeled=case.labeled, batches=inner_batches, rule=rule, state=state
     )
-    before = everything(case, *pair)
+    tensors_before = everything(case, *pair)
     result = gradient(case, mode, inner_batches, inner_optimizer=pair)
-    assert same(before, everything(case, *pair))
+    assert same(tensors_before, everything(case, *pair))
     for h, g in zip(result.feedback, expected.signal_grads, strict=True):
         assert error(h, -g) < 1e-9
     assert error(result.grads, expected.grads) < 1e-9

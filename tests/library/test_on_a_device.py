@@ -37,11 +37,9 @@ class Attention(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.embed, self.qkv, self.head = (
-            nn.Linear(24, 32),
-            nn.Linear(32, 96),
-            nn.Linear(32, CLASSES),
-        )
+        self.embed = nn.Linear(24, 32)
+        self.qkv = nn.Linear(32, 96)
+        self.head = nn.Linear(32, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -82,8 +80,10 @@ def case(
 ) -> dict[str, Any]:
     """Return teacher, student and batches, the same on each device and in each precision."""
     torch.manual_seed(0)
-    teacher, student = NETWORKS[network](), NETWORKS[network](dropout)
-    x, u = torch.randn(6, 3, 8, 8), torch.randn(8, 3, 8, 8)
+    teacher = NETWORKS[network]()
+    student = NETWORKS[network](dropout)
+    x = torch.randn(6, 3, 8, 8)
+    u = torch.randn(8, 3, 8, 8)
     return {
         "teacher": teacher.to(device, dtype),
         "student": student.to(device, dtype),
@@ -92,18 +92,20 @@ def case(
     }
 
 
-def gradient(given: dict[str, Any], mode: Any, ahead: int = 1) -> Tensor:
+def gradient(inputs: dict[str, Any], mode: Any, steps: int = 1) -> Tensor:
     """Return the gradient in the teacher's weights, in one row in float64 on the CPU."""
-    inner = torch.optim.SGD(given["student"].parameters(), lr=0.1, momentum=0.9)
-    unlabeled = given["unlabeled"] if ahead == 1 else metapl.Lookahead([given["unlabeled"]] * ahead)
-    found = metapl.hypergradient(
-        **{**given, "unlabeled": unlabeled}, mode=mode, inner_optimizer=inner
+    inner = torch.optim.SGD(inputs["student"].parameters(), lr=0.1, momentum=0.9)
+    unlabeled = inputs["unlabeled"]
+    if steps > 1:
+        unlabeled = metapl.Lookahead([unlabeled] * steps)
+    result = metapl.hypergradient(
+        **{**inputs, "unlabeled": unlabeled}, mode=mode, inner_optimizer=inner
     )
-    return torch.cat([g.flatten() for g in found.grads.values()]).double().cpu()
+    return torch.cat([g.flatten() for g in result.grads.values()]).double().cpu()
 
 
-def gap(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def gap(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm())
 
 
 # A path asks for deterministic algorithms and warns of the one that has none unless the caller
@@ -111,22 +113,22 @@ def gap(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:Memory Efficient attention defaults:UserWarning")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
-    ("mode", "ahead"), [("forward", 1), ("forward", 3), ("unrolled", 3), ("difference", 1)]
+    ("mode", "steps"), [("forward", 1), ("forward", 3), ("unrolled", 3), ("difference", 1)]
 )
-def test_the_gradient_is_that_of_float64_on_the_cpu(mode: str, network: str, ahead: int) -> None:
-    exact = gradient(case(network, "cpu", torch.float64), "unrolled", ahead)
+def test_the_gradient_is_that_of_float64_on_the_cpu(mode: str, network: str, steps: int) -> None:
+    exact = gradient(case(network, "cpu", torch.float64), "unrolled", steps)
     with full_float32(torch.device(DEVICE)):
-        found = gradient(case(network, DEVICE), mode, ahead)
-    assert gap(found, exact) < (1e-2 if mode == "difference" else 1e-4)
+        in_float32 = gradient(case(network, DEVICE), mode, steps)
+    assert gap(in_float32, exact) < (1e-2 if mode == "difference" else 1e-4)
 
 
 def test_the_precision_of_float32_products_is_told_whatever_a_caller_has_set() -> None:
     """Also where reading the older switches would raise; what is not set at all is float32."""
     device = torch.device(DEVICE)
-    before = float32_products(device)
+    products_before = float32_products(device)
     with full_float32(device):
         assert float32_products(device) == {"matrix products": "ieee", "convolutions": "ieee"}
-    assert float32_products(device) == before
+    assert float32_products(device) == products_before
     reduced = "tf32" if DEVICE == "cuda" else "bf16"
     switch = torch.backends.cudnn.conv if DEVICE == "cuda" else torch.backends.mkldnn.conv
     old = switch.fp32_precision
@@ -138,24 +140,26 @@ def test_the_precision_of_float32_products_is_told_whatever_a_caller_has_set() -
 
 
 def test_results_and_reports_say_in_what_precision_products_were_taken() -> None:
-    given, device = case("convolutions", DEVICE), torch.device(DEVICE)
+    inputs = case("convolutions", DEVICE)
+    device = torch.device(DEVICE)
     switch = torch.backends.cudnn.conv if DEVICE == "cuda" else torch.backends.mkldnn.conv
-    inner = torch.optim.SGD(given["student"].parameters(), lr=0.1)
+    inner = torch.optim.SGD(inputs["student"].parameters(), lr=0.1)
     old = switch.fp32_precision
     reduced = "tf32" if DEVICE == "cuda" else "bf16"
-    found: list[dict[str, str]] = []
+    products: list[dict[str, str]] = []
     for precision in ("ieee", reduced):
         try:
             switch.fp32_precision = precision
-            result = metapl.hypergradient(**given, mode="difference", inner_optimizer=inner)
-            report = metapl.BilevelTrainer(
-                given["teacher"], given["student"], "none", verify=False
-            ).step(given["labeled"], given["unlabeled"])
+            result = metapl.hypergradient(**inputs, mode="difference", inner_optimizer=inner)
+            trainer = metapl.BilevelTrainer(
+                inputs["teacher"], inputs["student"], "none", verify=False
+            )
+            report = trainer.step(inputs["labeled"], inputs["unlabeled"])
             assert report.float32_products == result.float32_products == float32_products(device)
-            found.append(result.float32_products)
+            products.append(result.float32_products)
         finally:
             switch.fp32_precision = old
-    assert [products["convolutions"] for products in found] == ["ieee", reduced]
+    assert [by_operation["convolutions"] for by_operation in products] == ["ieee", reduced]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -163,13 +167,13 @@ def test_results_and_reports_say_in_what_precision_products_were_taken() -> None
 def test_in_bfloat16_it_is_near(mode: str, network: str) -> None:
     exact = gradient(case(network, "cpu", torch.float64), "unrolled")
     with torch.autocast(DEVICE, torch.bfloat16):
-        found = gradient(case(network, DEVICE), mode)
-    assert gap(found, exact) < 0.05
+        in_bfloat16 = gradient(case(network, DEVICE), mode)
+    assert gap(in_bfloat16, exact) < 0.05
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("how", "mode", "options"),
+    ("compile", "mode", "options"),
     [
         (True, "forward", {}),
         (True, "reinforce", {"precision": "bfloat16"}),
@@ -178,26 +182,28 @@ def test_in_bfloat16_it_is_near(mode: str, network: str) -> None:
     ],
 )
 def test_channels_last_and_compiled_passes_train_alike(
-    how: Any, mode: str, options: dict[str, Any]
+    compile: Any, mode: str, options: dict[str, Any]
 ) -> None:
     """A report outlives the next steps.
 
     From the third on these are replays of one CUDA graph. Convolutions in TF32, CUDA's default, are
     rounded otherwise by each kernel: by 2e-4 on an H100.
     """
-    ends, outputs = [], []
-    for changed in (False, how):
-        given = case("convolutions", DEVICE)
-        if changed:
-            for name in ("teacher", "student"):
-                given[name] = given[name].to(memory_format=torch.channels_last)
-        teacher, student = given.pop("teacher"), given.pop("student")
+    ends = []
+    outputs = []
+    for compile_setting in (False, compile):
+        batches = case("convolutions", DEVICE)
+        teacher = batches.pop("teacher")
+        student = batches.pop("student")
+        if compile_setting:
+            teacher = teacher.to(memory_format=torch.channels_last)
+            student = student.to(memory_format=torch.channels_last)
         generator = torch.Generator(DEVICE).manual_seed(2)
         trainer = metapl.BilevelTrainer(
-            teacher, student, mode, compile=changed, generator=generator, **options
+            teacher, student, mode, compile=compile_setting, generator=generator, **options
         )
         with full_float32(torch.device(DEVICE)):
-            reports = [trainer.step(**given) for _ in range(2 if how is True else 4)]
+            reports = [trainer.step(**batches) for _ in range(2 if compile is True else 4)]
         ends.append(torch.cat([p.detach().flatten() for p in student.parameters()]).double().cpu())
         outputs.append(reports[0].student_outputs.double().cpu())
     for pair in (ends, outputs):
@@ -205,7 +211,7 @@ def test_channels_last_and_compiled_passes_train_alike(
 
 
 def test_one_rank_with_its_weights_cut_is_the_step_of_one_process(tmp_path: Path) -> None:
-    """NCCL or gloo, fully sharded, and a checkpoint by DCP that the other one reads."""
+    """The step is by NCCL or gloo, fully sharded; another process reads its checkpoint by DCP."""
     dist.init_process_group(
         "nccl" if DEVICE == "cuda" else "gloo",
         init_method=f"file://{tmp_path}/meeting",
@@ -214,28 +220,28 @@ def test_one_rank_with_its_weights_cut_is_the_step_of_one_process(tmp_path: Path
     )
     try:
         ends = []
-        for sharded in (False, True):
-            given = case("convolutions", DEVICE, dropout=0.2)
-            teacher, student = given.pop("teacher"), given.pop("student")
-            if sharded:
+        for is_sharded in (False, True):
+            batches = case("convolutions", DEVICE, dropout=0.2)
+            teacher = batches.pop("teacher")
+            student = batches.pop("student")
+            if is_sharded:
                 mesh = init_device_mesh(DEVICE, (1,))
-                fully_shard(teacher, mesh=mesh), fully_shard(student, mesh=mesh)
+                fully_shard(teacher, mesh=mesh)
+                fully_shard(student, mesh=mesh)
             trainer = metapl.BilevelTrainer(teacher, student, "forward")
             for _ in range(2):
                 torch.manual_seed(3)
-                trainer.step(**given)
+                trainer.step(**batches)
             state = get_model_state_dict(student)
-            whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in state.values()]
-            ends.append(torch.cat([t.detach().flatten() for t in whole]).double().cpu())
-            if sharded:
+            tensors = [t.full_tensor() if isinstance(t, DTensor) else t for t in state.values()]
+            ends.append(torch.cat([t.detach().flatten() for t in tensors]).double().cpu())
+            if is_sharded:
                 dcp.save(state, checkpoint_id=tmp_path / "state")
         assert gap(*ends) < 1e-5
-        read = {
-            name: torch.empty_like(t)
-            for name, t in case("convolutions", "cpu")["student"].state_dict().items()
-        }
-        dcp.load(read, checkpoint_id=tmp_path / "state")
-        assert gap(torch.cat([t.flatten() for t in read.values()]).double(), ends[1]) == 0
+        on_cpu = case("convolutions", "cpu")["student"].state_dict()
+        loaded = {name: torch.empty_like(t) for name, t in on_cpu.items()}
+        dcp.load(loaded, checkpoint_id=tmp_path / "state")
+        assert gap(torch.cat([t.flatten() for t in loaded.values()]).double(), ends[1]) == 0
     finally:
         dist.destroy_process_group()
 
@@ -245,7 +251,8 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(24, 16, batch_first=True), nn.Linear(16, CLASSES)
+        self.lstm = nn.LSTM(24, 16, batch_first=True)
+        self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, _ = self.lstm(x.transpose(1, 2).flatten(2))
@@ -253,10 +260,11 @@ class Recurrent(nn.Module):
 
 
 def recurrent(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    given = case("attention", device, dtype)
+    inputs = case("attention", device, dtype)
     torch.manual_seed(0)
-    teacher, student = Recurrent(), Recurrent()
-    return {**given, "teacher": teacher.to(device, dtype), "student": student.to(device, dtype)}
+    inputs["teacher"] = Recurrent().to(device, dtype)
+    inputs["student"] = Recurrent().to(device, dtype)
+    return inputs
 
 
 @pytest.mark.skipif(
@@ -265,13 +273,13 @@ def recurrent(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_a_recurrent_network_of_cudnn_is_refused_with_what_to_do(mode: str) -> None:
     exact = gradient(recurrent("cpu", torch.float64), "unrolled")
-    given = recurrent(DEVICE)
+    inputs = recurrent(DEVICE)
     with pytest.raises(metapl.MetaplError, match=r"torch\.backends\.cudnn\.flags\(enabled=False\)"):
-        gradient(given, mode)
+        gradient(inputs, mode)
     # The flags are the outer block: they read the older switches, which raises where the newer ones
     # have been set.
     with torch.backends.cudnn.flags(enabled=False), full_float32(torch.device(DEVICE)):
-        by_torch = gradient(given, mode)
+        by_torch = gradient(inputs, mode)
     assert gap(by_torch, exact) < 1e-4
 
 

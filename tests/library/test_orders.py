@@ -25,7 +25,8 @@ from metapl.feedback import Estimator, Forward, ReinforcePerExample
 from metapl.feedback.forward import SMALL
 from metapl.problems import Table
 
-EXAMPLES, LEARNING_RATE = 4, 0.1
+EXAMPLES = 4
+LEARNING_RATE = 0.1
 
 
 class Recurrent(nn.Module):
@@ -33,7 +34,8 @@ class Recurrent(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.lstm, self.out = nn.LSTM(4, width, batch_first=True), nn.Linear(width, 3)
+        self.lstm = nn.LSTM(4, width, batch_first=True)
+        self.out = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.lstm(x.view(len(x), 2, 4))[0][:, -1])
@@ -59,7 +61,8 @@ class Prototypes(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.prototypes = nn.Linear(8, width), nn.Parameter(torch.randn(3, width))
+        self.hidden = nn.Linear(8, width)
+        self.prototypes = nn.Parameter(torch.randn(3, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return -torch.cdist(self.hidden(x).tanh(), self.prototypes)
@@ -87,7 +90,8 @@ class Spread(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.out = nn.Linear(8, width), nn.Linear(width + 1, 3)
+        self.hidden = nn.Linear(8, width)
+        self.out = nn.Linear(width + 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.hidden(x) * (x[:, :1] > 0)
@@ -130,7 +134,8 @@ class Opaque(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.out = nn.Linear(8, width), nn.Linear(width, 3)
+        self.hidden = nn.Linear(8, width)
+        self.out = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.function.apply(self.hidden(x)))
@@ -198,7 +203,8 @@ class Task:
     def reference(self, steps: int) -> Tensor:
         """Return central differences of the loss after real steps, in float64."""
         (table,) = [p.detach().double() for p in self.teacher.parameters()]
-        move, slopes = 1e-5, []
+        move = 1e-5
+        slopes = []
         for i in range(EXAMPLES):
             ends = []
             for side in (1, -1):
@@ -225,8 +231,10 @@ class Task:
 def task(kind: Callable[[int], nn.Module], width: int, dtype: torch.dtype = torch.float64) -> Task:
     torch.manual_seed(3)
     student = kind(width).to(dtype)
-    x, y = torch.randn(EXAMPLES, 8, dtype=dtype), torch.arange(EXAMPLES) % 3
-    x[0, 0] = -1.0  # a row that is constant in Spread
+    x = torch.randn(EXAMPLES, 8, dtype=dtype)
+    y = torch.arange(EXAMPLES) % 3
+    # This row is constant in Spread.
+    x[0, 0] = -1.0
     outer = torch.randn(5, 8, dtype=dtype), torch.arange(5) % 3
     table = Table(torch.randn(EXAMPLES, dtype=dtype) / 3)
     return Task(student, table, outer, (x, y, torch.arange(EXAMPLES)), Weighed())
@@ -235,7 +243,8 @@ def task(kind: Callable[[int], nn.Module], width: int, dtype: torch.dtype = torc
 def ctc_task(width: int) -> Task:
     torch.manual_seed(3)
     student = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 5)).double()
-    x, text = torch.randn(EXAMPLES, 9, 4).double(), torch.randint(1, 5, (EXAMPLES, 3))
+    x = torch.randn(EXAMPLES, 9, 4).double()
+    text = torch.randint(1, 5, (EXAMPLES, 3))
     outer = torch.randn(4, 9, 4).double(), torch.randint(1, 5, (4, 3))
     table = Table(torch.randn(EXAMPLES).double() / 3)
     return Task(student, table, outer, (x, text, torch.arange(EXAMPLES)), Ctc())
@@ -289,7 +298,8 @@ def test_a_student_without_forward_mode_is_right_at_every_size(
         )
     case = task(kind, SIZES[size])
     assert (sum(p.numel() for p in case.student.parameters()) > SMALL) == (size == "large")
-    result, expected = case.gradient(steps), case.reference(steps)
+    result = case.gradient(steps)
+    expected = case.reference(steps)
     of_small, of_large, of_several = ORDERS[kind]
     assert result.order == (of_several if steps > 1 else of_large if size == "large" else of_small)
     close(result, expected)
@@ -311,7 +321,8 @@ def test_an_lstm_is_right_at_every_size(width: int, order: str, steps: int) -> N
 def test_the_order_that_is_finite_is_taken(size: str) -> None:
     """A graph of the standard deviation of a constant row is NaN twice, and a tangent is not."""
     case = task(Spread, SIZES[size])
-    result, expected = case.gradient(1), case.reference(1)
+    result = case.gradient(1)
+    expected = case.reference(1)
     assert result.order == "tangent"
     close(result, expected)
     for mode in ("unrolled", Forward(by="graph"), Forward(by="double_backward")):
@@ -619,7 +630,8 @@ def test_other_signals_and_losses_of_the_weights_are_right_by_difference() -> No
                 p -= LEARNING_RATE * g
         return float(Ctc().loss(student(case.outer[0]), case.outer[1]).mean().detach())
 
-    values, slopes = table.detach().view(-1), []
+    values = table.detach().view(-1)
+    slopes = []
     for i in range(EXAMPLES):
         move = 1e-5 * F.one_hot(torch.tensor(i), EXAMPLES)
         slopes.append((loss_after(values + move) - loss_after(values - move)) / 2e-5)

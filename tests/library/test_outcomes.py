@@ -26,16 +26,17 @@ from metapl.training.options import FitOptions
 from metapl.training.outcomes import Outcomes
 from metapl.training.selection import FAR_BEHIND
 
-LABELED, VALIDATION = slice(0, 100), slice(1400, 1797)
+LABELED = slice(0, 100)
+VALIDATION = slice(1400, 1797)
 
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[
-        order
-    ]
+    data_set = load_digits()
+    order = torch.randperm(len(data_set.target), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(data_set.data / 16, dtype=torch.float32)
+    y = torch.tensor(data_set.target)
+    return x[order], y[order]
 
 
 def sgd(network: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -51,35 +52,46 @@ def trained(
     **options: Any,
 ) -> tuple[list[str], Any, metapl.BilevelTrainer]:
     """Return what a fit on the digits says, what it ends with, and its trainer."""
-    (x, y), said = digits(), list[str]()
+    x, y = digits()
+    texts: list[str] = []
     torch.manual_seed(0)
-    teacher, student = mlp([64, 64, 10]), mlp([64, 64, 10])
-    both = {
-        "inner_optimizer": sgd(student, student_lr),
-        "outer_optimizer": sgd(teacher, teacher_lr),
-    }
-    trainer = metapl.BilevelTrainer(teacher, student, mode, verify=False, **both, **options)
-    usual = {
+    teacher = mlp([64, 64, 10])
+    student = mlp([64, 64, 10])
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        inner_optimizer=sgd(student, student_lr),
+        outer_optimizer=sgd(teacher, teacher_lr),
+        verify=False,
+        **options,
+    )
+    fit_options = {
         "steps": 200,
         "batch_size": 64,
         "validation": (x[VALIDATION], y[VALIDATION]),
         "validate_every": 50,
+        "log_every": 10,
+        "progress": False,
+        "say": texts.append,
+        **(fit or {}),
     }
-    how = {**usual, "log_every": 10, "progress": False, "say": said.append, **(fit or {})}
-    result = trainer.fit((x[LABELED], y[LABELED]), x[100:1400], **how)
-    return said, result, trainer
+    result = trainer.fit((x[LABELED], y[LABELED]), x[100:1400], **fit_options)
+    return texts, result, trainer
 
 
-def weighed(rate: Callable[[nn.Module], torch.optim.Optimizer], **how: Any) -> list[str]:
+def weighed(rate: Callable[[nn.Module], torch.optim.Optimizer], **fit_options: Any) -> list[str]:
     """Return what a fit says that learns a weight for each of 1,300 examples.
 
     40 % of the labels are wrong.
     """
-    (x, y), said = digits(), list[str]()
+    x, y = digits()
+    texts: list[str] = []
     torch.manual_seed(0)
-    wrong = torch.rand(1300) < 0.4
-    labels = torch.where(wrong, torch.randint(0, 10, (1300,)), y[100:1400])
-    table, student = Table(torch.zeros(1300)), mlp([64, 64, 10])
+    is_wrong = torch.rand(1300) < 0.4
+    labels = torch.where(is_wrong, torch.randint(0, 10, (1300,)), y[100:1400])
+    table = Table(torch.zeros(1300))
+    student = mlp([64, 64, 10])
     trainer = metapl.BilevelTrainer(
         table,
         student,
@@ -93,11 +105,11 @@ def weighed(rate: Callable[[nn.Module], torch.optim.Optimizer], **how: Any) -> l
         "batch_size": 64,
         "log_every": 10,
         "progress": False,
-        "say": said.append,
-        **how,
+        "say": texts.append,
+        **fit_options,
     }
     trainer.fit((x[LABELED], y[LABELED]), (x[100:1400], labels, torch.arange(1300)), **options)
-    return said
+    return texts
 
 
 # A feedback that is thousands of times what the teacher learns from its own losses.
@@ -112,9 +124,9 @@ COLLAPSES: dict[str, Any] = {
 
 @pytest.mark.parametrize("mode", ["forward", "none", "reinforce_per_example", "difference"])
 def test_a_training_that_comes_out_says_nothing(mode: str) -> None:
-    said, result, _ = trained(mode)
+    texts, result, _ = trained(mode)
     assert result.value > 0.8
-    assert said == []
+    assert texts == []
 
 
 @pytest.mark.parametrize(
@@ -150,10 +162,12 @@ def test_classes_of_different_sizes_are_no_collapse() -> None:
 
     Naming it alone is a stage of the training.
     """
-    (x, y), said = digits(), list[str]()
+    x, y = digits()
+    texts: list[str] = []
     rare = (y == 0) & (torch.arange(len(y)) % 2 == 0)
     torch.manual_seed(0)
-    teacher, student = mlp([64, 64, 2]), mlp([64, 64, 2])
+    teacher = mlp([64, 64, 2])
+    student = mlp([64, 64, 2])
     trainer = metapl.BilevelTrainer(teacher, student, verify=False)
     labels = rare.long()
     held_out = x[VALIDATION], labels[VALIDATION]
@@ -166,9 +180,9 @@ def test_classes_of_different_sizes_are_no_collapse() -> None:
         validation=held_out,
         validate_every=25,
         progress=False,
-        say=said.append,
+        say=texts.append,
     )
-    assert not [text for text in said if "collapsed" in text]
+    assert not [text for text in texts if "collapsed" in text]
 
 
 def test_adam_moves_a_table() -> None:
@@ -180,35 +194,36 @@ def test_adam_moves_a_table() -> None:
 
 
 def test_a_student_that_dies_is_said_with_its_remedy() -> None:
-    said, _, _ = trained(student_lr=30.0)
-    (collapse,) = [text for text in said if "the student's predictions have collapsed" in text]
+    texts, _, _ = trained(student_lr=30.0)
+    (collapse,) = [text for text in texts if "the student's predictions have collapsed" in text]
     assert "lower its learning rate" in collapse
-    (chance,) = [text for text in said if "the student is at chance" in text]
+    (chance,) = [text for text in texts if "the student is at chance" in text]
     assert "lower its learning rate" in chance
 
 
 def test_labels_that_collapse_are_said_with_their_remedy() -> None:
-    said, _, _ = trained(**COLLAPSES)
-    (collapse,) = [text for text in said if "the teacher's labels have collapsed" in text]
+    texts, _, _ = trained(**COLLAPSES)
+    (collapse,) = [text for text in texts if "the teacher's labels have collapsed" in text]
     assert "leave out feedback_weight" in collapse
-    (chance,) = [text for text in said if "the teacher is at chance" in text]
+    (chance,) = [text for text in texts if "the teacher is at chance" in text]
     assert "leave out feedback_weight" in chance
 
 
 def test_a_network_on_its_own_is_looked_at_too() -> None:
-    (x, y), said = digits(), list[str]()
+    x, y = digits()
+    texts: list[str] = []
     torch.manual_seed(0)
     network = mlp([64, 64, 10])
     trainer = LossTrainer(network, optimizer=sgd(network, 100.0))
-    how: Any = {
+    options: Any = {
         "steps": 60,
         "batch_size": 64,
         "progress": False,
-        "say": said.append,
+        "say": texts.append,
         "validate_every": 20,
     }
-    trainer.fit((x[LABELED], y[LABELED]), validation=(x[VALIDATION], y[VALIDATION]), **how)
-    (line,) = said
+    trainer.fit((x[LABELED], y[LABELED]), validation=(x[VALIDATION], y[VALIDATION]), **options)
+    (line,) = texts
     assert line.startswith("warning: the network is at chance on the validation data after step ")
 
 
@@ -220,55 +235,59 @@ def test_a_table_that_stays_is_said_with_a_rule_that_moves_it() -> None:
 
 
 def test_a_network_that_stays_is_said() -> None:
-    said, _, _ = trained(teacher_lr=1e-7, fit={"validation": None})
-    (line,) = [text for text in said if "hardly moved" in text]
+    texts, _, _ = trained(teacher_lr=1e-7, fit={"validation": None})
+    (line,) = [text for text in texts if "hardly moved" in text]
     assert "lr=1e-3" in line
 
 
-def watched(said: list[str], **options: Any) -> Outcomes:
-    teacher, student = mlp([64, 10]), mlp([64, 10])
+def watched(texts: list[str], **options: Any) -> Outcomes:
+    teacher = mlp([64, 10])
+    student = mlp([64, 10])
     trainer = metapl.BilevelTrainer(teacher, student, feedback_weight=1.0, verify=False)
-    return Outcomes(trainer, FitOptions(steps=100, **options), said.append)
+    return Outcomes(trainer, FitOptions(steps=100, **options), texts.append)
 
 
 def test_a_feedback_that_decides_alone_is_said_in_the_third_row() -> None:
-    said = list[str]()
-    outcomes = watched(said)
+    texts: list[str] = []
+    outcomes = watched(texts)
     for step, ratio in enumerate([11.0, 30.0, 9.0, 12.0, 500.0], 1):
         outcomes.recorded(step, {"feedback_ratio": ratio, "outer_lr": 0.0}, examples=64, labeled=64)
-    assert said == []
+    assert texts == []
     outcomes.recorded(6, {"feedback_ratio": 57.3}, examples=64, labeled=64)
     outcomes.recorded(7, {"feedback_ratio": 60.0}, examples=64, labeled=64)
-    (line,) = said
+    (line,) = texts
     assert "the feedback's gradient is 57 times that of the teacher's own losses at step 6" in line
     assert line.endswith("leave out feedback_weight, or give feedback_bound=0.1")
 
 
 def test_a_feedback_that_decides_alone_is_said_by_a_fit() -> None:
-    said, result, _ = trained(
+    texts, result, _ = trained(
         Reinforce(similarity="cosine", baseline=0.99, reduction="sum"), feedback_weight=1.0
     )
     assert all("feedback_ratio" in row for row in result.history if "inner_loss" in row)
-    assert len([text for text in said if "times that of the teacher's own losses" in text]) == 1
+    assert len([text for text in texts if "times that of the teacher's own losses" in text]) == 1
 
 
 def test_guessing_is_said_at_the_second_time_or_at_the_end() -> None:
     labels = torch.arange(100) % 10
-    guesses, knows = torch.zeros(100, 10), nn.functional.one_hot(labels, 10).float()
-    at_chance, good = evaluate_logits(guesses, labels), evaluate_logits(knows, labels)
+    guesses = torch.zeros(100, 10)
+    knows = nn.functional.one_hot(labels, 10).float()
+    at_chance = evaluate_logits(guesses, labels)
+    good = evaluate_logits(knows, labels)
     for reached, steps in [
-        ((at_chance,) * 5 + (good,) * 5, []),  # too early
+        # At chance so early in a training says nothing.
+        ((at_chance,) * 5 + (good,) * 5, []),
         ((good,) * 10, []),
         ((good,) * 5 + (at_chance, good, at_chance, good, good), []),
         ((good,) * 6 + (at_chance, at_chance), [80]),
         ((good,) * 9 + (at_chance,), [100]),
     ]:
-        said = list[str]()
-        outcomes = watched(said, warmup=10)
+        texts: list[str] = []
+        outcomes = watched(texts, warmup=10)
         for number, measured in enumerate(reached, 1):
             outcomes.validated(10 * number, "student", measured)
-        assert len(said) == len(steps)
-        assert all(f"after step {step}," in text for step, text in zip(steps, said, strict=True))
+        assert len(texts) == len(steps)
+        assert all(f"after step {step}," in text for step, text in zip(steps, texts, strict=True))
 
 
 # ---------------------------------------------------------------------------------------- a resumed
@@ -277,43 +296,41 @@ def test_guessing_is_said_at_the_second_time_or_at_the_end() -> None:
 class Stops:
     """A callback that ends a fit after so many steps, without a checkpoint of them."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, last_step: int) -> None:
+        self.last_step = last_step
 
     def __call__(self, step: int, row: Any, trainer: Any) -> None:
-        if step == self.after:
+        if step == self.last_step:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [30, 110, 160])
-def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, after: int) -> None:
-    def fit(out: Path, resume: bool, *callbacks: Any) -> tuple[list[str], Any]:
-        said = list[str]()
+@pytest.mark.parametrize("last_step", [30, 110, 160])
+def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, last_step: int) -> None:
+    def fit(out: Path, *callbacks: Any, resume: bool = False) -> tuple[list[str], Any]:
+        """Return what the fit says, and its result, or None where a callback stops it."""
+        texts: list[str] = []
         options = {
             "save_every": 10,
             "out": str(out),
             "resume": resume,
             "callbacks": callbacks,
-            "say": said.append,
+            "say": texts.append,
         }
-        _, result, _ = trained(**COLLAPSES, fit=options)
-        return said, result
+        try:
+            _, result, _ = trained(**COLLAPSES, fit=options)
+        except KeyboardInterrupt:
+            return texts, None
+        return texts, result
 
-    whole, expected = fit(tmp_path / "whole", resume=False)
-    assert len(whole) >= 3
-    first = list[str]()
-    cut = {
-        "save_every": 10,
-        "out": str(tmp_path / "cut"),
-        "callbacks": [Stops(after)],
-        "say": first.append,
-    }
-    with pytest.raises(KeyboardInterrupt):
-        trained(**COLLAPSES, fit=cut)
-    second, result = fit(tmp_path / "cut", resume=True)
-    said = [text for text in second if not text.startswith("resumed")]
+    uninterrupted, expected = fit(tmp_path / "uninterrupted")
+    assert len(uninterrupted) >= 3
+    until_stop, stopped = fit(tmp_path / "stopped", Stops(last_step))
+    assert stopped is None
+    texts, result = fit(tmp_path / "stopped", resume=True)
+    since_checkpoint = [text for text in texts if not text.startswith("resumed")]
     # What was said in a step that was not saved is said when the step is taken again.
-    assert first[: len(whole) - len(said)] + said == whole
+    until_checkpoint = until_stop[: len(uninterrupted) - len(since_checkpoint)]
+    assert until_checkpoint + since_checkpoint == uninterrupted
     for name, weights in (expected.teacher_weights or {}).items():
         assert torch.equal(weights, result.teacher_weights[name])
     for name, weights in expected.weights.items():
@@ -328,11 +345,11 @@ LATE: dict[str, Any] = {"wait": 100, "validate_every": 10}
 
 
 def test_a_teacher_that_ends_far_behind_itself_is_kept_as_it_was() -> None:
-    said, result, trainer = trained(**COLLAPSES, fit=LATE)
+    texts, result, trainer = trained(**COLLAPSES, fit=LATE)
     accuracies = {row["step"]: row.get("teacher_validation_accuracy") for row in result.history}
     best = max(value for value in accuracies.values() if value is not None)
     assert best - accuracies[200] >= FAR_BEHIND
-    (line,) = [text for text in said if "the teacher is kept as it was after step" in text]
+    (line,) = [text for text in texts if "the teacher is kept as it was after step" in text]
     assert f"with {best:.1%} on the validation data" in line
     x, y = digits()
     assert trainer.teacher is not None
@@ -344,10 +361,10 @@ def test_a_teacher_that_ends_far_behind_itself_is_kept_as_it_was() -> None:
     )
 
 
-@pytest.mark.parametrize("how", [{"select": False}, {"metric": "loss"}], ids=str)
-def test_without_selection_by_accuracy_the_last_teacher_is_kept(how: dict[str, Any]) -> None:
-    said, _, _ = trained(**COLLAPSES, fit={**LATE, **how})
-    assert not [text for text in said if "is kept as it was" in text]
+@pytest.mark.parametrize("options", [{"select": False}, {"metric": "loss"}], ids=str)
+def test_without_selection_by_accuracy_the_last_teacher_is_kept(options: dict[str, Any]) -> None:
+    texts, _, _ = trained(**COLLAPSES, fit={**LATE, **options})
+    assert not [text for text in texts if "is kept as it was" in text]
 
 
 def test_a_teacher_that_ends_a_little_behind_itself_is_the_last_one() -> None:
@@ -373,8 +390,8 @@ def test_a_network_that_tells_classes_of_other_sizes_apart_does_not_guess() -> N
     predicted[85:90] = 0
     largest = torch.zeros_like(labels)
     for answers, says in ((predicted, False), (largest, True)):
-        said = list[str]()
+        texts: list[str] = []
         measured = evaluate_logits(5.0 * nn.functional.one_hot(answers, 3), labels)
         assert measured.accuracy <= measured.chance
-        watched(said).validated(100, "student", measured)
-        assert bool(said) == says
+        watched(texts).validated(100, "student", measured)
+        assert bool(texts) == says

@@ -41,7 +41,7 @@ def noise(h: Tensor) -> Tensor:
     return h + 0.3 * torch.from_numpy(numpy.random.randn(*h.shape)).to(h)  # noqa: NPY002
 
 
-def both(h: Tensor) -> Tensor:
+def draw_from_all_three(h: Tensor) -> Tensor:
     """Draw from all three generators, from one of them by a cached normal number."""
     scale = 1 + 0.2 * random.gauss(0, 1) + 0.1 * numpy.random.standard_normal()  # noqa: NPY002
     return F.dropout(h, 0.2) * scale
@@ -50,7 +50,7 @@ def both(h: Tensor) -> Tensor:
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "a coin of Python's": coin,
     "noise of NumPy's": noise,
-    "both": both,
+    "both": draw_from_all_three,
 }
 
 
@@ -100,11 +100,13 @@ def by_hand(problem: Toy, steps: int) -> tuple[Tree, Any]:
         z = student(problem.unlabeled)
         loss = cross_entropy(teacher(problem.unlabeled).softmax(-1), z).mean()
         theta, state = stepped(loss, theta, RULE.rule, state)
-    after = outside()
+    generators_after = outside()
     put(student, theta)
     torch.set_rng_state(own_stream(torch.get_rng_state()))
     loss = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
-    return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True)), after
+    return dict(
+        zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True)
+    ), generators_after
 
 
 WAYS: dict[str, tuple[Any, int]] = {
@@ -127,13 +129,13 @@ def test_the_gradient_is_that_of_double_backward(way: str, draw: str) -> None:
     problem = case(DRAWS[draw])
     mode, steps = WAYS[way]
     bound = 1e-4 if "difference" in way else 1e-9
-    expected, after = by_hand(problem, steps)
+    expected, generators_after = by_hand(problem, steps)
     batches = None if steps == 1 else [problem.unlabeled] * steps
     for _ in range(2):
         seed()
         result = gradient(problem, mode, batches, inner_optimizer=RULE.build(problem.student))
         assert error(result.grads, expected) < bound
-        assert outside() == after
+        assert outside() == generators_after
 
 
 def status_of(problem: Toy, mode: str) -> str:
@@ -152,9 +154,9 @@ def test_it_passes_verification(mode: str) -> None:
     for draw in DRAWS.values():
         problem = case(draw, None)
         seed()
-        before = outside()
+        generators_before = outside()
         assert status_of(problem, mode) == "right"
-        assert outside() == before
+        assert outside() == generators_before
 
 
 def test_passes_draw_what_no_other_pass_draws() -> None:
@@ -179,7 +181,7 @@ def test_passes_draw_what_no_other_pass_draws() -> None:
 
 
 def test_a_teacher_that_is_computed_again_has_its_draws_again() -> None:
-    problem = toy("mlp", rows=ROWS, teacher=lambda: Drawing(both, None))
+    problem = toy("mlp", rows=ROWS, teacher=lambda: Drawing(draw_from_all_three, None))
 
     def gradient_and_generators(*, recompute: bool) -> tuple[Tree, Any]:
         seed()
@@ -199,14 +201,14 @@ def test_a_teacher_that_is_computed_again_has_its_draws_again() -> None:
 
 
 def test_what_is_refused_leaves_the_generators_as_they_were() -> None:
-    problem = case(both, None)
+    problem = case(draw_from_all_three, None)
     trainer = trainer_for(problem)
     for number in range(2):
         seed()
-        before = outside()
+        generators_before = outside()
         with pytest.raises(MetaplError):
             trainer.step(problem.labeled, problem.unlabeled * float("nan"))
-        assert outside() == before
+        assert outside() == generators_before
         if number == 0:
             trainer.step(**problem.data())
 
@@ -219,8 +221,8 @@ def test_it_is_found_anew_where_the_modes_change() -> None:
             self.rows = None if self.training else -1
             return super().forward(x)
 
-    problem = case(both)
-    student = Deep(both).double()
+    problem = case(draw_from_all_three)
+    student = Deep(draw_from_all_three).double()
     problem = Toy(problem.teacher, student, problem.labeled, problem.unlabeled, 0)
     trainer = trainer_for(problem, Forward(by="tangent"))
     student.eval()
@@ -276,13 +278,13 @@ def stored(tree: Any) -> tuple[str, dict[str, Tensor]]:
 
 
 def test_another_bit_generator_of_numpy_is_taken_as_it_is() -> None:
-    before = numpy.random.get_bit_generator()
+    bit_generator = numpy.random.get_bit_generator()
     numpy.random.set_bit_generator(numpy.random.PCG64(3))
     try:
         problem = case(noise, None)
         assert status_of(problem, "forward") == "right"
     finally:
-        numpy.random.set_bit_generator(before)
+        numpy.random.set_bit_generator(bit_generator)
 
 
 def test_trainings_by_two_modes_are_the_same() -> None:

@@ -21,7 +21,10 @@ from metapl.feedback.roads import StudentPath
 from metapl.functional import compiled
 from metapl.problems.base import Kind, gumbel
 
-FEATURES, CLASSES, ROWS, RATE = 4, 3, 6, 0.3
+FEATURES = 4
+CLASSES = 3
+ROWS = 6
+RATE = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -203,8 +206,8 @@ CASES: dict[str, tuple[Estimator, int, Callable[[], list[Tensor]]]] = {
 }
 
 
-def close(found: Any, expected: Any, tolerance: float = 1e-10) -> bool:
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+def close(value: Any, expected: Any, tolerance: float = 1e-10) -> bool:
+    return bool((value - expected).norm() <= tolerance * expected.norm())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -221,15 +224,15 @@ def test_both_roads_have_what_double_backward_has(case: str) -> None:
     if steps == 1:
         unlabeled: Any = inner[0]
         pure, report = step(state, labeled, inner[0], noise())
-        found = [report.feedback]
+        of_pure = [report.feedback]
     else:
         unlabeled = metapl.Lookahead(inner)
         pure, report = step(state, labeled, tuple(inner))
-        found = report.feedback
+        of_pure = report.feedback
     of_eager = eager.step(labeled, unlabeled).feedback
-    for h, expected in zip(found, reference(), strict=True):
+    for h, expected in zip(of_pure, reference(), strict=True):
         assert close(h, expected, tolerance)
-    for h, expected in zip(found, of_eager if steps > 1 else [of_eager], strict=True):
+    for h, expected in zip(of_pure, of_eager if steps > 1 else [of_eager], strict=True):
         assert close(h, expected, tolerance)
     for name, p in eager.teacher.named_parameters():  # type: ignore[union-attr]
         assert close(pure.teacher.params[name], p.detach(), tolerance)
@@ -291,7 +294,7 @@ def test_what_a_road_does_not_have_is_refused_by_its_name() -> None:
     with pytest.raises(MetaplError, match="asks a PurePath for 'student'.* without compile"):
         step(state, labeled, u)
     trainer = trainer_of(AsksForTheStudent(), compile=True)
-    before = [p.detach().clone() for p in trainer.student.parameters()]
+    weights_before = [p.detach().clone() for p in trainer.student.parameters()]
     with pytest.raises(MetaplError, match="leave compile out"):
         trainer.step(labeled, u)
-    assert all(map(torch.equal, before, trainer.student.parameters()))
+    assert all(map(torch.equal, weights_before, trainer.student.parameters()))

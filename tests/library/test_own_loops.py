@@ -44,30 +44,35 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run something whose trainer is killed before it takes a step for the nth time."""
+    """Run a loop whose trainer is killed before it takes a step for the nth time."""
 
-    def run(step: int, what: Any) -> None:
-        own, taken = metapl.BilevelTrainer.step, iter(range(1, step))
+    def run(number: int, loop: Any) -> None:
+        take_step = metapl.BilevelTrainer.step
+        steps_left = number - 1
 
         def counted(self: Any, *args: Any, **options: Any) -> Any:
-            if next(taken, None) is None:
+            nonlocal steps_left
+            if steps_left == 0:
                 raise Killed
-            return own(self, *args, **options)
+            steps_left -= 1
+            return take_step(self, *args, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(metapl.BilevelTrainer, "step", counted)
             with pytest.raises(Killed):
-                what()
-        torch.manual_seed(99)  # as in another process
+                loop()
+        # Another process has other random numbers.
+        torch.manual_seed(99)
 
     return run
 
 
 def test_a_loop_goes_on_from_the_middle_of_an_epoch(tmp_path: Path, killed_at: Any) -> None:
-    own = example("own_loop")
-    whole = own.train(tmp_path / "whole", 9, 4, 0)
-    killed_at(7, lambda: own.train(tmp_path / "cut", 9, 4, 0))
-    assert same(weights(whole), weights(own.train(tmp_path / "cut", 9, 4, 0)))
+    train = example("own_loop").train
+    uninterrupted = train(tmp_path / "whole", 9, 4, 0)
+    killed_at(7, lambda: train(tmp_path / "cut", 9, 4, 0))
+    resumed = train(tmp_path / "cut", 9, 4, 0)
+    assert same(weights(uninterrupted), weights(resumed))
     assert list(tmp_path.glob("cut/events*"))
 
 
@@ -76,10 +81,10 @@ class NoAccelerator:
 
     is_main_process = False
 
-    def prepare(self, *given: Any) -> Any:
-        return given
+    def prepare(self, *parts: Any) -> Any:
+        return parts
 
-    def register_for_checkpointing(self, *given: Any) -> None:
+    def register_for_checkpointing(self, *parts: Any) -> None:
         pass
 
     def save_state(self, path: str) -> None:
@@ -102,10 +107,11 @@ def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(
     pytest.importorskip("accelerate")
     train = example("with_accelerate").train
     plain = weights(train(NoAccelerator(), tmp_path / "plain", 9, 4))
-    whole = weights(train(accelerator(), tmp_path / "whole", 9, 4))
-    assert same(plain, whole)
+    uninterrupted = weights(train(accelerator(), tmp_path / "whole", 9, 4))
+    assert same(plain, uninterrupted)
     killed_at(7, lambda: train(accelerator(), tmp_path / "cut", 9, 4))
-    assert same(whole, weights(train(accelerator(), tmp_path / "cut", 9, 4)))
+    resumed = weights(train(accelerator(), tmp_path / "cut", 9, 4))
+    assert same(uninterrupted, resumed)
 
 
 QUIET: dict[str, Any] = {"enable_model_summary": False}
@@ -120,14 +126,15 @@ def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(
     assert loop.global_step == module.bilevel.steps_done == 5
     assert "accuracy" in loop.callback_metrics
     assert "inner_loss" in loop.callback_metrics
-    _, whole = train(tmp_path / "whole", 9, 4, **QUIET)
+    _, uninterrupted = train(tmp_path / "whole", 9, 4, **QUIET)
     killed_at(7, lambda: train(tmp_path / "cut", 9, 4, **QUIET))
-    loop, again = train(tmp_path / "cut", 9, 4, **QUIET)
-    assert loop.global_step == again.bilevel.steps_done == 9
-    assert same(weights(whole.bilevel), weights(again.bilevel))
+    loop, resumed = train(tmp_path / "cut", 9, 4, **QUIET)
+    assert loop.global_step == resumed.bilevel.steps_done == 9
+    assert same(weights(uninterrupted.bilevel), weights(resumed.bilevel))
     for name in ("inner_optimizer", "outer_optimizer"):
-        rates = [getattr(one.bilevel, name).param_groups[0]["lr"] for one in (whole, again)]
-        assert rates[0] == rates[1]
+        optimizer = getattr(uninterrupted.bilevel, name)
+        resumed_optimizer = getattr(resumed.bilevel, name)
+        assert optimizer.param_groups[0]["lr"] == resumed_optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.long

@@ -301,7 +301,7 @@ ENTERING = (Augmented, Augmenting, InputAlone)
 
 
 def check(
-    how: tuple[Any, int, int],
+    way: tuple[Any, int, int],
     problem: type,
     student: str = "mlp",
     optimiser: str = "torch_sgd_momentum",
@@ -310,7 +310,7 @@ def check(
 
     The feedback is a tuple for a look-ahead, a dict for several fields.
     """
-    mode, steps, parts = how
+    mode, steps, parts = way
     judge = problem()
     tolerance = 1e-4 if mode == "difference" else 1e-9
     case = case_of(judge, student)
@@ -321,7 +321,7 @@ def check(
     expected = through(case, judge, batches, rule.rule, state, parts)
     case.draw_from_start()
     with unmoved(case, inner, generator=False):
-        data = {"ahead": batches} if steps > 1 else {"unlabeled": batches[0]}
+        data = {"lookahead": batches} if steps > 1 else {"unlabeled": batches[0]}
         hypergradient = gradient(
             case, mode, **data, problem=judge, inner_optimizer=inner, accumulate=parts
         )
@@ -337,7 +337,7 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("how", "problem"),
+    ("way", "problem"),
     [
         row
         for row in product(
@@ -349,8 +349,8 @@ def check(
     ],
     ids=str,
 )
-def test_every_field_gets_its_own_feedback(how: tuple[Any, int, int], problem: type) -> None:
-    check(how, problem)
+def test_every_field_gets_its_own_feedback(way: tuple[Any, int, int], problem: type) -> None:
+    check(way, problem)
 
 
 @pytest.mark.parametrize(
@@ -372,21 +372,18 @@ def test_noise_in_the_input_and_masks_are_drawn_once(
 def test_a_mean_over_tokens_is_one_in_every_mode(mode: Any) -> None:
     problem = Language() if isinstance(mode, Implicit) else Sampled()
     case = words()
-    parts, whole = (
-        gradient(case, mode, problem=problem, accumulate=parts).grads for parts in (4, 1)
-    )
-    assert error(parts, whole) < 1e-6
+    by_parts = gradient(case, mode, problem=problem, accumulate=4)
+    by_batch = gradient(case, mode, problem=problem, accumulate=1)
+    assert error(by_parts.grads, by_batch.grads) < 1e-6
 
 
 class Unread(Weighted):
     """Beside a field that the loss reads, one that it does not, and one that is constant."""
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        found = super().signal(teacher, batch, student_outputs, generator=generator).value
-        return Signal(
-            {**found, "weight": found["weight"].detach(), "idle": teacher.strength},
-            outputs=teacher(batch),
-        )
+        fields = super().signal(teacher, batch, student_outputs, generator=generator).value
+        unread_fields = {"weight": fields["weight"].detach(), "idle": teacher.strength}
+        return Signal({**fields, **unread_fields}, outputs=teacher(batch))
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
@@ -453,11 +450,11 @@ def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> No
     g = [p.grad.clone() for p in student.parameters()]
     loss_before = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
     torch.optim.SGD(student.parameters(), lr=0.3).step()
-    after = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
-    v = torch.autograd.grad(after, list(student.parameters()))
+    loss_after = F.cross_entropy(student(case.labeled[0]), case.labeled[1])
+    v = torch.autograd.grad(loss_after, list(student.parameters()))
     h = {
         "reinforce": 0.3 * sum((a * b).sum() for a, b in zip(v, g, strict=True)),
-        "loss_difference": loss_before - after,
+        "loss_difference": loss_before - loss_after,
     }
     case.draw_from_start()
     assert error(gradient(case, mode, problem=DrawnInput()).feedback, h[mode].detach()) < 1e-9

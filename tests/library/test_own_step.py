@@ -24,9 +24,9 @@ OTHERS: dict[str, Build] = {
 }
 
 
-@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("lookahead", [1, 2])
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_students_steps_are_the_optimizers_own(name: str, ahead: int) -> None:
+def test_the_students_steps_are_the_optimizers_own(name: str, lookahead: int) -> None:
     """They are compared with a loop by hand.
 
     The teacher stays as it is, and the student learns its soft labels.
@@ -38,16 +38,16 @@ def test_the_students_steps_are_the_optimizers_own(name: str, ahead: int) -> Non
         mode="none",
         inner_optimizer=OTHERS[name](case.student),
         teacher_losses=(),
-        lookahead=ahead,
+        lookahead=lookahead,
     )
     optimizer = OTHERS[name](twin)
     labels = case.teacher(case.unlabeled).softmax(-1).detach()
     unlabeled: Any = case.unlabeled
-    if ahead > 1:
-        unlabeled = metapl.Lookahead([case.unlabeled] * ahead)
+    if lookahead > 1:
+        unlabeled = metapl.Lookahead([case.unlabeled] * lookahead)
     for _ in range(3):
         trainer.step(case.labeled, unlabeled)
-        for _ in range(ahead):
+        for _ in range(lookahead):
             optimizer.zero_grad()
             F.cross_entropy(twin(case.unlabeled), labels).backward()
             optimizer.step()
@@ -125,13 +125,13 @@ def test_where_the_students_optimizer_fails_nothing_has_moved() -> None:
         mode="none",
         inner_optimizer=torch.optim.SparseAdam(list(case.student.parameters())),
     )
-    before = copy.deepcopy(trainer.state_dict())
+    state_before = copy.deepcopy(trainer.state_dict())
     for _ in range(2):
         with pytest.raises(RuntimeError, match="SparseAdam does not support dense"):
             trainer.step(case.labeled, case.unlabeled)
-    after = trainer.state_dict()
+    state_after = trainer.state_dict()
     for role in ("teacher", "student"):
-        for name, value in before[role].items():
-            assert torch.equal(value, after[role][name]), name
-    assert after["outer"]["state"] == before["outer"]["state"] == {}
-    assert after["steps_done"] == 0
+        for name, value in state_before[role].items():
+            assert torch.equal(value, state_after[role][name]), name
+    assert state_after["outer"]["state"] == state_before["outer"]["state"] == {}
+    assert state_after["steps_done"] == 0

@@ -129,7 +129,7 @@ def by_hand(net: nn.Module, penalty: Penalty, steps: int) -> tuple[Tree, Tree, T
     return grads, {name: t.detach() for name, t in theta.items()}, loss.detach()
 
 
-def found(
+def gradient_of(
     net: nn.Module, penalty: Penalty, mode: Any, steps: int, **options: Any
 ) -> metapl.Hypergradient:
     outer, inner = batches(steps)
@@ -168,7 +168,7 @@ def test_the_gradient_is_that_of_double_backward(way: str, penalty: str) -> None
     net = network()
     mode, steps = WAYS[way]
     grads, theta, loss = by_hand(net, PENALTIES[penalty], steps)
-    result = found(net, PENALTIES[penalty], mode, steps)
+    result = gradient_of(net, PENALTIES[penalty], mode, steps)
     assert error(result.grads, grads) < (1e-5 if "difference" in way else 1e-12)
     assert error(result.student_params, theta) < 1e-12
     assert float(abs(result.outer_loss - loss)) < 1e-12
@@ -181,7 +181,7 @@ def test_it_is_right_verified_and_in_micro_batches(way: str, option: str) -> Non
     net = network()
     mode, steps = WAYS[way]
     grads, theta, _ = by_hand(net, l2, steps)
-    result = found(net, l2, mode, steps, **OPTIONS[option])
+    result = gradient_of(net, l2, mode, steps, **OPTIONS[option])
     assert error(result.grads, grads) < (1e-5 if "difference" in way else 1e-12)
     assert error(result.student_params, theta) < 1e-12
 
@@ -192,7 +192,7 @@ def test_a_large_student_is_as_right_as_a_small_one(mode: str, steps: int) -> No
     net = network(LARGE // (4 + CLASSES + 1) + 1)
     assert sum(p.numel() for p in net.parameters()) > LARGE
     grads, theta, _ = by_hand(net, l1_of_a_layer, steps)
-    result = found(net, l1_of_a_layer, mode, steps)
+    result = gradient_of(net, l1_of_a_layer, mode, steps)
     assert error(result.grads, grads) < 1e-12
     assert error(result.student_params, theta) < 1e-12
 
@@ -348,9 +348,9 @@ def test_the_pure_step_is_the_eager_one(mode: str, steps: int) -> None:
     together, report = torch.func.vmap(step, in_dims=(0, None, None), randomness="different")(
         stack([state, moved_state]), *step_batches
     )
-    for (after, _), of_stack in zip(alone, unstack(together), strict=True):
-        assert error(of_stack.student.params, after.student.params) < 1e-10
-        assert error(of_stack.teacher.params, after.teacher.params) < 1e-10
+    for (state_after_step, _), of_stack in zip(alone, unstack(together), strict=True):
+        assert error(of_stack.student.params, state_after_step.student.params) < 1e-10
+        assert error(of_stack.teacher.params, state_after_step.teacher.params) < 1e-10
     assert float(report.flag.max()) < 1e-6
     eager = trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
     feedback_by_step = eager.feedback if steps > 1 else [eager.feedback]
@@ -366,7 +366,7 @@ def test_compiled_it_is_that_of_double_backward() -> None:
     """A whole training, and a trainer's step."""
     net = network()
     grads, theta, loss = by_hand(net, proximal, 3)
-    result = found(net, proximal, "forward", 3, compile=True)
+    result = gradient_of(net, proximal, "forward", 3, compile=True)
     assert error(result.grads, grads) < 1e-10
     assert error(result.student_params, theta) < 1e-10
     assert float(abs(result.outer_loss - loss)) < 1e-10
@@ -405,7 +405,7 @@ def test_weights_that_a_loss_has_kept_are_refused_with_params_named(mode: Forwar
     with pytest.raises(
         MetaplError, match=r"a loss that has kept weights .* `params` or student.parameters\(\)"
     ):
-        found(net, l2, mode, 1 if mode.by else 3, problem=Kept())
+        gradient_of(net, l2, mode, 1 if mode.by else 3, problem=Kept())
 
 
 def test_a_training_learns_the_strength_of_a_penalty() -> None:
@@ -453,10 +453,10 @@ def test_a_training_learns_the_strength_of_a_penalty() -> None:
             ends.append(
                 (float(F.cross_entropy(net(outer[0]), outer[1])), float(strength.values[0]))
             )
-    (learned, told), (plain, still) = ends
-    assert still == -6.0
-    assert told > -4
-    assert learned < 0.8 * plain
+    (loss, strength_with_feedback), (loss_without_feedback, strength_without_feedback) = ends
+    assert strength_without_feedback == -6.0
+    assert strength_with_feedback > -4
+    assert loss < 0.8 * loss_without_feedback
 
 
 NAMED = network()
@@ -527,12 +527,12 @@ class KeptWeights(ExampleWeights):
 
     def __init__(self, net: nn.Module, level: str) -> None:
         self.level = level
-        self.kept = list(net.parameters())
+        self.weights_of_the_net = list(net.parameters())
 
     def penalty(self, level: str) -> Tensor | float:
         if level != self.level:
             return 0.0
-        return 0.1 * torch.stack([p.pow(4).sum() for p in self.kept]).sum()
+        return 0.1 * torch.stack([p.pow(4).sum() for p in self.weights_of_the_net]).sum()
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
         return super().inner_loss(outputs, signal, batch, params) + self.penalty("inner")

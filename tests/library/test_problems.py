@@ -21,15 +21,15 @@ from torch.nn import functional as F
 import metapl
 from metapl import MetaplError, Signal
 from metapl.feedback import Implicit
-from metapl.models import label_adjuster
+from metapl.models import LabelAdjuster
 from metapl.problems import (
+    BilevelProblem,
     ExampleLabels,
     ExampleWeights,
     LabelCorrection,
     LearningToReweight,
     MetaWeightNet,
     NoiseTransition,
-    Problem,
     ReducedLabels,
     Table,
     WeightNet,
@@ -83,7 +83,7 @@ class Method:
     outputs.
     """
 
-    problem: Problem
+    problem: BilevelProblem
     teacher: Callable[[], nn.Module]
     batch: Any
     losses: Callable[[nn.Module, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
@@ -106,7 +106,7 @@ def adjuster() -> nn.Module:
 
     At its start, its first layers get no gradient.
     """
-    network = label_adjuster(CLASSES, hidden=7, layers=3).double()
+    network = LabelAdjuster(CLASSES, hidden=7, layers=3).double()
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -181,11 +181,11 @@ def by_double_backward(
     theta = reference.weights(student)
     phi = reference.weights(teacher)
     for _ in range(steps):
-        losses = METHODS[name].losses(teacher, phi, theta, reference.at(student, theta, X))
+        losses = METHODS[name].losses(teacher, phi, theta, reference.outputs_at(student, theta, X))
         after_inner = torch.get_rng_state()
         theta, state = reference.stepped(losses.mean(), theta, rule, state)
     torch.set_rng_state(reference.own_stream(after_inner))
-    outer = F.cross_entropy(reference.at(student, theta, labeled[0]), labeled[1])
+    outer = F.cross_entropy(reference.outputs_at(student, theta, labeled[0]), labeled[1])
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 
 
@@ -247,9 +247,9 @@ def weights_by_hand(
     """
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
-    inner = (epsilon * plain(reference.at(student, theta, X))).mean()
+    inner = (epsilon * plain(reference.outputs_at(student, theta, X))).mean()
     moved, _ = reference.stepped(inner, theta, look, state)
-    outer = F.cross_entropy(reference.at(student, moved, labeled[0]), labeled[1])
+    outer = F.cross_entropy(reference.outputs_at(student, moved, labeled[0]), labeled[1])
     h = -torch.autograd.grad(outer, epsilon)[0]
     helpful = h.clamp_min(0)
     return h, helpful / (helpful.sum() if helpful.sum() > 0 else 1)
@@ -292,7 +292,7 @@ def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(
         look = (reference.sgd(lr=1.0), None) if mode == PAPER else (rule, state)
         h, w = weights_by_hand(mirror, trusted, *look)
         theta = reference.weights(mirror)
-        loss = (w * plain(reference.at(mirror, theta, X))).sum()
+        loss = (w * plain(reference.outputs_at(mirror, theta, X))).sum()
         moved, state = reference.stepped(loss, theta, rule, state)
         mirror.load_state_dict({name: t.detach() for name, t in moved.items()})
         report = trainer.step(trusted, (X, Y))
@@ -310,7 +310,7 @@ def test_the_adjuster_begins_as_the_identity(classes: int) -> None:
     q[0] = 0
     q[0, 1] = 1
     q /= q.sum(1, keepdim=True)
-    assert (label_adjuster(classes)(q).softmax(-1) - q).abs().max() < 1e-5
+    assert (LabelAdjuster(classes)(q).softmax(-1) - q).abs().max() < 1e-5
 
 
 def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> None:

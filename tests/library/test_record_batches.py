@@ -246,7 +246,7 @@ def test_what_is_done_with_a_batch(form: str) -> None:
     It stays as it is, and PyTorch knows nothing of its class.
     """
     batch = FORMS[form](*rows(0))
-    before = copy.deepcopy(batch)
+    batch_before = copy.deepcopy(batch)
     on_meta = to_device(batch, "meta")
     assert type(on_meta) is type(batch)
     assert {t.device.type for t in leaves_of(on_meta) if isinstance(t, Tensor)} == {"meta"}
@@ -257,9 +257,9 @@ def test_what_is_done_with_a_batch(form: str) -> None:
     pieces_of_tensors = zip(*map(read, pieces), strict=True)
     for t, pieces_of_t in zip(read(batch), pieces_of_tensors, strict=True):
         assert torch.equal(t, torch.cat(pieces_of_t))
-    assert digest(batch) == digest(before)
+    assert digest(batch) == digest(batch_before)
     assert digest(plain(batch)) != digest(plain(FORMS[form](*rows(1))))
-    assert same([*read(batch)], [*read(before)])
+    assert same([*read(batch)], [*read(batch_before)])
     assert pytree.tree_leaves(Plain(*rows(0)))[0].__class__ is Plain
     with pytest.raises(
         MetaplError, match="the outer batch has 8 examples; expected a multiple of accumulate=3"
@@ -320,10 +320,10 @@ def test_a_student_that_changes_its_input_is_seen() -> None:
     student = InPlace()
     bilevel = metapl.BilevelTrainer(Table(torch.zeros(12)).double(), student, problem=Weighed())
     inner = Plain(*rows(1))
-    before = inner.x.clone()
+    x_before = inner.x.clone()
     with pytest.raises(MetaplError, match="a batch is changed in place"):
         bilevel.step(outer=Plain(*rows(0)), inner=inner)
-    assert torch.equal(inner.x, before)
+    assert torch.equal(inner.x, x_before)
 
 
 @pytest.mark.parametrize("form", FORMS)

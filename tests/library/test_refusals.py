@@ -156,7 +156,7 @@ def changes(state_before: dict[str, Any], state: dict[str, Any]) -> list[str]:
     return [*names, *sorted(state_before.keys() ^ state.keys())]
 
 
-class Odd(metapl.problems.Problem):
+class Odd(metapl.problems.BilevelProblem):
     """Soft labels, of which one method returns something else, made from what it should return."""
 
     def __init__(self, **changes: Callable[[Any], Any]) -> None:
@@ -742,7 +742,7 @@ class Wired(nn.Module):
         return Wire.apply(x, self.fuse, self.name)  # type: ignore[no-any-return]
 
 
-class Fused(metapl.problems.Problem):
+class Fused(metapl.problems.BilevelProblem):
     """Pseudo-labels, soft or drawn, whose calls a fuse counts."""
 
     def __init__(self, fuse: Fuse, is_hard: bool) -> None:

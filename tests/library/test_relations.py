@@ -55,22 +55,22 @@ def test_a_step_against_the_hypergradient_lowers_the_labelled_loss(
 ) -> None:
     """The one-step labelled loss, computed anew with the moved teacher."""
     problem = toy(student)
-    before = find(problem, mode, optimiser)
-    length = flat(before.grads).square().sum()
+    gradient = find(problem, mode, optimiser)
+    length = flat(gradient.grads).square().sum()
     size = 1e-4 / length.sqrt()
     with torch.no_grad():
         for name, p in problem.teacher.named_parameters():
-            p -= size * before.grads[name]
-    fall = before.outer_loss - find(problem, "none", optimiser).outer_loss
+            p -= size * gradient.grads[name]
+    fall = gradient.outer_loss - find(problem, "none", optimiser).outer_loss
     assert float(fall / (size * length)) == pytest.approx(1.0, rel=0.02)
 
 
 @pytest.mark.parametrize("student", ["mlp", "batch_norm", "dropout"])
 @pytest.mark.parametrize("mode", [*SOFT, "reinforce", "reinforce_per_example"])
 def test_a_labelled_gradient_of_zero_gives_zero_feedback(mode: str, student: str) -> None:
-    found = find(toy(student), mode, problem=ScaledOuter(scale=0.0))
-    assert found.feedback.abs().max() == 0
-    assert all(g.abs().max() == 0 for g in found.grads.values())
+    gradient = find(toy(student), mode, problem=ScaledOuter(scale=0.0))
+    assert gradient.feedback.abs().max() == 0
+    assert all(g.abs().max() == 0 for g in gradient.grads.values())
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,17 @@ def test_a_labelled_gradient_of_zero_gives_zero_feedback(mode: str, student: str
 )
 @pytest.mark.parametrize("student", ["mlp", "batch_norm", "dropout"])
 def test_credits_per_example_sum_to_the_scalar_of_algorithm_1(student: str, optimiser: str) -> None:
-    whole = find(toy(student), "reinforce", optimiser).feedback
-    each = find(toy(student), "reinforce_per_example", optimiser).feedback
-    assert each.shape == (4,)
-    assert abs(float(each.sum() - whole)) < 1e-13 * float(each.abs().sum())
+    scalar = find(toy(student), "reinforce", optimiser).feedback
+    credits = find(toy(student), "reinforce_per_example", optimiser).feedback
+    assert credits.shape == (4,)
+    assert abs(float(credits.sum() - scalar)) < 1e-13 * float(credits.abs().sum())
 
 
 def test_for_plain_sgd_the_scalar_is_eta_times_the_product_of_gradients() -> None:
     """Algorithm 1, line 4, as printed."""
-    problem, eta = toy("mlp"), 0.3
-    found = find(problem, "reinforce", "torch_sgd")
+    problem = toy("mlp")
+    eta = 0.3
+    gradient = find(problem, "reinforce", "torch_sgd")
     problem.draw_from_start()
     rule = OPTIMISERS["torch_sgd"].rule
     step = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=rule, kind="score")
@@ -95,33 +96,31 @@ def test_for_plain_sgd_the_scalar_is_eta_times_the_product_of_gradients() -> Non
     g_u = {n: (theta[n].detach() - step.student_params[n]) / eta for n in theta}
     moved = {n: p.clone().requires_grad_() for n, p in step.student_params.items()}
     loss = F.cross_entropy(
-        reference.at(problem.student, moved, problem.labeled[0]), problem.labeled[1]
+        reference.outputs_at(problem.student, moved, problem.labeled[0]), problem.labeled[1]
     )
     v = torch.autograd.grad(loss, list(moved.values()))
     product = sum((a * b).sum() for a, b in zip(v, g_u.values(), strict=True))
-    assert error(found.feedback, eta * product) < 1e-12
+    assert error(gradient.feedback, eta * product) < 1e-12
 
 
 def test_the_loss_difference_is_old_minus_new() -> None:
     problem = toy("mlp")
-    found = find(problem, "loss_difference", "torch_adam")
+    gradient = find(problem, "loss_difference", "torch_adam")
+    x, y = problem.labeled
     with torch.no_grad():
-        old, new = (
-            F.cross_entropy(
-                reference.at(problem.student, p, problem.labeled[0]), problem.labeled[1]
-            )
-            for p in (dict(problem.student.named_parameters()), found.student_params)
-        )
-    assert error(found.feedback, old - new) < 1e-12
+        theta = dict(problem.student.named_parameters())
+        loss_before = F.cross_entropy(reference.outputs_at(problem.student, theta, x), y)
+        moved = gradient.student_params
+        loss_after = F.cross_entropy(reference.outputs_at(problem.student, moved, x), y)
+    assert error(gradient.feedback, loss_before - loss_after) < 1e-12
 
 
 @pytest.mark.parametrize("student", ["mlp", "batch_norm", "dropout"])
 @pytest.mark.parametrize("mode", [*SOFT, *SAMPLED])
 def test_feedback_is_linear_in_the_outer_loss(mode: str, student: str) -> None:
-    one, three = (
-        find(toy(student), mode, problem=ScaledOuter(scale=s)).feedback for s in (1.0, -3.0)
-    )
-    assert error(three, -3 * one) < 1e-11
+    feedback = find(toy(student), mode, problem=ScaledOuter(scale=1.0)).feedback
+    scaled = find(toy(student), mode, problem=ScaledOuter(scale=-3.0)).feedback
+    assert error(scaled, -3 * feedback) < 1e-11
 
 
 @pytest.mark.parametrize("mode", [*SOFT, *SAMPLED])
@@ -132,7 +131,8 @@ def test_feedback_over_eta_converges_as_eta_vanishes(mode: str) -> None:
         problem = toy("mlp")
         inner = torch.optim.SGD(problem.student.parameters(), lr=eta)
         per_eta.append(find(problem, mode, inner=inner).feedback / eta)
-    first, second = error(per_eta[0], per_eta[1]), error(per_eta[1], per_eta[2])
+    first = error(per_eta[0], per_eta[1])
+    second = error(per_eta[1], per_eta[2])
     assert first < 0.05
     assert first / second == pytest.approx(2.0, rel=0.1)
 
@@ -140,7 +140,8 @@ def test_feedback_over_eta_converges_as_eta_vanishes(mode: str) -> None:
 @pytest.mark.parametrize("student", ["mlp", "group_norm", "attention", "batch_norm"])
 @pytest.mark.parametrize("mode", SOFT)
 def test_a_batch_in_another_order_gives_its_feedback_in_that_order(mode: str, student: str) -> None:
-    problem, order = toy(student), torch.tensor([2, 0, 3, 1])
+    problem = toy(student)
+    order = torch.tensor([2, 0, 3, 1])
     straight = find(problem, mode)
     moved = find(replace(problem, unlabeled=problem.unlabeled[order]), mode)
     bound = 1e-6 if mode == "difference" else 1e-12
@@ -153,19 +154,19 @@ def test_a_batch_in_another_order_gives_its_feedback_in_that_order(mode: str, st
 def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, student: str) -> None:
     """Gradients that the caller holds stay too.
 
-    A generator of his own advances while the default one does not.
+    The generator of the call advances while the default one does not.
     """
     problem = toy(student)
     inner, _, _ = warm(problem, OPTIMISERS["torch_adamw"])
     for net in problem.networks().values():
         for p in net.parameters():
             p.grad = torch.full_like(p, 0.5)
-    own = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     drops = student == "dropout"
     with unmoved(problem, inner, generator=not drops):
-        gradient(problem, mode, inner_optimizer=inner, generator=own)
+        gradient(problem, mode, inner_optimizer=inner, generator=generator)
     assert (mode in SAMPLED) == (
-        not torch.equal(own.get_state(), torch.Generator().manual_seed(5).get_state())
+        not torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
     )
 
 
@@ -183,7 +184,7 @@ def test_the_cosine_is_that_of_step_and_labelled_gradient(mode: Reinforce) -> No
     step = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=rule, kind="score")
     moved = {n: p.clone().requires_grad_() for n, p in step.student_params.items()}
     loss = F.cross_entropy(
-        reference.at(problem.student, moved, problem.labeled[0]), problem.labeled[1]
+        reference.outputs_at(problem.student, moved, problem.labeled[0]), problem.labeled[1]
     )
     v = flat(dict(zip(moved, torch.autograd.grad(loss, list(moved.values())), strict=True)))
     g = flat({n: p - step.student_params[n] for n, p in problem.student.named_parameters()})

@@ -41,10 +41,10 @@ class Noisy(nn.Module):
         super().__init__()
         self.layer = nn.Linear(6, 6)
         self.size = size
-        self.own = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        noise = torch.randn(x.shape, generator=self.own, dtype=x.dtype)
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
         y: Tensor = self.layer(x)
         return y + self.size * noise
 
@@ -145,12 +145,12 @@ def test_a_state_that_comes_out_otherwise_is_refused_and_nothing_moves(
     # In float32, where outputs may differ by some thousandths before the passes themselves are
     # refused.
     student = student_of(copy.deepcopy(planted), torch.float32)
-    before = copy.deepcopy(student.state_dict())
+    state_before = copy.deepcopy(student.state_dict())
     with pytest.raises(
         MetaplError, match=r"computed again, and their state differs by .*replay_tolerance="
     ):
         gradient(student, WAYS[way])
-    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+    assert all(torch.equal(t, state_before[name]) for name, t in student.state_dict().items())
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -305,9 +305,9 @@ def test_a_digest_says_how_far_apart_two_states_are(
         distance = (digests[0] - digests[1]).norm(dim=1)
         assert float(distance[0]) == pytest.approx(float(difference), rel=0.2)
         assert distance[1] == 0
-    one = {name: t.clone() for name, t in weights.items()}
-    one["bias"][7] = torch.nextafter(one["bias"][7], torch.tensor(9.0))
-    assert not torch.equal(state_digest(one, momentum), state_digest(weights, momentum))
+    with_one_change = {name: t.clone() for name, t in weights.items()}
+    with_one_change["bias"][7] = torch.nextafter(with_one_change["bias"][7], torch.tensor(9.0))
+    assert not torch.equal(state_digest(with_one_change, momentum), state_digest(weights, momentum))
     assert torch.equal(
         state_digest(weights, momentum), state_digest(copy.deepcopy(weights), momentum)
     )

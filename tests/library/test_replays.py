@@ -73,11 +73,11 @@ def case(
 def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put other tensors in the places of parameters, in each place of one that is held twice."""
     parameters = dict(module.named_parameters())
-    others = {id(parameters[name]): t for name, t in tensors.items()}
+    tensors_by_id = {id(parameters[name]): t for name, t in tensors.items()}
     for part in module.modules():
         for name, p in part._parameters.items():
-            if id(p) in others:
-                part._parameters[name] = others[id(p)]
+            if id(p) in tensors_by_id:
+                part._parameters[name] = tensors_by_id[id(p)]
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -156,17 +156,17 @@ def check_exact(problem: Toy, way: str) -> None:
     problem.draw_from_start()
     expected, state = by_double_backward(problem, kind)
     problem.draw_from_start()
-    before = everything(problem, generator=False)
+    tensors_before = everything(problem, generator=False)
     assert error(hypergradient_by(problem, way).grads, expected) < bound
-    assert same(before, everything(problem, generator=False))
+    assert same(tensors_before, everything(problem, generator=False))
     problem.draw_from_start()
     trainer = trainer_for(
         problem, WAYS[way], inner_optimizer=RULE.build(problem.student), teacher_losses=()
     )
     trainer.step(**problem.data())
-    after = state_of(problem.student)
-    assert state.keys() == after.keys()
-    assert all(torch.equal(after[name], t) for name, t in state.items())
+    state_after_step = state_of(problem.student)
+    assert state.keys() == state_after_step.keys()
+    assert all(torch.equal(state_after_step[name], t) for name, t in state.items())
 
 
 class Scaled(nn.Module):
@@ -419,7 +419,7 @@ def test_micro_batches_of_a_teacher_with_state() -> None:
     gradients = torch.autograd.grad(outer_loss, list(phi.values()))
     expected = dict(zip(phi, gradients, strict=True))
 
-    before = values(problem.teacher)
+    weights_before = values(problem.teacher)
     trainer = trainer_for(
         problem,
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.3),
@@ -428,7 +428,9 @@ def test_micro_batches_of_a_teacher_with_state() -> None:
         accumulate=2,
     )
     trainer.step(**problem.data())
-    change = {name: before[name] - p.detach() for name, p in problem.teacher.named_parameters()}
+    change = {
+        name: weights_before[name] - p.detach() for name, p in problem.teacher.named_parameters()
+    }
     assert error(change, expected) < 1e-9
     assert same(list(teacher.buffers()), list(problem.teacher.buffers()))
 
@@ -452,10 +454,10 @@ def test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused() -> No
 
     problem = case(mlp(), Quantized(scaled_by_chance).double())
     trainer = trainer_for(problem, recompute_teacher=True)
-    before = everything(problem)
+    tensors_before = everything(problem)
     with pytest.raises(metapl.MetaplError):
         trainer.step(**problem.data())
-    assert same(before, everything(problem))
+    assert same(tensors_before, everything(problem))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -526,13 +528,13 @@ def test_a_partly_frozen_student_can_be_thawed() -> None:
     frozen.requires_grad_(requires_grad=False)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
     frozen.weight.grad = torch.ones_like(frozen.weight)
-    before = values(problem.student)
+    weights_before = values(problem.student)
     trainer.step(**problem.data())
-    assert torch.equal(frozen.weight, before["1.weight"])
-    assert not torch.equal(free.weight, before["3.weight"])
+    assert torch.equal(frozen.weight, weights_before["1.weight"])
+    assert not torch.equal(free.weight, weights_before["3.weight"])
     frozen.requires_grad_(requires_grad=True)
     trainer.step(**problem.data())
-    assert not torch.equal(frozen.weight, before["1.weight"])
+    assert not torch.equal(frozen.weight, weights_before["1.weight"])
 
 
 def test_a_teacher_may_have_sparse_gradients() -> None:

@@ -30,8 +30,11 @@ def joint_labels(problem: Toy) -> list[tuple[Tensor, Tensor]]:
     """Return every ŷ (B,) with its probability, as a function of the teacher's weights."""
     q = problem.teacher(problem.unlabeled).softmax(-1)
     rows = torch.arange(len(q))
-    every = [torch.tensor(ys) for ys in itertools.product(range(CLASSES), repeat=len(q))]
-    return [(ys, q[rows, ys].prod()) for ys in every]
+    pairs = []
+    for classes in itertools.product(range(CLASSES), repeat=len(q)):
+        ys = torch.tensor(classes)
+        pairs.append((ys, q[rows, ys].prod()))
+    return pairs
 
 
 def mean_over_labels(grads_for: Callable[[Tensor], Any], problem: Toy) -> Tensor:
@@ -46,30 +49,27 @@ def library_mean(
     warmed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean over ŷ of what the library hands the teacher, and of θ′."""
-    inner, inner_state, _ = (
-        warm(problem, optimiser) if warmed else (optimiser.build(problem.student), None, None)
-    )
+    if warmed:
+        inner, inner_state, _ = warm(problem, optimiser)
+    else:
+        inner = optimiser.build(problem.student)
+        inner_state = None
 
-    def call(ys: Tensor) -> metapl.Hypergradient:
+    def gradient_with(ys: Tensor) -> metapl.Hypergradient:
         monkeypatch.setattr(pseudo_labels, "draw_classes", lambda law, generator: ys.unsqueeze(-1))
         pseudo = metapl.PseudoLabels("hard")
         return gradient(
             problem, mode, problem=pseudo, inner_optimizer=inner, inner_state=inner_state
         )
 
-    found = {ys: call(ys) for ys, _ in joint_labels(problem)}
+    gradients = {tuple(ys.tolist()): gradient_with(ys) for ys, _ in joint_labels(problem)}
     return (
-        mean_over_labels(
-            lambda ys: next(f.grads for k, f in found.items() if torch.equal(k, ys)), problem
-        ),
-        mean_over_labels(
-            lambda ys: next(f.student_params for k, f in found.items() if torch.equal(k, ys)),
-            problem,
-        ),
+        mean_over_labels(lambda ys: gradients[tuple(ys.tolist())].grads, problem),
+        mean_over_labels(lambda ys: gradients[tuple(ys.tolist())].student_params, problem),
     )
 
 
-def reference_mean(told: str, problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
+def reference_mean(kind: str, problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
     """Return the enumerated mean of an estimator by its own formula, from the reference."""
     state = warm(problem, optimiser)[2] if warmed else None
     case = {
@@ -77,7 +77,7 @@ def reference_mean(told: str, problem: Toy, optimiser: Optimiser, warmed: bool =
         **problem.data(),
         "rule": optimiser.rule,
         "state": state,
-        "kind": told,
+        "kind": kind,
     }
     return mean_over_labels(lambda ys: reference.pseudo_labels(**case, labels=ys).grads, problem)
 
@@ -130,11 +130,12 @@ def test_mean_over_labels_tends_to_the_soft_gradient(
 
     Its bias falls as η (one credit per draw) or η² (labels' expectation).
     """
-    how, _, order = HARD[mode]
-    problem, gaps = toy("mlp", rows=ROWS), []
+    estimator, _, order = HARD[mode]
+    problem = toy("mlp", rows=ROWS)
+    gaps = []
     for eta in (0.01, 0.005):
         soft = soft_gradient(problem, optimiser(eta))
-        mean, _ = library_mean(how, problem, optimiser(eta), monkeypatch)
+        mean, _ = library_mean(estimator, problem, optimiser(eta), monkeypatch)
         gaps.append(float((mean - soft).norm() / soft.norm()))
         assert torch.cosine_similarity(mean, soft, dim=0) > 1 - 5e-3
         assert abs(mean.norm() / soft.norm() - 1) < 0.05
@@ -145,7 +146,8 @@ def test_mean_over_labels_tends_to_the_soft_gradient(
 def test_the_mean_step_of_plain_sgd_is_the_soft_step(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem, optimiser = toy("mlp", rows=ROWS), sgd(0.3)
+    problem = toy("mlp", rows=ROWS)
+    optimiser = sgd(0.3)
     _, theta = library_mean(HARD[mode][0], problem, optimiser, monkeypatch)
     soft = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule)
     assert error(theta, soft.student_params) < 1e-12
@@ -159,11 +161,11 @@ def test_the_mean_step_of_plain_sgd_is_the_soft_step(
 def test_mean_over_labels_is_that_of_the_formula(
     mode: str, optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how, told, _ = HARD[mode]
-    problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
-    expected = reference_mean(told, toy("mlp", rows=ROWS), rule, warmed)
-    found, _ = library_mean(how, problem, rule, monkeypatch, warmed)
-    assert error(found, expected) < (1e-4 if "difference" in mode else 1e-8)
+    estimator, kind, _ = HARD[mode]
+    rule = OPTIMISERS[optimiser]
+    expected = reference_mean(kind, toy("mlp", rows=ROWS), rule, warmed)
+    mean, _ = library_mean(estimator, toy("mlp", rows=ROWS), rule, monkeypatch, warmed)
+    assert error(mean, expected) < (1e-4 if "difference" in mode else 1e-8)
 
 
 @cache
@@ -194,8 +196,7 @@ def test_bias_under_adam_stays_as_the_learning_rate_falls(
     mode: str, gap: float, length: float, eta: float
 ) -> None:
     """The figures that the docstrings state: too short, in nearly the right direction."""
-    found = bias(mode, adam, eta, warmed=True)
-    assert found == (
+    assert bias(mode, adam, eta, warmed=True) == (
         pytest.approx(gap, abs=0.03),
         pytest.approx(length, abs=0.03),
         pytest.approx(0.99, abs=0.011),
@@ -211,8 +212,7 @@ def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
     mode: str, gap: float, length: float, eta: float
 ) -> None:
     """As above; the scalar of Algorithm 1 says nothing at all there."""
-    found = bias(mode, clip, eta, warmed=False)
-    assert found == (
+    assert bias(mode, clip, eta, warmed=False) == (
         pytest.approx(gap, abs=0.03),
         pytest.approx(length, abs=0.03),
         pytest.approx(0.95, abs=0.02),
@@ -229,12 +229,13 @@ def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
 def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
     optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """∇ E_ŷ[L(θ′(ŷ))], the expectation differentiated as the finite sum that it is.
+    """The mean is ∇ E_ŷ[L(θ′(ŷ))]: the expectation is differentiated as a finite sum.
 
     No optimiser is an exception.
     """
-    problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
-    found, _ = library_mean(LossDifference(reduction="sum"), problem, rule, monkeypatch, warmed)
+    rule = OPTIMISERS[optimiser]
+    estimator = LossDifference(reduction="sum")
+    mean, _ = library_mean(estimator, toy("mlp", rows=ROWS), rule, monkeypatch, warmed)
     problem = toy("mlp", rows=ROWS)
     state = warm(problem, rule)[2] if warmed else None
     case = {
@@ -247,7 +248,7 @@ def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
     loss = sum(
         p * reference.pseudo_labels(**case, labels=ys).outer_loss for ys, p in joint_labels(problem)
     )
-    assert error(found, flat_grad(loss, problem)) < 1e-9
+    assert error(mean, flat_grad(loss, problem)) < 1e-9
 
 
 def flat_grad(loss: Tensor, problem: Toy) -> Tensor:
@@ -275,7 +276,8 @@ def test_the_mean_is_the_sum_over_the_number_of_labels(
     """
     if optimiser == "torchopt_clip" and estimator.normalization == "learning_rate":
         pytest.skip("a TorchOpt transform shows no learning rate")
-    problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
+    problem = toy("mlp", rows=ROWS)
+    rule = OPTIMISERS[optimiser]
     by_mean, theta = library_mean(estimator, problem, rule, monkeypatch)
     by_sum, same_theta = library_mean(
         replace(estimator, reduction="sum"), problem, rule, monkeypatch
@@ -285,12 +287,12 @@ def test_the_mean_is_the_sum_over_the_number_of_labels(
 
 
 def test_algorithm_1_is_a_scalar_times_the_mean_cross_entropy() -> None:
-    """Line 5 by hand: the gradient of h · (1/B) Σ CE(ŷ_i, T(x_i)).
+    """Line 5 is taken by hand: the gradient of h · (1/B) Σ CE(ŷ_i, T(x_i)).
 
     h is that of the report.
     """
     problem = toy("mlp", rows=5)
-    found = gradient(problem, "reinforce", generator=torch.Generator().manual_seed(3))
+    result = gradient(problem, "reinforce", generator=torch.Generator().manual_seed(3))
     drawn = metapl.PseudoLabels("hard").signal(
         problem.teacher,
         problem.unlabeled,
@@ -300,7 +302,8 @@ def test_algorithm_1_is_a_scalar_times_the_mean_cross_entropy() -> None:
     mean_cross_entropy = torch.nn.functional.cross_entropy(
         problem.teacher(problem.unlabeled), drawn.value
     )
-    assert error(found.grads, flat_grad(found.feedback * mean_cross_entropy, problem)) < 1e-10
+    expected = flat_grad(result.feedback * mean_cross_entropy, problem)
+    assert error(result.grads, expected) < 1e-10
 
 
 @pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
@@ -308,18 +311,20 @@ def test_a_constant_baseline_leaves_the_mean_alone(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E[∇ log p(ŷ)] = 0, so whatever does not depend on these labels may be subtracted."""
-    problem, optimiser = toy("mlp", rows=ROWS), sgd(0.3)
-    plain, _ = library_mean(mode, problem, optimiser, monkeypatch)
-    before = metapl.feedback.reinforce.init_baseline
+    problem = toy("mlp", rows=ROWS)
+    optimiser = sgd(0.3)
+    without_baseline, _ = library_mean(mode, problem, optimiser, monkeypatch)
+    init_baseline = metapl.feedback.reinforce.init_baseline
+
+    def shifted_baseline(decay: float | None) -> dict[str, Tensor]:
+        return {name: value + 5.0 for name, value in init_baseline(decay).items()}
+
     for module in (metapl.feedback.reinforce, metapl.feedback.loss_difference):
-        monkeypatch.setattr(
-            module, "init_baseline", lambda decay: {k: v + 5.0 for k, v in before(decay).items()}
-        )
-    how = {"reinforce": Reinforce, "loss_difference": metapl.feedback.LossDifference}[mode](
-        baseline=0.9
-    )
-    shifted, _ = library_mean(how, problem, optimiser, monkeypatch)
-    assert error(shifted, plain) < 1e-10
+        monkeypatch.setattr(module, "init_baseline", shifted_baseline)
+    estimators = {"reinforce": Reinforce, "loss_difference": LossDifference}
+    estimator = estimators[mode](baseline=0.9)
+    with_baseline, _ = library_mean(estimator, problem, optimiser, monkeypatch)
+    assert error(with_baseline, without_baseline) < 1e-10
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -76,11 +76,11 @@ def compare(
                 if name in OF_OWN_ROWS:
                     continue
                 scalar = result["scalars"][step][name]
-                where = (name, step, rank)
-                assert scalar == pytest.approx(value, rel=limit, abs=limit, nan_ok=True), where
+                place = (name, step, rank)
+                assert scalar == pytest.approx(value, rel=limit, abs=limit, nan_ok=True), place
                 # To the bit, all ranks have the same.
                 first = by_rank[0]["scalars"][step][name]
-                assert scalar == pytest.approx(first, rel=0, abs=0, nan_ok=True), where
+                assert scalar == pytest.approx(first, rel=0, abs=0, nan_ok=True), place
         for ours, theirs in zip(result["gradients"], expected["gradients"], strict=True):
             gap = (reference.flat(ours) - reference.flat(theirs)).norm()
             assert gap <= limit * reference.flat(theirs).norm()
@@ -96,7 +96,7 @@ def compare(
         assert float((together - h).norm()) <= limit * float(h.norm()), step
 
 
-def each(modes: tuple[Any, ...] | list[Any], **case: Any) -> list[dict[str, Any]]:
+def in_modes(modes: tuple[Any, ...] | list[Any], **case: Any) -> list[dict[str, Any]]:
     return [{"mode": mode, **case} for mode in modes]
 
 
@@ -110,10 +110,10 @@ PLAIN_PASSES = (
 )
 CUT: dict[str, Any] = {"layout": "tensor", "hidden": 8}
 OF_TWO: dict[str, list[dict[str, Any]]] = {
-    "every mode": each(MODES),
-    "every mode, AdamW": each(MODES, optimizer="adamw"),
+    "every mode": in_modes(MODES),
+    "every mode, AdamW": in_modes(MODES, optimizer="adamw"),
     "signals of several tensors": [
-        *each(["forward", "difference"], problem=sharded_cases.SEVERAL),
+        *in_modes(["forward", "difference"], problem=sharded_cases.SEVERAL),
         {"mode": "forward", "problem": sharded_cases.SEVERAL, "accumulate": 2},
     ],
     # Its weights sum to one over the rows of all ranks, and the teacher learns by those of every
@@ -124,7 +124,7 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
     ],
     "an outer loss of a sum and a weight": [
         # These take the loss's slope, its value and its gradient.
-        *each(["reinforce", "loss_difference", "forward"], problem=sharded_cases.Weighted()),
+        *in_modes(["reinforce", "loss_difference", "forward"], problem=sharded_cases.Weighted()),
         {**FORWARD, "problem": sharded_cases.Weighted(), "accumulate": 2},
     ],
     "options": [
@@ -138,54 +138,97 @@ OF_TWO: dict[str, list[dict[str, Any]]] = {
         {**FORWARD, "mode": Reinforce(similarity="cosine", baseline=0.9)},
     ],
     "several steps": [{"mode": Forward(keep_every=2), "lookahead": 3, "accumulate": 2, "steps": 1}],
-    "several steps, all kept": each([Forward(), Forward(truncate=2)], lookahead=3),
+    "several steps, all kept": in_modes([Forward(), Forward(truncate=2)], lookahead=3),
 }
 # The number of ranks, how many of them have the same rows, and the cases.
-CASES: dict[str, tuple[int, int, list[dict[str, Any]]]] = {
-    **{
-        f"{what}, {layout}": (2, 1, [{**case, "layout": layout} for case in cases])
-        for what, cases in OF_TWO.items()
-        for layout in ("ddp", "fsdp")
-    },
+Cases = tuple[int, int, list[dict[str, Any]]]
+
+
+def of_both_layouts(cases_of_two: dict[str, list[dict[str, Any]]]) -> dict[str, Cases]:
+    """Return the cases of two processes, once by DDP and once by FSDP2."""
+    cases_by_name: dict[str, Cases] = {}
+    for name, cases in cases_of_two.items():
+        for layout in ("ddp", "fsdp"):
+            cases_by_name[f"{name}, {layout}"] = (
+                2,
+                1,
+                [{**case, "layout": layout} for case in cases],
+            )
+    return cases_by_name
+
+
+CASES: dict[str, Cases] = {
+    **of_both_layouts(OF_TWO),
     # An order is tried, and fails, on every rank.
-    "orders, fsdp": (2, 1, [
-        *each(["forward"], layout="fsdp", inside="distances"),
-        *each([Forward(by="double_backward")], layout="fsdp"),
-    ]),
-    "orders, ddp": (2, 1, [
-        *each([Forward(by="tangent")], layout="ddp"),
-        *each(
-            [Forward(by="double_backward"), "reinforce_per_example"],
-            layout="ddp", inside="distances"),
-    ]),
-    "altered "
-    "feedback": (
-        2, 1, each([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp")),
-    "a replicated "
-    "teacher": (2, 1, each(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw")),
-    "metapl's own function": (2, 1, each(["forward", "difference"], layout="shard")),
-    "its checkpoints": (2, 1, each(["forward", "difference"], layout="shard_checkpoint")),
+    "orders, fsdp": (
+        2,
+        1,
+        [
+            *in_modes(["forward"], layout="fsdp", inside="distances"),
+            *in_modes([Forward(by="double_backward")], layout="fsdp"),
+        ],
+    ),
+    "orders, ddp": (
+        2,
+        1,
+        [
+            *in_modes([Forward(by="tangent")], layout="ddp"),
+            *in_modes(
+                [Forward(by="double_backward"), "reinforce_per_example"],
+                layout="ddp",
+                inside="distances",
+            ),
+        ],
+    ),
+    "altered feedback": (
+        2,
+        1,
+        in_modes([Altered(), Altered(ReinforcePerExample(), "random_sign")], layout="ddp"),
+    ),
+    "a replicated teacher": (
+        2,
+        1,
+        in_modes(["forward"], layout="fsdp", teacher_layout="ddp", optimizer="adamw"),
+    ),
+    "metapl's own function": (2, 1, in_modes(["forward", "difference"], layout="shard")),
+    "its checkpoints": (2, 1, in_modes(["forward", "difference"], layout="shard_checkpoint")),
     "its checkpoints, several steps": (
-        2, 1,
-        each(["forward"], layout="shard_checkpoint", lookahead=3, recompute_teacher=True, steps=1)),
-    "products, AdamW": (2, 2, each(["reinforce"], optimizer="adamw", **CUT)),
-    "products": (2, 2, each(PLAIN_PASSES, **CUT) + each(["none"], clip_norm=0.05, **CUT)),
+        2,
+        1,
+        in_modes(
+            ["forward"], layout="shard_checkpoint", lookahead=3, recompute_teacher=True, steps=1
+        ),
+    ),
+    "products, AdamW": (2, 2, in_modes(["reinforce"], optimizer="adamw", **CUT)),
+    "products": (2, 2, in_modes(PLAIN_PASSES, **CUT) + in_modes(["none"], clip_norm=0.05, **CUT)),
     # The teacher is whole in each process.
-    "products of the student": (2, 2, each(["none"], teacher_layout="ddp", **CUT)),
-    "shards and "
-    "products": (4, 2, each(["reinforce"], layout="tensor_by_shard", optimizer="adamw", hidden=8)),
-    "shards, products, a "
-    "clip": (4, 2, each(["difference"], layout="tensor_by_shard", hidden=8, clip_norm=0.05)),
-    "replicas and "
-    "products": (
-        4, 2, each(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw")),
-    "replicas of shards of one": (2, 1, each(["reinforce"], layout="hsdp", optimizer="adamw")),
-    "replicas of shards": (4, 1, each(["reinforce", "difference"], layout="hsdp")),
-    "replicas of shards, AdamW": (4, 1, each(["forward"], layout="hsdp", optimizer="adamw")),
-    "replicas, several steps": (4, 1, each([Forward(keep_every=2)], layout="hsdp", lookahead=3)),
+    "products of the student": (2, 2, in_modes(["none"], teacher_layout="ddp", **CUT)),
+    "shards and products": (
+        4,
+        2,
+        in_modes(["reinforce"], layout="tensor_by_shard", optimizer="adamw", hidden=8),
+    ),
+    "shards, products, a clip": (
+        4,
+        2,
+        in_modes(["difference"], layout="tensor_by_shard", hidden=8, clip_norm=0.05),
+    ),
+    "replicas and products": (
+        4,
+        2,
+        in_modes(["difference"], layout="tensor_by_replicate", hidden=8, optimizer="adamw"),
+    ),
+    "replicas of shards of one": (2, 1, in_modes(["reinforce"], layout="hsdp", optimizer="adamw")),
+    "replicas of shards": (4, 1, in_modes(["reinforce", "difference"], layout="hsdp")),
+    "replicas of shards, AdamW": (4, 1, in_modes(["forward"], layout="hsdp", optimizer="adamw")),
+    "replicas, several steps": (
+        4,
+        1,
+        in_modes([Forward(keep_every=2)], layout="hsdp", lookahead=3),
+    ),
     # Widths of 3, 5 and 9 over four processes: some hold nothing of a bias.
-    "uneven shards": (4, 1, each(["forward", "reinforce"], layout="fsdp", gradients=False)),
-}  # fmt: skip
+    "uneven shards": (4, 1, in_modes(["forward", "reinforce"], layout="fsdp", gradients=False)),
+}
 QUICK = {
     "every mode, fsdp",
     "an outer loss of a sum and a weight, ddp",
@@ -292,7 +335,7 @@ def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str
     """
     require_torch("2.12", DIFFERENTIABLE_TWICE)
     for call in (2, 3, 4, 5):
-        assert max(two.run("interrupted", layout=layout, at=call)) < 1e-12, call
+        assert max(two.run("interrupted", layout=layout, failing_call=call)) < 1e-12, call
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
@@ -403,7 +446,7 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: An
 )
 def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, name: str) -> None:
     """Before anything moves, and with one message."""
-    first, second = two.run("refused", how=name)
+    first, second = two.run("refused", call=name)
     assert first != "not refused"
     assert first == second
 

@@ -23,7 +23,8 @@ from metapl.functional import stack, unstack
 from metapl.problems import ExampleWeights, LearningToReweight, Table
 
 LOSSES = CrossEntropy(label_smoothing=0.1), UDA()
-LARGE = 50.0  # a weight at which the feedback of the toy outweighs the teacher's own losses
+# At this weight the feedback of the toy outweighs the teacher's own losses.
+LARGE = 50.0
 
 
 def trainer_for(
@@ -50,13 +51,15 @@ def step_of(mode: Any = "forward", **options: Any) -> tuple[Tensor, Any]:
     """Return the teacher's gradient in a step, and the report."""
     trainer, batches = trainer_for(mode, **options)
     assert trainer.teacher is not None
-    before = parameters_to_vector(trainer.teacher.parameters()).detach()
+    start = parameters_to_vector(trainer.teacher.parameters()).detach()
     report = trainer.step(**batches)
-    return before - parameters_to_vector(trainer.teacher.parameters()).detach(), report
+    end = parameters_to_vector(trainer.teacher.parameters()).detach()
+    return start - end, report
 
 
 def test_the_rules() -> None:
-    feedback_norm, own_norm = torch.tensor(2.0), torch.tensor(1.0)
+    feedback_norm = torch.tensor(2.0)
+    own_norm = torch.tensor(1.0)
     assert FeedbackSize(weight=3.0).weight_for(feedback_norm, own_norm) == 3.0
     assert FeedbackSize(ratio=0.5).weight_for(feedback_norm, own_norm) == 0.25
     assert FeedbackSize(bound=0.5).weight_for(feedback_norm, own_norm) == 0.25
@@ -73,21 +76,22 @@ def test_the_rules() -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "loss_difference"])
-@pytest.mark.parametrize("given", [{}, {"accumulate": 2}, {"recompute_teacher": True}], ids=str)
-def test_a_bound_is_not_exceeded(mode: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"recompute_teacher": True}], ids=str)
+def test_a_bound_is_not_exceeded(mode: str, options: dict[str, Any]) -> None:
     """A large feedback is cut to the bound along its own direction.
 
-    One within the bound stays as the weight has it.
+    One within the bound is multiplied by the weight alone.
     """
-    own, _ = step_of(mode, feedback_weight=0.0, **given)
-    whole, _ = step_of(mode, feedback_weight=LARGE, **given)
-    size = float((whole - own).norm() / own.norm())
-    cut, report = step_of(mode, feedback_weight=LARGE, feedback_bound=size / 4, **given)
-    torch.testing.assert_close(cut - own, (whole - own) / 4)
+    of_losses, _ = step_of(mode, feedback_weight=0.0, **options)
+    unbounded, _ = step_of(mode, feedback_weight=LARGE, **options)
+    of_feedback = unbounded - of_losses
+    size = float(of_feedback.norm() / of_losses.norm())
+    cut, report = step_of(mode, feedback_weight=LARGE, feedback_bound=size / 4, **options)
+    torch.testing.assert_close(cut - of_losses, of_feedback / 4)
     assert report.feedback_weight == pytest.approx(LARGE / 4)
     assert report.feedback_ratio == pytest.approx(size / 4)
-    within, report = step_of(mode, feedback_weight=LARGE, feedback_bound=2 * size, **given)
-    torch.testing.assert_close(within, whole)
+    uncut, report = step_of(mode, feedback_weight=LARGE, feedback_bound=2 * size, **options)
+    torch.testing.assert_close(uncut, unbounded)
     assert report.feedback_weight == LARGE
     assert report.feedback_ratio == pytest.approx(size)
 
@@ -118,7 +122,7 @@ class SmallWeights:
 
     name = "small_weights"
 
-    def __call__(self, teacher: nn.Module, **given: Any) -> Tensor:
+    def __call__(self, teacher: nn.Module, **_: Any) -> Tensor:
         return 1e-4 * sum(p.square().sum() for p in teacher.parameters())
 
 
@@ -157,7 +161,7 @@ class Entropy:
 
     name = "entropy"
 
-    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **given: Any) -> Tensor:
+    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **_: Any) -> Tensor:
         q = signal.probs if signal.probs is not None else signal.value
         return -(q * q.log()).sum(-1).mean()
 
@@ -180,27 +184,28 @@ def test_stacked_steps_have_a_weight_each() -> None:
     """A small and a large feedback side by side: the bound cuts the one that exceeds it."""
     trainer, batches = trainer_for("forward", feedback_bound=0.02)
     step, state = trainer.functional()
-    larger = state._replace(
-        inner=state.inner._replace(
-            settings=[{**group, "lr": 100 * group["lr"]} for group in state.inner.settings]
-        )
-    )
-    both = stack([state, larger])
-    data = stack([(batches["labeled"], batches["unlabeled"])] * 2)
-    _, report = torch.func.vmap(step)(both, *data)
-    singles = [step(one, batches["labeled"], batches["unlabeled"])[1] for one in (state, larger)]
-    for found, expected in zip(unstack(report.sizes), singles, strict=True):
-        for name, value in expected.sizes.items():
-            torch.testing.assert_close(found[name], value)
+    settings = [{**group, "lr": 100 * group["lr"]} for group in state.inner.settings]
+    with_larger_rates = state._replace(inner=state.inner._replace(settings=settings))
+    states = [state, with_larger_rates]
+    data = batches["labeled"], batches["unlabeled"]
+    _, report = torch.func.vmap(step)(stack(states), *stack([data, data]))
+    singles = []
+    for single_state in states:
+        _, single_report = step(single_state, *data)
+        singles.append(single_report)
+    for sizes, single_report in zip(unstack(report.sizes), singles, strict=True):
+        for name, value in single_report.sizes.items():
+            torch.testing.assert_close(sizes[name], value)
     assert singles[0].sizes["feedback_weight"] > singles[1].sizes["feedback_weight"]
 
 
-@pytest.mark.parametrize("given", [{}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=str)
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
-def test_measuring_the_size_leaves_the_step_as_it_is(mode: str, given: dict[str, Any]) -> None:
-    ends, reports = [], []
+def test_measuring_the_size_leaves_the_step_as_it_is(mode: str, options: dict[str, Any]) -> None:
+    ends = []
+    reports = []
     for measures in (False, True):
-        trainer, batches = trainer_for(mode, feedback_weight=2.0, **given)
+        trainer, batches = trainer_for(mode, feedback_weight=2.0, **options)
         trainer.measures_feedback = measures
         reports.append(trainer.step(**batches))
         assert trainer.teacher is not None
@@ -209,19 +214,20 @@ def test_measuring_the_size_leaves_the_step_as_it_is(mode: str, given: dict[str,
         )
     assert torch.equal(*ends)
     assert "feedback_ratio" not in reports[0].scalars
-    own, _ = step_of(mode, feedback_weight=0.0, **given)
-    whole, _ = step_of(mode, feedback_weight=2.0, **given)
-    assert reports[1].feedback_ratio == pytest.approx(float((whole - own).norm() / own.norm()))
+    of_losses, _ = step_of(mode, feedback_weight=0.0, **options)
+    gradient, _ = step_of(mode, feedback_weight=2.0, **options)
+    ratio = float((gradient - of_losses).norm() / of_losses.norm())
+    assert reports[1].feedback_ratio == pytest.approx(ratio)
     assert reports[1].feedback_weight == 2.0
 
 
 def test_a_fit_records_the_size_in_every_row() -> None:
     for mode in (Reinforce(), LossDifference(), Forward()):
         trainer, batches = trainer_for(mode, feedback_weight=1.0)
-        found = trainer.fit(
+        result = trainer.fit(
             [batches["labeled"]], [batches["unlabeled"]], steps=6, log_every=2, progress=False
         )
-        assert all(row["feedback_ratio"] > 0 for row in found.history)
+        assert all(row["feedback_ratio"] > 0 for row in result.history)
 
 
 class WithUnused(nn.Module):
@@ -230,7 +236,8 @@ class WithUnused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.EmbeddingBag(20, 8, mode="sum", sparse=True)
-        self.head, self.unused = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.head = nn.Linear(8, 3)
+        self.unused = nn.Linear(8, 3)
 
     def forward(self, words: Tensor) -> Tensor:
         return self.head(self.embedding(words))
@@ -241,19 +248,19 @@ def test_what_no_loss_reaches_gets_no_gradient_and_sparse_ones_stay_sparse() -> 
     teacher = WithUnused()
     student = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(32, 3))
     outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
-    seen: dict[str, Any] = {}
+    gradients: dict[str, Any] = {}
 
-    def look(*given: Any) -> None:
-        seen.update({name: p.grad for name, p in teacher.named_parameters()})
+    def note_gradients(*_: Any) -> None:
+        gradients.update({name: p.grad for name, p in teacher.named_parameters()})
 
-    outer.register_step_pre_hook(look)
+    outer.register_step_pre_hook(note_gradients)
     trainer = metapl.BilevelTrainer(
         teacher, student, "forward", outer_optimizer=outer, verify=False
     )
     words = torch.randint(20, (6, 4))
     trainer.step((words, torch.arange(6) % 3), torch.randint(20, (8, 4)))
-    assert seen["unused.weight"] is None
-    assert seen["embedding.weight"].is_sparse
+    assert gradients["unused.weight"] is None
+    assert gradients["embedding.weight"].is_sparse
 
 
 class Checkpointed(nn.Module):
@@ -336,9 +343,10 @@ class WithEntropy(CrossEntropy):
     It adds a term that does.
     """
 
-    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **given: Any) -> Tensor:
+    def __call__(self, teacher: nn.Module, *, signal: metapl.Signal, **batches: Any) -> Tensor:
         q = signal.probs if signal.probs is not None else signal.value
-        return super().__call__(teacher, signal=signal, **given) - (q * q.log()).sum(-1).mean()
+        entropy = -(q * q.log()).sum(-1).mean()
+        return super().__call__(teacher, signal=signal, **batches) + entropy
 
 
 def test_a_loss_that_inherits_says_anew_what_it_reads() -> None:
@@ -373,7 +381,8 @@ class SparseHere(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.head = nn.Parameter(torch.randn(20, 8)), nn.Linear(8, 3)
+        self.words = nn.Parameter(torch.randn(20, 8))
+        self.head = nn.Linear(8, 3)
 
     def forward(self, words: Tensor) -> Tensor:
         is_labeled = len(words) == 6

@@ -351,7 +351,8 @@ class OfTable(Judged):
 
 
 def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
-    table, student = Table(8, 4), nn.Linear(6, 4)
+    table = Table(8, 4)
+    student = nn.Linear(6, 4)
     trainer = metapl.BilevelTrainer(
         table,
         student,
@@ -510,7 +511,8 @@ class Weight(nn.Module):
 def test_a_weight_with_another_name_is_trained_as_before() -> None:
     student = Weight()
     trainer = metapl.BilevelTrainer(nn.Linear(4, 3), student, "forward")
-    for name in ("second", "third"):  # the same object, in the same place
+    # Both are the same object, in the same place.
+    for name in ("second", "third"):
         trainer.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), torch.randn(6, 4))
         student._parameters[name] = student._parameters.pop(next(iter(student._parameters)))
 
@@ -526,7 +528,8 @@ def exchange(trainer: metapl.BilevelTrainer) -> None:
         (trainer.student, trainer.inner_optimizer),
         (trainer.teacher, trainer.outer_optimizer),
     ):
-        old, net[0].weight = net[0].weight, nn.Parameter(0.5 * net[0].weight.detach())
+        old = net[0].weight
+        net[0].weight = nn.Parameter(0.5 * net[0].weight.detach())
         for group in optimizer.param_groups:
             group["params"] = [net[0].weight if p is old else p for p in group["params"]]
 

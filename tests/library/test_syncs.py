@@ -40,12 +40,12 @@ class Waits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in WAITS:
-            self.found.append(name)
+            self.operations.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -99,12 +99,12 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mode, options = SETTINGS[name]
-    one = trainer(mode, "cpu", **options)
+    stepping = trainer(mode, "cpu", **options)
     labeled, unlabeled = batches("cpu")
-    one.step(labeled, unlabeled)
+    stepping.step(labeled, unlabeled)
     with as_on_an_accelerator(monkeypatch) as waits:
-        report = one.step(labeled, unlabeled)
-        assert waits.found == []
+        report = stepping.step(labeled, unlabeled)
+        assert waits.operations == []
         assert report.fault.findings, "it ran as on the CPU, where it may look at values"
         report.as_dict()
 
@@ -118,41 +118,49 @@ def test_nor_do_the_other_steps(wait: str, monkeypatch: pytest.MonkeyPatch) -> N
         else:
             model, _ = networks("cpu")
             LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).step(labeled)
-        assert waits.found == []
+        assert waits.operations == []
 
 
 def test_nor_does_the_loop_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schedule, average and watch between two looks at the numbers.
+    """Schedule and averages do not wait between two looks at the numbers.
 
     The first step looks twice: it chooses its order of differentiation, and compares the states of
     the generators before and after its loss, which lie on the host.
     """
-    one, data = trainer("forward", "cpu"), batches("cpu")
+    stepping = trainer("forward", "cpu")
+    labeled, unlabeled = batches("cpu")
     counts: list[int] = []
     with as_on_an_accelerator(monkeypatch) as waits:
-        step = one.step
+        step = stepping.step
 
-        def noted(*given: Any) -> Any:
-            counts.append(len(waits.found))
-            return step(*given)
+        def noted(*args: Any) -> Any:
+            counts.append(len(waits.operations))
+            return step(*args)
 
-        one.step = noted  # type: ignore[method-assign]
-        one.fit(
-            [data[0]], [data[1]], steps=8, wait=2, ema_decay=0.9, log_every=100, validate_every=100
+        stepping.step = noted  # type: ignore[method-assign]
+        stepping.fit(
+            [labeled],
+            [unlabeled],
+            steps=8,
+            wait=2,
+            ema_decay=0.9,
+            log_every=100,
+            validate_every=100,
         )
     assert len(counts) == 6
     assert counts == [0] + [2] * 5
 
 
 def test_a_look_at_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counter can fail: a look at the loss, as many training loops have one."""
-    one = trainer("forward", "cpu")
-    one.step(*batches("cpu"))  # which chooses its order of differentiation
+    """The counter can fail: it counts a look at the loss, as many training loops have one."""
+    stepping = trainer("forward", "cpu")
+    # The first step chooses its order of differentiation.
+    stepping.step(*batches("cpu"))
     with as_on_an_accelerator(monkeypatch) as waits:
-        report = one.step(*batches("cpu"))
+        report = stepping.step(*batches("cpu"))
         if report.scalars["inner_loss"] > 0:
             report.scalars["inner_loss"].item()
-    assert len(waits.found) == 2
+    assert len(waits.operations) == 2
 
 
 @pytest.mark.gpu
@@ -160,13 +168,13 @@ def test_a_look_at_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "unrolled"])
 def test_cuda_is_not_waited_for(name: str, cuda_may_not_wait: Block) -> None:
     mode, options = SETTINGS[name]
-    one = trainer(mode, "cuda", **options)
+    stepping = trainer(mode, "cuda", **options)
     labeled, unlabeled = batches("cuda")
     for _ in range(3):
-        one.step(labeled, unlabeled)
+        stepping.step(labeled, unlabeled)
     torch.cuda.synchronize()
     with cuda_may_not_wait():
-        one.step(labeled, unlabeled)
+        stepping.step(labeled, unlabeled)
 
 
 def test_the_mode_of_the_process_is_reset_after_an_error(

@@ -191,8 +191,8 @@ def test_an_adjoint_in_closed_form_is_autograds(
     With groups of their own, a weight without a gradient, and entries that are exactly zero.
     """
     student = toy("mlp").student
-    first, *others = student.parameters()
-    groups = [{"params": [first], "weight_decay": 0.3}, {"params": others}]
+    first, *later_weights = student.parameters()
+    groups = [{"params": [first], "weight_decay": 0.3}, {"params": later_weights}]
     optimizer = kind(groups, **{"lr": 0.02, **options})
     update = update_of(optimizer, trainable(student))
     theta = values(student)
@@ -277,14 +277,17 @@ def stored(optimizer: Any, student: torch.nn.Module) -> Any:
     [
         row
         for row in product(
-            (torch.bfloat16, torch.float16), IN_HALF, (0, 2), (None, 0.02),
+            (torch.bfloat16, torch.float16),
+            IN_HALF,
+            (0, 2),
+            (None, 0.02),
             usual=[torch.bfloat16, "sgd", "adamw", "torchopt_sgd", 2, None],
         )
         # Adam's squares do not fit into float16.
         if "adam" not in row.values[1] or row.values[0] == torch.bfloat16
         if "torchopt" not in row.values[1] or row.values[2] == 0
     ],
-)  # fmt: skip
+)
 def test_adjoints_of_weights_in_half_are_those_in_double(
     dtype: Any, name: str, steps: int, clip: float | None
 ) -> None:

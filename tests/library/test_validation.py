@@ -161,18 +161,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_metric_or_data_that_cannot_be_measured_is_refused(what: str) -> None:
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_metric_or_data_that_cannot_be_measured_is_refused(reason: str) -> None:
     """All but what is no finite number before the first step."""
     trainer = regression()
     options = {
         "validation": (X, Y),
-        "metric_mode": "min" if "metric" in REFUSED[what] else None,
-        **REFUSED[what],
+        "metric_mode": "min" if "metric" in REFUSED[reason] else None,
+        **REFUSED[reason],
     }
     with pytest.raises((MetaplError, TypeError, RuntimeError)):
         trainer.fit([(X, Y)], steps=2, progress=False, **options)
-    assert (trainer.steps_done == 0) != (what == "not a number")
+    assert (trainer.steps_done == 0) != (reason == "not a number")
 
 
 def test_arrays_are_served_in_shuffled_epochs() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, PROBLEMS, C, Own, Problem, norms, plain, put, rounded
+from kinds import KINDS, PROBLEMS, C, Problem, TwoLayers, norms, plain, put, rounded
 from problems_zoo import product, toy, unmoved
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -205,7 +205,7 @@ LONG = {
 def test_kinds_of_students(
     kind: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_statuses(expected, lambda: Own(*KINDS[kind][1:]), monkeypatch)
+    assert_statuses(expected, lambda: TwoLayers(*KINDS[kind][1:]), monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "expected"), rows_of(PROBLEMS, set()))
@@ -214,7 +214,7 @@ def test_kinds_of_problems(
 ) -> None:
     _, change, options = PROBLEMS[kind]
     problem = Problem(**change)
-    assert_statuses(expected, lambda: Own(plain), monkeypatch, problem=problem, **options)
+    assert_statuses(expected, lambda: TwoLayers(plain), monkeypatch, problem=problem, **options)
 
 
 def gru(student: Any, x: Tensor) -> Tensor:
@@ -249,21 +249,21 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
         nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), head=18
     ),
     "pooling": lambda: model(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 1), nn.MaxPool1d(2)),
-    "gru": lambda: model(Own(gru, put("cell", lambda s: nn.GRUCell(2, 5))), head=5),
+    "gru": lambda: model(TwoLayers(gru, put("cell", lambda s: nn.GRUCell(2, 5))), head=5),
     "transformer": lambda: model(
         rows, nn.TransformerEncoderLayer(2, 1, 4, 0.1, batch_first=True), head=4
     ),
     "default attention": lambda: model(
-        rows, Own(attention, put("w", lambda s: nn.Linear(2, 2))), head=4
+        rows, TwoLayers(attention, put("w", lambda s: nn.Linear(2, 2))), head=4
     ),
     "embeddings": lambda: model(
-        Own(lambda s, x: s.e((x > 0).long()), put("e", lambda s: nn.Embedding(2, 2))), head=8
+        TwoLayers(lambda s, x: s.e((x > 0).long()), put("e", lambda s: nn.Embedding(2, 2))), head=8
     ),
     "a residual": lambda: model(
-        Own(lambda s, x: x + s.w(x).tanh(), put("w", lambda s: nn.Linear(4, 4))), head=4
+        TwoLayers(lambda s, x: x + s.w(x).tanh(), put("w", lambda s: nn.Linear(4, 4))), head=4
     ),
     "an orthogonal layer": lambda: model(norms.orthogonal(nn.Linear(4, 6))),
-    "a zero in a relu": lambda: model(nn.Linear(4, 6), Own(lambda s, x: (0 * x).relu() + x)),
+    "a zero in a relu": lambda: model(nn.Linear(4, 6), TwoLayers(lambda s, x: (0 * x).relu() + x)),
 }
 MODES = [mode for mode in metapl.MODES if mode not in ("implicit", "none")]
 MODES_AND_TANGENT = [*MODES, Forward(by="tangent")]
@@ -327,9 +327,9 @@ def test_implicit_beside_double_backward(
 ) -> None:
     mode = Implicit(solver=solver, damping=1.0, step_size=0.1, iterations=5)
     problem = PseudoLabels(kind=kind)
-    assert checked(Own(plain), mode, problem=problem) == "right"
+    assert checked(TwoLayers(plain), mode, problem=problem) == "right"
     plant(monkeypatch, "a hundredth")
-    assert checked(Own(plain), mode, problem=problem) == "refused"
+    assert checked(TwoLayers(plain), mode, problem=problem) == "refused"
 
 
 Fault = Callable[..., Any]
@@ -473,7 +473,7 @@ def test_what_a_short_type_hides_is_not_called_right(monkeypatch: pytest.MonkeyP
     for dtype, lr in ((torch.bfloat16, 0.3), (torch.float32, 1e-4)):
         for mode in ("forward", "reinforce_per_example"):
             torch.manual_seed(0)
-            student = Own(lambda s, x, dtype=dtype: s.b(s.a(x).tanh().to(dtype).to(x)))
+            student = TwoLayers(lambda s, x, dtype=dtype: s.b(s.a(x).tanh().to(dtype).to(x)))
             sgd = torch.optim.SGD(student.parameters(), lr=lr)
             assert check_of(student, mode, inner_optimizer=sgd).status == "cannot tell"
 
@@ -486,7 +486,7 @@ def test_a_way_past_the_signal_is_seen_where_the_loss_hardly_moves(mode: str) ->
     def weighted_by_teacher(problem: Any, losses: Tensor, z: Any, x: Any, params: Any) -> Tensor:
         return losses * (1 + problem.teacher(x).softmax(1)[:, 0])
 
-    student = Own(plain)
+    student = TwoLayers(plain)
     adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
     problem = Problem(inner=weighted_by_teacher)
     gradient_check = check_of(student, mode, problem=problem, inner_optimizer=adam)
@@ -500,7 +500,7 @@ def build(
     """Return a trainer, and the batches of its steps."""
     torch.manual_seed(0)
     if student is None:
-        student = Own(plain)
+        student = TwoLayers(plain)
     batches = {
         "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
         "unlabeled": torch.randn(8, 4),
@@ -582,7 +582,7 @@ def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None
 
     letters = ""
     for mode, steps in ((Forward(by="tangent"), 1), (Forward(by="graph"), 1), ("difference", 10)):
-        student = Own(plain_at_first, put("is_late", lambda s: False))
+        student = TwoLayers(plain_at_first, put("is_late", lambda s: False))
         trainer, batches = build(student, mode)
         trainer.step(**batches)
         student.is_late = True
@@ -618,7 +618,7 @@ def test_a_refusal_moves_nothing_and_comes_again(
 
 
 def test_a_warning_names_the_reason() -> None:
-    trainer, batches = build(Own(lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))))
+    trainer, batches = build(TwoLayers(lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))))
     with pytest.warns(VerificationWarning, match="straight-through"):
         trainer.step(**batches)
     trainer.step(**batches)
@@ -658,7 +658,7 @@ def double_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
     """No other optimizer has the hook: the mode knows the rule alone."""
-    student = Own(plain)
+    student = TwoLayers(plain)
     sgd = torch.optim.SGD(student.parameters(), lr=0.3)
     assert check_of(student, inner_optimizer=sgd).status == "right"
     sgd.register_step_post_hook(double_weights)
@@ -677,5 +677,5 @@ def test_h_is_verified_before_it_is_shaped() -> None:
         Reinforce(similarity="cosine"),
         Reinforce(baseline=0.9),
     ):
-        assert check_of(Own(plain), mode).status == "right"
-    assert check_of(Own(plain), "none").status == "nothing to verify"
+        assert check_of(TwoLayers(plain), mode).status == "right"
+    assert check_of(TwoLayers(plain), "none").status == "nothing to verify"

@@ -33,7 +33,11 @@ LOSSES = (
 def pairs(number: int, seed: int = 0) -> list[tuple[Any, tuple[Tensor, Tensor]]]:
     """Return labelled batches, and unlabelled ones in two views."""
     labeled, weak = batches(number, seed)
-    return [(one, (x, x + 0.1 * x.roll(1, 0))) for one, x in zip(labeled, weak, strict=True)]
+    data = []
+    for outer, x in zip(labeled, weak, strict=True):
+        strong = x + 0.1 * x.roll(1, 0)
+        data.append((outer, (x, strong)))
+    return data
 
 
 def alone(teacher: nn.Module, **options: Any) -> LossTrainer:
@@ -47,8 +51,8 @@ def alone(teacher: nn.Module, **options: Any) -> LossTrainer:
 def moving(trainer: metapl.BilevelTrainer) -> Any:
     """Return all that a step may move but the teacher and its optimiser."""
     state = trainer.state_dict()
-    kept = {name: state[name] for name in ("student", "inner", "mode_state", "generator")}
-    return pytree.tree_map_only(Tensor, torch.clone, kept)
+    parts = {name: state[name] for name in ("student", "inner", "mode_state", "generator")}
+    return pytree.tree_map_only(Tensor, torch.clone, parts)
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.2}, {"precision": "bfloat16"}], ids=str)
@@ -57,29 +61,34 @@ def test_the_teacher_learns_as_it_would_without_a_student(options: dict[str, Any
 
     The student and the generator for labels stand still.
     """
-    drawing = torch.Generator().manual_seed(1)
-    trainer = bilevel(Reinforce(baseline=0.9), teacher_losses=LOSSES, generator=drawing, **options)
-    lonely, before = alone(trainer.teacher, **options), moving(trainer)
-    reports, ends = [], []
-    for one in (trainer, lonely):
+    generator = torch.Generator().manual_seed(1)
+    trainer = bilevel(
+        Reinforce(baseline=0.9), teacher_losses=LOSSES, generator=generator, **options
+    )
+    lonely = alone(trainer.teacher, **options)
+    state_before = moving(trainer)
+
+    def numbers_of_steps(step: Callable[..., Any]) -> tuple[list[list[float]], Tensor]:
+        """Return the sorted numbers of each report, and the default generator's state."""
         torch.manual_seed(3)
-        step = one.teacher_step if isinstance(one, metapl.BilevelTrainer) else one.step
-        reports.append([list(step(*data).as_dict().values()) for data in pairs(8)])
-        ends.append(torch.get_rng_state())
+        numbers = [sorted(step(*data).as_dict().values()) for data in pairs(8)]
+        return numbers, torch.get_rng_state()
+
+    numbers, random_state = numbers_of_steps(trainer.teacher_step)
+    lonely_numbers, lonely_random_state = numbers_of_steps(lonely.step)
     assert same(copied(trainer.teacher), copied(lonely.student))
     assert same(trainer.outer_optimizer.state_dict(), lonely.optimizer.state_dict())
-    assert same(*ends)
-    assert [sorted(values) for values in reports[0]] == [sorted(values) for values in reports[1]]
-    assert same(moving(trainer), before)
-    assert all(
-        p.grad is None for module in (trainer.teacher, trainer.student) for p in module.parameters()
-    )
+    assert same(random_state, lonely_random_state)
+    assert numbers == lonely_numbers
+    assert same(moving(trainer), state_before)
+    for module in (trainer.teacher, trainer.student):
+        assert all(p.grad is None for p in module.parameters())
     assert trainer.steps_done == 8
 
 
 def sources(number: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
-    both = pairs(number, seed)
-    return [labeled for labeled, _ in both], [unlabeled for _, unlabeled in both]
+    data = pairs(number, seed)
+    return [labeled for labeled, _ in data], [unlabeled for _, unlabeled in data]
 
 
 @pytest.mark.parametrize(
@@ -88,26 +97,30 @@ def sources(number: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
 def test_after_the_wait_steps_are_those_of_a_trainer_that_begins_with_this_teacher(
     mode: Any,
 ) -> None:
-    """Which was trained by itself; bit for bit, with the ramp of the teacher's losses going on."""
-    data, wait = pairs(9), 4
+    """The other teacher was trained by itself.
 
-    def drawing() -> torch.Generator:
+    They are equal bit for bit, and the ramp of the teacher's losses goes on.
+    """
+    data = pairs(9)
+    wait = 4
+
+    def generator() -> torch.Generator:
         return torch.Generator().manual_seed(2)
 
-    waited = bilevel(mode, teacher_losses=LOSSES, generator=drawing())
+    waited = bilevel(mode, teacher_losses=LOSSES, generator=generator())
     lonely = alone(waited.teacher)
     torch.manual_seed(3)
     waited.fit(*sources(9), steps=9, wait=wait, schedule="constant")
 
-    plain = bilevel(mode, teacher_losses=LOSSES, generator=drawing())
+    plain = bilevel(mode, teacher_losses=LOSSES, generator=generator())
     torch.manual_seed(3)
-    for one in data[:wait]:
-        lonely.step(*one)
+    for outer, inner in data[:wait]:
+        lonely.step(outer, inner)
     plain.teacher.load_state_dict(lonely.student.state_dict())
     plain.outer_optimizer.load_state_dict(lonely.optimizer.state_dict())
     plain.steps_done = wait
-    for one in data[wait:]:
-        plain.step(*one)
+    for outer, inner in data[wait:]:
+        plain.step(outer, inner)
     assert same(waited.state_dict(), plain.state_dict())
 
 
@@ -117,12 +130,10 @@ def test_a_warm_start_takes_the_teachers_average_and_the_students_begins_there()
         inner=lambda student: torch.optim.SGD(student.parameters(), lr=0.0), teacher_losses=LOSSES
     )
     lonely = alone(waited.teacher)
-    for one, more in (
-        (lonely, {"steps": 3}),
-        (waited, {"steps": 4, "wait": 3, "warm_start": True}),
-    ):
-        torch.manual_seed(3)
-        one.fit(*sources(4), **options | more)
+    torch.manual_seed(3)
+    lonely.fit(*sources(4), steps=3, **options)
+    torch.manual_seed(3)
+    waited.fit(*sources(4), steps=4, wait=3, warm_start=True, **options)
     for p, expected in zip(waited.student.parameters(), lonely.student.parameters(), strict=True):
         torch.testing.assert_close(p, expected)
 
@@ -137,7 +148,9 @@ def test_every_step_runs_at_the_rates_of_the_schedule(
 ) -> None:
     """Which counts for the student from the end of its wait."""
     transform = {"inner": lambda _: torchopt.sgd(0.1, momentum=0.9)} if inner == "torchopt" else {}
-    trainer, steps, seen = bilevel(**transform), 12, list[Any]()
+    trainer = bilevel(**transform)
+    steps = 12
+    seen = list[Any]()
 
     def noted(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         def stepping(*data: Any) -> Any:
@@ -173,29 +186,33 @@ def test_every_step_runs_at_the_rates_of_the_schedule(
 def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(
     tmp_path: Path,
 ) -> None:
-    trainer, wait = bilevel(teacher_losses=LOSSES), 5
-    how: dict[str, Any] = {"validate_every": 2, "log_every": 1, "ema_decay": 0.99, "save_every": 4}
-    found = trainer.fit(
-        *sources(4), steps=11, wait=wait, validation=VALIDATION, out=tmp_path, keep=9, **how
+    trainer = bilevel(teacher_losses=LOSSES)
+    wait = 5
+    result = trainer.fit(
+        *sources(4),
+        steps=11,
+        wait=wait,
+        validation=VALIDATION,
+        validate_every=2,
+        log_every=1,
+        ema_decay=0.99,
+        save_every=4,
+        keep=9,
+        out=tmp_path,
     )
     logged = {row["step"]: row for row in rows(tmp_path)}
     validated = [step for step, row in logged.items() if "teacher_validation_accuracy" in row]
     assert validated == [2, 4, 6, 8, 10, 11]
-    assert [step for step in validated if "student_validation_accuracy" in logged[step]] == [
-        6,
-        8,
-        10,
-        11,
-    ]
-    assert found.step > wait
+    of_student = [step for step in validated if "student_validation_accuracy" in logged[step]]
+    assert of_student == [6, 8, 10, 11]
+    assert result.step > wait
     assert [step for step, row in logged.items() if "inner_loss" in row] == list(range(6, 12))
     assert [row["inner_lr"] for step, row in logged.items() if step <= wait] == [0.0] * wait
     assert all({"teacher_loss", "teacher_uda", "outer_lr"} <= row.keys() for row in logged.values())
-    # After steps 11, 8 and 4.
-    _, begun, untouched = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
+    _, after_8_steps, after_4_steps = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
     fresh = copied(bilevel().student)
-    for path, moved in ((untouched, False), (begun, True)):
+    for path, has_moved in ((after_4_steps, False), (after_8_steps, True)):
         state = metapl.runs.checkpoint.load(path)
-        assert state["averages"]["student"]["steps"] == (3 if moved else 0)
-        assert same(dict(state["trainer"]["student"]), fresh) != moved
-        assert bool(state["best"]["weights"]) == moved
+        assert state["averages"]["student"]["steps"] == (3 if has_moved else 0)
+        assert same(dict(state["trainer"]["student"]), fresh) != has_moved
+        assert bool(state["best"]["weights"]) == has_moved

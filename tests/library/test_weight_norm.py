@@ -136,7 +136,7 @@ def test_the_network_is_as_it_was(kind: str) -> None:
     """
     problem = case(kind)
     network = problem.student
-    before = values(network)
+    weights_before = values(network)
     parts = [*network.modules()]
     hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
     modes = (
@@ -165,7 +165,7 @@ def test_the_network_is_as_it_was(kind: str) -> None:
     assert [*network.modules()] == parts
     assert [hook for part in parts for hook in part._forward_pre_hooks.values()] == hooks
     assert all({*vars(hook)} == {"name", "dim"} for hook in hooks)
-    assert error(values(network), before) == 0.0
+    assert error(values(network), weights_before) == 0.0
 
 
 @pytest.mark.parametrize("kind", NORMS)

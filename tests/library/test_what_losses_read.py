@@ -27,8 +27,10 @@ from metapl.feedback import Difference, Forward
 from metapl.feedback.forward import SMALL
 from metapl.functional.compiled import refuse_gap
 
-ROWS, CLASSES = 8, 3
-SMALL_WIDTH, LARGE_WIDTH = 6, 200
+ROWS = 8
+CLASSES = 3
+SMALL_WIDTH = 6
+LARGE_WIDTH = 200
 # The mode, its number of student steps, and the student's width: ``forward`` in each of its orders,
 # and the reference.
 WAYS: dict[str, tuple[Any, int, int]] = {
@@ -49,11 +51,9 @@ class Student(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.hidden, self.out = (
-            nn.Linear(4, width),
-            nn.Linear(width, width),
-            nn.Linear(width, CLASSES),
-        )
+        self.first = nn.Linear(4, width)
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, CLASSES)
         self.auxiliary: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ class Weighed(metapl.BilevelProblem):
     """
 
     def __init__(
-        self, extra: Callable[[Any, Tensor, Signal, Any, Any], Tensor], **held: Any
+        self, extra: Callable[[Any, Tensor, Signal, Any, Any], Tensor], **attributes: Any
     ) -> None:
-        vars(self).update(extra=extra, **held)
+        vars(self).update(extra=extra, **attributes)
 
     def signal(self, teacher: nn.Module, batch: Any, outputs: Any, *, generator: Any) -> Signal:
         return Signal(2 * teacher(batch[0]).sigmoid()[:, 0])
@@ -233,10 +233,10 @@ def test_the_gradient_is_right(make: Make, way: str) -> None:
     for verify in (True, False):
         case = Case(make, width, steps)
         begin()
-        found = metapl.hypergradient(
+        gradient = metapl.hypergradient(
             case.teacher, case.student, **case.options(mode), verify=verify
         )
-        assert agrees(found.grads.values(), expected), (verify, found.order)
+        assert agrees(gradient.grads.values(), expected), (verify, gradient.order)
     assert sum(p.numel() for p in case.student.parameters()) > SMALL or width == SMALL_WIDTH
 
 
@@ -244,10 +244,10 @@ def test_the_gradient_is_right(make: Make, way: str) -> None:
 def test_a_difference_takes_the_draws_of_the_loss(make: Make) -> None:
     case = Case(make, SMALL_WIDTH, 1)
     begin()
-    found = metapl.hypergradient(
+    gradient = metapl.hypergradient(
         case.teacher, case.student, **case.options("difference"), verify=True
     )
-    assert agrees(found.grads.values(), by_differences(make, SMALL_WIDTH, 1), 1e-5)
+    assert agrees(gradient.grads.values(), by_differences(make, SMALL_WIDTH, 1), 1e-5)
 
 
 @pytest.mark.parametrize("make", [of_the_problem, of_a_closure])
@@ -257,8 +257,10 @@ def test_a_difference_of_outputs_is_refused_and_its_advice_runs(make: Make) -> N
     with pytest.raises(MetaplError, match="mode 'forward' follows"):
         metapl.hypergradient(case.teacher, case.student, **case.options(Difference()), verify=True)
     begin()
-    found = metapl.hypergradient(case.teacher, case.student, **case.options("forward"), verify=True)
-    assert agrees(found.grads.values(), by_differences(make, SMALL_WIDTH, 1))
+    gradient = metapl.hypergradient(
+        case.teacher, case.student, **case.options("forward"), verify=True
+    )
+    assert agrees(gradient.grads.values(), by_differences(make, SMALL_WIDTH, 1))
 
 
 @pytest.mark.parametrize("make", [of_the_problem, of_a_closure, of_a_hook, of_numpy])
@@ -278,15 +280,16 @@ def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int)
     }
     trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", **options)
     trainer.step(**case.data())
-    before = [p.detach().clone() for p in case.teacher.parameters()]
+    weights_before = [p.detach().clone() for p in case.teacher.parameters()]
     begin()
     expected = metapl.hypergradient(case.teacher, case.student, **case.options("unrolled"))
     begin()
     trainer.step(**case.data())
-    moved = [
-        p_before - p.detach() for p_before, p in zip(before, case.teacher.parameters(), strict=True)
+    gradient = [
+        p_before - p.detach()
+        for p_before, p in zip(weights_before, case.teacher.parameters(), strict=True)
     ]
-    assert agrees(moved, torch.cat([g.flatten() for g in expected.grads.values()]), 1e-9)
+    assert agrees(gradient, torch.cat([g.flatten() for g in expected.grads.values()]), 1e-9)
 
 
 def test_a_student_meets_a_loss_that_draws_after_one_that_does_not() -> None:
@@ -297,21 +300,21 @@ def test_a_student_meets_a_loss_that_draws_after_one_that_does_not() -> None:
         case.teacher, case.student, **{**case.options("forward"), "problem": silent}
     )
     begin()
-    found = metapl.hypergradient(case.teacher, case.student, **case.options("forward"))
-    assert agrees(found.grads.values(), by_differences(of_numpy, SMALL_WIDTH, 3))
+    gradient = metapl.hypergradient(case.teacher, case.student, **case.options("forward"))
+    assert agrees(gradient.grads.values(), by_differences(of_numpy, SMALL_WIDTH, 3))
 
 
 @pytest.mark.parametrize("make", [of_the_problem, of_a_closure])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_in_micro_batches_they_are_those_of_the_rows(make: Make, steps: int) -> None:
     """A teacher without dropout, whose masks are others there."""
-    found = []
+    gradients = []
     for parts in (1, 2):
         case = Case(make, SMALL_WIDTH, steps)
         case.teacher.eval()
         options = {**case.options("forward"), "accumulate": parts, "verify": True}
-        found.append(metapl.hypergradient(case.teacher, case.student, **options).grads.values())
-    assert agrees(found[1], torch.cat([g.flatten() for g in found[0]]), 1e-10)
+        gradients.append(metapl.hypergradient(case.teacher, case.student, **options).grads.values())
+    assert agrees(gradients[1], torch.cat([g.flatten() for g in gradients[0]]), 1e-10)
 
 
 def test_a_batchs_own_auxiliary_loss_or_draws_are_no_means() -> None:
@@ -388,9 +391,9 @@ def a_detached_target(student: Student, teacher: Any) -> Weighed:
 
 def a_detached_target_of_the_problem(student: Student, teacher: Any) -> Weighed:
     def extra(self: Any, losses: Tensor, signal: Signal, batch: Any, params: Any) -> Tensor:
-        return losses * (1 + self.held(batch[0]).detach()[:, 0]) ** 2
+        return losses * (1 + self.teacher(batch[0]).detach()[:, 0]) ** 2
 
-    return Weighed(extra, held=teacher)
+    return Weighed(extra, teacher=teacher)
 
 
 @pytest.mark.parametrize("make", [a_number, a_detached_target, a_detached_target_of_the_problem])
@@ -426,9 +429,9 @@ def test_in_the_signal_it_counts(mode: str) -> None:
     begin()
     assert metapl.check_gradient(case.teacher, case.student, **case.options(mode)).status == "right"
     begin()
-    found = metapl.hypergradient(case.teacher, case.student, **case.options(mode))
+    gradient = metapl.hypergradient(case.teacher, case.student, **case.options(mode))
     expected = by_differences(a_number, SMALL_WIDTH, 1)
-    assert agrees(found.grads.values(), expected)
+    assert agrees(gradient.grads.values(), expected)
 
 
 # --------------------------------------------------------------------------- what is left as it was
@@ -439,13 +442,13 @@ def test_verification_leaves_what_the_networks_hold(make: Make) -> None:
     case = Case(make, SMALL_WIDTH, 1)
     case.student(case.outer[0])
     parts = [*case.student.modules(), *case.teacher.modules(), case.problem]
-    before = [(vars(part), dict(vars(part))) for part in parts]
+    attributes_before = [(vars(part), dict(vars(part))) for part in parts]
     features = list(vars(case.problem).get("features", []))
     metapl.check_gradient(case.teacher, case.student, **case.options("forward"))
-    for part, (held, contents) in zip(parts, before, strict=True):
-        assert vars(part) is held
-        assert all(held[name] is value for name, value in contents.items())
-        assert held.keys() == contents.keys()
+    for part, (attributes, contents) in zip(parts, attributes_before, strict=True):
+        assert vars(part) is attributes
+        assert all(attributes[name] is value for name, value in contents.items())
+        assert attributes.keys() == contents.keys()
     assert len(features) == len(vars(case.problem).get("features", []))
 
 
@@ -479,7 +482,8 @@ class InAList(nn.Module):
 def test_layers_in_a_plain_list_are_named_and_the_advice_runs() -> None:
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)]
-    x, y = torch.randn(ROWS, 4), torch.arange(ROWS) % CLASSES
+    x = torch.randn(ROWS, 4)
+    y = torch.arange(ROWS) % CLASSES
     for student, steps in (
         (InAList(layers), 1),
         (InAList(layers), 3),
@@ -487,13 +491,13 @@ def test_layers_in_a_plain_list_are_named_and_the_advice_runs() -> None:
     ):
         inner = x if steps == 1 else metapl.Lookahead([x] * steps)
         sgd = torch.optim.SGD(student.parameters(), lr=0.1)
-        given: Any = {"outer": (x, y), "inner": inner, "inner_optimizer": sgd, "verify": True}
+        inputs: Any = {"outer": (x, y), "inner": inner, "inner_optimizer": sgd, "verify": True}
         teacher = nn.Linear(4, CLASSES)
         if isinstance(student, InAList):
             with pytest.raises(MetaplError, match=r"from a plain list or dict.*nn\.ModuleList"):
-                metapl.hypergradient(teacher, student, **given)
+                metapl.hypergradient(teacher, student, **inputs)
         else:
-            metapl.hypergradient(teacher, student, **given)
+            metapl.hypergradient(teacher, student, **inputs)
 
 
 def test_wrappers_around_the_whole_network_are_named_with_a_way_out() -> None:
@@ -516,7 +520,8 @@ def test_wrappers_around_the_whole_network_are_named_with_a_way_out() -> None:
 
 def test_a_buffer_of_truth_values_is_compared_with_its_eager_value() -> None:
     """Such as a causal mask."""
-    mask, loss = torch.tensor([True, False]), torch.tensor(1.0)
+    mask = torch.tensor([True, False])
+    loss = torch.tensor(1.0)
     refuse_gap("the student's buffers", {"mask": mask}, {"mask": mask.clone()}, loss)
     with pytest.raises(MetaplError, match=r"buffers is 0\.71 off"):
         refuse_gap(
@@ -553,7 +558,8 @@ def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> Non
     torch.manual_seed(0)
     numpy.random.seed(0)  # noqa: NPY002 - the global one
     pixels, digits = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-    x, y = pixels.float() / 16, digits.long()
+    x = pixels.float() / 16
+    y = digits.long()
     labels = y[100:1300].clone()
     labels[::5] = torch.randint(10, labels[::5].shape)
     student = Experts()

@@ -38,8 +38,8 @@ ADAMW = torch.optim.AdamW
 def muon_beside_adamw(params: list[Any]) -> Any:
     """Return Muon for the matrices, and AdamW for the rest."""
     matrices = [p for p in params if p.ndim == 2]
-    others = [p for p in params if p.ndim != 2]
-    return torch.optim.Muon(matrices, lr=0.02), ADAMW(others, lr=0.01, eps=1e-3)
+    vectors = [p for p in params if p.ndim != 2]
+    return torch.optim.Muon(matrices, lr=0.02), ADAMW(vectors, lr=0.01, eps=1e-3)
 
 
 def sgd_in_groups(params: Any) -> torch.optim.Optimizer:
@@ -149,10 +149,10 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if "captured" in request.node.name:
         monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
     elif "inductor" not in request.node.name:
-        monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-def both(
+def on_both_roads(
     problem: Any,
     optimizer: str,
     mode: Any,
@@ -214,9 +214,9 @@ def assert_alike(
 
 
 @pytest.mark.parametrize(("optimizer", "problem", "keep", "clip", "schedule", "frozen"), ROWS)
-@pytest.mark.parametrize("how", ["plain", pytest.param("captured", marks=pytest.mark.long)])
+@pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 def test_two_graphs_give_the_eager_gradient(
-    how: str,
+    backend: str,
     optimizer: str,
     problem: str,
     keep: str,
@@ -225,8 +225,8 @@ def test_two_graphs_give_the_eager_gradient(
     frozen: bool,
 ) -> None:
     student = network(drops=problem != "enters_the_input", frozen=frozen)
-    before = copy.deepcopy(student.state_dict())
-    eager, pure = both(
+    state_before = copy.deepcopy(student.state_dict())
+    eager, pure = on_both_roads(
         PROBLEMS[problem](),
         optimizer,
         KEEPS[keep],
@@ -238,8 +238,8 @@ def test_two_graphs_give_the_eager_gradient(
         # On the eager road, double backward keeps its graph.
         pure = replace(pure, kept=eager.kept)
     assert_alike(eager, pure, 1e-9)
-    assert error(before, student.state_dict()) == 0
-    assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
+    assert error(state_before, student.state_dict()) == 0
+    assert all(torch.equal(state_before[name], t) for name, t in student.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ def test_the_step_that_is_compared_is_one_that_moves(monkeypatch: pytest.MonkeyP
         step, adjoint = make_training(*arguments, **options)
 
         def adjoint_with_twice_h(*arguments: Any) -> Any:
-            bars, h, *others = adjoint(*arguments)
-            return bars, {name: 2 * t for name, t in h.items()}, *others
+            bars, h, *results = adjoint(*arguments)
+            return bars, {name: 2 * t for name, t in h.items()}, *results
 
         return step, adjoint_with_twice_h
 
@@ -357,10 +357,10 @@ def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
     if torch.__version__ < TorchVersion("2.12"):
         # Inductor draws other masks there behind a batch norm.
         with pytest.raises(metapl.MetaplError, match="as 2.12 does not"):
-            both(problem, "momentum", Forward(keep_every=2), student)
+            on_both_roads(problem, "momentum", Forward(keep_every=2), student)
         student = network(drops=False)
         graphs._CACHE.clear()
-    eager, compiled = both(problem, "momentum", Forward(keep_every=2), student)
+    eager, compiled = on_both_roads(problem, "momentum", Forward(keep_every=2), student)
     assert_alike(eager, compiled, 1e-9)
     cached = [*graphs._CACHE.values()]
     assert len(cached) == 1
@@ -423,7 +423,9 @@ def odd(bad: float = 0.0, steps: Sequence[int] = (2,)) -> Callable[[int], tuple[
     return odd_batch
 
 
-def ahead(batches: Any = batch, settings: Any = None, steps: int | None = STEPS) -> dict[str, Any]:
+def lookahead(
+    batches: Any = batch, settings: Any = None, steps: int | None = STEPS
+) -> dict[str, Any]:
     return {"inner": Lookahead(batches, steps=steps, settings=settings)}
 
 
@@ -438,15 +440,15 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "unknown name": ("expected", lambda: {"wrt": "lrr"}),
     "no such setting": ("betas", lambda: {"wrt": ["start", "betas"]}),
     "a setting of a transform": ("lr", lambda: {"wrt": "lr", "inner_optimizer": torchopt.sgd(0.1)}),
-    "an unknown setting": ("lrr", lambda: ahead(settings={"lrr": RATES})),
-    "settings that end": ("shape", lambda: ahead(settings={"lr": RATES[1:]})),
-    "rates of two groups": ("settings", lambda: ahead(settings=RATES_OF_TWO_GROUPS)),
-    "betas of SGD": ("settings", lambda: ahead(settings=BETAS)),
-    "another batch": ("for step 2", lambda: ahead(odd())),
-    "always another batch": ("for step 0", lambda: ahead(odd(steps=range(STEPS)))),
-    "NaN": ("step 2", lambda: ahead(odd(NAN))),
-    "NaN in the first step": ("step 0", lambda: ahead([odd(NAN)(2)] * STEPS)),
-    "a rate of NaN": ("step 1", lambda: ahead(settings={"lr": torch.full((STEPS, 1), NAN)})),
+    "an unknown setting": ("lrr", lambda: lookahead(settings={"lrr": RATES})),
+    "settings that end": ("shape", lambda: lookahead(settings={"lr": RATES[1:]})),
+    "rates of two groups": ("settings", lambda: lookahead(settings=RATES_OF_TWO_GROUPS)),
+    "betas of SGD": ("settings", lambda: lookahead(settings=BETAS)),
+    "another batch": ("for step 2", lambda: lookahead(odd())),
+    "always another batch": ("for step 0", lambda: lookahead(odd(steps=range(STEPS)))),
+    "NaN": ("step 2", lambda: lookahead(odd(NAN))),
+    "NaN in the first step": ("step 0", lambda: lookahead([odd(NAN)(2)] * STEPS)),
+    "a rate of NaN": ("step 1", lambda: lookahead(settings={"lr": torch.full((STEPS, 1), NAN)})),
     "NaN in the outer batch": (
         "step 6|the outer loss is NaN or infinite",
         lambda: {"outer": odd(NAN)(2)},
@@ -465,7 +467,7 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {
             "wrt": "momentum",
             "mode": Unrolled(),
-            **ahead(settings=RESTED, steps=3),
+            **lookahead(settings=RESTED, steps=3),
             **EAGER,
         },
     ),
@@ -540,7 +542,7 @@ def by_hand(
 
     def loss(number: int) -> Tensor:
         x, y = batch(number)
-        return nn.functional.cross_entropy(reference.at(student, theta, x), y)
+        return nn.functional.cross_entropy(reference.outputs_at(student, theta, x), y)
 
     groups = range(settings["lr"].shape[1])
     for k in range(steps):
@@ -553,12 +555,12 @@ MODES = [Forward(keep_every=2), Forward(), Unrolled()]
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "mode", "steps", "how"),
+    ("optimizer", "mode", "steps", "backend"),
     product(SETTINGS, MODES, [1, 5], ["eager", "plain"], usual=[*SETTINGS, MODES[0], 5, "plain"])
     + product(SETTINGS, MODES, [1, 5], ["captured"], usual=[]),
 )
 def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
-    optimizer: str, mode: Any, steps: int, how: str
+    optimizer: str, mode: Any, steps: int, backend: str
 ) -> None:
     student = network(drops=False)
     settings: dict[str, Tensor] = {}
@@ -579,7 +581,7 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
         inner_optimizer=OPTIMIZERS[optimizer](student.parameters()),
         problem=EqualWeights(),
         mode=mode,
-        compile=how != "eager",
+        compile=backend != "eager",
         wrt=["start", *settings],
     )
     by_name = dict(zip([*start, *settings], expected, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import metapl
 
 
-class Weighted(metapl.problems.Problem):
+class Weighted(metapl.problems.BilevelProblem):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
     ) -> metapl.Signal:
@@ -67,7 +67,7 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([], steps=3, validate_every=2, batch_size=4, metric="loss")
     trainer.fit([], steps=3, validate_every=2)
     trainer.fit([], steps="3")  # type: ignore[arg-type]
-    trainer.fit([], steps=3, mode="best")  # type: ignore[arg-type]
+    trainer.fit([], steps=3, metric_mode="best")  # type: ignore[arg-type]
     trainer.fit([], steps=3, metric=error, metric_mode="min")
     trainer.fit([], steps=3, metric="acuracy")  # type: ignore[arg-type]
     trainer.fit([], steps=3, metric=lambda outputs: 0.0)  # type: ignore[arg-type]

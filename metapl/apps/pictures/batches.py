@@ -17,7 +17,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -76,24 +75,31 @@ class MemoryImages:
 
     def __init__(self, data: Tensor, indices: Tensor | None = None) -> None:
         if data.dtype != torch.uint8 or data.ndim != 4:
-            given = f"{data.dtype} of shape {tuple(data.shape)}"
-            raise MetaplError(f"MemoryImages got {given}; expected torch.uint8 (n, C, H, W)")
-        self.data, self.indices = data, indices
+            raise MetaplError(
+                f"MemoryImages got {data.dtype} of shape {tuple(data.shape)}; expected torch.uint8 "
+                "(n, C, H, W)"
+            )
+        self.data = data
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.data if self.indices is None else self.indices)
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of every picture."""
         return (self.data.shape[1], self.data.shape[2], self.data.shape[3])
 
     def select(self, indices: Tensor) -> MemoryImages:
-        return MemoryImages(self.data, self._where(indices))
+        """Select pictures, in the order of ``indices`` (n,) int64; nothing is copied."""
+        return MemoryImages(self.data, self._rows(indices))
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return pick(self.data, self._where(indices)), indices
+        """Return pictures as uint8 (B, C, H, W), and ``indices``."""
+        return pick(self.data, self._rows(indices)), indices
 
-    def _where(self, indices: Tensor) -> Tensor:
+    def _rows(self, indices: Tensor) -> Tensor:
+        """Return where in the data these pictures are."""
         return indices if self.indices is None else self.indices[indices]
 
 
@@ -101,9 +107,13 @@ class FileImages:
     """Pictures in files, read when they are fetched.
 
     A file that cannot be read is replaced by the next one that can, in the order of this set; so
-    the batches stay a function of their position. It is recorded, whichever process meets it: as a
-    line of JSON in ``log``, see :func:`replaced_files`, or as a warning. ``size``, ``colors`` and
-    ``center`` are those of :func:`metapl.apps.pictures.reader.read_image`.
+    the batches stay a function of their position. It is recorded, whichever process meets it.
+
+    Args:
+        paths: of the files.
+        size, colors, center: as for :func:`metapl.apps.pictures.reader.read_image`.
+        log: the file in which broken files are recorded, a line of JSON each, see
+            :func:`replaced_files`. None: a warning tells of each.
     """
 
     def __init__(
@@ -128,18 +138,18 @@ class FileImages:
         self.colors = colors
         self.center = center
         self.log = log
-        # The pair says which pictures are kept, and holds the pictures. Two processes that read the
-        # same picture at once write the same bytes.
-        self._kept: tuple[np.ndarray[Any, Any], Tensor] | None = None
+        self._kept: KeptPictures | None = None
 
     def __len__(self) -> int:
         return len(self._indices)
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of every picture."""
         return (3 if self.colors == "RGB" else 1, *self.size)
 
     def select(self, indices: Tensor) -> FileImages:
+        """Select pictures, in the order of ``indices`` (n,) int64; nothing is read."""
         return self._with(_indices=self._indices[indices])
 
     def cached(self) -> FileImages:
@@ -148,14 +158,10 @@ class FileImages:
         Forked worker processes share this memory. It is C·H·W + 1 bytes a picture, taken as the
         pictures are read.
         """
-        # Torch's shared tensors would be bounded by the size of /dev/shm.
-        count, bytes_each = len(self._paths), math.prod(self.shape)
-        memory = np.frombuffer(mmap.mmap(-1, count * (1 + bytes_each)), dtype=np.uint8)
-        return self._with(
-            _kept=(memory[:count], torch.from_numpy(memory[count:].reshape(count, *self.shape)))
-        )
+        return self._with(_kept=KeptPictures.empty(len(self._paths), self.shape))
 
     def _with(self, **changes: Any) -> FileImages:
+        """Return the same pictures with other attributes; nothing is copied."""
         copy = object.__new__(FileImages)
         vars(copy).update({**vars(self), **changes})
         return copy
@@ -169,23 +175,28 @@ class FileImages:
         return Path(os.fsdecode(self._paths[int(self._indices[index])]))
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pictures as uint8 (B, C, H, W), and which they are, (B,) int64."""
         numbers = self._indices[indices]
         # Picking from kept pictures at once is four times as fast as one by one.
-        if self._kept is not None and self._kept[0][numbers.numpy()].all():
-            return self._kept[1].index_select(0, numbers), indices
+        if self._kept is not None and self._kept.is_kept[numbers.numpy()].all():
+            return self._kept.pictures.index_select(0, numbers), indices
         images, used = self.fetch_crops(indices, [()] * len(indices))
-        return images[0] if images else torch.empty(0, *self.shape, dtype=torch.uint8), used
+        if not images:
+            return torch.empty(0, *self.shape, dtype=torch.uint8), used
+        return images[0], used
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Fetch as :meth:`fetch` does, but leave a broken file out, not replaced: for measuring."""
-        found = [
-            (views[0], index)
-            for index in indices.tolist()
-            if (views := self._views(index)) is not None
-        ]
-        none = torch.empty(0, *self.shape, dtype=torch.uint8)
-        images = torch.stack([image for image, _ in found]) if found else none
-        return images, torch.tensor([index for _, index in found], dtype=torch.int64)
+        images: list[Tensor] = []
+        used: list[int] = []
+        for index in indices.tolist():
+            views = self._views(index)
+            if views is not None:
+                images.append(views[0])
+                used.append(index)
+        if not images:
+            return torch.empty(0, *self.shape, dtype=torch.uint8), indices[:0]
+        return torch.stack(images), torch.tensor(used, dtype=torch.int64)
 
     def fetch_crops(
         self, indices: Tensor, crops: Sequence[Sequence[Crop]]
@@ -194,28 +205,35 @@ class FileImages:
 
         Returns: V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
         """
-        found, used, tries = list[list[Tensor]](), list[int](), min(_IN_A_ROW, len(self))
+        views_of_pictures: list[list[Tensor]] = []
+        used: list[int] = []
         for index, boxes in zip(indices.tolist(), crops, strict=True):
-            for candidate in range(index, index + tries):
-                if (pictures := self._views(candidate % len(self), boxes)) is not None:
-                    found.append(pictures)
-                    used.append(candidate % len(self))
-                    break
-            else:
-                first = f"the first being {self.path(index)}"
-                raise MetaplError(
-                    f"{tries} pictures in a row cannot be read, {first}: is the disk still there?"
-                )
-        return [torch.stack(view) for view in zip(*found, strict=True)], torch.tensor(
-            used, dtype=torch.int64
+            views, number = self._readable_views(index, boxes)
+            views_of_pictures.append(views)
+            used.append(number)
+        stacked = [torch.stack(view) for view in zip(*views_of_pictures, strict=True)]
+        return stacked, torch.tensor(used, dtype=torch.int64)
+
+    def _readable_views(self, index: int, crops: Sequence[Crop]) -> tuple[list[Tensor], int]:
+        """Return boxes of a picture, or of the next one that can be read, and its number."""
+        tries = min(_IN_A_ROW, len(self))
+        for candidate in range(index, index + tries):
+            number = candidate % len(self)
+            views = self._views(number, crops)
+            if views is not None:
+                return views, number
+        raise MetaplError(
+            f"{tries} pictures in a row cannot be read, the first being {self.path(index)}: is the "
+            "disk still there?"
         )
 
     def _views(self, index: int, crops: Sequence[Crop] = ()) -> list[Tensor] | None:
         """Return boxes of a picture, or the whole one; None where it cannot be read."""
         number = int(self._indices[index])
-        there, kept = self._kept if self._kept is not None and not crops else (None, torch.empty(0))
-        if there is not None and there[number]:
-            return [kept[number]]
+        # Boxes are drawn anew each time, so that whole pictures alone are kept.
+        memory = None if crops else self._kept
+        if memory is not None and memory.is_kept[number]:
+            return [memory.pictures[number]]
         path = str(self.path(index))
         try:
             if crops:
@@ -227,10 +245,33 @@ class FileImages:
             else:
                 record_files(self.log, {path: error.reason})
             return None
-        if there is not None:
-            kept[number] = picture
-            there[number] = 1
+        if memory is not None:
+            memory.pictures[number] = picture
+            memory.is_kept[number] = 1
         return [picture]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPictures:
+    """Pictures in memory that forked processes share.
+
+    Two processes that read the same picture at once write the same bytes.
+
+    Args:
+        is_kept: uint8 (n,), 1 for each picture that was read.
+        pictures: uint8 (n, C, H, W).
+    """
+
+    is_kept: np.ndarray[Any, Any]
+    pictures: Tensor
+
+    @classmethod
+    def empty(cls, count: int, shape: tuple[int, int, int]) -> KeptPictures:
+        """Return room for pictures of a shape, none of which was read."""
+        # Torch's shared tensors would be bounded by the size of /dev/shm.
+        size = count * (1 + math.prod(shape))
+        memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+        return cls(memory[:count], torch.from_numpy(memory[count:].reshape(count, *shape)))
 
 
 def pick(values: Tensor, indices: Tensor) -> Tensor:
@@ -244,16 +285,20 @@ def pick(values: Tensor, indices: Tensor) -> Tensor:
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
-    known = replaced_files(log)
-    new = [
-        {"file": path, "reason": reason} for path, reason in reasons.items() if path not in known
-    ]
-    if new:
-        # A process that was killed may have torn the last line.
-        torn = log.exists() and read_plain(log)[-1:] not in (b"", b"\n")
-        # The lines are written in one piece, for workers add to the file too.
-        with log.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn + "".join(json.dumps(entry) + "\n" for entry in new))
+    recorded = replaced_files(log)
+    lines = []
+    for path, reason in reasons.items():
+        if path not in recorded:
+            lines.append(json.dumps({"file": path, "reason": reason}) + "\n")
+    if not lines:
+        return
+    # A process that was killed may have torn the last line.
+    is_torn = log.exists() and read_plain(log)[-1:] not in (b"", b"\n")
+    if is_torn:
+        lines.insert(0, "\n")
+    # The lines are written in one piece, for workers add to the file too.
+    with log.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
 
 
 def replaced_files(log: Path) -> dict[str, str]:
@@ -261,8 +306,10 @@ def replaced_files(log: Path) -> dict[str, str]:
 
     Empty where there is no such record.
     """
-    reasons = {}
-    for line in read_plain(log).decode("utf-8", "replace").splitlines() if log.exists() else ():
+    reasons: dict[str, str] = {}
+    if not log.exists():
+        return reasons
+    for line in read_plain(log).decode("utf-8", "replace").splitlines():
         # A line may be torn or damaged.
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             entry = json.loads(line)
@@ -281,9 +328,10 @@ ROLES = ("view", "weak", "strong")
 
 @dataclass(frozen=True)
 class SomeOfSampler(StepSampler):
-    """A sampler of some examples of each batch, whose rows a function of the step says.
+    """A sampler of some examples of each batch. ``batch_size`` is that of the whole batch.
 
-    ``batch_size`` is that of the whole batch.
+    Args:
+        rows: says of a step which rows of its batch these are.
 
     >>> sampler = SomeOfSampler(8, 4, seed=0, rows=lambda step: torch.tensor([3, 1]))
     >>> bool((sampler.indices(5) == StepSampler(8, 4, seed=0).indices(5)[[3, 1]]).all())
@@ -294,12 +342,15 @@ class SomeOfSampler(StepSampler):
 
     @property
     def whole(self) -> StepSampler:
+        """Return the sampler of the whole batches."""
         return StepSampler(self.size, self.batch_size, self.seed, self.stream)
 
     def indices(self, step: int) -> Tensor:
+        """Return the numbers of the examples of a step."""
         return self.whole.indices(step)[self.rows(step)]
 
     def epochs(self, step: int) -> Tensor:
+        """Return the pass over the examples that each of them is drawn in."""
         return self.whole.epochs(step)[self.rows(step)]
 
 
@@ -327,23 +378,31 @@ class ExampleBatches(StepBatches[BatchT]):
     @property
     def views(self) -> dict[str, View]:
         """Return the views of the images by role, each with draws of its own."""
-        return {role: view for role in ROLES if (view := getattr(self, role, None)) is not None}
+        views: dict[str, View] = {}
+        for role in ROLES:
+            view = getattr(self, role, None)
+            if view is not None:
+                views[role] = view
+        return views
 
     @property
     def columns(self) -> dict[str, Tensor]:
         """Return the other columns that a batch holds of the same examples, by name."""
-        return {
-            name: held
-            for name in ("labels", "stored")
-            if (held := getattr(self, name, None)) is not None
-        }
+        columns: dict[str, Tensor] = {}
+        for name in ("labels", "stored"):
+            column = getattr(self, name, None)
+            if column is not None:
+                columns[name] = column
+        return columns
 
     @property
     def examples(self) -> int:
+        """Return the number of examples."""
         return self.sampler.size
 
     @property
     def batch_size(self) -> int:
+        """Return the number of examples in a batch."""
         return self.sampler.batch_size
 
     def share(self, number: int, shares: int) -> Self | None:
@@ -353,10 +412,15 @@ class ExampleBatches(StepBatches[BatchT]):
         them; nothing else is read or changed. None where a view does not say what it mixes.
         """
         rows = RowsOfShare(self, number, shares)
-        if self.rows_needed(0, rows.own) is None:
+        if self.rows_needed(0, rows.first_rows) is None:
             return None
-        whole = self.sampler
-        sampler = SomeOfSampler(whole.size, whole.batch_size, whole.seed, whole.stream, rows=rows)
+        sampler = SomeOfSampler(
+            self.sampler.size,
+            self.sampler.batch_size,
+            self.sampler.seed,
+            self.sampler.stream,
+            rows=rows,
+        )
         # Every class of such batches is a dataclass.
         part: Any = self
         shared: Self = dataclasses.replace(part, sampler=sampler)
@@ -370,17 +434,19 @@ class ExampleBatches(StepBatches[BatchT]):
         examples = _examples_of(self.sampler, step)
         is_needed = torch.zeros(self.batch_size, dtype=torch.bool)
         for view, seed in zip(self.views.values(), self._seeds(), strict=True):
-            of_view = rows_needed(view, rows, seed=seed, step=step, examples=examples)
-            if of_view is None:
+            needed_by_view = rows_needed(view, rows, seed=seed, step=step, examples=examples)
+            if needed_by_view is None:
                 return None
-            is_needed[of_view] = True
+            is_needed[needed_by_view] = True
         is_needed[rows] = False
         return torch.cat([rows, is_needed.nonzero()[:, 0]])
 
     def batch(self, step: int) -> BatchT:
+        """Return the batch of a step."""
         return self.augment(step, self.fetch(step))
 
     def raw(self) -> StepBatches[Fetched]:
+        """Return what is fetched of each batch, before it is seen through views."""
         return RawBatches(self, self.steps)
 
     def fetch(self, step: int) -> Fetched:
@@ -388,55 +454,89 @@ class ExampleBatches(StepBatches[BatchT]):
 
         The images are there once for all views, or once for each crop.
         """
-        indices, crop = self.sampler.indices(step), self.crop
+        indices = self.sampler.indices(step)
         if isinstance(self.images, Tensor):
-            images, used = [pick(self.images, indices)], indices
-        elif crop is None:
-            whole, used = self.images.fetch(indices)
-            images = [whole]
+            images = [pick(self.images, indices)]
+            used = indices
+        elif self.crop is None:
+            uncropped, used = self.images.fetch(indices)
+            images = [uncropped]
         else:
-            # This was checked when the batches were made.
-            assert isinstance(self.images, FileImages)
-            examples, seeds = _examples_of(self.sampler, step), self._seeds()
-            mirrored = torch.zeros(len(seeds), len(indices), dtype=torch.bool)
+            images, used = self._fetch_crops(self.crop, step, indices)
+        columns = [pick(column, used) for column in self.columns.values()]
+        return (*images, *columns)
 
-            def box(view: int, row: int, height: int, width: int) -> Box:
-                """Return a box of an image, drawn once its size is known."""
-                boxes, mirrors = crop.boxes(
-                    seeds[view], step, examples[row : row + 1], height, width
-                )
-                mirrored[view, row] = mirrors[0]
-                top, left, tall, wide = boxes[0].tolist()
-                return left, top, left + wide, top + tall
+    def _fetch_crops(
+        self, crop: ResizedCrop, step: int, indices: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return a box of each image for each view, mirrored where that was drawn, and its number.
 
-            boxes = [
-                [partial(box, view, row) for view in range(len(seeds))]
-                for row in range(len(indices))
-            ]
-            seen, used = self.images.fetch_crops(indices, boxes)
-            flips = mirrored[:, :, None, None, None]
-            images = [torch.where(flip, x.flip(-1), x) for flip, x in zip(flips, seen, strict=True)]
-        return (*images, *(pick(column, used) for column in self.columns.values()))
+        A box is drawn once the size of the image is known.
+        """
+        assert isinstance(self.images, FileImages), "this was checked when the batches were made"
+        examples = _examples_of(self.sampler, step)
+        # Of each image, a box for each view.
+        boxes: list[list[DrawnBox]] = []
+        for row in range(len(indices)):
+            example = examples[row : row + 1]
+            boxes.append([DrawnBox(crop, seed, step, example) for seed in self._seeds()])
+        cropped, used = self.images.fetch_crops(indices, boxes)
+        images = []
+        for view, x in enumerate(cropped):
+            is_mirrored = torch.tensor([of_image[view].is_mirrored for of_image in boxes])
+            images.append(torch.where(is_mirrored[:, None, None, None], x.flip(-1), x))
+        return images, used
 
     def augment(self, step: int, fetched: Fetched) -> BatchT:
+        """Return the batch of a step, of which the images and other columns were fetched."""
         count = len(fetched) - len(self.columns)
-        images = (
-            fetched[:count]
-            if isinstance(self.images, Tensor)
-            else tuple(map(in_unit_range, fetched[:count]))
-        )
+        images = fetched[:count]
+        if not isinstance(self.images, Tensor):
+            images = tuple(map(in_unit_range, images))
         if self.crop is None:
             images = images * len(self.views)
-        how: Any = {"step": step, "examples": _examples_of(self.sampler, step)}
+        options: dict[str, Any] = {"step": step, "examples": _examples_of(self.sampler, step)}
         if isinstance(self.sampler, SomeOfSampler):
-            how["batch"] = _examples_of(self.sampler.whole, step)
-        each = zip(self.views.values(), images, self._seeds(), strict=True)
-        items: Any = (*(view(x, seed=seed, **how) for view, x, seed in each), *fetched[count:])
+            options["batch"] = _examples_of(self.sampler.whole, step)
+        items: list[Any] = []
+        for view, x, seed in zip(self.views.values(), images, self._seeds(), strict=True):
+            items.append(view(x, seed=seed, **options))
+        items += fetched[count:]
         # BatchT stands for either form.
-        return items if len(items) > 1 else items[0]  # type: ignore[no-any-return]
+        batch: Any = tuple(items) if len(items) > 1 else items[0]
+        return batch  # type: ignore[no-any-return]
 
     def _seeds(self) -> list[int]:
+        """Return a seed for each view."""
         return [draws.fold_in(self.seed, ROLES.index(role)) for role in self.views]
+
+
+class DrawnBox:
+    """A box of an image, which is drawn when its height and width are given.
+
+    Args:
+        crop: draws it.
+        seed: of the view.
+        step: of the batch.
+        example: the number by which the views of the step know the image, (1,) int64.
+
+    Attributes:
+        is_mirrored: whether the box is to be mirrored, once it was drawn.
+    """
+
+    def __init__(self, crop: ResizedCrop, seed: int, step: int, example: Tensor) -> None:
+        self.crop = crop
+        self.seed = seed
+        self.step = step
+        self.example = example
+        self.is_mirrored = False
+
+    def __call__(self, height: int, width: int) -> Box:
+        """Draw the box in an image of this size."""
+        boxes, mirrors = self.crop.boxes(self.seed, self.step, self.example, height, width)
+        self.is_mirrored = bool(mirrors[0])
+        top, left, box_height, box_width = boxes[0].tolist()
+        return left, top, left + box_width, top + box_height
 
 
 def _examples_of(sampler: StepSampler, step: int) -> Tensor:
@@ -449,18 +549,26 @@ def _examples_of(sampler: StepSampler, step: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowsOfShare:
-    """Say which rows a share of batches reads in a step: its own, and those mixed with them."""
+    """Say which rows a share of batches reads in a step: its own, and those mixed with them.
+
+    Args:
+        batches: of which it is a share.
+        number: of the share, from 0.
+        shares: how many there are.
+    """
 
     batches: ExampleBatches[Any]
     number: int
     shares: int
 
     @property
-    def own(self) -> Tensor:
+    def first_rows(self) -> Tensor:
+        """Return the rows of the share, without those that are mixed with them."""
         return torch.arange(self.batches.batch_size).chunk(self.shares)[self.number]
 
     def __call__(self, step: int) -> Tensor:
-        needed = self.batches.rows_needed(step, self.own)
+        """Return the rows of a step."""
+        needed = self.batches.rows_needed(step, self.first_rows)
         assert needed is not None, "share() has asked"
         return needed
 
@@ -473,6 +581,7 @@ class RawBatches(StepBatches[Fetched]):
     steps: int | None = None
 
     def batch(self, step: int) -> Fetched:
+        """Return what is fetched of a step."""
         return self.batches.fetch(step)
 
 
@@ -560,12 +669,9 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or self.batch_size < 1:
-            given = (
-                f"{len(self.images)} images, {len(self.labels)} labels, batch_size "
-                f"{self.batch_size}"
-            )
             raise MetaplError(
-                f"EvaluationBatches got {given}; expected as many labels as images, 1 or more a "
+                f"EvaluationBatches got {len(self.images)} images, {len(self.labels)} labels, "
+                f"batch_size {self.batch_size}; expected as many labels as images, 1 or more a "
                 "batch"
             )
 
@@ -577,16 +683,17 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
 
     @property
     def examples(self) -> int:
+        """Return the number of examples."""
         return len(self.labels)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        indices = torch.arange(
-            step * self.batch_size, min((step + 1) * self.batch_size, len(self.images))
-        )
-        fetch = (
-            self.images.fetch_sound if isinstance(self.images, FileImages) else self.images.fetch
-        )
-        images, used = fetch(indices)
+        """Return the batch of a step; a file that cannot be read is left out, not replaced."""
+        start = step * self.batch_size
+        indices = torch.arange(start, min(start + self.batch_size, len(self.images)))
+        if isinstance(self.images, FileImages):
+            images, used = self.images.fetch_sound(indices)
+        else:
+            images, used = self.images.fetch(indices)
         return in_unit_range(images), pick(self.labels, used)
 
 

@@ -262,7 +262,7 @@ def read_crops(
         path: of the picture, as for :func:`read_image`.
         crops: give the boxes of the upright picture.
         size: (height, width) to which each box is resized.
-        mode: as for :func:`read_image`.
+        colors: as for :func:`read_image`.
 
     Returns: uint8 (3, H, W) or (1, H, W) for each crop.
     """

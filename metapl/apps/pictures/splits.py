@@ -35,19 +35,20 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
             f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such "
             "as 0.1."
         )
-    order = torch.argsort(
-        draws.bits(seed, 0, torch.arange(len(labels)), 1, _VALIDATION)[:, 0], stable=True
-    )
-    aside = torch.zeros(len(labels), dtype=torch.bool)
+    drawn = draws.bits(seed, 0, torch.arange(len(labels)), 1, _VALIDATION)[:, 0]
+    order = torch.argsort(drawn, stable=True)
+    is_aside = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         rows = order[labels[order] == label]
-        aside[rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)]] = True
-    if not aside.any():
+        count = max(round(fraction * len(rows)), 1)
+        # One example at least is left to learn from.
+        is_aside[rows[: min(count, len(rows) - 1)]] = True
+    if not is_aside.any():
         raise MetaplError(
             f"no class of the {len(labels)} labeled pictures has two; expected more, or --val "
             "FOLDER."
         )
-    return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]
+    return (~is_aside).nonzero()[:, 0], is_aside.nonzero()[:, 0]
 
 
 # ------------------------------------------------------------------------------------------- digits
@@ -90,10 +91,11 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0
     labels = torch.as_tensor(data.target, dtype=torch.int64)
-    how = {"random_state": seed}
-    rest, test_rows = train_test_split(range(len(labels)), test_size=400, stratify=labels, **how)
+    other_rows, test_rows = train_test_split(
+        range(len(labels)), test_size=400, stratify=labels, random_state=seed
+    )
     train_rows, validation_rows = train_test_split(
-        rest, test_size=197, stratify=labels[rest], **how
+        other_rows, test_size=197, stratify=labels[other_rows], random_state=seed
     )
     train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
@@ -103,9 +105,15 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
             "class has"
         )
     # The split comes shuffled, so the first of each class are a random choice.
-    chosen = torch.zeros(len(train), dtype=torch.bool)
+    is_labeled = torch.zeros(len(train), dtype=torch.bool)
     for label in range(10):
-        chosen[(labels[train] == label).nonzero()[:labels_per_class, 0]] = True
-    parts = (train[chosen], train[~chosen], validation_rows, test_rows)
-    (x, y), (unlabeled, truth), held_out, last = ((images[rows], labels[rows]) for rows in parts)
-    return DigitsSplit((x, y), unlabeled, truth, held_out, last)
+        is_labeled[(labels[train] == label).nonzero()[:labels_per_class, 0]] = True
+    labeled_rows = train[is_labeled]
+    unlabeled_rows = train[~is_labeled]
+    return DigitsSplit(
+        labeled=(images[labeled_rows], labels[labeled_rows]),
+        unlabeled=images[unlabeled_rows],
+        unlabeled_truth=labels[unlabeled_rows],
+        validation=(images[validation_rows], labels[validation_rows]),
+        test=(images[test_rows], labels[test_rows]),
+    )
