@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import joined, map_tensors
+from metapl.execution.batch import Batch, Inputs, joined, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -153,7 +153,7 @@ class LocalStudent:
         gradient: bool = False,
         state: State | None = None,
         look: GraphLook | None = None,
-        whole_batch: Any = None,
+        whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
         """Return the outer loss, Σ sum / Σ weight over batches and ranks, and its gradient.
 
@@ -293,7 +293,7 @@ class LocalStudent:
                     gradients.add(of_batch)
         return gradients.total
 
-    def _judged(self, judge: WeightedLoss, inputs: Any, batch: Any) -> Tensor:
+    def _judged(self, judge: WeightedLoss, inputs: Inputs, batch: Batch) -> Tensor:
         value, _ = judge(self.forward(inputs), batch)
         return value
 
@@ -347,7 +347,7 @@ class LocalStudent:
 
     # --------------------------------------------------------------- the module at other weights
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Return the module's outputs, in float32 or wider."""
         return wide(checks.logits(self.module(inputs), "student"))
 
@@ -439,7 +439,7 @@ class Pass:
         random_state_after: the generators where the pass has ended.
     """
 
-    def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
+    def __init__(self, student: LocalStudent, params: Tree, inputs: Inputs) -> None:
         self.student = student
         self.params = params
         self.inputs = inputs
@@ -608,7 +608,7 @@ class Pass:
     # ------------------------------------------------------------------------------------- replays
 
     @contextmanager
-    def once_more(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+    def once_more(self, inputs: Inputs) -> Iterator[tuple[Tree, Tensor]]:
         """Run the pass again in this block; yield θ as leaves, and the outputs there.
 
         The outputs are compared with those of this pass. A backward pass belongs into the block.
@@ -619,7 +619,7 @@ class Pass:
             with self.drawing_as_loss():
                 yield leaves, outputs
 
-    def _twice_differentiable(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
+    def _twice_differentiable(self, inputs: Inputs) -> AbstractContextManager[tuple[Tree, Tensor]]:
         """Run the pass again as :meth:`once_more`, with a graph that has second derivatives.
 
         On one device every graph has.
@@ -724,7 +724,7 @@ class Pass:
 
     @contextmanager
     def hessian(
-        self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None
+        self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Inputs = None
     ) -> Iterator[Product]:
         """Yield the derivatives of ⟨g, w⟩ as a function of w, by double backward.
 
@@ -742,7 +742,7 @@ class Pass:
             yield partial(_derivatives, g, weights, leaves)
 
     def second_derivatives(
-        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any, *, curved: bool
+        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Inputs, *, curved: bool
     ) -> tuple[Tree, list[Tensor | None]]:
         """Return what :meth:`hessian` yields, for one w.
 

@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
-from metapl.execution.batch import joined, leaves_of, map_tensors, micro_batches
+from metapl.execution.batch import Batch, joined, leaves_of, map_tensors, micro_batches
 from metapl.execution.compare import (
     BY_DIFFERENCE,
     EXACTLY,
@@ -101,7 +101,7 @@ class SignalInput:
     """
 
     def __init__(
-        self, problem: BilevelProblem, batch: Any, signal: Signal, *, in_graph: bool
+        self, problem: BilevelProblem, batch: Batch, signal: Signal, *, in_graph: bool
     ) -> None:
         fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
         self.fields = fields if in_graph else plain_leaves(fields)
@@ -147,7 +147,7 @@ class SignalInput:
 def inner_loss(
     problem: BilevelProblem,
     signal: Signal,
-    batch: Any,
+    batch: Batch,
     readable: bool,
     factors: Tensor | None,
     outputs: Tensor,
@@ -196,7 +196,7 @@ class InnerStep:
     problem: BilevelProblem
     update: Update
     passes: Sequence[Pass]
-    inner_batch: Any
+    inner_batch: Batch
     signal: Signal
     inner_loss: Tensor
     grads: Tree
@@ -225,7 +225,7 @@ class InnerStep:
         inner_batch = None if batch_too else self.inner_batch
         return replace(self, grads={}, state=None, inner_batch=inner_batch)
 
-    def recomputed(self, params: Tree, state: Any, inner_batch: Any = None) -> InnerStep:
+    def recomputed(self, params: Tree, state: Any, inner_batch: Batch = None) -> InnerStep:
         """Return a forgotten step with θ, g, s and its batch.
 
         Args:
@@ -558,7 +558,7 @@ class InnerStep:
             for name, pieces_of_field in pieces.items()
         }
 
-    def _loss(self, signal: Signal, batch: Any, factors: Tensor | None = None) -> Loss:
+    def _loss(self, signal: Signal, batch: Batch, factors: Tensor | None = None) -> Loss:
         """Return the inner loss of a micro-batch, as a function of outputs and weights."""
         readable = self.student.has_whole_weights
         return partial(inner_loss, self.problem, signal, batch, readable, factors)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, joined, leaves_of, length, micro_batches
+from metapl.execution.batch import Batch, digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
 from metapl.execution.numerics import Tree, TreeSum
 from metapl.execution.state import RandomState, State, replay, replayed
@@ -337,7 +337,7 @@ class Path:
             (outer_input(problem, batch, signal), batch) for batch in outer_micro_batches
         ]
 
-        def judge(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:
+        def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, batch))
 
         look = current_look()
@@ -506,7 +506,7 @@ class Path:
                 batch_too=self.inner_batches.are_read_again
             )
 
-    def inner_batch(self, number: int, batch: Any = None) -> Any:
+    def inner_batch(self, number: int, batch: Batch = None) -> Any:
         """Return an inner batch once more, and refuse another than the first time.
 
         Args:
@@ -643,7 +643,7 @@ def take_steps(
     update: Update,
     *,
     problem: BilevelProblem,
-    outer_batch: Any,
+    outer_batch: Batch,
     inner_batches: InnerBatches,
     teach: Teach,
     accumulate: int = 1,
@@ -865,7 +865,7 @@ class _Walk:
             if number % spacings[0] == 0:
                 path.keep(number, self.params, self.state)
 
-    def _choose_keeping(self, inner_batch: Any) -> None:
+    def _choose_keeping(self, inner_batch: Batch) -> None:
         """Choose which steps keep their states, by the bytes that a step holds."""
         path = self.path
         # θ and g have the same size; a batch that is read again is held by the step alone.
@@ -879,7 +879,7 @@ class _Walk:
         if path.keeping.spacings:
             path.states.keep(0, (self.params, self.state))
 
-    def _ask_teacher(self, batch: Any, outputs: Tensor | None) -> Signal:
+    def _ask_teacher(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a batch, without its graph.
 
         A problem may read the student as it is in this step.
@@ -891,7 +891,7 @@ class _Walk:
             return self.teach(batch, outputs).detached()
 
     def _learn(
-        self, gradients: TreeSum, number: int, inner_pass: Pass, batch: Any, signal: Signal
+        self, gradients: TreeSum, number: int, inner_pass: Pass, batch: Batch, signal: Signal
     ) -> Tensor:
         """Return the inner loss of a micro-batch, and add its gradient to those of the others.
 

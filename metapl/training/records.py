@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
 from metapl.problems.base import BilevelProblem, Signal, field_name, has_rows
@@ -16,7 +17,7 @@ from metapl.problems.base import BilevelProblem, Signal, field_name, has_rows
 
 @torch.no_grad()
 def figures(
-    report: Any, problem: BilevelProblem, labeled: Any, ranks: Ranks
+    report: Any, problem: BilevelProblem, labeled: Batch, ranks: Ranks
 ) -> Mapping[str, Tensor]:
     r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
@@ -123,7 +124,7 @@ def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
     return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def class_indices_in(labeled: Any) -> Tensor | None:
+def class_indices_in(labeled: Batch) -> Tensor | None:
     """Return the labels of a labeled batch, (B,), where they are whole numbers."""
     if not isinstance(labeled, tuple | list) or len(labeled) < 2:
         return None

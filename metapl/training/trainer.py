@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import both_batches, either, labeled_pair, plain
+from metapl.execution.batch import Batch, Inputs, both_batches, either, labeled_pair, plain
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
@@ -63,6 +63,7 @@ from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
+    InnerOptimizer,
     OwnStep,
     Update,
     as_one_optimizer,
@@ -100,7 +101,7 @@ class OpenedStep:
             at before.
     """
 
-    outer_batch: Any
+    outer_batch: Batch
     inner_batches: InnerBatches
     teacher_slots: Slots
     student_slots: Slots
@@ -203,7 +204,7 @@ class BilevelTrainer(Trainer):
         mode: Mode = "forward",
         *,
         problem: BilevelProblem | None = None,
-        inner_optimizer: Any = None,
+        inner_optimizer: InnerOptimizer | None = None,
         outer_optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
         feedback_weight: float | None = None,
@@ -387,7 +388,12 @@ class BilevelTrainer(Trainer):
 
     @one_at_a_time
     def step(
-        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
+        self,
+        labeled: Batch = None,
+        unlabeled: Batch = None,
+        *,
+        outer: Batch = None,
+        inner: Batch = None,
     ) -> StepReport:
         """Take one step of Algorithm 1 on a labeled batch and an unlabeled one.
 
@@ -427,7 +433,7 @@ class BilevelTrainer(Trainer):
         with advice_on(self.mode, steps, by_another_mode):
             return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
 
-    def _open_step(self, outer_batch: Any, inner_batches: InnerBatches) -> OpenedStep:
+    def _open_step(self, outer_batch: Batch, inner_batches: InnerBatches) -> OpenedStep:
         """Read the networks' tables as they are now, and refuse what no step can be taken with.
 
         Networks are verified on these batches where that is due. Where they are met for the first
@@ -646,7 +652,7 @@ class BilevelTrainer(Trainer):
             return "included"
         return "left out"
 
-    def _losses_for(self, inner_batch: Any) -> Sequence[TeacherLoss]:
+    def _losses_for(self, inner_batch: Batch) -> Sequence[TeacherLoss]:
         """Return the teacher's own losses in a step, whose last inner batch they may depend on."""
         if self.teacher is None:
             return ()
@@ -736,7 +742,12 @@ class BilevelTrainer(Trainer):
         return functional(self)
 
     def teacher_step(
-        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
+        self,
+        labeled: Batch = None,
+        unlabeled: Batch = None,
+        *,
+        outer: Batch = None,
+        inner: Batch = None,
     ) -> Report:
         """Take one step of the teacher alone, while the student waits.
 
@@ -780,7 +791,12 @@ class BilevelTrainer(Trainer):
 
     @one_at_a_time
     def first_step(
-        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
+        self,
+        labeled: Batch = None,
+        unlabeled: Batch = None,
+        *,
+        outer: Batch = None,
+        inner: Batch = None,
     ) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal``.
 
@@ -818,7 +834,7 @@ class BilevelTrainer(Trainer):
         student = self._student_type(self.layout, student_slots, double_backward=False)
         self.update.follow(student.parameters)
 
-        def first_signal(batch: Any, outputs: Tensor | None) -> Signal:
+        def first_signal(batch: Batch, outputs: Tensor | None) -> Signal:
             with torch.no_grad():
                 return self.problem.first_signal(
                     teacher_slots.module, batch, outputs, generator=self.generator
@@ -847,7 +863,7 @@ class BilevelTrainer(Trainer):
             self.steps_done += 1
             return report
 
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
         if overrides(self.problem, "outer_batch"):
             batch = self.problem.outer_batch(batch)
@@ -856,7 +872,7 @@ class BilevelTrainer(Trainer):
         return self.problem.outer_input(batch), batch
 
     def outer_terms(self) -> list[Term]:
-        def outer_loss(network: Any, inputs: Any, batch: Any) -> OuterLoss:
+        def outer_loss(network: Any, inputs: Inputs, batch: Batch) -> OuterLoss:
             outputs = checks.logits(network(inputs), "student")
             return self.problem.outer_loss(outputs, batch)
 
@@ -872,7 +888,7 @@ class BilevelTrainer(Trainer):
                 "same, by the direct term."
             )
 
-    def read_input(self, batch: Any) -> Any:
+    def read_input(self, batch: Batch) -> Inputs:
         self._refuse_input_of_signal()
         if overrides(self.problem, "outer_input") and not isinstance(batch, Tensor):
             return self.problem.outer_input(batch)
@@ -993,12 +1009,12 @@ class BilevelTrainer(Trainer):
 
     def hypergradient(
         self,
-        labeled: Any = None,
-        unlabeled: Any = None,
+        labeled: Batch = None,
+        unlabeled: Batch = None,
         mode: Mode | None = None,
         *,
-        outer: Any = None,
-        inner: Any = None,
+        outer: Batch = None,
+        inner: Batch = None,
         problem: BilevelProblem | None = None,
         generator: torch.Generator | None = None,
     ) -> Hypergradient:
