@@ -65,9 +65,9 @@ def test_one_product_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     a = {str(number): torch.ones(10_000) for number in range(8)}
     of_one = 4 * 10_000
 
-    def held() -> int:
+    def peak() -> int:
         return peak_bytes(lambda: WHOLE.slope(a, a), torch.device("cpu"))
 
-    assert held() > 15 * of_one
+    assert peak() > 15 * of_one
     monkeypatch.setattr(numerics, "MANY_ENTRIES", 1)
-    assert held() < 3 * of_one
+    assert peak() < 3 * of_one
