@@ -169,7 +169,7 @@ class Export:
         with held(self.out):
             write_for_hub(run, name, self.out, sections=sections_of(run, name))
         tell(f"{run.heading(name)}\n")
-        tell(f"{self.out}: for metapl.hub.Classifier.from_pretrained; nothing was uploaded")
+        tell(f"{self.out}: for metapl.integrations.hub.Classifier; nothing was uploaded")
         return 0
 
 

@@ -53,7 +53,7 @@ With metapl, and huggingface_hub beside it; by the folder, or the name of a repo
 files:
 
 ```python
-from metapl.hub import Classifier
+from metapl.integrations.hub import Classifier
 
 model = Classifier.from_pretrained("$folder")
 
@@ -65,7 +65,12 @@ def predict(images):
 """)
 
 
-class Classifier(nn.Module, PyTorchModelHubMixin, library_name="metapl", pipeline_tag=TASK):
+class Classifier(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="metapl",
+    pipeline_tag=TASK,
+):
     """A network of a run, with its normalization and the names of its classes.
 
     ``Classifier.from_pretrained(folder_or_repository)`` builds and loads it, in eval mode. Weights

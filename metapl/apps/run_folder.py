@@ -186,10 +186,10 @@ class RunFolder(Folder):
         They are those that the run in the folder was started with; of a new run ``usual``, or None
         for one a core.
         """
-        threads = usual
+        threads = None
         if self.exists:
-            threads = self.description().get("made_with", {}).get("threads", usual)
-        return int(threads or default_threads())
+            threads = self.description().get("made_with", {}).get("threads")
+        return int(threads or usual or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe of the run in the folder."""
@@ -281,9 +281,9 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
 
 def fields_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a recipe says, its fields beside the rest."""
+    fields: dict[str, Any] = recipe.get("fields", {})
     content = {name: value for name, value in recipe.items() if name != "fields"}
-    content |= recipe.get("fields", {})
-    return content
+    return content | fields
 
 
 def guessing(result: Mapping[str, Any]) -> dict[str, float]:
@@ -525,18 +525,18 @@ class EndedRun:
         return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({file})"
 
 
-def card_of(description: Mapping[str, Any]) -> NetworkCard:
-    """Return the card that ``dataclasses.asdict`` and JSON have made plain.
+def card_of(card: Mapping[str, Any]) -> NetworkCard:
+    """Return what a network is, as ``network.json`` says it.
 
-    Raises: TypeError, KeyError or MetaplError for what is no such card.
+    Raises: MetaplError, TypeError or KeyError where it has other fields.
     """
     fields: dict[str, Any] = {}
-    for name, value in description.items():
+    for name, value in card.items():
         # JSON has no tuples.
         fields[name] = tuple(value) if isinstance(value, list) else value
-    if description["architecture"] is not None:
-        fields["architecture"] = Architecture(**description["architecture"])
-    fields["input"] = Input(**description["input"])
+    if card["architecture"] is not None:
+        fields["architecture"] = Architecture(**card["architecture"])
+    fields["input"] = Input(**card["input"])
     return NetworkCard(**fields)
 
 

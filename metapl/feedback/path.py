@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
-from metapl.execution.numerics import Tree, mean_tree
+from metapl.execution.numerics import Tree, TreeSum
 from metapl.execution.state import RandomState, State, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
@@ -802,7 +802,8 @@ class _Walk:
             signals = signal.chunks(self.accumulate)
         passes: list[Pass] = []
         signal_inputs: list[SignalInput] = []
-        results: list[tuple[Tensor, Tree]] = []
+        losses: list[Tensor] = []
+        gradients = TreeSum()
         for i, batch in enumerate(parts):
             if has_signal_in_input:
                 signal_inputs.append(
@@ -820,7 +821,7 @@ class _Walk:
                 signals.append(self._ask_teacher(batch, inner_pass.outputs))
             if not self.keep_graph:
                 # At once, so that there is one graph at a time.
-                results.append(self._loss_and_gradient(number, inner_pass, batch, signals[i]))
+                losses.append(self._learn(gradients, number, inner_pass, batch, signals[i]))
         if not asks_first:
             signal = signals[0]
             if self.keep_graph or self.accumulate > 1:
@@ -829,12 +830,9 @@ class _Walk:
             # By parts of the leaf that the path is differentiated in.
             signals = signal.chunks(self.accumulate)
             for inner_pass, batch, signal_of_part in zip(passes, parts, signals, strict=True):
-                results.append(self._loss_and_gradient(number, inner_pass, batch, signal_of_part))
+                losses.append(self._learn(gradients, number, inner_pass, batch, signal_of_part))
 
-        loss, gradient = results[0]
-        if self.accumulate > 1:
-            loss = mean_of_scalars([loss_of_part for loss_of_part, _ in results])
-            gradient = mean_tree([gradient_of_part for _, gradient_of_part in results])
+        loss = losses[0] if self.accumulate == 1 else mean_of_scalars(losses)
         step = InnerStep(
             problem=problem,
             update=self.updates[number] if self.updates else self.path.update,
@@ -842,7 +840,7 @@ class _Walk:
             inner_batch=inner_batch,
             signal=signal,
             inner_loss=loss,
-            grads=gradient,
+            grads=gradients.mean(),
             state=self.state,
             signal_inputs=signal_inputs,
             by_optimizer=not self.is_alone_step,
@@ -892,10 +890,10 @@ class _Walk:
         with weights, self.ranks.agreed():
             return self.teach(batch, outputs).detached()
 
-    def _loss_and_gradient(
-        self, number: int, inner_pass: Pass, batch: Batch, signal: Signal
-    ) -> tuple[Tensor, Tree]:
-        """Return the value and the gradient of the inner loss of a micro-batch.
+    def _learn(
+        self, gradients: TreeSum, number: int, inner_pass: Pass, batch: Batch, signal: Signal
+    ) -> Tensor:
+        """Return the inner loss of a micro-batch, and add its gradient to those of the others.
 
         Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
         """
@@ -924,7 +922,9 @@ class _Walk:
                 look=self.look,
                 at_own_weights=self.is_at_own_weights,
             )
-        return inner_pass.gradient(loss, [*leaves.values()])
+        value, gradient = inner_pass.gradient(loss, [*leaves.values()])
+        gradients.add(gradient)
+        return value
 
 
 def looked_at(

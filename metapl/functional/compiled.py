@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from itertools import chain
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -293,12 +294,14 @@ class Compiled:
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
+        direct_term: that of the trainer, which looks through all parameters of the teacher.
     """
 
     key: tuple[object, ...]
     alive: tuple[object, ...]
     updates: Updates
     run: Callable[..., tuple[State, Report]]
+    direct_term: Literal["", "included", "left out"]
     probs: Tensor | None = None
     is_compared: bool = False
 
@@ -323,7 +326,7 @@ class LiveState:
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
         # hold some of them, and what the trainer is recognized by.
         self._tensors: list[Tensor] = []
-        self._tables: list[Mapping[Any, Any]] = []
+        self._tables: list[dict[Any, Any]] = []
         self._weights: list[Tensor] = []
         self._signature: list[object] = []
 
@@ -356,7 +359,7 @@ class LiveState:
 
         From then on :meth:`is_of` knows whose tensors these are.
         """
-        tables: list[Mapping[Any, Any]] = []
+        tables: list[dict[Any, Any]] = []
         for slots in trainer.slots:
             tables += slots.buffers
         pairs = (self.state.inner, moved.inner), (self.state.outer, moved.outer)
@@ -392,8 +395,9 @@ class LiveState:
             steps,
             trainer.feedback_size,
             *map(id, objects),
-            *[id(t) for table in self._tables for t in table.values()],
-            *[t.data_ptr() for t in self._weights],
+            # Without a frame of Python for each tensor: there are hundreds, in every step.
+            *map(id, chain.from_iterable(map(dict.values, self._tables))),
+            *map(Tensor.data_ptr, self._weights),
         ]
 
 
@@ -545,7 +549,7 @@ class CompiledStep:
                     )
                 else:
                     moved, report = compiled.run(live.state, outer_batch, inner, noise)
-                step_report = step_report_of(trainer, report, inner_batches)
+                step_report = step_report_of(compiled, trainer, report, inner_batches)
                 if eager is not None:
                     refuse_other(
                         live.state,
@@ -625,13 +629,19 @@ def compile_step(
     step = step_of(trainer, steps, updates)
     if trainer.compile == "cudagraphs":
         by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
-        return Compiled(key=key, alive=alive, updates=updates, run=by_graphs)
+        return Compiled(
+            key=key,
+            alive=alive,
+            updates=updates,
+            run=by_graphs,
+            direct_term=trainer.direct_term,
+        )
     options = {}
     if trainer.compile == "reduce-overhead":
         # What torch.compile's mode of that name sets, beside the options of backend_of.
         options["triton.cudagraphs"] = True
     run = captured(step, trainer.device, **options)
-    return Compiled(key=key, alive=alive, updates=updates, run=run)
+    return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
 
 
 def sources_of(trainer: TwoLevelTrainer) -> list[object]:
@@ -684,7 +694,7 @@ STEP_IS_OFF = (
 
 
 def step_report_of(
-    trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
+    compiled: Compiled, trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
 ) -> StepReport:
     """Return the report of a pure step as the one that a trainer returns."""
     mode = trainer.mode
@@ -719,7 +729,7 @@ def step_report_of(
         feedback=feedback,
         signal=Signal(**signal),
         student_outputs=report.student_outputs,
-        direct_term=trainer.direct_term,
+        direct_term=compiled.direct_term,
     )
 
 

@@ -127,9 +127,10 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
-        if not sets:
+        if len(sets) < 2:
             raise MetaplError(
-                "validate was given no sets of examples; expected three or more, for a correlation."
+                f"validate was given {len(sets)} sets of examples; expected three or more, "
+                "for a correlation."
             )
         changes = list[Tensor]()
         with step_bar(progress, len(sets), "trainings without examples", 0) as advance:

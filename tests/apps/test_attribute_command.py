@@ -79,7 +79,7 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
         optimizer=torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9),
         steps=20,
         batch_size=16,
-        schedule=lambda step: 1 - step / 20,
+        settings={"lr": 0.05 * (1 - torch.arange(20, dtype=torch.float64)[:, None] / 20)},
         generator=torch.Generator().manual_seed(3),
     )
     scores = dict(zip(files, exact.scores.tolist(), strict=True))

@@ -28,14 +28,7 @@ FLOORS = (
     ("functional", "protocols"),
     ("training",),
     ("ablation", "integrations"),
-    (
-        "apps.printing",
-        "apps.sklearn",
-        "apps.machine",
-        "apps.model_noise",
-        "apps.progress",
-        "apps.log_to",
-    ),
+    ("apps.printing", "apps.sklearn", "apps.machine", "apps.progress", "apps.log_to"),
     ("apps.networks", "apps.network_weights", "apps.tuned_networks"),
     ("apps.pictures",),
     ("apps.label_store", "apps.label_selection", "apps.robustness", "apps.settings", "apps.web"),
@@ -76,7 +69,7 @@ DOORS_OF_THE_APPLICATION = (
     "metapl.pictures",
     "metapl.labels",
     "metapl.networks",
-    "metapl.hub",
+    "metapl.integrations.hub",
 )
 DOORS = (
     "metapl",
