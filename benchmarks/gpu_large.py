@@ -161,24 +161,13 @@ class TableOfScores(nn.Module):
         return scores
 
 
-def efficientnet_l2() -> Pair:
-    """Build two EfficientNet-L2 of timm, with fresh weights, 480 million each."""
+def efficientnets(name: str) -> Pair:
+    """Build two networks of timm by their name, with fresh weights and blocks that run again."""
     import timm
 
-    pair = timm.create_model("tf_efficientnet_l2"), timm.create_model("tf_efficientnet_l2")
+    pair = timm.create_model(name), timm.create_model(name)
     for network in pair:
         # timm's checkpoints are those without reentrance, which have derivatives forward.
-        network.set_grad_checkpointing()
-        network.to(memory_format=torch.channels_last)
-    return pair
-
-
-def small_efficientnets() -> Pair:
-    """Build what a miniature takes in the place of EfficientNet-L2: timm's smallest of the kind."""
-    import timm
-
-    pair = timm.create_model("test_efficientnet"), timm.create_model("test_efficientnet")
-    for network in pair:
         network.set_grad_checkpointing()
         network.to(memory_format=torch.channels_last)
     return pair
@@ -271,7 +260,8 @@ ATTENTION: dict[str, Attend] = {
 LONG_GPT: Row = {"words": 8_192, "width": 1_024, "depth": 4, "length": 2_048, "head": 64}
 SETTINGS: dict[str, Setting] = {
     L2: Setting(
-        build=efficientnet_l2,
+        # 480 million weights each.
+        build=partial(efficientnets, "tf_efficientnet_l2"),
         draw=partial(pictures, 4, 16, 475, 1_000),
         examples=20,
         accumulate=2,
@@ -289,7 +279,8 @@ SMALL_LANGUAGE = Setting(
 )
 MINIATURES: dict[str, Setting] = {
     L2: Setting(
-        build=small_efficientnets,
+        # The smallest of the kind.
+        build=partial(efficientnets, "test_efficientnet"),
         draw=partial(pictures, 4, 8, 48, 1_000),
         examples=12,
         accumulate=2,

@@ -34,7 +34,14 @@ from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
+from metapl.execution.state import (
+    RandomState,
+    Slots,
+    all_with_contents_of,
+    branching_to,
+    replay,
+    trainable,
+)
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -87,8 +94,13 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+def step_of(
+    trainer: TwoLevelTrainer, steps: int, updates: Updates, *, replays_tangent: bool = False
+) -> Step:
     """Return the pure step of a trainer that looks so many steps ahead.
+
+    Args:
+        replays_tangent: see :class:`metapl.functional.call.StepRules`.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
     """
@@ -116,6 +128,7 @@ def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
         steps=steps,
         feedback_size=trainer.feedback_size,
         autocast=autocast,
+        replays_tangent=replays_tangent,
     )
 
 
@@ -628,7 +641,13 @@ def compile_step(
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
     if trainer.compile == "cudagraphs":
-        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
+        by_graphs = StepByGraphs(
+            step,
+            trainer.device,
+            sources_of(trainer),
+            step_with_replay=step_of(trainer, steps, updates, replays_tangent=True),
+            student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
+        )
         return Compiled(
             key=key,
             alive=alive,
@@ -642,6 +661,28 @@ def compile_step(
         options["triton.cudagraphs"] = True
     run = captured(step, trainer.device, **options)
     return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
+
+
+def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:
+    """Return whether a pass of the student draws random numbers; nothing moves.
+
+    Args:
+        inner: the inner batch as a pure step takes it, a tuple of several for several steps.
+    """
+    if enters_input(problem):
+        # There ż is not asked for.
+        return True
+    device = next(student.parameters()).device
+    batch = inner[0] if steps > 1 else inner
+    start = RandomState.now(device)
+    try:
+        with torch.no_grad(), replay(start, Slots(student)):
+            student(problem.student_input(batch))
+            end = RandomState.now(device)
+    except RuntimeError:
+        # A pass that needs a graph, for one. What is wrong with it is said where it is recorded.
+        return True
+    return not end.equals(start)
 
 
 def sources_of(trainer: TwoLevelTrainer) -> list[object]:
