@@ -59,14 +59,15 @@ class StoredRecipe:
         Its SHA-256 is compared and not insisted on, for a copy may be edited.
         """
         content = read_json(path, mend="Expected the recipe.json of a run")
-        refuse_other_keys(path, content, needed=NEEDED_CONTENT, known=CONTENT, kind="entry")
-        made_with = mapping_in(path, content, "made_with")
-        if content["format"] != FORMAT:
+        # Another version may have other keys, so its number is looked at first.
+        if content.get("format", FORMAT) != FORMAT:
             raise MetaplError(
-                f"{path} was written in run format {content['format']!r} by metapl "
-                f"{made_with.get('metapl', '?')}; this metapl {version('metapl')} reads format "
-                f"{FORMAT}. Expected a recipe of this version: train again by flags."
+                f"{path} was written in run format {content['format']!r}; this metapl "
+                f"{version('metapl')} reads format {FORMAT}. Expected a recipe of this version: "
+                "train again by flags."
             )
+        refuse_other_keys(path, content, needed=NEEDED_CONTENT, allowed=CONTENT, kind="entry")
+        made_with = mapping_in(path, content, "made_with")
         recipe = mapping_in(path, content, "recipe")
         if "compare" in recipe:
             example = f"{path.parent}/{recipe.get('method')}/seed-0/{path.name}"
@@ -74,7 +75,7 @@ class StoredRecipe:
                 f"{path} is the recipe of a comparison; expected that of one of its runs, such as "
                 f"{example}, with --compare to compare again."
             )
-        refuse_other_keys(path, recipe, needed=RECIPE, known=RECIPE, kind="entry of its recipe")
+        refuse_other_keys(path, recipe, needed=RECIPE, allowed=RECIPE, kind="entry of its recipe")
         unsealed = {name: value for name, value in content.items() if name != "sha256"}
         sealed = content.get("sha256")
         noted = sealed.get("recipe.json") if isinstance(sealed, dict) else None
@@ -117,8 +118,8 @@ class StoredRecipe:
                 f"Expected one of {', '.join(methods)}."
             )
         method_kind = type(methods[self.method])
-        known = (*setting_names(config_kind), *setting_names(method_kind))
-        refuse_other_keys(self.path, self.fields, needed=known, known=known, kind="setting")
+        names = (*setting_names(config_kind), *setting_names(method_kind))
+        refuse_other_keys(self.path, self.fields, needed=names, allowed=names, kind="setting")
         try:
             config = self._built(config_kind)
             method = self._built(method_kind)
@@ -219,23 +220,23 @@ def refuse_other_keys(
     content: Mapping[str, Any],
     *,
     needed: Sequence[str],
-    known: Sequence[str],
+    allowed: Sequence[str],
     kind: str,
 ) -> None:
-    """Refuse an object that has other keys than the known ones, or lacks a needed one.
+    """Refuse an object that has other keys than the allowed ones, or lacks a needed one.
 
     Args:
         path: the file that it is of.
         content: the object.
         needed: keys that it has to have.
-        known: keys that it may have.
+        allowed: keys that it may have.
         kind: what a key is called in the message.
     """
     missing = [name for name in needed if name not in content]
-    unknown = [name for name in content if name not in known]
+    unknown = [name for name in content if name not in allowed]
     if unknown:
-        meant = did_you_mean(unknown[0], missing or known)
-        expected = meant or f"; expected {few(known, 100)}."
+        meant = did_you_mean(unknown[0], missing or allowed)
+        expected = meant or f"; expected {few(allowed, 100)}."
         raise MetaplError(f"{path}: there is no {kind} {shown(unknown[0])!r}{expected}")
     if missing:
         raise MetaplError(

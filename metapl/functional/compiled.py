@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from itertools import chain
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,14 @@ from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
+from metapl.execution.state import (
+    RandomState,
+    Slots,
+    all_with_contents_of,
+    branching_to,
+    replay,
+    trainable,
+)
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -86,8 +94,13 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+def step_of(
+    trainer: TwoLevelTrainer, steps: int, updates: Updates, *, replays_tangent: bool = False
+) -> Step:
     """Return the pure step of a trainer that looks so many steps ahead.
+
+    Args:
+        replays_tangent: see :class:`metapl.functional.call.StepRules`.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
     """
@@ -115,6 +128,7 @@ def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
         steps=steps,
         feedback_size=trainer.feedback_size,
         autocast=autocast,
+        replays_tangent=replays_tangent,
     )
 
 
@@ -293,12 +307,14 @@ class Compiled:
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
+        direct_term: that of the trainer, which looks through all parameters of the teacher.
     """
 
     key: tuple[object, ...]
     alive: tuple[object, ...]
     updates: Updates
     run: Callable[..., tuple[State, Report]]
+    direct_term: Literal["", "included", "left out"]
     probs: Tensor | None = None
     is_compared: bool = False
 
@@ -323,7 +339,7 @@ class LiveState:
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
         # hold some of them, and what the trainer is recognized by.
         self._tensors: list[Tensor] = []
-        self._tables: list[Mapping[Any, Any]] = []
+        self._tables: list[dict[Any, Any]] = []
         self._weights: list[Tensor] = []
         self._signature: list[object] = []
 
@@ -356,7 +372,7 @@ class LiveState:
 
         From then on :meth:`is_of` knows whose tensors these are.
         """
-        tables: list[Mapping[Any, Any]] = []
+        tables: list[dict[Any, Any]] = []
         for slots in trainer.slots:
             tables += slots.buffers
         pairs = (self.state.inner, moved.inner), (self.state.outer, moved.outer)
@@ -392,8 +408,9 @@ class LiveState:
             steps,
             trainer.feedback_size,
             *map(id, objects),
-            *[id(t) for table in self._tables for t in table.values()],
-            *[t.data_ptr() for t in self._weights],
+            # Without a frame of Python for each tensor: there are hundreds, in every step.
+            *map(id, chain.from_iterable(map(dict.values, self._tables))),
+            *map(Tensor.data_ptr, self._weights),
         ]
 
 
@@ -545,7 +562,7 @@ class CompiledStep:
                     )
                 else:
                     moved, report = compiled.run(live.state, outer_batch, inner, noise)
-                step_report = step_report_of(trainer, report, inner_batches)
+                step_report = step_report_of(compiled, trainer, report, inner_batches)
                 if eager is not None:
                     refuse_other(
                         live.state,
@@ -624,14 +641,48 @@ def compile_step(
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
     if trainer.compile == "cudagraphs":
-        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
-        return Compiled(key=key, alive=alive, updates=updates, run=by_graphs)
+        by_graphs = StepByGraphs(
+            step,
+            trainer.device,
+            sources_of(trainer),
+            step_with_replay=step_of(trainer, steps, updates, replays_tangent=True),
+            student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
+        )
+        return Compiled(
+            key=key,
+            alive=alive,
+            updates=updates,
+            run=by_graphs,
+            direct_term=trainer.direct_term,
+        )
     options = {}
     if trainer.compile == "reduce-overhead":
         # What torch.compile's mode of that name sets, beside the options of backend_of.
         options["triton.cudagraphs"] = True
     run = captured(step, trainer.device, **options)
-    return Compiled(key=key, alive=alive, updates=updates, run=run)
+    return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
+
+
+def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:
+    """Return whether a pass of the student draws random numbers; nothing moves.
+
+    Args:
+        inner: the inner batch as a pure step takes it, a tuple of several for several steps.
+    """
+    if enters_input(problem):
+        # There ż is not asked for.
+        return True
+    device = next(student.parameters()).device
+    batch = inner[0] if steps > 1 else inner
+    start = RandomState.now(device)
+    try:
+        with torch.no_grad(), replay(start, Slots(student)):
+            student(problem.student_input(batch))
+            end = RandomState.now(device)
+    except RuntimeError:
+        # A pass that needs a graph, for one. What is wrong with it is said where it is recorded.
+        return True
+    return not end.equals(start)
 
 
 def sources_of(trainer: TwoLevelTrainer) -> list[object]:
@@ -684,7 +735,7 @@ STEP_IS_OFF = (
 
 
 def step_report_of(
-    trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
+    compiled: Compiled, trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
 ) -> StepReport:
     """Return the report of a pure step as the one that a trainer returns."""
     mode = trainer.mode
@@ -719,7 +770,7 @@ def step_report_of(
         feedback=feedback,
         signal=Signal(**signal),
         student_outputs=report.student_outputs,
-        direct_term=trainer.direct_term,
+        direct_term=compiled.direct_term,
     )
 
 

@@ -214,7 +214,7 @@ class RatedLoss:
         device = self.trainer.args.device
         cuda_devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda_devices):
-            found = hypergradient(
+            result = hypergradient(
                 self.rater,
                 self.student,
                 outer=self.outer.next(),
@@ -225,17 +225,17 @@ class RatedLoss:
                 mode=self.mode,
             )
         parameters = dict(self.rater.named_parameters())
-        if not all(gradient.isfinite().all() for gradient in found.grads.values()):
+        if not all(gradient.isfinite().all() for gradient in result.grads.values()):
             raise MetaplError(
                 f"weighted: the rater's gradient in step {self.trainer.state.global_step + 1:,} is "
-                f"not finite (outer loss {found.outer_loss.item():g}); expected a lower learning "
+                f"not finite (outer loss {result.outer_loss.item():g}); expected a lower learning "
                 "rate, or another batch."
             )
-        for name, gradient in found.grads.items():
+        for name, gradient in result.grads.items():
             parameters[name].grad = gradient
         self.rater_optimizer.step()
         self.rater_optimizer.zero_grad()
-        self.outer_loss = found.outer_loss
+        self.outer_loss = result.outer_loss
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

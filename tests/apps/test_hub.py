@@ -116,9 +116,9 @@ def test_what_cannot_be_written_is_refused_and_nothing_is(
     out = tmp_path / "out"
     assert "take one" in refused(tiny, "--hub", "--onnx", "--out", out)
     metapl("export", tiny, "--out", out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    contents = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "holds an export of the other form" in refused(tiny, "--hub", "--out", out)
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert contents == {path.name: path.read_bytes() for path in out.iterdir()}
     metapl("export", tiny, "--hub", "--out", tmp_path / "hub")
     assert "holds an export for the hub" in refused(tiny, "--out", tmp_path / "hub")
     assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == FILES

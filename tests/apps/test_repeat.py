@@ -12,8 +12,9 @@ import pytest
 import torch
 from command import edited, metapl
 from test_bits import one_thread
-from tiny_runs import IMAGES, NOISY_STUDENT, TINY
+from tiny_runs import IMAGES, NOISY_STUDENT, TINY, color_folders
 
+from metapl.apps.networks import create
 from metapl.apps.run_folder import WEIGHTS, RunFolder
 
 __all__ = ["one_thread"]
@@ -130,6 +131,39 @@ def test_pretrained_weights_have_to_be_the_ones_of_the_run(colors: Path, tmp_pat
     assert not (tmp_path / "fourth").exists()
 
 
+def test_a_backbone_is_looked_for_again_and_has_to_be_the_same(
+    tmp_path: Path,
+) -> None:
+    root = color_folders(tmp_path / "pictures", few=4, many=4, side=32)
+    file = tmp_path / "weights.pt"
+    torch.manual_seed(3)
+    torch.save(create("pooled_cnn", 10, image_size=32).state_dict(), file)
+    folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
+    flags = (*folders, *IMAGES, "--image-size", "32", "--network", "pooled_cnn")
+    metapl("train", "images", *flags, "--backbone", file, "--out", tmp_path / "run")
+    repeat = ("train", "--config", tmp_path / "run" / "recipe.json")
+    metapl(*repeat, "--out", tmp_path / "again")
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    torch.save(create("pooled_cnn", 10, image_size=32).state_dict(), file)
+    said = metapl(*repeat, "--out", tmp_path / "other", code=2)
+    assert "are another file now" in " ".join(said.stderr.split())
+
+
+@pytest.mark.parametrize("method", ["label_correction", "clean"])
+def test_methods_that_are_of_one_class_are_told_apart(
+    method: str, three_colors: Path, tmp_path: Path
+) -> None:
+    folders = (f"--labeled={three_colors / 'noisy'}", f"--clean={three_colors / 'clean'}")
+    flags = [*IMAGES]
+    # There is no batch without labels.
+    place = flags.index("--unlabeled-batch")
+    flags = [*flags[:place], *flags[place + 2 :]]
+    metapl("train", "noisy", *folders, *flags, "--method", method, "--out", tmp_path / "run")
+    metapl("train", "--config", tmp_path / "run" / "recipe.json", "--out", tmp_path / "again")
+    assert RunFolder(tmp_path / "again").recipe()["method"] == method
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
 def test_noisy_student_is_repeated_by_its_own_command(tmp_path: Path) -> None:
     metapl(*NOISY_STUDENT, "--out", tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.json"
@@ -171,7 +205,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another version": (
         lambda content: content.update(format=3),
-        "was written in run format 3 by metapl",
+        "was written in run format 3; this metapl",
+    ),
+    "another version, of other keys": (
+        lambda content: content.update(format=5, settings=content.pop("recipe")),
+        "was written in run format 5; this metapl",
     ),
     "another recipe": (
         lambda content: content["recipe"].update(name="digit"),

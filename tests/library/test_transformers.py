@@ -275,24 +275,24 @@ def test_the_models_own_draws_are_the_same_whatever_the_rater_does(tmp_path: Pat
 
 
 def test_a_checkpoint_of_the_trainer_holds_the_rater(tmp_path: Path) -> None:
-    whole, _, network = rated_trainer(tmp_path / "whole", save_strategy="steps", save_steps=3)
-    whole.train()
+    trainer, _, network = rated_trainer(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    trainer.train()
     folder = tmp_path / "whole" / "checkpoint-3"
     assert (folder / FILE).is_file()
-    resumed, rated, again = rated_trainer(tmp_path / "whole")
+    resumed, rated, resumed_rater = rated_trainer(tmp_path / "whole")
     resumed.train(resume_from_checkpoint=str(folder))
     assert rated.updates == STEPS
-    assert next(again.parameters()).equal(next(network.parameters()))
-    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+    assert next(resumed_rater.parameters()).equal(next(network.parameters()))
+    for p, q in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
         assert p.equal(q)
     # A checkpoint elsewhere is read by hand.
     (folder / FILE).rename(tmp_path / FILE)
-    elsewhere, rated, again = rated_trainer(tmp_path / "whole")
+    elsewhere, rated, resumed_rater = rated_trainer(tmp_path / "whole")
     with pytest.raises(MetaplError, match="is missing; expected a checkpoint"):
         elsewhere.train(resume_from_checkpoint=str(folder))
     rated.load(tmp_path)
     elsewhere.train(resume_from_checkpoint=str(folder))
-    assert next(again.parameters()).equal(next(network.parameters()))
+    assert next(resumed_rater.parameters()).equal(next(network.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -306,10 +306,10 @@ def test_what_it_cannot_do_is_refused_at_once(
     options: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     trainer = trainer_of(model(), tmp_path, **options)
-    before = trainer.compute_loss
+    usual_loss = trainer.compute_loss
     with pytest.raises(MetaplError, match=expected):
         weighted(trainer, rater(), outer=OUTER)
-    assert trainer.compute_loss == before
+    assert trainer.compute_loss == usual_loss
 
 
 def test_other_wrong_calls_are_refused(tmp_path: Path) -> None:
@@ -333,10 +333,10 @@ def test_an_optimizer_without_a_derivative_is_refused_before_anything_moves(
     tmp_path: Path,
 ) -> None:
     trainer, rated, network = rated_trainer(tmp_path, optim="adagrad")
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    first_weights = [p.detach().clone() for p in trainer.model.parameters()]
     with pytest.raises(MetaplError, match="inner_optimizer is Adagrad"):
         trainer.train()
-    assert all(p.equal(q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+    assert all(p.equal(q) for p, q in zip(first_weights, trainer.model.parameters(), strict=True))
     assert next(network.parameters()).equal(next(rater().parameters()))
     assert rated.updates == 0
 
