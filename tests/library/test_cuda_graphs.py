@@ -336,14 +336,14 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_what_is_changed_between_steps_counts(what: str) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_steps_counts(change: str) -> None:
     pair = trainers()
     for number in range(2):
         take(pair, number, batch(number))
     for trainer in pair:
         torch.manual_seed(3)
-        CHANGES[what](trainer)
+        CHANGES[change](trainer)
     for number in range(4, 7):
         take(pair, number, batch(number))
         compare(pair[1], pair[0])
@@ -436,13 +436,13 @@ def test_the_first_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(cuda_graphs.RECORDERS, DEVICE, record_another)
     _, trainer = trainers()
-    before = tensors_of(trainer)
+    tensors_before = tensors_of(trainer)
     random_before = torch.get_rng_state()
     batches = batch(0)
     torch.set_rng_state(random_before)
     with pytest.raises(MetaplError, match="compiled, h is"):
         trainer.step(*batches)
-    for t, expected in zip(tensors_of(trainer), before, strict=False):
+    for t, expected in zip(tensors_of(trainer), tensors_before, strict=False):
         assert torch.equal(t, expected)
     assert torch.equal(torch.get_rng_state(), random_before)
 
@@ -478,13 +478,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_recorded_is_refused_and_nothing_moves(what: str) -> None:
-    _, trainer = trainers(network=REFUSED[what], noisy_teacher=REFUSED[what])
-    before = tensors_of(trainer)
-    with pytest.raises(MetaplError, match=what):
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_recorded_is_refused_and_nothing_moves(reason: str) -> None:
+    _, trainer = trainers(network=REFUSED[reason], noisy_teacher=REFUSED[reason])
+    tensors_before = tensors_of(trainer)
+    with pytest.raises(MetaplError, match=reason):
         trainer.step(*batch(0))
-    for t, expected in zip(tensors_of(trainer), before, strict=False):
+    for t, expected in zip(tensors_of(trainer), tensors_before, strict=False):
         assert torch.equal(t, expected)
     assert trainer.steps_done == 0
 
