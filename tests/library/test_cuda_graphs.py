@@ -225,6 +225,56 @@ def test_dropout_of_the_student_has_new_masks_in_each_step(
     assert graphs_of(pair[1]).recordings_made == 1
 
 
+def students_passes(trainer: metapl.BilevelTrainer) -> list[bool]:
+    """Return, for each recording so far, whether it took ż by a second pass of the student."""
+    return graphs_of(trainer).replayed_tangents
+
+
+def test_a_student_that_draws_nothing_runs_once_more_in_forward_mode() -> None:
+    """Of one that draws, the second pass would have other masks: ż is the pullback's transpose."""
+    pair = trainers()
+    take(pair, 0, batch(0))
+    by_graphs = pair[1]
+    assert students_passes(by_graphs) == [True]
+    by_graphs.student[3].p = 0.5
+    by_graphs.step(*batch(1))
+    assert students_passes(by_graphs) == [True, False]
+
+
+class WithoutForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class Squared(nn.Module):
+    """A network with an operation that has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WithoutForwardMode.apply(self.layer(x.flatten(1)))
+
+
+def test_an_operation_without_forward_mode_is_no_obstacle() -> None:
+    pair = trainers(network=Squared)
+    for number in range(2):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert students_passes(pair[1]) == [False]
+
+
 def other_parameter(trainer: metapl.BilevelTrainer) -> None:
     layer = trainer.student[-1]
     old_weight = layer.weight
