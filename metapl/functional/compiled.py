@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -336,6 +337,9 @@ class LiveState:
             self.state = with_counts_on_device(self.state, trainer.device)
         # The settings of param groups that the tensors in the state were made of.
         self._settings = [settings_by_group(update) for update in updates]
+        # The values in the param groups that these were read from; None where one of them may
+        # change in place.
+        self._values = fixed_values(updates)
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
         # hold some of them, and what the trainer is recognized by.
         self._tensors: list[Tensor] = []
@@ -352,6 +356,17 @@ class LiveState:
 
         These are settings of optimizers, the state of the mode, and the number of the step.
         """
+        values = fixed_values(self.updates)
+        if not are_the_same(values, self._values):
+            self._values = values
+            self._refresh_settings(trainer)
+        self.state = self.state._replace(
+            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
+            step=number_on(trainer.device, trainer.steps_done, torch.int64),
+        )
+
+    def _refresh_settings(self, trainer: TwoLevelTrainer) -> None:
+        """Make tensors of the settings whose numbers have changed."""
         settings = [settings_by_group(update) for update in self.updates]
         if settings != self._settings:
             optimizers = self.state.inner, self.state.outer
@@ -362,10 +377,6 @@ class LiveState:
                     changed_settings(*group, device=trainer.device) for group in groups
                 ]
             self._settings = settings
-        self.state = self.state._replace(
-            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
-            step=number_on(trainer.device, trainer.steps_done, torch.int64),
-        )
 
     def adopt(self, trainer: TwoLevelTrainer, moved: State, steps: int) -> None:
         """Let the optimizers hold the tensors that a first step has made.
@@ -426,6 +437,39 @@ def with_counts_on_device(state: State, device: torch.device) -> State:
         optimizers.append(with_fields(optimizer, state=tensors))
     inner, outer = optimizers
     return with_fields(state, inner=inner, outer=outer)
+
+
+def fixed_values(updates: Updates) -> list[Any] | None:
+    """Return what the param groups of the updates' optimizers hold, in order.
+
+    None where one of the values may change in place, such as a rate that is a tensor.
+    """
+    values: list[Any] = []
+    for update in updates:
+        if update is None:
+            continue
+        for group in unclipped(update).optimizer.param_groups:
+            for name, value in group.items():
+                if name == "params":
+                    continue
+                if type(value) is tuple:
+                    values += value
+                else:
+                    values.append(value)
+    if all(map(FIXED.__contains__, map(type, values))):
+        return values
+    return None
+
+
+# The types of settings that do not change in place.
+FIXED = frozenset([bool, int, float, str, type(None)])
+
+
+def are_the_same(values: list[Any] | None, other: list[Any] | None) -> bool:
+    """Return whether two lists are known to hold the same objects."""
+    if values is None or other is None or len(values) != len(other):
+        return False
+    return all(map(is_, values, other))
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
@@ -555,7 +599,9 @@ class CompiledStep:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # The first call traces the step.
             quiet = nullcontext() if eager is None else without_warnings_of_tracing()
-            with torch.no_grad(), no_fast_path(), capturing(), quiet:
+            # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
+            switches = nullcontext() if trainer.compile == "cudagraphs" else no_fast_path()
+            with torch.no_grad(), switches, capturing(), quiet:
                 if trainer.compile == "reduce-overhead":
                     moved, report = run_in_cuda_graphs(
                         compiled, live.state, outer_batch, inner, noise

@@ -37,7 +37,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
-from metapl.execution.numerics import float32_products
+from metapl.execution.numerics import float32_products, no_fast_path
 from metapl.execution.state import RandomState
 from metapl.functional.state import Report, State, with_fields
 from metapl.functional.step import Step
@@ -267,7 +267,7 @@ class StepByGraphs:
         )
 
         def run(step: Step) -> Results:
-            with checks.no_values(), without_cache_of_casts():
+            with checks.no_values(), without_cache_of_casts(), no_fast_path():
                 return step(graph_state, static.outer_batch, static.inner_batch, static.noise)
 
         if self._pool is None and self.device.type == "cuda":

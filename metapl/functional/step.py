@@ -13,8 +13,8 @@ The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) a
 - g = (∂z/∂θ)ᵀ ∂ℓ/∂z, θ′ = U(θ, g), v = ∇L(θ′), w = (∂U/∂g)ᵀ v;
 - ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w.
   So the student runs once, and ż has the dropout masks and the batch statistics of that one pass.
-  Of a student that draws nothing, ``compile="cudagraphs"`` takes ż by a second pass in forward mode,
-  which is less work without a compiler;
+  Of a student that draws nothing, ``compile="cudagraphs"`` takes ż by a second pass in forward
+  mode, which is less work without a compiler;
 - h = −∂/∂(signal) ⟨∂ℓ/∂z (z, signal), ż⟩, in the head alone;
 - the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its
   passes; where L reads the teacher itself, λ L(sg(θ′); θ_T) is added, the direct term.
