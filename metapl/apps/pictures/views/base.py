@@ -152,7 +152,8 @@ class PictureView(ABC):
     def __call__(
         self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
     ) -> Tensor:
-        fault, takes_bytes = "", torch.uint8 in self.takes
+        fault = ""
+        takes_bytes = torch.uint8 in self.takes
         if images.ndim != 4 or images.dtype not in self.takes:
             kinds = " or ".join(map(str, self.takes))
             fault = (
@@ -275,7 +276,8 @@ def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
     ``rows`` and ``cols`` broadcast to (B, H, W).
     """
     _, channels, height, width = images.shape
-    nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    nearest_rows = rows.clamp(0, height - 1)
+    nearest_cols = cols.clamp(0, width - 1)
     inside = (nearest_rows == rows) & (nearest_cols == cols)
     flat = (nearest_rows * width + nearest_cols).flatten(1)[:, None].expand(-1, channels, -1)
     return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
