@@ -448,6 +448,7 @@ def altered(g: Tensor, q: Tensor, alteration: str, drawn: Any = None) -> Tensor:
     return parts[alteration]
 
 
+@dataclass(frozen=True)
 class Labels(metapl.PseudoLabels):
     """Meta Pseudo Labels with altered feedback.
 

@@ -72,40 +72,40 @@ class Backbone:
     image_size: int | None = None
 
 
-def find(given: str, network: str | None) -> Backbone:
+def find(source: str, network: str | None) -> Backbone:
     """Return the backbone that a name, a file of weights or the folder of a run stands for.
 
     Nothing is downloaded.
 
     Args:
-        given: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub
+        source: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub
             or of huggingface_hub; the folder of a run of metapl; or a file of weights, of the
             ``network`` or of that which the config.json beside it names, as timm's are published.
         network: what was asked for beside it.
 
     Raises: MetaplError where there is nothing, or something else.
     """
-    path = Path(given).expanduser()
+    path = Path(source).expanduser()
     if path.is_dir():
-        backbone = _of_run(given, path)
-        _check_network(given, backbone.network, network)
+        backbone = _of_run(source, path)
+        _check_network(source, backbone.network, network)
         return backbone
     if path.is_file():
-        name = network or _name_beside(given, path)
+        name = network or _name_beside(source, path)
         weights = path
-    elif not given.startswith("timm:") and (path.suffix or len(path.parts) > 1):
+    elif not source.startswith("timm:") and (path.suffix or len(path.parts) > 1):
         # No name of a network is like that.
-        raise MetaplError(f"--backbone {given}: there is no such file or folder.")
+        raise MetaplError(f"--backbone {source}: there is no such file or folder.")
     else:
-        name = given
-        files = _cached_files(given)
+        name = source
+        files = _cached_files(source)
         weights = next((file for file in files if file.is_file()), files[0])
         if not weights.is_file():
             raise MetaplError(
-                f"--backbone {given}: its weights are not on this machine; put them at {weights}, "
-                f"or give a file: --backbone FILE --network {given}."
+                f"--backbone {source}: its weights are not on this machine; put them at {weights}, "
+                f"or give a file: --backbone FILE --network {source}."
             )
-    _check_network(given, name, network)
+    _check_network(source, name, network)
     mean, std = IMAGENET
     config = _timm_config(name) if name.startswith("timm:") else None
     if config is not None:
@@ -131,15 +131,15 @@ def auto(network: str | None = None) -> Backbone | None:
     return None
 
 
-def _check_network(given: str, name: str, asked: str | None) -> None:
+def _check_network(source: str, name: str, asked_network: str | None) -> None:
     """Refuse a backbone that is another network than the one that was asked for beside it."""
-    if asked not in (None, name):
+    if asked_network not in (None, name):
         raise MetaplError(
-            f"--backbone {given} is {name}, and --network {asked} was given; leave it out."
+            f"--backbone {source} is {name}, and --network {asked_network} was given; leave it out."
         )
 
 
-def _of_run(given: str, path: Path) -> Backbone:
+def _of_run(source: str, path: Path) -> Backbone:
     """Return the network that a run delivers."""
     run = EndedRun.load(path)
     name = run.result["delivered"]
@@ -148,7 +148,7 @@ def _of_run(given: str, path: Path) -> Backbone:
     refuse_changed(weights, run.result)
     if card.architecture is None or card.mean is None or card.std is None:
         raise MetaplError(
-            f"--backbone {given}: its network takes no pictures; expected a run on pictures."
+            f"--backbone {source}: its network takes no pictures; expected a run on pictures."
         )
     return Backbone(
         network=card.architecture.name,
@@ -161,7 +161,7 @@ def _of_run(given: str, path: Path) -> Backbone:
     )
 
 
-def _name_beside(given: str, path: Path) -> str:
+def _name_beside(source: str, path: Path) -> str:
     """Return the name of the network that config.json beside a file of weights has."""
     config_file = path.parent / "config.json"
     architecture = None
@@ -169,7 +169,8 @@ def _name_beside(given: str, path: Path) -> str:
         architecture = read_json(config_file).get("architecture")
     if architecture is None:
         raise MetaplError(
-            f"--backbone {given}: expected the network that the weights are of too: --network NAME."
+            f"--backbone {source}: expected the network that the weights are of too: "
+            "--network NAME."
         )
     return f"timm:{architecture}"
 

@@ -192,15 +192,15 @@ class Opponent:
         return str(first.folder.path), str(self.run.folder.path)
 
 
-def judge(network: nn.Module, examples: HeldOut, what: str) -> Judged:
+def judge(network: nn.Module, examples: HeldOut, counted_as: str) -> Judged:
     """Run a network on examples, and show how many are done.
 
     Args:
         network: on its device.
         examples: that it is run on.
-        what: they are called where they are counted.
+        counted_as: what they are called where they are counted.
     """
-    with count_bar(what, is_shown=True, total=len(examples)) as update:
+    with count_bar(counted_as, is_shown=True, total=len(examples)) as update:
         logits, labels = predict_logits(network, examples.batches(update))
     if examples.names:
         refuse_infinite(logits, examples.names)

@@ -164,10 +164,12 @@ def _flags_of(kind: type, *, instance: Any, part: str) -> list[Flag]:
             continue
         part_of_field = part or field.name
         if dataclasses.is_dataclass(hint):
-            # A field of a class above, such as Method, has the flags of its default.
-            is_given = default is not dataclasses.MISSING
-            nested: Any = type(default) if is_given else hint
-            nested_default = default if is_given else None
+            nested: Any = hint
+            nested_default = None
+            if default is not dataclasses.MISSING:
+                # The annotation may be a class above, such as Method.
+                nested = type(default)
+                nested_default = default
             flags += _flags_of(nested, instance=nested_default, part=part_of_field)
             continue
         flag = _flag(field.name, hint, metadata, default=default, text=texts.get(field.name, ""))

@@ -372,7 +372,8 @@ class OfPictures:
         # 2. Some are set aside to select on. Nothing may be learned from copies of those.
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
-            few, val = few.keep(train.tolist()), few.keep(aside.tolist())
+            val = few.keep(aside.tolist())
+            few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
                 many = apart(many, val, say)
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"

@@ -44,13 +44,13 @@ BUILDS = (
 Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
 
 
-def plural(number: int, what: str) -> str:
+def plural(number: int, noun: str) -> str:
     """Return a number of things.
 
     >>> plural(1, "file"), plural(2_000, "file")
     ('1 file', '2,000 files')
     """
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -344,5 +344,6 @@ def files_of(
     if not isinstance(names, list):
         return files
     # The others could not be read, or were set aside.
-    kept = set(names)
-    return files.keep([number for number, name in enumerate(files.names) if name in kept])
+    recorded = set(names)
+    numbers = [number for number, name in enumerate(files.names) if name in recorded]
+    return files.keep(numbers)

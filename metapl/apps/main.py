@@ -276,6 +276,8 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
     method = None
     if hasattr(kind, "method_name"):
         methods = kind.methods.METHODS
+        if flags and flags[0] in methods:
+            raise MetaplError(f"{flags[0]} is a method; expected --method {flags[0]}.")
         method = method_asked(flags)
         if method is not None:
             if method not in methods:

@@ -162,7 +162,9 @@ class Comparison:
         against = self.against_control()
         if against is None:
             return best_sentence
-        method, control, test = against.method, against.control, against.test
+        method = against.method
+        control = against.control
+        test = against.test
         subject = "what is learned about labels" if control == "plain" else "the feedback"
         p = "" if test.p is None else f", paired t-test p = {test.p:.2g}"
         if test.n < ENOUGH_SEEDS:

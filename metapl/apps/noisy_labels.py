@@ -229,16 +229,22 @@ class Learned(Method):
         return NoiseTransition(), Table(TRUSTED * torch.eye(classes))
 
 
-METHODS: dict[str, Any] = {
-    **{kind: Learned(kind=kind) for kind in RATES},  # type: ignore[arg-type]  # the same words
-    "plain": Plain(),
-    "clean": Plain(clean_alone=True),
-    **{
-        f"{kind}_{how}": Learned(kind=kind, feedback=how)  # type: ignore[arg-type]
-        for kind in RATES
-        for how in ALTERED
-    },
-}
+def _methods() -> dict[str, Any]:
+    """Return the methods by name: those that learn, those that do not, and the controls."""
+    methods: dict[str, Any] = {}
+    kind: Any
+    altered: Any
+    for kind in RATES:
+        methods[kind] = Learned(kind=kind)
+    methods["plain"] = Plain()
+    methods["clean"] = Plain(clean_alone=True)
+    for kind in RATES:
+        for altered in ALTERED:
+            methods[f"{kind}_{altered}"] = Learned(kind=kind, feedback=altered)
+    return methods
+
+
+METHODS: dict[str, Any] = _methods()
 COMPARED = ("plain", "clean")
 
 
@@ -346,10 +352,10 @@ class Noisy(OfPictures):
         views = self.pictures.views()
         count = len(many)
         # Noisy and clean pictures are together in one list of files.
-        both = self.pictures.images([*many.paths(), *few.paths()], log)
+        all_images = self.pictures.images([*many.paths(), *few.paths()], log)
         labels = torch.cat([many.targets(self.classes), few.targets(self.classes)])
-        noisy = both.select(torch.arange(count))
-        clean = both.select(torch.arange(count, len(both)))
+        noisy = all_images.select(torch.arange(count))
+        clean = all_images.select(torch.arange(count, len(all_images)))
         given_labels = labels[:count]
         right_labels = labels[count:]
 
@@ -381,6 +387,6 @@ class Noisy(OfPictures):
                 view_seed=seed + 1,
                 view=views.finetuned,
             ),
-            "everything": batches(both, labels, size=batch_size, stream=0, view_seed=seed),
+            "everything": batches(all_images, labels, size=batch_size, stream=0, view_seed=seed),
             "doubtful": Doubtful(examples, given_labels, tuple(many.paths())),
         }

@@ -63,7 +63,9 @@ from metapl.training.options import DECAY, decay_interval
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase
 # that finetunes the last student on larger pictures.
-FIRST, FINETUNED, LARGER = "round-0", "-finetune", "resolution"
+FIRST = "round-0"
+FINETUNED = "-finetune"
+LARGER = "resolution"
 
 # Where a run keeps the stores of its rounds: of the examples that were labeled, and of the selected
 # ones.

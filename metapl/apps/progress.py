@@ -94,7 +94,7 @@ class CountLines:
 
     Args:
         say: where a line goes.
-        what: is counted, such as "looking at labeled files".
+        name: of what is counted, such as "looking at labeled files".
         total: how many there are, or None where that is not known.
         done: how many are done already.
         clock: gives seconds.
@@ -103,14 +103,14 @@ class CountLines:
     def __init__(
         self,
         say: Say,
-        what: str,
+        name: str,
         *,
         total: int | None = None,
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.say = say
-        self.what = what
+        self.name = name
         self.total = total
         self.pace = Pace(total or 0, done, clock)
 
@@ -119,13 +119,13 @@ class CountLines:
         if not self.pace.is_due():
             return
         if self.total is None:
-            self.say(f"{self.what}: {done:,}")
+            self.say(f"{self.name}: {done:,}")
         else:
-            self.say(f"{self.what}: {done:,} of {self.total:,}{self.pace.time_left(done)}")
+            self.say(f"{self.name}: {done:,} of {self.total:,}{self.pace.time_left(done)}")
 
 
 def count_lines(
-    what: str, *, is_shown: bool, total: int | None = None, done: int = 0
+    name: str, *, is_shown: bool, total: int | None = None, done: int = 0
 ) -> Callable[[int], None]:
     """Return a function that takes how many are done, and says so on standard error now and then.
 
@@ -138,25 +138,25 @@ def count_lines(
     def say(text: str) -> None:
         tell(text, file=sys.stderr)
 
-    return CountLines(say, what, total=total, done=done).update
+    return CountLines(say, name, total=total, done=done).update
 
 
 @contextmanager
 def count_bar(
-    what: str, is_shown: bool, total: int | None = None
+    name: str, is_shown: bool, total: int | None = None
 ) -> Iterator[Callable[[int], None]]:
     """Give a function that takes how many are done, and shows it on standard error.
 
     While the block lasts it is one line of a terminal, which is overwritten; elsewhere it is a line
     every half minute. With ``is_shown`` False it is nothing.
     """
-    lines = count_lines(what, is_shown=is_shown, total=total)
+    lines = count_lines(name, is_shown=is_shown, total=total)
     text = "{desc}: {n:,}"
     if total is not None:
         text += f" of {total:,}"
     bar = tqdm(
         total=total,
-        desc=what,
+        desc=name,
         bar_format=text,
         leave=False,
         file=sys.stderr,

@@ -281,9 +281,9 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
 
 def fields_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a recipe says, its fields beside the rest."""
+    fields: dict[str, Any] = recipe.get("fields", {})
     content = {name: value for name, value in recipe.items() if name != "fields"}
-    content |= recipe.get("fields", {})
-    return content
+    return content | fields
 
 
 def guessing(result: Mapping[str, Any]) -> dict[str, float]:

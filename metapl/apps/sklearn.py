@@ -422,8 +422,9 @@ class MetaReweightedClassifier(_Classifier):
 
     def _learned_weights(self, x: Tensor, labels: Tensor, is_trusted: Tensor, seed: int) -> Tensor:
         """Return the weight of each row, (n,), learned from the loss on the trusted rows."""
-        rest = ~is_trusted
-        count = int(rest.sum())
+        is_doubtful = ~is_trusted
+        count = int(is_doubtful.sum())
+        numbers = torch.arange(count, device=x.device)
         table = Table(torch.zeros(count, device=x.device))
         student = self._built(x)
         trainer = BilevelTrainer(
@@ -436,13 +437,13 @@ class MetaReweightedClassifier(_Classifier):
         )
         trainer.fit(
             self._batches(seed, x[is_trusted], labels[is_trusted]),
-            self._batches(seed + 1, x[rest], labels[rest], torch.arange(count, device=x.device)),
+            self._batches(seed + 1, x[is_doubtful], labels[is_doubtful], numbers),
             steps=self.steps,
             first_steps=0,
             progress=self.verbose,
         )
         weights = torch.ones(len(x), dtype=torch.float64)
-        weights[rest] = table.values.detach().cpu().double().sigmoid()
+        weights[is_doubtful] = table.values.detach().cpu().double().sigmoid()
         return weights
 
     def _checked_by_folds(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, done_by_first
 from metapl.apps.log_to import MetricLog
 from metapl.apps.machine import sha256_of
-from metapl.apps.methods import Data, Method, ReducedMpl, Training, TrainingConfig
+from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
 from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
@@ -47,21 +47,26 @@ LABELING = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Measured:
-    """A network that is kept, and what it reaches."""
+    """A network that is kept, and what it reaches.
 
-    # On the host.
+    Args:
+        weights: on the host.
+        validation_accuracy: a fraction; None where there are no validation examples.
+        tested: what it reaches on the test examples; None where there are none.
+    """
+
     weights: Mapping[str, Tensor]
-
-    # A fraction.
     validation_accuracy: float | None
-
-    # On the test examples.
     tested: Mistakes | None
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
-        tested = None if self.tested is None else self.tested.evaluation.accuracy
-        found = {"validation_accuracy": self.validation_accuracy, "test_accuracy": tested}
-        return {prefix + key: value for key, value in found.items() if value is not None}
+        """Return the accuracies that there are, by names that begin with the prefix."""
+        accuracies: dict[str, float] = {}
+        if self.validation_accuracy is not None:
+            accuracies[f"{prefix}validation_accuracy"] = self.validation_accuracy
+        if self.tested is not None:
+            accuracies[f"{prefix}test_accuracy"] = self.tested.evaluation.accuracy
+        return accuracies
 
 
 def describe(config: TrainingConfig, method: Method, **run_by: Any) -> dict[str, Any]:
@@ -102,55 +107,37 @@ def train(
 
     Returns: what ``result.json`` holds.
     """
-    fitting, processes = config.fitting, processes or Processes()
+    fitting = config.fitting
+    processes = processes or Processes()
 
     # 1. The data: listed, checked and noted. A run goes on with the same data only.
     torch.manual_seed(fitting.seed)
     skipped = folder.path / "skipped.jsonl"
     data = config.data(say, progress, skipped)
-    hashes = dict(data.record["hash"])
-    for part, store in method.stores.items() if isinstance(method, ReducedMpl) else ():
-        # The description has the hashes of the labels.
-        hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)
-    selection: Path | None = getattr(method, "stored_selection", None)
-    if selection is not None:
-        hashes["selection"] = sha256_of(selection / DESCRIPTION)
-    record = json.loads(json.dumps({**data.record, "hash": hashes}))
-    noted = folder.path / "data.json"
-    if noted.exists() and folder.read_json("data.json") != record:
-        since = f"since the run in {folder.path} was started (see its data.json)"
-        raise MetaplError(
-            f"the data have changed {since}; put them back, or start another run with another "
-            "--out."
-        )
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_json("data.json", record)
+    note_data(data, method, folder)
     record_files(skipped, data.skipped)
-    validated: Any = getattr(
-        data.validation, "labels", data.validation[1] if isinstance(data.validation, tuple) else ()
-    )
-    select = len(validated) >= SELECTED_ON
+    validation_labels = labels_of(data.validation)
+    selects = len(validation_labels) >= SELECTED_ON
 
     # 2. Both networks from the seed, the teacher first.
     place = device(fitting.device)
-    teacher, student = (config.network().to(place) for _ in range(2))
+    teacher = config.network().to(place)
+    student = config.network().to(place)
     control = Control.of(teacher, data)
+    baseline: dict[str, Any] = {}
     judged_on = data.test or data.validation
-    baseline = dict[str, Any]()
     if judged_on is not None:
-        accuracy = control.accuracy(judged_on)
-        baseline = {
-            "control_accuracy": accuracy,
-            "control_of": control.sees,
-            "control_on": config.known,
-        }
+        baseline["control_accuracy"] = control.accuracy(judged_on)
+        baseline["control_of"] = control.sees
+        baseline["control_on"] = config.known
     if isinstance(teacher, Tuned):
         control.start(teacher)
     begin_as(teacher, student)
     if processes.mesh.size > 1:
-        noisy = any(map(model_noise, (teacher, student)))
-        teacher, student = (shard(network, processes.mesh) for network in (teacher, student))
-        if noisy:
+        has_noise = bool(model_noise(teacher) or model_noise(student))
+        teacher = shard(teacher, processes.mesh)
+        student = shard(student, processes.mesh)
+        if has_noise:
             processes.seed(student, fitting.seed)
 
     # 3. The method.
@@ -160,75 +147,31 @@ def train(
         "resume": resume,
         "progress": progress,
         "say": say,
+        "steps": fitting.steps,
+        **fitting.options(),
+        "select": selects,
     }
-    options |= {"steps": fitting.steps, **fitting.options(), "select": select}
-
-    def phase(
-        trainer: Trainer,
-        labeled: Any,
-        unlabeled: Any,
-        *,
-        phase: str = "fit",
-        truth: Any = data.truth,
-        callbacks: Sequence[Callback] = (),
-        **own: Any,
-    ) -> FitResult:
-        shares = map(processes.share, (labeled, unlabeled))
-        looking: list[Callback] = [*callbacks]
-        if truth is not None:
-            looking.insert(0, Truth(truth))
-        fit_options = options | own
-        if say_progress is not None:
-            lines = FitLines(say_progress, steps=fit_options["steps"], phase=phase, resume=resume)
-            looking.append(lines)
-        if log is not None:
-            looking.append(log.of_phase(phase))
-        try:
-            result = trainer.fit(*shares, phase=phase, callbacks=looking, **fit_options)
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            reason = str(error).partition(". ")[0].strip(" .")
-            lost = isinstance(error, ConnectionError | EOFError) and fitting.num_workers
-            if not (lost or reason.startswith("DataLoader worker")):
-                raise
-            raise MetaplError(
-                f"a process that prepares batches died ({reason}): was there too little memory?"
-            ) from error
-        if log is not None:
-            log.end_phase(fit_options["steps"])
-        return result
-
-    def lay_out(network: nn.Module) -> nn.Module:
-        if processes.mesh.size == 1:
-            return network
-        network = shard(network, processes.mesh)
-        processes.seed(student, fitting.seed)
-        return network
-
-    def label(network: nn.Module | None) -> dict[str, Tensor]:
-        """Return stored labels; of several processes the first one labels for all."""
-        # ReducedMpl, or a method of a user's own with its fields.
-        reader: Any = method
-        if processes.mesh.size == 1 or network is None:
-            return stored_labels(network, config, reader, folder.path, data, say)
-        # All processes gather the weights, which no pass of one process alone could do.
-        weights = weights_of(inside(network))
-
-        def stored_by_first() -> dict[str, Tensor]:
-            labeler = config.network().to(place)
-            labeler.load_state_dict(weights)
-            return stored_labels(labeler, config, reader, folder.path, data, say)
-
-        labels: dict[str, Tensor] = done_by_first(stored_by_first, processes, patience=LABELING)
-        return labels
-
+    phases = Phases(
+        config=config,
+        method=method,
+        data=data,
+        student=student,
+        place=place,
+        processes=processes,
+        folder=folder.path,
+        options=options,
+        say=say,
+        say_progress=say_progress,
+        log=log,
+    )
     training = Training(
         config=config,
         data=data,
         teacher=teacher,
         student=student,
-        fit=phase,
-        label=label,
-        lay_out=lay_out,
+        fit=phases.fit,
+        label=phases.label,
+        lay_out=phases.lay_out,
         folder=folder.path,
         progress=progress,
         say=say,
@@ -237,37 +180,29 @@ def train(
 
     # 4. What is kept: the student as it is, its teacher, and the student finetuned; each is tested
     # once.
-    result, kept = trained.result, dict[str, Measured]()
-    kept["student"] = measured(
+    result = trained.result
+    networks: dict[str, Measured] = {}
+    networks["student"] = measured(
         data, trained.trainer.student, result.validation_accuracy, result.weights
     )
     if trained.teacher is not None:
         network, weights = trained.teacher
-        reached = None if data.validation is None else evaluated(network, data.validation).accuracy
-        kept["teacher"] = measured(data, network, reached, weights)
-    elif select and trained.fallback is not None:
+        accuracy = None
+        if data.validation is not None:
+            accuracy = evaluated(network, data.validation).accuracy
+        networks["teacher"] = measured(data, network, accuracy, weights)
+    elif selects and trained.fallback is not None:
         network, weights = trained.fallback
-        reached = evaluated(network, data.validation).accuracy
-        if reached - (result.validation_accuracy or 0.0) >= FAR_BEHIND:
-            kept["teacher"] = measured(data, network, reached, weights)
+        accuracy = evaluated(network, data.validation).accuracy
+        if accuracy - (result.validation_accuracy or 0.0) >= FAR_BEHIND:
+            networks["teacher"] = measured(data, network, accuracy, weights)
     if callable(trained.finetunes):
-        kept["finetuned"] = trained.finetunes()
+        networks["finetuned"] = trained.finetunes()
     elif trained.finetunes:
-        network = trained.trainer.as_given
-        # Whatever was drawn before, so that finetuning can be repeated on its own.
-        processes.seed(network, fitting.seed)
-        if fitting.finetune_steps:
-            trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
-            result = phase(
-                trainer, data.finetuning, None, phase="finetune", truth=None, **config.finetuning()
-            )
-            if select and (result.validation_accuracy or 0) < (
-                trained.result.validation_accuracy or 0
-            ):
-                load_whole(inside(network), trained.result.weights)
-                result = trained.result
-        kept["finetuned"] = measured(
-            data, inside(network), result.validation_accuracy, result.weights
+        finetuned = finetune(trained, training, processes, selects=selects)
+        network = inside(trained.trainer.as_given)
+        networks["finetuned"] = measured(
+            data, network, finetuned.validation_accuracy, finetuned.weights
         )
 
     # 5. Labels that may be wrong, the networks, what they are and reach, and the page of the run.
@@ -276,17 +211,15 @@ def train(
         say(
             f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}"
         )
-    # One network that was trained alone is no student of a teacher.
-    is_alone = trained.trainer.teacher is None and trained.rounds is None
-    words = {"student": "network" if is_alone else "student", "teacher": "teacher"}
-    words = {name: words.get(name, f"finetuned {words['student']}") for name in kept}
-    chosen = delivered(kept, select, trained.rounds is not None)
-    cards = {name: trained.configs.get(name, config).card(words[name]) for name in kept}
-    called = f"{config.name}, {method.name}, seed {fitting.seed}"
-    tested = kept[chosen].tested
-    counts = None
-    if len(validated):
-        counts = torch.bincount(validated, minlength=len(data.classes)).tolist()
+    words = words_for(networks, trained)
+    chosen = delivered(networks, select=selects, rounds=trained.rounds is not None)
+    cards = {name: trained.configs.get(name, config).card(words[name]) for name in networks}
+    title = f"{config.name}, {method.name}, seed {fitting.seed}"
+    chance = None
+    if len(validation_labels):
+        counts = torch.bincount(validation_labels, minlength=len(data.classes)).tolist()
+        chance = chance_level(counts)
+    weights_by_name = {name: merged(network.weights) for name, network in networks.items()}
     content: dict[str, Any] = {
         "recipe": config.name,
         "method": method.name,
@@ -295,111 +228,309 @@ def train(
         "seed": fitting.seed,
         "steps": fitting.steps,
         "best_step": trained.result.step,
-        "validation_size": len(validated),
-        "validation_chance": None if counts is None else chance_level(counts),
+        "validation_size": len(validation_labels),
+        "validation_chance": chance,
         "delivered": chosen,
-        "delivered_by": "validation" if select else "rule",
-        "sha256": seal(
-            folder,
-            called,
-            data.classes,
-            cards,
-            {name: merged(measurement.weights) for name, measurement in kept.items()},
-        ),
-        **({} if trained.rounds is None else {"rounds": trained.rounds}),
+        "delivered_by": "validation" if selects else "rule",
+        "sha256": seal(folder, title, data.classes, cards, weights_by_name),
         **baseline,
-        **kept[chosen].accuracies(),
-        **({} if tested is None else {"evaluation": tested.evaluation.to_json()}),
+        **networks[chosen].accuracies(),
     }
-    for name, measurement in kept.items():
+    if trained.rounds is not None:
+        content["rounds"] = trained.rounds
+    tested = networks[chosen].tested
+    if tested is not None:
+        content["evaluation"] = tested.evaluation.to_json()
+    for name, measurement in networks.items():
         content |= measurement.accuracies(f"{name}_")
     # What the other processes leave is not kept.
     if processes.first:
-        run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
+        run = EndedRun(folder, title, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
     if log is not None:
         log.end(content)
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
-    if unread := replaced_files(skipped):
+    unread = replaced_files(skipped)
+    if unread:
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content
+
+
+# ------------------------------------------------------------------------------ parts of a training
+
+
+def note_data(data: Data, method: Method, folder: RunFolder) -> None:
+    """Write ``data.json``, or refuse data that have changed since the run was started."""
+    hashes = dict(data.record["hash"])
+    if isinstance(method, ReducedMpl):
+        # The description of a store has the hashes of its labels.
+        for part, store in method.stores.items():
+            hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)
+    selection: Path | None = getattr(method, "stored_selection", None)
+    if selection is not None:
+        hashes["selection"] = sha256_of(selection / DESCRIPTION)
+    record = json.loads(json.dumps({**data.record, "hash": hashes}))
+    if (folder.path / "data.json").exists() and folder.read_json("data.json") != record:
+        raise MetaplError(
+            f"the data have changed since the run in {folder.path} was started (see its "
+            "data.json); put them back, or start another run with another --out."
+        )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_json("data.json", record)
+
+
+def labels_of(examples: Any) -> Any:
+    """Return the labels of examples, batches or (inputs, labels); nothing where there are none."""
+    if isinstance(examples, tuple):
+        return examples[1]
+    return getattr(examples, "labels", ())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Phases:
+    """How the phases of a method are run.
+
+    Args:
+        config: the settings of the training.
+        method: that is trained by.
+        data: that is trained on.
+        student: the network that is trained.
+        place: the device of the networks.
+        processes: those that train together.
+        folder: of the run.
+        options: of every fit.
+        say: where messages go.
+        say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
+        log: is given every recorded row; None: nobody.
+    """
+
+    config: TrainingConfig
+    method: Method
+    data: Data
+    student: nn.Module
+    place: torch.device
+    processes: Processes
+    folder: Path
+    options: Mapping[str, Any]
+    say: Say
+    say_progress: Say | None
+    log: MetricLog | None
+
+    def fit(
+        self,
+        trainer: Trainer,
+        labeled: Any,
+        unlabeled: Any,
+        *,
+        phase: str = "fit",
+        truth: Any = ...,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
+    ) -> FitResult:
+        """Run a phase, which goes on where it was stopped.
+
+        Args:
+            trainer: of the networks.
+            labeled, unlabeled: sources of batches.
+            phase: its name.
+            truth: unlabeled examples whose labels are known, by which pseudo-labels are looked at;
+                None: they are not. By default those of the data.
+            callbacks: of the fit.
+            options: of this fit, in the place of those of every fit.
+        """
+        if truth is ...:
+            truth = self.data.truth
+        fit_options = {**self.options, **options}
+        all_callbacks: list[Callback] = [*callbacks]
+        if truth is not None:
+            all_callbacks.insert(0, Truth(truth))
+        if self.say_progress is not None:
+            lines = FitLines(
+                self.say_progress,
+                steps=fit_options["steps"],
+                phase=phase,
+                resume=fit_options["resume"],
+            )
+            all_callbacks.append(lines)
+        if self.log is not None:
+            all_callbacks.append(self.log.of_phase(phase))
+        try:
+            result = trainer.fit(
+                self.processes.share(labeled),
+                self.processes.share(unlabeled),
+                phase=phase,
+                callbacks=all_callbacks,
+                **fit_options,
+            )
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            reason = str(error).partition(". ")[0].strip(" .")
+            has_workers = self.config.fitting.num_workers > 0
+            is_lost = isinstance(error, ConnectionError | EOFError) and has_workers
+            if not is_lost and not reason.startswith("DataLoader worker"):
+                raise
+            raise MetaplError(
+                f"a process that prepares batches died ({reason}): was there too little memory?"
+            ) from error
+        if self.log is not None:
+            self.log.end_phase(fit_options["steps"])
+        return result
+
+    def lay_out(self, network: nn.Module) -> nn.Module:
+        """Lay a network out over the processes that train together."""
+        if self.processes.mesh.size == 1:
+            return network
+        network = shard(network, self.processes.mesh)
+        self.processes.seed(self.student, self.config.fitting.seed)
+        return network
+
+    def label(self, network: nn.Module | None) -> dict[str, Tensor]:
+        """Return stored labels; of several processes the first one labels for all.
+
+        Args:
+            network: that labels; None: the labels are stored already.
+        """
+        if self.processes.mesh.size == 1 or network is None:
+            return self._stored_labels(network)
+        # All processes gather the weights, which no pass of one process alone could do.
+        weights = weights_of(inside(network))
+
+        def label_alone() -> dict[str, Tensor]:
+            labeler = self.config.network().to(self.place)
+            labeler.load_state_dict(weights)
+            return self._stored_labels(labeler)
+
+        labels: dict[str, Tensor] = done_by_first(label_alone, self.processes, patience=LABELING)
+        return labels
+
+    def _stored_labels(self, network: nn.Module | None) -> dict[str, Tensor]:
+        # ReducedMpl, or a method of a user's own with its fields.
+        method: Any = self.method
+        return stored_labels(network, self.config, method, self.folder, self.data, self.say)
+
+
+def finetune(
+    trained: Trained, training: Training, processes: Processes, *, selects: bool
+) -> FitResult:
+    """Finetune the student of a method, and return the better one by validation.
+
+    That is the student as it was where finetuning has made it worse.
+    """
+    config = training.config
+    network = trained.trainer.as_given
+    # Whatever was drawn before, so that finetuning can be repeated on its own.
+    processes.seed(network, config.fitting.seed)
+    if not config.fitting.finetune_steps:
+        return trained.result
+    trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
+    result = training.fit(
+        trainer,
+        training.data.finetuning,
+        None,
+        phase="finetune",
+        truth=None,
+        **config.finetuning(),
+    )
+    accuracy_before = trained.result.validation_accuracy or 0
+    if selects and (result.validation_accuracy or 0) < accuracy_before:
+        load_whole(inside(network), trained.result.weights)
+        return trained.result
+    fit_result: FitResult = result
+    return fit_result
+
+
+def words_for(networks: Mapping[str, Measured], trained: Trained) -> dict[str, str]:
+    """Return what the networks that are kept are called."""
+    # One network that was trained alone is no student of a teacher.
+    is_alone = trained.trainer.teacher is None and trained.rounds is None
+    student = "network" if is_alone else "student"
+    words = {"student": student, "teacher": "teacher", "finetuned": f"finetuned {student}"}
+    return {name: words[name] for name in networks}
 
 
 class Truth:
     """Measures at each validation how many of the teacher's labels are right.
 
-    ``truth`` is (inputs, labels) of unlabeled examples.
+    Args:
+        truth: (inputs, labels) of unlabeled examples.
     """
 
     def __init__(self, truth: Any) -> None:
         self.truth = truth
 
     def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> dict[str, float]:
-        validated = any("_validation_" in name for name in row)
-        if not validated or trainer.teacher is None or not trainer.teacher_classifies:
+        """Return the columns of a step that is validated."""
+        is_validated = any("_validation_" in column for column in row)
+        if not is_validated or trainer.teacher is None or not trainer.teacher_classifies:
             return {}
-        found = evaluate_logits(
-            *predict_logits(trainer.teacher, batches_of(self.truth, trainer.device, "truth"))
-        )
-        confusion = torch.tensor(found.confusion)
-        off = (confusion.sum(0) - confusion.sum(1)).abs().sum()
+        examples = batches_of(self.truth, trainer.device, "truth")
+        logits, labels = predict_logits(trainer.teacher, examples)
+        evaluation = evaluate_logits(logits, labels)
+        confusion = torch.tensor(evaluation.confusion)
+        distance = (confusion.sum(0) - confusion.sum(1)).abs().sum()
         return {
-            "pseudo_label_accuracy": found.accuracy,
-            "class_shares_vs_truth": float(off) / (2 * found.n),
+            "pseudo_label_accuracy": evaluation.accuracy,
+            "class_shares_vs_truth": float(distance) / (2 * evaluation.n),
         }
 
 
-def delivered(kept: Mapping[str, Measured], select: bool, rounds: bool) -> str:
+def delivered(networks: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     """Return the network that a run delivers: the best by validation, the first of equals.
 
     Where validation cannot tell networks apart, it is the finetuned student, which did better on
     the seen half of benchmarks/pictures. Of Noisy Student it is the last student, of equals the
     finetuned one; its teacher only where that is 30 points better.
+
+    Args:
+        networks: those that are kept, by their names.
+        select: whether validation can tell them apart.
+        rounds: whether they are those of Noisy Student.
     """
-
-    def reached(name: str) -> float:
-        return kept[name].validation_accuracy or 0.0
-
-    names = [name for name in reversed([*kept]) if name != "teacher"] if rounds else [*kept]
-    if select:
-        chosen, best = max(names, key=reached), max(kept, key=reached)
-        return best if reached(best) - reached(chosen) >= FAR_BEHIND else chosen
-    return "finetuned" if "finetuned" in kept else "student"
+    if not select:
+        return "finetuned" if "finetuned" in networks else "student"
+    accuracies = {name: network.validation_accuracy or 0.0 for name, network in networks.items()}
+    names = [*networks]
+    if rounds:
+        names = [name for name in reversed(names) if name != "teacher"]
+    chosen = max(names, key=accuracies.__getitem__)
+    best = max(networks, key=accuracies.__getitem__)
+    return best if accuracies[best] - accuracies[chosen] >= FAR_BEHIND else chosen
 
 
 def measured(
-    data: Data, network: nn.Module, validated: float | None, weights: Mapping[str, Tensor]
+    data: Data, network: nn.Module, accuracy: float | None, weights: Mapping[str, Tensor]
 ) -> Measured:
     """Return a network with these weights and this validation accuracy, tested once."""
-    tested = (
-        None if data.test is None else mistakes(network, data.test, data.classes, data.test_names)
-    )
-    return Measured(dict(weights), validated, tested)
+    tested = None
+    if data.test is not None:
+        tested = mistakes(network, data.test, data.classes, data.test_names)
+    return Measured(dict(weights), accuracy, tested)
 
 
 def evaluated(network: nn.Module, data: Any) -> Evaluation:
-    device = next(network.parameters()).device
-    return evaluate_logits(*predict_logits(network, batches_of(data, device)))
+    """Evaluate a network on labeled examples, on its device."""
+    place = next(network.parameters()).device
+    logits, labels = predict_logits(network, batches_of(data, place))
+    return evaluate_logits(logits, labels)
 
 
 def inside(network: nn.Module) -> nn.Module:
+    """Return a network without the wrapper of DDP."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def device(asked: str) -> torch.device:
-    if asked == "cuda" and not torch.cuda.is_available():
+    """Return the device of ``--device``; refuse cuda where there is no GPU."""
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
         raise MetaplError(
             "--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu."
         )
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if asked != "cpu" and has_gpu else "cpu")
 
 
 def check_shares(config: Any, method: Method, mesh: Mesh) -> None:
-    """Refuse batches that do not fall into equal parts for the processes.
-
-    And in each process for --accumulate.
-    """
+    """Refuse batches that do not fall into equal parts for the processes and --accumulate."""
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flag_values(config).items():
         if name.endswith("_batch") and size % parts:
@@ -407,12 +538,11 @@ def check_shares(config: Any, method: Method, mesh: Mesh) -> None:
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for "
                 f"{mesh.shares:,} processes and --accumulate {config.fitting.accumulate:,}."
             )
-    if (
-        mesh.shard > 1
-        and config.places
-        and config.pictures.backbone != "none"
-        and config.pictures.tuning != "all"
-    ):
+    has_frozen_layers = False
+    if config.places:
+        pictures = config.pictures
+        has_frozen_layers = pictures.backbone != "none" and pictures.tuning != "all"
+    if mesh.shard > 1 and has_frozen_layers:
         raise MetaplError(
             "--mesh.shard cuts what is trained; of a --backbone expected --tuning all, or copies."
         )

@@ -18,10 +18,11 @@ from metapl.words import shown
 
 # What a page says of who wrote it.
 GENERATOR = "metapl report"
-# what a browser may load: nothing
+
+# A browser may load nothing for it.
 ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-# Pixels of a side.
+# The longest side of a thumbnail, in pixels.
 LARGEST_PICTURE = 160
 
 STYLE = """
@@ -54,8 +55,14 @@ details { margin: 1rem 0 } summary { cursor: pointer; font-weight: 600 } pre { w
 """
 
 
-def web_page(title: str, of: object, parts: Sequence[str]) -> bytes:
-    """Return the page of these parts, in HTML, below its title and the folder that it is ``of``."""
+def web_page(title: str, folder: object, parts: Sequence[str]) -> bytes:
+    """Return a page in HTML.
+
+    Args:
+        title: of the page.
+        folder: of the run that it shows.
+        parts: in HTML; empty ones are left out.
+    """
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="generator" content="{GENERATOR}">'
@@ -63,12 +70,12 @@ def web_page(title: str, of: object, parts: Sequence[str]) -> bytes:
         f'<meta http-equiv="Content-Security-Policy" content="{ALLOWED}">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head><body>\n"
     )
-    body = [f"<h1>{text(title)}</h1>", paragraph(of, "quiet"), *filter(None, parts)]
+    body = [f"<h1>{text(title)}</h1>", paragraph(folder, "quiet"), *filter(None, parts)]
     return (head + "\n".join(body) + "\n</body></html>\n").encode()
 
 
 def text(words: object) -> str:
-    """Words as HTML.
+    """Return words as HTML.
 
     >>> text('<a & "b">')
     '&lt;a &amp; &quot;b&quot;&gt;'
@@ -77,25 +84,30 @@ def text(words: object) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{text(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
+    """Return parts below a title; nothing where all of them are empty."""
+    if not any(parts):
+        return ""
+    return f"<section><h2>{text(title)}</h2>{''.join(parts)}</section>"
 
 
 def folded(title: str, content: str) -> str:
+    """Return a part that is opened by a click on its title."""
     return f"<details><summary>{text(title)}</summary>{content}</details>"
 
 
 def paragraph(words: object, kind: str = "") -> str:
+    """Return words as a paragraph, of a kind that :data:`STYLE` has."""
     return f'<p class="{kind}">{text(words)}</p>'
 
 
 def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
     """Return a table; the first cell of a row names it. Without a head it has names and texts."""
     heads = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
-    body = "".join(
-        "<tr><th "
-        f'scope="row">{text(name)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row)}</tr>'
-        for name, *row in cells
-    )
+    lines = []
+    for name, *row in cells:
+        columns = "".join(f"<td>{text(cell)}</td>" for cell in row)
+        lines.append(f'<tr><th scope="row">{text(name)}</th>{columns}</tr>')
+    body = "".join(lines)
     kind = "" if head else ' class="texts"'
     table = f"<table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
@@ -105,35 +117,40 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
 
 
 class Picture(NamedTuple):
-    """What is shown of an example."""
+    """What is shown of an example.
 
-    x: Tensor  # (C, H, W) in [0, 1], C = 1 or 3
-    caption: str  # in lines
+    Args:
+        x: (C, H, W) in [0, 1], C = 1 or 3.
+        caption: in lines.
+    """
+
+    x: Tensor
+    caption: str
 
 
-def pictures(title: str, note: str, shown: Sequence[Picture]) -> str:
-    """Thumbnails with a few words beneath each; nothing where they are no pictures."""
-    if not shown or shown[0].x.ndim != 3 or shown[0].x.shape[0] not in (1, 3):
+def pictures(title: str, note: str, examples: Sequence[Picture]) -> str:
+    """Return thumbnails with a few words beneath each; nothing where they are no pictures."""
+    if not examples or examples[0].x.ndim != 3 or examples[0].x.shape[0] not in (1, 3):
         return ""
     figures = []
-    for x, caption in shown:
-        levels = (
-            (255 * x.detach().cpu().float().clamp(0, 1))
-            .round()
-            .byte()
-            .permute(1, 2, 0)
-            .squeeze(-1)
-            .numpy()
-        )
-        thumbnail, file = Image.fromarray(levels), io.BytesIO()
-        thumbnail.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
-        thumbnail.save(file, format="png", optimize=True)
+    for x, caption in examples:
         lines = "<br>".join(text(line) for line in caption.split("\n"))
-        image = f'<img alt="" src="{picture(file.getvalue())}">'
+        image = f'<img alt="" src="{picture(thumbnail(x))}">'
         figures.append(f"<figure>{image}<figcaption>{lines}</figcaption></figure>")
     return section(
         title, paragraph(note, "quiet"), f'<div class="pictures">{"".join(figures)}</div>'
     )
+
+
+def thumbnail(x: Tensor) -> bytes:
+    """Return a picture (C, H, W) in [0, 1] as a small PNG."""
+    levels_CHW = (255 * x.detach().cpu().float().clamp(0, 1)).round().byte()
+    levels = levels_CHW.permute(1, 2, 0).squeeze(-1).numpy()
+    image = Image.fromarray(levels)
+    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    file = io.BytesIO()
+    image.save(file, format="png", optimize=True)
+    return file.getvalue()
 
 
 def picture(content: bytes) -> str:

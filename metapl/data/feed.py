@@ -25,9 +25,12 @@ from torch.utils.data import DataLoader, default_convert
 from metapl.data import draws
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError
-from metapl.execution.batch import inputs_of, to_device
+from metapl.execution.batch import Batch, inputs_of, to_device
 from metapl.execution.checks import described
 from metapl.runs.checkpoint import plain_states
+
+Source = Any
+"""Where batches come from: a list, a data set, a loader, or what else :func:`feed` serves."""
 
 # What ``next`` returns of an iterator that has no more batches.
 _END: Any = object()
@@ -68,10 +71,16 @@ class Feed(ABC):
     _position = 0
 
     # None: it begins with the next batch that is asked for, at the position.
-    _iterator: Iterator[Any] | None = None
+    _iterator: Iterator[Batch] | None = None
 
     def __init__(
-        self, source: Any, *, name: str, stop: int, device: torch.device | None, keeps_labels: bool
+        self,
+        source: Any,
+        *,
+        name: str,
+        stop: int,
+        device: torch.device | None,
+        keeps_labels: bool,
     ) -> None:
         self._source = source
         self._name = name
@@ -79,7 +88,7 @@ class Feed(ABC):
         self._device = device
         self._keeps_labels = keeps_labels
 
-    def next(self) -> Any:
+    def next(self) -> Batch:
         """Return the next batch; where an epoch is exhausted, the first of the next one."""
         try:
             batch = self._next()
@@ -93,7 +102,7 @@ class Feed(ABC):
         return batch if self._keeps_labels else inputs_of(batch)
 
     @abstractmethod
-    def _next(self) -> Any:
+    def _next(self) -> Batch:
         """Return the batch at the position, as the source has it."""
 
     def state(self) -> dict[str, Any]:
@@ -129,7 +138,7 @@ class Feed(ABC):
 
 
 def feed(
-    source: Any,
+    source: Source,
     *,
     name: str,
     stop: int,
@@ -208,16 +217,16 @@ def feed(
 class WithoutLabels:
     """The batches of another source without their labels; see :func:`without_labels`."""
 
-    source: Any
+    source: Source
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return map(inputs_of, self.source)
 
     def __len__(self) -> int:
         return len(self.source)
 
 
-def without_labels(source: Any) -> WithoutLabels:
+def without_labels(source: Source) -> WithoutLabels:
     """Leave out the labels of a source of batches, so that ``fit`` can take it as ``unlabeled``.
 
     Args:
@@ -246,7 +255,7 @@ class _NumberedFeed(Feed):
 
     def __init__(
         self,
-        source: Any,
+        source: Source,
         *,
         name: str,
         stop: int,
@@ -265,7 +274,7 @@ class _NumberedFeed(Feed):
         on_accelerator = device is not None and device.type != "cpu"
         self._is_made_in_halves = on_accelerator and hasattr(source, "raw")
 
-    def _next(self) -> Any:
+    def _next(self) -> Batch:
         if self.kind == "sequence":
             return self._source[self._position % len(self._source)]
         if self._position >= self._stop:
@@ -282,7 +291,7 @@ class _NumberedFeed(Feed):
         # Converted as loaders do, which turn tuples into lists.
         return default_convert(batch)
 
-    def _begin(self) -> Iterator[Any]:
+    def _begin(self) -> Iterator[Batch]:
         """Return the batches from the position on."""
         # Workers have their batches pinned in the background, for CUDA.
         is_for_cuda = self._device is not None and self._device.type == "cuda"
@@ -328,7 +337,7 @@ class _EpochFeed(Feed):
             # is.
             vars(self._source).update(persistent_workers=False, _iterator=None)
 
-    def _next(self) -> Any:
+    def _next(self) -> Batch:
         with self._generators.in_place():
             if self._iterator is None:
                 batch = next(self._begin(), _END)
@@ -349,7 +358,7 @@ class _EpochFeed(Feed):
                 batch = next(self._begin(), _END)
         return batch
 
-    def _begin(self) -> Iterator[Any]:
+    def _begin(self) -> Iterator[Batch]:
         """Begin the epoch again, and return its iterator at the position.
 
         The generators are put where they were at the start of the epoch, and the batches before the
@@ -483,7 +492,7 @@ def write_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-def parts_of(source: Any) -> list[Any]:
+def parts_of(source: Source) -> list[Any]:
     """Return a source and its parts: loaders, samplers, data sets and transforms, each once."""
     parts: dict[int, Any] = {}
     waiting = [source]

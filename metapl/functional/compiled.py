@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from itertools import chain
+from operator import is_
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,14 @@ from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
+from metapl.execution.state import (
+    RandomState,
+    Slots,
+    all_with_contents_of,
+    branching_to,
+    replay,
+    trainable,
+)
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -86,8 +95,13 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+def step_of(
+    trainer: TwoLevelTrainer, steps: int, updates: Updates, *, replays_tangent: bool = False
+) -> Step:
     """Return the pure step of a trainer that looks so many steps ahead.
+
+    Args:
+        replays_tangent: see :class:`metapl.functional.call.StepRules`.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
     """
@@ -115,6 +129,7 @@ def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
         steps=steps,
         feedback_size=trainer.feedback_size,
         autocast=autocast,
+        replays_tangent=replays_tangent,
     )
 
 
@@ -293,12 +308,14 @@ class Compiled:
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
+        direct_term: that of the trainer, which looks through all parameters of the teacher.
     """
 
     key: tuple[object, ...]
     alive: tuple[object, ...]
     updates: Updates
     run: Callable[..., tuple[State, Report]]
+    direct_term: Literal["", "included", "left out"]
     probs: Tensor | None = None
     is_compared: bool = False
 
@@ -320,10 +337,13 @@ class LiveState:
             self.state = with_counts_on_device(self.state, trainer.device)
         # The settings of param groups that the tensors in the state were made of.
         self._settings = [settings_by_group(update) for update in updates]
+        # The values in the param groups that these were read from; None where one of them may
+        # change in place.
+        self._values = fixed_values(updates)
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
         # hold some of them, and what the trainer is recognized by.
         self._tensors: list[Tensor] = []
-        self._tables: list[Mapping[Any, Any]] = []
+        self._tables: list[dict[Any, Any]] = []
         self._weights: list[Tensor] = []
         self._signature: list[object] = []
 
@@ -336,6 +356,17 @@ class LiveState:
 
         These are settings of optimizers, the state of the mode, and the number of the step.
         """
+        values = fixed_values(self.updates)
+        if not are_the_same(values, self._values):
+            self._values = values
+            self._refresh_settings(trainer)
+        self.state = self.state._replace(
+            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
+            step=number_on(trainer.device, trainer.steps_done, torch.int64),
+        )
+
+    def _refresh_settings(self, trainer: TwoLevelTrainer) -> None:
+        """Make tensors of the settings whose numbers have changed."""
         settings = [settings_by_group(update) for update in self.updates]
         if settings != self._settings:
             optimizers = self.state.inner, self.state.outer
@@ -346,17 +377,13 @@ class LiveState:
                     changed_settings(*group, device=trainer.device) for group in groups
                 ]
             self._settings = settings
-        self.state = self.state._replace(
-            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
-            step=number_on(trainer.device, trainer.steps_done, torch.int64),
-        )
 
     def adopt(self, trainer: TwoLevelTrainer, moved: State, steps: int) -> None:
         """Let the optimizers hold the tensors that a first step has made.
 
         From then on :meth:`is_of` knows whose tensors these are.
         """
-        tables: list[Mapping[Any, Any]] = []
+        tables: list[dict[Any, Any]] = []
         for slots in trainer.slots:
             tables += slots.buffers
         pairs = (self.state.inner, moved.inner), (self.state.outer, moved.outer)
@@ -392,8 +419,9 @@ class LiveState:
             steps,
             trainer.feedback_size,
             *map(id, objects),
-            *[id(t) for table in self._tables for t in table.values()],
-            *[t.data_ptr() for t in self._weights],
+            # Without a frame of Python for each tensor: there are hundreds, in every step.
+            *map(id, chain.from_iterable(map(dict.values, self._tables))),
+            *map(Tensor.data_ptr, self._weights),
         ]
 
 
@@ -409,6 +437,39 @@ def with_counts_on_device(state: State, device: torch.device) -> State:
         optimizers.append(with_fields(optimizer, state=tensors))
     inner, outer = optimizers
     return with_fields(state, inner=inner, outer=outer)
+
+
+def fixed_values(updates: Updates) -> list[Any] | None:
+    """Return what the param groups of the updates' optimizers hold, in order.
+
+    None where one of the values may change in place, such as a rate that is a tensor.
+    """
+    values: list[Any] = []
+    for update in updates:
+        if update is None:
+            continue
+        for group in unclipped(update).optimizer.param_groups:
+            for name, value in group.items():
+                if name == "params":
+                    continue
+                if type(value) is tuple:
+                    values += value
+                else:
+                    values.append(value)
+    if all(map(FIXED.__contains__, map(type, values))):
+        return values
+    return None
+
+
+# The types of settings that do not change in place.
+FIXED = frozenset([bool, int, float, str, type(None)])
+
+
+def are_the_same(values: list[Any] | None, other: list[Any] | None) -> bool:
+    """Return whether two lists are known to hold the same objects."""
+    if values is None or other is None or len(values) != len(other):
+        return False
+    return all(map(is_, values, other))
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
@@ -538,14 +599,16 @@ class CompiledStep:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # The first call traces the step.
             quiet = nullcontext() if eager is None else without_warnings_of_tracing()
-            with torch.no_grad(), no_fast_path(), capturing(), quiet:
+            # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
+            switches = nullcontext() if trainer.compile == "cudagraphs" else no_fast_path()
+            with torch.no_grad(), switches, capturing(), quiet:
                 if trainer.compile == "reduce-overhead":
                     moved, report = run_in_cuda_graphs(
                         compiled, live.state, outer_batch, inner, noise
                     )
                 else:
                     moved, report = compiled.run(live.state, outer_batch, inner, noise)
-                step_report = step_report_of(trainer, report, inner_batches)
+                step_report = step_report_of(compiled, trainer, report, inner_batches)
                 if eager is not None:
                     refuse_other(
                         live.state,
@@ -624,14 +687,48 @@ def compile_step(
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
     if trainer.compile == "cudagraphs":
-        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
-        return Compiled(key=key, alive=alive, updates=updates, run=by_graphs)
+        by_graphs = StepByGraphs(
+            step,
+            trainer.device,
+            sources_of(trainer),
+            step_with_replay=step_of(trainer, steps, updates, replays_tangent=True),
+            student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
+        )
+        return Compiled(
+            key=key,
+            alive=alive,
+            updates=updates,
+            run=by_graphs,
+            direct_term=trainer.direct_term,
+        )
     options = {}
     if trainer.compile == "reduce-overhead":
         # What torch.compile's mode of that name sets, beside the options of backend_of.
         options["triton.cudagraphs"] = True
     run = captured(step, trainer.device, **options)
-    return Compiled(key=key, alive=alive, updates=updates, run=run)
+    return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
+
+
+def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:
+    """Return whether a pass of the student draws random numbers; nothing moves.
+
+    Args:
+        inner: the inner batch as a pure step takes it, a tuple of several for several steps.
+    """
+    if enters_input(problem):
+        # There ż is not asked for.
+        return True
+    device = next(student.parameters()).device
+    batch = inner[0] if steps > 1 else inner
+    start = RandomState.now(device)
+    try:
+        with torch.no_grad(), replay(start, Slots(student)):
+            student(problem.student_input(batch))
+            end = RandomState.now(device)
+    except RuntimeError:
+        # A pass that needs a graph, for one. What is wrong with it is said where it is recorded.
+        return True
+    return not end.equals(start)
 
 
 def sources_of(trainer: TwoLevelTrainer) -> list[object]:
@@ -684,7 +781,7 @@ STEP_IS_OFF = (
 
 
 def step_report_of(
-    trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
+    compiled: Compiled, trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
 ) -> StepReport:
     """Return the report of a pure step as the one that a trainer returns."""
     mode = trainer.mode
@@ -719,7 +816,7 @@ def step_report_of(
         feedback=feedback,
         signal=Signal(**signal),
         student_outputs=report.student_outputs,
-        direct_term=trainer.direct_term,
+        direct_term=compiled.direct_term,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from metapl.data.feed import Source
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, either, inputs_of, rows
@@ -39,7 +40,7 @@ class FinetuneKeywords(FitKeywords, total=False):
     """The keywords of :meth:`Trainer.fit` for a network that learns from one source of batches."""
 
     batch_size: int | None
-    validation: Any
+    validation: Source
     metric: MetricLike | None
     metric_mode: Better | None
     out: str | Path | Folder | None
@@ -108,11 +109,11 @@ class Trainer(ABC):
         """Return what decides a step beside networks and optimizers, in a few words."""
 
     @abstractmethod
-    def step(self, labeled: Any, unlabeled: Any = None) -> Report:
+    def step(self, labeled: Batch, unlabeled: Batch = None) -> Report:
         """Take one step."""
 
     @abstractmethod
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         """Return the student's inputs in a labeled batch, and the batch as its loss reads it.
 
         Args:
@@ -193,14 +194,14 @@ class Trainer(ABC):
 
     def fit(
         self,
-        labeled: Any = None,
-        unlabeled: Any = None,
+        labeled: Source = None,
+        unlabeled: Source = None,
         *,
-        inner: Any = None,
-        outer: Any = None,
+        inner: Source = None,
+        outer: Source = None,
         steps: int,
         batch_size: int | None = None,
-        validation: Any = None,
+        validation: Source = None,
         metric: MetricLike | None = None,
         metric_mode: Better | None = None,
         out: str | Path | Folder | None = None,

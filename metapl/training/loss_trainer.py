@@ -202,7 +202,7 @@ class LossTrainer(Trainer):
             )
         self._has_compared_halves = True
 
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         batch = labeled_pair(batch, name)
         return batch[0], batch
 

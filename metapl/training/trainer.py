@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from metapl.data.feed import Source
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, both_batches, either, labeled_pair, plain
@@ -863,7 +864,7 @@ class BilevelTrainer(Trainer):
             self.steps_done += 1
             return report
 
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         self._refuse_input_of_signal()
         if overrides(self.problem, "outer_batch"):
             batch = self.problem.outer_batch(batch)
@@ -974,7 +975,7 @@ class BilevelTrainer(Trainer):
 
     def finetune(
         self,
-        labeled: Any,
+        labeled: Source,
         *,
         steps: int,
         optimizer: torch.optim.Optimizer | None = None,

@@ -151,3 +151,5 @@ def test_a_method_that_there_is_not_is_answered_by_those_that_there_are() -> Non
         assert "--method fixmach; did you mean fixmatch?" in said, words
         assert "Expected mpl, supervised" in said
     assert "--method" in metapl("train", "digits", "--method", code=2).stderr
+    said = metapl("train", "digits", "uda", "--steps", "3", code=2).stderr
+    assert "uda is a method; expected --method uda." in said

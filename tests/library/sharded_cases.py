@@ -619,6 +619,8 @@ class Share(list[Any]):
 
     def __init__(self, batches: list[Any], ranks: Ranks) -> None:
         super().__init__(micro_batches(batch, ranks.size, "whole")[ranks.rank] for batch in batches)
+        # By this attribute a fit reads the facts of the data of all ranks.
+        self.whole = batches
 
 
 def whole_training(

@@ -565,12 +565,12 @@ def test_what_an_error_about_a_dataclass_proposes_runs() -> None:
 def test_a_trainer_shows_its_parts_and_how_far_it_is() -> None:
     teacher, student = network(), network()
     matrices = [p for p in student.parameters() if p.ndim == 2]
-    others = [p for p in student.parameters() if p.ndim != 2]
+    vectors = [p for p in student.parameters() if p.ndim != 2]
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
         metapl.feedback.Reinforce(baseline=0.9),
-        inner_optimizer=(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.001)),
+        inner_optimizer=(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.001)),
     )
     trainer.step(pair(), pair()[0])
     mode = "Reinforce(similarity='dot', baseline=0.9, normalization='gradient', reduction='mean')"

@@ -366,18 +366,18 @@ def test_patience_ends_a_fit_on_digits_at_its_best_student(tmp_path: Path) -> No
     with pytest.raises(KeyError, match="break"):
         stopped.fit(**options, out=tmp_path / "stopped", callbacks=[break_off])
     resumed, options = digits_trainer()
-    again = resumed.fit(**options, out=tmp_path / "stopped", resume=True)
+    resumed_result = resumed.fit(**options, out=tmp_path / "stopped", resume=True)
     end = end_of(trainer, result, tmp_path / "whole")
-    assert same(end, end_of(resumed, again, tmp_path / "stopped"))
+    assert same(end, end_of(resumed, resumed_result, tmp_path / "stopped"))
 
 
 def test_an_ended_fit_stays_ended_when_it_is_resumed(tmp_path: Path) -> None:
     trainer, options = digits_trainer()
     ended = trainer.fit(**options, out=tmp_path)
     resumed, options = digits_trainer()
-    again = resumed.fit(**options, out=tmp_path, resume=True)
+    resumed_result = resumed.fit(**options, out=tmp_path, resume=True)
     assert resumed.steps_done == trainer.steps_done < options["steps"]
-    assert same(ended.weights, again.weights)
+    assert same(ended.weights, resumed_result.weights)
     other, options = digits_trainer()
     with pytest.raises(MetaplError, match="patience was 4, now 5"):
         other.fit(**{**options, "patience": 5}, out=tmp_path, resume=True)

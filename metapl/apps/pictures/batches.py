@@ -231,9 +231,9 @@ class FileImages:
         """Return boxes of a picture, or the whole one; None where it cannot be read."""
         number = int(self._indices[index])
         # Boxes are drawn anew each time, so that whole pictures alone are kept.
-        kept = None if crops else self._kept
-        if kept is not None and kept.is_kept[number]:
-            return [kept.pictures[number]]
+        memory = None if crops else self._kept
+        if memory is not None and memory.is_kept[number]:
+            return [memory.pictures[number]]
         path = str(self.path(index))
         try:
             if crops:
@@ -245,9 +245,9 @@ class FileImages:
             else:
                 record_files(self.log, {path: error.reason})
             return None
-        if kept is not None:
-            kept.pictures[number] = picture
-            kept.is_kept[number] = 1
+        if memory is not None:
+            memory.pictures[number] = picture
+            memory.is_kept[number] = 1
         return [picture]
 
 
