@@ -17,7 +17,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, either, inputs_of, rows
 from metapl.execution.checks import described
@@ -401,7 +401,9 @@ class Trainer(ABC):
             self._load(state)
         except Exception as error:
             self._load(state_before)
-            reason = f"{type(error).__name__}: {error}"
+            # torch writes a line for each weight that does not fit.
+            lines = [line.strip().rstrip(":.") for line in str(error).splitlines()]
+            reason = f"{type(error).__name__}: {few(lines, 2)}"
             if isinstance(error, MetaplError):
                 reason = str(error)
             raise MetaplError(
