@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.data.feed import Source
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, either, inputs_of, rows
 from metapl.execution.checks import described
@@ -402,7 +402,9 @@ class Trainer(ABC):
             self._load(state)
         except Exception as error:
             self._load(state_before)
-            reason = f"{type(error).__name__}: {error}"
+            # torch writes a line for each weight that does not fit.
+            lines = [line.strip().rstrip(":.") for line in str(error).splitlines()]
+            reason = f"{type(error).__name__}: {few(lines, 2)}"
             if isinstance(error, MetaplError):
                 reason = str(error)
             raise MetaplError(
