@@ -15,9 +15,7 @@ from metapl.problems.base import BilevelProblem, Signal, field_name, has_rows
 
 
 @torch.no_grad()
-def figures(
-    report: Any, problem: BilevelProblem, labeled: Any, ranks: Ranks
-) -> Mapping[str, Tensor]:
+def figures(report: Any, problem: BilevelProblem, outer: Any, ranks: Ranks) -> Mapping[str, Tensor]:
     r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
     ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its
@@ -54,7 +52,7 @@ def figures(
         g = in_teacher_outputs(h, signal, problem=problem).flatten(1)
         scalars["feedback_snr"] = signal_to_noise(g, ranks)
 
-    labels = class_indices_in(labeled)
+    labels = class_indices_in(outer)
     if problem.classifies and outputs.ndim == 2:
         student_probs = wide(outputs).softmax(-1)
         scalars["student_class_entropy"] = entropy_of_mean(student_probs, ranks)
@@ -123,11 +121,11 @@ def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
     return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def class_indices_in(labeled: Any) -> Tensor | None:
-    """Return the labels of a labeled batch, (B,), where they are whole numbers."""
-    if not isinstance(labeled, tuple | list) or len(labeled) < 2:
+def class_indices_in(outer: Any) -> Tensor | None:
+    """Return the labels of an outer batch, (B,), where they are whole numbers."""
+    if not isinstance(outer, tuple | list) or len(outer) < 2:
         return None
-    labels = labeled[1]
+    labels = outer[1]
     if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
         return labels
     return None
@@ -140,7 +138,7 @@ def figures_of_labels(
 
     Args:
         outputs: the student's, of the shape of the teacher's.
-        labels: of the labeled batch, where they are classes.
+        labels: of the outer batch, where they are classes.
     """
     teacher_outputs: Any = signal.outputs
     probs: Any = signal.probs if signal.sampled else signal.value

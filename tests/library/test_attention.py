@@ -118,8 +118,8 @@ def hypergradient(
     return metapl.hypergradient(
         teacher,
         student,
-        labeled=(torch.randn(5, 7, 4).double(), torch.arange(5) % 3),
-        unlabeled=torch.randn(rows, length, 4).double(),
+        outer=(torch.randn(5, 7, 4).double(), torch.arange(5) % 3),
+        inner=torch.randn(rows, length, 4).double(),
         mode=mode,
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
     )

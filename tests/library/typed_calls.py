@@ -40,8 +40,8 @@ class Unfinished:
 class Norm:
     name = "norm"
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
-        return teacher(labeled[0]).norm()  # type: ignore[no-any-return]
+    def __call__(self, teacher: nn.Module, *, outer: Any, **_: Any) -> Tensor:
+        return teacher(outer[0]).norm()  # type: ignore[no-any-return]
 
 
 def error(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> float:
