@@ -8,7 +8,7 @@ the head tied to the embedding. The text is Python's own documentation, the docs
 standard library, in words; every tenth file is held out. It is trained by 200 steps of AdamW on 8
 sequences of 256 words, with weights in float32 and passes in bfloat16, and ``metapl.attribute``
 says what each sequence did to the loss on the files that were held out. The states before every
-fifteenth step lie on the host, and the steps of one block of fifteen on the card.
+eighth step lie on the host, and the steps of one block of eight on the card.
 
 The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training; the whole
 training; a tenth in float32, and the rank correlation of its scores with those in bfloat16; and

@@ -25,6 +25,8 @@ OPTIONAL_PACKAGES = {
     "huggingface_hub": ("huggingface_hub", "timm"),
     "timm": ("timm", "timm"),
     "torchopt": ("torchopt", "torchopt"),
+    "accelerate": ("accelerate", "transformers"),
+    "transformers": ("transformers", "transformers"),
 }
 
 

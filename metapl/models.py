@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import Inputs
 from metapl.execution.checks import class_labels, described, tensor_in
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
@@ -412,7 +413,7 @@ class Logits(nn.Module):
         self.network = network
         self.arguments = _Arguments.of(network)
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         if isinstance(inputs, Mapping) and self.arguments.take_keywords(inputs):
             outputs = self.network(**inputs)
         elif isinstance(inputs, tuple | list) and self.arguments.take_positions(inputs):

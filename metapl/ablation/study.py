@@ -28,7 +28,7 @@ from metapl.ablation.figure import draw_modes
 from metapl.ablation.mode_cost import ModeCost, ModeDistance
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import is_whole, length
+from metapl.execution.batch import Batch, is_whole, length
 from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
@@ -266,8 +266,8 @@ def _least(values: Mapping[str, float]) -> list[str]:
 
 def ablate(
     trainer: BilevelTrainer,
-    outer: Any,
-    inner: Any,
+    outer: Batch,
+    inner: Batch,
     modes: Sequence[Mode] | None = None,
     *,
     steps: AtLeastZero = 0,
@@ -527,7 +527,7 @@ class Study:
                 advance()
         return costs
 
-    def _student_pass(self, batch: Any) -> None:
+    def _student_pass(self, batch: Batch) -> None:
         """Take one forward pass of a copy of the student on an inner batch."""
         problem = self.trainer.problem
         with torch.no_grad(), replayed(RandomState.now(self.trainer.device)):
@@ -541,7 +541,7 @@ class Study:
 
 
 def _batches(
-    trainer: BilevelTrainer, outer: Any, inner: Any, *, stop: int
+    trainer: BilevelTrainer, outer: Batch, inner: Batch, *, stop: int
 ) -> Generator[Batches, None, None]:
     """Yield the outer and the inner batch of each step; several inner ones are a look-ahead."""
     is_one_outer_batch = is_whole(outer)

@@ -9,7 +9,17 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Self,
+    TypeAlias,
+    get_type_hints,
+)
 
 import torch
 import tyro
@@ -20,6 +30,7 @@ from metapl.apps.images import Images, OfPictures
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
 from metapl.apps.launch import Processes, from_first, joined, program
+from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings
 from metapl.apps.machine import default_threads
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
@@ -32,6 +43,7 @@ from metapl.apps.run_folder import RunFolder, stored_result
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
+from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
@@ -58,6 +70,25 @@ if not TYPE_CHECKING:
     MethodOfDigits = _one_of(digits.METHODS)
     MethodOfNoisy = _one_of(noisy_labels.METHODS)
 
+
+def _words_of_recipe(recipe: StoredRecipe | None) -> list[str]:
+    """Return the words behind --config that name a recipe."""
+    return ["None" if recipe is None else str(recipe.path)]
+
+
+# --config FILE. The command line has read the file before its flags are, whose defaults it has.
+RecipeFile = Annotated[
+    StoredRecipe | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE",
+        instance_from_str=lambda words: StoredRecipe.read(Path(words[0])),
+        is_instance=lambda value: value is None or isinstance(value, StoredRecipe),
+        str_from_instance=_words_of_recipe,
+    ),
+    unset("FILE", name="config"),
+]
+
 # What a command line begins with that starts a training.
 TRAINING_COMMANDS = ("train", "noisy-student")
 
@@ -75,10 +106,14 @@ class Place:
     Args:
         out: folder that the run is written to. By default it is the next free one in runs/.
         resume: go on with a run that was stopped, in the folder of --out or the last one in runs/.
+        recipe: repeat the run that left this recipe.json. Other flags override the file.
+        log_to: a function(step, metrics) of yours that gets every row of metrics.jsonl.
     """
 
     out: Folder = None
     resume: Switch = False
+    recipe: RecipeFile = None
+    log_to: Annotated[str | None, unset("MODULE:FUNCTION")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +192,39 @@ class Train:
     def with_method(cls, name: str) -> type[Train]:
         """Return the command in which another method is the default, whose settings are flags."""
         assert cls.methods is not None, "there are methods"
-        method: Any = cls.methods.METHODS[name]
+        return cls._with_defaults(method_name=name, method=cls.methods.METHODS[name])
+
+    @classmethod
+    def with_recipe(cls, recipe: StoredRecipe, method_name: str | None) -> type[Train]:
+        """Return the command whose defaults are the settings of a run.
+
+        Args:
+            recipe: of the run.
+            method_name: another method, which has the settings that it shares; None: the run's.
+        """
+        hints = get_type_hints(cls)
+        methods = None if cls.methods is None else cls.methods.METHODS
+        config, method = recipe.settings(hints["config"], methods)
+        defaults: dict[str, Any] = {"config": config, "options": hints["options"](recipe=recipe)}
+        if methods is not None:
+            name = method_name or method.name
+            if name != method.name:
+                method = with_settings_of(methods[name], method, methods[method.name])
+            defaults["method_name"] = name
+        return cls._with_defaults(**defaults, method=method)
+
+    @classmethod
+    def _with_defaults(cls, **defaults: Any) -> type[Train]:
+        """Return the command with these defaults of its fields."""
+        fields: list[Any] = []
+        for name, default in defaults.items():
+            owner = next(kind for kind in cls.__mro__ if name in kind.__annotations__)
+            annotation = owner.__annotations__[name]
+            # Every command has a method of its own class, whose settings are flags.
+            fields.append((name, Flat[Method] if name == "method" else annotation, default))
         command: type[Train] = dataclasses.make_dataclass(
             cls.__name__,
-            [
-                ("method_name", cls.__annotations__["method_name"], name),
-                ("method", Flat[Method], method),
-            ],
+            fields,
             bases=(cls,),
             # The annotations are names of this module.
             namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
@@ -171,6 +232,12 @@ class Train:
             kw_only=True,
         )
         return command
+
+    def with_seen_again(self) -> Self:
+        """Return the training with what other pictures than the recipe's show left open."""
+        assert self.options.recipe is not None, "it repeats a run"
+        config, method = self.options.recipe.with_seen_again(self.config, self.method)
+        return dataclasses.replace(self, config=config, method=method)
 
     def run(self) -> int:
         """Train or compare, and return the exit code; what is wrong is refused first."""
@@ -213,6 +280,10 @@ class Train:
             raise MetaplError(f"--methods {few(unknown)}: expected some of {expected}.")
         if not options.compare:
             return None
+        if options.log_to is not None:
+            raise MetaplError(
+                "--log-to gets the rows of one run, and --compare trains several; leave one out."
+            )
         if mesh.size > 1:
             raise MetaplError(
                 "--compare runs methods side by side, in one process each; leave --mesh out."
@@ -229,6 +300,9 @@ class Train:
         others = Others()
         path: Path | None = self.options.out
         try:
+            log = None
+            if self.options.log_to is not None:
+                log = MetricLog.read(self.options.log_to)
             with open_run_folder(
                 self.options.out, self.config.name, resume=self.options.resume
             ) as folder:
@@ -238,7 +312,9 @@ class Train:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                 config, method = self.choose_open_settings(folder)
                 if comparison is None:
-                    self.train_one(config, method, folder, processes=processes, others=others)
+                    self.train_one(
+                        config, method, folder, processes=processes, others=others, log=log
+                    )
                 else:
                     train_and_compare(
                         config,
@@ -264,15 +340,27 @@ class Train:
         stored = None
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
-        torch.set_num_threads(config.threads or default_threads())
+        recipe = self.options.recipe
+        if recipe is not None:
+            for note in recipe.notes():
+                say(f"note: {note}")
+        torch.set_num_threads(config.threads or self.usual_threads())
         if isinstance(config, OfPictures):
             config, method = choose_settings(config, self.method, say, stored)
+            if recipe is not None:
+                recipe.check_weights(config.pictures)
         else:
             method = self.method.scheduled(config.fitting.chosen_steps)
         if isinstance(method, NoisyStudent):
             # Networks that do not go on are refused before anything is written.
             noisy_student.configs_of(config, method)
         return config, method
+
+    def usual_threads(self) -> int:
+        """Return the threads of the linear algebra of a new run: those of the run it repeats."""
+        recipe = self.options.recipe
+        repeated_threads = None if recipe is None else recipe.threads
+        return repeated_threads or default_threads()
 
     def methods_like(
         self, method: Method, names: tuple[str, ...], steps: int | None
@@ -295,11 +383,13 @@ class Train:
         *,
         processes: Processes,
         others: Others,
+        log: MetricLog | None,
     ) -> None:
         """Train by one method, unless the run in the folder has ended, and say what it reached."""
-        torch.set_num_threads(config.threads or folder.threads())
+        threads = folder.threads(usual=self.usual_threads())
+        torch.set_num_threads(config.threads or threads)
         if not folder.ended:
-            others.train(config, method, threads=folder.threads())
+            others.train(config, method, threads=threads)
         with folder.claimed(describe(config, method), resume=self.options.resume):
             if folder.ended:
                 tell(f"{folder.path} is finished already.")
@@ -316,6 +406,7 @@ class Train:
                     progress=True,
                     say=say,
                     say_progress=None if is_watched() else say,
+                    log=log,
                     processes=processes,
                 )
         for line in summary(result):

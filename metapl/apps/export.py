@@ -14,13 +14,9 @@ import importlib.util
 import io
 import json
 import os
-import platform
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath
+from pathlib import Path
 from string import Template
 from typing import Annotated, Any
 
@@ -29,19 +25,24 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
+from metapl.apps.model_card import (
+    CARD,
+    HUB_CONFIG,
+    PROGRAM,
+    WEIGHTS,
+    escaped,
+    package_versions,
+    section_text,
+    sections_of,
+)
 from metapl.apps.networks import Architecture
 from metapl.apps.printing import require_packages, tell
-from metapl.apps.run_folder import EndedRun, counts_of, stored_data
-from metapl.apps.run_summary import spoken
+from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.folder import replacing
-from metapl.words import shown
 
-WEIGHTS = "model.safetensors"
-CARD = "MODEL_CARD.md"
-PROGRAM = "model.pt2"
 ONNX = "model.onnx"
 
 # What the input and the output of an ONNX file are called.
@@ -117,6 +118,8 @@ class Export:
         folder: folder of a run. Of a comparison, the run that it delivers is taken.
         out: folder to write to. It is made if it does not exist.
         onnx: write model.onnx too. It needs pip install 'metapl[onnx]'.
+        hub: write the form of the Hugging Face hub instead: config.json, model.safetensors and
+            README.md. Nothing is uploaded. It needs pip install 'metapl[timm]'.
     """
 
     folder: Run
@@ -124,6 +127,7 @@ class Export:
     network: Network = "delivered"
     factory: Factory = None
     onnx: Switch = False
+    hub: Switch = False
 
     def run(self) -> int:
         """Write the files, and print what they are."""
@@ -131,6 +135,8 @@ class Export:
         name = run.name(self.network)
         card = run.cards[name]
         check_out(self.out, run.source.recipe().get("fields", {}))
+        if self.hub:
+            return self.run_for_hub(run, name)
         sections = sections_of(run, name)
         with held(self.out):
             digests = export(
@@ -153,49 +159,18 @@ class Export:
         tell(f"{self.out / CARD}: how to load them, and how good they are")
         return 0
 
+    def run_for_hub(self, run: EndedRun, name: str) -> int:
+        """Write a network in the form of the hub, and return the exit code."""
+        if self.onnx:
+            raise MetaplError("--onnx and --hub were given, which write other files; take one.")
+        require_packages("--hub", "huggingface_hub")
+        from metapl.apps.hub import write_for_hub
 
-def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
-    """Return what the card says of a network of a run: its figures, data, recipe and notes.
-
-    The figures are those of this network, and of no others.
-    """
-    result = run.result
-    sizes: dict[str, int | None] = {
-        "test": (result.get("evaluation") or {}).get("n"),
-        "validation": result.get("validation_size"),
-    }
-    metrics: dict[str, str] = {}
-    for part, size in sizes.items():
-        accuracy = result.get(f"{name}_{part}_accuracy")
-        if accuracy is None:
-            continue
-        if size is None:
-            metrics[f"{part} accuracy"] = f"{100 * accuracy:.1f} %"
-        else:
-            metrics[f"{part} accuracy"] = spoken(accuracy, size, None)
-    data = stored_data(run.source)
-    about_data: dict[str, Any] = dict(counts_of(data))
-    for part, digest in data["hash"].items():
-        about_data[f"SHA-256 of {part}"] = digest
-    fields: dict[str, Any] = {}
-    for field, value in run.source.recipe().get("fields", {}).items():
-        if field == "classes":
-            continue
-        # Of the place of a file, the last name alone is left.
-        is_place = isinstance(value, str) and "/" in value
-        fields[field] = PurePath(value).name if is_place else value
-    recipe = {"name": result["recipe"], "method": result["method"], "fields": fields}
-    recipe_json = json.dumps(recipe, indent=2, sort_keys=True, default=str)
-    card = run.cards[name]
-    step = f"step {result['best_step']:,} of {result['steps']:,}"
-    if name == "teacher":
-        step = "the last step"
-    return {
-        "Metrics": metrics,
-        "Data": about_data,
-        "Recipe": f"```json\n{recipe_json}\n```",
-        "Notes": f"- The weights are those of the {card.title}, of {step}.\n- {card.input.note}",
-    }
+        with held(self.out):
+            write_for_hub(run, name, self.out, sections=sections_of(run, name))
+        tell(f"{run.heading(name)}\n")
+        tell(f"{self.out}: for metapl.integrations.hub.Classifier; nothing was uploaded")
+        return 0
 
 
 def export(
@@ -244,6 +219,11 @@ def export(
     """
     folder = Path(path)
     module, normalization = unwrapped(model)
+    if (folder / HUB_CONFIG).exists():
+        raise MetaplError(
+            f"{folder} holds an export for the hub ({HUB_CONFIG}), whose {WEIGHTS} has other "
+            "names; expected another folder."
+        )
     if not onnx and (folder / ONNX).exists():
         raise MetaplError(
             f"{folder / ONNX} is of another export and would stand beside weights that are not "
@@ -298,7 +278,7 @@ def export(
         imported=imported,
         building=building,
         takes=takes,
-        title=_text(title),
+        title=escaped(title),
         torch=versions["torch"].partition("+")[0],
     )
     if onnx:
@@ -357,29 +337,6 @@ def arguments_of(architecture: Architecture) -> str:
         if value is not None and name not in ("dropout", "stochastic_depth"):
             arguments.append(f"{name}={value!r}")
     return ", ".join(arguments)
-
-
-def package_versions(*, onnx: bool) -> dict[str, str]:
-    """Return the versions of Python and of the packages that an export depends on."""
-    packages = ["metapl", "torch", "torchvision", "timm"]
-    if onnx:
-        packages += ["onnx", "onnxscript"]
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
-
-
-def section_text(section: str | Mapping[str, Any]) -> str:
-    """Return a part of the card: Markdown as it is, or a table of figures by their names."""
-    if isinstance(section, str):
-        return section
-    lines = ["| what | value |", "|---|---|"]
-    for key, value in section.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        lines.append(f"| {_text(key)} | {_text(text)} |")
-    return "\n".join(lines)
 
 
 def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
@@ -478,12 +435,3 @@ def refuse_other_outputs(name: str, output: Tensor, expected: Tensor) -> None:
             f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}, "
             f"and differs by {distance:.2g}; expected {AGREES_TO:g} of its greatest."
         )
-
-
-def _text(value: object) -> str:
-    r"""Return a name or a value for the card, with nothing that Markdown or HTML would take up.
-
-    >>> _text("<b>|a*b[c]"), _text("n02012849_x")
-    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')
-    """
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(value).replace("\n", " "))

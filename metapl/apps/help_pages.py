@@ -87,7 +87,7 @@ GROUPS = {
         "num_workers",
     ),
     ABLATION: (),
-    "output": ("out", "resume", "log_every", "save_every"),
+    "output": ("out", "resume", "recipe", "log_every", "save_every", "log_to"),
     "comparison": ("compare", "seeds", "methods", "jobs"),
     "several processes": ("replicate", "shard"),
 }

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any, Union
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import torch
 import tyro
@@ -34,6 +35,9 @@ from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, is_heard
 from metapl.words import did_you_mean, shown
+
+if TYPE_CHECKING:
+    from metapl.apps.stored_recipe import StoredRecipe
 
 # Each command is a dataclass whose fields are the flags, with a method ``run``.
 COMMANDS = {
@@ -72,6 +76,7 @@ commands:"""
 
 MORE_HELP = """\
 Each command says more with --help.
+metapl train --config runs/digits-001/recipe.json repeats a run.
 metapl --print-completion SHELL completes them in bash, zsh or tcsh.
 metapl --version says which version this is."""
 
@@ -252,6 +257,15 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
         SystemExit: help was asked for and printed, or tyro has printed what is wrong.
         MetaplError: the words name no command, or a flag of a method that was not asked for.
     """
+    recipe = None
+    if words[:1] and words[0] in ("train", "noisy-student"):
+        # Behind this import are the trainings on pictures.
+        from metapl.apps.stored_recipe import StoredRecipe, flag_value
+
+        path, words = flag_value(words, "--config")
+        if path is not None:
+            recipe = StoredRecipe.read(Path(path))
+            words = words_by_recipe(recipe, words)
     name = command_named(words)
     if name is None:
         print_what_needs_no_command(words)
@@ -259,6 +273,7 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
     kind = command_type(name)
     flags = [*words[len(name.split()) :]]
     methods: Mapping[str, Any] = {}
+    method = None
     if hasattr(kind, "method_name"):
         methods = kind.methods.METHODS
         method = method_asked(flags)
@@ -268,12 +283,42 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
                 expected = ", ".join(methods)
                 raise MetaplError(f"--method {shown(method)}{meant} Expected {expected}.")
             kind = kind.with_method(method)
+    if recipe is not None:
+        kind = kind.with_recipe(recipe, method)
     if asks_for_help(flags):
         tell(help_pages.page(name, kind, methods))
         raise SystemExit(0)
     if methods:
         refuse_flags_of_others(name, kind, flags)
-    return name, tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
+    command = tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
+    if recipe is not None:
+        command = command.with_seen_again()
+    return name, command
+
+
+def words_by_recipe(recipe: StoredRecipe, words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the name of the one that trains by a recipe in front.
+
+    What is trained on may be named behind ``train``, as the recipe has it, or left out.
+
+    Raises: MetaplError for a recipe of another command, or of none.
+    """
+    name = recipe.command
+    if name not in COMMANDS:
+        expected = [name.partition(" ")[2] for name in COMMANDS if name.startswith("train ")]
+        meant = did_you_mean(recipe.name, expected) or "."
+        raise MetaplError(
+            f"{recipe.path}: no command trains on {shown(recipe.name)!r}{meant} Expected one of "
+            f"{', '.join(expected)}."
+        )
+    count = 2 if words[1:] and not words[1].startswith("-") else 1
+    asked = " ".join(words[:count])
+    if not f"{name} ".startswith(f"{asked} "):
+        raise MetaplError(
+            f"metapl {shown(asked)} was asked for, and {recipe.path} is the recipe of {name}; "
+            f"expected metapl {name} --config {recipe.path}."
+        )
+    return [*name.split(), *words[count:]]
 
 
 def command_named(words: Sequence[str]) -> str | None:

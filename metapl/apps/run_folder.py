@@ -180,15 +180,16 @@ class RunFolder(Folder):
                     "--out."
                 )
 
-    def threads(self) -> int:
+    def threads(self, usual: int | None = None) -> int:
         """Return the threads of the linear algebra, on whose number rounding depends.
 
-        They are those that the run in the folder was started with.
+        They are those that the run in the folder was started with; of a new run ``usual``, or None
+        for one a core.
         """
         threads = None
         if self.exists:
             threads = self.description().get("made_with", {}).get("threads")
-        return int(threads or default_threads())
+        return int(threads or usual or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe of the run in the folder."""

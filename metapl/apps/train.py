@@ -17,6 +17,7 @@ from metapl.apps.backbone import Control
 from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, done_by_first
+from metapl.apps.log_to import MetricLog
 from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Method, ReducedMpl, Training, TrainingConfig
 from metapl.apps.pictures.batches import record_files, replaced_files
@@ -82,6 +83,7 @@ def train(
     progress: bool = False,
     say: Say = lambda text: None,
     say_progress: Say | None = None,
+    log: MetricLog | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
@@ -95,6 +97,7 @@ def train(
         progress: show a bar on standard error, where that is a terminal.
         say: where the lines about the data and the result go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
+        log: is given every recorded row, and the accuracies at the end; None: nobody.
         processes: those that train together; None: one.
 
     Returns: what ``result.json`` holds.
@@ -178,8 +181,10 @@ def train(
         if say_progress is not None:
             lines = FitLines(say_progress, steps=fit_options["steps"], phase=phase, resume=resume)
             looking.append(lines)
+        if log is not None:
+            looking.append(log.of_phase(phase))
         try:
-            return trainer.fit(*shares, phase=phase, callbacks=looking, **fit_options)
+            result = trainer.fit(*shares, phase=phase, callbacks=looking, **fit_options)
         except (RuntimeError, ConnectionError, EOFError) as error:
             reason = str(error).partition(". ")[0].strip(" .")
             lost = isinstance(error, ConnectionError | EOFError) and fitting.num_workers
@@ -188,6 +193,9 @@ def train(
             raise MetaplError(
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
+        if log is not None:
+            log.end_phase(fit_options["steps"])
+        return result
 
     def lay_out(network: nn.Module) -> nn.Module:
         if processes.mesh.size == 1:
@@ -309,6 +317,8 @@ def train(
     if processes.first:
         run = EndedRun(folder, called, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
+    if log is not None:
+        log.end(content)
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
     if unread := replaced_files(skipped):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.batch import (
+    Batch,
     as_tensors,
     is_array,
     is_record_of_rows,
@@ -227,7 +228,7 @@ class ArrayBatches(StepBatches[Any]):
     def examples(self) -> int:
         return length(self.rows)
 
-    def batch(self, step: int) -> Any:
+    def batch(self, step: int) -> Batch:
         """Return the rows of a step."""
         sampler = StepSampler(
             size=self.examples,

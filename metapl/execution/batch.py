@@ -27,11 +27,21 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 
+Batch = Any
+"""A batch of a user: a tensor, or a tuple, list, dict, dataclass or mapping of tensors and batches.
+
+No type says more, for the problem is what reads it. Where a call looks ahead, a
+:class:`metapl.Lookahead` holds the batches of several steps.
+"""
+
+Inputs = Any
+"""What a network is given as its one argument: a tensor, or a dict or tuple of tensors."""
+
 # The names under which a batch that is a dict has its labels.
 LABEL_KEYS = ("labels", "label")
 
 
-def require_batches(outer: Any, inner: Any) -> None:
+def require_batches(outer: Batch, inner: Batch) -> None:
     """Refuse a step without one of its batches."""
     if outer is None or inner is None:
         raise MetaplError("a batch is missing; expected outer= and inner=.")
@@ -133,7 +143,7 @@ pytree.register_pytree_node(
 )
 
 
-def _opened(batch: Any, *, only_fields: bool) -> Any:
+def _opened(batch: Batch, *, only_fields: bool) -> Any:
     """Return a batch in which objects of dataclasses are nodes of the tree, at any depth."""
 
     def open_leaf(leaf: Any) -> Any:
@@ -146,7 +156,7 @@ def _opened(batch: Any, *, only_fields: bool) -> Any:
     return pytree.tree_map(open_leaf, batch)
 
 
-def flatten(batch: Any, *, only_fields: bool = False) -> tuple[list[Any], Any]:
+def flatten(batch: Batch, *, only_fields: bool = False) -> tuple[list[Any], Any]:
     """Return the leaves of a batch and its structure, for ``pytree.tree_unflatten``.
 
     Objects of dataclasses are nodes too.
@@ -160,13 +170,13 @@ def flatten(batch: Any, *, only_fields: bool = False) -> tuple[list[Any], Any]:
     return leaves, structure
 
 
-def leaves_of(batch: Any) -> list[Any]:
+def leaves_of(batch: Batch) -> list[Any]:
     """Return the leaves of a batch."""
     leaves, _ = flatten(batch)
     return leaves
 
 
-def named_leaves_of(batch: Any) -> list[tuple[str, Any]]:
+def named_leaves_of(batch: Batch) -> list[tuple[str, Any]]:
     """Return the leaves of a batch, each with its place.
 
     A place is such as ``[0]``, ``['input_ids']`` or ``.x``.
@@ -176,14 +186,14 @@ def named_leaves_of(batch: Any) -> list[tuple[str, Any]]:
     return [(pytree.keystr(path), leaf) for path, leaf in paths_and_leaves]
 
 
-def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Any:
     """Return a batch with ``function`` of each of its tensors, whatever they are nested in."""
     leaves, structure = flatten(batch)
     mapped = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(mapped, structure)
 
 
-def plain(batch: Any) -> Any:
+def plain(batch: Batch) -> Any:
     """Return a batch with its dict-like parts, such as the output of a tokenizer, as dicts."""
     if isinstance(batch, Tensor):
         return batch
@@ -207,7 +217,7 @@ def is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
-def to_device(batch: Any, device: torch.device | str) -> Any:
+def to_device(batch: Batch, device: torch.device | str) -> Any:
     """Move every tensor of a batch, of any nesting, to a device.
 
     To CUDA, the copy is queued and not waited for.
@@ -230,7 +240,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return map_tensors(moved, plain(batch))
 
 
-def labeled_pair(batch: Any, name: str = "outer", mend: str = "") -> Any:
+def labeled_pair(batch: Batch, name: str = "outer", mend: str = "") -> Any:
     """Return a labeled batch as (inputs, labels), or as a longer tuple that begins with them.
 
     Args:
@@ -250,7 +260,7 @@ def labeled_pair(batch: Any, name: str = "outer", mend: str = "") -> Any:
     )
 
 
-def first_input(batch: Any) -> Any:
+def first_input(batch: Batch) -> Any:
     """Return a network's input in a batch.
 
     A tensor or a dict itself, the first element of a tuple.
@@ -266,7 +276,7 @@ def first_input(batch: Any) -> Any:
     )
 
 
-def inputs_of(batch: Any) -> Any:
+def inputs_of(batch: Batch) -> Any:
     """Return the inputs of a batch, with its labels left out if it has any."""
     batch = plain(batch)
     if isinstance(batch, dict):
@@ -324,12 +334,12 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
     return tensor
 
 
-def rows(batch: Any, start: int, stop: int) -> Any:
+def rows(batch: Batch, start: int, stop: int) -> Any:
     """Return the rows from ``start`` to before ``stop`` of every tensor of a batch."""
     return map_tensors(lambda t: t[start:stop] if t.ndim else t, batch)
 
 
-def length(batch: Any) -> int:
+def length(batch: Batch) -> int:
     """Return the number of rows of a batch, which is that of its longest tensor."""
     lengths = [len(t) for t in leaves_of(batch) if isinstance(t, Tensor) and t.ndim]
     return max(lengths, default=0)
@@ -342,7 +352,7 @@ _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 _PLAIN_TYPES = (bool, int, float, str, bytes, type(None))
 
 
-def digest(batch: Any) -> Tensor:
+def digest(batch: Batch) -> Tensor:
     """Return a whole number by which a batch is known, bit for bit, () int64.
 
     It is the same in every process, and is computed where the tensors are: on a CPU by SHA-256,
@@ -394,7 +404,7 @@ def _mixed(bits: Tensor, number: int) -> Tensor:
     return mixed ^ (mixed >> 31)
 
 
-def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
+def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
     """Return a batch (any nesting of tensors with a row per example) in parts of equal size.
 
     What is no tensor, or one number, is in each of them.
@@ -452,7 +462,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def views(batch: Any) -> tuple[Any, ...]:
+def views(batch: Batch) -> tuple[Any, ...]:
     """Return an unlabeled batch as (x,) or (weak, strong).
 
     A view is a tensor or a dict without labels; two views are of one structure. A pair (inputs,
@@ -477,13 +487,13 @@ def views(batch: Any) -> tuple[Any, ...]:
     )
 
 
-def _kinds_of_leaves(batch: Any) -> tuple[Any, list[Any]]:
+def _kinds_of_leaves(batch: Batch) -> tuple[Any, list[Any]]:
     """Return the structure of a batch, and the types and dimensions of its leaves."""
     leaves, structure = flatten(batch)
     kinds = [(t.dtype, t.ndim) if isinstance(t, Tensor) else type(t) for t in leaves]
     return structure, kinds
 
 
-def holds_tensors(inputs: Any) -> bool:
+def holds_tensors(inputs: Inputs) -> bool:
     """Return whether there is a tensor in the inputs of a batch."""
     return isinstance(inputs, Tensor) or any(isinstance(leaf, Tensor) for leaf in leaves_of(inputs))

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import joined, map_tensors
+from metapl.execution.batch import Batch, Inputs, joined, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -35,13 +35,12 @@ from metapl.execution.numerics import (
     HALF,
     MissingDerivative,
     Tree,
+    TreeSum,
     asks_for_gradient,
     dual_numbers,
     full_float32,
     is_layout_refused,
-    mean_tree,
     no_fast_path,
-    sum_tree,
     wide,
 )
 from metapl.execution.state import (
@@ -154,7 +153,7 @@ class LocalStudent:
         gradient: bool = False,
         state: State | None = None,
         look: GraphLook | None = None,
-        whole_batch: Any = None,
+        whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
         """Return the outer loss, Σ sum / Σ weight over batches and ranks, and its gradient.
 
@@ -178,7 +177,7 @@ class LocalStudent:
         # The weights require a gradient also where none is taken: a forward may ask.
         leaves = self.as_leaves(params)
         values: list[Weighted] = []
-        gradients: list[Tree] = []
+        gradients = TreeSum()
         rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with (
@@ -213,16 +212,18 @@ class LocalStudent:
                         self._differentiate(value, rows, leaves=leaves)
                     break
                 if gradient:
+                    # Before the backward pass, which would else run beside the gradient of the
+                    # micro-batch before.
                     of_batch: Tree = {}
                     if value.requires_grad:
                         _, of_batch = self.gradient(value, leaves)
-                    gradients.append(of_batch)
+                    gradients.add(of_batch)
                 values.append((value.detach(), weight))
         if rows is not None and gradient:
             of_rows = self._pulled_back(
                 leaves, batches, rows=rows, start=start, state=state or self.slots
             )
-            gradients = [of_rows]
+            gradients = TreeSum([of_rows])
 
         is_one_mean = len(values) == 1 and is_plain_mean(values[0]) and self.ranks.alone
         if is_one_mean:
@@ -232,8 +233,7 @@ class LocalStudent:
             mean, weight = self.mean_of_all(values)
         if not gradient:
             return mean, {}
-        reaches_weights = any(len(of_batch) > 0 for of_batch in gradients)
-        if not reaches_weights:
+        if not gradients.total:
             if outputs_have_graph:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError(
@@ -279,7 +279,7 @@ class LocalStudent:
         """
         if not rows.cotangents:
             return rows.direct
-        gradients = [rows.direct]
+        gradients = TreeSum([rows.direct])
         with self.at_weights(leaves, start, state=state):
             for (inputs, _), first, cotangent in zip(
                 batches, rows.parts, rows.cotangents, strict=True
@@ -290,10 +290,10 @@ class LocalStudent:
                 check_same_outputs(outputs.detach(), first, tolerance=tolerance, ranks=self.ranks)
                 if outputs.requires_grad:
                     _, of_batch = self.gradient((outputs * cotangent).sum(), leaves)
-                    gradients.append(of_batch)
-        return sum_tree(gradients)
+                    gradients.add(of_batch)
+        return gradients.total
 
-    def _judged(self, judge: WeightedLoss, inputs: Any, batch: Any) -> Tensor:
+    def _judged(self, judge: WeightedLoss, inputs: Inputs, batch: Batch) -> Tensor:
         value, _ = judge(self.forward(inputs), batch)
         return value
 
@@ -347,7 +347,7 @@ class LocalStudent:
 
     # --------------------------------------------------------------- the module at other weights
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Return the module's outputs, in float32 or wider."""
         return wide(checks.logits(self.module(inputs), "student"))
 
@@ -439,7 +439,7 @@ class Pass:
         random_state_after: the generators where the pass has ended.
     """
 
-    def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
+    def __init__(self, student: LocalStudent, params: Tree, inputs: Inputs) -> None:
         self.student = student
         self.params = params
         self.inputs = inputs
@@ -608,7 +608,7 @@ class Pass:
     # ------------------------------------------------------------------------------------- replays
 
     @contextmanager
-    def once_more(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+    def once_more(self, inputs: Inputs) -> Iterator[tuple[Tree, Tensor]]:
         """Run the pass again in this block; yield θ as leaves, and the outputs there.
 
         The outputs are compared with those of this pass. A backward pass belongs into the block.
@@ -619,7 +619,7 @@ class Pass:
             with self.drawing_as_loss():
                 yield leaves, outputs
 
-    def _twice_differentiable(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
+    def _twice_differentiable(self, inputs: Inputs) -> AbstractContextManager[tuple[Tree, Tensor]]:
         """Run the pass again as :meth:`once_more`, with a graph that has second derivatives.
 
         On one device every graph has.
@@ -724,7 +724,7 @@ class Pass:
 
     @contextmanager
     def hessian(
-        self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None
+        self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Inputs = None
     ) -> Iterator[Product]:
         """Yield the derivatives of ⟨g, w⟩ as a function of w, by double backward.
 
@@ -742,7 +742,7 @@ class Pass:
             yield partial(_derivatives, g, weights, leaves)
 
     def second_derivatives(
-        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any, *, curved: bool
+        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Inputs, *, curved: bool
     ) -> tuple[Tree, list[Tensor | None]]:
         """Return what :meth:`hessian` yields, for one w.
 
@@ -762,7 +762,7 @@ def is_plain_mean(value: Weighted) -> bool:
     return not isinstance(weight, Tensor)
 
 
-def _gradient_of_mean(gradients: Sequence[Tree], weight: Tensor | float, leaves: Tree) -> Tree:
+def _gradient_of_mean(gradients: TreeSum, weight: Tensor | float, leaves: Tree) -> Tree:
     """Return the gradient of a loss over micro-batches, with zeros for weights without one.
 
     Args:
@@ -770,17 +770,17 @@ def _gradient_of_mean(gradients: Sequence[Tree], weight: Tensor | float, leaves:
         weight: the second value of :meth:`LocalStudent.mean_of_all`; a number for losses that are
             means themselves.
     """
-    v = mean_tree(gradients)
+    v = gradients.mean()
     if len(v) < len(leaves):
         v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
     if isinstance(weight, Tensor):
         # Each gradient is of a sum over rows, so that the gradient of the loss is the sum of them
-        # over the weight. mean_tree has divided that sum by the number of micro-batches, which the
+        # over the weight. The mean has divided that sum by the number of micro-batches, which the
         # factor undoes. In several processes the gradients and the weight are both means over the
         # ranks, whose number cancels. A loss that is a mean itself has a weight in a tensor there
         # too, the mean number of micro-batches, so that the factor is 1 where the ranks have
         # equally many.
-        factor = len(gradients) / weight
+        factor = gradients.count / weight
         v = {name: factor * t for name, t in v.items()}
     return v
 

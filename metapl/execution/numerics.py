@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -140,19 +140,32 @@ class Space:
 WHOLE = Space()
 
 
-def sum_tree(trees: Sequence[Tree]) -> Tree:
-    """Return the sum of trees, in which a parameter that is missing counts as zero."""
-    total: Tree = {}
-    for name in dict.fromkeys(name for tree in trees for name in tree):
-        total[name] = torch.stack([tree[name] for tree in trees if name in tree]).sum(0)
-    return total
+class TreeSum:
+    """A sum of trees, of which no more than the sum is held.
 
+    A parameter that is missing in a tree counts as zero there.
 
-def mean_tree(trees: Sequence[Tree]) -> Tree:
-    """Return the mean of trees, in which a parameter that is missing counts as zero."""
-    if len(trees) == 1:
-        return trees[0]
-    return {name: total / len(trees) for name, total in sum_tree(trees).items()}
+    Attributes:
+        total: the sum.
+        count: how many trees were added.
+    """
+
+    def __init__(self, trees: Iterable[Tree] = ()) -> None:
+        self.total: Tree = {}
+        self.count = 0
+        for tree in trees:
+            self.add(tree)
+
+    def add(self, tree: Tree) -> None:
+        self.count += 1
+        for name, t in tree.items():
+            self.total[name] = self.total[name] + t if name in self.total else t
+
+    def mean(self) -> Tree:
+        """Return the mean of the trees; of one tree the tree itself."""
+        if self.count == 1:
+            return self.total
+        return {name: t / self.count for name, t in self.total.items()}
 
 
 # torch.backends, whose stubs lack some of its attributes.

@@ -32,7 +32,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import flatten
+from metapl.execution.batch import Batch, Inputs, flatten
 from metapl.execution.layout import Layout
 from metapl.execution.local import (
     NOTHING,
@@ -92,7 +92,7 @@ class ShardedStudent(LocalStudent):
         gradient: bool = False,
         state: State | None = None,
         look: GraphLook | None = None,
-        whole_batch: Any = None,
+        whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
             return super().loss(
@@ -366,7 +366,7 @@ class ShardedPass(Pass):
             raise
 
     @contextmanager
-    def _twice_differentiable(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+    def _twice_differentiable(self, inputs: Inputs) -> Iterator[tuple[Tree, Tensor]]:
         leaves = plain_leaves(self.params)
         formulas = self.student.slots.in_formulas()
         with (

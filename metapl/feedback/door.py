@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
+from metapl.execution.batch import Batch, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
-from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
 from metapl.feedback.lookahead import InnerBatches, Lookahead
@@ -38,7 +38,7 @@ class PastTheSignal(MetaplError):
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_gradients_of_batches(outer: Any, inner_batches: InnerBatches) -> None:
+def refuse_gradients_of_batches(outer: Batch, inner_batches: InnerBatches) -> None:
     """Refuse a tensor of a batch that requires a gradient, which the feedback would leave out.
 
     Batches that a function returns as they are taken are looked at by the first look alone.
@@ -202,7 +202,7 @@ class FirstLook:
         teacher: nn.Module | None,
         student: nn.Module,
         problem: BilevelProblem,
-        outer_batch: Any,
+        outer_batch: Batch,
         inner_batches: InnerBatches,
         *,
         blocks: Sequence[Any] = (),

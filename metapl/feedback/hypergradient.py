@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import Batch
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.local import LocalStudent
@@ -37,7 +38,17 @@ from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.terminal import step_bar
-from metapl.updates import Clipped, Options, as_one_optimizer, entry_shape, options_of, update_of
+from metapl.updates import (
+    Clipped,
+    InnerOptimizer,
+    Options,
+    Update,
+    as_one_optimizer,
+    entry_shape,
+    options_of,
+    update_of,
+)
+from metapl.updates.base import OptimizerState
 from metapl.words import summary
 
 
@@ -87,7 +98,7 @@ class Hypergradient:
     inner_loss: Tensor
     outer_loss: Tensor
     student_params: dict[str, Tensor]
-    inner_state: Any
+    inner_state: OptimizerState
     kept: str = ""
     start: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -153,12 +164,12 @@ class Request:
 
     teacher: nn.Module | None
     student: nn.Module
-    outer: Any
-    inner: Any
+    outer: Batch
+    inner: Batch
     mode: Mode
     problem: BilevelProblem | None
-    inner_optimizer: Any
-    inner_state: Any = None
+    inner_optimizer: InnerOptimizer | Update
+    inner_state: OptimizerState = None
     generator: torch.Generator | None = None
     recompute_teacher: bool = False
     accumulate: int = 1

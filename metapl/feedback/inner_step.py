@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
-from metapl.execution.batch import joined, leaves_of, map_tensors, micro_batches
+from metapl.execution.batch import Batch, joined, leaves_of, map_tensors, micro_batches
 from metapl.execution.compare import (
     BY_DIFFERENCE,
     EXACTLY,
@@ -48,7 +48,7 @@ from metapl.execution.numerics import (
     MissingDerivative,
     Space,
     Tree,
-    mean_tree,
+    TreeSum,
     reduced_float32,
     wide,
 )
@@ -101,7 +101,7 @@ class SignalInput:
     """
 
     def __init__(
-        self, problem: BilevelProblem, batch: Any, signal: Signal, *, in_graph: bool
+        self, problem: BilevelProblem, batch: Batch, signal: Signal, *, in_graph: bool
     ) -> None:
         fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
         self.fields = fields if in_graph else plain_leaves(fields)
@@ -147,7 +147,7 @@ class SignalInput:
 def inner_loss(
     problem: BilevelProblem,
     signal: Signal,
-    batch: Any,
+    batch: Batch,
     readable: bool,
     factors: Tensor | None,
     outputs: Tensor,
@@ -196,7 +196,7 @@ class InnerStep:
     problem: BilevelProblem
     update: Update
     passes: Sequence[Pass]
-    inner_batch: Any
+    inner_batch: Batch
     signal: Signal
     inner_loss: Tensor
     grads: Tree
@@ -225,7 +225,7 @@ class InnerStep:
         inner_batch = None if batch_too else self.inner_batch
         return replace(self, grads={}, state=None, inner_batch=inner_batch)
 
-    def recomputed(self, params: Tree, state: Any, inner_batch: Any = None) -> InnerStep:
+    def recomputed(self, params: Tree, state: Any, inner_batch: Batch = None) -> InnerStep:
         """Return a forgotten step with θ, g, s and its batch.
 
         Args:
@@ -237,11 +237,11 @@ class InnerStep:
         if self.inner_batch is None:
             for inner_pass, batch in zip(step.passes, step.micro_batches, strict=True):
                 inner_pass.inputs = step.problem.student_input(batch)
-        gradients = []
+        gradients = TreeSum()
         for inner_pass, signal, batch in step.parts():
             loss = step._loss(signal, batch)
-            gradients.append(inner_pass.recompute_gradient(params, loss))
-        return replace(step, grads=mean_tree(gradients), state=state)
+            gradients.add(inner_pass.recompute_gradient(params, loss))
+        return replace(step, grads=gradients.mean(), state=state)
 
     def with_signal(self, signal: Signal) -> InnerStep:
         """Return the same step on another signal.
@@ -398,11 +398,11 @@ class InnerStep:
                 products.append(stack.enter_context(block))
 
             def hessian_product(w: Tree) -> Tree:
-                in_weights = []
+                in_weights = TreeSum()
                 for product in products:
                     product_of_part, _ = product(w)
-                    in_weights.append(product_of_part)
-                return mean_tree(in_weights)
+                    in_weights.add(product_of_part)
+                return in_weights.mean()
 
             yield hessian_product
 
@@ -423,7 +423,7 @@ class InnerStep:
         Returns: the product, and the derivative in each field; None where nothing depends on it.
         """
         count = len(self.passes)
-        products: list[Tree] = []
+        products = TreeSum()
         in_leaves_by_part: list[list[Tensor | None]] = []
         slopes: list[Tensor] = []
         for i, (inner_pass, signal, batch) in enumerate(self.parts()):
@@ -451,13 +451,13 @@ class InnerStep:
                 )
                 if slope is not None:
                     slopes.append(slope)
-            products.append(product)
+            products.add(product)
             in_leaves_by_part.append(in_leaves)
         if slopes:
             self._check_slopes(slopes, w)
         hessian: Tree = {}
         if curved:
-            hessian = self.student.over_ranks(mean_tree(products))
+            hessian = self.student.over_ranks(products.mean())
         return hessian, self.in_signal(fields, in_leaves_by_part)
 
     def _check_slopes(self, slopes: Sequence[Tensor], w: Tree) -> None:
@@ -558,7 +558,7 @@ class InnerStep:
             for name, pieces_of_field in pieces.items()
         }
 
-    def _loss(self, signal: Signal, batch: Any, factors: Tensor | None = None) -> Loss:
+    def _loss(self, signal: Signal, batch: Batch, factors: Tensor | None = None) -> Loss:
         """Return the inner loss of a micro-batch, as a function of outputs and weights."""
         readable = self.student.has_whole_weights
         return partial(inner_loss, self.problem, signal, batch, readable, factors)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import plain
+from metapl.execution.batch import Batch, plain
 from metapl.runs.fields import Range, check_fields
 from metapl.updates import Settings, options_by_step
 
@@ -131,7 +131,7 @@ def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[f
     return list(outer), torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
 
 
-def refuse_outer_lookahead(outer: Any) -> None:
+def refuse_outer_lookahead(outer: Batch) -> None:
     """Refuse outer batches of several steps, which the function ``hypergradient`` alone takes."""
     if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
         raise MetaplError(
@@ -155,12 +155,12 @@ class InnerBatches(Sequence[Any]):
     is_lookahead: bool
 
     @staticmethod
-    def of_one_step(inner: Any) -> InnerBatches:
+    def of_one_step(inner: Batch) -> InnerBatches:
         """Return the one batch of one student step."""
         return InnerBatches([plain(inner)], is_lookahead=False)
 
     @staticmethod
-    def of_trainer(inner: Any, lookahead: int = 1) -> InnerBatches:
+    def of_trainer(inner: Batch, lookahead: int = 1) -> InnerBatches:
         """Return the batches of a trainer's step, all of them in memory.
 
         Args:
@@ -183,7 +183,7 @@ class InnerBatches(Sequence[Any]):
         return InnerBatches(list(inner), is_lookahead=True)
 
     @staticmethod
-    def of_hypergradient(inner: Any) -> InnerBatches:
+    def of_hypergradient(inner: Batch) -> InnerBatches:
         """Return the batches of a hypergradient; those of a function are read as they are taken."""
         if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
             return InnerBatches.of_one_step(inner)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, joined, leaves_of, length, micro_batches
+from metapl.execution.batch import Batch, digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
-from metapl.execution.numerics import Tree, mean_tree
+from metapl.execution.numerics import Tree, TreeSum
 from metapl.execution.state import RandomState, State, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
@@ -337,7 +337,7 @@ class Path:
             (outer_input(problem, batch, signal), batch) for batch in outer_micro_batches
         ]
 
-        def judge(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:
+        def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, batch))
 
         look = current_look()
@@ -506,7 +506,7 @@ class Path:
                 batch_too=self.inner_batches.are_read_again
             )
 
-    def inner_batch(self, number: int, batch: Any = None) -> Any:
+    def inner_batch(self, number: int, batch: Batch = None) -> Any:
         """Return an inner batch once more, and refuse another than the first time.
 
         Args:
@@ -643,7 +643,7 @@ def take_steps(
     update: Update,
     *,
     problem: BilevelProblem,
-    outer_batch: Any,
+    outer_batch: Batch,
     inner_batches: InnerBatches,
     teach: Teach,
     accumulate: int = 1,
@@ -802,7 +802,8 @@ class _Walk:
             signals = signal.chunks(self.accumulate)
         passes: list[Pass] = []
         signal_inputs: list[SignalInput] = []
-        results: list[tuple[Tensor, Tree]] = []
+        losses: list[Tensor] = []
+        gradients = TreeSum()
         for i, batch in enumerate(parts):
             if has_signal_in_input:
                 signal_inputs.append(
@@ -820,7 +821,7 @@ class _Walk:
                 signals.append(self._ask_teacher(batch, inner_pass.outputs))
             if not self.keep_graph:
                 # At once, so that there is one graph at a time.
-                results.append(self._loss_and_gradient(number, inner_pass, batch, signals[i]))
+                losses.append(self._learn(gradients, number, inner_pass, batch, signals[i]))
         if not asks_first:
             signal = signals[0]
             if self.keep_graph or self.accumulate > 1:
@@ -829,12 +830,9 @@ class _Walk:
             # By parts of the leaf that the path is differentiated in.
             signals = signal.chunks(self.accumulate)
             for inner_pass, batch, signal_of_part in zip(passes, parts, signals, strict=True):
-                results.append(self._loss_and_gradient(number, inner_pass, batch, signal_of_part))
+                losses.append(self._learn(gradients, number, inner_pass, batch, signal_of_part))
 
-        loss, gradient = results[0]
-        if self.accumulate > 1:
-            loss = mean_of_scalars([loss_of_part for loss_of_part, _ in results])
-            gradient = mean_tree([gradient_of_part for _, gradient_of_part in results])
+        loss = losses[0] if self.accumulate == 1 else mean_of_scalars(losses)
         step = InnerStep(
             problem=problem,
             update=self.updates[number] if self.updates else self.path.update,
@@ -842,7 +840,7 @@ class _Walk:
             inner_batch=inner_batch,
             signal=signal,
             inner_loss=loss,
-            grads=gradient,
+            grads=gradients.mean(),
             state=self.state,
             signal_inputs=signal_inputs,
             by_optimizer=not self.is_alone_step,
@@ -867,7 +865,7 @@ class _Walk:
             if number % spacings[0] == 0:
                 path.keep(number, self.params, self.state)
 
-    def _choose_keeping(self, inner_batch: Any) -> None:
+    def _choose_keeping(self, inner_batch: Batch) -> None:
         """Choose which steps keep their states, by the bytes that a step holds."""
         path = self.path
         # θ and g have the same size; a batch that is read again is held by the step alone.
@@ -881,7 +879,7 @@ class _Walk:
         if path.keeping.spacings:
             path.states.keep(0, (self.params, self.state))
 
-    def _ask_teacher(self, batch: Any, outputs: Tensor | None) -> Signal:
+    def _ask_teacher(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a batch, without its graph.
 
         A problem may read the student as it is in this step.
@@ -892,10 +890,10 @@ class _Walk:
         with weights, self.ranks.agreed():
             return self.teach(batch, outputs).detached()
 
-    def _loss_and_gradient(
-        self, number: int, inner_pass: Pass, batch: Any, signal: Signal
-    ) -> tuple[Tensor, Tree]:
-        """Return the value and the gradient of the inner loss of a micro-batch.
+    def _learn(
+        self, gradients: TreeSum, number: int, inner_pass: Pass, batch: Batch, signal: Signal
+    ) -> Tensor:
+        """Return the inner loss of a micro-batch, and add its gradient to those of the others.
 
         Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
         """
@@ -924,7 +922,9 @@ class _Walk:
                 look=self.look,
                 at_own_weights=self.is_at_own_weights,
             )
-        return inner_pass.gradient(loss, [*leaves.values()])
+        value, gradient = inner_pass.gradient(loss, [*leaves.values()])
+        gradients.add(gradient)
+        return value
 
 
 def looked_at(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from metapl.execution.numerics import Tree, as_real
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import local
 from metapl.runs.fields import Range
+from metapl.updates.base import OptimizerState
 
 Tolerance = Annotated[float, Range(0)]
 # Relative to a state's size. A replay that rounds otherwise in float32 is below it.
@@ -56,11 +57,11 @@ class ReplayCheck:
         self.error = 0.0
         self.digests: dict[int, Tensor] = {}
 
-    def note(self, number: int, params: Tree, optimizer_state: Any) -> None:
+    def note(self, number: int, params: Tree, optimizer_state: OptimizerState) -> None:
         """Note the digest of a state that is kept."""
         self.digests[number] = state_digest(params, optimizer_state)
 
-    def compare(self, number: int, params: Tree, optimizer_state: Any) -> None:
+    def compare(self, number: int, params: Tree, optimizer_state: OptimizerState) -> None:
         """Compare a state that a replay has reached with the one that was noted, if one was.
 
         The host waits for it.
@@ -87,7 +88,7 @@ class ReplayCheck:
             )
 
 
-def state_digest(params: Tree, optimizer_state: Any) -> Tensor:
+def state_digest(params: Tree, optimizer_state: OptimizerState) -> Tensor:
     """Return the digests of the weights and of the optimizer's tensors, (2, 256) in float64.
 
     Counts are left out.

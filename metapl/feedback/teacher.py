@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import micro_batches
+from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
@@ -54,7 +54,7 @@ class TeacherPass:
         state: of the network, before such a pass.
     """
 
-    inner_batch: Any
+    inner_batch: Batch
     student_outputs: Tensor | None
     signal: Signal
     random: RandomState | None = None
@@ -110,7 +110,7 @@ class Teaching:
         self.slots = slots or Slots(self.network)
         self.passes: list[TeacherPass] = []
 
-    def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
+    def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
 
         Args:
@@ -136,7 +136,7 @@ class Teaching:
             self.passes.append(teacher_pass)
         return teacher_pass.signal
 
-    def with_graph(self, teacher_pass: TeacherPass, batch: Any) -> Signal:
+    def with_graph(self, teacher_pass: TeacherPass, batch: Batch) -> Signal:
         """Return the signal of a pass with the teacher's graph.
 
         It is computed again if it was computed without one, and refused where it comes out
@@ -152,7 +152,7 @@ class Teaching:
             check_same_outputs(fields[name].detach(), first.detach(), tolerance, "teacher")
         return signal
 
-    def _ask(self, batch: Any, outputs: Tensor | None) -> Signal:
+    def _ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
         check_signal(signal, self.mode, self.problem, student_steps=self.student_steps)
@@ -214,7 +214,7 @@ class Teaching:
         feedback: Sequence[Feedback],
         losses: Sequence[TeacherLoss],
         *,
-        outer_batch: Any,
+        outer_batch: Batch,
         step: int,
         size: FeedbackSize,
         measure: bool = False,
@@ -397,8 +397,8 @@ class Teaching:
         self,
         losses: Sequence[TeacherLoss],
         *,
-        outer_batch: Any,
-        inner_batch: Any,
+        outer_batch: Batch,
+        inner_batch: Batch,
         signal: Signal,
         step: int,
         shares: Shares,

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
 from metapl.functional.state import Function, as_dict, norm
 from metapl.problems.base import BilevelProblem, Signal, enters_input
 from metapl.updates import Update
+from metapl.updates.base import OptimizerState
 
 vjp: Any = torch.func.vjp
 grad_and_value = torch.func.grad_and_value
@@ -46,7 +48,7 @@ class Carry(NamedTuple):
     """
 
     params: Tree
-    optimizer: Any
+    optimizer: OptimizerState
     state: Tree
     teacher_state: Tree
 
@@ -58,7 +60,7 @@ class Cotangents(NamedTuple):
     """
 
     params: Tree
-    optimizer: Any
+    optimizer: OptimizerState
     teacher: Tree
 
 
@@ -66,7 +68,7 @@ class StepFunction(Protocol):
     """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k)."""
 
     def __call__(
-        self, phi: Tree, carry: Carry, batch: Any, settings: Settings, /
+        self, phi: Tree, carry: Carry, batch: Batch, settings: Settings, /
     ) -> tuple[Carry, Tensor, dict[str, Any]]:
         """Return the carry after the step, the mean loss, and the fields of the signal by name."""
 
@@ -78,7 +80,7 @@ class AdjointFunction(Protocol):
         self,
         phi: Tree,
         carry: Carry,
-        batch: Any,
+        batch: Batch,
         settings: Settings,
         bars: Cotangents,
         nudge: Tree,
@@ -102,7 +104,7 @@ def make_training(
     *,
     in_settings: bool = False,
     several: bool = False,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[StepFunction, AdjointFunction]:
     """Return the step of a training and its adjoint.
 
@@ -118,8 +120,14 @@ def make_training(
     signal_enters_input = enters_input(problem)
 
     def next_step(
-        carry: Carry, batch: Any, theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings
-    ) -> tuple[tuple[Tree, Any], Any]:
+        carry: Carry,
+        batch: Batch,
+        theta: Tree,
+        s: OptimizerState,
+        phi: Tree,
+        nudge: Tree,
+        settings: Settings,
+    ) -> tuple[tuple[Tree, OptimizerState], Any]:
         """Return (θ′, s′) as a function of all that a gradient may be in.
 
         Beside it: the student's state, the teacher's, the loss and the signal.
@@ -157,7 +165,7 @@ def make_training(
         return after, (state, teacher_state, loss.detach(), as_dict(signal.detached()))
 
     def step(
-        phi: Tree, carry: Carry, batch: Any, settings: Settings
+        phi: Tree, carry: Carry, batch: Batch, settings: Settings
     ) -> tuple[Carry, Tensor, dict[str, Any]]:
         # Fused attention has no second derivative, and the adjoint has to take the same steps.
         with autocast(), sdpa_kernel(SDPBackend.MATH):
@@ -168,7 +176,7 @@ def make_training(
         return Carry(*after, state, teacher_state), loss, signal
 
     def adjoint(
-        phi: Tree, carry: Carry, batch: Any, settings: Settings, bars: Cotangents, nudge: Tree
+        phi: Tree, carry: Carry, batch: Batch, settings: Settings, bars: Cotangents, nudge: Tree
     ) -> tuple[Cotangents, Tree, Settings | None, Tensor]:
         variables = (settings,) if in_settings else ()
         constant = () if in_settings else (settings,)
@@ -198,7 +206,7 @@ def signal_of(
     *,
     phi: Tree,
     carry: Carry,
-    batch: Any,
+    batch: Batch,
     z: Tensor | None,
     nudge: Tree,
 ) -> tuple[Signal, Tree]:

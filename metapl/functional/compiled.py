@@ -17,10 +17,10 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import length
+from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
@@ -54,6 +54,7 @@ from metapl.functional.state import (
 )
 from metapl.functional.step import Step, make_step
 from metapl.problems.base import Signal, enters_input, gumbel
+from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
     OwnStep,
@@ -96,10 +97,10 @@ def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
     if reason := why_not_pure(trainer, steps, inner):
         raise MetaplError(f"compile= or functional() was given {reason}.")
 
-    losses_for: Callable[[Any], Sequence[Any]] = trainer.problem.default_teacher_losses
+    losses_for: Callable[[Batch], Sequence[TeacherLoss]] = trainer.problem.default_teacher_losses
     if trainer.teacher_losses is not None:
         losses_for = for_every_batch(trainer.teacher_losses)
-    autocast: Any = nullcontext
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     if trainer.precision != "float32":
         # Without the cache, which would keep casts of tensors inside a transform.
         autocast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
@@ -117,7 +118,7 @@ def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
     )
 
 
-def for_every_batch(losses: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
+def for_every_batch(losses: Sequence[TeacherLoss]) -> Callable[[Batch], Sequence[TeacherLoss]]:
     """Return a function of a batch that returns the same losses for all of them."""
     return lambda batch: losses
 
@@ -176,7 +177,7 @@ def functional(trainer: TwoLevelTrainer) -> tuple[Step, State]:
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
 
 
-def give_own_code(function: Any) -> None:
+def give_own_code(function: Callable[..., object]) -> None:
     """Give a function a code object that no other function has.
 
     Dynamo counts graphs by code object, up to a limit, and all functions that one ``def`` makes
@@ -184,6 +185,9 @@ def give_own_code(function: Any) -> None:
     """
     function.__code__ = function.__code__.replace()
 
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
@@ -207,7 +211,9 @@ def backend_of(device: torch.device) -> dict[str, Any]:
     return {"options": options}
 
 
-def captured(function: Any, device: torch.device, **options: Any) -> Any:
+def captured(
+    function: Callable[Arguments, Result], device: torch.device, **options: object
+) -> Callable[Arguments, Result]:
     """Return a function as one graph, which is captured when it is called for the first time.
 
     Args:
@@ -289,8 +295,8 @@ class Compiled:
         is_compared: whether a step that moves the student was compared with the eager one.
     """
 
-    key: tuple[Any, ...]
-    alive: tuple[Any, ...]
+    key: tuple[object, ...]
+    alive: tuple[object, ...]
     updates: Updates
     run: Callable[..., tuple[State, Report]]
     probs: Tensor | None = None
@@ -319,7 +325,7 @@ class LiveState:
         self._tensors: list[Tensor] = []
         self._tables: list[Mapping[Any, Any]] = []
         self._weights: list[Tensor] = []
-        self._signature: list[Any] = []
+        self._signature: list[object] = []
 
     def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
         """Return whether the trainer still holds these tensors, and takes the same step."""
@@ -373,13 +379,13 @@ class LiveState:
         """Copy the state after a step into the tensors."""
         torch._foreach_copy_(self._tensors, leaves_of(moved))
 
-    def _signature_of(self, trainer: TwoLevelTrainer, steps: int) -> list[Any]:
+    def _signature_of(self, trainer: TwoLevelTrainer, steps: int) -> list[object]:
         """Return a list that changes when the trainer's step is another, or its tensors are others.
 
         Whatever is named by its address is held by the trainer or by this object.
         """
         optimizers = [part for optimizer in trainer.schedulable for part in parts_of(optimizer)]
-        objects: list[Any] = [trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers]
+        objects: list[object] = [trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers]
         objects += [optimizer.state for optimizer in optimizers]
         return [
             *trainer.slots,
@@ -412,8 +418,8 @@ def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
 
 def changed_settings(
     tensors: Mapping[str, Any],
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
+    old: Mapping[str, object],
+    new: Mapping[str, object],
     *,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -429,16 +435,16 @@ class CompiledStep:
     """The compiled steps of one trainer, which every call is given; a copy of it compiles anew."""
 
     def __init__(self) -> None:
-        self._cache: dict[tuple[Any, ...], Compiled] = {}
+        self._cache: dict[tuple[object, ...], Compiled] = {}
         # Those of the last step. Without live, the next step looks for both anew.
         self._compiled: Compiled | None = None
         self._live: LiveState | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[CompiledStep], tuple[()]]:
         return CompiledStep, ()
 
     def __call__(
-        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
+        self, trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
     ) -> StepReport:
         """Take one step on these batches, and return its report.
 
@@ -471,7 +477,7 @@ class CompiledStep:
         return step_report
 
     def prepare(
-        self, trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches
+        self, trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
     ) -> None:
         """Compile the step and compare it with the eager one, once, and move nothing.
 
@@ -496,7 +502,7 @@ class CompiledStep:
         self,
         compiled: Compiled,
         trainer: TwoLevelTrainer,
-        outer_batch: Any,
+        outer_batch: Batch,
         inner_batches: InnerBatches,
     ) -> Outcome | None:
         """Take the step that a compiled one is compared with by a copy of the trainer.
@@ -518,7 +524,7 @@ class CompiledStep:
         compiled: Compiled,
         live: LiveState,
         trainer: TwoLevelTrainer,
-        outer_batch: Any,
+        outer_batch: Batch,
         inner_batches: InnerBatches,
         *,
         eager: Outcome | None,
@@ -598,7 +604,7 @@ def tensors_of_networks(trainer: TwoLevelTrainer) -> list[Tensor]:
 
 
 def compile_step(
-    trainer: TwoLevelTrainer, steps: int, *, key: tuple[Any, ...], alive: tuple[Any, ...]
+    trainer: TwoLevelTrainer, steps: int, *, key: tuple[object, ...], alive: tuple[object, ...]
 ) -> Compiled:
     """Return the trainer's step as one graph, for a key and the objects that are alive in it.
 
@@ -628,7 +634,7 @@ def compile_step(
     return Compiled(key=key, alive=alive, updates=updates, run=run)
 
 
-def sources_of(trainer: TwoLevelTrainer) -> list[Any]:
+def sources_of(trainer: TwoLevelTrainer) -> list[object]:
     """Return the objects whose attributes a step of the trainer reads."""
     modules = [part for network in networks_of(trainer) for part in network.modules()]
     losses = trainer.teacher_losses or ()
@@ -656,7 +662,7 @@ def inner_arguments(
 
 
 def run_in_cuda_graphs(
-    compiled: Compiled, state: State, outer_batch: Any, inner: Any, noise: Any
+    compiled: Compiled, state: State, outer_batch: Batch, inner: Batch, noise: Any
 ) -> tuple[State, Report]:
     """Return what a graph gives whose results lie in memory that the next step writes to."""
     torch.compiler.cudagraph_mark_step_begin()
@@ -724,7 +730,9 @@ class Outcome(NamedTuple):
     report: StepReport
 
 
-def eager_step(trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerBatches) -> Outcome:
+def eager_step(
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
+) -> Outcome:
     """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
 
     Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network.
@@ -747,7 +755,7 @@ def eager_step(trainer: TwoLevelTrainer, outer_batch: Any, inner_batches: InnerB
 
 
 def step_of_copy(
-    trainer: TwoLevelTrainer, outer_batch: Any, inner: Any
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch
 ) -> tuple[TwoLevelTrainer, StepReport]:
     """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
     memo: dict[int, Any] = {}

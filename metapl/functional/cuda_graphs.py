@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.batch import Batch
 from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState
@@ -137,8 +138,8 @@ class Varying(NamedTuple):
     outer_settings: Any
     mode: Any
     step: Tensor
-    outer_batch: Any
-    inner_batch: Any
+    outer_batch: Batch
+    inner_batch: Batch
     noise: Any
 
 
@@ -188,7 +189,7 @@ class StepByGraphs:
         self.recordings_made = 0
         self._pool: Any = None
 
-    def __call__(self, state: State, outer: Any, inner: Any, noise: Any = None) -> Results:
+    def __call__(self, state: State, outer: Batch, inner: Batch, noise: Any = None) -> Results:
         """Return the state after a step, and its report.
 
         The networks and optimizers of that state lie in memory that the next step writes to.

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metapl.execution.batch import flatten
+from metapl.execution.batch import Batch, flatten
 from metapl.functional.adjoint import AdjointFunction, StepFunction, make_training
 from metapl.functional.architecture import (
     EVERYWHERE,
@@ -34,10 +34,10 @@ from metapl.problems.base import BilevelProblem
 from metapl.updates import TorchUpdate, parts_of
 
 # The structure of a batch, and the shapes of its tensors.
-Shapes = tuple[Any, ...]
+Shapes = tuple[str | tuple[int, ...], ...]
 
 
-def shapes_of(batch: Any) -> Shapes:
+def shapes_of(batch: Batch) -> Shapes:
     """Return the structure of a batch as text, and of each leaf its shape, or its value as text."""
     leaves, structure = flatten(batch)
     return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
@@ -57,9 +57,9 @@ class Graphs:
 
     step: StepFunction
     adjoint: AdjointFunction
-    alive: tuple[Any, ...]
+    alive: tuple[object, ...]
     compared: dict[Shapes, frozenset[str] | None] = field(default_factory=dict)
-    networks: list[Any] = field(default_factory=list)
+    networks: list[weakref.ref[nn.Module] | None] = field(default_factory=list)
 
     def serve(self, *networks: nn.Module | None) -> None:
         """Forget what was compared where other networks ask.
@@ -116,7 +116,7 @@ def graphs_of(
         _CACHE[subject.key] = _CACHE.pop(subject.key)
         return _CACHE[subject.key]
 
-    autocast: Any = nullcontext
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     if dtype is not None:
         # Without the cache, which would keep casts of tensors inside a transform.
         autocast = partial(torch.autocast, device.type, dtype, cache_enabled=False)
@@ -157,14 +157,14 @@ class Subject(NamedTuple):
     """
 
     key: Hashable
-    alive: tuple[Any, ...]
-    teacher: Any
-    student: Any
-    problem: Any
+    alive: tuple[object, ...]
+    teacher: nn.Module | None
+    student: nn.Module
+    problem: BilevelProblem
 
 
 def described(
-    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[Any, ...]
+    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[object, ...]
 ) -> Subject:
     """Return bare copies of networks and problem, with their description as the key.
 
@@ -181,7 +181,7 @@ def described(
 
 
 def by_identity(
-    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[Any, ...]
+    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[object, ...]
 ) -> Subject:
     """Return networks and problem themselves, with the addresses of all their parts in the key."""
     networks = [network for network in (teacher, student) if network is not None]

@@ -28,6 +28,7 @@ from metapl.functional.state import (
 from metapl.problems.base import (
     Signal,
 )
+from metapl.updates.base import OptimizerState
 
 grad = torch.func.grad
 grad_and_value = torch.func.grad_and_value
@@ -39,7 +40,7 @@ class Carry(NamedTuple):
     """What a step of the student hands to the next."""
 
     theta: Tree
-    optimizer_state: Any
+    optimizer_state: OptimizerState
     # Buffers and frozen parameters.
     student_state: Tree
     teacher_state: Tree

@@ -24,6 +24,7 @@ from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_
 from metapl.problems.base import Signal, field_name
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Options, TorchUpdate, Update, options_of, rounded_options
+from metapl.updates.base import OptimizerState
 
 SIGNAL_FIELDS = tuple(field.name for field in dataclasses.fields(Signal))
 Fields = TypeVar("Fields", bound=NamedTuple)
@@ -60,7 +61,7 @@ class Optimizer(NamedTuple):
         settings: the numbers of each param group by name, as 0-D tensors, for schedules.
     """
 
-    state: Any
+    state: OptimizerState
     settings: list[dict[str, Any]]
 
 
@@ -252,7 +253,7 @@ SPACE = PureSpace()
 def rounded_steps(
     update: Update,
     theta: Tree,
-    optimizer_state: Any,
+    optimizer_state: OptimizerState,
     options: Options,
     *,
     gradients: Sequence[Tree],

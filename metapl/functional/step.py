@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator
 from metapl.feedback.door import has_direct_term, outer_loss_reads_more
@@ -56,6 +57,7 @@ from metapl.problems.base import (
     overrides,
     reads_signal_in_outer_input,
 )
+from metapl.problems.losses import TeacherLoss
 from metapl.updates import Update
 
 Step = Callable[..., tuple[State, Report]]
@@ -136,11 +138,11 @@ def make_step(
     inner_update: Update,
     outer_update: Update | None,
     constants: Sequence[Options],
-    losses_for: Callable[[Any], Sequence[Any]],
+    losses_for: Callable[[Batch], Sequence[TeacherLoss]],
     *,
     steps: int = 1,
     feedback_size: FeedbackSize,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Step:
     """Return the step of these networks, losses and rules.
 
@@ -173,7 +175,7 @@ def make_step(
         revises_signal=overrides(problem, "revised_signal"),
     )
 
-    def step(state: State, outer: Any, inner: Any, noise: Any = None) -> tuple[State, Report]:
+    def step(state: State, outer: Batch, inner: Batch, noise: Any = None) -> tuple[State, Report]:
         call = StepCall(rules, state, outer, inner, noise)
         theta_T = state.teacher.params
         gradient: Tree = {}

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import digest
+from metapl.execution.batch import Batch, digest
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
@@ -85,7 +85,7 @@ def differentiate(
     problem: BilevelProblem,
     optimizer: torch.optim.Optimizer,
     mode: Estimator,
-    outer: Any,
+    outer: Batch,
     ahead: Lookahead,
     *,
     clip_norm: float | None = None,
@@ -394,7 +394,7 @@ class StepBook:
     kind_numbers: list[int] = field(default_factory=list)
     kinds: dict[Shapes, SignalKind] = field(default_factory=dict)
 
-    def note_batch(self, number: int, batch: Any) -> None:
+    def note_batch(self, number: int, batch: Batch) -> None:
         """Note a batch that was read; refuse one that is another than when it was read before."""
         batch_digest = digest(batch)
         if number == len(self.digests):
@@ -402,7 +402,7 @@ class StepBook:
         if bool(self.digests[number] != batch_digest):
             raise MetaplError(OTHER_BATCH.format(number))
 
-    def note_signal(self, number: int, batch: Any, signal: Mapping[str, Any]) -> None:
+    def note_signal(self, number: int, batch: Batch, signal: Mapping[str, Any]) -> None:
         """Note what the signal about a batch is like; refuse one that is drawn."""
         shapes = shapes_of(batch)
         if shapes not in self.kinds:
@@ -822,7 +822,9 @@ def moved_since(start: Tree, now: Tree) -> Tree:
 # ---------------------------------------------------------------------------------- the comparison
 
 
-def refuse_other_gradient(request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Any) -> None:
+def refuse_other_gradient(
+    request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Batch
+) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not the eager one.
 
     Batches of shapes that were compared before are let through.

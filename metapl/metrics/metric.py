@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import LABEL_KEYS, length, rows, to_device
+from metapl.execution.batch import LABEL_KEYS, Batch, Inputs, length, rows, to_device
 from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
 from metapl.metrics.classification import Evaluation, evaluate_logits
@@ -41,7 +41,7 @@ class Judge(Protocol):
     device: torch.device
     classifies: bool
 
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         """Return the student's inputs in a labeled batch, and the batch as its loss reads it."""
 
     def outer_terms(self) -> Sequence[Term]:
@@ -151,7 +151,7 @@ class Metric:
     def _term(self, outputs_of: Callable[[Any], Tensor]) -> Term:
         """Return the user's function as a term of a loss."""
 
-        def term(network: Any, inputs: Any, batch: Any) -> Tensor:
+        def term(network: Any, inputs: Inputs, batch: Batch) -> Tensor:
             value = float(self.definition(outputs_of(inputs), batch))
             return torch.tensor(value, dtype=torch.float64)
 
@@ -182,7 +182,7 @@ class Metric:
             return True
         return value < best if self.better == "min" else value > best
 
-    def _labels(self, batch: Any) -> Tensor:
+    def _labels(self, batch: Batch) -> Tensor:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor):
             raise MetaplError(
@@ -196,7 +196,7 @@ ACCURACY = Metric("accuracy", "max", definition="accuracy")
 LOSS = Metric("loss", "min", definition="loss")
 
 
-def _examples_in(inputs: Any, batch: Any) -> int:
+def _examples_in(inputs: Inputs, batch: Batch) -> int:
     """Return the number of examples in a batch: the rows of the inputs, or else of the labels.
 
     Other tensors of a batch, such as weights of classes, may be longer than it has examples.
@@ -303,12 +303,12 @@ def metric_for(
     return metric
 
 
-def default_metric(judge: Judge, batch: Any, outputs: Tensor) -> Metric:
+def default_metric(judge: Judge, batch: Batch, outputs: Tensor) -> Metric:
     """Return accuracy where the problem is one of classes (:func:`of_classes`), else its loss."""
     return ACCURACY if of_classes(judge, batch, outputs) else LOSS
 
 
-def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
+def of_classes(judge: Judge, batch: Batch, outputs: Tensor) -> bool:
     """Return whether outputs (B, C) are class logits.
 
     They are where the labels of the batch are the indices of classes, integers (B,) from 0 to C −
@@ -326,7 +326,7 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     return judge.classifies or bool(((labels >= 0) & (labels < outputs.shape[1])).all())
 
 
-def labels_of(batch: Any) -> Any:
+def labels_of(batch: Batch) -> Any:
     """Return the second element of a tuple, or what a dict has under ``labels``.
 
     None where there is neither.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import (
+    Batch,
+    Inputs,
     as_tensors,
     inputs_of,
     is_array,
@@ -77,7 +79,7 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
     """Give a function from inputs to the network's outputs, in eval mode and without gradients."""
     first_parameter = next(model.parameters(), None)
 
-    def outputs_of(inputs: Any) -> Tensor:
+    def outputs_of(inputs: Inputs) -> Tensor:
         if first_parameter is not None:
             inputs = to_device(inputs, first_parameter.device)
         return checks.logits(model(inputs), "network")
@@ -109,7 +111,7 @@ def batches_of(
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield (inputs, labels) on the device, from one labeled batch or an iterable of such."""
 
-    def read(batch: Any, name_of_batch: str) -> tuple[Any, Tensor]:
+    def read(batch: Batch, name_of_batch: str) -> tuple[Any, Tensor]:
         inputs, labels, *_ = labeled_pair(batch, name_of_batch)
         return inputs, labels
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import first_input, joined, labeled_pair
+from metapl.execution.batch import Batch, Inputs, first_input, joined, labeled_pair
 from metapl.execution.checks import described, scalar_loss, transformed
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, sharing
@@ -221,7 +221,7 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Any, *, generator: Random
     ) -> Signal:
         """Return the teacher's signal about ``batch``.
 
@@ -231,7 +231,7 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return ℓ_i, shape (B,), without the mean over the batch, which metapl takes.
 
@@ -239,7 +239,7 @@ class BilevelProblem(ABC):
         """
 
     @abstractmethod
-    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
         """Return L of the student's outputs on the outer ``batch``.
 
         L is a scalar, any function of the rows, or a pair (sum, weight) of scalars for a mean, such
@@ -252,7 +252,7 @@ class BilevelProblem(ABC):
         of theirs.
         """
 
-    def student_input(self, batch: Any) -> Any:
+    def student_input(self, batch: Batch) -> Inputs:
         """Return the student's input in an inner batch.
 
         That is a tensor or a dict itself, or the first element of a tuple.
@@ -263,7 +263,7 @@ class BilevelProblem(ABC):
         """
         return first_input(batch)
 
-    def outer_batch(self, batch: Any) -> Any:
+    def outer_batch(self, batch: Batch) -> Batch:
         """Return the outer batch as :meth:`outer_loss` reads it.
 
         By default that is (inputs, labels), and any other batch is refused. To read other batches,
@@ -273,7 +273,7 @@ class BilevelProblem(ABC):
             batch, mend=" For other batches, give the problem a method outer_batch(batch)."
         )
 
-    def outer_input(self, batch: Any) -> Any:
+    def outer_input(self, batch: Batch) -> Inputs:
         """Return the student's input in an outer batch.
 
         That is a tensor or a dict itself, or the first element of a tuple.
@@ -311,13 +311,13 @@ class BilevelProblem(ABC):
         return None
 
     # By default there is nothing to refuse.
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:  # noqa: B027
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:  # noqa: B027
         """Refuse batches that do not fit the student's outputs, before anything moves.
 
         Raises: :class:`metapl.MetaplError`.
         """
 
-    def default_teacher_losses(self, batch: Any) -> tuple[Any, ...]:
+    def default_teacher_losses(self, batch: Batch) -> tuple[Any, ...]:
         """Return the teacher's own losses for an inner batch.
 
         They are used if the trainer was built without ``teacher_losses``.
@@ -348,7 +348,7 @@ class BilevelProblem(ABC):
         return 0
 
     def first_signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Any, *, generator: Random
     ) -> Signal:
         """Return the signal of the :meth:`first_steps`; by default that of the teacher as it is."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
@@ -409,7 +409,7 @@ def reads_signal_in_outer_input(problem: BilevelProblem) -> bool:
     return _parameter_count(type(problem).outer_input) > 2
 
 
-def outer_input(problem: BilevelProblem, batch: Any, signal: Signal) -> Any:
+def outer_input(problem: BilevelProblem, batch: Batch, signal: Signal) -> Inputs:
     """Return the student's input in an outer batch, made with the signal where it enters it."""
     if reads_signal_in_outer_input(problem):
         return problem.outer_input(batch, signal)  # type: ignore[call-arg]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import holds_tensors
+from metapl.execution.batch import Batch, Inputs, holds_tensors
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -65,7 +65,7 @@ class Classification(BilevelProblem):
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
     """The parts of an inner batch, in their order."""
 
-    def student_input(self, batch: Any) -> Any:
+    def student_input(self, batch: Batch) -> Inputs:
         """Return the inputs, the first part of an inner batch, or refuse the batch."""
         has_parts = isinstance(batch, tuple | list) and len(batch) == len(self.inner_batch)
         if not has_parts or not holds_tensors(batch[0]):
@@ -75,7 +75,7 @@ class Classification(BilevelProblem):
             )
         return batch[0]
 
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
         classes = outputs.shape[1]
@@ -86,7 +86,7 @@ class Classification(BilevelProblem):
             checks.class_labels(inner[1], classes)
 
     @mean_over_rows
-    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
         """Return the mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
@@ -96,13 +96,13 @@ class Weighted(Classification):
     """Problems whose signal is a weight a_i for each example, (B,)."""
 
     def first_signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return a = 1, (B,), by which the given labels count as they are."""
         return Signal(wide(student_outputs).new_ones(len(student_outputs)))
 
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return a_i CE_i, (B,)."""
         labels = checks.safe_labels(batch[1], outputs.shape[1])
@@ -127,18 +127,18 @@ class EqualWeights(Weighted):
         return (len(outputs),)
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return a = 1, in the shape of the weights."""
         return Signal(student_outputs.new_ones(self.weight_shape(student_outputs)))
 
     def first_signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return a = 1, in the shape of the weights."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse wrong labels, unless a subclass has an outer loss of its own.
 
         Its outputs need not be class logits.
@@ -157,14 +157,14 @@ class Relabeled(Classification):
     """
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return q = softmax(t), (B, C), of the teacher's logits t."""
         logits = checks.logits(teacher(*batch[self.teacher_reads_from :]), "teacher")
         return Signal(wide(logits).softmax(-1), outputs=logits)
 
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return CE against q, (B,)."""
         return F.cross_entropy(outputs, signal.value, reduction="none")
@@ -217,7 +217,7 @@ class MetaWeightNet(Weighted):
         return round(0.3 * steps)
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return the weights V(CE_i), (B,), of losses that carry no gradient."""
         labels = checks.safe_labels(batch[1], student_outputs.shape[1])
@@ -290,7 +290,7 @@ class LearningToReweight(Weighted):
         return self
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return ε = 0, (B,), with which the student looks ahead."""
         return Signal(student_outputs.new_zeros(len(student_outputs)))
@@ -328,7 +328,7 @@ class ExampleWeights(Weighted):
         return round(0.1 * steps)
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return the weights σ(t), (B,), of the examples with these indices."""
         indices = batch[2]
@@ -424,13 +424,13 @@ class NoiseTransition(Classification):
         return optimizer_of_network(teacher, rate)
 
     def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         """Return M, (C, C), one matrix for the whole batch."""
         return Signal(wide(teacher()).softmax(-1))
 
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return −log of the probability of the given label, (B,)."""
         labels_B = checks.safe_labels(batch[1], outputs.shape[1])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import views
+from metapl.execution.batch import Batch, views
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Signal
@@ -40,7 +40,7 @@ class TeacherLoss(Protocol):
         """In the report, teacher_<name>."""
 
     def __call__(
-        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Batch, inner: Batch, signal: Signal, step: int
     ) -> Tensor:
         """Return a scalar with the teacher's graph, a mean over the rows.
 
@@ -98,7 +98,7 @@ class CrossEntropy:
         check_fields(self)
 
     def __call__(
-        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Batch, inner: Batch, signal: Signal, step: int
     ) -> Tensor:
         logits = wide(checks.logits(self.outputs(teacher, outer), "network"))
         labels = outer[1]
@@ -108,7 +108,7 @@ class CrossEntropy:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
 
-    def mean_over(self, *, outer: Any, inner: Any) -> Tensor | None:
+    def mean_over(self, *, outer: Batch, inner: Batch) -> Tensor | None:
         """Return the number of labels that are not -100.
 
         None for one label a row, of which none may be left out.
@@ -118,7 +118,7 @@ class CrossEntropy:
             return None
         return (labels != -100).sum()
 
-    def outputs(self, teacher: nn.Module, outer: Any) -> Any:
+    def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
         """Return what the teacher makes of the outer batch."""
         return teacher(outer[0])
 
@@ -247,8 +247,8 @@ class UDA:
         self,
         teacher: nn.Module,
         *,
-        outer: Any,
-        inner: Any,
+        outer: Batch,
+        inner: Batch,
         signal: Signal,
         step: int | Tensor,
     ) -> Tensor:
@@ -288,8 +288,8 @@ def sum_of_terms(
     network: nn.Module,
     losses: Sequence[TeacherLoss],
     *,
-    outer: Any,
-    inner: Any,
+    outer: Batch,
+    inner: Batch,
     signal: Signal,
     step: Any,
     kind: str = "loss",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import length, map_tensors
+from metapl.execution.batch import Batch, length, map_tensors
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
@@ -175,8 +175,8 @@ def refuse_other_than_means(
 class RowsOfTwo:
     """The rows of two micro-batches, of which a loss is taken of all and by halves."""
 
-    outer: Any
-    inner: Any
+    outer: Batch
+    inner: Batch
     signal: Signal
     problem: BilevelProblem | None
 
@@ -368,7 +368,7 @@ def index_of_rows(count: int, stride: int, half: int | None) -> list[int]:
     return order[count // 2 :]
 
 
-def in_order(batch: Any, stride: int, half: int | None) -> Any:
+def in_order(batch: Batch, stride: int, half: int | None) -> Any:
     """Return a half of the rows of a batch, or all, in the order of :func:`index_of_rows`."""
 
     def taken(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl.execution import checks
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
 from metapl.problems.pseudo_labels import check_stored, stored_pair
@@ -57,7 +58,7 @@ class NoisyStudentLoss:
         check_fields(self)
 
     def __call__(
-        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Batch, inner: Batch, signal: Signal, step: int
     ) -> Tensor:
         if inner is None:
             return self._of_pairs(teacher, outer)

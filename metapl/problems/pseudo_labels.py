@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import views
+from metapl.execution.batch import Batch, Inputs, views
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -106,13 +106,13 @@ class PseudoLabels(BilevelProblem):
         object.__setattr__(problem, "kind", kind)
         return problem
 
-    def teacher_input(self, batch: Any) -> Any:
+    def teacher_input(self, batch: Batch) -> Any:
         return views(batch)[0]
 
-    def student_input(self, batch: Any) -> Any:
+    def student_input(self, batch: Batch) -> Inputs:
         return views(batch)[-1]
 
-    def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
+    def default_teacher_losses(self, batch: Batch) -> tuple[TeacherLoss, ...]:
         """Return cross-entropy, and UDA where the inner batch has two views.
 
         Source: Algorithm 1, lines 6-7.
@@ -121,14 +121,14 @@ class PseudoLabels(BilevelProblem):
             return _LOSSES_OF_TWO_VIEWS
         return _LOSSES_OF_ONE_VIEW
 
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         checks.class_outputs(outputs, "student")
         checks.class_labels(outer[1], outputs.shape[1])
 
     def signal(
         self,
         teacher: nn.Module,
-        batch: Any,
+        batch: Batch,
         student_outputs: Tensor | None,
         *,
         generator: Random,
@@ -159,7 +159,7 @@ class PseudoLabels(BilevelProblem):
         )
 
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return CE of the student's outputs against the (smoothed) label, (B,)."""
         return F.cross_entropy(
@@ -167,7 +167,7 @@ class PseudoLabels(BilevelProblem):
         )
 
     @mean_over_rows
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 
 
@@ -212,16 +212,16 @@ class ReducedLabels(PseudoLabels):
 
     teacher_classifies: ClassVar[bool] = False
 
-    def teacher_input(self, batch: Any) -> Tensor:
+    def teacher_input(self, batch: Batch) -> Tensor:
         return stored_pair(batch)[1]
 
-    def student_input(self, batch: Any) -> Any:
+    def student_input(self, batch: Batch) -> Inputs:
         return stored_pair(batch)[0]
 
     def signal(
         self,
         teacher: nn.Module,
-        batch: Any,
+        batch: Batch,
         student_outputs: Tensor | None,
         *,
         generator: Random,
@@ -234,10 +234,10 @@ class ReducedLabels(PseudoLabels):
         batch_in_type = inputs, in_type_of(teacher, stored)
         return super().signal(teacher, batch_in_type, student_outputs, generator=generator)
 
-    def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
+    def default_teacher_losses(self, batch: Batch) -> tuple[TeacherLoss, ...]:
         return (StoredCrossEntropy(label_smoothing=0.1),)
 
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse labels that are no classes of the student's, and stored values that do not fit."""
         super().check(outputs, outer, inner)
         _, stored = stored_pair(inner)
@@ -254,7 +254,7 @@ class StoredCrossEntropy(CrossEntropy):
     # it apart from that of the feedback (see metapl.problems.losses.TeacherLoss).
     detaches_signal: ClassVar[bool] = True
 
-    def outputs(self, teacher: nn.Module, outer: Any) -> Any:
+    def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
         if len(outer) < 3:
             raise MetaplError(
                 f"outer is {checks.described(outer)}; expected (inputs, labels, stored), or "
@@ -278,7 +278,7 @@ def check_stored(stored: Tensor, shape: Sequence[int], name: str) -> None:
     checks.refuse(sums_are_off | (stored.amin() < 0), text)
 
 
-def stored_pair(batch: Any) -> tuple[Any, Tensor]:
+def stored_pair(batch: Batch) -> tuple[Any, Tensor]:
     """Return the inputs and the stored distributions of a batch, or refuse the batch."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise MetaplError(

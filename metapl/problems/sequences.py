@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import inputs_of, plain
+from metapl.execution.batch import Batch, Inputs, inputs_of, plain
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import BilevelProblem, Params, Random, Signal
@@ -74,20 +74,20 @@ class DataRater(BilevelProblem):
         """Return Adam at 1e-3."""
         return torch.optim.Adam(teacher.parameters(), lr=1e-3)
 
-    def student_input(self, batch: Any) -> Any:
+    def student_input(self, batch: Batch) -> Inputs:
         inputs, _ = inputs_and_labels(batch)
         return inputs
 
-    def outer_batch(self, batch: Any) -> Any:
+    def outer_batch(self, batch: Batch) -> Batch:
         """Return the batch with dicts in the place of its dict-like parts, or refuse it."""
         inputs_and_labels(batch)
         return plain(batch)
 
-    def outer_input(self, batch: Any) -> Any:
+    def outer_input(self, batch: Batch) -> Inputs:
         inputs, _ = inputs_and_labels(batch)
         return inputs
 
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse outputs that are no logits of each token, wrong labels, and nothing to predict."""
         _, inner_labels = inputs_and_labels(inner)
         _, outer_labels = inputs_and_labels(outer)
@@ -101,7 +101,7 @@ class DataRater(BilevelProblem):
     def signal(
         self,
         teacher: nn.Module,
-        batch: Any,
+        batch: Batch,
         student_outputs: Tensor | None,
         *,
         generator: Random,
@@ -124,14 +124,14 @@ class DataRater(BilevelProblem):
         return Signal(len(scores_of_all_ranks) * softmax[rows_of_this_rank])
 
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return a_i times the mean cross-entropy of the sequence's tokens, (B,)."""
         _, labels = inputs_and_labels(batch)
         losses_BT, is_predicted_BT = next_token_losses(outputs, labels)
         return signal.value * losses_BT.sum(1) / is_predicted_BT.sum(1).clamp_min(1)
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropy over all tokens, and their number."""
         _, labels = inputs_and_labels(batch)
         losses_BT, is_predicted_BT = next_token_losses(outputs, labels)
@@ -180,11 +180,11 @@ class NextToken(EqualWeights):
         dimensions = 1 if self.per == "sequence" else 2
         return tuple(outputs.shape[:dimensions])
 
-    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         check_words(outputs, inner_labels=inner[1], outer_labels=outer[1])
 
     def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
         """Return the weighted mean cross-entropy of each sequence's tokens, (B,)."""
         losses_BT, is_predicted_BT = next_token_losses(outputs, batch[1])
@@ -195,7 +195,7 @@ class NextToken(EqualWeights):
         sums_B = (weights * losses_at_tokens_BT).sum(1)
         return sums_B / is_predicted_BT.sum(1).clamp_min(1)
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropy over all tokens, and their number."""
         losses_BT, is_predicted_BT = next_token_losses(outputs, batch[1])
         return losses_BT.sum(), is_predicted_BT.sum()
@@ -218,7 +218,7 @@ def check_words(outputs: Tensor, *, inner_labels: Tensor, outer_labels: Tensor) 
         )
 
 
-def inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor]:
     """Return the networks' input and the labels (B, T) of a batch, or refuse the batch."""
     contents = plain(batch)
     # A DataLoader of a TensorDataset has lists of one tensor.

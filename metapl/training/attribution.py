@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import labeled_pair, map_tensors
+from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
@@ -127,9 +127,10 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
-        if not sets:
+        if len(sets) < 2:
             raise MetaplError(
-                "validate was given no sets of examples; expected three or more, for a correlation."
+                f"validate was given {len(sets)} sets of examples; expected three or more, "
+                "for a correlation."
             )
         changes = list[Tensor]()
         with step_bar(progress, len(sets), "trainings without examples", 0) as advance:
@@ -551,7 +552,7 @@ class WeightedTraining:
                 f"{name} is {count}; expected a multiple of {ranks}, the ranks that share a batch."
             )
 
-    def batch(self, numbers: Tensor) -> Any:
+    def batch(self, numbers: Tensor) -> Batch:
         """Return a batch of training examples as the problem reads it.
 
         (inputs, labels), unless it says otherwise.
@@ -739,7 +740,7 @@ def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> Bil
     """
     judge = copy.copy(problem)
 
-    def outer_loss(outputs: Tensor, batch: Any) -> Any:
+    def outer_loss(outputs: Tensor, batch: Batch) -> Any:
         place = number - ranks.rank * len(outputs)
         if not 0 <= place < len(outputs):
             # Another rank has it.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import as_tensors, inputs_of, rows
+from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
 from metapl.execution.checks import described
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
@@ -108,11 +108,11 @@ class Trainer(ABC):
         """Return what decides a step beside networks and optimizers, in a few words."""
 
     @abstractmethod
-    def step(self, outer: Any, inner: Any = None) -> Report:
+    def step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take one step."""
 
     @abstractmethod
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         """Return the student's inputs in an outer batch, and the batch as its loss reads it.
 
         Args:
@@ -340,7 +340,7 @@ class Trainer(ABC):
             )
         return replace(result, classes=tuple(classes))
 
-    def read_input(self, batch: Any) -> Any:
+    def read_input(self, batch: Batch) -> Inputs:
         """Return the student's input in what :meth:`predict` is given."""
         return inputs_of(batch)
 

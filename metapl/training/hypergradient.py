@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import require_batches
+from metapl.execution.batch import Batch, require_batches
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
 from metapl.feedback.door import outer_loss_reads_more
@@ -23,6 +23,8 @@ from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training.verification import check_gradient
+from metapl.updates import InnerOptimizer, Update
+from metapl.updates.base import OptimizerState
 
 
 @one_at_a_time
@@ -30,12 +32,12 @@ def hypergradient(
     teacher: nn.Module | None,
     student: nn.Module,
     *,
-    outer: Any,
-    inner: Any,
+    outer: Batch,
+    inner: Batch,
     mode: Mode = "forward",
     problem: BilevelProblem | None = None,
-    inner_optimizer: Any,
-    inner_state: Any = None,
+    inner_optimizer: InnerOptimizer | Update,
+    inner_state: OptimizerState = None,
     generator: torch.Generator | None = None,
     recompute_teacher: bool = False,
     accumulate: MicroBatches = 1,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, length
+from metapl.execution.batch import Batch, as_tensors, length
 from metapl.execution.checks import Fault
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
@@ -353,7 +353,7 @@ class Fit:
 
     # ------------------------------------------------------------------------------- what it showed
 
-    def observe(self, report: Report, outer: Any, *, student_waits: bool) -> dict[str, float]:
+    def observe(self, report: Report, outer: Batch, *, student_waits: bool) -> dict[str, float]:
         """Log, validate and call the callbacks after a step, where that is due.
 
         Returns the row that is recorded.
@@ -390,7 +390,7 @@ class Fit:
             self.records.add(row)
         return row
 
-    def log(self, report: Report, outer: Any, row: dict[str, float]) -> None:
+    def log(self, report: Report, outer: Batch, row: dict[str, float]) -> None:
         """Put the numbers of a step into its row."""
         row.update(report.as_dict())
         row.update(self.rates.now())

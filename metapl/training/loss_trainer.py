@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import labeled_pair, micro_batches, plain
+from metapl.execution.batch import Batch, Inputs, labeled_pair, micro_batches, plain
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import laid_out_for, load_whole
@@ -43,8 +43,8 @@ SETTINGS = ("clip_norm", "precision", "accumulate")
 class LossArguments(TypedDict):
     """The arguments of a :class:`metapl.problems.losses.TeacherLoss` besides the network."""
 
-    outer: Any
-    inner: Any
+    outer: Batch
+    inner: Batch
     signal: Signal
     step: int
 
@@ -122,7 +122,7 @@ class LossTrainer(Trainer):
     def _choices(self) -> str:
         return f"losses {' + '.join(type(loss).__name__ for loss in self.losses)}"
 
-    def step(self, outer: Any, inner: Any = None) -> Report:
+    def step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take a step on an outer batch and, for losses that read one, an inner batch.
 
         Args:
@@ -202,17 +202,17 @@ class LossTrainer(Trainer):
             )
         self._has_compared_halves = True
 
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         batch = labeled_pair(batch, name)
         return batch[0], batch
 
     def outer_terms(self) -> list[Term]:
-        def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
+        def term(loss: Any, network: Any, inputs: Inputs, batch: Batch) -> Any:
             return loss(network, **self._arguments_of_losses(batch, None))
 
         return [partial(term, loss) for loss in self.losses]
 
-    def _arguments_of_losses(self, outer: Any, inner: Any) -> LossArguments:
+    def _arguments_of_losses(self, outer: Batch, inner: Batch) -> LossArguments:
         """Return the arguments of a loss besides the network, whose outputs it computes itself."""
         return {
             "outer": outer,

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
 from metapl.problems.base import BilevelProblem, Signal, field_name, has_rows
 
 
 @torch.no_grad()
-def figures(report: Any, problem: BilevelProblem, outer: Any, ranks: Ranks) -> Mapping[str, Tensor]:
+def figures(
+    report: Any, problem: BilevelProblem, outer: Batch, ranks: Ranks
+) -> Mapping[str, Tensor]:
     r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
     ``feedback_mean``, ``feedback_std`` and ``feedback_rms`` (the root mean square) of h over its
@@ -121,7 +124,7 @@ def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
     return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def class_indices_in(outer: Any) -> Tensor | None:
+def class_indices_in(outer: Batch) -> Tensor | None:
     """Return the labels of an outer batch, (B,), where they are whole numbers."""
     if not isinstance(outer, tuple | list) or len(outer) < 2:
         return None

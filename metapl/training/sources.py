@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metapl.data.feed import Feed, feed
 from metapl.data.steps import StepBatches, in_memory
-from metapl.execution.batch import digest, map_tensors, plain
+from metapl.execution.batch import Batch, digest, map_tensors, plain
 from metapl.feedback.lookahead import Lookahead
 
 
@@ -104,7 +104,7 @@ class Sources:
             opened.restore(positions[name])
 
 
-def facts_of(source: Any, batch: Any) -> dict[str, Any]:
+def facts_of(source: Any, batch: Batch) -> dict[str, Any]:
     """Return how many examples a source has, and a batch, and the digest of its first batch.
 
     The numbers are None where they are not known.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import labeled_pair, plain, require_batches
+from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, require_batches
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
@@ -63,6 +63,7 @@ from metapl.training.options import FitOptions
 from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
+    InnerOptimizer,
     OwnStep,
     Update,
     as_one_optimizer,
@@ -100,7 +101,7 @@ class OpenedStep:
             at before.
     """
 
-    outer_batch: Any
+    outer_batch: Batch
     inner_batches: InnerBatches
     teacher_slots: Slots
     student_slots: Slots
@@ -203,7 +204,7 @@ class BilevelTrainer(Trainer):
         mode: Mode = "forward",
         *,
         problem: BilevelProblem | None = None,
-        inner_optimizer: Any = None,
+        inner_optimizer: InnerOptimizer | None = None,
         outer_optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
         feedback_weight: float | None = None,
@@ -386,7 +387,7 @@ class BilevelTrainer(Trainer):
         return trainer
 
     @one_at_a_time
-    def step(self, outer: Any, inner: Any = None) -> StepReport:
+    def step(self, outer: Batch, inner: Batch = None) -> StepReport:
         """Take one step of Algorithm 1 on an outer batch, which is labeled, and an inner one.
 
         Args:
@@ -424,7 +425,7 @@ class BilevelTrainer(Trainer):
         with advice_on(self.mode, steps, by_another_mode):
             return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
 
-    def _open_step(self, outer_batch: Any, inner_batches: InnerBatches) -> OpenedStep:
+    def _open_step(self, outer_batch: Batch, inner_batches: InnerBatches) -> OpenedStep:
         """Read the networks' tables as they are now, and refuse what no step can be taken with.
 
         Networks are verified on these batches where that is due. Where they are met for the first
@@ -643,7 +644,7 @@ class BilevelTrainer(Trainer):
             return "included"
         return "left out"
 
-    def _losses_for(self, inner_batch: Any) -> Sequence[TeacherLoss]:
+    def _losses_for(self, inner_batch: Batch) -> Sequence[TeacherLoss]:
         """Return the teacher's own losses in a step, whose last inner batch they may depend on."""
         if self.teacher is None:
             return ()
@@ -732,7 +733,7 @@ class BilevelTrainer(Trainer):
         """
         return functional(self)
 
-    def teacher_step(self, outer: Any, inner: Any = None) -> Report:
+    def teacher_step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take one step of the teacher alone, while the student waits.
 
         These are lines 6 to 8 of Algorithm 1, on the batches of a step. Its losses get no signal;
@@ -772,7 +773,7 @@ class BilevelTrainer(Trainer):
         return steps
 
     @one_at_a_time
-    def first_step(self, outer: Any, inner: Any) -> Report:
+    def first_step(self, outer: Batch, inner: Batch) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal``.
 
         The signal is about the inner batch. :meth:`fit` takes these before the teacher begins, as
@@ -809,7 +810,7 @@ class BilevelTrainer(Trainer):
         student = self._student_type(self.layout, student_slots, double_backward=False)
         self.update.follow(student.parameters)
 
-        def first_signal(batch: Any, outputs: Tensor | None) -> Signal:
+        def first_signal(batch: Batch, outputs: Tensor | None) -> Signal:
             with torch.no_grad():
                 return self.problem.first_signal(
                     teacher_slots.module, batch, outputs, generator=self.generator
@@ -838,7 +839,7 @@ class BilevelTrainer(Trainer):
             self.steps_done += 1
             return report
 
-    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
         self._refuse_input_of_signal()
         if overrides(self.problem, "outer_batch"):
             batch = self.problem.outer_batch(batch)
@@ -847,7 +848,7 @@ class BilevelTrainer(Trainer):
         return self.problem.outer_input(batch), batch
 
     def outer_terms(self) -> list[Term]:
-        def outer_loss(network: Any, inputs: Any, batch: Any) -> OuterLoss:
+        def outer_loss(network: Any, inputs: Inputs, batch: Batch) -> OuterLoss:
             outputs = checks.logits(network(inputs), "student")
             return self.problem.outer_loss(outputs, batch)
 
@@ -863,7 +864,7 @@ class BilevelTrainer(Trainer):
                 "same, by the direct term."
             )
 
-    def read_input(self, batch: Any) -> Any:
+    def read_input(self, batch: Batch) -> Inputs:
         self._refuse_input_of_signal()
         if overrides(self.problem, "outer_input") and not isinstance(batch, Tensor):
             return self.problem.outer_input(batch)
@@ -984,8 +985,8 @@ class BilevelTrainer(Trainer):
 
     def hypergradient(
         self,
-        outer: Any,
-        inner: Any,
+        outer: Batch,
+        inner: Batch,
         mode: Mode | None = None,
         *,
         problem: BilevelProblem | None = None,

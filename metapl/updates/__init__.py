@@ -9,7 +9,7 @@ import torch
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
-from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
+from metapl.updates.base import Clipped, Cotangents, OptimizerState, Options, Parameters, Update
 from metapl.updates.muon import Muon, rounded_options
 from metapl.updates.optimizers import (
     entry_shape,
@@ -23,7 +23,7 @@ from metapl.updates.optimizers import (
 )
 from metapl.updates.own_step import RULES, OwnStep
 from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
-from metapl.updates.several import Several, SeveralRules, as_one_optimizer
+from metapl.updates.several import InnerOptimizer, Several, SeveralRules, as_one_optimizer
 from metapl.updates.sgd import SGD
 from metapl.updates.torch_optim import TorchUpdate
 from metapl.updates.torchopt import TransformUpdate, is_transform
@@ -31,6 +31,7 @@ from metapl.updates.torchopt import TransformUpdate, is_transform
 __all__ = [
     "Clipped",
     "Cotangents",
+    "InnerOptimizer",
     "Options",
     "OwnStep",
     "Parameters",
@@ -63,7 +64,7 @@ _UPDATES: dict[type, type[TorchUpdate]] = {
 def update_of(
     optimizer: Any,
     parameters: Parameters,
-    state: Any = None,
+    state: OptimizerState = None,
     name: str = "inner_optimizer",
     *,
     is_differentiated: bool = True,

@@ -11,7 +11,7 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
-from metapl.updates.base import Cotangents, Options, Parameters, cotangents_of
+from metapl.updates.base import Cotangents, OptimizerState, Options, Parameters, cotangents_of
 from metapl.updates.lists import Tensors, add, div, mul, plus, sub
 from metapl.updates.optimizers import is_set
 from metapl.updates.torch_optim import State, States, TorchUpdate
@@ -77,7 +77,12 @@ class Adam(TorchUpdate):
         return {name: w[name] for name in grads}
 
     def vjp(
-        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: States,
+        v: Tree,
+        state_cotangent: OptimizerState = None,
     ) -> Cotangents:
         r"""Return the adjoint in closed form, but with ``amsgrad``.
 

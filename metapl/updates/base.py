@@ -29,6 +29,13 @@ from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
 
+OptimizerState = Any
+"""The state of an optimizer, as a pytree of tensors.
+
+That of ``torch.optim`` is a dict by parameter and entry, that of a transform has the transform's
+own structure. A cotangent of it has the same structure, with None for entries that have none.
+"""
+
 # The options of every param group, in the optimizer's order, without the parameters.
 Options = Sequence[Mapping[str, Any]]
 
@@ -44,10 +51,12 @@ class Cotangents(NamedTuple):
 
     gradient: Tree
     params: Tree
-    state: Any
+    state: OptimizerState
 
 
-def cotangents_of(state: Mapping[str, Mapping[str, Any]], of_next: Any) -> tuple[Any, Any]:
+def cotangents_of(
+    state: Mapping[str, Mapping[str, Any]], of_next: OptimizerState
+) -> tuple[OptimizerState, OptimizerState]:
     """Return the cotangents of the next state, and those of this state before the step's own terms.
 
     Both are by parameter and entry, as the state of ``torch.optim`` is, with None for missing ones.
@@ -101,7 +110,7 @@ class Update(ABC):
         """
 
     @abstractmethod
-    def read_state(self) -> Any:
+    def read_state(self) -> OptimizerState:
         """Return the current state, for :meth:`update`; reading it changes nothing."""
 
     def state_bytes(self) -> int:
@@ -111,15 +120,17 @@ class Update(ABC):
 
     @abstractmethod
     def update(
-        self, params: Tree, grads: Tree, state: Any, options: Options | None = None
-    ) -> tuple[Tree, Any]:
+        self, params: Tree, grads: Tree, state: OptimizerState, options: Options | None = None
+    ) -> tuple[Tree, OptimizerState]:
         """Return θ′ and s′, differentiable in all arguments.
 
         Args:
             options: take the place of the options of the param groups.
         """
 
-    def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+    def stepped(
+        self, params: Tree, grads: Tree, state: OptimizerState
+    ) -> tuple[Tree, OptimizerState]:
         """Return θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
         return self.update(params, grads, state=state)
 
@@ -131,7 +142,12 @@ class Update(ABC):
         )
 
     def pullback(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: OptimizerState,
+        v: Tree,
+        options: Options | None = None,
     ) -> Tree:
         """Return w = (∂U/∂g)ᵀ v.
 
@@ -149,7 +165,12 @@ class Update(ABC):
         return w
 
     def vjp(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: OptimizerState,
+        v: Tree,
+        state_cotangent: OptimizerState = None,
     ) -> Cotangents:
         """Return the adjoint of the whole step, by autograd.
 
@@ -198,9 +219,9 @@ class Update(ABC):
         names: Sequence[str],
         params: Tree,
         grads: Tree,
-        state: Any,
+        state: OptimizerState,
         v: Tree,
-        state_cotangent: Any = None,
+        state_cotangent: OptimizerState = None,
     ) -> list[dict[str, Any]]:
         """Return the cotangents of settings, by param group, from those of θ′ and s′.
 
@@ -255,7 +276,7 @@ class Update(ABC):
         theta = {name: p.detach() for name, p in parameters.items()}
         state_before = self.read_state()
 
-        def compute_step() -> tuple[Tree, Any]:
+        def compute_step() -> tuple[Tree, OptimizerState]:
             return self.update(theta, grads, state=state_before)
 
         if self.is_rounded:
@@ -265,7 +286,7 @@ class Update(ABC):
             self.commit(parameters, grads, compute_step)
 
     @abstractmethod
-    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
+    def write(self, parameters: Parameters, params: Tree, state: OptimizerState) -> None:
         """Set parameters and the optimizer's state to values, such as those after several steps."""
 
     @abstractmethod
@@ -319,25 +340,37 @@ class Clipped(Update):
         self.space = space
 
     def update(
-        self, params: Tree, grads: Tree, state: Any, options: Options | None = None
-    ) -> tuple[Tree, Any]:
+        self, params: Tree, grads: Tree, state: OptimizerState, options: Options | None = None
+    ) -> tuple[Tree, OptimizerState]:
         return self.inner.update(params, self._clip(grads), state=state, options=options)
 
-    def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+    def stepped(
+        self, params: Tree, grads: Tree, state: OptimizerState
+    ) -> tuple[Tree, OptimizerState]:
         return self.inner.stepped(params, self._clip(grads), state=state)
 
     def with_options(self, options: Options) -> Clipped:
         return Clipped(self.inner.with_options(options), self.max_norm, space=self.space)
 
     def pullback(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: OptimizerState,
+        v: Tree,
+        options: Options | None = None,
     ) -> Tree:
         clipped = self._clip(grads)
         w = self.inner.pullback(params, clipped, state=state, v=v, options=options)
         return self._through_clip(w, grads)
 
     def vjp(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: OptimizerState,
+        v: Tree,
+        state_cotangent: OptimizerState = None,
     ) -> Cotangents:
         clipped = self._clip(grads)
         bar = self.inner.vjp(params, clipped, state=state, v=v, state_cotangent=state_cotangent)
@@ -348,9 +381,9 @@ class Clipped(Update):
         names: Sequence[str],
         params: Tree,
         grads: Tree,
-        state: Any,
+        state: OptimizerState,
         v: Tree,
-        state_cotangent: Any = None,
+        state_cotangent: OptimizerState = None,
     ) -> list[dict[str, Any]]:
         return self.inner.setting_cotangents(
             names,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError, few
-from metapl.updates.base import Parameters
+from metapl.updates.base import OptimizerState, Parameters
 
 # Entries of a param group that are no settings of an optimizer. Schedulers add the first.
 _NO_SETTINGS = {"initial_lr", "params", "param_names"}
@@ -177,7 +177,9 @@ def refuse_rates_by_entry(optimizer: torch.optim.Optimizer, name: str) -> None:
             )
 
 
-def refuse_state_of_another(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
+def refuse_state_of_another(
+    state: OptimizerState, optimizer: torch.optim.Optimizer, name: str
+) -> None:
     """Refuse the state of an optimizer of another kind.
 
     torch would take over its settings in part, or miss them. A state of another version of torch

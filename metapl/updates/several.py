@@ -20,7 +20,7 @@ from metapl.updates.muon import Muon
 from metapl.updates.optimizers import parameters_of
 from metapl.updates.sgd import SGD
 from metapl.updates.torch_optim import State, TorchUpdate
-from metapl.updates.torchopt import is_transform
+from metapl.updates.torchopt import Transform, is_transform
 
 RULES: dict[str, type[TorchUpdate]] = {"ns_steps": Muon, "amsgrad": Adam, "dampening": SGD}
 """By an option that a param group of this kind has, and those of the other kinds have not."""
@@ -76,6 +76,13 @@ class Several(torch.optim.Optimizer):
                 number: values for number, values in state["state"].items() if number in numbers
             }
             optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+InnerOptimizer = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Transform
+"""What a user may give as the student's optimizer.
+
+One of ``torch.optim``, several of these over disjoint parameters, or a transform of TorchOpt.
+"""
 
 
 def as_one_optimizer(optimizer: Any, name: str = "inner_optimizer") -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.execution.numerics import Tree
-from metapl.updates.base import Cotangents, Options, cotangents_of
+from metapl.updates.base import Cotangents, OptimizerState, Options, cotangents_of
 from metapl.updates.lists import Tensors, add, add_and_mul, mul, plus
 from metapl.updates.optimizers import entry_shape, is_set
 from metapl.updates.torch_optim import State, States, TorchUpdate
@@ -107,7 +107,12 @@ class SGD(TorchUpdate):
         return {name: w[name] for name in grads}
 
     def vjp(
-        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: Any = None
+        self,
+        params: Tree,
+        grads: Tree,
+        state: States,
+        v: Tree,
+        state_cotangent: OptimizerState = None,
     ) -> Cotangents:
         r"""Return the adjoint in closed form, with θ̄ for v.
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Options, Parameters, Update
+from metapl.updates.base import OptimizerState, Options, Parameters, Update
 from metapl.updates.lists import Tensors
 from metapl.updates.optimizers import (
     entry_shape,
@@ -301,7 +301,7 @@ class TorchUpdate(Update):
                 weights_in_share += g.numel()
         return shares
 
-    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
+    def write(self, parameters: Parameters, params: Tree, state: OptimizerState) -> None:
         with torch.no_grad():
             for name, weight in parameters.items():
                 part = local(weight)

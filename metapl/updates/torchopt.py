@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +12,22 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
-from metapl.updates.base import Options, Parameters, Update
+from metapl.updates.base import OptimizerState, Options, Parameters, Update
 
 
-def is_transform(optimizer: Any) -> bool:
+class Transform(Protocol):
+    """A functional optimizer as TorchOpt makes it: a named pair of functions."""
+
+    @property
+    def init(self) -> Callable[..., Any]:
+        """The first state, of the parameters by name."""
+
+    @property
+    def update(self) -> Callable[..., Any]:
+        """The updates and the next state, of gradients, state and ``params=``."""
+
+
+def is_transform(optimizer: object) -> bool:
     """Return whether an optimizer is a TorchOpt transform: a named pair ``init`` and ``update``."""
     if not isinstance(optimizer, tuple):
         return False
@@ -38,7 +51,7 @@ class TransformUpdate(Update):
         state: the transform's.
     """
 
-    def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
+    def __init__(self, transform: Transform, parameters: Parameters, state: OptimizerState) -> None:
         self.transform = transform
         self.parameters = dict(parameters)
         theta = {name: p.detach() for name, p in parameters.items()}
@@ -60,12 +73,12 @@ class TransformUpdate(Update):
                 f"the student's {few(changed, 3)} changed; expected a new trainer for TorchOpt."
             )
 
-    def read_state(self) -> Any:
+    def read_state(self) -> OptimizerState:
         return self.state
 
     def update(
-        self, params: Tree, grads: Tree, state: Any, options: Options | None = None
-    ) -> tuple[Tree, Any]:
+        self, params: Tree, grads: Tree, state: OptimizerState, options: Options | None = None
+    ) -> tuple[Tree, OptimizerState]:
         all_grads: Tree = {}
         for name, p in params.items():
             all_grads[name] = grads[name] if name in grads else torch.zeros_like(p)
@@ -78,7 +91,7 @@ class TransformUpdate(Update):
         updates, new_state = self.transform.update(all_grads, state, params=params, inplace=False)
         return {name: p + updates[name] for name, p in params.items()}, new_state
 
-    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
+    def write(self, parameters: Parameters, params: Tree, state: OptimizerState) -> None:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(params[name])

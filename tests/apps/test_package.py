@@ -27,15 +27,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 EXTRAS = PROJECT["optional-dependencies"]
 
-OF_USERS = ("apps", "labels", "onnx", "timm", "torchopt")
+OF_USERS = ("apps", "labels", "onnx", "timm", "torchopt", "transformers")
 """The extras of what the package can do; the others are for those who work on it."""
 
 DISTRIBUTIONS = {module: package for module, (package, _) in OPTIONAL_PACKAGES.items()}
 """By their modules, some of which are called otherwise."""
 
-INDIRECT = {"onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
-"""Declared for torch.onnx and torch.utils.tensorboard, which import them themselves, for programs
-that run in another process, and for users, who hand over TorchOpt's transforms."""
+INDIRECT = {"accelerate", "onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
+"""Declared for transformers, torch.onnx and torch.utils.tensorboard, which import them themselves,
+for programs that run in another process, and for users, who hand over TorchOpt's transforms."""
 
 AT_THE_TOP = {"numpy", "safetensors", "torch", "tqdm"}
 """What a module of the library may import as it is loaded. The rest of the core, scipy and
@@ -83,8 +83,8 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     library = files_of(application=False)
     application = files_of(application=True)
     assert imported([*library, *application]) == (core | optional) - INDIRECT
-    # In the library, matplotlib is for a figure alone.
-    assert imported(library) == core | {"matplotlib"}
+    # In the library, matplotlib is for a figure alone, and transformers for its Trainer.
+    assert imported(library) == core | {"matplotlib", "transformers"}
     assert imported(library, anywhere=False) == AT_THE_TOP
     # matplotlib is slow to load.
     late = {"matplotlib"}.union(*(declared(EXTRAS[extra]) for extra in OF_USERS if extra != "apps"))

@@ -453,7 +453,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: metapl.Lookahead([pair()] * 3, weights="all"),  # type: ignore[arg-type]
         "weights that are of type str; expected 3 numbers",
     ),
-    "no removals": (validated_by_nothing, "no sets of examples; expected three or more"),
+    "no removals": (validated_by_nothing, "0 sets of examples; expected three or more"),
     "a callback that is a number": (
         lambda: fit(callbacks=[3]),
         "callbacks is a list of 1; expected a list of functions",

@@ -71,3 +71,32 @@ def test_one_product_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held() > 15 * of_one
     monkeypatch.setattr(numerics, "MANY_ENTRIES", 1)
     assert held() < 3 * of_one
+
+
+def test_gradients_of_micro_batches_are_added_up_as_they_come() -> None:
+    """Eight of them hold no more than two, of a network of large weights and small batches."""
+
+    def held(accumulate: int) -> int:
+        torch.manual_seed(0)
+        teacher = metapl.models.mlp([200, 3])
+        student = metapl.models.mlp([200, 500, 3])
+        trainer = metapl.BilevelTrainer(
+            teacher, student, "forward", accumulate=accumulate, verify=False
+        )
+        labeled = torch.randn(8, 200), torch.arange(8) % 3
+        unlabeled = torch.randn(8, 200)
+        trainer.step(labeled, unlabeled)
+        return peak_bytes(lambda: trainer.step(labeled, unlabeled), torch.device("cpu"))
+
+    assert held(8) < 1.1 * held(2)
+
+
+def test_a_sum_of_trees_counts_what_is_missing_as_zero() -> None:
+    first, second = tree(0), tree(1)
+    del second["bias"]
+    total = numerics.TreeSum([first, second, {}])
+    assert total.count == 3
+    mean = total.mean()
+    torch.testing.assert_close(mean["bias"], first["bias"] / 3)
+    torch.testing.assert_close(mean["weight"], (first["weight"] + second["weight"]) / 3)
+    assert numerics.TreeSum([first]).mean()["bias"] is first["bias"]

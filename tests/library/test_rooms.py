@@ -27,8 +27,8 @@ FLOORS = (
     ("feedback", "metrics"),
     ("functional", "protocols"),
     ("training",),
-    ("ablation",),
-    ("apps.printing", "apps.sklearn", "apps.machine", "apps.progress"),
+    ("ablation", "integrations"),
+    ("apps.printing", "apps.sklearn", "apps.machine", "apps.progress", "apps.log_to"),
     ("apps.networks", "apps.network_weights", "apps.tuned_networks"),
     ("apps.pictures",),
     ("apps.label_store", "apps.label_selection", "apps.robustness", "apps.settings", "apps.web"),
@@ -42,10 +42,11 @@ FLOORS = (
         "apps.report_picture",
         "apps.run_summary",
         "apps.suspects",
-        "apps.export",
     ),
+    ("apps.model_card", "apps.hub", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.several_runs", "apps.differences", "apps.noisy_student"),
+    ("apps.stored_recipe",),
     (
         "apps.commands",
         "apps.compare_runs",
@@ -68,6 +69,7 @@ DOORS_OF_THE_APPLICATION = (
     "metapl.pictures",
     "metapl.labels",
     "metapl.networks",
+    "metapl.integrations.hub",
 )
 DOORS = (
     "metapl",

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import map_tensors, micro_batches, plain, require_batches
+from metapl.execution.batch import Batch, map_tensors, micro_batches, plain, require_batches
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.state import RandomState
@@ -42,7 +42,8 @@ from metapl.training.verification.contract import breach_of_contract
 from metapl.training.verification.differences import errors_of
 from metapl.training.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
 from metapl.training.verification.real_step import Evaluation, RealStep
-from metapl.updates import Clipped, Update, parts_of, update_of
+from metapl.updates import Clipped, InnerOptimizer, Update, parts_of, update_of
+from metapl.updates.base import OptimizerState
 
 Status = Literal["right", "allowed", "refused", "cannot tell", "nothing to verify"]
 Setting = bool | int | Literal["warn"]
@@ -113,12 +114,12 @@ def check_gradient(
     teacher: nn.Module | Verified | None,
     student: nn.Module | None = None,
     *,
-    outer: Any,
-    inner: Any,
+    outer: Batch,
+    inner: Batch,
     mode: Mode | None = None,
     problem: BilevelProblem | None = None,
-    inner_optimizer: Any = None,
-    inner_state: Any = None,
+    inner_optimizer: InnerOptimizer | Update | None = None,
+    inner_state: OptimizerState = None,
     generator: torch.Generator | None = None,
     accumulate: int = 1,
     clip_norm: float | None = None,
@@ -181,7 +182,7 @@ def is_trainer(teacher: nn.Module | Verified | None) -> TypeGuard[Verified]:
 
 
 def check_trainer(
-    trainer: Verified, outer_batch: Any, inner_batches: InnerBatches, *, mode: Mode | None = None
+    trainer: Verified, outer_batch: Batch, inner_batches: InnerBatches, *, mode: Mode | None = None
 ) -> GradientCheck:
     """Verify the step that a trainer would take, by its own mode or another."""
     return check_step(
@@ -202,12 +203,12 @@ def check_step(
     teacher: nn.Module | None,
     student: nn.Module,
     *,
-    outer_batch: Any,
+    outer_batch: Batch,
     inner_batches: InnerBatches,
     mode: Mode,
     problem: BilevelProblem | None,
     inner_optimizer: Any,
-    inner_state: Any = None,
+    inner_state: OptimizerState = None,
     generator: torch.Generator | None,
     accumulate: int,
     clip_norm: float | None,
@@ -253,7 +254,7 @@ def check_step(
     return verify_step(step, estimate)
 
 
-def copy_of_first_part(batch: Any, parts: int) -> Any:
+def copy_of_first_part(batch: Batch, parts: int) -> Any:
     """Return the first of the micro-batches of a batch, of tensors with memory of their own.
 
     Deepcopy would copy the whole tensor of a slice.
@@ -289,7 +290,7 @@ class Verification:
         self.verified_marks: set[int] = set()
 
     def before(
-        self, trainer: Verified, outer_batch: Any, inner_batches: InnerBatches, *, mark: int
+        self, trainer: Verified, outer_batch: Batch, inner_batches: InnerBatches, *, mark: int
     ) -> bool:
         """Verify the networks, which have a fingerprint, where that is due.
 

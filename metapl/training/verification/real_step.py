@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.execution.batch import Batch
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
@@ -72,7 +73,7 @@ class RealStep:
     student: nn.Module
     problem: BilevelProblem
     update: Update
-    outer_batch: Any
+    outer_batch: Batch
     inner_batches: list[Any]
     clip_norm: float | None
     generator: torch.Generator | None
@@ -292,7 +293,7 @@ class Evaluation:
             for name, t in self.move.direction.items():
                 weights[name].add_(t, alpha=self.move.length)
 
-    def _take_a_step(self, inner_batch: Any, takes_steps: bool) -> RandomState:
+    def _take_a_step(self, inner_batch: Batch, takes_steps: bool) -> RandomState:
         """Take one step of the student, and return the state of the generators after its pass."""
         copies = self.copies
         problem = copies.problem
@@ -352,7 +353,7 @@ class Evaluation:
             self.gradients["outer"] = gradient
         self.loss = loss.detach()
 
-    def _ask_teacher(self, inner_batch: Any, student_outputs: Tensor | None) -> Signal:
+    def _ask_teacher(self, inner_batch: Batch, student_outputs: Tensor | None) -> Signal:
         """Return the signal that the student learns from, and note the teacher's.
 
         The first has no graph.

@@ -1,0 +1,265 @@
+"""The recipe that a run left, as the settings of a new run: ``metapl train --config FILE``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from metapl.apps.images import Pictures
+from metapl.apps.machine import environment, json_sha256, read_json
+from metapl.apps.noisy_student import NoisyStudent
+from metapl.apps.run_folder import FORMAT
+from metapl.apps.settings import with_flags
+from metapl.errors import MetaplError, few
+from metapl.runs.fields import unmet
+from metapl.words import did_you_mean, shown
+
+# What recipe.json holds, and what its recipe does.
+CONTENT = ("format", "recipe", "made_with", "command", "sha256")
+NEEDED_CONTENT = ("format", "recipe", "made_with")
+RECIPE = ("name", "method", "fields")
+
+# Settings without a flag that are chosen by looking at the pictures, and again at other pictures.
+SEEN = ("mean", "std", "uda_prior")
+
+# What the rounding of a run depends on beside its threads, by the names of made_with.
+ROUNDING = ("metapl", "torch", "torchvision", "processor", "gpu")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredRecipe:
+    """The recipe in a file that a run wrote, perhaps edited since.
+
+    Args:
+        path: the file, in the layout of recipe.json.
+        name: what was trained on, such as "digits".
+        method: the name of the method.
+        fields: the settings of both by the names of their flags.
+        made_with: versions and hardware of the run.
+        is_edited: whether the file is another one than the run wrote.
+    """
+
+    path: Path
+    name: str
+    method: str
+    fields: Mapping[str, Any]
+    made_with: Mapping[str, Any]
+    is_edited: bool
+
+    @classmethod
+    def read(cls, path: Path) -> StoredRecipe:
+        """Read a file; refuse one that is no recipe of a run, or of another version.
+
+        Its SHA-256 is compared and not insisted on, for a copy may be edited.
+        """
+        content = read_json(path, mend="Expected the recipe.json of a run")
+        refuse_other_keys(path, content, needed=NEEDED_CONTENT, known=CONTENT, kind="entry")
+        made_with = mapping_in(path, content, "made_with")
+        if content["format"] != FORMAT:
+            raise MetaplError(
+                f"{path} was written in run format {content['format']!r} by metapl "
+                f"{made_with.get('metapl', '?')}; this metapl {version('metapl')} reads format "
+                f"{FORMAT}. Expected a recipe of this version: train again by flags."
+            )
+        recipe = mapping_in(path, content, "recipe")
+        if "compare" in recipe:
+            example = f"{path.parent}/{recipe.get('method')}/seed-0/{path.name}"
+            raise MetaplError(
+                f"{path} is the recipe of a comparison; expected that of one of its runs, such as "
+                f"{example}, with --compare to compare again."
+            )
+        refuse_other_keys(path, recipe, needed=RECIPE, known=RECIPE, kind="entry of its recipe")
+        unsealed = {name: value for name, value in content.items() if name != "sha256"}
+        sealed = content.get("sha256")
+        noted = sealed.get("recipe.json") if isinstance(sealed, dict) else None
+        return cls(
+            path=path,
+            name=str(recipe["name"]),
+            method=str(recipe["method"]),
+            fields=mapping_in(path, recipe, "fields"),
+            made_with=made_with,
+            is_edited=noted != json_sha256({**unsealed, "sha256": {}}),
+        )
+
+    @property
+    def command(self) -> str:
+        """Return the name of the command that trains so, such as "train digits"."""
+        group = "noisy-student" if self.method == NoisyStudent.name else "train"
+        return f"{group} {self.name}"
+
+    @property
+    def threads(self) -> int | None:
+        """Return the threads of the run's linear algebra, on whose number rounding depends."""
+        threads = self.made_with.get("threads")
+        return threads if isinstance(threads, int) and threads >= 1 else None
+
+    def settings(self, config_kind: type[T], methods: Mapping[str, Any] | None) -> tuple[T, Any]:
+        """Return what is trained on, and the method, with the settings of the file.
+
+        Args:
+            config_kind: what is trained on, such as :class:`metapl.apps.digits.Digits`.
+            methods: the methods that it can be trained by, by their names; None: Noisy Student.
+
+        Raises: MetaplError for a setting that is missing, unknown, or not as its flag expects.
+        """
+        if methods is None:
+            methods = {NoisyStudent.name: NoisyStudent()}
+        if self.method not in methods:
+            meant = did_you_mean(self.method, [*methods]) or "."
+            raise MetaplError(
+                f"{self.path}: there is no method {shown(self.method)!r} of {self.name}{meant} "
+                f"Expected one of {', '.join(methods)}."
+            )
+        method_kind = type(methods[self.method])
+        known = (*setting_names(config_kind), *setting_names(method_kind))
+        refuse_other_keys(self.path, self.fields, needed=known, known=known, kind="setting")
+        try:
+            config = self._built(config_kind)
+            method = self._built(method_kind)
+        except MetaplError as error:
+            raise MetaplError(f"{self.path}: {error}") from error
+        if method.name != self.method:
+            raise MetaplError(
+                f"{self.path}: its method is {self.method!r}, and its settings are those of "
+                f"{method.name!r}; expected both of one method."
+            )
+        return self._without_backbone_weights(config), method
+
+    def _built(self, kind: type[T]) -> T:
+        """Return a dataclass of settings, and those in it, with the values of the file."""
+        classes = get_type_hints(kind)
+        hints = get_type_hints(kind, include_extras=True)
+        values: dict[str, Any] = {}
+        untyped: Any = kind
+        for field in dataclasses.fields(untyped):
+            if dataclasses.is_dataclass(classes[field.name]):
+                values[field.name] = self._built(classes[field.name])
+                continue
+            value = self.fields[field.name]
+            if isinstance(value, list):
+                # JSON has no tuples.
+                value = tuple(value)
+            expected = unmet(value, hints[field.name])
+            if expected:
+                raise MetaplError(f"{field.name} {value!r}: expected {expected}.")
+            values[field.name] = value
+        return kind(**values)
+
+    def _without_backbone_weights(self, config: T) -> T:
+        """Return settings in which the weights of a backbone are open, for it brings its own."""
+        pictures = getattr(config, "pictures", None)
+        if pictures is None or pictures.backbone == "none":
+            return config
+        return with_flags(config, weights=None, weights_sha256=None)
+
+    def with_seen_again(self, config: Any, method: Any) -> tuple[Any, Any]:
+        """Return settings that are chosen by looking at pictures as open ones, of other folders."""
+        if all(getattr(config, place) == self.fields[place] for place in config.places):
+            return config, method
+        reopened = dict.fromkeys(SEEN)
+        return with_flags(config, **reopened), with_flags(method, **reopened)
+
+    def check_weights(self, pictures: Pictures) -> None:
+        """Refuse other pretrained weights than those of the run, under the same name."""
+        is_same_backbone = pictures.backbone == self.fields["backbone"]
+        is_named_alike = pictures.backbone != "none" or pictures.weights == self.fields["weights"]
+        sha256 = self.fields["weights_sha256"]
+        if is_same_backbone and is_named_alike and pictures.weights_sha256 != sha256:
+            raise MetaplError(
+                f"{self.path}: the weights that the run began with, {self.fields['weights']}, are "
+                "another file now; put them back, or name others by --weights or --backbone."
+            )
+
+    def notes(self) -> list[str]:
+        """Return in sentences why a run by this recipe may end with other bits."""
+        notes = []
+        if self.is_edited:
+            notes.append(f"{self.path} was edited since a run wrote it")
+        here = environment()
+        differences = []
+        for name in ROUNDING:
+            if name in self.made_with and self.made_with[name] != here[name]:
+                differences.append(f"{name} {self.made_with[name]}, here {here[name]}")
+        if differences:
+            notes.append(
+                f"{self.path} was made with {'; '.join(differences)}: the weights may be rounded "
+                "otherwise"
+            )
+        return notes
+
+
+def setting_names(kind: Any) -> tuple[str, ...]:
+    """Return the names of all settings of a dataclass and of those in it."""
+    classes = get_type_hints(kind)
+    names: list[str] = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(classes[field.name]):
+            names += setting_names(classes[field.name])
+        else:
+            names.append(field.name)
+    return tuple(names)
+
+
+def mapping_in(path: Path, content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an object in a file's object; refuse another value."""
+    value = content[name]
+    if not isinstance(value, dict):
+        raise MetaplError(f"{path}: {name!r} is {value!r:.60}; expected an object.")
+    return value
+
+
+def refuse_other_keys(
+    path: Path,
+    content: Mapping[str, Any],
+    *,
+    needed: Sequence[str],
+    known: Sequence[str],
+    kind: str,
+) -> None:
+    """Refuse an object that has other keys than the known ones, or lacks a needed one.
+
+    Args:
+        path: the file that it is of.
+        content: the object.
+        needed: keys that it has to have.
+        known: keys that it may have.
+        kind: what a key is called in the message.
+    """
+    missing = [name for name in needed if name not in content]
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        meant = did_you_mean(unknown[0], missing or known)
+        expected = meant or f"; expected {few(known, 100)}."
+        raise MetaplError(f"{path}: there is no {kind} {shown(unknown[0])!r}{expected}")
+    if missing:
+        raise MetaplError(
+            f"{path} has no {kind} {few(missing)}; expected all of them, as a run writes them."
+        )
+
+
+def flag_value(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """Return the value of a flag among the words of a command, the last one, and the other words.
+
+    Raises: MetaplError where the flag stands without a value.
+
+    >>> flag_value(["train", "--config", "recipe.json", "--seed=3"], "--config")
+    ('recipe.json', ['train', '--seed=3'])
+    """
+    value = None
+    others = []
+    remaining = iter(words)
+    for word in remaining:
+        name, _, joined = word.partition("=")
+        if name != flag:
+            others.append(word)
+            continue
+        value = joined or next(remaining, "")
+        if not value or value.startswith("--"):
+            raise MetaplError(f"{flag} was given without a value; expected {flag} FILE.")
+    return value, others
