@@ -50,6 +50,10 @@ _PART_NAMES = (
 # Attributes that may be a list or tuple of parts; each entry is then a part.
 _LIST_NAMES = ("datasets", "transforms")
 
+# What the draws of the sources of a fit depend on, in the place of their names. The sources were
+# called so when the committed rows of benchmarks were measured.
+_STREAMS = {"outer": "labeled", "inner": "unlabeled"}
+
 # The kinds of generators that a part may hold; read_state and write_state know each of them.
 _GENERATOR_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
@@ -158,7 +162,7 @@ def feed(
               that have it.
             - :func:`~metapl.data.without_labels` of one of these: its batches without their labels.
             - an iterator or generator: served once, and it cannot be restored.
-        name: what messages call the source, such as "labeled"; feeds of different names draw
+        name: what messages call the source, such as "outer"; feeds of different names draw
             differently.
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
         num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has
@@ -180,9 +184,9 @@ def feed(
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
-    >>> first = feed(digits, name="labeled", stop=100)
+    >>> first = feed(digits, name="outer", stop=100)
     >>> _ = [first.next() for _ in range(5)]  # the second epoch has begun
-    >>> second = feed(digits, name="labeled", stop=100)
+    >>> second = feed(digits, name="outer", stop=100)
     >>> second.restore(first.state())
     >>> torch.equal(first.next(), second.next())
     True
@@ -227,7 +231,7 @@ class WithoutLabels:
 
 
 def without_labels(source: Source) -> WithoutLabels:
-    """Leave out the labels of a source of batches, so that ``fit`` can take it as ``unlabeled``.
+    """Leave out the labels of a source of batches, so that ``fit`` can take it as ``inner``.
 
     Args:
         source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple
@@ -429,7 +433,7 @@ class Generators:
                 if isinstance(value, _GENERATOR_KINDS) and value is not torch.default_generator:
                     held_by_parts[id(value)] = value
         self._generators = [torch.default_generator, random, np.random, *held_by_parts.values()]
-        name_digest = hashlib.sha256(name.encode()).digest()
+        name_digest = hashlib.sha256(_STREAMS.get(name, name).encode()).digest()
         key = draws.fold_in(seed, int.from_bytes(name_digest[:8], "big"))
         # Generators that serve here alone, for the states that the seed gives. They stand in the
         # order of the three default generators in self._generators, since a state is written to the

@@ -239,8 +239,8 @@ class StepCall:
         return sum_of_terms(
             network,
             losses,
-            labeled=self.outer_batch,
-            unlabeled=self.batches[number],
+            outer=self.outer_batch,
+            inner=self.batches[number],
             signal=signal,
             step=self.state.step,
         )

@@ -83,7 +83,6 @@ def weighted(
     if reason := unsupported(trainer):
         raise MetaplError(f"weighted: the Trainer has {reason}.")
     problem = problem or DataRater()
-    rater.to(trainer.args.device)
     if rater_optimizer is None:
         rater_optimizer = problem.default_outer_optimizer(rater)
     rated = RatedLoss(
@@ -97,6 +96,8 @@ def weighted(
     )
     with needed_for("metapl.integrations.transformers"):
         from transformers import TrainerCallback
+    # Nothing is refused from here on. A parameter stays the same object where it is moved.
+    rater.to(trainer.args.device)
     # The methods of Checkpoints, and of TrainerCallback for all other events.
     callback_kind = type("RaterCheckpoints", (Checkpoints, TrainerCallback), {})
     trainer.add_callback(callback_kind(rated))

@@ -233,9 +233,12 @@ def metric_of(definition: Any, metric_mode: Better | None = None) -> Metric | No
             better = metric_mode
         metric = Metric(_name_of(definition), better, definition=definition)
     else:
+        metric_text = f"metric is {described(definition)}"
+        if isinstance(definition, str):
+            metric_text = f"metric={definition!r}"
         raise MetaplError(
-            f"metric is {described(definition)}; expected 'accuracy', 'loss', a function (outputs, "
-            "batch) -> number, or one of torchmetrics."
+            f"{metric_text}; expected 'accuracy', 'loss', a function (outputs, batch) -> number, "
+            "or one of torchmetrics."
         )
     if metric_mode not in (None, metric.better):
         raise MetaplError(

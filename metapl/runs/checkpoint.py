@@ -123,6 +123,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 return state
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise DamagedError(
+            f"{path} is not there; expected the path of a file that save wrote"
+        ) from error
+    except IsADirectoryError as error:
+        raise DamagedError(f"{path} is a folder; expected a file that save wrote") from error
     except (
         OSError,
         ValueError,

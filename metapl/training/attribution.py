@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, labeled_pair, map_tensors
-from metapl.execution.checks import generator_of
+from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import deterministic, wide
 from metapl.execution.ranks import Ranks
@@ -127,7 +127,7 @@ class Attribution:
         from scipy import stats
 
         sets = [self._removed(removed) for removed in removals]
-        if len(sets) < 2:
+        if len(sets) < 3:
             raise MetaplError(
                 f"validate was given {len(sets)} sets of examples; expected three or more, "
                 "for a correlation."
@@ -184,7 +184,13 @@ class Attribution:
         """Return which scores of one outer loss are removed, as booleans of their shape."""
         shape = self.scores.shape[self.outer_loss.ndim :]
         is_removed = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
-        is_removed[torch.as_tensor(removed, device=is_removed.device)] = True
+        try:
+            is_removed[torch.as_tensor(removed, device=is_removed.device)] = True
+        except (TypeError, ValueError, IndexError) as error:
+            raise MetaplError(
+                f"the examples to remove are {described(removed)} ({error}); expected numbers from "
+                f"0 to {len(is_removed) - 1}, or booleans of shape {tuple(shape)}."
+            ) from error
         return is_removed
 
 

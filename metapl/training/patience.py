@@ -49,10 +49,10 @@ class Patience:
     def reason(self) -> str:
         """Return why the fit ends."""
         assert self.metric is not None, "a value is one of a metric"
-        return (
-            f"the last {self.validations_since_best} validations have no better "
-            f"{self.metric.name} than {self.best:.4g}"
-        )
+        validations = f"{self.validations_since_best} validations have"
+        if self.validations_since_best == 1:
+            validations = "validation has"
+        return f"the last {validations} no better {self.metric.name} than {self.best:.4g}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "validations_since_best": self.validations_since_best}

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
 from metapl.updates.optimizers import entry_shape, options_of
+from metapl.words import did_you_mean
 
 Settings = Mapping[str, Tensor | Sequence[Tensor]]
 """Settings of an optimizer in each of K steps and each of its param groups, by name.
@@ -51,12 +52,15 @@ def scheduled_settings(
     >>> scheduled_settings(falling, steps=4)["lr"].flatten().tolist()
     [0.1, 0.07500000000000001, 0.05, 0.025]
     """
+    if type(steps) is not int or steps < 1:
+        raise MetaplError(f"steps={steps!r}: expected a whole number >= 1.")
     schedulers = scheduler if isinstance(scheduler, tuple | list) else [scheduler]
     groups_by_step: list[StepOptions] = [[] for _ in range(steps)]
     for part in schedulers:
         if not isinstance(part, LRScheduler) or isinstance(part, ReduceLROnPlateau):
             raise MetaplError(
-                f"scheduler is {part!r:.80}; expected a torch.optim.lr_scheduler of the step alone."
+                f"scheduler is {described(part)}; expected a torch.optim.lr_scheduler of the step "
+                "alone."
             )
         for groups, groups_of_part in zip(
             groups_by_step, _options_by_scheduler(part, steps=steps), strict=True
@@ -129,8 +133,8 @@ def options_by_step(
     """
     if not isinstance(settings, Mapping):
         raise MetaplError(
-            f"settings is {settings!r:.80}; expected a dict of tensors by the settings' names, "
-            "(K, param groups), such as metapl.scheduled_settings(scheduler, steps=K)."
+            f"settings is {described(settings)}; expected a dict of tensors by the settings' "
+            "names, (K, param groups), such as metapl.scheduled_settings(scheduler, steps=K)."
         )
     for name, values in settings.items():
         parts = [values] if isinstance(values, Tensor) else values
@@ -139,6 +143,8 @@ def options_by_step(
                 f"settings has {name!r} that is {described(values)}; expected a tensor (K, param "
                 "groups), or a list of one for each group."
             )
+        if not all(bool(t.isfinite().all()) for t in parts):
+            raise MetaplError(f"settings has {name!r} with NaN or infinity; expected numbers.")
     return options_by_settings(options_of(optimizer), settings, steps=steps)
 
 
@@ -147,6 +153,7 @@ def options_by_settings(
 ) -> list[StepOptions]:
     """Return the options of the param groups in each step, with settings in place of their own."""
     by_step = [[dict(group) for group in groups] for _ in range(steps)]
+    _check_names(groups, settings)
     for name, values in settings.items():
         if isinstance(values, Tensor):
             rows = _rows_of_tensor(name, values, groups=groups, steps=steps)
@@ -159,6 +166,21 @@ def options_by_settings(
     return by_step
 
 
+def _check_names(groups: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+    """Refuse a name that no param group has as a setting."""
+    names: list[str] = []
+    for group in groups:
+        for name in group:
+            if name != "params" and name not in names:
+                names.append(name)
+    for name in settings:
+        if name not in names:
+            raise MetaplError(
+                f"settings has {name!r}, which is no setting of inner_optimizer; expected some of "
+                f"{', '.join(names)}{did_you_mean(str(name), names)}"
+            )
+
+
 def _rows_of_tensor(
     name: str, values: Tensor, groups: Sequence[Mapping[str, Any]], steps: int
 ) -> list[list[Any]]:
@@ -166,8 +188,7 @@ def _rows_of_tensor(
     shape: tuple[int, ...] = (steps, len(groups))
     if name == "betas":
         shape = (steps, len(groups), 2)
-    is_known = any(name in group for group in groups)
-    if values.shape[1:] != shape[1:] or len(values) < steps or not is_known:
+    if values.shape[1:] != shape[1:] or len(values) < steps:
         raise MetaplError(
             f"settings has {name!r} of shape {tuple(values.shape)}; expected settings of "
             f"inner_optimizer, {shape}."
@@ -185,8 +206,7 @@ def _rows_of_groups(
     """
     expected_shapes = [(steps, *entry_shape(group.get(name))) for group in groups]
     shapes = [(steps, *t.shape[1:]) for t in values]
-    is_known = any(name in group for group in groups)
-    if shapes != expected_shapes or min(map(len, values)) < steps or not is_known:
+    if shapes != expected_shapes or min(map(len, values)) < steps:
         given_shapes = few([str(tuple(t.shape)) for t in values], 3)
         raise MetaplError(
             f"settings has {name!r} of shapes {given_shapes}; expected settings of "

@@ -119,8 +119,8 @@ def hypergradient(
     return metapl.hypergradient(
         teacher,
         student,
-        labeled=(x, torch.arange(5, device=device) % 3),
-        unlabeled=torch.randn(rows, length, 4).double().to(device),
+        outer=(x, torch.arange(5, device=device) % 3),
+        inner=torch.randn(rows, length, 4).double().to(device),
         mode=mode,
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
     )

@@ -6,6 +6,7 @@ Refused by its own name before anything moves; proposals run.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify:
     weights_before = weights(trainer.teacher, trainer.student)
     with pytest.raises(
         MetaplError,
-        match=r"the outer loss is NaN or infinite: the outer batch \(labeled\) has no rows",
+        match=r"the outer loss is NaN or infinite: the outer batch has no rows",
     ):
         trainer.step(OUTER[outer](*pair()), pair()[0])
     assert same(weights(trainer.teacher, trainer.student), weights_before)
@@ -134,18 +135,18 @@ class OfTokens:
     name = "tokens"
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
     ) -> Tensor:
-        return F.cross_entropy(teacher(labeled[0]), labeled[1], ignore_index=-100)
+        return F.cross_entropy(teacher(outer[0]), outer[1], ignore_index=-100)
 
 
 class OfRows(OfTokens):
     """A mean over rows of the means over their labels, of which each row has one at least."""
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
     ) -> Tensor:
-        x, labels = labeled
+        x, labels = outer
         losses = F.cross_entropy(teacher(x), labels, ignore_index=-100, reduction="none")
         return (losses.sum(1) / (labels != -100).sum(1)).mean()
 
@@ -154,13 +155,11 @@ class OfFactors(OfRows):
     """The same, of a network whose weights have to be small."""
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
     ) -> Tensor:
         if max(p.abs().max() for p in teacher.parameters()) > 1:
             raise ArithmeticError("the weights are too large")
-        return super().__call__(
-            teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step
-        )
+        return super().__call__(teacher, outer=outer, inner=inner, signal=signal, step=step)
 
 
 class Tagger(nn.Module):
@@ -428,17 +427,33 @@ def fit(**options: Any) -> Any:
     )
 
 
-def validated_by_nothing() -> Any:
+def attribution(**options: Any) -> metapl.Attribution:
     student = network()
-    attribution = metapl.attribute(
-        student, pair(), pair(), optimizer=sgd(student), steps=2, batch_size=4, progress=False
+    return metapl.attribute(
+        student,
+        pair(),
+        pair(),
+        optimizer=sgd(student),
+        steps=2,
+        batch_size=4,
+        progress=False,
+        **options,
     )
-    return attribution.validate([])
+
+
+def scheduled(steps: Any) -> Any:
+    scheduler = torch.optim.lr_scheduler.StepLR(sgd(network()), 1)
+    return metapl.scheduled_settings(scheduler, steps=steps)
 
 
 def with_rates_of_the_teacher() -> Any:
     teacher = network()
     return metapl.BilevelTrainer(teacher, network(), outer_optimizer=rates_by_entry(teacher))
+
+
+def state_of_a_wider_network() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, CLASSES))
+    return metapl.LossTrainer(model, optimizer=sgd(model)).state_dict()
 
 
 def with_rates_of_losses() -> Any:
@@ -455,7 +470,61 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: metapl.Lookahead([pair()] * 3, weights="all"),  # type: ignore[arg-type]
         "weights that are of type str; expected 3 numbers",
     ),
-    "no removals": (validated_by_nothing, "0 sets of examples; expected three or more"),
+    "no removals": (
+        lambda: attribution().validate([]),
+        "0 sets of examples; expected three or more",
+    ),
+    "two removals": (
+        lambda: attribution().validate([[0], [1]]),
+        "2 sets of examples; expected three or more",
+    ),
+    "several removals for one": (
+        lambda: attribution().predict([torch.tensor([0, 1]), torch.tensor([2, 3])]),
+        "the examples to remove are a list of 2 .*; expected numbers from 0 to",
+    ),
+    "an example that is not there": (
+        lambda: attribution().predict([ROWS]),
+        f"index {ROWS} is out of bounds .*; expected numbers from 0 to {ROWS - 1}, or booleans",
+    ),
+    "a setting of no optimizer": (
+        lambda: attribution(settings={"learning_rate": torch.ones(2, 1)}),
+        "'learning_rate', which is no setting of inner_optimizer; expected some of lr, momentum",
+    ),
+    "a setting of another optimizer": (
+        lambda: attribution(settings={"betas": torch.ones(2, 1, 2)}),
+        "'betas', which is no setting of inner_optimizer; expected some of lr, momentum",
+    ),
+    "a setting that is NaN": (
+        lambda: attribution(settings={"lr": torch.full((2, 1), math.nan)}),
+        "'lr' with NaN or infinity; expected numbers",
+    ),
+    "settings in a tuple": (
+        lambda: attribution(settings=({"lr": torch.ones(2, 1)},)),
+        "settings is a tuple of 1; expected a dict of tensors",
+    ),
+    "settings of no steps": (lambda: scheduled(0), "steps=0: expected a whole number >= 1"),
+    "an optimizer for a scheduler": (
+        lambda: metapl.scheduled_settings(sgd(network()), steps=2),  # type: ignore[arg-type]
+        "scheduler is of type SGD; expected a torch.optim.lr_scheduler",
+    ),
+    "a metric that is misspelled": (
+        lambda: fit(validation=pair(), metric="acuracy"),
+        "metric='acuracy'; expected 'accuracy', 'loss'",
+    ),
+    "a state that is not there": (
+        lambda: metapl.LossTrainer(model := network(), optimizer=sgd(model)).load("no.safetensors"),
+        "no.safetensors is not there; expected the path of a file",
+    ),
+    "a folder for a state": (
+        lambda: metapl.LossTrainer(model := network(), optimizer=sgd(model)).load("/"),
+        "/ is a folder; expected a file that save wrote",
+    ),
+    "a state of another network": (
+        lambda: metapl.LossTrainer(model := network(), optimizer=sgd(model)).load_state_dict(
+            state_of_a_wider_network()
+        ),
+        r"size mismatch for 0.weight: .* more\); expected that of a LossTrainer",
+    ),
     "a callback that is a number": (
         lambda: fit(callbacks=[3]),
         "callbacks is a list of 1; expected a list of functions",
@@ -482,8 +551,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_call_is_refused_in_a_line(case: str) -> None:
     call, words = REFUSED[case]
-    with pytest.raises(MetaplError, match=words):
+    with pytest.raises(MetaplError, match=words) as refusal:
         call()
+    assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_a_penalty_in_micro_batches_warns_of_nothing() -> None:

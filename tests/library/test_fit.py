@@ -327,8 +327,8 @@ def digits_trainer() -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
     torch.manual_seed(0)
     teacher, student = metapl.models.mlp([64, 32, 10]), metapl.models.mlp([64, 32, 10])
     options: dict[str, Any] = {
-        "labeled": (x[:100], y[:100]),
-        "unlabeled": x[100:1200],
+        "outer": (x[:100], y[:100]),
+        "inner": x[100:1200],
         "batch_size": 50,
         "validation": (x[1200:], y[1200:]),
         "steps": 1000,
@@ -510,7 +510,7 @@ def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
     assert keywords == options
     parameters = inspect.signature(Trainer.fit).parameters
     assert parameters["steps"].default is inspect.Parameter.empty
-    sources = {"self", "labeled", "unlabeled", "inner", "outer", "steps", "options"}
+    sources = {"self", "outer", "inner", "steps", "options"}
     of_fit = {
         name: hint
         for name, hint in get_type_hints(Trainer.fit).items()

@@ -321,8 +321,8 @@ def test_scores_of_a_training_with_a_penalty() -> None:
 
     slopes = [(trained(i, 1 + 1e-5) - trained(i, 1 - 1e-5)) / 2e-5 for i in range(ROWS)]
     assert error({"": -attribution.scores}, {"": torch.tensor(slopes, dtype=torch.float64)}) < 1e-6
-    validated = attribution.validate([[2], [5]], progress=False)
-    changes = [trained(row, 0.0) - trained(row, 1.0) for row in (2, 5)]
+    validated = attribution.validate([[2], [5], [1]], progress=False)
+    changes = [trained(row, 0.0) - trained(row, 1.0) for row in (2, 5, 1)]
     assert validated.retrained.tolist() == pytest.approx(changes, abs=1e-12)
     assert all(p.grad is None for p in net.parameters())
 

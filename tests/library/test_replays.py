@@ -580,8 +580,8 @@ def test_a_rule_of_forward_mode_that_refuses_a_layout_gives_way_to_another_order
         return metapl.hypergradient(
             teacher,
             student,
-            labeled=(x_l, torch.arange(5) % 3),
-            unlabeled=x_u,
+            outer=(x_l, torch.arange(5) % 3),
+            inner=x_u,
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
             mode=mode,
         )
