@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import HERE, RESULTS, Row, environment, loaded
+from harness import HERE, NONE, RESULTS, Row, environment, grid, loaded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -41,6 +41,10 @@ from metapl.problems import DataRater
 
 PLAN = RESULTS / "large_plan.json"
 """What was planned, by setting and mode."""
+TABLE_OF_PLAN = RESULTS / "gpu_large.md"
+"""The same as a table, beside what was measured."""
+MEASURED = RESULTS / "gpu"
+"""The folders of what was measured, each with a file for a part."""
 EXAMPLES = 4_096
 """Rows of the table of example weights."""
 REPEATS = 5
@@ -157,24 +161,13 @@ class TableOfScores(nn.Module):
         return scores
 
 
-def efficientnet_l2() -> Pair:
-    """Build two EfficientNet-L2 of timm, with fresh weights, 480 million each."""
+def efficientnets(name: str) -> Pair:
+    """Build two networks of timm by their name, with fresh weights and blocks that run again."""
     import timm
 
-    pair = timm.create_model("tf_efficientnet_l2"), timm.create_model("tf_efficientnet_l2")
+    pair = timm.create_model(name), timm.create_model(name)
     for network in pair:
         # timm's checkpoints are those without reentrance, which have derivatives forward.
-        network.set_grad_checkpointing()
-        network.to(memory_format=torch.channels_last)
-    return pair
-
-
-def small_efficientnets() -> Pair:
-    """Build what a miniature takes in the place of EfficientNet-L2: timm's smallest of the kind."""
-    import timm
-
-    pair = timm.create_model("test_efficientnet"), timm.create_model("test_efficientnet")
-    for network in pair:
         network.set_grad_checkpointing()
         network.to(memory_format=torch.channels_last)
     return pair
@@ -267,7 +260,8 @@ ATTENTION: dict[str, Attend] = {
 LONG_GPT: Row = {"words": 8_192, "width": 1_024, "depth": 4, "length": 2_048, "head": 64}
 SETTINGS: dict[str, Setting] = {
     L2: Setting(
-        build=efficientnet_l2,
+        # 480 million weights each.
+        build=partial(efficientnets, "tf_efficientnet_l2"),
         draw=partial(pictures, 4, 16, 475, 1_000),
         examples=20,
         accumulate=2,
@@ -285,7 +279,8 @@ SMALL_LANGUAGE = Setting(
 )
 MINIATURES: dict[str, Setting] = {
     L2: Setting(
-        build=small_efficientnets,
+        # The smallest of the kind.
+        build=partial(efficientnets, "test_efficientnet"),
         draw=partial(pictures, 4, 8, 48, 1_000),
         examples=12,
         accumulate=2,
@@ -362,6 +357,42 @@ def plan_all(plans: Row) -> Iterator[Row]:
             took = time.perf_counter() - start
             print(f"{name}, {mode}: {plans[f'{name}, {mode}']}, {took:.0f} s", flush=True)
             yield plans
+
+
+def committed_rows() -> list[Row]:
+    """Return the rows of these settings that were measured on a GPU, the newest folder last."""
+    found: list[Row] = []
+    for file in sorted(MEASURED.glob("*/*.json")):
+        rows_of_file = loaded(file)
+        if isinstance(rows_of_file, list):
+            found += [row for row in rows_of_file if row.get("setting") in SETTINGS]
+    return found
+
+
+def table(plans: Row, measured_rows: Sequence[Row]) -> str:
+    """Return a row for each setting and mode that was planned, with its last measurement."""
+    last = {(row["setting"], row["mode"]): row for row in measured_rows if "seconds" in row}
+    lines = []
+    for name in SETTINGS:
+        for mode in MODES[name]:
+            plan = plans.get(f"{name}, {mode}")
+            if plan is None:
+                continue
+            cells = [
+                name,
+                f"`{mode}`",
+                f"{plan['tflop']:.3g}",
+                f"{plan['planned_bytes'] / 1e9:.1f}",
+            ]
+            row = last.get((name, mode))
+            if row is None:
+                cells += 4 * [NONE]
+            else:
+                cells += [f"{row['bytes'] / 1e9:.1f}", f"{row['seconds']:.3g}"]
+                cells += [f"{row['first_seconds']:.3g}", row["order"] or NONE]
+            lines.append(cells)
+    head = ["networks", "mode", "TFLOP", "planned, GB", "measured, GB", "a step, s", "the first, s"]
+    return grid([*head, "order"], lines, "llrrrrrl") + "\n"
 
 
 # ------------------------------------------------------------------------------------ measurements

@@ -249,8 +249,8 @@ class Subject:
             result = metapl.hypergradient(
                 teacher,
                 student,
-                labeled=(x_l, self.labeled[1]),
-                unlabeled=x_u,
+                outer=(x_l, self.labeled[1]),
+                inner=x_u,
                 mode=mode.mode,
                 problem=metapl.PseudoLabels(mode.kind),
                 inner_optimizer=torch.optim.SGD(student.parameters(), lr=LEARNING_RATE),

@@ -457,8 +457,8 @@ def digest(name: str) -> str:
 def fit(
     network: nn.Module,
     losses: tuple,
-    labeled: object,
-    unlabeled: object,
+    outer: object,
+    inner: object,
     arm: Arm,
     setting: Setting,
 ) -> None:
@@ -477,8 +477,8 @@ def fit(
     )
     trainer = LossTrainer(network, losses, optimizer=optimizer)
     trainer.fit(
-        labeled,
-        unlabeled,
+        outer,
+        inner,
         steps=steps,
         schedule="exponential",
         decay_every=decay_interval(usual),

@@ -204,8 +204,8 @@ def by_metapl(mode: Any, **options: Any) -> Any:
         if student not in optimizers:
             optimizers[student] = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
         inputs = {
-            "labeled": labeled,
-            "unlabeled": unlabeled,
+            "outer": labeled,
+            "inner": unlabeled,
             "inner_optimizer": optimizers[student],
         }
         result = metapl.hypergradient(teacher, student, mode=mode, **inputs, **options)

@@ -423,7 +423,7 @@ def by_metapl(mode: Any, **options: Any) -> Any:
         inner = torch.optim.SGD(student.parameters(), lr=float(rate))
         unlabeled = metapl.Lookahead([u] * STEPS)
         if isinstance(rate, Tensor):
-            batches = {"labeled": labeled, "unlabeled": unlabeled}
+            batches = {"outer": labeled, "inner": unlabeled}
             asked = {
                 "mode": mode,
                 "inner_optimizer": inner,

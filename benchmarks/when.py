@@ -448,6 +448,7 @@ def altered(g: Tensor, q: Tensor, alteration: str, drawn: Any = None) -> Tensor:
     return parts[alteration]
 
 
+@dataclass(frozen=True)
 class Labels(metapl.PseudoLabels):
     """Meta Pseudo Labels with altered feedback.
 
@@ -554,12 +555,12 @@ class Stacked:
     def __init__(
         self, trainers: Sequence[metapl.BilevelTrainer], kind: Any = None, compiled: bool = False
     ) -> None:
-        states = []
-        for trainer_of_seed in trainers:
-            step, state = trainer_of_seed.functional()
-            states.append(state)
         # The steps of all seeds are one function, which differs in its state alone.
-        self.single_step = step
+        self.single_step, first_state = trainers[0].functional()
+        states = [first_state]
+        for trainer_of_seed in trainers[1:]:
+            _, state = trainer_of_seed.functional()
+            states.append(state)
         self.student = trainers[0].student
         self.state = stack(states)
         self.kind = object() if kind is None else kind

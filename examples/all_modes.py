@@ -33,8 +33,8 @@ def gradient(mode: str) -> torch.Tensor:
     result = metapl.hypergradient(
         teacher,
         student,
-        labeled=labeled,
-        unlabeled=unlabeled,
+        outer=labeled,
+        inner=unlabeled,
         mode=mode,
         inner_optimizer=inner_optimizer,
     )

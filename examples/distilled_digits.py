@@ -62,8 +62,8 @@ def distill(x, y, seed, steps):
         gradient = metapl.hypergradient(
             images,
             student,
-            labeled=(x[rows], y[rows]),
-            unlabeled=metapl.Lookahead([classes] * AHEAD),
+            outer=(x[rows], y[rows]),
+            inner=metapl.Lookahead([classes] * AHEAD),
             mode="forward",
             problem=Distilled(),
             inner_optimizer=optimizer,

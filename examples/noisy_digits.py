@@ -72,9 +72,9 @@ def batches(size: int, seed: int, *columns: Tensor) -> Iterator[tuple[Tensor, ..
         yield tuple(column[rows] for column in columns)
 
 
-def fit(trainer: Any, labeled: Any, unlabeled: Any, steps: int, schedule: str = "cosine") -> Any:
+def fit(trainer: Any, outer: Any, inner: Any, steps: int, schedule: str = "cosine") -> Any:
     # All students have had their steps on the given labels: see ``WARM_UP``.
-    trainer.fit(labeled, unlabeled, steps=steps, schedule=schedule, first_steps=0, progress=False)
+    trainer.fit(outer, inner, steps=steps, schedule=schedule, first_steps=0, progress=False)
     return trainer
 
 

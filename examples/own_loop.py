@@ -65,7 +65,7 @@ def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> meta
     while trainer.steps_done < steps:
         x_u = unlabeled.next()
         strong = x_u + 0.2 * torch.randn_like(x_u)
-        report = trainer.step(labeled=labeled.next(), unlabeled=(x_u, strong))
+        report = trainer.step(outer=labeled.next(), inner=(x_u, strong))
         for rate in rates:
             rate.step()
         done = trainer.steps_done

@@ -48,7 +48,7 @@ def student_accuracy(mode: str, seed: int) -> float:
             x_u, seed=seed, step=step, examples=torch.arange(len(x_l), len(x_l) + len(x_u))
         )
         # The teacher labels x_u, the student sees strong.
-        trainer.step(labeled=(labeled, y_l), unlabeled=(x_u, strong))
+        trainer.step(outer=(labeled, y_l), inner=(x_u, strong))
         for rate in rates:
             rate.step()
     return trainer.evaluate(split.test).accuracy

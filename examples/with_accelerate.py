@@ -69,7 +69,7 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
         accelerator.load_state(str(out))
 
     while trainer.steps_done < steps:
-        report = trainer.step(labeled=labeled.next(), unlabeled=unlabeled.next())
+        report = trainer.step(outer=labeled.next(), inner=unlabeled.next())
         for rate in rates:
             rate.step()
         if trainer.steps_done % save_every == 0:

@@ -58,7 +58,7 @@ class MetaPseudoLabels(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         labeled, x_u = batch
         strong = x_u + 0.2 * torch.randn_like(x_u)
-        report = self.bilevel.step(labeled=labeled, unlabeled=(x_u, strong))
+        report = self.bilevel.step(outer=labeled, inner=(x_u, strong))
         # Moves nothing, for the gradients are None by now: Lightning counts it as a step.
         self.optimizers()[0].step()
         for rate in self.lr_schedulers():

@@ -41,7 +41,7 @@ class ModeCost:
             mode that draws nothing; root mean squares over the points. Those of a mode with
             ``reduction="mean"`` are of B times its gradient, the sum.
         passes: floating-point operations over those of a forward pass of the student on the
-            unlabeled batch.
+            inner batch.
         seconds: a call, the least of interleaved rounds; on a CPU the processor's time, where that
             is less.
         peak_bytes: what a call holds at its fullest, beyond what was held before.

@@ -266,8 +266,8 @@ def _least(values: Mapping[str, float]) -> list[str]:
 
 def ablate(
     trainer: BilevelTrainer,
-    labeled: Batch,
-    unlabeled: Batch,
+    outer: Batch,
+    inner: Batch,
     modes: Sequence[Mode] | None = None,
     *,
     steps: AtLeastZero = 0,
@@ -290,7 +290,7 @@ def ablate(
     Args:
         trainer: the networks, the problem and the student's optimizer as they stand. It is left as
             it was. With ``lookahead=K`` the gradients are those through K steps.
-        labeled, unlabeled: a batch each, as for ``trainer.step``, or sources of batches, as for
+        outer, inner: a batch each, as for ``trainer.step``, or sources of batches, as for
             ``trainer.fit``.
         modes: names or estimators; default: all.
         steps: number of training steps; the modes are compared before the first, in the middle and
@@ -337,7 +337,7 @@ def ablate(
     random = RandomState.now(trainer.device)
     try:
         with (
-            closing(_batches(trainer, labeled, unlabeled, stop=steps + 1)) as batches_by_step,
+            closing(_batches(trainer, outer, inner, stop=steps + 1)) as batches_by_step,
             step_bar(progress, steps + 1, name="steps", start=0) as advance,
         ):
             for step, batches in enumerate(batches_by_step):
@@ -541,21 +541,21 @@ class Study:
 
 
 def _batches(
-    trainer: BilevelTrainer, labeled: Batch, unlabeled: Batch, *, stop: int
+    trainer: BilevelTrainer, outer: Batch, inner: Batch, *, stop: int
 ) -> Generator[Batches, None, None]:
     """Yield the outer and the inner batch of each step; several inner ones are a look-ahead."""
-    is_one_outer_batch = is_whole(labeled)
-    is_one_inner_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
-    inner_in_step = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
+    is_one_outer_batch = is_whole(outer)
+    is_one_inner_batch = isinstance(inner, Tensor | dict | tuple | Lookahead)
+    inner_in_step = 1 if isinstance(inner, Lookahead) else trainer.lookahead
     outer_feed = feed(
-        [labeled] if is_one_outer_batch else labeled,
-        name="labeled",
+        [outer] if is_one_outer_batch else outer,
+        name="outer",
         stop=stop,
         device=trainer.device,
     )
     inner_feed = feed(
-        [unlabeled] if is_one_inner_batch else unlabeled,
-        name="unlabeled",
+        [inner] if is_one_inner_batch else inner,
+        name="inner",
         stop=stop * inner_in_step,
         device=trainer.device,
     )

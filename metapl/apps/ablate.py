@@ -204,7 +204,8 @@ class AblateFactory:
 
     def run(self) -> int:
         """Compare the modes on what the function returns."""
-        # Of os.getcwd, say, the function would be called before anything is known of it.
+        # pkgutil.resolve_name also takes a name without a colon, such as os.getcwd, which would be
+        # called below though nobody said that it is a function of networks.
         if ":" not in self.factory:
             raise MetaplError(f"--factory {self.factory} names no function; {EXPECTED_FACTORY}.")
         # The function may import from this folder too.

@@ -344,13 +344,20 @@ def grouped(kind: type, flags: Sequence[Flag]) -> dict[str, list[Flag]]:
         return {title: members for title, members in groups.items() if members}
     # No two flags of a command have the same field.
     ungrouped = {flag.field: flag for flag in flags}
-    of_training = [flag.field for flag in flags if GROUPS_OF_PARTS.get(flag.part) != ABLATION]
-    most_used = [field for field in MOST_USED if field in of_training][:MOST_USED_COUNT]
+    # The flags of an ablation stand together, though some have a name of a flag of a training.
+    of_ablation = {flag.field for flag in flags if GROUPS_OF_PARTS.get(flag.part) == ABLATION}
+    most_used = [field for field in MOST_USED if field in ungrouped and field not in of_ablation][
+        :MOST_USED_COUNT
+    ]
     groups = {"most used": [ungrouped.pop(field) for field in most_used]}
     method = getattr(kind, "method_name", None)
+    # A field that two groups name goes to the first of them.
     for group, fields in GROUPS.items():
         of_part = [flag.field for flag in flags if GROUPS_OF_PARTS.get(flag.part) == group]
-        members = [ungrouped.pop(field) for field in (*fields, *of_part) if field in ungrouped]
+        members: list[Flag] = []
+        for field in (*fields, *of_part):
+            if field in ungrouped:
+                members.append(ungrouped.pop(field))
         title = f"method {method}" if group == METHOD and method is not None else group
         groups[title] = members
     groups["other"] = [*ungrouped.values()]

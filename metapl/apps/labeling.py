@@ -178,7 +178,9 @@ def write_labels(
                     refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
                     new_ids = [ids[number] for number in numbers[is_new].tolist()]
                     probabilities = logits_BC[is_new].softmax(dim=1)
-                    writer.add(new_ids, probabilities, digests[-len(new_ids) :] or None)
+                    # The new ones are the last. There are no digests of pictures in a tensor.
+                    new_digests = digests[-len(new_ids) :] or None
+                    writer.add(new_ids, probabilities, new_digests)
                 bar.update()
                 batches_done += 1
                 lines(batches_done)

@@ -208,6 +208,7 @@ def owned(
         leaves_lock: whether the file of the lock stays; not in a folder that others get, such as
             what is exported.
     """
+    # The folders that are made here, the innermost first.
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,16 +224,17 @@ def owned(
                 new_names = {*os.listdir(folder)} - names_before
                 # Where there are others, they are worth keeping.
                 if new_names <= {*undone, LOCK}:
-                    # The lock is the last.
-                    for name in sorted(new_names, key=LOCK.__eq__):
+                    for name in new_names - {LOCK}:
                         (folder / name).unlink()
+                    # The lock goes last: until then no other process owns the folder.
+                    (folder / LOCK).unlink(missing_ok=True)
                 raise
             finally:
                 if not leaves_lock:
                     (folder / LOCK).unlink(missing_ok=True)
     finally:
         for place in missing:
-            # It stays where there is something in it.
+            # A folder with something in it, as there is after a success, is not removed.
             with suppress(OSError):
                 place.rmdir()
 

@@ -455,9 +455,9 @@ class Entropy:
     detaches_signal: ClassVar[bool] = True
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: int
     ) -> Tensor:
-        log_p = wide(checks.logits(teacher(views(unlabeled)[0]), "network")).log_softmax(-1)
+        log_p = wide(checks.logits(teacher(views(inner)[0]), "network")).log_softmax(-1)
         return -self.weight * (log_p.exp() * log_p).sum(-1).mean()
 
 

@@ -25,9 +25,12 @@ from torch.utils.data import DataLoader, default_convert
 from metapl.data import draws
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError
-from metapl.execution.batch import inputs_of, to_device
+from metapl.execution.batch import Batch, inputs_of, to_device
 from metapl.execution.checks import described
 from metapl.runs.checkpoint import plain_states
+
+Source = Any
+"""Where batches come from: a list, a data set, a loader, or what else :func:`feed` serves."""
 
 # What ``next`` returns of an iterator that has no more batches.
 _END: Any = object()
@@ -46,6 +49,10 @@ _PART_NAMES = (
 
 # Attributes that may be a list or tuple of parts; each entry is then a part.
 _LIST_NAMES = ("datasets", "transforms")
+
+# What the draws of the sources of a fit depend on, in the place of their names. The sources were
+# called so when the committed rows of benchmarks were measured.
+_STREAMS = {"outer": "labeled", "inner": "unlabeled"}
 
 # The kinds of generators that a part may hold; read_state and write_state know each of them.
 _GENERATOR_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
@@ -68,10 +75,16 @@ class Feed(ABC):
     _position = 0
 
     # None: it begins with the next batch that is asked for, at the position.
-    _iterator: Iterator[Any] | None = None
+    _iterator: Iterator[Batch] | None = None
 
     def __init__(
-        self, source: Any, *, name: str, stop: int, device: torch.device | None, keeps_labels: bool
+        self,
+        source: Any,
+        *,
+        name: str,
+        stop: int,
+        device: torch.device | None,
+        keeps_labels: bool,
     ) -> None:
         self._source = source
         self._name = name
@@ -79,7 +92,7 @@ class Feed(ABC):
         self._device = device
         self._keeps_labels = keeps_labels
 
-    def next(self) -> Any:
+    def next(self) -> Batch:
         """Return the next batch; where an epoch is exhausted, the first of the next one."""
         try:
             batch = self._next()
@@ -93,7 +106,7 @@ class Feed(ABC):
         return batch if self._keeps_labels else inputs_of(batch)
 
     @abstractmethod
-    def _next(self) -> Any:
+    def _next(self) -> Batch:
         """Return the batch at the position, as the source has it."""
 
     def state(self) -> dict[str, Any]:
@@ -129,7 +142,7 @@ class Feed(ABC):
 
 
 def feed(
-    source: Any,
+    source: Source,
     *,
     name: str,
     stop: int,
@@ -149,7 +162,7 @@ def feed(
               that have it.
             - :func:`~metapl.data.without_labels` of one of these: its batches without their labels.
             - an iterator or generator: served once, and it cannot be restored.
-        name: what messages call the source, such as "labeled"; feeds of different names draw
+        name: what messages call the source, such as "outer"; feeds of different names draw
             differently.
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
         num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has
@@ -171,9 +184,9 @@ def feed(
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
-    >>> first = feed(digits, name="labeled", stop=100)
+    >>> first = feed(digits, name="outer", stop=100)
     >>> _ = [first.next() for _ in range(5)]  # the second epoch has begun
-    >>> second = feed(digits, name="labeled", stop=100)
+    >>> second = feed(digits, name="outer", stop=100)
     >>> second.restore(first.state())
     >>> torch.equal(first.next(), second.next())
     True
@@ -208,17 +221,17 @@ def feed(
 class WithoutLabels:
     """The batches of another source without their labels; see :func:`without_labels`."""
 
-    source: Any
+    source: Source
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return map(inputs_of, self.source)
 
     def __len__(self) -> int:
         return len(self.source)
 
 
-def without_labels(source: Any) -> WithoutLabels:
-    """Leave out the labels of a source of batches, so that ``fit`` can take it as ``unlabeled``.
+def without_labels(source: Source) -> WithoutLabels:
+    """Leave out the labels of a source of batches, so that ``fit`` can take it as ``inner``.
 
     Args:
         source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple
@@ -246,7 +259,7 @@ class _NumberedFeed(Feed):
 
     def __init__(
         self,
-        source: Any,
+        source: Source,
         *,
         name: str,
         stop: int,
@@ -265,7 +278,7 @@ class _NumberedFeed(Feed):
         on_accelerator = device is not None and device.type != "cpu"
         self._is_made_in_halves = on_accelerator and hasattr(source, "raw")
 
-    def _next(self) -> Any:
+    def _next(self) -> Batch:
         if self.kind == "sequence":
             return self._source[self._position % len(self._source)]
         if self._position >= self._stop:
@@ -282,7 +295,7 @@ class _NumberedFeed(Feed):
         # Converted as loaders do, which turn tuples into lists.
         return default_convert(batch)
 
-    def _begin(self) -> Iterator[Any]:
+    def _begin(self) -> Iterator[Batch]:
         """Return the batches from the position on."""
         # Workers have their batches pinned in the background, for CUDA.
         is_for_cuda = self._device is not None and self._device.type == "cuda"
@@ -328,7 +341,7 @@ class _EpochFeed(Feed):
             # is.
             vars(self._source).update(persistent_workers=False, _iterator=None)
 
-    def _next(self) -> Any:
+    def _next(self) -> Batch:
         with self._generators.in_place():
             if self._iterator is None:
                 batch = next(self._begin(), _END)
@@ -349,7 +362,7 @@ class _EpochFeed(Feed):
                 batch = next(self._begin(), _END)
         return batch
 
-    def _begin(self) -> Iterator[Any]:
+    def _begin(self) -> Iterator[Batch]:
         """Begin the epoch again, and return its iterator at the position.
 
         The generators are put where they were at the start of the epoch, and the batches before the
@@ -420,7 +433,7 @@ class Generators:
                 if isinstance(value, _GENERATOR_KINDS) and value is not torch.default_generator:
                     held_by_parts[id(value)] = value
         self._generators = [torch.default_generator, random, np.random, *held_by_parts.values()]
-        name_digest = hashlib.sha256(name.encode()).digest()
+        name_digest = hashlib.sha256(_STREAMS.get(name, name).encode()).digest()
         key = draws.fold_in(seed, int.from_bytes(name_digest[:8], "big"))
         # Generators that serve here alone, for the states that the seed gives. They stand in the
         # order of the three default generators in self._generators, since a state is written to the
@@ -483,7 +496,7 @@ def write_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-def parts_of(source: Any) -> list[Any]:
+def parts_of(source: Source) -> list[Any]:
     """Return a source and its parts: loaders, samplers, data sets and transforms, each once."""
     parts: dict[int, Any] = {}
     waiting = [source]

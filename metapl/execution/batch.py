@@ -41,32 +41,10 @@ Inputs = Any
 LABEL_KEYS = ("labels", "label")
 
 
-def either(**spellings: object) -> Any:
-    """Return the value of an argument that has two spellings, None where neither was given.
-
-    A spelling that was not given is None.
-    """
-    values = {name: value for name, value in spellings.items() if value is not None}
-    if len(values) > 1:
-        raise MetaplError(
-            f"{'= and '.join(values)}= were both given; they are two names of one argument: "
-            "expected one."
-        )
-    return next(iter(values.values()), None)
-
-
-def both_batches(labeled: Batch, unlabeled: Batch, outer: Batch, inner: Batch) -> tuple[Any, Any]:
-    """Return the outer and the inner batch, each given by either of its names.
-
-    One that is missing is refused.
-    """
-    outer_batch = either(labeled=labeled, outer=outer)
-    inner_batch = either(unlabeled=unlabeled, inner=inner)
-    if outer_batch is None or inner_batch is None:
-        raise MetaplError(
-            "a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=)."
-        )
-    return outer_batch, inner_batch
+def require_batches(outer: Batch, inner: Batch) -> None:
+    """Refuse a step without one of its batches."""
+    if outer is None or inner is None:
+        raise MetaplError("a batch is missing; expected outer= and inner=.")
 
 
 # --------------------------------------------------------------------- a batch as a tree of tensors
@@ -262,7 +240,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Any:
     return map_tensors(moved, plain(batch))
 
 
-def labeled_pair(batch: Batch, name: str = "labeled", mend: str = "") -> Any:
+def labeled_pair(batch: Batch, name: str = "outer", mend: str = "") -> Any:
     """Return a labeled batch as (inputs, labels), or as a longer tuple that begins with them.
 
     Args:
@@ -484,26 +462,26 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def views(unlabeled: Batch) -> tuple[Any, ...]:
+def views(batch: Batch) -> tuple[Any, ...]:
     """Return an unlabeled batch as (x,) or (weak, strong).
 
     A view is a tensor or a dict without labels; two views are of one structure. A pair (inputs,
     labels) is refused.
     """
-    has_label_key = isinstance(unlabeled, Mapping) and any(key in unlabeled for key in LABEL_KEYS)
-    if isinstance(unlabeled, Tensor | Mapping) and not has_label_key:
-        return (unlabeled,)
-    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
-        return (first_input(unlabeled),)
-    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and holds_tensors(unlabeled[0]):
-        weak, strong = unlabeled
+    has_label_key = isinstance(batch, Mapping) and any(key in batch for key in LABEL_KEYS)
+    if isinstance(batch, Tensor | Mapping) and not has_label_key:
+        return (batch,)
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return (first_input(batch),)
+    if isinstance(batch, tuple | list) and len(batch) == 2 and holds_tensors(batch[0]):
+        weak, strong = batch
         are_labels = (
             isinstance(strong, Tensor) and strong.ndim == 1 and not strong.is_floating_point()
         )
         if _kinds_of_leaves(weak) == _kinds_of_leaves(strong) and not are_labels:
-            return tuple(unlabeled)
+            return tuple(batch)
     raise MetaplError(
-        f"unlabeled is {described(unlabeled)}; expected a tensor or a dict of tensors, (inputs,), "
+        f"inner is {described(batch)}; expected a tensor or a dict of tensors, (inputs,), "
         "or a pair (weak, strong) of one type, without labels (metapl.data.without_labels), or a "
         "metapl.Lookahead([...]) of these."
     )

@@ -16,6 +16,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -322,11 +323,22 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
 def load_dual_numbers() -> None:
     """Create the first dual number, for which PyTorch loads its rules.
 
-    It warns of a deprecation then, which is silenced here.
+    It warns of a deprecation then, which is silenced here. Before torch 2.13 blocks under
+    ``torch.utils.checkpoint`` are given the rule that they lack.
     """
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+    # There a checkpoint keeps its inputs by a function of them that returns an empty tensor, also
+    # where nothing is to be kept. It has no rule for tangents, and PyTorch's default raises.
+    keeps_inputs = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+    if keeps_inputs is not None and "jvp" not in vars(keeps_inputs):
+        keeps_inputs.jvp = staticmethod(_no_tangent)
+
+
+def _no_tangent(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    """Return the tangent of an empty tensor."""
+    return torch.zeros(0)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ NOT_FINITE = (
     "learning rate, or look for a batch without rows or with extreme examples."
 )
 OUTER_NOT_FINITE = (
-    "the outer loss is NaN or infinite: the outer batch (labeled) has no rows or extreme values, "
+    "the outer loss is NaN or infinite: the outer batch has no rows or extreme values, "
     "or the student has diverged; look at the batch, or lower the student's learning rate."
 )
 State = dict[str, Tensor]
@@ -379,9 +379,9 @@ def divisor(normalization: str, step: StudentStep, w: Tree | None = None) -> Ten
 
     For w and g see the head of this module; η is the student's learning rate. ``"gradient"``: 1,
     the true gradient, which decays with η. ``"learning_rate"``: η, so that the size depends on the
-    labeled gradient only; for SGD, because over an η as small as Adam's h drowns the teacher's own
+    outer gradient only; for SGD, because over an η as small as Adam's h drowns the teacher's own
     losses (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖; the sum of h over the batch is then the cosine
-    between the student's step and the labeled gradient. A rate of 0 divides by 1.
+    between the student's step and the outer gradient. A rate of 0 divides by 1.
     """
     if normalization == "learning_rate":
         eta = step.learning_rate

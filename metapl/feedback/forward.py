@@ -99,7 +99,7 @@ class Forward(Estimator):
                   \frac{\partial\ell}{\partial z}(z, \mathrm{signal}),\ \dot z \Big\rangle, \quad
               \dot z = \frac{d}{d\varepsilon} S(x_u; \theta + \varepsilon w)\Big|_0
 
-    For cross-entropy: h_ik = (1/B) d/dε log S_ik(θ + εw), shape (B, C), in units of the labeled
+    For cross-entropy: h_ik = (1/B) d/dε log S_ik(θ + εw), shape (B, C), in units of the outer
     loss per unit of probability. On sampled labels the expectation over them is taken: the student
     learns ŷ, the teacher gets −Σ_ik q_ik h_ik, whose noise is that of θ′ alone.
 

@@ -59,7 +59,7 @@ class Hypergradient:
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a
             parameter; empty without a teacher.
-        feedback: h, minus the gradient of the labeled loss with respect to the signal, as the mode
+        feedback: h, minus the gradient of the outer loss with respect to the signal, as the mode
             shapes it; of a dict of tensors, a dict of those of floating point. A tuple of K for a
             :class:`metapl.Lookahead`.
         inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars; of a

@@ -37,7 +37,7 @@ norm = WHOLE.norm
 
 @dataclass(frozen=True)
 class Implicit(Estimator):
-    r"""The gradient of the labeled loss at the inner optimum, for a student that is near it.
+    r"""The gradient of the outer loss at the inner optimum, for a student that is near it.
 
     .. math:: w = -(H + \mathrm{damping})^{-1} v, \quad v = \nabla L(\theta), \quad
               H = \frac{\partial^2}{\partial\theta^2} \tfrac1B \sum_i \ell_i, \qquad

@@ -565,7 +565,7 @@ class InnerStep:
 
     @property
     def micro_batches(self) -> list[Any]:
-        return micro_batches(self.inner_batch, len(self.passes), "unlabeled")
+        return micro_batches(self.inner_batch, len(self.passes), "inner")
 
 
 def scaled(loss: Loss, factor: Tensor) -> Loss:

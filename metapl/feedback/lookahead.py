@@ -19,14 +19,14 @@ from metapl.updates import Settings, options_by_step
 
 @dataclass(frozen=True)
 class Lookahead(Sequence[Any]):
-    """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
+    """K inner batches, one for each student step of a look-ahead; given as ``inner``.
 
     A signal that reads the student's outputs, such as that of
     :class:`metapl.problems.MetaWeightNet`, reads them as constants: the derivative through them,
     from one step to the signals of later ones, is left out.
 
     Args:
-        batches: each of them as for ``unlabeled``: a sequence, or a function of the step's number,
+        batches: each of them as for ``inner``: a sequence, or a function of the step's number,
             0 to ``steps`` - 1. Of a function's batches, those of steps that are computed again are
             not held: it is called again for them, and one that returns another batch then is
             refused.

@@ -1,4 +1,4 @@
-"""Sampled labels, rewarded by the decrease of the labeled loss."""
+"""Sampled labels, rewarded by the decrease of the outer loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class LossDifference(Estimator):
-    r"""Reward the labels by the old loss minus the new one, on the same labeled batch.
+    r"""Reward the labels by the old loss minus the new one, on the same outer batch.
 
     .. math:: h = L(\theta) - L(\theta'), \qquad
               \text{teacher: } h \cdot \tfrac1B \sum_i \mathrm{CE}(\hat y_i, T(x_i))
@@ -32,8 +32,8 @@ class LossDifference(Estimator):
         reduction: ``"mean"``, or ``"sum"``, B times as large; as in
             :class:`~metapl.feedback.Reinforce`.
 
-    Takes: hard labels. Cost: 8 student passes a step with the teacher's 3: two labeled forward
-    passes, no labeled backward pass. Bias: the sum has none for the objective E_ŷ[L(θ′(ŷ))], with
+    Takes: hard labels. Cost: 8 student passes a step with the teacher's 3: two outer forward
+    passes, no outer backward pass. Bias: the sum has none for the objective E_ŷ[L(θ′(ŷ))], with
     any optimizer; the mean is 1/B of it. That gradient is the one of the soft step up to O(η) for
     the SGD family; for Adam and clipping a difference remains. Noisy, with momentum more so (the
     velocity's own effect is in h). Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L,

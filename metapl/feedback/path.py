@@ -170,7 +170,7 @@ class Path:
     def outer_loss(self) -> Tensor:
         """L(θ′), without a graph.
 
-        Cost: one labeled forward pass, unless its gradient has been computed.
+        Cost: one outer forward pass, unless its gradient has been computed.
         """
         loss, _ = self._outer_loss_at(self.params)
         return loss
@@ -220,7 +220,7 @@ class Path:
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′).
 
-        Cost: one forward and backward pass on the labeled batch, with its own batch statistics.
+        Cost: one forward and backward pass on the outer batch, with its own batch statistics.
         """
         if self._outer_gradient is None:
             loss, gradient = self._outer_loss_at(self.steps[-1].new_params, gradient=True)
@@ -230,7 +230,7 @@ class Path:
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
-        """Return ∇L(θ), by one forward and backward pass on the labeled batch."""
+        """Return ∇L(θ), by one forward and backward pass on the outer batch."""
         loss, gradient = self._outer_loss_at(self.student.params, gradient=True)
         vars(self)["outer_loss_before"] = loss
         return gradient
@@ -298,7 +298,7 @@ class Path:
         # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
         loss, loss_gradient = self._loss_and_gradient(
             {name: p.detach() for name, p in step.params.items()},
-            micro_batches(batch, len(self.outer_micro_batches), "labeled"),
+            micro_batches(batch, len(self.outer_micro_batches), "outer"),
             start=step_before.passes[-1].random_state_after.branch(),
             signal=step_before.signal,
             gradient=gradient,
@@ -684,7 +684,7 @@ def take_steps(
     """
     outer_micro_batches = [outer_batch]
     if accumulate > 1:
-        outer_micro_batches = micro_batches(outer_batch, accumulate, "labeled")
+        outer_micro_batches = micro_batches(outer_batch, accumulate, "outer")
     path = Path(
         problem=problem,
         student=student,
@@ -782,13 +782,13 @@ class _Walk:
             self._choose_keeping(inner_batch)
         parts = [inner_batch]
         if self.accumulate > 1:
-            parts = micro_batches(inner_batch, self.accumulate, "unlabeled")
+            parts = micro_batches(inner_batch, self.accumulate, "inner")
         if not self.ranks.alone:
             self.ranks.equal(length(inner_batch), "the inner batch")
         outer_parts = self.path.outer_micro_batches
         if self.path.step_losses is not None:
             outer_batch = self.path.step_losses.batches[number]
-            outer_parts = micro_batches(outer_batch, self.accumulate, "labeled")
+            outer_parts = micro_batches(outer_batch, self.accumulate, "outer")
 
         # Line 2: ŷ ~ T(x), or the soft label. Most problems make it from the student's outputs on
         # each micro-batch.

@@ -25,7 +25,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class Reinforce(Estimator):
-    r"""Say by one scalar whether the step on the sampled labels follows the labeled gradient.
+    r"""Say by one scalar whether the step on the sampled labels follows the outer gradient.
 
     .. math:: h = -\langle w, g \rangle
               \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}), \qquad

@@ -22,7 +22,7 @@ BY_DIFFERENCE = Difference()
 
 @dataclass(frozen=True)
 class ReinforcePerExample(Estimator):
-    r"""Give one number per label: the effect of its part of the step on the labeled loss.
+    r"""Give one number per label: the effect of its part of the step on the outer loss.
 
     .. math:: h_i = -\tfrac1B \Big\langle
                   \frac{\partial \ell_i}{\partial z_i}(z_i, \hat y_i), \dot z_i \Big\rangle, \quad

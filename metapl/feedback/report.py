@@ -76,7 +76,7 @@ class StepReport(Report):
     """The numbers of one step of the bilevel trainer.
 
     Args:
-        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a
+        feedback: h, minus the gradient of the outer loss in the signal, as the mode shapes it; a
             tensor, or a dict of them where the signal is one. A tuple of these for a
             :class:`metapl.Lookahead`.
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it),

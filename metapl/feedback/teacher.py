@@ -188,7 +188,7 @@ class Teaching:
             if self.batches_are_read_again:
                 step, part = divmod(number, self.passes_per_batch)
                 whole_batch = path.inner_batch(step)
-                batch = micro_batches(whole_batch, self.passes_per_batch, "unlabeled")[part]
+                batch = micro_batches(whole_batch, self.passes_per_batch, "inner")[part]
             loss = h.teacher_loss(self.with_graph(teacher_pass, batch))
             if self.layout.is_sharded:
                 # The backward pass of a sharded network averages over the ranks.
@@ -250,7 +250,7 @@ class Teaching:
         parts = self.passes_per_batch
         outer_parts = [outer_batch]
         if parts > 1:
-            outer_parts = micro_batches(outer_batch, parts, "labeled")
+            outer_parts = micro_batches(outer_batch, parts, "outer")
         first_of_last_batch = len(self.passes) - parts
         last_passes = self.passes[first_of_last_batch:]
         inner_parts = [teacher_pass.inner_batch for teacher_pass in last_passes]
@@ -411,8 +411,8 @@ class Teaching:
                 kind="teacher loss",
                 shares=shares,
                 step=step,
-                labeled=outer_batch,
-                unlabeled=inner_batch,
+                outer=outer_batch,
+                inner=inner_batch,
                 signal=signal,
             )
         values = [*terms.values()] or [torch.zeros((), device=self.device)]

@@ -15,7 +15,7 @@ from metapl.problems.base import BilevelProblem, Kind
 
 @dataclass(frozen=True)
 class Unrolled(Estimator):
-    r"""Differentiate the labeled loss through the student's step, and that through its gradient.
+    r"""Differentiate the outer loss through the student's step, and that through its gradient.
 
     .. math:: h = -\frac{d}{d\,\mathrm{signal}} L\big(U(\theta, g(\mathrm{signal}))\big)
 

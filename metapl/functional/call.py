@@ -53,6 +53,8 @@ class StepRules:
         has_direct_term: whether that dependence is a part of the teacher's gradient.
         has_feedback: whether the mode has any; the control has none.
         revises_signal: whether the student's real step is on a signal that is made from h.
+        replays_tangent: whether ż is found by a second pass of the student, which has to draw
+            nothing.
     """
 
     teacher: Function
@@ -72,6 +74,7 @@ class StepRules:
     has_direct_term: bool
     has_feedback: bool
     revises_signal: bool
+    replays_tangent: bool
 
 
 class StudentPass(NamedTuple):
@@ -236,8 +239,8 @@ class StepCall:
         return sum_of_terms(
             network,
             losses,
-            labeled=self.outer_batch,
-            unlabeled=self.batches[number],
+            outer=self.outer_batch,
+            inner=self.batches[number],
             signal=signal,
             step=self.state.step,
         )

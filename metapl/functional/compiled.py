@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -34,7 +35,14 @@ from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
-from metapl.execution.state import RandomState, all_with_contents_of, branching_to, trainable
+from metapl.execution.state import (
+    RandomState,
+    Slots,
+    all_with_contents_of,
+    branching_to,
+    replay,
+    trainable,
+)
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -87,8 +95,13 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+def step_of(
+    trainer: TwoLevelTrainer, steps: int, updates: Updates, *, replays_tangent: bool = False
+) -> Step:
     """Return the pure step of a trainer that looks so many steps ahead.
+
+    Args:
+        replays_tangent: see :class:`metapl.functional.call.StepRules`.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
     """
@@ -116,6 +129,7 @@ def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
         steps=steps,
         feedback_size=trainer.feedback_size,
         autocast=autocast,
+        replays_tangent=replays_tangent,
     )
 
 
@@ -323,6 +337,9 @@ class LiveState:
             self.state = with_counts_on_device(self.state, trainer.device)
         # The settings of param groups that the tensors in the state were made of.
         self._settings = [settings_by_group(update) for update in updates]
+        # The values in the param groups that these were read from; None where one of them may
+        # change in place.
+        self._values = fixed_values(updates)
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
         # hold some of them, and what the trainer is recognized by.
         self._tensors: list[Tensor] = []
@@ -339,6 +356,17 @@ class LiveState:
 
         These are settings of optimizers, the state of the mode, and the number of the step.
         """
+        values = fixed_values(self.updates)
+        if not are_the_same(values, self._values):
+            self._values = values
+            self._refresh_settings(trainer)
+        self.state = self.state._replace(
+            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
+            step=number_on(trainer.device, trainer.steps_done, torch.int64),
+        )
+
+    def _refresh_settings(self, trainer: TwoLevelTrainer) -> None:
+        """Make tensors of the settings whose numbers have changed."""
         settings = [settings_by_group(update) for update in self.updates]
         if settings != self._settings:
             optimizers = self.state.inner, self.state.outer
@@ -349,10 +377,6 @@ class LiveState:
                     changed_settings(*group, device=trainer.device) for group in groups
                 ]
             self._settings = settings
-        self.state = self.state._replace(
-            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
-            step=number_on(trainer.device, trainer.steps_done, torch.int64),
-        )
 
     def adopt(self, trainer: TwoLevelTrainer, moved: State, steps: int) -> None:
         """Let the optimizers hold the tensors that a first step has made.
@@ -413,6 +437,39 @@ def with_counts_on_device(state: State, device: torch.device) -> State:
         optimizers.append(with_fields(optimizer, state=tensors))
     inner, outer = optimizers
     return with_fields(state, inner=inner, outer=outer)
+
+
+def fixed_values(updates: Updates) -> list[Any] | None:
+    """Return what the param groups of the updates' optimizers hold, in order.
+
+    None where one of the values may change in place, such as a rate that is a tensor.
+    """
+    values: list[Any] = []
+    for update in updates:
+        if update is None:
+            continue
+        for group in unclipped(update).optimizer.param_groups:
+            for name, value in group.items():
+                if name == "params":
+                    continue
+                if type(value) is tuple:
+                    values += value
+                else:
+                    values.append(value)
+    if all(map(FIXED.__contains__, map(type, values))):
+        return values
+    return None
+
+
+# The types of settings that do not change in place.
+FIXED = frozenset([bool, int, float, str, type(None)])
+
+
+def are_the_same(values: list[Any] | None, other: list[Any] | None) -> bool:
+    """Return whether two lists are known to hold the same objects."""
+    if values is None or other is None or len(values) != len(other):
+        return False
+    return all(map(is_, values, other))
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
@@ -542,7 +599,9 @@ class CompiledStep:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # The first call traces the step.
             quiet = nullcontext() if eager is None else without_warnings_of_tracing()
-            with torch.no_grad(), no_fast_path(), capturing(), quiet:
+            # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
+            switches = nullcontext() if trainer.compile == "cudagraphs" else no_fast_path()
+            with torch.no_grad(), switches, capturing(), quiet:
                 if trainer.compile == "reduce-overhead":
                     moved, report = run_in_cuda_graphs(
                         compiled, live.state, outer_batch, inner, noise
@@ -628,7 +687,13 @@ def compile_step(
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
     if trainer.compile == "cudagraphs":
-        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
+        by_graphs = StepByGraphs(
+            step,
+            trainer.device,
+            sources_of(trainer),
+            step_with_replay=step_of(trainer, steps, updates, replays_tangent=True),
+            student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
+        )
         return Compiled(
             key=key,
             alive=alive,
@@ -642,6 +707,28 @@ def compile_step(
         options["triton.cudagraphs"] = True
     run = captured(step, trainer.device, **options)
     return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
+
+
+def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:
+    """Return whether a pass of the student draws random numbers; nothing moves.
+
+    Args:
+        inner: the inner batch as a pure step takes it, a tuple of several for several steps.
+    """
+    if enters_input(problem):
+        # There ż is not asked for.
+        return True
+    device = next(student.parameters()).device
+    batch = inner[0] if steps > 1 else inner
+    start = RandomState.now(device)
+    try:
+        with torch.no_grad(), replay(start, Slots(student)):
+            student(problem.student_input(batch))
+            end = RandomState.now(device)
+    except RuntimeError:
+        # A pass that needs a graph, for one. What is wrong with it is said where it is recorded.
+        return True
+    return not end.equals(start)
 
 
 def sources_of(trainer: TwoLevelTrainer) -> list[object]:

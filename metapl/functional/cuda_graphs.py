@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
-from metapl.execution.numerics import float32_products
+from metapl.execution.numerics import float32_products, no_fast_path
 from metapl.execution.state import RandomState
 from metapl.functional.state import Report, State, with_fields
 from metapl.functional.step import Step
@@ -178,15 +179,31 @@ class StepByGraphs:
     Args:
         step: the pure step.
         sources: objects whose attributes the step reads: modules, the problem, losses and the mode.
+        step_with_replay: the same step, whose ż is found by a second pass of the student in forward
+            mode, which is quicker without a compiler.
+        student_draws: whether a pass of the student on an inner batch draws random numbers. The
+            second pass would have other ones.
     """
 
-    def __init__(self, step: Step, device: torch.device, sources: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        step: Step,
+        device: torch.device,
+        sources: Sequence[Any],
+        *,
+        step_with_replay: Step,
+        student_draws: Callable[[Any], bool],
+    ) -> None:
         self.step = step
+        self.step_with_replay = step_with_replay
+        self.student_draws = student_draws
         self.device = device
         self.attributes = Attributes(sources)
         # The latest last.
         self.recorded: list[RecordedStep] = []
         self.recordings_made = 0
+        # Of each recording, whether the student runs a second time in it.
+        self.replayed_tangents: list[bool] = []
         self._pool: Any = None
 
     def __call__(self, state: State, outer: Batch, inner: Batch, noise: Any = None) -> Results:
@@ -249,15 +266,15 @@ class StepByGraphs:
             step=static.step,
         )
 
-        def run() -> Results:
-            with checks.no_values(), without_cache_of_casts():
-                return self.step(graph_state, static.outer_batch, static.inner_batch, static.noise)
+        def run(step: Step) -> Results:
+            with checks.no_values(), without_cache_of_casts(), no_fast_path():
+                return step(graph_state, static.outer_batch, static.inner_batch, static.noise)
 
         if self._pool is None and self.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         start = RandomState.now(self.device, outside=True)
         try:
-            recording = RECORDERS[self.device.type](run, self.device, self._pool)
+            recording = self._record_quicker_step(run, varying.inner_batch)
             refuse_draws_of_the_host(start, RandomState.now(self.device, outside=True))
         except torch.OutOfMemoryError:
             raise
@@ -282,6 +299,23 @@ class StepByGraphs:
         del self.recorded[:-MOST_RECORDINGS]
         self.recordings_made += 1
         return recorded
+
+    def _record_quicker_step(self, run: Callable[[Step], Results], inner: Batch) -> Recording:
+        """Record the step with a second pass of the student, if there may be one; else without."""
+        record = RECORDERS[self.device.type]
+        if not self.student_draws(inner):
+            try:
+                recording = record(partial(run, self.step_with_replay), self.device, self._pool)
+            except RuntimeError as error:
+                # An operation of the student may have no forward mode.
+                if not lacks_forward_mode(error):
+                    raise
+            else:
+                self.replayed_tangents.append(True)
+                return recording
+        recording = record(partial(run, self.step), self.device, self._pool)
+        self.replayed_tangents.append(False)
+        return recording
 
     def _warn_of_many(self) -> None:
         """Warn once of steps that are recorded again and again."""
@@ -440,6 +474,12 @@ def refuse_draws_of_the_host(start: RandomState, end: RandomState) -> None:
             "generator of Python, NumPy or torch's CPU; expected draws on the device, or leave "
             "compile out."
         )
+
+
+def lacks_forward_mode(error: RuntimeError) -> bool:
+    """Return whether an error says that an operation has no derivative in forward mode."""
+    text = str(error)
+    return "forward AD" in text or "jvp" in text
 
 
 def why_not_recorded(error: RuntimeError) -> str:

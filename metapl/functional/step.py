@@ -12,7 +12,9 @@ The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) a
 
 - g = (∂z/∂θ)ᵀ ∂ℓ/∂z, θ′ = U(θ, g), v = ∇L(θ′), w = (∂U/∂g)ᵀ v;
 - ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w.
-  So the student runs once, and ż has the dropout masks and the batch statistics of that one pass;
+  So the student runs once, and ż has the dropout masks and the batch statistics of that one pass.
+  Of a student that draws nothing, ``compile="cudagraphs"`` takes ż by a second pass in forward
+  mode, which is less work without a compiler;
 - h = −∂/∂(signal) ⟨∂ℓ/∂z (z, signal), ż⟩, in the head alone;
 - the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its
   passes; where L reads the teacher itself, λ L(sg(θ′); θ_T) is added, the direct term.
@@ -143,6 +145,7 @@ def make_step(
     steps: int = 1,
     feedback_size: FeedbackSize,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    replays_tangent: bool = False,
 ) -> Step:
     """Return the step of these networks, losses and rules.
 
@@ -173,6 +176,7 @@ def make_step(
         has_direct_term=has_direct_term(mode.name, problem, teacher),
         has_feedback=mode.credits != "nothing",
         revises_signal=overrides(problem, "revised_signal"),
+        replays_tangent=replays_tangent,
     )
 
     def step(state: State, outer: Batch, inner: Batch, noise: Any = None) -> tuple[State, Report]:

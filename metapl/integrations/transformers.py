@@ -86,7 +86,6 @@ def weighted(
     if not isinstance(rater, nn.Module):
         raise MetaplError(f"weighted: rater is {described(rater)}; expected a module.")
     problem = problem or DataRater()
-    rater.to(trainer.args.device)
     if rater_optimizer is None:
         rater_optimizer = problem.default_outer_optimizer(rater)
     rater_parameters = {id(p) for p in rater.parameters()}
@@ -107,6 +106,8 @@ def weighted(
     )
     with needed_for("metapl.integrations.transformers"):
         from transformers import TrainerCallback
+    # Nothing is refused from here on. A parameter stays the same object where it is moved.
+    rater.to(trainer.args.device)
     # The methods of Checkpoints, and of TrainerCallback for all other events.
     callback_kind = type("RaterCheckpoints", (Checkpoints, TrainerCallback), {})
     trainer.add_callback(callback_kind(rated))

@@ -22,9 +22,9 @@ from metapl.problems.base import OuterLoss, sum_and_weight
 Better = Literal["min", "max"]
 
 # Pairs of a network's inputs, and the batch as its loss reads it.
-Batches = Iterable[tuple[Any, Any]]
+Batches = Iterable[tuple[Inputs, Batch]]
 
-Term = Callable[[Any, Any, Any], OuterLoss]
+Term = Callable[[Any, Inputs, Batch], OuterLoss]
 """A loss of a network (or a function that stands in for it), its inputs and the batch."""
 
 
@@ -41,7 +41,7 @@ class Judge(Protocol):
     device: torch.device
     classifies: bool
 
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         """Return the student's inputs in a labeled batch, and the batch as its loss reads it."""
 
     def outer_terms(self) -> Sequence[Term]:
@@ -56,7 +56,7 @@ class Updated(Protocol):
     def reset(self) -> Any: ...
 
 
-MetricLike = Literal["accuracy", "loss"] | Callable[[Tensor, Any], Any] | Updated
+MetricLike = Literal["accuracy", "loss"] | Callable[[Tensor, Batch], Any] | Updated
 """What a user may name a metric by: its name, a function, or a metric of torchmetrics."""
 
 
@@ -107,7 +107,7 @@ class Metric:
             ) from error
 
     def _measured_by_updates(
-        self, device: torch.device, batches: Batches, outputs_of: Callable[[Any], Tensor]
+        self, device: torch.device, batches: Batches, outputs_of: Callable[[Inputs], Tensor]
     ) -> Measured:
         """Update a metric such as those of torchmetrics by each batch, and ask it for its value."""
         # A second parameter of this name is given the batch, and any other one its labels.
@@ -148,7 +148,7 @@ class Metric:
         ]
         return Measured(self.name, sum(means), n)
 
-    def _term(self, outputs_of: Callable[[Any], Tensor]) -> Term:
+    def _term(self, outputs_of: Callable[[Inputs], Tensor]) -> Term:
         """Return the user's function as a term of a loss."""
 
         def term(network: Any, inputs: Inputs, batch: Batch) -> Tensor:

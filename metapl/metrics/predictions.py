@@ -75,7 +75,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 
 
 @contextmanager
-def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
+def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
     """Give a function from inputs to the network's outputs, in eval mode and without gradients."""
     first_parameter = next(model.parameters(), None)
 

@@ -240,14 +240,14 @@ class BilevelProblem(ABC):
 
     @abstractmethod
     def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
-        """Return L of the student's outputs on the labeled ``batch``.
+        """Return L of the student's outputs on the outer ``batch``.
 
         L is a scalar, any function of the rows, or a pair (sum, weight) of scalars for a mean, such
         as one over tokens or over labels that are not ignored. Of pairs, L is Σ sum / Σ weight over
         the micro-batches and processes that share the batch; the weight carries no gradient.
 
         In micro-batches (``accumulate``) a scalar is taken once, of the outputs of all rows of this
-        process: one more forward pass on the labeled batch where L is differentiated, and all of
+        process: one more forward pass on the outer batch where L is differentiated, and all of
         these outputs in memory. A pair costs neither. Over several processes, a scalar is the mean
         of theirs.
         """
@@ -311,7 +311,7 @@ class BilevelProblem(ABC):
         return None
 
     # By default there is nothing to refuse.
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:  # noqa: B027
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:  # noqa: B027
         """Refuse batches that do not fit the student's outputs, before anything moves.
 
         Raises: :class:`metapl.MetaplError`.

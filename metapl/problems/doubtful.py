@@ -71,19 +71,19 @@ class Classification(BilevelProblem):
         if not has_parts or not holds_tensors(batch[0]):
             raise MetaplError(
                 f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
-                f"({', '.join(self.inner_batch)}) as unlabeled=."
+                f"({', '.join(self.inner_batch)}) as inner=."
             )
         return batch[0]
 
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
         classes = outputs.shape[1]
-        checks.class_labels(labeled[1], classes)
+        checks.class_labels(outer[1], classes)
         # A problem with a student_input of its own may read inner batches of another form.
-        has_labels = "labels" in self.inner_batch and isinstance(unlabeled, tuple | list)
-        if has_labels and len(unlabeled) > 1:
-            checks.class_labels(unlabeled[1], classes)
+        has_labels = "labels" in self.inner_batch and isinstance(inner, tuple | list)
+        if has_labels and len(inner) > 1:
+            checks.class_labels(inner[1], classes)
 
     @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
@@ -138,13 +138,13 @@ class EqualWeights(Weighted):
         """Return a = 1, in the shape of the weights."""
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse wrong labels, unless a subclass has an outer loss of its own.
 
         Its outputs need not be class logits.
         """
         if type(self).outer_loss is Classification.outer_loss:
-            super().check(outputs, labeled, unlabeled)
+            super().check(outputs, outer, inner)
 
 
 class Relabeled(Classification):
@@ -199,7 +199,7 @@ class MetaWeightNet(Weighted):
     >>> student = torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(WeightNet(), student, "forward", problem=MetaWeightNet())
     >>> batch = torch.randn(6, 4), torch.arange(6) % 3
-    >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
+    >>> trainer.step(outer=batch, inner=batch).feedback.shape
     torch.Size([6])
 
     Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
@@ -263,7 +263,7 @@ class LearningToReweight(Weighted):
     >>> student = torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(None, student, "forward", problem=LearningToReweight())
     >>> batch = torch.randn(6, 4), torch.arange(6) % 3
-    >>> report = trainer.step(labeled=batch, unlabeled=batch)
+    >>> report = trainer.step(outer=batch, inner=batch)
     >>> report.feedback.shape, round(report.signal.value.mean().item(), 4)
     (torch.Size([6]), 1.0)
 

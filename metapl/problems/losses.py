@@ -40,14 +40,14 @@ class TeacherLoss(Protocol):
         """In the report, teacher_<name>."""
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Batch, unlabeled: Batch, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Batch, inner: Batch, signal: Signal, step: int
     ) -> Tensor:
         """Return a scalar with the teacher's graph, a mean over the rows.
 
         ``step`` counts from 0; on the pure road it is an int64 tensor without dimensions.
 
         A mean over something else, such as the tokens that have a label, is right in micro-batches
-        and processes with a method ``mean_over(*, labeled, unlabeled)`` beside it, which returns
+        and processes with a method ``mean_over(*, outer, inner)`` beside it, which returns
         what it divides by: a number, a tensor without dimensions, or None for the rows. Where that
         is 0, the loss of the micro-batch is left out; its derivative must be finite there, as that
         of a division by ``n.clamp(min=1)`` is. A loss with the attribute ``of_micro_batches =
@@ -69,7 +69,7 @@ def only_where_declared(subclass: type) -> None:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    r"""Cross-entropy on the labeled batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
+    r"""Cross-entropy on the outer batch: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
 
     Labels are classes (B_l,), or distributions; for outputs of more dimensions, (B_l, C, ...),
     classes (B_l, ...), of which -100 is left out of the mean, which is one over all micro-batches
@@ -98,29 +98,29 @@ class CrossEntropy:
         check_fields(self)
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Batch, unlabeled: Batch, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Batch, inner: Batch, signal: Signal, step: int
     ) -> Tensor:
-        logits = wide(checks.logits(self.outputs(teacher, labeled), "network"))
-        labels = labeled[1]
+        logits = wide(checks.logits(self.outputs(teacher, outer), "network"))
+        labels = outer[1]
         # Labels of the logits' shape are distributions.
         if logits.ndim == 2 and labels.shape != logits.shape:
             labels = checks.class_labels(labels, logits.shape[1])
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
 
-    def mean_over(self, *, labeled: Batch, unlabeled: Batch) -> Tensor | None:
+    def mean_over(self, *, outer: Batch, inner: Batch) -> Tensor | None:
         """Return the number of labels that are not -100.
 
         None for one label a row, of which none may be left out.
         """
-        labels: Tensor = labeled[1]
+        labels: Tensor = outer[1]
         if labels.ndim < 2 or labels.is_floating_point():
             return None
         return (labels != -100).sum()
 
-    def outputs(self, teacher: nn.Module, labeled: Batch) -> Any:
-        """Return what the teacher makes of the labeled batch."""
-        return teacher(labeled[0])
+    def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
+        """Return what the teacher makes of the outer batch."""
+        return teacher(outer[0])
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class UDA:
             code keeps those that reach β (≥ instead of >). A temperature below 1 lets more examples
             through by it, and one above 1 fewer.
 
-    Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view
+    Needs: inner batches that are pairs (weak, strong). The teacher's outputs on the weak view
     come with the signal; without them, they are computed here, without a graph. Source: Algorithm
     1, line 7 (τ = 1, β = 0, λ = 1); temperature, threshold and ramp are settings of the authors'
     code, which has ``threshold_on="sharpened"``. FixMatch is τ = 0 and β = 0.95 (arXiv:2001.07685,
@@ -247,15 +247,15 @@ class UDA:
         self,
         teacher: nn.Module,
         *,
-        labeled: Batch,
-        unlabeled: Batch,
+        outer: Batch,
+        inner: Batch,
         signal: Signal,
         step: int | Tensor,
     ) -> Tensor:
-        pair = views(unlabeled)
+        pair = views(inner)
         if len(pair) != 2:
             raise MetaplError(
-                "UDA was given an unlabeled batch of one view; expected unlabeled=(weak, strong)."
+                "UDA was given an inner batch of one view; expected inner=(weak, strong)."
             )
         weak, strong = pair
         if not isinstance(step, Tensor) and step < self.start:
@@ -288,8 +288,8 @@ def sum_of_terms(
     network: nn.Module,
     losses: Sequence[TeacherLoss],
     *,
-    labeled: Batch,
-    unlabeled: Batch,
+    outer: Batch,
+    inner: Batch,
     signal: Signal,
     step: Any,
     kind: str = "loss",
@@ -302,13 +302,13 @@ def sum_of_terms(
     Args:
         network: the network of the losses.
         losses: the terms.
-        labeled, unlabeled, signal, step: what a loss reads, see :class:`TeacherLoss`.
+        outer, inner, signal, step: what a loss reads, see :class:`TeacherLoss`.
         kind: what an error calls them.
         shares: the factors of this micro-batch, by :func:`metapl.problems.means.shares_of_losses`.
     """
     terms: dict[str, Tensor] = {}
     for place, loss in enumerate(losses):
-        value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+        value = loss(network, outer=outer, inner=inner, signal=signal, step=step)
         checks.scalar_loss(value, f"the {kind} {loss.name!r}")
         if shares is not None and place in shares:
             value = times_share(value, shares[place])

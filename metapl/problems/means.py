@@ -53,8 +53,8 @@ Shares = Mapping[int, Tensor]
 
 def shares_of_losses(
     losses: Sequence[Any],
-    labeled: Sequence[Any],
-    unlabeled: Sequence[Any],
+    outer: Sequence[Any],
+    inner: Sequence[Any],
     ranks: Ranks,
     device: torch.device,
 ) -> list[Shares]:
@@ -62,15 +62,15 @@ def shares_of_losses(
 
     Args:
         losses: the terms; n is asked of those that have a method ``mean_over``.
-        labeled, unlabeled: the micro-batches of both batches.
+        outer, inner: the micro-batches of both batches.
         ranks: the processes that share the batches; n̄ is the mean over their micro-batches too.
         device: where the losses are.
 
     Cost: nothing with one micro-batch in one process; else one exchange of a number for each such
     loss.
     """
-    shares: list[dict[int, Tensor]] = [{} for _ in labeled]
-    if len(labeled) == 1 and ranks.alone:
+    shares: list[dict[int, Tensor]] = [{} for _ in outer]
+    if len(outer) == 1 and ranks.alone:
         return list(shares)
     for place, loss in enumerate(losses):
         mean_over = getattr(loss, "mean_over", None)
@@ -78,8 +78,8 @@ def shares_of_losses(
             continue
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         counts = list[Tensor]()
-        for labeled_part, unlabeled_part in zip(labeled, unlabeled, strict=True):
-            count = mean_over(labeled=labeled_part, unlabeled=unlabeled_part)
+        for outer_part, inner_part in zip(outer, inner, strict=True):
+            count = mean_over(outer=outer_part, inner=inner_part)
             if count is not None:
                 counts.append(torch.as_tensor(count, dtype=dtype))
         if not counts:
@@ -103,8 +103,8 @@ def times_share(loss: Tensor, share: Tensor) -> Tensor:
 def refuse_other_than_means(
     network: nn.Module,
     losses: Sequence[Any],
-    labeled: Sequence[Any],
-    unlabeled: Sequence[Any],
+    outer: Sequence[Any],
+    inner: Sequence[Any],
     signals: Sequence[Signal],
     problem: BilevelProblem | None,
     *,
@@ -136,8 +136,8 @@ def refuse_other_than_means(
     if not compared or has_norms_without_statistics(network):
         return
     rows = RowsOfTwo(
-        labeled=joined_batches(labeled[:2]),
-        unlabeled=joined_batches(unlabeled[:2]),
+        outer=joined_batches(outer[:2]),
+        inner=joined_batches(inner[:2]),
         signal=joined_signals([signal.detached() for signal in signals[:2]]),
         problem=problem,
     )
@@ -158,9 +158,9 @@ def refuse_other_than_means(
             if difference is not None and not refusal:
                 loss_of_all, loss_by_halves = difference
                 refusal = (
-                    f"the loss {loss.name!r} is {loss_of_all:.6g} on {length(rows.labeled)} rows, "
+                    f"the loss {loss.name!r} is {loss_of_all:.6g} on {length(rows.outer)} rows, "
                     f"and {loss_by_halves:.6g} by two halves of them, with accumulate={parts}: it "
-                    "is no mean over rows. Give it a method mean_over(*, labeled, unlabeled) that "
+                    "is no mean over rows. Give it a method mean_over(*, outer, inner) that "
                     "returns what it divides by, such as the number of labels that are not "
                     "ignored; or take accumulate=1; or say of_micro_batches = True, if each "
                     "micro-batch is meant to have a loss of its own."
@@ -175,8 +175,8 @@ def refuse_other_than_means(
 class RowsOfTwo:
     """The rows of two micro-batches, of which a loss is taken of all and by halves."""
 
-    labeled: Batch
-    unlabeled: Batch
+    outer: Batch
+    inner: Batch
     signal: Signal
     problem: BilevelProblem | None
 
@@ -263,21 +263,19 @@ class Comparison:
 
         A loss that does not say how many is a mean over rows, of which both halves have as many: 1.
         """
-        labeled = in_order(self.rows.labeled, stride, half)
-        unlabeled = in_order(self.rows.unlabeled, stride, half)
+        outer = in_order(self.rows.outer, stride, half)
+        inner = in_order(self.rows.inner, stride, half)
         signal = signal_in_order(
             self.rows.signal,
             self.rows.problem,
-            rows=length(self.rows.unlabeled),
+            rows=length(self.rows.inner),
             stride=stride,
             half=half,
         )
         count = None
         if hasattr(self.loss, "mean_over"):
-            count = self.loss.mean_over(labeled=labeled, unlabeled=unlabeled)
-        value = self.loss(
-            self.network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=self.step
-        )
+            count = self.loss.mean_over(outer=outer, inner=inner)
+        value = self.loss(self.network, outer=outer, inner=inner, signal=signal, step=self.step)
         return float(value), 1.0 if count is None else float(count)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl.execution import checks
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
 from metapl.problems.pseudo_labels import check_stored, stored_pair
@@ -39,8 +40,8 @@ class NoisyStudentLoss:
             Without, the two parts run in passes of their own, whose batch statistics are their own.
         label_smoothing: of the labels of labeled examples, α in [0, 1).
 
-    Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C). Where
-    such pairs stand in the place of labeled batches, and there are no unlabeled ones, the loss is
+    Needs: inner batches that are pairs (x, stored), with the stored distributions (B, C). Where
+    such pairs stand in the place of outer batches, and there are no inner ones, the loss is
     that of the pairs alone. Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and what
     it says of training (``"mean"``).
     """
@@ -57,12 +58,12 @@ class NoisyStudentLoss:
         check_fields(self)
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Batch, inner: Batch, signal: Signal, step: int
     ) -> Tensor:
-        if unlabeled is None:
-            return self._of_pairs(teacher, labeled)
-        x_l, y = labeled[:2]
-        x_u, stored = stored_pair(unlabeled)
+        if inner is None:
+            return self._of_pairs(teacher, outer)
+        x_l, y = outer[:2]
+        x_u, stored = stored_pair(inner)
         if self.model_noise:
             logits = checks.logits(teacher(torch.cat([x_l, x_u])), "network")
         else:
@@ -70,7 +71,7 @@ class NoisyStudentLoss:
             with with_model_noise(teacher, on=False):
                 logits = torch.cat([logits_with_noise, teacher(x_u)])
         logits_l, logits_u = wide(logits).split([len(x_l), len(x_u)])
-        check_stored(stored, logits_u.shape, "unlabeled")
+        check_stored(stored, logits_u.shape, "inner")
         y = checks.class_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
         on_unlabeled = self._on_stored(logits_u, stored)
@@ -83,7 +84,7 @@ class NoisyStudentLoss:
         x, stored = stored_pair(pairs)
         with nullcontext() if self.model_noise else with_model_noise(network, on=False):
             logits = wide(network(x))
-        check_stored(stored, logits.shape, "unlabeled")
+        check_stored(stored, logits.shape, "outer")
         return self._on_stored(logits, stored)
 
     def _on_stored(self, logits: Tensor, stored: Tensor) -> Tensor:

@@ -121,9 +121,9 @@ class PseudoLabels(BilevelProblem):
             return _LOSSES_OF_TWO_VIEWS
         return _LOSSES_OF_ONE_VIEW
 
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         checks.class_outputs(outputs, "student")
-        checks.class_labels(labeled[1], outputs.shape[1])
+        checks.class_labels(outer[1], outputs.shape[1])
 
     def signal(
         self,
@@ -184,7 +184,7 @@ class ReducedLabels(PseudoLabels):
               h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
               = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
 
-    with w = (∂U/∂g)ᵀ ∇L(θ′), the labeled gradient pulled back through the student's step.
+    with w = (∂U/∂g)ᵀ ∇L(θ′), the outer gradient pulled back through the student's step.
 
     An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B,
     C) of the same examples; without the teacher's supervised loss the outer one may be (x, y). The
@@ -203,7 +203,7 @@ class ReducedLabels(PseudoLabels):
     Args:
         kind, temperature, label_smoothing: as for :class:`metapl.PseudoLabels`.
 
-    Cost: a step of plain training of the student on stored labels, the student's labeled pass, and
+    Cost: a step of plain training of the student on stored labels, the student's outer pass, and
     what the mode adds. Bias: that of the mode. Raises: :class:`metapl.MetaplError` for batches
     without stored distributions, or with other classes. Source: Meta Pseudo Labels, section 4,
     "Reduced Meta Pseudo Labels"; the network and its supervised term are known from accounts of it,
@@ -237,30 +237,30 @@ class ReducedLabels(PseudoLabels):
     def default_teacher_losses(self, batch: Batch) -> tuple[TeacherLoss, ...]:
         return (StoredCrossEntropy(label_smoothing=0.1),)
 
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse labels that are no classes of the student's, and stored values that do not fit."""
-        super().check(outputs, labeled, unlabeled)
-        _, stored = stored_pair(unlabeled)
-        check_stored(stored, outputs.shape, "unlabeled")
-        if len(labeled) > 2:
-            check_stored(labeled[2], (len(labeled[1]), outputs.shape[1]), "labeled")
+        super().check(outputs, outer, inner)
+        _, stored = stored_pair(inner)
+        check_stored(stored, outputs.shape, "inner")
+        if len(outer) > 2:
+            check_stored(outer[2], (len(outer[1]), outputs.shape[1]), "outer")
 
 
 @dataclass(frozen=True)
 class StoredCrossEntropy(CrossEntropy):
-    """:class:`metapl.CrossEntropy` of T(stored_j), of labeled batches (x, y, stored)."""
+    """:class:`metapl.CrossEntropy` of T(stored_j), of outer batches (x, y, stored)."""
 
     # The loss reads no signal, so its gradient does not pass through one: a compiled step may take
     # it apart from that of the feedback (see metapl.problems.losses.TeacherLoss).
     detaches_signal: ClassVar[bool] = True
 
-    def outputs(self, teacher: nn.Module, labeled: Batch) -> Any:
-        if len(labeled) < 3:
+    def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
+        if len(outer) < 3:
             raise MetaplError(
-                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), or "
+                f"outer is {checks.described(outer)}; expected (inputs, labels, stored), or "
                 "teacher_losses=()."
             )
-        return teacher(in_type_of(teacher, labeled[2]))
+        return teacher(in_type_of(teacher, outer[2]))
 
 
 def check_stored(stored: Tensor, shape: Sequence[int], name: str) -> None:
@@ -282,7 +282,6 @@ def stored_pair(batch: Batch) -> tuple[Any, Tensor]:
     """Return the inputs and the stored distributions of a batch, or refuse the batch."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise MetaplError(
-            f"unlabeled is {checks.described(batch)}; expected (inputs, stored class "
-            "distributions)."
+            f"inner is {checks.described(batch)}; expected (inputs, stored class distributions)."
         )
     return batch[0], batch[1]

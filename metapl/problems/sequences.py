@@ -87,10 +87,10 @@ class DataRater(BilevelProblem):
         inputs, _ = inputs_and_labels(batch)
         return inputs
 
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse outputs that are no logits of each token, wrong labels, and nothing to predict."""
-        _, inner_labels = inputs_and_labels(unlabeled)
-        _, outer_labels = inputs_and_labels(labeled)
+        _, inner_labels = inputs_and_labels(inner)
+        _, outer_labels = inputs_and_labels(outer)
         check_words(outputs, inner_labels=inner_labels, outer_labels=outer_labels)
         checks.refuse(
             (inner_labels[:, 1:] == IGNORED).all(),
@@ -180,8 +180,8 @@ class NextToken(EqualWeights):
         dimensions = 1 if self.per == "sequence" else 2
         return tuple(outputs.shape[:dimensions])
 
-    def check(self, outputs: Tensor, labeled: Batch, unlabeled: Batch) -> None:
-        check_words(outputs, inner_labels=unlabeled[1], outer_labels=labeled[1])
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
+        check_words(outputs, inner_labels=inner[1], outer_labels=outer[1])
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None

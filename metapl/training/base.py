@@ -17,9 +17,10 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from metapl.data.feed import Source
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, as_tensors, either, inputs_of, rows
+from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
 from metapl.execution.checks import described
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
@@ -39,7 +40,7 @@ class FinetuneKeywords(FitKeywords, total=False):
     """The keywords of :meth:`Trainer.fit` for a network that learns from one source of batches."""
 
     batch_size: int | None
-    validation: Any
+    validation: Source
     metric: MetricLike | None
     metric_mode: Better | None
     out: str | Path | Folder | None
@@ -68,7 +69,7 @@ class Trainer(ABC):
         device: where the networks are.
         ranks: the processes that share its batches.
         layouts: where the weights of each network lie.
-        lookahead: how many unlabeled batches the loop draws for a step; several are a
+        lookahead: how many inner batches the loop draws for a step; several are a
             :class:`metapl.Lookahead`.
         classifies: whether the losses are known to be of classes.
         teacher_classifies: whether the teacher gives class logits, so that its accuracy can be
@@ -108,12 +109,12 @@ class Trainer(ABC):
         """Return what decides a step beside networks and optimizers, in a few words."""
 
     @abstractmethod
-    def step(self, labeled: Any, unlabeled: Any = None) -> Report:
+    def step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take one step."""
 
     @abstractmethod
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
-        """Return the student's inputs in a labeled batch, and the batch as its loss reads it.
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
+        """Return the student's inputs in an outer batch, and the batch as its loss reads it.
 
         Args:
             name: of the batch, in an error.
@@ -193,14 +194,12 @@ class Trainer(ABC):
 
     def fit(
         self,
-        labeled: Any = None,
-        unlabeled: Any = None,
+        outer: Source,
+        inner: Source = None,
         *,
-        inner: Any = None,
-        outer: Any = None,
         steps: int,
         batch_size: int | None = None,
-        validation: Any = None,
+        validation: Source = None,
         metric: MetricLike | None = None,
         metric_mode: Better | None = None,
         out: str | Path | Folder | None = None,
@@ -213,17 +212,16 @@ class Trainer(ABC):
         """Train for ``steps`` steps, and leave the best student by validation in place.
 
         Args:
-            labeled, unlabeled: sources of batches as :meth:`step` takes them: a DataLoader, a list
-                of batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where
+            outer, inner: sources of batches as :meth:`step` takes them: a DataLoader, a list of
+                batches, anything :func:`metapl.data.feed.feed` takes; ``inner=None`` where
                 nothing reads it. Of a loader that gives labels too,
                 :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also
                 examples in memory: a tensor or an array, or a tuple or dict of these, with a row
                 for each example.
-            inner, outer: other names of ``unlabeled`` and ``labeled``, as of a bilevel problem.
             steps: in all, including the steps of an earlier part of the run.
             batch_size: of sources in memory, which are served in shuffled epochs; one of fewer rows
                 is served whole. Arrays of floating point become the type of the student's weights.
-            validation: a labeled batch, of any size, or an iterable of such; without it the last
+            validation: an outer batch, of any size, or an iterable of such; without it the last
                 student is kept.
             metric: what the networks are measured by on it, in eval mode. By default their
                 accuracy, where the labels are classes (:func:`metapl.metrics.metric.of_classes`),
@@ -274,10 +272,8 @@ class Trainer(ABC):
         >>> steps, sorted(result.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'lr', 'step'])
         """
-        labeled = either(labeled=labeled, outer=outer)
-        unlabeled = either(unlabeled=unlabeled, inner=inner)
-        if labeled is None:
-            raise MetaplError("fit needs labeled= (or outer=), a source of batches.")
+        if outer is None:
+            raise MetaplError("outer is None; expected a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             raise MetaplError(
                 f"callbacks is {described(callbacks)}; expected a list of functions: "
@@ -285,7 +281,7 @@ class Trainer(ABC):
             )
         request = FitRequest(
             options=fit_options(steps, options, FIT_ARGUMENTS),
-            sources={"labeled": labeled, "unlabeled": unlabeled},
+            sources={"outer": outer, "inner": inner},
             batch_size=batch_size,
             validation=validation,
             metric=metric_of(metric, metric_mode),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, both_batches
+from metapl.execution.batch import Batch, require_batches
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
 from metapl.feedback.door import outer_loss_reads_more
@@ -32,10 +32,8 @@ def hypergradient(
     teacher: nn.Module | None,
     student: nn.Module,
     *,
-    labeled: Batch = None,
-    unlabeled: Batch = None,
-    outer: Batch = None,
-    inner: Batch = None,
+    outer: Batch,
+    inner: Batch,
     mode: Mode = "forward",
     problem: BilevelProblem | None = None,
     inner_optimizer: InnerOptimizer | Update,
@@ -50,7 +48,7 @@ def hypergradient(
     verify: bool | Literal["warn"] = False,
     replay_tolerance: Tolerance = REPLAY_TOLERANCE,
 ) -> Hypergradient:
-    r"""Return the gradient, in the teacher's weights, of the labeled loss after student steps.
+    r"""Return the gradient, in the teacher's weights, of the outer loss after student steps.
 
     .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
@@ -61,16 +59,15 @@ def hypergradient(
             the batches are then this rank's equal share, and the results of sharded networks
             DTensors. No teacher, None, for a problem that has none, such as
             :class:`metapl.problems.LearningToReweight`.
-        labeled: (x_l, y_l) of the outer loss, B_l rows, or what
+        outer: (x_l, y_l) of the outer loss, B_l rows, or what
             :meth:`metapl.BilevelProblem.outer_batch` reads; x_l is a tensor, or a dict or tuple of
-            them. A dict that also holds the labels, under ``labels``, is such a pair.
-        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem``
-            reads. Or a :class:`metapl.Lookahead` of K such batches, for K student steps. Or a
+            them. A dict that also holds the labels, under ``labels``, is such a pair. Or a
             :class:`metapl.Lookahead` of K outer batches, one for each of K student steps: L is then
             the sum Σ_k weight_k L_k(θ_k) of the losses after the steps (MAML++), at the cost of one
             path and K outer passes. Modes ``forward`` and ``unrolled``, without ``verify``; the
             batches of a function are held.
-        outer, inner: other names of ``labeled`` and ``unlabeled``.
+        inner: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads.
+            Or a :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the
@@ -111,14 +108,14 @@ def hypergradient(
 
     >>> import torch, torchopt
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    >>> result = hypergradient(teacher, student, labeled=(torch.randn(5, 4), torch.arange(5) % 3),
-    ...                        unlabeled=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
+    >>> result = hypergradient(teacher, student, outer=(torch.randn(5, 4), torch.arange(5) % 3),
+    ...                        inner=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
     >>> result.feedback.shape, sorted(result.grads)
     (torch.Size([6, 3]), ['bias', 'weight'])
 
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
-    outer, inner = both_batches(labeled, unlabeled, outer, inner)
+    require_batches(outer, inner)
     check_arguments(hypergradient, {**locals(), "mode": estimator(mode)})
     request = Request(
         teacher=teacher,
@@ -146,8 +143,8 @@ def hypergradient(
         check = check_gradient(
             teacher,
             student,
-            labeled=outer,
-            unlabeled=inner,
+            outer=outer,
+            inner=inner,
             problem=problem,
             inner_optimizer=inner_optimizer,
             inner_state=inner_state,

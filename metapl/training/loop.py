@@ -201,8 +201,8 @@ class Fit:
                 self.records = Records(folder, options.phase, self.step, self.say)
                 stack.callback(self.records.close)
                 while self.step < options.steps and not self.is_ended and not is_stopped:
-                    labeled, report, student_waits = self.take_step()
-                    row = self.observe(report, labeled, student_waits=student_waits)
+                    outer, report, student_waits = self.take_step()
+                    row = self.observe(report, outer, student_waits=student_waits)
                     if self.selection.student_column in row:
                         value = row[self.selection.student_column]
                         bar.set_postfix_str(f"validation {value:.4g}", refresh=False)
@@ -306,7 +306,7 @@ class Fit:
     def take_step(self) -> tuple[Any, Report, bool]:
         """Draw the batches of a step and take it.
 
-        Returns: the labeled batch, the report, and whether the student waits, for a teacher that
+        Returns: the outer batch, the report, and whether the student waits, for a teacher that
         learns alone.
         """
         trainer = self.trainer
@@ -315,9 +315,7 @@ class Fit:
         student_is_alone = options.wait <= self.step < self.teacher_begins
         # Nobody looks ahead where the student waits, or learns alone.
         looks_ahead = not student_waits and not student_is_alone
-        labeled, unlabeled = self.sources.next_batches(
-            lookahead=trainer.lookahead if looks_ahead else 1
-        )
+        outer, inner = self.sources.next_batches(lookahead=trainer.lookahead if looks_ahead else 1)
         self.rates.move(self.step)
         if options.warm_start and self.step == options.wait and trainer.teacher is not None:
             self.selection.start_student_from_teacher()
@@ -329,7 +327,7 @@ class Fit:
             elif student_is_alone:
                 take_step = trainer.first_step
         try:
-            report = take_step(labeled, unlabeled)
+            report = take_step(outer, inner)
         except MetaplError as error:
             # What went wrong before is the reason.
             self.refuse_what_went_wrong()
@@ -338,7 +336,7 @@ class Fit:
         if report.fault.findings:
             self.faults.append((self.step, report.fault))
         self.selection.update_averages(["teacher"] if student_waits else trainer.networks)
-        return labeled, report, student_waits
+        return outer, report, student_waits
 
     def refuse_what_went_wrong(self) -> None:
         """Stop where a step so far went wrong, or the weights after it are not finite."""
@@ -355,7 +353,7 @@ class Fit:
 
     # ------------------------------------------------------------------------------- what it showed
 
-    def observe(self, report: Report, labeled: Batch, *, student_waits: bool) -> dict[str, float]:
+    def observe(self, report: Report, outer: Batch, *, student_waits: bool) -> dict[str, float]:
         """Log, validate and call the callbacks after a step, where that is due.
 
         Returns the row that is recorded.
@@ -367,7 +365,7 @@ class Fit:
         if logs or validates:
             self.refuse_what_went_wrong()
         if logs:
-            self.log(report, labeled, row)
+            self.log(report, outer, row)
         if validates:
             row.update(self.validate())
             # A student that learned alone has been validated without what its teacher is to add.
@@ -392,19 +390,19 @@ class Fit:
             self.records.add(row)
         return row
 
-    def log(self, report: Report, labeled: Batch, row: dict[str, float]) -> None:
+    def log(self, report: Report, outer: Batch, row: dict[str, float]) -> None:
         """Put the numbers of a step into its row."""
         row.update(report.as_dict())
         row.update(self.rates.now())
         if not isinstance(report, StepReport) or not is_two_level(self.trainer):
             return
-        scalars = figures(report, self.trainer.problem, labeled, self.ranks)
+        scalars = figures(report, self.trainer.problem, outer, self.ranks)
         # One copy from the device for all of them.
         values = torch.stack([t.double() for t in scalars.values()]).tolist()
         row.update(zip(scalars, values, strict=True))
         inner_examples = self.ranks.size * len(report.student_outputs)
         self.outcomes.recorded(
-            self.step, row, inner_examples, labeled=self.ranks.size * length(labeled)
+            self.step, row, inner_examples, outer_examples=self.ranks.size * length(outer)
         )
 
     def validate(self) -> dict[str, float]:

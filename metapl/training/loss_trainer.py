@@ -43,8 +43,8 @@ SETTINGS = ("clip_norm", "precision", "accumulate")
 class LossArguments(TypedDict):
     """The arguments of a :class:`metapl.problems.losses.TeacherLoss` besides the network."""
 
-    labeled: Batch
-    unlabeled: Batch
+    outer: Batch
+    inner: Batch
     signal: Signal
     step: int
 
@@ -122,16 +122,16 @@ class LossTrainer(Trainer):
     def _choices(self) -> str:
         return f"losses {' + '.join(type(loss).__name__ for loss in self.losses)}"
 
-    def step(self, labeled: Batch, unlabeled: Batch = None) -> Report:
-        """Take a step on a labeled batch and, for losses that read one, an unlabeled batch.
+    def step(self, outer: Batch, inner: Batch = None) -> Report:
+        """Take a step on an outer batch and, for losses that read one, an inner batch.
 
         Args:
-            labeled, unlabeled: as in :meth:`metapl.BilevelTrainer.step`.
+            outer, inner: as in :meth:`metapl.BilevelTrainer.step`.
 
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
-        labeled = labeled_pair(labeled)
-        unlabeled = plain(unlabeled)
+        outer = labeled_pair(outer)
+        inner = plain(inner)
         self.layout.begin_step()
         if self.steps_done == 0 and not self._optimizer_holds_any_weight():
             raise MetaplError(
@@ -140,24 +140,24 @@ class LossTrainer(Trainer):
         with restored(
             Slots(self.student), trained=parameters_of(self.optimizer), device=self.device
         ) as fault:
-            labeled_parts = micro_batches(labeled, self.accumulate, "labeled")
-            unlabeled_parts = micro_batches(unlabeled, self.accumulate, "unlabeled")
+            outer_parts = micro_batches(outer, self.accumulate, "outer")
+            inner_parts = micro_batches(inner, self.accumulate, "inner")
             if self.accumulate > 1 and not self._has_compared_halves:
-                self._refuse_other_than_means(labeled_parts, unlabeled_parts)
+                self._refuse_other_than_means(outer_parts, inner_parts)
             shares = shares_of_losses(
-                self.losses, labeled_parts, unlabeled_parts, self.ranks, self.device
+                self.losses, outer_parts, inner_parts, self.ranks, self.device
             )
             scalars: list[dict[str, Tensor]] = []
             with self._autocast(), rows_shared(self.ranks):
-                for labeled_part, unlabeled_part, shares_of_part in zip(
-                    labeled_parts, unlabeled_parts, shares, strict=True
+                for outer_part, inner_part, shares_of_part in zip(
+                    outer_parts, inner_parts, shares, strict=True
                 ):
                     terms = sum_of_terms(
                         self.network,
                         self.losses,
                         kind=self.total.replace("_", " "),
                         shares=shares_of_part,
-                        **self._arguments_of_losses(labeled_part, unlabeled_part),
+                        **self._arguments_of_losses(outer_part, inner_part),
                     )
                     loss = torch.stack(list(terms.values())).sum()
                     checks.learns(loss, "network")
@@ -182,7 +182,7 @@ class LossTrainer(Trainer):
         ids_in_optimizer = {id(p) for p in parameters_of(self.optimizer)}
         return any(id(p) in ids_in_optimizer for p in self.layout.parameters().values())
 
-    def _refuse_other_than_means(self, labeled: Sequence[Any], unlabeled: Sequence[Any]) -> None:
+    def _refuse_other_than_means(self, outer: Sequence[Any], inner: Sequence[Any]) -> None:
         """Refuse losses of micro-batches that are no means over rows and do not say so.
 
         They are looked at in the first step.
@@ -191,8 +191,8 @@ class LossTrainer(Trainer):
             refuse_other_than_means(
                 self.student,
                 self.losses,
-                labeled,
-                unlabeled,
+                outer,
+                inner,
                 signals=[self._no_signal()],
                 problem=None,
                 step=self.steps_done,
@@ -202,7 +202,7 @@ class LossTrainer(Trainer):
             )
         self._has_compared_halves = True
 
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         batch = labeled_pair(batch, name)
         return batch[0], batch
 
@@ -212,11 +212,11 @@ class LossTrainer(Trainer):
 
         return [partial(term, loss) for loss in self.losses]
 
-    def _arguments_of_losses(self, labeled: Batch, unlabeled: Batch) -> LossArguments:
+    def _arguments_of_losses(self, outer: Batch, inner: Batch) -> LossArguments:
         """Return the arguments of a loss besides the network, whose outputs it computes itself."""
         return {
-            "labeled": labeled,
-            "unlabeled": unlabeled,
+            "outer": outer,
+            "inner": inner,
             "signal": self._no_signal(),
             "step": self.steps_done,
         }

@@ -98,15 +98,17 @@ class Outcomes:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def recorded(self, step: int, row: Mapping[str, float], examples: int, labeled: int) -> None:
+    def recorded(
+        self, step: int, row: Mapping[str, float], examples: int, outer_examples: int
+    ) -> None:
         """Look at the row after so many steps of a teacher and a student.
 
         Args:
-            examples, labeled: in the inner and the outer batch, of all ranks.
+            examples, outer_examples: in the inner and the outer batch, of all ranks.
         """
         self._look_at_size(step, row)
         if examples >= FEWEST_EXAMPLES:
-            self._look_for_collapse(step, row, counts_labels=labeled >= FEWEST_EXAMPLES)
+            self._look_for_collapse(step, row, counts_labels=outer_examples >= FEWEST_EXAMPLES)
         self._look_at_move(step, row)
 
     def validated(self, step: int, role: str, measured: Any) -> None:

@@ -17,7 +17,7 @@ from metapl.problems.base import BilevelProblem, Signal, field_name, has_rows
 
 @torch.no_grad()
 def figures(
-    report: Any, problem: BilevelProblem, labeled: Batch, ranks: Ranks
+    report: Any, problem: BilevelProblem, outer: Batch, ranks: Ranks
 ) -> Mapping[str, Tensor]:
     r"""Return scalars of a :class:`metapl.StepReport`, means over the ranks.
 
@@ -55,7 +55,7 @@ def figures(
         g = in_teacher_outputs(h, signal, problem=problem).flatten(1)
         scalars["feedback_snr"] = signal_to_noise(g, ranks)
 
-    labels = class_indices_in(labeled)
+    labels = class_indices_in(outer)
     if problem.classifies and outputs.ndim == 2:
         student_probs = wide(outputs).softmax(-1)
         scalars["student_class_entropy"] = entropy_of_mean(student_probs, ranks)
@@ -124,11 +124,11 @@ def signal_to_noise(g: Tensor, ranks: Ranks) -> Tensor:
     return (count * m_squared - s) / (s - m_squared).clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def class_indices_in(labeled: Batch) -> Tensor | None:
-    """Return the labels of a labeled batch, (B,), where they are whole numbers."""
-    if not isinstance(labeled, tuple | list) or len(labeled) < 2:
+def class_indices_in(outer: Batch) -> Tensor | None:
+    """Return the labels of an outer batch, (B,), where they are whole numbers."""
+    if not isinstance(outer, tuple | list) or len(outer) < 2:
         return None
-    labels = labeled[1]
+    labels = outer[1]
     if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
         return labels
     return None
@@ -141,7 +141,7 @@ def figures_of_labels(
 
     Args:
         outputs: the student's, of the shape of the teacher's.
-        labels: of the labeled batch, where they are classes.
+        labels: of the outer batch, where they are classes.
     """
     teacher_outputs: Any = signal.outputs
     probs: Any = signal.probs if signal.sampled else signal.value

@@ -16,7 +16,7 @@ from metapl.feedback.lookahead import Lookahead
 
 
 class Sources:
-    """The labeled and the unlabeled source of a fit.
+    """The outer and the inner source of a fit.
 
     They are drawn from between :meth:`open` and the end of its stack.
 
@@ -56,7 +56,7 @@ class Sources:
     ) -> None:
         """Begin the feeds; the stack ends them."""
         for name, source in self.sources.items():
-            batches = steps * lookahead if name == "unlabeled" else steps
+            batches = steps * lookahead if name == "inner" else steps
             self._feeds[name] = feed(
                 source, name=name, stop=batches, num_workers=num_workers, device=device
             )
@@ -70,19 +70,19 @@ class Sources:
         return batch
 
     def next_batches(self, lookahead: int) -> tuple[Any, Any]:
-        """Return the labeled batch of a step and its unlabeled one.
+        """Return the outer batch of a step and its inner one.
 
-        Of several, the second is a :class:`Lookahead`; without an unlabeled source it is None.
+        Of several, the second is a :class:`Lookahead`; without an inner source it is None.
         """
-        labeled = self.draw("labeled")
-        if "unlabeled" not in self._feeds:
-            return labeled, None
+        outer = self.draw("outer")
+        if "inner" not in self._feeds:
+            return outer, None
         earlier = []
         for _ in range(lookahead - 1):
             # A copy, for a source may fill the memory of one batch with the next.
-            earlier.append(map_tensors(Tensor.clone, plain(self.draw("unlabeled"))))
-        last = self.draw("unlabeled")
-        return labeled, Lookahead([*earlier, last]) if earlier else last
+            earlier.append(map_tensors(Tensor.clone, plain(self.draw("inner"))))
+        last = self.draw("inner")
+        return outer, Lookahead([*earlier, last]) if earlier else last
 
     def draw_facts(self) -> dict[str, Any]:
         """Draw the first batch of each source, for its facts.

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from metapl.data.feed import Source
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, both_batches, either, labeled_pair, plain
+from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, require_batches
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
@@ -138,8 +139,8 @@ class BilevelTrainer(Trainer):
             wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem.
             For pseudo-labels they are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the
-            unlabeled batch has two views.
-        feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the labeled
+            inner batch has two views.
+        feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the outer
             loss after one student step, in the modes without bias. With a large one both networks
             may collapse onto one class (docs/modes.md).
         feedback_ratio: in the place of the weight: ‖λ G_h‖ / ‖G_own‖ in every step, the norm of the
@@ -152,7 +153,7 @@ class BilevelTrainer(Trainer):
             a weight of 1. A bound and a ratio take no pass more than a weight does, and hold one
             more gradient of the teacher. A compiled step takes one more backward pass of the
             teacher, unless its losses say ``detaches_signal``.
-        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once
+        recompute_teacher: run the teacher on the inner batch without a graph first, and once
             more with one at the end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The
@@ -164,7 +165,7 @@ class BilevelTrainer(Trainer):
             statistics, dropout masks, and inner and teacher losses that are no means over examples.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights
             and losses in float32.
-        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled
+        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many inner
             batches per step, the student steps on each, and the teacher takes one step on the
             feedback on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes
             a :class:`metapl.Lookahead` of any length.
@@ -187,7 +188,7 @@ class BilevelTrainer(Trainer):
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, mode="reinforce")
     >>> labeled = torch.randn(5, 4), torch.arange(5) % 3
-    >>> report = trainer.step(labeled=labeled, unlabeled=torch.randn(6, 4))
+    >>> report = trainer.step(outer=labeled, inner=torch.randn(6, 4))
     >>> report.feedback.shape, report.step
     (torch.Size([]), 0)
 
@@ -387,24 +388,16 @@ class BilevelTrainer(Trainer):
         return trainer
 
     @one_at_a_time
-    def step(
-        self,
-        labeled: Batch = None,
-        unlabeled: Batch = None,
-        *,
-        outer: Batch = None,
-        inner: Batch = None,
-    ) -> StepReport:
-        """Take one step of Algorithm 1 on a labeled batch and an unlabeled one.
+    def step(self, outer: Batch, inner: Batch = None) -> StepReport:
+        """Take one step of Algorithm 1 on an outer batch, which is labeled, and an inner one.
 
         Args:
-            labeled: (x_l, y_l), or a dict that also holds the labels, under ``labels``. The inputs
+            outer: (x_l, y_l), or a dict that also holds the labels, under ``labels``. The inputs
                 may be a dict or a tuple of tensors, one argument of the networks
                 (:class:`metapl.models.Logits` spreads it over several).
-            unlabeled: x_u, or (weak, strong); or a :class:`metapl.Lookahead` of K such batches: the
+            inner: x_u, or (weak, strong); or a :class:`metapl.Lookahead` of K such batches: the
                 student takes K steps, and the teacher one on the feedback on all of them; its own
-                losses read the last batch.
-            outer, inner: other names of ``labeled`` and ``unlabeled``.
+                losses read the last batch. Every problem needs one.
 
         Returns: a :class:`metapl.StepReport`.
         Raises: :class:`metapl.MetaplError` before anything moves. An error that an optimizer raises
@@ -412,12 +405,12 @@ class BilevelTrainer(Trainer):
             the teacher's optimizer steps first, so that the student has not moved where that one
             fails; the teacher may have.
         """
-        outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
-        refuse_outer_lookahead(outer_batch)
+        require_batches(outer, inner)
+        refuse_outer_lookahead(outer)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
-        opened = self._open_step(outer_batch, inner_batches)
+        opened = self._open_step(outer, inner_batches)
         if self.compile:
-            report = self.compiled_step(self, plain(outer_batch), inner_batches)
+            report = self.compiled_step(self, plain(outer), inner_batches)
             self._looked_at.add(opened.fingerprint)
             return report
         steps = len(inner_batches)
@@ -741,14 +734,7 @@ class BilevelTrainer(Trainer):
         """
         return functional(self)
 
-    def teacher_step(
-        self,
-        labeled: Batch = None,
-        unlabeled: Batch = None,
-        *,
-        outer: Batch = None,
-        inner: Batch = None,
-    ) -> Report:
+    def teacher_step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take one step of the teacher alone, while the student waits.
 
         These are lines 6 to 8 of Algorithm 1, on the batches of a step. Its losses get no signal;
@@ -757,15 +743,13 @@ class BilevelTrainer(Trainer):
         Returns: a report with ``teacher_loss`` and a ``teacher_<name>`` per term.
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        outer_batch = either(labeled=labeled, outer=outer)
-        inner_batch = either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None or not self.has_losses:
             raise MetaplError(
                 "the teacher has no losses of its own; expected teacher_losses=, or wait=0."
             )
-        self._teacher_trainer.losses = self._losses_for(plain(inner_batch))
+        self._teacher_trainer.losses = self._losses_for(plain(inner))
         self._teacher_trainer.steps_done = self.steps_done
-        report = self._teacher_trainer.step(outer_batch, inner_batch)
+        report = self._teacher_trainer.step(outer, inner)
         self.steps_done += 1
         return report
 
@@ -790,14 +774,7 @@ class BilevelTrainer(Trainer):
         return steps
 
     @one_at_a_time
-    def first_step(
-        self,
-        labeled: Batch = None,
-        unlabeled: Batch = None,
-        *,
-        outer: Batch = None,
-        inner: Batch = None,
-    ) -> Report:
+    def first_step(self, outer: Batch, inner: Batch) -> Report:
         """Take one step of the student alone, on the problem's ``first_signal``.
 
         The signal is about the inner batch. :meth:`fit` takes these before the teacher begins, as
@@ -814,15 +791,15 @@ class BilevelTrainer(Trainer):
         the teacher. Returns: a report with ``inner_loss``. Raises: :class:`metapl.MetaplError`
         before anything moves.
         """
-        outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
-        refuse_outer_lookahead(outer_batch)
+        require_batches(outer, inner)
+        refuse_outer_lookahead(outer)
         inner_batches = InnerBatches.of_one_step(inner)
         if self.lookahead == 1:
-            opened = self._open_step(outer_batch, inner_batches)
+            opened = self._open_step(outer, inner_batches)
             teacher_slots = opened.teacher_slots
             student_slots = opened.student_slots
             if self.compile:
-                self.compiled_step.prepare(self, plain(outer_batch), inner_batches)
+                self.compiled_step.prepare(self, plain(outer), inner_batches)
         else:
             # This is one step, and the mode is used over several here: it is not verified yet.
             for layout in self.distributed:
@@ -830,7 +807,7 @@ class BilevelTrainer(Trainer):
             # This step is rare, so the tables are read anew without asking whether they changed.
             self.slots = [Slots(slots.module) for slots in self.slots]
             teacher_slots, student_slots = self.slots
-        outer_batch = self.problem.outer_batch(outer_batch)
+        outer_batch = self.problem.outer_batch(outer)
         student = self._student_type(self.layout, student_slots, double_backward=False)
         self.update.follow(student.parameters)
 
@@ -863,7 +840,7 @@ class BilevelTrainer(Trainer):
             self.steps_done += 1
             return report
 
-    def read_outer(self, batch: Batch, name: str) -> tuple[Any, Any]:
+    def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         self._refuse_input_of_signal()
         if overrides(self.problem, "outer_batch"):
             batch = self.problem.outer_batch(batch)
@@ -974,7 +951,7 @@ class BilevelTrainer(Trainer):
 
     def finetune(
         self,
-        labeled: Any,
+        outer: Source,
         *,
         steps: int,
         optimizer: torch.optim.Optimizer | None = None,
@@ -985,7 +962,7 @@ class BilevelTrainer(Trainer):
         Meta Pseudo Labels ends with this.
 
         Args:
-            labeled: as for :meth:`fit`.
+            outer: as for :meth:`fit`.
             steps: 1,000 or so in the paper, at a small learning rate.
             optimizer: over the student's parameters; default ``SGD(lr=1e-3)``.
             options: as for :meth:`fit` (``validation``, ``out``, ``resume``, ...); the phase is
@@ -1005,16 +982,14 @@ class BilevelTrainer(Trainer):
             compile=self.compile in (True, "reduce-overhead"),
         )
         options.setdefault("phase", "finetune")
-        return trainer.fit(labeled, steps=steps, **options)
+        return trainer.fit(outer, steps=steps, **options)
 
     def hypergradient(
         self,
-        labeled: Batch = None,
-        unlabeled: Batch = None,
+        outer: Batch,
+        inner: Batch,
         mode: Mode | None = None,
         *,
-        outer: Batch = None,
-        inner: Batch = None,
         problem: BilevelProblem | None = None,
         generator: torch.Generator | None = None,
     ) -> Hypergradient:
@@ -1025,7 +1000,7 @@ class BilevelTrainer(Trainer):
         call sees the same dropout masks.
 
         Args:
-            labeled, unlabeled, outer, inner: as for :meth:`step`.
+            outer, inner: as for :meth:`step`.
             mode, problem: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
@@ -1036,8 +1011,6 @@ class BilevelTrainer(Trainer):
             return hypergradient(
                 teacher,
                 student,
-                labeled=labeled,
-                unlabeled=unlabeled,
                 outer=outer,
                 inner=inner,
                 mode=self.mode if mode is None else mode,

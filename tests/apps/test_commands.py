@@ -54,7 +54,14 @@ def typed() -> list[str]:
 
 @pytest.mark.docs
 @pytest.mark.parametrize("line", typed())
-def test_a_command_line_of_a_page_parses(line: str) -> None:
+def test_a_command_line_of_a_page_parses(
+    line: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some lines read the recipe of a run.
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for copy in ("runs/mine/recipe.json", "mine.json"):
+        shutil.copy(tiny / "recipe.json", tmp_path / copy)
+    monkeypatch.chdir(tmp_path)
     name, command = parsed(shlex.split(line, comments=True)[1:])
     assert name in COMMANDS
     assert callable(command.run)

@@ -113,3 +113,11 @@ def test_everything_that_is_measured_was_planned_and_fits_a_card_of_80_gigabytes
             row = plan[f"{name}, {mode}"]
             assert 2e9 < row["planned_bytes"] < 75e9, (name, mode)
             assert row["tflop"] > 1
+
+
+def test_the_table_is_that_of_the_plan_and_of_the_committed_rows() -> None:
+    gpu_large = importlib.import_module("gpu_large")
+    plan = json.loads(gpu_large.PLAN.read_text())
+    text = gpu_large.table(plan, gpu_large.committed_rows())
+    assert gpu_large.TABLE_OF_PLAN.read_text() == text, "python benchmarks/gpu.py --plan"
+    assert "| a billion weights, table | `none` |" in text

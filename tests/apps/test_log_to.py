@@ -12,6 +12,7 @@ import pytest
 from command import metapl, result
 from test_bits import one_thread
 from tiny_runs import NOISY_STUDENT, TINY
+from wandb_files import history_of
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,10 +130,9 @@ def test_the_module_of_the_page_on_loggers(monkeypatch: pytest.MonkeyPatch) -> N
     Path("own_log.py").write_text(module)
     metapl(*TINY, "--out", "run", "--log-to", "own_log:log")
     run = sys.modules["own_log"].run
-    # The last step is written when the run ends.
     run.finish()
-    summary = dict(run.summary)
-    assert summary["_step"] == 10
-    assert summary["result/test_accuracy"] == result(Path("run"))["test_accuracy"]
-    assert "fit/inner_loss" in summary
-    assert [*Path().glob("wandb/offline-run-*/*.wandb")]
+    rows = history_of(run)
+    assert [step for step, _ in rows] == [*range(1, 11)]
+    # The accuracies join the row of the last step.
+    assert rows[-1][1]["result/test_accuracy"] == result(Path("run"))["test_accuracy"]
+    assert "fit/inner_loss" in rows[0][1]

@@ -165,7 +165,7 @@ def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
     network, weak, strong = nn.Linear(4, 3), torch.randn(6, 4), torch.full((6, 4), torch.nan)
     p = network(weak).softmax(1).detach()
     for unlabeled in (weak, (weak, strong)):
-        found = Entropy(0.5)(network, labeled=None, unlabeled=unlabeled, signal=None, step=0)
+        found = Entropy(0.5)(network, outer=None, inner=unlabeled, signal=None, step=0)
         torch.testing.assert_close(found, -0.5 * (p * p.log()).sum() / 6)
 
 

@@ -180,8 +180,8 @@ def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(parameter_groups(student, 5e-2), lr=0.01, momentum=0.9)
         given = {
-            "labeled": (labeled, torch.arange(4)),
-            "unlabeled": unlabeled,
+            "outer": (labeled, torch.arange(4)),
+            "inner": unlabeled,
             "inner_optimizer": optimizer,
         }
         found[mode] = hypergradient(teacher, student, mode=mode, **given).feedback

@@ -62,7 +62,7 @@ def batches(labeled: int = 2, ratio: int = 3) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x_l, x_u = (torch.randn(n, 4, generator=generator) for n in (labeled, ratio * labeled))
     stored = torch.rand(ratio * labeled, 3, generator=generator).softmax(1)
-    return {"labeled": (x_l, torch.arange(labeled) % 3), "unlabeled": (x_u, stored)}
+    return {"outer": (x_l, torch.arange(labeled) % 3), "inner": (x_u, stored)}
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -70,7 +70,7 @@ def test_the_loss_weighs_the_two_parts_as_the_paper_does(hard: bool) -> None:
     """1/(1+r) and r/(1+r) over the concatenated batch; 1 and 1 as Algorithm 1 is written."""
     for ratio in (1, 3, 14):
         network, data = nn.Linear(4, 3), batches(ratio=ratio)
-        (x_l, y), (x_u, stored) = data["labeled"], data["unlabeled"]
+        (x_l, y), (x_u, stored) = data["outer"], data["inner"]
         labeled = F.cross_entropy(network(x_l), y)
         unlabeled = F.cross_entropy(network(x_u), stored.argmax(1) if hard else stored)
         own: dict[str, Any] = {"signal": NOTHING, "step": 0}
@@ -79,9 +79,7 @@ def test_the_loss_weighs_the_two_parts_as_the_paper_does(hard: bool) -> None:
         )
         torch.testing.assert_close(mean, labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
         torch.testing.assert_close(two, labeled + unlabeled)
-        alone = NoisyStudentLoss(hard=hard)(
-            network, labeled=data["unlabeled"], unlabeled=None, **own
-        )
+        alone = NoisyStudentLoss(hard=hard)(network, outer=data["inner"], inner=None, **own)
         torch.testing.assert_close(alone, unlabeled)
 
 
@@ -102,7 +100,7 @@ def test_dropout_that_is_called_as_a_function_is_noise_too() -> None:
     pytest.importorskip("timm")
     network = Architecture(name="timm:resnet18", num_classes=3, dropout=0.5).create().train()
     labeled = (torch.rand(6, 3, 32, 32), torch.full((6, 3), 1 / 3))
-    batch: Any = {"labeled": labeled, "unlabeled": None, "signal": NOTHING, "step": 0}
+    batch: Any = {"outer": labeled, "inner": None, "signal": NOTHING, "step": 0}
     with torch.no_grad():
         still = {float(NoisyStudentLoss(model_noise=False)(network, **batch)) for _ in range(3)}
         moving = {float(NoisyStudentLoss()(network, **batch)) for _ in range(3)}

@@ -107,7 +107,7 @@ class Toy:
         return {"teacher": self.teacher, "student": self.student}
 
     def data(self) -> dict[str, Any]:
-        return {"labeled": self.labeled, "unlabeled": self.unlabeled}
+        return {"outer": self.labeled, "inner": self.unlabeled}
 
     def draw_from_start(self) -> None:
         """Let both the library and the reference draw dropout masks and labels from here on."""
@@ -350,8 +350,8 @@ def gradient(
     The inner optimizer is SGD, if no other is named.
     """
     arguments = {
-        "labeled": case.labeled,
-        "unlabeled": case.unlabeled if lookahead is None else metapl.Lookahead([*lookahead]),
+        "outer": case.labeled,
+        "inner": case.unlabeled if lookahead is None else metapl.Lookahead([*lookahead]),
         **options,
     }
     if "inner_optimizer" not in arguments:

@@ -188,8 +188,8 @@ def views(batch: Any) -> tuple[Tensor, Tensor]:
 def pseudo_labels(
     teacher: nn.Module,
     student: nn.Module,
-    labeled: tuple[Tensor, Tensor],
-    unlabeled: Any,
+    outer: tuple[Tensor, Tensor],
+    inner: Any,
     rule: Rule,
     state: Any = None,
     *,
@@ -208,7 +208,7 @@ def pseudo_labels(
             whole batch; ``"batch_mean"``: 1/B of it, Algorithm 1 as it is written.
         labels: ŷ, where it is not to be drawn.
     """
-    weak, strong = views(unlabeled)
+    weak, strong = views(inner)
     theta = weights(student)
     phi = weights(teacher)
     # The student draws first, then the teacher, then the labels.
@@ -228,17 +228,17 @@ def pseudo_labels(
     is_of_batch = kind in ("batch_score", "batch_mean")
     u = torch.ones((1,) if is_of_batch else (rows,), dtype=q.dtype, requires_grad=True)
     target = (1 - smoothing) * leaf + smoothing / classes
-    inner = (u * cross_entropy(target, z)).mean()
-    moved, new_state = stepped(inner, theta, rule, state)
+    inner_loss = (u * cross_entropy(target, z)).mean()
+    moved, new_state = stepped(inner_loss, theta, rule, state)
     torch.set_rng_state(own_stream(after_inner))
-    outer = F.cross_entropy(outputs_at(student, moved, labeled[0]), labeled[1])
+    outer_loss = F.cross_entropy(outputs_at(student, moved, outer[0]), outer[1])
     torch.set_rng_state(end)
 
     if kind in ("soft", "expected"):
-        (signal_grad,) = torch.autograd.grad(outer, leaf)
+        (signal_grad,) = torch.autograd.grad(outer_loss, leaf)
         objective = (signal_grad * q).sum()
     else:
-        (signal_grad,) = torch.autograd.grad(outer, u)
+        (signal_grad,) = torch.autograd.grad(outer_loss, u)
         objective = (signal_grad * (log_q * one_hot).sum(-1)).sum()
         if kind == "batch_mean":
             objective = objective / rows
@@ -248,8 +248,8 @@ def pseudo_labels(
         signal_grad=signal_grad.detach(),
         student_params=_constant(moved),
         state=new_state,
-        inner_loss=inner.detach(),
-        outer_loss=outer.detach(),
+        inner_loss=inner_loss.detach(),
+        outer_loss=outer_loss.detach(),
         labels=labels,
     )
 
@@ -267,7 +267,7 @@ class FoundAhead:
 def several_steps(
     teacher: nn.Module,
     student: nn.Module,
-    labeled: tuple[Tensor, Tensor],
+    outer: tuple[Tensor, Tensor],
     batches: list[Any],
     rule: Rule | list[Rule],
     state: Any = None,
@@ -299,16 +299,16 @@ def several_steps(
         theta, state = stepped(cross_entropy(leaf, z).mean(), theta, rule_of_step, state)
     end = torch.get_rng_state()
     torch.set_rng_state(own_stream(after_inner))
-    outer = F.cross_entropy(outputs_at(student, theta, labeled[0]), labeled[1])
+    outer_loss = F.cross_entropy(outputs_at(student, theta, outer[0]), outer[1])
     torch.set_rng_state(end)
-    signal_grads = torch.autograd.grad(outer, leaves)
+    signal_grads = torch.autograd.grad(outer_loss, leaves)
     objective = sum((g * q).sum() for g, q in zip(signal_grads, signals, strict=True))
     grads = torch.autograd.grad(objective, list(phi.values()))
     return FoundAhead(
         grads=dict(zip(phi, grads, strict=True)),
         signal_grads=list(signal_grads),
         student_params=_constant(theta),
-        outer_loss=outer.detach(),
+        outer_loss=outer_loss.detach(),
     )
 
 

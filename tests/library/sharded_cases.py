@@ -373,8 +373,8 @@ def interrupted(layout: str, failing_call: int) -> float:
         metapl.hypergradient(
             laid_out(teacher, layout),
             student,
-            labeled=(x, y),
-            unlabeled=metapl.Lookahead([u, u, u]),
+            outer=(x, y),
+            inner=metapl.Lookahead([u, u, u]),
             inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
         )
     handle.remove()
@@ -404,8 +404,8 @@ def _another_batch_on_one() -> None:
     metapl.hypergradient(
         teacher,
         student,
-        labeled=labeled,
-        unlabeled=metapl.Lookahead(batch_of, steps=3),
+        outer=labeled,
+        inner=metapl.Lookahead(batch_of, steps=3),
         inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
     )
 
@@ -619,6 +619,8 @@ class Share(list[Any]):
 
     def __init__(self, batches: list[Any], ranks: Ranks) -> None:
         super().__init__(micro_batches(batch, ranks.size, "whole")[ranks.rank] for batch in batches)
+        # By this attribute a fit reads the facts of the data of all ranks.
+        self.whole = batches
 
 
 def whole_training(

@@ -38,8 +38,8 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         """Run the operations again, from memory to memory."""
         for func, args, options, results in self.operations:
-            again = func(*args, **options)
-            pairs = zip(pytree.tree_leaves(results), pytree.tree_leaves(again), strict=True)
+            new_results = func(*args, **options)
+            pairs = zip(pytree.tree_leaves(results), pytree.tree_leaves(new_results), strict=True)
             for t, new in pairs:
                 # Views, and what is changed in place, are in place already.
                 if isinstance(t, Tensor) and t.data_ptr() != new.data_ptr():

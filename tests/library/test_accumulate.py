@@ -206,7 +206,7 @@ class Judged(metapl.problems.ExampleWeights):
         self.loss = loss
         self.penalized = penalized
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+    def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
         """Check nothing: labels may be ignored ones."""
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
@@ -290,7 +290,7 @@ def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
     """
 
     class Ignoring(metapl.PseudoLabels):
-        def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+        def check(self, outputs: Tensor, outer: Any, inner: Any) -> None: ...
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
             return not_ignored(outputs, batch[1])
@@ -561,9 +561,9 @@ class OwnMean:
     name = "own"
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: int
     ) -> Tensor:
-        x, y = labeled
+        x, y = outer
         total = F.cross_entropy(teacher(x), y, ignore_index=-100, reduction="sum")
         return total / (y != -100).sum().clamp(min=1)
 
@@ -571,15 +571,15 @@ class OwnMean:
 class SaidMean(OwnMean):
     """The same, which says so."""
 
-    def mean_over(self, *, labeled: Any, unlabeled: Any) -> Tensor:
-        return (labeled[1] != -100).sum()
+    def mean_over(self, *, outer: Any, inner: Any) -> Tensor:
+        return (outer[1] != -100).sum()
 
 
 class Contrast(OwnMean):
     """A loss that compares the rows of a batch with each other."""
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
-        return contrast(teacher(labeled[0]), labeled[1])
+    def __call__(self, teacher: nn.Module, *, outer: Any, **_: Any) -> Tensor:
+        return contrast(teacher(outer[0]), outer[1])
 
 
 class ContrastOfMicroBatches(Contrast):
@@ -680,7 +680,7 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
     """
 
     class Weighing(BilevelProblem):
-        def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+        def check(self, outputs: Tensor, outer: Any, inner: Any) -> None: ...
 
         def signal(
             self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
@@ -696,7 +696,7 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
             return F.cross_entropy(outputs, batch[1], reduction="sum"), (batch[1] != -100).sum()
 
     class Pseudo(metapl.PseudoLabels):
-        def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+        def check(self, outputs: Tensor, outer: Any, inner: Any) -> None: ...
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
             return not_ignored(outputs, batch[1])

@@ -59,7 +59,7 @@ PARTS = {
     "steps": """
 for mode in MODES:
     trainer = metapl.BilevelTrainer(**networks(), mode=mode, verify=mode == "forward")
-    report = trainer.step(labeled=(x, y), unlabeled=u)
+    report = trainer.step(outer=(x, y), inner=u)
     assert torch.isfinite(torch.as_tensor(report.inner_loss)), mode
 """,
     "fit and evaluate": """

@@ -98,7 +98,7 @@ def data(kind: str, views: bool) -> dict[str, Any]:
     elif isinstance(weak, tuple | list):
         # By itself, a pair would be two views.
         unlabeled = (weak,)
-    return {"labeled": labeled, "unlabeled": unlabeled}
+    return {"outer": labeled, "inner": unlabeled}
 
 
 def trainer(kind: str, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
@@ -142,12 +142,12 @@ def test_the_kind_of_a_batch_changes_no_number(mode: Any, kind: str, views: bool
 @pytest.mark.parametrize("key", ["labels", "label"])
 def test_labels_may_be_among_the_entries_of_a_dict(key: str) -> None:
     batches = data("dict", views=False)
-    inputs, labels = batches["labeled"]
+    inputs, labels = batches["outer"]
 
-    def weights_after_step(labeled: Any) -> list[Tensor]:
+    def weights_after_step(outer: Any) -> list[Tensor]:
         bilevel = trainer("dict")
         torch.manual_seed(2)
-        bilevel.step(labeled, batches["unlabeled"])
+        bilevel.step(outer, batches["inner"])
         return weights(bilevel.teacher, bilevel.student)
 
     assert same(weights_after_step((inputs, labels)), weights_after_step({**inputs, key: labels}))
@@ -155,7 +155,7 @@ def test_labels_may_be_among_the_entries_of_a_dict(key: str) -> None:
 
 @pytest.mark.parametrize("returned", ["object", "dict", "tensor"])
 def test_logits_takes_what_the_network_returns(returned: str) -> None:
-    inputs = data("dict", views=False)["unlabeled"]
+    inputs = data("dict", views=False)["inner"]
     adapted, _ = networks("dict", returned)
     adapted.eval()
     network = adapted.network

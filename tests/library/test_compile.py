@@ -401,9 +401,7 @@ def test_an_outer_batch_is_read_once_on_both_roads(monkeypatch: pytest.MonkeyPat
             "problem": Named(),
             "compile": compile,
         }
-        gradient = metapl.hypergradient(
-            None, network, labeled=labeled, unlabeled=unlabeled, **options
-        )
+        gradient = metapl.hypergradient(None, network, outer=labeled, inner=unlabeled, **options)
         report = metapl.BilevelTrainer(None, network, **options).step(labeled, unlabeled)
         ends.append([gradient.feedback, report.feedback, network.weight.detach()])
     torch.testing.assert_close(*ends)

@@ -225,6 +225,56 @@ def test_dropout_of_the_student_has_new_masks_in_each_step(
     assert graphs_of(pair[1]).recordings_made == 1
 
 
+def students_passes(trainer: metapl.BilevelTrainer) -> list[bool]:
+    """Return, for each recording so far, whether it took ż by a second pass of the student."""
+    return graphs_of(trainer).replayed_tangents
+
+
+def test_a_student_that_draws_nothing_runs_once_more_in_forward_mode() -> None:
+    """Of one that draws, the second pass would have other masks: ż is the pullback's transpose."""
+    pair = trainers()
+    take(pair, 0, batch(0))
+    by_graphs = pair[1]
+    assert students_passes(by_graphs) == [True]
+    by_graphs.student[3].p = 0.5
+    by_graphs.step(*batch(1))
+    assert students_passes(by_graphs) == [True, False]
+
+
+class WithoutForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class Squared(nn.Module):
+    """A network with an operation that has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WithoutForwardMode.apply(self.layer(x.flatten(1)))
+
+
+def test_an_operation_without_forward_mode_is_no_obstacle() -> None:
+    pair = trainers(network=Squared)
+    for number in range(2):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert students_passes(pair[1]) == [False]
+
+
 def other_parameter(trainer: metapl.BilevelTrainer) -> None:
     layer = trainer.student[-1]
     old_weight = layer.weight
@@ -286,14 +336,14 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_what_is_changed_between_steps_counts(what: str) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_steps_counts(change: str) -> None:
     pair = trainers()
     for number in range(2):
         take(pair, number, batch(number))
     for trainer in pair:
         torch.manual_seed(3)
-        CHANGES[what](trainer)
+        CHANGES[change](trainer)
     for number in range(4, 7):
         take(pair, number, batch(number))
         compare(pair[1], pair[0])
@@ -386,13 +436,13 @@ def test_the_first_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(cuda_graphs.RECORDERS, DEVICE, record_another)
     _, trainer = trainers()
-    before = tensors_of(trainer)
+    tensors_before = tensors_of(trainer)
     random_before = torch.get_rng_state()
     batches = batch(0)
     torch.set_rng_state(random_before)
     with pytest.raises(MetaplError, match="compiled, h is"):
         trainer.step(*batches)
-    for t, expected in zip(tensors_of(trainer), before, strict=False):
+    for t, expected in zip(tensors_of(trainer), tensors_before, strict=False):
         assert torch.equal(t, expected)
     assert torch.equal(torch.get_rng_state(), random_before)
 
@@ -428,13 +478,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_recorded_is_refused_and_nothing_moves(what: str) -> None:
-    _, trainer = trainers(network=REFUSED[what], noisy_teacher=REFUSED[what])
-    before = tensors_of(trainer)
-    with pytest.raises(MetaplError, match=what):
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_recorded_is_refused_and_nothing_moves(reason: str) -> None:
+    _, trainer = trainers(network=REFUSED[reason], noisy_teacher=REFUSED[reason])
+    tensors_before = tensors_of(trainer)
+    with pytest.raises(MetaplError, match=reason):
         trainer.step(*batch(0))
-    for t, expected in zip(tensors_of(trainer), before, strict=False):
+    for t, expected in zip(tensors_of(trainer), tensors_before, strict=False):
         assert torch.equal(t, expected)
     assert trainer.steps_done == 0
 

@@ -72,7 +72,7 @@ def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify:
     weights_before = weights(trainer.teacher, trainer.student)
     with pytest.raises(
         MetaplError,
-        match=r"the outer loss is NaN or infinite: the outer batch \(labeled\) has no rows",
+        match=r"the outer loss is NaN or infinite: the outer batch has no rows",
     ):
         trainer.step(OUTER[outer](*pair()), pair()[0])
     assert same(weights(trainer.teacher, trainer.student), weights_before)
@@ -135,18 +135,18 @@ class OfTokens:
     name = "tokens"
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
     ) -> Tensor:
-        return F.cross_entropy(teacher(labeled[0]), labeled[1], ignore_index=-100)
+        return F.cross_entropy(teacher(outer[0]), outer[1], ignore_index=-100)
 
 
 class OfRows(OfTokens):
     """A mean over rows of the means over their labels, of which each row has one at least."""
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
     ) -> Tensor:
-        x, labels = labeled
+        x, labels = outer
         losses = F.cross_entropy(teacher(x), labels, ignore_index=-100, reduction="none")
         return (losses.sum(1) / (labels != -100).sum(1)).mean()
 
@@ -155,13 +155,11 @@ class OfFactors(OfRows):
     """The same, of a network whose weights have to be small."""
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: Any
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
     ) -> Tensor:
         if max(p.abs().max() for p in teacher.parameters()) > 1:
             raise ArithmeticError("the weights are too large")
-        return super().__call__(
-            teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step
-        )
+        return super().__call__(teacher, outer=outer, inner=inner, signal=signal, step=step)
 
 
 class Tagger(nn.Module):
@@ -637,12 +635,12 @@ def test_what_an_error_about_a_dataclass_proposes_runs() -> None:
 def test_a_trainer_shows_its_parts_and_how_far_it_is() -> None:
     teacher, student = network(), network()
     matrices = [p for p in student.parameters() if p.ndim == 2]
-    others = [p for p in student.parameters() if p.ndim != 2]
+    vectors = [p for p in student.parameters() if p.ndim != 2]
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
         metapl.feedback.Reinforce(baseline=0.9),
-        inner_optimizer=(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.001)),
+        inner_optimizer=(torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.001)),
     )
     trainer.step(pair(), pair()[0])
     mode = "Reinforce(similarity='dot', baseline=0.9, normalization='gradient', reduction='mean')"

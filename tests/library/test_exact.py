@@ -288,7 +288,7 @@ def test_float32_agrees_with_float64(estimator: str, student: str, optimiser: st
         for network in problem.networks().values():
             network.to(dtype)
         x, y = problem.labeled
-        data = {"labeled": (x.to(dtype), y), "unlabeled": problem.unlabeled.to(dtype)}
+        data = {"outer": (x.to(dtype), y), "inner": problem.unlabeled.to(dtype)}
         problem.draw_from_start()
         inner = rule.build(problem.student)
         grads.append(gradient(problem, mode, **data, inner_optimizer=inner).grads)

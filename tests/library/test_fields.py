@@ -54,7 +54,8 @@ def test_what_fits_is_taken(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "wrong"), [(field, one) for field, several in MISFITS.items() for one in several]
+    ("field", "wrong"),
+    [(field, value) for field, values in MISFITS.items() for value in values],
 )
 def test_what_does_not_fit_is_refused_by_its_field(field: str, wrong: Any) -> None:
     with pytest.raises(FieldError, match=field) as refusal:

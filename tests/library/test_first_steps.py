@@ -132,7 +132,7 @@ def test_the_teacher_of_a_problem_moves_whatever_the_size_of_its_feedback(
     )
     first_state = copied(teacher)
     for _ in range(3):
-        trainer.step(labeled=TRUSTED[0], unlabeled=inner)
+        trainer.step(outer=TRUSTED[0], inner=inner)
     moved = max((t - first_state[key]).abs().max().item() for key, t in copied(teacher).items())
     rate = trainer.outer_optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
     assert moved > rate
@@ -159,7 +159,7 @@ def test_the_pure_step_takes_the_optimizers_of_the_problems(name: str) -> None:
     step, state = trainer.functional()
     for _ in range(2):
         state, _ = step(state, TRUSTED[0], inner)
-        trainer.step(labeled=TRUSTED[0], unlabeled=inner)
+        trainer.step(outer=TRUSTED[0], inner=inner)
     assert trainer.teacher is not None
     for key, t in trainer.teacher.named_parameters():
         torch.testing.assert_close(state.teacher.params[key], t.detach(), rtol=1e-4, atol=1e-5)
@@ -182,7 +182,7 @@ def test_the_student_first_learns_the_given_labels_as_it_would_alone() -> None:
     )
     torch.manual_seed(5)
     for batch in given_batches():
-        report = trainer.first_step(labeled=TRUSTED[0], unlabeled=batch)
+        report = trainer.first_step(outer=TRUSTED[0], inner=batch)
     torch.manual_seed(5)
     for batch in given_batches():
         expected = alone.step(batch)
@@ -202,7 +202,7 @@ def test_after_the_first_steps_a_fit_takes_those_of_a_trainer_whose_student_begi
     torch.manual_seed(5)
     for number, batch in enumerate(given_batches()[:10]):
         step = by_hand.first_step if number < 3 else by_hand.step
-        step(labeled=TRUSTED[0], unlabeled=batch)
+        step(outer=TRUSTED[0], inner=batch)
     assert same(fitted.state_dict(), by_hand.state_dict())
 
 
@@ -213,7 +213,7 @@ def test_the_option_decides_how_many_first_steps_there_are() -> None:
     fit(fitted, first_steps=0)
     torch.manual_seed(5)
     for batch in given_batches()[:10]:
-        by_hand.step(labeled=TRUSTED[0], unlabeled=batch)
+        by_hand.step(outer=TRUSTED[0], inner=batch)
     assert same(fitted.state_dict(), by_hand.state_dict())
 
 
@@ -261,7 +261,7 @@ def test_first_steps_are_with_micro_batches_and_a_clip_what_they_are_without() -
     for trainer in (plain, parts):
         trainer.student.eval()
         for batch in given_batches(4):
-            trainer.first_step(labeled=TRUSTED[0], unlabeled=batch)
+            trainer.first_step(outer=TRUSTED[0], inner=batch)
     for name, t in copied(plain.student).items():
         torch.testing.assert_close(copied(parts.student)[name], t, rtol=1e-5, atol=1e-6)
 
@@ -315,9 +315,9 @@ def test_a_first_step_that_fails_moves_nothing() -> None:
     trainer = weight_trainer()
     first_state = copy.deepcopy(trainer.state_dict())
     with pytest.raises(MetaplError):
-        trainer.first_step(labeled=TRUSTED[0], unlabeled=(torch.full((8, 5), torch.nan), Y[:8]))
+        trainer.first_step(outer=TRUSTED[0], inner=(torch.full((8, 5), torch.nan), Y[:8]))
     with pytest.raises(MetaplError):
-        trainer.first_step(labeled=TRUSTED[0], unlabeled=X[:8])
+        trainer.first_step(outer=TRUSTED[0], inner=X[:8])
     assert same(trainer.state_dict(), first_state)
 
 

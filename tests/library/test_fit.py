@@ -327,8 +327,8 @@ def digits_trainer() -> tuple[metapl.BilevelTrainer, dict[str, Any]]:
     torch.manual_seed(0)
     teacher, student = metapl.models.mlp([64, 32, 10]), metapl.models.mlp([64, 32, 10])
     options: dict[str, Any] = {
-        "labeled": (x[:100], y[:100]),
-        "unlabeled": x[100:1200],
+        "outer": (x[:100], y[:100]),
+        "inner": x[100:1200],
         "batch_size": 50,
         "validation": (x[1200:], y[1200:]),
         "steps": 1000,
@@ -366,18 +366,18 @@ def test_patience_ends_a_fit_on_digits_at_its_best_student(tmp_path: Path) -> No
     with pytest.raises(KeyError, match="break"):
         stopped.fit(**options, out=tmp_path / "stopped", callbacks=[break_off])
     resumed, options = digits_trainer()
-    again = resumed.fit(**options, out=tmp_path / "stopped", resume=True)
+    resumed_result = resumed.fit(**options, out=tmp_path / "stopped", resume=True)
     end = end_of(trainer, result, tmp_path / "whole")
-    assert same(end, end_of(resumed, again, tmp_path / "stopped"))
+    assert same(end, end_of(resumed, resumed_result, tmp_path / "stopped"))
 
 
 def test_an_ended_fit_stays_ended_when_it_is_resumed(tmp_path: Path) -> None:
     trainer, options = digits_trainer()
     ended = trainer.fit(**options, out=tmp_path)
     resumed, options = digits_trainer()
-    again = resumed.fit(**options, out=tmp_path, resume=True)
+    resumed_result = resumed.fit(**options, out=tmp_path, resume=True)
     assert resumed.steps_done == trainer.steps_done < options["steps"]
-    assert same(ended.weights, again.weights)
+    assert same(ended.weights, resumed_result.weights)
     other, options = digits_trainer()
     with pytest.raises(MetaplError, match="patience was 4, now 5"):
         other.fit(**{**options, "patience": 5}, out=tmp_path, resume=True)
@@ -510,7 +510,7 @@ def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
     assert keywords == options
     parameters = inspect.signature(Trainer.fit).parameters
     assert parameters["steps"].default is inspect.Parameter.empty
-    sources = {"self", "labeled", "unlabeled", "inner", "outer", "steps", "options"}
+    sources = {"self", "outer", "inner", "steps", "options"}
     of_fit = {
         name: hint
         for name, hint in get_type_hints(Trainer.fit).items()

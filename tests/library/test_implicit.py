@@ -84,8 +84,8 @@ def implicit_gradient(mode: Implicit, inner: Any = None) -> metapl.Hypergradient
     return metapl.hypergradient(
         Penalties(),
         network,
-        labeled=outer_batch,
-        unlabeled=inner_batch,
+        outer=outer_batch,
+        inner=inner_batch,
         mode=mode,
         problem=Ridge(),
         inner_optimizer=optimizer,
@@ -138,7 +138,7 @@ def test_damping_and_the_identity_are_what_they_say() -> None:
     assert error(implicit_gradient(short).grads["log_penalty"], series) < 1e-10
 
 
-def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner: Any) -> Tensor:
+def by_pseudo_inverse(network: nn.Linear, table: nn.Module, outer: Any, inner: Any) -> Tensor:
     """Return h of a linear student on learned labels, in float64, by the Hessian as a matrix."""
     x, index = inner
     theta = torch.cat([p.detach().flatten() for p in network.parameters()]).double()
@@ -153,7 +153,7 @@ def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner:
     hessian = torch.autograd.functional.hessian(inner_loss, theta)
     flat_theta = theta.clone().requires_grad_()
     (v,) = torch.autograd.grad(
-        nn.functional.cross_entropy(logits(flat_theta, labeled[0]), labeled[1]), flat_theta
+        nn.functional.cross_entropy(logits(flat_theta, outer[0]), outer[1]), flat_theta
     )
     (g,) = torch.autograd.grad(inner_loss(flat_theta), flat_theta, create_graph=True)
     w = -torch.linalg.pinv(hessian, rtol=1e-10) @ v
@@ -179,8 +179,8 @@ def test_conjugate_gradients_end_where_they_have_converged(
     gradient = metapl.hypergradient(
         table,
         network,
-        labeled=(z, y),
-        unlabeled=(x, index),
+        outer=(z, y),
+        inner=(x, index),
         mode=Implicit(iterations=iterations),
         problem=metapl.problems.ExampleLabels(),
         inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1),

@@ -14,6 +14,7 @@ import pages
 import pytest
 import torch
 from torch import nn
+from wandb_files import history_of
 
 import metapl
 
@@ -30,23 +31,7 @@ pytestmark = [
 
 def of_wandb(names: dict[str, Any], folder: Path) -> Rows:
     """Return the losses in the file of an offline run, each with its step."""
-    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store = datastore.DataStore()
-    store.open_for_scan(str(file))
-    rows = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") != "history":
-            continue
-        values = {}
-        for item in record.history.item:
-            values[item.key or "/".join(item.nested_key)] = item.value_json
-        rows.append((record.history.step.num, float(values["inner_loss"])))
-    return rows
+    return [(step, values["inner_loss"]) for step, values in history_of(names["run"])]
 
 
 def of_mlflow(names: dict[str, Any], folder: Path) -> Rows:

@@ -67,7 +67,7 @@ def check(
     problem.draw_from_start()
     expected = reference.several_steps(
         **problem.networks(),
-        labeled=problem.labeled,
+        outer=problem.labeled,
         batches=inner_batches,
         rule=rule.rule,
         state=rule_state,
@@ -145,7 +145,7 @@ def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimise
     rule = OPTIMISERS[optimiser]
     weights_before = values(problem.teacher)
     expected = reference.several_steps(
-        **problem.networks(), labeled=problem.labeled, batches=inner_batches, rule=rule.rule
+        **problem.networks(), outer=problem.labeled, batches=inner_batches, rule=rule.rule
     )
     trainer = trainer_for(
         problem,
@@ -197,8 +197,8 @@ def test_keeping_few_steps_takes_less_memory_where_the_weights_are_most_of_it() 
         nn.Sequential(nn.Linear(8, 500), nn.Tanh(), nn.Linear(500, 4)) for _ in range(2)
     )
     data = {
-        "labeled": (torch.randn(2, 8), torch.tensor([0, 3])),
-        "unlabeled": Lookahead([torch.randn(2, 8) for _ in range(32)]),
+        "outer": (torch.randn(2, 8), torch.tensor([0, 3])),
+        "inner": Lookahead([torch.randn(2, 8) for _ in range(32)]),
         "inner_optimizer": torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3),
     }
 
@@ -278,7 +278,7 @@ def test_parameters_that_some_of_the_steps_do_not_reach(mode: str, order: str) -
         return moved, velocity
 
     expected = reference.several_steps(
-        **problem.networks(), labeled=problem.labeled, batches=inner_batches, rule=rule
+        **problem.networks(), outer=problem.labeled, batches=inner_batches, rule=rule
     )
     sgd = torch.optim.SGD(
         problem.student.parameters(), lr=0.3, momentum=0.9, dampening=0.2, weight_decay=0.1

@@ -65,18 +65,18 @@ def test_one_product_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     a = {str(number): torch.ones(10_000) for number in range(8)}
     of_one = 4 * 10_000
 
-    def held() -> int:
+    def peak() -> int:
         return peak_bytes(lambda: WHOLE.slope(a, a), torch.device("cpu"))
 
-    assert held() > 15 * of_one
+    assert peak() > 15 * of_one
     monkeypatch.setattr(numerics, "MANY_ENTRIES", 1)
-    assert held() < 3 * of_one
+    assert peak() < 3 * of_one
 
 
 def test_gradients_of_micro_batches_are_added_up_as_they_come() -> None:
     """Eight of them hold no more than two, of a network of large weights and small batches."""
 
-    def held(accumulate: int) -> int:
+    def peak(accumulate: int) -> int:
         torch.manual_seed(0)
         teacher = metapl.models.mlp([200, 3])
         student = metapl.models.mlp([200, 500, 3])
@@ -88,7 +88,7 @@ def test_gradients_of_micro_batches_are_added_up_as_they_come() -> None:
         trainer.step(labeled, unlabeled)
         return peak_bytes(lambda: trainer.step(labeled, unlabeled), torch.device("cpu"))
 
-    assert held(8) < 1.1 * held(2)
+    assert peak(8) < 1.1 * peak(2)
 
 
 def test_a_sum_of_trees_counts_what_is_missing_as_zero() -> None:

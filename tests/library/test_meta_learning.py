@@ -443,8 +443,8 @@ def test_first_order_is_the_gradient_after_the_steps_that_are_left_out(
 def test_first_order_with_a_teacher_cuts_both() -> None:
     case = toy("mlp")
     options: dict[str, Any] = {
-        "labeled": case.labeled,
-        "unlabeled": Lookahead([case.unlabeled] * 3),
+        "outer": case.labeled,
+        "inner": Lookahead([case.unlabeled] * 3),
         "inner_optimizer": SGD(case.student.parameters(), lr=0.3),
     }
     last_step = Forward(truncate=1)

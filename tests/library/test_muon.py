@@ -175,7 +175,7 @@ def test_the_gradient_is_that_of_double_backward_by_hand(
     pair, state = warmed(case, SETTINGS[settings], warm)
     rule = muon_and_adamw(**SETTINGS[settings])
     expected = reference.several_steps(
-        **case.networks(), labeled=case.labeled, batches=inner_batches, rule=rule, state=state
+        **case.networks(), outer=case.labeled, batches=inner_batches, rule=rule, state=state
     )
     tensors_before = everything(case, *pair)
     result = gradient(case, mode, inner_batches, inner_optimizer=pair)
@@ -228,7 +228,7 @@ def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) 
         update = update_of(pair, trainable(twin))
         theta = weights_of(twin)
         report = trainer.step(**data)
-        loss = nn.functional.cross_entropy(twin(data["unlabeled"]), report.signal.value)
+        loss = nn.functional.cross_entropy(twin(data["inner"]), report.signal.value)
         by_autograd = torch.autograd.grad(loss, [*twin.parameters()])
         grads = dict(zip(theta, by_autograd, strict=True))
         exact, _ = update.update(theta, grads, update.read_state())
@@ -248,12 +248,12 @@ def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
     unlabeled: Any = case.unlabeled
     if lookahead > 1:
         unlabeled = Lookahead(batches(lookahead, case))
-    check = metapl.check_gradient(trainer, labeled=case.labeled, unlabeled=unlabeled)
+    check = metapl.check_gradient(trainer, outer=case.labeled, inner=unlabeled)
     assert check.passed, str(check)
     assert check.status == "right"
     # The first step verifies once more.
     trainer.step(case.labeled, unlabeled)
-    result = gradient(case, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True)
+    result = gradient(case, inner=unlabeled, inner_optimizer=trainer.update, verify=True)
     assert all(g.isfinite().all() for g in result.grads.values())
 
 
@@ -269,10 +269,8 @@ def test_the_rates_of_both_follow_schedules() -> None:
     def gradient_by(*schedulers: Any) -> Tree:
         return metapl.hypergradient(
             **case.networks(),
-            labeled=case.labeled,
-            unlabeled=Lookahead(
-                inner_batches, settings=metapl.scheduled_settings(schedulers, steps=3)
-            ),
+            outer=case.labeled,
+            inner=Lookahead(inner_batches, settings=metapl.scheduled_settings(schedulers, steps=3)),
             inner_optimizer=pair,
             mode="forward",
         ).grads
@@ -283,7 +281,7 @@ def test_the_rates_of_both_follow_schedules() -> None:
         adamw_settings = {**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * step)}
         rules.append(muon_and_adamw(**muon_settings, adamw=adamw_settings))
     expected = reference.several_steps(
-        **case.networks(), labeled=case.labeled, batches=inner_batches, rule=rules
+        **case.networks(), outer=case.labeled, batches=inner_batches, rule=rules
     )
     halving = torch.optim.lr_scheduler.StepLR(muon, 1, 0.5)
     falling_of_adamw = torch.optim.lr_scheduler.LambdaLR(adamw, falling)

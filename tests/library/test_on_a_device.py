@@ -87,19 +87,19 @@ def case(
     return {
         "teacher": teacher.to(device, dtype),
         "student": student.to(device, dtype),
-        "labeled": (x.to(device, dtype), torch.arange(6, device=device) % CLASSES),
-        "unlabeled": u.to(device, dtype),
+        "outer": (x.to(device, dtype), torch.arange(6, device=device) % CLASSES),
+        "inner": u.to(device, dtype),
     }
 
 
 def gradient(inputs: dict[str, Any], mode: Any, steps: int = 1) -> Tensor:
     """Return the gradient in the teacher's weights, in one row in float64 on the CPU."""
     inner = torch.optim.SGD(inputs["student"].parameters(), lr=0.1, momentum=0.9)
-    unlabeled = inputs["unlabeled"]
+    unlabeled = inputs["inner"]
     if steps > 1:
         unlabeled = metapl.Lookahead([unlabeled] * steps)
     result = metapl.hypergradient(
-        **{**inputs, "unlabeled": unlabeled}, mode=mode, inner_optimizer=inner
+        **{**inputs, "inner": unlabeled}, mode=mode, inner_optimizer=inner
     )
     return torch.cat([g.flatten() for g in result.grads.values()]).double().cpu()
 
@@ -154,7 +154,7 @@ def test_results_and_reports_say_in_what_precision_products_were_taken() -> None
             trainer = metapl.BilevelTrainer(
                 inputs["teacher"], inputs["student"], "none", verify=False
             )
-            report = trainer.step(inputs["labeled"], inputs["unlabeled"])
+            report = trainer.step(inputs["outer"], inputs["inner"])
             assert report.float32_products == result.float32_products == float32_products(device)
             products.append(result.float32_products)
         finally:

@@ -251,10 +251,12 @@ def test_a_feedback_that_decides_alone_is_said_in_the_third_row() -> None:
     texts: list[str] = []
     outcomes = watched(texts)
     for step, ratio in enumerate([11.0, 30.0, 9.0, 12.0, 500.0], 1):
-        outcomes.recorded(step, {"feedback_ratio": ratio, "outer_lr": 0.0}, examples=64, labeled=64)
+        outcomes.recorded(
+            step, {"feedback_ratio": ratio, "outer_lr": 0.0}, examples=64, outer_examples=64
+        )
     assert texts == []
-    outcomes.recorded(6, {"feedback_ratio": 57.3}, examples=64, labeled=64)
-    outcomes.recorded(7, {"feedback_ratio": 60.0}, examples=64, labeled=64)
+    outcomes.recorded(6, {"feedback_ratio": 57.3}, examples=64, outer_examples=64)
+    outcomes.recorded(7, {"feedback_ratio": 60.0}, examples=64, outer_examples=64)
     (line,) = texts
     assert "the feedback's gradient is 57 times that of the teacher's own losses at step 6" in line
     assert line.endswith("leave out feedback_weight, or give feedback_bound=0.1")

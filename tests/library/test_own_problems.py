@@ -321,7 +321,7 @@ def check(
     expected = through(case, judge, batches, rule.rule, state, parts)
     case.draw_from_start()
     with unmoved(case, inner, generator=False):
-        data = {"lookahead": batches} if steps > 1 else {"unlabeled": batches[0]}
+        data = {"lookahead": batches} if steps > 1 else {"inner": batches[0]}
         hypergradient = gradient(
             case, mode, **data, problem=judge, inner_optimizer=inner, accumulate=parts
         )

@@ -173,7 +173,7 @@ def by_double_backward(
     name: str,
     teacher: nn.Module,
     student: nn.Module,
-    labeled: Any,
+    outer: Any,
     rule: Any,
     state: Any,
     steps: int = 1,
@@ -185,8 +185,8 @@ def by_double_backward(
         after_inner = torch.get_rng_state()
         theta, state = reference.stepped(losses.mean(), theta, rule, state)
     torch.set_rng_state(reference.own_stream(after_inner))
-    outer = F.cross_entropy(reference.outputs_at(student, theta, labeled[0]), labeled[1])
-    return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+    loss = F.cross_entropy(reference.outputs_at(student, theta, outer[0]), outer[1])
+    return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
 
 
 def cases() -> list[Any]:
@@ -229,8 +229,8 @@ def test_a_problem_has_the_gradient_of_its_formula(
     hypergradient = metapl.hypergradient(
         teacher,
         case.student,
-        labeled=case.labeled,
-        unlabeled=unlabeled,
+        outer=case.labeled,
+        inner=unlabeled,
         mode=mode,
         problem=METHODS[name].problem,
         inner_optimizer=inner,
@@ -239,7 +239,7 @@ def test_a_problem_has_the_gradient_of_its_formula(
 
 
 def weights_by_hand(
-    student: nn.Module, labeled: Any, look: reference.Rule, state: Any
+    student: nn.Module, outer: Any, look: reference.Rule, state: Any
 ) -> tuple[Tensor, Tensor]:
     """Return h = −dL(θ̂)/dε by double backward through the look-ahead, and w.
 
@@ -247,10 +247,10 @@ def weights_by_hand(
     """
     theta = reference.weights(student)
     epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
-    inner = (epsilon * plain(reference.outputs_at(student, theta, X))).mean()
-    moved, _ = reference.stepped(inner, theta, look, state)
-    outer = F.cross_entropy(reference.outputs_at(student, moved, labeled[0]), labeled[1])
-    h = -torch.autograd.grad(outer, epsilon)[0]
+    inner_loss = (epsilon * plain(reference.outputs_at(student, theta, X))).mean()
+    moved, _ = reference.stepped(inner_loss, theta, look, state)
+    loss = F.cross_entropy(reference.outputs_at(student, moved, outer[0]), outer[1])
+    h = -torch.autograd.grad(loss, epsilon)[0]
     helpful = h.clamp_min(0)
     return h, helpful / (helpful.sum() if helpful.sum() > 0 else 1)
 
@@ -324,10 +324,10 @@ def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> No
 
 REWEIGHT = LearningToReweight()
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
-    "no labels": ("example_weights", {"unlabeled": X}),
-    "an index too large": ("example_weights", {"unlabeled": (X, Y, INDEX + 9)}),
+    "no labels": ("example_weights", {"inner": X}),
+    "an index too large": ("example_weights", {"inner": (X, Y, INDEX + 9)}),
     "weights of another shape": ("meta_weight_net", {"teacher": nn.Linear(5, 3).double()}),
-    "logits for distributions": ("reduced_labels", {"unlabeled": (X, STORED.log())}),
+    "logits for distributions": ("reduced_labels", {"inner": (X, STORED.log())}),
     "a teacher where there is none": ("noise_transition", {"problem": REWEIGHT}),
     "no feedback on examples": (
         "label_correction",
@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_refused_and_nothing_moves(name: str) -> None:
         "mode": "forward",
         **change,
     }
-    unlabeled = options.pop("unlabeled", correct.batch)
+    unlabeled = options.pop("inner", correct.batch)
     everything_before = everything(case)
     with pytest.raises((MetaplError, IndexError, RuntimeError)):
         metapl.BilevelTrainer(student=case.student, **options).step((X, Y), unlabeled)
@@ -367,8 +367,8 @@ def test_a_teacher_in_half_precision_has_its_feedback_in_float32(name: str) -> N
         hypergradient = metapl.hypergradient(
             teacher_of(name).half().to(dtype),
             case.student,
-            labeled=in_single((X, Y)),
-            unlabeled=in_single(METHODS[name].batch),
+            outer=in_single((X, Y)),
+            inner=in_single(METHODS[name].batch),
             problem=METHODS[name].problem,
             inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=1e-5),
         )

@@ -86,14 +86,14 @@ class Case:
         return metapl.BilevelTrainer(**{**defaults, **options})
 
     def step(
-        self, mode: Any = "forward", *, labeled: Any = None, unlabeled: Any = None, **options: Any
+        self, mode: Any = "forward", *, outer: Any = None, inner: Any = None, **options: Any
     ) -> Any:
         """Return the call of a step of a trainer that is built here, on these batches or others."""
-        if labeled is None:
-            labeled = (self.x, self.y)
-        if unlabeled is None:
-            unlabeled = self.u
-        return partial(self.build(mode, **options).step, labeled, unlabeled)
+        if outer is None:
+            outer = (self.x, self.y)
+        if inner is None:
+            inner = self.u
+        return partial(self.build(mode, **options).step, outer, inner)
 
     def everything(self) -> dict[str, Any]:
         """Return what an error leaves as it was."""
@@ -188,9 +188,9 @@ class OwnLoss:
         self.change = change
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Signal, step: int
     ) -> Any:
-        return self.change(F.cross_entropy(teacher(labeled[0]), labeled[1], reduction="none"))
+        return self.change(F.cross_entropy(teacher(outer[0]), outer[1], reduction="none"))
 
 
 class Sparse(nn.Module):
@@ -247,8 +247,8 @@ def with_an_infinite_rate() -> Case:
 
 def hypergradient(case: Case, **options: Any) -> Callable[[], Any]:
     defaults = {
-        "labeled": (case.x, case.y),
-        "unlabeled": case.u,
+        "outer": (case.x, case.y),
+        "inner": case.u,
         "inner_optimizer": case.inner,
         "mode": "forward",
     }
@@ -334,7 +334,7 @@ TRAINERS: dict[str, Wrong] = {
 STEPS: dict[str, Wrong] = {
     "a batch too few": lambda c: c.step(lookahead=2),
     "steps ahead that the mode does not take": lambda c: c.step(
-        "reinforce", unlabeled=Lookahead([c.u, c.u])
+        "reinforce", inner=Lookahead([c.u, c.u])
     ),
     "fewer rows than micro-batches": lambda c: c.step(accumulate=5),
     "one view for two": lambda c: c.step(teacher_losses=(UDA(),)),
@@ -377,7 +377,7 @@ FUNCTIONS: dict[str, Wrong] = {
         c, inner_optimizer=without_first_weight(c.student)
     ),
     "hypergradient: steps ahead": lambda c: hypergradient(
-        c, mode="difference", unlabeled=Lookahead([c.u, c.u])
+        c, mode="difference", inner=Lookahead([c.u, c.u])
     ),
     "attribute: no steps": lambda c: attribute(c, steps=0),
     "attribute: an optimizer that lacks a weight": lambda c: attribute(
@@ -421,7 +421,7 @@ def calls_with(generator: torch.Generator, case: Case) -> dict[str, Callable[[],
 
     ``generator`` is of another device than that on which it is to draw.
     """
-    batches: dict[str, Any] = {"labeled": (case.x, case.y), "unlabeled": case.u}
+    batches: dict[str, Any] = {"outer": (case.x, case.y), "inner": case.u}
     inputs: dict[str, Any] = {
         **batches,
         "teacher": case.teacher,
@@ -574,7 +574,7 @@ NOT_TRAINERS: dict[str, list[Any]] = {
 
 def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
     """Draw both batches, of which one cannot be meant."""
-    kind = draw(st.sampled_from(["labels", "labeled inputs", "unlabeled", "no pair"]))
+    kind = draw(st.sampled_from(["labels", "labeled inputs", "inner", "no pair"]))
     table = NOT_LABELS if kind == "labels" else NOT_INPUTS
     names = set(table)
     if kind == "labeled inputs":
@@ -582,12 +582,12 @@ def bad_data(draw: st.DrawFn, case: Case) -> dict[str, Any]:
         names -= {"three views", "two lengths"}
     change = table[draw(st.sampled_from(sorted(names)))]
     if kind == "labels":
-        return {"labeled": (case.x, change(case.y)), "unlabeled": case.u}
+        return {"outer": (case.x, change(case.y)), "inner": case.u}
     if kind == "labeled inputs":
-        return {"labeled": (change(case.x), case.y), "unlabeled": case.u}
-    if kind == "unlabeled":
-        return {"labeled": (case.x, case.y), "unlabeled": change(case.u)}
-    return {"labeled": change(case.x), "unlabeled": case.u}
+        return {"outer": (change(case.x), case.y), "inner": case.u}
+    if kind == "inner":
+        return {"outer": (case.x, case.y), "inner": change(case.u)}
+    return {"outer": change(case.x), "inner": case.u}
 
 
 def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[], Any]]:
@@ -606,7 +606,7 @@ def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[
     kind = draw(st.sampled_from(kinds))
     trainer = case.trainer
     fit = partial(trainer.fit, steps=2, progress=False, out=folder / "run")
-    sources = {"labeled": [(case.x, case.y)], "unlabeled": [case.u]}
+    sources = {"outer": [(case.x, case.y)], "inner": [case.u]}
     if kind == "step":
         return kind, partial(trainer.step, **bad_data(draw, case))
     if kind == "hypergradient":
@@ -621,7 +621,7 @@ def bad_call(draw: st.DrawFn, case: Case, folder: Path) -> tuple[str, Callable[[
         return f"{kind} {option}", partial(case.build, **option)
     if kind == "fit data":
         data = draw(st.sampled_from([5, "x", object(), [5], [None], [(1, 2)]]))
-        name = draw(st.sampled_from(["labeled", "unlabeled", "validation"]))
+        name = draw(st.sampled_from(["outer", "inner", "validation"]))
         return kind, partial(fit, **{**sources, name: data})
     if kind == "evaluate":
         x = NOT_INPUTS[draw(st.sampled_from(["text", "number", "object", TOO_WIDE]))](case.x)
@@ -776,10 +776,10 @@ class FusedLoss:
         self.fuse = fuse
 
     def __call__(
-        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Signal, step: int
     ) -> Tensor:
         self.fuse.count("teacher loss")
-        return F.cross_entropy(teacher(labeled[0]), labeled[1])
+        return F.cross_entropy(teacher(outer[0]), outer[1])
 
 
 HARD = ("reinforce", "reinforce_per_example", "loss_difference")

@@ -260,9 +260,6 @@ def test_processes_are_as_one(two: Ranks, four: Ranks, name: str) -> None:
         require_torch("2.14", "the second derivative of cdist is there")
     if any("lookahead" in case and case["layout"] != "ddp" for case in cases):
         require_torch("2.12", DIFFERENTIABLE_TWICE)
-    if any(case["layout"] == "shard_checkpoint" and case["mode"] == "forward" for case in cases):
-        # Before it, a checkpoint saves its inputs by an autograd.Function that has no jvp.
-        require_torch("2.13", "a checkpoint has a forward mode")
     ranks = two if number == 2 else four
     by_case = zip(*ranks.run("many", cases=cases), strict=True)
     for by_rank, case in zip(by_case, cases, strict=True):

@@ -44,7 +44,7 @@ def trainer_for(
     options.setdefault("outer_optimizer", torch.optim.SGD(case.teacher.parameters(), lr=1.0))
     trainer = metapl.BilevelTrainer(**case.networks(), mode=mode, **options)
     labeled = tuple(part[:4] for part in case.labeled)
-    return trainer, {"labeled": labeled, "unlabeled": case.unlabeled}
+    return trainer, {"outer": labeled, "inner": case.unlabeled}
 
 
 def step_of(mode: Any = "forward", **options: Any) -> tuple[Tensor, Any]:
@@ -146,7 +146,7 @@ def test_the_pure_step_follows_the_same_rule(mode: str, rule: dict[str, Any]) ->
     eager, batches = trainer_for(mode, generator=None, **rule)
     step, state = eager.functional()
     torch.manual_seed(5)
-    moved, report = step(state, batches["labeled"], batches["unlabeled"])
+    moved, report = step(state, batches["outer"], batches["inner"])
     torch.manual_seed(5)
     expected = eager.step(**batches)
     for name in ("feedback_weight", "feedback_ratio"):
@@ -172,7 +172,7 @@ def test_a_loss_that_reads_the_graph_of_the_signal_has_its_whole_gradient(mode: 
     eager, batches = trainer_for(mode, generator=None, teacher_losses=losses, feedback_bound=0.01)
     step, state = eager.functional()
     torch.manual_seed(5)
-    moved, _ = step(state, batches["labeled"], batches["unlabeled"])
+    moved, _ = step(state, batches["outer"], batches["inner"])
     torch.manual_seed(5)
     eager.step(**batches)
     assert eager.teacher is not None
@@ -187,7 +187,7 @@ def test_stacked_steps_have_a_weight_each() -> None:
     settings = [{**group, "lr": 100 * group["lr"]} for group in state.inner.settings]
     with_larger_rates = state._replace(inner=state.inner._replace(settings=settings))
     states = [state, with_larger_rates]
-    data = batches["labeled"], batches["unlabeled"]
+    data = batches["outer"], batches["inner"]
     _, report = torch.func.vmap(step)(stack(states), *stack([data, data]))
     singles = []
     for single_state in states:
@@ -225,7 +225,7 @@ def test_a_fit_records_the_size_in_every_row() -> None:
     for mode in (Reinforce(), LossDifference(), Forward()):
         trainer, batches = trainer_for(mode, feedback_weight=1.0)
         result = trainer.fit(
-            [batches["labeled"]], [batches["unlabeled"]], steps=6, log_every=2, progress=False
+            [batches["outer"]], [batches["inner"]], steps=6, log_every=2, progress=False
         )
         assert all(row["feedback_ratio"] > 0 for row in result.history)
 
@@ -356,7 +356,7 @@ def test_a_loss_that_inherits_says_anew_what_it_reads() -> None:
         "forward", generator=None, teacher_losses=(WithEntropy(),), feedback_bound=0.01
     )
     step, state = eager.functional()
-    moved, _ = step(state, batches["labeled"], batches["unlabeled"])
+    moved, _ = step(state, batches["outer"], batches["inner"])
     eager.step(**batches)
     assert eager.teacher is not None
     for name, p in eager.teacher.named_parameters():

@@ -206,10 +206,10 @@ def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode
 
 
 def smoothed_cross_entropy(
-    teacher: nn.Module, labeled: tuple[Tensor, Tensor], alpha: float
+    teacher: nn.Module, outer: tuple[Tensor, Tensor], alpha: float
 ) -> Tensor:
-    target = (1 - alpha) * torch.eye(3, dtype=torch.float64)[labeled[1]] + alpha / 3
-    return reference.cross_entropy(target, teacher(labeled[0])).mean()
+    target = (1 - alpha) * torch.eye(3, dtype=torch.float64)[outer[1]] + alpha / 3
+    return reference.cross_entropy(target, teacher(outer[0])).mean()
 
 
 def uda(

@@ -66,10 +66,8 @@ def labeled() -> tuple[Tensor, Tensor]:
     return pair()[0], torch.arange(12) % 5
 
 
-def loss(
-    uda: UDA, model: nn.Module, unlabeled: Any, step: int = 0, signal: Signal = NOTHING
-) -> Tensor:
-    return uda(model, labeled=None, unlabeled=unlabeled, signal=signal, step=step)
+def loss(uda: UDA, model: nn.Module, inner: Any, step: int = 0, signal: Signal = NOTHING) -> Tensor:
+    return uda(model, outer=None, inner=inner, signal=signal, step=step)
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5, 1.0])

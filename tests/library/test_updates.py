@@ -380,8 +380,8 @@ def test_a_weight_without_a_momentum_buffer_that_the_first_step_does_not_reach()
         return metapl.hypergradient(
             teacher,
             student,
-            labeled=(inputs, torch.arange(4) % 2),
-            unlabeled=metapl.Lookahead(batches),
+            outer=(inputs, torch.arange(4) % 2),
+            inner=metapl.Lookahead(batches),
             inner_optimizer=inner,
             mode=mode,
             wrt=("teacher", "lr"),

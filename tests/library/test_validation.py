@@ -54,10 +54,8 @@ def test_a_loss_of_a_sum_and_a_weight_is_over_all_tokens() -> None:
 class SquaredError:
     name = "squared_error"
 
-    def __call__(
-        self, network: Any, *, labeled: Any, unlabeled: Any, signal: Any, step: int
-    ) -> Tensor:
-        return F.mse_loss(network(labeled[0]), labeled[1])
+    def __call__(self, network: Any, *, outer: Any, inner: Any, signal: Any, step: int) -> Tensor:
+        return F.mse_loss(network(outer[0]), outer[1])
 
 
 X = torch.randn(30, 3, generator=drawn(0))
@@ -181,17 +179,17 @@ def test_arrays_are_served_in_shuffled_epochs() -> None:
     trainer = single(dropout=0.0)
     real = trainer.step
 
-    def step(labeled: Any, unlabeled: Any = None) -> Any:
-        served.append((*labeled, unlabeled["x"]))
-        return real(labeled, unlabeled)
+    def step(outer: Any, inner: Any = None) -> Any:
+        served.append((*outer, inner["x"]))
+        return real(outer, inner)
 
     trainer.step = step  # type: ignore[method-assign]
     x = torch.randn(10, 5, dtype=torch.float64, generator=drawn(0))
     y = torch.arange(10).int() % 3
     x[:, 0] = torch.arange(10)
-    rows = {"labeled": (x.numpy(), y.numpy()), "validation": (x.numpy(), y.numpy())}
+    rows = {"outer": (x.numpy(), y.numpy()), "validation": (x.numpy(), y.numpy())}
     result = trainer.fit(
-        **rows, unlabeled={"x": torch.arange(4)}, steps=5, batch_size=5, progress=False
+        **rows, inner={"x": torch.arange(4)}, steps=5, batch_size=5, progress=False
     )
     assert result.value == trainer.evaluate(rows["validation"]).accuracy
     numbers = [inputs[:, 0].tolist() for inputs, *_ in served]

@@ -55,8 +55,8 @@ def check_of(
     teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))
     batches = [torch.randn(8, 4) for _ in range(steps)]
     defaults: dict[str, Any] = {
-        "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
-        "unlabeled": batches[0] if steps == 1 else Lookahead(batches),
+        "outer": (torch.randn(8, 4), torch.randint(C, (8,))),
+        "inner": batches[0] if steps == 1 else Lookahead(batches),
         "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9),
     }
     problem = options.get("problem")
@@ -75,8 +75,8 @@ def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
         return gradient(
             request.teacher,
             request.student,
-            labeled=request.outer,
-            unlabeled=request.inner,
+            outer=request.outer,
+            inner=request.inner,
             mode=request.mode,
             problem=request.problem,
             inner_optimizer=request.inner_optimizer,
@@ -87,18 +87,14 @@ def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
     patch.setattr(real_step, "through_steps", through)
 
 
-def by_the_eager_road(
-    teacher: Any, student: Any, *, labeled: Any, unlabeled: Any, **options: Any
-) -> Any:
+def by_the_eager_road(teacher: Any, student: Any, *, outer: Any, inner: Any, **options: Any) -> Any:
     """Find a gradient as verification does."""
     return through_steps(
-        Request(teacher=teacher, student=student, outer=labeled, inner=unlabeled, **options)
+        Request(teacher=teacher, student=student, outer=outer, inner=inner, **options)
     )
 
 
-def by_the_pure_step(
-    teacher: Any, student: Any, *, unlabeled: Any, labeled: Any, **options: Any
-) -> Any:
+def by_the_pure_step(teacher: Any, student: Any, *, inner: Any, outer: Any, **options: Any) -> Any:
     """Return what ``metapl.hypergradient`` does, by the pure step of a trainer.
 
     The teacher's gradient is that of its step.
@@ -107,7 +103,7 @@ def by_the_pure_step(
     # for the student's alone: so small a weight keeps the teacher's gradient within it.
     weight = 1e-4
     inner_optimizer = options.pop("inner_optimizer").optimizer
-    is_lookahead = len(unlabeled) > 1
+    is_lookahead = len(inner) > 1
     try:
         trainer = metapl.BilevelTrainer(
             teacher,
@@ -116,14 +112,14 @@ def by_the_pure_step(
             outer_optimizer=torch.optim.SGD(teacher.parameters(), 1.0),
             teacher_losses=(),
             feedback_weight=weight,
-            lookahead=len(unlabeled),
+            lookahead=len(inner),
             verify=False,
             **options,
         )
         step, state = trainer.functional()
         with torch.no_grad():
-            inner = tuple(unlabeled) if is_lookahead else unlabeled[0]
-            next_state, report = step(state, labeled, inner)
+            inner = tuple(inner) if is_lookahead else inner[0]
+            next_state, report = step(state, outer, inner)
     except (RuntimeError, AttributeError) as error:
         # functional_call gives a module plain tensors, which some modules cannot take.
         raise MetaplError("no function") from error
@@ -311,8 +307,8 @@ def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
         gradient_check = metapl.check_gradient(
             teacher,
             student,
-            labeled=labeled,
-            unlabeled=x,
+            outer=labeled,
+            inner=x,
             mode=mode,
             inner_optimizer=optimizer(student.parameters(), lr=1e-3),
         )
@@ -355,8 +351,8 @@ def with_options(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Fault:
 
 def with_views(change: Callable[[Tensor, Tensor], Any]) -> Fault:
     def changed(options: dict[str, Any]) -> dict[str, Any]:
-        batches = [change(weak, strong) for weak, strong in options["unlabeled"]]
-        return {"unlabeled": Lookahead(batches)}
+        batches = [change(weak, strong) for weak, strong in options["inner"]]
+        return {"inner": Lookahead(batches)}
 
     return with_options(changed)
 
@@ -375,13 +371,13 @@ def clear_state(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_last_row(options: dict[str, Any]) -> dict[str, Any]:
-    x, y = options["labeled"]
-    return {"labeled": (x[:-1], y[:-1])}
+    x, y = options["outer"]
+    return {"outer": (x[:-1], y[:-1])}
 
 
 def with_rolled_labels(options: dict[str, Any]) -> dict[str, Any]:
-    x, y = options["labeled"]
-    return {"labeled": (x, y.roll(1))}
+    x, y = options["outer"]
+    return {"outer": (x, y.roll(1))}
 
 
 def without_first_gradient(real: Any, *networks: Any, **options: Any) -> Any:
@@ -502,8 +498,8 @@ def build(
     if student is None:
         student = TwoLayers(plain)
     batches = {
-        "labeled": (torch.randn(8, 4), torch.randint(C, (8,))),
-        "unlabeled": torch.randn(8, 4),
+        "outer": (torch.randn(8, 4), torch.randint(C, (8,))),
+        "inner": torch.randn(8, 4),
     }
     return metapl.BilevelTrainer(nn.Linear(4, C), student, mode, **options), batches
 

@@ -40,8 +40,8 @@ class Unfinished:
 class Norm:
     name = "norm"
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
-        return teacher(labeled[0]).norm()  # type: ignore[no-any-return]
+    def __call__(self, teacher: nn.Module, *, outer: Any, **_: Any) -> Tensor:
+        return teacher(outer[0]).norm()  # type: ignore[no-any-return]
 
 
 def error(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> float:
@@ -54,7 +54,8 @@ def built(teacher: nn.Module, student: nn.Module) -> None:
     for mode in metapl.MODES:
         metapl.BilevelTrainer(teacher, student, mode=mode)
     metapl.BilevelTrainer(teacher, student, mode="foward")  # type: ignore[arg-type]
-    metapl.hypergradient(teacher, student, inner_optimizer=0, mode="foward")  # type: ignore[arg-type]
+    batches: dict[str, Any] = {"outer": 0, "inner": 0}
+    metapl.hypergradient(teacher, student, **batches, inner_optimizer=0, mode="foward")  # type: ignore[arg-type]
     metapl.BilevelTrainer(teacher, student, problem=Weighted(), teacher_losses=[Norm()])
     metapl.BilevelTrainer(teacher, student, problem=Weighted)  # type: ignore[arg-type]
     metapl.BilevelTrainer(teacher, student, problem=Unfinished())  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import Batch, both_batches, map_tensors, micro_batches, plain
+from metapl.execution.batch import Batch, map_tensors, micro_batches, plain, require_batches
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.state import RandomState
@@ -114,10 +114,8 @@ def check_gradient(
     teacher: nn.Module | Verified | None,
     student: nn.Module | None = None,
     *,
-    labeled: Batch = None,
-    unlabeled: Batch = None,
-    outer: Batch = None,
-    inner: Batch = None,
+    outer: Batch,
+    inner: Batch,
     mode: Mode | None = None,
     problem: BilevelProblem | None = None,
     inner_optimizer: InnerOptimizer | Update | None = None,
@@ -140,7 +138,7 @@ def check_gradient(
     Args:
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer`
             alone, as it stands.
-        labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the
+        outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the
             first three, and of micro-batches (``accumulate``) the first, by whose halves the inner
             loss must be a mean over examples, and an outer loss that returns (sum, weight) Σ sum /
             Σ weight.
@@ -155,18 +153,18 @@ def check_gradient(
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
     >>> labeled = torch.randn(5, 4), torch.arange(5) % 3
-    >>> check_gradient(trainer, labeled=labeled, unlabeled=torch.randn(6, 4)).passed
+    >>> check_gradient(trainer, outer=labeled, inner=torch.randn(6, 4)).passed
     True
     """
-    outer_batch, inner = both_batches(labeled, unlabeled, outer, inner)
+    require_batches(outer, inner)
     inner_batches = InnerBatches.of_hypergradient(inner)
     others = (student, inner_optimizer, problem, inner_state, generator, clip_norm)
     if is_trainer(teacher) and all(argument is None for argument in others):
-        return check_trainer(teacher, outer_batch, inner_batches, mode=mode)
+        return check_trainer(teacher, outer, inner_batches, mode=mode)
     return check_step(
         teacher,  # type: ignore[arg-type]  # what is no module is refused
         student,  # type: ignore[arg-type]
-        outer_batch=outer_batch,
+        outer_batch=outer,
         inner_batches=inner_batches,
         mode="forward" if mode is None else mode,
         problem=problem,

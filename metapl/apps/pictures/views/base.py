@@ -62,16 +62,17 @@ def rows_needed(
 ) -> Tensor | None:
     """Return the rows of a batch that a view of some of its rows is made of.
 
-    A view that says so, by a method of this name, can be taken of these rows alone: it is called
-    with the examples of the whole batch as ``batch``, and gives the bits that ``rows`` have in the
-    view of the whole batch.
+    A view that has a method of this name can be taken of the rows that it names, alone: whoever
+    calls the view so passes the examples of the whole batch to it as ``batch``, and the view gives
+    ``rows`` the bits that they have in a view of the whole batch.
 
     Args:
         rows: int64 (n,), numbers of rows, none twice.
         examples: int64 (B,), those of the whole batch.
 
-    Returns: ``rows``, and behind them the others; None of a view that does not say so, such as one
-    of a user's own, which may look at the whole batch.
+    Returns: ``rows``, and behind them the further rows that the view reads, such as partners to be
+        mixed in. None of a view without such a method, for instance one of a user's own, which may
+        read the whole batch.
     """
     needed = getattr(view, "rows_needed", None)
     if needed is None:
@@ -152,7 +153,7 @@ class PictureView(ABC):
     def __call__(
         self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
     ) -> Tensor:
-        fault, takes_bytes = "", torch.uint8 in self.takes
+        fault = ""
         if images.ndim != 4 or images.dtype not in self.takes:
             kinds = " or ".join(map(str, self.takes))
             fault = (
@@ -172,8 +173,9 @@ class PictureView(ABC):
             and images.is_floating_point()
         ):
             low, high = (bound.item() for bound in images.aminmax())
-            # A resized image may exceed 1 by a rounding.
-            over = 0.5 / 255 if takes_bytes else 0.0
+            # Views that take bytes too come first in a chain, and may get a picture that was
+            # resized in floating point: its values exceed 1 by half a level of a byte at most.
+            over = 0.5 / 255 if torch.uint8 in self.takes else 0.0
             if not -over <= low <= high <= 1 + over:
                 fault = (
                     f"images with values from {low:g} to {high:g}; expected 0 to 1: normalize "
@@ -275,7 +277,8 @@ def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
     ``rows`` and ``cols`` broadcast to (B, H, W).
     """
     _, channels, height, width = images.shape
-    nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    nearest_rows = rows.clamp(0, height - 1)
+    nearest_cols = cols.clamp(0, width - 1)
     inside = (nearest_rows == rows) & (nearest_cols == cols)
     flat = (nearest_rows * width + nearest_cols).flatten(1)[:, None].expand(-1, channels, -1)
     return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)

@@ -123,19 +123,21 @@ class ResizedCrop(PictureView):
         """
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        low = math.log(self.ratio[0])
+        high = math.log(self.ratio[1])
         ratio = (low + (high - low) * u[:, 13:]).exp()
         # The last column is what to fall back on, and always fits.
         middle = min(max(width / height, self.ratio[0]), self.ratio[1])
         sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
-        whole = torch.tensor(
-            [min(height, round(width / middle)), min(width, round(height * middle))]
-        ).clamp(min=1)
-        sides = torch.cat([sides, whole.expand(len(u), 1, 2)], dim=1)
+        largest_height = min(height, round(width / middle))
+        largest_width = min(width, round(height * middle))
+        largest = torch.tensor([largest_height, largest_width]).clamp(min=1)
+        sides = torch.cat([sides, largest.expand(len(u), 1, 2)], dim=1)
         room = torch.tensor([height, width]) - sides
         first = ((room >= 0) & (sides > 0)).all(2).int().argmax(1)
-        at = torch.arange(len(u))
-        sides, room = sides[at, first], room[at, first]
+        rows = torch.arange(len(u))
+        sides = sides[rows, first]
+        room = room[rows, first]
         corners = torch.where((first == 10)[:, None], room // 2, below(u[:, :2], room + 1))
         return torch.cat([corners, sides], dim=1), (u[:, 2] < 0.5) & self.flip
 
@@ -161,12 +163,9 @@ class ShiftNoiseCutout(PictureView):
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.cutout > min(images.shape[2:]):
-            given = (
-                f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of "
-                f"{self.cutout}"
-            )
             raise MetaplError(
-                f"ShiftNoiseCutout got {given}; expected a square that fits into the image"
+                f"ShiftNoiseCutout got images of {images.shape[2]}x{images.shape[3]} pixels and a "
+                f"cutout of {self.cutout}; expected a square that fits into the image"
             )
         examples = to_device(examples, images.device)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
@@ -218,13 +217,17 @@ class Affine(PictureView):
         cos_B2, sin_B2 = base.cosine_and_sine(
             v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180])
         )
-        (cos, cos_shear), (sin, sin_shear) = cos_B2.unbind(1), sin_B2.unbind(1)
+        cos, cos_shear = cos_B2.unbind(1)
+        sin, sin_shear = sin_B2.unbind(1)
         slope = sin_shear / cos_shear
         low, high = self.scale
         scale = low + (high - low) * u_B5[:, 2]
-        right, down = v_B5[:, 3] * (self.translate * width), v_B5[:, 4] * (self.translate * height)
-        a, b = (cos - sin * slope) / scale, (sin + cos * slope) / scale
-        c, d = -sin / scale, cos / scale
+        right = v_B5[:, 3] * (self.translate * width)
+        down = v_B5[:, 4] * (self.translate * height)
+        a = (cos - sin * slope) / scale
+        b = (sin + cos * slope) / scale
+        c = -sin / scale
+        d = cos / scale
         rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
         # The maps lead from pixels about the center to where they come from, in units of half the
         # sides.
@@ -233,7 +236,8 @@ class Affine(PictureView):
         )
         maps_B23 = to_device(maps_B23, images.device).to(images.dtype)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
-        x, y = _centered(width, images), _centered(height, images)[:, None]
+        x = _centered(width, images)
+        y = _centered(height, images)[:, None]
         # This is not one fused operation, which may round differently at the end of a tensor than
         # in its middle.
         grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
@@ -276,27 +280,31 @@ class Color(PictureView):
         cos, sin = base.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
         # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the
         # last one.
-        turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
+        turn = (1.0 - cos) / 3.0
+        tilt = sin / math.sqrt(3.0)
         # Weights of the turned picture, of its luma and of the mean luma, and two of the turn.
         plan_B5 = torch.stack(
             [s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1
         )
-        own, luma, mean, next_, last = to_device(plan_B5, images.device)[
-            :, :, None, None, None
-        ].unbind(1)
+        weights = to_device(plan_B5, images.device)[:, :, None, None, None]
+        turned, luma, mean, following, last = weights.unbind(1)
         grey = _luma(images)
         if images.shape[1] == 1:
-            own, luma = own + luma, torch.zeros_like(luma)
+            turned = turned + luma
+            luma = torch.zeros_like(luma)
         level = (mean * _mean(grey)).to(images.dtype)
-        own, luma, next_, last = (weight.to(images.dtype) for weight in (own, luma, next_, last))
+        turned = turned.to(images.dtype)
+        luma = luma.to(images.dtype)
         if images.shape[1] == 1 or self.hue == 0:
-            changed: Tensor = images * own
+            changed: Tensor = images * turned
         else:
+            following = following.to(images.dtype)
+            last = last.to(images.dtype)
             # Green, blue, red stand beside red, green, blue.
             around = torch.cat([images, images[:, :2]], dim=1)
-            changed = images * (own * (1.0 - next_ - last))
-            changed += around[:, 1:4] * (own * next_)
-            changed += around[:, 2:5] * (own * last)
+            changed = images * (turned * (1.0 - following - last))
+            changed += around[:, 1:4] * (turned * following)
+            changed += around[:, 2:5] * (turned * last)
         changed += grey * luma + level
         return changed.clamp_(0, 1)
 
@@ -324,7 +332,8 @@ class Hole(PictureView):
         centers = (u_B4[:, 1:3] - 0.5) * u_B4.new_tensor([height, width])
         plan_B4 = to_device(torch.cat([centers - half, centers + half], dim=1), images.device)
         top, left, bottom, right = plan_B4.to(images.dtype)[:, :, None, None, None].unbind(1)
-        y, x = _centered(height, images)[:, None], _centered(width, images)
+        y = _centered(height, images)[:, None]
+        x = _centered(width, images)
         hole = (y >= top) & (y < bottom) & (x >= left) & (x < right)
         return torch.where(hole, _mean(images).to(images.dtype), images)
 
