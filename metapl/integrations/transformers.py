@@ -74,17 +74,27 @@ def weighted(
     ``trainer.train(resume_from_checkpoint=...)`` goes on with them.
 
     Raises: :class:`metapl.MetaplError`, at once, for gradient accumulation, a loss of the Trainer's
-    own (``compute_loss_func``, label smoothing), float16 and several processes; at the first step,
-    before anything moves, for an optimizer without a derivative here or a wrapped model.
+    own (``compute_loss``, ``compute_loss_func``, label smoothing), float16, several processes, and
+    an optimizer of other tensors than the rater's; at the first step, before anything moves, for an
+    optimizer without a derivative here or a wrapped model.
 
     Source: Calian et al., "DataRater: meta-learned dataset curation" (2025).
     """
     check_arguments(weighted, {"every": every})
     if reason := unsupported(trainer):
         raise MetaplError(f"weighted: the Trainer has {reason}.")
+    if not isinstance(rater, nn.Module):
+        raise MetaplError(f"weighted: rater is {described(rater)}; expected a module.")
     problem = problem or DataRater()
     if rater_optimizer is None:
         rater_optimizer = problem.default_outer_optimizer(rater)
+    rater_parameters = {id(p) for p in rater.parameters()}
+    for group in rater_optimizer.param_groups:
+        if not all(id(p) in rater_parameters for p in group["params"]):
+            raise MetaplError(
+                "weighted: rater_optimizer holds tensors that are not the rater's; expected "
+                "rater.parameters()."
+            )
     rated = RatedLoss(
         trainer,
         rater,
@@ -120,6 +130,13 @@ def unsupported(trainer: Any) -> str | None:
         return (
             f"gradient_accumulation_steps={arguments.gradient_accumulation_steps}, of which the "
             "rater would see one part; expected 1"
+        )
+    kind = type(trainer)
+    if kind.compute_loss is not Trainer.compute_loss:
+        return (
+            f"the type {kind.__name__} with a compute_loss of its own, which the rater's loss "
+            "would replace; expected Trainer's, and the loss as inner_loss of a subclass of "
+            "DataRater in problem="
         )
     if trainer.compute_loss_func is not None:
         return "a compute_loss_func, which the rater's loss would replace; expected None"

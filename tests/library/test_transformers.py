@@ -94,7 +94,7 @@ def batch_of(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 OUTER = [batch_of(sequences(3, seed=7)), batch_of(sequences(4, seed=8))]
 
 
-def trainer_of(network: Any, out: Path, **options: Any) -> Any:
+def trainer_of(network: Any, out: Path, *, kind: Any = transformers.Trainer, **options: Any) -> Any:
     usual: dict[str, Any] = {
         "output_dir": str(out),
         "max_steps": STEPS,
@@ -109,7 +109,7 @@ def trainer_of(network: Any, out: Path, **options: Any) -> Any:
         "disable_tqdm": True,
     }
     arguments = transformers.TrainingArguments(**{**usual, **options})
-    return transformers.Trainer(
+    return kind(
         model=network,
         args=arguments,
         train_dataset=sequences(18, seed=1),
@@ -322,10 +322,27 @@ def test_other_wrong_calls_are_refused(tmp_path: Path) -> None:
     trainer = trainer_of(model(), tmp_path)
     with pytest.raises(MetaplError, match="every=0: expected"):
         weighted(trainer, rater(), outer=OUTER, every=0)
+    with pytest.raises(MetaplError, match="rater is of type int; expected a module"):
+        weighted(trainer, 3, outer=OUTER)  # type: ignore[arg-type]
+    of_another = torch.optim.Adam(rater().parameters())
+    with pytest.raises(MetaplError, match=r"rater_optimizer .* not the rater's; expected rater"):
+        weighted(trainer, rater(), outer=OUTER, rater_optimizer=of_another)
     with pytest.raises(MetaplError, match="outer is"):
         weighted(trainer, rater(), outer=OUTER[0])
     weighted(trainer, rater(), outer=OUTER)
     with pytest.raises(MetaplError, match="a rater already"):
+        weighted(trainer, rater(), outer=OUTER)
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
+    """It would not be called in training, and nothing would say so."""
+
+    class Penalized(transformers.Trainer):
+        def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+            return 2 * super().compute_loss(*arguments, **options)
+
+    trainer = trainer_of(model(), tmp_path, kind=Penalized)
+    with pytest.raises(MetaplError, match="the type Penalized with a compute_loss of its own"):
         weighted(trainer, rater(), outer=OUTER)
 
 
