@@ -77,8 +77,8 @@ class StoredRecipe:
                 f"{example}, with --compare to compare again."
             )
         refuse_other_keys(path, recipe, needed=RECIPE, allowed=RECIPE, kind="entry of its recipe")
-        # A run writes the file with an empty entry "sha256", and then notes in this entry the hash of
-        # what it wrote, by the file's name.
+        # A run writes the file with an empty entry "sha256", and then notes in it the hash of what
+        # it wrote, by the file's name.
         unsealed = {name: value for name, value in content.items() if name != "sha256"}
         sealed = content.get("sha256")
         noted = sealed.get("recipe.json") if isinstance(sealed, dict) else None
