@@ -239,7 +239,7 @@ class UDA:
         log_mean_C = log_p_of_all_ranks.logsumexp(0) - math.log(rows)
         log_prior_C: Tensor | int = 0
         if self.prior is not None:
-            log_prior_C = _log(self.prior, log_p_BC.dtype, log_p_BC.device)
+            log_prior_C = log_of_shares(self.prior, log_p_BC.dtype, log_p_BC.device)
         log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
         return F.log_softmax(log_p_BC + self.align * log_ratio_C, -1)
 
@@ -334,7 +334,20 @@ def check_losses(losses: Any, name: str = "teacher_losses") -> tuple[TeacherLoss
     return tuple(losses)
 
 
-# Remembered, because a copy to a device makes the host wait.
+def log_of_shares(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the logarithms of shares as a tensor, which is kept for the next call.
+
+    It is kept because a copy to a device makes the host wait. Within a transform of ``torch.func``
+    a new tensor belongs to the transform, and may not outlive it, so it is made outside of all.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(shares, dtype=dtype, device=device).log()
+    return _kept_log_of_shares(shares, dtype, device)
+
+
 @lru_cache(maxsize=16)
-def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(shares, dtype=dtype, device=device).log()
+def _kept_log_of_shares(
+    shares: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch._C._DisableFuncTorch():
+        return torch.tensor(shares, dtype=dtype, device=device).log()

@@ -423,8 +423,16 @@ class Trainer(ABC):
         checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file that :meth:`save` has written."""
+        """Go on from a file that :meth:`save` has written.
+
+        Raises: :class:`metapl.MetaplError` for another file, such as a checkpoint of a fit.
+        """
         state = checkpoint.load(path)
+        if not {"trainer", "rng"} <= state.keys():
+            raise MetaplError(
+                f"{path} was not written by a trainer's save; expected such a file, or "
+                "fit(out=..., resume=True) with the folder of a fit whose checkpoint this is."
+            )
         self.load_state_dict(state["trainer"])
         # Last, for loading may draw.
         checkpoint.set_rng_state(state["rng"])

@@ -400,3 +400,14 @@ def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:
     assert same(other.state_dict(), state)
     assert same([other.step(*batches_of_step).feedback for batches_of_step in data[1:]], feedback)
     assert same(other.state_dict(), end)
+
+
+def test_the_checkpoint_of_a_fit_is_no_file_of_a_trainer(tmp_path: Path) -> None:
+    trainer = bilevel(Reinforce(baseline=0.9), 0, INNER["adamw"])
+    outer, inner = (list(side) for side in batches(2))
+    trainer.fit(outer, inner, steps=2, out=tmp_path, progress=False)
+    before = trainer.state_dict()
+    (newest,) = sorted((tmp_path / "checkpoints" / "fit").glob("*.ckpt"))[-1:]
+    with pytest.raises(MetaplError, match=r"expected such a file, or fit\(out=\.\.\., resume=True"):
+        trainer.load(newest)
+    assert same(trainer.state_dict(), before)

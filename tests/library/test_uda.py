@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import metapl
 from metapl import UDA
 from metapl.problems.base import Signal
+from metapl.problems.losses import log_of_shares
 
 NOTHING = Signal(torch.empty(0))
 
@@ -226,3 +227,19 @@ def test_the_ramp_begins_at_the_start(start: int, ramp: int, shares: list[float]
         for step in range(7)
     ]
     assert losses == pytest.approx([full_loss * share for share in shares], rel=1e-12)
+
+
+def test_shares_that_are_kept_belong_to_no_transform() -> None:
+    """A tensor that a transform has made may not be read after it."""
+    shares = (0.125, 0.875)
+    dtype = torch.float64
+    device = torch.device("cpu")
+
+    def weighted(x: Tensor) -> Tensor:
+        return (x * log_of_shares(shares, dtype, device)).sum()
+
+    x = torch.ones(2, dtype=dtype)
+    gradient = torch.func.grad(weighted)(x)
+    kept = log_of_shares(shares, dtype, device)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
+    assert torch.equal(gradient, torch.tensor(shares, dtype=dtype).log())
