@@ -92,19 +92,28 @@ def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_exa
         assert re.findall(figures, " ".join(cells[5:])) == re.findall(figures, text)
 
 
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "examples").glob("*.ipynb"))
+
+
+def test_each_of_the_three_doors_has_a_notebook() -> None:
+    assert NOTEBOOKS == ["own_loop", "pictures", "quickstart"]
+    whole = (ROOT / "docs" / "index.md").read_text()
+    assert all(f"`examples/{name}.ipynb`" in whole for name in NOTEBOOKS)
+
+
 @pytest.mark.usefixtures("_own_generator")
-def test_the_notebook_runs_and_prints_what_is_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_and_prints_what_is_stored(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())["cells"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     names: dict[str, object] = {}
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":
-            exec(
-                compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names
-            )
+            code = compile("".join(cell["source"]), f"{name}.ipynb, cell {number}", "exec")
+            exec(code, names)
             stored = "".join(line for one in cell["outputs"] for line in one.get("text", ()))
             pages.check_alike(capsys.readouterr().out.splitlines(), stored.splitlines())
     assert sum(len(cell["outputs"]) for cell in cells if cell["cell_type"] == "code") >= 5
