@@ -335,7 +335,7 @@ def files_of(
     fields = run.source.recipe().get("fields", {})
     names = stored_data(run.source).get(part)
     place = fields.get(part)
-    # Validation pictures were given, or set aside.
+    # Validation pictures were set aside from others where no folder of their own was given.
     if part == "validation" and names:
         place = fields.get("val") or fields.get("clean") or fields.get("labeled")
     if not place:
@@ -343,7 +343,8 @@ def files_of(
     files = scan_labeled(place)
     if not isinstance(names, list):
         return files
-    # The others could not be read, or were set aside.
+    # The run noted the names of the files that it used. It did not use those that could not be
+    # read, nor those that it set aside for validation.
     recorded = set(names)
     numbers = [number for number, name in enumerate(files.names) if name in recorded]
     return files.keep(numbers)

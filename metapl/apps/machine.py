@@ -226,8 +226,9 @@ def owned(
                 if new_names <= {*undone, LOCK}:
                     for name in new_names - {LOCK}:
                         (folder / name).unlink()
-                    # The lock goes last: until then no other process owns the folder.
-                    (folder / LOCK).unlink(missing_ok=True)
+                    if LOCK in new_names:
+                        # It goes last: until then no other process owns the folder.
+                        (folder / LOCK).unlink()
                 raise
             finally:
                 if not leaves_lock:

@@ -59,7 +59,8 @@ class StoredRecipe:
         Its SHA-256 is compared and not insisted on, for a copy may be edited.
         """
         content = read_json(path, mend="Expected the recipe.json of a run")
-        # Another version may have other keys, so its number is looked at first.
+        # Another version may have other keys, so its number is looked at first. A file without the
+        # number is refused below, with all that it lacks.
         if content.get("format", FORMAT) != FORMAT:
             raise MetaplError(
                 f"{path} was written in run format {content['format']!r}; this metapl "
@@ -76,6 +77,8 @@ class StoredRecipe:
                 f"{example}, with --compare to compare again."
             )
         refuse_other_keys(path, recipe, needed=RECIPE, allowed=RECIPE, kind="entry of its recipe")
+        # A run writes the file with an empty entry "sha256", and then notes in it the hash of what
+        # it wrote, by the file's name.
         unsealed = {name: value for name, value in content.items() if name != "sha256"}
         sealed = content.get("sha256")
         noted = sealed.get("recipe.json") if isinstance(sealed, dict) else None
@@ -160,7 +163,11 @@ class StoredRecipe:
         return with_flags(config, weights=None, weights_sha256=None)
 
     def with_seen_again(self, config: Any, method: Any) -> tuple[Any, Any]:
-        """Return settings that are chosen by looking at pictures as open ones, of other folders."""
+        """Return settings that are chosen by looking at pictures as open ones, of other folders.
+
+        An open setting is None. Each of the two has some of them, and :func:`with_flags` passes
+        over the others.
+        """
         if all(getattr(config, place) == self.fields[place] for place in config.places):
             return config, method
         reopened = dict.fromkeys(SEEN)
@@ -169,6 +176,7 @@ class StoredRecipe:
     def check_weights(self, pictures: Pictures) -> None:
         """Refuse other pretrained weights than those of the run, under the same name."""
         is_same_backbone = pictures.backbone == self.fields["backbone"]
+        # A backbone brings weights of its own, whatever is named beside it.
         is_named_alike = pictures.backbone != "none" or pictures.weights == self.fields["weights"]
         sha256 = self.fields["weights_sha256"]
         if is_same_backbone and is_named_alike and pictures.weights_sha256 != sha256:

@@ -943,7 +943,7 @@ def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tenso
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
 # That where passes run in half precision. There ż by forward mode, on the eager road, and ż by the
 # transpose of the pullback round otherwise: by 2e-2 on WRN-28-2 in bfloat16.
-TOLERANCE_OF_HALF = 0.2
+TOLERANCE_OF_HALF = 0.1
 
 
 def refuse_gap(

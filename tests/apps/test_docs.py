@@ -281,6 +281,48 @@ def test_pseudo_labels_stay_below_the_default_whatever_the_problems_not_run_woul
     assert most < float(whole["mean"])
 
 
+@pytest.mark.parametrize("name", ["terminal", "removals"])
+def test_a_figure_of_the_landing_page_is_drawn_from_what_is_committed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = pages.script(ROOT / "docs" / "figures" / f"{name}.py")
+    monkeypatch.setattr(script, "FIGURE", tmp_path / "drawn.svg")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--draw"])
+    script.main()
+    committed = ROOT / "docs" / f"{name}.svg"
+    assert (tmp_path / "drawn.svg").read_text() == committed.read_text()
+    assert f"]({name}.svg)" in (ROOT / "docs" / "index.md").read_text()
+
+
+def test_the_landing_page_says_what_its_figures_show() -> None:
+    whole = " ".join((ROOT / "docs" / "index.md").read_text().split())
+    sets = json.loads((ROOT / "docs" / "figures" / "removals.json").read_text())["sets"]
+    ten, fifty = (f"{row['spearman']:.2f}" for row in sets)
+    assert f"rank correlation of {ten} for sets of ten and {fifty} for sets of fifty" in whole
+    above = 0
+    marks = 0
+    for row in sets:
+        for predicted, retrained in zip(row["predicted"], row["retrained"], strict=True):
+            above += retrained > predicted
+            marks += 1
+    assert above > 0.75 * marks
+    printed = " ".join((ROOT / "docs" / "figures" / "terminal.txt").read_text().split())
+    for words in (
+        r"Test accuracy of the network: ([\d.]+) %",
+        r"labeled digits alone: ([\d.]+) %",
+    ):
+        (accuracy,) = re.findall(words, printed)
+        assert f"{accuracy} %" in whole
+
+
+def test_a_terminal_shows_the_last_text_of_a_line() -> None:
+    terminal = pages.script(ROOT / "docs" / "figures" / "terminal.py")
+    assert terminal.screen("a\r\n10 %\r20 %\rdone \r\n\r\n") == ["a", "done"]
+    shown = terminal.drawing(["$ a < b", "", "c"])
+    assert "a &lt; b" in shown
+    assert shown.count("<text ") == 2
+
+
 def test_the_badges_say_what_the_project_says() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     (version,) = re.findall(r'requires-python = ">=([\d.]+)"', project)

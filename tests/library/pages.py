@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 QUOTED = re.compile(r"^```py\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -37,6 +39,16 @@ def named(name: str) -> object:
     Raises: AttributeError where there is none.
     """
     return pkgutil.resolve_name(name)
+
+
+def script(file: Path) -> Any:
+    """Return a script as a module, without running what it does when it is called."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_printed(source: str, printed: str) -> None:
