@@ -20,7 +20,12 @@ from metapl.apps import web
 from metapl.apps.inputs import ROOM, Folder, Run, check_out, files_of, held, plural
 from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
-from metapl.apps.pictures.folders import LabeledFiles, scan_labeled, verify_files
+from metapl.apps.pictures.folders import (
+    LabeledFiles,
+    scan_labeled,
+    verify_files,
+    without_copies,
+)
 from metapl.apps.printing import short, table, tell, wrapped, written_csv
 from metapl.apps.progress import count_bar
 from metapl.apps.run_folder import EndedRun
@@ -219,14 +224,36 @@ class Attribute:
         """Return the labeled pictures of a run, and those to judge by, without unreadable ones."""
         labeled = files_of(run, "labeled")
         judges = files_of(run, "validation") or files_of(run, "clean")
+        assert labeled is not None, "a run has been trained on them"
         if self.val:
-            judges = scan_labeled(self.val)
+            judges = self.judges_of_val(labeled)
         if not judges:
             raise MetaplError(
                 f"{self.folder} has no validation pictures to judge by; expected --val DIR."
             )
-        assert labeled is not None, "a run has been trained on them"
         return readable(run, labeled, "labeled"), readable(run, judges, "validation")
+
+    def judges_of_val(self, labeled: LabeledFiles) -> LabeledFiles:
+        """Return the pictures of --val that the run has not learned from, and say which are left.
+
+        A picture that judges itself is helpful whatever it shows.
+        """
+        assert self.val is not None
+        files = scan_labeled(self.val)
+        judges = without_copies(files, labeled)
+        copies = len(files) - len(judges)
+        if not judges:
+            raise MetaplError(
+                f"--val {self.val} has none but labeled pictures of the run, which would judge "
+                "themselves; expected others."
+            )
+        if copies:
+            tell(
+                f"metapl: left out {copies:,} of the {len(files):,} pictures of --val, which are "
+                "labeled pictures of the run and would judge themselves",
+                file=sys.stderr,
+            )
+        return judges
 
     def check(self, scored: Scored, seed: int) -> str:
         """Train without some pictures, again and again; return how well the scores predict it."""

@@ -93,7 +93,16 @@ class Classifier(
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:
-        """Load the weights; the hub's own way leaves what is missing at random."""
+        """Load the weights; the hub's own way leaves what is missing at random.
+
+        Raises: MetaplError for a folder or repository whose config.json is not of this form, such
+            as a run's.
+        """
+        if "card" not in options or "classes" not in options:
+            raise MetaplError(
+                f"{options['model_id']} has no {HUB_CONFIG} with a card and classes; expected what "
+                "metapl export RUN --hub --out DIR writes, or a repository of these files."
+            )
         model: Self = super()._from_pretrained(strict=strict, **options)
         return model
 

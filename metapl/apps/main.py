@@ -365,7 +365,9 @@ def print_what_needs_no_command(words: Sequence[str]) -> None:
         tell(f"usage: metapl {first} ...\n\n{listed}\n\n{MORE_HELP}")
         return
     asked = first
-    if group and words[1:] and not words[1].startswith("-"):
+    if group:
+        if not words[1:] or words[1].startswith("-"):
+            raise MetaplError(f"{first} alone is no command; expected one of {', '.join(group)}.")
         asked = f"{first} {words[1]}"
     expected = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
     meant = did_you_mean(asked, expected) or "."

@@ -104,7 +104,8 @@ def next_try(content: Mapping[str, Any]) -> str:
     if content.get("recipe") == "digits":
         return (
             f"Try more steps (it took {content.get('steps', 0):,}: --steps), other learning rates "
-            "(--lr, --student-lr), or other methods beside it (--compare)."
+            "(--lr, and --student-lr where a teacher labels), or other methods beside it "
+            "(--compare)."
         )
     # The baseline sees the features of a backbone, where there is one.
     start = "training its head alone (--tuning head)"

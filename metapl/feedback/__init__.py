@@ -110,7 +110,7 @@ def estimator(mode: str | Estimator) -> Estimator:
             return _REGISTRY[name]
     expected = f"one of {', '.join(MODES)}, or an estimator such as metapl.feedback.Reinforce()"
     raise MetaplError(
-        f"mode={mode!r} was given; expected {expected}{did_you_mean(str(mode), MODES)}."
+        f"mode={mode!r} was given; expected {expected}{did_you_mean(str(mode), MODES) or '.'}"
     )
 
 

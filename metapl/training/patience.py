@@ -25,6 +25,11 @@ class Patience:
     (True, 2)
     >>> patience.reason()
     'the last 2 validations have no better loss than 0.5'
+    >>> patience = Patience(1, LOSS)
+    >>> for loss in (0.9, 1.0):
+    ...     patience.validated(loss)
+    >>> patience.reason()
+    'the last validation has no better loss than 0.9'
     """
 
     def __init__(self, limit: int | None, metric: Metric | None) -> None:

@@ -131,6 +131,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     for run, flags, words in (
         ("clean", "", "recipe.json"),
         ("images", "", "--val"),
+        ("images", f"--val {root}/clean", "would judge themselves"),
         ("run", "--val nowhere", "nowhere"),
         ("run", "--removals 2", "--removals"),
         ("run", "--steps 3 --batch 8", "--steps"),

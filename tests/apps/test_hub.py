@@ -12,6 +12,7 @@ from command import metapl, reseal, result
 from safetensors.torch import load_file, save_file
 from test_bits import one_thread
 
+from metapl import MetaplError
 from metapl.apps.run_folder import EndedRun, RunFolder
 
 __all__ = ["one_thread"]
@@ -103,6 +104,13 @@ def test_weights_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None
     save_file(weights, file)
     with pytest.raises(RuntimeError, match="Missing key"):
         Classifier.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_another_form_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for folder in (tiny, tmp_path):
+        with pytest.raises(MetaplError, match=r"no config.json with a card .* export RUN --hub"):
+            Classifier.from_pretrained(folder)
 
 
 def test_what_cannot_be_written_is_refused_and_nothing_is(

@@ -91,6 +91,8 @@ def test_digits_have_the_linear_baseline_of_their_labeled_pixels(alive: tuple[Pa
         ("images", "pixels", ("--minutes", "--backbone auto")),
         ("images", "features of the backbone", ("--minutes", "--tuning head")),
         ("noisy", "pixels", ("clean pictures", "--method clean")),
+        # Methods without a teacher have no --student-lr.
+        ("digits", "pixels", ("--lr, and --student-lr where a teacher labels", "--compare")),
     ],
 )
 def test_a_run_behind_its_baseline_says_what_to_do_next(

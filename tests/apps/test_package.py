@@ -343,7 +343,7 @@ def test_python_runs_the_package_as_the_command() -> None:
     Importing the package alone loads nothing of the command.
     """
     answers = {}
-    for words in ("--version", "trian"):
+    for words in ("--version", "trian", "train"):
         ended = subprocess.run(
             [sys.executable, "-m", "metapl", words], capture_output=True, text=True, check=False
         )
@@ -352,6 +352,12 @@ def test_python_runs_the_package_as_the_command() -> None:
     assert answers["trian"][0] == 2
     assert answers["trian"][2].startswith(
         "metapl: there is no command 'trian'; did you mean train?"
+    )
+    assert answers["train"] == (
+        2,
+        "",
+        "metapl: train alone is no command; expected one of train images, train digits, train "
+        "noisy.",
     )
     look = (
         "import sys, metapl; print([name for name in ('tyro', 'metapl.apps') if name in "
