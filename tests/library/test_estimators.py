@@ -104,7 +104,11 @@ def test_dir_shows_the_public_names_alone() -> None:
         "apps",
         "data",
         "distributed",
+        "integrations",
+        "labels",
         "metrics",
+        "networks",
+        "pictures",
         "sklearn",
         "__version__",
     }

@@ -60,7 +60,8 @@ class NoisyGradient(Noisy):
 
     def forward(self, x: Tensor) -> Tensor:
         def with_noise(g: Tensor) -> Tensor:
-            return g * (1 + self.size * torch.randn(g.shape, generator=self.own, dtype=g.dtype))
+            noise = torch.randn(g.shape, generator=self.generator, dtype=g.dtype)
+            return g * (1 + self.size * noise)
 
         y: Tensor = self.layer(x)
         if y.requires_grad:
