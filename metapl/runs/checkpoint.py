@@ -91,9 +91,10 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
     Raises: :class:`metapl.MetaplError`.
     """
     if Path(path).suffix != ".safetensors":
+        stem = Path(path).name.partition(".")[0] or "trainer"
         raise MetaplError(
             f"{path} would be written in the format of safetensors; expected a name that says so, "
-            f"such as {Path(path).stem}.safetensors."
+            f"such as {stem}.safetensors."
         )
 
 

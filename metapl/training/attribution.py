@@ -158,7 +158,14 @@ class Attribution:
         """Return the numbers of the most helpful examples and of the most harmful ones.
 
         Of M outer losses, by the means of their scores.
+
+        Args:
+            count: how many of each; of fewer examples all.
+
+        Raises: :class:`metapl.MetaplError` for a negative number.
         """
+        if count < 0:
+            raise MetaplError(f"top was given count={count}; expected 0 or more.")
         examples = self.scores.shape[self.outer_loss.ndim]
         mean = self.scores.reshape(self.outer_loss.numel(), examples, -1).sum(2).mean(0)
         ranked = mean.argsort(descending=True)

@@ -145,6 +145,8 @@ def options_by_step(
             )
         if not all(bool(t.isfinite().all()) for t in parts):
             raise MetaplError(f"settings has {name!r} with NaN or infinity; expected numbers.")
+        if name == "lr" and any(bool((t < 0).any()) for t in parts):
+            raise MetaplError("settings has 'lr' with a negative rate; expected 0 or more.")
     return options_by_settings(options_of(optimizer), settings, steps=steps)
 
 

@@ -212,6 +212,8 @@ def test_the_scores_of_tokens_are_the_derivatives(
     # Without some sequences, and without one token of each.
     is_third = torch.zeros(6, 4, dtype=torch.bool)
     is_third[:, 2] = True
+    with pytest.raises(MetaplError, match="count=-1; expected 0 or more"):
+        attribution.top(-1)
     with pytest.raises(MetaplError, match="given 1 sets of examples; expected three or more"):
         attribution.validate([[1, 3]])
     agreement = attribution.validate([[1, 3], [2], is_third])

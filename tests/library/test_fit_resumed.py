@@ -382,8 +382,10 @@ def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:
     data = list(zip(*batches(4), strict=True))
     trainer = bilevel(Reinforce(baseline=0.9), 0, INNER["adamw"])
     trainer.step(*data[0])
-    for name in ("a.pt", "a.ckpt", "a"):
-        with pytest.raises(MetaplError, match=r"format of safetensors; .* such as a\.safetensors"):
+    for name in ("a.pt", "a.ckpt", "a", "a.safetensors.gz"):
+        with pytest.raises(
+            MetaplError, match=r"format of safetensors; .* such as a\.safetensors\."
+        ):
             trainer.save(tmp_path / name)
     assert not [*tmp_path.iterdir()]
     trainer.save(tmp_path / "a.safetensors")

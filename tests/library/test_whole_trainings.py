@@ -448,6 +448,10 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "always another batch": ("for step 0", lambda: lookahead(odd(steps=range(STEPS)))),
     "NaN": ("step 2", lambda: lookahead(odd(NAN))),
     "NaN in the first step": ("step 0", lambda: lookahead([odd(NAN)(2)] * STEPS)),
+    "a negative rate": (
+        "'lr' with a negative rate",
+        lambda: lookahead(settings={"lr": torch.full((STEPS, 1), -0.1)}),
+    ),
     "a rate of NaN": (
         "'lr' with NaN or infinity",
         lambda: lookahead(settings={"lr": torch.full((STEPS, 1), NAN)}),
