@@ -104,7 +104,8 @@ def measured(label: str, networks: list[str], modes: tuple[str, ...], rounds: in
     """Return a row for each network, way and mode."""
     # What is measured is the work around the graph, and the two real steps need none.
     as_it_is: Any = lambda function, device, **options: function  # noqa: E731
-    captured, recorders = compiled.captured, dict(cuda_graphs.RECORDERS)
+    captured = compiled.captured
+    recorders = dict(cuda_graphs.RECORDERS)
     rows: list[Row] = []
     try:
         compiled.captured = as_it_is
@@ -138,9 +139,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.runs:
         old = loaded(given.out)["rows"] if given.out.exists() else []
-        networks, rounds = [*NETWORKS], ROUNDS
+        networks = [*NETWORKS]
+        rounds = ROUNDS
         if given.miniature:
-            networks, rounds = networks[:1], 1
+            networks = networks[:1]
+            rounds = 1
         rows = measured(given.label, networks, ("forward", "reinforce"), rounds)
         kept = [row for row in old if row["label"] != given.label]
         write_json(given.out, {"rows": [*kept, *rows]})

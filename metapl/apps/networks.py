@@ -286,7 +286,7 @@ class Architecture:
             stem.out_channels,
             kernel_size=kernel_size,
             stride=stride,
-            padding=stem.padding,  # type: ignore[arg-type]  # as Conv2d has it
+            padding=stem.padding,  # type: ignore[arg-type]
             bias=stem.bias is not None,
         )
         if convolution.bias is None:

@@ -129,7 +129,8 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
     config = with_flags(
         Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole
     )
-    settled = with_flags(config, lr=config.pictures.rate)  # as where none was given
+    # The rate that is taken where none was named.
+    settled = with_flags(config, lr=config.pictures.rate)
     found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
     assert [one.trainer_options()["clip_norm"] for one in found] == [None, 1.0, 1.0]
