@@ -418,7 +418,8 @@ def rows(part: Any, done: Sequence[Row], device: str, *, is_small: bool) -> Iter
             if is_small:
                 row |= planned(setting, mode)
             row |= measured(setting, mode, torch.device(device))
-        except Exception as error:  # whatever a kernel of another package raises, too
+        # A kernel of another package may raise anything.
+        except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             row["reason"] = f"stops: {type(error).__name__}: {lines[0][:160]}"
         # The traceback of an error, and cycles of its frames, hold the networks.

@@ -614,7 +614,7 @@ class CompiledStep:
                         live.state,
                         Outcome(moved, step_report),
                         eager,
-                        is_reduced=runs_in_half_precision(trainer),
+                        is_reduced=is_recorded_in_half_precision(trainer),
                     )
         except BaseException:
             start.restore()
@@ -883,10 +883,11 @@ def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None
                 )
 
 
-def runs_in_half_precision(trainer: TwoLevelTrainer) -> bool:
-    """Return whether passes of the trainer's networks run in half precision."""
+def is_recorded_in_half_precision(trainer: TwoLevelTrainer) -> bool:
+    """Return whether passes in half precision are recorded as a CUDA graph, without a compiler."""
     is_in_region = torch.is_autocast_enabled(trainer.device.type)
-    return trainer.precision != "float32" or is_in_region
+    has_half_precision = trainer.precision != "float32" or is_in_region
+    return trainer.compile == "cudagraphs" and has_half_precision
 
 
 def refuse_other(
@@ -941,8 +942,9 @@ def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tenso
 
 # The greatest difference of a compiled tree from the eager one, by norm and relative to its size.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
-# That where passes run in half precision. There ż by forward mode, on the eager road, and ż by the
-# transpose of the pullback round otherwise: by 2e-2 on WRN-28-2 in bfloat16.
+# That of a step that is recorded without a compiler, in half precision. There ż by forward mode, on
+# the eager road, and ż by the transpose of the pullback round otherwise: by 2e-2 on WRN-28-2 in
+# bfloat16.
 TOLERANCE_OF_HALF = 0.1
 
 
@@ -962,7 +964,7 @@ def refuse_gap(
         loss: a loss of the step, in the type in which it was computed.
         rounding: whether the entries are sums that may cancel, which are then allowed the rounding
             of the loss.
-        is_reduced: whether passes run in half precision.
+        is_reduced: whether the step is recorded without a compiler, in half precision.
     """
     gaps = {key: as_real(compiled[key]).double() - as_real(t).double() for key, t in eager.items()}
     gap = norm(gaps) if gaps else 0.0 * loss
