@@ -570,8 +570,31 @@ CONTROLS: dict[str, str] = {
 }
 
 
+class FeedbackMethod(Method):
+    """A method with feedback, which is a control where the feedback is left out or altered.
+
+    Attributes:
+        beside: name of the method that a control is trained beside.
+    """
+
+    feedback: Feedback
+    beside: ClassVar[str]
+
+    @property
+    def is_control(self) -> bool:
+        """Return whether the feedback is left out or altered."""
+        return self.feedback.feedback != "whole"
+
+    @property
+    def summary(self) -> str:
+        """Return what the method does, in a sentence for the help."""
+        if self.is_control:
+            return f"Train as {self.beside} does, {CONTROLS[self.feedback.feedback]}."
+        return super().summary
+
+
 @dataclass(frozen=True, kw_only=True)
-class Mpl(Method):
+class Mpl(FeedbackMethod):
     """Train a student on a teacher's labels, and the teacher on how that helps (MPL).
 
     Args:
@@ -579,6 +602,8 @@ class Mpl(Method):
             default it is 75 % of the steps, and 0 for digits.
         warm_start: whether the student begins with the teacher's weights after --wait steps.
     """
+
+    beside: ClassVar[str] = "mpl"
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
     uda: Flat[Consistency] = field(default_factory=Consistency)
@@ -594,18 +619,6 @@ class Mpl(Method):
     def title(self) -> str:
         """Return what is fed back, in words."""
         return TITLES[self.feedback.feedback]
-
-    @property
-    def is_control(self) -> bool:
-        """Return whether the feedback is left out or altered."""
-        return self.feedback.feedback != "whole"
-
-    @property
-    def summary(self) -> str:
-        """Return what is fed back, in a sentence for the help."""
-        if self.is_control:
-            return f"Train as mpl does, {CONTROLS[self.feedback.feedback]}."
-        return super().summary
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a number of steps before the student begins."""
@@ -690,7 +703,7 @@ class PseudoLabels(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReducedMpl(Method):
+class ReducedMpl(FeedbackMethod):
     """Train a student on stored labels, which a small network adjusts by feedback (Reduced MPL).
 
     Args:
@@ -699,6 +712,8 @@ class ReducedMpl(Method):
         labeled_label_store: store of labels of the labeled examples, which metapl label wrote. It
             needs --labels beside it.
     """
+
+    beside: ClassVar[str] = "reduced_mpl"
 
     feedback: Flat[Feedback] = field(default_factory=Feedback)
     uda: Flat[Consistency] = field(default_factory=Consistency)
@@ -737,18 +752,6 @@ class ReducedMpl(Method):
         if self.feedback.feedback == "none":
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
-
-    @property
-    def is_control(self) -> bool:
-        """Return whether the feedback is left out or altered."""
-        return self.feedback.feedback != "whole"
-
-    @property
-    def summary(self) -> str:
-        """Return what adjusts the labels, in a sentence for the help."""
-        if self.is_control:
-            return f"Train as reduced_mpl does, {CONTROLS[self.feedback.feedback]}."
-        return super().summary
 
     def train(self, t: Training) -> Trained:
         """Train a teacher and store its labels, unless stores are named; then adjust them."""
