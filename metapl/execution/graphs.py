@@ -41,7 +41,7 @@ def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> No
     Cost: a walk over the graph of the gradients, which holds that of the value.
     Raises: :class:`MissingDerivative`, with the names of the operations.
     """
-    if not any(node.name() == _NO_SECOND_DERIVATIVE for node in nodes_of(gradients)):
+    if not any(type(node).name(node) == _NO_SECOND_DERIVATIVE for node in nodes_of(gradients)):
         return
     marked: set[str] = set()
     for node in nodes_of([value]):

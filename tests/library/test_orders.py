@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from torch_versions import require_torch
 
 import metapl
+from metapl.execution.graphs import refuse_once_differentiable
 from metapl.feedback import Estimator, Forward, ReinforcePerExample
 from metapl.feedback.forward import SMALL
 from metapl.problems import Table
@@ -711,3 +712,25 @@ def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
     assert len(proposals) == 2
     for proposed_mode, _ in proposals:
         gradient(proposed_mode)
+
+
+class NamedSquare(torch.autograd.Function):
+    """A square whose context has an attribute that torch's node has too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.name = "square"
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def test_a_function_may_keep_a_name_in_its_context() -> None:
+    x = torch.ones(2, requires_grad=True)
+    value = (NamedSquare.apply(x) ** 2).sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    refuse_once_differentiable([gradient], value)
