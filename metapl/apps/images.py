@@ -48,6 +48,7 @@ from metapl.apps.pictures.views.transforms import (
     Sometimes,
 )
 from metapl.apps.progress import count_bar
+from metapl.apps.self_training import SelfTraining
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -91,6 +92,9 @@ HOLE = 0.5
 # The share of the greatest movement in pictures that are labeled by a network.
 WEAK_MOVEMENT = 0.25
 
+# The greatest shift as a share of the side in pictures that are augmented mildly: 2 of 28 pixels.
+MILD_SHIFT = 1 / 14
+
 # Share of the pictures that are changed in finetuning; the others are as they will be when they are
 # predicted. Changes may take away what a class is told by: a hole covers one of the things to be
 # counted.
@@ -121,6 +125,7 @@ METHODS: dict[str, Any] = {
     "fixmatch": FixMatch(),
     "ent_min": EntMin(),
     "supervised": Supervised(),
+    "self_training": SelfTraining(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
     **{kind: Mpl(feedback=Fed(feedback=kind)) for kind in TITLES if kind != "whole"},
@@ -169,6 +174,8 @@ class Pictures:
         lora_rank: rank of the LoRA updates, from 4 to 16.
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
+        augment: how pictures are augmented: mild shifts them a little, and strong moves them much
+            more, changes their colors and covers a part of each.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -186,6 +193,7 @@ class Pictures:
         None
     )
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
+    augment: Annotated[Literal["mild", "strong"], tyro.conf.arg(metavar="HOW")] = "strong"
     mirror: Switch = False
     recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     crop: Switch = False
@@ -215,6 +223,8 @@ class Pictures:
 
     def views(self) -> Views:
         """Return how the pictures of a step are augmented."""
+        if self.augment == "mild":
+            return self._mild_views()
         color = Color(BRIGHTNESS, CONTRAST, SATURATION, HUE if self.recolor else 0.0)
         colored: list[View] = [color, Hole((HOLE / 5, HOLE))]
         if self.recolor:
@@ -238,6 +248,19 @@ class Pictures:
             finetuned=Sometimes(strong, FINETUNED_ON_CHANGED),
             crop=None,
         )
+
+    def _mild_views(self) -> Views:
+        """Return views that leave a picture as it is, but for its place and its direction."""
+        if self.crop:
+            crop = ResizedCrop(self.input.size, flip=self.mirror)
+            still = Identity()
+            return Views(weak=still, strong=still, labeled=still, finetuned=still, crop=crop)
+        shifted: list[View] = [Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0)]
+        if self.mirror:
+            shifted.insert(0, Flip())
+        view = Chain(tuple(shifted))
+        finetuned = Sometimes(view, FINETUNED_ON_CHANGED)
+        return Views(weak=view, strong=view, labeled=view, finetuned=finetuned, crop=None)
 
     def _moved(self, share: float) -> list[View]:
         """Return how a picture is mirrored, and moved by a share of the greatest movement."""
