@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from metapl.apps import web
 from metapl.apps.inputs import ROOM, Folder, Run, check_out, files_of, held, plural
-from metapl.apps.machine import write_whole
 from metapl.apps.pictures.batches import FileImages, in_unit_range
 from metapl.apps.pictures.folders import (
     LabeledFiles,
@@ -33,6 +32,7 @@ from metapl.apps.settings import Batch, Steps, unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import predict_logits
 from metapl.runs.fields import Range
+from metapl.runs.files import write_whole
 from metapl.training.attribution import Attribution, attribute
 
 TABLE = "attribution.csv"

@@ -36,11 +36,11 @@ from metapl.apps.model_card import (
     sections_of,
 )
 from metapl.apps.networks import Architecture
-from metapl.apps.printing import require_packages, tell
+from metapl.apps.printing import tell
 from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.apps.tuned_networks import Normalized
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, few, reason_of, require_packages
 from metapl.runs.folder import replacing
 
 ONNX = "model.onnx"

@@ -13,7 +13,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.apps.machine import owned
 from metapl.apps.pictures import load_digits_split
 from metapl.apps.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.input import BATCH, Inputs
@@ -22,6 +21,7 @@ from metapl.apps.run_folder import PLACES, EndedRun, NetworkName, RunFolder, sto
 from metapl.apps.settings import unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
+from metapl.runs.files import owned
 
 # Examples (B, C, H, W) and their labels (B,).
 Batch = tuple[Tensor, Tensor]

@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine import (
-    environment,
+from metapl.errors import FieldError, MetaplError, few, reason_of, require_packages
+from metapl.execution.checks import described
+from metapl.machine import environment
+from metapl.runs.files import (
     is_temporary,
     json_sha256,
     owned,
@@ -38,9 +40,6 @@ from metapl.apps.machine import (
     sha256_of,
     write_whole,
 )
-from metapl.apps.printing import require_packages
-from metapl.errors import FieldError, MetaplError, few, reason_of
-from metapl.execution.checks import described
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -19,7 +19,6 @@ from torch import Tensor
 from metapl.apps import backbone
 from metapl.apps.backbone import IMAGENET, Backbone
 from metapl.apps.images import Images, Pictures
-from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
 from metapl.apps.network_weights import fetch_imagenet_weights
 from metapl.apps.noisy_labels import Noisy
@@ -30,6 +29,7 @@ from metapl.apps.tuned_networks import begin_as
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
+from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
 
 # The share of the labeled pictures that is set aside to select on, where that is enough of them to

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from metapl.apps.network_weights import load_weights
-from metapl.apps.printing import require_packages
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, reason_of, require_packages
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean

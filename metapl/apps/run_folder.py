@@ -37,9 +37,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine import (
-    default_threads,
-    environment,
+from metapl.apps.networks import Architecture
+from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.errors import MetaplError, few
+from metapl.machine import default_threads, environment
+from metapl.metrics import Evaluation, interval
+from metapl.runs.files import (
     json_sha256,
     owned,
     read_json,
@@ -48,10 +51,6 @@ from metapl.apps.machine import (
     sha256_of,
     write_whole,
 )
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.errors import MetaplError, few
-from metapl.metrics import Evaluation, interval
 from metapl.runs.folder import LOCK, Folder
 
 # The layout of run folders that this version writes and reads.

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine import read_plain
 from metapl.apps.pictures.reader import Box, Crop, UnreadableImage, read_crops, read_image
 from metapl.apps.pictures.views.base import View, rows_needed
 from metapl.apps.pictures.views.transforms import ResizedCrop
@@ -32,6 +31,7 @@ from metapl.data import draws
 from metapl.data.steps import BatchT, StepBatches, StepSampler
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
+from metapl.runs.files import read_plain
 
 # After so many broken files in a row, the disk is taken to be gone.
 _IN_A_ROW = 32

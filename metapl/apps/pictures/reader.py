@@ -28,8 +28,8 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metapl.apps.machine import open_plain
 from metapl.errors import MetaplError, reason_of
+from metapl.runs.files import open_plain
 from metapl.words import shown
 
 if TYPE_CHECKING:
