@@ -51,12 +51,12 @@ from metapl.apps.noisy_student import (
     end_matched,
     noisy_view,
 )
-from metapl.apps.pictures.views.base import Identity
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
+from metapl.pictures.views.base import Identity
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer

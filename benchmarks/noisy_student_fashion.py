@@ -54,7 +54,6 @@ from metapl.apps.noisy_student import (
     PseudoLabeledBatches,
     end_matched,
 )
-from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
@@ -68,6 +67,7 @@ from metapl.pictures import (
     Weak,
     load_digits_split,
 )
+from metapl.pictures.batches import in_unit_range
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer

@@ -65,8 +65,6 @@ from metapl.apps.noisy_student import (
     end_matched,
     freeze_first_layers,
 )
-from metapl.apps.pictures.batches import Images, in_unit_range
-from metapl.apps.pictures.folders import digest as file_digest
 from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
 from metapl.data.draws import fold_in
@@ -89,6 +87,8 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.pictures.batches import Images, in_unit_range
+from metapl.pictures.folders import digest as file_digest
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.apps.network_card import Input, NetworkCard
 from metapl.apps.run_folder import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from metapl.apps.labeling import called
-from metapl.apps.pictures.batches import Images
-from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.apps.network_card import Input, NetworkCard
 from metapl.apps.run_folder import save
 from metapl.data import draws
 from metapl.errors import MetaplError
@@ -42,6 +41,7 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.pictures.batches import Images
 
 # The streams of the two draws of a split. They keep these draws apart from every other use of a
 # seed.

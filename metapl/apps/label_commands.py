@@ -11,16 +11,15 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from metapl.apps.inputs import Factory, Network, Run
+from metapl.apps.inputs import BATCH, Factory, Network, Run
 from metapl.apps.label_selection import select, statistics
 from metapl.apps.label_store import LabelStore
 from metapl.apps.labeling import ToLabel, write_labels
-from metapl.apps.pictures.folders import scan_unlabeled
-from metapl.apps.pictures.input import BATCH
 from metapl.apps.printing import short, table, tell
 from metapl.apps.run_folder import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.errors import few
+from metapl.pictures.folders import scan_unlabeled
 from metapl.runs.fields import Range
 from metapl.runs.files import sha256_of, write_whole
 from metapl.training.options import MOST_WORKERS

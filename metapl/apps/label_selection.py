@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter, Values
-from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
 from metapl.data import draws
 from metapl.errors import FieldError, MetaplError
+from metapl.pictures.folders import ask, digest, scan_unlabeled
 from metapl.runs.fields import Range, check_arguments
 
 # The stream of draws of a uniform share, which keeps it apart from other uses of a seed.

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from metapl import feedback, problems
 from metapl.ablation import Altered
-from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.input import Input, NetworkCard
+from metapl.apps.network_card import Input, NetworkCard
 from metapl.apps.settings import (
     Fitting,
     Flat,
@@ -37,6 +36,7 @@ from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.models import LabelAdjuster
+from metapl.pictures import LabeledBatches, UnlabeledBatches
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Say, Trainer

@@ -30,10 +30,6 @@ from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.networks import Architecture
-from metapl.apps.pictures import scan_labeled, scan_unlabeled
-from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.pictures.views.transforms import ShiftNoiseCutout
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -54,6 +50,10 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import evaluating
+from metapl.pictures import scan_labeled, scan_unlabeled
+from metapl.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
+from metapl.pictures.views.base import Identity, View
+from metapl.pictures.views.transforms import ShiftNoiseCutout
 from metapl.problems.losses import CrossEntropy
 from metapl.problems.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.runs.fields import Range, check_fields

@@ -37,8 +37,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.network_card import Input, NetworkCard
 from metapl.apps.networks import Architecture
-from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.errors import MetaplError, few
 from metapl.machine import default_threads, environment
 from metapl.metrics import Evaluation, interval

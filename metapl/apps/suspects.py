@@ -12,7 +12,7 @@ import torch
 
 from metapl.apps import web
 from metapl.apps.methods import Doubtful
-from metapl.apps.pictures.input import Input
+from metapl.apps.network_card import Input
 from metapl.apps.printing import written_csv
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits

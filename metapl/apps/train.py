@@ -19,7 +19,6 @@ from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, done_by_first
 from metapl.apps.log_to import MetricLog
 from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
-from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run_folder import EndedRun, RunFolder, seal
@@ -31,6 +30,7 @@ from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.pictures.batches import record_files, replaced_files
 from metapl.problems.model_noise import model_noise
 from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer

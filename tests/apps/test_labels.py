@@ -27,7 +27,7 @@ from metapl.apps.label_selection import select, statistics
 from metapl.apps.label_store import DESCRIPTION, LabelStore, LabelWriter
 from metapl.apps.labeling import stored_labels
 from metapl.apps.methods import ReducedMpl
-from metapl.apps.pictures.folders import scan_unlabeled
+from metapl.pictures.folders import scan_unlabeled
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 

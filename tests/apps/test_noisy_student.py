@@ -42,10 +42,10 @@ from metapl.apps.noisy_student import (
     standard_view,
     threshold_of,
 )
-from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
+from metapl.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.problems.base import Signal
 from metapl.problems.model_noise import NoisyStudentLoss, model_noise
 from metapl.training import FitOptions

@@ -22,8 +22,8 @@ from metapl import MetaplError
 from metapl.apps import networks
 from metapl.apps.label_selection import select
 from metapl.apps.label_store import LabelStore, LabelWriter
-from metapl.apps.pictures import Identity, scan_unlabeled
 from metapl.apps.run_folder import EndedRun
+from metapl.pictures import Identity, scan_unlabeled
 from metapl.training import FitOptions
 
 pytestmark = pytest.mark.docs

@@ -24,9 +24,9 @@ from tiny_runs import TINY, color_folders, images_command
 
 from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.launch import PATIENCE
-from metapl.apps.pictures import scan_unlabeled
 from metapl.apps.run_folder import WEIGHTS
 from metapl.machine import default_threads
+from metapl.pictures import scan_unlabeled
 
 SECONDS = 240.0
 

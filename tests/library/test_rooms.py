@@ -23,14 +23,14 @@ FLOORS = (
     ("errors", "words"),
     ("runs",),
     ("execution",),
-    ("data", "distributed", "models", "problems", "updates"),
-    ("feedback", "metrics"),
+    ("data", "distributed", "machine", "models", "problems", "updates"),
+    ("feedback", "metrics", "pictures"),
     ("functional", "protocols"),
     ("training",),
     ("ablation", "integrations"),
-    ("apps.printing", "apps.sklearn", "apps.machine", "apps.progress", "apps.log_to"),
+    ("apps.printing", "apps.sklearn", "apps.progress", "apps.log_to"),
     ("apps.networks", "apps.network_weights", "apps.tuned_networks"),
-    ("apps.pictures",),
+    ("apps.network_card",),
     ("apps.label_store", "apps.label_selection", "apps.robustness", "apps.settings", "apps.web"),
     ("apps.methods", "apps.run_folder", "apps.launch"),
     ("apps.inputs", "apps.list_runs", "apps.methods_over_seeds", "apps.images", "apps.digits"),
@@ -66,7 +66,6 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 DOORS_OF_THE_APPLICATION = (
     "metapl.sklearn",
-    "metapl.pictures",
     "metapl.labels",
     "metapl.networks",
     "metapl.integrations.hub",
@@ -153,8 +152,8 @@ def room(module: str) -> str:
 
     That is the first word below the package, or the two of the application.
 
-    >>> room("metapl.feedback.forward"), room("metapl.apps.pictures.batches"), room("metapl.errors")
-    ('feedback', 'apps.pictures', 'errors')
+    >>> room("metapl.feedback.forward"), room("metapl.apps.train"), room("metapl.errors")
+    ('feedback', 'apps.train', 'errors')
     """
     words = module.split(".")[1:]
     return ".".join(words[: 1 + (words[:1] == ["apps"])])

@@ -5,8 +5,7 @@ What ``network.json`` says of a run.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,17 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.networks import Architecture
-from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.folders import scan_unlabeled
-from metapl.apps.pictures.reader import gray_image, read_image
-from metapl.apps.printing import tell
 from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.models import mlp
+from metapl.pictures.batches import in_unit_range
+from metapl.pictures.reader import gray_image, read_image
 from metapl.runs.fields import AtLeastOne, Range, check_fields
-
-# Examples in a pass.
-BATCH = 256
 
 # The greatest side in pixels: a batch of larger pictures would not fit into any memory.
 LARGEST_SIDE = 4096
@@ -126,39 +120,3 @@ class NetworkCard:
         if self.mean is not None and self.std is not None:
             network = Normalized(network, self.mean, self.std)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
-
-
-class Inputs:
-    """Pictures in files and in folders, without those that cannot be read.
-
-    Args:
-        network_input: how a network reads a picture.
-        paths: of files and folders.
-
-    Attributes:
-        files: the paths of all pictures.
-        skipped: how many of these could not be read in the last pass.
-    """
-
-    def __init__(self, network_input: Input, paths: Sequence[Path]) -> None:
-        self.input = network_input
-        self.skipped = 0
-        self.files: list[str] = []
-        for path in paths:
-            self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
-
-    def batches(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Yield where each picture stands, and the network's input (B, C, H, W)."""
-        self.skipped = 0
-        for start in range(0, len(self.files), BATCH):
-            names: list[str] = []
-            pictures: list[Tensor] = []
-            for file in self.files[start : start + BATCH]:
-                try:
-                    pictures.append(self.input.read(Path(file)))
-                    names.append(file)
-                except MetaplError as error:
-                    self.skipped += 1
-                    tell(f"metapl: left out {error}", file=sys.stderr)
-            if names:
-                yield names, torch.stack(pictures)
