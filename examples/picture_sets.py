@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from metapl.apps.labeling import called
-from metapl.apps.network_card import Input, NetworkCard
 from metapl.apps.run_folder import save
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.labels import LabelStore
 from metapl.metrics import Evaluation
-from metapl.networks import Architecture, Normalized, create
+from metapl.networks import Architecture, Input, NetworkCard, Normalized, create
 from metapl.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,

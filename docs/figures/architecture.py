@@ -1,6 +1,6 @@
 """Draw the floors that docs/architecture.md lists in its table.
 
-    python docs/figures/architecture.py    # draw docs/architecture.svg
+python docs/figures/architecture.py    # draw docs/architecture.svg
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.methods import Data
-from metapl.apps.networks import Architecture
 from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
-from metapl.apps.tuned_networks import Tuned
 from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import Tuned
 from metapl.pictures.batches import EvaluationBatches
 from metapl.runs.files import read_json, sha256_of
 

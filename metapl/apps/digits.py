@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from metapl.apps import methods
-from metapl.apps.network_card import Input, NetworkCard
-from metapl.apps.network_weights import parameter_groups
 from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
+from metapl.networks.card import Input, NetworkCard
+from metapl.networks.weights import parameter_groups
 from metapl.pictures import (
     Identity,
     LabeledBatches,

@@ -19,7 +19,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from metapl.apps.model_card import (
+from metapl.apps.run_folder import EndedRun
+from metapl.errors import MetaplError, few, needed_for
+from metapl.networks.card import card_of
+from metapl.networks.model_card import (
     CARD,
     HUB_CARD,
     HUB_CONFIG,
@@ -29,8 +32,6 @@ from metapl.apps.model_card import (
     package_versions,
     section_text,
 )
-from metapl.apps.run_folder import EndedRun, card_of
-from metapl.errors import MetaplError, few, needed_for
 from metapl.runs.folder import replacing
 
 with needed_for("metapl.apps.hub"):

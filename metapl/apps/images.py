@@ -13,7 +13,6 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.apps import networks
 from metapl.apps.methods import (
     TITLES,
     Data,
@@ -26,8 +25,6 @@ from metapl.apps.methods import (
     Uda,
 )
 from metapl.apps.methods import Feedback as Fed
-from metapl.apps.network_card import LARGEST_SIDE, Input, NetworkCard
-from metapl.apps.network_weights import parameter_groups
 from metapl.apps.progress import count_bar
 from metapl.apps.settings import (
     Batch,
@@ -40,10 +37,13 @@ from metapl.apps.settings import (
     require,
     unset,
 )
-from metapl.apps.tuned_networks import Normalized, Tuned
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
+from metapl.networks import architectures as networks
+from metapl.networks.card import LARGEST_SIDE, Input, NetworkCard
+from metapl.networks.tuned import Normalized, Tuned
+from metapl.networks.weights import parameter_groups
 from metapl.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
 from metapl.pictures.batches import (
     EvaluationBatches,

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from metapl.apps.inputs import BATCH
 from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
 from metapl.apps.methods import Data, ReducedMpl
-from metapl.apps.network_card import Input
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
 from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import logits_of
+from metapl.networks.card import Input
 from metapl.pictures.batches import FileImages
 from metapl.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.runs.terminal import progress

@@ -29,7 +29,6 @@ from metapl.apps.label_selection import check_interval, select, statistics
 from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
-from metapl.apps.networks import Architecture
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -43,13 +42,14 @@ from metapl.apps.settings import (
     with_flags,
 )
 from metapl.apps.train import evaluated, measured
-from metapl.apps.tuned_networks import begin_as
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
 from metapl.metrics.predictions import evaluating
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import begin_as
 from metapl.pictures import scan_labeled, scan_unlabeled
 from metapl.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
 from metapl.pictures.views.base import Identity, View

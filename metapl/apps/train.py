@@ -24,12 +24,12 @@ from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run_folder import EndedRun, RunFolder, seal
 from metapl.apps.settings import flag_values
 from metapl.apps.suspects import SUSPECTS, write_suspects
-from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.networks.tuned import Tuned, begin_as, merged
 from metapl.pictures.batches import record_files, replaced_files
 from metapl.problems.model_noise import model_noise
 from metapl.runs.files import sha256_of

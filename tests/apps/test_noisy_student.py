@@ -27,7 +27,6 @@ from metapl.apps.images import Images
 from metapl.apps.label_selection import select
 from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.look import choose_settings
-from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Chosen,
     ImagesOfRounds,
@@ -45,6 +44,7 @@ from metapl.apps.noisy_student import (
 from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
+from metapl.networks.architectures import Architecture
 from metapl.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.problems.base import Signal
 from metapl.problems.model_noise import NoisyStudentLoss, model_noise

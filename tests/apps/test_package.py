@@ -157,9 +157,9 @@ def test_without_the_extra_of_the_command_a_line_names_it() -> None:
     missing = [
         "metapl.sklearn: expected the package scikit-learn",
         "metapl.pictures: expected the package einops",
-        # Stored labels are of pictures in files.
+        # Stored labels are of pictures in files, and so is what networks take.
         "metapl.pictures: expected the package einops",
-        "metapl.networks: expected the package",
+        "metapl.pictures: expected the package einops",
     ]
     lines = done.stdout.splitlines()
     for line, start in zip(lines, missing, strict=True):

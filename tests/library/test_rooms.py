@@ -25,12 +25,10 @@ FLOORS = (
     ("execution",),
     ("data", "distributed", "machine", "models", "problems", "updates"),
     ("feedback", "metrics", "pictures"),
-    ("functional", "protocols"),
+    ("functional", "networks", "protocols"),
     ("training",),
     ("ablation", "integrations"),
     ("apps.printing", "apps.sklearn", "apps.progress", "apps.log_to"),
-    ("apps.networks", "apps.network_weights", "apps.tuned_networks"),
-    ("apps.network_card",),
     ("apps.label_store", "apps.label_selection", "apps.robustness", "apps.settings", "apps.web"),
     ("apps.methods", "apps.run_folder", "apps.launch"),
     ("apps.inputs", "apps.list_runs", "apps.methods_over_seeds", "apps.images", "apps.digits"),
@@ -67,7 +65,6 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOORS_OF_THE_APPLICATION = (
     "metapl.sklearn",
     "metapl.labels",
-    "metapl.networks",
     "metapl.integrations.hub",
 )
 DOORS = (

@@ -1,22 +1,19 @@
-"""How a file becomes what a network takes, and what builds the network.
-
-What ``network.json`` says of a run.
-"""
+"""What builds a network, and how a file becomes its input: ``network.json`` of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.networks import Architecture
-from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.models import mlp
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import Normalized
 from metapl.pictures.batches import in_unit_range
 from metapl.pictures.reader import gray_image, read_image
 from metapl.runs.fields import AtLeastOne, Range, check_fields
@@ -114,9 +111,24 @@ class NetworkCard:
             network = factory()
         else:
             raise MetaplError(
-                "the run's network is one of its own; expected --factory FILE.py:FUNCTION, which "
-                "builds it."
+                "the run's network is one of its own; expected factory=, the function that "
+                "builds it (--factory FILE.py:FUNCTION)."
             )
         if self.mean is not None and self.std is not None:
             network = Normalized(network, self.mean, self.std)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
+
+
+def card_of(card: Mapping[str, Any]) -> NetworkCard:
+    """Return what a network is, as ``network.json`` says it.
+
+    Raises: MetaplError, TypeError or KeyError where it has other fields.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in card.items():
+        # JSON has no tuples.
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    if card["architecture"] is not None:
+        fields["architecture"] = Architecture(**card["architecture"])
+    fields["input"] = Input(**card["input"])
+    return NetworkCard(**fields)
