@@ -44,8 +44,6 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.images import Pictures
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.noisy_student import (
     STOCHASTIC_DEPTH,
     THRESHOLD,
@@ -57,6 +55,8 @@ from metapl.apps.noisy_student import (
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
 from metapl.metrics.predictions import logits_of
 from metapl.pictures import (
     EvaluationBatches,

@@ -25,8 +25,6 @@ from torch.nn import functional as F
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
-from metapl.apps.label_selection import check_interval, select, statistics
-from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.settings import (
@@ -47,6 +45,8 @@ from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
+from metapl.labels.selection import check_interval, select, statistics
+from metapl.labels.store import LabelStore, Values
 from metapl.metrics.predictions import evaluating
 from metapl.networks.architectures import Architecture
 from metapl.networks.tuned import begin_as

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
-from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, done_by_first
 from metapl.apps.log_to import MetricLog
@@ -27,6 +26,7 @@ from metapl.apps.suspects import SUSPECTS, write_suspects
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
+from metapl.labels.store import DESCRIPTION
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.networks.tuned import Tuned, begin_as, merged

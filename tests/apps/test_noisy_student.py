@@ -24,8 +24,6 @@ from metapl import MetaplError
 from metapl.apps import digits, noisy_student
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.look import choose_settings
 from metapl.apps.noisy_student import (
     Chosen,
@@ -44,6 +42,8 @@ from metapl.apps.noisy_student import (
 from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
 from metapl.networks.architectures import Architecture
 from metapl.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.problems.base import Signal

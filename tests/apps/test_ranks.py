@@ -22,9 +22,9 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.launch import PATIENCE
 from metapl.apps.run_folder import WEIGHTS
+from metapl.labels.store import LabelStore, LabelWriter
 from metapl.machine import default_threads
 from metapl.pictures import scan_unlabeled
 
