@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.methods import Method, Trained, Training, labeled_loss
-from metapl.apps.pictures import UnlabeledBatches
+from metapl.pictures import UnlabeledBatches
 from metapl.apps.settings import Hidden, Share
 from metapl.problems.mixup import MixUp
 from metapl.runs.fields import AboveZero, Range
