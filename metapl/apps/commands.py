@@ -43,6 +43,7 @@ from metapl.apps.run_summary import summary
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
+from metapl.apps.tournament import Auto
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
@@ -248,6 +249,11 @@ class Train:
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
         check_shares(self.config, self.method, mesh)
+        if isinstance(self.method, Auto) and mesh.size > 1:
+            raise MetaplError(
+                f"--method auto tries recipes in one process, and {mesh.size} were started; "
+                "expected a method by its name, such as --method uda."
+            )
         if isinstance(self.method, ReducedMpl):
             check_labels_given(self.config, self.method)
         if isinstance(self.method, NoisyStudent):
@@ -492,8 +498,8 @@ class TrainImages(Train):
 
     config: Flat[Images]
     options: Flat[Started] = field(default_factory=Started)
-    method_name: MethodOfImages = "uda"
-    method: Flat[Method] = images.METHODS["uda"]
+    method_name: MethodOfImages = "auto"
+    method: Flat[Method] = images.METHODS["auto"]
     methods: ClassVar[Methods] = images
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.apps.methods import (
     TITLES,
@@ -38,6 +38,7 @@ from metapl.apps.settings import (
     require,
     unset,
 )
+from metapl.apps.tournament import Auto
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
@@ -121,6 +122,7 @@ WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
 
 METHODS: dict[str, Any] = {
+    "auto": Auto(),
     "uda": Uda(),
     "fixmatch": FixMatch(),
     "ent_min": EntMin(),
@@ -175,7 +177,8 @@ class Pictures:
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
         augment: how pictures are augmented: mild shifts them a little, and strong moves them much
-            more, changes their colors and covers a part of each.
+            more, changes their colors and covers a part of each. By default it is strong, and what
+            --method auto finds.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -193,7 +196,7 @@ class Pictures:
         None
     )
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
-    augment: Annotated[Literal["mild", "strong"], tyro.conf.arg(metavar="HOW")] = "strong"
+    augment: Annotated[Literal["mild", "strong"] | None, unset("HOW")] = None
     mirror: Switch = False
     recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     crop: Switch = False
@@ -533,25 +536,28 @@ class Images(OfPictures):
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
         """Return sources whose pictures, and views of them, follow from the seed and the step."""
-        seed = self.fitting.seed
-        views = self.pictures.views()
         labeled = self.pictures.images(few.paths(), log)
         unlabeled = self.pictures.images(many.paths(), log)
-        labels = few.targets(self.classes)
+        return self.batches(labeled, few.targets(self.classes), unlabeled)
+
+    def batches(self, labeled: FileImages, labels: Tensor, unlabeled: FileImages) -> dict[str, Any]:
+        """Return batches of pictures that are read already, as :meth:`sources` does of files."""
+        seed = self.fitting.seed
+        views = self.pictures.views()
         few_a_step = self.fitting.labeled_batch
         many_a_step = self.unlabeled_batch
         return {
             "labeled": LabeledBatches(
                 labeled,
                 labels,
-                StepSampler(len(few), few_a_step, seed=seed, stream=0),
+                StepSampler(len(labeled), few_a_step, seed=seed, stream=0),
                 views.labeled,
                 seed,
                 crop=views.crop,
             ),
             "unlabeled": UnlabeledBatches(
                 unlabeled,
-                StepSampler(len(many), many_a_step, seed=seed, stream=1),
+                StepSampler(len(unlabeled), many_a_step, seed=seed, stream=1),
                 views.weak,
                 views.strong,
                 seed,
@@ -560,7 +566,7 @@ class Images(OfPictures):
             "finetuning": LabeledBatches(
                 labeled,
                 labels,
-                StepSampler(len(few), few_a_step, seed=seed, stream=2),
+                StepSampler(len(labeled), few_a_step, seed=seed, stream=2),
                 views.finetuned,
                 seed + 1,
                 crop=views.crop,

@@ -185,6 +185,7 @@ class Trained:
         finetunes: whether the student is finetuned as usual; or a function that finetunes it.
         rounds: what result.json says of the rounds of Noisy Student.
         configs: settings of kept networks that are not those of the training.
+        chosen: what result.json says of how the method found its recipe.
     """
 
     trainer: Trainer
@@ -194,6 +195,7 @@ class Trained:
     finetunes: bool | Callable[[], Any] = True
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from metapl.apps.methods import Method, Trained, Training, labeled_loss
-from metapl.pictures import UnlabeledBatches
 from metapl.apps.settings import Hidden, Share
+from metapl.pictures import UnlabeledBatches
 from metapl.problems.mixup import MixUp
 from metapl.runs.fields import AboveZero, Range
 from metapl.training.loss_trainer import LossTrainer

@@ -238,6 +238,8 @@ def train(
     }
     if trained.rounds is not None:
         content["rounds"] = trained.rounds
+    if trained.chosen is not None:
+        content["chosen"] = trained.chosen
     tested = networks[chosen].tested
     if tested is not None:
         content["evaluation"] = tested.evaluation.to_json()

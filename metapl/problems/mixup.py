@@ -92,9 +92,7 @@ class MixUp:
         drawn = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
         return max(drawn, 1 - drawn), torch.randperm(len(examples)).to(examples.device)
 
-    def _targets(
-        self, labels: Tensor, soft_labels: Tensor | None, logits_BC: Tensor
-    ) -> Tensor:
+    def _targets(self, labels: Tensor, soft_labels: Tensor | None, logits_BC: Tensor) -> Tensor:
         """Return the distributions of all rows: of the labels, smoothed, then the given ones."""
         classes = logits_BC.shape[1]
         if labels.is_floating_point():
