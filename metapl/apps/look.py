@@ -374,7 +374,7 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
     return with_stored(config, {"lr": config.pictures.rate})
 
 
-def with_steps(config: Any, method: Any, clock: Clock) -> tuple[Any, Any]:
+def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple[Any, Any]:
     """Return the settings and the method with a number of steps.
 
     Where it is open, it is as many as fit into the minutes.
