@@ -24,7 +24,7 @@ def mixed_loss(
         mixture = share * x[row] + (1 - share) * x[partner]
         target = share * targets[row] + (1 - share) * targets[partner]
         log_p = F.log_softmax(network(mixture[None])[0], 0)
-        total -= float((target * log_p).sum().detach())
+        total -= (target * log_p).sum().item()
     return total / len(partners)
 
 
@@ -50,7 +50,7 @@ def test_it_is_the_cross_entropy_of_mixtures(label_smoothing: float) -> None:
     torch.manual_seed(5)
     loss = call(MixUp(0.7, label_smoothing, weight=2.0), network, (x, labels))
     expected = 2 * mixed_loss(network, x, targets, share, partners)
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_labeled_and_unlabeled_rows_are_mixed_together() -> None:
@@ -65,7 +65,7 @@ def test_labeled_and_unlabeled_rows_are_mixed_together() -> None:
     torch.manual_seed(9)
     loss = call(MixUp(0.4), network, (x, labels), (more, soft))
     expected = mixed_loss(network, torch.cat([x, more]), targets, share, partners)
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_nothing_is_mixed_or_drawn_in_evaluation() -> None:
