@@ -34,7 +34,15 @@ class Linear(Method):
         config = t.config
         network = t.teacher
         if not isinstance(network, Tuned):
-            config = with_flags(t.config, network=NETWORK)
+            # It has no weights of another network, and nothing that noise could drop.
+            config = with_flags(
+                t.config,
+                network=NETWORK,
+                weights=None,
+                weights_sha256=None,
+                dropout=0.0,
+                stochastic_depth=0.0,
+            )
             network = config.network().to(t.place)
         control.start(network)
         # Nothing is trained by it. What a method ends with is a trainer, whatever it has done.

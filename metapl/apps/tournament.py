@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from metapl.apps.backbone import Control
 from metapl.apps.linear import Linear
 from metapl.apps.methods import Method, Supervised, Trained, Training, Uda
 from metapl.apps.self_training import SelfTraining
@@ -26,6 +27,7 @@ from metapl.apps.settings import Hidden, with_flags
 from metapl.data import draws
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.networks.tuned import Tuned, begin_as
 from metapl.pictures.batches import EvaluationBatches
 from metapl.runs.fields import Range
 from metapl.training import FitResult, Trainer
@@ -186,7 +188,9 @@ class Standing:
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Method):
-    """Try several recipes on folds of the labeled pictures, and train by the best one.
+    """Train by the best of several recipes, which are tried first on parts of the labels.
+
+    Each recipe is trained shortly without a fold of the labeled pictures, and measured on it.
 
     Args:
         trial_share: share of the time, or of the steps, in which recipes are tried.
@@ -285,17 +289,28 @@ class Race:
         labeled = t.data.labeled
         learned = (fold_N != fold).nonzero()[:, 0]
         number = RECIPES.index(recipe)
+        learned_labels = labeled.labels[learned]
+        learned_images = labeled.images.select(learned)
         torch.manual_seed(t.config.fitting.seed)
+        teacher = t.config.network().to(t.place)
+        student = t.config.network().to(t.place)
+        if isinstance(teacher, Tuned):
+            # As the training itself begins: the head is the regression on the features.
+            seen = dataclasses.replace(
+                t.data, labeled=LabeledPart(images=learned_images, labels=learned_labels)
+            )
+            Control.of(teacher, seen).start(teacher)
+            begin_as(teacher, student)
         trial = dataclasses.replace(
             t,
-            teacher=t.config.network().to(t.place),
-            student=t.config.network().to(t.place),
+            teacher=teacher,
+            student=student,
             fit=TrialFit(fit=t.fit, name=f"trial-{number}-{fold}"),
             say=lambda text: None,
         )
         trained = recipe.train(
             trial,
-            LabeledPart(labeled.images.select(learned), labeled.labels[learned]),
+            LabeledPart(images=learned_images, labels=learned_labels),
             recipe.tried_by,
             steps=self.trial_steps[number],
             prior=self.prior,
