@@ -290,8 +290,8 @@ class Control:
         The network is a backbone, or one layer on the pixels that the regression sees.
         """
         scaler, linear = (step for _, step in self.regression.steps)
-        is_backbone = isinstance(network, Tuned)
-        head = network.module.get_submodule(network.head if is_backbone else "head")
+        head_name = network.head if isinstance(network, Tuned) else "head"
+        head = network.module.get_submodule(head_name)
         if not isinstance(head, nn.Linear) or len(linear.classes_) != head.out_features:
             return
         weight_KF = linear.coef_
@@ -302,7 +302,7 @@ class Control:
             bias_K = np.concatenate([-bias_K, bias_K]) / 2
         weight_KF = weight_KF / scaler.scale_
         bias_K = bias_K - weight_KF @ scaler.mean_
-        if not is_backbone:
+        if not isinstance(network, Tuned):
             # The regression sees pixels in [0, 1], and the layer sees them normalized.
             per_channel = weight_KF.shape[1] // len(network.mean)
             mean_F = network.mean.double().repeat_interleave(per_channel).cpu().numpy()

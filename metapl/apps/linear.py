@@ -10,7 +10,7 @@ import torch
 from metapl.apps.backbone import Control
 from metapl.apps.methods import Method, Trained, Training
 from metapl.apps.settings import with_flags
-from metapl.networks.tuned import Tuned
+from metapl.networks.tuned import Normalized, Tuned
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 
@@ -44,6 +44,7 @@ class Linear(Method):
                 stochastic_depth=0.0,
             )
             network = config.network().to(t.place)
+        assert isinstance(network, Normalized), "networks of pictures are"
         control.start(network)
         # Nothing is trained by it. What a method ends with is a trainer, whatever it has done.
         trainer = LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.0))
