@@ -38,6 +38,9 @@ def shown(text: object, keep: str = "") -> str:
 def did_you_mean(word: str, names: Sequence[str], *, likeness: float = 0.75) -> str:
     """Return a question to append to a refusal, or nothing where no name is like the word."""
     close = difflib.get_close_matches(word, names, n=3, cutoff=likeness)
+    if not close:
+        # Of short names, two letters that have changed places are a third.
+        close = [name for name in names if sorted(name) == sorted(word)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

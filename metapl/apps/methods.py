@@ -27,6 +27,7 @@ from metapl.apps.settings import (
     Role,
     Share,
     SomeSteps,
+    Unavailable,
     Weight,
     flag_values,
     unset,
@@ -57,11 +58,18 @@ RAMP = 0.1
 Losses = tuple[TeacherLoss, ...]
 FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
 
-# The command line offers the modes by name, which the type checker cannot read from a tuple.
+# The modes in which a teacher can learn, which the type checker cannot read from a tuple.
 if TYPE_CHECKING:
     Mode = str
 else:
-    Mode = Literal[feedback.MODES]
+    Mode = Literal[tuple(mode for mode in feedback.MODES if mode != "implicit")]
+
+NOT_IMPLICIT = Unavailable(
+    "implicit",
+    "--mode implicit takes the gradient through an optimum of the student's loss, where a student "
+    "in training is not: expected --mode forward, the exact gradient of its step. In Python, "
+    "metapl.feedback.Implicit takes a solver and a damping.",
+)
 
 
 # ------------------------------------------------------------------------ what a method trains with
@@ -490,7 +498,7 @@ class Feedback:
             draws labels.
     """
 
-    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
+    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE"), NOT_IMPLICIT] = "forward"
     pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
     student_lr: Annotated[AboveZero | None, unset()] = None
@@ -504,12 +512,6 @@ class Feedback:
     def __post_init__(self) -> None:
         check_fields(self)
         self.estimator(seed=0)
-        if self.mode == "implicit" and self.feedback != "none":
-            raise MetaplError(
-                "--mode implicit takes the gradient through an optimum of the student's loss, "
-                "where a student in training is not: expected --mode forward, the exact gradient "
-                "of its step. In Python, metapl.feedback.Implicit takes a solver and a damping."
-            )
         if self.feedback_ratio is not None and (
             self.feedback_weight is not None or self.feedback_bound is not None
         ):

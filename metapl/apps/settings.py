@@ -44,6 +44,14 @@ def unset(
     return tyro.conf.arg(name=name, metavar=metavar, help=help, help_behavior_hint=default)
 
 
+@dataclass(frozen=True)
+class Unavailable:
+    """A word that a flag does not take although one may expect it, and the sentence why."""
+
+    word: str
+    reason: str
+
+
 # A flag without a value, which is off unless it is given.
 Switch = Annotated[bool, unset()]
 
