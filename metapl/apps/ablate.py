@@ -27,9 +27,9 @@ from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
 from metapl.apps.tuned_networks import begin_as
-from metapl.errors import MetaplError
+from metapl.errors import FieldError, MetaplError
 from metapl.feedback import MODES
-from metapl.runs.fields import Range
+from metapl.runs.fields import Range, check_fields
 from metapl.training.trainer import BilevelTrainer
 
 FIGURES = "ablation.json"
@@ -73,6 +73,16 @@ class Looking:
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
     # The flag is --no-altered.
     altered: Annotated[bool, unset()] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.modes is not None and len({*self.modes}) != max(1, len(self.modes)):
+            raise FieldError(
+                f"modes={self.modes}: expected one or more, each once.",
+                "modes",
+                value=self.modes,
+                expected=f"one or more of {', '.join(MODES)}, each once",
+            )
 
     def look(self, subject: Subject) -> int:
         """Compare the modes on networks and data, and print and write what was measured."""

@@ -84,6 +84,7 @@ GROUPS = {
         "ema_decay",
         "finetune_steps",
         "validate_every",
+        "patience",
         "device",
         "precision",
         "accumulate",

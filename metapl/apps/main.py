@@ -221,10 +221,16 @@ def called_by_flag(error: Exception, command: Any) -> Exception:
         return error
     if command is not None and error.field not in flag_values(command):
         return error
-    flag = error.field.replace("_", "-")
+    flag = f"--{error.field.replace('_', '-')}"
+    if command is not None:
+        # Some flags have another name than their field.
+        names = {flag.field: flag.name for flag in help_pages.flags_of(type(command))}
+        flag = names.get(error.field, flag)
     # No flag takes None.
     expected = error.expected.removesuffix(" or None")
-    return MetaplError(f"--{flag} {error.value}: expected {expected}.")
+    if error.value == ():
+        return MetaplError(f"{flag} was given without a value; expected {expected}.")
+    return MetaplError(f"{flag} {help_pages.spelled(error.value)}: expected {expected}.")
 
 
 def escape_unknown_letters() -> None:

@@ -512,6 +512,13 @@ class Feedback:
     def __post_init__(self) -> None:
         check_fields(self)
         self.estimator(seed=0)
+        kinds = feedback.estimator(self.mode).labels
+        if self.pseudo_labels is not None and self.pseudo_labels not in kinds:
+            modes = [name for name in feedback.modes_for(self.pseudo_labels) if name != "implicit"]
+            raise MetaplError(
+                f"--pseudo-labels {self.pseudo_labels} was given, and --mode {self.mode} takes "
+                f"{' or '.join(kinds)} labels; leave it out, or take --mode {' or '.join(modes)}."
+            )
         if self.feedback_ratio is not None and (
             self.feedback_weight is not None or self.feedback_bound is not None
         ):

@@ -18,13 +18,16 @@ from metapl.apps.help_pages import HELP_FLAGS, Flag, typed_command
 from metapl.apps.settings import Unavailable
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.fields import unmet
-from metapl.words import did_you_mean
+from metapl.words import did_you_mean, names_like, question_for
 
 # As much of a wrong value as a line shows.
 LONGEST_VALUE = 60
 
 # From so many letters on, a word stands for the flags that begin with it.
 SHORTEST_BEGINNING = 3
+
+# How like a flag is that was meant, from 0 to 1: "stepz" is to "steps" as 0.8.
+LIKENESS = 0.8
 
 # As many flags as a question proposes.
 MOST_PROPOSED = 3
@@ -61,6 +64,9 @@ class CommandLine:
             # The flag that is missing may be there, with an error in its name.
             if any(token.startswith("-") for token in event.unrecognized_tokens):
                 return self.unknown_words(event.unrecognized_tokens)
+            words = event.unrecognized_tokens[:1]
+            if words and self.longer_command_meant(words[0]):
+                return self.stray_word(words[0])
             return self.missing([self.flag_of(context.arg) for context in event.missing_arguments])
         if kind == "BadValue" and event.reason == "too_few_values":
             return self.missing_value(self.flag_of(event.argument))
@@ -85,11 +91,16 @@ class CommandLine:
         listed = names[-1]
         if names[1:]:
             listed = f"{', '.join(names[:-1])} and {names[-1]}"
-        name = self.command.removeprefix("metapl ")
-        return f"{name} was given without {listed}; expected {self.usage}."
+        return f"{self.name} was given without {listed}; expected {self.usage}."
 
     def missing_value(self, flag: Flag) -> str:
-        """Return that a flag stands without its value."""
+        """Return that a flag stands without its value, or an argument without a flag is missing."""
+        if flag.is_positional:
+            # A flag that there is not stands where the argument was expected.
+            for word in self.words:
+                if word.startswith("-") and self.named(word) is None:
+                    return self.unknown_flag(word.partition("=")[0])
+            return self.missing([flag])
         text = f"{flag.name} was given without a value; expected {flag.typed}"
         next_word = "".join(self.words_behind(flag)[:1])
         if next_word.startswith("-") and self.named(next_word) is None:
@@ -168,9 +179,13 @@ class CommandLine:
         filled = self.named(words_in_front[-2]) if words_in_front[1:] else None
         if filled is not None and not filled.is_switch:
             return f"{filled.name} takes one value, and {word!r} is another; leave it out."
-        command = f"{self.command.removeprefix('metapl ')} {word}"
-        meant = did_you_mean(command, self.longer_commands) or self.meant(f"--{word}") or "."
+        meant = self.longer_command_meant(word) or self.meant(f"--{word}") or "."
         return f"{word!r} is one argument too many{meant} Expected {self.usage}."
+
+    @property
+    def name(self) -> str:
+        """Return the command without the program's name."""
+        return self.command.partition(" ")[2]
 
     @property
     def usage(self) -> str:
@@ -187,22 +202,28 @@ class CommandLine:
                 return flag
         return None
 
-    def meant(self, name: str) -> str:
-        """Return a question for the flags that are like a name, or nothing.
+    def meant(self, word: str) -> str:
+        """Return a question for the flags that are like a word, or nothing.
 
         A flag that was given already is not what was meant, unless it is the only one.
         """
-        names = [flag.name for flag in self.flags if not flag.is_positional]
+        names = [flag.name for flag in self.flags if not flag.is_positional] + [HELP_FLAGS[-1]]
         unused_names = [name for name in names if name not in self.words]
-        name = f"--{name.strip('-').lower()}"
-        for candidates in ([*unused_names, *HELP_FLAGS], names):
-            longer = [candidate for candidate in candidates if candidate.startswith(name)]
-            if longer and len(name) >= len("--") + SHORTEST_BEGINNING:
-                return f"; did you mean {' or '.join(longer[:MOST_PROPOSED])}?"
-            meant = did_you_mean(name, candidates)
-            if meant:
-                return meant
+        # The hyphens, which all flags have, are no likeness.
+        bare_word = word.strip("-").lower()
+        for candidates in (unused_names, names):
+            bare_names = [name.removeprefix("--") for name in candidates]
+            likely_names = names_like(bare_word, bare_names, likeness=LIKENESS)
+            if len(bare_word) >= SHORTEST_BEGINNING:
+                longer_names = [name for name in bare_names if name.startswith(bare_word)]
+                likely_names = longer_names[:MOST_PROPOSED] or likely_names
+            if likely_names:
+                return question_for([f"--{name}" for name in likely_names])
         return ""
+
+    def longer_command_meant(self, word: str) -> str:
+        """Return a question for the commands that are like this one with a word more."""
+        return did_you_mean(f"{self.name} {word}", self.longer_commands)
 
     def words_behind(self, flag: Flag) -> Sequence[str]:
         """Return the words behind the last place of a flag."""
