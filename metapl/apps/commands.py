@@ -48,8 +48,9 @@ from metapl.apps.train import check_shares, describe, device, train
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
 from metapl.machine import default_threads
-from metapl.runs.fields import Range
+from metapl.runs.fields import Range, check_fields
 from metapl.training import Interrupted
+from metapl.words import did_you_mean
 
 # The flag --method of each command, which takes the names of its methods. The type checker cannot
 # follow a type that is made while the program runs.
@@ -116,6 +117,9 @@ class Place:
     recipe: RecipeFile = None
     log_to: Annotated[str | None, unset("MODULE:FUNCTION")] = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparing(Place):
@@ -130,7 +134,7 @@ class Comparing(Place):
 
     compare: Switch = False
     seeds: Annotated[str | None, unset("SEEDS")] = None
-    methods: Annotated[tuple[str, ...], unset("NAME ...")] = ()
+    methods: Annotated[tuple[str, ...] | None, unset("NAME ...")] = None
     jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
 
 
@@ -269,21 +273,25 @@ class Train:
         if self.methods is None or not isinstance(options, Comparing):
             return None
         for name in ("seeds", "methods", "jobs"):
-            if getattr(options, name) and not options.compare:
+            if getattr(options, name) is not None and not options.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
         seeds: tuple[int, ...] = (self.config.fitting.seed,)
         if options.seeds:
             seeds = parse_seeds(options.seeds)
         # The run's own method is the first, which is delivered where validation cannot tell.
         names = (self.method.name, *self.methods.COMPARED)
-        if options.methods:
+        if options.methods is not None:
             # Commas may stand between them too.
-            names = tuple(",".join(options.methods).split(","))
+            listed = ",".join(options.methods).split(",")
+            names = tuple(name for name in listed if name)
         names = tuple(dict.fromkeys(names))
+        expected = f"some of {', '.join(self.methods.METHODS)}."
+        if not names:
+            raise MetaplError(f"--methods was given without a value; expected {expected}")
         unknown = [name for name in names if name not in self.methods.METHODS]
         if unknown:
-            expected = ", ".join(self.methods.METHODS)
-            raise MetaplError(f"--methods {few(unknown)}: expected some of {expected}.")
+            meant = did_you_mean(unknown[0], [*self.methods.METHODS]) or "."
+            raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
         if options.log_to is not None:
@@ -313,6 +321,8 @@ class Train:
                 self.options.out, self.config.name, resume=self.options.resume
             ) as folder:
                 path = folder.path
+                if self.options.resume and not folder.exists:
+                    say(f"there is no run in {path} to resume: it begins")
                 # Another program that calls this is not told how to start it again.
                 if sys.argv[1:] and sys.argv[1] in TRAINING_COMMANDS:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"

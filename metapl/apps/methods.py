@@ -25,6 +25,7 @@ from metapl.apps.settings import (
     Role,
     Share,
     SomeSteps,
+    Unavailable,
     Weight,
     flag_values,
     unset,
@@ -58,11 +59,18 @@ RAMP = 0.1
 Losses = tuple[TeacherLoss, ...]
 FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
 
-# The command line offers the modes by name, which the type checker cannot read from a tuple.
+# The modes in which a teacher can learn, which the type checker cannot read from a tuple.
 if TYPE_CHECKING:
     Mode = str
 else:
-    Mode = Literal[feedback.MODES]
+    Mode = Literal[tuple(mode for mode in feedback.MODES if mode != "implicit")]
+
+NOT_IMPLICIT = Unavailable(
+    "implicit",
+    "--mode implicit takes the gradient through an optimum of the student's loss, where a student "
+    "in training is not: expected --mode forward, the exact gradient of its step. In Python, "
+    "metapl.feedback.Implicit takes a solver and a damping.",
+)
 
 
 # ------------------------------------------------------------------------ what a method trains with
@@ -503,7 +511,7 @@ class Feedback:
             draws labels.
     """
 
-    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
+    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE"), NOT_IMPLICIT] = "forward"
     pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
     student_lr: Annotated[AboveZero | None, unset()] = None
@@ -517,11 +525,12 @@ class Feedback:
     def __post_init__(self) -> None:
         check_fields(self)
         self.estimator(seed=0)
-        if self.mode == "implicit" and self.feedback != "none":
+        kinds = feedback.estimator(self.mode).labels
+        if self.pseudo_labels is not None and self.pseudo_labels not in kinds:
+            modes = [name for name in feedback.modes_for(self.pseudo_labels) if name != "implicit"]
             raise MetaplError(
-                "--mode implicit takes the gradient through an optimum of the student's loss, "
-                "where a student in training is not: expected --mode forward, the exact gradient "
-                "of its step. In Python, metapl.feedback.Implicit takes a solver and a damping."
+                f"--pseudo-labels {self.pseudo_labels} was given, and --mode {self.mode} takes "
+                f"{' or '.join(kinds)} labels; leave it out, or take --mode {' or '.join(modes)}."
             )
         if self.feedback_ratio is not None and (
             self.feedback_weight is not None or self.feedback_bound is not None
