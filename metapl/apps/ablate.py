@@ -24,9 +24,9 @@ from metapl.apps.methods import Mpl, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
-from metapl.apps.train import device
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
+from metapl.machine import device
 from metapl.networks.tuned import begin_as
 from metapl.runs.fields import Range
 from metapl.runs.files import write_whole
