@@ -28,7 +28,10 @@ if TYPE_CHECKING:
         labels,
         metrics,
         networks,
+        noisy_student,
         pictures,
+        robustness,
+        run_folder,
         sklearn,
     )
     from metapl.ablation import ablate
@@ -72,7 +75,10 @@ _LAZY_MODULES = (
     "labels",
     "metrics",
     "networks",
+    "noisy_student",
     "pictures",
+    "robustness",
+    "run_folder",
     "sklearn",
 )
 _MODULES_OF_LAZY_FUNCTIONS = {

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.methods import Data
-from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
 from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
 from metapl.networks.architectures import LARGEST_LINEAR_SIDE, Architecture
-from metapl.networks.tuned import Normalized, Tuned
+from metapl.networks.tuned import IMAGENET, Normalized, Tuned
 from metapl.pictures.batches import EvaluationBatches
+from metapl.run_folder import WEIGHTS, EndedRun, refuse_changed
 from metapl.runs.files import read_json, sha256_of
-
-# The mean and the standard deviation of each channel that pretrained weights expect.
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # What "auto" takes: the first of these whose weights are on this machine.
 AUTO = (

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from metapl.apps import backbone
-from metapl.apps.backbone import IMAGENET, Backbone
+from metapl.apps.backbone import Backbone
 from metapl.apps.images import Images, Pictures
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.settings import flag_values, with_flags, with_stored
 from metapl.apps.tournament import RECIPES, TRIALS, Auto
-from metapl.apps.train import SELECTED_ON, device
+from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
-from metapl.networks.tuned import begin_as
+from metapl.machine import device
+from metapl.networks.tuned import IMAGENET, begin_as
 from metapl.networks.weights import fetch_imagenet_weights
 from metapl.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.problems.losses import UDA
