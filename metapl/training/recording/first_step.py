@@ -1,8 +1,9 @@
 """The first step of a recording: whether the problem's loss and gradient are those of the loop.
 
 A recording is differentiated through the losses ℓ_i that the problem gives. In the first step their
-mean is compared with the loss that the loop has backpropagated, and its gradient with ``p.grad``.
-What differs is refused there, and not after a night of training.
+mean is compared with the loss that the loop has backpropagated, which may be a multiple of it, and
+the gradient of that multiple with ``p.grad``. What differs is refused there, and not after a night
+of training.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -52,24 +54,25 @@ def tolerance_of(network: RecordedNetwork) -> float:
     return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
-def weightings(sizes: Sequence[int], accumulation: int) -> list[list[float]]:
+def weightings(sizes: Sequence[int], first_sizes: Sequence[int]) -> list[list[float]]:
     """Return the factors that loops give to the mean losses of a step's micro-batches.
 
-    The mean over all examples, the mean over the micro-batches, and the sum over the accumulated
-    number of micro-batches, which the last step of an epoch may not have. Usually they are equal.
+    They are those of the mean over all examples; of the mean over the micro-batches; of the sum
+    over the usual number of micro-batches, which the last step of an epoch may not have; and of the
+    sum over the examples. Usually they are equal.
 
     Args:
         sizes: how many examples each micro-batch has.
-        accumulation: how many micro-batches the first step had.
+        first_sizes: the same of the first step.
 
-    >>> weightings([4, 4], 2), weightings([4, 2], 2)
-    ([[0.5, 0.5]], [[0.6666666666666666, 0.3333333333333333], [0.5, 0.5]])
+    >>> weightings([4, 4], [4, 4]), weightings([4], [4, 4])
+    ([[0.5, 0.5]], [[1.0], [0.5]])
     """
-    count = len(sizes)
     candidates = [
         [size / sum(sizes) for size in sizes],
-        [1 / count] * count,
-        [1 / accumulation] * count,
+        [1 / len(sizes)] * len(sizes),
+        [1 / len(first_sizes)] * len(sizes),
+        [size / sum(first_sizes) for size in sizes],
     ]
     distinct: list[list[float]] = []
     for candidate in candidates:
@@ -78,12 +81,33 @@ def weightings(sizes: Sequence[int], accumulation: int) -> list[list[float]]:
     return distinct
 
 
-def closest_weighting(candidates: Sequence[Sequence[float]], means: Tensor, loss: float) -> int:
-    """Return which weighting of mean losses, (J,), comes closest to a loss; 0 of an unknown one."""
+def closest_weighting(
+    candidates: Sequence[Sequence[float]], means: Tensor, loss: float
+) -> Sequence[float]:
+    """Return the weighting of mean losses, (J,), that comes closest to a loss.
+
+    It is the first one for an unknown loss.
+    """
     if math.isnan(loss):
-        return 0
+        return candidates[0]
     gaps = [abs(weighted_sum(candidate, means) - loss) for candidate in candidates]
-    return gaps.index(min(gaps))
+    return candidates[gaps.index(min(gaps))]
+
+
+def factor_of_loop(loss: float, mean: float, tolerance: float) -> float:
+    """Return by which number a loop multiplies the mean loss before it is backpropagated.
+
+    A sum over a batch has the batch's size, and transformers divides the loss of a GPT-2 by the
+    number of its tokens and not of those that are predicted. A quotient of numbers up to 1,000 is
+    taken for that quotient, without the rounding of the two losses.
+    """
+    if math.isnan(loss) or mean == 0:
+        return 1.0
+    factor = loss / mean
+    quotient = Fraction(factor).limit_denominator(1000)
+    if abs(float(quotient) - factor) <= tolerance**2 * 100 * abs(factor):
+        return float(quotient)
+    return factor
 
 
 def weighted_sum(factors: Sequence[float], means: Tensor) -> float:
@@ -107,8 +131,8 @@ def followed_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Torch
     return update
 
 
-def refuse_other_loss(step: SeenStep, network: RecordedNetwork) -> None:
-    """Refuse a problem whose mean loss, or its gradient, is not that of the loop.
+def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
+    """Return the factor of the loop's loss; refuse a problem whose gradient is not the loop's.
 
     Cost: a forward and a backward pass on the step's batch.
     """
@@ -121,51 +145,61 @@ def refuse_other_loss(step: SeenStep, network: RecordedNetwork) -> None:
         buffers = {**buffers, **result.buffers}
         means.append(result.loss)
         gradients.append(result.gradient)
-    candidates = weightings(step.sizes, len(step.sizes))
     mean_losses = torch.stack(means)
-    weighting = candidates[closest_weighting(candidates, mean_losses, step.loss)]
-    mean = weighted_sum(weighting, mean_losses)
-    kind = kind_of(network.problem)
-    if abs(step.loss - mean) > tolerance * max(abs(mean), abs(step.loss)):
-        raise MetaplError(
-            f"record: the mean of {kind}'s losses in the first step is {mean:.6g}, and "
-            f"{step.loss:.6g} was backpropagated, {step.loss / mean:.5g} times as much, in "
-            f"{len(step.calls)} calls of the network; expected problem= with the loop's loss, as a "
-            "mean over the examples."
-        )
-    gradient: Tree = {}
-    for factor, of_call in zip(weighting, gradients, strict=True):
-        for name, g in of_call.items():
-            gradient[name] = gradient[name] + factor * g if name in gradient else factor * g
-    if step.clip_norm is not None:
-        scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
-        gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
-    refuse_other_gradient(gradient, step.gradients, kind, tolerance)
+    # Each may be the loop's up to a factor, and the gradient decides.
+    gaps: list[tuple[float, float, float]] = []
+    for weighting in weightings(step.sizes, step.sizes):
+        mean = weighted_sum(weighting, mean_losses)
+        factor = factor_of_loop(step.loss, mean, tolerance)
+        gradient = weighted_trees([factor * f for f in weighting], gradients)
+        if step.clip_norm is not None:
+            scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
+            gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
+        refuse_other_weights(gradient, step.gradients, kind_of(network.problem))
+        gaps.append((relative_gap(gradient, step.gradients), factor, mean))
+    gap, factor, mean = min(gaps)
+    if gap <= tolerance:
+        return factor
+    in_losses = ""
+    if not math.isnan(step.loss):
+        in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"
+    raise MetaplError(
+        f"record: the gradient of the mean of {kind_of(network.problem)}'s losses in the first "
+        f"step differs from p.grad by {gap:.2g} of its size, {tolerance:.1g} at most is rounding"
+        f"{in_losses}, in {len(step.calls)} calls of the network; expected problem= with the "
+        "loop's loss, no gradients from before, and torch.nn.utils.clip_grad_norm_ or clip_norm=."
+    )
 
 
-def refuse_other_gradient(
-    gradient: Tree, gradient_of_loop: Tree, kind: str, tolerance: float
-) -> None:
-    """Refuse a gradient that is not the loop's, and weights that only one of the two reaches."""
-    names = sorted(gradient.keys() ^ gradient_of_loop.keys())
-    if names:
-        has_zeros = all(
-            name in gradient_of_loop and not bool(gradient_of_loop[name].any()) for name in names
-        )
-        mend = "problem= with the loop's loss"
-        if has_zeros:
-            mend = "zero_grad(set_to_none=True), or requires_grad=False for these weights"
-        raise MetaplError(
-            f"record: {few(names, 3)} has a gradient by one of the loop's loss and {kind}, and "
-            f"none by the other; expected {mend}."
-        )
+def weighted_trees(factors: Sequence[float], trees: Sequence[Tree]) -> Tree:
+    """Return Σ factor_j tree_j; a weight that is missing in a tree counts as zero there."""
+    total: Tree = {}
+    for factor, tree in zip(factors, trees, strict=True):
+        for name, t in tree.items():
+            total[name] = total[name] + factor * t if name in total else factor * t
+    return total
+
+
+def relative_gap(gradient: Tree, gradient_of_loop: Tree) -> float:
+    """Return how far two gradients are apart, in the size of the loop's; infinite where NaN."""
     difference = {name: gradient_of_loop[name] - g for name, g in gradient.items()}
     size = float(WHOLE.norm(gradient_of_loop))
-    gap = float(WHOLE.norm(difference))
-    if not gap <= tolerance * size:
-        raise MetaplError(
-            f"record: the gradient of {kind}'s mean loss in the first step differs from p.grad by "
-            f"{gap / max(size, 1e-300):.2g} of its size; expected a difference of {tolerance:.1g} "
-            "at most: a loss with another term, gradients that were there before, or a clipping "
-            "that torch.nn.utils.clip_grad_norm_ does not do (clip_norm=)."
-        )
+    gap = float(WHOLE.norm(difference)) / max(size, 1e-300)
+    return math.inf if math.isnan(gap) else gap
+
+
+def refuse_other_weights(gradient: Tree, gradient_of_loop: Tree, kind: str) -> None:
+    """Refuse a gradient that reaches other weights than the loop's."""
+    names = sorted(gradient.keys() ^ gradient_of_loop.keys())
+    if not names:
+        return
+    has_zeros = all(
+        name in gradient_of_loop and not bool(gradient_of_loop[name].any()) for name in names
+    )
+    mend = "problem= with the loop's loss"
+    if has_zeros:
+        mend = "zero_grad(set_to_none=True), or requires_grad=False for these weights"
+    raise MetaplError(
+        f"record: {few(names, 3)} has a gradient by one of the loop's loss and {kind}, and none "
+        f"by the other; expected {mend}."
+    )

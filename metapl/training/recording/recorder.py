@@ -48,8 +48,8 @@ from metapl.training.recording.calls import (
 )
 from metapl.training.recording.first_step import (
     SeenStep,
+    compared_factor,
     followed_update,
-    refuse_other_loss,
 )
 from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.training.recording.network import Call, RecordedNetwork, parts_in_training
@@ -347,8 +347,8 @@ class Recorder:
             },
             sizes=[len(numbers) for numbers in self._numbers],
         )
-        self._compare(step, network)
-        self.folder.write_description(self._description(optimizer, network))
+        factor = self._compare(step, network)
+        self.folder.write_description({**self._description(optimizer, network), "factor": factor})
 
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
@@ -366,12 +366,12 @@ class Recorder:
         return calls
 
     @one_at_a_time
-    def _compare(self, step: SeenStep, network: RecordedNetwork) -> None:
-        """Compare the problem's loss with the loop's; nothing of the loop moves."""
+    def _compare(self, step: SeenStep, network: RecordedNetwork) -> float:
+        """Compare the problem's loss with the loop's, and return the factor of the loop's."""
         self._is_comparing = True
         try:
             with torch.enable_grad():
-                refuse_other_loss(step, network)
+                return compared_factor(step, network)
         finally:
             self._is_comparing = False
 
@@ -399,7 +399,7 @@ class Recorder:
             "problem": kind_of(self.problem),
             "keys": keys,
             "has_labels": self._form.has_labels,
-            "accumulation": len(self._numbers),
+            "first_sizes": [len(numbers) for numbers in self._numbers],
             "states_every": self.states_every,
             "examples": digests,
         }

@@ -72,11 +72,13 @@ def record(
     generators before it where it draws, the settings and the clipping of each step, and every
     m-th state with its digest. In the first step the mean of the problem's losses,
 
-    .. math:: \sum_j c_j \frac1{B_j} \sum_{i} \ell_i(\theta_0), \qquad c_j = \frac{B_j}{\sum B}
+    .. math:: c \sum_j c_j \frac1{B_j} \sum_{i} \ell_i(\theta_0), \qquad c_j = \frac{B_j}{\sum B}
               \text{ or } \frac1J,
 
-    is compared with the loss that the loop has backpropagated, and its gradient with ``p.grad``. A
-    difference beyond rounding, the root of the type's precision, is refused there.
+    is compared with the loss that the loop has backpropagated, which gives the factor c, usually 1,
+    and its gradient with ``p.grad``. A difference beyond rounding, the root of the type's
+    precision, is refused there. (transformers divides the loss of a GPT-2 by the number of tokens
+    and not of predictions, so that c = (T − 1)/T; :attr:`Recording.loss_factor`.)
 
     Args:
         model: the network that the loop calls, in one process on one device, as it is and not
@@ -222,6 +224,11 @@ class Recording:
         """The examples of each step, (K, B), with −1 behind those of a smaller step."""
         return order_of(self._read().rows)
 
+    @property
+    def loss_factor(self) -> float:
+        """By which number the loop multiplies the mean of the problem's losses; usually 1."""
+        return self._read().factor
+
     @one_at_a_time
     def attribute(
         self,
@@ -320,7 +327,8 @@ class OpenedRecording:
         update: the rule of the optimizer.
         data: the examples.
         states_every: steps from one kept state to the next.
-        accumulation: how many micro-batches the first step had.
+        first_sizes: how many examples each micro-batch of the first step had.
+        factor: by which the loop multiplies the mean loss.
     """
 
     folder: RecordingFolder
@@ -329,7 +337,8 @@ class OpenedRecording:
     update: TorchUpdate
     data: Data
     states_every: int
-    accumulation: int
+    first_sizes: list[int]
+    factor: float
 
     @staticmethod
     def of(
@@ -367,7 +376,8 @@ class OpenedRecording:
             update=rule_of(description, rows[0], model),
             data=data_of(description, folder, problem, train, form, next(model.parameters())),
             states_every=description["states_every"],
-            accumulation=description["accumulation"],
+            first_sizes=description["first_sizes"],
+            factor=description["factor"],
         )
         missing = missing_state(opened.replay(None), opened.states_every)
         if missing is not None:
@@ -385,7 +395,8 @@ class OpenedRecording:
             self.network,
             self.update,
             self.data,
-            accumulation=self.accumulation,
+            first_sizes=self.first_sizes,
+            factor=self.factor,
             tolerance=tolerance,
         )
 

@@ -33,7 +33,12 @@ from metapl.execution.state import RandomState
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.runs.terminal import step_bar
 from metapl.training.recording.calls import Data
-from metapl.training.recording.first_step import closest_weighting, tolerance_of, weightings
+from metapl.training.recording.first_step import (
+    closest_weighting,
+    tolerance_of,
+    weighted_sum,
+    weightings,
+)
 from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.training.recording.network import Call, RecordedNetwork
 from metapl.updates import Clipped, OptimizerState, TorchUpdate, Update
@@ -78,7 +83,8 @@ class Replay:
         network: at any weights.
         update: the rule of the optimizer.
         data: the examples.
-        accumulation: how many micro-batches the first step had.
+        first_sizes: how many examples each micro-batch of the first step had.
+        factor: by which the loop multiplies the mean loss.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
             way between two kept states; None: that which rounding may cause.
 
@@ -95,7 +101,8 @@ class Replay:
         update: TorchUpdate,
         data: Data,
         *,
-        accumulation: int,
+        first_sizes: Sequence[int],
+        factor: float,
         tolerance: float | None,
     ) -> None:
         self.folder = folder
@@ -103,7 +110,8 @@ class Replay:
         self.network = network
         self.update = update
         self.data = data
-        self.accumulation = accumulation
+        self.first_sizes = first_sizes
+        self.factor = factor
         self.tolerance = tolerance
         self.error = 0.0
         self.kept = [number for number in folder.states() if number <= len(rows)]
@@ -129,15 +137,17 @@ class Replay:
             return update
         return Clipped(update, row.clip_norm, WHOLE)
 
-    def factors(self, number: int, state: KeptState, calls: Sequence[Call]) -> Sequence[float]:
+    def factors(self, number: int, state: KeptState, calls: Sequence[Call]) -> list[float]:
         """Return c_j of a step, by the loss that was backpropagated where there is a choice."""
         row = self.rows[number]
-        candidates = weightings(row.sizes, self.accumulation)
+        candidates: list[list[float]] = []
+        for weighting in weightings(row.sizes, self.first_sizes):
+            candidates.append([self.factor * f for f in weighting])
         if len(candidates) == 1 or math.isnan(row.loss):
             return candidates[0]
         # Only the sizes of the calls' batches leave a choice, so this pass is rare.
         means = [self.network.loss(state.params, state.buffers, call) for call in calls]
-        return candidates[closest_weighting(candidates, torch.stack(means), row.loss)]
+        return [*closest_weighting(candidates, torch.stack(means), row.loss)]
 
     def gradient(
         self, number: int, state: KeptState, weights: Tensor | None = None
@@ -160,7 +170,29 @@ class Replay:
             for name, g in result.gradient.items():
                 term = g if factor == 1.0 else factor * g
                 gradient[name] = gradient[name] + term if name in gradient else term
+        if weights is None:
+            self._refuse_other_loss(number, factors, torch.stack(losses))
         return TakenStep(state, gradient, factors, torch.stack(losses)), buffers
+
+    def _refuse_other_loss(self, number: int, factors: Sequence[float], means: Tensor) -> None:
+        """Refuse a step whose loss is not the one that the loop has backpropagated in it."""
+        recorded = self.rows[number].loss
+        if math.isnan(recorded):
+            return
+        loss = weighted_sum(factors, means)
+        tolerance = self._tolerance()
+        if not abs(loss - recorded) <= tolerance * max(abs(loss), abs(recorded)):
+            raise MetaplError(
+                f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded; "
+                "expected the network and the data of the recording, and a loop whose loss is the "
+                "same multiple of the examples' mean in each step."
+            )
+
+    def _tolerance(self) -> float:
+        """Return the relative difference from what was recorded that is allowed."""
+        if self.tolerance is None:
+            return 10 * tolerance_of(self.network)
+        return self.tolerance
 
     def step(
         self, number: int, state: KeptState, weights: Tensor | None = None
@@ -207,20 +239,11 @@ class Replay:
 
     def refuse_other_start(self) -> None:
         """Refuse a network or data whose loss in the first step is not the recorded one."""
-        row = self.rows[0]
-        if math.isnan(row.loss):
-            return
-        state, _ = self.folder.read_state(0, self.network.device)
+        state, _ = self.read_state(0)
         calls = self.calls(0)
         factors = self.factors(0, state, calls)
         means = [self.network.loss(state.params, state.buffers, call) for call in calls]
-        loss = math.fsum(f * float(mean) for f, mean in zip(factors, means, strict=True))
-        gap = abs(loss - row.loss)
-        if not gap <= tolerance_of(self.network) * max(abs(row.loss), abs(loss)):
-            raise MetaplError(
-                f"the loss in the first step is {loss:.6g}, and {row.loss:.6g} was recorded; "
-                "expected the network and the data of the recording."
-            )
+        self._refuse_other_loss(0, factors, torch.stack(means))
 
     def last_state(self, *, progress: bool) -> KeptState:
         """Return the state after all steps, which is computed where it was not kept."""
@@ -320,9 +343,7 @@ class Replay:
         relative = torch.where(lengths > 0, differences / lengths, differences)
         error = float(relative.max())
         self.error = max(self.error, error)
-        tolerance = self.tolerance
-        if tolerance is None:
-            tolerance = 10 * tolerance_of(self.network)
+        tolerance = self._tolerance()
         if not error <= tolerance:
             raise MetaplError(
                 f"the steps before step {number} were taken again, and lead to a state that "
