@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import metapl
-from metapl import MetaplError
 from metapl.problems import NextToken
 
 # Those of other libraries.

@@ -76,20 +76,21 @@ class CallForm:
 def batch_of_call(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
     """Return the arguments of a call of a network as a batch.
 
-    One argument is the batch itself, several are a tuple, and named ones are a dict by name. What
-    is None, or for the loss alone, is left out.
+    One argument is the batch itself, and several are a tuple. Named ones are a dict by name, as are
+    those of which one is named as labels are. What is None, or for the loss alone, is left out.
     """
     if len(args) == 1 and not kwargs:
         return plain(args[0])
-    if not kwargs:
-        return plain(tuple(args))
     names = [*inspect.signature(network.forward).parameters]
     arguments = dict(zip(names, args, strict=False))
     arguments.update(kwargs)
-    columns = plain(arguments)
-    return {
-        name: value for name, value in columns.items() if value is not None and name not in LEFT_OUT
-    }
+    if not kwargs and not any(key in arguments for key in LABEL_KEYS):
+        return plain(tuple(args))
+    columns: dict[str, Any] = {}
+    for name, value in plain(arguments).items():
+        if value is not None and name not in LEFT_OUT:
+            columns[name] = value
+    return columns
 
 
 def refuse_other_rows(batch: Batch) -> None:

@@ -121,10 +121,18 @@ class RecordedNetwork:
             gradient = gradient_of(loss, leaves)
         return Gradient(loss.detach(), gradient, buffers_after)
 
-    def loss(self, params: Tree, buffers: Tree, call: Call) -> Tensor:
-        """Return the mean loss of a call, without a graph."""
+    def loss(self, params: Tree, buffers: Tree, call: Call, outer: Batch = None) -> Tensor:
+        """Return the mean loss of a call, without a graph.
+
+        Args:
+            outer: an outer batch that is compared with the network's outputs, and refused where its
+                labels do not fit; None: there is nothing to compare.
+        """
         with torch.no_grad(), self.at(params, buffers, call.draws) as (leaves, _):
-            loss, _ = self._loss(leaves, call.batch, None)
+            outputs = self._outputs(self.problem.student_input(call.batch))
+            if outer is not None:
+                self.problem.check(outputs, outer, call.batch)
+            loss, _ = self._loss_of(outputs, leaves, call.batch, None)
         return loss
 
     def derivatives(self, params: Tree, buffers: Tree, call: Call, w: Tree) -> Derivatives:
@@ -219,6 +227,12 @@ class RecordedNetwork:
     def _loss(self, leaves: Tree, batch: Batch, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mean of the weighted losses of a batch, and the weights."""
         outputs = self._outputs(self.problem.student_input(batch))
+        return self._loss_of(outputs, leaves, batch, weights)
+
+    def _loss_of(
+        self, outputs: Tensor, leaves: Tree, batch: Batch, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean of the weighted losses of the outputs on a batch, and the weights."""
         shape = self.problem.weight_shape(outputs)
         if weights is None:
             weights = outputs.new_ones(shape).requires_grad_()

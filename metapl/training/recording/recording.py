@@ -279,9 +279,9 @@ class Recording:
             ]
         with torch.enable_grad(), deterministic(network.device):
             # What cannot be read is refused here, and not after the replay.
+            replay.refuse_other_start(batch)
             start, _ = replay.read_state(replay.kept[-1])
             network.outer_losses(start.params, start.buffers, batch, judges[:1])
-            replay.refuse_other_start()
 
             end = replay.last_state(progress=progress)
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
 from metapl.feedback.keeping import Keeping, keeping
@@ -237,12 +238,16 @@ class Replay:
 
     # ---------------------------------------------------------------------------------------- walks
 
-    def refuse_other_start(self) -> None:
-        """Refuse a network or data whose loss in the first step is not the recorded one."""
+    def refuse_other_start(self, outer: Batch) -> None:
+        """Refuse a network or data whose loss in the first step is not the recorded one.
+
+        Args:
+            outer: an outer batch, which is refused where it does not fit the network's outputs.
+        """
         state, _ = self.read_state(0)
         calls = self.calls(0)
         factors = self.factors(0, state, calls)
-        means = [self.network.loss(state.params, state.buffers, call) for call in calls]
+        means = [self.network.loss(state.params, state.buffers, call, outer) for call in calls]
         self._refuse_other_loss(0, factors, torch.stack(means))
 
     def last_state(self, *, progress: bool) -> KeptState:
