@@ -231,3 +231,169 @@ def test_scores_of_a_transformers_trainer_are_those_of_a_loop_by_hand(
     in_data = torch.zeros_like(tokens)
     in_data[in_order] = tokens
     assert (in_data[:, 1:] - by_hand_tokens).abs().max() <= tolerance * size
+
+
+# ------------------------------------------------------------------------- Lightning and accelerate
+
+
+def pictures() -> tuple[Tensor, Tensor]:
+    """Return the digits of scikit-learn as pictures, (N, 1, 8, 8), and their labels."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    x, y = datasets.load_digits(return_X_y=True)
+    return torch.tensor(x / 16).view(-1, 1, 8, 8), torch.tensor(y)
+
+
+def vision_network() -> nn.Sequential:
+    torch.manual_seed(5)
+    layers = [
+        nn.Conv2d(1, 4, 3),
+        nn.GELU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(36, 10),
+    ]
+    return nn.Sequential(*layers).double()
+
+
+def vision_scores_by_hand(
+    states: list[Tensor], batches: list[Tensor], outer: tuple[Tensor, Tensor], *, parts: int
+) -> Tensor:
+    """Return the scores of SGD with momentum, a falling rate and clipping by double backward.
+
+    Args:
+        states: the generator before each call of the network.
+        batches: the examples of each call.
+        parts: how many calls a step has.
+    """
+    x, y = pictures()
+    network = vision_network().train()
+    theta = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
+    weights = torch.ones(len(x), dtype=torch.float64, requires_grad=True)
+    momentum = {name: torch.zeros_like(t) for name, t in theta.items()}
+    steps = len(batches) // parts
+    for step in range(steps):
+        loss = torch.zeros((), dtype=torch.float64)
+        for j in range(step * parts, (step + 1) * parts):
+            torch.set_rng_state(states[j])
+            rows = batches[j]
+            outputs = torch.func.functional_call(network, theta, (x[rows],))
+            losses = nn.functional.cross_entropy(outputs, y[rows], reduction="none")
+            loss = loss + (weights[rows] * losses).mean() / parts
+        gradients = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        factor = (CLIP / (norm + 1e-6)).clamp(max=1.0)
+        moved = {}
+        for (name, t), g in zip(theta.items(), gradients, strict=True):
+            momentum[name] = 0.9 * momentum[name] + factor * g
+            moved[name] = t - 0.2 * (1 - step / 20) * momentum[name]
+        theta = moved
+    network.eval()
+    outputs = torch.func.functional_call(network, theta, (outer[0],))
+    (slope,) = torch.autograd.grad(nn.functional.cross_entropy(outputs, outer[1]), weights)
+    return -slope
+
+
+def rate_of(step: int) -> float:
+    return 1 - step / 20
+
+
+class CallsSeen:
+    """The generator before each call of a network in a loop, and the examples of the call."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self._x, _ = pictures()
+
+    def look(self, inputs: Tensor) -> None:
+        """Note a call that comes next."""
+        self.states.append(torch.get_rng_state())
+        is_row = (inputs[:, None] == self._x[None]).flatten(2).all(2)
+        self.rows.append(is_row.int().argmax(1))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_scores_of_a_lightning_trainer_are_those_of_a_loop_by_hand(
+    accumulate: int, tmp_path: Path
+) -> None:
+    """A vision network, with clipping, a schedule, a validation, and accumulation."""
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    x, y = pictures()
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = vision_network()
+
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            inputs, labels = batch
+            calls.look(inputs)
+            return nn.functional.cross_entropy(self.network(inputs), labels)
+
+        def validation_step(self, batch: Any, number: int) -> None:
+            self.network(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.network.parameters(), 0.2, momentum=0.9)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    data = torch.utils.data.TensorDataset(x[:40], y[:40])
+    loader = torch.utils.data.DataLoader(data, batch_size=10, shuffle=True)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=CLIP,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    module = Module()
+    calls = CallsSeen()
+    torch.manual_seed(9)
+    out = tmp_path / "recording"
+    with metapl.record(module.network, out=out, train=data, states_every=3) as recording:
+        trainer.fit(module, loader, loader)
+    assert recording.steps == 8 // accumulate
+    outer = (x[100:120], y[100:120])
+    by_hand = vision_scores_by_hand(calls.states, calls.rows, outer, parts=accumulate)[:40]
+    attribution = recording.attribute(outer, progress=False)
+    assert (attribution.scores - by_hand).abs().max() < 1e-8 * by_hand.abs().max()
+
+
+def test_scores_of_a_loop_with_accelerate_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    x, y = pictures()
+    data = torch.utils.data.TensorDataset(x[:40], y[:40])
+    network = vision_network()
+    calls = CallsSeen()
+    optimizer = torch.optim.SGD(network.parameters(), 0.2, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of)
+    torch.manual_seed(9)
+    loader = torch.utils.data.DataLoader(data, batch_size=10, shuffle=True)
+    model, prepared, loader, schedule = accelerator.prepare(network, optimizer, loader, schedule)
+    out = tmp_path / "recording"
+    with metapl.record(network, prepared, out=out, train=data, states_every=3) as recording:
+        for _ in range(2):
+            for inputs, labels in loader:
+                calls.look(inputs)
+                with accelerator.accumulate(model):
+                    loss = nn.functional.cross_entropy(model(inputs), labels)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                    prepared.step()
+                    schedule.step()
+                    prepared.zero_grad()
+    assert recording.steps == 4
+    outer = (x[100:120], y[100:120])
+    by_hand = vision_scores_by_hand(calls.states, calls.rows, outer, parts=2)[:40]
+    attribution = recording.attribute(outer, progress=False)
+    assert (attribution.scores - by_hand).abs().max() < 1e-8 * by_hand.abs().max()
