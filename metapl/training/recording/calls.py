@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import (
     LABEL_KEYS,
     Batch,
-    Inputs,
     inputs_of,
     labeled_pair,
     leaves_of,
@@ -34,6 +33,9 @@ from metapl.training.examples import Examples
 # What transformers.Trainer gives to a model beside a batch, for the loss alone.
 LEFT_OUT = ("num_items_in_batch",)
 
+# The types of what else a network may be called with by name.
+CONSTANTS = (bool, int, float, str)
+
 # So many examples of a data set are read at a time where all of them are.
 READ_AT_ONCE = 256
 
@@ -45,29 +47,38 @@ class CallForm:
     Args:
         keys: the names of its inputs where they are a dict; None for a tensor or a tuple.
         has_labels: whether a call has the labels too.
+        constants: what else the network is called with by name, such as ``use_cache=False``.
     """
 
     keys: tuple[str, ...] | None
     has_labels: bool
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(batch: Batch) -> CallForm:
         """Return the form of a call that :func:`batch_of_call` has read."""
         if not isinstance(batch, dict):
             return CallForm(keys=None, has_labels=False)
-        has_labels = any(key in batch for key in LABEL_KEYS)
-        return CallForm(keys=tuple(inputs_of(batch)), has_labels=has_labels)
+        columns = inputs_of(batch)
+        constants = {key: value for key, value in columns.items() if type(value) in CONSTANTS}
+        return CallForm(
+            keys=tuple(key for key in columns if key not in constants),
+            has_labels=any(key in batch for key in LABEL_KEYS),
+            constants=constants,
+        )
 
     def selected(self, batch: Batch) -> Batch:
         """Return a batch of data with those columns alone that the network is called with.
 
-        Labels stay. A data set may have more columns, which a Trainer leaves out.
+        Labels stay. A data set may have more columns, which a Trainer leaves out, and has no
+        constants.
         """
         if self.keys is None:
             return batch
         if isinstance(batch, dict):
             columns = [*self.keys, *LABEL_KEYS]
-            return {key: t for key, t in batch.items() if key in columns}
+            selected = {key: t for key, t in batch.items() if key in columns}
+            return {**selected, **self.constants}
         if isinstance(batch, tuple) and batch and isinstance(batch[0], dict):
             return (self.selected(batch[0]), *batch[1:])
         return batch
@@ -203,9 +214,8 @@ class NumbersInData:
                 "once."
             )
 
-    def find(self, inputs: Inputs) -> Tensor:
-        """Return the number of each row, (B,), and −1 for a row that is none of the examples."""
-        digests = row_digests(inputs)
+    def find(self, digests: Tensor) -> Tensor:
+        """Return the number of each row with these digests, and −1 for rows of no example."""
         places = torch.searchsorted(self._sorted, digests).clamp_max(len(self._sorted) - 1)
         is_example = self._sorted[places] == digests
         return torch.where(is_example, self._places[places], -1)
@@ -234,8 +244,11 @@ class NumbersBySight:
                 new_places.append(place)
             numbers.append(self._numbers[digest])
         if new_places:
+            rows = batch
+            if isinstance(batch, dict):
+                rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
             # A list as an index makes a copy.
-            rows = map_tensors(lambda t: t[new_places].detach(), batch)
+            rows = map_tensors(lambda t: t[new_places].detach(), rows)
             self.new_rows.append(rows)
             self.bytes += sum(t.nbytes for t in leaves_of(rows) if isinstance(t, Tensor))
         return torch.tensor(numbers)

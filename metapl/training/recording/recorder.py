@@ -20,6 +20,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.optim.optimizer import (
 )
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, map_tensors
+from metapl.execution.batch import Batch, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, one_at_a_time, trainable
 from metapl.problems.base import kind_of
@@ -57,8 +58,32 @@ from metapl.training.recording.watching import StepWatch, refuse_clipping, watch
 from metapl.updates import TorchUpdate
 from metapl.updates.optimizers import parameters_of
 
+
+@dataclass
+class SeenRow:
+    """A step that is not written yet. What a device has is read when it is written.
+
+    Attributes:
+        examples: of each call, (B,): their numbers, or, with a data set, digests of the rows.
+        draws: as of :class:`StepRow`.
+        losses: that were backpropagated.
+        clip_norm, options: as of :class:`StepRow`.
+    """
+
+    examples: list[Tensor]
+    draws: list[dict[str, Any] | None]
+    losses: list[Tensor]
+    clip_norm: float | None
+    options: list[dict[str, Any]]
+
+
 # Entries of a param group that no rule reads.
 NO_SETTINGS = ("params", "param_names", "initial_lr")
+
+NO_CALL = (
+    "record: the optimizer took a step, and the network was not called with a gradient before it; "
+    "expected the network that the loop calls."
+)
 
 
 class Recorder:
@@ -107,9 +132,12 @@ class Recorder:
         self._device = next(model.parameters()).device
         self._watch = StepWatch()
         self._hooks = ExitStack()
+        # Hooks on parts of the network, in its first call alone.
+        self._looks = ExitStack()
         self._form: CallForm | None = None
         self._autocast: torch.dtype | None = None
         self._training_parts: list[str] = []
+        self._data: Data | None = None
         self._in_data: NumbersInData | None = None
         self._by_sight: NumbersBySight | None = None
         self._update: TorchUpdate | None = None
@@ -118,8 +146,8 @@ class Recorder:
         self._has_drawn_outside = False
         # A comparison calls the network too, and that call is none of the loop's.
         self._is_comparing = False
-        # The rows since the last state that was kept, and the first of their numbers.
-        self._rows: list[StepRow] = []
+        # The steps since the last state that was kept, and the number of the first of them.
+        self._rows: list[SeenRow] = []
         self._first_row = 0
         self._moving_buffers: tuple[str, ...] = ()
         self._versions: list[int] = []
@@ -127,7 +155,7 @@ class Recorder:
 
     def _begin_step(self) -> None:
         """Forget what was seen of the step before."""
-        self._numbers: list[Tensor] = []
+        self._examples: list[Tensor] = []
         self._draws: list[dict[str, Any] | None] = []
         self._batches: list[Batch] = []
         self._random_states: list[RandomState | None] = []
@@ -135,6 +163,7 @@ class Recorder:
         self._params: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._optimizer_state: dict[str, dict[str, Any]] | None = None
+        self._options: list[dict[str, Any]] = []
         self._watch.begin()
 
     @property
@@ -178,7 +207,7 @@ class Recorder:
                 )
                 self.folder.write_state(self.steps, state)
         except MetaplError as error:
-            self._stop(str(error).rstrip("."))
+            self._stop(str(error))
 
     def _state(
         self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
@@ -189,11 +218,11 @@ class Recorder:
 
     def _stop(self, reason: str) -> None:
         """End the recording and let the training go on; what was saved stays."""
-        self.ended_by = reason
+        self.ended_by = reason.removeprefix("record: ").rstrip(".")
         self._hooks.close()
         warnings.warn(
-            f"the recording in {self.folder.path} ended before step {self._first_row:,}: {reason}. "
-            "The training goes on without it.",
+            f"the recording in {self.folder.path} ended before step {self._first_row:,}: "
+            f"{self.ended_by}. The training goes on without it.",
             stacklevel=2,
         )
 
@@ -210,7 +239,7 @@ class Recorder:
         batch = batch_of_call(module, args, kwargs)
         if self._form is None:
             self._read_data(batch)
-        self._numbers.append(self._numbers_of(batch))
+        self._examples.append(self._examples_of(batch))
         if self._is_first_step:
             # The loop may write into its batch after the call.
             self._batches.append(map_tensors(lambda t: t.detach().clone(), batch))
@@ -221,6 +250,7 @@ class Recorder:
         if self._is_comparing or before is None:
             return
         self._before_call = None
+        self._looks.close()
         after = RandomState.now(self._device, outside=self._draws_outside)
         if self._draws_outside and after.has_drawn_outside(before):
             self._has_drawn_outside = True
@@ -250,13 +280,10 @@ class Recorder:
         if self._is_first_step:
             with self._ending_on_error():
                 self._finish_first_step(optimizer)
-        elif self._watch.refusal:
-            self._stop(f"the loop has {self._watch.refusal}")
-            return
         try:
             self._note_step(optimizer)
         except MetaplError as error:
-            self._stop(str(error).rstrip("."))
+            self._stop(str(error))
             return
         self.steps += 1
         self._draws_outside = self._has_drawn_outside
@@ -272,19 +299,17 @@ class Recorder:
         """
         self._device = next(self.model.parameters()).device
         self._training_parts = parts_in_training(self.model)
-        handles: list[Any] = []
-        device_type = self._device.type
-
-        def look(part: nn.Module, args: Any) -> None:
-            if torch.is_autocast_enabled(device_type):
-                self._autocast = torch.get_autocast_dtype(device_type)
-            for handle in handles:
-                handle.remove()
-
+        self._look_at_autocast(self.model, ())
         for part in self.model.modules():
             is_leaf = next(part.children(), None) is None
-            if is_leaf:
-                handles.append(part.register_forward_pre_hook(look))
+            if is_leaf and part is not self.model:
+                hook = part.register_forward_pre_hook(self._look_at_autocast)
+                self._looks.callback(hook.remove)
+
+    def _look_at_autocast(self, part: nn.Module, args: Any) -> None:
+        """Note in what type products are taken where a part of the network is called."""
+        if torch.is_autocast_enabled(self._device.type):
+            self._autocast = torch.get_autocast_dtype(self._device.type)
 
     def _read_data(self, batch: Batch) -> None:
         """Learn the form of the calls, and read the data set once where there is one."""
@@ -305,31 +330,34 @@ class Recorder:
                     "is not known; expected train= with (inputs, labels) or the loop's data set."
                 )
 
-    def _numbers_of(self, batch: Batch) -> Tensor:
-        """Return the numbers of the examples in a batch."""
+    def _examples_of(self, batch: Batch) -> Tensor:
+        """Return the numbers of the examples in a batch, or digests of its rows."""
         if self._by_sight is not None:
             return self._by_sight.find(batch)
-        assert self._in_data is not None, "the data were read in the first call"
         assert self._form is not None, "the form is known since the first call"
         inputs = batch
         if self._form.keys is not None:
             inputs = {key: batch[key] for key in self._form.keys}
-        return self._in_data.find(inputs)
+        return row_digests(inputs)
+
+    def _numbers_of(self, examples: Tensor) -> Tensor:
+        """Return the numbers of examples in the data set, or refuse what is none of them."""
+        if self._in_data is None:
+            return examples
+        numbers = self._in_data.find(examples).cpu()
+        refuse_unknown(numbers)
+        return numbers
 
     def _finish_first_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Compare the problem's loss with the loop's, and write what is recorded."""
-        if not self._numbers:
-            raise MetaplError(
-                "record: the optimizer took a step, and the network was not called with a "
-                "gradient; expected the network that the loop calls."
-            )
+        if not self._examples:
+            raise MetaplError(NO_CALL)
         if self._autocast == torch.float16:
             raise MetaplError(
                 "record: the loop trains in float16, whose scaled steps have no derivative here; "
                 "expected bfloat16 or float32."
             )
-        parameters = parameters_of(optimizer)
-        refuse_clipping(self._watch, parameters)
+        refuse_clipping(self._watch, parameters_of(optimizer))
         network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
         after = self._current_buffers()
         self._moving_buffers = tuple(
@@ -338,14 +366,14 @@ class Recorder:
         step = SeenStep(
             state=self._state(self._params, self._optimizer_state or {}, self._buffers),
             calls=self._first_calls(),
-            loss=self._loss(),
+            loss=sum_of(self._watch.losses),
             clip_norm=self._norm(),
             gradients={
                 name: p.grad.detach().clone()
                 for name, p in trainable(self.model).items()
                 if p.grad is not None
             },
-            sizes=[len(numbers) for numbers in self._numbers],
+            sizes=[len(examples) for examples in self._examples],
         )
         factor = self._compare(step, network)
         self.folder.write_description({**self._description(optimizer, network), "factor": factor})
@@ -353,12 +381,11 @@ class Recorder:
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
         calls: list[Call] = []
-        for batch, numbers, draws in zip(
-            self._batches, self._numbers, self._random_states, strict=True
+        for batch, examples, draws in zip(
+            self._batches, self._examples, self._random_states, strict=True
         ):
-            if self._in_data is not None:
-                refuse_unknown(numbers)
-                calls.append(Call(self._data.batch(numbers), draws))
+            if self._data is not None:
+                calls.append(Call(self._data.batch(self._numbers_of(examples)), draws))
             else:
                 assert self._form is not None, "the form is known since the first call"
                 read = as_read(batch, self.problem, self._form, "the call of the network")
@@ -399,7 +426,8 @@ class Recorder:
             "problem": kind_of(self.problem),
             "keys": keys,
             "has_labels": self._form.has_labels,
-            "first_sizes": [len(numbers) for numbers in self._numbers],
+            "constants": dict(self._form.constants),
+            "first_sizes": [len(examples) for examples in self._examples],
             "states_every": self.states_every,
             "examples": digests,
         }
@@ -418,28 +446,41 @@ class Recorder:
 
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step; where its state is kept, write it and what was noted before it."""
+        refuse_clipping(self._watch, parameters_of(optimizer))
+        if not self._examples:
+            raise MetaplError(NO_CALL)
         if self._keeps_state:
             self._write_rows()
             assert self._optimizer_state is not None, "it was read before the step"
             state = self._state(self._params, self._optimizer_state, self._buffers)
             self.folder.write_state(self.steps, state)
-        row = StepRow(
-            numbers=self._numbers,
-            draws=self._draws,
-            loss=self._loss(),
-            clip_norm=self._norm(),
-            options=self._options,
+        self._rows.append(
+            SeenRow(
+                examples=self._examples,
+                draws=self._draws,
+                losses=self._watch.losses,
+                clip_norm=self._norm(),
+                options=self._options,
+            )
         )
-        self._rows.append(row)
 
     def _write_rows(self) -> None:
         """Write the rows that are not written yet, and the examples in them."""
         if not self._rows:
             return
+        examples = [t for row in self._rows for t in row.examples]
+        numbers = iter(self._numbers_of(torch.cat(examples)).split([*map(len, examples)]))
+        rows: list[StepRow] = []
         for row in self._rows:
-            row.numbers = [numbers.cpu() for numbers in row.numbers]
-            for numbers in row.numbers:
-                refuse_unknown(numbers)
+            rows.append(
+                StepRow(
+                    numbers=[next(numbers) for _ in row.examples],
+                    draws=row.draws,
+                    loss=sum_of(row.losses),
+                    clip_norm=row.clip_norm,
+                    options=row.options,
+                )
+            )
         if self._by_sight is not None:
             if self._by_sight.bytes > self.max_bytes:
                 raise MetaplError(
@@ -447,14 +488,9 @@ class Recorder:
                     "more, or train= with the data set"
                 )
             self.folder.write_examples(self._first_row, self._by_sight.take_new_rows())
-        self.folder.write_steps(self._first_row, self._rows)
-        self._first_row += len(self._rows)
+        self.folder.write_steps(self._first_row, rows)
+        self._first_row += len(rows)
         self._rows = []
-
-    def _loss(self) -> float:
-        """Return the sum of the losses that were backpropagated; NaN where none was seen."""
-        losses = self._watch.losses
-        return float(torch.stack(losses).sum()) if losses else math.nan
 
     def _norm(self) -> float | None:
         """Return the norm that the gradient is clipped to."""
@@ -480,6 +516,11 @@ class Recorder:
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
         return [p._version for p in self.model.parameters()]
+
+
+def sum_of(losses: list[Tensor]) -> float:
+    """Return the sum of the losses that were backpropagated in a step; NaN where none was seen."""
+    return float(torch.stack(losses).sum()) if losses else math.nan
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

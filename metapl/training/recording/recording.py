@@ -368,7 +368,11 @@ class OpenedRecording:
                 "buffers; expected those of the recording."
             )
         keys = description["keys"]
-        form = CallForm(None if keys is None else tuple(keys), description["has_labels"])
+        form = CallForm(
+            keys=None if keys is None else tuple(keys),
+            has_labels=description["has_labels"],
+            constants=description["constants"],
+        )
         opened = OpenedRecording(
             folder=folder,
             rows=rows,
