@@ -18,10 +18,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
+from metapl.execution.layout import Layout
 from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path, wide
-from metapl.execution.state import replayed, trainable, with_contents_of
+from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.functional.adjoint import Carry, Settings, make_training
 from metapl.functional.compiled import captured, capturing, without_warnings_of_tracing
@@ -41,9 +42,6 @@ from metapl.problems.base import BilevelProblem, Params, Random, Signal, enters_
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, update_of
-
-if TYPE_CHECKING:
-    from metapl.training.attribution import WeightedTraining
 
 vmap = torch.func.vmap
 
@@ -228,6 +226,49 @@ class WithWeights(BilevelProblem):
 # --------------------------------------------------------------------------------------- the stacks
 
 
+class RepeatedTraining(Protocol):
+    """What stacks ask of a training: :class:`metapl.training.attribution.WeightedTraining`.
+
+    Attributes:
+        layout: of the student.
+        problem: whose inner losses are weighted.
+        order: the examples of each step, (K, B).
+        clip_norm: the greatest norm of the gradient in each step.
+        can_be_repeated: whether the student can be copied.
+        begun: the student and its optimizer at the beginning, which no training moves.
+        start: the generators there.
+        is_scheduled: whether the optimizer's settings differ from step to step.
+        is_in_autocast: whether the passes run under autocast.
+    """
+
+    layout: Layout
+    problem: EqualWeights
+    order: Tensor
+    clip_norm: float | None
+    can_be_repeated: bool
+    begun: tuple[nn.Module, torch.optim.Optimizer]
+    start: RandomState
+    is_scheduled: bool
+    is_in_autocast: bool
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """Return a batch of training examples as the problem reads it."""
+
+    def options_of_steps(self) -> Sequence[Sequence[Mapping[str, Any]]]:
+        """Return the options of the optimizer's param groups in each step."""
+
+    def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
+        """Return the outer losses of a trained network by these problems, (M,)."""
+
+    def repeated(
+        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Train alone with weights of the examples, for so many of the steps.
+
+        Returns: the trained weights by name, and the outer losses, (M,).
+        """
+
+
 class Members(NamedTuple):
     """The trainings of a stack, S of them, at some step: tensors with a first dimension S.
 
@@ -264,7 +305,7 @@ class StackPlan:
     rates: Sequence[Settings]
 
     @classmethod
-    def of(cls, training: WeightedTraining) -> StackPlan:
+    def of(cls, training: RepeatedTraining) -> StackPlan:
         """Return the plan of a training that is repeated."""
         network, optimizer = copy.deepcopy(training.begun)
         rule: Any = update_of(optimizer, trainable(network))
@@ -303,7 +344,7 @@ class StackedTrainings:
         judges: the problems whose outer losses are taken, M of them.
     """
 
-    def __init__(self, training: WeightedTraining, judges: Sequence[BilevelProblem]) -> None:
+    def __init__(self, training: RepeatedTraining, judges: Sequence[BilevelProblem]) -> None:
         self.training = training
         self.judges = judges
         # The step of a stack, on the eager road and compiled, from when it is first asked for.
