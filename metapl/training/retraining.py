@@ -158,13 +158,16 @@ def spearman_interval(predicted_MR: np.ndarray, retrained_MR: np.ndarray) -> tup
     """
     losses, removals = predicted_MR.shape
     random = np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES):
-        removals_drawn = random.integers(removals, size=removals)
-        losses_drawn = random.integers(losses, size=losses)
-        rows = np.ix_(losses_drawn, removals_drawn)
-        means.append(rank_correlations(predicted_MR[rows], retrained_MR[rows]).mean())
-    return percentiles(np.array(means))
+    removals_drawn = random.integers(removals, size=(RESAMPLES, removals))
+    losses_drawn = random.integers(losses, size=(RESAMPLES, losses))
+    # (M, draws)
+    by_loss = np.stack(
+        [
+            rank_correlations(predicted_R[removals_drawn], retrained_R[removals_drawn])
+            for predicted_R, retrained_R in zip(predicted_MR, retrained_MR, strict=True)
+        ]
+    )
+    return percentiles(np.take_along_axis(by_loss, losses_drawn.T, axis=0).mean(0))
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
