@@ -110,6 +110,19 @@ def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callabl
     assert same(checkpoint.rng_state(), outside_state)
 
 
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+def test_a_batch_that_is_skipped_changes_no_other_one(source: Callable[[], Any]) -> None:
+    whole_run = feed_from(source())
+    batches = take(whole_run, 8)
+    stream = feed_from(source())
+    served = take(stream, 2)
+    for _ in range(3):
+        stream.skip()
+    served += take(stream, 3)
+    assert same(served, batches[:2] + batches[5:])
+    assert same(stream.state(), whole_run.state())
+
+
 @pytest.mark.parametrize(
     "source",
     [pytest.param(s, marks=[pytest.mark.long] * ("persistent" not in s)) for s in WITH_WORKERS],
