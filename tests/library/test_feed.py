@@ -388,6 +388,24 @@ def test_bits_are_the_nested_hash(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_on_the_host_are_those_on_a_device(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operations that a device takes, here taken on the CPU."""
+    examples = draws.bits(5, 0, torch.arange(30), n=1)[:, 0]
+    for chosen in (examples, examples[::3], examples[:0], torch.arange(30, dtype=torch.int32)):
+        on_host = draws.uniform(-7, 3, chosen, n=4, stream=2, dtype=dtype)
+        bits_on_host = draws.bits(-7, 3, chosen, n=4, stream=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(draws, "_is_on_host", lambda examples: False)
+            as_on_device = draws.uniform(-7, 3, chosen.long(), n=4, stream=2, dtype=dtype)
+            bits_as_on_device = draws.bits(-7, 3, chosen.long(), n=4, stream=2)
+        assert on_host.dtype == as_on_device.dtype
+        assert torch.equal(on_host, as_on_device)
+        assert torch.equal(bits_on_host, bits_as_on_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draws_ignore_the_rest_of_the_batch(dtype: torch.dtype) -> None:
     draw = draws.uniform
     examples = torch.arange(1003)
