@@ -54,8 +54,6 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import metapl
-from metapl.apps.label_selection import check_interval, select
-from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter
 from metapl.apps.launch import Processes, joined
 from metapl.apps.noisy_student import (
     Chosen,
@@ -65,14 +63,14 @@ from metapl.apps.noisy_student import (
     end_matched,
     freeze_first_layers,
 )
-from metapl.apps.pictures.batches import Images, in_unit_range
-from metapl.apps.pictures.folders import digest as file_digest
 from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
 from metapl.data.draws import fold_in
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
+from metapl.labels.selection import check_interval, select
+from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.networks import Architecture
@@ -89,6 +87,8 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.pictures.batches import Images, in_unit_range
+from metapl.pictures.folders import digest as file_digest
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 

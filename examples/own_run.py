@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.run_folder import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.networks import Input, NetworkCard
 from metapl.pictures import (
     Affine,
     Chain,

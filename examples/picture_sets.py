@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from metapl.apps.labeling import called
-from metapl.apps.pictures.batches import Images
-from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.run_folder import save
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.labels import LabelStore
 from metapl.metrics import Evaluation
-from metapl.networks import Architecture, Normalized, create
+from metapl.networks import Architecture, Input, NetworkCard, Normalized, create
 from metapl.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
@@ -42,6 +40,7 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.pictures.batches import Images
 
 # The streams of the two draws of a split. They keep these draws apart from every other use of a
 # seed.

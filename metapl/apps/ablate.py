@@ -20,16 +20,16 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import ROOM, Folder, held
 from metapl.apps.look import choose_settings
-from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
 from metapl.apps.train import device
-from metapl.apps.tuned_networks import begin_as
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
+from metapl.networks.tuned import begin_as
 from metapl.runs.fields import Range
+from metapl.runs.files import write_whole
 from metapl.training.trainer import BilevelTrainer
 
 FIGURES = "ablation.json"

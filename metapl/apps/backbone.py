@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures.batches import EvaluationBatches
-from metapl.apps.printing import require_packages
 from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
-from metapl.apps.tuned_networks import Tuned
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import Tuned
+from metapl.pictures.batches import EvaluationBatches
+from metapl.runs.files import read_json, sha256_of
 
 # The mean and the standard deviation of each channel that pretrained weights expect.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -32,7 +32,6 @@ from metapl.apps.labeling import check_labels_given
 from metapl.apps.launch import Processes, from_first, joined, program
 from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings
-from metapl.apps.machine import default_threads
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
 from metapl.apps.methods_over_seeds import parse_seeds
 from metapl.apps.noisy_labels import Noisy
@@ -47,6 +46,7 @@ from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.train import check_shares, describe, device, train
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
+from metapl.machine import default_threads
 from metapl.runs.fields import Range
 from metapl.training import Interrupted
 

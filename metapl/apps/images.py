@@ -13,7 +13,6 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.apps import networks
 from metapl.apps.methods import (
     TITLES,
     Data,
@@ -26,27 +25,6 @@ from metapl.apps.methods import (
     Uda,
 )
 from metapl.apps.methods import Feedback as Fed
-from metapl.apps.network_weights import parameter_groups
-from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
-from metapl.apps.pictures.batches import (
-    EvaluationBatches,
-    FileImages,
-    LabeledBatches,
-    UnlabeledBatches,
-)
-from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, without_copies
-from metapl.apps.pictures.input import LARGEST_SIDE, Input, NetworkCard
-from metapl.apps.pictures.splits import stratified_split
-from metapl.apps.pictures.views.base import Chain, Identity, View
-from metapl.apps.pictures.views.transforms import (
-    Affine,
-    Color,
-    Flip,
-    Hole,
-    Recolor,
-    ResizedCrop,
-    Sometimes,
-)
 from metapl.apps.progress import count_bar
 from metapl.apps.settings import (
     Batch,
@@ -59,10 +37,32 @@ from metapl.apps.settings import (
     require,
     unset,
 )
-from metapl.apps.tuned_networks import Normalized, Tuned
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
+from metapl.networks import architectures as networks
+from metapl.networks.card import LARGEST_SIDE, Input, NetworkCard
+from metapl.networks.tuned import Normalized, Tuned
+from metapl.networks.weights import parameter_groups
+from metapl.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
+from metapl.pictures.batches import (
+    EvaluationBatches,
+    FileImages,
+    LabeledBatches,
+    UnlabeledBatches,
+)
+from metapl.pictures.folders import Files, LabeledFiles, hash_files, without_copies
+from metapl.pictures.splits import stratified_split
+from metapl.pictures.views.base import Chain, Identity, View
+from metapl.pictures.views.transforms import (
+    Affine,
+    Color,
+    Flip,
+    Hole,
+    Recolor,
+    ResizedCrop,
+    Sometimes,
+)
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 

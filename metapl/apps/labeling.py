@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
+from metapl.apps.inputs import BATCH
 from metapl.apps.methods import Data, ReducedMpl
-from metapl.apps.pictures.batches import FileImages
-from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.input import BATCH, Input
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
 from metapl.execution.shards import weights_of
+from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
 from metapl.metrics.predictions import logits_of
+from metapl.networks.card import Input
+from metapl.pictures.batches import FileImages
+from metapl.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.runs.terminal import progress
 from metapl.training import Say
 from metapl.words import shown
@@ -118,7 +119,7 @@ def write_labels(
             weights, on the device of its first parameter. Afterwards it is in the mode that it was
             in.
         labeled: the pictures.
-        place, classes, top_k, resume: as of :class:`~metapl.apps.label_store.LabelWriter`.
+        place, classes, top_k, resume: as of :class:`~metapl.labels.store.LabelWriter`.
         leave_out: is told of each file that is left out, with the reason, or that was labeled and
             cannot be read now.
         about: what else the store says of its labels.

@@ -16,11 +16,11 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from metapl.apps.pictures.batches import ExampleBatches
 from metapl.data import StepBatches
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, map_tensors, micro_batches
+from metapl.pictures.batches import ExampleBatches
 from metapl.problems.model_noise import model_noise
 
 # How long a process waits for another one before it gives up.

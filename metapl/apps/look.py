@@ -19,17 +19,17 @@ from torch import Tensor
 from metapl.apps import backbone
 from metapl.apps.backbone import IMAGENET, Backbone
 from metapl.apps.images import Images, Pictures
-from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
-from metapl.apps.network_weights import fetch_imagenet_weights
 from metapl.apps.noisy_labels import Noisy
-from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.apps.settings import flag_values, with_flags, with_stored
 from metapl.apps.train import SELECTED_ON, device
-from metapl.apps.tuned_networks import begin_as
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
+from metapl.networks.tuned import begin_as
+from metapl.networks.weights import fetch_imagenet_weights
+from metapl.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.problems.losses import UDA
+from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
 
 # The share of the labeled pictures that is set aside to select on, where that is enough of them to

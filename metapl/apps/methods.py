@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from metapl import feedback, problems
 from metapl.ablation import Altered
-from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.settings import (
     Fitting,
     Flat,
@@ -37,6 +35,8 @@ from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.models import LabelAdjuster
+from metapl.networks.card import Input, NetworkCard
+from metapl.pictures import LabeledBatches, UnlabeledBatches
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Say, Trainer

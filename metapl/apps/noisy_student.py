@@ -25,15 +25,8 @@ from torch.nn import functional as F
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
-from metapl.apps.label_selection import check_interval, select, statistics
-from metapl.apps.label_store import LabelStore, Values
 from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures import scan_labeled, scan_unlabeled
-from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.pictures.views.transforms import ShiftNoiseCutout
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -47,13 +40,20 @@ from metapl.apps.settings import (
     with_flags,
 )
 from metapl.apps.train import evaluated, measured
-from metapl.apps.tuned_networks import begin_as
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
+from metapl.labels.selection import check_interval, select, statistics
+from metapl.labels.store import LabelStore, Values
 from metapl.metrics.predictions import evaluating
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import begin_as
+from metapl.pictures import scan_labeled, scan_unlabeled
+from metapl.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
+from metapl.pictures.views.base import Identity, View
+from metapl.pictures.views.transforms import ShiftNoiseCutout
 from metapl.problems.losses import CrossEntropy
 from metapl.problems.model_noise import NoisyStudentLoss, with_model_noise
 from metapl.runs.fields import Range, check_fields

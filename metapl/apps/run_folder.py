@@ -37,9 +37,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine import (
-    default_threads,
-    environment,
+from metapl.errors import MetaplError, few
+from metapl.machine import default_threads, environment
+from metapl.metrics import Evaluation, interval
+from metapl.networks.card import NetworkCard, card_of
+from metapl.runs.files import (
     json_sha256,
     owned,
     read_json,
@@ -48,10 +50,6 @@ from metapl.apps.machine import (
     sha256_of,
     write_whole,
 )
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.errors import MetaplError, few
-from metapl.metrics import Evaluation, interval
 from metapl.runs.folder import LOCK, Folder
 
 # The layout of run folders that this version writes and reads.
@@ -525,21 +523,6 @@ class EndedRun:
         return f"{self.folder.path}: {self.title}, {self.cards[name].title} ({file})"
 
 
-def card_of(card: Mapping[str, Any]) -> NetworkCard:
-    """Return what a network is, as ``network.json`` says it.
-
-    Raises: MetaplError, TypeError or KeyError where it has other fields.
-    """
-    fields: dict[str, Any] = {}
-    for name, value in card.items():
-        # JSON has no tuples.
-        fields[name] = tuple(value) if isinstance(value, list) else value
-    if card["architecture"] is not None:
-        fields["architecture"] = Architecture(**card["architecture"])
-    fields["input"] = Input(**card["input"])
-    return NetworkCard(**fields)
-
-
 def function_in(place: str) -> Callable[..., nn.Module]:
     """Return the function that FILE.py:FUNCTION names; the file is run."""
     file, _, name = place.rpartition(":")
@@ -570,8 +553,8 @@ def save(
     Args:
         path: the folder; made if need be, and refused where it holds anything.
         network: from (B, C, H, W) as the card's input says to logits (B, K), built as the card
-            says: by :func:`metapl.apps.networks.create`, then
-            :func:`metapl.apps.tuned_networks.Normalized`, say; or any other.
+            says: by :func:`metapl.networks.create`, then
+            :class:`metapl.networks.Normalized`, say; or any other.
         classes: names of the K outputs.
         name: what trained it, such as the name of the script.
         config: with what settings, as plain values: ``seed`` and ``steps`` among them; and

@@ -20,7 +20,6 @@ import torch
 from joblib import cpu_count
 
 from metapl.apps.inputs import plural
-from metapl.apps.machine import default_threads, read_sealed
 from metapl.apps.methods import Method, TrainingConfig
 from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import table, tell, wrapped
@@ -38,6 +37,8 @@ from metapl.apps.settings import with_flags
 from metapl.apps.suspects import SUSPECTS
 from metapl.apps.train import describe, device, train
 from metapl.errors import MetaplError
+from metapl.machine import default_threads
+from metapl.runs.files import read_sealed
 
 # Seconds that a worker has to save the step under way before it is killed.
 PATIENCE = 30.0

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from metapl.apps.images import Pictures
-from metapl.apps.machine import environment, json_sha256, read_json
 from metapl.apps.noisy_student import NoisyStudent
 from metapl.apps.run_folder import FORMAT
 from metapl.apps.settings import with_flags
 from metapl.errors import MetaplError, few
+from metapl.machine import environment
 from metapl.runs.fields import unmet
+from metapl.runs.files import json_sha256, read_json
 from metapl.words import did_you_mean, shown
 
 # What recipe.json holds, and what its recipe does.

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
-from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
 from metapl.apps.launch import Processes, done_by_first
 from metapl.apps.log_to import MetricLog
-from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
-from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.run_folder import EndedRun, RunFolder, seal
 from metapl.apps.settings import flag_values
 from metapl.apps.suspects import SUSPECTS, write_suspects
-from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
+from metapl.labels.store import DESCRIPTION
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.networks.tuned import Tuned, begin_as, merged
+from metapl.pictures.batches import record_files, replaced_files
 from metapl.problems.model_noise import model_noise
+from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer

@@ -24,10 +24,7 @@ from metapl import MetaplError
 from metapl.apps import digits, noisy_student
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.look import choose_settings
-from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
     Chosen,
     ImagesOfRounds,
@@ -42,10 +39,13 @@ from metapl.apps.noisy_student import (
     standard_view,
     threshold_of,
 )
-from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
+from metapl.networks.architectures import Architecture
+from metapl.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.problems.base import Signal
 from metapl.problems.model_noise import NoisyStudentLoss, model_noise
 from metapl.training import FitOptions

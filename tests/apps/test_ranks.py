@@ -22,11 +22,11 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.launch import PATIENCE
-from metapl.apps.machine import default_threads
-from metapl.apps.pictures import scan_unlabeled
 from metapl.apps.run_folder import WEIGHTS
+from metapl.labels.store import LabelStore, LabelWriter
+from metapl.machine import default_threads
+from metapl.pictures import scan_unlabeled
 
 SECONDS = 240.0
 
@@ -226,7 +226,7 @@ def test_threads_are_as_many_as_the_cores_that_the_process_may_use(
         assert default_threads() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    monkeypatch.setattr("metapl.apps.machine.cpu_count", lambda: 8)
+    monkeypatch.setattr("metapl.machine.cpu_count", lambda: 8)
     for given, expected in (("3", 3), ("4,2", 4), ("0", 8), ("many", 8), ("", 8)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert default_threads() == expected

@@ -40,8 +40,8 @@ POINTS = (
     ("metapl.training.trainer:BilevelTrainer", "teacher_step"),
     ("metapl.training.loss_trainer:LossTrainer", "step"),
     ("metapl.runs.checkpoint:CheckpointFolder", "write"),
-    ("metapl.apps.label_store:LabelWriter", "add"),
-    ("metapl.apps.label_store:LabelWriter", "_describe"),
+    ("metapl.labels.store:LabelWriter", "add"),
+    ("metapl.labels.store:LabelWriter", "_describe"),
     ("metapl.apps.noisy_student", "select"),  # between two phases
     ("metapl.apps.train", "evaluated"),
     ("metapl.apps.train", "measured"),

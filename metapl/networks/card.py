@@ -1,31 +1,22 @@
-"""How a file becomes what a network takes, and what builds the network.
-
-What ``network.json`` says of a run.
-"""
+"""What builds a network, and how a file becomes its input: ``network.json`` of a run."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.folders import scan_unlabeled
-from metapl.apps.pictures.reader import gray_image, read_image
-from metapl.apps.printing import tell
-from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.models import mlp
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import Normalized
+from metapl.pictures.batches import in_unit_range
+from metapl.pictures.reader import gray_image, read_image
 from metapl.runs.fields import AtLeastOne, Range, check_fields
-
-# Examples in a pass.
-BATCH = 256
 
 # The greatest side in pixels: a batch of larger pictures would not fit into any memory.
 LARGEST_SIDE = 4096
@@ -120,45 +111,24 @@ class NetworkCard:
             network = factory()
         else:
             raise MetaplError(
-                "the run's network is one of its own; expected --factory FILE.py:FUNCTION, which "
-                "builds it."
+                "the run's network is one of its own; expected factory=, the function that "
+                "builds it (--factory FILE.py:FUNCTION)."
             )
         if self.mean is not None and self.std is not None:
             network = Normalized(network, self.mean, self.std)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
 
-class Inputs:
-    """Pictures in files and in folders, without those that cannot be read.
+def card_of(card: Mapping[str, Any]) -> NetworkCard:
+    """Return what a network is, as ``network.json`` says it.
 
-    Args:
-        network_input: how a network reads a picture.
-        paths: of files and folders.
-
-    Attributes:
-        files: the paths of all pictures.
-        skipped: how many of these could not be read in the last pass.
+    Raises: MetaplError, TypeError or KeyError where it has other fields.
     """
-
-    def __init__(self, network_input: Input, paths: Sequence[Path]) -> None:
-        self.input = network_input
-        self.skipped = 0
-        self.files: list[str] = []
-        for path in paths:
-            self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
-
-    def batches(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Yield where each picture stands, and the network's input (B, C, H, W)."""
-        self.skipped = 0
-        for start in range(0, len(self.files), BATCH):
-            names: list[str] = []
-            pictures: list[Tensor] = []
-            for file in self.files[start : start + BATCH]:
-                try:
-                    pictures.append(self.input.read(Path(file)))
-                    names.append(file)
-                except MetaplError as error:
-                    self.skipped += 1
-                    tell(f"metapl: left out {error}", file=sys.stderr)
-            if names:
-                yield names, torch.stack(pictures)
+    fields: dict[str, Any] = {}
+    for name, value in card.items():
+        # JSON has no tuples.
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    if card["architecture"] is not None:
+        fields["architecture"] = Architecture(**card["architecture"])
+    fields["input"] = Input(**card["input"])
+    return NetworkCard(**fields)

@@ -28,8 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine import (
-    environment,
+from metapl.errors import (
+    FieldError,
+    MetaplError,
+    few,
+    needed_for,
+    reason_of,
+    require_packages,
+)
+from metapl.execution.checks import described
+from metapl.machine import environment
+from metapl.runs.files import (
     is_temporary,
     json_sha256,
     owned,
@@ -38,9 +47,6 @@ from metapl.apps.machine import (
     sha256_of,
     write_whole,
 )
-from metapl.apps.printing import require_packages
-from metapl.errors import FieldError, MetaplError, few, reason_of
-from metapl.execution.checks import described
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,7 +151,8 @@ class LabelStore:
         Raises:
             MetaplError: a file is not as it was written; the message names it.
         """
-        import pyarrow as pa
+        with needed_for("stored labels"):
+            import pyarrow as pa
 
         tables = []
         for part in self.parts:
@@ -200,8 +207,9 @@ class LabelStore:
 
     def find(self, ids: Ids) -> Values:
         """Return the rows of examples, int64 (B,), with −1 for one that has none."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
+        with needed_for("stored labels"):
+            import pyarrow as pa
+            import pyarrow.compute as pc
 
         names: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
         wanted = [name if is_text(name) else None for name in names]
@@ -442,7 +450,8 @@ class LabelWriter:
             digests: the first 16 bytes of the SHA-256 of each example's file, by which copies are
                 recognized.
         """
-        import pyarrow as pa
+        with needed_for("stored labels"):
+            import pyarrow as pa
 
         shape = (len(ids), len(self.classes))
         if probabilities.shape != shape or not probabilities.is_floating_point():
@@ -518,7 +527,8 @@ class LabelWriter:
 
     def _flush(self, rows: int) -> None:
         """Write a part of the first rows that wait."""
-        import pyarrow as pa
+        with needed_for("stored labels"):
+            import pyarrow as pa
 
         together = pa.concat_tables(self._waiting)
         # A copy, since a slice would be written with what lies behind it: the same rows are to give

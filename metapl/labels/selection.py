@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter, Values
-from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
 from metapl.data import draws
-from metapl.errors import FieldError, MetaplError
+from metapl.errors import FieldError, MetaplError, needed_for
+from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, Values
+from metapl.pictures.folders import ask, digest, scan_unlabeled
 from metapl.runs.fields import Range, check_arguments
 
 # The stream of draws of a uniform share, which keeps it apart from other uses of a seed.
@@ -130,7 +130,7 @@ def select(
        the class, whatever their most probable one is; an example is kept once;
     4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and
        N mod n of them, drawn by the MD5 of their ids, once more; see
-       :meth:`~metapl.apps.label_store.LabelStore.rows_with_copies`;
+       :meth:`~metapl.labels.store.LabelStore.rows_with_copies`;
     5. of all that is left, each example as often as it counts, a uniform share is drawn by the
        seed; a smaller share of the same seed lies within a larger one.
 
@@ -151,7 +151,8 @@ def select(
     for uniform shares. With ``any_class``, how Meta Pseudo Labels selects the pictures of JFT for
     its ResNet-50.
     """
-    import pyarrow as pa
+    with needed_for("stored labels"):
+        import pyarrow as pa
 
     check_arguments(select, locals())
     if any_class and (per_class is None or balance):
@@ -304,8 +305,9 @@ def _digests_in(folder: Path) -> tuple[list[bytes], int]:
 
 def _rows_apart(store: LabelStore, digests: Sequence[bytes]) -> Values:
     """Return the rows of a store whose files have other digests."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    with needed_for("stored labels"):
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
     value_set = pa.array(digests, pa.binary(DIGEST_BYTES))
     overlaps = [pc.is_in(table["digest"], value_set=value_set).to_numpy() for table in store.tables]

@@ -22,7 +22,7 @@ class Normalized(nn.Module):
 
     .. math:: \mathrm{logits} = f\big((x_c - \mathrm{mean}_c) / \mathrm{std}_c\big)
 
-    It takes images (B, C, H, W) to logits (B, K). :func:`metapl.apps.export.export` writes the
+    It takes images (B, C, H, W) to logits (B, K). :func:`metapl.networks.export` writes the
     weights of ``module`` under its own names, and mean and std beside them.
 
     Args:

@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metapl.apps.machine import open_plain
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, needed_for, reason_of
+from metapl.runs.files import open_plain
 from metapl.words import shown
+
+with needed_for("metapl.pictures"):
+    from einops import rearrange
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -326,7 +328,8 @@ def gray_image(path: str | Path, size: int) -> Tensor:
     It is averaged over the areas of a ``size`` x ``size`` grid, to which it is stretched. Colors,
     transparency, turned cameras and errors are as of :func:`read_image`.
     """
-    from PIL import Image
+    with needed_for("metapl.pictures"):
+        from PIL import Image
 
     with _opened(path) as image:
         # Floats, so that the averages are not rounded to 8 bits.
@@ -341,7 +344,8 @@ def _opened(path: str | Path) -> Iterator[Image]:
 
     Whatever Pillow raises in the block becomes an error that says which file and why.
     """
-    from PIL import Image, UnidentifiedImageError
+    with needed_for("metapl.pictures"):
+        from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -387,7 +391,8 @@ def _centered(size: tuple[int, int], center: float) -> Crop:
 
 def _turned(image: Image) -> Image:
     """Return the picture turned as the camera noted; one that is upright is not copied."""
-    from PIL import ImageOps
+    with needed_for("metapl.pictures"):
+        from PIL import ImageOps
 
     image.load()
     # A broken EXIF orientation should not lose the picture.
@@ -398,7 +403,8 @@ def _turned(image: Image) -> Image:
 
 def _plain(image: Image, colors: Colors) -> Image:
     """Return the picture in 8 bits and without transparency."""
-    from PIL import Image
+    with needed_for("metapl.pictures"):
+        from PIL import Image
 
     if image.mode.startswith(("I", "F")):
         # Brightness of 16 bits is scaled down; Pillow's own conversion would clip it at 255.
@@ -428,7 +434,8 @@ def _resized(image: Image, size: tuple[int, int], box: Box, full: tuple[int, int
         box: in the pixels of the full picture.
         full: width and height of the full picture.
     """
-    from PIL import Image
+    with needed_for("metapl.pictures"):
+        from PIL import Image
 
     x_scale = image.width / full[0]
     y_scale = image.height / full[1]

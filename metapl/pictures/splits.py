@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metapl.data import draws
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, needed_for
 
 # This keeps these draws apart from every other use of a seed.
 _VALIDATION = 0x5B17
@@ -85,8 +85,9 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     (40, 1160, 197, 400)
     """
     # The import takes a second, and only the digits need it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with needed_for("the digits of scikit-learn"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0

@@ -25,18 +25,19 @@ from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-import scipy
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl.data.draws import fold_in
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, needed_for
 from metapl.execution.checks import described
 from metapl.metrics.predictions import evaluating, logits_of
+
+with needed_for("metapl.robustness"):
+    from PIL import Image
 
 # (H, W, C) in [0, 1].
 Picture = NDArray[np.float64]
@@ -111,8 +112,10 @@ def impulse_noise(x: Picture, rng: Generator, share: float) -> Picture:
 
 def defocus_blur(x: Picture, rng: Generator, radius: float, edge: float) -> Picture:
     """Take the mean over a disk about each pixel."""
+    from scipy import ndimage
+
     disk = _disk(_length(radius, x), edge)
-    return np.asarray(scipy.ndimage.convolve(x, disk, mode="mirror"))
+    return np.asarray(ndimage.convolve(x, disk, mode="mirror"))
 
 
 def glass_blur(x: Picture, rng: Generator, sigma: float, reach: float, times: int) -> Picture:
@@ -211,6 +214,8 @@ def elastic_transform(
     x: Picture, rng: Generator, amount: float, sigma: float, affine: float
 ) -> Picture:
     """Apply a random affine map, then move each pixel along a smooth random field."""
+    from scipy import ndimage
+
     height, width = x.shape[:2]
     side = min(height, width)
     amount = amount * ELASTIC / SIDE
@@ -232,7 +237,7 @@ def elastic_transform(
     places = np.tensordot(matrix, shifted, axes=1)
     planes = []
     for plane in np.moveaxis(x, 2, 0):
-        planes.append(scipy.ndimage.map_coordinates(plane, places, order=1, mode="reflect"))
+        planes.append(ndimage.map_coordinates(plane, places, order=1, mode="reflect"))
     return np.stack(planes, axis=2)
 
 
@@ -298,9 +303,9 @@ def _length(pixels: float, x: Picture) -> float:
 
 def _blurred(x: Picture, sigma: float, edges: str = "nearest", truncate: float = 4) -> Picture:
     """Return the picture blurred by a Gaussian."""
-    return np.asarray(
-        scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode=edges, truncate=truncate)
-    )
+    from scipy import ndimage
+
+    return np.asarray(ndimage.gaussian_filter(x, (sigma, sigma, 0), mode=edges, truncate=truncate))
 
 
 def _disk(radius: float, edge: float) -> Picture:
@@ -325,6 +330,8 @@ def _along(x: Picture, radius: float, sigma: float, angle: float) -> Picture:
 
     It is weighted by exp(−t²/2σ²) for t from 0 to 2·radius.
     """
+    from scipy import ndimage
+
     count = max(1, math.ceil(radius))
     steps = np.arange(2 * count + 1) * (max(radius, 0.5) / count)
     weights = np.exp(-(steps**2) / (2 * max(sigma, 1e-6) ** 2))
@@ -333,17 +340,19 @@ def _along(x: Picture, radius: float, sigma: float, angle: float) -> Picture:
     dx = math.cos(math.radians(angle))
     moved = []
     for t, weight in zip(steps, weights, strict=True):
-        shifted = scipy.ndimage.shift(x, (t * dy, t * dx, 0), order=1, mode="nearest")
+        shifted = ndimage.shift(x, (t * dy, t * dx, 0), order=1, mode="nearest")
         moved.append(weight * shifted)
     return np.asarray(np.sum(moved, axis=0))
 
 
 def _zoomed(x: Picture, factor: float) -> Picture:
     """Return the picture magnified about its center."""
+    from scipy import ndimage
+
     center = (np.array(x.shape[:2]) - 1) / 2
     matrix = (1 / factor, 1 / factor, 1)
     offset = (*(center - center / factor), 0)
-    return np.asarray(scipy.ndimage.affine_transform(x, matrix, offset, order=1, mode="nearest"))
+    return np.asarray(ndimage.affine_transform(x, matrix, offset, order=1, mode="nearest"))
 
 
 def _fractal(shape: tuple[int, ...], decay: float, rng: Generator) -> Picture:

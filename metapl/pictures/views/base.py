@@ -98,7 +98,7 @@ class Identity:
 class Chain:
     """One view after another, x ↦ v_n(… v_1(x)), where v_i draws from fold_in(seed, i).
 
-    >>> from metapl.apps.pictures import Flip, ShiftNoiseCutout
+    >>> from metapl.pictures import Flip, ShiftNoiseCutout
     >>> view = Chain((Flip(), ShiftNoiseCutout()))
     >>> view(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 32, 32])

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.machine import read_plain
-from metapl.apps.pictures.reader import Box, Crop, UnreadableImage, read_crops, read_image
-from metapl.apps.pictures.views.base import View, rows_needed
-from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
 from metapl.data.steps import BatchT, StepBatches, StepSampler
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
+from metapl.pictures.reader import Box, Crop, UnreadableImage, read_crops, read_image
+from metapl.pictures.views.base import View, rows_needed
+from metapl.pictures.views.transforms import ResizedCrop
+from metapl.runs.files import read_plain
 
 # After so many broken files in a row, the disk is taken to be gone.
 _IN_A_ROW = 32
@@ -111,7 +111,7 @@ class FileImages:
 
     Args:
         paths: of the files.
-        size, colors, center: as for :func:`metapl.apps.pictures.reader.read_image`.
+        size, colors, center: as for :func:`metapl.pictures.reader.read_image`.
         log: the file in which broken files are recorded, a line of JSON each, see
             :func:`replaced_files`. None: a warning tells of each.
     """
@@ -592,7 +592,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     x = view(images[i]), y = labels[i], i = sampler.indices(t).
 
     Args:
-        images: n examples: a tensor (n, ...), or :class:`~metapl.apps.pictures.Images`, whose bytes
+        images: n examples: a tensor (n, ...), or :class:`~metapl.pictures.Images`, whose bytes
             become numbers in [0, 1].
         steps: number of steps, or None for an endless stream.
         crop: draws a box of the full image that is then brought to the size of ``images``; these
@@ -602,7 +602,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     Where a file is broken, x and y are of the one that replaces it, seen through the view of the
     broken one.
 
-    >>> from metapl.apps.pictures import Identity
+    >>> from metapl.pictures import Identity
     >>> from metapl.data import StepSampler
     >>> images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
     >>> x, y = LabeledBatches(images, labels, StepSampler(20, 32, seed=0), Identity(), seed=0)[1000]
@@ -630,7 +630,7 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files
     are decoded once.
 
-    >>> from metapl.apps.pictures import Identity, ShiftNoiseCutout
+    >>> from metapl.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler
     >>> images = torch.rand(100, 1, 8, 8)
     >>> sampler = StepSampler(100, 64, seed=0)
@@ -657,7 +657,7 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
     Items are (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is
     left out.
 
-    >>> from metapl.apps.pictures import MemoryImages
+    >>> from metapl.pictures import MemoryImages
     >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
     >>> [len(y) for _, y in EvaluationBatches(images, torch.arange(5), batch_size=2)]
     [2, 2, 1]

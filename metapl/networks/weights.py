@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, few, needed_for, reason_of
 
 
 def load_weights(
@@ -93,7 +93,8 @@ def _resize_embedding(
         return
     if embedding.shape == network_state["pos_embed"].shape:
         return
-    from timm.layers.pos_embed import resample_abs_pos_embed
+    with needed_for("position embeddings of another size"):
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
     prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
     state["pos_embed"] = resample_abs_pos_embed(
@@ -169,7 +170,8 @@ def fetch_imagenet_weights(name: str) -> Path:
 
     It is downloaded once into torch's cache, and checked.
     """
-    from torchvision.models import get_model_weights
+    with needed_for(f"the ImageNet weights of {name}"):
+        from torchvision.models import get_model_weights
 
     try:
         url = get_model_weights(name).DEFAULT.url

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metapl.apps.pictures.views import base
-from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, below
 from metapl.data import draws
+from metapl.errors import needed_for
 from metapl.execution.batch import to_device
+from metapl.pictures.views import base
+from metapl.pictures.views.base import NotNegative, PictureView, Positive, Probability, below
 from metapl.runs.fields import AtLeastOne, AtLeastZero
 
 _COLORS = (
@@ -289,7 +290,8 @@ def autocontrast(levels: Tensor) -> Tensor:
 def equalize(levels: Tensor) -> Tensor:
     """Flatten the histogram of each channel of each picture. ``ImageOps.equalize``."""
     # Nothing else here needs this import, which takes two seconds.
-    from torchvision.transforms.v2 import functional
+    with needed_for("metapl.pictures"):
+        from torchvision.transforms.v2 import functional
 
     return functional.equalize_image(levels)  # type: ignore[no-any-return]
 

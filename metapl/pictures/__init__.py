@@ -1,6 +1,6 @@
 """Pictures: in files and in memory, their batches and views."""
 
-from metapl.apps.pictures.batches import (
+from metapl.pictures.batches import (
     EvaluationBatches,
     FileImages,
     Images,
@@ -9,7 +9,7 @@ from metapl.apps.pictures.batches import (
     UnlabeledBatches,
     replaced_files,
 )
-from metapl.apps.pictures.folders import (
+from metapl.pictures.folders import (
     Files,
     Finding,
     LabeledFiles,
@@ -19,11 +19,11 @@ from metapl.apps.pictures.folders import (
     scan_unlabeled,
     verify_files,
 )
-from metapl.apps.pictures.reader import UnreadableImage, read_image
-from metapl.apps.pictures.splits import DigitsSplit, load_digits_split, stratified_split
-from metapl.apps.pictures.views.base import Chain, Identity, Seeded, View
-from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
-from metapl.apps.pictures.views.transforms import (
+from metapl.pictures.reader import UnreadableImage, read_image
+from metapl.pictures.splits import DigitsSplit, load_digits_split, stratified_split
+from metapl.pictures.views.base import Chain, Identity, Seeded, View
+from metapl.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
+from metapl.pictures.views.transforms import (
     Affine,
     Color,
     Flip,
@@ -43,8 +43,6 @@ __all__ = [
     "Color",
     "DigitsSplit",
     "EvaluationBatches",
-]
-__all__ += [
     "FileImages",
     "Files",
     "Finding",
@@ -53,8 +51,6 @@ __all__ += [
     "Identity",
     "Images",
     "LabeledBatches",
-]
-__all__ += [
     "LabeledFiles",
     "MemoryImages",
     "RandAugment",
@@ -62,7 +58,18 @@ __all__ += [
     "ResizedCrop",
     "Seeded",
     "ShiftNoiseCutout",
+    "Sometimes",
+    "UnlabeledBatches",
+    "UnreadableImage",
+    "Verified",
+    "View",
+    "Weak",
+    "check_folders",
+    "load_digits_split",
+    "read_image",
+    "replaced_files",
+    "scan_labeled",
+    "scan_unlabeled",
+    "stratified_split",
+    "verify_files",
 ]
-__all__ += ["Sometimes", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
-__all__ += ["check_folders", "load_digits_split", "read_image", "replaced_files"]
-__all__ += ["scan_labeled", "scan_unlabeled", "stratified_split", "verify_files"]

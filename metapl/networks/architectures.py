@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from metapl.apps.network_weights import load_weights
-from metapl.apps.printing import require_packages
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, needed_for, reason_of
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
+from metapl.networks.weights import load_weights
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
 
@@ -188,8 +187,8 @@ class Architecture:
 
     def _of_timm(self) -> nn.Module:
         """Build a network of timm."""
-        require_packages(f"the network {self.name}", "timm")
-        import timm
+        with needed_for(f"the network {self.name}"):
+            import timm
 
         name = self.name.removeprefix("timm:")
         if not timm.is_model(name):
@@ -215,8 +214,9 @@ class Architecture:
 
     def _of_torchvision(self) -> nn.Module:
         """Build a network of torchvision, for pictures of three channels."""
-        from torchvision import models
-        from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
+        with needed_for(f"the network {self.name}"):
+            from torchvision import models
+            from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
 
         module: Any
         if self.name in _SCALES:
@@ -253,7 +253,8 @@ class Architecture:
 
     def _adapt_efficientnet(self, module: nn.Module) -> None:
         """Set the strides, the stochastic depth and the head of an EfficientNet."""
-        from torchvision.ops import StochasticDepth
+        with needed_for(f"the network {self.name}"):
+            from torchvision.ops import StochasticDepth
 
         if self.name.endswith("_svhn"):
             for stage in _KEEPING_STAGES:
@@ -357,7 +358,7 @@ def create(
             are built for one, and timm's position embeddings of another are interpolated; the
             others take any.
         weights: a local file of a state dict to start from; a head for another number of classes is
-            left out, see :func:`metapl.apps.network_weights.load_weights`. None: fresh weights from
+            left out, see :func:`metapl.networks.load_weights`. None: fresh weights from
             the default generator.
 
     Returns:

@@ -3,7 +3,7 @@
 They are the paper's beside RandAugment, ImageNet's, the digits', and those of folders of pictures.
 
 What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles
-come from :func:`~metapl.apps.pictures.views.base.cosine_and_sine`, sums over a picture are exact,
+come from :func:`~metapl.pictures.views.base.cosine_and_sine`, sums over a picture are exact,
 and everything else is elementwise or works on one picture at a time. Products of batched matrices
 would depend on the batch.
 """
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from metapl.apps.pictures.reader import LUMA
-from metapl.apps.pictures.views import base
-from metapl.apps.pictures.views.base import (
+from metapl.data import draws
+from metapl.errors import MetaplError, needed_for
+from metapl.execution.batch import to_device
+from metapl.pictures.reader import LUMA
+from metapl.pictures.views import base
+from metapl.pictures.views.base import (
     NotNegative,
     PictureView,
     Positive,
@@ -29,10 +31,10 @@ from metapl.apps.pictures.views.base import (
     View,
     below,
 )
-from metapl.data import draws
-from metapl.errors import MetaplError
-from metapl.execution.batch import to_device
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
+
+with needed_for("metapl.pictures"):
+    from einops import rearrange
 
 Share = Annotated[float, Range(above=0, most=1)]
 

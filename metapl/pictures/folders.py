@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.apps.pictures.reader import (
+from metapl.errors import MetaplError, few, reason_of
+from metapl.pictures.reader import (
     SUFFIXES,
     TAR,
     UnreadableImage,
@@ -27,7 +28,6 @@ from metapl.apps.pictures.reader import (
     size_of,
     tar_members,
 )
-from metapl.errors import MetaplError, few, reason_of
 from metapl.words import shown
 
 # Called now and then with the number of files that are done.
@@ -397,7 +397,7 @@ def verify_files(files: Files, *, progress: Progress = silent) -> Verified:
 
     Up to 5,000 files and half a gigabyte are decoded; of more, the size alone is asked for, and
     what is found broken while training is replaced there (see
-    :class:`metapl.apps.pictures.FileImages`).
+    :class:`metapl.pictures.FileImages`).
 
     Args:
         files: to look at.
