@@ -124,8 +124,8 @@ def uniform(
         key = fold_in(fold_in(seed, stream), step)
         kept_bits = _bits_on_host(key, examples, n) >> np.uint64(64 - precision)
         type_on_host = np.float32 if dtype == torch.float32 else np.float64
-        numbers = kept_bits.astype(type_on_host)
-        numbers *= 2.0**-precision
+        numbers: np.ndarray[Any, Any] = kept_bits.astype(type_on_host)
+        np.multiply(numbers, 2.0**-precision, out=numbers)
         return torch.from_numpy(numbers)
     random_bits = bits(seed, step, examples, n=n, stream=stream)
     return _shift_right(random_bits, 64 - precision).to(dtype) * 2.0**-precision
