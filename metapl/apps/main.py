@@ -462,7 +462,7 @@ def with_flags_of_all_methods(name: str) -> Any:
     for flag in flags.values():
         # The type is known only while the program runs.
         described = tyro.conf.arg(help=flag.text)
-        annotation: Any = Annotated[flag.hint, described]  # type: ignore[name-defined]
+        annotation: Any = Annotated[flag.hint, described]
         settings = dataclasses.field(kw_only=True)
         if not flag.is_required:
             settings = dataclasses.field(default=flag.value, kw_only=True)
