@@ -1,8 +1,10 @@
 """Noisy Student on ImageNet and SVHN: a teacher labels, and a noisy student learns its labels.
 
-    python examples/noisy_student_imagenet.py b0 --root data/ --unlabeled pictures/ --out runs/b0
-    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 --root data/ \\
-        --unlabeled pictures/ --mesh.shard 8 --select-by runs/b0/selection/selected --out runs/l2
+    python examples/noisy_student_imagenet.py b0 --root data/ \\
+        --unlabeled pictures/ --out runs/b0
+    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 \\
+        --root data/ --unlabeled pictures/ --mesh.shard 8 \\
+        --select-by runs/b0/selection/selected --out runs/l2
     # SVHN's core and extra pictures, as Table 17
     python examples/noisy_student_imagenet.py svhn --root data/ --out runs/svhn
     # all that a run will do, and who says which value
@@ -41,6 +43,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
+from command_rows import settings_asked
 from picture_sets import (
     PictureSet,
     build_network,
@@ -1454,15 +1457,15 @@ def reached(
 def settings_of(words: Sequence[str]) -> Settings:
     """Return the settings that a command line asks for, before they are checked."""
     rows = {name: (row.title, row.settings()) for name, row in ROWS.items()}
-    return tyro.extras.overridable_config_cli(rows, description=__doc__, args=list(words))
+    return settings_asked("noisy_student_imagenet.py", __doc__ or "", rows, words)
 
 
 def main(words: Sequence[str]) -> int:
     if "--sources" in words:
         print(sources_table())
         return 0
-    c = settings_of(words)
     try:
+        c = settings_of(words)
         check(c)
         if c.dry_run:
             labeled = (

@@ -154,7 +154,8 @@ def _last_run_folder(recipe: str) -> Path:
     number = _last_number(recipe)
     if not number:
         raise MetaplError(
-            f"there is no run runs/{recipe}-* to resume here; name its folder with --out."
+            f"there is no run runs/{recipe}-* to resume here; name its folder with --out, or leave "
+            "out --resume."
         )
     path = _numbered_run_folder(recipe, number)
     path.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,8 @@ class Label:
     def run(self) -> int:
         """Label the pictures; return 1 where files were left out."""
         run = EndedRun.load(self.folder)
+        if self.resume and not self.out.exists():
+            tell(f"there is no store {self.out} to resume: it begins")
         name = run.name(self.network)
         network = run.network(name, self.factory).to(run.device)
         network_input = run.cards[name].input

@@ -116,7 +116,13 @@ def train(
     torch.manual_seed(fitting.seed)
     skipped = folder.path / "skipped.jsonl"
     data = config.data(say, progress, skipped)
-    note_data(data, method, folder)
+    if fitting.patience is not None and data.validation is None:
+        raise MetaplError(
+            f"--patience {fitting.patience} was given, and there are no validation examples to "
+            "measure on; leave it out, or give them by --val."
+        )
+    # The first process alone has the folder of the run, and knows whether the data have changed.
+    done_by_first(lambda: note_data(data, method, folder), processes)
     record_files(skipped, data.skipped)
     validation_labels = labels_of(data.validation)
     selects = len(validation_labels) >= SELECTED_ON
@@ -240,6 +246,8 @@ def train(
     }
     if trained.rounds is not None:
         content["rounds"] = trained.rounds
+    if trained.chosen is not None:
+        content["chosen"] = trained.chosen
     tested = networks[chosen].tested
     if tested is not None:
         content["evaluation"] = tested.evaluation.to_json()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from metapl.errors import MetaplError, needed_for, reason_of
+from metapl.errors import FieldError, MetaplError, needed_for, reason_of
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.networks.weights import load_weights
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
@@ -33,6 +33,9 @@ _LARGE_VIT = {
     "hidden_dim": 2048,
     "mlp_dim": 8192,
 }
+
+# The greatest side, in pixels, of the pictures that a linear layer sees.
+LARGEST_LINEAR_SIDE = 16
 
 # Stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32.
 _KEEPING_STAGES = (2, 3)
@@ -84,7 +87,56 @@ def pooled_cnn(
     return PooledFeatures(nn.Sequential(*stages), channels, num_classes, dropout)
 
 
+class Pixels(nn.Module):
+    """Pixels of pictures, shrunk to a side of at most 16, as features (B, F)."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(side)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.pool(images).flatten(1)
+        return features
+
+
+class LinearOnPixels(nn.Module):
+    """A linear layer on the pixels of pictures.
+
+    Args:
+        side: of the shrunken pictures, in pixels.
+        num_classes, in_channels: from images (B, ``in_channels``, H, W) to logits (B,
+            ``num_classes``).
+    """
+
+    def __init__(self, side: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.features = Pixels(side)
+        self.head = nn.Linear(in_channels * side**2, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.features(images))
+        return logits
+
+
+def linear(
+    num_classes: AtLeastOne = 10,
+    in_channels: AtLeastOne = 3,
+    dropout: Noise = 0.0,
+    image_size: AtLeastOne | None = None,
+) -> nn.Module:
+    """Build a linear layer on the pixels of pictures, which are shrunk to a side of at most 16.
+
+    ``image_size`` is their side; None: 16 or more. It has no dropout, and refuses some.
+    """
+    check_arguments(linear, locals())
+    if dropout:
+        raise MetaplError(f"linear got dropout={dropout}; expected 0, for it has no hidden units.")
+    side = LARGEST_LINEAR_SIDE if image_size is None else min(LARGEST_LINEAR_SIDE, image_size)
+    return LinearOnPixels(side, num_classes, in_channels)
+
+
 OWN: dict[str, Callable[..., nn.Module]] = {
+    "linear": linear,
     "pooled_cnn": pooled_cnn,
     "small_cnn": small_cnn,
     "wide_resnet10_1": partial(wide_resnet, 10, 1),
@@ -126,13 +178,21 @@ class Architecture:
         check_fields(self)
         if self.stochastic_depth > 0.0 and not self.has_stochastic_depth:
             having = ", ".join(EFFICIENTNETS)
-            raise MetaplError(
+            raise FieldError(
                 f"{self.name} has no stochastic_depth; leave it out, or take one that has it: "
-                f"{having}."
+                f"{having}.",
+                "stochastic_depth",
+                value=self.stochastic_depth,
+                expected=f"none, for {self.name} has none, or one that has it: {having}",
             )
         if self.image_size is not None and self.image_size % (self.patch or 1):
-            expected = f"expected a multiple of its patch, {self.patch}"
-            raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
+            raise FieldError(
+                f"{self.name} got image_size={self.image_size}; expected a multiple of its patch, "
+                f"{self.patch}.",
+                "image_size",
+                value=self.image_size,
+                expected=f"a multiple of {self.patch}, the patch of {self.name}",
+            )
 
     @property
     def library(self) -> str:
@@ -166,7 +226,7 @@ class Architecture:
         module: nn.Module
         if self.library == "metapl":
             sized: dict[str, int | None] = {}
-            if self.name == "pooled_cnn":
+            if self.name in ("linear", "pooled_cnn"):
                 sized["image_size"] = self.image_size
             module = OWN[self.name](
                 in_channels=self.in_channels,

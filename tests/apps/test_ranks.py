@@ -17,7 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from command import metapl
+from command import edited, metapl
 from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
@@ -181,6 +181,22 @@ def test_an_error_in_the_first_process_while_it_labels_ends_the_others_at_once(
     assert not (tmp_path / "run" / "result.json").exists()
     # The processes go on together.
     assert "Test accuracy" in trained(two, words, tmp_path / "again")
+
+
+def test_changed_data_which_the_first_process_sees_end_the_others_at_once(
+    two: Ranks, tmp_path: Path
+) -> None:
+    words = [*TINY, "--method", "supervised", "--mesh.replicate", "2"]
+    run = tmp_path / "run"
+    trained(two, words, run)
+    (run / "result.json").unlink()
+    edited(run / "data.json", "hash", labeled="another")
+    started = time.monotonic()
+    first, second = two.run("command", arguments=[*words, "--out", str(run), "--resume"])
+    assert time.monotonic() - started < PATIENCE.total_seconds() / 4
+    assert (first[0], second[0]) == (2, 2)
+    assert "the data have changed since the run" in first[2]
+    assert "the first process has failed: the data have changed" in second[2]
 
 
 @pytest.mark.long

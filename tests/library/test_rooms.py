@@ -31,8 +31,10 @@ FLOORS = (
     ("apps.printing", "apps.progress", "apps.log_to"),
     ("apps.settings", "apps.web"),
     ("apps.methods",),
+    ("apps.backbone", "apps.self_training"),
+    ("apps.linear",),
+    ("apps.tournament",),
     ("apps.inputs", "apps.list_runs", "apps.methods_over_seeds", "apps.images", "apps.digits"),
-    ("apps.backbone",),
     (
         "apps.labeling",
         "apps.noisy_labels",
