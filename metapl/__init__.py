@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
+    from metapl.training.recording import Recording, record
 
 __version__ = "0.3.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "LossTrainer",
     "MetaplError",
     "PseudoLabels",
+    "Recording",
     "Signal",
     "StepReport",
     "StopFit",
@@ -61,6 +63,7 @@ __all__ = [
     "metasmoothness",
     "models",
     "problems",
+    "record",
     "scheduled_settings",
 ]
 
@@ -82,9 +85,11 @@ _LAZY_MODULES = (
     "sklearn",
 )
 _MODULES_OF_LAZY_FUNCTIONS = {
+    "Recording": "metapl.training.recording",
     "ablate": "metapl.ablation",
     "attribute": "metapl.training.attribution",
     "metasmoothness": "metapl.training.attribution",
+    "record": "metapl.training.recording",
 }
 
 

@@ -776,20 +776,25 @@ class Stopwatch:
             wait = options.get("wait", 0)
             for first, last, step in kinds_of_steps(trainer, fitting.steps, wait):
                 trainer.steps_done = first
-                seconds = self.median_seconds(step, feeds)
+                seconds = self.median_seconds(trainer, step, feeds)
                 self.seconds += share * (last - first) / fitting.steps * seconds
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 
-    def median_seconds(self, step: Any, feeds: Sequence[Any]) -> float:
-        """Return the median time of some steps, after the first ones."""
+    def median_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
+        """Return the median time of some steps, after the first ones.
+
+        As in a fit, an inner batch that a step does not read is not made, but in step 0.
+        """
         times: list[float] = []
         begun = time.monotonic()
         while len(times) < WARM + self.timed:
             if len(times) > WARM and time.monotonic() - begun >= SECONDS:
                 break
             since = self.clock()
+            reads_inner = trainer.reads_inner or trainer.steps_done == 0
+            read = feeds if reads_inner else feeds[:1]
             # To read the report waits for the device.
-            step(*(batches.next() for batches in feeds)).as_dict()
+            step(*(batches.next() for batches in read)).as_dict()
             times.append(self.clock() - since)
         return statistics.median(times[WARM:])
