@@ -44,20 +44,14 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.images import Pictures
-from metapl.apps.noisy_student import (
-    STOCHASTIC_DEPTH,
-    THRESHOLD,
-    Chosen,
-    Noised,
-    PseudoLabeledBatches,
-    end_matched,
-)
+from metapl.apps.noisy_student import STOCHASTIC_DEPTH, THRESHOLD
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.labels.selection import select
 from metapl.labels.store import LabelStore, LabelWriter
 from metapl.metrics.predictions import logits_of
+from metapl.noisy_student import Chosen, Noised, PseudoLabeledBatches, end_matched
 from metapl.pictures import (
     EvaluationBatches,
     Identity,

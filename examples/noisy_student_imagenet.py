@@ -57,16 +57,6 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import metapl
-from metapl.apps.launch import Processes, joined
-from metapl.apps.noisy_student import (
-    Chosen,
-    LossesApart,
-    Noised,
-    PseudoLabeledBatches,
-    end_matched,
-    freeze_first_layers,
-)
-from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
 from metapl.data.draws import fold_in
 from metapl.distributed import Mesh, shard
@@ -74,9 +64,18 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.labels.selection import check_interval, select
 from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter
+from metapl.machine import device as device_of
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.networks import Architecture
+from metapl.noisy_student import (
+    Chosen,
+    LossesApart,
+    Noised,
+    PseudoLabeledBatches,
+    end_matched,
+    freeze_first_layers,
+)
 from metapl.pictures import (
     CIFAR_OPERATIONS,
     Chain,
@@ -94,6 +93,7 @@ from metapl.pictures.batches import Images, in_unit_range
 from metapl.pictures.folders import digest as file_digest
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
+from metapl.processes import Processes, joined
 
 # Pictures that are labeled in one pass. The stores of several processes are cut between such
 # passes, so that they hold the same bytes as that of one process.

@@ -59,18 +59,16 @@ from picture_sets import (
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.launch import Processes, joined
-from metapl.apps.methods_over_seeds import parse_seeds
-from metapl.apps.printing import exit_code
-from metapl.apps.train import Truth
-from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
+from metapl.data.seeds import parse_seeds
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.feedback import Forward, LossDifference, Reinforce, ReinforcePerExample
 from metapl.labels import LabelStore
+from metapl.machine import device as device_of
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
 from metapl.models import LabelAdjuster
 from metapl.networks import parameter_groups
 from metapl.pictures import (
@@ -82,6 +80,8 @@ from metapl.pictures import (
 )
 from metapl.problems import ReducedLabels
 from metapl.problems.losses import UDA, CrossEntropy
+from metapl.processes import Processes, joined
+from metapl.runs.terminal import exit_code
 
 # How the teacher learns from the student, by the forms of h in facts about eq. (12): the exact
 # gradient of soft labels; Algorithm 1, h times the mean cross-entropy of the drawn labels, as it is
@@ -758,7 +758,7 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     training_accuracy = TrainingAccuracy(to_evaluate(measured), c.validate_every, c.steps)
     callbacks: list[Any] = [training_accuracy]
     if len(split["unlabeled"]):
-        callbacks.append(Truth(to_evaluate(split["unlabeled"][:2_048])))
+        callbacks.append(PseudoLabelAccuracy(to_evaluate(split["unlabeled"][:2_048])))
     reads_unlabeled = c.method not in ("supervised", "headroom")
     trained_on = labeled
     if c.method == "headroom":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from metapl.errors import needed_for
+from metapl.errors import MetaplError, needed_for
 from metapl.execution.numerics import float32_products
 
 
@@ -74,3 +74,13 @@ def default_threads() -> int:
     if asked.isdecimal() and int(asked) >= 1:
         return int(asked)
     return cpu_count()
+
+
+def device(asked: str) -> torch.device:
+    """Return the device of ``--device``; refuse cuda where there is no GPU."""
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise MetaplError(
+            "--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu."
+        )
+    return torch.device("cuda" if asked != "cpu" and has_gpu else "cpu")

@@ -24,9 +24,9 @@ from metapl.apps.methods import Mpl, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
-from metapl.apps.train import device
 from metapl.errors import FieldError, MetaplError
 from metapl.feedback import MODES
+from metapl.machine import device
 from metapl.networks.tuned import begin_as
 from metapl.runs.fields import Range, check_fields
 from metapl.runs.files import write_whole

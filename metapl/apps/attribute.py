@@ -20,7 +20,6 @@ from metapl.apps import web
 from metapl.apps.inputs import ROOM, Folder, Run, check_out, files_of, held, plural
 from metapl.apps.printing import short, table, tell, wrapped, written_csv
 from metapl.apps.progress import count_bar
-from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Batch, Steps, unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import predict_logits
@@ -31,6 +30,7 @@ from metapl.pictures.folders import (
     verify_files,
     without_copies,
 )
+from metapl.run_folder import EndedRun
 from metapl.runs.fields import Range
 from metapl.runs.files import write_whole
 from metapl.training.attribution import Attribution, attribute

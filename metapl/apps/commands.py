@@ -29,25 +29,27 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images, OfPictures
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
-from metapl.apps.launch import Processes, from_first, joined, program
 from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
-from metapl.apps.methods_over_seeds import parse_seeds
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
-from metapl.apps.printing import as_flags, exit_code, tell, wrapped
+from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
-from metapl.apps.run_folder import RunFolder, stored_result
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
-from metapl.apps.train import check_shares, describe, device, train
+from metapl.apps.tournament import Auto
+from metapl.apps.train import check_shares, describe, train
+from metapl.data.seeds import parse_seeds
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
-from metapl.machine import default_threads
+from metapl.machine import default_threads, device
+from metapl.processes import Processes, from_first, joined
+from metapl.run_folder import RunFolder, stored_result
 from metapl.runs.fields import Range, check_fields
+from metapl.runs.terminal import exit_code
 from metapl.training import Interrupted
 from metapl.words import did_you_mean
 
@@ -252,6 +254,11 @@ class Train:
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
         check_shares(self.config, self.method, mesh)
+        if isinstance(self.method, Auto) and mesh.size > 1:
+            raise MetaplError(
+                f"--method auto tries recipes in one process, and {mesh.size} were started; "
+                "expected a method by its name, such as --method uda."
+            )
         if isinstance(self.method, ReducedMpl):
             check_labels_given(self.config, self.method)
         if isinstance(self.method, NoisyStudent):
@@ -502,8 +509,8 @@ class TrainImages(Train):
 
     config: Flat[Images]
     options: Flat[Started] = field(default_factory=Started)
-    method_name: MethodOfImages = "uda"
-    method: Flat[Method] = images.METHODS["uda"]
+    method_name: MethodOfImages = "auto"
+    method: Flat[Method] = images.METHODS["auto"]
     methods: ClassVar[Methods] = images
 
 
@@ -552,3 +559,13 @@ class RoundsOfDigits(Train):
     config: Flat[DigitsOfRounds] = field(default_factory=DigitsOfRounds)
     options: Flat[Place] = field(default_factory=Place)
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
+
+
+def program() -> str:
+    """Return what this command was started with, for a line that starts it again."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        return "metapl"
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == count
+    options = f"--nproc-per-node={count}" if is_one_machine else "..."
+    return f"torchrun {options} -m metapl"

@@ -13,11 +13,11 @@ from typing import Annotated
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.model_card import sections_of
 from metapl.apps.printing import tell
-from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError, require_packages
 from metapl.networks.exports import ONNX, export
 from metapl.networks.model_card import CARD
+from metapl.run_folder import EndedRun
 
 
 @dataclass(frozen=True, kw_only=True)

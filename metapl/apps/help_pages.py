@@ -60,7 +60,7 @@ MOST_USED_COUNT = 10
 METHOD = "method"
 ABLATION = "ablation"
 GROUPS = {
-    "data": ("image_size", "grey", "mirror", "recolor", "crop"),
+    "data": ("image_size", "grey", "augment", "mirror", "recolor", "crop"),
     "network": (
         "backbone",
         "tuning",

@@ -12,7 +12,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from metapl.apps.run_folder import EndedRun
 from metapl.errors import MetaplError, few, needed_for
 from metapl.integrations.hub import TASK, Classifier
 from metapl.networks.model_card import (
@@ -25,6 +24,7 @@ from metapl.networks.model_card import (
     package_versions,
     section_text,
 )
+from metapl.run_folder import EndedRun
 from metapl.runs.folder import replacing
 
 with needed_for("metapl export --hub"):

@@ -14,13 +14,13 @@ import tyro
 from torch import Tensor
 
 from metapl.apps.printing import tell
-from metapl.apps.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.apps.settings import unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.networks.card import Input
 from metapl.pictures import load_digits_split
 from metapl.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
+from metapl.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.runs.files import owned
 
 # Examples in a pass.

@@ -14,12 +14,12 @@ import tyro
 from metapl.apps.inputs import BATCH, Factory, Network, Run
 from metapl.apps.labeling import ToLabel, write_labels
 from metapl.apps.printing import short, table, tell
-from metapl.apps.run_folder import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.errors import few
 from metapl.labels.selection import select, statistics
 from metapl.labels.store import LabelStore
 from metapl.pictures.folders import scan_unlabeled
+from metapl.run_folder import WEIGHTS, EndedRun
 from metapl.runs.fields import Range
 from metapl.runs.files import sha256_of, write_whole
 from metapl.training.options import MOST_WORKERS

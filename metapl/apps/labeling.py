@@ -291,7 +291,7 @@ def stored_labels(
             store = LabelStore(method.stores[part])
             root = config.scan(part).root
             paths = [images.path(number).relative_to(root).as_posix() for number in numbers]
-            names = called(store, root, paths)
+            names = store.ids_of_files(root, paths)
         else:
             names = numbers
             to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
@@ -340,19 +340,6 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
                 f"{config.labeled}: {few(classes)}."
             )
         files = scan_unlabeled(getattr(config, part))
-        names = called(store, files.root, files.names)
+        names = store.ids_of_files(files.root, files.names)
         path_by_name = dict(zip(names, files.paths(), strict=True))
         refuse_other_pictures(store, path_by_name.get, lambda text: None)
-
-
-def called(store: LabelStore, root: Path, names: Sequence[str]) -> list[str]:
-    """Return what a store calls files: their paths in the folder that was labeled.
-
-    Where that folder was moved, the paths are those in the root.
-    """
-    labeled_folder = Path(str(store.provenance.get("pictures", "-"))).resolve()
-    inside = Path()
-    # The root of a list of files is the folder that they have in common, which may lie deeper.
-    if root.resolve().is_relative_to(labeled_folder):
-        inside = root.resolve().relative_to(labeled_folder)
-    return [(inside / name).as_posix() for name in names]

@@ -29,12 +29,12 @@ import torch
 import tyro
 
 from metapl.apps import help_pages
-from metapl.apps.printing import exit_code, tell
+from metapl.apps.printing import tell
 from metapl.apps.refused_words import CommandLine, refuse_empty_values, refused_in_a_line
 from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
-from metapl.runs.terminal import END, is_heard
+from metapl.runs.terminal import END, exit_code, is_heard
 from metapl.words import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -460,7 +460,9 @@ def with_flags_of_all_methods(name: str) -> Any:
             flags.setdefault(flag.name, flag)
     fields: list[Any] = []
     for flag in flags.values():
-        annotation = Annotated[flag.hint, tyro.conf.arg(help=flag.text)]
+        # The type is known only while the program runs.
+        described = tyro.conf.arg(help=flag.text)
+        annotation: Any = Annotated[flag.hint, described]
         settings = dataclasses.field(kw_only=True)
         if not flag.is_required:
             settings = dataclasses.field(default=flag.value, kw_only=True)

@@ -39,6 +39,7 @@ from metapl.models import LabelAdjuster
 from metapl.networks.card import Input, NetworkCard
 from metapl.pictures import LabeledBatches, UnlabeledBatches
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.problems.mixup import MixUp
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
@@ -192,6 +193,7 @@ class Trained:
         finetunes: whether the student is finetuned as usual; or a function that finetunes it.
         rounds: what result.json says of the rounds of Noisy Student.
         configs: settings of kept networks that are not those of the training.
+        chosen: what result.json says of how the method found its recipe.
     """
 
     trainer: Trainer
@@ -201,6 +203,7 @@ class Trained:
     finetunes: bool | Callable[[], Any] = True
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -331,22 +334,32 @@ class Method:
 # -------------------------------------------------------------------------------------- one network
 
 
+def labeled_loss(label_smoothing: float, mixup: float) -> TeacherLoss:
+    """Return the loss on labeled examples, which are mixed up where ``mixup`` is above 0."""
+    if mixup > 0:
+        return MixUp(alpha=mixup, label_smoothing=label_smoothing)
+    return CrossEntropy(label_smoothing)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supervised(Method):
     """Train one network on the labeled examples alone.
 
     Args:
         label_smoothing: label smoothing of the loss, from 0 to 1.
+        mixup: how much pairs of pictures are mixed, such as 0.4: the parameter of the Beta
+            distribution of mixup. 0 leaves pictures as they are.
     """
 
     label_smoothing: Share = 0.0
+    mixup: Weight = 0.0
 
     name: ClassVar[str] = "supervised"
     title: ClassVar[str] = "supervised, labeled data only"
 
     def train(self, t: Training) -> Trained:
         """Train one network on the labeled examples."""
-        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),))
+        return t.alone(t.teacher, (labeled_loss(self.label_smoothing, self.mixup),))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import json
 from pathlib import PurePath
 from typing import Any
 
-from metapl.apps.run_folder import EndedRun, counts_of, stored_data
 from metapl.apps.run_summary import spoken
+from metapl.run_folder import EndedRun, counts_of, stored_data
 
 
 def sections_of(run: EndedRun, name: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import csv
 import io
 import itertools
 import re
-import signal
 import sys
 import textwrap
 import unicodedata
@@ -152,8 +151,3 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
             cells.append(text + gap if number < left else gap + text)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def exit_code(stopped: KeyboardInterrupt) -> int:
-    """Return the exit code of a process that the signal has ended."""
-    return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))

@@ -11,10 +11,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from metapl.apps.images import Pictures
 from metapl.apps.noisy_student import NoisyStudent
-from metapl.apps.run_folder import FORMAT
 from metapl.apps.settings import with_flags
 from metapl.errors import MetaplError, few
 from metapl.machine import environment
+from metapl.run_folder import FORMAT
 from metapl.runs.fields import unmet
 from metapl.runs.files import json_sha256, read_json
 from metapl.words import did_you_mean, shown

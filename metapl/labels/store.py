@@ -205,6 +205,22 @@ class LabelStore:
             )
         return self.at(rows)
 
+    def ids_of_files(self, root: Path, names: Sequence[str]) -> list[str]:
+        """Return the ids of files: their paths in the folder that was labeled.
+
+        Where that folder was moved, the paths are those in the root.
+
+        Args:
+            root: the folder of the files.
+            names: their paths in it.
+        """
+        labeled_folder = Path(str(self.provenance.get("pictures", "-"))).resolve()
+        inside = Path()
+        # The root of a list of files is the folder that they have in common, which may lie deeper.
+        if root.resolve().is_relative_to(labeled_folder):
+            inside = root.resolve().relative_to(labeled_folder)
+        return [(inside / name).as_posix() for name in names]
+
     def find(self, ids: Ids) -> Values:
         """Return the rows of examples, int64 (B,), with −1 for one that has none."""
         with needed_for("stored labels"):

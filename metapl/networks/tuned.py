@@ -16,6 +16,9 @@ from metapl.errors import MetaplError
 
 Tuning = Literal["head", "lora", "all"]
 
+# The mean and the standard deviation of each channel that pretrained weights expect.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
 
 class Normalized(nn.Module):
     r"""A network behind the normalization of pictures: what goes in is in [0, 1].

@@ -26,15 +26,10 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.look import choose_settings
 from metapl.apps.noisy_student import (
-    Chosen,
     ImagesOfRounds,
-    LossesApart,
-    Noised,
     NoisyStudent,
     PicturesOfRounds,
-    PseudoLabeledBatches,
     configs_of,
-    end_matched,
     optimizer,
     standard_view,
     threshold_of,
@@ -45,6 +40,7 @@ from metapl.data import StepSampler
 from metapl.labels.selection import select
 from metapl.labels.store import LabelStore, LabelWriter
 from metapl.networks.architectures import Architecture
+from metapl.noisy_student import Chosen, LossesApart, Noised, PseudoLabeledBatches, end_matched
 from metapl.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.problems.base import Signal
 from metapl.problems.model_noise import NoisyStudentLoss, model_noise

@@ -22,7 +22,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.apps.launch import Share
 from metapl.data import StepBatches, StepSampler, loader
 from metapl.errors import MetaplError
 from metapl.pictures import (
@@ -45,6 +44,7 @@ from metapl.pictures import (
     replaced_files,
 )
 from metapl.pictures.batches import record_files
+from metapl.processes import Share
 
 COUNT, BROKEN = 12, (3, 4, 11)
 SOUND = [number for number in range(COUNT) if number not in BROKEN]

@@ -27,7 +27,6 @@ from tiny_runs import color_folders
 from torchvision import datasets
 from torchvision.datasets import imagenet
 
-from metapl.apps.run_folder import EndedRun
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.feedback import Reinforce
@@ -35,6 +34,7 @@ from metapl.labels.store import LabelWriter
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
 from metapl.pictures import EvaluationBatches, scan_unlabeled
+from metapl.run_folder import EndedRun
 
 pytestmark = pytest.mark.docs
 

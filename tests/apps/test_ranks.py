@@ -22,11 +22,11 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.launch import PATIENCE
-from metapl.apps.run_folder import WEIGHTS
 from metapl.labels.store import LabelStore, LabelWriter
 from metapl.machine import default_threads
 from metapl.pictures import scan_unlabeled
+from metapl.processes import PATIENCE
+from metapl.run_folder import WEIGHTS
 
 SECONDS = 240.0
 

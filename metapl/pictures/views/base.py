@@ -25,22 +25,23 @@ NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 Probability = Annotated[float, Range(0, most=1)]
 
-# The streams of draws, one for each use.
-(
-    GEOMETRY,
-    NOISE,
-    CROP,
-    RESIZED_CROP,
-    OPERATIONS,
-    CUTOUT,
-    AFFINE,
-    COLOR,
-    HOLE,
-    FLIP,
-    RECOLOR,
-    SOMETIMES,
-) = range(12)
+# The streams of draws, one for each use. A stream with another number gives other views.
+GEOMETRY = 0
+NOISE = 1
+CROP = 2
+RESIZED_CROP = 3
+OPERATIONS = 4
+CUTOUT = 5
+AFFINE = 6
+COLOR = 7
+HOLE = 8
+FLIP = 9
+RECOLOR = 10
+SOMETIMES = 11
 SEEDED = 12
+
+# How far a value may exceed 1, for views that take bytes too: half a level of a byte.
+HALF_A_LEVEL = 0.5 / 255
 
 # Grey fills the places that no pixel comes to: the middle level of 255, as in the authors' code.
 GREY = 128
@@ -74,11 +75,10 @@ def rows_needed(
         mixed in. None of a view without such a method, for instance one of a user's own, which may
         read the whole batch.
     """
-    needed = getattr(view, "rows_needed", None)
-    if needed is None:
+    method: Callable[..., Tensor | None] | None = getattr(view, "rows_needed", None)
+    if method is None:
         return None
-    found: Tensor = needed(rows, seed=seed, step=step, examples=examples)
-    return found
+    return method(rows, seed=seed, step=step, examples=examples)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,12 @@ class Chain:
         self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
     ) -> Tensor:
         # A view of a user's own takes whole batches alone, and no ``batch``.
-        of_batch: dict[str, Tensor] = {} if batch is None else {"batch": batch}
+        options: dict[str, Tensor] = {}
+        if batch is not None:
+            options["batch"] = batch
         for position, view in enumerate(self.views):
-            own_seed = draws.fold_in(seed, position)
-            images = view(images, seed=own_seed, step=step, examples=examples, **of_batch)
+            view_seed = draws.fold_in(seed, position)
+            images = view(images, seed=view_seed, step=step, examples=examples, **options)
         return images
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
@@ -122,9 +124,9 @@ class Chain:
         The rows that one view needs are those that the view before it has to make.
         """
         for position in reversed(range(len(self.views))):
-            own_seed = draws.fold_in(seed, position)
+            view_seed = draws.fold_in(seed, position)
             needed = rows_needed(
-                self.views[position], rows, seed=own_seed, step=step, examples=examples
+                self.views[position], rows, seed=view_seed, step=step, examples=examples
             )
             if needed is None:
                 return None
@@ -147,43 +149,49 @@ class PictureView(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
         for name, value in vars(self).items():
-            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float | int):
-                self.require(value[0] <= value[1], name, "smallest <= largest")
+            is_range = isinstance(value, tuple) and len(value) == 2
+            if is_range and isinstance(value[0], float | int):
+                self.require(name, "smallest <= largest", holds=value[0] <= value[1])
 
     def __call__(
         self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
     ) -> Tensor:
-        fault = ""
+        fault = self.fault(images, examples)
+        if fault is not None:
+            raise MetaplError(f"{type(self).__name__} got {fault}.")
+        return self.see_in(batch, images, seed, step, examples)
+
+    def fault(self, images: Tensor, examples: Tensor) -> str | None:
+        """Return what is wrong with images or their numbers, or None where nothing is."""
         if images.ndim != 4 or images.dtype not in self.takes:
             kinds = " or ".join(map(str, self.takes))
-            fault = (
+            return (
                 f"images {tuple(images.shape)} of {images.dtype}; expected (B, C, H, W) of {kinds}"
             )
-        elif examples.shape != images.shape[:1]:
-            fault = (
+        if examples.shape != images.shape[:1]:
+            return (
                 f"{tuple(examples.shape)} examples for {len(images)} images; expected the index "
                 "of each image"
             )
-        elif self.is_colored and images.shape[1] not in (1, 3):
-            fault = f"images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)"
-        elif (
-            self.is_colored
-            and images.device.type == "cpu"
-            and images.numel()
-            and images.is_floating_point()
-        ):
-            low, high = (bound.item() for bound in images.aminmax())
+        if not self.is_colored:
+            return None
+        if images.shape[1] not in (1, 3):
+            return f"images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)"
+        is_seen = images.device.type == "cpu" and images.is_floating_point()
+        if is_seen and images.numel():
+            smallest, largest = torch.aminmax(images)
+            low = smallest.item()
+            high = largest.item()
             # Views that take bytes too come first in a chain, and may get a picture that was
-            # resized in floating point: its values exceed 1 by half a level of a byte at most.
-            over = 0.5 / 255 if torch.uint8 in self.takes else 0.0
-            if not -over <= low <= high <= 1 + over:
-                fault = (
+            # resized in floating point, whose values exceed 1 by a rounding to bytes.
+            excess = HALF_A_LEVEL if torch.uint8 in self.takes else 0.0
+            # Written so that NaN is a fault too.
+            if not -excess <= low <= high <= 1 + excess:
+                return (
                     f"images with values from {low:g} to {high:g}; expected 0 to 1: normalize "
                     "after the views"
                 )
-        if fault:
-            raise MetaplError(f"{type(self).__name__} got {fault}.")
-        return self.see_in(batch, images, seed, step, examples)
+        return None
 
     def see_in(
         self, batch: Tensor | None, images: Tensor, seed: int, step: int, examples: Tensor
@@ -199,8 +207,8 @@ class PictureView(ABC):
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         """Return the view of images that passed."""
 
-    def require(self, holds: bool, field: str, expected: str) -> None:
-        """Refuse a field whose condition does not hold."""
+    def require(self, field: str, expected: str, *, holds: bool) -> None:
+        """Refuse a field that is not as expected."""
         if not holds:
             raise MetaplError(
                 f"{type(self).__name__}({field}={getattr(self, field)!r}): expected {expected}."
@@ -228,26 +236,28 @@ class Seeded(PictureView):
     transform: Callable[[Tensor], Tensor]
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        # Numpy takes seeds of 32 bits.
-        keys = (
-            draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF
-        ).tolist()
-        python, numpy, device = random.getstate(), np.random.get_state(), images.device  # noqa: NPY002
-        seen = []
+        device = images.device
+        is_on_cuda = device.type == "cuda"
+        bits = draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0]
+        # NumPy takes seeds of 32 bits.
+        seeds = (bits & 0xFFFFFFFF).tolist()
+        python_state = random.getstate()
+        # Transforms draw from NumPy's default generator.
+        numpy_state = np.random.get_state()  # noqa: NPY002
+        views: list[Tensor] = []
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                for image, key in zip(images, keys, strict=True):
-                    torch.default_generator.manual_seed(key)
-                    random.seed(key)
-                    # Transforms draw from numpy's default generator.
-                    np.random.seed(key)  # noqa: NPY002
-                    if device.type == "cuda":
-                        torch.cuda.default_generators[device.index or 0].manual_seed(key)
-                    seen.append(self.transform(image))
+            with torch.random.fork_rng([device] if is_on_cuda else []):
+                for image, image_seed in zip(images, seeds, strict=True):
+                    torch.default_generator.manual_seed(image_seed)
+                    random.seed(image_seed)
+                    np.random.seed(image_seed)  # noqa: NPY002
+                    if is_on_cuda:
+                        torch.cuda.default_generators[device.index or 0].manual_seed(image_seed)
+                    views.append(self.transform(image))
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-        return torch.stack(seen) if seen else images
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+        return torch.stack(views) if views else images
 
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:
@@ -265,23 +275,25 @@ def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: f
     """
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
-    cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
+    columns_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
     if flip_B is not None:
-        cols_BW = torch.where(flip_B[:, None], width - 1 - cols_BW, cols_BW)
-    return gather(images, rows_BH[:, :, None], cols_BW[:, None, :], fill)
+        columns_BW = torch.where(flip_B[:, None], width - 1 - columns_BW, columns_BW)
+    return gather(images, rows_BH[:, :, None], columns_BW[:, None, :], fill)
 
 
-def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
-    """Return the pixels at ``rows`` and ``cols``, and ``fill`` where there are none.
+def gather(images: Tensor, rows: Tensor, columns: Tensor, fill: float) -> Tensor:
+    """Return the pixels at ``rows`` and ``columns``, and ``fill`` where there are none.
 
-    ``rows`` and ``cols`` broadcast to (B, H, W).
+    ``rows`` and ``columns`` broadcast to (B, H, W).
     """
     _, channels, height, width = images.shape
     nearest_rows = rows.clamp(0, height - 1)
-    nearest_cols = cols.clamp(0, width - 1)
-    inside = (nearest_rows == rows) & (nearest_cols == cols)
-    flat = (nearest_rows * width + nearest_cols).flatten(1)[:, None].expand(-1, channels, -1)
-    return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
+    nearest_columns = columns.clamp(0, width - 1)
+    is_inside = (nearest_rows == rows) & (nearest_columns == columns)
+    places_BHW = nearest_rows * width + nearest_columns
+    places_BCN = places_BHW.flatten(1)[:, None].expand(-1, channels, -1)
+    pixels = images.flatten(2).gather(2, places_BCN).view_as(images)
+    return pixels.masked_fill(~is_inside[:, None], fill)
 
 
 def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor:
@@ -290,11 +302,12 @@ def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor
     What lies outside the image is lost.
     """
     height, width = images.shape[2:]
+    # Rows and columns from the corner of the square.
     rows_BH = torch.arange(height, device=images.device) - corners_B2[:, :1]
-    cols_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
-    square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & (
-        (cols_BW >= 0) & (cols_BW < side)
-    )[:, None, :]
+    columns_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
+    is_row_in_square_BH = (rows_BH >= 0) & (rows_BH < side)
+    is_column_in_square_BW = (columns_BW >= 0) & (columns_BW < side)
+    square_BHW = is_row_in_square_BH[:, :, None] & is_column_in_square_BW[:, None, :]
     return images.masked_fill(square_BHW[:, None], fill)
 
 
@@ -350,9 +363,10 @@ def _log(x: Tensor) -> Tensor:
     x = m·2^e with m in [√½, √2), and log m = 2 artanh((m − 1) / (m + 1)).
     """
     mantissa, exponent = torch.frexp(x)
-    low = mantissa < math.sqrt(0.5)
-    mantissa = torch.where(low, 2.0 * mantissa, mantissa)
-    exponent = torch.where(low, exponent - 1, exponent).to(x.dtype)
+    # frexp has the mantissa in [½, 1).
+    is_small = mantissa < math.sqrt(0.5)
+    mantissa = torch.where(is_small, 2.0 * mantissa, mantissa)
+    exponent = torch.where(is_small, exponent - 1, exponent).to(x.dtype)
     s = (mantissa - 1.0) / (mantissa + 1.0)
     # s² ≤ 0.0295, so the first term left out is below 1e-18 of the sum.
     series = _polynomial(s * s, [1.0 / (2 * k + 1) for k in range(11)])
@@ -365,11 +379,13 @@ def _sine_of_half_pi_times(t: Tensor) -> Tensor:
     The first term left out is below 2e-18.
     """
     x = t * (math.pi / 2)
-    return x * _polynomial(x * x, [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(11)])
+    coefficients = [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(11)]
+    return x * _polynomial(x * x, coefficients)
 
 
 def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
+    """Return Σ c_k xᵏ by Horner's rule, from coefficients that begin with c_0."""
     value = torch.full_like(x, coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        value = value * x + c
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient
     return value

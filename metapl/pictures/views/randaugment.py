@@ -6,7 +6,6 @@ The settings are those of the authors' code where the paper does not say.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,10 @@ from metapl.pictures.views import base
 from metapl.pictures.views.base import NotNegative, PictureView, Positive, Probability, below
 from metapl.runs.fields import AtLeastOne, AtLeastZero
 
-_COLORS = (
+SAMPLE_PAIRING = "Sample Pairing"
+SOLARIZE = "Solarize"
+
+COLORS = (
     "AutoContrast",
     "Brightness",
     "Color",
@@ -29,18 +31,79 @@ _COLORS = (
     "Sharpness",
     "Posterize",
 )
-_PLACES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
-CIFAR_OPERATIONS = (*_COLORS, "Sample Pairing", "Solarize", *_PLACES)
+CIFAR_OPERATIONS = (*COLORS, SAMPLE_PAIRING, SOLARIZE, *MOVES)
 """The paper's fifteen operations for CIFAR-10 and ImageNet (Table 5)."""
 
 SVHN_OPERATIONS = tuple(
-    name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX")
+    name for name in CIFAR_OPERATIONS if name not in (SAMPLE_PAIRING, "Rotate", "TranslateX")
 )
 """The paper's twelve operations for SVHN (Table 5).
 
 None of them moves a digit sideways, turns it or mixes it.
 """
+
+# The kinds of what can happen to an image in a turn, beside the names of the operations: nothing,
+# or any of the moves, which one call makes of all images that move.
+UNCHANGED = "unchanged"
+MOVED = "moved"
+
+# An affine map (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in
+# pixels from the upper left corner.
+AffineMap = tuple[float, float, float, float, float, float]
+STAY: AffineMap = (1, 0, 0, 0, 1, 0)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What happens to each image of a batch in one of the n turns of the view.
+
+    The images stand in the order of their kinds, so that those of one kind are changed by one call.
+
+    Args:
+        counts: how many images there are of each kind, on the host.
+        places_B: int64, where each image stood in the turn before.
+        partners_B: int64, the row of the batch that Sample Pairing mixes into each.
+        maps_B6: int64, the affine map by which each is moved, in the form of :func:`fixed_point`.
+    """
+
+    counts: list[int]
+    places_B: Tensor
+    partners_B: Tensor
+    maps_B6: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each image of a batch.
+
+    Args:
+        turns: one operation of each image after the other.
+        places_B: int64, where each image stands in the last turn.
+        centers_B2: int64, row and column of the center of the square that is greyed out.
+    """
+
+    turns: list[Turn]
+    places_B: Tensor
+    centers_B2: Tensor
+
+    def on(self, device: torch.device) -> Plan:
+        """Return the plan with its tensors on a device, to which they go in one transfer."""
+        rows: list[Tensor] = []
+        for turn in self.turns:
+            rows.extend([turn.places_B, turn.partners_B, *turn.maps_B6.T])
+        rows.extend([self.places_B, *self.centers_B2.T])
+        *rows_of_turns, last_rows = to_device(torch.stack(rows), device).split(
+            [8] * len(self.turns) + [3]
+        )
+        turns: list[Turn] = []
+        for turn, part in zip(self.turns, rows_of_turns, strict=True):
+            moved = Turn(
+                counts=turn.counts, places_B=part[0], partners_B=part[1], maps_B6=part[2:].T
+            )
+            turns.append(moved)
+        return Plan(turns=turns, places_B=last_rows[0], centers_B2=last_rows[1:].T)
 
 
 @dataclass(frozen=True)
@@ -103,34 +166,28 @@ class RandAugment(PictureView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = bool(self.operations) and {*self.operations} <= {*CIFAR_OPERATIONS}
-        self.require(known, "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}")
+        are_operations = bool(self.operations) and {*self.operations} <= {*CIFAR_OPERATIONS}
+        self.require(
+            "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}", holds=are_operations
+        )
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         """Return the rows, and behind them those that Sample Pairing mixes into one of them."""
-        if _PAIRED not in self.operations:
+        if SAMPLE_PAIRING not in self.operations:
             return rows
         examples = examples.cpu()
-        pairing = self.operations.index(_PAIRED)
-        u = self._draws(seed, step, examples[rows])
-        p = self._probability(u)
+        viewed = examples[rows]
+        pairing = self.operations.index(SAMPLE_PAIRING)
+        u = self._draws(seed, step, viewed)
+        probability = self._probability(u)
         is_needed = torch.zeros(len(examples), dtype=torch.bool)
-        for u_choice, u_place, _, u_other in u[:, 1:].T.split(4):
-            is_paired = (below(u_choice, len(self.operations)) == pairing) & (u_place < p)
-            others = _others(examples, examples[rows][is_paired], u_other[is_paired])
-            is_needed[others] = True
+        for u_choice, u_place, _, u_partner in u[:, 1:].T.split(4):
+            choice = below(u_choice, len(self.operations))
+            is_paired = (choice == pairing) & (u_place < probability)
+            partners = _partners(examples, viewed[is_paired], u_partner[is_paired])
+            is_needed[partners] = True
         is_needed[rows] = False
         return torch.cat([rows, is_needed.nonzero()[:, 0]])
-
-    def _draws(self, seed: int, step: int, examples: Tensor) -> Tensor:
-        """Return the draws of each image: of its probability, and four of each operation."""
-        return draws.uniform(
-            seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64
-        )
-
-    def _probability(self, u: Tensor) -> Tensor:
-        low, high = self.probability
-        return low + (high - low) * u[:, 0]
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         return self.see_in(None, images, seed, step, examples)
@@ -138,89 +195,158 @@ class RandAugment(PictureView):
     def see_in(
         self, batch: Tensor | None, images: Tensor, seed: int, step: int, examples: Tensor
     ) -> Tensor:
-        is_float, device, level = (
-            images.is_floating_point(),
-            images.device,
-            self.magnitude / self.scale,
-        )
-        levels = (
-            (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
-        )
-        # The plan is made on the CPU, where the host reads how many images each operation gets. It
-        # has rows (8n + 3, B): per drawn operation, with the images in the order of their groups,
-        # where each stands in the order before, the image to pair it with, and six numbers of an
-        # affine map; then where each stands in the last order, and its square's center. The images
-        # of one group are changed at once: all moves are one.
-        examples, (height, width) = examples.cpu(), images.shape[2:]
-        groups = list(
-            dict.fromkeys(
-                [_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]
-            )
-        )
-        group_of = torch.tensor(
-            [groups.index(_MOVED if name in _MOVES else name) for name in self.operations]
-        )
-        u = self._draws(seed, step, examples)
-        p_B = self._probability(u)
-        signed, size = (level, -level), (self.translate, height, width)
-        stay: Affine = (1, 0, 0, 0, 1, 0)
-        moves = (
-            [_MOVES[op](way, *size) if op in _MOVES else stay for way in signed]
-            for op in self.operations
-        )
-        maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
-        counts, plan, place_B = [], [], torch.arange(len(examples))
-        for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
-            choice_B = below(u_choice_B, len(self.operations))
-            # Group 0 is left as it is.
-            group_B = group_of[choice_B] * (u_place_B < p_B)
-            order_B = group_B.argsort(stable=True)
-            matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
-            if batch is None:
-                others_B = _others(examples, examples, u_other_B)
-            else:
-                others_B = _among(examples, batch[_others(batch, examples, u_other_B)])
-            plan += [place_B[order_B], others_B[order_B], *matrices_B6[order_B].T]
-            counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
-            place_B = order_B.argsort()
-        u_B2 = draws.uniform(seed, step, examples, 2, stream=base.CUTOUT, dtype=torch.float64)
-        rows = to_device(
-            torch.stack([*plan, place_B, *below(u_B2, torch.tensor([height, width])).T]), device
-        )
-
+        height, width = images.shape[2:]
+        # The plan is made on the CPU, where the host reads how many images each kind gets.
+        on_host = self.plan(batch, seed, step, examples.cpu(), height=height, width=width)
+        plan = on_host.on(images.device)
+        levels = to_levels(images)
         changed = levels
-        for count, part in zip(counts, rows[:-3].split(8), strict=True):
-            parts = []
-            for group, x, row in zip(
-                groups, changed[part[0]].split(count), part.split(count, dim=1), strict=True
-            ):
-                if group == _AS_IT_IS or not len(x):
-                    parts.append(x)
-                elif group == _MOVED:
-                    parts.append(affine(x, row[2:].T))
-                elif group == _PAIRED:
-                    parts.append(blend(x, levels[row[1]], min(0.4 * level, 0.4)))
-                else:
-                    parts.append(_RECOLORS[group](x, level))
-            changed = torch.cat(parts)
-        changed = changed[rows[-3]]
+        for turn in plan.turns:
+            changed = self._take(turn, changed, levels)
+        changed = changed[plan.places_B]
         if self.cutout > 0:
-            changed = base.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, base.GREY)
-        if not is_float:
-            return changed
-        wide = torch.promote_types(images.dtype, torch.float32)
-        # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU
-        # does not.
-        return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=device)).to(
-            images.dtype
+            corners_B2 = plan.centers_B2 - self.cutout // 2
+            changed = base.cutout(changed, corners_B2, self.cutout, base.GREY)
+        return from_levels(changed, images.dtype)
+
+    def plan(
+        self,
+        batch: Tensor | None,
+        seed: int,
+        step: int,
+        examples: Tensor,
+        *,
+        height: int,
+        width: int,
+    ) -> Plan:
+        """Draw what happens to images of one size.
+
+        Args:
+            batch: int64, the examples of the whole batch; None: these are all.
+            seed: of the draws.
+            step: of the training.
+            examples: int64 (B,), on the CPU.
+            height, width: of the images, in pixels.
+        """
+        kinds = self._kinds()
+        kind_of_operation = torch.tensor([kinds.index(_kind_of(name)) for name in self.operations])
+        maps = self._maps(height, width)
+        u = self._draws(seed, step, examples)
+        probability_B = self._probability(u)
+        turns: list[Turn] = []
+        places_B = torch.arange(len(examples))
+        for u_choice_B, u_place_B, u_sign_B, u_partner_B in u[:, 1:].T.split(4):
+            choice_B = below(u_choice_B, len(self.operations))
+            takes_place_B = u_place_B < probability_B
+            # Kind 0 leaves an image unchanged.
+            kind_B = kind_of_operation[choice_B] * takes_place_B
+            order_B = kind_B.argsort(stable=True)
+            is_negative_B = u_sign_B < 0.5
+            maps_B6 = maps[choice_B, is_negative_B.long()]
+            if batch is None:
+                partners_B = _partners(examples, examples, u_partner_B)
+            else:
+                partners_in_batch = _partners(batch, examples, u_partner_B)
+                partners_B = _places_of(batch[partners_in_batch], examples)
+            turn = Turn(
+                counts=torch.bincount(kind_B, minlength=len(kinds)).tolist(),
+                places_B=places_B[order_B],
+                partners_B=partners_B[order_B],
+                maps_B6=maps_B6[order_B],
+            )
+            turns.append(turn)
+            places_B = order_B.argsort()
+        u_B2 = draws.uniform(seed, step, examples, 2, stream=base.CUTOUT, dtype=torch.float64)
+        centers_B2 = below(u_B2, torch.tensor([height, width]))
+        return Plan(turns=turns, places_B=places_B, centers_B2=centers_B2)
+
+    def _take(self, turn: Turn, changed: Tensor, levels: Tensor) -> Tensor:
+        """Return the images after a turn, in its order.
+
+        Args:
+            turn: which operation each image gets.
+            changed: uint8, the images after the turn before, in its order.
+            levels: uint8, the images of the batch as they came, which Sample Pairing mixes in.
+        """
+        level = self._level()
+        parts: list[Tensor] = []
+        for kind, images, partners, maps in zip(
+            self._kinds(),
+            changed[turn.places_B].split(turn.counts),
+            turn.partners_B.split(turn.counts),
+            turn.maps_B6.split(turn.counts),
+            strict=True,
+        ):
+            if kind == UNCHANGED or not len(images):
+                parts.append(images)
+            elif kind == MOVED:
+                parts.append(affine(images, maps))
+            elif kind == SAMPLE_PAIRING:
+                parts.append(blend(images, levels[partners], min(0.4 * level, 0.4)))
+            else:
+                parts.append(recolored(images, kind, level))
+        return torch.cat(parts)
+
+    def _level(self) -> float:
+        """Return the level ℓ."""
+        return self.magnitude / self.scale
+
+    def _kinds(self) -> list[str]:
+        """Return the kinds of what can happen to an image in a turn; the first is nothing."""
+        kinds = [UNCHANGED]
+        for name in self.operations:
+            kind = _kind_of(name)
+            if kind not in kinds:
+                kinds.append(kind)
+        return kinds
+
+    def _maps(self, height: int, width: int) -> Tensor:
+        """Return the map of each operation by its level and by minus its level.
+
+        It is int64 (operations, 2, 6), in the form of :func:`fixed_point`. An operation that does
+        not move has the map that stays.
+        """
+        level = self._level()
+        maps: list[list[int]] = []
+        for name in self.operations:
+            for signed_level in (level, -level):
+                affine_map = STAY
+                if name in MOVES:
+                    affine_map = move(name, signed_level, self.translate, height, width)
+                maps.append(fixed_point(affine_map))
+        return torch.tensor(maps).view(len(self.operations), 2, 6)
+
+    def _draws(self, seed: int, step: int, examples: Tensor) -> Tensor:
+        """Return the draws of each image: of its probability, and four of each turn.
+
+        Those of a turn are of the operation, of whether it takes place, of its sign, and of the
+        partner of Sample Pairing.
+        """
+        return draws.uniform(
+            seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64
         )
 
+    def _probability(self, u: Tensor) -> Tensor:
+        """Return p of each image, from its draws."""
+        low, high = self.probability
+        return low + (high - low) * u[:, 0]
 
-def _others(batch: Tensor, examples: Tensor, u: Tensor) -> Tensor:
+
+def _kind_of(name: str) -> str:
+    """Return the kind of an operation: its name, or that it moves."""
+    return MOVED if name in MOVES else name
+
+
+def _partners(batch: Tensor, examples: Tensor, u: Tensor) -> Tensor:
     """Return the rows of a batch to pair examples with.
 
     They are uniform on the rest of the batch, blind to its order. In a batch of one, the example is
     paired with itself.
+
+    Args:
+        batch: int64 (B,), the examples of the batch.
+        examples: int64 (n,), those that are paired, all of them in the batch.
+        u: (n,), uniform draws.
     """
     in_order = batch.argsort(stable=True)
     if batch is examples:
@@ -231,39 +357,12 @@ def _others(batch: Tensor, examples: Tensor, u: Tensor) -> Tensor:
     return in_order[(rank + 1 + below(u, max(size - 1, 1))) % size]
 
 
-def _among(examples: Tensor, wanted: Tensor) -> Tensor:
+def _places_of(wanted: Tensor, examples: Tensor) -> Tensor:
     """Return where examples stand, and 0 for one that is not there, which nothing is mixed with."""
     in_order = examples.argsort(stable=True)
-    place = torch.searchsorted(examples[in_order], wanted).clamp(max=len(examples) - 1)
-    found = in_order[place]
-    return torch.where(examples[found] == wanted, found, 0)
-
-
-_AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"
-
-_RECOLORS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "AutoContrast": lambda levels, level: autocontrast(levels),
-    "Brightness": lambda levels, level: blend(torch.zeros_like(levels), levels, 0.1 + 1.8 * level),
-    "Color": lambda levels, level: color(levels, 0.1 + 1.8 * level),
-    "Contrast": lambda levels, level: contrast(levels, 0.1 + 1.8 * level),
-    "Equalize": lambda levels, level: equalize(levels),
-    "Invert": lambda levels, level: 255 - levels,
-    "Sharpness": lambda levels, level: sharpness(levels, 0.1 + 1.8 * level),
-    "Posterize": lambda levels, level: levels & (256 - (1 << (8 - min(max(int(4 * level), 1), 8)))),
-    "Solarize": lambda levels, level: torch.where(
-        levels < int(256 * level) % 256, levels, 255 - levels
-    ),
-}
-
-# Moves take the signed level, the share to translate by, height and width. Rows shear to the left,
-# columns up.
-_MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
-    "Rotate": lambda level, share, height, width: rotation(30 * level, height, width),
-    "ShearX": lambda level, share, height, width: (1, 0.3 * level, 0, 0, 1, 0),
-    "ShearY": lambda level, share, height, width: (1, 0, 0, 0.3 * level, 1, 0),
-    "TranslateX": lambda level, share, height, width: (1, 0, -share * level * width, 0, 1, 0),
-    "TranslateY": lambda level, share, height, width: (1, 0, 0, 0, 1, -share * level * height),
-}
+    places = torch.searchsorted(examples[in_order], wanted).clamp(max=len(examples) - 1)
+    rows = in_order[places]
+    return torch.where(examples[rows] == wanted, rows, 0)
 
 
 # --------------------------------------------------------------------- the operations, as in Pillow
@@ -271,6 +370,55 @@ _MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
 # They work on batches of 8-bit levels (B, C, H, W), C = 1 or 3. All arithmetic is on integers or is
 # single float operations that IEEE 754 rounds in one way only, so that a picture's result is the
 # same on every device and in every batch.
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """Return the nearest levels of images in [0, 1]; bytes are levels already."""
+    if not images.is_floating_point():
+        return images
+    return (255 * images.float()).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_levels(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return levels as images in [0, 1] of a floating type, and as they are for bytes."""
+    if not dtype.is_floating_point:
+        return levels
+    wide = torch.promote_types(dtype, torch.float32)
+    # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU
+    # does not. Both divide by a tensor.
+    greatest = torch.full((), 255.0, dtype=wide, device=levels.device)
+    return (levels.to(wide) / greatest).to(dtype)
+
+
+def recolored(levels: Tensor, name: str, level: float) -> Tensor:
+    """Return pictures after one of the operations that move no pixel, by its name.
+
+    Args:
+        levels: the pictures.
+        name: one of :data:`COLORS`, or Solarize.
+        level: ℓ.
+    """
+    factor = 0.1 + 1.8 * level
+    match name:
+        case "AutoContrast":
+            return autocontrast(levels)
+        case "Brightness":
+            return blend(torch.zeros_like(levels), levels, factor)
+        case "Color":
+            return color(levels, factor)
+        case "Contrast":
+            return contrast(levels, factor)
+        case "Equalize":
+            return equalize(levels)
+        case "Invert":
+            return 255 - levels
+        case "Sharpness":
+            return sharpness(levels, factor)
+        case "Posterize":
+            return posterize(levels, bits=min(max(int(4 * level), 1), 8))
+        case "Solarize":
+            return solarize(levels, threshold=int(256 * level) % 256)
+    raise AssertionError(f"RandAugment has refused the operation {name!r}")
 
 
 def autocontrast(levels: Tensor) -> Tensor:
@@ -301,9 +449,9 @@ def color(levels: Tensor, factor: float) -> Tensor:
 
     A picture of one channel stays. ``ImageEnhance.Color``.
     """
-    return (
-        levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
-    )
+    if levels.shape[1] == 1:
+        return levels
+    return blend(_luma(levels).expand_as(levels), levels, factor)
 
 
 def contrast(levels: Tensor, factor: float) -> Tensor:
@@ -337,6 +485,17 @@ def sharpness(levels: Tensor, factor: float) -> Tensor:
     return blend(smooth, levels, factor)
 
 
+def posterize(levels: Tensor, *, bits: int) -> Tensor:
+    """Keep the highest bits of each value. ``ImageOps.posterize``."""
+    lowest = 1 << (8 - bits)
+    return levels & (256 - lowest)
+
+
+def solarize(levels: Tensor, *, threshold: int) -> Tensor:
+    """Invert the values from a threshold upwards. ``ImageOps.solarize``."""
+    return torch.where(levels < threshold, levels, 255 - levels)
+
+
 def blend(start: Tensor, end: Tensor, weight: float) -> Tensor:
     """Return start + weight · (end − start), cut to 0 … 255 and truncated.
 
@@ -358,14 +517,35 @@ def _luma(levels: Tensor) -> Tensor:
     return total.bitwise_right_shift_(16).to(torch.uint8)  # type: ignore[no-any-return]
 
 
-# (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in pixels from the
-# upper left corner.
-Affine = tuple[float, float, float, float, float, float]
+def move(name: str, level: float, translate: float, height: int, width: int) -> AffineMap:
+    """Return the map of one of :data:`MOVES`.
+
+    Rows shear to the left, columns up.
+
+    Args:
+        name: of the operation.
+        level: ℓ, of either sign.
+        translate: share of the side that ℓ = 1 moves by.
+        height, width: of the pictures, in pixels.
+    """
+    match name:
+        case "Rotate":
+            return rotation(30 * level, height, width)
+        case "ShearX":
+            return (1, 0.3 * level, 0, 0, 1, 0)
+        case "ShearY":
+            return (1, 0, 0, 0.3 * level, 1, 0)
+        case "TranslateX":
+            return (1, 0, -translate * level * width, 0, 1, 0)
+        case "TranslateY":
+            return (1, 0, 0, 0, 1, -translate * level * height)
+    raise AssertionError(f"{name!r} moves no pixel")
 
 
-def rotation(degrees: float, height: int, width: int) -> Affine:
+def rotation(degrees: float, height: int, width: int) -> AffineMap:
     """Return the map that turns a picture counterclockwise about its center."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    cos = math.cos(math.radians(degrees))
+    sin = math.sin(math.radians(degrees))
     return (
         cos,
         -sin,
@@ -376,13 +556,14 @@ def rotation(degrees: float, height: int, width: int) -> Affine:
     )
 
 
-def fixed_point(matrix: Affine) -> list[int]:
+def fixed_point(affine_map: AffineMap) -> list[int]:
     """Return an affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`.
 
     Pixels are taken at their centers.
     """
-    a, b, c, d, e, f = matrix
-    return [math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)]
+    a, b, c, d, e, f = affine_map
+    from_centers = (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)
+    return [math.floor(number * 65536 + 0.5) for number in from_centers]
 
 
 def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
@@ -393,4 +574,6 @@ def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
     a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
     y = torch.arange(levels.shape[2], device=levels.device)[:, None]
     x = torch.arange(levels.shape[3], device=levels.device)
-    return base.gather(levels, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16, base.GREY)
+    rows = (d * x + (e * y + f)) >> 16
+    columns = (a * x + (b * y + c)) >> 16
+    return base.gather(levels, rows, columns, base.GREY)

@@ -112,16 +112,6 @@ class Processes:
             torch.manual_seed(seed + 2**32 * (1 + self.mesh.share))
 
 
-def program() -> str:
-    """Return what this command was started with, for a line that starts it again."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1":
-        return "metapl"
-    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == count
-    options = f"--nproc-per-node={count}" if is_one_machine else "..."
-    return f"torchrun {options} -m metapl"
-
-
 def from_first(value: Any, patience: timedelta | None = None) -> Any:
     """Return in every process what the first one has.
 

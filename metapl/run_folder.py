@@ -42,6 +42,7 @@ from metapl.machine import default_threads, environment
 from metapl.metrics import Evaluation, interval
 from metapl.networks.card import NetworkCard, card_of
 from metapl.runs.files import (
+    StrPath,
     json_sha256,
     owned,
     read_json,
@@ -415,8 +416,9 @@ class EndedRun:
     result: Mapping[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> EndedRun:
+    def load(cls, path: StrPath) -> EndedRun:
         """Read the run in a folder; refuse one that is not finished, whole and of this version."""
+        path = Path(path)
         folder = RunFolder(path)
         if not path.is_dir() or not folder.exists:
             state = "there is no recipe.json in it" if path.is_dir() else "there is no such folder"
@@ -537,7 +539,7 @@ def function_in(place: str) -> Callable[..., nn.Module]:
 
 
 def save(
-    path: Path,
+    path: StrPath,
     network: nn.Module,
     card: NetworkCard,
     *,
@@ -562,7 +564,7 @@ def save(
             any.
         evaluation: what it reached on test examples; see :func:`metapl.metrics.evaluate_logits`.
     """
-    folder = RunFolder(path)
+    folder = RunFolder(Path(path))
     fields = {"seed": 0, "steps": 0, **config}
     about = {"name": name, "method": name, "fields": fields}
     with folder.claimed(about, resume=False):
